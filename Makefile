@@ -1,0 +1,71 @@
+# What a newcomer and CI both use. `make` alone lists the targets.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+MLET  := $(BIN)/mlet
+STAMP := $(VENV)/.complete
+
+# The first interpreter that runs, is 3.11 or 3.12 and can make virtual environments. A name may exist and still not
+# run (pyenv shims), and python3 comes first because it is the one a machine's wheels are usually laid out for.
+USABLE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(USABLE)' 2>/dev/null && echo $$p && break; done)
+
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint types imports check format clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  options: PYTHON=python3.11 for setup; ARGS="-k collapse -x" for test'
+
+setup: $(STAMP) ## make .venv (for the GPU if torch sees one, else for the CPU), or bring it up to date
+
+# The stamp is written last: without it .venv is taken for half-made and begun anew.
+$(STAMP): pyproject.toml constraints.txt
+	@'$(PYTHON)' -c '$(USABLE)' 2>/dev/null || { \
+	  echo 'error: none of these is a Python 3.11 or 3.12 with ensurepip: $(or $(PYTHON),python3 python3.12 python3.11)' >&2; \
+	  echo '       install one (Debian: python3.11 python3.11-venv), or name yours: PYTHON=/path/to/python3.11' >&2; \
+	  exit 1; }
+	@if test -f $@; then echo 'setup: bringing $(VENV) up to date'; \
+	  else echo "setup: making $(VENV) with $$('$(PYTHON)' --version)"; '$(PYTHON)' -m venv --clear $(VENV); fi
+	@rm -f $@
+	@echo 'setup: 1/2 torch (200 MB for a CPU build, several GB and minutes for a CUDA build)'
+	@$(PIP_INSTALL) torch==2.13.0
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	  echo 'setup: 2/2 torch sees a GPU: mlet_dist, TorchRec for CUDA (500 MB) and the development tools'; \
+	  $(PIP_INSTALL) -e '.[cuda,launch,dev]'; \
+	else \
+	  echo 'setup: 2/2 torch sees no GPU: mlet_dist, TorchRec for CPUs and the development tools'; \
+	  $(PIP_INSTALL) -e '.[cpu,launch,dev]' && $(PIP_INSTALL) --no-deps torchrec==1.8.0; \
+	fi
+	@touch $@
+	@echo 'setup: done; try $(MLET) --help'
+
+test: $(STAMP) ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+demo: $(STAMP) ## train MLET and its baselines on synthetic data, from raw files to a comparison, in demo/
+	rm -rf demo
+	$(MLET) synth --out demo/raw --rows 200000 --format tsv
+	$(MLET) prepare criteo demo/raw/*.tsv.gz --out demo/data
+	$(MLET) compare configs/demo.yaml data.path=demo/data run.dir=demo/runs --nproc 2
+
+lint: $(STAMP) ## look for mistakes and wrong formatting
+	@found=0; $(BIN)/ruff check || found=1; $(BIN)/ruff format --check || found=1; exit $$found
+
+types: $(STAMP) ## check the type hints
+	@$(BIN)/mypy
+
+imports: $(STAMP) ## check that dependencies between packages point one way
+	@$(BIN)/lint-imports --no-cache --no-logo
+
+check: lint types imports test ## all that CI does
+
+format: $(STAMP) ## mend formatting and what else can be mended by machine
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove .venv, demo/ and caches
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
