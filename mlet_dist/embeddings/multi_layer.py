@@ -1,0 +1,191 @@
+"""Multi-layer embedding tables: a drop-in for TorchRec's EmbeddingBagCollection (MLET, arXiv:2006.05623)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.projection import Projection, project
+
+_COLLAPSE_ROWS = 1 << 16
+
+
+@dataclass
+class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
+    """TorchRec's EmbeddingBagConfig, with the width of the layer that training puts in front of the table.
+
+    ``embedding_dim`` stays d, what the model sees. W1 is drawn uniformly from TorchRec's ``weight_init_min`` …
+    ``weight_init_max`` (by default ±1/sqrt(num_embeddings)), or by ``init_fn`` where one is given.
+
+    Args:
+        hidden_dim: k, the width of W1; None trains the plain single-layer table.
+        rows_init_std: draw W1 from N(0, rows_init_std^2) instead.
+        projection_init_std: standard deviation of W2's initial values; None means 1/sqrt(k), which has unit gain.
+
+    Raises:
+        ValueError: a dimension below 1, naming the table.
+    """
+
+    hidden_dim: int | None = None
+    rows_init_std: float | None = None
+    projection_init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_embeddings", "embedding_dim", "hidden_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"table {self.name!r}: {name} is {value}, it must be at least 1")
+
+    @property
+    def row_width(self) -> int:
+        """Columns of the table that is trained: k, or d for a single layer."""
+        return self.hidden_dim if self.hidden_dim is not None else self.embedding_dim
+
+    def rows_config(self, seed: int) -> EmbeddingBagConfig:
+        """The plain TorchRec config of W1: ``row_width`` columns, initial values fixed by seed, table and row."""
+        plain = self.plain_config()
+        plain.embedding_dim = self.row_width
+        if self.init_fn is not None:
+            return plain
+        name = f"embedding_bags.{self.name}"
+        if self.rows_init_std is not None:
+            plain.init_fn = RowInitializer(name, self.num_embeddings, "normal", self.rows_init_std, seed)
+        else:
+            low, high = self.get_weight_init_min(), self.get_weight_init_max()
+            middle, scale = (high + low) / 2, (high - low) / 2
+            plain.init_fn = RowInitializer(name, self.num_embeddings, "uniform", scale, seed, middle)
+        return plain
+
+    def plain_config(self) -> EmbeddingBagConfig:
+        """The plain TorchRec config of the d-dimensional table that is served."""
+        names = [field.name for field in fields(EmbeddingBagConfig) if field.init]
+        return EmbeddingBagConfig(**{name: getattr(self, name) for name in names})
+
+
+class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
+    """EmbeddingBagCollection whose tables are trained as W = W1·W2, with W1 (n×k) and W2 (k×d).
+
+    Takes a KeyedJaggedTensor and returns a KeyedTensor of d-dimensional vectors, and ``embedding_bag_configs()``
+    reports d, so TorchRec's models take it unchanged. State names: W1 ``embedding_bags.<table>.weight``, W2
+    ``projections.<table>.weight``.
+
+    Args:
+        tables: one config a table; TorchRec's own EmbeddingBagConfig counts as a single-layer table.
+        is_weighted: whether the KeyedJaggedTensor carries per-sample weights.
+        device: where the parameters live; ``meta`` allocates nothing.
+        seed: fixes, with table and row, the initial values.
+
+    Raises:
+        ValueError: two tables of one name, or a dimension below 1.
+
+    Example::
+
+        tables = [MultiLayerEmbeddingBagConfig(name="t1", num_embeddings=1000, embedding_dim=16, hidden_dim=64,
+                                               feature_names=["f1"])]
+        embeddings = MultiLayerEmbeddingBagCollection(tables, device=torch.device("meta"))
+        model = DLRM(embeddings, dense_in_features=13, dense_arch_layer_sizes=[64, 16], over_arch_layer_sizes=[64, 1])
+    """
+
+    def __init__(
+        self,
+        tables: list[EmbeddingBagConfig],
+        is_weighted: bool = False,
+        device: torch.device | None = None,
+        seed: int = 0,
+    ) -> None:
+        multi_layer = [_as_multi_layer(table) for table in tables]
+        super().__init__([table.rows_config(seed) for table in multi_layer], is_weighted, device)
+        self._tables = multi_layer
+        self.seed = seed
+        self.projections = build_projections(self._tables, seed, self.device)
+        self._table_of_key = table_of_key(self._tables)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Look up, pool and project: values ``(B, sum of d)`` float32."""
+        weights = {table: projection.weight for table, projection in self.projections.items()}
+        return project(super().forward(features), by_key(weights, self._table_of_key))
+
+    def embedding_bag_configs(self) -> list[MultiLayerEmbeddingBagConfig]:
+        """The tables as the model sees them: ``embedding_dim`` is d."""
+        return list(self._tables)
+
+    def rows(self) -> EmbeddingBagCollection:
+        """The first layer alone, as a plain k-dimensional EmbeddingBagCollection over the same parameters."""
+        rows = EmbeddingBagCollection(self._embedding_bag_configs, self.is_weighted(), torch.device("meta"))
+        rows.embedding_bags = self.embedding_bags
+        return rows
+
+    @torch.no_grad()
+    def collapse(self) -> EmbeddingBagCollection:
+        """The plain EmbeddingBagCollection with W = W1·W2: what is served (paper, section 2).
+
+        Rows are multiplied in blocks, in float32; on the meta device only the shapes are made.
+        """
+        plain = EmbeddingBagCollection(
+            [table.plain_config() for table in self._tables], self.is_weighted(), torch.device("meta")
+        )
+        if self.device.type == "meta":
+            return plain
+        plain = plain.to_empty(device=self.device)
+        for name, bag in plain.embedding_bags.items():
+            rows = self.embedding_bags[name].weight
+            if name not in self.projections:
+                bag.weight.copy_(rows)
+                continue
+            projection = self.projections[name].weight
+            for start in range(0, rows.shape[0], _COLLAPSE_ROWS):
+                block = slice(start, start + _COLLAPSE_ROWS)
+                bag.weight[block] = rows[block].to(projection.dtype) @ projection
+        return plain
+
+
+def build_projections(
+    tables: list[MultiLayerEmbeddingBagConfig], seed: int, device: torch.device | None
+) -> nn.ModuleDict:
+    """One Projection a multi-layer table, by table name; single-layer tables have none."""
+    return nn.ModuleDict(
+        {
+            table.name: Projection(
+                table.name,
+                table.hidden_dim,
+                table.embedding_dim,
+                1 / math.sqrt(table.hidden_dim) if table.projection_init_std is None else table.projection_init_std,
+                seed,
+                device,
+            )
+            for table in tables
+            if table.hidden_dim is not None
+        }
+    )
+
+
+def table_of_key(tables: list[MultiLayerEmbeddingBagConfig]) -> dict[str, str]:
+    """Which table each key of the output KeyedTensor comes from (TorchRec's ``feature`` or ``feature@table``)."""
+    names = get_embedding_names_by_table(tables)
+    return {key: table.name for table, keys in zip(tables, names, strict=True) for key in keys}
+
+
+def by_key(weights: Mapping[str, torch.Tensor], table_of_key: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Weights by table -> weights by key of the output KeyedTensor, for the keys that have one."""
+    return {key: weights[table] for key, table in table_of_key.items() if table in weights}
+
+
+def _as_multi_layer(config: EmbeddingBagConfig) -> MultiLayerEmbeddingBagConfig:
+    if isinstance(config, MultiLayerEmbeddingBagConfig):
+        table = config
+    else:
+        table = MultiLayerEmbeddingBagConfig(
+            **{field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig) if field.init}
+        )
+        if isinstance(table.init_fn, partial) and table.init_fn.func is nn.init.uniform_:
+            table.init_fn = None  # TorchRec's default, which draws other values on every rank
+    if not table.feature_names:
+        table.feature_names = [table.name]
+    return table

@@ -1,0 +1,189 @@
+"""Row-wise sharding of W1 and replication of W2, through TorchRec's planner and DistributedModelParallel."""
+
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionContext,
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.types import (
+    LazyAwaitable,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingType,
+)
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.multi_layer import (
+    MultiLayerEmbeddingBagCollection,
+    MultiLayerEmbeddingBagConfig,
+    build_projections,
+    by_key,
+    table_of_key,
+)
+from mlet_dist.embeddings.projection import project
+from mlet_dist.embeddings.replicated import with_mean_gradients
+
+
+class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
+    """TorchRec's sharded collection over the k-dimensional W1, with W2 applied after the exchange.
+
+    W1 is updated by the optimizer fused into backward. W2 is an ordinary parameter of every rank, for an optimizer
+    of yours: applied after the exchange, its gradient on a rank is that of the rank's own loss, and backward leaves
+    the mean over ranks in ``grad``, as DDP does for the dense layers and TorchRec for W1.
+
+    Initial values depend on seed, table and row only. A source module that is not on the meta device passes its
+    values on instead.
+
+    Raises:
+        ValueError: two tables pool one feature in different ways.
+    """
+
+    def __init__(
+        self,
+        module: MultiLayerEmbeddingBagCollection,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        **torchrec_arguments: Any,
+    ) -> None:
+        tables = module.embedding_bag_configs()
+        _check_pooling(tables)
+        super().__init__(
+            module=module.rows(),
+            table_name_to_parameter_sharding=table_name_to_parameter_sharding,
+            env=env,
+            device=device,
+            **torchrec_arguments,
+        )
+        # TorchRec divides for mean pooling after the exchange, and would divide unsharded tables' vectors again.
+        self._pooling_type_to_rs_features[PoolingType.SUM.value] += [
+            feature
+            for table in tables
+            if table_name_to_parameter_sharding[table.name].sharding_type == ShardingType.DATA_PARALLEL.value
+            for feature in table.feature_names
+        ]
+        self.projections = build_projections(tables, module.seed, device)
+        self._table_of_key = table_of_key(tables)
+        if module.device.type != "meta":
+            self.load_state_dict(module.state_dict())
+        for projection in self.projections.parameters():
+            dist.broadcast(projection.data, src=0, group=env.process_group)
+
+    def reset_parameters(self) -> None:
+        """Draw this rank's rows of every W1 (TorchRec calls it once the shards are allocated)."""
+        if self._device is not None and self._device.type == "meta":
+            return
+        for config in self._embedding_bag_configs:
+            weight = self.embedding_bags[config.name].weight
+            sharding = self.module_sharding_plan[config.name]
+            if isinstance(config.init_fn, RowInitializer):
+                config.init_fn.fill(weight, _first_row(sharding, self._env.rank))
+                continue
+            config.init_fn(weight)
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+                dist.broadcast(weight.data, src=0, group=self._env.process_group)
+
+    def compute_and_output_dist(
+        self, ctx: EmbeddingBagCollectionContext, input: KJTList
+    ) -> LazyAwaitable[KeyedTensor]:
+        """Look up and exchange k-dimensional vectors, then project: values ``(b, sum of d)``."""
+        return self._project_when_ready(super().compute_and_output_dist(ctx, input))
+
+    def output_dist(
+        self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]
+    ) -> LazyAwaitable[KeyedTensor]:
+        """Exchange k-dimensional vectors, then project: values ``(b, sum of d)``."""
+        return self._project_when_ready(super().output_dist(ctx, output))
+
+    def _project_when_ready(self, pooled: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
+        # TorchRec divides for mean pooling in a callback of its own; this one comes after it.
+        pooled.callbacks.append(self._project)
+        return pooled
+
+    def _project(self, pooled: KeyedTensor) -> KeyedTensor:
+        weights = {table: projection.weight for table, projection in self.projections.items()}
+        averaged = with_mean_gradients(weights, self._env.process_group)
+        return project(pooled, by_key(averaged, self._table_of_key))
+
+
+class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
+    """Shards a MultiLayerEmbeddingBagCollection: W1 row-wise with a fused optimizer, W2 replicated.
+
+    A table with so few rows that some rank would hold none stays data-parallel, whatever the planner says.
+    """
+
+    def shard(
+        self,
+        module: MultiLayerEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedMultiLayerEmbeddingBagCollection:
+        """Shard ``module`` by ``params``, which is changed in place where a table is too small for row_wise."""
+        for sharding in params.values():
+            _keep_replicated_if_too_small(sharding, env.world_size)
+        return ShardedMultiLayerEmbeddingBagCollection(
+            module=module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            device=device,
+            fused_params=self.fused_params,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+        )
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """row_wise on every device; TorchRec's own sharder offers it on CUDA alone."""
+        return [ShardingType.ROW_WISE.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """The fused kernel, which holds rows in the memory of the compute device."""
+        return [EmbeddingComputeKernel.FUSED.value]
+
+    @property
+    def module_type(self) -> type[MultiLayerEmbeddingBagCollection]:
+        return MultiLayerEmbeddingBagCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedMultiLayerEmbeddingBagCollection]:
+        return ShardedMultiLayerEmbeddingBagCollection
+
+
+def _check_pooling(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
+    # TorchRec's row-wise mean pooling looks a feature's bag sizes up by the feature's name alone.
+    first: dict[str, MultiLayerEmbeddingBagConfig] = {}
+    for table in tables:
+        for feature in table.feature_names:
+            other = first.setdefault(feature, table)
+            if other.pooling != table.pooling:
+                raise ValueError(
+                    f"feature {feature!r} is pooled by {other.pooling.value} in table {other.name!r} and by "
+                    f"{table.pooling.value} in table {table.name!r}; sharded tables of one feature must pool alike"
+                )
+
+
+def _keep_replicated_if_too_small(sharding: ParameterSharding, world_size: int) -> None:
+    # fbgemm's CPU kernel fails on a rank that holds no row.
+    spec = sharding.sharding_spec
+    if sharding.sharding_type != ShardingType.ROW_WISE.value or spec is None:
+        return
+    if any(shard.shard_sizes[0] == 0 for shard in spec.shards):
+        sharding.sharding_type = ShardingType.DATA_PARALLEL.value
+        sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        sharding.ranks = list(range(world_size))
+        sharding.sharding_spec = None
+
+
+def _first_row(sharding: ParameterSharding, rank: int) -> int:
+    if sharding.sharding_spec is None:
+        return 0
+    shards = sharding.sharding_spec.shards
+    return next((shard.shard_offsets[0] for shard in shards if shard.placement.rank() == rank), 0)

@@ -1,0 +1,268 @@
+"""The sharded module against the dense float64 reference, on 1, 2, 3 and 4 ranks."""
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from mlet_dist.embeddings import (
+    MultiLayerEmbeddingBagCollection,
+    MultiLayerEmbeddingBagCollectionSharder,
+    MultiLayerEmbeddingBagConfig,
+)
+from tests.embeddings.reference import DenseReference, Table, toy_loss
+from tests.ranks import RankFailed, RankPool
+
+pytestmark = pytest.mark.multirank
+
+Ranks = Callable[[int], RankPool]
+Bags = dict[str, list[list[int]]]
+RATES = {"rows": 0.05, "projections": 0.02}
+SEED = 11
+STEPS = 4
+GLOBAL_BATCH = 12
+
+
+def _tables() -> list[EmbeddingBagConfig]:
+    def table(
+        name: str, n: int, k: int | None, features: list[str], pooling: PoolingType = PoolingType.SUM
+    ) -> MultiLayerEmbeddingBagConfig:
+        return MultiLayerEmbeddingBagConfig(
+            name=name, num_embeddings=n, embedding_dim=4, hidden_dim=k, feature_names=features, pooling=pooling
+        )
+
+    return [
+        table("uneven", 101, 16, ["f0"]),
+        table("tiny", 5, 16, ["f1"]),  # the last of 4 ranks would hold no row
+        table("two_rows", 2, 16, ["f2"]),  # fewer rows than ranks
+        table("single_layer", 50, None, ["f3"]),
+        table("shared", 33, 8, ["f4", "f5"]),
+        table("averaged", 40, 8, ["f6"], PoolingType.MEAN),
+        table("tiny_averaged", 3, 8, ["f8"], PoolingType.MEAN),  # replicated on 4 ranks
+        EmbeddingBagConfig(name="plain", num_embeddings=20, embedding_dim=4, feature_names=["f7"]),
+    ]
+
+
+def _make_bags(seed: int, rows: int = GLOBAL_BATCH) -> Bags:
+    """Bags of 0 to 5 ids with repeats; feature f0 has an empty bag in the first row of every batch."""
+    draw = random.Random(seed)
+    sizes = {feature: table.num_embeddings for table in _tables() for feature in table.feature_names}
+    bags = {
+        name: [[draw.randrange(n) for _ in range(draw.randint(0, 5))] for _ in range(rows)] for name, n in sizes.items()
+    }
+    bags["f0"][0] = []
+    bags["f0"][1] = [7, 7, 7]
+    return bags
+
+
+def _to_kjt(bags: Bags, first: int, last: int) -> KeyedJaggedTensor:
+    values = [each for rows in bags.values() for ids in rows[first:last] for each in ids]
+    lengths = [len(ids) for rows in bags.values() for ids in rows[first:last]]
+    return KeyedJaggedTensor(
+        keys=list(bags),
+        values=torch.tensor(values, dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int32),
+    )
+
+
+def _shard(embeddings: MultiLayerEmbeddingBagCollection, kind: type[torch.optim.Optimizer]) -> DistributedModelParallel:
+    arguments = {"eps": 1e-8} if kind is torch.optim.Adagrad else {}
+    apply_optimizer_in_backward(kind, embeddings.embedding_bags.parameters(), {"lr": RATES["rows"], **arguments})
+    sharders = [MultiLayerEmbeddingBagCollectionSharder()]
+    world_size = dist.get_world_size()
+    topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
+    model = torch.nn.Sequential(embeddings)
+    plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
+    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+
+
+def _full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the state, whole, on every rank."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, ShardedTensor):
+            whole = torch.zeros(tensor.size())
+            for shard in tensor.local_shards():
+                row, rows = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
+                whole[row : row + rows] = shard.tensor
+            dist.all_reduce(whole)
+        else:
+            whole = tensor.detach().clone()
+        weights[name.removeprefix("0.")] = whole
+    return weights
+
+
+def _positive_module() -> MultiLayerEmbeddingBagCollection:
+    module = MultiLayerEmbeddingBagCollection(_tables(), seed=SEED)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.abs_().mul_(0.3).add_(0.05)
+    return module
+
+
+def _train_sharded(optimizer: str) -> dict[str, Any]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    kind = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
+    model = _shard(_positive_module(), kind)
+    initial = _full_weights(model)
+    arguments = {"eps": 1e-8} if kind is torch.optim.Adagrad else {}
+    groups: dict[float, list[torch.Tensor]] = {}
+    for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
+        groups.setdefault(RATES["projections" if "projections" in name else "rows"], []).append(parameter)
+    steppers = [kind(parameters, lr=rate, **arguments) for rate, parameters in groups.items()]
+    share = GLOBAL_BATCH // world_size
+    outputs = []
+    for step in range(STEPS):
+        found = model(_to_kjt(_make_bags(step), rank * share, (rank + 1) * share)).to_dict()
+        for stepper in steppers:
+            stepper.zero_grad()
+        toy_loss(found).backward()
+        for stepper in steppers:
+            stepper.step()
+        outputs.append({name: output.detach() for name, output in found.items()})
+    plan = next(iter(model.plan.plan.values()))
+    return {
+        "initial": initial,
+        "outputs": outputs,
+        "weights": _full_weights(model),
+        "sharding": {name: sharding.sharding_type for name, sharding in plan.items()},
+    }
+
+
+def _reference(optimizer: str) -> DenseReference:
+    module = _positive_module()
+    state = module.state_dict()
+    return DenseReference(
+        [
+            Table(
+                table.name,
+                state[f"embedding_bags.{table.name}.weight"],
+                state.get(f"projections.{table.name}.weight"),
+                table.pooling.value.lower(),
+                table.feature_names,
+            )
+            for table in module.embedding_bag_configs()
+        ],
+        optimizer,
+        RATES,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_outputs_and_weights_equal_the_dense_reference(ranks: Ranks, world_size: int, optimizer: str) -> None:
+    by_rank = ranks(world_size).run(_train_sharded, optimizer)
+    reference = _reference(optimizer)
+    for step in range(STEPS):
+        expected = reference.step(_make_bags(step))
+        for feature, values in expected.items():
+            found = torch.cat([result["outputs"][step][feature] for result in by_rank])
+            torch.testing.assert_close(found.double(), values, rtol=2e-5, atol=2e-6)
+    for table in reference.tables:
+        for result in by_rank:
+            weights = result["weights"]
+            torch.testing.assert_close(
+                weights[f"embedding_bags.{table.name}.weight"].double(), table.rows.detach(), rtol=2e-5, atol=2e-6
+            )
+            if table.projection is not None:
+                torch.testing.assert_close(
+                    weights[f"projections.{table.name}.weight"].double(), table.projection.detach(), rtol=2e-5, atol=2e-6
+                )
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: int) -> None:
+    first, *others = ranks(world_size).run(_train_sharded, "adagrad")
+    projections = [name for name in first["weights"] if name.startswith("projections.")]
+    assert len(projections) == 6
+    for name in projections:
+        assert not torch.equal(first["weights"][name], first["initial"][name])
+        for other in others:
+            assert torch.equal(first["weights"][name], other["weights"][name])
+
+
+def _initial_weights() -> dict[str, torch.Tensor]:
+    module = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED)
+    return _full_weights(_shard(module, torch.optim.SGD))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_initial_values_do_not_depend_on_the_number_of_ranks(ranks: Ranks, world_size: int) -> None:
+    unsharded = MultiLayerEmbeddingBagCollection(_tables(), seed=SEED).state_dict()
+    for initial in ranks(world_size).run(_initial_weights):
+        assert set(initial) == set(unsharded)
+        for name, tensor in unsharded.items():
+            assert torch.equal(initial[name], tensor), name
+
+
+def test_tables_with_too_few_rows_stay_data_parallel(ranks: Ranks) -> None:
+    expected = {
+        1: set(),
+        2: set(),
+        3: {"two_rows"},
+        4: {"two_rows", "tiny", "tiny_averaged"},
+    }
+    for world_size, replicated in expected.items():
+        sharding = ranks(world_size).run(_train_sharded, "sgd")[0]["sharding"]
+        assert {name for name, kind in sharding.items() if kind == "data_parallel"} == replicated
+        assert {name for name, kind in sharding.items() if kind == "row_wise"} == set(sharding) - replicated
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_module_with_values_of_its_own_passes_them_on(ranks: Ranks, world_size: int) -> None:
+    expected = _positive_module().state_dict()
+    for result in ranks(world_size).run(_train_sharded, "sgd"):
+        assert set(result["initial"]) == set(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(result["initial"][name], tensor), name
+
+
+def _shard_ambiguous_feature() -> None:
+    tables = _tables()[:1]
+    tables.append(dataclasses.replace(tables[0], name="other", pooling=PoolingType.MEAN))
+    _shard(MultiLayerEmbeddingBagCollection(tables, device=torch.device("meta")), torch.optim.SGD)
+
+
+def test_a_feature_pooled_in_two_ways_is_refused(ranks: Ranks) -> None:
+    with pytest.raises(RankFailed, match="feature 'f0' .*'uneven'.*'other'"):
+        ranks(2).run(_shard_ambiguous_feature)
+
+
+def _forward_without(feature: str) -> None:
+    model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")), torch.optim.SGD)
+    bags = _make_bags(0)
+    del bags[feature]
+    model(_to_kjt(bags, 0, 4)).to_dict()
+
+
+def test_a_missing_feature_is_named(ranks: Ranks) -> None:
+    with pytest.raises(RankFailed, match="f3"):
+        ranks(2).run(_forward_without, "f3")
+
+
+def _outputs_served_and_trained() -> tuple[torch.Tensor, torch.Tensor]:
+    module = MultiLayerEmbeddingBagCollection(_tables(), seed=SEED)
+    served = EmbeddingBagCollection([table.plain_config() for table in module.embedding_bag_configs()])
+    served.load_state_dict(module.collapse().state_dict())
+    model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED), torch.optim.SGD)
+    features = _to_kjt(_make_bags(3), 0, GLOBAL_BATCH)
+    expected, found = served(features).to_dict(), model(features).to_dict()
+    assert list(expected) == [f"f{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 7)]
+    return tuple(torch.cat([each[name].detach() for name in expected], dim=1) for each in (expected, found))
+
+
+def test_plain_collection_serves_what_the_sharded_one_computes(ranks: Ranks) -> None:
+    for expected, found in ranks(2).run(_outputs_served_and_trained):
+        assert expected.shape == (GLOBAL_BATCH, 9 * 4)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)

@@ -1,0 +1,92 @@
+"""Local gloo ranks for tests: started once, they run any number of functions."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_TIMEOUT_SECONDS = 120
+
+
+class RankFailed(Exception):
+    """A function raised in some rank; the message holds every rank's traceback."""
+
+
+class RankPool:
+    """``world_size`` processes joined in one gloo process group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a module-level function in every rank; returns what each returned, by rank.
+
+        After a failure the processes are given up, since some may hang in a collective; the next call starts anew.
+        """
+        if not self._workers:
+            self._start()
+        for _, pipe in self._workers:
+            pipe.send((function, args))
+        results, failures = [], []
+        for rank, (process, pipe) in enumerate(self._workers):
+            # Once a rank has failed the others may never answer.
+            if not pipe.poll(5 if failures else _TIMEOUT_SECONDS):
+                failures.append(f"rank {rank}: no answer")
+                continue
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                process.join(5)
+                ok, value = False, f"the process died with exit code {process.exitcode}"
+            (results if ok else failures).append(value if ok else f"rank {rank}: {value}")
+        if failures:
+            self.close()
+            raise RankFailed("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, self.world_size, port), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+    os.environ.update(
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        OMP_NUM_THREADS="1",
+    )
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo")
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
