@@ -1,0 +1,307 @@
+"""The `mlet` command: parses, imports lazily and calls one function per subcommand."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlet_dist.config import Config, describe_settings, load_config
+from mlet_dist.errors import UserError
+
+Result = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 for a user's mistake, 1 otherwise."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(arguments)
+        result, ok = args.command(args, arguments)
+        if result is not None and _is_first_rank():
+            _show(result, args.json)
+        return 0 if ok else 1
+    except UserError as error:
+        if not _handed_to_launcher(error):
+            print(f"mlet: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mlet: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        _handed_to_launcher(error)
+        traceback.print_exc()
+        return 1
+
+
+def _prepare(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.data.prepare import prepare_criteo
+
+    schema = prepare_criteo([Path(raw) for raw in args.raw], Path(args.out), min_count=args.min_count)
+    sizes = schema.num_embeddings
+    return {
+        "out": args.out,
+        "rows": schema.rows,
+        "positive_rate": schema.positive_rate,
+        "malformed": schema.malformed,
+        "tables": len(sizes),
+        "num_embeddings": sum(sizes.values()),
+    }, True
+
+
+def _synth(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.data.synthetic import synthesize
+
+    result = synthesize(
+        Path(args.out),
+        rows=args.rows,
+        seed=args.seed,
+        num_embeddings=args.num_embeddings,
+        alpha=args.alpha,
+        format=args.format,
+    )
+    return result, True
+
+
+def _train(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+    config = _load_checked(args)
+    if args.nproc is not None:
+        config.check_world_size(args.nproc)
+        return _in_ranks(args, arguments)
+    _before_torch()
+    from mlet_dist.training.trainer import train
+
+    return train(config, fingerprint=args.json), True
+
+
+def _evaluate(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+    if args.nproc is not None:
+        return _in_ranks(args, arguments)
+    _before_torch()
+    from mlet_dist.export.evaluate import evaluate_path
+
+    return evaluate_path(Path(args.target), Path(args.data), args.split), True
+
+
+def _export(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
+    _before_torch()
+    from mlet_dist.export.collapse import export_run
+
+    return export_run(Path(args.run), Path(args.out)), True
+
+
+def _verify(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
+    _before_torch()
+    from mlet_dist.export.verify import verify_export
+
+    result = verify_export(Path(args.export), Path(args.run), Path(args.data), args.split, args.tolerance)
+    return result, result["ok"]
+
+
+def _compare(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.compare import compare, comparison_table
+
+    result = compare(_load_checked(args), args.nproc or 1)
+    if not args.json:
+        print(comparison_table(result))
+        return None, result["ok"]
+    return result, result["ok"]
+
+
+def _doctor(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.doctor import run_doctor
+
+    result = run_doctor()
+    return (result if args.json else None), result["ok"]
+
+
+def _load_checked(args: argparse.Namespace) -> Config:
+    """The config, checked against the data set and the run directory before torch is imported."""
+    from mlet_dist.data.schema import DatasetSchema
+
+    config = load_config(Path(args.config), args.overrides)
+    schema = DatasetSchema.load(Path(config.data.path))
+    config.check_features(schema.dense, list(schema.num_embeddings))
+    if _is_first_rank() and not _under_launcher():
+        for warning in config.warnings():
+            print(f"mlet: warning: {warning}", file=sys.stderr)
+    return config
+
+
+def _in_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[None, bool]:
+    from mlet_dist.launcher import run_ranks
+
+    at = next(i for i, argument in enumerate(arguments) if argument.startswith("--nproc"))
+    alone = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
+    run_ranks(args.nproc, alone)
+    return None, True
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides in one place only; here they may also follow an option.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if "overrides" in args:
+        args.overrides += overrides
+        rest = [word for word in rest if word not in overrides]
+    if rest:
+        parser.error(f"unknown argument {rest[0]!r}; see `mlet {args.name} --help`")
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are UserErrors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    from mlet_dist import __version__
+
+    parser = _Parser(
+        prog="mlet", description="Train recommendation models with multi-layer embeddings, serve plain TorchRec tables."
+    )
+    parser.add_argument("--version", action="version", version=f"mlet-dist {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[..., Any], text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(command=command)
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line")
+        return sub
+
+    prepare = add("prepare", _prepare, "Raw click logs -> Parquet parts, vocabularies and a schema.")
+    prepare.add_argument("format", choices=["criteo"], help="format of the raw files")
+    prepare.add_argument("raw", nargs="+", metavar="RAW", help="raw TSV files, plain or .gz, in time order")
+    prepare.add_argument("--out", required=True, help="directory for the data set; must not exist or be empty")
+    prepare.add_argument(
+        "--min-count", type=int, default=2, help="rarer values share the out-of-vocabulary row (default %(default)s)"
+    )
+
+    synth = add("synth", _synth, "Criteo-shaped logs with power-law ids and a learnable label.")
+    synth.add_argument("--out", required=True, help="directory to write; must not exist or be empty")
+    synth.add_argument("--rows", type=int, required=True, help="number of rows")
+    synth.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default %(default)s)")
+    synth.add_argument(
+        "--num-embeddings", type=int, default=10_000, help="rows of the largest table (default %(default)s)"
+    )
+    synth.add_argument("--alpha", type=float, default=1.05, help="exponent of the power law (default %(default)s)")
+    synth.add_argument(
+        "--format", choices=["parquet", "tsv"], default="parquet",
+        help="parquet: a data set to train on; tsv: raw Criteo logs for `mlet prepare` (default %(default)s)",
+    )  # fmt: skip
+
+    settings = f"settings, as section.key=value or in the YAML file:\n{describe_settings()}"
+    train = add("train", _train, "Train a model and evaluate it; torchrun -m mlet_dist train … does on many hosts.", settings)
+    _add_config(train)
+    compare = add(
+        "compare", _compare,
+        "Train, export and verify the single layer, MLET, and the single layer at MLET's effective learning rate.",
+        settings,
+    )  # fmt: skip
+    _add_config(compare)
+
+    evaluate = add("evaluate", _evaluate, "AUC and LogLoss of a run or an export.")
+    evaluate.add_argument("target", metavar="RUN_OR_EXPORT", help="what `mlet train` or `mlet export` made")
+    _add_data(evaluate)
+    _add_nproc(evaluate)
+
+    export = add("export", _export, "Collapse W1·W2 of a finished run into plain TorchRec tables.")
+    export.add_argument("run", metavar="RUN", help="what `mlet train` made")
+    export.add_argument("--out", required=True, help="directory for the export; must not exist or be empty")
+
+    verify = add("verify", _verify, "Compare factorised and collapsed predictions, row by row; exit code 1 if they differ.")
+    verify.add_argument("export", metavar="EXPORT", help="what `mlet export` made")
+    verify.add_argument("--run", required=True, help="the run it was exported from")
+    _add_data(verify)
+    verify.add_argument(
+        "--tolerance", type=float, default=1e-5, help="largest difference between two logits (default %(default)s)"
+    )
+
+    add("doctor", _doctor, "Check this machine: versions, devices, memory; says what to type when something is off.")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/criteo_kaggle.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    _add_nproc(parser)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="directory of the data set")
+    parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="default %(default)s")
+
+
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks through torch elastic")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _is_first_rank() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _under_launcher() -> bool:
+    return "TORCHELASTIC_ERROR_FILE" in os.environ
+
+
+def _handed_to_launcher(error: BaseException) -> bool:
+    if not _under_launcher():
+        return False
+    from mlet_dist.launcher import record_failure
+
+    return record_failure(error)
+
+
+def _before_torch() -> None:
+    """Settings that must stand before torch is imported."""
+    import logging
+    import warnings
+
+    # OpenMP's threads spin while they wait. Where another process wants the core too, that made training 10 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The libraries' start-up chatter; errors still show.
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec|fbgemm_gpu|torchmetrics)\b")
+
+
+def _show(result: Result, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_without_nan(result)), flush=True)
+        return
+    width = max(map(len, result))
+    for name, value in result.items():
+        print(f"{name:{width}}  {_readable(name, value)}")
+
+
+def _readable(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {_readable(key, each)}" for key, each in value.items())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,108 @@
+"""MLET beside the single layer, and beside the control that tells its gain from a larger learning rate."""
+
+import dataclasses
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.config import Config, RunConfig, save_config
+from mlet_dist.errors import UserError
+
+SINGLE, MLET, CONTROL = "single", "mlet", "control"
+_TITLES = {SINGLE: "single layer", MLET: "MLET", CONTROL: "single layer, MLET's rate and scale"}
+
+
+def compare(config: Config, nproc: int) -> dict[str, Any]:
+    """Train, export and verify three arms below ``run.dir``, each by the commands a user would type.
+
+    The arms: the single layer; MLET; and the single layer at MLET's effective learning rate (times kσ² under SGD) and
+    initial scale (times σ√k). What MLET gains over the last is what the factorisation itself brings.
+
+    Returns:
+        ``ok`` (every export serves what was trained) and ``arms``: by name, what train and verify found.
+
+    Raises:
+        UserError: ``model.hidden_dim`` is null, or one of the commands found a mistake.
+        RuntimeError: one of the commands failed.
+    """
+    if config.model.hidden_dim is None:
+        raise UserError("model.hidden_dim is null: there is no MLET arm to compare; set it, best above 4 times d")
+    base = Path(config.run.dir)
+    arms: dict[str, dict[str, Any]] = {}
+    for arm, arm_config in _arm_configs(config).items():
+        run, export = base / arm, base / f"{arm}-export"
+        if config.run.overwrite:
+            shutil.rmtree(export, ignore_errors=True)
+        base.mkdir(parents=True, exist_ok=True)
+        settings = base / f"{arm}.yaml"
+        save_config(arm_config, settings)
+        trained = _run_command("train", str(settings), "--nproc", str(nproc))
+        _run_command("export", str(run), "--out", str(export))
+        verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path)
+        arms[arm] = trained | verified
+    result = {"ok": all(arm["ok"] for arm in arms.values()), "run": str(base), "arms": arms}
+    (base / "comparison.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
+    return result
+
+
+def comparison_table(result: dict[str, Any]) -> str:
+    """The arms as a Markdown table, readable on a terminal."""
+    header = ["", "tables trained", "tables served", "test AUC", "test LogLoss", "largest logit difference"]
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for name, arm in result["arms"].items():
+        rows.append(
+            [
+                _TITLES[name],
+                _size(arm["trained_table_bytes"]),
+                _size(arm["served_table_bytes"]),
+                f"{arm['test_auc']:.4f}",
+                f"{arm['test_logloss']:.4f}",
+                f"{arm['max_abs_logit_diff']:.1e}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.append("")
+    lines.append("One seed, learning rates not tuned per arm. Largest difference between the logits of the trained model and")
+    lines.append("of its plain TorchRec export, over all test rows.")
+    return "\n".join(lines)
+
+
+def _arm_configs(config: Config) -> dict[str, Config]:
+    from mlet_dist.models.control import single_layer_control
+
+    def arm(name: str, **changes: Any) -> Config:
+        run = RunConfig(str(Path(config.run.dir) / name), config.run.overwrite)
+        return dataclasses.replace(config, run=run, **changes)
+
+    rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
+    control, rate_factor = single_layer_control(config.model, config.optimizer.name)
+    control_optimizer = dataclasses.replace(config.optimizer, rows_learning_rate=rate * rate_factor)
+    return {
+        SINGLE: arm(SINGLE, model=dataclasses.replace(config.model, hidden_dim=None)),
+        MLET: arm(MLET),
+        CONTROL: arm(CONTROL, model=control, optimizer=control_optimizer),
+    }
+
+
+def _run_command(*arguments: str) -> dict[str, Any]:
+    print("$", shlex.join(["mlet", *arguments]), file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlet_dist", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode == 2:
+        raise UserError(f"`mlet {shlex.join(arguments)}` found a mistake, shown above")
+    lines = done.stdout.splitlines()
+    if not lines:
+        raise RuntimeError(f"`mlet {shlex.join(arguments)}` failed with exit code {done.returncode}, see above")
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"

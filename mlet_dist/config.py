@@ -1,0 +1,315 @@
+"""Settings: frozen dataclasses <- YAML <- `section.key=value` overrides. Every check of a setting lives here."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mlet_dist.errors import UserError
+
+
+def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
+    """A field with its meaning for `mlet train --help` and its limits (at_least, above)."""
+    return field(default=default, metadata={"meaning": meaning, **limits})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data set is read, and in what batches."""
+
+    path: str = _setting("directory of a data set made by `mlet prepare` or `mlet synth`")
+    batch_size: int = _setting("rows of a global training batch, a multiple of the world size", 128, at_least=1)
+    eval_batch_size: int = _setting("rows of a global evaluation batch", 8192, at_least=1)
+    dense_features: tuple[str, ...] | None = _setting("dense columns to use; null takes all", None)
+    sparse_features: tuple[str, ...] | None = _setting("categorical columns to use; null takes all", None)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """TorchRec's DLRM around multi-layer embedding tables."""
+
+    embedding_dim: int = _setting("d: columns of the tables that are served", 16, at_least=1)
+    hidden_dim: int | None = _setting("k: columns of W1 in training; null trains single-layer tables", 64, at_least=1)
+    bottom_mlp: tuple[int, ...] = _setting("hidden layers of the dense arch; d is appended", (512, 256, 128), at_least=1)
+    top_mlp: tuple[int, ...] = _setting("hidden layers of the over arch; 1 is appended", (512, 256), at_least=1)
+    rows_init: Literal["uniform", "normal"] = _setting(
+        "W1: uniform ±1/sqrt(num_embeddings), or N(0, rows_init_std^2)", "uniform"
+    )
+    rows_init_std: float = _setting("standard deviation of W1 when rows_init is normal", 0.25, above=0)
+    rows_init_gain: float = _setting("factor on the initial values of the rows", 1.0, above=0)
+    projection_init_std: float | None = _setting(
+        "standard deviation of W2; null means 1/sqrt(hidden_dim), unit gain", None, above=0
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """One optimizer for everything: fused into backward for rows, the matching torch optimizer elsewhere."""
+
+    name: Literal["sgd", "adagrad"] = _setting("sgd or adagrad", "sgd")
+    learning_rate: float = _setting("of the dense layers, and of what has none of its own", 0.2, above=0)
+    rows_learning_rate: float | None = _setting("of W1, or of single-layer tables; null takes learning_rate", None, above=0)
+    projections_learning_rate: float | None = _setting("of W2; null takes learning_rate", None, above=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what to say meanwhile."""
+
+    seed: int = _setting("fixes all initial values", 0, at_least=0)
+    epochs: int = _setting("passes over the training split", 1, at_least=1)
+    max_steps: int | None = _setting("stop after this many steps; null trains all epochs", None, at_least=1)
+    log_every: int = _setting("steps between two records in metrics.jsonl and TensorBoard", 100, at_least=1)
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto takes cuda where there is one", "auto")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run is written."""
+
+    dir: str = _setting("directory for the resolved config, metrics and checkpoints")
+    overwrite: bool = _setting("replace a finished run in that directory", False)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a training run is told; `model.hidden_dim: null` is the single-layer baseline."""
+
+    data: DataConfig
+    run: RunConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain dicts, lists and scalars, as in YAML."""
+        plain: dict[str, dict[str, Any]] = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(self))))
+        return plain
+
+    def warnings(self) -> list[str]:
+        """Settings that are possible but that the user should know of, one line each."""
+        k, d = self.model.hidden_dim, self.model.embedding_dim
+        if k is not None and k < d:
+            return [
+                f"model.hidden_dim {k} is below model.embedding_dim {d}: W1·W2 then has rank at most {k}, and by Theorem "
+                "2.2 of the MLET paper (arXiv:2006.05623) not every table of d columns can be reached; "
+                f"use {d} or more, best over {4 * d}"
+            ]
+        return []
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise UserError unless every rank gets an equal share of a training batch."""
+        if self.data.batch_size % world_size:
+            lower = self.data.batch_size // world_size * world_size
+            raise UserError(
+                f"data.batch_size {self.data.batch_size} is not a multiple of the {world_size} ranks; "
+                f"use {f'{lower} or ' if lower else ''}{lower + world_size}"
+            )
+
+    def check_features(self, dense: Sequence[str], sparse: Sequence[str]) -> None:
+        """Raise UserError where a feature that is asked for is not among the data set's."""
+        for key, wanted, known in (
+            ("data.dense_features", self.data.dense_features, dense),
+            ("data.sparse_features", self.data.sparse_features, sparse),
+        ):
+            missing = [name for name in wanted or () if name not in known]
+            if missing:
+                raise UserError(
+                    f"{key}: {self.data.path} has no column {missing[0]!r}{_closest(missing[0], known)}; "
+                    f"it has {', '.join(known)}"
+                )
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply overrides such as ``data.batch_size=256`` and check every value.
+
+    Raises:
+        UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
+    """
+    source = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the config is not UTF-8 text: byte {error.start} is invalid") from None
+    try:
+        settings = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}:{where} is not valid YAML: {problem}") from None
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected sections such as `model:`, found {type(settings).__name__}")
+    for override in overrides:
+        _apply_override(settings, override)
+    config: Config = parse_section(Config, settings, "", source)
+    _check_together(config, source)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config, so that ``load_config`` reads the same settings back."""
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def parse_section(kind: type, settings: Any, prefix: str, source: str) -> Any:
+    """Build one config dataclass from plain data, checking every key, type and limit.
+
+    Args:
+        kind: the dataclass, e.g. ModelConfig.
+        settings: a mapping of its keys.
+        prefix: what precedes a key in messages, e.g. ``model.``.
+        source: the file named in messages.
+
+    Raises:
+        UserError: a key is unknown, missing, of the wrong type or out of range.
+    """
+    where = prefix.rstrip(".")
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{source}: {where}: expected a section of keys, found {_show(settings)}")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for name in settings:
+        if name not in known:
+            raise UserError(
+                f"{source}: {prefix}{name}: unknown key{_closest(str(name), list(known))}; "
+                f"known keys here are {', '.join(known)}"
+            )
+    values = {}
+    for name, setting in known.items():
+        key = prefix + name
+        nested = _section_type(setting)
+        if nested is not None:
+            section = settings.get(name)
+            values[name] = parse_section(nested, {} if section is None else section, f"{key}.", source)
+        elif name in settings:
+            values[name] = _convert(settings[name], setting, key, source)
+        elif setting.default is dataclasses.MISSING:
+            raise UserError(f"{source}: {key} is missing ({setting.metadata['meaning']}); set it there or as {key}=…")
+    return kind(**values)
+
+
+def describe_settings() -> str:
+    """Every key with its type, default and meaning, one line each."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        for setting in dataclasses.fields(_section_type(section)):
+            default = "required" if setting.default is dataclasses.MISSING else _show(setting.default)
+            lines.append(f"  {section.name}.{setting.name} ({default}): {setting.metadata['meaning']}")
+    return "\n".join(lines)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice, which YAML readers otherwise drop in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, typing.Hashable):
+                if key in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"{override!r}: an override is written section.key=value, for example data.batch_size=256")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not valid YAML") from None
+    if settings.get(section) is None:
+        settings[section] = {}
+    if isinstance(settings[section], dict):
+        settings[section][name] = value
+
+
+def _section_type(setting: dataclasses.Field[Any]) -> Any:
+    return setting.type if dataclasses.is_dataclass(setting.type) else None
+
+
+def _convert(value: Any, setting: dataclasses.Field[Any], key: str, source: str) -> Any:
+    allowed = typing.get_args(setting.type) if isinstance(setting.type, types.UnionType) else (setting.type,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = next(option for option in allowed if option is not type(None))
+    try:
+        converted = _as(kind, value)
+    except (TypeError, ValueError):
+        nullable = " or null" if type(None) in allowed else ""
+        raise UserError(f"{source}: {key}: expected {_name(kind)}{nullable}, found {_show(value)}") from None
+    for each in converted if isinstance(converted, tuple) else (converted,):
+        at_least, above = setting.metadata.get("at_least"), setting.metadata.get("above")
+        if at_least is not None and each < at_least:
+            raise UserError(f"{source}: {key} is {_show(value)}, it must be at least {at_least}")
+        if above is not None and not above < each < float("inf"):
+            raise UserError(f"{source}: {key} is {_show(value)}, it must be a finite number above {above}")
+    return converted
+
+
+def _as(kind: Any, value: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return tuple(_as(typing.get_args(kind)[0], each) for each in value)
+    if origin is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError
+        return value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        return float(value)  # YAML reads 1e-3 as a string
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _name(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if origin is tuple:
+        return f"a list of {_name(typing.get_args(kind)[0])} values"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+
+
+def _check_together(config: Config, source: str) -> None:
+    for key, names in (
+        ("data.dense_features", config.data.dense_features),
+        ("data.sparse_features", config.data.sparse_features),
+    ):
+        if names is not None and (not names or len(set(names)) < len(names)):
+            raise UserError(f"{source}: {key} is {list(names)}; name at least one column, each once, or leave it null")
+    for key, text in (("data.path", config.data.path), ("run.dir", config.run.dir)):
+        if not text.strip():
+            raise UserError(f"{source}: {key} is empty; it must be a directory")
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value

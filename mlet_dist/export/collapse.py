@@ -1,0 +1,96 @@
+"""The export job: W1·W2 of every table into a checkpoint that a plain TorchRec model loads by name."""
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint as dcp
+
+from mlet_dist import __version__
+from mlet_dist.export.manifest import FORMAT_VERSION, ExportDirectory, describe_tensor
+from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.progress import Progress
+from mlet_dist.data.staging import staged_directory
+from mlet_dist.training.checkpoint import load_tensor, newest_checkpoint, read_metadata
+from mlet_dist.training.run_directory import RunDirectory
+
+_BLOCK_ROWS = 1 << 16
+
+
+def export_run(run: Path, out: Path) -> dict[str, Any]:
+    """Collapse the newest checkpoint of a finished run into ``out``, which must not exist yet or be empty.
+
+    One process; it holds one W1 at a time, and all the collapsed tables.
+
+    Returns:
+        ``out``, the number of ``tables`` and the ``bytes`` they take served.
+
+    Raises:
+        UserError: the run never finished, a tensor is missing, or ``out`` is taken.
+    """
+    source = RunDirectory(run)
+    config, spec, summary = source.load()
+    checkpoint = newest_checkpoint(source.checkpoints)
+    metadata = read_metadata(checkpoint)
+    served = dataclasses.replace(spec, model=dataclasses.replace(spec.model, hidden_dim=None))
+    state: dict[str, torch.Tensor] = {}
+    tables: list[dict[str, Any]] = []
+    with staged_directory(out) as staging, Progress("export", len(spec.sparse), "tables") as progress:
+        for feature in spec.sparse:
+            name = f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"
+            rows = load_tensor(name, checkpoint, metadata)
+            trained_bytes = rows.numel() * rows.element_size()
+            if spec.model.hidden_dim is not None:
+                projection = load_tensor(f"{TABLES_PREFIX}projections.{feature.name}.weight", checkpoint, metadata)
+                trained_bytes += projection.numel() * projection.element_size()
+                rows = collapse(rows, projection)
+            state[name] = rows
+            tables.append(
+                {
+                    "name": feature.name,
+                    "num_embeddings": feature.num_embeddings,
+                    "hidden_dim": spec.model.hidden_dim,
+                    "embedding_dim": spec.model.embedding_dim,
+                    "trained_bytes": trained_bytes,
+                    **describe_tensor(name, rows),
+                }
+            )
+            progress.update(1)
+        dense = [name for name in build_dlrm(served, torch.device("meta")).state_dict() if name not in state]
+        state |= {name: load_tensor(name, checkpoint, metadata) for name in dense}
+        target = ExportDirectory(staging)
+        dcp.save(state, checkpoint_id=target.model, no_dist=True)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "versions": {"mlet_dist": __version__, "torch": torch.__version__, "torchrec": version("torchrec")},
+            "run": {"path": str(run), "checkpoint": checkpoint.name, **_metrics(summary)},
+            "config": config.to_dict(),
+            "model": served.to_dict(),
+            "state": target.model.name,
+            "tables": tables,
+            "dense": [describe_tensor(name, state[name]) for name in dense],
+        }
+        target.manifest.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    served_bytes = sum(table["bytes"] for table in tables)
+    return {
+        "out": str(out),
+        "tables": len(tables),
+        "bytes": served_bytes,
+        "trained_bytes": sum(table["trained_bytes"] for table in tables),
+    }
+
+
+def collapse(rows: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """W = W1·W2 by blocks of rows: ``(n, k)`` and ``(k, d)`` -> ``(n, d)`` float32."""
+    table = torch.empty(rows.shape[0], projection.shape[1])
+    for start in range(0, rows.shape[0], _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        torch.mm(rows[block].float(), projection.float(), out=table[block])
+    return table
+
+
+def _metrics(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in summary.items() if name.endswith(("_auc", "_logloss", "_rows"))}

@@ -1,0 +1,40 @@
+"""Metrics of a run or of an export, on any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
+from mlet_dist.export.manifest import ExportDirectory
+from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.training.checkpoint import MODEL_KEY, load_model, newest_checkpoint
+from mlet_dist.training.distributed import join_ranks
+from mlet_dist.training.evaluation import evaluate, evaluation_loader
+from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.sharding import shard_model
+
+
+def evaluate_path(target: Path, data: Path, split: str, batch_size: int = 8192, device: str = "auto") -> dict[str, Any]:
+    """``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export over a split of a data set.
+
+    Raises:
+        UserError: ``target`` is neither, or the data set does not fit the model.
+    """
+    export, run = ExportDirectory(target), RunDirectory(target)
+    if export.manifest.exists():
+        spec, _ = export.load()
+        checkpoint, key = export.model, None
+    elif run.config.exists():
+        _, spec, _ = run.load()
+        checkpoint, key = newest_checkpoint(run.checkpoints), MODEL_KEY
+    else:
+        missing = "no such directory" if not target.exists() else "neither a run nor an export"
+        raise UserError(f"{target}: {missing}; expected what `mlet train` or `mlet export` made")
+    spec.check_data(DatasetSchema.load(data), data)
+    with join_ranks(device) as worker:
+        model = shard_model(build_dlrm(spec, tables_device=torch.device("meta")), worker)
+        load_model(model, checkpoint, key)
+        found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
+    return {"target": str(target), "split": split, **found}

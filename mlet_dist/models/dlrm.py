@@ -1,0 +1,72 @@
+"""TorchRec's DLRM around multi-layer tables, or around plain ones, from a config."""
+
+import math
+
+import torch
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from mlet_dist.models.spec import ModelSpec
+
+TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
+"""What precedes ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the model's state names."""
+
+
+def build_dlrm(spec: ModelSpec, tables_device: torch.device) -> DLRM:
+    """The model that is trained: DLRM around a MultiLayerEmbeddingBagCollection.
+
+    The dense layers are drawn on the CPU from the seed, so they start the same on any number of ranks.
+
+    Args:
+        tables_device: ``meta`` when the tables are to be sharded.
+    """
+    embeddings = MultiLayerEmbeddingBagCollection(_table_configs(spec), device=tables_device, seed=spec.seed)
+    return _around(embeddings, spec)
+
+
+def build_plain_dlrm(spec: ModelSpec) -> DLRM:
+    """The model that is served: TorchRec's DLRM around TorchRec's EmbeddingBagCollection, unsharded on the CPU."""
+    return _around(EmbeddingBagCollection([table.plain_config() for table in _table_configs(spec)]), spec)
+
+
+def table_bytes(spec: ModelSpec) -> tuple[int, int]:
+    """Bytes of all tables in float32: (W1 and W2 in training, W when served)."""
+    tables = build_dlrm(spec, torch.device("meta")).sparse_arch.embedding_bag_collection
+    return _parameter_bytes(tables), _parameter_bytes(tables.collapse())
+
+
+def _around(embeddings: EmbeddingBagCollection, spec: ModelSpec) -> DLRM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return DLRM(
+            embedding_bag_collection=embeddings,
+            dense_in_features=len(spec.dense),
+            dense_arch_layer_sizes=[*spec.model.bottom_mlp, spec.model.embedding_dim],
+            over_arch_layer_sizes=[*spec.model.top_mlp, 1],
+        )
+
+
+def _parameter_bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _table_configs(spec: ModelSpec) -> list[MultiLayerEmbeddingBagConfig]:
+    model = spec.model
+    tables = []
+    for feature in spec.sparse:
+        bound = model.rows_init_gain / math.sqrt(feature.num_embeddings)
+        tables.append(
+            MultiLayerEmbeddingBagConfig(
+                name=feature.name,
+                num_embeddings=feature.num_embeddings,
+                embedding_dim=model.embedding_dim,
+                hidden_dim=model.hidden_dim,
+                feature_names=[feature.name],
+                weight_init_min=-bound,
+                weight_init_max=bound,
+                rows_init_std=model.rows_init_gain * model.rows_init_std if model.rows_init == "normal" else None,
+                projection_init_std=model.projection_init_std,
+            )
+        )
+    return tables

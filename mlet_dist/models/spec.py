@@ -1,0 +1,88 @@
+"""What a model was built from: enough to build it again without its data set."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.config import Config, ModelConfig, parse_section
+from mlet_dist.data.schema import DatasetSchema, SparseFeature
+from mlet_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes, inputs and seed of a DLRM.
+
+    Attributes:
+        model: layer sizes and initial values.
+        dense: names of the dense inputs, in order.
+        sparse: categorical inputs, in order; each has a table of its own name.
+        seed: fixes the initial values.
+    """
+
+    model: ModelConfig
+    dense: tuple[str, ...]
+    sparse: tuple[SparseFeature, ...]
+    seed: int
+
+    @classmethod
+    def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
+        """The model that ``config`` asks for on the data set ``schema``.
+
+        Raises:
+            UserError: a feature that is asked for is not in the data set.
+        """
+        sizes = schema.num_embeddings
+        config.check_features(schema.dense, list(sizes))
+        dense = schema.dense if config.data.dense_features is None else config.data.dense_features
+        sparse = tuple(sizes) if config.data.sparse_features is None else config.data.sparse_features
+        features = tuple(SparseFeature(name, sizes[name]) for name in sparse)
+        return cls(config.model, dense, features, config.train.seed)
+
+    def check_data(self, schema: DatasetSchema, path: Path) -> None:
+        """Raise UserError unless the data set holds this model's inputs, with ids that its tables have."""
+        for name in self.dense:
+            if name not in schema.dense:
+                raise UserError(f"{path}: the model takes the dense column {name!r}, which this data set does not have")
+        for feature in self.sparse:
+            found = schema.num_embeddings.get(feature.name)
+            if found is None:
+                raise UserError(f"{path}: the model takes the feature {feature.name!r}, which this data set does not have")
+            if found != feature.num_embeddings:
+                raise UserError(
+                    f"{path}: feature {feature.name!r} has {found:,} ids here and the model's table {feature.num_embeddings:,} "
+                    "rows; use the data set that the model was trained on, or one with the same vocabulary"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the spec as JSON."""
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    @classmethod
+    def load(cls, path: Path) -> "ModelSpec":
+        """Read what ``save`` wrote.
+
+        Raises:
+            UserError: the file is missing or broken.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any], source: str) -> "ModelSpec":
+        """Take back what ``to_dict`` gave; ``source`` is the file named in errors."""
+        try:
+            features = tuple(SparseFeature(each["name"], int(each["num_embeddings"])) for each in plain["sparse"])
+            model = parse_section(ModelConfig, plain["model"], "model.", source)
+            return cls(model, tuple(plain["dense"]), features, int(plain["seed"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{source}: not a model description: {error!r}") from None

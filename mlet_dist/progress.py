@@ -1,0 +1,84 @@
+"""Progress of long work: a live bar on a terminal, plain lines in a log. Everything goes to stderr."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts work done and shows it, with rate, ETA and any fields the caller adds.
+
+    Args:
+        description: what is being done, e.g. ``train``.
+        total: how much there is to do, in ``unit``s; None when it is not known.
+        unit: what is counted, e.g. ``rows`` or ``steps``.
+        log_interval: seconds between two lines when stderr is not a terminal.
+        disable: show nothing (every rank but the first).
+        stream: where to show it; stderr unless told.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None,
+        unit: str,
+        *,
+        log_interval: float = 10.0,
+        disable: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._description, self._total, self._unit = description, total, unit
+        self._log_interval, self._disable = log_interval, disable
+        self._done = 0
+        self._fields: dict[str, str] = {}
+        self._started = self._last_line = time.monotonic()
+        self._bar: tqdm | None = None
+        if not disable and self._stream.isatty():
+            self._bar = tqdm(total=total, desc=description, unit=unit, unit_scale=True, file=self._stream)
+
+    def update(self, amount: int, **fields: str) -> None:
+        """Add ``amount`` units of work; ``fields`` are shown beside the count until replaced."""
+        self._done += amount
+        self._fields.update(fields)
+        if self._bar is not None:
+            if fields:
+                self._bar.set_postfix(self._fields, refresh=False)
+            self._bar.update(amount)
+        elif not self._disable and time.monotonic() - self._last_line >= self._log_interval:
+            self._write_line()
+
+    def close(self) -> None:
+        """Show the final count and stop."""
+        if self._bar is not None:
+            self._bar.close()
+        elif not self._disable:
+            self._write_line()
+        self._disable, self._bar = True, None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_line(self) -> None:
+        self._last_line = now = time.monotonic()
+        rate = self._done / max(now - self._started, 1e-9)
+        of = f"/{self._total:,}" if self._total is not None else ""
+        parts = [f"{self._description} {self._done:,}{of} {self._unit}", f"{rate:,.0f} {self._unit}/s"]
+        if self._total is not None and 0 < self._done < self._total:
+            parts.append(f"ETA {_duration((self._total - self._done) / rate)}")
+        parts += [f"{name} {value}" for name, value in self._fields.items()]
+        print("  ".join(parts), file=self._stream, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

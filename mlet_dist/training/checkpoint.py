@@ -1,0 +1,111 @@
+"""Checkpoints with torch.distributed.checkpoint: sharded in, resharded out, whole or absent."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torchrec.optim.keyed import KeyedOptimizer
+
+from mlet_dist.errors import UserError
+
+MODEL_KEY = "model"
+
+
+def save_checkpoint(
+    directory: Path, step: int, model: nn.Module, optimizer: KeyedOptimizer, progress: dict[str, Any]
+) -> Path:
+    """Write ``directory/step-<step>`` from all ranks: ``model``, ``optimizer`` and ``progress``.
+
+    It is written under another name and renamed once every rank has finished. A collective call; ``directory`` is
+    one place for all ranks.
+    """
+    target = directory / f"step-{step:08d}"
+    partial = directory / f"step-{step:08d}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = {MODEL_KEY: model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}
+    dcp.save(state, checkpoint_id=partial)
+    if dist.get_rank() == 0:
+        partial.rename(target)
+    dist.barrier()
+    return target
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """The last whole checkpoint in a run's ``checkpoints`` directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    whole = sorted(path.parent for path in directory.glob("step-????????/.metadata"))
+    if not whole:
+        raise UserError(f"{directory}: no whole checkpoint; the run never finished")
+    return whole[-1]
+
+
+def read_metadata(checkpoint: Path) -> Metadata:
+    """Names, shapes and dtypes in a checkpoint.
+
+    Raises:
+        UserError: it is not a checkpoint, or a broken one.
+    """
+    try:
+        return dcp.FileSystemReader(checkpoint).read_metadata()
+    except Exception as error:  # unpickling a damaged file raises anything
+        raise UserError(f"{checkpoint}: not a readable checkpoint: {error or type(error).__name__}") from None
+
+
+def load_model(model: nn.Module, checkpoint: Path, key: str | None = MODEL_KEY) -> None:
+    """Fill ``model``, sharded in any way on any number of ranks, from a checkpoint.
+
+    Args:
+        key: what precedes the model's names in the checkpoint; None where nothing does (an export).
+
+    Raises:
+        UserError: a tensor is missing, of another shape, or cannot be read.
+    """
+    state = model.state_dict()
+    stored = read_metadata(checkpoint).state_dict_metadata
+    for name, tensor in state.items():
+        found = stored.get(name if key is None else f"{key}.{name}")
+        if not isinstance(found, TensorStorageMetadata):
+            raise UserError(f"{checkpoint}: holds no tensor {name!r}, which the model has")
+        if found.size != tensor.size():
+            raise UserError(f"{checkpoint}: {name!r} is {tuple(found.size)} there and {tuple(tensor.size())} in the model")
+    load_state(state if key is None else {key: state}, checkpoint)
+    model.load_state_dict(state)
+
+
+def load_state(state: dict[str, Any], checkpoint: Path, no_dist: bool = False) -> None:
+    """Fill the tensors of ``state`` in place from a checkpoint.
+
+    Raises:
+        UserError: a file of the checkpoint is missing or damaged.
+    """
+    try:
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=no_dist)
+    except CheckpointException as failed:
+        rank, (error, _) = next(iter(sorted(failed.failures.items())))
+        raise UserError(f"{checkpoint}: rank {rank} cannot load it: {error or type(error).__name__}") from None
+
+
+def load_tensor(name: str, checkpoint: Path, metadata: Metadata) -> torch.Tensor:
+    """One whole tensor of the model, on the CPU, read by this process alone.
+
+    Raises:
+        UserError: the tensor is missing or its file damaged.
+    """
+    found = metadata.state_dict_metadata.get(f"{MODEL_KEY}.{name}")
+    if not isinstance(found, TensorStorageMetadata):
+        raise UserError(f"{checkpoint}: holds no tensor {name!r}")
+    tensor = torch.empty(found.size, dtype=found.properties.dtype)
+    load_state({MODEL_KEY: {name: tensor}}, checkpoint, no_dist=True)
+    return tensor

@@ -1,0 +1,54 @@
+"""Where this process stands among the ranks, and the process group that joins them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import distributed as dist
+
+from mlet_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One rank of the job: its number, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+
+@contextmanager
+def join_ranks(device: str = "auto") -> Iterator[Worker]:
+    """Join the process group that torchrun's environment describes, or a group of one without it.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``; cuda takes nccl, cpu takes gloo.
+
+    Raises:
+        UserError: cuda is asked for where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch finds no CUDA device here; use cpu or auto (see `mlet doctor`)")
+    on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    target = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(target)
+    backend = "nccl" if on_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Worker(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,52 @@
+"""One optimizer in two forms: fused into backward for the sharded rows, torch's own for everything else."""
+
+from typing import Any
+
+import torch
+from torchrec.distributed import DistributedModelParallel
+from torchrec.models.dlrm import DLRM
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from mlet_dist.config import OptimizerConfig
+from mlet_dist.models.dlrm import TABLES_PREFIX
+
+_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {}),
+    # fbgemm's default eps is 1e-8 and torch's 1e-10: rows and dense layers get the same.
+    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+}
+
+
+def fuse_row_optimizer(model: DLRM, config: OptimizerConfig) -> None:
+    """Have every W1 updated inside backward; call it before sharding."""
+    kind, arguments = _OPTIMIZERS[config.name]
+    rows = model.sparse_arch.embedding_bag_collection.embedding_bags.parameters()
+    apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _row_rate(config)})
+
+
+def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
+    """All optimizers of a sharded model as one, with state keyed by parameter name.
+
+    Rows of tables too small to be sharded have no fused kernel; they are stepped here, at the rows' learning rate.
+    """
+    kind, arguments = _OPTIMIZERS[config.name]
+    groups: dict[float, dict[str, torch.Tensor]] = {}
+    for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
+        if name.startswith(f"{TABLES_PREFIX}embedding_bags."):
+            rate = _row_rate(config)
+        elif name.startswith(f"{TABLES_PREFIX}projections."):
+            rate = config.learning_rate if config.projections_learning_rate is None else config.projections_learning_rate
+        else:
+            rate = config.learning_rate
+        groups.setdefault(rate, {})[name] = parameter
+    stepped = [
+        KeyedOptimizerWrapper(parameters, lambda params, rate=rate: kind(params, lr=rate, **arguments))
+        for rate, parameters in groups.items()
+    ]
+    return CombinedOptimizer([model.fused_optimizer, *stepped])
+
+
+def _row_rate(config: OptimizerConfig) -> float:
+    return config.learning_rate if config.rows_learning_rate is None else config.rows_learning_rate

@@ -1,0 +1,36 @@
+"""What a run says of itself while it goes on: metrics.jsonl, TensorBoard."""
+
+import json
+from types import TracebackType
+from typing import TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from mlet_dist.training.run_directory import RunDirectory
+
+
+class Recorder:
+    """Writes records of one run, on the first rank; on the others it does nothing."""
+
+    def __init__(self, run: RunDirectory, enabled: bool) -> None:
+        self._lines: TextIO | None = run.metrics.open("a", encoding="utf-8") if enabled else None
+        self._tensorboard = SummaryWriter(str(run.tensorboard)) if enabled else None
+
+    def record(self, split: str, step: int, values: dict[str, float]) -> None:
+        """Write one line and one TensorBoard point a value, under ``split/name``."""
+        if self._lines is None or self._tensorboard is None:
+            return
+        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._lines is not None and self._tensorboard is not None:
+            self._lines.close()
+            self._tensorboard.close()

@@ -1,0 +1,105 @@
+"""The layout of a run on disk: resolved config, model, metrics, checkpoints, summary."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.config import Config, load_config, save_config
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside a run.
+
+    ::
+
+        config.yaml       the resolved config; `mlet train` takes it as it is
+        model.json        sizes and inputs of the model
+        metrics.jsonl     one record a line: step, loss, AUC, samples/s; then one a split
+        tensorboard/      the same for TensorBoard
+        checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint
+        summary.json      the result, written last: a run without it has not finished
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raise UserError where starting here would destroy a finished run or something that is no run."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UserError(f"run.dir {self.path} is a file; it must be a directory, or not exist yet")
+        if self.summary.exists() and not overwrite:
+            raise UserError(
+                f"run.dir {self.path} holds a finished run; choose another run.dir, or replace it with run.overwrite=true"
+            )
+        if any(self.path.iterdir()) and not self.config.exists():
+            raise UserError(f"run.dir {self.path} holds files that are not a run's; choose an empty or new directory")
+
+    def start(self, config: Config, spec: ModelSpec) -> None:
+        """Make the directory, drop what an earlier run left there, and write the config and the model."""
+        self.check_free(config.run.overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for left in (self.summary, self.metrics, self.model):
+                left.unlink(missing_ok=True)
+            for folder in (self.checkpoints, self.tensorboard):
+                shutil.rmtree(folder, ignore_errors=True)
+            save_config(config, self.config)
+            spec.save(self.model)
+        except OSError as error:
+            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary, whole or not at all."""
+        partial = self.summary.with_suffix(".partial")
+        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.summary)
+
+    def load(self) -> tuple[Config, ModelSpec, dict[str, Any]]:
+        """Config, model and summary of a finished run.
+
+        Raises:
+            UserError: it is no run, or has not finished.
+        """
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: no such directory; expected a run made by `mlet train`")
+        if not self.config.exists():
+            raise UserError(f"{self.path}: not a run of `mlet train`: it has no {self.config.name}")
+        if not self.summary.exists():
+            raise UserError(
+                f"{self.path}: this run never finished: it has no {self.summary.name}; train it to the end first"
+            )
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.summary}: cannot be read: {error}") from None
+        return load_config(self.config), ModelSpec.load(self.model), summary

@@ -1,0 +1,165 @@
+"""Training, from a config to a checkpoint and a summary."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.nn import functional
+from torchrec.distributed import DistributedModelParallel
+
+from mlet_dist.config import Config
+from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
+from mlet_dist.models.dlrm import build_dlrm, table_bytes
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.progress import Progress
+from mlet_dist.training.checkpoint import save_checkpoint
+from mlet_dist.training.distributed import Worker, join_ranks
+from mlet_dist.training.evaluation import evaluate, evaluation_loader
+from mlet_dist.training.metrics import BinaryMetrics
+from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
+from mlet_dist.training.recorder import Recorder
+from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.weights import weights_sha256
+
+_PROGRESS_BINS = 1 << 16
+
+
+def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
+    """Train, checkpoint and evaluate; the same call on every rank.
+
+    Args:
+        config: the resolved settings.
+        fingerprint: also compute ``weights_sha256``, which sends the whole model through the first rank.
+
+    Returns:
+        The summary that is written into the run directory.
+
+    Raises:
+        UserError: a setting, the data set or the run directory is not as it must be, or the loss is not finite.
+    """
+    data_path, run = Path(config.data.path), RunDirectory(Path(config.run.dir))
+    schema = DatasetSchema.load(data_path)
+    spec = ModelSpec.of(config, schema)
+    with join_ranks(config.train.device) as worker:
+        config.check_world_size(worker.world_size)
+        if worker.is_first:
+            run.start(config, spec)
+        dist.barrier()
+
+        model = build_dlrm(spec, tables_device=torch.device("meta"))
+        fuse_row_optimizer(model, config.optimizer)
+        sharded = shard_model(model, worker)
+        optimizer = build_optimizer(sharded, config.optimizer)
+        loader = DataLoader(
+            data_path,
+            "train",
+            batch_size=config.data.batch_size,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            dense_features=spec.dense,
+            sparse_features=[feature.name for feature in spec.sparse],
+            drop_last=True,
+        )
+        steps = _total_steps(config, len(loader), schema.rows["train"])
+        with Recorder(run, enabled=worker.is_first) as recorder:
+            seconds = _train_steps(config, steps, sharded, optimizer, loader, worker, recorder)
+            progress = {"step": steps, "epoch": steps // len(loader), "batch_in_epoch": steps % len(loader)}
+            checkpoint = save_checkpoint(run.checkpoints, steps, sharded, optimizer, progress)
+            summary: dict[str, Any] = {"run": str(run.path), "steps": steps, "checkpoint": str(checkpoint)}
+            for split in ("valid", "test"):
+                split_loader = evaluation_loader(data_path, split, spec, config.data.eval_batch_size, worker)
+                found = evaluate(sharded, split_loader, worker, split)
+                recorder.record(split, steps, found)
+                summary |= {f"{split}_{name}": found[name] for name in ("auc", "logloss", "rows")}
+        trained, served = table_bytes(spec)
+        summary |= {
+            "trained_table_bytes": trained,
+            "served_table_bytes": served,
+            "world_size": worker.world_size,
+            "device": worker.device.type,
+            "samples_per_s": steps * config.data.batch_size / seconds,
+        }
+        if fingerprint:
+            summary["weights_sha256"] = weights_sha256(sharded, worker.device)
+        if worker.is_first:
+            run.finish(summary)
+        dist.barrier()
+    return summary
+
+
+def _total_steps(config: Config, steps_per_epoch: int, rows: int) -> int:
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"{config.data.path}: the training split has {rows} rows, fewer than data.batch_size {config.data.batch_size}"
+        )
+    steps = steps_per_epoch * config.train.epochs
+    return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
+
+
+def _train_steps(
+    config: Config,
+    steps: int,
+    model: DistributedModelParallel,
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader,
+    worker: Worker,
+    recorder: Recorder,
+) -> float:
+    """Run the optimizer ``steps`` times; returns the seconds it took."""
+    model.train()
+    metrics = BinaryMetrics(worker.device, _PROGRESS_BINS)
+    report = _TrainingReport(config.data.batch_size)
+    step = 0
+    with Progress("train", steps, "steps", disable=not worker.is_first) as progress:
+        while step < steps:
+            for batch in loader:
+                batch = batch.to(worker.device)
+                logits = model(batch.dense, batch.sparse).squeeze(-1)
+                loss = functional.binary_cross_entropy_with_logits(logits, batch.labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                metrics.update(logits.detach(), batch.labels)
+                step += 1
+                fields = {}
+                if step % config.train.log_every == 0 or step == steps:
+                    found = report.at(step, metrics.compute())
+                    recorder.record("train", step, found)
+                    fields = {
+                        "loss": f"{found['loss']:.4f}",
+                        "AUC": f"{found['auc']:.4f}",
+                        "samples/s": f"{found['samples_per_s']:,.0f}",
+                    }
+                progress.update(1, **fields)
+                if step == steps:
+                    break
+    return report.seconds
+
+
+class _TrainingReport:
+    """What is said every ``log_every`` steps: loss since the last time, AUC since the start, speed since the start."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._started = time.monotonic()
+        self._rows, self._loss_sum = 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def at(self, step: int, totals: dict[str, float]) -> dict[str, float]:
+        rows, loss_sum = totals["rows"], totals["logloss"] * totals["rows"]
+        loss = (loss_sum - self._loss_sum) / (rows - self._rows)
+        self._rows, self._loss_sum = rows, loss_sum
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training loss is {loss} by step {step}; lower optimizer.learning_rate or the initial values"
+            )
+        return {"loss": loss, "auc": totals["auc"], "samples_per_s": step * self._batch_size / self.seconds}
