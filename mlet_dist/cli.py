@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if ok else 1
     except UserError as error:
         if not _handed_to_launcher(error):
-            print(f"mlet: error: {error}", file=sys.stderr)
+            print("mlet: error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mlet: interrupted", file=sys.stderr)
@@ -68,9 +68,12 @@ def _synth(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.training.run_directory import RunDirectory
+
     config = _load_checked(args)
+    if not _under_launcher():
+        RunDirectory(Path(config.run.dir)).check_free(config.run.overwrite)
     if args.nproc is not None:
-        config.check_world_size(args.nproc)
         return _in_ranks(args, arguments)
     _before_torch()
     from mlet_dist.training.trainer import train
@@ -120,12 +123,13 @@ def _doctor(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool
 
 
 def _load_checked(args: argparse.Namespace) -> Config:
-    """The config, checked against the data set and the run directory before torch is imported."""
+    """The config, checked against the data set and the number of ranks before torch is imported."""
     from mlet_dist.data.schema import DatasetSchema
 
     config = load_config(Path(args.config), args.overrides)
     schema = DatasetSchema.load(Path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
+    config.check_world_size(args.nproc or 1)
     if _is_first_rank() and not _under_launcher():
         for warning in config.warnings():
             print(f"mlet: warning: {warning}", file=sys.stderr)
@@ -135,10 +139,14 @@ def _load_checked(args: argparse.Namespace) -> Config:
 def _in_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[None, bool]:
     from mlet_dist.launcher import run_ranks
 
-    at = next(i for i, argument in enumerate(arguments) if argument.startswith("--nproc"))
-    alone = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
-    run_ranks(args.nproc, alone)
+    run_ranks(args.nproc, _without_nproc(arguments))
     return None, True
+
+
+def _without_nproc(arguments: list[str]) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_nproc(parser)
+    return parser.parse_known_args(arguments)[1]
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -155,7 +163,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are UserErrors of one line."""
+    """An ArgumentParser whose mistakes are UserErrors of one line, and whose options are not abbreviated."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
@@ -200,7 +211,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     settings = f"settings, as section.key=value or in the YAML file:\n{describe_settings()}"
-    train = add("train", _train, "Train a model and evaluate it; torchrun -m mlet_dist train … does on many hosts.", settings)
+    train = add(
+        "train", _train, "Train a model and evaluate it; torchrun -m mlet_dist train … does on many hosts.", settings
+    )
     _add_config(train)
     compare = add(
         "compare", _compare,
@@ -218,7 +231,9 @@ def _build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help="what `mlet train` made")
     export.add_argument("--out", required=True, help="directory for the export; must not exist or be empty")
 
-    verify = add("verify", _verify, "Compare factorised and collapsed predictions, row by row; exit code 1 if they differ.")
+    verify = add(
+        "verify", _verify, "Compare factorised and collapsed predictions, row by row; exit code 1 if they differ."
+    )
     verify.add_argument("export", metavar="EXPORT", help="what `mlet export` made")
     verify.add_argument("--run", required=True, help="the run it was exported from")
     _add_data(verify)
@@ -246,10 +261,9 @@ def _add_nproc(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _is_first_rank() -> bool:
@@ -273,7 +287,7 @@ def _before_torch() -> None:
     import logging
     import warnings
 
-    # OpenMP's threads spin while they wait. Where another process wants the core too, that made training 10 times slower.
+    # OpenMP's threads spin while they wait. Where other processes want the cores too, training took 10 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The libraries' start-up chatter; errors still show.
     logging.getLogger("torch.fx").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,12 @@ import yaml
 
 from mlet_dist.errors import UserError
 
+_COMMAND_LINE = "command line"
+_SHOWN_CHARACTERS = 200
+
 
 def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A field with its meaning for `mlet train --help` and its limits (at_least, above)."""
+    """A field with its meaning for `mlet train --help` and its limits (at_least, at_most, above)."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
@@ -36,7 +40,9 @@ class ModelConfig:
 
     embedding_dim: int = _setting("d: columns of the tables that are served", 16, at_least=1)
     hidden_dim: int | None = _setting("k: columns of W1 in training; null trains single-layer tables", 64, at_least=1)
-    bottom_mlp: tuple[int, ...] = _setting("hidden layers of the dense arch; d is appended", (512, 256, 128), at_least=1)
+    bottom_mlp: tuple[int, ...] = _setting(
+        "hidden layers of the dense arch; d is appended", (512, 256, 128), at_least=1
+    )
     top_mlp: tuple[int, ...] = _setting("hidden layers of the over arch; 1 is appended", (512, 256), at_least=1)
     rows_init: Literal["uniform", "normal"] = _setting(
         "W1: uniform ±1/sqrt(num_embeddings), or N(0, rows_init_std^2)", "uniform"
@@ -54,7 +60,9 @@ class OptimizerConfig:
 
     name: Literal["sgd", "adagrad"] = _setting("sgd or adagrad", "sgd")
     learning_rate: float = _setting("of the dense layers, and of what has none of its own", 0.2, above=0)
-    rows_learning_rate: float | None = _setting("of W1, or of single-layer tables; null takes learning_rate", None, above=0)
+    rows_learning_rate: float | None = _setting(
+        "of W1, or of single-layer tables; null takes learning_rate", None, above=0
+    )
     projections_learning_rate: float | None = _setting("of W2; null takes learning_rate", None, above=0)
 
 
@@ -62,7 +70,7 @@ class OptimizerConfig:
 class TrainConfig:
     """How long to train, and what to say meanwhile."""
 
-    seed: int = _setting("fixes all initial values", 0, at_least=0)
+    seed: int = _setting("fixes all initial values", 0, at_least=0, at_most=2**63 - 1)
     epochs: int = _setting("passes over the training split", 1, at_least=1)
     max_steps: int | None = _setting("stop after this many steps; null trains all epochs", None, at_least=1)
     log_every: int = _setting("steps between two records in metrics.jsonl and TensorBoard", 100, at_least=1)
@@ -97,8 +105,8 @@ class Config:
         k, d = self.model.hidden_dim, self.model.embedding_dim
         if k is not None and k < d:
             return [
-                f"model.hidden_dim {k} is below model.embedding_dim {d}: W1·W2 then has rank at most {k}, and by Theorem "
-                "2.2 of the MLET paper (arXiv:2006.05623) not every table of d columns can be reached; "
+                f"model.hidden_dim {k} is below model.embedding_dim {d}: W1·W2 then has rank at most {k}, and by "
+                "Theorem 2.2 of the MLET paper (arXiv:2006.05623) not every table of d columns can be reached; "
                 f"use {d} or more, best over {4 * d}"
             ]
         return []
@@ -140,20 +148,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: the config is not UTF-8 text: byte {error.start} is invalid") from None
     try:
-        settings = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}:{where} is not valid YAML: {problem}") from None
+        settings = _load_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML{error}") from None
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected sections such as `model:`, found {type(settings).__name__}")
+        raise UserError(f"{path}: expected sections such as `model:`, found {_show(settings)}")
+    sources: dict[str, str] = {}
     for override in overrides:
-        _apply_override(settings, override)
-    config: Config = parse_section(Config, settings, "", source)
-    _check_together(config, source)
+        _apply_override(settings, override, sources)
+    config: Config = parse_section(Config, settings, "", source, sources)
+    _check_together(config, source, sources)
     return config
 
 
@@ -162,7 +168,9 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def parse_section(kind: type, settings: Any, prefix: str, source: str) -> Any:
+def parse_section(
+    kind: type, settings: Any, prefix: str, source: str, sources: Mapping[str, str] = types.MappingProxyType({})
+) -> Any:
     """Build one config dataclass from plain data, checking every key, type and limit.
 
     Args:
@@ -170,6 +178,7 @@ def parse_section(kind: type, settings: Any, prefix: str, source: str) -> Any:
         settings: a mapping of its keys.
         prefix: what precedes a key in messages, e.g. ``model.``.
         source: the file named in messages.
+        sources: what is named instead for single keys, because they were given elsewhere.
 
     Raises:
         UserError: a key is unknown, missing, of the wrong type or out of range.
@@ -180,8 +189,9 @@ def parse_section(kind: type, settings: Any, prefix: str, source: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for name in settings:
         if name not in known:
+            key = f"{prefix}{name}"
             raise UserError(
-                f"{source}: {prefix}{name}: unknown key{_closest(str(name), list(known))}; "
+                f"{sources.get(key, source)}: {_one_line(key)}: unknown key{_closest(str(name), list(known))}; "
                 f"known keys here are {', '.join(known)}"
             )
     values = {}
@@ -190,9 +200,9 @@ def parse_section(kind: type, settings: Any, prefix: str, source: str) -> Any:
         nested = _section_type(setting)
         if nested is not None:
             section = settings.get(name)
-            values[name] = parse_section(nested, {} if section is None else section, f"{key}.", source)
+            values[name] = parse_section(nested, {} if section is None else section, f"{key}.", source, sources)
         elif name in settings:
-            values[name] = _convert(settings[name], setting, key, source)
+            values[name] = _convert(settings[name], setting, key, sources.get(key, source))
         elif setting.default is dataclasses.MISSING:
             raise UserError(f"{source}: {key} is missing ({setting.metadata['meaning']}); set it there or as {key}=…")
     return kind(**values)
@@ -211,26 +221,46 @@ def describe_settings() -> str:
 class _StrictLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a key given twice, which YAML readers otherwise drop in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    # Before merge keys (`<<`) are resolved: what they bring in may be given again.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, typing.Hashable):
-                if key in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
-def _apply_override(settings: dict[str, Any], override: str) -> None:
+def _load_yaml(text: str) -> Any:
+    """What the text says; a ValueError tells where and why it is not valid YAML, as `` in line 3: …``."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+    except ValueError as error:  # a date such as 2024-13-45
+        raise ValueError(f": {error}") from None
+    except RecursionError:
+        raise ValueError(": it is nested too deeply") from None
+
+
+def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, str]) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
-        raise UserError(f"{override!r}: an override is written section.key=value, for example data.batch_size=256")
+        raise UserError(
+            f"{_COMMAND_LINE}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
+        )
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not valid YAML") from None
+        value = _load_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{_COMMAND_LINE}: {override!r}: the value is not valid YAML{error}") from None
+    sources[key] = _COMMAND_LINE
+    if section not in settings:
+        sources[section] = _COMMAND_LINE
     if settings.get(section) is None:
         settings[section] = {}
     if isinstance(settings[section], dict):
@@ -248,13 +278,16 @@ def _convert(value: Any, setting: dataclasses.Field[Any], key: str, source: str)
     kind = next(option for option in allowed if option is not type(None))
     try:
         converted = _as(kind, value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         nullable = " or null" if type(None) in allowed else ""
-        raise UserError(f"{source}: {key}: expected {_name(kind)}{nullable}, found {_show(value)}") from None
+        quote = "; put it in quotes" if kind is str and value is not None and not isinstance(value, dict | list) else ""
+        raise UserError(f"{source}: {key}: expected {_name(kind)}{nullable}, found {_show(value)}{quote}") from None
     for each in converted if isinstance(converted, tuple) else (converted,):
-        at_least, above = setting.metadata.get("at_least"), setting.metadata.get("above")
+        at_least, at_most, above = (setting.metadata.get(limit) for limit in ("at_least", "at_most", "above"))
         if at_least is not None and each < at_least:
             raise UserError(f"{source}: {key} is {_show(value)}, it must be at least {at_least}")
+        if at_most is not None and each > at_most:
+            raise UserError(f"{source}: {key} is {_show(value)}, it must be at most {at_most}")
         if above is not None and not above < each < float("inf"):
             raise UserError(f"{source}: {key} is {_show(value)}, it must be a finite number above {above}")
     return converted
@@ -282,31 +315,38 @@ def _name(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if origin is tuple:
-        return f"a list of {_name(typing.get_args(kind)[0])} values"
+        return f"a list, each {_name(typing.get_args(kind)[0])}"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
 
 
-def _check_together(config: Config, source: str) -> None:
+def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> None:
     for key, names in (
         ("data.dense_features", config.data.dense_features),
         ("data.sparse_features", config.data.sparse_features),
     ):
         if names is not None and (not names or len(set(names)) < len(names)):
-            raise UserError(f"{source}: {key} is {list(names)}; name at least one column, each once, or leave it null")
+            where = sources.get(key, source)
+            raise UserError(f"{where}: {key} is {_show(names)}; name at least one column, each once, or leave it null")
     for key, text in (("data.path", config.data.path), ("run.dir", config.run.dir)):
         if not text.strip():
-            raise UserError(f"{source}: {key} is empty; it must be a directory")
+            raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")
 
 
 def _closest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _show(value: Any) -> str:
     if isinstance(value, tuple):
         value = list(value)
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return _one_line(text.removesuffix("...\n"))
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"
 
 
 def _plain(value: Any) -> Any:

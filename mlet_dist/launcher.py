@@ -36,10 +36,12 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
         elastic_launch(config, sys.executable)("-m", "mlet_dist", *arguments)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        user_error, _, message = failure.message.partition(": ")
-        if user_error == UserError.__name__:
+        # What `record_failure` wrote, or the launcher's own words where the rank died without a word.
+        said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+        kind, _, message = said.partition(": ")
+        if kind == UserError.__name__:
             raise UserError(message) from None
-        raise RuntimeError(f"rank {rank} failed (exit code {failure.exitcode}): {failure.message}") from None
+        raise RuntimeError(f"rank {rank} failed (exit code {failure.exitcode}): {said}") from None
 
 
 def record_failure(error: BaseException) -> bool:

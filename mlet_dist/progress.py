@@ -71,7 +71,8 @@ class Progress:
         self._last_line = now = time.monotonic()
         rate = self._done / max(now - self._started, 1e-9)
         of = f"/{self._total:,}" if self._total is not None else ""
-        parts = [f"{self._description} {self._done:,}{of} {self._unit}", f"{rate:,.0f} {self._unit}/s"]
+        shown_rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        parts = [f"{self._description} {self._done:,}{of} {self._unit}", f"{shown_rate} {self._unit}/s"]
         if self._total is not None and 0 < self._done < self._total:
             parts.append(f"ETA {_duration((self._total - self._done) / rate)}")
         parts += [f"{name} {value}" for name, value in self._fields.items()]

@@ -1,7 +1,11 @@
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.command import mlet_json
 from tests.ranks import RankPool
 
 
@@ -16,3 +20,47 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for each in pools.values():
         each.close()
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run of two ranks, the data it saw, and what `mlet train --json` said."""
+
+    path: Path
+    data: Path
+    overrides: tuple[str, ...]
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6,000 synthetic rows; the smallest tables have 4 rows, the largest 300."""
+    out = tmp_path_factory.mktemp("small") / "data"
+    mlet_json("synth", "--out", out, "--rows", 6001, "--num-embeddings", 300)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_model(small_data: Path) -> tuple[str, ...]:
+    """Overrides of a config for a model that trains in seconds; 57 steps of an epoch's 75."""
+    return (
+        f"data.path={small_data}",
+        "data.batch_size=64",
+        "data.eval_batch_size=250",
+        "model.bottom_mlp=[16]",
+        "model.top_mlp=[16]",
+        "model.embedding_dim=4",
+        "model.hidden_dim=12",
+        "train.max_steps=57",
+        "train.log_every=20",
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(small_data: Path, small_model: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """Two ranks, Adagrad, so that every kind of optimizer state is in the checkpoint."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    overrides = (*small_model, "optimizer.name=adagrad", "optimizer.learning_rate=0.05")
+    config = Path(__file__).parents[1] / "configs" / "criteo_kaggle.yaml"
+    result = mlet_json("train", config, *overrides, f"run.dir={path}", "--nproc", 2)
+    return TrainedRun(path, small_data, overrides, result)

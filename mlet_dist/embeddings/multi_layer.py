@@ -11,10 +11,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.projection import Projection, project
-
-_COLLAPSE_ROWS = 1 << 16
 
 
 @dataclass
@@ -109,8 +108,15 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up, pool and project: values ``(B, sum of d)`` float32."""
-        weights = {table: projection.weight for table, projection in self.projections.items()}
+        weights = projection_weights(self.projections)
         return project(super().forward(features), by_key(weights, self._table_of_key))
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values of both layers again (nothing on the meta device)."""
+        super().reset_parameters()
+        # TorchRec's constructor calls this before there are projections, and a projection draws its values itself.
+        for projection in getattr(self, "projections", {}).values():
+            projection.reset_parameters()
 
     def embedding_bag_configs(self) -> list[MultiLayerEmbeddingBagConfig]:
         """The tables as the model sees them: ``embedding_dim`` is d."""
@@ -126,23 +132,15 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
     def collapse(self) -> EmbeddingBagCollection:
         """The plain EmbeddingBagCollection with W = W1·W2: what is served (paper, section 2).
 
-        Rows are multiplied in blocks, in float32; on the meta device only the shapes are made.
+        On the meta device only the shapes are made.
         """
-        plain = EmbeddingBagCollection(
-            [table.plain_config() for table in self._tables], self.is_weighted(), torch.device("meta")
-        )
-        if self.device.type == "meta":
-            return plain
-        plain = plain.to_empty(device=self.device)
-        for name, bag in plain.embedding_bags.items():
-            rows = self.embedding_bags[name].weight
-            if name not in self.projections:
-                bag.weight.copy_(rows)
-                continue
-            projection = self.projections[name].weight
-            for start in range(0, rows.shape[0], _COLLAPSE_ROWS):
-                block = slice(start, start + _COLLAPSE_ROWS)
-                bag.weight[block] = rows[block].to(projection.dtype) @ projection
+        tables = [table.plain_config() for table in self._tables]
+        plain = EmbeddingBagCollection(tables, self.is_weighted(), self.device)
+        if self.device.type != "meta":
+            weights = projection_weights(self.projections)
+            for name, bag in plain.embedding_bags.items():
+                rows = self.embedding_bags[name].weight
+                bag.weight.copy_(collapse_rows(rows, weights[name]) if name in weights else rows)
         return plain
 
 
@@ -166,6 +164,11 @@ def build_projections(
     )
 
 
+def projection_weights(projections: nn.ModuleDict) -> dict[str, torch.Tensor]:
+    """W2 by table."""
+    return {table: projection.get_parameter("weight") for table, projection in projections.items()}
+
+
 def table_of_key(tables: list[MultiLayerEmbeddingBagConfig]) -> dict[str, str]:
     """Which table each key of the output KeyedTensor comes from (TorchRec's ``feature`` or ``feature@table``)."""
     names = get_embedding_names_by_table(tables)
@@ -184,7 +187,13 @@ def _as_multi_layer(config: EmbeddingBagConfig) -> MultiLayerEmbeddingBagConfig:
         table = MultiLayerEmbeddingBagConfig(
             **{field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig) if field.init}
         )
-        if isinstance(table.init_fn, partial) and table.init_fn.func is nn.init.uniform_:
+        limits = {"a": table.get_weight_init_min(), "b": table.get_weight_init_max()}
+        if (
+            isinstance(table.init_fn, partial)
+            and table.init_fn.func is nn.init.uniform_
+            and not table.init_fn.args
+            and table.init_fn.keywords == limits
+        ):
             table.init_fn = None  # TorchRec's default, which draws other values on every rank
     if not table.feature_names:
         table.feature_names = [table.name]

@@ -25,6 +25,7 @@ from mlet_dist.embeddings.multi_layer import (
     MultiLayerEmbeddingBagConfig,
     build_projections,
     by_key,
+    projection_weights,
     table_of_key,
 )
 from mlet_dist.embeddings.projection import project
@@ -90,15 +91,11 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
                 dist.broadcast(weight.data, src=0, group=self._env.process_group)
 
-    def compute_and_output_dist(
-        self, ctx: EmbeddingBagCollectionContext, input: KJTList
-    ) -> LazyAwaitable[KeyedTensor]:
+    def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Look up and exchange k-dimensional vectors, then project: values ``(b, sum of d)``."""
         return self._project_when_ready(super().compute_and_output_dist(ctx, input))
 
-    def output_dist(
-        self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]
-    ) -> LazyAwaitable[KeyedTensor]:
+    def output_dist(self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]) -> LazyAwaitable[KeyedTensor]:
         """Exchange k-dimensional vectors, then project: values ``(b, sum of d)``."""
         return self._project_when_ready(super().output_dist(ctx, output))
 
@@ -108,8 +105,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         return pooled
 
     def _project(self, pooled: KeyedTensor) -> KeyedTensor:
-        weights = {table: projection.weight for table, projection in self.projections.items()}
-        averaged = with_mean_gradients(weights, self._env.process_group)
+        averaged = with_mean_gradients(projection_weights(self.projections), self._env.process_group)
         return project(pooled, by_key(averaged, self._table_of_key))
 
 

@@ -10,14 +10,13 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from mlet_dist import __version__
+from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.export.manifest import FORMAT_VERSION, ExportDirectory, describe_tensor
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.progress import Progress
-from mlet_dist.data.staging import staged_directory
+from mlet_dist.staging import staged_directory
 from mlet_dist.training.checkpoint import load_tensor, newest_checkpoint, read_metadata
 from mlet_dist.training.run_directory import RunDirectory
-
-_BLOCK_ROWS = 1 << 16
 
 
 def export_run(run: Path, out: Path) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
             if spec.model.hidden_dim is not None:
                 projection = load_tensor(f"{TABLES_PREFIX}projections.{feature.name}.weight", checkpoint, metadata)
                 trained_bytes += projection.numel() * projection.element_size()
-                rows = collapse(rows, projection)
+                rows = collapse_rows(rows, projection)
             state[name] = rows
             tables.append(
                 {
@@ -81,15 +80,6 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
         "bytes": served_bytes,
         "trained_bytes": sum(table["trained_bytes"] for table in tables),
     }
-
-
-def collapse(rows: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """W = W1·W2 by blocks of rows: ``(n, k)`` and ``(k, d)`` -> ``(n, d)`` float32."""
-    table = torch.empty(rows.shape[0], projection.shape[1])
-    for start in range(0, rows.shape[0], _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        torch.mm(rows[block].float(), projection.float(), out=table[block])
-    return table
 
 
 def _metrics(summary: dict[str, Any]) -> dict[str, Any]:

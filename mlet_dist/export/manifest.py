@@ -61,5 +61,5 @@ def describe_tensor(name: str, tensor: torch.Tensor) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "bytes": tensor.numel() * tensor.element_size(),
-        "sha256": hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest(),
+        "sha256": hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest(),
     }

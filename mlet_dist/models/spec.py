@@ -45,15 +45,16 @@ class ModelSpec:
         """Raise UserError unless the data set holds this model's inputs, with ids that its tables have."""
         for name in self.dense:
             if name not in schema.dense:
-                raise UserError(f"{path}: the model takes the dense column {name!r}, which this data set does not have")
+                raise UserError(f"{path}: the model takes the dense column {name!r}, which this data set lacks")
         for feature in self.sparse:
             found = schema.num_embeddings.get(feature.name)
             if found is None:
-                raise UserError(f"{path}: the model takes the feature {feature.name!r}, which this data set does not have")
+                raise UserError(f"{path}: the model takes the feature {feature.name!r}, which this data set lacks")
             if found != feature.num_embeddings:
                 raise UserError(
-                    f"{path}: feature {feature.name!r} has {found:,} ids here and the model's table {feature.num_embeddings:,} "
-                    "rows; use the data set that the model was trained on, or one with the same vocabulary"
+                    f"{path}: feature {feature.name!r} has {found:,} ids here and the model's table "
+                    f"{feature.num_embeddings:,} rows; use the data set that the model was trained on, or one with the "
+                    "same vocabulary"
                 )
 
     def save(self, path: Path) -> None:

@@ -79,7 +79,9 @@ def load_model(model: nn.Module, checkpoint: Path, key: str | None = MODEL_KEY) 
         if not isinstance(found, TensorStorageMetadata):
             raise UserError(f"{checkpoint}: holds no tensor {name!r}, which the model has")
         if found.size != tensor.size():
-            raise UserError(f"{checkpoint}: {name!r} is {tuple(found.size)} there and {tuple(tensor.size())} in the model")
+            raise UserError(
+                f"{checkpoint}: {name!r} is {tuple(found.size)} there and {tuple(tensor.size())} in the model"
+            )
     load_state(state if key is None else {key: state}, checkpoint)
     model.load_state_dict(state)
 

@@ -37,7 +37,9 @@ def join_ranks(device: str = "auto") -> Iterator[Worker]:
         UserError: cuda is asked for where there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but torch finds no CUDA device here; use cpu or auto (see `mlet doctor`)")
+        raise UserError(
+            "train.device is cuda, but torch finds no CUDA device here; use cpu or auto (try `mlet doctor`)"
+        )
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     target = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")

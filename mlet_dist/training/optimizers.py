@@ -1,5 +1,6 @@
 """One optimizer in two forms: fused into backward for the sharded rows, torch's own for everything else."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from mlet_dist.config import OptimizerConfig
 from mlet_dist.models.dlrm import TABLES_PREFIX
 
-_OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {}),
     # fbgemm's default eps is 1e-8 and torch's 1e-10: rows and dense layers get the same.
     "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
@@ -23,7 +24,7 @@ def fuse_row_optimizer(model: DLRM, config: OptimizerConfig) -> None:
     """Have every W1 updated inside backward; call it before sharding."""
     kind, arguments = _OPTIMIZERS[config.name]
     rows = model.sparse_arch.embedding_bag_collection.embedding_bags.parameters()
-    apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _row_rate(config)})
+    apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _or_common(config.rows_learning_rate, config)})
 
 
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
@@ -35,9 +36,9 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
     groups: dict[float, dict[str, torch.Tensor]] = {}
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
         if name.startswith(f"{TABLES_PREFIX}embedding_bags."):
-            rate = _row_rate(config)
+            rate = _or_common(config.rows_learning_rate, config)
         elif name.startswith(f"{TABLES_PREFIX}projections."):
-            rate = config.learning_rate if config.projections_learning_rate is None else config.projections_learning_rate
+            rate = _or_common(config.projections_learning_rate, config)
         else:
             rate = config.learning_rate
         groups.setdefault(rate, {})[name] = parameter
@@ -48,5 +49,5 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
     return CombinedOptimizer([model.fused_optimizer, *stepped])
 
 
-def _row_rate(config: OptimizerConfig) -> float:
-    return config.learning_rate if config.rows_learning_rate is None else config.rows_learning_rate
+def _or_common(rate: float | None, config: OptimizerConfig) -> float:
+    return config.learning_rate if rate is None else rate

@@ -51,17 +51,27 @@ class RunDirectory:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def _partial_summary(self) -> Path:
+        return self.path / "summary.partial"
+
     def check_free(self, overwrite: bool) -> None:
         """Raise UserError where starting here would destroy a finished run or something that is no run."""
-        if not self.path.exists():
+        try:
+            entries = list(self.path.iterdir())
+        except FileNotFoundError:
             return
-        if not self.path.is_dir():
-            raise UserError(f"run.dir {self.path} is a file; it must be a directory, or not exist yet")
+        except NotADirectoryError:
+            raise UserError(
+                f"run.dir {self.path} is a file or below one; it must be a directory, or not exist"
+            ) from None
+        except OSError as error:
+            raise UserError(f"run.dir {self.path} cannot be read: {error.strerror}") from None
         if self.summary.exists() and not overwrite:
             raise UserError(
-                f"run.dir {self.path} holds a finished run; choose another run.dir, or replace it with run.overwrite=true"
+                f"run.dir {self.path} holds a finished run; choose another, or replace it with run.overwrite=true"
             )
-        if any(self.path.iterdir()) and not self.config.exists():
+        if entries and not self.config.exists():
             raise UserError(f"run.dir {self.path} holds files that are not a run's; choose an empty or new directory")
 
     def start(self, config: Config, spec: ModelSpec) -> None:
@@ -69,20 +79,20 @@ class RunDirectory:
         self.check_free(config.run.overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for left in (self.summary, self.metrics, self.model):
+            for left in (self.summary, self._partial_summary, self.metrics, self.model):
                 left.unlink(missing_ok=True)
             for folder in (self.checkpoints, self.tensorboard):
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder.exists():
+                    shutil.rmtree(folder)
             save_config(config, self.config)
             spec.save(self.model)
         except OSError as error:
-            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror}") from None
+            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, whole or not at all."""
-        partial = self.summary.with_suffix(".partial")
-        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.summary)
+        self._partial_summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        self._partial_summary.replace(self.summary)
 
     def load(self) -> tuple[Config, ModelSpec, dict[str, Any]]:
         """Config, model and summary of a finished run.
@@ -102,4 +112,6 @@ class RunDirectory:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.summary}: cannot be read: {error}") from None
+        if not isinstance(summary, dict):
+            raise UserError(f"{self.summary}: holds a JSON {type(summary).__name__} instead of an object")
         return load_config(self.config), ModelSpec.load(self.model), summary

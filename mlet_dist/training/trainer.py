@@ -66,7 +66,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             sparse_features=[feature.name for feature in spec.sparse],
             drop_last=True,
         )
-        steps = _total_steps(config, len(loader), schema.rows["train"])
+        steps = len(loader) * config.train.epochs
+        if config.train.max_steps is not None:
+            steps = min(steps, config.train.max_steps)
         with Recorder(run, enabled=worker.is_first) as recorder:
             seconds = _train_steps(config, steps, sharded, optimizer, loader, worker, recorder)
             progress = {"step": steps, "epoch": steps // len(loader), "batch_in_epoch": steps % len(loader)}
@@ -91,15 +93,6 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             run.finish(summary)
         dist.barrier()
     return summary
-
-
-def _total_steps(config: Config, steps_per_epoch: int, rows: int) -> int:
-    if steps_per_epoch == 0:
-        raise UserError(
-            f"{config.data.path}: the training split has {rows} rows, fewer than data.batch_size {config.data.batch_size}"
-        )
-    steps = steps_per_epoch * config.train.epochs
-    return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
 
 
 def _train_steps(

@@ -21,7 +21,7 @@ def weights_sha256(model: nn.Module, device: torch.device) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for block in _blocks_on_first_rank(tensor, device):
-            digest.update(block.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(block.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest() if dist.get_rank() == 0 else ""
 
 
@@ -35,6 +35,7 @@ def _blocks_on_first_rank(tensor: torch.Tensor | ShardedTensor, device: torch.de
     local = {shard.metadata.shard_offsets[0]: shard.tensor for shard in tensor.local_shards()}
     for metadata in sorted(tensor.metadata().shards_metadata, key=lambda shard: shard.shard_offsets[0]):
         rows, width = metadata.shard_sizes
+        assert metadata.placement is not None
         owner = metadata.placement.rank()
         step = max(1, _BLOCK_BYTES // (width * tensor.dtype.itemsize))
         for start in range(0, rows, step):

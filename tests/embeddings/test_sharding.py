@@ -177,7 +177,10 @@ def test_outputs_and_weights_equal_the_dense_reference(ranks: Ranks, world_size:
             )
             if table.projection is not None:
                 torch.testing.assert_close(
-                    weights[f"projections.{table.name}.weight"].double(), table.projection.detach(), rtol=2e-5, atol=2e-6
+                    weights[f"projections.{table.name}.weight"].double(),
+                    table.projection.detach(),
+                    rtol=2e-5,
+                    atol=2e-6,
                 )
 
 
@@ -235,7 +238,7 @@ def _shard_ambiguous_feature() -> None:
 
 
 def test_a_feature_pooled_in_two_ways_is_refused(ranks: Ranks) -> None:
-    with pytest.raises(RankFailed, match="feature 'f0' .*'uneven'.*'other'"):
+    with pytest.raises(RankFailed, match=r"feature 'f0' .*'uneven'.*'other'"):
         ranks(2).run(_shard_ambiguous_feature)
 
 

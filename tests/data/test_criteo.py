@@ -1,0 +1,230 @@
+"""Tests of mlet_dist.data.criteo."""
+
+import gzip
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlet_dist.data import criteo
+from mlet_dist.data.criteo import COLUMNS, DENSE, LABEL, SPARSE, CriteoReader
+from mlet_dist.errors import UserError
+from mlet_dist.progress import Progress
+from tests.data.raw_logs import make_raw_lines, raw_bytes
+
+Write = Callable[..., Path]
+
+LINES = make_raw_lines(200)
+
+
+def read(path: Path) -> tuple[pa.Table, CriteoReader]:
+    reader = CriteoReader(path)
+    with Progress("read", None, "bytes", disable=True) as progress:
+        tables = list(reader.read(progress))
+    return pa.concat_tables(tables), reader
+
+
+def expected(lines: list[list[str]]) -> list[dict[str, object]]:
+    rows = []
+    for line in lines:
+        row: dict[str, object] = {LABEL: int(line[0])}
+        for name, text in zip(DENSE, line[1:14], strict=True):
+            row[name] = pytest.approx(math.log(1 + max(int(text or 0), 0)), rel=1e-6)
+        rows.append(row | dict(zip(SPARSE, line[14:], strict=True)))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["day.tsv", "day.tsv.gz"])
+def test_values_and_types(write_raw: Write, name: str) -> None:
+    table, reader = read(write_raw(raw_bytes(LINES), name))
+    assert table.to_pylist() == expected(LINES)
+    assert table.schema == pa.schema(
+        [(LABEL, pa.int8()), *((n, pa.float32()) for n in DENSE), *((n, pa.string()) for n in SPARSE)]
+    )
+    assert (reader.lines, reader.malformed) == (200, 0)
+
+
+def test_gzip_is_recognised_without_its_ending(write_raw: Write) -> None:
+    table, _ = read(write_raw(gzip.compress(raw_bytes(LINES)), "day"))
+    assert table.num_rows == 200
+
+
+def test_several_gzip_members_are_one_text(write_raw: Write) -> None:
+    path = write_raw(raw_bytes(LINES[:90]), "day.gz")
+    path.write_bytes(path.read_bytes() + gzip.compress(raw_bytes(LINES[90:])))
+    assert read(path)[0].to_pylist() == expected(LINES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda text: text.replace(b"\n", b"\r\n"), id="CRLF"),
+        pytest.param(lambda text: text[:-1], id="no newline at the end"),
+        pytest.param(lambda text: text.replace(b"\n", b"\r\n")[:-2], id="CRLF, none at the end"),
+        pytest.param(lambda text: b"\n\n" + text.replace(b"\n", b"\n\n"), id="blank lines"),
+        pytest.param(lambda text: text + b"\r\n\r\n", id="blank CRLF lines at the end"),
+        pytest.param(lambda text: b"\xef\xbb\xbf" + text, id="byte order mark"),
+    ],
+)
+def test_line_ends_and_blank_lines_change_nothing(write_raw: Write, change: Callable[[bytes], bytes]) -> None:
+    table, reader = read(write_raw(change(raw_bytes(LINES))))
+    assert table.to_pylist() == expected(LINES)
+    assert (reader.lines, reader.malformed) == (200, 0)
+
+
+def test_quotes_and_backslashes_are_ordinary(write_raw: Write) -> None:
+    line = LINES[0].copy()
+    line[14:17] = ['"', "\\", 'a"b']
+    assert read(write_raw(raw_bytes([line])))[0].to_pylist() == expected([line])
+
+
+def _line(index: int, **changes: str) -> bytes:
+    fields = dict(zip(COLUMNS, LINES[index], strict=True)) | changes
+    return "\t".join(fields.values()).encode()
+
+
+MALFORMED = {
+    "39 fields": (b"\t".join(_line(5).split(b"\t")[:39]), "39 fields instead of 40"),
+    "41 fields": (_line(5) + b"\tdeadbeef", "41 fields instead of 40"),
+    "one field": (b"what", "1 fields instead of 40"),
+    "header": ("\t".join(COLUMNS).encode(), "label is 'label' instead of 0 or 1"),
+    "not UTF-8": (_line(5).replace(b"\t", b"\t\xff", 20), "byte 0xff is not UTF-8"),
+    "39 fields, not UTF-8": (b"\t".join(_line(5).split(b"\t")[:38]) + b"\t\xff", "39 fields instead of 40"),
+    "label 2": (_line(5, label="2"), "label is '2' instead of 0 or 1"),
+    "no label": (_line(5, label=""), "label is '' instead of 0 or 1"),
+    "letters in I3": (_line(5, I3="1e3"), "I3 is '1e3' instead of an integer"),
+    "hexadecimal I3": (_line(5, I3="0x1f"), "I3 is '0x1f' instead of an integer"),
+    "spaces in I3": (_line(5, I3=" 7"), "I3 is ' 7' instead of an integer"),
+    "endless I13": (_line(5, I13="9" * 40), "I13 is '99999999999999999999…' instead of an integer"),
+    "stray carriage return": (_line(5, C4="ab\rcd"), "a carriage return within the line"),
+}
+
+
+@pytest.mark.parametrize("position", [0, 100, 200], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_line_is_skipped_counted_and_named(
+    write_raw: Write, caplog: pytest.LogCaptureFixture, kind: str, position: int
+) -> None:
+    bad, reason = MALFORMED[kind]
+    lines = raw_bytes(LINES).splitlines()
+    path = write_raw(b"\n".join([*lines[:position], bad, *lines[position:]]))
+    with caplog.at_level(logging.WARNING):
+        table, reader = read(path)
+    assert table.to_pylist() == expected(LINES)
+    assert (reader.lines, reader.malformed) == (201, 1)
+    [message] = caplog.messages
+    assert message == f"{path}: skipped 1 malformed of 201 lines, e.g. line {position + 1}: {reason}"
+
+
+def test_line_number_counts_blank_lines_and_earlier_blocks(
+    write_raw: Write, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(criteo, "BLOCK_BYTES", 1000)
+    lines = raw_bytes(LINES).splitlines()
+    path = write_raw(b"\n".join([b"", *lines[:150], b"", b"bad", *lines[150:]]))
+    table, _ = read(path)
+    assert table.to_pylist() == expected(LINES)
+    assert "e.g. line 153: 1 fields" in caplog.text
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.data(), block=st.integers(1, 3000))
+def test_any_mixture_of_lines_and_any_block_size(write_raw: Write, data: st.DataObject, block: int) -> None:
+    """The valid lines come out in order however the text is cut into blocks."""
+    choices = st.one_of(st.integers(0, 199), st.sampled_from([bad for bad, _ in MALFORMED.values()]), st.just(b""))
+    chosen = data.draw(st.lists(choices, min_size=1, max_size=12))
+    good = [LINES[i] for i in chosen if isinstance(i, int)]
+    text = b"\n".join(raw_bytes([LINES[i]])[:-1] if isinstance(i, int) else i for i in chosen)
+    ending = data.draw(st.sampled_from([b"", b"\n", b"\r\n"]))
+    path = write_raw(raw_bytes(LINES[:1]) + text + ending)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(criteo, "BLOCK_BYTES", block + 500)  # a line must fit
+        patch.setattr(criteo, "TOLERATED_LINES", 100)
+        table, reader = read(path)
+    assert table.to_pylist() == expected([LINES[0], *good])
+    assert reader.malformed == sum(isinstance(i, bytes) and i != b"" for i in chosen)
+
+
+def test_up_to_a_tenth_malformed_is_tolerated(write_raw: Write) -> None:
+    good, bad = raw_bytes(LINES[:180]), b"bad\n"
+    assert read(write_raw(good + 20 * bad))[1].malformed == 20
+    with pytest.raises(UserError, match=r"day\.tsv: 21 of 201 lines are malformed, e\.g\. line 181: 1 fields"):
+        read(write_raw(good + 21 * bad))
+
+
+def test_up_to_ten_malformed_are_tolerated_in_a_short_file(write_raw: Write) -> None:
+    good, bad = raw_bytes(LINES[:1]), b"bad\n"
+    assert read(write_raw(good + 10 * bad))[1].malformed == 10
+    with pytest.raises(UserError, match="11 of 12 lines are malformed"):
+        read(write_raw(good + 11 * bad))
+
+
+def test_another_kind_of_file(write_raw: Write) -> None:
+    with pytest.raises(UserError, match=r"3 of 3 lines are malformed, e\.g\. line 1: 1 fields instead of 40"):
+        read(write_raw(b"id,click\n1,0\n2,1\n"))
+
+
+def test_endless_line(write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criteo, "BLOCK_BYTES", 1000)
+    with pytest.raises(UserError, match=r"day\.tsv: a line of more than 1000 bytes"):
+        read(write_raw(b"x" * 5000))
+
+
+@pytest.mark.parametrize("name", ["day.tsv", "day.tsv.gz"])
+def test_empty_file(write_raw: Write, name: str) -> None:
+    path = write_raw(b"", name)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{path}: is empty"):
+        read(path)
+
+
+@pytest.mark.parametrize(("content", "name"), [(b"\n\r\n\n", "day.tsv"), (b"", "day.tsv.gz")])
+def test_no_lines(write_raw: Write, content: bytes, name: str) -> None:
+    with pytest.raises(UserError, match="holds no lines"):
+        read(write_raw(content, name))
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.999])
+def test_truncated_gzip(write_raw: Write, kept: float) -> None:
+    path = write_raw(raw_bytes(LINES), "day.tsv.gz")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(UserError, match=f"{path}: truncated or corrupt gzip file"):
+        read(path)
+
+
+def test_corrupt_gzip(write_raw: Write) -> None:
+    path = write_raw(raw_bytes(LINES), "day.tsv.gz")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}: truncated or corrupt gzip file"):
+        read(path)
+
+
+def test_named_gz_but_is_not(write_raw: Write) -> None:
+    path = write_raw(b"", "day.tsv.gz")
+    path.write_bytes(raw_bytes(LINES))
+    with pytest.raises(UserError, match=r"is named \.gz but is not gzip"):
+        read(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.tsv: cannot be read: No such file"):
+        read(tmp_path / "nowhere.tsv")
+
+
+def test_directory_instead_of_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be read: Is a directory"):
+        read(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux: a file that opens but cannot be read")
+def test_unreadable_file() -> None:
+    with pytest.raises(UserError, match="/proc/self/mem: cannot be read: Input/output error"):
+        read(Path("/proc/self/mem"))

@@ -1,0 +1,173 @@
+"""Tests of mlet_dist.data.synthetic."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlet_dist.data import parts
+from mlet_dist.data.prepare import prepare_criteo
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.data.synthetic import CHUNK_ROWS, CRITEO_VALUES, _StreamingAuc, synthesize
+from mlet_dist.errors import UserError
+
+
+def read(path: Path, split: str) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path / part.path) for part in DatasetSchema.load(path).parts[split]])
+
+
+def read_all(path: Path) -> pa.Table:
+    return pa.concat_tables([read(path, split) for split in ("train", "valid", "test")])
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def exact_auc(score: npt.NDArray[np.float64], labels: npt.NDArray[np.int8]) -> float:
+    positives, negatives = score[labels == 1][:, None], score[labels == 0]
+    return float(((positives > negatives) + (positives == negatives) / 2).mean())
+
+
+@pytest.mark.parametrize("form", ["parquet", "tsv"])
+def test_same_seed_same_bytes(tmp_path: Path, form: str) -> None:
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        synthesize(tmp_path / name, rows=1000, seed=seed, num_embeddings=100, format=form)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert content(tmp_path / "a") != content(tmp_path / "c")
+
+
+def test_raw_logs_carry_no_time(tmp_path: Path) -> None:
+    synthesize(tmp_path / "out", rows=10, format="tsv")
+    assert (tmp_path / "out/part-00000.tsv.gz").read_bytes()[4:8] == bytes(4)
+
+
+def test_more_rows_begin_with_the_same_rows(tmp_path: Path) -> None:
+    for name, rows in (("few", 1000), ("many", CHUNK_ROWS + 1000)):
+        synthesize(tmp_path / name, rows=rows, num_embeddings=100)
+    many = read_all(tmp_path / "many")
+    assert many.num_rows == CHUNK_ROWS + 1000
+    assert many.slice(0, 1000).equals(read_all(tmp_path / "few"))
+    assert not many.slice(CHUNK_ROWS, 1000).equals(many.slice(0, 1000))
+
+
+def test_sizes_follow_criteo(dataset: Path) -> None:
+    sizes = DatasetSchema.load(dataset).num_embeddings
+    assert max(sizes.values()) == 500
+    assert min(sizes.values()) == 4
+    assert len(set(sizes.values())) > 15
+    order = sorted(sizes, key=lambda name: CRITEO_VALUES[int(name[1:]) - 1])
+    assert [sizes[name] for name in order] == sorted(sizes.values())
+
+
+def test_ids_follow_the_power_law(tmp_path: Path) -> None:
+    synthesize(tmp_path / "out", rows=50_000, num_embeddings=1000, alpha=1.2)
+    counts = np.bincount(read_all(tmp_path / "out")["C3"].to_numpy(), minlength=1000)
+    assert counts.size == 1000
+    assert counts[0] == 0
+    expected = np.arange(1, 1000) ** -1.2
+    expected *= 50_000 / expected.sum()
+    deviation = (counts[1:51] - expected[:50]) / np.sqrt(expected[:50])
+    assert np.abs(deviation).max() < 5
+
+
+def test_reported_rates_are_those_of_the_rows(tmp_path: Path) -> None:
+    report = synthesize(tmp_path / "out", rows=30_000, num_embeddings=1000)
+    table = read_all(tmp_path / "out")
+    assert report["rows"] == table.num_rows == 30_000
+    assert report["positive_rate"] == pytest.approx(table["label"].to_numpy().mean())
+    assert report["positive_rate"] == pytest.approx(0.25, abs=0.02)
+    assert 0.78 < report["auc_ceiling"] < 0.86
+    schema = DatasetSchema.load(tmp_path / "out")
+    for split in ("train", "valid", "test"):
+        assert schema.positive_rate[split] == pytest.approx(read(tmp_path / "out", split)["label"].to_numpy().mean())
+
+
+def test_labels_can_be_learnt_from_frequent_ids(tmp_path: Path) -> None:
+    """Adding up each id's smoothed log-odds, learnt from train, predicts test; shuffled labels would give 0.5."""
+    synthesize(tmp_path / "out", rows=60_000, num_embeddings=1000)
+    train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
+    labels = train["label"].to_numpy()
+    base = labels.mean()
+    score = np.zeros(test.num_rows)
+    for name, size in DatasetSchema.load(tmp_path / "out").num_embeddings.items():
+        ids = train[name].to_numpy()
+        rate = (np.bincount(ids, labels, size) + 20 * base) / (np.bincount(ids, minlength=size) + 20)
+        score += np.log(rate / (1 - rate))[test[name].to_numpy()]
+    assert exact_auc(score, test["label"].to_numpy()) > 0.68
+
+
+def test_raw_format_holds_the_same_rows(tmp_path: Path) -> None:
+    """Preparing the raw logs gives the labels and dense values of the Parquet form, and ids that stand for its ids."""
+    arguments = {"rows": 5000, "seed": 2, "num_embeddings": 300}
+    assert synthesize(tmp_path / "direct", **arguments) == synthesize(tmp_path / "raw", **arguments, format="tsv")
+    assert [p.name for p in (tmp_path / "raw").iterdir()] == ["part-00000.tsv.gz"]
+    schema = prepare_criteo([tmp_path / "raw/part-00000.tsv.gz"], tmp_path / "prepared")
+    assert schema.malformed == 0
+    for split in ("train", "valid", "test"):
+        direct, prepared = read(tmp_path / "direct", split), read(tmp_path / "prepared", split)
+        assert direct.schema.equals(prepared.schema)
+        assert direct.select(direct.column_names[:14]).equals(prepared.select(direct.column_names[:14]))
+        for name in direct.column_names[14:]:
+            pairs = {p for p in zip(direct[name].to_pylist(), prepared[name].to_pylist(), strict=True) if p[1]}
+            assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def test_raw_fields_look_like_criteo(tmp_path: Path) -> None:
+    synthesize(tmp_path / "raw", rows=2000, format="tsv")
+    with gzip.open(tmp_path / "raw/part-00000.tsv.gz", "rt") as text:
+        lines = [line.rstrip("\n").split("\t") for line in text]
+    assert {len(line) for line in lines} == {40}
+    missing = sum(field == "" for line in lines for field in line[1:14]) / (13 * len(lines))
+    assert 0.05 < missing < 0.4
+    assert all(len(field) == 8 and int(field, 16) >= 0 for line in lines for field in line[14:])
+
+
+def test_schema_says_that_there_is_no_vocabulary(dataset: Path) -> None:
+    schema = DatasetSchema.load(dataset)
+    assert (schema.source, schema.vocabulary) == ("synthetic", False)
+    assert not (dataset / "vocabulary").exists()
+
+
+def test_streaming_auc_is_the_exact_one() -> None:
+    rng = np.random.default_rng(0)
+    probability = rng.random(3000)
+    probability[:500] = 0.25  # ties
+    labels = (rng.random(3000) < probability).astype(np.int8)
+    auc = _StreamingAuc()
+    for part in np.array_split(np.arange(3000), 7):
+        auc.add(probability[part], labels[part])
+    assert auc.auc() == pytest.approx(exact_auc(probability, labels), abs=1e-4)
+    assert auc.positive_rate() == pytest.approx(labels.mean())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 0}, "rows is 0"),
+        ({"rows": 9}, "9 rows are too few"),
+        ({"seed": -1}, "seed is -1"),
+        ({"num_embeddings": 3}, "num_embeddings is 3; it must be at least 4"),
+        ({"alpha": -0.5}, "alpha is -0.5"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"format": "csv"}, "format is 'csv'; it must be parquet or tsv"),
+    ],
+)
+def test_bad_argument_leaves_nothing_behind(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        synthesize(tmp_path / "new/out", **({"rows": 100} | change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_error_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parts, "write_parquet", fail)
+    with pytest.raises(UserError, match="out: cannot be written: No space left on device"):
+        synthesize(tmp_path / "out", rows=100)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from mlet_dist.embeddings.projection import Projection, project
+
+# One key of the KeyedTensor: (k, d), or (d, None) for a single-layer table.
+widths = st.sampled_from([(8, 4), (8, 4), (8, 2), (2, 4), (1, 1), (3, 5), (4, None), (1, None)])
+layouts = st.lists(widths, min_size=1, max_size=7)
+Layout = list[tuple[int, int | None]]
+
+
+def make_inputs(layout: Layout, rows: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, sum(width for width, _ in layout), generator=draw)
+    weights = {f"f{i}": torch.randn(width, d, generator=draw) for i, (width, d) in enumerate(layout) if d is not None}
+    return values, weights
+
+
+def pooled(layout: Layout, values: torch.Tensor) -> KeyedTensor:
+    return KeyedTensor([f"f{i}" for i in range(len(layout))], [width for width, _ in layout], values)
+
+
+def reference(
+    layout: Layout, values: torch.Tensor, weights: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+    """Outputs by key, and the gradients of the sum of their cubes, one key at a time in float64."""
+    values = values.double().requires_grad_()
+    weights = {key: weight.double().requires_grad_() for key, weight in weights.items()}
+    outputs, start = {}, 0
+    for i, (width, _) in enumerate(layout):
+        block = values[:, start : start + width]
+        outputs[f"f{i}"] = block @ weights[f"f{i}"] if f"f{i}" in weights else block
+        start += width
+    sum((output**3).sum() for output in outputs.values()).backward()
+    assert values.grad is not None
+    gradients = {key: weight.grad for key, weight in weights.items() if weight.grad is not None}
+    return {key: output.detach() for key, output in outputs.items()}, values.grad, gradients
+
+
+@given(layout=layouts, rows=st.integers(1, 5), seed=st.integers(0, 2**32))
+@settings(max_examples=80, deadline=None)
+def test_outputs_and_gradients_equal_one_product_a_key(layout: Layout, rows: int, seed: int) -> None:
+    values, weights = make_inputs(layout, rows, seed)
+    expected, values_grad, weight_grads = reference(layout, values, weights)
+    values.requires_grad_()
+    for weight in weights.values():
+        weight.requires_grad_()
+    found = project(pooled(layout, values), weights)
+    assert found.keys() == list(expected)
+    assert found.length_per_key() == [width if d is None else d for width, d in layout]
+    for key, output in found.to_dict().items():
+        torch.testing.assert_close(output.double(), expected[key], rtol=1e-4, atol=1e-4)
+    (found.values() ** 3).sum().backward()
+    torch.testing.assert_close(values.grad.double(), values_grad, rtol=1e-3, atol=1e-2)
+    assert set(weight_grads) == set(weights)
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight.grad.double(), weight_grads[key], rtol=1e-3, atol=1e-2)
+
+
+def test_by_hand() -> None:
+    values = torch.tensor([[1.0, 2.0, 7.0, 3.0]])
+    weights = {"a": torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]]), "c": torch.tensor([[5.0]])}
+    found = project(KeyedTensor(["a", "b", "c"], [2, 1, 1], values), weights)
+    assert found.values().tolist() == [[1, 2, 0, 7, 15]]
+    assert found.offset_per_key() == [0, 3, 4, 5]
+    assert found["c"].tolist() == [[15]]
+
+
+def test_an_empty_batch_keeps_its_widths() -> None:
+    layout: Layout = [(8, 4), (8, 4), (3, None)]
+    values, weights = make_inputs(layout, 0, seed=1)
+    assert project(pooled(layout, values), weights).values().shape == (0, 4 + 4 + 3)
+
+
+def test_one_weight_under_two_keys_collects_both_gradients() -> None:
+    values, weights = make_inputs([(3, 2), (3, 2)], 4, seed=2)
+    shared = weights["f0"].requires_grad_()
+    project(pooled([(3, 2), (3, 2)], values), {"f0": shared, "f1": shared}).values().sum().backward()
+    expected = (values[:, :3] + values[:, 3:]).double().sum(dim=0)[:, None].expand(3, 2)
+    torch.testing.assert_close(shared.grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_weights_the_same_tensor_comes_back() -> None:
+    values, _ = make_inputs([(4, None), (1, None)], 3, seed=3)
+    given_tensor = pooled([(4, None), (1, None)], values)
+    assert project(given_tensor, {}) is given_tensor
+
+
+def test_the_input_is_not_changed() -> None:
+    layout: Layout = [(8, 4), (3, None), (8, 4)]
+    values, weights = make_inputs(layout, 3, seed=4)
+    before = values.clone()
+    project(pooled(layout, values), weights).values().zero_()
+    assert torch.equal(values, before)
+
+
+def test_a_projection_is_drawn_from_seed_and_table() -> None:
+    def weight(table: str = "t", std: float = 0.25, seed: int = 0) -> torch.Tensor:
+        return Projection(table, 200, 100, std, seed).weight.detach()
+
+    assert weight().shape == (200, 100)
+    assert weight().dtype == torch.float32
+    assert torch.equal(weight(), weight())
+    assert not torch.equal(weight(), weight(table="u"))
+    assert not torch.equal(weight(), weight(seed=1))
+    for std in (0.25, 2.0):
+        assert float(weight(std=std).mean()) == pytest.approx(0, abs=5 * std / math.sqrt(20_000))
+        assert float(weight(std=std).std()) == pytest.approx(std, rel=0.03)
+
+
+def test_a_projection_can_be_reset_and_put_on_meta() -> None:
+    projection = Projection("t", 4, 2, 0.5, seed=3)
+    initial = projection.weight.detach().clone()
+    with torch.no_grad():
+        projection.weight.zero_()
+    projection.reset_parameters()
+    assert torch.equal(projection.weight, initial)
+    meta = Projection("t", 1 << 40, 1 << 20, 0.5, seed=3, device=torch.device("meta"))
+    meta.reset_parameters()
+    assert meta.weight.is_meta

@@ -1,0 +1,157 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlet_dist.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from mlet_dist.data.schema import SparseFeature
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.run_directory import RunDirectory
+
+SPEC = ModelSpec(ModelConfig(hidden_dim=8), ("I1",), (SparseFeature("C1", 9),), seed=3)
+SUMMARY = {"steps": 5, "test_auc": 0.75}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "first")
+
+
+def config_of(run: RunDirectory, **changes: Any) -> Config:
+    return Config(data=DataConfig(path="logs"), run=RunConfig(dir=str(run.path), **changes), train=TrainConfig(seed=3))
+
+
+def refusal_of(run: RunDirectory, **changes: Any) -> str:
+    """What starting says; it must not change a thing."""
+    before = snapshot(run.path)
+    with pytest.raises(UserError) as caught:
+        run.start(config_of(run, **changes), SPEC)
+    assert snapshot(run.path) == before
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(each): each.read_bytes() for each in sorted(path.rglob("*")) if each.is_file()}
+
+
+def leave_an_unfinished_run(run: RunDirectory) -> None:
+    run.start(config_of(run), SPEC)
+    run.metrics.write_text("{}\n")
+    for folder in (run.checkpoints / "step-00000099", run.tensorboard):
+        folder.mkdir(parents=True)
+        (folder / "old").write_text("old")
+
+
+def test_a_new_run_holds_its_config_and_model(run: RunDirectory) -> None:
+    config = config_of(run)
+    run.start(config, SPEC)
+    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "model.json"}
+    run.finish(SUMMARY)
+    assert run.load() == (config, SPEC, SUMMARY)
+    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "model.json", "summary.json"}
+
+
+def test_an_empty_directory_is_taken(run: RunDirectory) -> None:
+    run.path.mkdir(parents=True)
+    run.check_free(overwrite=False)
+    run.start(config_of(run), SPEC)
+    assert run.config.exists()
+
+
+def test_a_finished_run_is_replaced_only_when_asked(run: RunDirectory) -> None:
+    leave_an_unfinished_run(run)
+    run.finish(SUMMARY)
+    assert refusal_of(run) == (
+        f"run.dir {run.path} holds a finished run; choose another run.dir, or replace it with run.overwrite=true"
+    )
+    changed = dataclasses.replace(config_of(run, overwrite=True), data=DataConfig(path="other"))
+    other = dataclasses.replace(SPEC, seed=4)
+    run.start(changed, other)
+    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "model.json"}
+    run.finish({})
+    assert run.load() == (changed, other, {})
+
+
+def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> None:
+    leave_an_unfinished_run(run)
+    (run.path / "summary.partial").write_text("{")  # stopped while it was finishing
+    run.start(config_of(run), SPEC)
+    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "model.json"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_run_is_never_touched(overwrite: bool, run: RunDirectory) -> None:
+    run.path.mkdir(parents=True)
+    (run.path / "holiday.jpg").write_bytes(b"sea")
+    assert refusal_of(run, overwrite=overwrite) == (
+        f"run.dir {run.path} holds files that are not a run's; choose an empty or new directory"
+    )
+
+
+def test_a_file_and_a_path_below_a_file_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    for path in (file, file / "run"):
+        assert refusal_of(RunDirectory(path)) == (
+            f"run.dir {path} is a file or below one; it must be a directory, or not exist"
+        )
+    assert file.read_text() == "text"
+
+
+def test_a_path_that_cannot_be_is_a_users_mistake(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(UserError) as caught:
+        RunDirectory(path).check_free(overwrite=False)
+    assert str(caught.value) == f"run.dir {path} cannot be read: File name too long"
+
+
+def test_old_checkpoints_that_cannot_be_removed_stop_the_run(run: RunDirectory, tmp_path: Path) -> None:
+    leave_an_unfinished_run(run)
+    scratch = tmp_path / "scratch"
+    run.checkpoints.rename(scratch)
+    run.checkpoints.symlink_to(scratch)
+    with pytest.raises(UserError, match=r"^run\.dir .*/first cannot be written: .*symbolic link"):
+        run.start(config_of(run), SPEC)
+    assert (scratch / "step-00000099" / "old").exists()
+
+
+def load_error_of(run: RunDirectory) -> str:
+    with pytest.raises(UserError) as caught:
+        run.load()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_loading_what_is_no_finished_run_says_why(run: RunDirectory) -> None:
+    path = run.path
+    assert load_error_of(run) == f"{path}: no such directory; expected a run made by `mlet train`"
+    path.mkdir(parents=True)
+    assert load_error_of(run) == f"{path}: not a run of `mlet train`: it has no config.yaml"
+    run.start(config_of(run), SPEC)
+    assert load_error_of(run) == (f"{path}: this run never finished: it has no summary.json; train it to the end first")
+    run.finish(SUMMARY)
+    run.summary.write_text('{"steps": ')
+    assert load_error_of(run).startswith(f"{run.summary}: cannot be read: ")
+    run.summary.write_bytes(b"\xff")
+    assert load_error_of(run).startswith(f"{run.summary}: cannot be read: ")
+    run.summary.write_text("[1]")
+    assert load_error_of(run) == f"{run.summary}: holds a JSON list instead of an object"
+
+
+def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> None:
+    run.start(config_of(run), SPEC)
+    run.finish(SUMMARY)
+    model, config = run.model.read_text(), run.config.read_text()
+    run.model.unlink()
+    assert load_error_of(run).startswith(f"{run.model}: cannot be read: ")
+    run.model.write_text(json.dumps({"model": {}}))
+    assert load_error_of(run).startswith(f"{run.model}: not a model description: ")
+    run.model.write_text(model)
+    run.config.write_text(config.replace("hidden_dim", "hiden_dim"))
+    assert load_error_of(run).startswith(f"{run.config}: model.hiden_dim: unknown key")
