@@ -70,15 +70,11 @@ def comparison_table(result: dict[str, Any]) -> str:
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.append("")
-    lines.append(
-        "One seed, learning rates not tuned per arm. Largest difference between the logits of the trained model and"
-    )
-    lines.append("of its plain TorchRec export, over all test rows.")
-    return "\n".join(lines)
+    lines = []
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _CAPTION])
 
 
 def _arm_configs(config: Config) -> dict[str, Config]:

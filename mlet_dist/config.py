@@ -19,7 +19,7 @@ _SHOWN_CHARACTERS = 200
 
 
 def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A field with its meaning for `mlet train --help` and its limits (at_least, at_most, above)."""
+    """A field with its meaning for `mlet train --help` and its limits (at_least, at_most, above, multiple_of, min_length)."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
@@ -38,12 +38,19 @@ class DataConfig:
 class ModelConfig:
     """TorchRec's DLRM around multi-layer embedding tables."""
 
-    embedding_dim: int = _setting("d: columns of the tables that are served", 16, at_least=1)
-    hidden_dim: int | None = _setting("k: columns of W1 in training; null trains single-layer tables", 64, at_least=1)
+    # fbgemm's kernels take rows of a multiple of 4 columns.
+    embedding_dim: int = _setting(
+        "d: columns of the tables that are served, a multiple of 4", 16, at_least=1, multiple_of=4
+    )
+    hidden_dim: int | None = _setting(
+        "k: columns of W1 in training, a multiple of 4; null trains single-layer tables", 64, at_least=1, multiple_of=4
+    )
     bottom_mlp: tuple[int, ...] = _setting(
         "hidden layers of the dense arch; d is appended", (512, 256, 128), at_least=1
     )
-    top_mlp: tuple[int, ...] = _setting("hidden layers of the over arch; 1 is appended", (512, 256), at_least=1)
+    top_mlp: tuple[int, ...] = _setting(
+        "hidden layers of the over arch, one or more; 1 is appended", (512, 256), at_least=1, min_length=1
+    )
     rows_init: Literal["uniform", "normal"] = _setting(
         "W1: uniform ±1/sqrt(num_embeddings), or N(0, rows_init_std^2)", "uniform"
     )
@@ -114,10 +121,9 @@ class Config:
     def check_world_size(self, world_size: int) -> None:
         """Raise UserError unless every rank gets an equal share of a training batch."""
         if self.data.batch_size % world_size:
-            lower = self.data.batch_size // world_size * world_size
             raise UserError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of the {world_size} ranks; "
-                f"use {f'{lower} or ' if lower else ''}{lower + world_size}"
+                f"use {_multiples(self.data.batch_size, world_size)}"
             )
 
     def check_features(self, dense: Sequence[str], sparse: Sequence[str]) -> None:
@@ -282,6 +288,10 @@ def _convert(value: Any, setting: dataclasses.Field[Any], key: str, source: str)
         nullable = " or null" if type(None) in allowed else ""
         quote = "; put it in quotes" if kind is str and value is not None and not isinstance(value, dict | list) else ""
         raise UserError(f"{source}: {key}: expected {_name(kind)}{nullable}, found {_show(value)}{quote}") from None
+    if isinstance(converted, tuple) and len(converted) < setting.metadata.get("min_length", 0):
+        raise UserError(
+            f"{source}: {key} is {_show(value)}, it must have at least {setting.metadata['min_length']} entry"
+        )
     for each in converted if isinstance(converted, tuple) else (converted,):
         at_least, at_most, above = (setting.metadata.get(limit) for limit in ("at_least", "at_most", "above"))
         if at_least is not None and each < at_least:
@@ -290,7 +300,18 @@ def _convert(value: Any, setting: dataclasses.Field[Any], key: str, source: str)
             raise UserError(f"{source}: {key} is {_show(value)}, it must be at most {at_most}")
         if above is not None and not above < each < float("inf"):
             raise UserError(f"{source}: {key} is {_show(value)}, it must be a finite number above {above}")
+        factor = setting.metadata.get("multiple_of")
+        if factor is not None and each % factor:
+            raise UserError(
+                f"{source}: {key} is {_show(value)}, it must be a multiple of {factor}; use {_multiples(each, factor)}"
+            )
     return converted
+
+
+def _multiples(value: int, factor: int) -> str:
+    """The nearest multiples below and above, of at least one factor."""
+    lower = value // factor * factor
+    return f"{lower} or {lower + factor}" if lower else str(factor)
 
 
 def _as(kind: Any, value: Any) -> Any:

@@ -43,7 +43,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     values on instead.
 
     Raises:
-        ValueError: two tables pool one feature in different ways.
+        ValueError: two tables pool one feature in different ways, or a row's width is not a multiple of 4.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         **torchrec_arguments: Any,
     ) -> None:
         tables = module.embedding_bag_configs()
+        _check_widths(tables)
         _check_pooling(tables)
         super().__init__(
             module=module.rows(),
@@ -151,6 +152,15 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     @property
     def sharded_module_type(self) -> type[ShardedMultiLayerEmbeddingBagCollection]:
         return ShardedMultiLayerEmbeddingBagCollection
+
+
+def _check_widths(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
+    for table in tables:
+        if table.row_width % 4:
+            key = "embedding_dim" if table.hidden_dim is None else "hidden_dim"
+            raise ValueError(
+                f"table {table.name!r}: {key} is {table.row_width}; fbgemm's kernels take multiples of 4 columns"
+            )
 
 
 def _check_pooling(tables: list[MultiLayerEmbeddingBagConfig]) -> None:

@@ -242,6 +242,21 @@ def test_a_feature_pooled_in_two_ways_is_refused(ranks: Ranks) -> None:
         ranks(2).run(_shard_ambiguous_feature)
 
 
+def _shard_width(hidden_dim: int | None, embedding_dim: int) -> None:
+    table = MultiLayerEmbeddingBagConfig(
+        name="odd", num_embeddings=9, embedding_dim=embedding_dim, hidden_dim=hidden_dim, feature_names=["f"]
+    )
+    _shard(MultiLayerEmbeddingBagCollection([table], device=torch.device("meta")), torch.optim.SGD)
+
+
+def test_a_width_that_fbgemm_cannot_take_is_refused(ranks: Ranks) -> None:
+    with pytest.raises(RankFailed, match="table 'odd': hidden_dim is 9"):
+        ranks(1).run(_shard_width, 9, 4)
+    with pytest.raises(RankFailed, match="table 'odd': embedding_dim is 6"):
+        ranks(1).run(_shard_width, None, 6)
+    ranks(1).run(_shard_width, 8, 6)
+
+
 def _forward_without(feature: str) -> None:
     model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")), torch.optim.SGD)
     bags = _make_bags(0)

@@ -1,0 +1,141 @@
+import dataclasses
+
+import pytest
+import torch
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torchrec.models.dlrm import DLRM
+
+from mlet_dist.config import ModelConfig
+from mlet_dist.data.schema import SparseFeature
+from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
+from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm, table_bytes
+from mlet_dist.models.spec import ModelSpec
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+MODEL = ModelConfig(
+    embedding_dim=4, hidden_dim=6, bottom_mlp=(8, 5), top_mlp=(7,), rows_init="normal", rows_init_std=0.8
+)
+SPEC = ModelSpec(MODEL, ("I1", "I2", "I3"), (SparseFeature("C1", 10), SparseFeature("C2", 7)), seed=3)
+SINGLE = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, hidden_dim=None))
+ROWS = 50
+
+
+def inputs() -> tuple[torch.Tensor, KeyedJaggedTensor]:
+    draw = torch.Generator().manual_seed(9)
+    ids = [torch.randint(feature.num_embeddings, (ROWS,), generator=draw) for feature in SPEC.sparse]
+    lengths = torch.ones(2 * ROWS, dtype=torch.int64)
+    return torch.randn(ROWS, 3, generator=draw), KeyedJaggedTensor(["C1", "C2"], torch.cat(ids), lengths=lengths)
+
+
+def tables_of(model: DLRM) -> EmbeddingBagCollection:
+    return model.sparse_arch.embedding_bag_collection
+
+
+def dense_layers(model: DLRM) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(TABLES_PREFIX)}
+
+
+def logits_in_float64(spec: ModelSpec, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """DLRM written plainly: MLP of the dense inputs, products of all pairs of vectors, MLP of both; ReLU between."""
+    state = {name: value.double() for name, value in state.items()}
+    dense, sparse = inputs()
+
+    def linear(name: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+        return x @ state[f"{name}.{layer}._linear.weight"].T + state[f"{name}.{layer}._linear.bias"]
+
+    bottom = dense.double()
+    for layer in range(len(spec.model.bottom_mlp) + 1):
+        bottom = linear("dense_arch.model._mlp", layer, bottom).relu()
+    vectors = [bottom]
+    for feature in spec.sparse:
+        whole = state[f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"]
+        if spec.model.hidden_dim is not None:
+            whole = whole @ state[f"{TABLES_PREFIX}projections.{feature.name}.weight"]
+        vectors.append(whole[sparse[feature.name].values()])
+    pairs = [(vectors[i] * vectors[j]).sum(dim=1) for i, j in ((0, 1), (0, 2), (1, 2))]
+    top = torch.cat([bottom, torch.stack(pairs, dim=1)], dim=1)
+    for layer in range(len(spec.model.top_mlp)):
+        weight, bias = (state[f"over_arch.model.0._mlp.{layer}._linear.{kind}"] for kind in ("weight", "bias"))
+        top = (top @ weight.T + bias).relu()
+    return top @ state["over_arch.model.1.weight"].T + state["over_arch.model.1.bias"]
+
+
+@pytest.mark.parametrize("spec", [SPEC, SINGLE], ids=["mlet", "single"])
+def test_logits_equal_a_dlrm_written_plainly(spec: ModelSpec) -> None:
+    model = build_dlrm(spec, CPU)
+    logits = model(*inputs())
+    assert logits.shape == (ROWS, 1)
+    assert float(logits.detach().std()) > 0.01
+    torch.testing.assert_close(logits.double(), logits_in_float64(spec, model.state_dict()), rtol=1e-5, atol=1e-5)
+
+
+def test_the_plain_model_with_collapsed_tables_gives_the_same_logits() -> None:
+    factorised, plain = build_dlrm(SPEC, CPU), build_plain_dlrm(SPEC)
+    assert type(tables_of(plain)) is EmbeddingBagCollection
+    expected = factorised(*inputs()).detach()
+    assert float((plain(*inputs()).detach() - expected).abs().max()) > 1e-2
+    tables_of(plain).load_state_dict(tables_of(factorised).collapse().state_dict())
+    assert float((plain(*inputs()).detach() - expected).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("tables_device", [CPU, META], ids=str)
+def test_dense_layers_depend_on_the_seed_alone(tables_device: torch.device) -> None:
+    torch.manual_seed(12345)
+    first = dense_layers(build_dlrm(SPEC, tables_device))
+    torch.manual_seed(54321)
+    others = [build_dlrm(SPEC, CPU), build_plain_dlrm(SPEC), build_dlrm(SINGLE, META)]
+    for other in map(dense_layers, others):
+        assert list(other) == list(first)
+        assert all(torch.equal(other[name], value) for name, value in first.items())
+    reseeded = dense_layers(build_dlrm(dataclasses.replace(SPEC, seed=4), CPU))
+    assert not any(torch.equal(reseeded[name], value) for name, value in first.items())
+
+
+def test_building_on_meta_leaves_the_random_numbers_of_others_alone() -> None:
+    before = torch.get_rng_state()
+    build_dlrm(SPEC, META)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_without_hidden_layers_below_works() -> None:
+    spec = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, bottom_mlp=(), top_mlp=(1,)))
+    model = build_dlrm(spec, CPU)
+    torch.testing.assert_close(model(*inputs()).double(), logits_in_float64(spec, model.state_dict()))
+
+
+def test_state_names_of_the_served_model_are_those_of_the_single_layer() -> None:
+    assert list(build_plain_dlrm(SPEC).state_dict()) == list(build_dlrm(SINGLE, META).state_dict())
+    shapes = {name: tuple(value.shape) for name, value in build_dlrm(SPEC, META).state_dict().items()}
+    assert {name: shape for name, shape in shapes.items() if name.startswith(TABLES_PREFIX)} == {
+        f"{TABLES_PREFIX}embedding_bags.C1.weight": (10, 6),
+        f"{TABLES_PREFIX}embedding_bags.C2.weight": (7, 6),
+        f"{TABLES_PREFIX}projections.C1.weight": (6, 4),
+        f"{TABLES_PREFIX}projections.C2.weight": (6, 4),
+    }
+
+
+def test_table_bytes_by_hand() -> None:
+    assert table_bytes(SPEC) == (4 * (17 * 6 + 2 * 6 * 4), 4 * 17 * 4)
+    assert table_bytes(SINGLE) == (4 * 17 * 4, 4 * 17 * 4)
+    huge = dataclasses.replace(SPEC, sparse=(SparseFeature("C1", 10**12),))
+    assert table_bytes(huge) == (4 * (6 * 10**12 + 6 * 4), 4 * 4 * 10**12)
+
+
+def rows_and_projection(**changes: object) -> tuple[torch.Tensor, torch.Tensor]:
+    spec = ModelSpec(dataclasses.replace(MODEL, **changes), ("I1",), (SparseFeature("C1", 10_000),), seed=0)
+    tables = tables_of(build_dlrm(spec, CPU))
+    assert isinstance(tables, MultiLayerEmbeddingBagCollection)
+    return tables.embedding_bags["C1"].weight.detach(), tables.projections["C1"].weight.detach()
+
+
+def test_initial_values_follow_the_config() -> None:
+    rows, _ = rows_and_projection(rows_init="uniform")
+    assert 0.00999 < float(rows.abs().max()) <= 0.01  # 1/sqrt(10000)
+    rows, _ = rows_and_projection(rows_init="uniform", rows_init_gain=3.0)
+    assert 0.02997 < float(rows.abs().max()) <= 0.03
+    rows, _ = rows_and_projection(rows_init="normal", rows_init_std=0.25, rows_init_gain=2.0)
+    assert float(rows.std()) == pytest.approx(0.5, rel=0.02)
+    _, projection = rows_and_projection(hidden_dim=2500, projection_init_std=None)
+    assert float(projection.std()) == pytest.approx(1 / 50, rel=0.03)
+    _, projection = rows_and_projection(hidden_dim=2500, projection_init_std=0.25)
+    assert float(projection.std()) == pytest.approx(0.25, rel=0.03)

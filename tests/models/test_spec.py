@@ -1,0 +1,137 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlet_dist.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+
+SPEC = ModelSpec(
+    ModelConfig(hidden_dim=8, projection_init_std=0.25, bottom_mlp=()),
+    ("I2", "I1"),
+    (SparseFeature("C2", 1_234), SparseFeature("C1", 9)),
+    seed=3,
+)
+HERE = Path("some/data")
+
+
+def schema(dense: tuple[str, ...] = ("I1", "I2", "I3"), **sizes: int) -> DatasetSchema:
+    sparse = tuple(SparseFeature(name, size) for name, size in sizes.items())
+    parts = {split: (Part(f"{split}/0.parquet", 10),) for split in ("train", "valid", "test")}
+    return DatasetSchema("synthetic", "label", dense, sparse, 1, 0, False, dict.fromkeys(parts, 0.5), parts)
+
+
+def config(**data: Any) -> Config:
+    return Config(DataConfig(path="logs", **data), RunConfig(dir="out"), SPEC.model, train=TrainConfig(seed=3))
+
+
+def message_of(call: Any, *arguments: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_it_takes_all_features_or_those_asked_for_in_that_order() -> None:
+    found = ModelSpec.of(config(), schema(C1=9, C2=1_234))
+    assert (found.dense, found.sparse) == (("I1", "I2", "I3"), (SparseFeature("C1", 9), SparseFeature("C2", 1_234)))
+    found = ModelSpec.of(config(dense_features=("I2", "I1"), sparse_features=("C2", "C1")), schema(C1=9, C2=1_234))
+    assert found == SPEC
+
+
+def test_a_feature_that_is_asked_for_but_missing_is_named() -> None:
+    message = message_of(ModelSpec.of, config(sparse_features=("C1", "X")), schema(C1=9, C2=5))
+    assert message == "data.sparse_features: logs has no column 'X'; it has C1, C2"
+
+
+names = st.lists(st.text(min_size=1), min_size=1, unique=True)
+
+
+@given(
+    dense=names,
+    sparse=names,
+    size=st.integers(1, 10**15),
+    hidden_dim=st.none() | st.integers(1, 10**6),
+    std=st.none() | st.floats(min_value=1e-300, max_value=1e300),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_any_spec_survives_json(
+    dense: list[str], sparse: list[str], size: int, hidden_dim: int | None, std: float | None, seed: int
+) -> None:
+    model = ModelConfig(hidden_dim=hidden_dim, projection_init_std=std)
+    spec = ModelSpec(model, tuple(dense), tuple(SparseFeature(name, size) for name in sparse), seed)
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())), "here") == spec
+
+
+def test_it_is_read_back_from_its_file(tmp_path: Path) -> None:
+    SPEC.save(tmp_path / "model.json")
+    assert ModelSpec.load(tmp_path / "model.json") == SPEC
+    plain = json.loads((tmp_path / "model.json").read_text())
+    assert plain["sparse"] == [{"name": "C2", "num_embeddings": 1234}, {"name": "C1", "num_embeddings": 9}]
+    assert plain["model"]["hidden_dim"] == 8
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    assert message_of(ModelSpec.load, path).startswith(f"{path}: cannot be read: ")
+    for content in (b'{"model": ', b"\xff\xfe"):
+        path.write_bytes(content)
+        assert message_of(ModelSpec.load, path).startswith(f"{path}: cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"seed": None}, "here: not a model description: "),
+        ({"sparse": [{"name": "C1"}]}, "here: not a model description: KeyError('num_embeddings')"),
+        ({"sparse": 3}, "here: not a model description: "),
+        ({"model": {"hiden_dim": 8}}, "here: model.hiden_dim: unknown key (did you mean 'hidden_dim'?)"),
+        ({"model": {"hidden_dim": "8"}}, "here: model.hidden_dim: expected a whole number or null, found '8'"),
+        ({"model": 8}, "here: model: expected a section of keys, found 8"),
+    ],
+)
+def test_what_is_no_spec_is_told_with_its_source(change: dict[str, Any], expected: str) -> None:
+    assert message_of(ModelSpec.from_dict, SPEC.to_dict() | change, "here").startswith(expected)
+
+
+@pytest.mark.parametrize("key", ["model", "dense", "sparse", "seed"])
+def test_a_spec_that_lacks_a_key_names_it(key: str) -> None:
+    plain = {name: value for name, value in SPEC.to_dict().items() if name != key}
+    assert message_of(ModelSpec.from_dict, plain, "here") == f"here: not a model description: KeyError('{key}')"
+    assert message_of(ModelSpec.from_dict, [plain], "here").startswith("here: not a model description: TypeError")
+
+
+def test_a_data_set_with_more_than_the_model_takes_fits() -> None:
+    SPEC.check_data(schema(C0=5, C1=9, C2=1_234, C3=7), HERE)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (
+            schema(("I1", "I3"), C1=9, C2=1_234),
+            "some/data: the model takes the dense column 'I2', which this data set lacks",
+        ),
+        (schema(C2=1_234), "some/data: the model takes the feature 'C1', which this data set lacks"),
+        (
+            schema(C1=9, C2=1_235),
+            "some/data: feature 'C2' has 1,235 ids here and the model's table 1,234 rows; use the data set that the "
+            "model was trained on, or one with the same vocabulary",
+        ),
+        (schema(C1=8, C2=1_234), "some/data: feature 'C1' has 8 ids here and the model's table 9 rows; "),
+    ],
+    ids=["dense", "sparse", "more ids", "fewer ids"],
+)
+def test_a_data_set_that_does_not_fit_is_told(found: DatasetSchema, expected: str) -> None:
+    assert message_of(SPEC.check_data, found, HERE).startswith(expected)
+
+
+def test_seed_and_features_make_specs_differ() -> None:
+    assert dataclasses.replace(SPEC, seed=4) != SPEC
+    assert dataclasses.replace(SPEC, sparse=SPEC.sparse[::-1]) != SPEC

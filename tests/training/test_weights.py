@@ -1,0 +1,106 @@
+"""The fingerprint of the weights, and checkpoints, across numbers of ranks."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from mlet_dist.config import ModelConfig, OptimizerConfig
+from mlet_dist.data.schema import SparseFeature
+from mlet_dist.errors import UserError
+from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.checkpoint import load_model, newest_checkpoint, save_checkpoint
+from mlet_dist.training.distributed import Worker
+from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
+from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.weights import weights_sha256
+from tests.ranks import RankFailed, RankPool
+
+pytestmark = pytest.mark.multirank
+
+Ranks = Callable[[int], RankPool]
+SIZES = {"uneven": 101, "tiny": 5, "two": 2}
+
+
+def _spec(seed: int = 3, hidden_dim: int | None = 8, sizes: dict[str, int] = SIZES) -> ModelSpec:
+    model = ModelConfig(embedding_dim=4, hidden_dim=hidden_dim, bottom_mlp=(6,), top_mlp=(6,))
+    return ModelSpec(model, ("I1", "I2"), tuple(SparseFeature(name, n) for name, n in sizes.items()), seed)
+
+
+def _worker() -> Worker:
+    return Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
+
+
+def _fingerprint(spec: ModelSpec, block_bytes: int) -> str:
+    import mlet_dist.training.weights
+
+    mlet_dist.training.weights._BLOCK_BYTES = block_bytes
+    model = build_dlrm(spec, tables_device=torch.device("meta"))
+    fuse_row_optimizer(model, OptimizerConfig())
+    return weights_sha256(shard_model(model, _worker()), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("block_bytes", [64 << 20, 200])
+def test_the_fingerprint_does_not_depend_on_the_ranks(ranks: Ranks, world_size: int, block_bytes: int) -> None:
+    expected = hashlib.sha256()
+    state = build_dlrm(_spec(), tables_device=torch.device("cpu")).state_dict()
+    for name in sorted(state):
+        expected.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}\n".encode())
+        expected.update(state[name].numpy().tobytes())
+    first, *others = ranks(world_size).run(_fingerprint, _spec(), block_bytes)
+    assert first == expected.hexdigest()
+    assert others == [""] * (world_size - 1)
+
+
+def test_another_seed_or_shape_has_another_fingerprint(ranks: Ranks) -> None:
+    prints = {ranks(2).run(_fingerprint, spec, 1 << 20)[0] for spec in (_spec(), _spec(seed=4), _spec(hidden_dim=12))}
+    assert len(prints) == 3
+
+
+def _save(directory: Path) -> str:
+    model = build_dlrm(_spec(), tables_device=torch.device("meta"))
+    fuse_row_optimizer(model, OptimizerConfig(name="adagrad"))
+    sharded = shard_model(model, _worker())
+    save_checkpoint(directory, 7, sharded, build_optimizer(sharded, OptimizerConfig(name="adagrad")), {"step": 7})
+    return weights_sha256(sharded, torch.device("cpu"))
+
+
+def _load(directory: Path, spec: ModelSpec) -> str:
+    model = build_dlrm(spec, tables_device=torch.device("meta"))
+    fuse_row_optimizer(model, OptimizerConfig())
+    sharded = shard_model(model, _worker())
+    load_model(sharded, newest_checkpoint(directory))
+    return weights_sha256(sharded, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [(2, 3), (4, 1), (1, 4)])
+def test_a_checkpoint_loads_on_any_number_of_ranks(
+    ranks: Ranks, tmp_path: Path, saved_on: int, loaded_on: int
+) -> None:
+    saved = ranks(saved_on).run(_save, tmp_path)[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+    assert ranks(loaded_on).run(_load, tmp_path, _spec(seed=99))[0] == saved
+
+
+def test_a_checkpoint_of_another_shape_names_the_tensor(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2).run(_save, tmp_path)
+    with pytest.raises(RankFailed, match=r"UserError.*embedding_bags\.uneven\.weight' is \(101, 8\) there and \(102, 8\)"):
+        ranks(2).run(_load, tmp_path, _spec(sizes=SIZES | {"uneven": 102}))
+    renamed = {"uneven": 101, "tiny": 5, "other": 2}
+    with pytest.raises(RankFailed, match=r"UserError.*holds no tensor .*embedding_bags\.other\.weight"):
+        ranks(2).run(_load, tmp_path, _spec(sizes=renamed))
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_count(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2).run(_save, tmp_path)
+    (tmp_path / "step-00000009.partial").mkdir()
+    (tmp_path / "step-00000009.partial" / ".metadata").touch()
+    (tmp_path / "step-00000008").mkdir()
+    assert newest_checkpoint(tmp_path).name == "step-00000007"
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        newest_checkpoint(tmp_path / "step-00000008")
