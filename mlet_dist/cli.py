@@ -1,8 +1,6 @@
 """The `mlet` command: parses, imports lazily and calls one function per subcommand."""
 
 import argparse
-import json
-import math
 import os
 import sys
 import traceback
@@ -12,6 +10,7 @@ from typing import Any, NoReturn
 
 from mlet_dist.config import Config, describe_settings, load_config
 from mlet_dist.errors import UserError
+from mlet_dist.json_text import to_json
 
 Result = dict[str, Any]
 
@@ -111,15 +110,19 @@ def _compare(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, boo
     result = compare(_load_checked(args), args.nproc or 1)
     if not args.json:
         print(comparison_table(result))
+        print(f"\nWritten to {result['run']}: comparison.md, comparison.json, and each arm's run and export.")
         return None, result["ok"]
     return result, result["ok"]
 
 
 def _doctor(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
-    from mlet_dist.doctor import run_doctor
+    from mlet_dist.doctor import report, run_doctor
 
     result = run_doctor()
-    return (result if args.json else None), result["ok"]
+    if not args.json:
+        print(report(result))
+        return None, result["ok"]
+    return result, result["ok"]
 
 
 def _load_checked(args: argparse.Namespace) -> Config:
@@ -298,7 +301,7 @@ def _before_torch() -> None:
 
 def _show(result: Result, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(_without_nan(result)), flush=True)
+        print(to_json(result), flush=True)
         return
     width = max(map(len, result))
     for name, value in result.items():
@@ -311,11 +314,3 @@ def _readable(name: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlet_dist.config import Config, RunConfig, save_config
 from mlet_dist.errors import UserError
+from mlet_dist.json_text import to_json
 
 SINGLE, MLET, CONTROL = "single", "mlet", "control"
 _TITLES = {SINGLE: "single layer", MLET: "MLET", CONTROL: "single layer, MLET's rate and scale"}
@@ -49,7 +50,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path)
         arms[arm] = trained | verified
     result = {"ok": all(arm["ok"] for arm in arms.values()), "run": str(base), "arms": arms}
-    (base / "comparison.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
     (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
     return result
 
@@ -64,9 +65,9 @@ def comparison_table(result: dict[str, Any]) -> str:
                 _TITLES[name],
                 _size(arm["trained_table_bytes"]),
                 _size(arm["served_table_bytes"]),
-                f"{arm['test_auc']:.4f}",
-                f"{arm['test_logloss']:.4f}",
-                f"{arm['max_abs_logit_diff']:.1e}",
+                _metric(arm["test_auc"]),
+                _metric(arm["test_logloss"]),
+                _difference(arm["max_abs_logit_diff"]),
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -106,6 +107,16 @@ def _run_command(*arguments: str) -> dict[str, Any]:
         raise RuntimeError(f"`mlet {shlex.join(arguments)}` failed with exit code {done.returncode}, see above")
     result: dict[str, Any] = json.loads(lines[-1])
     return result
+
+
+def _metric(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _difference(value: float | None) -> str:
+    if value is None:
+        return "infinite"
+    return f"{value:.1e}" if value else "none, bit for bit"
 
 
 def _size(count: int) -> str:

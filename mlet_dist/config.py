@@ -19,7 +19,7 @@ _SHOWN_CHARACTERS = 200
 
 
 def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A field with its meaning for `mlet train --help` and its limits (at_least, at_most, above, multiple_of, min_length)."""
+    """A field: its meaning for `mlet train --help`, its limits at_least, at_most, above, multiple_of and min_length."""
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
@@ -260,6 +260,8 @@ def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, 
         raise UserError(
             f"{_COMMAND_LINE}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
         )
+    if not text.strip():
+        raise UserError(f"{_COMMAND_LINE}: {override!r}: the value is empty; write {key}=null for none")
     try:
         value = _load_yaml(text)
     except ValueError as error:

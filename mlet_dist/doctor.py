@@ -95,6 +95,18 @@ def run_doctor() -> dict[str, Any]:
     return {"ok": all(check.status != "fail" for check in checks), "checks": [asdict(check) for check in checks]}
 
 
+def report(result: Mapping[str, Any]) -> str:
+    """What ``run_doctor`` found, for people: a line a check, and what to type below those that need it."""
+    width = max(len(check["name"]) for check in result["checks"])
+    lines = []
+    for check in result["checks"]:
+        lines.append(f"{check['status']:4}  {check['name']:{width}}  {check['found']}")
+        if check["advice"]:
+            lines += [f"{'':{width + 8}}{line}" for line in check["advice"].splitlines()]
+    lines.append("all in order" if result["ok"] else "something is wrong: see the lines marked fail")
+    return "\n".join(lines)
+
+
 def diagnose() -> list[Check]:
     """Every check on this machine, in the order in which to mend what is wrong. Takes a few seconds."""
     if sys.platform != "linux":

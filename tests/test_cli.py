@@ -150,10 +150,10 @@ def test_every_nproc_is_taken_out_of_what_the_ranks_run() -> None:
 
 
 def test_a_warning_is_one_line_and_does_not_stop_the_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checked = cli._load_checked(cli._parse(["train", str(config), "model.hidden_dim=2"]))
-    assert checked.model.hidden_dim == 2
+    checked = cli._load_checked(cli._parse(["train", str(config), "model.hidden_dim=8"]))
+    assert checked.model.hidden_dim == 8
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("mlet: warning: model.hidden_dim 2 is below model.embedding_dim 16")
+    assert line.startswith("mlet: warning: model.hidden_dim 8 is below model.embedding_dim 16")
 
 
 def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,3 +45,22 @@ def test_nothing_to_compare_without_a_hidden_dim(small_model: tuple[str, ...], t
     message = error_line("compare", CONFIG, *small_model, "model.hidden_dim=null", f"run.dir={tmp_path / 'run'}")
     assert "model.hidden_dim" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_an_undefined_auc_is_shown_as_such() -> None:
+    arm = {
+        "trained_table_bytes": 3_200_000_000,
+        "served_table_bytes": 100_000,
+        "test_auc": None,
+        "test_logloss": 0.25,
+        "max_abs_logit_diff": 0.0,
+    }
+    row = comparison_table({"arms": {"mlet": arm}}).splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "MLET",
+        "3.2 GB",
+        "0.1 MB",
+        "undefined",
+        "0.2500",
+        "none, bit for bit",
+    ]

@@ -1,12 +1,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from mlet_dist import doctor
-from mlet_dist.doctor import Probe
+from mlet_dist.doctor import Check, Probe, report
 
 GIB = 1 << 30
 CHECK_NAMES = ["python", "versions", "fbgemm build", "imports", "devices", "cores", "memory", "/dev/shm", "disk"]
@@ -281,3 +282,13 @@ def test_this_environment_in_full() -> None:
 
 def test_import_that_takes_too_long_is_cut_off() -> None:
     assert doctor.try_imports(timeout=0.01) == Probe(None, "", {})
+
+
+def test_report_shows_every_check_and_what_to_type() -> None:
+    checks = [asdict(Check("memory", "ok", "20 GiB")), asdict(Check("imports", "fail", "undefined symbol", "a\nb"))]
+    lines = report({"ok": False, "checks": checks}).splitlines()
+    assert lines[0].split() == ["ok", "memory", "20", "GiB"]
+    assert lines[1].split() == ["fail", "imports", "undefined", "symbol"]
+    assert [line.strip() for line in lines[2:4]] == ["a", "b"]
+    assert "fail" in lines[4]
+    assert report({"ok": True, "checks": checks[:1]}).splitlines()[-1] == "all in order"

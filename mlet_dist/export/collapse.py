@@ -1,7 +1,6 @@
 """The export job: W1·W2 of every table into a checkpoint that a plain TorchRec model loads by name."""
 
 import dataclasses
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.distributed import checkpoint as dcp
 from mlet_dist import __version__
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.export.manifest import FORMAT_VERSION, ExportDirectory, describe_tensor
+from mlet_dist.json_text import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.progress import Progress
 from mlet_dist.staging import staged_directory
@@ -72,7 +72,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
             "tables": tables,
             "dense": [describe_tensor(name, state[name]) for name in dense],
         }
-        target.manifest.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        target.manifest.write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
     served_bytes = sum(table["bytes"] for table in tables)
     return {
         "out": str(out),

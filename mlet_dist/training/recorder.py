@@ -1,11 +1,11 @@
 """What a run says of itself while it goes on: metrics.jsonl, TensorBoard."""
 
-import json
 from types import TracebackType
 from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mlet_dist.json_text import to_json
 from mlet_dist.training.run_directory import RunDirectory
 
 
@@ -20,7 +20,7 @@ class Recorder:
         """Write one line and one TensorBoard point a value, under ``split/name``."""
         if self._lines is None or self._tensorboard is None:
             return
-        self._lines.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._lines.write(to_json({"step": step, "split": split, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{split}/{name}", value, step)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlet_dist.config import Config, load_config, save_config
 from mlet_dist.errors import UserError
+from mlet_dist.json_text import to_json
 from mlet_dist.models.spec import ModelSpec
 
 
@@ -91,7 +92,7 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, whole or not at all."""
-        self._partial_summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        self._partial_summary.write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
         self._partial_summary.replace(self.summary)
 
     def load(self) -> tuple[Config, ModelSpec, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What `mlet compare`'s control claims: MLET's initial scale and, under SGD, its mean first step, in a single layer."""
+"""What `mlet compare`'s control claims: MLET's initial scale and its mean first step, in a single layer."""
 
 import math
 from typing import Any
@@ -101,3 +101,20 @@ def test_a_step_of_sgd_moves_a_row_k_sigma_squared_times_further(hidden_dim: int
     torch.testing.assert_close(of_control, -RATE * factor * GRADIENT, rtol=1e-6, atol=0)
     difference = (mean - of_control.double()).norm() / of_control.double().norm()
     assert float(difference) < 0.06  # its standard error is sqrt(5 / k / draws), at most 0.036
+
+
+@pytest.mark.parametrize(("hidden_dim", "embedding_dim", "std"), [(64, 16, None), (64, 4, 0.25), (32, 16, 0.25)])
+def test_a_first_step_of_adagrad_moves_w_as_far_along_the_gradient(
+    hidden_dim: int, embedding_dim: int, std: float | None
+) -> None:
+    model = model_config(hidden_dim=hidden_dim, embedding_dim=embedding_dim, projection_init_std=std)
+    _, factor = single_layer_control(model, "adagrad")
+    draw = torch.Generator().manual_seed(1)
+    along_mlet, along_single = 0.0, 0.0
+    for seed in range(300):
+        gradient = torch.randn(embedding_dim, generator=draw)
+        projection = tables(model, seed).projections["C1"].weight.detach()
+        # Adagrad's first step divides each element by its own size: lr·sign.
+        along_mlet += float(torch.sign(gradient @ projection.T) @ projection @ gradient / gradient.norm())
+        along_single += float(torch.sign(gradient) @ gradient / gradient.norm())
+    assert along_mlet / along_single == pytest.approx(factor, rel=0.06)

@@ -67,7 +67,7 @@ def test_a_finished_run_is_replaced_only_when_asked(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
     run.finish(SUMMARY)
     assert refusal_of(run) == (
-        f"run.dir {run.path} holds a finished run; choose another run.dir, or replace it with run.overwrite=true"
+        f"run.dir {run.path} holds a finished run; choose another, or replace it with run.overwrite=true"
     )
     changed = dataclasses.replace(config_of(run, overwrite=True), data=DataConfig(path="other"))
     other = dataclasses.replace(SPEC, seed=4)

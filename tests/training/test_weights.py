@@ -79,9 +79,7 @@ def _load(directory: Path, spec: ModelSpec) -> str:
 
 
 @pytest.mark.parametrize(("saved_on", "loaded_on"), [(2, 3), (4, 1), (1, 4)])
-def test_a_checkpoint_loads_on_any_number_of_ranks(
-    ranks: Ranks, tmp_path: Path, saved_on: int, loaded_on: int
-) -> None:
+def test_a_checkpoint_loads_on_any_number_of_ranks(ranks: Ranks, tmp_path: Path, saved_on: int, loaded_on: int) -> None:
     saved = ranks(saved_on).run(_save, tmp_path)[0]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
     assert ranks(loaded_on).run(_load, tmp_path, _spec(seed=99))[0] == saved
@@ -89,7 +87,7 @@ def test_a_checkpoint_loads_on_any_number_of_ranks(
 
 def test_a_checkpoint_of_another_shape_names_the_tensor(ranks: Ranks, tmp_path: Path) -> None:
     ranks(2).run(_save, tmp_path)
-    with pytest.raises(RankFailed, match=r"UserError.*embedding_bags\.uneven\.weight' is \(101, 8\) there and \(102, 8\)"):
+    with pytest.raises(RankFailed, match=r"UserError.*\.uneven\.weight' is \(101, 8\) there and \(102, 8\)"):
         ranks(2).run(_load, tmp_path, _spec(sizes=SIZES | {"uneven": 102}))
     renamed = {"uneven": 101, "tiny": 5, "other": 2}
     with pytest.raises(RankFailed, match=r"UserError.*holds no tensor .*embedding_bags\.other\.weight"):
