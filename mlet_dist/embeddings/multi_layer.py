@@ -1,5 +1,6 @@
 """Multi-layer embedding tables: a drop-in for TorchRec's EmbeddingBagCollection (MLET, arXiv:2006.05623)."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -7,7 +8,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
@@ -123,8 +124,13 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         return list(self._tables)
 
     def rows(self) -> EmbeddingBagCollection:
-        """The first layer alone, as a plain k-dimensional EmbeddingBagCollection over the same parameters."""
-        rows = EmbeddingBagCollection(self._embedding_bag_configs, self.is_weighted(), torch.device("meta"))
+        """The first layer alone: a plain k-dimensional collection over the same parameters, pooled by sum.
+
+        TorchRec's row-wise mean pooling is wrong where tables of several kinds share a collection or a feature
+        (docs/architecture.md), so the sharded module divides by itself.
+        """
+        tables = [dataclasses.replace(table, pooling=PoolingType.SUM) for table in self._embedding_bag_configs]
+        rows = EmbeddingBagCollection(tables, self.is_weighted(), torch.device("meta"))
         rows.embedding_bags = self.embedding_bags
         return rows
 
@@ -135,8 +141,10 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         On the meta device only the shapes are made.
         """
         tables = [table.plain_config() for table in self._tables]
-        plain = EmbeddingBagCollection(tables, self.is_weighted(), self.device)
-        if self.device.type != "meta":
+        device = next(self.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            plain = EmbeddingBagCollection(tables, self.is_weighted(), device)
+        if device.type != "meta":
             weights = projection_weights(self.projections)
             for name, bag in plain.embedding_bags.items():
                 rows = self.embedding_bags[name].weight

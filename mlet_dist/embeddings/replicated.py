@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 
 
 def with_mean_gradients(
@@ -28,6 +29,7 @@ class _MeanGradients(torch.autograd.Function):
         return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=ctx.process_group)

@@ -11,13 +11,14 @@ from torchrec.distributed.embeddingbag import (
     ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.types import (
+    Awaitable,
     LazyAwaitable,
     ParameterSharding,
     ShardingEnv,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import PoolingType
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.multi_layer import (
@@ -28,6 +29,7 @@ from mlet_dist.embeddings.multi_layer import (
     projection_weights,
     table_of_key,
 )
+from mlet_dist.embeddings.pooling import bag_sizes, divide, mean_keys
 from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.replicated import with_mean_gradients
 
@@ -43,7 +45,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     values on instead.
 
     Raises:
-        ValueError: two tables pool one feature in different ways, or a row's width is not a multiple of 4.
+        ValueError: a row's width is not a multiple of 4.
     """
 
     def __init__(
@@ -56,7 +58,6 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     ) -> None:
         tables = module.embedding_bag_configs()
         _check_widths(tables)
-        _check_pooling(tables)
         super().__init__(
             module=module.rows(),
             table_name_to_parameter_sharding=table_name_to_parameter_sharding,
@@ -64,16 +65,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             device=device,
             **torchrec_arguments,
         )
-        # TorchRec divides for mean pooling after the exchange, and would divide unsharded tables' vectors again.
-        self._pooling_type_to_rs_features[PoolingType.SUM.value] += [
-            feature
-            for table in tables
-            if table_name_to_parameter_sharding[table.name].sharding_type == ShardingType.DATA_PARALLEL.value
-            for feature in table.feature_names
-        ]
         self.projections = build_projections(tables, module.seed, device)
         self._table_of_key = table_of_key(tables)
-        if module.device.type != "meta":
+        self._mean_keys = mean_keys(tables)
+        if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
         for projection in self.projections.parameters():
             dist.broadcast(projection.data, src=0, group=env.process_group)
@@ -92,22 +87,36 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
                 dist.broadcast(weight.data, src=0, group=self._env.process_group)
 
+    def input_dist(
+        self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KJTList]]:
+        """Send ids to the ranks that own their rows; what mean pooling divides by stays here."""
+        features = maybe_td_to_kjt(features, None)
+        sent = super().input_dist(ctx, features)
+        if self._mean_keys:
+            ctx.divisor = bag_sizes(features, self._mean_keys)
+        return sent
+
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Look up and exchange k-dimensional vectors, then project: values ``(b, sum of d)``."""
-        return self._project_when_ready(super().compute_and_output_dist(ctx, input))
+        return self._project_when_ready(ctx, super().compute_and_output_dist(ctx, input))
 
     def output_dist(self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]) -> LazyAwaitable[KeyedTensor]:
         """Exchange k-dimensional vectors, then project: values ``(b, sum of d)``."""
-        return self._project_when_ready(super().output_dist(ctx, output))
+        return self._project_when_ready(ctx, super().output_dist(ctx, output))
 
-    def _project_when_ready(self, pooled: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
-        # TorchRec divides for mean pooling in a callback of its own; this one comes after it.
-        pooled.callbacks.append(self._project)
+    def _project_when_ready(
+        self, ctx: EmbeddingBagCollectionContext, pooled: LazyAwaitable[KeyedTensor]
+    ) -> LazyAwaitable[KeyedTensor]:
+        sizes = ctx.divisor
+
+        def finish(summed: KeyedTensor) -> KeyedTensor:
+            averaged = with_mean_gradients(projection_weights(self.projections), self._env.process_group)
+            projected = project(summed, by_key(averaged, self._table_of_key))
+            return projected if sizes is None else divide(projected, self._mean_keys, sizes)
+
+        pooled.callbacks.append(finish)
         return pooled
-
-    def _project(self, pooled: KeyedTensor) -> KeyedTensor:
-        averaged = with_mean_gradients(projection_weights(self.projections), self._env.process_group)
-        return project(pooled, by_key(averaged, self._table_of_key))
 
 
 class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
@@ -127,6 +136,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """Shard ``module`` by ``params``, which is changed in place where a table is too small for row_wise."""
         for sharding in params.values():
             _keep_replicated_if_too_small(sharding, env.world_size)
+        order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
         return ShardedMultiLayerEmbeddingBagCollection(
             module=module,
             table_name_to_parameter_sharding=params,
@@ -135,6 +145,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             fused_params=self.fused_params,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
+            **({} if order is None else {"sharded_module_order_overwrite": order}),
         )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -161,19 +172,6 @@ def _check_widths(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
             raise ValueError(
                 f"table {table.name!r}: {key} is {table.row_width}; fbgemm's kernels take multiples of 4 columns"
             )
-
-
-def _check_pooling(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
-    # TorchRec's row-wise mean pooling looks a feature's bag sizes up by the feature's name alone.
-    first: dict[str, MultiLayerEmbeddingBagConfig] = {}
-    for table in tables:
-        for feature in table.feature_names:
-            other = first.setdefault(feature, table)
-            if other.pooling != table.pooling:
-                raise ValueError(
-                    f"feature {feature!r} is pooled by {other.pooling.value} in table {other.name!r} and by "
-                    f"{table.pooling.value} in table {table.name!r}; sharded tables of one feature must pool alike"
-                )
 
 
 def _keep_replicated_if_too_small(sharding: ParameterSharding, world_size: int) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+Bags = dict[str, list[list[tuple[int, float]]]]
+
 
 @dataclass
 class Table:
@@ -18,7 +20,7 @@ class Table:
 
 @dataclass
 class DenseReference:
-    """Trains tables on bags of ids: ``bags[feature]`` is a list of lists of ids, one a row of the global batch."""
+    """Trains tables on bags: ``bags[feature]`` holds, for each row of the global batch, a list of (id, weight)."""
 
     tables: list[Table]
     optimizer: str
@@ -31,22 +33,25 @@ class DenseReference:
             if table.projection is not None:
                 table.projection = table.projection.double().clone().requires_grad_()
 
-    def forward(self, bags: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
-        """Feature -> pooled vectors ``(B, d)``."""
+    def forward(self, bags: Bags) -> dict[str, torch.Tensor]:
+        """Feature -> pooled vectors ``(B, d)``; ``feature@table`` where several tables serve one feature."""
         outputs = {}
+        served = [feature for table in self.tables for feature in table.features]
         for table in self.tables:
             whole = table.rows if table.projection is None else table.rows @ table.projection
             for feature in table.features:
                 vectors = []
                 for ids in bags[feature]:
                     total = whole.new_zeros(whole.shape[1])
-                    for each in ids:
-                        total = total + whole[each]
-                    vectors.append(total / len(ids) if ids and table.pooling == "mean" else total)
-                outputs[feature] = torch.stack(vectors)
+                    for each, weight in ids:
+                        total = total + weight * whole[each]
+                    size = sum(weight for _, weight in ids)
+                    vectors.append(total / size if ids and table.pooling == "mean" else total)
+                key = feature if served.count(feature) == 1 else f"{feature}@{table.name}"
+                outputs[key] = torch.stack(vectors)
         return outputs
 
-    def step(self, bags: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
+    def step(self, bags: Bags) -> dict[str, torch.Tensor]:
         """One step on ``toy_loss`` of the whole global batch; returns the outputs before it."""
         outputs = self.forward(bags)
         toy_loss(outputs).backward()

@@ -1,6 +1,5 @@
 """The sharded module against the dense float64 reference, on 1, 2, 3 and 4 ranks."""
 
-import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -21,13 +20,12 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollectionSharder,
     MultiLayerEmbeddingBagConfig,
 )
-from tests.embeddings.reference import DenseReference, Table, toy_loss
+from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
 from tests.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.multirank
 
 Ranks = Callable[[int], RankPool]
-Bags = dict[str, list[list[int]]]
 RATES = {"rows": 0.05, "projections": 0.02}
 SEED = 11
 STEPS = 4
@@ -50,29 +48,40 @@ def _tables() -> list[EmbeddingBagConfig]:
         table("shared", 33, 8, ["f4", "f5"]),
         table("averaged", 40, 8, ["f6"], PoolingType.MEAN),
         table("tiny_averaged", 3, 8, ["f8"], PoolingType.MEAN),  # replicated on 4 ranks
+        # One feature in four tables, pooled in both ways, one of them replicated on 3 and 4 ranks.
+        table("wide", 60, 8, ["f9"]),
+        table("wide_too", 60, None, ["f9"]),
+        table("deep", 60, 12, ["f9"], PoolingType.MEAN),
+        table("deep_tiny", 2, 8, ["f9"], PoolingType.MEAN),
         EmbeddingBagConfig(name="plain", num_embeddings=20, embedding_dim=4, feature_names=["f7"]),
     ]
 
 
-def _make_bags(seed: int, rows: int = GLOBAL_BATCH) -> Bags:
-    """Bags of 0 to 5 ids with repeats; feature f0 has an empty bag in the first row of every batch."""
+def _make_bags(seed: int, weighted: bool = False, rows: int = GLOBAL_BATCH) -> Bags:
+    """Bags of 0 to 5 ids with repeats; the first row of every batch has an empty bag in f0 and in f9."""
     draw = random.Random(seed)
-    sizes = {feature: table.num_embeddings for table in _tables() for feature in table.feature_names}
-    bags = {
-        name: [[draw.randrange(n) for _ in range(draw.randint(0, 5))] for _ in range(rows)] for name, n in sizes.items()
-    }
-    bags["f0"][0] = []
-    bags["f0"][1] = [7, 7, 7]
+    sizes: dict[str, int] = {}
+    for table in _tables():
+        for feature in table.feature_names:
+            sizes[feature] = min(table.num_embeddings, sizes.get(feature, table.num_embeddings))
+
+    def entry(n: int) -> tuple[int, float]:
+        return draw.randrange(n), draw.uniform(0.5, 2.0) if weighted else 1.0
+
+    bags = {name: [[entry(n) for _ in range(draw.randint(0, 5))] for _ in range(rows)] for name, n in sizes.items()}
+    bags["f0"][0] = bags["f9"][0] = []
+    bags["f0"][1] = [entry(1), (7, 1.0), (7, 1.0)]
     return bags
 
 
-def _to_kjt(bags: Bags, first: int, last: int) -> KeyedJaggedTensor:
-    values = [each for rows in bags.values() for ids in rows[first:last] for each in ids]
+def _to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJaggedTensor:
+    entries = [each for rows in bags.values() for ids in rows[first:last] for each in ids]
     lengths = [len(ids) for rows in bags.values() for ids in rows[first:last]]
     return KeyedJaggedTensor(
         keys=list(bags),
-        values=torch.tensor(values, dtype=torch.int64),
+        values=torch.tensor([each for each, _ in entries], dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int32),
+        weights=torch.tensor([weight for _, weight in entries]) if weighted else None,
     )
 
 
@@ -103,18 +112,18 @@ def _full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _positive_module() -> MultiLayerEmbeddingBagCollection:
-    module = MultiLayerEmbeddingBagCollection(_tables(), seed=SEED)
+def _positive_module(weighted: bool = False) -> MultiLayerEmbeddingBagCollection:
+    module = MultiLayerEmbeddingBagCollection(_tables(), is_weighted=weighted, seed=SEED)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.abs_().mul_(0.3).add_(0.05)
     return module
 
 
-def _train_sharded(optimizer: str) -> dict[str, Any]:
+def _train_sharded(optimizer: str, weighted: bool = False) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     kind = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
-    model = _shard(_positive_module(), kind)
+    model = _shard(_positive_module(weighted), kind)
     initial = _full_weights(model)
     arguments = {"eps": 1e-8} if kind is torch.optim.Adagrad else {}
     groups: dict[float, list[torch.Tensor]] = {}
@@ -124,7 +133,7 @@ def _train_sharded(optimizer: str) -> dict[str, Any]:
     share = GLOBAL_BATCH // world_size
     outputs = []
     for step in range(STEPS):
-        found = model(_to_kjt(_make_bags(step), rank * share, (rank + 1) * share)).to_dict()
+        found = model(_to_kjt(_make_bags(step, weighted), rank * share, (rank + 1) * share, weighted)).to_dict()
         for stepper in steppers:
             stepper.zero_grad()
         toy_loss(found).backward()
@@ -159,13 +168,16 @@ def _reference(optimizer: str) -> DenseReference:
     )
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_outputs_and_weights_equal_the_dense_reference(ranks: Ranks, world_size: int, optimizer: str) -> None:
-    by_rank = ranks(world_size).run(_train_sharded, optimizer)
+def test_outputs_and_weights_equal_the_dense_reference(
+    ranks: Ranks, world_size: int, optimizer: str, weighted: bool
+) -> None:
+    by_rank = ranks(world_size).run(_train_sharded, optimizer, weighted)
     reference = _reference(optimizer)
     for step in range(STEPS):
-        expected = reference.step(_make_bags(step))
+        expected = reference.step(_make_bags(step, weighted))
         for feature, values in expected.items():
             found = torch.cat([result["outputs"][step][feature] for result in by_rank])
             torch.testing.assert_close(found.double(), values, rtol=2e-5, atol=2e-6)
@@ -188,7 +200,7 @@ def test_outputs_and_weights_equal_the_dense_reference(ranks: Ranks, world_size:
 def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: int) -> None:
     first, *others = ranks(world_size).run(_train_sharded, "adagrad")
     projections = [name for name in first["weights"] if name.startswith("projections.")]
-    assert len(projections) == 6
+    assert len(projections) == 9
     for name in projections:
         assert not torch.equal(first["weights"][name], first["initial"][name])
         for other in others:
@@ -213,8 +225,8 @@ def test_tables_with_too_few_rows_stay_data_parallel(ranks: Ranks) -> None:
     expected = {
         1: set(),
         2: set(),
-        3: {"two_rows"},
-        4: {"two_rows", "tiny", "tiny_averaged"},
+        3: {"two_rows", "deep_tiny"},
+        4: {"two_rows", "deep_tiny", "tiny", "tiny_averaged"},
     }
     for world_size, replicated in expected.items():
         sharding = ranks(world_size).run(_train_sharded, "sgd")[0]["sharding"]
@@ -229,17 +241,6 @@ def test_a_module_with_values_of_its_own_passes_them_on(ranks: Ranks, world_size
         assert set(result["initial"]) == set(expected)
         for name, tensor in expected.items():
             assert torch.equal(result["initial"][name], tensor), name
-
-
-def _shard_ambiguous_feature() -> None:
-    tables = _tables()[:1]
-    tables.append(dataclasses.replace(tables[0], name="other", pooling=PoolingType.MEAN))
-    _shard(MultiLayerEmbeddingBagCollection(tables, device=torch.device("meta")), torch.optim.SGD)
-
-
-def test_a_feature_pooled_in_two_ways_is_refused(ranks: Ranks) -> None:
-    with pytest.raises(RankFailed, match=r"feature 'f0' .*'uneven'.*'other'"):
-        ranks(2).run(_shard_ambiguous_feature)
 
 
 def _shard_width(hidden_dim: int | None, embedding_dim: int) -> None:
@@ -276,11 +277,11 @@ def _outputs_served_and_trained() -> tuple[torch.Tensor, torch.Tensor]:
     model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED), torch.optim.SGD)
     features = _to_kjt(_make_bags(3), 0, GLOBAL_BATCH)
     expected, found = served(features).to_dict(), model(features).to_dict()
-    assert list(expected) == [f"f{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 7)]
+    assert len(expected) == 13
     return tuple(torch.cat([each[name].detach() for name in expected], dim=1) for each in (expected, found))
 
 
 def test_plain_collection_serves_what_the_sharded_one_computes(ranks: Ranks) -> None:
     for expected, found in ranks(2).run(_outputs_served_and_trained):
-        assert expected.shape == (GLOBAL_BATCH, 9 * 4)
+        assert expected.shape == (GLOBAL_BATCH, 13 * 4)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
