@@ -14,6 +14,8 @@ from mlet_dist.json_text import to_json
 
 Result = dict[str, Any]
 
+_LAUNCHED = "MLET_LAUNCHED"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 for a user's mistake, 1 otherwise."""
@@ -70,7 +72,7 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | Non
     from mlet_dist.training.run_directory import RunDirectory
 
     config = _load_checked(args)
-    if not _under_launcher():
+    if not _launched():
         RunDirectory(Path(config.run.dir)).check_free(config.run.overwrite)
     if args.nproc is not None:
         return _in_ranks(args, arguments)
@@ -133,7 +135,7 @@ def _load_checked(args: argparse.Namespace) -> Config:
     schema = DatasetSchema.load(Path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
     config.check_world_size(args.nproc or 1)
-    if _is_first_rank() and not _under_launcher():
+    if _is_first_rank() and not _launched():
         for warning in config.warnings():
             print(f"mlet: warning: {warning}", file=sys.stderr)
     return config
@@ -142,6 +144,7 @@ def _load_checked(args: argparse.Namespace) -> Config:
 def _in_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[None, bool]:
     from mlet_dist.launcher import run_ranks
 
+    os.environ[_LAUNCHED] = "1"
     run_ranks(args.nproc, _without_nproc(arguments))
     return None, True
 
@@ -273,16 +276,19 @@ def _is_first_rank() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _under_launcher() -> bool:
-    return "TORCHELASTIC_ERROR_FILE" in os.environ
+def _launched() -> bool:
+    """Whether `--nproc` of another `mlet` started this rank: that one has checked the config and shows errors."""
+    return _LAUNCHED in os.environ
 
 
 def _handed_to_launcher(error: BaseException) -> bool:
-    if not _under_launcher():
+    """Whether the launcher of this rank will show the error, in place of it; torchrun is told too, for its report."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return False
     from mlet_dist.launcher import record_failure
 
-    return record_failure(error)
+    record_failure(error)
+    return _launched()
 
 
 def _before_torch() -> None:

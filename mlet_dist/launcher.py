@@ -44,9 +44,6 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
         raise RuntimeError(f"rank {rank} failed (exit code {failure.exitcode}): {said}") from None
 
 
-def record_failure(error: BaseException) -> bool:
-    """Hand an error to the launcher of this rank, which shows the first one; False where there is no launcher."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return False
+def record_failure(error: BaseException) -> None:
+    """Write an error to the file from which torch elastic's agent of this rank takes it."""
     ErrorHandler().record_exception(error)
-    return True

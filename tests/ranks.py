@@ -90,3 +90,19 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             pipe.send((True, function(*args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor as every rank sees it, copied; the shards of a ShardedTensor are put together on all ranks."""
+    import torch
+    from torch import distributed as dist
+    from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+    if not isinstance(tensor, ShardedTensor):
+        return tensor.detach().clone()
+    found = torch.zeros(tensor.size())
+    for shard in tensor.local_shards():
+        row, rows = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
+        found[row : row + rows] = shard.tensor
+    dist.all_reduce(found)
+    return found

@@ -13,14 +13,16 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torchrec.optim.keyed import KeyedOptimizer
 
 from mlet_dist.errors import UserError
+from mlet_dist.training.optimizers import optimizer_state
 
-MODEL_KEY = "model"
+FORMAT_VERSION = 1
+MODEL_KEY, OPTIMIZER_KEY = "model", "optimizer"
 
 
 def save_checkpoint(
     directory: Path, step: int, model: nn.Module, optimizer: KeyedOptimizer, progress: dict[str, Any]
 ) -> Path:
-    """Write ``directory/step-<step>`` from all ranks: ``model``, ``optimizer`` and ``progress``.
+    """Write ``directory/step-<step>`` from all ranks: ``model``, ``optimizer``, ``progress`` and ``format_version``.
 
     It is written under another name and renamed once every rank has finished. A collective call; ``directory`` is
     one place for all ranks.
@@ -31,7 +33,12 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    state = {MODEL_KEY: model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}
+    state = {
+        MODEL_KEY: model.state_dict(),
+        OPTIMIZER_KEY: optimizer_state(optimizer),
+        "progress": progress,
+        "format_version": FORMAT_VERSION,
+    }
     dcp.save(state, checkpoint_id=partial)
     if dist.get_rank() == 0:
         partial.rename(target)

@@ -52,5 +52,8 @@ def join_ranks(device: str = "auto") -> Iterator[Worker]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield Worker(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if backend == "gloo":  # nccl would wait here for ranks that are stuck in a collective
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -7,7 +7,7 @@ import torch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.models.dlrm import DLRM
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from mlet_dist.config import OptimizerConfig
@@ -18,6 +18,8 @@ _OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any
     # fbgemm's default eps is 1e-8 and torch's 1e-10: rows and dense layers get the same.
     "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
 }
+# fbgemm's name of a state -> torch's. What has no name here, torch's count of steps, does not change the update.
+_STATES = {"momentum1": "sum", "sum": "sum"}
 
 
 def fuse_row_optimizer(model: DLRM, config: OptimizerConfig) -> None:
@@ -47,6 +49,22 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
         for rate, parameters in groups.items()
     ]
     return CombinedOptimizer([model.fused_optimizer, *stepped])
+
+
+def optimizer_state(optimizer: KeyedOptimizer) -> dict[str, dict[str, Any]]:
+    """Parameter name -> state name -> tensor, by the same names whether a table is sharded or replicated.
+
+    The tensors are the optimizer's own: what is loaded into them is loaded into it. Learning rates are not among them;
+    they are the config's.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    for parameter, states in optimizer.state_dict()["state"].items():
+        # fbgemm says `<table>.momentum1`, torch says `sum`.
+        short = {state.rpartition(".")[2]: tensor for state, tensor in states.items()}
+        found = {_STATES[state]: tensor for state, tensor in short.items() if state in _STATES}
+        if found:
+            named[parameter] = found
+    return named
 
 
 def _or_common(rate: float | None, config: OptimizerConfig) -> float:

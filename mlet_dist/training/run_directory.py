@@ -72,6 +72,11 @@ class RunDirectory:
             raise UserError(
                 f"run.dir {self.path} holds a finished run; choose another, or replace it with run.overwrite=true"
             )
+        if any(self.checkpoints.glob("step-*/.metadata")) and not overwrite:
+            raise UserError(
+                f"run.dir {self.path} holds a checkpoint of a run that did not finish; choose another, or replace it "
+                "with run.overwrite=true"
+            )
         if entries and not self.config.exists():
             raise UserError(f"run.dir {self.path} holds files that are not a run's; choose an empty or new directory")
 

@@ -51,6 +51,8 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         if worker.is_first:
             run.start(config, spec)
         dist.barrier()
+        if not run.config.exists():
+            raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
 
         model = build_dlrm(spec, tables_device=torch.device("meta"))
         fuse_row_optimizer(model, config.optimizer)
@@ -87,10 +89,12 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             "device": worker.device.type,
             "samples_per_s": steps * config.data.batch_size / seconds,
         }
-        if fingerprint:
-            summary["weights_sha256"] = weights_sha256(sharded, worker.device)
         if worker.is_first:
             run.finish(summary)
+        if fingerprint:  # after the run has finished, which it must not put at risk
+            summary["weights_sha256"] = weights_sha256(sharded, worker.device)
+            if worker.is_first:
+                run.finish(summary)
         dist.barrier()
     return summary
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -21,7 +21,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagConfig,
 )
 from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
-from tests.ranks import RankFailed, RankPool
+from tests.ranks import RankFailed, RankPool, whole
 
 pytestmark = pytest.mark.multirank
 
@@ -85,31 +85,24 @@ def _to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJ
     )
 
 
-def _shard(embeddings: MultiLayerEmbeddingBagCollection, kind: type[torch.optim.Optimizer]) -> DistributedModelParallel:
+def _shard(
+    embeddings: MultiLayerEmbeddingBagCollection,
+    kind: type[torch.optim.Optimizer],
+    around: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Sequential,
+) -> DistributedModelParallel:
     arguments = {"eps": 1e-8} if kind is torch.optim.Adagrad else {}
     apply_optimizer_in_backward(kind, embeddings.embedding_bags.parameters(), {"lr": RATES["rows"], **arguments})
     sharders = [MultiLayerEmbeddingBagCollectionSharder()]
     world_size = dist.get_world_size()
     topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
-    model = torch.nn.Sequential(embeddings)
+    model = around(embeddings)
     plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
     return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
 
 
 def _full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor of the state, whole, on every rank."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, ShardedTensor):
-            whole = torch.zeros(tensor.size())
-            for shard in tensor.local_shards():
-                row, rows = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
-                whole[row : row + rows] = shard.tensor
-            dist.all_reduce(whole)
-        else:
-            whole = tensor.detach().clone()
-        weights[name.removeprefix("0.")] = whole
-    return weights
+    return {name.removeprefix("0."): whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def _positive_module(weighted: bool = False) -> MultiLayerEmbeddingBagCollection:
@@ -241,6 +234,62 @@ def test_a_module_with_values_of_its_own_passes_them_on(ranks: Ranks, world_size
         assert set(result["initial"]) == set(expected)
         for name, tensor in expected.items():
             assert torch.equal(result["initial"][name], tensor), name
+
+
+def _shard_filled_after_meta() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    module = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")).to_empty(device="cpu")
+    filled = _positive_module().state_dict()
+    module.load_state_dict(filled)
+    return filled, _full_weights(_shard(module, torch.optim.SGD))
+
+
+def test_a_module_filled_after_it_was_made_on_meta_passes_its_values_on(ranks: Ranks) -> None:
+    expected, found = ranks(2).run(_shard_filled_after_meta)[0]
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@torch.fx.wrap
+def _loss_and_output(pooled: KeyedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    found = pooled.to_dict()
+    return toy_loss(found), torch.cat(list(found.values()), dim=1).detach()
+
+
+class _Tensors(torch.nn.Module):
+    """Batch -> loss and outputs, as TorchRec's pipelines want a model."""
+
+    def __init__(self, embeddings: MultiLayerEmbeddingBagCollection) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, features: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _loss_and_output(self.embeddings(features))
+
+
+def _train_with(pipelined: bool) -> dict[str, torch.Tensor]:
+    rank, share = dist.get_rank(), GLOBAL_BATCH // dist.get_world_size()
+    batches = [_to_kjt(_make_bags(step), rank * share, (rank + 1) * share) for step in range(STEPS)]
+    model = _shard(_positive_module(), torch.optim.SGD, _Tensors)
+    optimizer = torch.optim.SGD([each for _, each in in_backward_optimizer_filter(model.named_parameters())], lr=0.02)
+    if pipelined:
+        pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
+        iterator = iter(batches)
+        for _ in batches:
+            pipeline.progress(iterator)
+    else:
+        for batch in batches:
+            optimizer.zero_grad()
+            model(batch)[0].backward()
+            optimizer.step()
+    return _full_weights(model)
+
+
+def test_a_pipeline_of_torchrec_trains_the_same_bits(ranks: Ranks) -> None:
+    plain, pipelined = (ranks(2).run(_train_with, each)[0] for each in (False, True))
+    assert len(plain) == 12 + 9
+    for name, tensor in plain.items():
+        assert torch.equal(pipelined[name], tensor), name
 
 
 def _shard_width(hidden_dim: int | None, embedding_dim: int) -> None:
