@@ -74,6 +74,17 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class ShardingConfig:
+    """How tables are spread over ranks, and how their vectors cross the network."""
+
+    exchange: Literal["auto", "after", "reduce_scatter", "unique_rows"] = _setting(
+        "W2 after the exchange (k columns cross the network), before a reduce-scatter, or on distinct rows before an "
+        "all-to-all (d columns); auto takes the one that sends fewer bytes, table by table",
+        "auto",
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long to train, and what to say meanwhile."""
 
@@ -100,6 +111,7 @@ class Config:
     run: RunConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -32,22 +32,28 @@ class RankPool:
             self._start()
         for _, pipe in self._workers:
             pipe.send((function, args))
-        results, failures = [], []
-        for rank, (process, pipe) in enumerate(self._workers):
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        while waiting:
             # Once a rank has failed the others may never answer.
-            if not pipe.poll(5 if failures else _TIMEOUT_SECONDS):
-                failures.append(f"rank {rank}: no answer")
-                continue
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                process.join(5)
-                ok, value = False, f"the process died with exit code {process.exitcode}"
-            (results if ok else failures).append(value if ok else f"rank {rank}: {value}")
+            ready = wait(list(waiting), timeout=5 if failures else _TIMEOUT_SECONDS)
+            if not ready:
+                failures |= {rank: "no answer" for rank in waiting.values()}
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[call-overload]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    process = self._workers[rank][0]
+                    process.join(5)
+                    ok, value = False, f"the process died with exit code {process.exitcode}"
+                (results if ok else failures)[rank] = value
         if failures:
             self.close()
-            raise RankFailed("\n".join(failures))
-        return results
+            raise RankFailed("\n".join(f"rank {rank}: {said}" for rank, said in sorted(failures.items())))
+        return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
         for process, _ in self._workers:

@@ -1,9 +1,13 @@
 """Row-wise sharding of W1 and replication of W2, through TorchRec's planner and DistributedModelParallel."""
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
@@ -14,12 +18,22 @@ from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
     ParameterSharding,
+    QuantizedCommCodecs,
     ShardingEnv,
     ShardingType,
 )
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from mlet_dist.embeddings.exchange import (
+    EXCHANGES,
+    Exchange,
+    ExchangeChoice,
+    ExchangedShardingInfo,
+    TableTraffic,
+    choose_exchange,
+)
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.multi_layer import (
     MultiLayerEmbeddingBagCollection,
@@ -31,7 +45,14 @@ from mlet_dist.embeddings.multi_layer import (
 )
 from mlet_dist.embeddings.pooling import bag_sizes, divide, mean_keys
 from mlet_dist.embeddings.projection import project
-from mlet_dist.embeddings.replicated import with_mean_gradients
+from mlet_dist.embeddings.reduce_scatter import ProjectedReduceScatter, ReduceScatterSharding
+from mlet_dist.embeddings.replicated import with_mean_gradients, with_summed_gradients
+from mlet_dist.embeddings.unique_rows import (
+    UniqueRowsContext,
+    UniqueRowsInputDist,
+    UniqueRowsOutputDist,
+    UniqueRowsSharding,
+)
 
 
 class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
@@ -54,20 +75,33 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         table_name_to_parameter_sharding: dict[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device | None = None,
+        exchanges: Mapping[str, Exchange] | None = None,
         **torchrec_arguments: Any,
     ) -> None:
         tables = module.embedding_bag_configs()
+        rows = module.rows()
+        rows.exchanges = dict(exchanges or {})
+        rows.exchanged_dims = {table.name: table.embedding_dim for table in tables}
         _check_widths(tables)
         super().__init__(
-            module=module.rows(),
+            module=rows,
             table_name_to_parameter_sharding=table_name_to_parameter_sharding,
             env=env,
             device=device,
             **torchrec_arguments,
         )
         self.projections = build_projections(tables, module.seed, device)
-        self._table_of_key = table_of_key(tables)
+        self._exchanges = rows.exchanges
+        self._table_of_key_after = {
+            key: table for key, table in table_of_key(tables).items() if self._exchanges.get(table, "after") == "after"
+        }
+        for output_dist in self._output_dists:
+            if isinstance(output_dist, ProjectedReduceScatter | UniqueRowsOutputDist):
+                output_dist.projections_of = self._projections_of
         self._mean_keys = mean_keys(tables)
+        self._tables_projected_after = [
+            table for table in self.projections if self._exchanges.get(table, "after") == "after"
+        ]
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
         for projection in self.projections.parameters():
@@ -93,6 +127,12 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """Send ids to the ranks that own their rows; what mean pooling divides by stays here."""
         features = maybe_td_to_kjt(features, None)
         sent = super().input_dist(ctx, features)
+        for index, ids_dist in enumerate(self._input_dists):
+            if isinstance(ids_dist, UniqueRowsInputDist):
+                ctx.sharding_contexts[index] = UniqueRowsContext(
+                    batch_size_per_feature_pre_a2a=ctx.sharding_contexts[index].batch_size_per_feature_pre_a2a,
+                    routing=ids_dist.routing,
+                )
         if self._mean_keys:
             ctx.divisor = bag_sizes(features, self._mean_keys)
         return sent
@@ -111,12 +151,59 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         sizes = ctx.divisor
 
         def finish(summed: KeyedTensor) -> KeyedTensor:
-            averaged = with_mean_gradients(projection_weights(self.projections), self._env.process_group)
-            projected = project(summed, by_key(averaged, self._table_of_key))
+            averaged = with_mean_gradients(self._weights_of(self._tables_projected_after), self._env.process_group)
+            projected = project(summed, by_key(averaged, self._table_of_key_after))
             return projected if sizes is None else divide(projected, self._mean_keys, sizes)
 
         pooled.callbacks.append(finish)
         return pooled
+
+    def _projections_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:
+        return with_summed_gradients(self._weights_of(tables), self._env.process_group)
+
+    def _weights_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:
+        weights = projection_weights(self.projections)
+        return {table: weights[table] for table in tables if table in weights}
+
+    @classmethod
+    def create_grouped_sharding_infos(
+        cls, module: EmbeddingBagCollection, *args: Any, **kwargs: Any
+    ) -> dict[str, list[EmbeddingShardingInfo]]:
+        """TorchRec's groups by sharding type, with row_wise split by exchange."""
+        grouped: dict[str, list[EmbeddingShardingInfo]] = defaultdict(list)
+        for sharding_type, infos in super().create_grouped_sharding_infos(module, *args, **kwargs).items():
+            for info in infos:
+                table = info.embedding_config
+                exchange = module.exchanges.get(table.name, "after")
+                if sharding_type != ShardingType.ROW_WISE.value or exchange == "after":
+                    grouped[sharding_type].append(info)
+                    continue
+                dim = module.exchanged_dims[table.name]
+                # Unique rows of one collective have one width; the reduce-scatter takes all at once.
+                shape = f" {table.embedding_dim}x{dim}" if exchange == "unique_rows" else ""
+                values = {field.name: getattr(info, field.name) for field in fields(EmbeddingShardingInfo)}
+                grouped[f"{sharding_type} {exchange}{shape}"].append(
+                    ExchangedShardingInfo(**values, exchange=exchange, exchanged_dim=dim)
+                )
+        return grouped
+
+    @classmethod
+    def create_embedding_bag_sharding(
+        cls,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        permute_embeddings: bool = False,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> EmbeddingSharding:
+        """The sharding of one group, by its exchange."""
+        first = sharding_infos[0]
+        if not isinstance(first, ExchangedShardingInfo):
+            return super().create_embedding_bag_sharding(
+                sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
+            )
+        kind = ReduceScatterSharding if first.exchange == "reduce_scatter" else UniqueRowsSharding
+        return kind(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
 
 
 class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
@@ -124,6 +211,22 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
     A table with so few rows that some rank would hold none stays data-parallel, whatever the planner says.
     """
+
+    def __init__(
+        self,
+        *torchrec_arguments: Any,
+        exchange: ExchangeChoice = "auto",
+        pooling_factors: Mapping[str, float] | None = None,
+        local_batch_size: int = 512,
+        **torchrec_keywords: Any,
+    ) -> None:
+        super().__init__(*torchrec_arguments, **torchrec_keywords)
+        if exchange not in ("auto", *EXCHANGES):
+            raise ValueError(f"exchange is {exchange!r}; it must be one of auto, {', '.join(EXCHANGES)}")
+        self._exchange = exchange
+        self._pooling_factors = dict(pooling_factors or {})
+        self._local_batch_size = local_batch_size
+        self.chosen: dict[str, tuple[Exchange, str]] = {}
 
     def shard(
         self,
@@ -136,17 +239,35 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """Shard ``module`` by ``params``, which is changed in place where a table is too small for row_wise."""
         for sharding in params.values():
             _keep_replicated_if_too_small(sharding, env.world_size)
+        self.chosen = {
+            table.name: self._choose(table, env.world_size)
+            for table in module.embedding_bag_configs()
+            if params[table.name].sharding_type == ShardingType.ROW_WISE.value
+        }
         order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
         return ShardedMultiLayerEmbeddingBagCollection(
             module=module,
             table_name_to_parameter_sharding=params,
             env=env,
             device=device,
+            exchanges={name: exchange for name, (exchange, _) in self.chosen.items()},
             fused_params=self.fused_params,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
             **({} if order is None else {"sharded_module_order_overwrite": order}),
         )
+
+    def _choose(self, table: MultiLayerEmbeddingBagConfig, world_size: int) -> tuple[Exchange, str]:
+        if self._exchange != "auto":
+            return self._exchange, "asked for"
+        traffic = TableTraffic(
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            pooling_factor=self._pooling_factors.get(table.name, 1.0),
+            num_features=len(table.feature_names),
+            local_batch_size=self._local_batch_size,
+        )
+        return choose_exchange(traffic, world_size)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """row_wise on every device; TorchRec's own sharder offers it on CUDA alone."""

@@ -34,7 +34,8 @@ def evaluate_path(target: Path, data: Path, split: str, batch_size: int = 8192, 
         raise UserError(f"{target}: {missing}; expected what `mlet train` or `mlet export` made")
     spec.check_data(DatasetSchema.load(data), data)
     with join_ranks(device) as worker:
-        model = shard_model(build_dlrm(spec, tables_device=torch.device("meta")), worker)
+        local_batch_size = -(-batch_size // worker.world_size)
+        model, _ = shard_model(build_dlrm(spec, tables_device=torch.device("meta")), worker, local_batch_size)
         load_model(model, checkpoint, key)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
     return {"target": str(target), "split": split, **found}

@@ -1,6 +1,7 @@
 """From a DLRM whose tables are on the meta device to TorchRec's DistributedModelParallel."""
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import distributed as dist
@@ -10,17 +11,27 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings.exchange import ExchangeChoice
 from mlet_dist.errors import UserError
 from mlet_dist.training.distributed import Worker
 
 
-def shard_model(model: DLRM, worker: Worker) -> DistributedModelParallel:
+def shard_model(
+    model: DLRM, worker: Worker, local_batch_size: int, exchange: ExchangeChoice = "auto"
+) -> tuple[DistributedModelParallel, list[str]]:
     """Plan with TorchRec's planner, shard every W1 row-wise and wrap what is replicated in DDP.
+
+    Args:
+        local_batch_size: rows of a batch on one rank, by which ``auto`` chooses.
+        exchange: ``sharding.exchange`` of the config.
+
+    Returns:
+        The model, and what was planned: a line for each way in which tables are kept, with the reason.
 
     Raises:
         UserError: the planner finds no plan that fits the memory of the device and of the host.
     """
-    sharders = [MultiLayerEmbeddingBagCollectionSharder()]
+    sharder = MultiLayerEmbeddingBagCollectionSharder(exchange=exchange, local_batch_size=local_batch_size)
     on_cuda = worker.device.type == "cuda"
     topology = Topology(
         world_size=worker.world_size,
@@ -31,11 +42,28 @@ def shard_model(model: DLRM, worker: Worker) -> DistributedModelParallel:
         ddr_cap=_host_memory() // worker.local_world_size,
     )
     try:
-        plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
+        plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, [sharder], dist.group.WORLD)
     except PlannerError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the tables do not fit {worker.world_size} ranks on {worker.device.type}: {reason}") from None
-    return DistributedModelParallel(model, device=worker.device, plan=plan, sharders=sharders)
+    tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+    sizes = {table.name: table.num_embeddings for table in tables}
+    sharded = DistributedModelParallel(model, device=worker.device, plan=plan, sharders=[sharder])
+    return sharded, _describe(sizes, sharder.chosen)
+
+
+def _describe(sizes: Mapping[str, int], chosen: Mapping[str, tuple[str, str]]) -> list[str]:
+    ways: dict[str, list[str]] = {}
+    for table in sizes:
+        way = f"row_wise, {chosen[table][0]}" if table in chosen else "data_parallel"
+        ways.setdefault(way, []).append(table)
+    lines = []
+    for way, tables in ways.items():
+        largest = max(tables, key=lambda table: sizes[table])
+        reason = chosen[largest][1] if largest in chosen else "too few rows for a share on every rank"
+        others = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
+        lines.append(f"{way}: {largest} ({sizes[largest]:,} rows){others}; {reason}")
+    return lines
 
 
 def _host_memory() -> int:

@@ -1,6 +1,7 @@
 """Training, from a config to a checkpoint and a summary."""
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
 
         model = build_dlrm(spec, tables_device=torch.device("meta"))
         fuse_row_optimizer(model, config.optimizer)
-        sharded = shard_model(model, worker)
+        local_batch_size = config.data.batch_size // worker.world_size
+        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange)
+        if worker.is_first:
+            print(*(f"plan  {line}" for line in plan), sep="\n", file=sys.stderr)
         optimizer = build_optimizer(sharded, config.optimizer)
         loader = DataLoader(
             data_path,

@@ -20,6 +20,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollectionSharder,
     MultiLayerEmbeddingBagConfig,
 )
+from mlet_dist.embeddings.exchange import EXCHANGES, Exchange
 from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
 from tests.ranks import RankFailed, RankPool, whole
 
@@ -89,10 +90,11 @@ def _shard(
     embeddings: MultiLayerEmbeddingBagCollection,
     kind: type[torch.optim.Optimizer],
     around: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Sequential,
+    exchange: Exchange = "after",
 ) -> DistributedModelParallel:
     arguments = {"eps": 1e-8} if kind is torch.optim.Adagrad else {}
     apply_optimizer_in_backward(kind, embeddings.embedding_bags.parameters(), {"lr": RATES["rows"], **arguments})
-    sharders = [MultiLayerEmbeddingBagCollectionSharder()]
+    sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange)]
     world_size = dist.get_world_size()
     topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
     model = around(embeddings)
@@ -113,10 +115,10 @@ def _positive_module(weighted: bool = False) -> MultiLayerEmbeddingBagCollection
     return module
 
 
-def _train_sharded(optimizer: str, weighted: bool = False) -> dict[str, Any]:
+def _train_sharded(optimizer: str, weighted: bool = False, exchange: Exchange = "after") -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     kind = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
-    model = _shard(_positive_module(weighted), kind)
+    model = _shard(_positive_module(weighted), kind, exchange=exchange)
     initial = _full_weights(model)
     arguments = {"eps": 1e-8} if kind is torch.optim.Adagrad else {}
     groups: dict[float, list[torch.Tensor]] = {}
@@ -161,13 +163,14 @@ def _reference(optimizer: str) -> DenseReference:
     )
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_outputs_and_weights_equal_the_dense_reference(
-    ranks: Ranks, world_size: int, optimizer: str, weighted: bool
+    ranks: Ranks, world_size: int, optimizer: str, weighted: bool, exchange: Exchange
 ) -> None:
-    by_rank = ranks(world_size).run(_train_sharded, optimizer, weighted)
+    by_rank = ranks(world_size).run(_train_sharded, optimizer, weighted, exchange)
     reference = _reference(optimizer)
     for step in range(STEPS):
         expected = reference.step(_make_bags(step, weighted))
@@ -189,9 +192,10 @@ def test_outputs_and_weights_equal_the_dense_reference(
                 )
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: int) -> None:
-    first, *others = ranks(world_size).run(_train_sharded, "adagrad")
+def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: int, exchange: Exchange) -> None:
+    first, *others = ranks(world_size).run(_train_sharded, "adagrad", False, exchange)
     projections = [name for name in first["weights"] if name.startswith("projections.")]
     assert len(projections) == 9
     for name in projections:
