@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,27 +16,38 @@ from mlet_dist.json_text import to_json
 Result = dict[str, Any]
 
 _LAUNCHED = "MLET_LAUNCHED"
+_PARENT = "MLET_PARENT"  # the process that this one must not outlive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for a user's mistake, 1 otherwise."""
+    """Run one command; 0 on success, 2 for a user's mistake, 130 and 143 when interrupted or terminated, else 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed by `2>&-`; print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")
     try:
+        _die_with_parent()
         args = _parse(arguments)
+        rank = _rank(args)
+        if rank is None:
+            signal.signal(signal.SIGTERM, _unwind)
         result, ok = args.command(args, arguments)
-        if result is not None and _is_first_rank():
+        if result is not None and not rank:
             _show(result, args.json)
         return 0 if ok else 1
     except UserError as error:
         if not _handed_to_launcher(error):
-            print("mlet: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            _print_error(error)
         return 2
-    except KeyboardInterrupt:
-        print("mlet: interrupted", file=sys.stderr)
-        return 130
+    except ChildProcessError as error:  # which has shown its own traceback, if it could
+        _print_error(error)
+        return 1
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        print("mlet: interrupted" if number == signal.SIGINT else "mlet: terminated", file=sys.stderr)
+        return 128 + int(number)
     except Exception as error:
-        _handed_to_launcher(error)
-        traceback.print_exc()
+        if not _handed_to_launcher(error):
+            traceback.print_exc()
         return 1
 
 
@@ -109,10 +121,12 @@ def _verify(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool
 def _compare(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     from mlet_dist.compare import compare, comparison_table
 
-    result = compare(_load_checked(args), args.nproc or 1)
+    config = _load_checked(args)
+    os.environ[_PARENT] = str(os.getpid())
+    result = compare(config, args.nproc or 1)
     if not args.json:
-        print(comparison_table(result))
-        print(f"\nWritten to {result['run']}: comparison.md, comparison.json, and each arm's run and export.")
+        _print(comparison_table(result))
+        _print(f"\nWritten to {result['run']}: comparison.md, comparison.json, and each arm's run and export.")
         return None, result["ok"]
     return result, result["ok"]
 
@@ -122,7 +136,7 @@ def _doctor(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool
 
     result = run_doctor()
     if not args.json:
-        print(report(result))
+        _print(report(result))
         return None, result["ok"]
     return result, result["ok"]
 
@@ -135,7 +149,7 @@ def _load_checked(args: argparse.Namespace) -> Config:
     schema = DatasetSchema.load(Path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
     config.check_world_size(args.nproc or 1)
-    if _is_first_rank() and not _launched():
+    if not _rank(args) and not _launched():
         for warning in config.warnings():
             print(f"mlet: warning: {warning}", file=sys.stderr)
     return config
@@ -144,7 +158,7 @@ def _load_checked(args: argparse.Namespace) -> Config:
 def _in_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[None, bool]:
     from mlet_dist.launcher import run_ranks
 
-    os.environ[_LAUNCHED] = "1"
+    os.environ |= {_LAUNCHED: "1", _PARENT: str(os.getpid())}
     run_ranks(args.nproc, _without_nproc(arguments))
     return None, True
 
@@ -164,7 +178,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         args.overrides += overrides
         rest = [word for word in rest if word not in overrides]
     if rest:
-        parser.error(f"unknown argument {rest[0]!r}; see `mlet {args.name} --help`")
+        raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
     return args
 
 
@@ -253,7 +267,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/criteo_kaggle.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
+    )
     _add_nproc(parser)
 
 
@@ -272,8 +288,41 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _is_first_rank() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+def _rank(args: argparse.Namespace) -> int | None:
+    """The number of this process among those that run the command together; None where it runs alone.
+
+    Only train and evaluate run together: Kubeflow sets RANK for every command.
+    """
+    if "RANK" not in os.environ or args.name not in ("train", "evaluate") or args.nproc is not None:
+        return None
+    for name in ("RANK", "WORLD_SIZE"):
+        value = os.environ.get(name)
+        if value is None or not value.isdecimal():
+            found = "is not set" if value is None else f"is {value!r}, not a number"
+            raise UserError(
+                f"the environment has RANK, but {name} {found}; start the ranks by --nproc or torchrun, or unset RANK"
+            )
+    return int(os.environ["RANK"])
+
+
+def _die_with_parent() -> None:
+    """In a process that another `mlet` started: end when that one ends, be it by kill -9."""
+    parent = os.environ.pop(_PARENT, None)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):  # gone before that
+        sys.exit(1)
+    if _launched():  # torch elastic ends its ranks by SIGTERM or SIGINT: at once, and without a word
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _unwind(number: int, _: object) -> NoReturn:
+    """Let SIGTERM do what Ctrl-C does, so that temporary directories are removed."""
+    raise KeyboardInterrupt(number)
 
 
 def _launched() -> bool:
@@ -306,12 +355,20 @@ def _before_torch() -> None:
 
 
 def _show(result: Result, as_json: bool) -> None:
-    if as_json:
-        print(to_json(result), flush=True)
-        return
     width = max(map(len, result))
-    for name, value in result.items():
-        print(f"{name:{width}}  {_readable(name, value)}")
+    lines = (f"{name:{width}}  {_readable(name, value)}" for name, value in result.items())
+    _print(to_json(result) if as_json else "\n".join(lines))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nobody reads on, as in `mlet … | head -1`; nor may the flush at exit fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_error(error: Exception) -> None:
+    print("mlet: error:", " ".join(str(error).splitlines()), file=sys.stderr)
 
 
 def _readable(name: str, value: Any) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from mlet_dist.errors import UserError
 
 _COMMAND_LINE = "command line"
 _SHOWN_CHARACTERS = 200
+_MAX_COLUMNS = 1 << 16
 
 
 def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
@@ -40,10 +42,18 @@ class ModelConfig:
 
     # fbgemm's kernels take rows of a multiple of 4 columns.
     embedding_dim: int = _setting(
-        "d: columns of the tables that are served, a multiple of 4", 16, at_least=1, multiple_of=4
+        "d: columns of the tables that are served, a multiple of 4",
+        16,
+        at_least=1,
+        at_most=_MAX_COLUMNS,
+        multiple_of=4,
     )
     hidden_dim: int | None = _setting(
-        "k: columns of W1 in training, a multiple of 4; null trains single-layer tables", 64, at_least=1, multiple_of=4
+        "k: columns of W1 in training, a multiple of 4; null trains single-layer tables",
+        64,
+        at_least=1,
+        at_most=_MAX_COLUMNS,
+        multiple_of=4,
     )
     bottom_mlp: tuple[int, ...] = _setting(
         "hidden layers of the dense arch; d is appended", (512, 256, 128), at_least=1
@@ -155,6 +165,8 @@ class Config:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides such as ``data.batch_size=256`` and check every value.
 
+    A leading ``~`` of ``data.path`` and ``run.dir`` becomes the home directory.
+
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
     """
@@ -178,7 +190,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         _apply_override(settings, override, sources)
     config: Config = parse_section(Config, settings, "", source, sources)
     _check_together(config, source, sources)
-    return config
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=os.path.expanduser(config.data.path)),
+        run=dataclasses.replace(config.run, dir=os.path.expanduser(config.run.dir)),
+    )
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -272,10 +288,8 @@ def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, 
         raise UserError(
             f"{_COMMAND_LINE}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
         )
-    if not text.strip():
-        raise UserError(f"{_COMMAND_LINE}: {override!r}: the value is empty; write {key}=null for none")
     try:
-        value = _load_yaml(text)
+        value = _load_yaml(text) if text.strip() else ""  # not YAML's null: that is to be written out
     except ValueError as error:
         raise UserError(f"{_COMMAND_LINE}: {override!r}: the value is not valid YAML{error}") from None
     sources[key] = _COMMAND_LINE

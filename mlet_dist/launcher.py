@@ -1,11 +1,15 @@
 """`--nproc N`: the same command again in N local ranks, through torch elastic."""
 
+import logging
 import os
+import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -16,34 +20,65 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
     """Run ``python -m mlet_dist ARGUMENTS`` in ``nproc`` ranks on this host and wait for all of them.
 
     Raises:
-        UserError: the first rank to fail did so by a user's mistake.
-        RuntimeError: it failed otherwise.
+        UserError: a rank found a user's mistake.
+        ChildProcessError: a rank failed otherwise; its traceback has been printed.
+        KeyboardInterrupt: this process was told to stop, by the signal that the exception holds.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
+    logging.disable(logging.ERROR)  # torch elastic's words about a failure, before ours
     try:
-        elastic_launch(config, sys.executable)("-m", "mlet_dist", *arguments)
+        with tempfile.TemporaryDirectory(prefix="mlet-", ignore_cleanup_errors=True) as logs:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=nproc,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                local_addr="localhost",
+                max_restarts=0,
+                monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )
+            elastic_launch(config, sys.executable)("-m", "mlet_dist", *arguments)
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        # What `record_failure` wrote, or the launcher's own words where the rank died without a word.
-        said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-        kind, _, message = said.partition(": ")
-        if kind == UserError.__name__:
-            raise UserError(message) from None
-        raise RuntimeError(f"rank {rank} failed (exit code {failure.exitcode}): {said}") from None
+        raise _as_ours(failed) from None
+    except SignalException as stopped:
+        raise KeyboardInterrupt(stopped.sigval) from None
 
 
 def record_failure(error: BaseException) -> None:
     """Write an error to the file from which torch elastic's agent of this rank takes it."""
     ErrorHandler().record_exception(error)
+
+
+def _as_ours(failed: ChildFailedError) -> Exception:
+    # A rank's end makes the others fail: by a broken connection, or because torch elastic terminates them.
+    rank, failure = min(failed.failures.items(), key=lambda item: (_consequence(item[1]), item[1].timestamp))
+    said = _said(failure)
+    kind, _, message = said.partition(": ")
+    if kind == UserError.__name__:
+        return UserError(message)
+    if failure.exitcode < 0:
+        why = "; was there enough memory? (`dmesg` tells)" if failure.exitcode == -signal.SIGKILL else ""
+        return ChildProcessError(
+            f"rank {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){why}"
+        )
+    if isinstance(failure.message, dict):
+        print(failure.message["extraInfo"]["py_callstack"], end="", file=sys.stderr)
+    return ChildProcessError(f"rank {rank} failed (exit code {failure.exitcode}): {said}")
+
+
+def _consequence(failure: ProcessFailure) -> int:
+    """How likely it is that another rank's failure brought this one about."""
+    if _said(failure).startswith(f"{UserError.__name__}: "):
+        return 0
+    if failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT):
+        return 3
+    return 1 if failure.exitcode < 0 else 2
+
+
+def _said(failure: ProcessFailure) -> str:
+    """What ``record_failure`` wrote, or torch elastic's own words where the rank died without a word."""
+    return failure.message["message"] if isinstance(failure.message, dict) else failure.message

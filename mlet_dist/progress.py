@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -17,7 +18,7 @@ class Progress:
         unit: what is counted, e.g. ``rows`` or ``steps``.
         log_interval: seconds between two lines when stderr is not a terminal.
         disable: show nothing (every rank but the first).
-        stream: where to show it; stderr unless told.
+        stream: where to show it; stderr unless told, and nowhere when that is closed.
     """
 
     def __init__(
@@ -30,14 +31,14 @@ class Progress:
         disable: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        self._stream = stream if stream is not None else sys.stderr
+        self._stream: TextIO | None = stream if stream is not None else sys.stderr
         self._description, self._total, self._unit = description, total, unit
-        self._log_interval, self._disable = log_interval, disable
+        self._log_interval, self._disable = log_interval, disable or self._stream is None
         self._done = 0
         self._fields: dict[str, str] = {}
         self._started = self._last_line = time.monotonic()
         self._bar: tqdm | None = None
-        if not disable and self._stream.isatty():
+        if not disable and self._stream is not None and self._stream.isatty():
             self._bar = tqdm(total=total, desc=description, unit=unit, unit_scale=True, file=self._stream)
 
     def update(self, amount: int, **fields: str) -> None:
@@ -76,7 +77,8 @@ class Progress:
         if self._total is not None and 0 < self._done < self._total:
             parts.append(f"ETA {_duration((self._total - self._done) / rate)}")
         parts += [f"{name} {value}" for name, value in self._fields.items()]
-        print("  ".join(parts), file=self._stream, flush=True)
+        with suppress(OSError):  # a log whose reader has gone, or whose disk is full, must not end the work
+            print("  ".join(parts), file=self._stream, flush=True)
 
 
 def _duration(seconds: float) -> str:

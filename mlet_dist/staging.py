@@ -1,7 +1,9 @@
 """All or nothing: a directory is filled under a temporary name and takes its real one when complete."""
 
+import glob
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,17 +16,22 @@ from mlet_dist.errors import UserError
 def staged_directory(out: Path) -> Iterator[Path]:
     """Give a temporary sibling of ``out`` to fill; rename it to ``out`` at the end, remove it on any exception.
 
-    Missing parents are created, and removed again on an exception.
+    Missing parents are created, and removed again on an exception. Temporary siblings that are there already are
+    named on stderr and kept: a killed process left them, or another one is filling them.
 
     Raises:
-        UserError: ``out`` is a file, a directory that is not empty or a mount point, or it cannot be written.
+        UserError: ``out`` is the current directory, a file, a directory that is not empty or a mount point, or it
+            cannot be written.
     """
+    if not out.parts:  # Path("") is Path(".")
+        raise UserError("out is empty or the current directory; name a directory that does not exist yet")
     out = Path(os.path.realpath(out))
     # Beside `out`, not in the system's temporary folder: a rename is atomic only within one file system.
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
     missing = [parent for parent in out.parents if not parent.exists()]
     try:
         _check_free(out)
+        _tell_leftovers(out)
         temporary.mkdir(parents=True)
         yield temporary
         temporary.rename(out)
@@ -47,3 +54,13 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out}: is a mount point, which nothing can be renamed to; name a directory inside it")
     if any(out.iterdir()):
         raise UserError(f"{out}: exists and is not empty; name another directory or remove this one")
+
+
+def _tell_leftovers(out: Path) -> None:
+    leftovers = sorted(map(str, out.parent.glob(f".{glob.escape(out.name)}.{8 * '[0-9a-f]'}.tmp")))
+    if leftovers:
+        print(
+            f"mlet: warning: {', '.join(leftovers)}: left by a killed run, unless another process writes {out} now; "
+            "if none is, remove by hand",
+            file=sys.stderr,
+        )

@@ -49,7 +49,7 @@ def test_shipped_configs_load_and_survive_being_saved(path: Path, tmp_path: Path
 
 
 positive = st.floats(min_value=1e-300, max_value=1e300)
-text = st.text(min_size=1).filter(str.strip)
+text = st.text(min_size=1).filter(lambda text: text.strip() and not text.startswith("~"))
 names = st.lists(text, min_size=1, unique=True).map(tuple)
 configs = st.builds(
     Config,
@@ -57,7 +57,7 @@ configs = st.builds(
     run=st.builds(RunConfig, dir=text, overwrite=st.booleans()),
     model=st.builds(
         ModelConfig,
-        hidden_dim=st.none() | st.integers(1, 10**12).map(lambda quarter: 4 * quarter),
+        hidden_dim=st.none() | st.integers(1, 2**14).map(lambda quarter: 4 * quarter),
         top_mlp=st.lists(st.integers(1, 4096), min_size=1).map(tuple),
         rows_init=st.sampled_from(["uniform", "normal"]),
         projection_init_std=st.none() | positive,
@@ -88,6 +88,8 @@ MISTAKES = {
     "model: {hidden_dim: 9}": r"model\.hidden_dim is 9, it must be a multiple of 4; use 8 or 12$",
     "model: {embedding_dim: 3}": r"model\.embedding_dim is 3, it must be a multiple of 4; use 4$",
     "model: {hidden_dim: 0}": r"model\.hidden_dim is 0, it must be at least 1$",
+    "model: {embedding_dim: 65540}": r"model\.embedding_dim is 65540, it must be at most 65536$",
+    "model: {hidden_dim: 65537}": r"model\.hidden_dim is 65537, it must be at most 65536$",
     "model: {top_mlp: []}": r"model\.top_mlp is \[\], it must have at least 1 entry$",
     "optimizer: {learning_rate: fast}": r"optimizer\.learning_rate: expected a number, found fast$",
     "optimizer: {learning_rate: 1" + 400 * "0" + "}": r"optimizer\.learning_rate: expected a number, found 10{199}…$",
@@ -124,7 +126,14 @@ WRONG_OVERRIDES = {
     "data.dense_features=[a, a]": r"data\.dense_features is \[a, a\]; name at least one column, each once",
     "data.path={a: 1, a: 2}": r"'data\.path=\{a: 1, a: 2\}': the value is not valid YAML in line 1: key 'a' is given",
     "data.path": r"'data\.path': an override is written section\.key=value, for example data\.batch_size=256$",
-    "model.hidden_dim=": r"'model\.hidden_dim=': the value is empty; write model\.hidden_dim=null for none$",
+    "model.hidden_dim=": r"model\.hidden_dim: expected a whole number or null, found ''$",
+    "data.sparse_features= ": r"data\.sparse_features: expected a list, each text or null, found ''$",
+    "data.batch_size=": r"data\.batch_size: expected a whole number, found ''$",
+    "optimizer.learning_rate=": r"optimizer\.learning_rate: expected a number, found ''$",
+    "optimizer.name=": r"optimizer\.name: expected one of sgd, adagrad, found ''$",
+    "run.dir=": r"run\.dir is empty; it must be a directory$",
+    "run.dir=~": r"run\.dir: expected text, found null$",
+    "model.hiden_dim=": r"model\.hiden_dim: unknown key",
     "path=x": r"'path=x': an override is written section\.key=value",
     "data.a\nb=1": r"data\.a b: unknown key",
 }
@@ -173,6 +182,15 @@ def test_overrides_replace_what_the_file_says_the_last_one_wins(file: Path) -> N
     assert load_config(file, ["data.path=a=b"]).data.path == "a=b"
     assert load_config(file, ["model.bottom_mlp=[8, 4]"]).model.bottom_mlp == (8, 4)
     assert load_config(file).optimizer == OptimizerConfig()
+
+
+def test_a_leading_tilde_is_the_home_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    file.write_text("data: {path: ~/logs}\nrun: {dir: out/~/x}\n")
+    config = load_config(file)
+    assert (config.data.path, config.run.dir) == ("/home/me/logs", "out/~/x")
+    assert load_config(file, ["run.dir=~/x"]).run.dir == "/home/me/x"
+    assert load_config(file, ["run.dir=./~/x"]).run.dir == "./~/x"
 
 
 def test_merge_keys_may_be_replaced(file: Path) -> None:

@@ -73,7 +73,7 @@ class DataLoader:
 
     Raises:
         UserError: the data set, the split, a feature or the batch size does not fit; or, while iterating, a part is
-            unreadable or holds a label other than 0 and 1 or an id outside its table.
+            unreadable or holds a label other than 0 and 1, a dense value that is not finite or an id outside its table.
     """
 
     def __init__(

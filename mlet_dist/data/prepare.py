@@ -4,6 +4,7 @@ The raw text is read once, into a staging file, since the number of rows decides
 bounded by one part's rows and the vocabulary, not by the number of rows.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mlet_dist.progress import Progress
 from mlet_dist.staging import staged_directory
 
 MERGE_ROWS = 1 << 18
+MAX_MIN_COUNT = 2**63 - 1  # counts are int64
 
 
 def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> DatasetSchema:
@@ -28,10 +30,11 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
     in the other splits, is out of vocabulary (id 0).
 
     Raises:
-        UserError: ``out`` is taken, a raw file is unusable (see ``CriteoReader``), or too few rows remain.
+        UserError: ``min_count`` is out of range, ``out`` is taken, a raw file is unusable (see ``CriteoReader``), or
+            too few rows remain.
     """
-    if min_count < 1:
-        raise UserError(f"min_count is {min_count}; it must be at least 1")
+    if not 1 <= min_count <= MAX_MIN_COUNT:
+        raise UserError(f"min_count is {min_count}; it must be at least 1 and at most {MAX_MIN_COUNT}")
     if not raw:
         raise UserError("no raw file was given; name at least one Criteo log")
     with staged_directory(out) as directory:
@@ -57,6 +60,7 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
             vocabulary=True,
             positive_rate=writer.positive_rate(),
             parts={split: tuple(parts) for split, parts in writer.parts.items()},
+            vocabulary_id=_fingerprint(vocabularies),
         )
         schema.save(directory)
     return schema
@@ -134,6 +138,16 @@ def _build_vocabularies(staging: Path, train_rows: int, min_count: int) -> dict[
             if not left:
                 break
     return {name: counter.vocabulary(min_count) for name, counter in counters.items()}
+
+
+def _fingerprint(vocabularies: dict[str, pa.Table]) -> str:
+    digest = hashlib.sha256()
+    for name, vocabulary in vocabularies.items():
+        digest.update(f"{name} {vocabulary.num_rows}\n".encode())
+        for batch in vocabulary.to_batches(max_chunksize=MERGE_ROWS):
+            # A value holds no line end: it was a field of a line.
+            digest.update("".join(f"{value}\n" for value in batch["value"].to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def _encode(table: pa.Table, vocabularies: dict[str, pa.Table]) -> pa.Table:

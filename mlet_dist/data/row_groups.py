@@ -1,4 +1,4 @@
-"""Random access to a split's rows through Parquet row groups; every label and id is checked as it is decoded."""
+"""Random access to a split's rows through Parquet row groups; every value is checked as it is decoded."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ class SplitRows:
         self.starts.append(position)
 
     def decode(self, index: int) -> RowGroup:
-        """Read a row group and check its labels and ids."""
+        """Read a row group and check its values."""
         file, group = self._groups[index]
         columns = [self._label, *self._dense, *self._sparse]
         try:
@@ -80,13 +80,21 @@ class SplitRows:
         ids = np.empty((len(self._sparse), table.num_rows), dtype=np.int32)
         for i, name in enumerate(self._sparse):
             ids[i] = table[name].to_numpy()
-        self._check(file, labels, ids)
+        self._check(file, labels, dense, ids)
         return RowGroup(dense, ids, labels)
 
-    def _check(self, file: Path, labels: npt.NDArray[np.int8], ids: npt.NDArray[np.int32]) -> None:
+    def _check(
+        self, file: Path, labels: npt.NDArray[np.int8], dense: npt.NDArray[np.float32], ids: npt.NDArray[np.int32]
+    ) -> None:
         wrong_labels = labels[(labels < 0) | (labels > 1)]
         if wrong_labels.size:
             raise UserError(f"{file}: column {self._label} holds {wrong_labels[0]}; a label is 0 or 1")
+        finite = np.isfinite(dense)
+        if not finite.all():
+            row, index = np.argwhere(~finite)[0]
+            raise UserError(
+                f"{file}: column {self._dense[index]} holds {dense[row, index]}; it must be a finite number"
+            )
         for name, column, limit in zip(self._sparse, ids, self._num_embeddings, strict=True):
             if column.min() < 0 or column.max() >= limit:
                 wrong = column[(column < 0) | (column >= limit)]

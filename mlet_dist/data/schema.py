@@ -1,8 +1,10 @@
 """What a prepared data set holds: its features, their vocabularies' sizes, its splits and its parts."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlet_dist.errors import UserError
@@ -10,6 +12,9 @@ from mlet_dist.errors import UserError
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
 FILE_NAME = "schema.json"
+MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
+
+_SHOWN_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class DatasetSchema:
         vocabulary: whether ``vocabulary/<feature>.parquet`` says which raw value each id stands for.
         positive_rate: share of rows with label 1, by split.
         parts: the Parquet files in row order, by split.
+        vocabulary_id: fingerprint of what the ids mean; data sets whose ids mean the same have the same one.
     """
 
     source: str
@@ -53,6 +59,7 @@ class DatasetSchema:
     vocabulary: bool
     positive_rate: dict[str, float]
     parts: dict[str, tuple[Part, ...]]
+    vocabulary_id: str = ""
 
     @property
     def rows(self) -> dict[str, int]:
@@ -75,6 +82,7 @@ class DatasetSchema:
             "min_count": self.min_count,
             "malformed": self.malformed,
             "vocabulary": self.vocabulary,
+            "vocabulary_id": self.vocabulary_id,
             "rows": self.rows,
             "positive_rate": self.positive_rate,
             "parts": {split: [{"path": p.path, "rows": p.rows} for p in parts] for split, parts in self.parts.items()},
@@ -86,8 +94,8 @@ class DatasetSchema:
         """Read ``directory/schema.json``.
 
         Raises:
-            UserError: the directory or the file is missing, unreadable, not JSON, of another format version, or
-                lacks a key.
+            UserError: the directory or the file is missing, unreadable, not JSON, of another format version,
+                lacks a key or holds a value that cannot be.
         """
         path = directory / FILE_NAME
         try:
@@ -102,7 +110,7 @@ class DatasetSchema:
             raise UserError(f"{directory}: a file, but a data set is a directory made by `mlet prepare`") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:  # broken JSON or not UTF-8
+        except (ValueError, RecursionError) as error:  # broken JSON, not UTF-8 or nested too deeply
             raise UserError(f"{path}: not valid JSON: {error}") from error
         return cls._parse(path, content)
 
@@ -116,25 +124,95 @@ class DatasetSchema:
                 f"{path}: format_version is {version!r}, but this version of mlet_dist reads {FORMAT_VERSION}; "
                 "prepare the data set again"
             )
-        try:
-            schema = cls(
-                source=content["source"],
-                label=content["label"],
-                dense=tuple(content["dense"]),
-                sparse=tuple(SparseFeature(f["name"], int(f["num_embeddings"])) for f in content["sparse"]),
-                min_count=content["min_count"],
-                malformed=content["malformed"],
-                vocabulary=content["vocabulary"],
-                positive_rate={split: float(content["positive_rate"][split]) for split in SPLITS},
-                parts={
-                    split: tuple(Part(p["path"], int(p["rows"])) for p in content["parts"][split]) for split in SPLITS
-                },
-            )
-            recorded = {split: content["rows"][split] for split in SPLITS}
-        except KeyError as error:
-            raise UserError(f"{path}: key {error} is missing; prepare the data set again") from None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: a value has the wrong type ({error}); prepare the data set again") from None
-        if schema.rows != recorded:
-            raise UserError(f"{path}: rows is {recorded}, but the parts add up to {schema.rows}")
+        take = partial(_take, path)
+        rates, parts, rows = (take(content, key, *_SPLITS) for key in ("positive_rate", "parts", "rows"))
+        schema = cls(
+            source=take(content, "source", *_TEXT),
+            label=take(content, "label", *_NAME),
+            dense=tuple(take(content, "dense", *_NAMES)),
+            sparse=tuple(
+                SparseFeature(take(f, "name", *_NAME, within), take(f, "num_embeddings", *_TABLE_SIZE, within))
+                for within, f in _enumerated("sparse", take(content, "sparse", *_FEATURES))
+            ),
+            min_count=take(content, "min_count", *_COUNT),
+            malformed=take(content, "malformed", *_COUNT),
+            vocabulary=take(content, "vocabulary", *_FLAG),
+            positive_rate={split: float(take(rates, split, *_RATE, "positive_rate.")) for split in SPLITS},
+            parts={
+                split: tuple(
+                    Part(take(p, "path", *_PART_PATH, within), take(p, "rows", *_COUNT, within))
+                    for within, p in _enumerated(f"parts.{split}", take(parts, split, *_OBJECTS, "parts."))
+                )
+                for split in SPLITS
+            },
+            vocabulary_id=take(content, "vocabulary_id", *_TEXT),
+        )
+        columns = {schema.label: "label"}
+        for key, name in (*(("dense", n) for n in schema.dense), *(("sparse", f.name) for f in schema.sparse)):
+            if name in columns:
+                raise UserError(
+                    f"{path}: {key} names {name!r}, which {columns[name]} names already; give each column once"
+                )
+            columns[name] = key
+        if schema.rows != rows:
+            raise UserError(f"{path}: rows is {_show(rows)}, but the parts add up to {_show(schema.rows)}")
         return schema
+
+
+def _take(
+    path: Path, holder: dict[str, Any], key: str, is_right: Callable[[Any], bool], expected: str, within: str = ""
+) -> Any:
+    """The value of ``key``, which lies at ``within + key`` of the file; a UserError unless it is right."""
+    if key not in holder:
+        raise UserError(f"{path}: key {within + key!r} is missing; prepare the data set again")
+    value = holder[key]
+    if not is_right(value):
+        raise UserError(f"{path}: {within}{key} is {_show(value)}; it must be {expected}")
+    return value
+
+
+def _enumerated(key: str, holders: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return [(f"{key}[{index}].", holder) for index, holder in enumerate(holders)]
+
+
+def _is_name(value: Any) -> bool:
+    # Names are parts of file names and of the names of a model's tensors.
+    return isinstance(value, str) and value.isprintable() and value != "" and not set(value) & set("./")
+
+
+def _is_inside(value: Any) -> bool:
+    if not (isinstance(value, str) and value.isprintable()):
+        return False
+    path = PurePosixPath(value)
+    return path.parts != () and not path.is_absolute() and ".." not in path.parts
+
+
+def _is_whole(value: Any, least: int, most: float) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_list(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_right, value))
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+# What a value must be: the test, and the words for it.
+_TEXT = (lambda value: isinstance(value, str), "text")
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_COUNT = (lambda value: _is_whole(value, 0, float("inf")), "a whole number, 0 or more")
+_TABLE_SIZE = (lambda value: _is_whole(value, 1, MAX_NUM_EMBEDDINGS), f"a whole number from 1 to {MAX_NUM_EMBEDDINGS}")
+_RATE = (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1")
+_NAME = (_is_name, "a column's name, text without dots and slashes")
+_NAMES = (lambda value: value != [] and _is_list(value, _is_name), "a list of columns' names, without dots and slashes")
+_OBJECTS = (lambda value: _is_list(value, _is_object), "a list of objects")
+_FEATURES = (lambda value: value != [] and _is_list(value, _is_object), "a list of one object or more")
+_SPLITS = (_is_object, f"an object with the keys {', '.join(SPLITS)}")
+_PART_PATH = (_is_inside, "the path of a file inside the data set's directory")
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -8,6 +8,8 @@ where z scales to mean 0 and deviation 1, and rare ids have small a and v: what 
 """
 
 import gzip
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import pyarrow.csv
 
 from mlet_dist.data.criteo import DENSE, LABEL, SPARSE
 from mlet_dist.data.parts import PartWriter
-from mlet_dist.data.schema import DatasetSchema, SparseFeature
+from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
 from mlet_dist.staging import staged_directory
@@ -75,8 +77,11 @@ def synthesize(
         raise UserError(f"rows is {rows}; it must be at least 1")
     if seed < 0:
         raise UserError(f"seed is {seed}; it must not be negative")
-    if num_embeddings < MIN_NUM_EMBEDDINGS:
-        raise UserError(f"num_embeddings is {num_embeddings}; it must be at least {MIN_NUM_EMBEDDINGS}")
+    if not MIN_NUM_EMBEDDINGS <= num_embeddings <= MAX_NUM_EMBEDDINGS:
+        raise UserError(
+            f"num_embeddings is {num_embeddings}; it must be at least {MIN_NUM_EMBEDDINGS} and at most "
+            f"{MAX_NUM_EMBEDDINGS}"
+        )
     if not 0 <= alpha < float("inf"):
         raise UserError(f"alpha is {alpha}; it must be 0 or more")
     if format not in ("parquet", "tsv"):
@@ -123,6 +128,7 @@ class _PlantedModel:
     def __init__(self, seed: int, sizes: tuple[int, ...], alpha: float) -> None:
         rng = np.random.default_rng([seed, _MODEL_STREAM])
         self.sizes = sizes
+        self.vocabulary_id = hashlib.sha256(json.dumps([seed, float(alpha), sizes]).encode()).hexdigest()
         self._seed = seed
         self._missing = rng.uniform(0, 0.4, len(DENSE))
         self._dense_scale = rng.uniform(0.5, 6, len(DENSE))
@@ -212,6 +218,7 @@ def _write_data_set(directory: Path, model: _PlantedModel, rows: int, auc: "_Str
         vocabulary=False,
         positive_rate=writer.positive_rate(),
         parts={split: tuple(parts) for split, parts in writer.parts.items()},
+        vocabulary_id=model.vocabulary_id,
     ).save(directory)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint as dcp
 
 from mlet_dist import __version__
 from mlet_dist.embeddings.collapse import collapse_rows
@@ -15,7 +14,14 @@ from mlet_dist.json_text import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.progress import Progress
 from mlet_dist.staging import staged_directory
-from mlet_dist.training.checkpoint import load_tensor, newest_checkpoint, read_metadata
+from mlet_dist.training.checkpoint import (
+    MODEL_KEY,
+    check_shapes,
+    load_tensor,
+    newest_checkpoint,
+    read_metadata,
+    save_state,
+)
 from mlet_dist.training.run_directory import RunDirectory
 
 
@@ -37,6 +43,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     served = dataclasses.replace(spec, model=dataclasses.replace(spec.model, hidden_dim=None))
     state: dict[str, torch.Tensor] = {}
     tables: list[dict[str, Any]] = []
+    check_shapes(build_dlrm(spec, torch.device("meta")).state_dict(), metadata, checkpoint, MODEL_KEY)
     with staged_directory(out) as staging, Progress("export", len(spec.sparse), "tables") as progress:
         for feature in spec.sparse:
             name = f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"
@@ -61,7 +68,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
         dense = [name for name in build_dlrm(served, torch.device("meta")).state_dict() if name not in state]
         state |= {name: load_tensor(name, checkpoint, metadata) for name in dense}
         target = ExportDirectory(staging)
-        dcp.save(state, checkpoint_id=target.model, no_dist=True)
+        save_state(state, target.model, no_dist=True)
         manifest = {
             "format_version": FORMAT_VERSION,
             "versions": {"mlet_dist": __version__, "torch": torch.__version__, "torchrec": version("torchrec")},

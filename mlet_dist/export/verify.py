@@ -80,11 +80,17 @@ def verify_export(export: Path, run: Path, data: Path, split: str = "test", tole
 
 def _check_sums(model: torch.nn.Module, manifest: dict[str, Any], export: Path) -> None:
     state = model.state_dict()
-    for entry in [*manifest["tables"], *manifest["dense"]]:
-        name = entry["state_name"]
+    try:
+        sums = {entry["state_name"]: entry["sha256"] for entry in [*manifest["tables"], *manifest["dense"]]}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{export}: broken manifest: {error!r}; export again") from None
+    if set(sums) != set(state):
+        name = min(set(sums) ^ set(state))
+        raise UserError(f"{export}: the manifest and the model disagree about {name!r}; export again")
+    for name, expected in sums.items():
         found = describe_tensor(name, state[name])["sha256"]
-        if found != entry["sha256"]:
+        if found != expected:
             raise UserError(
-                f"{export}: {name} has checksum {found[:12]}…, the manifest says {entry['sha256'][:12]}…: "
+                f"{export}: {name} has checksum {found[:12]}…, the manifest says {expected[:12]}…: "
                 "the export is damaged; export again"
             )

@@ -20,12 +20,14 @@ class ModelSpec:
         dense: names of the dense inputs, in order.
         sparse: categorical inputs, in order; each has a table of its own name.
         seed: fixes the initial values.
+        vocabulary_id: of the data set; what the ids mean.
     """
 
     model: ModelConfig
     dense: tuple[str, ...]
     sparse: tuple[SparseFeature, ...]
     seed: int
+    vocabulary_id: str = ""
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -39,7 +41,7 @@ class ModelSpec:
         dense = schema.dense if config.data.dense_features is None else config.data.dense_features
         sparse = tuple(sizes) if config.data.sparse_features is None else config.data.sparse_features
         features = tuple(SparseFeature(name, sizes[name]) for name in sparse)
-        return cls(config.model, dense, features, config.train.seed)
+        return cls(config.model, dense, features, config.train.seed, schema.vocabulary_id)
 
     def check_data(self, schema: DatasetSchema, path: Path) -> None:
         """Raise UserError unless the data set holds this model's inputs, with ids that its tables have."""
@@ -56,6 +58,12 @@ class ModelSpec:
                     f"{feature.num_embeddings:,} rows; use the data set that the model was trained on, or one with the "
                     "same vocabulary"
                 )
+
+        if schema.vocabulary_id != self.vocabulary_id:
+            raise UserError(
+                f"{path}: its ids mean other values than those of the model's data set; prepare both with the same "
+                "vocabulary"
+            )
 
     def save(self, path: Path) -> None:
         """Write the spec as JSON."""
@@ -84,6 +92,6 @@ class ModelSpec:
         try:
             features = tuple(SparseFeature(each["name"], int(each["num_embeddings"])) for each in plain["sparse"])
             model = parse_section(ModelConfig, plain["model"], "model.", source)
-            return cls(model, tuple(plain["dense"]), features, int(plain["seed"]))
+            return cls(model, tuple(plain["dense"]), features, int(plain["seed"]), str(plain["vocabulary_id"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None

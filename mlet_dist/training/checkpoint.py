@@ -26,6 +26,9 @@ def save_checkpoint(
 
     It is written under another name and renamed once every rank has finished. A collective call; ``directory`` is
     one place for all ranks.
+
+    Raises:
+        UserError: it cannot be written, for example because the disk is full; nothing is left of it.
     """
     target = directory / f"step-{step:08d}"
     partial = directory / f"step-{step:08d}.partial"
@@ -39,7 +42,11 @@ def save_checkpoint(
         "progress": progress,
         "format_version": FORMAT_VERSION,
     }
-    dcp.save(state, checkpoint_id=partial)
+    try:
+        save_state(state, partial)
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if dist.get_rank() == 0:
         partial.rename(target)
     dist.barrier()
@@ -80,17 +87,33 @@ def load_model(model: nn.Module, checkpoint: Path, key: str | None = MODEL_KEY) 
         UserError: a tensor is missing, of another shape, or cannot be read.
     """
     state = model.state_dict()
-    stored = read_metadata(checkpoint).state_dict_metadata
+    check_shapes(state, read_metadata(checkpoint), checkpoint, key)
+    load_state(state if key is None else {key: state}, checkpoint)
+    model.load_state_dict(state)
+
+
+def check_shapes(state: dict[str, Any], metadata: Metadata, checkpoint: Path, key: str | None) -> None:
+    """Raise UserError unless the checkpoint holds every tensor of ``state`` in the same shape."""
     for name, tensor in state.items():
-        found = stored.get(name if key is None else f"{key}.{name}")
+        found = metadata.state_dict_metadata.get(name if key is None else f"{key}.{name}")
         if not isinstance(found, TensorStorageMetadata):
             raise UserError(f"{checkpoint}: holds no tensor {name!r}, which the model has")
         if found.size != tensor.size():
-            raise UserError(
-                f"{checkpoint}: {name!r} is {tuple(found.size)} there and {tuple(tensor.size())} in the model"
-            )
-    load_state(state if key is None else {key: state}, checkpoint)
-    model.load_state_dict(state)
+            shapes = f"{tuple(found.size)} there and {tuple(tensor.size())} in the model"
+            raise UserError(f"{checkpoint}: {name!r} is {shapes}")
+
+
+def save_state(state: dict[str, Any], checkpoint: Path, no_dist: bool = False) -> None:
+    """Write ``state`` as a checkpoint.
+
+    Raises:
+        UserError: a rank cannot write its part.
+    """
+    try:
+        dcp.save(state, checkpoint_id=checkpoint, no_dist=no_dist)
+    except CheckpointException as failed:
+        rank, (error, _) = next(iter(sorted(failed.failures.items())))
+        raise UserError(f"{checkpoint}: rank {rank} cannot write it: {_cause(error)}") from None
 
 
 def load_state(state: dict[str, Any], checkpoint: Path, no_dist: bool = False) -> None:
@@ -103,7 +126,7 @@ def load_state(state: dict[str, Any], checkpoint: Path, no_dist: bool = False) -
         dcp.load(state, checkpoint_id=checkpoint, no_dist=no_dist)
     except CheckpointException as failed:
         rank, (error, _) = next(iter(sorted(failed.failures.items())))
-        raise UserError(f"{checkpoint}: rank {rank} cannot load it: {error or type(error).__name__}") from None
+        raise UserError(f"{checkpoint}: rank {rank} cannot load it: {_cause(error)}") from None
 
 
 def load_tensor(name: str, checkpoint: Path, metadata: Metadata) -> torch.Tensor:
@@ -118,3 +141,10 @@ def load_tensor(name: str, checkpoint: Path, metadata: Metadata) -> torch.Tensor
     tensor = torch.empty(found.size, dtype=found.properties.dtype)
     load_state({MODEL_KEY: {name: tensor}}, checkpoint, no_dist=True)
     return tensor
+
+
+def _cause(error: BaseException) -> str:
+    """The first error of a chain in one line: torch.save's own says nothing of a full disk."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,10 @@
 """The layout of a run on disk: resolved config, model, metrics, checkpoints, summary."""
 
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ class RunDirectory:
 
     ::
 
+        .mlet-run         marks the directory as a run's, and is locked by the job that trains into it
         config.yaml       the resolved config; `mlet train` takes it as it is
         model.json        sizes and inputs of the model
         metrics.jsonl     one record a line: step, loss, AUC, samples/s; then one a split
@@ -27,6 +31,10 @@ class RunDirectory:
     """
 
     path: Path
+
+    @property
+    def marker(self) -> Path:
+        return self.path / ".mlet-run"
 
     @property
     def config(self) -> Path:
@@ -77,23 +85,37 @@ class RunDirectory:
                 f"run.dir {self.path} holds a checkpoint of a run that did not finish; choose another, or replace it "
                 "with run.overwrite=true"
             )
-        if entries and not self.config.exists():
+        if entries and not self.marker.exists():
             raise UserError(f"run.dir {self.path} holds files that are not a run's; choose an empty or new directory")
 
-    def start(self, config: Config, spec: ModelSpec) -> None:
-        """Make the directory, drop what an earlier run left there, and write the config and the model."""
+    @contextmanager
+    def start(self, config: Config, spec: ModelSpec) -> Iterator[None]:
+        """Drop what an earlier run left, write config and model, and keep other jobs out within the block.
+
+        Raises:
+            UserError: the directory is not free, another job is in it, or it cannot be written.
+        """
         self.check_free(config.run.overwrite)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for left in (self.summary, self._partial_summary, self.metrics, self.model):
-                left.unlink(missing_ok=True)
-            for folder in (self.checkpoints, self.tensorboard):
-                if folder.exists():
-                    shutil.rmtree(folder)
-            save_config(config, self.config)
-            spec.save(self.model)
-        except OSError as error:
-            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
+        with ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                marker = held.enter_context(self.marker.open("a"))
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._empty()
+                save_config(config, self.config)
+                spec.save(self.model)
+            except BlockingIOError:
+                raise UserError(f"run.dir {self.path}: another job is training into it; choose another") from None
+            except OSError as error:
+                raise UserError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
+            yield
+
+    def _empty(self) -> None:
+        for left in (self.summary, self._partial_summary, self.metrics, self.model):
+            left.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.tensorboard):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, whole or not at all."""

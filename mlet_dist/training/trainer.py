@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,25 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
     data_path, run = Path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data_path)
     spec = ModelSpec.of(config, schema)
-    with join_ranks(config.train.device) as worker:
+    with join_ranks(config.train.device) as worker, ExitStack() as resources:
         config.check_world_size(worker.world_size)
+        # Whatever can be wrong with the data is found before an earlier run is dropped and before training.
+        loader = DataLoader(
+            data_path,
+            "train",
+            batch_size=config.data.batch_size,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            dense_features=spec.dense,
+            sparse_features=[feature.name for feature in spec.sparse],
+            drop_last=True,
+        )
+        split_loaders = {
+            split: evaluation_loader(data_path, split, spec, config.data.eval_batch_size, worker)
+            for split in ("valid", "test")
+        }
         if worker.is_first:
-            run.start(config, spec)
+            resources.enter_context(run.start(config, spec))
         dist.barrier()
         if not run.config.exists():
             raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
@@ -62,16 +78,6 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         if worker.is_first:
             print(*(f"plan  {line}" for line in plan), sep="\n", file=sys.stderr)
         optimizer = build_optimizer(sharded, config.optimizer)
-        loader = DataLoader(
-            data_path,
-            "train",
-            batch_size=config.data.batch_size,
-            rank=worker.rank,
-            world_size=worker.world_size,
-            dense_features=spec.dense,
-            sparse_features=[feature.name for feature in spec.sparse],
-            drop_last=True,
-        )
         steps = len(loader) * config.train.epochs
         if config.train.max_steps is not None:
             steps = min(steps, config.train.max_steps)
@@ -80,8 +86,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             progress = {"step": steps, "epoch": steps // len(loader), "batch_in_epoch": steps % len(loader)}
             checkpoint = save_checkpoint(run.checkpoints, steps, sharded, optimizer, progress)
             summary: dict[str, Any] = {"run": str(run.path), "steps": steps, "checkpoint": str(checkpoint)}
-            for split in ("valid", "test"):
-                split_loader = evaluation_loader(data_path, split, spec, config.data.eval_batch_size, worker)
+            for split, split_loader in split_loaders.items():
                 found = evaluate(sharded, split_loader, worker, split)
                 recorder.record(split, steps, found)
                 summary |= {f"{split}_{name}": found[name] for name in ("auc", "logloss", "rows")}

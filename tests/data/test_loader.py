@@ -269,7 +269,7 @@ def broken(dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset, tmp_path / "broken"))
 
 
-def change_value(path: Path, column: str, row: int, value: int | None) -> None:
+def change_value(path: Path, column: str, row: int, value: float | None) -> None:
     table = pq.read_table(path)
     values = table[column].to_pylist()
     values[row] = value
@@ -289,9 +289,12 @@ TRAIN = "train/part-00000.parquet"
         ("label", -1, "column label holds -1; a label is 0 or 1"),
         ("C3", None, "column C3 has 1 missing values"),
         ("I4", None, "column I4 has 1 missing values"),
+        ("I4", float("inf"), "column I4 holds inf; it must be a finite number"),
+        ("I13", float("-inf"), "column I13 holds -inf; it must be"),
+        ("I1", float("nan"), "column I1 holds nan; it must be"),
     ],
 )
-def test_wrong_value_surfaces_in_the_consumer(broken: Path, column: str, value: int | None, message: str) -> None:
+def test_wrong_value_surfaces_in_the_consumer(broken: Path, column: str, value: float | None, message: str) -> None:
     change_value(broken / TRAIN, column, 20_000, value)
     iterator = iter(make_loader(broken))
     next(iterator)  # the first row group is in order

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import stat
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,6 +113,47 @@ def test_ids_by_hand(tmp_path: Path, write_raw: Write) -> None:
     assert table.to_pydict() == {"value": ["c", "a", "b", ""], "count": [3, 2, 2, 1]}
 
 
+def test_vocabulary_id_is_that_of_the_vocabularies(
+    tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def id_of(lines: list[RawLine], min_count: int = 1) -> str:
+        out = tmp_path / uuid.uuid4().hex
+        return prepare_criteo([write_raw(raw_bytes(lines))], out, min_count=min_count).vocabulary_id
+
+    expected = id_of(LINES)
+    assert len(expected) == 64
+    other_test = [*LINES[:80], *make_raw_lines(20, seed=9)]
+    assert id_of(other_test) == expected
+    monkeypatch.setattr(prepare, "MERGE_ROWS", 7)
+    assert id_of(LINES) == expected
+    swapped = [[*line[:14], line[15], line[14], *line[16:]] for line in LINES]
+    more = [["0", *13 * [""], *26 * ["ffffffff"]], *LINES[1:]]
+    assert len({expected, id_of(LINES, 2), id_of(swapped), id_of(more)}) == 4
+
+
+def test_min_count_that_no_value_reaches(tmp_path: Path, write_raw: Write) -> None:
+    schema = prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "out", min_count=2**63 - 1)
+    assert set(schema.num_embeddings.values()) == {1}
+    assert {row[name] for row in written_rows(tmp_path / "out", "train") for name in SPARSE} == {0}
+
+
+def test_leftovers_of_a_killed_run_are_named_and_kept(
+    tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leftovers = [tmp_path / f".o[u]t.{end}.tmp" for end in ("0123abcd", "89abcdef")]
+    for path in (*leftovers, tmp_path / ".other.0123abcd.tmp", tmp_path / ".o[u]t.mine.tmp"):
+        path.mkdir()
+    prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "o[u]t")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warnings == [
+        f"mlet: warning: {leftovers[0]}, {leftovers[1]}: left by a killed run, unless another process writes "
+        f"{tmp_path}/o[u]t now; if none is, remove by hand"
+    ]
+    assert all(path.is_dir() for path in leftovers)
+    prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "out")
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_files_are_taken_in_the_order_given(tmp_path: Path, write_raw: Write) -> None:
     later = write_raw(raw_bytes(LINES[60:]), "a.tsv.gz")
     earlier = write_raw(raw_bytes(LINES[:60]), "b.tsv")
@@ -177,9 +219,21 @@ class TestFailures:
         with pytest.raises(UserError, match="9 rows are too few"):
             prepare_criteo([write_raw(raw_bytes(LINES[:9]))], tmp_path / "out")
 
-    def test_min_count(self, tmp_path: Path, write_raw: Write) -> None:
-        with pytest.raises(UserError, match="min_count is 0; it must be at least 1"):
-            prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "out", min_count=0)
+    @pytest.mark.parametrize("min_count", [0, 2**63, 10**25])
+    def test_min_count(self, tmp_path: Path, write_raw: Write, min_count: int) -> None:
+        with pytest.raises(UserError, match=f"min_count is {min_count}; it must be at least 1 and at most {2**63 - 1}"):
+            prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "out", min_count=min_count)
+
+    @pytest.mark.parametrize("out", ["", ".", "./"])
+    def test_current_directory(
+        self, tmp_path: Path, write_raw: Write, out: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = write_raw(raw_bytes(LINES))
+        (path.parent / "empty").mkdir()
+        monkeypatch.chdir(path.parent / "empty")
+        with pytest.raises(UserError, match="out is empty or the current directory; name a directory"):
+            prepare_criteo([path], Path(out))
+        assert sorted(p.name for p in path.parent.rglob("*")) == ["day.tsv", "empty"]
 
     def test_no_files(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no raw file"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ SCHEMA = DatasetSchema(
         "valid": (Part("valid/part-00000.parquet", 1),),
         "test": (Part("test/part-00000.parquet", 1),),
     },
+    vocabulary_id="0123abcd",
 )
 
 
@@ -59,6 +61,7 @@ def test_file_instead_of_directory(tmp_path: Path) -> None:
     [
         (b'{"format_version": 1,', r"schema\.json: not valid JSON"),
         (b"\xff\xfe", r"schema\.json: not valid JSON"),
+        (b"[" * 100_000, r"schema\.json: not valid JSON"),
         (b"[1]", "holds a JSON list"),
         (b'{"format_version": 2}', "format_version is 2, but this version of mlet_dist reads 1"),
         (b"{}", "format_version is None"),
@@ -80,20 +83,78 @@ def test_missing_key(tmp_path: Path, key: str) -> None:
         DatasetSchema.load(tmp_path)
 
 
+def sparse(name: object, num_embeddings: object = 9) -> dict[str, object]:
+    return {"name": name, "num_embeddings": num_embeddings}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("sparse", [{"name": "C1", "num_embeddings": "many"}], "wrong type"),
-        ("parts", 3, "wrong type"),
+        ("source", None, "source is null; it must be text"),
+        ("label", 5, "label is 5; it must be a column's name"),
+        ("label", "", 'label is ""; it must be a column\'s name'),
+        ("dense", [1, 2], "dense is [1, 2]; it must be a list of columns' names"),
+        ("dense", "I1", 'dense is "I1"; it must be a list'),
+        ("dense", [], "dense is []; it must be a list"),
+        (
+            "dense",
+            ["I1", "a/b"],
+            'dense is ["I1", "a/b"]; it must be a list of columns\' names, without dots and slashes',
+        ),
+        ("dense", ["I1", "I1"], "dense names 'I1', which dense names already"),
+        ("dense", ["label"], "dense names 'label', which label names already"),
+        ("dense", ["C1"], "sparse names 'C1', which dense names already"),
+        ("sparse", [sparse("C1"), sparse("C1")], "sparse names 'C1', which sparse names already"),
+        ("sparse", [], "sparse is []; it must be a list of one object or more"),
+        ("sparse", ["C1"], 'sparse is ["C1"]; it must be a list of one object or more'),
+        ("sparse", [sparse("C1"), {"name": "C2"}], "key 'sparse[1].num_embeddings' is missing"),
+        ("sparse", [sparse(3)], "sparse[0].name is 3; it must be a column's name"),
+        (
+            "sparse",
+            [sparse("C1"), sparse("C.2")],
+            'sparse[1].name is "C.2"; it must be a column\'s name, text without dots',
+        ),
+        ("sparse", [sparse("../C1")], 'sparse[0].name is "../C1"; it must be'),
+        ("sparse", [sparse("C1", "many")], 'sparse[0].num_embeddings is "many"; it must be a whole number from 1 to'),
+        ("sparse", [sparse("C1", True)], "sparse[0].num_embeddings is true; it must be"),
+        ("sparse", [sparse("C1", 9.0)], "sparse[0].num_embeddings is 9.0; it must be"),
+        ("sparse", [sparse("C1", 0)], "sparse[0].num_embeddings is 0; it must be a whole number from 1 to 2147483647"),
+        ("sparse", [sparse("C1", -5)], "sparse[0].num_embeddings is -5; it must be"),
+        ("sparse", [sparse("C1", 2**31)], "sparse[0].num_embeddings is 2147483648; it must be"),
+        ("min_count", "2", 'min_count is "2"; it must be a whole number, 0 or more'),
+        ("malformed", -1, "malformed is -1; it must be a whole number, 0 or more"),
+        ("vocabulary", "no", 'vocabulary is "no"; it must be true or false'),
+        ("vocabulary_id", 7, "vocabulary_id is 7; it must be text"),
+        (
+            "positive_rate",
+            {"train": 0.5, "valid": float("nan")},
+            "positive_rate.valid is NaN; it must be a number from 0",
+        ),
+        ("positive_rate", {}, "key 'positive_rate.train' is missing"),
+        ("parts", 3, "parts is 3; it must be an object with the keys train, valid, test"),
+        ("parts", {"train": "x"}, 'parts.train is "x"; it must be a list of objects'),
+        ("parts", {"train": [{"path": "a", "rows": "8"}]}, 'parts.train[0].rows is "8"; it must be a whole number'),
+        *(
+            (
+                "parts",
+                {"train": [{"path": path, "rows": 8}]},
+                f"parts.train[0].path is {json.dumps(path)}; it must be the",
+            )
+            for path in (7, "", ".", "/etc/passwd", "../other/part.parquet", "train/../../part.parquet", "a\0b")
+        ),
         ("rows", {"train": 9, "valid": 1, "test": 1}, "the parts add up to"),
+        ("rows", 10, "rows is 10; it must be an object"),
+        ("source", 1000 * [1], "…; it must be text"),
     ],
 )
 def test_wrong_value(tmp_path: Path, key: str, value: object, message: str) -> None:
     SCHEMA.save(tmp_path)
     content = json.loads((tmp_path / "schema.json").read_text())
     (tmp_path / "schema.json").write_text(json.dumps(content | {key: value}))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         DatasetSchema.load(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/schema.json: ")
+    assert len(str(caught.value)) < len(str(tmp_path)) + 250
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,18 @@ def test_schema_says_that_there_is_no_vocabulary(dataset: Path) -> None:
     assert not (dataset / "vocabulary").exists()
 
 
+def test_vocabulary_id_follows_what_fixes_the_meaning_of_ids(tmp_path: Path) -> None:
+    def id_of(name: str, **changes: float) -> str:
+        arguments = {"rows": 100, "seed": 1, "num_embeddings": 50, "alpha": 1.0} | changes
+        synthesize(tmp_path / name, **arguments)
+        return DatasetSchema.load(tmp_path / name).vocabulary_id
+
+    same = {id_of("a"), id_of("more rows", rows=200), id_of("whole alpha", alpha=1)}
+    assert len(same) == 1
+    others = {id_of("seed", seed=2), id_of("alpha", alpha=1.1), id_of("sizes", num_embeddings=51)}
+    assert len(same | others) == 4
+
+
 def test_streaming_auc_is_the_exact_one() -> None:
     rng = np.random.default_rng(0)
     probability = rng.random(3000)
@@ -152,6 +164,7 @@ def test_streaming_auc_is_the_exact_one() -> None:
         ({"rows": 9}, "9 rows are too few"),
         ({"seed": -1}, "seed is -1"),
         ({"num_embeddings": 3}, "num_embeddings is 3; it must be at least 4"),
+        ({"num_embeddings": 2**31}, "num_embeddings is 2147483648; it must be at least 4 and at most 2147483647"),
         ({"alpha": -0.5}, "alpha is -0.5"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"format": "csv"}, "format is 'csv'; it must be parquet or tsv"),

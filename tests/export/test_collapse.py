@@ -138,3 +138,29 @@ def test_a_run_that_is_not_whole_is_refused_and_nothing_is_left(
 def test_a_run_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     assert "no such directory" in error_line("export", tmp_path / "nothing", "--out", tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_a_model_that_is_not_the_checkpoints_is_refused(trained: TrainedRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    for change in ({"hidden_dim": None}, {"hidden_dim": 16}, {"top_mlp": [8]}):
+        model = json.loads((trained.path / "model.json").read_text())
+        (run / "model.json").write_text(json.dumps(model | {"model": model["model"] | change}))
+        with pytest.raises(UserError, match=r"step-00000057: .*in the model"):
+            export_run(run, tmp_path / "export")
+        assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_full_disk_is_one_error_and_leaves_nothing(trained: TrainedRun, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        with pytest.raises(UserError, match="No space left"):
+            export_run(trained.path, small / "export")
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", small], check=True)

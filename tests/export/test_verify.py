@@ -109,3 +109,22 @@ def test_directories_of_the_wrong_kind_are_named(trained: TrainedRun, exported: 
         verify_export(exported, trained.path, exported)
     with pytest.raises(UserError, match="no such directory"):
         verify_export(tmp_path / "nothing", trained.path, trained.data)
+
+
+@pytest.mark.parametrize("emptied", [{"tables": [], "dense": []}, {"tables": 5}, {"dense": [{"state_name": "x"}]}])
+def test_a_manifest_that_does_not_cover_the_model_is_refused(
+    trained: TrainedRun, exported: Path, tmp_path: Path, emptied: dict[str, object]
+) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(exported, export)
+    manifest = json.loads((export / "manifest.json").read_text())
+    (export / "manifest.json").write_text(json.dumps(manifest | emptied))
+    with pytest.raises(UserError, match="export again"):
+        verify_export(export, trained.path, trained.data)
+
+
+def test_data_whose_ids_mean_something_else_is_refused(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    mlet("synth", "--out", other, "--rows", 6001, "--num-embeddings", 300, "--seed", 5)
+    with pytest.raises(UserError, match="its ids mean other values"):
+        verify_export(exported, trained.path, other)

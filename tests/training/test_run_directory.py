@@ -20,6 +20,11 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "runs" / "first")
 
 
+def start(run: RunDirectory, config: Config, spec: ModelSpec) -> None:
+    with run.start(config, spec):
+        pass
+
+
 def config_of(run: RunDirectory, **changes: Any) -> Config:
     return Config(data=DataConfig(path="logs"), run=RunConfig(dir=str(run.path), **changes), train=TrainConfig(seed=3))
 
@@ -28,7 +33,7 @@ def refusal_of(run: RunDirectory, **changes: Any) -> str:
     """What starting says; it must not change a thing."""
     before = snapshot(run.path)
     with pytest.raises(UserError) as caught:
-        run.start(config_of(run, **changes), SPEC)
+        start(run, config_of(run, **changes), SPEC)
     assert snapshot(run.path) == before
     message = str(caught.value)
     assert "\n" not in message
@@ -40,7 +45,7 @@ def snapshot(path: Path) -> dict[str, bytes]:
 
 
 def leave_an_unfinished_run(run: RunDirectory) -> None:
-    run.start(config_of(run), SPEC)
+    start(run, config_of(run), SPEC)
     run.metrics.write_text("{}\n")
     for folder in (run.checkpoints / "step-00000099", run.tensorboard):
         folder.mkdir(parents=True)
@@ -49,17 +54,17 @@ def leave_an_unfinished_run(run: RunDirectory) -> None:
 
 def test_a_new_run_holds_its_config_and_model(run: RunDirectory) -> None:
     config = config_of(run)
-    run.start(config, SPEC)
-    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "model.json"}
+    start(run, config, SPEC)
+    assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json"}
     run.finish(SUMMARY)
     assert run.load() == (config, SPEC, SUMMARY)
-    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "model.json", "summary.json"}
+    assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json", "summary.json"}
 
 
 def test_an_empty_directory_is_taken(run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
     run.check_free(overwrite=False)
-    run.start(config_of(run), SPEC)
+    start(run, config_of(run), SPEC)
     assert run.config.exists()
 
 
@@ -71,8 +76,8 @@ def test_a_finished_run_is_replaced_only_when_asked(run: RunDirectory) -> None:
     )
     changed = dataclasses.replace(config_of(run, overwrite=True), data=DataConfig(path="other"))
     other = dataclasses.replace(SPEC, seed=4)
-    run.start(changed, other)
-    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "model.json"}
+    start(run, changed, other)
+    assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json"}
     run.finish({})
     assert run.load() == (changed, other, {})
 
@@ -80,8 +85,8 @@ def test_a_finished_run_is_replaced_only_when_asked(run: RunDirectory) -> None:
 def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
     (run.path / "summary.partial").write_text("{")  # stopped while it was finishing
-    run.start(config_of(run), SPEC)
-    assert {path.name for path in run.path.iterdir()} == {"config.yaml", "model.json"}
+    start(run, config_of(run), SPEC)
+    assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -116,7 +121,7 @@ def test_old_checkpoints_that_cannot_be_removed_stop_the_run(run: RunDirectory, 
     run.checkpoints.rename(scratch)
     run.checkpoints.symlink_to(scratch)
     with pytest.raises(UserError, match=r"^run\.dir .*/first cannot be written: .*symbolic link"):
-        run.start(config_of(run), SPEC)
+        start(run, config_of(run), SPEC)
     assert (scratch / "step-00000099" / "old").exists()
 
 
@@ -133,7 +138,7 @@ def test_loading_what_is_no_finished_run_says_why(run: RunDirectory) -> None:
     assert load_error_of(run) == f"{path}: no such directory; expected a run made by `mlet train`"
     path.mkdir(parents=True)
     assert load_error_of(run) == f"{path}: not a run of `mlet train`: it has no config.yaml"
-    run.start(config_of(run), SPEC)
+    start(run, config_of(run), SPEC)
     assert load_error_of(run) == (f"{path}: this run never finished: it has no summary.json; train it to the end first")
     run.finish(SUMMARY)
     run.summary.write_text('{"steps": ')
@@ -145,7 +150,7 @@ def test_loading_what_is_no_finished_run_says_why(run: RunDirectory) -> None:
 
 
 def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> None:
-    run.start(config_of(run), SPEC)
+    start(run, config_of(run), SPEC)
     run.finish(SUMMARY)
     model, config = run.model.read_text(), run.config.read_text()
     run.model.unlink()
@@ -155,3 +160,22 @@ def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> 
     run.model.write_text(model)
     run.config.write_text(config.replace("hidden_dim", "hiden_dim"))
     assert load_error_of(run).startswith(f"{run.config}: model.hiden_dim: unknown key")
+
+
+def test_a_second_job_is_kept_out_until_the_first_has_ended(run: RunDirectory) -> None:
+    with run.start(config_of(run), SPEC):
+        run.metrics.write_text("of the first")
+        with pytest.raises(UserError, match="another job is training into it"), run.start(config_of(run), SPEC):
+            pass
+        assert run.metrics.read_text() == "of the first"
+    start(run, config_of(run), SPEC)
+    assert not run.metrics.exists()
+
+
+def test_a_directory_with_a_config_of_the_users_own_is_no_run(run: RunDirectory) -> None:
+    run.path.mkdir(parents=True)
+    for name in ("config.yaml", "model.json", "notes.txt"):
+        (run.path / name).write_text("precious")
+    (run.checkpoints / "mine").mkdir(parents=True)
+    assert "not a run's" in refusal_of(run, overwrite=True)
+    assert (run.checkpoints / "mine").is_dir()
