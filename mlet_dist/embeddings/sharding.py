@@ -56,11 +56,11 @@ from mlet_dist.embeddings.unique_rows import (
 
 
 class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
-    """TorchRec's sharded collection over the k-dimensional W1, with W2 applied after the exchange.
+    """TorchRec's sharded collection over the k-dimensional W1, with W2 where each table's exchange puts it.
 
     W1 is updated by the optimizer fused into backward. W2 is an ordinary parameter of every rank, for an optimizer
-    of yours: applied after the exchange, its gradient on a rank is that of the rank's own loss, and backward leaves
-    the mean over ranks in ``grad``, as DDP does for the dense layers and TorchRec for W1.
+    of yours: wherever it is applied, backward leaves the gradient of the mean of the ranks' losses in ``grad``, as
+    DDP does for the dense layers and TorchRec for W1.
 
     Initial values depend on seed, table and row only. A source module that is not on the meta device passes its
     values on instead.
@@ -82,6 +82,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         rows = module.rows()
         rows.exchanges = dict(exchanges or {})
         rows.exchanged_dims = {table.name: table.embedding_dim for table in tables}
+        rows.projected = {table.name for table in tables if table.hidden_dim is not None}
         _check_widths(tables)
         super().__init__(
             module=rows,
@@ -138,11 +139,11 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         return sent
 
     def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
-        """Look up and exchange k-dimensional vectors, then project: values ``(b, sum of d)``."""
+        """Look up, exchange and project, in the order of each table's exchange: values ``(b, sum of d)``."""
         return self._project_when_ready(ctx, super().compute_and_output_dist(ctx, input))
 
     def output_dist(self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]) -> LazyAwaitable[KeyedTensor]:
-        """Exchange k-dimensional vectors, then project: values ``(b, sum of d)``."""
+        """Exchange and project, in the order of each table's exchange: values ``(b, sum of d)``."""
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
 
     def _project_when_ready(
@@ -179,8 +180,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                     grouped[sharding_type].append(info)
                     continue
                 dim = module.exchanged_dims[table.name]
-                # Unique rows of one collective have one width; the reduce-scatter takes all at once.
-                shape = f" {table.embedding_dim}x{dim}" if exchange == "unique_rows" else ""
+                # Unique rows of one collective have one k and d; the reduce-scatter takes all at once.
+                shape = ""
+                if exchange == "unique_rows":
+                    shape = f" {table.embedding_dim}x{dim}" if table.name in module.projected else f" {dim}"
                 values = {field.name: getattr(info, field.name) for field in fields(EmbeddingShardingInfo)}
                 grouped[f"{sharding_type} {exchange}{shape}"].append(
                     ExchangedShardingInfo(**values, exchange=exchange, exchanged_dim=dim)

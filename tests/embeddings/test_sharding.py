@@ -46,6 +46,7 @@ def _tables() -> list[EmbeddingBagConfig]:
         table("tiny", 5, 16, ["f1"]),  # the last of 4 ranks would hold no row
         table("two_rows", 2, 16, ["f2"]),  # fewer rows than ranks
         table("single_layer", 50, None, ["f3"]),
+        table("square", 30, 4, ["f10"]),  # of the single layer's width, and with a W2
         table("shared", 33, 8, ["f4", "f5"]),
         table("averaged", 40, 8, ["f6"], PoolingType.MEAN),
         table("tiny_averaged", 3, 8, ["f8"], PoolingType.MEAN),  # replicated on 4 ranks
@@ -197,7 +198,7 @@ def test_outputs_and_weights_equal_the_dense_reference(
 def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: int, exchange: Exchange) -> None:
     first, *others = ranks(world_size).run(_train_sharded, "adagrad", False, exchange)
     projections = [name for name in first["weights"] if name.startswith("projections.")]
-    assert len(projections) == 9
+    assert len(projections) == 10
     for name in projections:
         assert not torch.equal(first["weights"][name], first["initial"][name])
         for other in others:
@@ -291,7 +292,7 @@ def _train_with(pipelined: bool) -> dict[str, torch.Tensor]:
 
 def test_a_pipeline_of_torchrec_trains_the_same_bits(ranks: Ranks) -> None:
     plain, pipelined = (ranks(2).run(_train_with, each)[0] for each in (False, True))
-    assert len(plain) == 12 + 9
+    assert len(plain) == 13 + 10
     for name, tensor in plain.items():
         assert torch.equal(pipelined[name], tensor), name
 
@@ -330,11 +331,11 @@ def _outputs_served_and_trained() -> tuple[torch.Tensor, torch.Tensor]:
     model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED), torch.optim.SGD)
     features = _to_kjt(_make_bags(3), 0, GLOBAL_BATCH)
     expected, found = served(features).to_dict(), model(features).to_dict()
-    assert len(expected) == 13
+    assert len(expected) == 14
     return tuple(torch.cat([each[name].detach() for name in expected], dim=1) for each in (expected, found))
 
 
 def test_plain_collection_serves_what_the_sharded_one_computes(ranks: Ranks) -> None:
     for expected, found in ranks(2).run(_outputs_served_and_trained):
-        assert expected.shape == (GLOBAL_BATCH, 13 * 4)
+        assert expected.shape == (GLOBAL_BATCH, 14 * 4)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
