@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 for a user's mistake, 130 and 143 when interrupted or terminated, else 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stderr is None:  # closed by `2>&-`; print would take stdout in its place
-        sys.stderr = open(os.devnull, "w")
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         _die_with_parent()
         args = _parse(arguments)

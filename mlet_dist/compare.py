@@ -6,12 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config import Config, RunConfig, save_config
+from mlet_dist.config import Config, RunConfig, load_config, save_config
 from mlet_dist.errors import UserError
 from mlet_dist.json_text import to_json
+from mlet_dist.training.run_directory import RunDirectory
 
 SINGLE, MLET, CONTROL = "single", "mlet", "control"
 _TITLES = {SINGLE: "single layer", MLET: "MLET", CONTROL: "single layer, MLET's rate and scale"}
@@ -27,31 +30,50 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     The arms: the single layer; MLET; and the single layer at MLET's effective learning rate (times kσ² under SGD) and
     initial scale (times σ√k). What MLET gains over the last is what the factorisation itself brings.
 
+    Where an earlier comparison was stopped, the arms that it trained to the end with the same settings are not trained
+    again, unless ``run.overwrite`` is set.
+
     Returns:
         ``ok`` (every export serves what was trained) and ``arms``: by name, what train and verify found.
 
     Raises:
-        UserError: ``model.hidden_dim`` is null, or one of the commands found a mistake.
-        RuntimeError: one of the commands failed.
+        UserError: ``model.hidden_dim`` is null, or what is below ``run.dir`` is in the way.
+        SystemExit: one of the commands failed, and has shown why.
+        ChildProcessError: one of them was killed.
     """
     if config.model.hidden_dim is None:
         raise UserError("model.hidden_dim is null: there is no MLET arm to compare; set it, best above 4 times d")
     base = Path(config.run.dir)
-    arms: dict[str, dict[str, Any]] = {}
-    for arm, arm_config in _arm_configs(config).items():
-        run, export = base / arm, base / f"{arm}-export"
-        if config.run.overwrite:
-            shutil.rmtree(export, ignore_errors=True)
+    configs = _arm_configs(config)
+    finished = {arm for arm in configs if _finished(configs[arm])}
+    for arm in configs:
+        if arm not in finished:
+            RunDirectory(base / arm).check_free(config.run.overwrite)
+        _check_export(base / f"{arm}-export", config.run.overwrite or arm in finished)
+    with _writing(base):
         base.mkdir(parents=True, exist_ok=True)
-        settings = base / f"{arm}.yaml"
-        save_config(arm_config, settings)
-        trained = _run_command("train", str(settings), "--nproc", str(nproc))
+        for arm, arm_config in configs.items():
+            save_config(arm_config, base / f"{arm}.yaml")
+    for arm in configs:
+        load_config(base / f"{arm}.yaml")  # every arm's settings are checked before the first is trained
+    arms: dict[str, dict[str, Any]] = {}
+    for arm in configs:
+        run, export = base / arm, base / f"{arm}-export"
+        if arm in finished:
+            print(f"{run} holds this arm's finished run: not trained again", file=sys.stderr, flush=True)
+            _, _, trained = RunDirectory(run).load()
+        else:
+            trained = _run_command("train", str(base / f"{arm}.yaml"), "--nproc", str(nproc))
+        with _writing(export):
+            if export.exists():
+                shutil.rmtree(export)
         _run_command("export", str(run), "--out", str(export))
         verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path)
         arms[arm] = trained | verified
     result = {"ok": all(arm["ok"] for arm in arms.values()), "run": str(base), "arms": arms}
-    (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-    (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
+    with _writing(base):
+        (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
+        (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
     return result
 
 
@@ -95,16 +117,52 @@ def _arm_configs(config: Config) -> dict[str, Config]:
     }
 
 
+def _finished(config: Config) -> bool:
+    """Whether an earlier comparison trained this arm to the end with the same settings, and may be taken up."""
+    run = RunDirectory(Path(config.run.dir))
+    if config.run.overwrite or not run.summary.exists():
+        return False
+    return dataclasses.replace(load_config(run.config), run=config.run) == config
+
+
+def _check_export(export: Path, replace: bool) -> None:
+    """Raise UserError unless the directory is free, or an export that is to be replaced."""
+    try:
+        if not export.exists() or not any(export.iterdir()):
+            return
+        json.loads((export / "manifest.json").read_text(encoding="utf-8"))["format_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{export} is not an export of `mlet export`; move it away") from None
+    if not replace:
+        raise UserError(f"{export} holds an export of another run; replace it with run.overwrite=true")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
 def _run_command(*arguments: str) -> dict[str, Any]:
     print("$", shlex.join(["mlet", *arguments]), file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "mlet_dist", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode == 2:
-        raise UserError(f"`mlet {shlex.join(arguments)}` found a mistake, shown above")
-    lines = done.stdout.splitlines()
+    # In a session of its own it does not see Ctrl-C, but only what follows from it here.
+    command = [sys.executable, "-m", "mlet_dist", *arguments, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        try:
+            output, _ = child.communicate()
+        except KeyboardInterrupt:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(30)
+            child.kill()
+            raise
+    if child.returncode < 0:
+        raise ChildProcessError(f"`mlet {shlex.join(arguments)}` was killed by signal {-child.returncode}")
+    lines = output.splitlines()
     if not lines:
-        raise RuntimeError(f"`mlet {shlex.join(arguments)}` failed with exit code {done.returncode}, see above")
+        raise SystemExit(child.returncode)
     result: dict[str, Any] = json.loads(lines[-1])
     return result
 

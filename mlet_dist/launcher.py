@@ -62,9 +62,7 @@ def _as_ours(failed: ChildFailedError) -> Exception:
         return UserError(message)
     if failure.exitcode < 0:
         why = "; was there enough memory? (`dmesg` tells)" if failure.exitcode == -signal.SIGKILL else ""
-        return ChildProcessError(
-            f"rank {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){why}"
-        )
+        return ChildProcessError(f"rank {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){why}")
     if isinstance(failure.message, dict):
         print(failure.message["extraInfo"]["py_callstack"], end="", file=sys.stderr)
     return ChildProcessError(f"rank {rank} failed (exit code {failure.exitcode}): {said}")

@@ -71,9 +71,9 @@ MISTAKES = {
     "feature": (["data.sparse_features=[C2]"], "data.sparse_features: "),
     "ranks": (["--nproc", "3"], "data.batch_size 8 is not a multiple of the 3 ranks; use 6 or 9"),
     "nproc": (["--nproc", "two"], "argument --nproc: 'two' is not a whole number of at least 1"),
-    "option": (["--nprc", "2"], "unknown argument '--nprc'; see `mlet "),
-    "no abbreviation": (["--npr", "2"], "unknown argument '--npr'; see `mlet "),
-    "no override": (["--json", "hidden_dim"], "unknown argument 'hidden_dim'; see `mlet "),
+    "option": (["--nprc", "2"], "unknown argument '--nprc' (see `mlet "),
+    "no abbreviation": (["--npr", "2"], "unknown argument '--npr' (see `mlet "),
+    "no override": (["--json", "hidden_dim"], "unknown argument 'hidden_dim' (see `mlet "),
 }
 
 
@@ -107,15 +107,17 @@ def test_a_run_that_would_be_destroyed_is_found_before_torch_is_imported(config:
     ("arguments", "message"),
     [
         (["tarin"], "argument COMMAND: invalid choice: 'tarin'"),
-        (["train"], "the following arguments are required: CONFIG"),
+        (["train"], "the following arguments are required: CONFIG (see `mlet train --help`)"),
         (["train", "no\nsuch.yaml"], "no such.yaml: cannot read the config: No such file or directory"),
         (["export", "no/such", "--out", "x"], "no/such: no such directory; expected a run made by `mlet train`"),
-        (["evaluate", "x", "--data", "y", "a.b=1"], "unknown argument 'a.b=1'; see `mlet evaluate --help`"),
+        (["evaluate", "x", "--data", "y", "a.b=1"], "unknown argument 'a.b=1' (see `mlet evaluate --help`)"),
     ],
     ids=["command", "no config", "two lines", "torch", "no overrides here"],
 )
 def test_a_mistake_is_one_line_on_stderr(arguments: list[str], message: str) -> None:
-    assert error_line(*arguments).startswith(f"mlet: error: {message}")
+    line = error_line(*arguments)
+    assert line.startswith(f"mlet: error: {message}")
+    assert line.count("--help") <= 1
 
 
 def test_no_command_at_all_is_a_mistake() -> None:
@@ -154,6 +156,53 @@ def test_a_warning_is_one_line_and_does_not_stop_the_command(config: Path, capsy
     assert checked.model.hidden_dim == 8
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mlet: warning: model.hidden_dim 8 is below model.embedding_dim 16")
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"RANK": "1"}, "WORLD_SIZE is not set"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', not a number"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE is '', not a number"),
+    ],
+    ids=["missing", "word", "empty"],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_half_set_rank_is_a_mistake(
+    command: str,
+    variables: dict[str, str],
+    found: str,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main([command, str(config), *(["--data", "x"] if command == "evaluate" else [])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert found in line
+
+
+def test_kubeflows_rank_does_not_silence_what_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["synth", "--out", str(tmp_path / "data"), "--rows", "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+
+
+@pytest.mark.parametrize("redirect", ["| true", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("json_flag", ["", "--json"])
+def test_closed_streams_do_not_fail_a_command(redirect: str, json_flag: str, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    # A reader that has gone before the first word is written.
+    shell = f"set -o pipefail; {{ sleep 0.5; {sys.executable} -m mlet_dist synth --out {out} --rows 20 {json_flag}; }}"
+    done = subprocess.run(["bash", "-c", f"{shell} {redirect}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.exists()
+    assert all(line.startswith("synthesize ") for line in done.stderr.splitlines()), done.stderr
+    assert redirect != "2>&-" or done.stdout.startswith("{" if json_flag else "rows  ")
 
 
 def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:

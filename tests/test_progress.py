@@ -112,6 +112,22 @@ def test_stderr_is_the_default_and_disabled_shows_nothing(capsys: pytest.Capture
         assert len(err.splitlines()) == (0 if disable else 2)
 
 
+def test_a_closed_stderr_shows_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with monkeypatch.context() as closed:
+        closed.setattr(progress_module.sys, "stderr", None)
+        with Progress("read", 2, "rows", log_interval=0) as progress:
+            progress.update(1, loss="0.5")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_log_that_nobody_reads_any_more_does_not_end_the_work() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = io.TextIOWrapper(os.fdopen(writer, "wb", buffering=0), write_through=True)
+    with Progress("read", 2, "rows", log_interval=0, stream=stream) as progress:
+        progress.update(2)
+
+
 def shown_on_terminal(columns: int, *, disable: bool) -> str:
     """All that a terminal of that width receives of 8 of 10 steps in two updates."""
     master, slave = pty.openpty()

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         local_batch_size = config.data.batch_size // worker.world_size
         sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange)
         if worker.is_first:
-            print(*(f"plan  {line}" for line in plan), sep="\n", file=sys.stderr)
+            with suppress(OSError):  # a log that nobody reads any more
+                print(*(f"plan  {line}" for line in plan), sep="\n", file=sys.stderr, flush=True)
         optimizer = build_optimizer(sharded, config.optimizer)
         steps = len(loader) * config.train.epochs
         if config.train.max_steps is not None:
