@@ -42,6 +42,13 @@ def reference(
     return {key: output.detach() for key, output in outputs.items()}, values.grad, gradients
 
 
+def assert_within_rounding(found: torch.Tensor | None, expected: torch.Tensor) -> None:
+    """A few float32 roundings of the largest element: sums cancel, so a small element has the error of large terms."""
+    assert found is not None
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * scale + 1e-6)
+
+
 @given(layout=layouts, rows=st.integers(1, 5), seed=st.integers(0, 2**32))
 @settings(max_examples=80, deadline=None)
 def test_outputs_and_gradients_equal_one_product_a_key(layout: Layout, rows: int, seed: int) -> None:
@@ -54,12 +61,12 @@ def test_outputs_and_gradients_equal_one_product_a_key(layout: Layout, rows: int
     assert found.keys() == list(expected)
     assert found.length_per_key() == [width if d is None else d for width, d in layout]
     for key, output in found.to_dict().items():
-        torch.testing.assert_close(output.double(), expected[key], rtol=1e-4, atol=1e-4)
+        assert_within_rounding(output, expected[key])
     (found.values() ** 3).sum().backward()
-    torch.testing.assert_close(values.grad.double(), values_grad, rtol=1e-3, atol=1e-2)
+    assert_within_rounding(values.grad, values_grad)
     assert set(weight_grads) == set(weights)
     for key, weight in weights.items():
-        torch.testing.assert_close(weight.grad.double(), weight_grads[key], rtol=1e-3, atol=1e-2)
+        assert_within_rounding(weight.grad, weight_grads[key])
 
 
 def test_by_hand() -> None:

@@ -272,10 +272,10 @@ class _Tensors(torch.nn.Module):
         return _loss_and_output(self.embeddings(features))
 
 
-def _train_with(pipelined: bool) -> dict[str, torch.Tensor]:
+def _train_with(pipelined: bool, exchange: Exchange) -> dict[str, torch.Tensor]:
     rank, share = dist.get_rank(), GLOBAL_BATCH // dist.get_world_size()
     batches = [_to_kjt(_make_bags(step), rank * share, (rank + 1) * share) for step in range(STEPS)]
-    model = _shard(_positive_module(), torch.optim.SGD, _Tensors)
+    model = _shard(_positive_module(), torch.optim.SGD, _Tensors, exchange)
     optimizer = torch.optim.SGD([each for _, each in in_backward_optimizer_filter(model.named_parameters())], lr=0.02)
     if pipelined:
         pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
@@ -290,8 +290,9 @@ def _train_with(pipelined: bool) -> dict[str, torch.Tensor]:
     return _full_weights(model)
 
 
-def test_a_pipeline_of_torchrec_trains_the_same_bits(ranks: Ranks) -> None:
-    plain, pipelined = (ranks(2).run(_train_with, each)[0] for each in (False, True))
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_pipeline_of_torchrec_trains_the_same_bits(ranks: Ranks, exchange: Exchange) -> None:
+    plain, pipelined = (ranks(2).run(_train_with, each, exchange)[0] for each in (False, True))
     assert len(plain) == 13 + 10
     for name, tensor in plain.items():
         assert torch.equal(pipelined[name], tensor), name
