@@ -75,12 +75,22 @@ class ModelConfig:
 class OptimizerConfig:
     """One optimizer for everything: fused into backward for rows, the matching torch optimizer elsewhere."""
 
-    name: Literal["sgd", "adagrad"] = _setting("sgd or adagrad", "sgd")
+    name: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = _setting(
+        "sgd, adagrad, rowwise_adagrad (one sum a row; adagrad for the rest) or adam (moves only rows looked up)",
+        "sgd",
+    )
     learning_rate: float = _setting("of the dense layers, and of what has none of its own", 0.2, above=0)
     rows_learning_rate: float | None = _setting(
         "of W1, or of single-layer tables; null takes learning_rate", None, above=0
     )
     projections_learning_rate: float | None = _setting("of W2; null takes learning_rate", None, above=0)
+    warmup_steps: int = _setting("first steps, over which all three rates rise linearly", 0, at_least=0)
+    decay: Literal["constant", "linear", "cosine"] = _setting(
+        "how all three rates fall afterwards, to 0 at the end of the run; constant keeps them", "constant"
+    )
+    decay_start: int | None = _setting(
+        "step after which they fall; null begins when warmup_steps are done", None, at_least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -376,6 +386,17 @@ def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> 
         if names is not None and (not names or len(set(names)) < len(names)):
             where = sources.get(key, source)
             raise UserError(f"{where}: {key} is {_show(names)}; name at least one column, each once, or leave it null")
+    start, warmup = config.optimizer.decay_start, config.optimizer.warmup_steps
+    if start is not None:
+        where = sources.get("optimizer.decay_start", source)
+        if config.optimizer.decay == "constant":
+            raise UserError(
+                f"{where}: optimizer.decay_start is {start}, but optimizer.decay is constant; use linear or cosine"
+            )
+        if start < warmup:
+            raise UserError(
+                f"{where}: optimizer.decay_start is {start}, it must be at least optimizer.warmup_steps {warmup}"
+            )
     for key, text in (("data.path", config.data.path), ("run.dir", config.run.dir)):
         if not text.strip():
             raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")

@@ -1,70 +1,201 @@
-"""One optimizer in two forms: fused into backward for the sharded rows, torch's own for everything else."""
+"""One optimizer in several forms: fused into backward for the sharded rows, an ordinary one for everything else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_from_local_shards
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.models.dlrm import DLRM
+from torchrec.optim import Adam as FusedAdam
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.config import OptimizerConfig
+from mlet_dist.embeddings import LazyAdam
 from mlet_dist.models.dlrm import TABLES_PREFIX
 
-_OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {}),
-    # fbgemm's default eps is 1e-8 and torch's 1e-10: rows and dense layers get the same.
-    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+# fbgemm's default eps is 1e-8 and that of torch's Adagrad 1e-10: rows and dense layers get the same.
+_EPS = {"eps": 1e-8}
+_BETA1, _BETA2 = 0.9, 0.999
+_ADAM = {**_EPS, "betas": (_BETA1, _BETA2)}
+
+_Form = tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Three forms of an optimizer: in backward, for rows without a fused kernel, and for W2 and dense layers."""
+
+    fused: _Form
+    rows: _Form
+    dense: _Form
+
+
+_SGD: _Form = (torch.optim.SGD, {})
+_ADAGRAD: _Form = (torch.optim.Adagrad, _EPS)
+_RULES = {
+    "sgd": _Rule(_SGD, _SGD, _SGD),
+    "adagrad": _Rule(_ADAGRAD, _ADAGRAD, _ADAGRAD),
+    "rowwise_adagrad": _Rule((RowWiseAdagrad, _EPS), (RowWiseAdagrad, _EPS), _ADAGRAD),
+    # The fused kernel takes beta1 and beta2; TorchRec hands it what it does not know, such as torch's `betas`, as well.
+    "adam": _Rule(
+        (FusedAdam, {**_EPS, "beta1": _BETA1, "beta2": _BETA2}), (LazyAdam, _ADAM), (torch.optim.Adam, _ADAM)
+    ),
 }
-# fbgemm's name of a state -> torch's. What has no name here, torch's count of steps, does not change the update.
-_STATES = {"momentum1": "sum", "sum": "sum"}
 
 
-def fuse_row_optimizer(model: DLRM, config: OptimizerConfig) -> None:
-    """Have every W1 updated inside backward; call it before sharding."""
-    kind, arguments = _OPTIMIZERS[config.name]
+def fuse_row_optimizer(model: DLRM, config: OptimizerConfig, device: torch.device) -> bool:
+    """Have every W1 updated inside backward; call it before sharding.
+
+    Returns:
+        Whether fbgemm has such a kernel on ``device``; if not, ``build_optimizer`` steps the rows after backward.
+    """
+    if config.name == "adam" and device.type == "cpu":
+        return False
+    kind, arguments = _RULES[config.name].fused
     rows = model.sparse_arch.embedding_bag_collection.embedding_bags.parameters()
     apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _or_common(config.rows_learning_rate, config)})
+    return True
 
 
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
     """All optimizers of a sharded model as one, with state keyed by parameter name.
 
-    Rows of tables too small to be sharded have no fused kernel; they are stepped here, at the rows' learning rate.
+    Rows that have no fused kernel, such as those of tables too small to be sharded, are stepped here by the same rule
+    and at the same rate. Call ``zero_grad`` before the forward pass.
     """
-    kind, arguments = _OPTIMIZERS[config.name]
-    groups: dict[float, dict[str, torch.Tensor]] = {}
+    rule = _RULES[config.name]
+    rows: dict[str, torch.Tensor] = {}
+    projections: dict[str, torch.Tensor] = {}
+    dense: dict[str, torch.Tensor] = {}
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
         if name.startswith(f"{TABLES_PREFIX}embedding_bags."):
-            rate = _or_common(config.rows_learning_rate, config)
+            rows[name] = parameter
         elif name.startswith(f"{TABLES_PREFIX}projections."):
-            rate = _or_common(config.projections_learning_rate, config)
+            projections[name] = parameter
         else:
-            rate = config.learning_rate
-        groups.setdefault(rate, {})[name] = parameter
-    stepped = [
-        KeyedOptimizerWrapper(parameters, lambda params, rate=rate: kind(params, lr=rate, **arguments))
-        for rate, parameters in groups.items()
-    ]
-    return CombinedOptimizer([model.fused_optimizer, *stepped])
+            dense[name] = parameter
+    fused: KeyedOptimizer = model.fused_optimizer
+    if config.name == "adam":
+        fused = StepCountingOptimizer(fused, list(fused_kernels(model)))
+    optimizers = [fused]
+    if rows:
+        rate = _or_common(config.rows_learning_rate, config)
+        sharded = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, ShardedTensor)}
+        optimizers.append(_RowsOptimizer(rows, _factory(rule.rows, rate), sharded))
+    for parameters, rate in (
+        (projections, _or_common(config.projections_learning_rate, config)),
+        (dense, config.learning_rate),
+    ):
+        if parameters:
+            optimizers.append(KeyedOptimizerWrapper(parameters, _factory(rule.dense, rate)))
+            if config.name == "adam":
+                _make_state(optimizers[-1])
+    return CombinedOptimizer(optimizers)
 
 
-def optimizer_state(optimizer: KeyedOptimizer) -> dict[str, dict[str, Any]]:
-    """Parameter name -> state name -> tensor, by the same names whether a table is sharded or replicated.
+def optimizer_state(optimizer: CombinedOptimizer) -> dict[str, dict[str, Any]]:
+    """Parameter name -> state name -> tensor: the same names and shapes whether a table is sharded or replicated.
 
-    The tensors are the optimizer's own: what is loaded into them is loaded into it. Learning rates are not among them;
-    they are the config's.
+    ``sum`` for Adagrad, of shape ``(n,)`` for rows of the row-wise one; ``exp_avg``, ``exp_avg_sq`` and ``step`` for
+    Adam; nothing for SGD. The tensors are the optimizer's own: what is loaded into them is loaded into it. Learning
+    rates are not among them; they are the config's. A collective call.
     """
     named: dict[str, dict[str, Any]] = {}
-    for parameter, states in optimizer.state_dict()["state"].items():
-        # fbgemm says `<table>.momentum1`, torch says `sum`.
-        short = {state.rpartition(".")[2]: tensor for state, tensor in states.items()}
-        found = {_STATES[state]: tensor for state, tensor in short.items() if state in _STATES}
-        if found:
-            named[parameter] = found
+    for _, part in optimizer.optimizers:
+        for parameter, states in part.state_dict()["state"].items():
+            # fbgemm says `<table>.momentum1`, torch says `sum`.
+            found = {name.rpartition(".")[2]: tensor for name, tensor in states.items()}
+            if "momentum1" in found:
+                found["exp_avg" if "exp_avg_sq" in found else "sum"] = found.pop("momentum1")
+            # The step of Adagrad, which only torch counts, does not change its update.
+            kept = ("exp_avg", "exp_avg_sq", "step") if "exp_avg" in found else ("sum",)
+            found = {name: tensor for name, tensor in found.items() if name in kept}
+            if isinstance(part, _RowsOptimizer):
+                found = {name: part.as_fused(parameter, tensor) for name, tensor in found.items()}
+            if found:
+                named[parameter] = found
     return named
+
+
+class StepCountingOptimizer(OptimizerWrapper):
+    """TorchRec's fused optimizer, whose kernels know how many steps were taken.
+
+    Adam corrects its bias by that number. fbgemm counts forward passes instead, those of evaluation too, and TorchRec
+    neither saves the count nor can set it once a batch has passed (``set_optimizer_step`` changes ``iter``, which is
+    read while ``iter_cpu`` is 0).
+    """
+
+    def __init__(self, optimizer: KeyedOptimizer, kernels: list[SplitTableBatchedEmbeddingBagsCodegen]) -> None:
+        super().__init__(optimizer)
+        self._kernels = kernels
+        self.steps = torch.tensor(0, dtype=torch.int64)
+        for states in optimizer.state.values():
+            states["step"] = self.steps
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Set the kernels' learning rate and count for the forward pass that follows."""
+        super().zero_grad(set_to_none)
+        for kernel in self._kernels:
+            kernel.iter.fill_(int(self.steps))
+            kernel.iter_cpu.fill_(int(self.steps))
+
+    def step(self, closure: Any = None) -> None:
+        """Count the step, which backward has taken."""
+        super().step(closure)
+        self.steps += 1
+
+
+def fused_kernels(model: DistributedModelParallel) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """fbgemm's kernels that update rows inside backward."""
+    for collection in model.modules():
+        if isinstance(collection, ShardedEmbeddingBagCollection):
+            for lookup in collection._lookups:
+                yield from (
+                    each for each in lookup.modules() if isinstance(each, SplitTableBatchedEmbeddingBagsCodegen)
+                )
+
+
+class _RowsOptimizer(KeyedOptimizerWrapper):
+    """Rows that are stepped after backward, with their state as the fused kernels would hold it."""
+
+    def __init__(
+        self,
+        rows: Mapping[str, torch.Tensor],
+        factory: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
+        sharded: Mapping[str, ShardedTensor],
+    ) -> None:
+        super().__init__(rows, factory)
+        self._sharded = sharded
+
+    def as_fused(self, parameter: str, state: torch.Tensor) -> Any:
+        """A state by row ``(n,)`` instead of torchrec's ``(n, 1)``, and sharded as its weight is."""
+        if state.dim() == 2 and state.shape[1] == 1:
+            state = state.view(-1)
+        weight = self._sharded.get(parameter)
+        if weight is None or state.dim() == 0:
+            return state
+        shards = [Shard(state, each.metadata) for each in weight.local_shards()]
+        return init_from_local_shards(shards, *weight.size(), process_group=weight._process_group)
+
+
+def _factory(form: _Form, rate: float) -> Callable[[list[torch.Tensor]], torch.optim.Optimizer]:
+    kind, arguments = form
+    return lambda parameters: kind(parameters, lr=rate, **arguments)
+
+
+def _make_state(optimizer: KeyedOptimizer) -> None:
+    """Make the state that torch's Adam makes in its first step: a checkpoint is loaded into what is there."""
+    optimizer.init_state()
+    for states in optimizer.state.values():
+        states["step"].zero_()
+    optimizer.zero_grad()
 
 
 def _or_common(rate: float | None, config: OptimizerConfig) -> float:

@@ -10,20 +10,21 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.models.dlrm import DLRM
 
-from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder, keep_gradients_dense
 from mlet_dist.embeddings.exchange import ExchangeChoice
 from mlet_dist.errors import UserError
 from mlet_dist.training.distributed import Worker
 
 
 def shard_model(
-    model: DLRM, worker: Worker, local_batch_size: int, exchange: ExchangeChoice = "auto"
+    model: DLRM, worker: Worker, local_batch_size: int, exchange: ExchangeChoice = "auto", fused: bool = True
 ) -> tuple[DistributedModelParallel, list[str]]:
     """Plan with TorchRec's planner, shard every W1 row-wise and wrap what is replicated in DDP.
 
     Args:
         local_batch_size: rows of a batch on one rank, by which ``auto`` chooses.
         exchange: ``sharding.exchange`` of the config.
+        fused: whether rows are updated inside backward; otherwise they leave a dense gradient.
 
     Returns:
         The model, and what was planned: a line for each way in which tables are kept, with the reason.
@@ -46,10 +47,16 @@ def shard_model(
     except PlannerError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the tables do not fit {worker.world_size} ranks on {worker.device.type}: {reason}") from None
+    if not fused:
+        for params in plan.plan.values():
+            keep_gradients_dense(params)
     tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     sizes = {table.name: table.num_embeddings for table in tables}
     sharded = DistributedModelParallel(model, device=worker.device, plan=plan, sharders=[sharder])
-    return sharded, _describe(sizes, sharder.chosen)
+    lines = _describe(sizes, sharder.chosen)
+    if not fused:
+        lines.append("all rows leave a dense gradient: fbgemm has this optimizer's fused kernel for CUDA alone")
+    return sharded, lines
 
 
 def _describe(sizes: Mapping[str, int], chosen: Mapping[str, tuple[str, str]]) -> list[str]:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
@@ -26,6 +28,7 @@ from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.schedule import learning_rate_factor
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.weights import weights_sha256
 
@@ -72,9 +75,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
 
         model = build_dlrm(spec, tables_device=torch.device("meta"))
-        fuse_row_optimizer(model, config.optimizer)
+        fused = fuse_row_optimizer(model, config.optimizer, worker.device)
         local_batch_size = config.data.batch_size // worker.world_size
-        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange)
+        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange, fused)
         if worker.is_first:
             with suppress(OSError):  # a log that nobody reads any more
                 print(*(f"plan  {line}" for line in plan), sep="\n", file=sys.stderr, flush=True)
@@ -113,7 +116,7 @@ def _train_steps(
     config: Config,
     steps: int,
     model: DistributedModelParallel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: CombinedOptimizer,
     loader: DataLoader,
     worker: Worker,
     recorder: Recorder,
@@ -122,21 +125,25 @@ def _train_steps(
     model.train()
     metrics = BinaryMetrics(worker.device, _PROGRESS_BINS)
     report = _TrainingReport(config.data.batch_size)
+    factor = learning_rate_factor(config.optimizer, steps)
+    schedule = LambdaLR(optimizer, factor)
     step = 0
     with Progress("train", steps, "steps", disable=not worker.is_first) as progress:
         while step < steps:
             for batch in loader:
                 batch = batch.to(worker.device)
+                optimizer.zero_grad()
                 logits = model(batch.dense, batch.sparse).squeeze(-1)
                 loss = functional.binary_cross_entropy_with_logits(logits, batch.labels)
-                optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 metrics.update(logits.detach(), batch.labels)
+                schedule.step()
                 step += 1
                 fields = {}
                 if step % config.train.log_every == 0 or step == steps:
                     found = report.at(step, metrics.compute())
+                    found["learning_rate"] = config.optimizer.learning_rate * factor(step - 1)
                     recorder.record("train", step, found)
                     fields = {
                         "loss": f"{found['loss']:.4f}",

@@ -20,12 +20,16 @@ class Table:
 
 @dataclass
 class DenseReference:
-    """Trains tables on bags: ``bags[feature]`` holds, for each row of the global batch, a list of (id, weight)."""
+    """Trains tables on bags: ``bags[feature]`` holds, for each row of the global batch, a list of (id, weight).
+
+    ``optimizer`` is sgd, adagrad, rowwise_adagrad (of W2: adagrad) or adam (of W1: only rows that the batch looks up).
+    """
 
     tables: list[Table]
     optimizer: str
     rates: dict[str, float]
-    _sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    _steps: int = 0
+    _states: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for table in self.tables:
@@ -51,26 +55,52 @@ class DenseReference:
                 outputs[key] = torch.stack(vectors)
         return outputs
 
-    def step(self, bags: Bags) -> dict[str, torch.Tensor]:
-        """One step on ``toy_loss`` of the whole global batch; returns the outputs before it."""
+    def step(self, bags: Bags, factor: float = 1.0) -> dict[str, torch.Tensor]:
+        """One step on ``toy_loss`` of the whole global batch, at ``factor`` times the rates; the outputs before it."""
         outputs = self.forward(bags)
         toy_loss(outputs).backward()
+        self._steps += 1
         with torch.no_grad():
             for table in self.tables:
-                self._update(f"{table.name}.rows", table.rows, self.rates["rows"])
+                ids = {each for feature in table.features for bag in bags[feature] for each, _ in bag}
+                self._update_rows(f"{table.name}.rows", table.rows, sorted(ids), factor * self.rates["rows"])
                 if table.projection is not None:
-                    self._update(f"{table.name}.projection", table.projection, self.rates["projections"])
+                    self._update(f"{table.name}.projection", table.projection, factor * self.rates["projections"])
         return {name: output.detach() for name, output in outputs.items()}
 
+    def _update_rows(self, name: str, rows: torch.Tensor, looked_up: list[int], rate: float) -> None:
+        if self.optimizer == "rowwise_adagrad":
+            assert rows.grad is not None
+            total, _ = self._state(name, rows)
+            total += (rows.grad**2).mean(dim=1, keepdim=True)
+            rows -= rate * rows.grad / (total.sqrt() + 1e-8)
+            rows.grad = None
+            return
+        before, states = rows.clone(), [state.clone() for state in self._state(name, rows)]
+        self._update(name, rows, rate)
+        if self.optimizer == "adam":
+            still = [row for row in range(len(rows)) if row not in looked_up]
+            for changed, kept in zip((rows, *self._state(name, rows)), (before, *states), strict=True):
+                changed[still] = kept[still]
+
     def _update(self, name: str, weight: torch.Tensor, rate: float) -> None:
-        assert weight.grad is not None
+        gradient = weight.grad
+        assert gradient is not None
+        first, second = self._state(name, weight)
         if self.optimizer == "sgd":
-            weight -= rate * weight.grad
+            weight -= rate * gradient
+        elif self.optimizer == "adam":
+            first += 0.1 * (gradient - first)
+            second += 0.001 * (gradient**2 - second)
+            mean, square = first / (1 - 0.9**self._steps), second / (1 - 0.999**self._steps)
+            weight -= rate * mean / (square.sqrt() + 1e-8)
         else:
-            total = self._sums.setdefault(name, torch.zeros_like(weight))
-            total += weight.grad**2
-            weight -= rate * weight.grad / (total.sqrt() + 1e-8)
+            first += gradient**2
+            weight -= rate * gradient / (first.sqrt() + 1e-8)
         weight.grad = None
+
+    def _state(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._states.setdefault(name, (torch.zeros_like(weight), torch.zeros_like(weight)))
 
 
 def toy_loss(outputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,24 +1,29 @@
 """The sharded module against the dense float64 reference, on 1, 2, 3 and 4 ranks."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.embeddings import (
+    LazyAdam,
     MultiLayerEmbeddingBagCollection,
     MultiLayerEmbeddingBagCollectionSharder,
     MultiLayerEmbeddingBagConfig,
+    keep_gradients_dense,
 )
 from mlet_dist.embeddings.exchange import EXCHANGES, Exchange
 from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
@@ -28,6 +33,8 @@ pytestmark = pytest.mark.multirank
 
 Ranks = Callable[[int], RankPool]
 RATES = {"rows": 0.05, "projections": 0.02}
+ROWS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad, "adam": LazyAdam}
+DENSE = ROWS | {"rowwise_adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}
 SEED = 11
 STEPS = 4
 GLOBAL_BATCH = 12
@@ -60,7 +67,10 @@ def _tables() -> list[EmbeddingBagConfig]:
 
 
 def _make_bags(seed: int, weighted: bool = False, rows: int = GLOBAL_BATCH) -> Bags:
-    """Bags of 0 to 5 ids with repeats; the first row of every batch has an empty bag in f0 and in f9."""
+    """Bags of 0 to 5 ids with repeats; the first row of every batch has an empty bag in f0 and in f9.
+
+    Every second batch leaves the last row of every table alone, so that an optimizer must not move it.
+    """
     draw = random.Random(seed)
     sizes: dict[str, int] = {}
     for table in _tables():
@@ -68,7 +78,7 @@ def _make_bags(seed: int, weighted: bool = False, rows: int = GLOBAL_BATCH) -> B
             sizes[feature] = min(table.num_embeddings, sizes.get(feature, table.num_embeddings))
 
     def entry(n: int) -> tuple[int, float]:
-        return draw.randrange(n), draw.uniform(0.5, 2.0) if weighted else 1.0
+        return draw.randrange(max(1, n - seed % 2)), draw.uniform(0.5, 2.0) if weighted else 1.0
 
     bags = {name: [[entry(n) for _ in range(draw.randint(0, 5))] for _ in range(rows)] for name, n in sizes.items()}
     bags["f0"][0] = bags["f9"][0] = []
@@ -89,18 +99,40 @@ def _to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJ
 
 def _shard(
     embeddings: MultiLayerEmbeddingBagCollection,
-    kind: type[torch.optim.Optimizer],
+    optimizer: str = "sgd",
     around: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Sequential,
     exchange: Exchange = "after",
 ) -> DistributedModelParallel:
-    arguments = {"eps": 1e-8} if kind is torch.optim.Adagrad else {}
-    apply_optimizer_in_backward(kind, embeddings.embedding_bags.parameters(), {"lr": RATES["rows"], **arguments})
+    fused = optimizer != "adam"  # fbgemm has none on the CPU
+    if fused:
+        arguments = {"lr": RATES["rows"], **_eps(optimizer)}
+        apply_optimizer_in_backward(ROWS[optimizer], embeddings.embedding_bags.parameters(), arguments)
     sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange)]
     world_size = dist.get_world_size()
     topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
     model = around(embeddings)
     plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
+    if not fused:
+        for params in plan.plan.values():
+            keep_gradients_dense(params)
     return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+
+
+def _eps(optimizer: str) -> dict[str, float]:
+    return {} if optimizer == "sgd" else {"eps": 1e-8}
+
+
+def _optimizer(model: DistributedModelParallel, name: str) -> CombinedOptimizer:
+    rows, projections = {}, {}
+    for key, parameter in in_backward_optimizer_filter(model.named_parameters()):
+        (projections if "projections" in key else rows)[key] = parameter
+    forms = [(ROWS[name], rows, RATES["rows"]), (DENSE[name], projections, RATES["projections"])]
+    steppers = [
+        KeyedOptimizerWrapper(parameters, lambda each, kind=kind, rate=rate: kind(each, lr=rate, **_eps(name)))
+        for kind, parameters, rate in forms
+        if parameters
+    ]
+    return CombinedOptimizer([model.fused_optimizer, *steppers])
 
 
 def _full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -116,25 +148,22 @@ def _positive_module(weighted: bool = False) -> MultiLayerEmbeddingBagCollection
     return module
 
 
-def _train_sharded(optimizer: str, weighted: bool = False, exchange: Exchange = "after") -> dict[str, Any]:
+def _train_sharded(
+    name: str, weighted: bool = False, exchange: Exchange = "after", factors: Sequence[float] = STEPS * (1.0,)
+) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    kind = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
-    model = _shard(_positive_module(weighted), kind, exchange=exchange)
+    model = _shard(_positive_module(weighted), name, exchange=exchange)
     initial = _full_weights(model)
-    arguments = {"eps": 1e-8} if kind is torch.optim.Adagrad else {}
-    groups: dict[float, list[torch.Tensor]] = {}
-    for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
-        groups.setdefault(RATES["projections" if "projections" in name else "rows"], []).append(parameter)
-    steppers = [kind(parameters, lr=rate, **arguments) for rate, parameters in groups.items()]
+    optimizer = _optimizer(model, name)
+    schedule = LambdaLR(optimizer, lambda done: factors[min(done, STEPS - 1)])
     share = GLOBAL_BATCH // world_size
     outputs = []
     for step in range(STEPS):
+        optimizer.zero_grad()
         found = model(_to_kjt(_make_bags(step, weighted), rank * share, (rank + 1) * share, weighted)).to_dict()
-        for stepper in steppers:
-            stepper.zero_grad()
         toy_loss(found).backward()
-        for stepper in steppers:
-            stepper.step()
+        optimizer.step()
+        schedule.step()
         outputs.append({name: output.detach() for name, output in found.items()})
     plan = next(iter(model.plan.plan.values()))
     return {
@@ -164,17 +193,12 @@ def _reference(optimizer: str) -> DenseReference:
     )
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_outputs_and_weights_equal_the_dense_reference(
-    ranks: Ranks, world_size: int, optimizer: str, weighted: bool, exchange: Exchange
+def _assert_equal_reference(
+    by_rank: list[dict[str, Any]], optimizer: str, weighted: bool, factors: Sequence[float] = STEPS * (1.0,)
 ) -> None:
-    by_rank = ranks(world_size).run(_train_sharded, optimizer, weighted, exchange)
     reference = _reference(optimizer)
     for step in range(STEPS):
-        expected = reference.step(_make_bags(step, weighted))
+        expected = reference.step(_make_bags(step, weighted), factors[step])
         for feature, values in expected.items():
             found = torch.cat([result["outputs"][step][feature] for result in by_rank])
             torch.testing.assert_close(found.double(), values, rtol=2e-5, atol=2e-6)
@@ -194,6 +218,24 @@ def test_outputs_and_weights_equal_the_dense_reference(
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("optimizer", ROWS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_outputs_and_weights_equal_the_dense_reference(
+    ranks: Ranks, world_size: int, optimizer: str, weighted: bool, exchange: Exchange
+) -> None:
+    by_rank = ranks(world_size).run(_train_sharded, optimizer, weighted, exchange)
+    _assert_equal_reference(by_rank, optimizer, weighted)
+
+
+@pytest.mark.parametrize("optimizer", ROWS)
+def test_a_schedule_of_learning_rates_reaches_every_weight_in_every_step(ranks: Ranks, optimizer: str) -> None:
+    factors = (0.25, 1.0, 0.5, 0.75)
+    by_rank = ranks(2).run(_train_sharded, optimizer, False, "unique_rows", factors)
+    _assert_equal_reference(by_rank, optimizer, False, factors)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: int, exchange: Exchange) -> None:
     first, *others = ranks(world_size).run(_train_sharded, "adagrad", False, exchange)
@@ -207,7 +249,7 @@ def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: in
 
 def _initial_weights() -> dict[str, torch.Tensor]:
     module = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED)
-    return _full_weights(_shard(module, torch.optim.SGD))
+    return _full_weights(_shard(module))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -245,7 +287,7 @@ def _shard_filled_after_meta() -> tuple[dict[str, torch.Tensor], dict[str, torch
     module = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")).to_empty(device="cpu")
     filled = _positive_module().state_dict()
     module.load_state_dict(filled)
-    return filled, _full_weights(_shard(module, torch.optim.SGD))
+    return filled, _full_weights(_shard(module))
 
 
 def test_a_module_filled_after_it_was_made_on_meta_passes_its_values_on(ranks: Ranks) -> None:
@@ -275,18 +317,19 @@ class _Tensors(torch.nn.Module):
 def _train_with(pipelined: bool, exchange: Exchange) -> dict[str, torch.Tensor]:
     rank, share = dist.get_rank(), GLOBAL_BATCH // dist.get_world_size()
     batches = [_to_kjt(_make_bags(step), rank * share, (rank + 1) * share) for step in range(STEPS)]
-    model = _shard(_positive_module(), torch.optim.SGD, _Tensors, exchange)
-    optimizer = torch.optim.SGD([each for _, each in in_backward_optimizer_filter(model.named_parameters())], lr=0.02)
-    if pipelined:
-        pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
-        iterator = iter(batches)
-        for _ in batches:
+    model = _shard(_positive_module(), "sgd", _Tensors, exchange)
+    optimizer = _optimizer(model, "sgd")
+    schedule = LambdaLR(optimizer, lambda done: 1 / (1 + done))
+    pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
+    iterator = iter(batches)
+    for batch in batches:
+        if pipelined:
             pipeline.progress(iterator)
-    else:
-        for batch in batches:
+        else:
             optimizer.zero_grad()
             model(batch)[0].backward()
             optimizer.step()
+        schedule.step()
     return _full_weights(model)
 
 
@@ -302,7 +345,7 @@ def _shard_width(hidden_dim: int | None, embedding_dim: int) -> None:
     table = MultiLayerEmbeddingBagConfig(
         name="odd", num_embeddings=9, embedding_dim=embedding_dim, hidden_dim=hidden_dim, feature_names=["f"]
     )
-    _shard(MultiLayerEmbeddingBagCollection([table], device=torch.device("meta")), torch.optim.SGD)
+    _shard(MultiLayerEmbeddingBagCollection([table], device=torch.device("meta")))
 
 
 def test_a_width_that_fbgemm_cannot_take_is_refused(ranks: Ranks) -> None:
@@ -314,7 +357,7 @@ def test_a_width_that_fbgemm_cannot_take_is_refused(ranks: Ranks) -> None:
 
 
 def _forward_without(feature: str) -> None:
-    model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")), torch.optim.SGD)
+    model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")))
     bags = _make_bags(0)
     del bags[feature]
     model(_to_kjt(bags, 0, 4)).to_dict()
@@ -329,7 +372,7 @@ def _outputs_served_and_trained() -> tuple[torch.Tensor, torch.Tensor]:
     module = MultiLayerEmbeddingBagCollection(_tables(), seed=SEED)
     served = EmbeddingBagCollection([table.plain_config() for table in module.embedding_bag_configs()])
     served.load_state_dict(module.collapse().state_dict())
-    model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED), torch.optim.SGD)
+    model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED))
     features = _to_kjt(_make_bags(3), 0, GLOBAL_BATCH)
     expected, found = served(features).to_dict(), model(features).to_dict()
     assert len(expected) == 14

@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed as dist
-from torchrec import KeyedJaggedTensor
 
 from mlet_dist.config import ModelConfig, OptimizerConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint import OPTIMIZER_KEY, load_model, load_state, newest_checkpoint, save_checkpoint
+from mlet_dist.training.checkpoint import load_model, newest_checkpoint, save_checkpoint
 from mlet_dist.training.distributed import Worker
-from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
+from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.weights import weights_sha256
-from tests.ranks import RankFailed, RankPool, whole
+from tests.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.multirank
 
@@ -41,7 +40,7 @@ def _fingerprint(spec: ModelSpec, block_bytes: int) -> str:
 
     mlet_dist.training.weights._BLOCK_BYTES = block_bytes
     model = build_dlrm(spec, tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, OptimizerConfig())
+    fuse_row_optimizer(model, OptimizerConfig(), torch.device("cpu"))
     return weights_sha256(shard_model(model, _worker(), 8)[0], torch.device("cpu"))
 
 
@@ -65,7 +64,7 @@ def test_another_seed_or_shape_has_another_fingerprint(ranks: Ranks) -> None:
 
 def _save(directory: Path) -> str:
     model = build_dlrm(_spec(), tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, OptimizerConfig(name="adagrad"))
+    fuse_row_optimizer(model, OptimizerConfig(name="adagrad"), torch.device("cpu"))
     sharded = shard_model(model, _worker(), 8)[0]
     save_checkpoint(directory, 7, sharded, build_optimizer(sharded, OptimizerConfig(name="adagrad")), {"step": 7})
     return weights_sha256(sharded, torch.device("cpu"))
@@ -73,49 +72,10 @@ def _save(directory: Path) -> str:
 
 def _load(directory: Path, spec: ModelSpec) -> str:
     model = build_dlrm(spec, tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, OptimizerConfig())
+    fuse_row_optimizer(model, OptimizerConfig(), torch.device("cpu"))
     sharded = shard_model(model, _worker(), 8)[0]
     load_model(sharded, newest_checkpoint(directory))
     return weights_sha256(sharded, torch.device("cpu"))
-
-
-def _step(directory: Path, save: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """Take a step of Adagrad and save, or load what was saved; returns the whole optimizer state."""
-    config = OptimizerConfig(name="adagrad")
-    model = build_dlrm(_spec(), tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, config)
-    sharded = shard_model(model, _worker(), 8)[0]
-    optimizer = build_optimizer(sharded, config)
-    if save:
-        share = 12 // dist.get_world_size()
-        rows = torch.arange(12)[dist.get_rank() * share :][:share]
-        ids = torch.cat([rows * 8 % n for n in SIZES.values()])
-        features = KeyedJaggedTensor(list(SIZES), ids, lengths=torch.ones(len(ids), dtype=torch.int64))
-        sharded(torch.ones(share, 2), features).square().mean().backward()
-        optimizer.step()
-        save_checkpoint(directory, 1, sharded, optimizer, {"step": 1})
-    else:
-        load_state({OPTIMIZER_KEY: optimizer_state(optimizer)}, newest_checkpoint(directory))
-    return {
-        parameter: {state: whole(tensor) for state, tensor in states.items()}
-        for parameter, states in optimizer_state(optimizer).items()
-    }
-
-
-@pytest.mark.parametrize(("saved_on", "loaded_on"), [(4, 1), (1, 4), (3, 2)])
-def test_optimizer_state_loads_on_any_number_of_ranks(
-    ranks: Ranks, tmp_path: Path, saved_on: int, loaded_on: int
-) -> None:
-    """With another number of ranks other tables are replicated, and then another optimizer steps them."""
-    saved = ranks(saved_on).run(_step, tmp_path, True)[0]
-    loaded = ranks(loaded_on).run(_step, tmp_path, False)[0]
-    assert {name.rpartition(".")[0].rpartition(".")[2] for name in saved} >= set(SIZES)
-    assert set(loaded) == set(saved)
-    for parameter, states in saved.items():
-        assert set(loaded[parameter]) == set(states) == {"sum"}
-        assert torch.equal(loaded[parameter]["sum"], states["sum"]), parameter
-        if "embedding_bags" in parameter or "projections" in parameter:
-            assert bool(states["sum"].any()), parameter
 
 
 @pytest.mark.parametrize(("saved_on", "loaded_on"), [(2, 3), (4, 1), (1, 4)])

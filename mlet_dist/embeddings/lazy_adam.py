@@ -1,0 +1,81 @@
+"""fbgemm's fused Adam for rows without a fused kernel: a row that is not looked up keeps its weight and its state."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import ParameterSharding
+
+
+class LazyAdam(torch.optim.Optimizer):
+    """Adam that steps only the rows with a gradient, by the formula of fbgemm's ``OptimType.ADAM``.
+
+    m = β1·m + (1-β1)·g, v = β2·v + (1-β2)·g², w = w - lr·(m/(1-β1ᵗ)) / (sqrt(v/(1-β2ᵗ)) + eps), where t counts all
+    steps, also those in which a row stood still; fbgemm counts forward passes, evaluation's too. A row whose gradient
+    is zero throughout counts as not looked up.
+    State: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` ``(n, k)``, made at once, so that a checkpoint can be loaded.
+
+    Args:
+        params: weights ``(n, k)`` with a dense gradient.
+        lr: learning rate.
+        betas: β1 and β2.
+        eps: added to the root of v.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight] = {
+                    "step": torch.tensor(0, dtype=torch.int64),
+                    "exp_avg": torch.zeros_like(weight.detach()),
+                    "exp_avg_sq": torch.zeros_like(weight.detach()),
+                }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every weight once; returns what ``closure``, which computes the gradients again, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                state["step"] += 1
+                if weight.grad is not None:
+                    _step_rows(weight, weight.grad, state, group)
+        return loss
+
+
+def _step_rows(weight: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    step = int(state["step"])
+    rows = (gradient != 0).any(dim=1).nonzero().squeeze(1)
+    gradient = gradient[rows]
+    mean = state["exp_avg"][rows].mul_(beta1).add_(gradient, alpha=1 - beta1)
+    square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    state["exp_avg"][rows] = mean
+    state["exp_avg_sq"][rows] = square
+    divisor = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    weight.index_add_(0, rows, mean.div_(divisor), alpha=-group["lr"] / (1 - beta1**step))
+
+
+def keep_gradients_dense(params: Mapping[str, ParameterSharding]) -> None:
+    """Have sharded tables leave a dense gradient, as large as a rank's rows, instead of using fused kernels.
+
+    fbgemm has its fused Adam for CUDA alone; on the CPU LazyAdam takes its place.
+
+    Args:
+        params: the plan of one module, by table; changed in place before DistributedModelParallel sees it.
+    """
+    for sharding in params.values():
+        if sharding.compute_kernel == EmbeddingComputeKernel.FUSED.value:
+            sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value

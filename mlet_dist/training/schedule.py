@@ -1,0 +1,28 @@
+"""How the learning rates change over a run."""
+
+import math
+from collections.abc import Callable
+
+from mlet_dist.config import OptimizerConfig
+
+
+def learning_rate_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
+    """The factor on all learning rates in the step that follows ``done`` steps, as a function of ``done`` alone.
+
+    It rises linearly over ``warmup_steps``, from 1/warmup_steps to 1, stays there until ``decay_start`` and falls from
+    then on, so that it would be 0 in the step after the run's last.
+
+    Args:
+        steps: of the whole run.
+    """
+    start = config.warmup_steps if config.decay_start is None else config.decay_start
+
+    def factor(done: int) -> float:
+        if done < config.warmup_steps:
+            return (done + 1) / config.warmup_steps
+        if config.decay == "constant" or done <= start:
+            return 1.0
+        fallen = min(1.0, (done - start) / max(1, steps - start))
+        return 1 - fallen if config.decay == "linear" else (1 + math.cos(math.pi * fallen)) / 2
+
+    return factor
