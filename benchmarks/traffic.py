@@ -17,7 +17,7 @@ class Traffic:
 
     Attributes:
         vector_bytes: floating point: vectors and their gradients, without the all-reduce of replicated weights.
-        index_bytes: integers: ids and sizes.
+        index_bytes: integers: ids, sizes, and what ranks agree on.
         weight_bytes: all-reduced gradients of replicated weights, counted once.
         calls: (collective, dtype, bytes), in order.
     """
@@ -30,12 +30,12 @@ class Traffic:
     def add(self, name: str, tensor: torch.Tensor, elements: int) -> None:
         size = elements * tensor.element_size()
         self.calls.append((name, tensor.dtype, size))
-        if name == "all_reduce":
-            self.weight_bytes += size
-        elif tensor.dtype.is_floating_point:
-            self.vector_bytes += size
-        else:
+        if not tensor.dtype.is_floating_point:
             self.index_bytes += size
+        elif name == "all_reduce":
+            self.weight_bytes += size
+        else:
+            self.vector_bytes += size
 
 
 @contextmanager

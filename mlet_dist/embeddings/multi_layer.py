@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from mlet_dist.embeddings.batch_check import check_batch, smallest_tables
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.projection import Projection, project
@@ -106,9 +109,18 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         self.seed = seed
         self.projections = build_projections(self._tables, seed, self.device)
         self._table_of_key = table_of_key(self._tables)
+        self._smallest_tables = smallest_tables(self._tables)
+        self.register_load_state_dict_pre_hook(_check_before_load)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Look up, pool and project: values ``(B, sum of d)`` float32."""
+        """Look up, pool and project: values ``(B, sum of d)`` float32.
+
+        Raises:
+            ValueError: the batch has a mistake (``batch_check.check_batch``), naming the table.
+        """
+        features = maybe_td_to_kjt(features, None)
+        if not torch.compiler.is_compiling():
+            check_batch(features, self._smallest_tables, self.is_weighted())
         weights = projection_weights(self.projections)
         return project(super().forward(features), by_key(weights, self._table_of_key))
 
@@ -186,6 +198,36 @@ def table_of_key(tables: list[MultiLayerEmbeddingBagConfig]) -> dict[str, str]:
 def by_key(weights: Mapping[str, torch.Tensor], table_of_key: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """Weights by table -> weights by key of the output KeyedTensor, for the keys that have one."""
     return {key: weights[table] for key, table in table_of_key.items() if table in weights}
+
+
+def check_loaded_shapes(tables: Sequence[MultiLayerEmbeddingBagConfig], state: Mapping[str, Any], prefix: str) -> None:
+    """Compare both layers in a state dict with each other and with the tables; a name that is missing is passed over.
+
+    Raises:
+        ValueError: W1 has not as many columns as W2 has rows, or one of them another shape than the table's.
+    """
+    for table in tables:
+        rows = state.get(f"{prefix}embedding_bags.{table.name}.weight")
+        projection = state.get(f"{prefix}projections.{table.name}.weight")
+        if rows is not None and projection is not None:
+            check_layers_fit(table.name, rows.shape, projection.shape)
+        expected = {"W1": (table.num_embeddings, table.row_width), "W2": (table.row_width, table.embedding_dim)}
+        for layer, tensor in (("W1", rows), ("W2", projection)):
+            if tensor is not None and tuple(tensor.shape) != expected[layer]:
+                shapes = f"{tuple(tensor.shape)} in the state and {expected[layer]} in the module"
+                raise ValueError(f"table {table.name!r}: {layer} is {shapes}")
+
+
+def check_layers_fit(table: str, rows: Sequence[int], projection: Sequence[int]) -> None:
+    """Raise ValueError unless W1 of shape ``rows`` has as many columns as W2 of shape ``projection`` has rows."""
+    if rows[1] != projection[0]:
+        raise ValueError(f"table {table!r}: W1 has {rows[1]} columns and W2 has {projection[0]} rows")
+
+
+def _check_before_load(
+    module: MultiLayerEmbeddingBagCollection, state_dict: dict[str, Any], prefix: str, *args: Any
+) -> None:
+    check_loaded_shapes(module.embedding_bag_configs(), state_dict, prefix)
 
 
 def _as_multi_layer(config: EmbeddingBagConfig) -> MultiLayerEmbeddingBagConfig:

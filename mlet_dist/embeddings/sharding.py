@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
@@ -26,6 +27,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from mlet_dist.embeddings.batch_check import BatchChecker, Verdict, smallest_tables
 from mlet_dist.embeddings.exchange import (
     EXCHANGES,
     Exchange,
@@ -40,12 +42,14 @@ from mlet_dist.embeddings.multi_layer import (
     MultiLayerEmbeddingBagConfig,
     build_projections,
     by_key,
+    check_loaded_shapes,
     projection_weights,
     table_of_key,
 )
+from mlet_dist.embeddings.plan import check_plan, check_widths, first_row, keep_replicated_if_too_small
 from mlet_dist.embeddings.pooling import bag_sizes, divide, mean_keys
 from mlet_dist.embeddings.projection import project
-from mlet_dist.embeddings.reduce_scatter import ProjectedReduceScatter, ReduceScatterSharding
+from mlet_dist.embeddings.reduce_scatter import PaddedRowWiseSharding, ProjectedReduceScatter, ReduceScatterSharding
 from mlet_dist.embeddings.replicated import with_mean_gradients, with_summed_gradients
 from mlet_dist.embeddings.unique_rows import (
     UniqueRowsContext,
@@ -53,6 +57,13 @@ from mlet_dist.embeddings.unique_rows import (
     UniqueRowsOutputDist,
     UniqueRowsSharding,
 )
+
+
+@dataclass
+class CheckedContext(EmbeddingBagCollectionContext):
+    """TorchRec's per-batch context, with what the ranks found in the batch."""
+
+    verdict: Verdict | None = None
 
 
 class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
@@ -83,7 +94,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         rows.exchanges = dict(exchanges or {})
         rows.exchanged_dims = {table.name: table.embedding_dim for table in tables}
         rows.projected = {table.name for table in tables if table.hidden_dim is not None}
-        _check_widths(tables)
+        check_widths(tables)
         super().__init__(
             module=rows,
             table_name_to_parameter_sharding=table_name_to_parameter_sharding,
@@ -92,6 +103,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             **torchrec_arguments,
         )
         self.projections = build_projections(tables, module.seed, device)
+        self._tables = tables
         self._exchanges = rows.exchanges
         self._table_of_key_after = {
             key: table for key, table in table_of_key(tables).items() if self._exchanges.get(table, "after") == "after"
@@ -99,6 +111,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for output_dist in self._output_dists:
             if isinstance(output_dist, ProjectedReduceScatter | UniqueRowsOutputDist):
                 output_dist.projections_of = self._projections_of
+        self._checker = self._build_checker(tables)
         self._mean_keys = mean_keys(tables)
         self._tables_projected_after = [
             table for table in self.projections if self._exchanges.get(table, "after") == "after"
@@ -116,17 +129,21 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             weight = self.embedding_bags[config.name].weight
             sharding = self.module_sharding_plan[config.name]
             if isinstance(config.init_fn, RowInitializer):
-                config.init_fn.fill(weight, _first_row(sharding, self._env.rank))
+                config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
                 dist.broadcast(weight.data, src=0, group=self._env.process_group)
 
-    def input_dist(
-        self, ctx: EmbeddingBagCollectionContext, features: KeyedJaggedTensor
-    ) -> Awaitable[Awaitable[KJTList]]:
-        """Send ids to the ranks that own their rows; what mean pooling divides by stays here."""
-        features = maybe_td_to_kjt(features, None)
+    def create_context(self) -> CheckedContext:
+        return CheckedContext()
+
+    def input_dist(self, ctx: CheckedContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
+        """Send ids to the ranks that own their rows; what mean pooling divides by stays here.
+
+        A mistake in the batch is raised by ``compute_and_output_dist``, on every rank.
+        """
+        features, ctx.verdict = self._checker.check(maybe_td_to_kjt(features, None))
         sent = super().input_dist(ctx, features)
         for index, ids_dist in enumerate(self._input_dists):
             if isinstance(ids_dist, UniqueRowsInputDist):
@@ -138,16 +155,56 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             ctx.divisor = bag_sizes(features, self._mean_keys)
         return sent
 
-    def compute_and_output_dist(self, ctx: EmbeddingBagCollectionContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
-        """Look up, exchange and project, in the order of each table's exchange: values ``(b, sum of d)``."""
+    def compute(self, ctx: CheckedContext, dist_input: KJTList) -> list[torch.Tensor]:
+        """Look up.
+
+        Raises:
+            ValueError: a rank found a mistake in its batch (``batch_check``); on every rank.
+        """
+        _raise_mistake(ctx)
+        return super().compute(ctx, dist_input)
+
+    def compute_and_output_dist(self, ctx: CheckedContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
+        """Look up, exchange and project, in the order of each table's exchange: values ``(b, sum of d)``.
+
+        Raises:
+            ValueError: a rank found a mistake in its batch (``batch_check``); on every rank.
+        """
+        _raise_mistake(ctx)
         return self._project_when_ready(ctx, super().compute_and_output_dist(ctx, input))
 
-    def output_dist(self, ctx: EmbeddingBagCollectionContext, output: list[torch.Tensor]) -> LazyAwaitable[KeyedTensor]:
+    def output_dist(self, ctx: CheckedContext, output: list[torch.Tensor]) -> LazyAwaitable[KeyedTensor]:
         """Exchange and project, in the order of each table's exchange: values ``(b, sum of d)``."""
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
 
+    @staticmethod
+    def _pre_load_state_dict_hook(
+        self: "ShardedMultiLayerEmbeddingBagCollection", state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # TorchRec cuts a whole tensor to the shard's columns, which hides that it has more of them.
+        check_loaded_shapes(self._tables, state_dict, prefix)
+        ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
+
+    def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:
+        # In the order of the lookups TorchRec need not sort each batch; it does where a feature stands there twice.
+        served = [feature for sharding in self._embedding_shardings for feature in sharding.feature_names()]
+        limits = smallest_tables(tables)
+        if len(set(served)) == len(served):
+            limits = {feature: limits[feature] for feature in served}
+        device = self._device or torch.device("cpu")
+        refused = [
+            (table, f"exchange {exchange!r} cannot serve and 'after' can")
+            for table, exchange in self._exchanges.items()
+            if exchange != "after"
+        ] + [
+            (table, "a replicated table cannot serve on a CPU")
+            for table, sharding in self.module_sharding_plan.items()
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value and device.type == "cpu"
+        ]
+        return BatchChecker(limits, self._is_weighted, self._env.process_group, device, refused[0] if refused else None)
+
     def _project_when_ready(
-        self, ctx: EmbeddingBagCollectionContext, pooled: LazyAwaitable[KeyedTensor]
+        self, ctx: CheckedContext, pooled: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
         sizes = ctx.divisor
 
@@ -201,11 +258,15 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     ) -> EmbeddingSharding:
         """The sharding of one group, by its exchange."""
         first = sharding_infos[0]
-        if not isinstance(first, ExchangedShardingInfo):
+        kind: type[RwPooledEmbeddingSharding]
+        if isinstance(first, ExchangedShardingInfo):
+            kind = ReduceScatterSharding if first.exchange == "reduce_scatter" else UniqueRowsSharding
+        elif first.param_sharding.sharding_type == ShardingType.ROW_WISE.value:
+            kind = PaddedRowWiseSharding
+        else:
             return super().create_embedding_bag_sharding(
                 sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
             )
-        kind = ReduceScatterSharding if first.exchange == "reduce_scatter" else UniqueRowsSharding
         return kind(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
 
 
@@ -239,9 +300,15 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedMultiLayerEmbeddingBagCollection:
-        """Shard ``module`` by ``params``, which is changed in place where a table is too small for row_wise."""
+        """Shard ``module`` by ``params``, which is changed in place where a table is too small for row_wise.
+
+        Raises:
+            ValueError: a table's rows are sharded unevenly, or its plan is one that the exchange cannot serve.
+        """
         for sharding in params.values():
-            _keep_replicated_if_too_small(sharding, env.world_size)
+            keep_replicated_if_too_small(sharding, env.world_size)
+        for table in module.embedding_bag_configs():
+            check_plan(table, params[table.name], self._exchange)
         self.chosen = {
             table.name: self._choose(table, env.world_size)
             for table in module.embedding_bag_configs()
@@ -289,29 +356,6 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         return ShardedMultiLayerEmbeddingBagCollection
 
 
-def _check_widths(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
-    for table in tables:
-        if table.row_width % 4:
-            key = "embedding_dim" if table.hidden_dim is None else "hidden_dim"
-            raise ValueError(
-                f"table {table.name!r}: {key} is {table.row_width}; fbgemm's kernels take multiples of 4 columns"
-            )
-
-
-def _keep_replicated_if_too_small(sharding: ParameterSharding, world_size: int) -> None:
-    # fbgemm's CPU kernel fails on a rank that holds no row.
-    spec = sharding.sharding_spec
-    if sharding.sharding_type != ShardingType.ROW_WISE.value or spec is None:
-        return
-    if any(shard.shard_sizes[0] == 0 for shard in spec.shards):
-        sharding.sharding_type = ShardingType.DATA_PARALLEL.value
-        sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value
-        sharding.ranks = list(range(world_size))
-        sharding.sharding_spec = None
-
-
-def _first_row(sharding: ParameterSharding, rank: int) -> int:
-    if sharding.sharding_spec is None:
-        return 0
-    shards = sharding.sharding_spec.shards
-    return next((shard.shard_offsets[0] for shard in shards if shard.placement.rank() == rank), 0)
+def _raise_mistake(ctx: CheckedContext) -> None:
+    if ctx.verdict is not None:
+        ctx.verdict.raise_mistake()

@@ -64,11 +64,6 @@ class UniqueRowsSharding(ProjectedRowWiseSharding):
 
     def create_input_dist(self, device: torch.device | None = None) -> "UniqueRowsInputDist":
         tables = [table for group in self._grouped_embedding_configs for table in group.embedding_tables]
-        for table in tables:
-            block = -(-table.num_embeddings // self._world_size)
-            for rank, shard in enumerate(table.global_metadata.shards_metadata):
-                if shard.shard_offsets[0] != min(block * rank, table.num_embeddings):
-                    raise ValueError(f"table {table.name!r}: its shards are uneven, which needs exchange 'after'")
         index = {table.name: position for position, table in enumerate(tables)}
         return UniqueRowsInputDist(
             self._pg,
@@ -111,26 +106,15 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
             self.register_buffer(name, torch.tensor(values, dtype=torch.int64, device=device), persistent=False)
 
         constant("_blocks", blocks)
-        constant("_num_embeddings", num_embeddings)
         constant("_table_of_feature", table_of_feature)
         constant("_first_feature", first_feature)
         self.routing: Routing
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> "Awaitable[Awaitable[KeyedJaggedTensor]]":
-        """Find the distinct ids and tell each owner how many to expect.
-
-        Raises:
-            ValueError: a batch size that varies by feature; or, on every rank when the counts arrive, an id outside its
-                table on one of them.
-        """
-        if sparse_features.variable_stride_per_key():
-            raise ValueError(f"table {self._tables[0]!r}: a batch size that varies by feature needs exchange 'after'")
+        """Find the distinct ids, which must lie inside their tables, and tell each owner how many to expect."""
         values = sparse_features.values().long()
         counts = torch.tensor(sparse_features.length_per_key(), device=values.device)
         table = torch.repeat_interleave(self._table_of_feature, counts, output_size=values.numel())
-        mistake = self._find_mistake(values, table)
-        if mistake:
-            values = torch.zeros_like(values)
         block = self._blocks[table]
         owner = values.div(block, rounding_mode="floor")
         key = (owner * len(self._tables) + table) * self._block + (values - owner * block)
@@ -146,7 +130,7 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
             position_of_id=position,
         )
         requested = torch.bincount(owner_of_row, minlength=self._world_size)
-        return _CountsAwaitable(self, requested, distinct - owner_of_row * stride, mistake)
+        return _CountsAwaitable(self, requested, distinct - owner_of_row * stride)
 
     def lookup_features(self, asked: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
         """The rows that ranks asked for, found once each, as input of the lookup."""
@@ -163,37 +147,21 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
             self._features, distinct - table * self._block, lengths=filled.view(-1), stride=routing.slots
         )
 
-    def _find_mistake(self, values: torch.Tensor, table: torch.Tensor) -> str | None:
-        outside = (values < 0) | (values >= self._num_embeddings[table])
-        if not bool(outside.any()):
-            return None
-        first = int(outside.nonzero()[0])
-        name, rows = self._tables[int(table[first])], int(self._num_embeddings[table[first]])
-        return f"table {name!r}: id {int(values[first])} is outside [0, {rows})"
-
 
 class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
-    """How many rows each rank asks for; -1 says that the rank found a mistake, so that all of them raise."""
+    """How many rows each rank asks for."""
 
-    def __init__(
-        self, ids_dist: UniqueRowsInputDist, requested: torch.Tensor, ids: torch.Tensor, mistake: str | None
-    ) -> None:
+    def __init__(self, ids_dist: UniqueRowsInputDist, requested: torch.Tensor, ids: torch.Tensor) -> None:
         super().__init__()
         self._dist, self._routing = ids_dist, ids_dist.routing
-        self._requested, self._ids, self._mistake = requested, ids, mistake
+        self._requested, self._ids = requested, ids
         self._asked_for = torch.empty_like(requested)
-        sent = torch.full_like(requested, -1) if mistake else requested
-        self._work = dist.all_to_all_single(self._asked_for, sent, group=ids_dist.process_group, async_op=True)
+        self._work = dist.all_to_all_single(self._asked_for, requested, group=ids_dist.process_group, async_op=True)
 
     def _wait_impl(self) -> Awaitable[KeyedJaggedTensor]:
         self._work.wait()
         self._routing.requested = self._requested.tolist()
         self._routing.asked_for = self._asked_for.tolist()
-        if self._mistake is not None:
-            raise ValueError(self._mistake)
-        if -1 in self._routing.asked_for:
-            rank = self._routing.asked_for.index(-1)
-            raise ValueError(f"rank {rank} of the group found an id outside its table; its own error names the table")
         return _IdsAwaitable(self._dist, self._routing, self._ids)
 
 
@@ -255,4 +223,8 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
                 include_last_offset=True,
             )
         batch_size = routing.lengths.numel() // self._num_features
-        return pooled.view(self._num_features, batch_size, -1).transpose(0, 1).reshape(batch_size, -1)
+        return (
+            pooled.view(self._num_features, batch_size, rows.shape[1])
+            .transpose(0, 1)
+            .reshape(batch_size, self._num_features * rows.shape[1])
+        )

@@ -1,5 +1,6 @@
 """Checkpoints with torch.distributed.checkpoint: sharded in, resharded out, whole or absent."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torchrec.optim.keyed import KeyedOptimizer
 
+from mlet_dist.embeddings.multi_layer import check_layers_fit
 from mlet_dist.errors import UserError
 from mlet_dist.training.optimizers import optimizer_state
 
 FORMAT_VERSION = 1
 MODEL_KEY, OPTIMIZER_KEY = "model", "optimizer"
+_PROJECTION = re.compile(r"(?P<prefix>.*)projections\.(?P<table>[^.]+)\.weight")
 
 
 def save_checkpoint(
@@ -94,12 +97,24 @@ def load_model(model: nn.Module, checkpoint: Path, key: str | None = MODEL_KEY) 
 
 def check_shapes(state: dict[str, Any], metadata: Metadata, checkpoint: Path, key: str | None) -> None:
     """Raise UserError unless the checkpoint holds every tensor of ``state`` in the same shape."""
-    for name, tensor in state.items():
-        found = metadata.state_dict_metadata.get(name if key is None else f"{key}.{name}")
-        if not isinstance(found, TensorStorageMetadata):
+    found: dict[str, torch.Size] = {}
+    for name in state:
+        tensor = metadata.state_dict_metadata.get(name if key is None else f"{key}.{name}")
+        if not isinstance(tensor, TensorStorageMetadata):
             raise UserError(f"{checkpoint}: holds no tensor {name!r}, which the model has")
-        if found.size != tensor.size():
-            shapes = f"{tuple(found.size)} there and {tuple(tensor.size())} in the model"
+        found[name] = tensor.size
+    for name, size in found.items():
+        layer = _PROJECTION.fullmatch(name)
+        if layer is not None:
+            try:
+                check_layers_fit(
+                    layer["table"], found[f"{layer['prefix']}embedding_bags.{layer['table']}.weight"], size
+                )
+            except ValueError as error:
+                raise UserError(f"{checkpoint}: {error}") from None
+    for name, size in found.items():
+        if size != state[name].size():
+            shapes = f"{tuple(size)} there and {tuple(state[name].size())} in the model"
             raise UserError(f"{checkpoint}: {name!r} is {shapes}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse import export_run
@@ -149,6 +149,23 @@ def test_a_model_that_is_not_the_checkpoints_is_refused(trained: TrainedRun, tmp
         with pytest.raises(UserError, match=r"step-00000057: .*in the model"):
             export_run(run, tmp_path / "export")
         assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.e2e
+def test_a_checkpoint_of_two_widths_names_the_table(trained: TrainedRun, tmp_path: Path) -> None:
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step-00000057"
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    name = next(name for name in whole["model"] if ".projections." in name)
+    whole["model"][name] = whole["model"][name][:8]
+    torch.save(whole, tmp_path / "whole.pt")
+    shutil.rmtree(checkpoint)
+    torch_save_to_dcp(tmp_path / "whole.pt", checkpoint)
+    line = error_line("export", run, "--out", tmp_path / "export")
+    table = name.split(".")[-2]
+    assert line == f"mlet: error: {checkpoint}: table {table!r}: W1 has 12 columns and W2 has 8 rows"
+    assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
