@@ -1,11 +1,10 @@
 """Multi-layer embedding tables on TorchRec: usable alone, with your own model and trainer."""
 
-from mlet_dist.embeddings.lazy_adam import LazyAdam, keep_gradients_dense
+from mlet_dist.embeddings.lazy_adam import LazyAdam
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.sharding import (
-    MultiLayerEmbeddingBagCollectionSharder,
-    ShardedMultiLayerEmbeddingBagCollection,
-)
+from mlet_dist.embeddings.sharder import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.step_count import StepCountingOptimizer
 
 __all__ = [
     "LazyAdam",
@@ -13,5 +12,5 @@ __all__ = [
     "MultiLayerEmbeddingBagCollectionSharder",
     "MultiLayerEmbeddingBagConfig",
     "ShardedMultiLayerEmbeddingBagCollection",
-    "keep_gradients_dense",
+    "StepCountingOptimizer",
 ]

@@ -1,11 +1,9 @@
 """fbgemm's fused Adam for rows without a fused kernel: a row that is not looked up keeps its weight and its state."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.types import ParameterSharding
 
 
 class LazyAdam(torch.optim.Optimizer):
@@ -66,16 +64,3 @@ def _step_rows(weight: torch.Tensor, gradient: torch.Tensor, state: dict[str, An
     state["exp_avg_sq"][rows] = square
     divisor = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
     weight.index_add_(0, rows, mean.div_(divisor), alpha=-group["lr"] / (1 - beta1**step))
-
-
-def keep_gradients_dense(params: Mapping[str, ParameterSharding]) -> None:
-    """Have sharded tables leave a dense gradient, as large as a rank's rows, instead of using fused kernels.
-
-    fbgemm has its fused Adam for CUDA alone; on the CPU LazyAdam takes its place.
-
-    Args:
-        params: the plan of one module, by table; changed in place before DistributedModelParallel sees it.
-    """
-    for sharding in params.values():
-        if sharding.compute_kernel == EmbeddingComputeKernel.FUSED.value:
-            sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value

@@ -1,5 +1,8 @@
 """What a sharding plan must be for a table, and where it is changed."""
 
+from collections.abc import Sequence
+
+from torch.distributed._shard.metadata import ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingType
 
@@ -12,13 +15,10 @@ def check_plan(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding,
     kind, spec = sharding.sharding_type, sharding.sharding_spec
     if kind == ShardingType.ROW_WISE.value and spec is not None:
         # TorchRec routes ids by equal blocks, whatever the plan says, and its lookup would find other rows.
-        block = -(-table.num_embeddings // len(spec.shards))
-        starts = [shard.shard_offsets[0] for shard in spec.shards]
-        if starts != [block * rank for rank in range(len(starts))]:
-            blocks = f"blocks of {block} rows in the order of the ranks"
-            raise ValueError(
-                f"table {table.name!r}: the plan's row shards start at rows {starts}; row_wise takes {blocks}"
-            )
+        try:
+            ranks_of_blocks(spec.shards, table.num_embeddings)
+        except ValueError as error:
+            raise ValueError(f"table {table.name!r}: the plan's {error}") from None
     elif exchange in ("reduce_scatter", "unique_rows") and kind != ShardingType.DATA_PARALLEL.value:
         raise ValueError(
             f"table {table.name!r}: the plan says {kind}, and exchange {exchange!r} serves row_wise tables; "
@@ -54,3 +54,51 @@ def first_row(sharding: ParameterSharding, rank: int) -> int:
         return 0
     shards = sharding.sharding_spec.shards
     return next((shard.shard_offsets[0] for shard in shards if shard.placement.rank() == rank), 0)
+
+
+def ranks_of_blocks(shards: Sequence[ShardMetadata], num_embeddings: int) -> list[int]:
+    """The rank of each block of ``ceil(num_embeddings / R)`` rows; the r-th of ``shards`` is that of rank r.
+
+    Raises:
+        ValueError: the shards are not such blocks.
+    """
+    block = -(-num_embeddings // len(shards))
+    starts = [shard.shard_offsets[0] for shard in shards]
+    if sorted(starts) != [block * position for position in range(len(shards))]:
+        raise ValueError(f"row shards start at rows {sorted(starts)}; row_wise takes blocks of {block} rows")
+    return [starts.index(block * position) for position in range(len(shards))]
+
+
+def place_blocks(sharding: ParameterSharding, first: int = 0) -> None:
+    """Put block b of a row_wise plan of equal blocks on rank b + ``first`` modulo R, in place."""
+    spec = sharding.sharding_spec
+    assert spec is not None
+    blocks = sorted(spec.shards, key=lambda shard: shard.shard_offsets[0])
+    # TorchRec takes the r-th shard of the list for that of rank r.
+    spec.shards = [
+        ShardMetadata(
+            shard_offsets=list(blocks[(rank - first) % len(blocks)].shard_offsets),
+            shard_sizes=list(blocks[(rank - first) % len(blocks)].shard_sizes),
+            placement=shard.placement,
+        )
+        for rank, shard in enumerate(spec.shards)
+    ]
+
+
+def spread_blocks(shardings: Sequence[ParameterSharding]) -> None:
+    """Put the first blocks of tables on different ranks: change row_wise plans of equal blocks in place.
+
+    Vocabularies are commonly sorted by frequency. TorchRec puts every table's first block of rows, the one that is
+    asked for most, on rank 0, and all ranks wait for it. Here block b of the i-th table lies on rank b + i, or with
+    more ranks than tables on rank b + i·(R/T), modulo R. Blocks stay what they were, so checkpoints do, too.
+    """
+    for index, sharding in enumerate(shardings):
+        assert sharding.sharding_spec is not None
+        world_size = len(sharding.sharding_spec.shards)
+        place_blocks(sharding, index * max(1, world_size // len(shardings)) % world_size)
+
+
+def keep_gradients_dense(shardings: Sequence[ParameterSharding]) -> None:
+    """Have tables leave a dense gradient, as large as a rank's rows, instead of using fused kernels, in place."""
+    for sharding in shardings:
+        sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from mlet_dist.embeddings.initializers import RowInitializer
@@ -76,6 +78,52 @@ def project(pooled: KeyedTensor, weights: Mapping[str, torch.Tensor]) -> KeyedTe
         values=outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1),
         key_dim=1,
     )
+
+
+def project_rows(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
+    """Apply to each table's rows its W2: ``(U, k)`` -> ``(U, d)``.
+
+    Args:
+        rows: rows of T tables, one table after another.
+        counts: how many of them are each table's, U in all.
+        weights: W2 of each table, ``(T, k, d)``.
+    """
+    return _project_padded(rows, counts, weights) if rows.is_cuda else _ProjectedRows.apply(rows, counts, weights)
+
+
+class _ProjectedRows(torch.autograd.Function):
+    """A product a table, each written in place: on a CPU faster than the padding that one batched product needs."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.counts = list(counts)
+        projected = rows.new_empty(rows.shape[0], weights.shape[2])
+        for into, part, weight in zip(projected.split(ctx.counts), rows.split(ctx.counts), weights, strict=True):
+            torch.mm(part, weight, out=into)
+        return projected
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weights = ctx.saved_tensors
+        of_rows, of_weights = torch.empty_like(rows), torch.empty_like(weights)
+        parts = (tensor.split(ctx.counts) for tensor in (of_rows, rows, gradient))
+        for into, part, above, weight, of_weight in zip(*parts, weights, of_weights, strict=True):
+            torch.mm(above, weight.t(), out=into)
+            torch.mm(part.t(), above, out=of_weight)
+        return of_rows, None, of_weights
+
+
+def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
+    """One batched product over tables padded to the longest: no launch a table."""
+    (tables, width), longest = weights.shape[:2], max(counts)
+    sizes = torch.tensor(counts, device=rows.device)
+    table = torch.repeat_interleave(sizes, output_size=rows.shape[0])
+    slot = table * longest + torch.arange(rows.shape[0], device=rows.device) - (sizes.cumsum(0) - sizes)[table]
+    padded = rows.new_zeros(tables * longest, width).index_copy(0, slot, rows)
+    products = torch.bmm(padded.view(tables, longest, width), weights)
+    return products.flatten(0, 1).index_select(0, slot)
 
 
 def _project_run(block: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList
+from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
-    EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
@@ -29,12 +28,8 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mlet_dist.embeddings.batch_check import BatchChecker, Verdict, smallest_tables
 from mlet_dist.embeddings.exchange import (
-    EXCHANGES,
     Exchange,
-    ExchangeChoice,
     ExchangedShardingInfo,
-    TableTraffic,
-    choose_exchange,
 )
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.multi_layer import (
@@ -46,7 +41,7 @@ from mlet_dist.embeddings.multi_layer import (
     projection_weights,
     table_of_key,
 )
-from mlet_dist.embeddings.plan import check_plan, check_widths, first_row, keep_replicated_if_too_small
+from mlet_dist.embeddings.plan import check_widths, first_row
 from mlet_dist.embeddings.pooling import bag_sizes, divide, mean_keys
 from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.reduce_scatter import PaddedRowWiseSharding, ProjectedReduceScatter, ReduceScatterSharding
@@ -268,92 +263,6 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
             )
         return kind(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
-
-
-class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """Shards a MultiLayerEmbeddingBagCollection: W1 row-wise with a fused optimizer, W2 replicated.
-
-    A table with so few rows that some rank would hold none stays data-parallel, whatever the planner says.
-    """
-
-    def __init__(
-        self,
-        *torchrec_arguments: Any,
-        exchange: ExchangeChoice = "auto",
-        pooling_factors: Mapping[str, float] | None = None,
-        local_batch_size: int = 512,
-        **torchrec_keywords: Any,
-    ) -> None:
-        super().__init__(*torchrec_arguments, **torchrec_keywords)
-        if exchange not in ("auto", *EXCHANGES):
-            raise ValueError(f"exchange is {exchange!r}; it must be one of auto, {', '.join(EXCHANGES)}")
-        self._exchange = exchange
-        self._pooling_factors = dict(pooling_factors or {})
-        self._local_batch_size = local_batch_size
-        self.chosen: dict[str, tuple[Exchange, str]] = {}
-
-    def shard(
-        self,
-        module: MultiLayerEmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedMultiLayerEmbeddingBagCollection:
-        """Shard ``module`` by ``params``, which is changed in place where a table is too small for row_wise.
-
-        Raises:
-            ValueError: a table's rows are sharded unevenly, or its plan is one that the exchange cannot serve.
-        """
-        for sharding in params.values():
-            keep_replicated_if_too_small(sharding, env.world_size)
-        for table in module.embedding_bag_configs():
-            check_plan(table, params[table.name], self._exchange)
-        self.chosen = {
-            table.name: self._choose(table, env.world_size)
-            for table in module.embedding_bag_configs()
-            if params[table.name].sharding_type == ShardingType.ROW_WISE.value
-        }
-        order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
-        return ShardedMultiLayerEmbeddingBagCollection(
-            module=module,
-            table_name_to_parameter_sharding=params,
-            env=env,
-            device=device,
-            exchanges={name: exchange for name, (exchange, _) in self.chosen.items()},
-            fused_params=self.fused_params,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-            **({} if order is None else {"sharded_module_order_overwrite": order}),
-        )
-
-    def _choose(self, table: MultiLayerEmbeddingBagConfig, world_size: int) -> tuple[Exchange, str]:
-        if self._exchange != "auto":
-            return self._exchange, "asked for"
-        traffic = TableTraffic(
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            pooling_factor=self._pooling_factors.get(table.name, 1.0),
-            num_features=len(table.feature_names),
-            local_batch_size=self._local_batch_size,
-        )
-        return choose_exchange(traffic, world_size)
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """row_wise on every device; TorchRec's own sharder offers it on CUDA alone."""
-        return [ShardingType.ROW_WISE.value]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """The fused kernel, which holds rows in the memory of the compute device."""
-        return [EmbeddingComputeKernel.FUSED.value]
-
-    @property
-    def module_type(self) -> type[MultiLayerEmbeddingBagCollection]:
-        return MultiLayerEmbeddingBagCollection
-
-    @property
-    def sharded_module_type(self) -> type[ShardedMultiLayerEmbeddingBagCollection]:
-        return ShardedMultiLayerEmbeddingBagCollection
 
 
 def _raise_mistake(ctx: CheckedContext) -> None:

@@ -1,6 +1,7 @@
 """Send each distinct id once to its owner, get its d-dimensional vector back, and pool at home."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -10,11 +11,15 @@ from torchrec.distributed.embedding_sharding import (
     BaseSparseFeaturesDist,
     EmbeddingShardingContext,
 )
-from torchrec.distributed.types import Awaitable, NoWait
+from torchrec.distributed.embedding_types import BaseGroupedFeatureProcessor
+from torchrec.distributed.types import Awaitable, NoWait, ShardingType
 from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist.embeddings.exchange import AllToAllRows, ProjectedRowWiseSharding, ProjectionsOf
+from mlet_dist.embeddings.plan import ranks_of_blocks
+from mlet_dist.embeddings.projection import project_rows
+from mlet_dist.embeddings.row_lookup import RowLookup
 
 
 @dataclass
@@ -28,8 +33,8 @@ class Routing:
         position_of_id: for each id of the batch, its place among this rank's distinct rows.
         requested: distinct rows that this rank asks of each rank.
         asked_for: rows that each rank asks of this one.
-        slots: this rank's lookup returns a rectangle of ``slots`` vectors a table.
-        slot_of_request: for each row asked for, its place in the rectangle ``(T·slots)``.
+        counts: distinct rows that this rank looks up in each table.
+        position_of_request: for each row asked for, its place among those.
     """
 
     lengths: torch.Tensor
@@ -38,8 +43,8 @@ class Routing:
     position_of_id: torch.Tensor
     requested: list[int] = field(default_factory=list)
     asked_for: list[int] = field(default_factory=list)
-    slots: int = 1
-    slot_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    counts: list[int] = field(default_factory=list)
+    position_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 @dataclass
@@ -53,7 +58,7 @@ class UniqueRowsContext(EmbeddingShardingContext):
             for tensor in (self.routing.lengths, self.routing.weights, self.routing.position_of_id):
                 if tensor is not None:
                     tensor.record_stream(stream)
-            self.routing.slot_of_request.record_stream(stream)
+            self.routing.position_of_request.record_stream(stream)
 
 
 class UniqueRowsSharding(ProjectedRowWiseSharding):
@@ -67,47 +72,65 @@ class UniqueRowsSharding(ProjectedRowWiseSharding):
         index = {table.name: position for position, table in enumerate(tables)}
         return UniqueRowsInputDist(
             self._pg,
-            features=self.feature_names(),
             tables=[table.name for table in tables],
             table_of_feature=[index[name] for name in self.table_of_feature()],
             num_embeddings=[table.num_embeddings for table in tables],
+            ranks=[ranks_of_blocks(table.global_metadata.shards_metadata, table.num_embeddings) for table in tables],
             device=device or self._device,
         )
 
+    def create_lookup(
+        self,
+        device: torch.device | None = None,
+        fused_params: dict[str, Any] | None = None,
+        feature_processor: BaseGroupedFeatureProcessor | None = None,
+    ) -> RowLookup:
+        on = device or self._device
+        return RowLookup(
+            self._grouped_embedding_configs,
+            unpooled=on.type == "cuda",
+            device=on,
+            pg=self._pg,
+            sharding_type=ShardingType.ROW_WISE,
+            env=self._env,
+        )
+
     def create_output_dist(self, device: torch.device | None = None) -> "UniqueRowsOutputDist":
-        return UniqueRowsOutputDist(self._pg, self.table_of_feature(), self.width_of_feature()[0])
+        features = self.table_of_feature()
+        return UniqueRowsOutputDist(self._pg, list(dict.fromkeys(features)), len(features))
 
 
 class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
-    """Ids of a rank's batch -> the distinct ids that all ranks ask of this one, as bags of zero or one id.
-
-    fbgemm's pooled kernel takes a rectangle of bags: ``slots`` for each feature, where a table's first feature holds
-    its ids and the others are empty.
-    """
+    """Ids of a rank's batch -> the distinct ids that all ranks ask of this one: a key a table, of one bag."""
 
     def __init__(
         self,
         process_group: dist.ProcessGroup,
-        features: list[str],
         tables: list[str],
         table_of_feature: list[int],
         num_embeddings: list[int],
+        ranks: list[list[int]],
         device: torch.device,
     ) -> None:
         super().__init__()
         self.process_group = process_group
         self._world_size = dist.get_world_size(process_group)
-        self._features, self._tables = features, tables
+        self._tables = tables
         blocks = [-(-rows // self._world_size) for rows in num_embeddings]
-        self._block = max(blocks)  # one stride for all tables: key = (owner·T + table)·stride + row at the owner
-        first_feature = [table_of_feature.index(table) for table in range(len(tables))]
+        # key = (owner·T + table)·stride + row at the owner = id + shift of the id's block
+        self._stride = max(blocks)
+        shifts = [
+            (owner * len(tables) + table) * self._stride - block * blocks[table]
+            for table, owners in enumerate(ranks)
+            for block, owner in enumerate(owners)
+        ]
 
         def constant(name: str, values: list[int]) -> None:
             self.register_buffer(name, torch.tensor(values, dtype=torch.int64, device=device), persistent=False)
 
         constant("_blocks", blocks)
+        constant("_shifts", shifts)
         constant("_table_of_feature", table_of_feature)
-        constant("_first_feature", first_feature)
         self.routing: Routing
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> "Awaitable[Awaitable[KeyedJaggedTensor]]":
@@ -115,12 +138,10 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         values = sparse_features.values().long()
         counts = torch.tensor(sparse_features.length_per_key(), device=values.device)
         table = torch.repeat_interleave(self._table_of_feature, counts, output_size=values.numel())
-        block = self._blocks[table]
-        owner = values.div(block, rounding_mode="floor")
-        key = (owner * len(self._tables) + table) * self._block + (values - owner * block)
-        distinct, position = torch.unique(key, return_inverse=True)
-        stride = len(self._tables) * self._block
-        owner_of_row = distinct.div(stride, rounding_mode="floor")
+        block = values.div(self._blocks[table], rounding_mode="floor")
+        distinct, position = torch.unique(values + self._shifts[table * self._world_size + block], return_inverse=True)
+        keys_of_owner = len(self._tables) * self._stride
+        owner_of_row = distinct.div(keys_of_owner, rounding_mode="floor")
         weights = sparse_features.weights_or_none()
         lengths = sparse_features.lengths()
         self.routing = Routing(
@@ -130,21 +151,16 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
             position_of_id=position,
         )
         requested = torch.bincount(owner_of_row, minlength=self._world_size)
-        return _CountsAwaitable(self, requested, distinct - owner_of_row * stride)
+        return _CountsAwaitable(self, requested, distinct - owner_of_row * keys_of_owner)
 
     def lookup_features(self, asked: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
         """The rows that ranks asked for, found once each, as input of the lookup."""
-        distinct, position = torch.unique(asked, return_inverse=True)
-        table = distinct.div(self._block, rounding_mode="floor")
+        distinct, routing.position_of_request = torch.unique(asked, return_inverse=True)
+        table = distinct.div(self._stride, rounding_mode="floor")
         count = torch.bincount(table, minlength=len(self._tables))
-        routing.slots = max(1, int(count.max()))
-        slot = torch.arange(distinct.numel(), device=asked.device) - (count.cumsum(0) - count)[table]
-        routing.slot_of_request = (table * routing.slots + slot)[position]
-        filled = torch.zeros(len(self._features), routing.slots, dtype=torch.int64, device=asked.device)
-        filled[self._first_feature[table], slot] = 1
-        # Tables follow one another in `distinct` as their features do in the lookup.
+        routing.counts = count.tolist()
         return KeyedJaggedTensor(
-            self._features, distinct - table * self._block, lengths=filled.view(-1), stride=routing.slots
+            self._tables, distinct - table * self._stride, lengths=count, stride=1, length_per_key=routing.counts
         )
 
 
@@ -180,15 +196,12 @@ class _IdsAwaitable(Awaitable[KeyedJaggedTensor]):
 
 
 class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, torch.Tensor]):
-    """Rectangle of rows ``(slots, F·k)`` at the owners -> pooled vectors ``(b, F·d)`` at home."""
+    """Distinct rows ``(U, k)`` at the owners -> pooled vectors ``(b, F·d)`` at home."""
 
-    def __init__(self, process_group: dist.ProcessGroup, table_of_feature: list[str], width: int) -> None:
+    def __init__(self, process_group: dist.ProcessGroup, tables: list[str], num_features: int) -> None:
         super().__init__()
         self._process_group = process_group
-        self._tables = list(dict.fromkeys(table_of_feature))
-        self._num_features = len(table_of_feature)
-        self._first_feature = [table_of_feature.index(table) for table in self._tables]
-        self._width = width
+        self._tables, self._num_features = tables, num_features
         self.projections_of: ProjectionsOf
 
     def forward(
@@ -196,35 +209,29 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
     ) -> Awaitable[torch.Tensor]:
         """Project each distinct row once, send it to those who asked, pool there."""
         routing = none_throws(none_throws(sharding_ctx).routing)
-        rectangle = local_embs.view(routing.slots, self._num_features, self._width)
-        if self._num_features > len(self._tables):
-            rectangle = rectangle[:, self._first_feature]
-        rows = rectangle.transpose(0, 1)
         weights = self.projections_of(self._tables)
+        rows = local_embs
         if weights:
-            rows = torch.bmm(rows, torch.stack([weights[table] for table in self._tables]))
-        rows = rows.reshape(-1, rows.shape[2]).index_select(0, routing.slot_of_request)
+            rows = project_rows(rows, routing.counts, torch.stack([weights[table] for table in self._tables]))
+        rows = rows.index_select(0, routing.position_of_request)
         received = AllToAllRows.apply(rows, routing.asked_for, routing.requested, self._process_group)
         return NoWait(self._pool(received, routing))
 
     def _pool(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+        batch_size, width = routing.lengths.numel() // self._num_features, rows.shape[1]
+        shape = (batch_size, self._num_features * width)
         if routing.one_each:
-            pooled = rows.index_select(0, routing.position_of_id)
-        else:
-            offsets = torch.zeros(routing.lengths.numel() + 1, dtype=torch.int64, device=rows.device)
-            torch.cumsum(routing.lengths, dim=0, out=offsets[1:])
-            pooled = functional.embedding_bag(
-                routing.position_of_id,
-                # embedding_bag takes no empty table; padding keeps the exchange in this rank's backward.
-                rows if rows.shape[0] else functional.pad(rows, (0, 0, 0, 1)),
-                offsets,
-                mode="sum",
-                per_sample_weights=None if routing.weights is None else routing.weights.to(rows.dtype),
-                include_last_offset=True,
-            )
-        batch_size = routing.lengths.numel() // self._num_features
-        return (
-            pooled.view(self._num_features, batch_size, rows.shape[1])
-            .transpose(0, 1)
-            .reshape(batch_size, self._num_features * rows.shape[1])
+            by_row = routing.position_of_id.view(self._num_features, batch_size).t().reshape(-1)
+            return rows.index_select(0, by_row).view(shape)
+        offsets = torch.zeros(routing.lengths.numel() + 1, dtype=torch.int64, device=rows.device)
+        torch.cumsum(routing.lengths, dim=0, out=offsets[1:])
+        pooled = functional.embedding_bag(
+            routing.position_of_id,
+            # embedding_bag takes no empty table; padding keeps the exchange in this rank's backward.
+            rows if rows.shape[0] else functional.pad(rows, (0, 0, 0, 1)),
+            offsets,
+            mode="sum",
+            per_sample_weights=None if routing.weights is None else routing.weights.to(rows.dtype),
+            include_last_offset=True,
         )
+        return pooled.view(self._num_features, batch_size, width).transpose(0, 1).reshape(shape)

@@ -1,23 +1,21 @@
 """One optimizer in several forms: fused into backward for the sharded rows, an ordinary one for everything else."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_from_local_shards
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.models.dlrm import DLRM
 from torchrec.optim import Adam as FusedAdam
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.config import OptimizerConfig
-from mlet_dist.embeddings import LazyAdam
+from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.models.dlrm import TABLES_PREFIX
 
 # fbgemm's default eps is 1e-8 and that of torch's Adagrad 1e-10: rows and dense layers get the same.
@@ -50,18 +48,11 @@ _RULES = {
 }
 
 
-def fuse_row_optimizer(model: DLRM, config: OptimizerConfig, device: torch.device) -> bool:
-    """Have every W1 updated inside backward; call it before sharding.
-
-    Returns:
-        Whether fbgemm has such a kernel on ``device``; if not, ``build_optimizer`` steps the rows after backward.
-    """
-    if config.name == "adam" and device.type == "cpu":
-        return False
+def fuse_row_optimizer(model: DLRM, config: OptimizerConfig) -> None:
+    """Have every W1 updated inside backward, where fbgemm has such a kernel; call it before sharding."""
     kind, arguments = _RULES[config.name].fused
     rows = model.sparse_arch.embedding_bag_collection.embedding_bags.parameters()
     apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _or_common(config.rows_learning_rate, config)})
-    return True
 
 
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
@@ -83,7 +74,7 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
             dense[name] = parameter
     fused: KeyedOptimizer = model.fused_optimizer
     if config.name == "adam":
-        fused = StepCountingOptimizer(fused, list(fused_kernels(model)))
+        fused = StepCountingOptimizer(fused, model)
     optimizers = [fused]
     if rows:
         rate = _or_common(config.rows_learning_rate, config)
@@ -122,44 +113,6 @@ def optimizer_state(optimizer: CombinedOptimizer) -> dict[str, dict[str, Any]]:
             if found:
                 named[parameter] = found
     return named
-
-
-class StepCountingOptimizer(OptimizerWrapper):
-    """TorchRec's fused optimizer, whose kernels know how many steps were taken.
-
-    Adam corrects its bias by that number. fbgemm counts forward passes instead, those of evaluation too, and TorchRec
-    neither saves the count nor can set it once a batch has passed (``set_optimizer_step`` changes ``iter``, which is
-    read while ``iter_cpu`` is 0).
-    """
-
-    def __init__(self, optimizer: KeyedOptimizer, kernels: list[SplitTableBatchedEmbeddingBagsCodegen]) -> None:
-        super().__init__(optimizer)
-        self._kernels = kernels
-        self.steps = torch.tensor(0, dtype=torch.int64)
-        for states in optimizer.state.values():
-            states["step"] = self.steps
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Set the kernels' learning rate and count for the forward pass that follows."""
-        super().zero_grad(set_to_none)
-        for kernel in self._kernels:
-            kernel.iter.fill_(int(self.steps))
-            kernel.iter_cpu.fill_(int(self.steps))
-
-    def step(self, closure: Any = None) -> None:
-        """Count the step, which backward has taken."""
-        super().step(closure)
-        self.steps += 1
-
-
-def fused_kernels(model: DistributedModelParallel) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """fbgemm's kernels that update rows inside backward."""
-    for collection in model.modules():
-        if isinstance(collection, ShardedEmbeddingBagCollection):
-            for lookup in collection._lookups:
-                yield from (
-                    each for each in lookup.modules() if isinstance(each, SplitTableBatchedEmbeddingBagsCodegen)
-                )
 
 
 class _RowsOptimizer(KeyedOptimizerWrapper):

@@ -6,25 +6,25 @@ from collections.abc import Mapping
 import torch
 from torch import distributed as dist
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.models.dlrm import DLRM
 
-from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder, keep_gradients_dense
+from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.exchange import ExchangeChoice
 from mlet_dist.errors import UserError
 from mlet_dist.training.distributed import Worker
 
 
 def shard_model(
-    model: DLRM, worker: Worker, local_batch_size: int, exchange: ExchangeChoice = "auto", fused: bool = True
+    model: DLRM, worker: Worker, local_batch_size: int, exchange: ExchangeChoice = "auto"
 ) -> tuple[DistributedModelParallel, list[str]]:
     """Plan with TorchRec's planner, shard every W1 row-wise and wrap what is replicated in DDP.
 
     Args:
         local_batch_size: rows of a batch on one rank, by which ``auto`` chooses.
         exchange: ``sharding.exchange`` of the config.
-        fused: whether rows are updated inside backward; otherwise they leave a dense gradient.
 
     Returns:
         The model, and what was planned: a line for each way in which tables are kept, with the reason.
@@ -47,14 +47,12 @@ def shard_model(
     except PlannerError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the tables do not fit {worker.world_size} ranks on {worker.device.type}: {reason}") from None
-    if not fused:
-        for params in plan.plan.values():
-            keep_gradients_dense(params)
     tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     sizes = {table.name: table.num_embeddings for table in tables}
     sharded = DistributedModelParallel(model, device=worker.device, plan=plan, sharders=[sharder])
     lines = _describe(sizes, sharder.chosen)
-    if not fused:
+    kernels = {table.compute_kernel for module in plan.plan.values() for table in module.values()}
+    if kernels == {EmbeddingComputeKernel.DENSE.value} and sharder.chosen:
         lines.append("all rows leave a dense gradient: fbgemm has this optimizer's fused kernel for CUDA alone")
     return sharded, lines
 

@@ -75,9 +75,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
 
         model = build_dlrm(spec, tables_device=torch.device("meta"))
-        fused = fuse_row_optimizer(model, config.optimizer, worker.device)
+        fuse_row_optimizer(model, config.optimizer)
         local_batch_size = config.data.batch_size // worker.world_size
-        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange, fused)
+        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange)
         if worker.is_first:
             with suppress(OSError):  # a log that nobody reads any more
                 print(*(f"plan  {line}" for line in plan), sep="\n", file=sys.stderr, flush=True)

@@ -71,9 +71,10 @@ def _vector_bytes(exchange: str | None, ids_a_bag: int = 1) -> tuple[int, int, i
         output = model(batch).values()
     with count_traffic() as backward:
         output.sum().backward()
-    block = -(-ROWS // dist.get_world_size())
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    block = -(-ROWS // world_size)
     per_table = [ids.unique() for ids in batch.values().view(TABLES, -1)]
-    asked = sum(int((ids // block != dist.get_rank()).sum()) for ids in per_table)
+    asked = sum(int(((ids // block + table) % world_size != rank).sum()) for table, ids in enumerate(per_table))
     return forward.vector_bytes, backward.vector_bytes, asked
 
 

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from mlet_dist.embeddings.projection import Projection, project
+from mlet_dist.embeddings import projection as projection_module
+from mlet_dist.embeddings.projection import Projection, project, project_rows
 
 # One key of the KeyedTensor: (k, d), or (d, None) for a single-layer table.
 widths = st.sampled_from([(8, 4), (8, 4), (8, 2), (2, 4), (1, 1), (3, 5), (4, None), (1, None)])
 layouts = st.lists(widths, min_size=1, max_size=7)
 Layout = list[tuple[int, int | None]]
+RowsProjected = Callable[[torch.Tensor, list[int], torch.Tensor], torch.Tensor]
 
 
 def make_inputs(layout: Layout, rows: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -130,3 +133,24 @@ def test_a_projection_can_be_reset_and_put_on_meta() -> None:
     meta = Projection("t", 1 << 40, 1 << 20, 0.5, seed=3, device=torch.device("meta"))
     meta.reset_parameters()
     assert meta.weight.is_meta
+
+
+@pytest.mark.parametrize("way", [project_rows, projection_module._project_padded])
+@settings(deadline=None, max_examples=40)
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 2**31))
+def test_rows_of_several_tables_against_float64(way: RowsProjected, counts: list[int], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(sum(counts), 8, generator=draw).requires_grad_()
+    weights = torch.randn(len(counts), 8, 4, generator=draw).requires_grad_()
+    exact_rows, exact_weights = (each.detach().double().requires_grad_() for each in (rows, weights))
+    exact = torch.cat([part @ weight for part, weight in zip(exact_rows.split(counts), exact_weights, strict=True)])
+    found = way(rows, counts, weights)
+    assert found.shape == (sum(counts), 4)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(sum(counts), 4, generator=draw)
+    found.backward(upstream)
+    exact.backward(upstream.double())
+    for gradient, wanted in ((rows.grad, exact_rows.grad), (weights.grad, exact_weights.grad)):
+        assert gradient is not None
+        assert wanted is not None
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)

@@ -3,38 +3,32 @@
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
-from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.embeddings import (
-    LazyAdam,
     MultiLayerEmbeddingBagCollection,
-    MultiLayerEmbeddingBagCollectionSharder,
     MultiLayerEmbeddingBagConfig,
-    keep_gradients_dense,
+    projection,
+    unique_rows,
 )
 from mlet_dist.embeddings.exchange import EXCHANGES, Exchange
+from mlet_dist.embeddings.row_lookup import RowLookup
 from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
-from tests.ranks import RankFailed, RankPool, whole
+from tests.embeddings.sharded import OPTIMIZERS, full_weights, make_positive, optimizer_of, shard, to_kjt
+from tests.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.multirank
 
 Ranks = Callable[[int], RankPool]
 RATES = {"rows": 0.05, "projections": 0.02}
-ROWS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad, "adam": LazyAdam}
-DENSE = ROWS | {"rowwise_adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}
 SEED = 11
 STEPS = 4
 GLOBAL_BATCH = 12
@@ -86,81 +80,23 @@ def _make_bags(seed: int, weighted: bool = False, rows: int = GLOBAL_BATCH) -> B
     return bags
 
 
-def _to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJaggedTensor:
-    entries = [each for rows in bags.values() for ids in rows[first:last] for each in ids]
-    lengths = [len(ids) for rows in bags.values() for ids in rows[first:last]]
-    return KeyedJaggedTensor(
-        keys=list(bags),
-        values=torch.tensor([each for each, _ in entries], dtype=torch.int64),
-        lengths=torch.tensor(lengths, dtype=torch.int32),
-        weights=torch.tensor([weight for _, weight in entries]) if weighted else None,
-    )
-
-
-def _shard(
-    embeddings: MultiLayerEmbeddingBagCollection,
-    optimizer: str = "sgd",
-    around: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Sequential,
-    exchange: Exchange = "after",
-) -> DistributedModelParallel:
-    fused = optimizer != "adam"  # fbgemm has none on the CPU
-    if fused:
-        arguments = {"lr": RATES["rows"], **_eps(optimizer)}
-        apply_optimizer_in_backward(ROWS[optimizer], embeddings.embedding_bags.parameters(), arguments)
-    sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange)]
-    world_size = dist.get_world_size()
-    topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
-    model = around(embeddings)
-    plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
-    if not fused:
-        for params in plan.plan.values():
-            keep_gradients_dense(params)
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
-
-
-def _eps(optimizer: str) -> dict[str, float]:
-    return {} if optimizer == "sgd" else {"eps": 1e-8}
-
-
-def _optimizer(model: DistributedModelParallel, name: str) -> CombinedOptimizer:
-    rows, projections = {}, {}
-    for key, parameter in in_backward_optimizer_filter(model.named_parameters()):
-        (projections if "projections" in key else rows)[key] = parameter
-    forms = [(ROWS[name], rows, RATES["rows"]), (DENSE[name], projections, RATES["projections"])]
-    steppers = [
-        KeyedOptimizerWrapper(parameters, lambda each, kind=kind, rate=rate: kind(each, lr=rate, **_eps(name)))
-        for kind, parameters, rate in forms
-        if parameters
-    ]
-    return CombinedOptimizer([model.fused_optimizer, *steppers])
-
-
-def _full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the state, whole, on every rank."""
-    return {name.removeprefix("0."): whole(tensor) for name, tensor in model.state_dict().items()}
-
-
 def _positive_module(weighted: bool = False) -> MultiLayerEmbeddingBagCollection:
-    module = MultiLayerEmbeddingBagCollection(_tables(), is_weighted=weighted, seed=SEED)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.abs_().mul_(0.3).add_(0.05)
-    return module
+    return make_positive(MultiLayerEmbeddingBagCollection(_tables(), is_weighted=weighted, seed=SEED))
 
 
 def _train_sharded(
     name: str, weighted: bool = False, exchange: Exchange = "after", factors: Sequence[float] = STEPS * (1.0,)
 ) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    model = _shard(_positive_module(weighted), name, exchange=exchange)
-    initial = _full_weights(model)
-    optimizer = _optimizer(model, name)
+    model = shard(_positive_module(weighted), name, exchange=exchange)
+    initial = full_weights(model)
+    optimizer = optimizer_of(model, name, RATES)
     schedule = LambdaLR(optimizer, lambda done: factors[min(done, STEPS - 1)])
     share = GLOBAL_BATCH // world_size
     outputs = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        found = model(_to_kjt(_make_bags(step, weighted), rank * share, (rank + 1) * share, weighted)).to_dict()
+        found = model(to_kjt(_make_bags(step, weighted), rank * share, (rank + 1) * share, weighted)).to_dict()
         toy_loss(found).backward()
         optimizer.step()
         schedule.step()
@@ -169,7 +105,7 @@ def _train_sharded(
     return {
         "initial": initial,
         "outputs": outputs,
-        "weights": _full_weights(model),
+        "weights": full_weights(model),
         "sharding": {name: sharding.sharding_type for name, sharding in plan.items()},
     }
 
@@ -219,7 +155,7 @@ def _assert_equal_reference(
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("optimizer", ROWS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_outputs_and_weights_equal_the_dense_reference(
     ranks: Ranks, world_size: int, optimizer: str, weighted: bool, exchange: Exchange
@@ -228,7 +164,24 @@ def test_outputs_and_weights_equal_the_dense_reference(
     _assert_equal_reference(by_rank, optimizer, weighted)
 
 
-@pytest.mark.parametrize("optimizer", ROWS)
+def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
+    def lookup(*args: Any, unpooled: bool, **kwargs: Any) -> RowLookup:
+        assert not unpooled
+        return RowLookup(*args, unpooled=True, **kwargs)
+
+    with (
+        mock.patch.object(unique_rows, "RowLookup", lookup),
+        mock.patch.object(unique_rows, "project_rows", projection._project_padded),
+    ):
+        return _train_sharded(optimizer, False, "unique_rows")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])  # fbgemm's CPU has no fused Adam
+def test_the_kernels_meant_for_cuda_equal_the_dense_reference(ranks: Ranks, optimizer: str) -> None:
+    _assert_equal_reference(ranks(2).run(_train_as_on_cuda, optimizer), optimizer, False)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_schedule_of_learning_rates_reaches_every_weight_in_every_step(ranks: Ranks, optimizer: str) -> None:
     factors = (0.25, 1.0, 0.5, 0.75)
     by_rank = ranks(2).run(_train_sharded, optimizer, False, "unique_rows", factors)
@@ -249,7 +202,7 @@ def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: in
 
 def _initial_weights() -> dict[str, torch.Tensor]:
     module = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED)
-    return _full_weights(_shard(module))
+    return full_weights(shard(module))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -287,7 +240,7 @@ def _shard_filled_after_meta() -> tuple[dict[str, torch.Tensor], dict[str, torch
     module = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")).to_empty(device="cpu")
     filled = _positive_module().state_dict()
     module.load_state_dict(filled)
-    return filled, _full_weights(_shard(module))
+    return filled, full_weights(shard(module))
 
 
 def test_a_module_filled_after_it_was_made_on_meta_passes_its_values_on(ranks: Ranks) -> None:
@@ -316,9 +269,9 @@ class _Tensors(torch.nn.Module):
 
 def _train_with(pipelined: bool, exchange: Exchange) -> dict[str, torch.Tensor]:
     rank, share = dist.get_rank(), GLOBAL_BATCH // dist.get_world_size()
-    batches = [_to_kjt(_make_bags(step), rank * share, (rank + 1) * share) for step in range(STEPS)]
-    model = _shard(_positive_module(), "sgd", _Tensors, exchange)
-    optimizer = _optimizer(model, "sgd")
+    batches = [to_kjt(_make_bags(step), rank * share, (rank + 1) * share) for step in range(STEPS)]
+    model = shard(_positive_module(), exchange=exchange, around=_Tensors)
+    optimizer = optimizer_of(model, "sgd", RATES)
     schedule = LambdaLR(optimizer, lambda done: 1 / (1 + done))
     pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
     iterator = iter(batches)
@@ -330,7 +283,7 @@ def _train_with(pipelined: bool, exchange: Exchange) -> dict[str, torch.Tensor]:
             model(batch)[0].backward()
             optimizer.step()
         schedule.step()
-    return _full_weights(model)
+    return full_weights(model)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -345,7 +298,7 @@ def _shard_width(hidden_dim: int | None, embedding_dim: int) -> None:
     table = MultiLayerEmbeddingBagConfig(
         name="odd", num_embeddings=9, embedding_dim=embedding_dim, hidden_dim=hidden_dim, feature_names=["f"]
     )
-    _shard(MultiLayerEmbeddingBagCollection([table], device=torch.device("meta")))
+    shard(MultiLayerEmbeddingBagCollection([table], device=torch.device("meta")))
 
 
 def test_a_width_that_fbgemm_cannot_take_is_refused(ranks: Ranks) -> None:
@@ -357,10 +310,10 @@ def test_a_width_that_fbgemm_cannot_take_is_refused(ranks: Ranks) -> None:
 
 
 def _forward_without(feature: str) -> None:
-    model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")))
+    model = shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")))
     bags = _make_bags(0)
     del bags[feature]
-    model(_to_kjt(bags, 0, 4)).to_dict()
+    model(to_kjt(bags, 0, 4)).to_dict()
 
 
 def test_a_missing_feature_is_named(ranks: Ranks) -> None:
@@ -372,8 +325,8 @@ def _outputs_served_and_trained() -> tuple[torch.Tensor, torch.Tensor]:
     module = MultiLayerEmbeddingBagCollection(_tables(), seed=SEED)
     served = EmbeddingBagCollection([table.plain_config() for table in module.embedding_bag_configs()])
     served.load_state_dict(module.collapse().state_dict())
-    model = _shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED))
-    features = _to_kjt(_make_bags(3), 0, GLOBAL_BATCH)
+    model = shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=SEED))
+    features = to_kjt(_make_bags(3), 0, GLOBAL_BATCH)
     expected, found = served(features).to_dict(), model(features).to_dict()
     assert len(expected) == 14
     return tuple(torch.cat([each[name].detach() for name in expected], dim=1) for each in (expected, found))

@@ -15,16 +15,15 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from mlet_dist.config import ModelConfig, OptimizerConfig
 from mlet_dist.data.schema import SparseFeature
-from mlet_dist.embeddings import LazyAdam
+from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
+from mlet_dist.embeddings.step_count import fused_kernels
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint import OPTIMIZER_KEY, load_model, load_state, newest_checkpoint, save_checkpoint
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.optimizers import (
-    StepCountingOptimizer,
     build_optimizer,
     fuse_row_optimizer,
-    fused_kernels,
     optimizer_state,
 )
 from mlet_dist.training.sharding import shard_model
@@ -50,8 +49,8 @@ def _build(config: OptimizerConfig) -> tuple[DistributedModelParallel, CombinedO
     spec = ModelSpec(model_config, ("I1", "I2"), tuple(SparseFeature(*each) for each in SIZES.items()), seed=3)
     worker = Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
     model = build_dlrm(spec, tables_device=torch.device("meta"))
-    fused = fuse_row_optimizer(model, config, worker.device)
-    sharded, _ = shard_model(model, worker, BATCH // worker.world_size, fused=fused)
+    fuse_row_optimizer(model, config)
+    sharded, _ = shard_model(model, worker, BATCH // worker.world_size)
     return sharded, build_optimizer(sharded, config)
 
 
@@ -176,7 +175,7 @@ def _kernel_counts() -> list[tuple[set[int], set[int]]]:
     model, optimizer = _build(OptimizerConfig(name="rowwise_adagrad"))
     kernels = list(fused_kernels(model))
     assert kernels
-    counting = StepCountingOptimizer(model.fused_optimizer, kernels)
+    counting = StepCountingOptimizer(model.fused_optimizer, model)
     combined = CombinedOptimizer([counting, *(part for _, part in optimizer.optimizers[1:])])
     counting.steps.fill_(5)  # as a checkpoint's load does
     counts = []
@@ -199,7 +198,9 @@ def test_fused_adam_has_the_names_of_lazy_adam() -> None:
     """TorchRec's names, as they are where fbgemm has the kernel: on CUDA."""
     weight, mean, square = (torch.ones(2, 4) for _ in range(3))
     states = {"t.momentum1": mean, "t.exp_avg_sq": square}
-    fused = StepCountingOptimizer(KeyedOptimizer({"t": weight}, {weight: states}, [{"params": [weight]}]), [])
+    fused = StepCountingOptimizer(
+        KeyedOptimizer({"t": weight}, {weight: states}, [{"params": [weight]}]), torch.nn.Identity()
+    )
     found = optimizer_state(CombinedOptimizer([fused]))["t"]
     assert set(found) == STATES["adam"]
     assert found["exp_avg"] is mean

@@ -40,7 +40,7 @@ def _fingerprint(spec: ModelSpec, block_bytes: int) -> str:
 
     mlet_dist.training.weights._BLOCK_BYTES = block_bytes
     model = build_dlrm(spec, tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, OptimizerConfig(), torch.device("cpu"))
+    fuse_row_optimizer(model, OptimizerConfig())
     return weights_sha256(shard_model(model, _worker(), 8)[0], torch.device("cpu"))
 
 
@@ -64,7 +64,7 @@ def test_another_seed_or_shape_has_another_fingerprint(ranks: Ranks) -> None:
 
 def _save(directory: Path) -> str:
     model = build_dlrm(_spec(), tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, OptimizerConfig(name="adagrad"), torch.device("cpu"))
+    fuse_row_optimizer(model, OptimizerConfig(name="adagrad"))
     sharded = shard_model(model, _worker(), 8)[0]
     save_checkpoint(directory, 7, sharded, build_optimizer(sharded, OptimizerConfig(name="adagrad")), {"step": 7})
     return weights_sha256(sharded, torch.device("cpu"))
@@ -72,7 +72,7 @@ def _save(directory: Path) -> str:
 
 def _load(directory: Path, spec: ModelSpec) -> str:
     model = build_dlrm(spec, tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, OptimizerConfig(), torch.device("cpu"))
+    fuse_row_optimizer(model, OptimizerConfig())
     sharded = shard_model(model, _worker(), 8)[0]
     load_model(sharded, newest_checkpoint(directory))
     return weights_sha256(sharded, torch.device("cpu"))

@@ -1,0 +1,131 @@
+"""From TorchRec's plan to the sharded module: which exchange each table takes, and what of the plan is changed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.optim import Adam
+
+from mlet_dist.embeddings.exchange import EXCHANGES, Exchange, ExchangeChoice, TableTraffic, choose_exchange
+from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.plan import (
+    check_plan,
+    keep_gradients_dense,
+    keep_replicated_if_too_small,
+    place_blocks,
+    spread_blocks,
+)
+from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollection
+
+
+class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
+    """Shards a MultiLayerEmbeddingBagCollection: W1 row-wise with a fused optimizer, W2 replicated.
+
+    Whatever the planner says, a table with so few rows that some rank would hold none stays data-parallel; on the CPU,
+    for which fbgemm has no fused Adam, W1 with ``torchrec.optim.Adam`` in backward leaves a dense gradient for
+    ``LazyAdam``; and with ``unique_rows`` the tables' first blocks lie on different ranks.
+
+    Args:
+        exchange: how vectors cross the network; ``auto`` chooses for each table (``choose_exchange``).
+        pooling_factors: for ``auto``, ids a bag of each table, on average; 1 where none is given.
+        local_batch_size: for ``auto``, bags a feature on one rank.
+        *torchrec_arguments, **torchrec_keywords: as of TorchRec's sharder.
+
+    Attributes:
+        chosen: exchange and reason of each row_wise table, once ``shard`` has run.
+
+    Raises:
+        ValueError: an unknown exchange.
+    """
+
+    def __init__(
+        self,
+        *torchrec_arguments: Any,
+        exchange: ExchangeChoice = "auto",
+        pooling_factors: Mapping[str, float] | None = None,
+        local_batch_size: int = 512,
+        **torchrec_keywords: Any,
+    ) -> None:
+        super().__init__(*torchrec_arguments, **torchrec_keywords)
+        if exchange not in ("auto", *EXCHANGES):
+            raise ValueError(f"exchange is {exchange!r}; it must be one of auto, {', '.join(EXCHANGES)}")
+        self._exchange = exchange
+        self._pooling_factors = dict(pooling_factors or {})
+        self._local_batch_size = local_batch_size
+        self.chosen: dict[str, tuple[Exchange, str]] = {}
+
+    def shard(
+        self,
+        module: MultiLayerEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedMultiLayerEmbeddingBagCollection:
+        """Shard ``module`` by ``params``, which is changed in place to the plan that runs (``plan.py``).
+
+        Raises:
+            ValueError: a table's rows are sharded unevenly, or its plan is one that the exchange cannot serve.
+        """
+        for sharding in params.values():
+            keep_replicated_if_too_small(sharding, env.world_size)
+        for table in module.embedding_bag_configs():
+            check_plan(table, params[table.name], self._exchange)
+        self.chosen = {
+            table.name: self._choose(table, env.world_size)
+            for table in module.embedding_bag_configs()
+            if params[table.name].sharding_type == ShardingType.ROW_WISE.value
+        }
+        for name in self.chosen:
+            place_blocks(params[name])
+        spread_blocks([params[name] for name, (exchange, _) in self.chosen.items() if exchange == "unique_rows"])
+        if device is not None and device.type == "cpu":
+            keep_gradients_dense([params[name] for name in self.chosen if _is_adam(module.embedding_bags[name].weight)])
+        order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
+        return ShardedMultiLayerEmbeddingBagCollection(
+            module=module,
+            table_name_to_parameter_sharding=params,
+            env=env,
+            device=device,
+            exchanges={name: exchange for name, (exchange, _) in self.chosen.items()},
+            fused_params=self.fused_params,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+            **({} if order is None else {"sharded_module_order_overwrite": order}),
+        )
+
+    def _choose(self, table: MultiLayerEmbeddingBagConfig, world_size: int) -> tuple[Exchange, str]:
+        if self._exchange != "auto":
+            return self._exchange, "asked for"
+        traffic = TableTraffic(
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            pooling_factor=self._pooling_factors.get(table.name, 1.0),
+            num_features=len(table.feature_names),
+            local_batch_size=self._local_batch_size,
+        )
+        return choose_exchange(traffic, world_size)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """row_wise on every device; TorchRec's own sharder offers it on CUDA alone."""
+        return [ShardingType.ROW_WISE.value]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """The fused kernel, which holds rows in the memory of the compute device."""
+        return [EmbeddingComputeKernel.FUSED.value]
+
+    @property
+    def module_type(self) -> type[MultiLayerEmbeddingBagCollection]:
+        return MultiLayerEmbeddingBagCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedMultiLayerEmbeddingBagCollection]:
+        return ShardedMultiLayerEmbeddingBagCollection
+
+
+def _is_adam(rows: torch.Tensor) -> bool:
+    # What apply_optimizer_in_backward leaves on a parameter.
+    return any(issubclass(kind, Adam | torch.optim.Adam) for kind in getattr(rows, "_optimizer_classes", []))
