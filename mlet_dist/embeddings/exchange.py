@@ -77,19 +77,19 @@ def choose_exchange(table: TableTraffic, world_size: int) -> tuple[Exchange, str
     """The exchange that sends fewer bytes, forward and backward, and the reason in a few words.
 
     Both ways send vectors of d float32 twice. The reduce-scatter sends R-1 copies of the rank's bags. The unique-row
-    all-to-all sends each distinct id once, as 8 bytes and as a vector, to the one rank that owns it; how many are
-    distinct is bounded by the ids of a batch and by the table.
+    all-to-all sends each distinct id once, as 8 bytes and as a vector, to the one rank that owns it. Of m ids drawn
+    evenly from n, n·(1 - (1 - 1/n)^m) are distinct; of ids drawn unevenly, fewer.
     """
     if world_size == 1:
         return "after", "one rank: nothing crosses the network"
     others = world_size - 1
     bags = table.local_batch_size * table.num_features
     ids = bags * table.pooling_factor
-    distinct = min(ids, table.num_embeddings)
+    distinct = table.num_embeddings * (1 - (1 - 1 / table.num_embeddings) ** ids)
     vector = 2 * 4 * table.embedding_dim
     scatter = bags * others * vector + 8 * ids * others / world_size
     unique = distinct * others / world_size * (vector + 8)
-    text = f"at most {unique / bags:,.0f} bytes a bag as unique rows, {scatter / bags:,.0f} reduce-scattered"
+    text = f"up to {unique / bags:,.0f} bytes a bag as unique rows, {scatter / bags:,.0f} reduce-scattered"
     return ("unique_rows" if unique <= scatter else "reduce_scatter"), text
 
 

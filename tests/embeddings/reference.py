@@ -46,7 +46,7 @@ class DenseReference:
             for feature in table.features:
                 vectors = []
                 for ids in bags[feature]:
-                    total = whole.new_zeros(whole.shape[1])
+                    total = 0 * whole[0]  # an empty bag still has a gradient, of zero
                     for each, weight in ids:
                         total = total + weight * whole[each]
                     size = sum(weight for _, weight in ids)

@@ -120,7 +120,7 @@ def test_the_choice_by_hand() -> None:
     assert choose(50, 2, rows=100) == "unique_rows"  # at most 100 distinct rows, whatever the bags hold
     chosen, reason = choose_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2)
     # Two vectors of 16 float32 and an id, half of which stay at home; two vectors to one other rank, and half an id.
-    assert (chosen, reason) == ("unique_rows", "at most 68 bytes a bag as unique rows, 132 reduce-scattered")
+    assert (chosen, reason) == ("unique_rows", "up to 68 bytes a bag as unique rows, 132 reduce-scattered")
 
 
 def test_an_unknown_exchange_is_refused() -> None:
