@@ -21,10 +21,17 @@ ProjectionsOf = Callable[[Sequence[str]], dict[str, torch.Tensor]]
 
 @dataclass
 class ExchangedShardingInfo(EmbeddingShardingInfo):
-    """TorchRec's sharding info of one table, with its exchange and the width d that it sends."""
+    """TorchRec's sharding info of one table, with its exchange and what that needs to know.
+
+    Attributes:
+        exchange: reduce_scatter or unique_rows.
+        exchanged_dim: the width d that is sent.
+        expected_rows: distinct rows that a batch asks of one rank, for unique_rows.
+    """
 
     exchange: Exchange = "after"
     exchanged_dim: int = 0
+    expected_rows: float = 0.0
 
 
 class ProjectedRowWiseSharding(RwPooledEmbeddingSharding):
@@ -72,23 +79,29 @@ class TableTraffic:
     num_features: int
     local_batch_size: int
 
+    def distinct_ids(self, ranks: int = 1) -> float:
+        """How many of the ids of ``ranks`` batches differ: of m drawn evenly from n, n·(1 - (1 - 1/n)^m).
+
+        Of ids drawn unevenly, fewer.
+        """
+        ids = ranks * self.local_batch_size * self.num_features * self.pooling_factor
+        return self.num_embeddings * (1 - (1 - 1 / self.num_embeddings) ** ids)
+
 
 def choose_exchange(table: TableTraffic, world_size: int) -> tuple[Exchange, str]:
     """The exchange that sends fewer bytes, forward and backward, and the reason in a few words.
 
     Both ways send vectors of d float32 twice. The reduce-scatter sends R-1 copies of the rank's bags. The unique-row
-    all-to-all sends each distinct id once, as 8 bytes and as a vector, to the one rank that owns it. Of m ids drawn
-    evenly from n, n·(1 - (1 - 1/n)^m) are distinct; of ids drawn unevenly, fewer.
+    all-to-all sends each distinct id once, as 8 bytes and as a vector, to the one rank that owns it.
     """
     if world_size == 1:
         return "after", "one rank: nothing crosses the network"
     others = world_size - 1
     bags = table.local_batch_size * table.num_features
     ids = bags * table.pooling_factor
-    distinct = table.num_embeddings * (1 - (1 - 1 / table.num_embeddings) ** ids)
     vector = 2 * 4 * table.embedding_dim
     scatter = bags * others * vector + 8 * ids * others / world_size
-    unique = distinct * others / world_size * (vector + 8)
+    unique = table.distinct_ids() * others / world_size * (vector + 8)
     text = f"up to {unique / bags:,.0f} bytes a bag as unique rows, {scatter / bags:,.0f} reduce-scattered"
     return ("unique_rows" if unique <= scatter else "reduce_scatter"), text
 

@@ -1,6 +1,7 @@
 """Rows of distinct ids, table after table, out of fbgemm's kernels with their fused optimizers."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,39 +10,59 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, Sharded
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+# Below this, rows of a table and batch are cheaper to pad than to give a kernel: measured, about what a core caches.
+_PADDED_BYTES = 1 << 18
 
-class RowLookup(GroupedPooledEmbeddingsLookup):
-    """TorchRec's lookup returning each id's own row: ids of T tables -> rows ``(U, k)``, unpadded.
+
+def group_for_rows(
+    groups: list[GroupedEmbeddingConfig], expected_rows: Mapping[str, float], *, unpooled: bool
+) -> list[GroupedEmbeddingConfig]:
+    """Which tables share a kernel of RowLookup.
+
+    On CUDA an unpooled kernel takes all tables of a group. On the CPU fbgemm's unpooled backward is many times slower
+    than the pooled one, whose output is padded to the longest table. So tables of few expected rows share a pooled
+    kernel there, and each of the others has its own.
 
     Args:
-        grouped_configs: tables of one width k, grouped by TorchRec.
-        unpooled: one unpooled kernel a group, fit for CUDA. On the CPU fbgemm's unpooled backward is many times slower
-            than its pooled one, so there each table has a pooled kernel of its own, on bags of one id.
-        **torchrec_arguments: as of TorchRec's lookup.
+        groups: TorchRec's.
+        expected_rows: distinct rows that a batch asks of this rank, by table.
+        unpooled: use the kernel that is fit for CUDA.
     """
-
-    def __init__(
-        self, grouped_configs: list[GroupedEmbeddingConfig], *, unpooled: bool, **torchrec_arguments: Any
-    ) -> None:
-        groups = []
-        for group in grouped_configs:
-            tables = [_serving_one_feature(table) for table in group.embedding_tables]
-            groups += [
+    kernels = []
+    for group in groups:
+        tables = [_serving_one_feature(table) for table in group.embedding_tables]
+        small = [
+            table for table in tables if unpooled or expected_rows[table.name] * table.local_cols * 4 <= _PADDED_BYTES
+        ]
+        for together in ([small] if small else []) + [[table] for table in tables if table not in small]:
+            kernels.append(
                 dataclasses.replace(
                     group,
                     embedding_tables=together,
                     pooling=PoolingType.NONE if unpooled else PoolingType.SUM,
                     is_weighted=False,
                 )
-                for together in ([tables] if unpooled else [[table] for table in tables])
-            ]
-        super().__init__(groups, **torchrec_arguments)
-        self._unpooled = unpooled
+            )
+    return kernels
+
+
+class RowLookup(GroupedPooledEmbeddingsLookup):
+    """TorchRec's lookup returning each id's own row: ids of T tables -> rows ``(U, k)``, unpadded.
+
+    Args:
+        grouped_configs: as ``group_for_rows`` makes them.
+        **torchrec_arguments: as of TorchRec's lookup.
+    """
+
+    def __init__(self, grouped_configs: list[GroupedEmbeddingConfig], **torchrec_arguments: Any) -> None:
+        super().__init__(grouped_configs, **torchrec_arguments)
+        self._unpooled = grouped_configs[0].pooling == PoolingType.NONE
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
-        """Look up ``sparse_features``: a key a table, of one bag, with the ids of the table."""
-        groups = sparse_features.split(self._feature_splits) if self._unpooled else _bags_of_one_id(sparse_features)
-        return torch.cat([kernel(ids) for kernel, ids in zip(self._emb_modules, groups, strict=True)])
+        """Look up ``sparse_features``: a key a table in the order of the kernels, each of one bag."""
+        parts = zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True)
+        rows = [kernel(ids) if self._unpooled else _padded_rows(kernel, ids) for kernel, ids in parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _serving_one_feature(table: ShardedEmbeddingTable) -> ShardedEmbeddingTable:
@@ -49,10 +70,14 @@ def _serving_one_feature(table: ShardedEmbeddingTable) -> ShardedEmbeddingTable:
     return dataclasses.replace(table, feature_names=table.feature_names[:1], embedding_names=table.embedding_names[:1])
 
 
-def _bags_of_one_id(features: KeyedJaggedTensor) -> list[KeyedJaggedTensor]:
-    counts = features.length_per_key()
-    offsets = torch.arange(max(counts) + 1, device=features.device())
-    return [
-        KeyedJaggedTensor([key], ids, offsets=offsets[: count + 1], stride=count)
-        for key, ids, count in zip(features.keys(), features.values().split(counts), counts, strict=True)
-    ]
+def _padded_rows(kernel: torch.nn.Module, ids: KeyedJaggedTensor) -> torch.Tensor:
+    counts, keys, device = ids.length_per_key(), ids.keys(), ids.device()
+    slots = max(counts)
+    if len(keys) == 1:
+        offsets = torch.arange(slots + 1, device=device)
+        rows: torch.Tensor = kernel(KeyedJaggedTensor(keys, ids.values(), offsets=offsets, stride=slots))
+        return rows
+    filled = (torch.arange(slots, device=device) < torch.tensor(counts, device=device).unsqueeze(1)).view(-1)
+    padded = kernel(KeyedJaggedTensor(keys, ids.values(), lengths=filled.long(), stride=slots))
+    by_table = padded.view(slots, len(keys), padded.shape[1] // len(keys)).transpose(0, 1).flatten(0, 1)
+    return by_table.index_select(0, filled.nonzero().squeeze(1))

@@ -30,8 +30,9 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
     Args:
         exchange: how vectors cross the network; ``auto`` chooses for each table (``choose_exchange``).
-        pooling_factors: for ``auto``, ids a bag of each table, on average; 1 where none is given.
-        local_batch_size: for ``auto``, bags a feature on one rank.
+        pooling_factors: ids a bag of each table, on average; 1 where none is given. With ``local_batch_size`` it
+            decides on ``auto``, and on the CPU which tables share a kernel: speed, not results.
+        local_batch_size: bags a feature on one rank.
         *torchrec_arguments, **torchrec_keywords: as of TorchRec's sharder.
 
     Attributes:
@@ -74,10 +75,14 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             keep_replicated_if_too_small(sharding, env.world_size)
         for table in module.embedding_bag_configs():
             check_plan(table, params[table.name], self._exchange)
-        self.chosen = {
-            table.name: self._choose(table, env.world_size)
+        traffic = {
+            table.name: self._traffic(table)
             for table in module.embedding_bag_configs()
             if params[table.name].sharding_type == ShardingType.ROW_WISE.value
+        }
+        self.chosen = {
+            name: choose_exchange(each, env.world_size) if self._exchange == "auto" else (self._exchange, "asked for")
+            for name, each in traffic.items()
         }
         for name in self.chosen:
             place_blocks(params[name])
@@ -91,23 +96,21 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             env=env,
             device=device,
             exchanges={name: exchange for name, (exchange, _) in self.chosen.items()},
+            expected_rows={name: each.distinct_ids(env.world_size) / env.world_size for name, each in traffic.items()},
             fused_params=self.fused_params,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
             **({} if order is None else {"sharded_module_order_overwrite": order}),
         )
 
-    def _choose(self, table: MultiLayerEmbeddingBagConfig, world_size: int) -> tuple[Exchange, str]:
-        if self._exchange != "auto":
-            return self._exchange, "asked for"
-        traffic = TableTraffic(
+    def _traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:
+        return TableTraffic(
             num_embeddings=table.num_embeddings,
             embedding_dim=table.embedding_dim,
             pooling_factor=self._pooling_factors.get(table.name, 1.0),
             num_features=len(table.feature_names),
             local_batch_size=self._local_batch_size,
         )
-        return choose_exchange(traffic, world_size)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """row_wise on every device; TorchRec's own sharder offers it on CUDA alone."""

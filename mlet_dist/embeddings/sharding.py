@@ -82,11 +82,13 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         env: ShardingEnv,
         device: torch.device | None = None,
         exchanges: Mapping[str, Exchange] | None = None,
+        expected_rows: Mapping[str, float] | None = None,
         **torchrec_arguments: Any,
     ) -> None:
         tables = module.embedding_bag_configs()
         rows = module.rows()
         rows.exchanges = dict(exchanges or {})
+        rows.expected_rows = dict(expected_rows or {})
         rows.exchanged_dims = {table.name: table.embedding_dim for table in tables}
         rows.projected = {table.name for table in tables if table.hidden_dim is not None}
         check_widths(tables)
@@ -238,7 +240,12 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                     shape = f" {table.embedding_dim}x{dim}" if table.name in module.projected else f" {dim}"
                 values = {field.name: getattr(info, field.name) for field in fields(EmbeddingShardingInfo)}
                 grouped[f"{sharding_type} {exchange}{shape}"].append(
-                    ExchangedShardingInfo(**values, exchange=exchange, exchanged_dim=dim)
+                    ExchangedShardingInfo(
+                        **values,
+                        exchange=exchange,
+                        exchanged_dim=dim,
+                        expected_rows=module.expected_rows.get(table.name, 0.0),
+                    )
                 )
         return grouped
 

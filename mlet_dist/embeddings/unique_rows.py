@@ -11,15 +11,20 @@ from torchrec.distributed.embedding_sharding import (
     BaseSparseFeaturesDist,
     EmbeddingShardingContext,
 )
-from torchrec.distributed.embedding_types import BaseGroupedFeatureProcessor
+from torchrec.distributed.embedding_types import BaseGroupedFeatureProcessor, ShardedEmbeddingTable
 from torchrec.distributed.types import Awaitable, NoWait, ShardingType
 from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mlet_dist.embeddings.exchange import AllToAllRows, ProjectedRowWiseSharding, ProjectionsOf
+from mlet_dist.embeddings.exchange import (
+    AllToAllRows,
+    ExchangedShardingInfo,
+    ProjectedRowWiseSharding,
+    ProjectionsOf,
+)
 from mlet_dist.embeddings.plan import ranks_of_blocks
 from mlet_dist.embeddings.projection import project_rows
-from mlet_dist.embeddings.row_lookup import RowLookup
+from mlet_dist.embeddings.row_lookup import RowLookup, group_for_rows
 
 
 @dataclass
@@ -67,8 +72,14 @@ class UniqueRowsSharding(ProjectedRowWiseSharding):
     A rank looks up and projects each row that it is asked for once, however many ranks ask for it.
     """
 
+    def __init__(self, sharding_infos: list[ExchangedShardingInfo], *args: Any, **kwargs: Any) -> None:
+        super().__init__(sharding_infos, *args, **kwargs)
+        expected = {info.embedding_config.name: info.expected_rows for info in sharding_infos}
+        on_cuda = self._device.type == "cuda"
+        self._kernels = group_for_rows(self._grouped_embedding_configs, expected, unpooled=on_cuda)
+
     def create_input_dist(self, device: torch.device | None = None) -> "UniqueRowsInputDist":
-        tables = [table for group in self._grouped_embedding_configs for table in group.embedding_tables]
+        tables = self._tables()
         index = {table.name: position for position, table in enumerate(tables)}
         return UniqueRowsInputDist(
             self._pg,
@@ -85,19 +96,20 @@ class UniqueRowsSharding(ProjectedRowWiseSharding):
         fused_params: dict[str, Any] | None = None,
         feature_processor: BaseGroupedFeatureProcessor | None = None,
     ) -> RowLookup:
-        on = device or self._device
         return RowLookup(
-            self._grouped_embedding_configs,
-            unpooled=on.type == "cuda",
-            device=on,
+            self._kernels,
+            device=device or self._device,
             pg=self._pg,
             sharding_type=ShardingType.ROW_WISE,
             env=self._env,
         )
 
     def create_output_dist(self, device: torch.device | None = None) -> "UniqueRowsOutputDist":
-        features = self.table_of_feature()
-        return UniqueRowsOutputDist(self._pg, list(dict.fromkeys(features)), len(features))
+        return UniqueRowsOutputDist(self._pg, [table.name for table in self._tables()], len(self.table_of_feature()))
+
+    def _tables(self) -> list[ShardedEmbeddingTable]:
+        """In the order of the lookup's rows."""
+        return [table for kernel in self._kernels for table in kernel.embedding_tables]
 
 
 class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):

@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 
@@ -17,10 +18,11 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollection,
     MultiLayerEmbeddingBagConfig,
     projection,
+    row_lookup,
     unique_rows,
 )
 from mlet_dist.embeddings.exchange import EXCHANGES, Exchange
-from mlet_dist.embeddings.row_lookup import RowLookup
+from mlet_dist.embeddings.row_lookup import group_for_rows
 from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
 from tests.embeddings.sharded import OPTIMIZERS, full_weights, make_positive, optimizer_of, shard, to_kjt
 from tests.ranks import RankFailed, RankPool
@@ -165,15 +167,26 @@ def test_outputs_and_weights_equal_the_dense_reference(
 
 
 def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
-    def lookup(*args: Any, unpooled: bool, **kwargs: Any) -> RowLookup:
+    def group(*args: Any, unpooled: bool) -> list[GroupedEmbeddingConfig]:
         assert not unpooled
-        return RowLookup(*args, unpooled=True, **kwargs)
+        return group_for_rows(*args, unpooled=True)
 
     with (
-        mock.patch.object(unique_rows, "RowLookup", lookup),
+        mock.patch.object(unique_rows, "group_for_rows", group),
         mock.patch.object(unique_rows, "project_rows", projection._project_padded),
     ):
         return _train_sharded(optimizer, False, "unique_rows")
+
+
+def _train_with_kernels_apart(optimizer: str) -> dict[str, Any]:
+    # Of 12 rows a batch, those of the tables of width 4 share a kernel, wider ones have one each.
+    with mock.patch.object(row_lookup, "_PADDED_BYTES", 12 * 4 * 4):
+        return _train_sharded(optimizer, False, "unique_rows")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_kernel_for_each_large_table_equals_the_dense_reference(ranks: Ranks, optimizer: str) -> None:
+    _assert_equal_reference(ranks(2).run(_train_with_kernels_apart, optimizer), optimizer, False)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])  # fbgemm's CPU has no fused Adam
