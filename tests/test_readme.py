@@ -1,6 +1,9 @@
 """What the README shows must run."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,21 @@ def test_the_example_of_ones_own_model_trains() -> None:
         assert float(projection.grad.abs().sum()) > 0
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.multirank
+def test_the_script_with_a_model_and_trainer_of_ones_own_trains_and_serves() -> None:
+    script = ROOT / "docs" / "own_model.py"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", ran.stdout)]
+    assert len(losses) == 3
+    assert losses[-1] < 0.5 < losses[0] < 0.7
+    assert re.search(r"largest difference .*: \d\.\de[-+]\d+", ran.stdout)
+    used = re.findall(r"^from mlet_dist\S* import|^import mlet_dist\S*", script.read_text(), re.MULTILINE)
+    assert used == ["from mlet_dist.embeddings import"]
 
 
 def test_links_and_paths_exist() -> None:

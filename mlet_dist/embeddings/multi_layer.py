@@ -86,7 +86,7 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         seed: fixes, with table and row, the initial values.
 
     Raises:
-        ValueError: two tables of one name, or a dimension below 1.
+        ValueError: two tables of one name, a name that torch's ModuleDict cannot take, or a dimension below 1.
 
     Example::
 
@@ -104,6 +104,9 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         seed: int = 0,
     ) -> None:
         multi_layer = [_as_multi_layer(table) for table in tables]
+        for table in multi_layer:
+            if not table.name or "." in table.name or hasattr(nn.ModuleDict, table.name):
+                raise ValueError(f"table {table.name!r}: no module of torch can have this name; choose another")
         super().__init__([table.rows_config(seed) for table in multi_layer], is_weighted, device)
         self._tables = multi_layer
         self.seed = seed

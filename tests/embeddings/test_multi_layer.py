@@ -198,3 +198,9 @@ def test_a_table_without_features_takes_the_feature_of_its_name() -> None:
     plain = EmbeddingBagConfig(num_embeddings=5, embedding_dim=3, name="f2")
     module = MultiLayerEmbeddingBagCollection([table("f1"), plain])
     assert module(features()).keys() == ["f1", "f2"]
+
+
+@pytest.mark.parametrize("name", ["items", "type", "a.b", ""])
+def test_a_name_that_no_module_can_have_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"table {name!r}: no module of torch can have this name"):
+        MultiLayerEmbeddingBagCollection([table(name)], device=META)

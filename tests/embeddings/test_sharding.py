@@ -19,9 +19,11 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagConfig,
     projection,
     row_lookup,
+    sharding,
     unique_rows,
 )
 from mlet_dist.embeddings.exchange import EXCHANGES, Exchange
+from mlet_dist.embeddings.replicated import with_mean_gradients
 from mlet_dist.embeddings.row_lookup import group_for_rows
 from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
 from tests.embeddings.sharded import OPTIMIZERS, full_weights, make_positive, optimizer_of, shard, to_kjt
@@ -176,6 +178,18 @@ def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
         mock.patch.object(unique_rows, "project_rows", projection._project_padded),
     ):
         return _train_sharded(optimizer, False, "unique_rows")
+
+
+def _train_averaging_partial_gradients(exchange: Exchange) -> dict[str, Any]:
+    with mock.patch.object(sharding, "with_summed_gradients", with_mean_gradients):
+        return _train_sharded("sgd", False, exchange)
+
+
+@pytest.mark.parametrize("exchange", ["reduce_scatter", "unique_rows"])
+def test_the_reference_tells_a_mean_of_partial_gradients_from_their_sum(ranks: Ranks, exchange: Exchange) -> None:
+    by_rank = ranks(2).run(_train_averaging_partial_gradients, exchange)
+    with pytest.raises(AssertionError, match="not close"):
+        _assert_equal_reference(by_rank, "sgd", False)
 
 
 def _train_with_kernels_apart(optimizer: str) -> dict[str, Any]:
