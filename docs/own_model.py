@@ -88,7 +88,8 @@ def shard(model: TwoTower, device: torch.device, rows_rate: float, local_batch_s
         pooling_factors={"item_table": (1 + HISTORY / 2) / 2}, local_batch_size=local_batch_size
     )
     topology = Topology(world_size=dist.get_world_size(), compute_device=device.type)
-    plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, [sharder], dist.group.WORLD)
+    planner = EmbeddingShardingPlanner(topology=topology, batch_size=local_batch_size)
+    plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=[sharder])
     if dist.get_rank() == 0:
         for table, (exchange, reason) in sharder.chosen.items():

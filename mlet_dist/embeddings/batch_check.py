@@ -65,7 +65,7 @@ def check_batch(features: KeyedJaggedTensor, tables: SmallestTables, is_weighted
 
 
 class Verdict:
-    """What the ranks found in one batch. Its tensors are used on the stream that made them alone."""
+    """What the ranks found in one batch. Others' findings are read without waiting for what else a device does."""
 
     def __init__(self, checker: "BatchChecker", code: torch.Tensor, mistake: _Mistake | None, batch: KeyedJaggedTensor):
         self._checker, self._code, self._mistake, self._batch = checker, code, mistake, batch
@@ -231,6 +231,8 @@ def _misfit(features: KeyedJaggedTensor) -> str | None:
         return f"has ids of {values.dtype}, which are to be integers"
     if weights is not None and weights.numel() != values.numel():
         return f"has {weights.numel()} weights for {values.numel()} ids"
+    if not features.lengths().is_cuda and bool((features.lengths() < 0).any()):
+        return "has negative lengths"
     bags, expected = features.lengths().numel(), sum(features.stride_per_key())
     if bags != expected:
         return f"has {bags} lengths for {expected} bags"

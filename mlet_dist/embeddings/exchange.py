@@ -16,7 +16,7 @@ ExchangeChoice = Exchange | Literal["auto"]
 EXCHANGES: tuple[Exchange, ...] = ("after", "reduce_scatter", "unique_rows")
 
 ProjectionsOf = Callable[[Sequence[str]], dict[str, torch.Tensor]]
-"""Tables -> W2 of those that have one, whose gradients, partial on each rank, are summed over the ranks."""
+"""Tables -> W2 of those that have one, for this forward pass."""
 
 
 @dataclass

@@ -9,6 +9,8 @@ from torchrec.distributed.types import ParameterSharding, ShardingType
 from mlet_dist.embeddings.exchange import ExchangeChoice
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagConfig
 
+_REPLICATED_BYTES = 1 << 24
+
 
 def check_plan(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, exchange: ExchangeChoice) -> None:
     """Raise ValueError if the table's rows are sharded unevenly, or in a way that ``exchange`` cannot serve."""
@@ -19,7 +21,11 @@ def check_plan(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding,
             ranks_of_blocks(spec.shards, table.num_embeddings)
         except ValueError as error:
             raise ValueError(f"table {table.name!r}: the plan's {error}") from None
-    elif exchange in ("reduce_scatter", "unique_rows") and kind != ShardingType.DATA_PARALLEL.value:
+    if spec is not None and any(shard.shard_sizes[1] != table.row_width for shard in spec.shards):
+        raise ValueError(f"table {table.name!r}: the plan says {kind}; multi-layer tables are not split by columns")
+    if kind == ShardingType.ROW_WISE.value:
+        return
+    if exchange in ("reduce_scatter", "unique_rows") and kind != ShardingType.DATA_PARALLEL.value:
         raise ValueError(
             f"table {table.name!r}: the plan says {kind}, and exchange {exchange!r} serves row_wise tables; "
             "'after' and 'auto' serve all"
@@ -36,12 +42,19 @@ def check_widths(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
             )
 
 
-def keep_replicated_if_too_small(sharding: ParameterSharding, world_size: int) -> None:
-    """Make a row_wise plan that leaves a rank without rows data_parallel, since fbgemm's CPU kernel fails there."""
+def keep_replicated_if_too_small(
+    table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, world_size: int, on_cpu: bool
+) -> None:
+    """Make a row_wise plan that leaves a rank without rows data_parallel, in place.
+
+    fbgemm's CPU kernel fails on no rows. Elsewhere only a table that costs a rank little to hold whole is replicated:
+    with a thousand ranks, one of a million rows may leave the last of them without.
+    """
     spec = sharding.sharding_spec
     if sharding.sharding_type != ShardingType.ROW_WISE.value or spec is None:
         return
-    if any(shard.shard_sizes[0] == 0 for shard in spec.shards):
+    cheap = 4 * table.num_embeddings * table.row_width <= _REPLICATED_BYTES
+    if (cheap or on_cpu) and any(shard.shard_sizes[0] == 0 for shard in spec.shards):
         sharding.sharding_type = ShardingType.DATA_PARALLEL.value
         sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value
         sharding.ranks = list(range(world_size))
@@ -64,9 +77,10 @@ def ranks_of_blocks(shards: Sequence[ShardMetadata], num_embeddings: int) -> lis
     """
     block = -(-num_embeddings // len(shards))
     starts = [shard.shard_offsets[0] for shard in shards]
-    if sorted(starts) != [block * position for position in range(len(shards))]:
+    ranks = sorted(range(len(shards)), key=lambda rank: starts[rank])
+    if [starts[rank] for rank in ranks] != [min(block * position, num_embeddings) for position in range(len(shards))]:
         raise ValueError(f"row shards start at rows {sorted(starts)}; row_wise takes blocks of {block} rows")
-    return [starts.index(block * position) for position in range(len(shards))]
+    return ranks
 
 
 def place_blocks(sharding: ParameterSharding, first: int = 0) -> None:

@@ -41,14 +41,10 @@ def bag_sizes(features: KeyedJaggedTensor, keys: Mapping[str, str]) -> torch.Ten
 
 def divide(pooled: KeyedTensor, keys: Mapping[str, str], sizes: torch.Tensor) -> KeyedTensor:
     """Divide the vectors of ``keys`` by ``sizes`` ``(len(keys), B)``; the others stay as they are."""
-    names, widths, values = pooled.keys(), pooled.length_per_key(), pooled.values()
-    position = {name: index for index, name in enumerate(names)}
-    divisors = values.new_ones(values.shape[0], len(names))
-    divisors[:, [position[key] for key in keys]] = sizes.T.to(values.dtype)
-    name_of_column = torch.repeat_interleave(torch.tensor(widths, device=values.device), output_size=sum(widths))
-    return KeyedTensor(
-        keys=names,
-        length_per_key=widths,
-        values=values / divisors.index_select(1, name_of_column),
-        key_dim=1,
-    )
+    names, widths = pooled.keys(), pooled.length_per_key()
+    row = {key: index for index, key in enumerate(keys)}
+    parts = [
+        part / sizes[row[name]].unsqueeze(1).to(part.dtype) if name in row else part
+        for name, part in zip(names, pooled.values().split(widths, dim=1), strict=True)
+    ]
+    return KeyedTensor(keys=names, length_per_key=widths, values=torch.cat(parts, dim=1), key_dim=1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torchrec.sparse.jagged_tensor import KeyedTensor
+from torchrec.sparse.jagged_tensor import KeyedTensor, _pin_and_move
 
 from mlet_dist.embeddings.initializers import RowInitializer
 
@@ -88,7 +88,13 @@ def project_rows(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tenso
         counts: how many of them are each table's, U in all.
         weights: W2 of each table, ``(T, k, d)``.
     """
-    return _project_padded(rows, counts, weights) if rows.is_cuda else _ProjectedRows.apply(rows, counts, weights)
+    padded = len(counts) * max(counts)
+    if rows.is_cuda and padded <= _MOST_PADDING * rows.shape[0]:
+        return _project_padded(rows, counts, weights)
+    return _ProjectedRows.apply(rows, counts, weights)
+
+
+_MOST_PADDING = 4
 
 
 class _ProjectedRows(torch.autograd.Function):
@@ -118,7 +124,7 @@ class _ProjectedRows(torch.autograd.Function):
 def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
     """One batched product over tables padded to the longest: no launch a table."""
     (tables, width), longest = weights.shape[:2], max(counts)
-    sizes = torch.tensor(counts, device=rows.device)
+    sizes = _pin_and_move(torch.tensor(counts), rows.device)
     table = torch.repeat_interleave(sizes, output_size=rows.shape[0])
     slot = table * longest + torch.arange(rows.shape[0], device=rows.device) - (sizes.cumsum(0) - sizes)[table]
     padded = rows.new_zeros(tables * longest, width).index_copy(0, slot, rows)

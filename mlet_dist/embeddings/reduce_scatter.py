@@ -1,6 +1,5 @@
 """Project, then reduce-scatter: partial sums of bags leave a rank with d columns, not k."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -25,7 +24,10 @@ class PaddedRowWiseSharding(RwPooledEmbeddingSharding):
 
 
 class PaddedReduceScatter(RwPooledEmbeddingDist):
-    """TorchRec's reduce-scatter; where ranks have batches of different sizes, padded to the largest, as gloo needs."""
+    """TorchRec's reduce-scatter; where ranks have batches of different sizes, padded to the largest.
+
+    gloo needs it.
+    """
 
     def forward(
         self, local_embs: torch.Tensor, sharding_ctx: EmbeddingShardingContext | None = None
@@ -36,7 +38,7 @@ class PaddedReduceScatter(RwPooledEmbeddingDist):
             return super().forward(local_embs, sharding_ctx)
         largest, own = max(sizes), sizes[dist.get_rank(self._pg)]
         padded = [functional.pad(part, (0, 0, 0, largest - part.shape[0])) for part in local_embs.split(sizes)]
-        equal = dataclasses.replace(sharding_ctx, batch_size_per_rank=[largest] * len(sizes))
+        equal = EmbeddingShardingContext(batch_size_per_rank=[largest] * len(sizes))
         pooled = super().forward(torch.cat(padded), equal)
         pooled.callbacks.append(lambda vectors: vectors[:own])
         return pooled

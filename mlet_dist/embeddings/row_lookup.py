@@ -61,7 +61,7 @@ class RowLookup(GroupedPooledEmbeddingsLookup):
     def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Look up ``sparse_features``: a key a table in the order of the kernels, each of one bag."""
         parts = zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True)
-        rows = [kernel(ids) if self._unpooled else _padded_rows(kernel, ids) for kernel, ids in parts]
+        rows = [_look_up(kernel, ids, self._unpooled) for kernel, ids in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
@@ -70,14 +70,19 @@ def _serving_one_feature(table: ShardedEmbeddingTable) -> ShardedEmbeddingTable:
     return dataclasses.replace(table, feature_names=table.feature_names[:1], embedding_names=table.embedding_names[:1])
 
 
-def _padded_rows(kernel: torch.nn.Module, ids: KeyedJaggedTensor) -> torch.Tensor:
+def _look_up(kernel: torch.nn.Module, ids: KeyedJaggedTensor, unpooled: bool) -> torch.Tensor:
+    # Bags of one id, also where nothing is pooled: fbgemm's CUDA kernels share out work by bags.
     counts, keys, device = ids.length_per_key(), ids.keys(), ids.device()
     slots = max(counts)
     if len(keys) == 1:
         offsets = torch.arange(slots + 1, device=device)
         rows: torch.Tensor = kernel(KeyedJaggedTensor(keys, ids.values(), offsets=offsets, stride=slots))
         return rows
-    filled = (torch.arange(slots, device=device) < torch.tensor(counts, device=device).unsqueeze(1)).view(-1)
-    padded = kernel(KeyedJaggedTensor(keys, ids.values(), lengths=filled.long(), stride=slots))
-    by_table = padded.view(slots, len(keys), padded.shape[1] // len(keys)).transpose(0, 1).flatten(0, 1)
-    return by_table.index_select(0, filled.nonzero().squeeze(1))
+    filled = torch.arange(slots, device=device) < ids.lengths().unsqueeze(1)
+    bags = KeyedJaggedTensor(keys, ids.values(), lengths=filled.view(-1).long(), stride=slots)
+    if unpooled:
+        rows = kernel(bags)
+        return rows
+    padded = kernel(bags)
+    by_table = padded.view(slots, len(keys), padded.shape[1] // len(keys))
+    return by_table.transpose(0, 1).flatten(0, 1).index_select(0, filled.view(-1).nonzero().squeeze(1))

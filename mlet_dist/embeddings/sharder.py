@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
 from torchrec.optim import Adam
 
 from mlet_dist.embeddings.exchange import EXCHANGES, Exchange, ExchangeChoice, TableTraffic, choose_exchange
@@ -24,7 +24,7 @@ from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollectio
 class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     """Shards a MultiLayerEmbeddingBagCollection: W1 row-wise with a fused optimizer, W2 replicated.
 
-    Whatever the planner says, a table with so few rows that some rank would hold none stays data-parallel; on the CPU,
+    Whatever the planner says, a small table of which some rank would hold no row stays data-parallel; on the CPU,
     for which fbgemm has no fused Adam, W1 with ``torchrec.optim.Adam`` in backward leaves a dense gradient for
     ``LazyAdam``; and with ``unique_rows`` the tables' first blocks lie on different ranks.
 
@@ -36,7 +36,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         *torchrec_arguments, **torchrec_keywords: as of TorchRec's sharder.
 
     Attributes:
-        chosen: exchange and reason of each row_wise table, once ``shard`` has run.
+        chosen: exchange and reason of each row_wise table of the collections that it has sharded.
 
     Raises:
         ValueError: an unknown exchange.
@@ -69,33 +69,38 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """Shard ``module`` by ``params``, which is changed in place to the plan that runs (``plan.py``).
 
         Raises:
-            ValueError: a table's rows are sharded unevenly, or its plan is one that the exchange cannot serve.
+            ValueError: a table's rows are sharded unevenly or its columns split, its plan is one that the exchange
+                cannot serve, or the ranks are in 2D.
         """
-        for sharding in params.values():
-            keep_replicated_if_too_small(sharding, env.world_size)
+        if isinstance(env, ShardingEnv2D):
+            raise ValueError("multi-layer tables cannot be sharded in 2D (DMPCollection); use DistributedModelParallel")
+        on_cpu = device is not None and device.type == "cpu"
         for table in module.embedding_bag_configs():
+            keep_replicated_if_too_small(table, params[table.name], env.world_size, on_cpu)
             check_plan(table, params[table.name], self._exchange)
         traffic = {
             table.name: self._traffic(table)
             for table in module.embedding_bag_configs()
             if params[table.name].sharding_type == ShardingType.ROW_WISE.value
         }
-        self.chosen = {
+        chosen = {
             name: choose_exchange(each, env.world_size) if self._exchange == "auto" else (self._exchange, "asked for")
             for name, each in traffic.items()
         }
-        for name in self.chosen:
+        self.chosen |= chosen
+        for name in chosen:
             place_blocks(params[name])
-        spread_blocks([params[name] for name, (exchange, _) in self.chosen.items() if exchange == "unique_rows"])
-        if device is not None and device.type == "cpu":
-            keep_gradients_dense([params[name] for name in self.chosen if _is_adam(module.embedding_bags[name].weight)])
+        if not env.output_dtensor:  # a DTensor takes rank r to hold the r-th block
+            spread_blocks([params[name] for name, (exchange, _) in chosen.items() if exchange == "unique_rows"])
+        if on_cpu:
+            keep_gradients_dense([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
         order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
         return ShardedMultiLayerEmbeddingBagCollection(
             module=module,
             table_name_to_parameter_sharding=params,
             env=env,
             device=device,
-            exchanges={name: exchange for name, (exchange, _) in self.chosen.items()},
+            exchanges={name: exchange for name, (exchange, _) in chosen.items()},
             expected_rows={name: each.distinct_ids(env.world_size) / env.world_size for name, each in traffic.items()},
             fused_params=self.fused_params,
             qcomm_codecs_registry=self.qcomm_codecs_registry,

@@ -45,7 +45,7 @@ from mlet_dist.embeddings.plan import check_widths, first_row
 from mlet_dist.embeddings.pooling import bag_sizes, divide, mean_keys
 from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.reduce_scatter import PaddedRowWiseSharding, ProjectedReduceScatter, ReduceScatterSharding
-from mlet_dist.embeddings.replicated import with_mean_gradients, with_summed_gradients
+from mlet_dist.embeddings.replicated import with_combined_gradients
 from mlet_dist.embeddings.unique_rows import (
     UniqueRowsContext,
     UniqueRowsInputDist,
@@ -110,13 +110,17 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 output_dist.projections_of = self._projections_of
         self._checker = self._build_checker(tables)
         self._mean_keys = mean_keys(tables)
-        self._tables_projected_after = [
-            table for table in self.projections if self._exchanges.get(table, "after") == "after"
-        ]
+        self._projected_before = {table for table, exchange in self._exchanges.items() if exchange != "after"}
+        self._applied: dict[str, torch.Tensor] = {}
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
-        for projection in self.projections.parameters():
-            dist.broadcast(projection.data, src=0, group=env.process_group)
+        replicated = [
+            self.embedding_bags[name].weight
+            for name, sharding in self.module_sharding_plan.items()
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        ]
+        for weight in (*self.projections.parameters(), *replicated):
+            dist.broadcast(weight.data, group=env.process_group, group_src=0)
 
     def reset_parameters(self) -> None:
         """Draw this rank's rows of every W1 (TorchRec calls it once the shards are allocated)."""
@@ -130,7 +134,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 continue
             config.init_fn(weight)
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
-                dist.broadcast(weight.data, src=0, group=self._env.process_group)
+                dist.broadcast(weight.data, group=self._env.process_group, group_src=0)
 
     def create_context(self) -> CheckedContext:
         return CheckedContext()
@@ -168,10 +172,12 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             ValueError: a rank found a mistake in its batch (``batch_check``); on every rank.
         """
         _raise_mistake(ctx)
+        self._apply_weights()
         return self._project_when_ready(ctx, super().compute_and_output_dist(ctx, input))
 
     def output_dist(self, ctx: CheckedContext, output: list[torch.Tensor]) -> LazyAwaitable[KeyedTensor]:
         """Exchange and project, in the order of each table's exchange: values ``(b, sum of d)``."""
+        self._apply_weights()
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
 
     @staticmethod
@@ -203,22 +209,22 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def _project_when_ready(
         self, ctx: CheckedContext, pooled: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
-        sizes = ctx.divisor
+        sizes, applied = ctx.divisor, self._applied
 
         def finish(summed: KeyedTensor) -> KeyedTensor:
-            averaged = with_mean_gradients(self._weights_of(self._tables_projected_after), self._env.process_group)
-            projected = project(summed, by_key(averaged, self._table_of_key_after))
+            projected = project(summed, by_key(applied, self._table_of_key_after))
             return projected if sizes is None else divide(projected, self._mean_keys, sizes)
 
         pooled.callbacks.append(finish)
         return pooled
 
-    def _projections_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:
-        return with_summed_gradients(self._weights_of(tables), self._env.process_group)
-
-    def _weights_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _apply_weights(self) -> None:
+        # Once a forward pass, whatever the exchanges are, so that backward has one all-reduce.
         weights = projection_weights(self.projections)
-        return {table: weights[table] for table in tables if table in weights}
+        self._applied = with_combined_gradients(weights, self._projected_before, self._env.process_group)
+
+    def _projections_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {table: self._applied[table] for table in tables if table in self._applied}
 
     @classmethod
     def create_grouped_sharding_infos(

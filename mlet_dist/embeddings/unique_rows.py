@@ -52,11 +52,13 @@ class Routing:
     position_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-@dataclass
 class UniqueRowsContext(EmbeddingShardingContext):
     """TorchRec's per-batch context of one sharding, with the routing of the batch."""
 
-    routing: Routing | None = None
+    # No dataclass: TorchRec's own is one from 1.7 on.
+    def __init__(self, routing: Routing | None = None, **torchrec_arguments: Any) -> None:
+        super().__init__(**torchrec_arguments)
+        self.routing = routing
 
     def record_stream(self, stream: torch.Stream) -> None:
         if self.routing is not None:
@@ -143,36 +145,35 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         constant("_blocks", blocks)
         constant("_shifts", shifts)
         constant("_table_of_feature", table_of_feature)
+        constant("_first_keys_of_tables", [self._stride * table for table in range(len(tables) + 1)])
+        keys_of_rank = self._stride * len(tables)
+        constant("_first_keys_of_ranks", [keys_of_rank * rank for rank in range(self._world_size + 1)])
         self.routing: Routing
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> "Awaitable[Awaitable[KeyedJaggedTensor]]":
         """Find the distinct ids, which must lie inside their tables, and tell each owner how many to expect."""
         values = sparse_features.values().long()
-        counts = torch.tensor(sparse_features.length_per_key(), device=values.device)
+        lengths, weights = sparse_features.lengths(), sparse_features.weights_or_none()
+        counts = lengths.view(self._table_of_feature.numel(), -1).sum(dim=1)
         table = torch.repeat_interleave(self._table_of_feature, counts, output_size=values.numel())
         block = values.div(self._blocks[table], rounding_mode="floor")
         distinct, position = torch.unique(values + self._shifts[table * self._world_size + block], return_inverse=True)
-        keys_of_owner = len(self._tables) * self._stride
-        owner_of_row = distinct.div(keys_of_owner, rounding_mode="floor")
-        weights = sparse_features.weights_or_none()
-        lengths = sparse_features.lengths()
         self.routing = Routing(
             lengths=lengths,
             weights=weights,
             one_each=weights is None and lengths.numel() == values.numel() and bool((lengths == 1).all()),
             position_of_id=position,
         )
-        requested = torch.bincount(owner_of_row, minlength=self._world_size)
-        return _CountsAwaitable(self, requested, distinct - owner_of_row * keys_of_owner)
+        requested = torch.searchsorted(distinct, self._first_keys_of_ranks).diff()
+        return _CountsAwaitable(self, requested, distinct % (len(self._tables) * self._stride))
 
     def lookup_features(self, asked: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
         """The rows that ranks asked for, found once each, as input of the lookup."""
         distinct, routing.position_of_request = torch.unique(asked, return_inverse=True)
-        table = distinct.div(self._stride, rounding_mode="floor")
-        count = torch.bincount(table, minlength=len(self._tables))
+        count = torch.searchsorted(distinct, self._first_keys_of_tables).diff()
         routing.counts = count.tolist()
         return KeyedJaggedTensor(
-            self._tables, distinct - table * self._stride, lengths=count, stride=1, length_per_key=routing.counts
+            self._tables, distinct % self._stride, lengths=count, stride=1, length_per_key=routing.counts
         )
 
 
@@ -188,8 +189,7 @@ class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
 
     def _wait_impl(self) -> Awaitable[KeyedJaggedTensor]:
         self._work.wait()
-        self._routing.requested = self._requested.tolist()
-        self._routing.asked_for = self._asked_for.tolist()
+        self._routing.requested, self._routing.asked_for = torch.stack([self._requested, self._asked_for]).tolist()
         return _IdsAwaitable(self._dist, self._routing, self._ids)
 
 

@@ -42,8 +42,9 @@ def shard_model(
         hbm_cap=torch.cuda.get_device_properties(worker.device).total_memory if on_cuda else None,
         ddr_cap=_host_memory() // worker.local_world_size,
     )
+    planner = EmbeddingShardingPlanner(topology=topology, batch_size=local_batch_size)
     try:
-        plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, [sharder], dist.group.WORLD)
+        plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
     except PlannerError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the tables do not fit {worker.world_size} ranks on {worker.device.type}: {reason}") from None

@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv, ShardingEnv2D, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from mlet_dist.embeddings import (
@@ -70,12 +70,13 @@ def _shard_by(kind: str, exchange: ExchangeChoice) -> str | bool:
 @pytest.mark.multirank
 @pytest.mark.parametrize("exchange", ["auto", *EXCHANGES])
 def test_a_plan_that_an_exchange_cannot_serve_is_refused(ranks: Ranks, exchange: ExchangeChoice) -> None:
-    for kind in ("table_wise", "column_wise"):
-        expected: str | bool = True
-        if exchange in ("reduce_scatter", "unique_rows"):
-            serves = "serves row_wise tables; 'after' and 'auto' serve all"
-            expected = f"table 't0': the plan says {kind}, and exchange {exchange!r} {serves}"
-        assert ranks(2).run(_shard_by, kind, exchange) == [expected] * 2
+    expected: str | bool = True
+    if exchange in ("reduce_scatter", "unique_rows"):
+        serves = "serves row_wise tables; 'after' and 'auto' serve all"
+        expected = f"table 't0': the plan says table_wise, and exchange {exchange!r} {serves}"
+    assert ranks(2).run(_shard_by, "table_wise", exchange) == [expected] * 2
+    columns = "table 't0': the plan says column_wise; multi-layer tables are not split by columns"
+    assert ranks(2).run(_shard_by, "column_wise", exchange) == [columns] * 2
     # TorchRec's own routing would look up other rows, silently.
     starts = "row shards start at rows [0, 30]; row_wise takes blocks of 50 rows"
     assert ranks(2).run(_shard_by, "uneven", exchange) == [f"table 't0': the plan's {starts}"] * 2
@@ -138,3 +139,10 @@ def _load_sharded(world_size: int) -> str:
 @pytest.mark.multirank
 def test_sharded_tensors_of_another_width_name_the_table(ranks: Ranks) -> None:
     assert ranks(2).run(_load_sharded, 2) == ["table 't0': W1 has 8 columns and W2 has 16 rows"] * 2
+
+
+def test_ranks_in_two_dimensions_are_refused() -> None:
+    module = MultiLayerEmbeddingBagCollection(tables_of_every_kind(), device=torch.device("meta"))
+    env = ShardingEnv2D.__new__(ShardingEnv2D)
+    with pytest.raises(ValueError, match="cannot be sharded in 2D"):
+        MultiLayerEmbeddingBagCollectionSharder().shard(module, {}, env)

@@ -3,15 +3,16 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.types import ParameterSharding
 
-from mlet_dist.embeddings.plan import ranks_of_blocks, spread_blocks
+from mlet_dist.embeddings import MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.plan import check_plan, keep_replicated_if_too_small, ranks_of_blocks, spread_blocks
 
 
-def _plan(num_embeddings: int, world_size: int) -> ParameterSharding:
+def _plan(num_embeddings: int, world_size: int, width: int = 8) -> ParameterSharding:
     """What TorchRec's planner makes: block r on rank r."""
     block = -(-num_embeddings // world_size)
-    starts = [block * rank for rank in range(world_size)]
+    starts = [min(block * rank, num_embeddings) for rank in range(world_size)]
     shards = [
-        ShardMetadata([start, 0], [min(block, num_embeddings - start), 8], f"rank:{rank}/cpu")
+        ShardMetadata([start, 0], [min(block, num_embeddings - start), width], f"rank:{rank}/cpu")
         for rank, start in enumerate(starts)
     ]
     return ParameterSharding("row_wise", "fused", list(range(world_size)), EnumerableShardingSpec(shards))
@@ -66,3 +67,22 @@ def test_uneven_shards_are_refused() -> None:
     shards = [ShardMetadata([0, 0], [7, 8], "rank:0/cpu"), ShardMetadata([7, 0], [3, 8], "rank:1/cpu")]
     with pytest.raises(ValueError, match=r"start at rows \[0, 7\]; row_wise takes blocks of 5 rows"):
         ranks_of_blocks(shards, 10)
+
+
+def test_the_last_ranks_of_many_may_hold_no_row() -> None:
+    table = MultiLayerEmbeddingBagConfig(name="t", num_embeddings=10_000, embedding_dim=8, hidden_dim=512)
+    for on_cpu in (False, True):
+        plan = _plan(table.num_embeddings, 300, width=512)  # 20 MB, too much to hold on every rank; blocks of 34 rows
+        assert plan.sharding_spec is not None
+        assert plan.sharding_spec.shards[-1].shard_sizes[0] == 0
+        keep_replicated_if_too_small(table, plan, 300, on_cpu)
+        assert plan.sharding_type == ("data_parallel" if on_cpu else "row_wise")
+        if not on_cpu:
+            check_plan(table, plan, "unique_rows")
+            spread_blocks([plan, plan])
+            ranks = ranks_of_blocks(plan.sharding_spec.shards, table.num_embeddings)
+            assert ranks[:295] == [(block + 150) % 300 for block in range(295)]
+    table.hidden_dim = 8
+    plan = _plan(table.num_embeddings, 300)
+    keep_replicated_if_too_small(table, plan, 300, on_cpu=False)
+    assert plan.sharding_type == "data_parallel"

@@ -18,12 +18,11 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollection,
     MultiLayerEmbeddingBagConfig,
     projection,
+    replicated,
     row_lookup,
-    sharding,
     unique_rows,
 )
 from mlet_dist.embeddings.exchange import EXCHANGES, Exchange
-from mlet_dist.embeddings.replicated import with_mean_gradients
 from mlet_dist.embeddings.row_lookup import group_for_rows
 from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
 from tests.embeddings.sharded import OPTIMIZERS, full_weights, make_positive, optimizer_of, shard, to_kjt
@@ -181,7 +180,7 @@ def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
 
 
 def _train_averaging_partial_gradients(exchange: Exchange) -> dict[str, Any]:
-    with mock.patch.object(sharding, "with_summed_gradients", with_mean_gradients):
+    with mock.patch.object(replicated, "_partial_factor", lambda process_group: 1 / dist.get_world_size(process_group)):
         return _train_sharded("sgd", False, exchange)
 
 
@@ -248,10 +247,10 @@ def test_tables_with_too_few_rows_stay_data_parallel(ranks: Ranks) -> None:
         3: {"two_rows", "deep_tiny"},
         4: {"two_rows", "deep_tiny", "tiny", "tiny_averaged"},
     }
-    for world_size, replicated in expected.items():
+    for world_size, kept in expected.items():
         sharding = ranks(world_size).run(_train_sharded, "sgd")[0]["sharding"]
-        assert {name for name, kind in sharding.items() if kind == "data_parallel"} == replicated
-        assert {name for name, kind in sharding.items() if kind == "row_wise"} == set(sharding) - replicated
+        assert {name for name, kind in sharding.items() if kind == "data_parallel"} == kept
+        assert {name for name, kind in sharding.items() if kind == "row_wise"} == set(sharding) - kept
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -321,6 +320,29 @@ def test_a_pipeline_of_torchrec_trains_the_same_bits(ranks: Ranks, exchange: Exc
         assert torch.equal(pipelined[name], tensor), name
 
 
+def _weights_of_ranks_that_differ() -> dict[str, torch.Tensor]:
+    torch.manual_seed(dist.get_rank())
+    tables = [
+        MultiLayerEmbeddingBagConfig(
+            name=f"t{n}",
+            num_embeddings=n,
+            embedding_dim=4,
+            hidden_dim=8,
+            feature_names=["f"],
+            init_fn=torch.nn.init.normal_,
+        )
+        for n in (1, 40)
+    ]
+    return full_weights(shard(MultiLayerEmbeddingBagCollection(tables)))
+
+
+def test_replicated_weights_start_as_those_of_the_first_rank(ranks: Ranks) -> None:
+    first, second = ranks(2).run(_weights_of_ranks_that_differ)
+    assert len(first) == 4
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+
+
 def _shard_width(hidden_dim: int | None, embedding_dim: int) -> None:
     table = MultiLayerEmbeddingBagConfig(
         name="odd", num_embeddings=9, embedding_dim=embedding_dim, hidden_dim=hidden_dim, feature_names=["f"]
@@ -334,18 +356,6 @@ def test_a_width_that_fbgemm_cannot_take_is_refused(ranks: Ranks) -> None:
     with pytest.raises(RankFailed, match="table 'odd': embedding_dim is 6"):
         ranks(1).run(_shard_width, None, 6)
     ranks(1).run(_shard_width, 8, 6)
-
-
-def _forward_without(feature: str) -> None:
-    model = shard(MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")))
-    bags = _make_bags(0)
-    del bags[feature]
-    model(to_kjt(bags, 0, 4)).to_dict()
-
-
-def test_a_missing_feature_is_named(ranks: Ranks) -> None:
-    with pytest.raises(RankFailed, match="f3"):
-        ranks(2).run(_forward_without, "f3")
 
 
 def _outputs_served_and_trained() -> tuple[torch.Tensor, torch.Tensor]:
