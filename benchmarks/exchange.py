@@ -1,6 +1,6 @@
 """The embedding step (forward, backward, fused update) under each exchange, beside the plain single-layer table.
 
-    python benchmarks/exchange.py --ranks 2                    # the table, on local gloo ranks
+    .venv/bin/python benchmarks/exchange.py --ranks 2          # the table, on local gloo ranks
     torchrun … benchmarks/exchange.py --json                   # on any ranks; the last line is one JSON object
 
 All ways run in one process group, in turn, on the same batches; medians and quartiles are of the step's wall time, and
@@ -82,7 +82,8 @@ def build(way: str, case: Case, device: torch.device) -> DistributedModelParalle
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     topology = Topology(world_size=world_size, local_world_size=local, compute_device=device.type)
     model = torch.nn.Sequential(embeddings)
-    plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, [sharder], dist.group.WORLD)
+    planner = EmbeddingShardingPlanner(topology=topology, batch_size=case.local_batch_size)
+    plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
     return DistributedModelParallel(model, device=device, plan=plan, sharders=[sharder])
 
 
@@ -198,17 +199,27 @@ def show(result: dict[str, Any]) -> None:
     print(f"{'projection alone':16}{result['projection_floor_ms']:9.1f}", flush=True)
 
 
+def at_least_one(text: str) -> int:
+    """A number of things, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
 def main() -> None:
     """Start ranks unless this is one, run the cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="local ranks, unless torchrun has started this one")
-    parser.add_argument("--batch", type=int, default=4096, help="bags a feature and rank")
-    parser.add_argument("--tables", type=int, default=26)
-    parser.add_argument("--num-embeddings", type=int, default=100_000)
+    parser.add_argument(
+        "--ranks", type=at_least_one, default=2, help="local ranks, unless torchrun has started this one"
+    )
+    parser.add_argument("--batch", type=at_least_one, default=4096, help="bags a feature and rank")
+    parser.add_argument("--tables", type=at_least_one, default=26)
+    parser.add_argument("--num-embeddings", type=at_least_one, default=100_000)
     parser.add_argument("--hidden-dim", type=int, nargs="+", default=[64])
     parser.add_argument("--embedding-dim", type=int, default=16)
     parser.add_argument("--ids", nargs="+", choices=["zipf", "uniform"], default=["zipf"])
-    parser.add_argument("--pooling-factor", type=int, nargs="+", default=[1])
+    parser.add_argument("--pooling-factor", type=at_least_one, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
         "--json", action="store_true", help="end with one JSON object: the first case, others in `cases`"

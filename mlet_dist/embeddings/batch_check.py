@@ -137,7 +137,7 @@ class BatchChecker:
             code.fill_(self._code(int(mistake.kind), mistake.feature))
             batch = self._harmless(features)
             return batch, Verdict(self, code, mistake, batch)
-        features = _select(features, self._names)
+        features = _select(_of_common_types(features), self._names)
         outside = _outside(features, self._rows)
         if not outside.numel() or (not outside.is_cuda and not bool(outside.any())):
             return features, Verdict(self, code, None, features)
@@ -190,18 +190,14 @@ class BatchChecker:
         return None
 
     def _harmless(self, like: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """Empty bags: as many as the batch has, of the same dtypes, so that the ranks' collectives match."""
+        """Empty bags, as many as the batch has."""
         device, stride, count = self._rows.device, like.stride(), len(self._names)
-        dtype = torch.int64 if like.values().is_floating_point() else like.values().dtype
-        sizes = like.lengths_or_none() if like.lengths_or_none() is not None else like.offsets_or_none()
-        weights = like.weights_or_none()
-        empty = torch.empty(0, dtype=torch.float32 if weights is None else weights.dtype, device=device)
         rows = torch.arange(stride, device=device)
         return KeyedJaggedTensor(
             keys=self._names,
-            values=torch.empty(0, dtype=dtype, device=device),
-            weights=empty if self._is_weighted else None,
-            lengths=torch.zeros(count * stride, dtype=torch.int32 if sizes is None else sizes.dtype, device=device),
+            values=torch.empty(0, dtype=torch.int64, device=device),
+            weights=torch.empty(0, device=device) if self._is_weighted else None,
+            lengths=torch.zeros(count * stride, dtype=torch.int64, device=device),
             stride=None if self._varying else stride,
             stride_per_key_per_rank=torch.full((count, 1), stride) if self._varying else None,
             inverse_indices=(self._names, rows.repeat(count, 1)) if self._varying else None,
@@ -231,8 +227,10 @@ def _misfit(features: KeyedJaggedTensor) -> str | None:
         return f"has ids of {values.dtype}, which are to be integers"
     if weights is not None and weights.numel() != values.numel():
         return f"has {weights.numel()} weights for {values.numel()} ids"
-    if not features.lengths().is_cuda and bool((features.lengths() < 0).any()):
-        return "has negative lengths"
+    if not values.is_cuda:  # a device is not waited for
+        offsets = features.offsets_or_none()
+        if bool((features.lengths() < 0).any()) or (offsets is not None and offsets.numel() and int(offsets[0])):
+            return "has negative lengths, or offsets that do not rise from 0"
     bags, expected = features.lengths().numel(), sum(features.stride_per_key())
     if bags != expected:
         return f"has {bags} lengths for {expected} bags"
@@ -269,15 +267,22 @@ def _select(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
     return _with_values(selected, selected.values(), (names, inverse[1][[row[name] for name in names]]))
 
 
+def _of_common_types(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """int64 ids and lengths and float32 weights: collectives fail where ranks have different ones."""
+    weights = features.weights_or_none()
+    found = (features.values().dtype, features.lengths().dtype, torch.float32 if weights is None else weights.dtype)
+    return features if found == (torch.int64, torch.int64, torch.float32) else _with_values(features, features.values())
+
+
 def _with_values(
     features: KeyedJaggedTensor, values: torch.Tensor, inverse: tuple[list[str], torch.Tensor] | None = None
 ) -> KeyedJaggedTensor:
-    varying = features.variable_stride_per_key()
+    varying, weights = features.variable_stride_per_key(), features.weights_or_none()
     return KeyedJaggedTensor(
         keys=features.keys(),
-        values=values,
-        weights=features.weights_or_none(),
-        lengths=features.lengths(),
+        values=values.long(),
+        weights=None if weights is None else weights.float(),
+        lengths=features.lengths().long(),
         stride=None if varying else features.stride(),
         stride_per_key_per_rank=torch.tensor(features.stride_per_key_per_rank()) if varying else None,
         length_per_key=features.length_per_key(),

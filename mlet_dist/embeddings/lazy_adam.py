@@ -12,7 +12,9 @@ class LazyAdam(torch.optim.Optimizer):
     m = β1·m + (1-β1)·g, v = β2·v + (1-β2)·g², w = w - lr·(m/(1-β1ᵗ)) / (sqrt(v/(1-β2ᵗ)) + eps), where t counts all
     steps, also those in which a row stood still; fbgemm counts forward passes, evaluation's too. A row whose gradient
     is zero throughout counts as not looked up.
-    State: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` ``(n, k)``, made at once, so that a checkpoint can be loaded.
+    State: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` ``(n, k)``, made at once, so that a checkpoint can be loaded. For
+    sharded rows on a CPU they are plain tensors of this rank's rows: torch.distributed.checkpoint, given them under the
+    parameter's name on several ranks, keeps one rank's.
 
     Args:
         params: weights ``(n, k)`` with a dense gradient.

@@ -152,7 +152,7 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> "Awaitable[Awaitable[KeyedJaggedTensor]]":
         """Find the distinct ids, which must lie inside their tables, and tell each owner how many to expect."""
-        values = sparse_features.values().long()
+        values = sparse_features.values()
         lengths, weights = sparse_features.lengths(), sparse_features.weights_or_none()
         counts = lengths.view(self._table_of_feature.numel(), -1).sum(dim=1)
         table = torch.repeat_interleave(self._table_of_feature, counts, output_size=values.numel())

@@ -26,3 +26,13 @@ def learning_rate_factor(config: OptimizerConfig, steps: int) -> Callable[[int],
         return 1 - fallen if config.decay == "linear" else (1 + math.cos(math.pi * fallen)) / 2
 
     return factor
+
+
+def schedule_warnings(config: OptimizerConfig, steps: int) -> list[str]:
+    """Settings that a run of ``steps`` steps does not reach, one line each."""
+    found = []
+    if config.warmup_steps >= steps:
+        found.append(f"optimizer.warmup_steps {config.warmup_steps} is not over within the run's {steps} steps")
+    elif config.decay_start is not None and config.decay_start >= steps:
+        found.append(f"optimizer.decay_start {config.decay_start} is not reached within the run's {steps} steps")
+    return found

@@ -28,7 +28,7 @@ from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.run_directory import RunDirectory
-from mlet_dist.training.schedule import learning_rate_factor
+from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.weights import weights_sha256
 
@@ -85,6 +85,10 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         steps = len(loader) * config.train.epochs
         if config.train.max_steps is not None:
             steps = min(steps, config.train.max_steps)
+        if worker.is_first:
+            for warning in schedule_warnings(config.optimizer, steps):
+                with suppress(OSError):
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
         with Recorder(run, enabled=worker.is_first) as recorder:
             seconds = _train_steps(config, steps, sharded, optimizer, loader, worker, recorder)
             progress = {"step": steps, "epoch": steps // len(loader), "batch_in_epoch": steps % len(loader)}

@@ -65,6 +65,10 @@ def _bad_batch(mistake: str, step: int, rank: int, weighted: bool) -> KeyedJagge
         batch = KeyedJaggedTensor(
             batch.keys(), batch.values()[:-1], batch.weights()[:-1] if weighted else None, batch.lengths()
         )
+    if mistake == "a length below 0":
+        lengths, first = batch.lengths().clone(), 3 * batch.keys().index("f0")
+        lengths[first : first + 3] = torch.tensor([lengths[first : first + 3].sum() + 1, -1, 0])
+        batch = KeyedJaggedTensor(batch.keys(), batch.values(), batch.weights_or_none(), lengths)
     return batch
 
 
@@ -93,6 +97,10 @@ MISTAKES = {
     "no weights": ("the batch has no weights, and the collection is weighted",) * 2,
     "varying": ("the batch size varies by feature, which ",) * 2,
     "lengths": ("the batch has lengths of", "the batch's ids, lengths and weights do not fit one another"),
+    "a length below 0": (
+        "the batch has negative lengths",
+        "the batch's ids, lengths and weights do not fit one another",
+    ),
 }
 """Mistake -> what the rank that made it says, and what the others say after "rank r: "."""
 
@@ -235,6 +243,37 @@ def test_a_batch_size_varies_on_all_ranks_and_in_all_batches_or_in_none(ranks: R
     assert [said[1] for _, said in by_rank] == [mixed, f"rank 0: {mixed}"]
     on_one = [said[0] for _, said in ranks(2).run(_vary, 1)]
     assert on_one == ["table 't0': the batch size varies by feature on some ranks and not on others"] * 2
+
+
+def _train_with_types_of_its_own(exchange: ExchangeChoice, weighted: bool) -> bool:
+    rank = dist.get_rank()
+    good = [to_kjt(make_bags(step, rank), weighted) for step in range(3)]
+    other = [
+        KeyedJaggedTensor(
+            batch.keys(),
+            batch.values().to(ids),
+            batch.weights().double() if weighted else None,
+            batch.lengths().to(lengths),
+        )
+        for batch, (ids, lengths) in zip(
+            good, [(torch.int32, torch.int64), (torch.int64, torch.int16), (torch.int32, torch.int8)], strict=True
+        )
+    ]
+    found = []
+    for batches in (good, other if rank else good):
+        model, optimizer = build(exchange, weighted)
+        train(model, optimizer, batches)
+        found.append(weights_of(model))
+    return _same(*found)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_ranks_may_have_ids_lengths_and_weights_of_other_types(
+    ranks: Ranks, exchange: ExchangeChoice, weighted: bool
+) -> None:
+    assert ranks(2).run(_train_with_types_of_its_own, exchange, weighted) == [True, True]
 
 
 def _columns(values: torch.Tensor) -> list[list[float]]:

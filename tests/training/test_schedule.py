@@ -1,11 +1,12 @@
 """Learning rates as a function of the step."""
 
 import math
+from typing import Any
 
 import pytest
 
 from mlet_dist.config import OptimizerConfig
-from mlet_dist.training.schedule import learning_rate_factor
+from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
 
 
 def factors(steps: int, **settings: object) -> list[float]:
@@ -40,3 +41,19 @@ def test_cosine_decay_is_half_way_at_half_of_the_factor() -> None:
 def test_a_run_that_ends_before_its_decay_keeps_the_full_rate(decay: str) -> None:
     assert factors(3, decay=decay, decay_start=3) == [1.0, 1.0, 1.0, 1.0]
     assert factors(3, decay=decay, decay_start=10) == [1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"warmup_steps": 99}, []),
+        ({"warmup_steps": 100}, ["optimizer.warmup_steps 100 is not over within the run's 100 steps"]),
+        ({"decay": "linear", "decay_start": 99}, []),
+        (
+            {"decay": "linear", "decay_start": 100},
+            ["optimizer.decay_start 100 is not reached within the run's 100 steps"],
+        ),
+    ],
+)
+def test_what_a_short_run_does_not_reach_is_said(settings: dict[str, Any], said: list[str]) -> None:
+    assert schedule_warnings(OptimizerConfig(**settings), 100) == said
