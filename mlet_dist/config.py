@@ -102,6 +102,15 @@ class ShardingConfig:
         "all-to-all (d columns); auto takes the one that sends fewer bytes, table by table",
         "auto",
     )
+    forward_comm: Literal["fp32", "fp16", "bf16"] = _setting(
+        "what vectors are rounded to on the network, under every exchange; nothing is on one rank", "fp32"
+    )
+    backward_comm: Literal["fp32", "fp16", "bf16"] = _setting(
+        "what their gradients are rounded to there; fp16 sends them scaled up by the rank's batch", "fp32"
+    )
+    rows_dtype: Literal["fp32", "fp16"] = _setting(
+        "how ranks store W1 in training; fp16 halves it, not the optimizer's state; exports are fp32", "fp32"
+    )
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,14 @@ class Config:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of the {world_size} ranks; "
                 f"use {_multiples(self.data.batch_size, world_size)}"
+            )
+
+    def check_device(self, device: str) -> None:
+        """Raise UserError where there is no kernel for the optimizer and ``sharding.rows_dtype`` on ``device``."""
+        if device == "cpu" and self.optimizer.name == "adam" and self.sharding.rows_dtype == "fp16":
+            raise UserError(
+                "sharding.rows_dtype is fp16 and optimizer.name is adam: fbgemm updates such rows on CUDA alone; "
+                "on a CPU use fp32, or sgd, adagrad or rowwise_adagrad"
             )
 
     def check_features(self, dense: Sequence[str], sparse: Sequence[str]) -> None:

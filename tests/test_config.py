@@ -12,6 +12,7 @@ from mlet_dist.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    ShardingConfig,
     TrainConfig,
     load_config,
     save_config,
@@ -70,6 +71,11 @@ configs = st.builds(
         warmup_steps=st.integers(0, 100),
         decay=st.sampled_from(["linear", "cosine"]),
         decay_start=st.none() | st.integers(100),
+    ),
+    sharding=st.builds(
+        ShardingConfig,
+        forward_comm=st.sampled_from(["fp32", "fp16", "bf16"]),
+        rows_dtype=st.sampled_from(["fp32", "fp16"]),
     ),
     train=st.builds(TrainConfig, seed=st.integers(0, 2**63 - 1), max_steps=st.none() | st.integers(1)),
 )
@@ -229,6 +235,15 @@ def test_a_batch_that_ranks_cannot_share_names_both(batch: int, ranks: int, advi
     assert str(caught.value) == f"data.batch_size {batch} is not a multiple of the {ranks} ranks; use {advice}"
     for number in re.findall(r"\d+", advice):
         load_config(file, [f"data.batch_size={number}"]).check_world_size(ranks)
+
+
+def test_half_rows_that_adam_cannot_update_name_both_settings(file: Path) -> None:
+    config = load_config(file, ["sharding.rows_dtype=fp16", "optimizer.name=adam"])
+    config.check_device("cuda")
+    with pytest.raises(UserError, match=r"^sharding\.rows_dtype is fp16 and optimizer\.name is adam: .*CUDA.*fp32"):
+        config.check_device("cpu")
+    for setting in ("sharding.rows_dtype=fp32", "optimizer.name=adagrad"):
+        load_config(file, ["sharding.rows_dtype=fp16", "optimizer.name=adam", setting]).check_device("cpu")
 
 
 def test_features_that_the_data_lacks_are_named(file: Path) -> None:

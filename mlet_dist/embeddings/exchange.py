@@ -1,6 +1,6 @@
 """How the vectors of row-wise tables cross the network, and which way is the cheapest for a table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +10,18 @@ from torch.autograd.function import once_differentiable
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
+from torchrec.distributed.types import CommOp, QuantizedCommCodec, QuantizedCommCodecs
 
 Exchange = Literal["after", "reduce_scatter", "unique_rows"]
 ExchangeChoice = Exchange | Literal["auto"]
 EXCHANGES: tuple[Exchange, ...] = ("after", "reduce_scatter", "unique_rows")
+
+COMM_OPS: dict[Exchange, CommOp] = {
+    "after": CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER,
+    "reduce_scatter": CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER,
+    "unique_rows": CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL,
+}
+"""By which name TorchRec's ``qcomm_codecs_registry`` knows the collective of each exchange."""
 
 ProjectionsOf = Callable[[Sequence[str]], dict[str, torch.Tensor]]
 """Tables -> W2 of those that have one, for this forward pass."""
@@ -88,20 +96,30 @@ class TableTraffic:
         return self.num_embeddings * (1 - (1 - 1 / self.num_embeddings) ** ids)
 
 
-def choose_exchange(table: TableTraffic, world_size: int) -> tuple[Exchange, str]:
+_FLOAT32_BOTH_WAYS = {exchange: 8 for exchange in EXCHANGES}
+
+
+def choose_exchange(
+    table: TableTraffic, world_size: int, value_bytes: Mapping[Exchange, int] = _FLOAT32_BOTH_WAYS
+) -> tuple[Exchange, str]:
     """The exchange that sends fewer bytes, forward and backward, and the reason in a few words.
 
-    Both ways send vectors of d float32 twice. The reduce-scatter sends R-1 copies of the rank's bags. The unique-row
+    Both ways send vectors of d values twice. The reduce-scatter sends R-1 copies of the rank's bags. The unique-row
     all-to-all sends each distinct id once, as 8 bytes and as a vector, to the one rank that owns it.
+
+    Args:
+        table: what is exchanged.
+        world_size: R.
+        value_bytes: of a value forward and its gradient backward, on each exchange.
     """
     if world_size == 1:
         return "after", "one rank: nothing crosses the network"
     others = world_size - 1
     bags = table.local_batch_size * table.num_features
     ids = bags * table.pooling_factor
-    vector = 2 * 4 * table.embedding_dim
-    scatter = bags * others * vector + 8 * ids * others / world_size
-    unique = table.distinct_ids() * others / world_size * (vector + 8)
+    vector = {exchange: size * table.embedding_dim for exchange, size in value_bytes.items()}
+    scatter = bags * others * vector["reduce_scatter"] + 8 * ids * others / world_size
+    unique = table.distinct_ids() * others / world_size * (vector["unique_rows"] + 8)
     text = f"up to {unique / bags:,.0f} bytes a bag as unique rows, {scatter / bags:,.0f} reduce-scattered"
     return ("unique_rows" if unique <= scatter else "reduce_scatter"), text
 
@@ -109,24 +127,43 @@ def choose_exchange(table: TableTraffic, world_size: int) -> tuple[Exchange, str
 class AllToAllRows(torch.autograd.Function):
     """Send rows ``(sum of send, d)`` by rank, receive ``(sum of received, d)``; backward sends gradients back.
 
-    Backward divides by the world size where TorchRec does (``comm_ops.GRADIENT_DIVISION``), so that the rows' owners
-    sum up the gradient of the mean loss.
+    Both travel as ``codecs`` encode them. Backward divides by the world size where TorchRec does
+    (``comm_ops.GRADIENT_DIVISION``), so that the rows' owners sum up the gradient of the mean loss.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], process_group: dist.ProcessGroup
+        ctx: Any,
+        rows: torch.Tensor,
+        send: list[int],
+        receive: list[int],
+        process_group: dist.ProcessGroup,
+        codecs: QuantizedCommCodecs,
     ) -> torch.Tensor:
-        ctx.send, ctx.receive, ctx.process_group = send, receive, process_group
-        received = rows.new_empty(sum(receive), rows.shape[1])
-        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=process_group)
-        return received
+        ctx.send, ctx.receive, ctx.process_group, ctx.codec = send, receive, process_group, codecs.backward
+        return _all_to_all(rows, send, receive, process_group, codecs.forward)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        returned = gradient.new_empty(sum(ctx.send), gradient.shape[1])
-        dist.all_to_all_single(returned, gradient.contiguous(), ctx.send, ctx.receive, group=ctx.process_group)
+        returned = _all_to_all(gradient, ctx.receive, ctx.send, ctx.process_group, ctx.codec)
         if get_gradient_division():
             returned /= dist.get_world_size(ctx.process_group)
-        return returned, None, None, None
+        return returned, None, None, None, None
+
+
+def _all_to_all(
+    rows: torch.Tensor,
+    send: list[int],
+    receive: list[int],
+    process_group: dist.ProcessGroup,
+    codec: QuantizedCommCodec,
+) -> torch.Tensor:
+    width, context = rows.shape[1], codec.create_context()
+    encoded = codec.encode(rows.reshape(-1), context)
+    sent, expected = (
+        [codec.calc_quantized_size(count * width, context) for count in counts] for counts in (send, receive)
+    )
+    received = encoded.new_empty(sum(expected))
+    dist.all_to_all_single(received, encoded, expected, sent, group=process_group)
+    return codec.decode(received, context).view(sum(receive), width)

@@ -23,6 +23,7 @@ class RowInitializer:
         scale: half-width or standard deviation.
         seed: the run's seed.
         center: the middle of the distribution.
+        dtype: what the values are rounded to, even where they are stored wider.
     """
 
     name: str
@@ -31,6 +32,7 @@ class RowInitializer:
     scale: float
     seed: int
     center: float = 0.0
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, weight: torch.Tensor) -> None:
         """Fill the whole weight, ``(num_rows, dim)``."""
@@ -51,6 +53,7 @@ class RowInitializer:
             return
         for start in range(first_row - first_row % _BLOCK_ROWS, last_row, _BLOCK_ROWS):
             block = self._draw(start, min(_BLOCK_ROWS, self.num_rows - start), weight.shape[1])
+            block = block.to(self.dtype)
             begin, end = max(start, first_row), min(start + block.shape[0], last_row)
             weight[begin - first_row : end - first_row].copy_(block[begin - start : end - start])
 

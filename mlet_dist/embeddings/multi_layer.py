@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType, data_type_to_dtype
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
@@ -24,7 +24,8 @@ from mlet_dist.embeddings.projection import Projection, project
 class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
     """TorchRec's EmbeddingBagConfig, with the width of the layer that training puts in front of the table.
 
-    ``embedding_dim`` stays d, what the model sees. W1 is drawn uniformly from TorchRec's ``weight_init_min`` …
+    ``embedding_dim`` stays d, what the model sees. ``data_type`` FP16 stores W1, and the table that is served, in half
+    precision (W2 stays float32). W1 is drawn uniformly from TorchRec's ``weight_init_min`` …
     ``weight_init_max`` (by default ±1/sqrt(num_embeddings)), or by ``init_fn`` where one is given.
 
     Args:
@@ -33,7 +34,7 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         projection_init_std: standard deviation of W2's initial values; None means 1/sqrt(k), which has unit gain.
 
     Raises:
-        ValueError: a dimension below 1, naming the table.
+        ValueError: a dimension below 1, or a data_type that is not trained, naming the table.
     """
 
     hidden_dim: int | None = None
@@ -45,6 +46,8 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"table {self.name!r}: {name} is {value}, it must be at least 1")
+        if self.data_type not in (DataType.FP32, DataType.FP16):
+            raise ValueError(f"table {self.name!r}: data_type is {self.data_type.name}; rows are FP32 or FP16")
 
     @property
     def row_width(self) -> int:
@@ -57,13 +60,13 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         plain.embedding_dim = self.row_width
         if self.init_fn is not None:
             return plain
-        name = f"embedding_bags.{self.name}"
+        name, dtype = f"embedding_bags.{self.name}", data_type_to_dtype(self.data_type)
         if self.rows_init_std is not None:
-            plain.init_fn = RowInitializer(name, self.num_embeddings, "normal", self.rows_init_std, seed)
+            plain.init_fn = RowInitializer(name, self.num_embeddings, "normal", self.rows_init_std, seed, dtype=dtype)
         else:
             low, high = self.get_weight_init_min(), self.get_weight_init_max()
             middle, scale = (high + low) / 2, (high - low) / 2
-            plain.init_fn = RowInitializer(name, self.num_embeddings, "uniform", scale, seed, middle)
+            plain.init_fn = RowInitializer(name, self.num_embeddings, "uniform", scale, seed, middle, dtype)
         return plain
 
     def plain_config(self) -> EmbeddingBagConfig:
@@ -119,9 +122,13 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         """Look up, pool and project: values ``(B, sum of d)`` float32.
 
         Raises:
-            ValueError: the batch has a mistake (``batch_check.check_batch``), naming the table.
+            ValueError: the batch has a mistake (``batch_check.check_batch``), or comes with per-sample weights for rows
+                in half precision, naming the table.
         """
         features = maybe_td_to_kjt(features, None)
+        half = [table.name for table in self._tables if table.data_type == DataType.FP16]
+        if half and self.is_weighted():
+            raise ValueError(f"table {half[0]!r}: unsharded, torch pools rows in FP16 without weights alone; use FP32")
         if not torch.compiler.is_compiling():
             check_batch(features, self._smallest_tables, self.is_weighted())
         weights = projection_weights(self.projections)

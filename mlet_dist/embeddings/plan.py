@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from torch.distributed._shard.metadata import ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingType
+from torchrec.modules.embedding_configs import DataType
 
 from mlet_dist.embeddings.exchange import ExchangeChoice
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagConfig
 
+_DENSE = EmbeddingComputeKernel.DENSE.value
 _REPLICATED_BYTES = 1 << 24
 
 
@@ -42,6 +44,16 @@ def check_widths(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
             )
 
 
+def check_rows_dtype(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding) -> None:
+    """Raise ValueError if half-precision rows would leave a dense gradient, which fbgemm computes in half as well."""
+    replicated = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+    if table.data_type == DataType.FP16 and not replicated and sharding.compute_kernel == _DENSE:
+        raise ValueError(
+            f"table {table.name!r}: rows in FP16 need a fused kernel, and the plan says {_DENSE} (on a CPU, Adam has "
+            "no other); use FP32 rows or another optimizer"
+        )
+
+
 def keep_replicated_if_too_small(
     table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, world_size: int, on_cpu: bool
 ) -> None:
@@ -56,7 +68,7 @@ def keep_replicated_if_too_small(
     cheap = 4 * table.num_embeddings * table.row_width <= _REPLICATED_BYTES
     if (cheap or on_cpu) and any(shard.shard_sizes[0] == 0 for shard in spec.shards):
         sharding.sharding_type = ShardingType.DATA_PARALLEL.value
-        sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        sharding.compute_kernel = _DENSE
         sharding.ranks = list(range(world_size))
         sharding.sharding_spec = None
 
@@ -115,4 +127,4 @@ def spread_blocks(shardings: Sequence[ParameterSharding]) -> None:
 def keep_gradients_dense(shardings: Sequence[ParameterSharding]) -> None:
     """Have tables leave a dense gradient, as large as a rank's rows, instead of using fused kernels, in place."""
     for sharding in shardings:
-        sharding.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        sharding.compute_kernel = _DENSE

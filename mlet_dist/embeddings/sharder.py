@@ -4,15 +4,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
 from torchrec.optim import Adam
 
-from mlet_dist.embeddings.exchange import EXCHANGES, Exchange, ExchangeChoice, TableTraffic, choose_exchange
+from mlet_dist.embeddings.codecs import codecs_of, value_bytes
+from mlet_dist.embeddings.exchange import (
+    COMM_OPS,
+    EXCHANGES,
+    Exchange,
+    ExchangeChoice,
+    TableTraffic,
+    choose_exchange,
+)
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.plan import (
     check_plan,
+    check_rows_dtype,
     keep_gradients_dense,
     keep_replicated_if_too_small,
     place_blocks,
@@ -33,13 +43,14 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         pooling_factors: ids a bag of each table, on average; 1 where none is given. With ``local_batch_size`` it
             decides on ``auto``, and on the CPU which tables share a kernel: speed, not results.
         local_batch_size: bags a feature on one rank.
-        *torchrec_arguments, **torchrec_keywords: as of TorchRec's sharder.
+        *torchrec_arguments, **torchrec_keywords: as of TorchRec's sharder; ``qcomm_codecs_registry`` is what vectors
+            and their gradients are rounded to on the network, under every exchange (``exchange_codecs``).
 
     Attributes:
         chosen: exchange and reason of each row_wise table of the collections that it has sharded.
 
     Raises:
-        ValueError: an unknown exchange.
+        ValueError: an unknown exchange, or ``fused_params`` that have lookups return anything but float32.
     """
 
     def __init__(
@@ -53,6 +64,12 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         super().__init__(*torchrec_arguments, **torchrec_keywords)
         if exchange not in ("auto", *EXCHANGES):
             raise ValueError(f"exchange is {exchange!r}; it must be one of auto, {', '.join(EXCHANGES)}")
+        output = (self.fused_params or {}).get("output_dtype", SparseType.FP32)
+        if output.name != SparseType.FP32.name:
+            raise ValueError(
+                f"fused_params: output_dtype is {output.name}; W2 is applied to FP32. Rows are stored in half with "
+                "data_type FP16, and sent in half with qcomm_codecs_registry"
+            )
         self._exchange = exchange
         self._pooling_factors = dict(pooling_factors or {})
         self._local_batch_size = local_batch_size
@@ -69,8 +86,8 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """Shard ``module`` by ``params``, which is changed in place to the plan that runs (``plan.py``).
 
         Raises:
-            ValueError: a table's rows are sharded unevenly or its columns split, its plan is one that the exchange
-                cannot serve, or the ranks are in 2D.
+            ValueError: a table's rows are sharded unevenly or its columns split, its plan is one that the exchange or
+                its dtype rules out, or the ranks are in 2D.
         """
         if isinstance(env, ShardingEnv2D):
             raise ValueError("multi-layer tables cannot be sharded in 2D (DMPCollection); use DistributedModelParallel")
@@ -83,8 +100,11 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             for table in module.embedding_bag_configs()
             if params[table.name].sharding_type == ShardingType.ROW_WISE.value
         }
+        sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
         chosen = {
-            name: choose_exchange(each, env.world_size) if self._exchange == "auto" else (self._exchange, "asked for")
+            name: choose_exchange(each, env.world_size, sizes)
+            if self._exchange == "auto"
+            else (self._exchange, "asked for")
             for name, each in traffic.items()
         }
         self.chosen |= chosen
@@ -94,6 +114,8 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             spread_blocks([params[name] for name, (exchange, _) in chosen.items() if exchange == "unique_rows"])
         if on_cpu:
             keep_gradients_dense([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
+        for table in module.embedding_bag_configs():
+            check_rows_dtype(table, params[table.name])
         order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
         return ShardedMultiLayerEmbeddingBagCollection(
             module=module,

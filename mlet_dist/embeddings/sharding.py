@@ -22,6 +22,7 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
@@ -71,6 +72,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     Initial values depend on seed, table and row only. A source module that is not on the meta device passes its
     values on instead.
 
+    Rows with ``data_type`` FP16 are stored in half and looked up as float32; replicated ones stay float32.
+
     Raises:
         ValueError: a row's width is not a multiple of 4.
     """
@@ -92,6 +95,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         rows.exchanged_dims = {table.name: table.embedding_dim for table in tables}
         rows.projected = {table.name for table in tables if table.hidden_dim is not None}
         check_widths(tables)
+        for config in rows.embedding_bag_configs():
+            # Replicated rows have a dense gradient and an optimizer of torch, which take the dtype of the weight.
+            if table_name_to_parameter_sharding[config.name].sharding_type == ShardingType.DATA_PARALLEL.value:
+                config.data_type = DataType.FP32
         super().__init__(
             module=rows,
             table_name_to_parameter_sharding=table_name_to_parameter_sharding,

@@ -12,11 +12,13 @@ from torchrec.distributed.embedding_sharding import (
     EmbeddingShardingContext,
 )
 from torchrec.distributed.embedding_types import BaseGroupedFeatureProcessor, ShardedEmbeddingTable
-from torchrec.distributed.types import Awaitable, NoWait, ShardingType
+from torchrec.distributed.types import Awaitable, NoWait, QuantizedCommCodecs, ShardingType
 from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mlet_dist.embeddings.codecs import codecs_of
 from mlet_dist.embeddings.exchange import (
+    COMM_OPS,
     AllToAllRows,
     ExchangedShardingInfo,
     ProjectedRowWiseSharding,
@@ -107,7 +109,12 @@ class UniqueRowsSharding(ProjectedRowWiseSharding):
         )
 
     def create_output_dist(self, device: torch.device | None = None) -> "UniqueRowsOutputDist":
-        return UniqueRowsOutputDist(self._pg, [table.name for table in self._tables()], len(self.table_of_feature()))
+        return UniqueRowsOutputDist(
+            self._pg,
+            [table.name for table in self._tables()],
+            len(self.table_of_feature()),
+            codecs_of(self.qcomm_codecs_registry, COMM_OPS["unique_rows"]),
+        )
 
     def _tables(self) -> list[ShardedEmbeddingTable]:
         """In the order of the lookup's rows."""
@@ -210,10 +217,14 @@ class _IdsAwaitable(Awaitable[KeyedJaggedTensor]):
 class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, torch.Tensor]):
     """Distinct rows ``(U, k)`` at the owners -> pooled vectors ``(b, F·d)`` at home."""
 
-    def __init__(self, process_group: dist.ProcessGroup, tables: list[str], num_features: int) -> None:
+    def __init__(
+        self, process_group: dist.ProcessGroup, tables: list[str], num_features: int, codecs: QuantizedCommCodecs
+    ) -> None:
         super().__init__()
         self._process_group = process_group
         self._tables, self._num_features = tables, num_features
+        # As in TorchRec, what does not leave the rank is not rounded.
+        self._codecs = codecs if dist.get_world_size(process_group) > 1 else QuantizedCommCodecs()
         self.projections_of: ProjectionsOf
 
     def forward(
@@ -226,7 +237,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         if weights:
             rows = project_rows(rows, routing.counts, torch.stack([weights[table] for table in self._tables]))
         rows = rows.index_select(0, routing.position_of_request)
-        received = AllToAllRows.apply(rows, routing.asked_for, routing.requested, self._process_group)
+        received = AllToAllRows.apply(rows, routing.asked_for, routing.requested, self._process_group, self._codecs)
         return NoWait(self._pool(received, routing))
 
     def _pool(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -53,7 +53,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
                 projection = load_tensor(f"{TABLES_PREFIX}projections.{feature.name}.weight", checkpoint, metadata)
                 trained_bytes += projection.numel() * projection.element_size()
                 rows = collapse_rows(rows, projection)
-            state[name] = rows
+            state[name] = rows = rows.float()
             tables.append(
                 {
                     "name": feature.name,

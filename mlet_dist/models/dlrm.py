@@ -1,27 +1,33 @@
 """TorchRec's DLRM around multi-layer tables, or around plain ones, from a config."""
 
 import math
+from typing import Literal
 
 import torch
 from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.models.spec import ModelSpec
 
+RowsDtype = Literal["fp32", "fp16"]
+
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
 """What precedes ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the model's state names."""
 
 
-def build_dlrm(spec: ModelSpec, tables_device: torch.device) -> DLRM:
+def build_dlrm(spec: ModelSpec, tables_device: torch.device, rows_dtype: RowsDtype = "fp32") -> DLRM:
     """The model that is trained: DLRM around a MultiLayerEmbeddingBagCollection.
 
     The dense layers are drawn on the CPU from the seed, so they start the same on any number of ranks.
 
     Args:
         tables_device: ``meta`` when the tables are to be sharded.
+        rows_dtype: ``sharding.rows_dtype`` of the config; an export and its verification know fp32 alone.
     """
-    embeddings = MultiLayerEmbeddingBagCollection(_table_configs(spec), device=tables_device, seed=spec.seed)
+    tables = _table_configs(spec, DataType(rows_dtype.upper()))
+    embeddings = MultiLayerEmbeddingBagCollection(tables, device=tables_device, seed=spec.seed)
     return _around(embeddings, spec)
 
 
@@ -30,10 +36,12 @@ def build_plain_dlrm(spec: ModelSpec) -> DLRM:
     return _around(EmbeddingBagCollection([table.plain_config() for table in _table_configs(spec)]), spec)
 
 
-def table_bytes(spec: ModelSpec) -> tuple[int, int]:
-    """Bytes of all tables in float32: (W1 and W2 in training, W when served)."""
-    tables = build_dlrm(spec, torch.device("meta")).sparse_arch.embedding_bag_collection
-    return _parameter_bytes(tables), _parameter_bytes(tables.collapse())
+def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> tuple[int, int]:
+    """Bytes of all tables: (W1 in ``rows_dtype`` and W2 in float32 in training, W in float32 when served)."""
+    meta = torch.device("meta")
+    trained = build_dlrm(spec, meta, rows_dtype).sparse_arch.embedding_bag_collection
+    served = build_dlrm(spec, meta).sparse_arch.embedding_bag_collection.collapse()
+    return _parameter_bytes(trained), _parameter_bytes(served)
 
 
 def _around(embeddings: EmbeddingBagCollection, spec: ModelSpec) -> DLRM:
@@ -51,7 +59,7 @@ def _parameter_bytes(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _table_configs(spec: ModelSpec) -> list[MultiLayerEmbeddingBagConfig]:
+def _table_configs(spec: ModelSpec, data_type: DataType = DataType.FP32) -> list[MultiLayerEmbeddingBagConfig]:
     model = spec.model
     tables = []
     for feature in spec.sparse:
@@ -63,6 +71,7 @@ def _table_configs(spec: ModelSpec) -> list[MultiLayerEmbeddingBagConfig]:
                 embedding_dim=model.embedding_dim,
                 hidden_dim=model.hidden_dim,
                 feature_names=[feature.name],
+                data_type=data_type,
                 weight_init_min=-bound,
                 weight_init_max=bound,
                 rows_init_std=model.rows_init_gain * model.rows_init_std if model.rows_init == "normal" else None,

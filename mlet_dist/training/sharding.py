@@ -9,22 +9,29 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import QuantizedCommCodecs
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.exchange import ExchangeChoice
+from mlet_dist.embeddings.codecs import codecs_of
+from mlet_dist.embeddings.exchange import COMM_OPS, ExchangeChoice
 from mlet_dist.errors import UserError
 from mlet_dist.training.distributed import Worker
 
 
 def shard_model(
-    model: DLRM, worker: Worker, local_batch_size: int, exchange: ExchangeChoice = "auto"
+    model: DLRM,
+    worker: Worker,
+    local_batch_size: int,
+    exchange: ExchangeChoice = "auto",
+    codecs: dict[str, QuantizedCommCodecs] | None = None,
 ) -> tuple[DistributedModelParallel, list[str]]:
     """Plan with TorchRec's planner, shard every W1 row-wise and wrap what is replicated in DDP.
 
     Args:
         local_batch_size: rows of a batch on one rank, by which ``auto`` chooses.
         exchange: ``sharding.exchange`` of the config.
+        codecs: what vectors and their gradients are rounded to on the network (``embeddings/codecs.py``).
 
     Returns:
         The model, and what was planned: a line for each way in which tables are kept, with the reason.
@@ -32,7 +39,9 @@ def shard_model(
     Raises:
         UserError: the planner finds no plan that fits the memory of the device and of the host.
     """
-    sharder = MultiLayerEmbeddingBagCollectionSharder(exchange=exchange, local_batch_size=local_batch_size)
+    sharder = MultiLayerEmbeddingBagCollectionSharder(
+        exchange=exchange, local_batch_size=local_batch_size, qcomm_codecs_registry=codecs
+    )
     on_cuda = worker.device.type == "cuda"
     topology = Topology(
         world_size=worker.world_size,
@@ -52,6 +61,8 @@ def shard_model(
     sizes = {table.name: table.num_embeddings for table in tables}
     sharded = DistributedModelParallel(model, device=worker.device, plan=plan, sharders=[sharder])
     lines = _describe(sizes, sharder.chosen)
+    if codecs is not None and sharder.chosen:
+        lines.append(_describe_codecs(codecs_of(codecs, COMM_OPS["unique_rows"])))
     kernels = {table.compute_kernel for module in plan.plan.values() for table in module.values()}
     if kernels == {EmbeddingComputeKernel.DENSE.value} and sharder.chosen:
         lines.append("all rows leave a dense gradient: fbgemm has this optimizer's fused kernel for CUDA alone")
@@ -70,6 +81,13 @@ def _describe(sizes: Mapping[str, int], chosen: Mapping[str, tuple[str, str]]) -
         others = f" and {len(tables) - 1} more" if len(tables) > 1 else ""
         lines.append(f"{way}: {largest} ({sizes[largest]:,} rows){others}; {reason}")
     return lines
+
+
+def _describe_codecs(codecs: QuantizedCommCodecs) -> str:
+    forward, backward = (
+        str(codec.quantized_dtype).removeprefix("torch.") for codec in (codecs.forward, codecs.backward)
+    )
+    return f"vectors cross the network as {forward}, their gradients as {backward}"
 
 
 def _host_memory() -> int:

@@ -17,6 +17,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
 from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.embeddings.codecs import exchange_codecs
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.models.spec import ModelSpec
@@ -53,6 +54,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
     spec = ModelSpec.of(config, schema)
     with join_ranks(config.train.device) as worker, ExitStack() as resources:
         config.check_world_size(worker.world_size)
+        config.check_device(worker.device.type)
         # Whatever can be wrong with the data is found before an earlier run is dropped and before training.
         loader = DataLoader(
             data_path,
@@ -74,10 +76,11 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         if not run.config.exists():
             raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
 
-        model = build_dlrm(spec, tables_device=torch.device("meta"))
+        model = build_dlrm(spec, torch.device("meta"), config.sharding.rows_dtype)
         fuse_row_optimizer(model, config.optimizer)
         local_batch_size = config.data.batch_size // worker.world_size
-        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange)
+        codecs = exchange_codecs(config.sharding.forward_comm, config.sharding.backward_comm, local_batch_size)
+        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange, codecs)
         if worker.is_first:
             with suppress(OSError):  # a log that nobody reads any more
                 print(*(f"plan  {line}" for line in plan), sep="\n", file=sys.stderr, flush=True)
@@ -98,7 +101,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
                 found = evaluate(sharded, split_loader, worker, split)
                 recorder.record(split, steps, found)
                 summary |= {f"{split}_{name}": found[name] for name in ("auc", "logloss", "rows")}
-        trained, served = table_bytes(spec)
+        trained, served = table_bytes(spec, config.sharding.rows_dtype)
         summary |= {
             "trained_table_bytes": trained,
             "served_table_bytes": served,

@@ -8,6 +8,7 @@ from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.types import QuantizedCommCodecs
 from torchrec.optim import Adam
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
@@ -44,11 +45,12 @@ def shard(
     rate: float = 0.05,
     exchange: ExchangeChoice = "after",
     around: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Sequential,
+    codecs: dict[str, QuantizedCommCodecs] | None = None,
 ) -> DistributedModelParallel:
     """The collection inside ``around``, its W1 updated inside backward, on all ranks."""
     arguments = {"lr": rate, **_eps(optimizer)}
     apply_optimizer_in_backward(_FUSED[optimizer], embeddings.embedding_bags.parameters(), arguments)
-    sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange)]
+    sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange, qcomm_codecs_registry=codecs)]
     world_size = dist.get_world_size()
     topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
     model = around(embeddings)

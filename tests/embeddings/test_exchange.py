@@ -18,11 +18,13 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollectionSharder,
     MultiLayerEmbeddingBagConfig,
 )
-from mlet_dist.embeddings.exchange import TableTraffic, choose_exchange
+from mlet_dist.embeddings.codecs import CommPrecision, exchange_codecs
+from mlet_dist.embeddings.exchange import EXCHANGES, Exchange, TableTraffic, choose_exchange
 from tests.ranks import RankPool
 
 Ranks = Callable[[int], RankPool]
 TABLES, ROWS, D, K, LOCAL_BATCH = 26, 1000, 16, 64, 128
+FP32: tuple[CommPrecision, CommPrecision] = ("fp32", "fp32")
 
 
 class _RowWise(EmbeddingBagCollectionSharder):
@@ -30,7 +32,9 @@ class _RowWise(EmbeddingBagCollectionSharder):
         return ["row_wise"]
 
 
-def _build(exchange: str | None, pooling_factor: float = 1.0) -> DistributedModelParallel:
+def _build(
+    exchange: str | None, pooling_factor: float = 1.0, precision: tuple[CommPrecision, CommPrecision] = FP32
+) -> DistributedModelParallel:
     """TorchRec's own d-dimensional collection for None."""
     names = [f"t{index}" for index in range(TABLES)]
     common: dict[str, Any] = {"num_embeddings": ROWS, "embedding_dim": D}
@@ -44,7 +48,10 @@ def _build(exchange: str | None, pooling_factor: float = 1.0) -> DistributedMode
         embeddings = MultiLayerEmbeddingBagCollection(layers, device=meta)
         factors = {name: pooling_factor for name in names}
         sharder = MultiLayerEmbeddingBagCollectionSharder(
-            exchange=exchange, pooling_factors=factors, local_batch_size=LOCAL_BATCH
+            exchange=exchange,
+            pooling_factors=factors,
+            local_batch_size=LOCAL_BATCH,
+            qcomm_codecs_registry=exchange_codecs(*precision),
         )
     apply_optimizer_in_backward(torch.optim.SGD, embeddings.embedding_bags.parameters(), {"lr": 0.1})
     world_size = dist.get_world_size()
@@ -63,9 +70,11 @@ def _batch(ids_a_bag: int) -> KeyedJaggedTensor:
     return KeyedJaggedTensor([f"t{index}" for index in range(TABLES)], values, lengths=lengths)
 
 
-def _vector_bytes(exchange: str | None, ids_a_bag: int = 1) -> tuple[int, int, int]:
+def _vector_bytes(
+    exchange: str | None, ids_a_bag: int = 1, precision: tuple[CommPrecision, CommPrecision] = FP32
+) -> tuple[int, int, int]:
     """(bytes of vectors sent forward, bytes of gradients sent backward, distinct ids owned by other ranks)."""
-    model, batch = _build(exchange, ids_a_bag), _batch(ids_a_bag)
+    model, batch = _build(exchange, ids_a_bag, precision), _batch(ids_a_bag)
     model(batch).values()  # the first forward pass also builds what is built lazily
     with count_traffic() as forward:
         output = model(batch).values()
@@ -99,6 +108,23 @@ def test_mlet_sends_what_a_single_layer_sends_or_less(ranks: Ranks, world_size: 
 
 
 @pytest.mark.multirank
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_quantised_communication_sends_half_the_bytes(ranks: Ranks, world_size: int, exchange: str) -> None:
+    pool = ranks(world_size)
+    full = pool.run(_vector_bytes, exchange)
+    for precision, (forward, backward) in {
+        ("fp16", "bf16"): (2, 2),
+        ("bf16", "fp16"): (2, 2),
+        ("fp16", "fp32"): (2, 1),
+        ("fp32", "bf16"): (1, 2),
+    }.items():
+        found = pool.run(_vector_bytes, exchange, 1, precision)
+        assert [each[:2] for each in found] == [(each[0] // forward, each[1] // backward) for each in full]
+        assert all(each[0] > 0 and each[1] > 0 for each in found)
+
+
+@pytest.mark.multirank
 @pytest.mark.parametrize("ids_a_bag", [1, 50])
 def test_auto_is_the_cheaper_of_the_two(ranks: Ranks, ids_a_bag: int) -> None:
     sent = {
@@ -121,6 +147,19 @@ def test_the_choice_by_hand() -> None:
     chosen, reason = choose_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2)
     # Two vectors of 16 float32 and an id, half of which stay at home; two vectors to one other rank, and half an id.
     assert (chosen, reason) == ("unique_rows", "up to 68 bytes a bag as unique rows, 132 reduce-scattered")
+
+
+def test_the_choice_knows_what_a_value_takes_on_the_network() -> None:
+    table = TableTraffic(10**6, 4, 5.0, 1, 512)
+    # Per bag: 2.5 ids of 8 bytes and a vector against one vector and 2.5 ids. Ids weigh as much as before.
+    assert choose_exchange(table, 4)[0] == "reduce_scatter"
+    assert choose_exchange(table, 8)[0] == "unique_rows"
+    half: dict[Exchange, int] = {"after": 4, "reduce_scatter": 4, "unique_rows": 4}
+    assert choose_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2, half) == (
+        "unique_rows",
+        "up to 36 bytes a bag as unique rows, 68 reduce-scattered",
+    )
+    assert choose_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2, half | {"unique_rows": 16})[0] == "reduce_scatter"
 
 
 def test_an_unknown_exchange_is_refused() -> None:

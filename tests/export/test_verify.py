@@ -13,7 +13,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.manifest import describe_tensor
 from mlet_dist.export.verify import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
-from tests.command import mlet, mlet_json
+from tests.command import ROOT, mlet, mlet_json
 from tests.conftest import TrainedRun
 
 
@@ -36,6 +36,25 @@ def test_evaluate_gives_what_training_gave(trained: TrainedRun, exported: Path) 
         assert found["logloss"] == pytest.approx(trained.result["test_logloss"], abs=1e-6)
         valid = mlet_json("evaluate", target, "--data", trained.data, "--split", "valid")
         assert valid["auc"] == pytest.approx(trained.result["valid_auc"], abs=1e-6)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("hidden_dim", ["12", "null"])
+def test_a_run_in_half_precision_is_exported_and_verified(trained: TrainedRun, tmp_path: Path, hidden_dim: str) -> None:
+    run, out = tmp_path / "run", tmp_path / "export"
+    half = ("sharding.rows_dtype=fp16", "sharding.forward_comm=fp16", "sharding.backward_comm=bf16")
+    overrides = (*trained.overrides, *half, f"model.hidden_dim={hidden_dim}", f"run.dir={run}")
+    result = mlet_json("train", ROOT / "configs" / "criteo_kaggle.yaml", *overrides, "--nproc", 2)
+    if hidden_dim == "12":
+        assert result["test_logloss"] == pytest.approx(trained.result["test_logloss"], abs=5e-3)
+        assert result["trained_table_bytes"] < 0.6 * trained.result["trained_table_bytes"]
+        assert result["served_table_bytes"] == trained.result["served_table_bytes"]
+    mlet_json("export", run, "--out", out)
+    assert {table["dtype"] for table in json.loads((out / "manifest.json").read_text())["tables"]} == {"float32"}
+    assert mlet_json("verify", out, "--run", run, "--data", trained.data)["ok"] is True
+    for target, ranks in ((run, ["--nproc", "2"]), (out, [])):
+        found = mlet_json("evaluate", target, "--data", trained.data, *ranks)
+        assert found["logloss"] == pytest.approx(result["test_logloss"], abs=1e-4)
 
 
 def _tamper(export: Path, table: str, row: int, mend_manifest: bool) -> None:

@@ -117,6 +117,7 @@ def test_state_names_of_the_served_model_are_those_of_the_single_layer() -> None
 def test_table_bytes_by_hand() -> None:
     assert table_bytes(SPEC) == (4 * (17 * 6 + 2 * 6 * 4), 4 * 17 * 4)
     assert table_bytes(SINGLE) == (4 * 17 * 4, 4 * 17 * 4)
+    assert table_bytes(SPEC, "fp16") == (2 * 17 * 6 + 4 * 2 * 6 * 4, 4 * 17 * 4)
     huge = dataclasses.replace(SPEC, sparse=(SparseFeature("C1", 10**12),))
     assert table_bytes(huge) == (4 * (6 * 10**12 + 6 * 4), 4 * 4 * 10**12)
 

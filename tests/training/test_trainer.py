@@ -140,6 +140,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_model: tuple[str, ...], t
     assert not list((run / "checkpoints").glob("*"))
 
 
+def test_half_rows_with_adam_on_a_cpu_are_an_error(small_model: tuple[str, ...], tmp_path: Path) -> None:
+    half = ("sharding.rows_dtype=fp16", "optimizer.name=adam", "train.device=cpu")
+    assert "sharding.rows_dtype" in error_line("train", CONFIG, *small_model, *half, f"run.dir={tmp_path / 'run'}")
+
+
 def test_cuda_that_is_not_there_is_an_error(small_model: tuple[str, ...], tmp_path: Path) -> None:
     import torch
 

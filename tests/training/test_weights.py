@@ -11,7 +11,7 @@ from torch import distributed as dist
 from mlet_dist.config import ModelConfig, OptimizerConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.dlrm import RowsDtype, build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint import load_model, newest_checkpoint, save_checkpoint
 from mlet_dist.training.distributed import Worker
@@ -62,16 +62,16 @@ def test_another_seed_or_shape_has_another_fingerprint(ranks: Ranks) -> None:
     assert len(prints) == 3
 
 
-def _save(directory: Path) -> str:
-    model = build_dlrm(_spec(), tables_device=torch.device("meta"))
+def _save(directory: Path, rows_dtype: RowsDtype = "fp32") -> str:
+    model = build_dlrm(_spec(), torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig(name="adagrad"))
     sharded = shard_model(model, _worker(), 8)[0]
     save_checkpoint(directory, 7, sharded, build_optimizer(sharded, OptimizerConfig(name="adagrad")), {"step": 7})
     return weights_sha256(sharded, torch.device("cpu"))
 
 
-def _load(directory: Path, spec: ModelSpec) -> str:
-    model = build_dlrm(spec, tables_device=torch.device("meta"))
+def _load(directory: Path, spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> str:
+    model = build_dlrm(spec, torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig())
     sharded = shard_model(model, _worker(), 8)[0]
     load_model(sharded, newest_checkpoint(directory))
@@ -83,6 +83,23 @@ def test_a_checkpoint_loads_on_any_number_of_ranks(ranks: Ranks, tmp_path: Path,
     saved = ranks(saved_on).run(_save, tmp_path)[0]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
     assert ranks(loaded_on).run(_load, tmp_path, _spec(seed=99))[0] == saved
+
+
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [(2, 1), (4, 2), (1, 4)])
+def test_a_checkpoint_of_half_rows_loads_on_any_number_of_ranks(
+    ranks: Ranks, tmp_path: Path, saved_on: int, loaded_on: int
+) -> None:
+    saved = ranks(saved_on).run(_save, tmp_path, "fp16")[0]
+    ranks(loaded_on).run(_load, tmp_path, _spec(seed=99), "fp16")
+    assert ranks(saved_on).run(_load, tmp_path, _spec(seed=99), "fp16")[0] == saved
+    # Into float32, as `mlet verify` and `mlet evaluate` do: the rounded initial values.
+    model = build_dlrm(_spec(seed=99), torch.device("cpu"))
+    load_model(model, newest_checkpoint(tmp_path))
+    single, loaded = build_dlrm(_spec(), torch.device("cpu")).state_dict(), model.state_dict()
+    for name, tensor in loaded.items():
+        expected = single[name].half().float() if ".embedding_bags." in name else single[name]
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, expected), name
 
 
 def test_a_checkpoint_of_another_shape_names_the_tensor(ranks: Ranks, tmp_path: Path) -> None:
