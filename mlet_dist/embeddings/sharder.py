@@ -55,7 +55,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             raise ValueError(f"exchange is {exchange!r}; it must be one of auto, {', '.join(EXCHANGES)}")
         self._exchange = exchange
         self._pooling_factors = dict(pooling_factors or {})
-        self._local_batch_size = local_batch_size
+        self.local_batch_size = local_batch_size
         self.chosen: dict[str, tuple[Exchange, str]] = {}
 
     def shard(
@@ -71,24 +71,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         Raises:
             ValueError: a table's rows are sharded unevenly, or its plan is one that the exchange cannot serve.
         """
-        for sharding in params.values():
-            keep_replicated_if_too_small(sharding, env.world_size)
-        for table in module.embedding_bag_configs():
-            check_plan(table, params[table.name], self._exchange)
-        traffic = {
-            table.name: self._traffic(table)
-            for table in module.embedding_bag_configs()
-            if params[table.name].sharding_type == ShardingType.ROW_WISE.value
-        }
-        self.chosen = {
-            name: choose_exchange(each, env.world_size) if self._exchange == "auto" else (self._exchange, "asked for")
-            for name, each in traffic.items()
-        }
-        for name in self.chosen:
-            place_blocks(params[name])
-        spread_blocks([params[name] for name, (exchange, _) in self.chosen.items() if exchange == "unique_rows"])
-        if device is not None and device.type == "cpu":
-            keep_gradients_dense([params[name] for name in self.chosen if _is_adam(module.embedding_bags[name].weight)])
+        traffic = self.settle(module, params, env.world_size, on_cpu=device is not None and device.type == "cpu")
         order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
         return ShardedMultiLayerEmbeddingBagCollection(
             module=module,
@@ -103,13 +86,51 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             **({} if order is None else {"sharded_module_order_overwrite": order}),
         )
 
-    def _traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:
+    def settle(
+        self,
+        module: MultiLayerEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        world_size: int,
+        *,
+        on_cpu: bool,
+    ) -> dict[str, TableTraffic]:
+        """Change the planner's plan to the one that runs, and choose exchanges (``chosen``); needs no process group.
+
+        Returns:
+            The traffic of each row_wise table.
+
+        Raises:
+            ValueError: as ``shard``.
+        """
+        for sharding in params.values():
+            keep_replicated_if_too_small(sharding, world_size)
+        for table in module.embedding_bag_configs():
+            check_plan(table, params[table.name], self._exchange)
+        traffic = {
+            table.name: self.traffic(table)
+            for table in module.embedding_bag_configs()
+            if params[table.name].sharding_type == ShardingType.ROW_WISE.value
+        }
+        self.chosen = {name: self.choose(each, world_size) for name, each in traffic.items()}
+        for name in self.chosen:
+            place_blocks(params[name])
+        spread_blocks([params[name] for name, (exchange, _) in self.chosen.items() if exchange == "unique_rows"])
+        if on_cpu:
+            keep_gradients_dense([params[name] for name in self.chosen if _is_adam(module.embedding_bags[name].weight)])
+        return traffic
+
+    def choose(self, traffic: TableTraffic, world_size: int) -> tuple[Exchange, str]:
+        """The exchange of a row_wise table, and why."""
+        return choose_exchange(traffic, world_size) if self._exchange == "auto" else (self._exchange, "asked for")
+
+    def traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:
+        """What the sharder knows of a table's batches."""
         return TableTraffic(
             num_embeddings=table.num_embeddings,
             embedding_dim=table.embedding_dim,
             pooling_factor=self._pooling_factors.get(table.name, 1.0),
             num_features=len(table.feature_names),
-            local_batch_size=self._local_batch_size,
+            local_batch_size=self.local_batch_size,
         )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
