@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, Self
 
 from mlet_dist.embeddings.exchange import Exchange, TableTraffic
+from mlet_dist.embeddings.row_lookup import PADDED_BYTES
 
 Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
 Way = Exchange | Literal["replicated"]
@@ -33,8 +34,8 @@ class Memory(_Summable):
     Attributes:
         weights: W1's rows of this rank.
         optimizer: their optimizer's state, and a dense gradient where there is one.
-        buffers: what a step holds at its peak beyond what stays.
-        dense: what every rank holds: W2 and the dense layers, with gradients, state and activations.
+        buffers: what a step holds at its peak beyond what stays, activations of the dense layers included.
+        dense: what every rank holds: W2 and the dense layers, with gradients and optimizer state.
     """
 
     weights: float = 0
@@ -109,7 +110,7 @@ class TableCost:
 
         Row-wise pooled tables: partial sums of all ranks' bags ``(R·b, F·k)`` and their gradients, and what is
         exchanged. ``unique_rows``: distinct rows ``(U, k)`` and their gradients, or rows and both sides of the
-        exchange; on CUDA a padded copy of each, which was not measured.
+        exchange; a padded copy of each for tables that share a kernel on the CPU, and on CUDA, which was not measured.
         """
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
         bags = traffic.local_batch_size * traffic.num_features
@@ -120,11 +121,15 @@ class TableCost:
         if self.way == "unique_rows":
             mine, asked = self._distinct_ids(), self._owned_rows()
             copies = 1 if self.on_cpu or not self.projected else 2
+            if self.on_cpu and FLOAT * asked * k <= PADDED_BYTES:  # tables of few rows share a kernel
+                copies = 2
             backward = copies * 2 * asked * k + asked * d
             exchanging = copies * asked * k + 2 * mine * d
             return FLOAT * max(backward, exchanging) + home + 4 * INDEX * ids
         lengths = 2 * INDEX * bags * self.world_size
         exchanged = bags * k if self.way == "after" else bags * d * self.world_size
+        if self.world_size == 1:
+            exchanged = 0
         return FLOAT * (2 * bags * k * self.world_size + exchanged) + home + 2 * INDEX * ids + lengths
 
     def step(self) -> Step:
@@ -195,16 +200,19 @@ class DenseCost:
     world_size: int
 
     def memory(self) -> Memory:
-        """Weights, gradients and state; a layer's output, before and behind its activation; the interaction."""
-        interaction = 3 * self.features * self.embedding_dim + 2 * self.features**2
-        activations = FLOAT * self.local_batch_size * (2 * sum(self.widths) + interaction)
-        return Memory(dense=replicated_bytes(self.parameters, self.optimizer) + activations)
+        """Weights, gradients and state; and activations."""
+        return Memory(dense=replicated_bytes(self.parameters, self.optimizer), buffers=self.activation_bytes())
+
+    def activation_bytes(self) -> float:
+        """Outputs of the layers, the gradient of the widest, the vectors that interact and their products."""
+        layers = sum(self.widths) + max(self.widths)
+        interaction = 2 * self.features * self.embedding_dim + 1.5 * self.features**2
+        return FLOAT * self.local_batch_size * (layers + interaction)
 
     def step(self) -> Step:
         """Matrix products and the interaction; every weight is read thrice and updated."""
         flops = 6 * self.local_batch_size * (self.parameters + self.features**2 * self.embedding_dim)
-        activations = self.memory().dense - replicated_bytes(self.parameters, self.optimizer)
-        moved = 3 * activations + 8 * FLOAT * self.parameters
+        moved = 3 * self.activation_bytes() + 8 * FLOAT * self.parameters
         return Step(0, 0, FLOAT * self.parameters if self.world_size > 1 else 0, moved, flops)
 
 
