@@ -109,7 +109,7 @@ class TableCost:
         """What a step holds at its peak, found by the CPU's allocations in ``tests/embeddings/test_planning.py``.
 
         Row-wise pooled tables: partial sums of all ranks' bags ``(R·b, F·k)`` and their gradients, and what is
-        exchanged. ``unique_rows``: distinct rows ``(U, k)`` and their gradients, or rows and both sides of the
+        exchanged (``after`` keeps that, ``(b, F·k)``, and its gradient for W2). ``unique_rows``: distinct rows ``(U, k)`` and their gradients, or rows and both sides of the
         exchange; a padded copy of each for tables that share a kernel on the CPU, and on CUDA, which was not measured.
         """
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
@@ -120,14 +120,13 @@ class TableCost:
             return FLOAT * bags * (2 * k + d) + home + 2 * INDEX * ids
         if self.way == "unique_rows":
             mine, asked = self._distinct_ids(), self._owned_rows()
-            copies = 1 if self.on_cpu or not self.projected else 2
-            if self.on_cpu and FLOAT * asked * k <= PADDED_BYTES:  # tables of few rows share a kernel
-                copies = 2
-            backward = copies * 2 * asked * k + asked * d
-            exchanging = copies * asked * k + 2 * mine * d
+            rows = asked * k
+            padded = FLOAT * rows <= PADDED_BYTES if self.on_cpu else self.projected
+            backward = (3 if padded and self.on_cpu else 4 if padded else 2) * rows + asked * d
+            exchanging = (2 if padded else 1) * rows + 2 * mine * d
             return FLOAT * max(backward, exchanging) + home + 4 * INDEX * ids
         lengths = 2 * INDEX * bags * self.world_size
-        exchanged = bags * k if self.way == "after" else bags * d * self.world_size
+        exchanged = 2 * bags * k if self.way == "after" else bags * d * self.world_size
         if self.world_size == 1:
             exchanged = 0
         return FLOAT * (2 * bags * k * self.world_size + exchanged) + home + 2 * INDEX * ids + lengths
@@ -199,14 +198,20 @@ class DenseCost:
     optimizer: Optimizer
     world_size: int
 
-    def memory(self) -> Memory:
-        """Weights, gradients and state; and activations."""
-        return Memory(dense=replicated_bytes(self.parameters, self.optimizer), buffers=self.activation_bytes())
+    def memory(self, table_buffers: float = 0) -> Memory:
+        """Weights, gradients and state; and activations beyond the tables' buffers.
+
+        Args:
+            table_buffers: bytes of all tables' buffers, half of which, the gradients, are free while activations are
+                at their peak.
+        """
+        buffers = max(0, self.activation_bytes() - table_buffers / 2)
+        return Memory(dense=replicated_bytes(self.parameters, self.optimizer), buffers=buffers)
 
     def activation_bytes(self) -> float:
         """Outputs of the layers, the gradient of the widest, the vectors that interact and their products."""
         layers = sum(self.widths) + max(self.widths)
-        interaction = 2 * self.features * self.embedding_dim + 1.5 * self.features**2
+        interaction = 2 * self.features * self.embedding_dim + 2 * self.features**2
         return FLOAT * self.local_batch_size * (layers + interaction)
 
     def step(self) -> Step:

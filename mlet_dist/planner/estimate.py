@@ -95,7 +95,8 @@ def table_costs_of(case: Case) -> list[tuple[TableCost, int]]:
 
 def fullest_rank(case: Case, dense: DenseCost) -> Memory:
     """Bytes of the rank that holds a full block of every table."""
-    return total_memory([*(cost.memory(rows) for cost, rows in table_costs_of(case)), dense.memory()])
+    tables = total_memory(cost.memory(rows) for cost, rows in table_costs_of(case))
+    return tables + dense.memory(tables.buffers)
 
 
 def step_of(case: Case, dense: DenseCost) -> tuple[Step, StepTime]:

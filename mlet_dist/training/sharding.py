@@ -17,7 +17,7 @@ from torchrec.models.dlrm import DLRM
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.costs import Device, Memory, TableCost, shortage
 from mlet_dist.embeddings.exchange import ExchangeChoice
-from mlet_dist.embeddings.planning import multi_layer_planner, optimizer_of, table_costs
+from mlet_dist.embeddings.planning import multi_layer_planner, optimizer_of, table_cost, table_costs
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX, dense_cost
 from mlet_dist.training.distributed import Worker
@@ -76,7 +76,11 @@ def plan_model(
     tables = model.sparse_arch.embedding_bag_collection
     world_size, on_cpu = topology.world_size, topology.compute_device == "cpu"
     optimizer = optimizer_of(next(iter(tables.embedding_bags.values())).weight)
-    dense = dense_cost(model, sharder.local_batch_size, optimizer, world_size).memory()
+    buffers = sum(
+        table_cost(table, tables.embedding_bags[table.name].weight, sharder, world_size, on_cpu=on_cpu).buffer_bytes()
+        for table in tables.embedding_bag_configs()
+    )
+    dense = dense_cost(model, sharder.local_batch_size, optimizer, world_size).memory(buffers)
 
     def settled(plan: ShardingPlan) -> ModelPlan:
         params = plan.plan[TABLES_PREFIX.rstrip(".")]
