@@ -109,8 +109,9 @@ class TableCost:
         """What a step holds at its peak, found by the CPU's allocations in ``tests/embeddings/test_planning.py``.
 
         Row-wise pooled tables: partial sums of all ranks' bags ``(R·b, F·k)`` and their gradients, and what is
-        exchanged (``after`` keeps that, ``(b, F·k)``, and its gradient for W2). ``unique_rows``: distinct rows ``(U, k)`` and their gradients, or rows and both sides of the
-        exchange; a padded copy of each for tables that share a kernel on the CPU, and on CUDA, which was not measured.
+        exchanged (``after`` keeps that, ``(b, F·k)``, and its gradient for W2). ``unique_rows``: distinct rows
+        ``(U, k)`` and their gradients, or rows and both sides of the exchange; a padded copy for tables that share a
+        kernel on the CPU, and on CUDA, which was not measured.
         """
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
         bags = traffic.local_batch_size * traffic.num_features
