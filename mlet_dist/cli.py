@@ -17,6 +17,21 @@ Result = dict[str, Any]
 
 _LAUNCHED = "MLET_LAUNCHED"
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
+_PLAN_HELP = """\
+No GPU, no data set and no other process are needed. An example, with table sizes from a file:
+
+  mlet plan configs/criteo_kaggle_adagrad.yaml --tables tables.yaml --world-size 64 --device h100 \\
+      model.hidden_dim=256 model.embedding_dim=32 data.batch_size=65536 --out plan.html
+
+  # tables.yaml: rows of each table, or also the ids that a bag holds on average (1 where it is not said)
+  C1: 45000000
+  C2: {num_embeddings: 36000000, pooling_factor: 20}
+
+It prints what each rank holds (rows, their optimizer's state, a step's buffers, and W2 and the dense layers, which
+every rank holds), and the same tables in four ways: single layers of d and of k columns, MLET with the projection after
+the exchange, and MLET as configured. Times are at the hardware's peak rates (mlet_dist/planner/hardware.yaml), without
+launches and waiting: for comparison, and a lower bound. Where the tables do not fit, the exit code is 2 and one line
+says what is missing and what would fit. Settings are those of `mlet train --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,6 +146,36 @@ def _compare(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, boo
     return result, result["ok"]
 
 
+def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.planner.hardware import load_hardware
+    from mlet_dist.planner.tables import load_tables
+
+    config = load_config(Path(args.config), args.overrides)
+    hardware = load_hardware(args.device)
+    if args.world_size % args.local_world_size:
+        raise UserError(
+            f"--world-size {args.world_size} is not a multiple of --local-world-size {args.local_world_size}: every "
+            "node holds as many ranks"
+        )
+    config.check_world_size(args.world_size)
+    spec, pooling_factors = load_tables(config, None if args.tables is None else Path(args.tables))
+    _before_torch()
+    from mlet_dist.embeddings.costs import Device
+    from mlet_dist.planner.command import make_plan
+    from mlet_dist.planner.report import picture, report
+
+    plan = make_plan(config, spec, pooling_factors, Device(**hardware), args.world_size, args.local_world_size)
+    if args.out is not None:
+        try:
+            Path(args.out).write_text(picture(plan), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
+    if not args.json:
+        _print(report(plan))
+        return None, True
+    return plan, True
+
+
 def _doctor(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     from mlet_dist.doctor import report, run_doctor
 
@@ -242,6 +287,23 @@ def _build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_config(compare)
 
+    plan = add(
+        "plan", _plan, "Memory, bytes sent and step time of a run, for hardware that need not be here.", _PLAN_HELP
+    )
+    _add_settings(plan)
+    plan.add_argument("--world-size", type=_positive, required=True, metavar="N", help="ranks, one a device")
+    plan.add_argument(
+        "--local-world-size", type=_positive, default=8, metavar="N", help="ranks of a node (default %(default)s)"
+    )
+    plan.add_argument(
+        "--device", default="h100", metavar="NAME",
+        help="a100-40, a100-80, h100, h200, b200, cpu, or a YAML file with one of your own (default %(default)s)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--tables", metavar="FILE", help="YAML file of table sizes; else those of the data set at data.path are taken"
+    )
+    plan.add_argument("--out", metavar="PLAN.html", help="also write a picture of the memory by rank")
+
     evaluate = add("evaluate", _evaluate, "AUC and LogLoss of a run or an export.")
     evaluate.add_argument("target", metavar="RUN_OR_EXPORT", help="what `mlet train` or `mlet export` made")
     _add_data(evaluate)
@@ -266,11 +328,15 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser)
+    _add_nproc(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/criteo_kaggle.yaml")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
     )
-    _add_nproc(parser)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

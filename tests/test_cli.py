@@ -12,7 +12,7 @@ from mlet_dist.cli import main
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from tests.command import ROOT, error_line
 
-COMMANDS = ["prepare", "synth", "train", "compare", "evaluate", "export", "verify", "doctor"]
+COMMANDS = ["prepare", "synth", "train", "compare", "plan", "evaluate", "export", "verify", "doctor"]
 # Runs the command, then says as its last line whether torch was imported on the way.
 WATCHED = """
 import sys

@@ -7,11 +7,11 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import DataType
 
+from mlet_dist.embeddings.costs import rows_of_rank
 from mlet_dist.embeddings.exchange import ExchangeChoice
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagConfig
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
-_REPLICATED_BYTES = 1 << 24
 
 
 def check_plan(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, exchange: ExchangeChoice) -> None:
@@ -57,16 +57,13 @@ def check_rows_dtype(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSha
 def keep_replicated_if_too_small(
     table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, world_size: int, on_cpu: bool
 ) -> None:
-    """Make a row_wise plan that leaves a rank without rows data_parallel, in place.
+    """Make a row_wise plan that leaves a rank without rows data_parallel, in place (``costs.rows_of_rank``).
 
-    fbgemm's CPU kernel fails on no rows. Elsewhere only a table that costs a rank little to hold whole is replicated:
-    with a thousand ranks, one of a million rows may leave the last of them without.
+    fbgemm's CPU kernel fails on no rows.
     """
-    spec = sharding.sharding_spec
-    if sharding.sharding_type != ShardingType.ROW_WISE.value or spec is None:
+    if sharding.sharding_type != ShardingType.ROW_WISE.value or sharding.sharding_spec is None:
         return
-    cheap = 4 * table.num_embeddings * table.row_width <= _REPLICATED_BYTES
-    if (cheap or on_cpu) and any(shard.shard_sizes[0] == 0 for shard in spec.shards):
+    if rows_of_rank(table.num_embeddings, table.row_width, world_size, on_cpu=on_cpu) is None:
         sharding.sharding_type = ShardingType.DATA_PARALLEL.value
         sharding.compute_kernel = _DENSE
         sharding.ranks = list(range(world_size))

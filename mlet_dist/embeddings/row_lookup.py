@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 # Below this, rows of a table and batch are cheaper to pad than to give a kernel: measured, about what a core caches.
-_PADDED_BYTES = 1 << 18
+PADDED_BYTES = 1 << 18
 
 
 def group_for_rows(
@@ -32,7 +32,7 @@ def group_for_rows(
     for group in groups:
         tables = [_serving_one_feature(table) for table in group.embedding_tables]
         small = [
-            table for table in tables if unpooled or expected_rows[table.name] * table.local_cols * 4 <= _PADDED_BYTES
+            table for table in tables if unpooled or expected_rows[table.name] * table.local_cols * 4 <= PADDED_BYTES
         ]
         for together in ([small] if small else []) + [[table] for table in tables if table not in small]:
             kernels.append(

@@ -72,7 +72,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             )
         self._exchange = exchange
         self._pooling_factors = dict(pooling_factors or {})
-        self._local_batch_size = local_batch_size
+        self.local_batch_size = local_batch_size
         self.chosen: dict[str, tuple[Exchange, str]] = {}
 
     def shard(
@@ -91,38 +91,20 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """
         if isinstance(env, ShardingEnv2D):
             raise ValueError("multi-layer tables cannot be sharded in 2D (DMPCollection); use DistributedModelParallel")
-        on_cpu = device is not None and device.type == "cpu"
-        for table in module.embedding_bag_configs():
-            keep_replicated_if_too_small(table, params[table.name], env.world_size, on_cpu)
-            check_plan(table, params[table.name], self._exchange)
-        traffic = {
-            table.name: self._traffic(table)
-            for table in module.embedding_bag_configs()
-            if params[table.name].sharding_type == ShardingType.ROW_WISE.value
-        }
-        sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
-        chosen = {
-            name: choose_exchange(each, env.world_size, sizes)
-            if self._exchange == "auto"
-            else (self._exchange, "asked for")
-            for name, each in traffic.items()
-        }
-        self.chosen |= chosen
-        for name in chosen:
-            place_blocks(params[name])
-        if not env.output_dtensor:  # a DTensor takes rank r to hold the r-th block
-            spread_blocks([params[name] for name, (exchange, _) in chosen.items() if exchange == "unique_rows"])
-        if on_cpu:
-            keep_gradients_dense([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
-        for table in module.embedding_bag_configs():
-            check_rows_dtype(table, params[table.name])
+        traffic = self.settle(
+            module,
+            params,
+            env.world_size,
+            on_cpu=device is not None and device.type == "cpu",
+            spread=not env.output_dtensor,  # a DTensor takes rank r to hold the r-th block
+        )
         order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
         return ShardedMultiLayerEmbeddingBagCollection(
             module=module,
             table_name_to_parameter_sharding=params,
             env=env,
             device=device,
-            exchanges={name: exchange for name, (exchange, _) in chosen.items()},
+            exchanges={name: self.chosen[name][0] for name in traffic},
             expected_rows={name: each.distinct_ids(env.world_size) / env.world_size for name, each in traffic.items()},
             fused_params=self.fused_params,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
@@ -130,13 +112,58 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             **({} if order is None else {"sharded_module_order_overwrite": order}),
         )
 
-    def _traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:
+    def settle(
+        self,
+        module: MultiLayerEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        world_size: int,
+        *,
+        on_cpu: bool,
+        spread: bool = True,
+    ) -> dict[str, TableTraffic]:
+        """Change the planner's plan to the one that runs, and choose exchanges (``chosen``); needs no process group.
+
+        Returns:
+            The traffic of each row_wise table.
+
+        Raises:
+            ValueError: as ``shard``.
+        """
+        for table in module.embedding_bag_configs():
+            keep_replicated_if_too_small(table, params[table.name], world_size, on_cpu)
+            check_plan(table, params[table.name], self._exchange)
+        traffic = {
+            table.name: self.traffic(table)
+            for table in module.embedding_bag_configs()
+            if params[table.name].sharding_type == ShardingType.ROW_WISE.value
+        }
+        chosen = {name: self.choose(each, world_size) for name, each in traffic.items()}
+        self.chosen |= chosen
+        for name in chosen:
+            place_blocks(params[name])
+        if spread:
+            spread_blocks([params[name] for name, (exchange, _) in chosen.items() if exchange == "unique_rows"])
+        if on_cpu:
+            keep_gradients_dense([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
+        for table in module.embedding_bag_configs():
+            check_rows_dtype(table, params[table.name])
+        return traffic
+
+    def choose(self, traffic: TableTraffic, world_size: int) -> tuple[Exchange, str]:
+        """The exchange of a row_wise table, and why."""
+        if self._exchange != "auto":
+            return self._exchange, "asked for"
+        sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
+        return choose_exchange(traffic, world_size, sizes)
+
+    def traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:
+        """What the sharder knows of a table's batches."""
         return TableTraffic(
             num_embeddings=table.num_embeddings,
             embedding_dim=table.embedding_dim,
             pooling_factor=self._pooling_factors.get(table.name, 1.0),
             num_features=len(table.feature_names),
-            local_batch_size=self._local_batch_size,
+            local_batch_size=self.local_batch_size,
         )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:

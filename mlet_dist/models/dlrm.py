@@ -9,6 +9,7 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.costs import DenseCost, Optimizer
 from mlet_dist.models.spec import ModelSpec
 
 RowsDtype = Literal["fp32", "fp16"]
@@ -42,6 +43,21 @@ def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> tuple[int, i
     trained = build_dlrm(spec, meta, rows_dtype).sparse_arch.embedding_bag_collection
     served = build_dlrm(spec, meta).sparse_arch.embedding_bag_collection.collapse()
     return _parameter_bytes(trained), _parameter_bytes(served)
+
+
+def dense_cost(model: DLRM, local_batch_size: int, optimizer: Optimizer, world_size: int) -> DenseCost:
+    """What the layers beside the tables cost a rank."""
+    tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return DenseCost(
+        parameters=sum(layer.weight.numel() + layer.bias.numel() for layer in layers),
+        widths=tuple(layer.out_features for layer in layers),
+        features=1 + sum(len(table.feature_names) for table in tables),
+        embedding_dim=tables[0].embedding_dim,
+        local_batch_size=local_batch_size,
+        optimizer=optimizer,
+        world_size=world_size,
+    )
 
 
 def _around(embeddings: EmbeddingBagCollection, spec: ModelSpec) -> DLRM:

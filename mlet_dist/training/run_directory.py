@@ -24,6 +24,7 @@ class RunDirectory:
         .mlet-run         marks the directory as a run's, and is locked by the job that trains into it
         config.yaml       the resolved config; `mlet train` takes it as it is
         model.json        sizes and inputs of the model
+        plan.json         each table's sharding type, exchange, the reason for it, and its rows by rank
         metrics.jsonl     one record a line: step, loss, AUC, samples/s; then one a split
         tensorboard/      the same for TensorBoard
         checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint
@@ -43,6 +44,10 @@ class RunDirectory:
     @property
     def model(self) -> Path:
         return self.path / "model.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
 
     @property
     def metrics(self) -> Path:
@@ -111,11 +116,17 @@ class RunDirectory:
             yield
 
     def _empty(self) -> None:
-        for left in (self.summary, self._partial_summary, self.metrics, self.model):
+        for left in (self.summary, self._partial_summary, self.metrics, self.model, self.plan):
             left.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
             if folder.exists():
                 shutil.rmtree(folder)
+
+    def save_plan(self, tables: list[dict[str, Any]], world_size: int) -> None:
+        """Write how each table is kept, a line a table."""
+        lines = ",\n  ".join(to_json(table) for table in tables)
+        text = f'{{"world_size": {world_size}, "tables": [\n  {lines}\n]}}\n'
+        self.plan.write_text(text, encoding="utf-8")
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, whole or not at all."""

@@ -30,7 +30,7 @@ from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
-from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.sharding import describe_plan, shard_model
 from mlet_dist.training.weights import weights_sha256
 
 _PROGRESS_BINS = 1 << 16
@@ -82,8 +82,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         codecs = exchange_codecs(config.sharding.forward_comm, config.sharding.backward_comm, local_batch_size)
         sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange, codecs)
         if worker.is_first:
+            run.save_plan(plan.entries(), worker.world_size)
             with suppress(OSError):  # a log that nobody reads any more
-                print(*(f"plan  {line}" for line in plan), sep="\n", file=sys.stderr, flush=True)
+                print(*(f"plan  {line}" for line in describe_plan(plan)), sep="\n", file=sys.stderr, flush=True)
         optimizer = build_optimizer(sharded, config.optimizer)
         steps = len(loader) * config.train.epochs
         if config.train.max_steps is not None:

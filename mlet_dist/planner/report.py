@@ -1,0 +1,107 @@
+"""A plan as text and as a picture."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from mlet_dist.embeddings.costs import gigabytes
+
+_KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
+_LEFT, _WIDTH, _BAR, _TOP = 190, 900, 26, 60
+_SHOWN_RANKS = 40
+
+
+def report(plan: dict[str, Any]) -> str:
+    """The tables that `mlet plan` prints."""
+    device = plan["device"]
+    ranks = [
+        [_short(each["ranks"]), each["tables"], f"{each['rows']:,}"]
+        + [f"{each[kind] / 1e9:.3f}" for kind in (*_KINDS, "total")]
+        for each in plan["ranks"]
+    ]
+    configurations = [
+        [
+            each["name"],
+            f"{each['memory'] / 1e9:.2f}" + ("" if each["fits"] else " (too much)"),
+            f"{each['sent_bytes'] / 1e6:,.2f}",
+            *(f"{1e3 * each[part]:.3f}" for part in ("step_s", "network_s", "memory_s", "compute_s")),
+            each["bound"],
+        ]
+        for each in plan["configurations"]
+    ]
+    head = (
+        f"{plan['world_size']:,} ranks of {device['name']}, {plan['local_world_size']} a node, global batch "
+        f"{plan['batch_size']:,}; {gigabytes(device['usable_memory'])} of {gigabytes(device['memory'])} a rank are for "
+        "the model"
+    )
+    return "\n".join(
+        [
+            head,
+            "",
+            *(f"plan  {line}" for line in plan["summary"]),
+            "",
+            "GB on a rank (10^9 bytes); one line for ranks that hold the same tables and within 1 % the same",
+            *_columns(["ranks", "tables", "rows", *_KINDS, "total"], ranks, left=1),
+            "",
+            "a step of a rank, at the hardware's peak rates, one part after another",
+            *_columns(
+                ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute", "bound by"],
+                configurations,
+                left=1,
+            ),
+        ]
+    )
+
+
+def picture(plan: dict[str, Any]) -> str:
+    """A page of its own: stacked bars of memory by kind, a bar for ranks that are alike."""
+    device, ranks = plan["device"], plan["ranks"]
+    scale = (_WIDTH - _LEFT - 110) / max(device["memory"], *(each["total"] for each in ranks))
+    height = _TOP + _BAR * len(ranks) + 40
+    parts = []
+    for index, each in enumerate(ranks):
+        x, y = float(_LEFT), _TOP + index * _BAR
+        label = html.escape(f"{_short(each['ranks'])} ({each['count']})")
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 15}" text-anchor="end">{label}</text>')
+        for kind, colour in _KINDS.items():
+            width = each[kind] * scale
+            title = f"<title>{kind}: {gigabytes(each[kind])}</title>"
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.2f}" height="{_BAR - 6}" fill="{colour}">{title}</rect>'
+            )
+            x += width
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{gigabytes(each["total"])}</text>')
+    for share, text in (("usable_memory", "for the model"), ("memory", "device")):
+        x = _LEFT + device[share] * scale
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 8}" y2="{height - 34}" stroke="#c44e52"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 18 if share == "memory" else height - 4}" text-anchor="middle">')
+        parts.append(f"{text}: {gigabytes(device[share])}</text>")
+    for index, (kind, colour) in enumerate(_KINDS.items()):
+        x = _LEFT + 130 * index
+        parts.append(f'<rect x="{x}" y="16" width="14" height="14" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 20}" y="28">{kind}</text>')
+    title = html.escape(f"Memory by rank: {plan['world_size']:,} x {device['name']}")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>\n'
+        f'<body style="font-family: sans-serif"><h1 style="font-size: 18px">{title}</h1>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-size="12">\n'
+        + "\n".join(parts)
+        + f"\n</svg>\n<pre>{html.escape(report(plan))}</pre></body></html>\n"
+    )
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -> list[str]:
+    """Lines of aligned columns; the first ``left`` begin at the left, the others end at the right."""
+    table = [list(map(str, row)) for row in [names, *rows]]
+    widths = [max(len(row[index]) for row in table) for index in range(len(names))]
+    return [
+        "  ".join(
+            text.ljust(width) if index < left else text.rjust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def _short(ranks: str) -> str:
+    return ranks if len(ranks) <= _SHOWN_RANKS else ranks[:_SHOWN_RANKS].rpartition(",")[0] + ", …"
