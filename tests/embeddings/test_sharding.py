@@ -193,7 +193,7 @@ def test_the_reference_tells_a_mean_of_partial_gradients_from_their_sum(ranks: R
 
 def _train_with_kernels_apart(optimizer: str) -> dict[str, Any]:
     # Of 12 rows a batch, those of the tables of width 4 share a kernel, wider ones have one each.
-    with mock.patch.object(row_lookup, "_PADDED_BYTES", 12 * 4 * 4):
+    with mock.patch.object(row_lookup, "PADDED_BYTES", 12 * 4 * 4):
         return _train_sharded(optimizer, False, "unique_rows")
 
 
