@@ -107,13 +107,16 @@ def step_of(case: Case, dense: DenseCost) -> tuple[Step, StepTime]:
 
 
 def configurations(case: Case) -> list[tuple[str, Case]]:
-    """The same tables in four ways: what MLET is compared with, MLET as composed from TorchRec's parts, and as here."""
+    """The same tables in several ways: a single layer and MLET, each as TorchRec's row_wise and as here."""
     d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
     plain = dataclasses.replace(case, exchange="after")
-    found = [(f"single layer, d = {d}", plain.with_model(hidden_dim=None))]
+    found = [
+        (f"single layer d = {d}, TorchRec's row_wise", plain.with_model(hidden_dim=None)),
+        (f"single layer d = {d}, {case.exchange}", case.with_model(hidden_dim=None)),
+    ]
     if k is not None:
         found += [
-            (f"single layer, d = {k}", plain.with_model(hidden_dim=None, embedding_dim=k)),
+            (f"single layer d = {k}, TorchRec's row_wise", plain.with_model(hidden_dim=None, embedding_dim=k)),
             (f"MLET k = {k}, after the exchange", plain),
             (f"MLET k = {k}, {case.exchange}", case),
         ]
