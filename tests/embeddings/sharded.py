@@ -21,7 +21,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollectionSharder,
 )
 from mlet_dist.embeddings.exchange import ExchangeChoice
-from tests.embeddings.reference import Bags
+from tests.embeddings.reference import Bags, Table
 from tests.ranks import whole
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
@@ -37,6 +37,21 @@ def make_positive(module: MultiLayerEmbeddingBagCollection) -> MultiLayerEmbeddi
         for parameter in module.parameters():
             parameter.abs_().mul_(0.3).add_(0.05)
     return module
+
+
+def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
+    """The tables of an unsharded module, for the dense reference."""
+    state = module.state_dict()
+    return [
+        Table(
+            table.name,
+            state[f"embedding_bags.{table.name}.weight"],
+            state.get(f"projections.{table.name}.weight"),
+            table.pooling.value.lower(),
+            table.feature_names,
+        )
+        for table in module.embedding_bag_configs()
+    ]
 
 
 def shard(

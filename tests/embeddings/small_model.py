@@ -10,8 +10,8 @@ from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.exchange import Exchange
-from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
-from tests.embeddings.sharded import full_weights, make_positive, optimizer_of, shard, to_kjt
+from tests.embeddings.reference import Bags, DenseReference, toy_loss
+from tests.embeddings.sharded import dense_tables, full_weights, make_positive, optimizer_of, shard, to_kjt
 
 RATES = {"rows": 0.05, "projections": 0.02}
 GLOBAL_BATCH = 12
@@ -91,18 +91,8 @@ def train_small(
 
 def small_reference(optimizer: str, rows: DataType = DataType.FP32) -> DenseReference:
     """The dense float64 model of the same initial values."""
-    state = small_module(rows).state_dict()
     return DenseReference(
-        [
-            Table(
-                table.name,
-                state[f"embedding_bags.{table.name}.weight"],
-                state.get(f"projections.{table.name}.weight"),
-                table.pooling.value.lower(),
-                table.feature_names,
-            )
-            for table in small_tables()
-        ],
+        dense_tables(small_module(rows)),
         optimizer,
         RATES,
     )

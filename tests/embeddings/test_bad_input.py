@@ -13,7 +13,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollection,
 )
 from mlet_dist.embeddings.exchange import EXCHANGES, ExchangeChoice
-from tests.embeddings.reference import DenseReference, Table
+from tests.embeddings.reference import DenseReference
 from tests.embeddings.refusals import (
     PROJECTIONS_RATE,
     ROWS_RATE,
@@ -28,6 +28,7 @@ from tests.embeddings.refusals import (
     train,
     weights_of,
 )
+from tests.embeddings.sharded import dense_tables
 from tests.ranks import RankPool
 
 Ranks = Callable[[int], RankPool]
@@ -305,7 +306,7 @@ def test_a_rank_with_less_to_do_trains_exactly(
 ) -> None:
     world_size = 2
     by_rank = ranks(world_size).run(_train_unequal, exchange, last_rank, weighted)
-    tables = _reference_tables()
+    tables = dense_tables(positive_module())
     reference = DenseReference(tables, "sgd", {})
     shares = [_unequal(rank, world_size, last_rank) for rank in range(world_size)]
     for step in range(3):
@@ -337,21 +338,6 @@ def test_a_rank_with_less_to_do_trains_exactly(
 def _weighed(bags: Bags, weighted: bool) -> dict[str, list[list[tuple[int, float]]]]:
     weights = iter((to_kjt(bags, True).weights() if weighted else torch.ones(1000)).tolist())
     return {name: [[(each, next(weights)) for each in ids] for ids in rows] for name, rows in bags.items()}
-
-
-def _reference_tables() -> list[Table]:
-    module = positive_module()
-    state = module.state_dict()
-    return [
-        Table(
-            table.name,
-            state[f"embedding_bags.{table.name}.weight"],
-            state.get(f"projections.{table.name}.weight"),
-            table.pooling.value.lower(),
-            table.feature_names,
-        )
-        for table in module.embedding_bag_configs()
-    ]
 
 
 @pytest.mark.parametrize("weighted", [False, True])

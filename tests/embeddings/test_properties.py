@@ -14,8 +14,8 @@ from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.exchange import EXCHANGES, ExchangeChoice
-from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
-from tests.embeddings.sharded import OPTIMIZERS, full_weights, make_positive, optimizer_of, shard, to_kjt
+from tests.embeddings.reference import Bags, DenseReference, toy_loss
+from tests.embeddings.sharded import OPTIMIZERS, dense_tables, full_weights, make_positive, optimizer_of, shard, to_kjt
 from tests.ranks import RankPool
 
 Ranks = Callable[[int], RankPool]
@@ -122,21 +122,7 @@ def _train(case: Case) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.T
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(case=cases)
 def test_any_setting_equals_the_dense_reference(ranks: Ranks, case: Case) -> None:
-    state = case.module().state_dict()
-    reference = DenseReference(
-        [
-            Table(
-                f"t{index}",
-                state[f"embedding_bags.t{index}.weight"],
-                state.get(f"projections.t{index}.weight"),
-                pooling.value.lower(),
-                list(features),
-            )
-            for index, (_, _, _, pooling, features) in enumerate(case.tables)
-        ],
-        case.optimizer,
-        case.rates,
-    )
+    reference = DenseReference(dense_tables(case.module()), case.optimizer, case.rates)
     by_rank = ranks(len(case.local_batch_sizes)).run(_train, case)
     for step in range(STEPS):
         for name, expected in reference.step(case.bags(step)).items():

@@ -24,8 +24,8 @@ from mlet_dist.embeddings import (
 )
 from mlet_dist.embeddings.exchange import EXCHANGES, Exchange
 from mlet_dist.embeddings.row_lookup import group_for_rows
-from tests.embeddings.reference import Bags, DenseReference, Table, toy_loss
-from tests.embeddings.sharded import OPTIMIZERS, full_weights, make_positive, optimizer_of, shard, to_kjt
+from tests.embeddings.reference import Bags, DenseReference, toy_loss
+from tests.embeddings.sharded import OPTIMIZERS, dense_tables, full_weights, make_positive, optimizer_of, shard, to_kjt
 from tests.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.multirank
@@ -114,22 +114,7 @@ def _train_sharded(
 
 
 def _reference(optimizer: str) -> DenseReference:
-    module = _positive_module()
-    state = module.state_dict()
-    return DenseReference(
-        [
-            Table(
-                table.name,
-                state[f"embedding_bags.{table.name}.weight"],
-                state.get(f"projections.{table.name}.weight"),
-                table.pooling.value.lower(),
-                table.feature_names,
-            )
-            for table in module.embedding_bag_configs()
-        ],
-        optimizer,
-        RATES,
-    )
+    return DenseReference(dense_tables(_positive_module()), optimizer, RATES)
 
 
 def _assert_equal_reference(
