@@ -57,7 +57,7 @@ class Routing:
 class UniqueRowsContext(EmbeddingShardingContext):
     """TorchRec's per-batch context of one sharding, with the routing of the batch."""
 
-    # No dataclass: TorchRec's own is one from 1.7 on.
+    # No dataclass: in TorchRec 1.6 the base is none.
     def __init__(self, routing: Routing | None = None, **torchrec_arguments: Any) -> None:
         super().__init__(**torchrec_arguments)
         self.routing = routing
