@@ -10,12 +10,16 @@ from tests.ranks import RankPool
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], RankPool]]:
-    """``ranks(2).run(function, *args)`` calls a function in 2 gloo ranks that live as long as the tests."""
-    pools: dict[int, RankPool] = {}
+def ranks() -> Iterator[Callable[..., RankPool]]:
+    """``ranks(2).run(function, *args)`` calls a function in 2 gloo ranks that live as long as the tests.
 
-    def pool(world_size: int) -> RankPool:
-        return pools.setdefault(world_size, RankPool(world_size))
+    ``ranks(4, 2)`` are 4 ranks on 2 "nodes".
+    """
+    pools: dict[tuple[int, int], RankPool] = {}
+
+    def pool(world_size: int, local_world_size: int | None = None) -> RankPool:
+        key = world_size, local_world_size or world_size
+        return pools.setdefault(key, RankPool(*key))
 
     yield pool
     for each in pools.values():

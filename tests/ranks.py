@@ -17,10 +17,10 @@ class RankFailed(Exception):
 
 
 class RankPool:
-    """``world_size`` processes joined in one gloo process group."""
+    """``world_size`` processes joined in one gloo process group, in "nodes" of ``local_world_size``."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, local_world_size: int | None = None) -> None:
+        self.world_size, self.local_world_size = world_size, local_world_size or world_size
         self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -68,20 +68,22 @@ class RankPool:
             port = free.getsockname()[1]
         for rank in range(self.world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.world_size, port), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, rank, self.world_size, self.local_world_size, port), daemon=True
+            )
             process.start()
             there.close()
             self._workers.append((process, here))
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, local_world_size: int, port: int) -> None:
     os.environ.update(
         MASTER_ADDR="localhost",
         MASTER_PORT=str(port),
         RANK=str(rank),
-        LOCAL_RANK=str(rank),
+        LOCAL_RANK=str(rank % local_world_size),
         WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(local_world_size),
         OMP_NUM_THREADS="1",
     )
     from torch import distributed as dist

@@ -1,4 +1,4 @@
-"""How the vectors of row-wise tables cross the network, and which way is the cheapest for a table."""
+"""How vectors cross the network under each sharding type, and which way is the cheapest for a table."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +9,26 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
-from torchrec.distributed.types import CommOp, QuantizedCommCodec, QuantizedCommCodecs
+from torchrec.distributed.types import CommOp, QuantizedCommCodec, QuantizedCommCodecs, ShardingType
 
-Exchange = Literal["after", "reduce_scatter", "unique_rows"]
-ExchangeChoice = Exchange | Literal["auto"]
+Exchange = Literal["after", "reduce_scatter", "all_to_all", "unique_rows"]
+"""Where W2 is applied: to what arrives, to sums before they leave a rank, or to distinct rows before they do."""
+
+ExchangeChoice = Literal["auto", "after", "reduce_scatter", "unique_rows"]
 EXCHANGES: tuple[Exchange, ...] = ("after", "reduce_scatter", "unique_rows")
+"""Those of row_wise tables, which a user may ask for."""
+
+EXCHANGES_OF: dict[str, tuple[Exchange, ...]] = {
+    ShardingType.ROW_WISE.value: EXCHANGES,
+    ShardingType.TABLE_ROW_WISE.value: ("after", "reduce_scatter"),
+    ShardingType.TABLE_WISE.value: ("after", "all_to_all"),
+}
+"""What serves tables of each sharding type; data_parallel ones exchange nothing."""
 
 COMM_OPS: dict[Exchange, CommOp] = {
     "after": CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER,
     "reduce_scatter": CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER,
+    "all_to_all": CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL,
     "unique_rows": CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL,
 }
 """By which name TorchRec's ``qcomm_codecs_registry`` knows the collective of each exchange."""
@@ -27,12 +37,18 @@ ProjectionsOf = Callable[[Sequence[str]], dict[str, torch.Tensor]]
 """Tables -> W2 of those that have one, for this forward pass."""
 
 
+class ProjectsBefore:
+    """A TorchRec output dist that applies W2 itself; the sharded module says where W2 is."""
+
+    projections_of: ProjectionsOf
+
+
 @dataclass
 class ExchangedShardingInfo(EmbeddingShardingInfo):
     """TorchRec's sharding info of one table, with its exchange and what that needs to know.
 
     Attributes:
-        exchange: reduce_scatter or unique_rows.
+        exchange: any but after.
         exchanged_dim: the width d that is sent.
         expected_rows: distinct rows that a batch asks of one rank, for unique_rows.
     """
@@ -40,33 +56,6 @@ class ExchangedShardingInfo(EmbeddingShardingInfo):
     exchange: Exchange = "after"
     exchanged_dim: int = 0
     expected_rows: float = 0.0
-
-
-class ProjectedRowWiseSharding(RwPooledEmbeddingSharding):
-    """Row-wise sharding of k-dimensional rows that hands on d-dimensional vectors."""
-
-    def __init__(self, sharding_infos: list[ExchangedShardingInfo], *args: Any, **kwargs: Any) -> None:
-        self._exchanged_dims = {info.embedding_config.name: info.exchanged_dim for info in sharding_infos}
-        super().__init__(sharding_infos, *args, **kwargs)
-
-    def embedding_dims(self) -> list[int]:
-        return [self._exchanged_dims[table] for table in self.table_of_feature()]
-
-    def uncombined_embedding_dims(self) -> list[int]:
-        return self.embedding_dims()
-
-    def table_of_feature(self) -> list[str]:
-        """The table of each feature, in the order in which the lookup concatenates their vectors."""
-        return [
-            table.name
-            for group in self._grouped_embedding_configs
-            for table in group.embedding_tables
-            for _ in table.feature_names
-        ]
-
-    def width_of_feature(self) -> list[int]:
-        """The width k of each feature's rows, in the same order."""
-        return super().embedding_dims()
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,7 @@ class TableTraffic:
         return self.num_embeddings * (1 - (1 - 1 / self.num_embeddings) ** ids)
 
 
-_FLOAT32_BOTH_WAYS = {exchange: 8 for exchange in EXCHANGES}
+_FLOAT32_BOTH_WAYS = {exchange: 8 for exchange in COMM_OPS}
 
 
 def choose_exchange(

@@ -8,16 +8,26 @@ from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import DataType
 
 from mlet_dist.embeddings.costs import rows_of_rank
-from mlet_dist.embeddings.exchange import ExchangeChoice
+from mlet_dist.embeddings.exchange import EXCHANGES, EXCHANGES_OF, ExchangeChoice
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagConfig
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
 
 
-def check_plan(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, exchange: ExchangeChoice) -> None:
-    """Raise ValueError if the table's rows are sharded unevenly, or in a way that ``exchange`` cannot serve."""
+HOST_KERNELS = (EmbeddingComputeKernel.FUSED_UVM_CACHING.value, EmbeddingComputeKernel.FUSED_UVM.value)
+"""Kernels whose rows lie in the host's memory, with a cache on the device or without."""
+
+
+BY_BLOCKS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
+"""Sharding types that split a table into equal blocks of rows."""
+
+
+def check_plan(
+    table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, exchange: ExchangeChoice, *, on_cpu: bool
+) -> None:
+    """Raise ValueError if the table's rows are sharded unevenly, or in a way that ``exchange`` or device rule out."""
     kind, spec = sharding.sharding_type, sharding.sharding_spec
-    if kind == ShardingType.ROW_WISE.value and spec is not None:
+    if spec is not None and kind in BY_BLOCKS:
         # TorchRec routes ids by equal blocks, whatever the plan says, and its lookup would find other rows.
         try:
             ranks_of_blocks(spec.shards, table.num_embeddings)
@@ -25,12 +35,18 @@ def check_plan(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding,
             raise ValueError(f"table {table.name!r}: the plan's {error}") from None
     if spec is not None and any(shard.shard_sizes[1] != table.row_width for shard in spec.shards):
         raise ValueError(f"table {table.name!r}: the plan says {kind}; multi-layer tables are not split by columns")
-    if kind == ShardingType.ROW_WISE.value:
-        return
-    if exchange in ("reduce_scatter", "unique_rows") and kind != ShardingType.DATA_PARALLEL.value:
+    known = (*EXCHANGES_OF, ShardingType.DATA_PARALLEL.value)
+    if kind not in known:
+        raise ValueError(f"table {table.name!r}: the plan says {kind}; multi-layer tables are {', '.join(known)}")
+    if exchange == "unique_rows" and "unique_rows" not in EXCHANGES_OF.get(kind, EXCHANGES):
         raise ValueError(
             f"table {table.name!r}: the plan says {kind}, and exchange {exchange!r} serves row_wise tables; "
-            "'after' and 'auto' serve all"
+            "'auto', 'after' and 'reduce_scatter' serve all"
+        )
+    if on_cpu and sharding.compute_kernel in HOST_KERNELS:
+        raise ValueError(
+            f"table {table.name!r}: the plan says {sharding.compute_kernel}, which is CUDA's memory on the host; on a "
+            "CPU all rows are there, with kernel fused"
         )
 
 
@@ -57,13 +73,14 @@ def check_rows_dtype(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSha
 def keep_replicated_if_too_small(
     table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, world_size: int, on_cpu: bool
 ) -> None:
-    """Make a row_wise plan that leaves a rank without rows data_parallel, in place (``costs.rows_of_rank``).
+    """Make a plan by blocks that leaves a rank without rows data_parallel, in place (``costs.rows_of_rank``).
 
     fbgemm's CPU kernel fails on no rows.
     """
-    if sharding.sharding_type != ShardingType.ROW_WISE.value or sharding.sharding_spec is None:
+    if sharding.sharding_type not in BY_BLOCKS or sharding.sharding_spec is None:
         return
-    if rows_of_rank(table.num_embeddings, table.row_width, world_size, on_cpu=on_cpu) is None:
+    blocks = len(sharding.sharding_spec.shards)
+    if rows_of_rank(table.num_embeddings, table.row_width, blocks, on_cpu=on_cpu) is None:
         sharding.sharding_type = ShardingType.DATA_PARALLEL.value
         sharding.compute_kernel = _DENSE
         sharding.ranks = list(range(world_size))
@@ -88,12 +105,12 @@ def ranks_of_blocks(shards: Sequence[ShardMetadata], num_embeddings: int) -> lis
     starts = [shard.shard_offsets[0] for shard in shards]
     ranks = sorted(range(len(shards)), key=lambda rank: starts[rank])
     if [starts[rank] for rank in ranks] != [min(block * position, num_embeddings) for position in range(len(shards))]:
-        raise ValueError(f"row shards start at rows {sorted(starts)}; row_wise takes blocks of {block} rows")
+        raise ValueError(f"row shards start at rows {sorted(starts)}; {len(shards)} ranks take blocks of {block} rows")
     return ranks
 
 
 def place_blocks(sharding: ParameterSharding, first: int = 0) -> None:
-    """Put block b of a row_wise plan of equal blocks on rank b + ``first`` modulo R, in place."""
+    """Put block b of a plan of R equal blocks on the (b + ``first`` modulo R)-th of its ranks, in place."""
     spec = sharding.sharding_spec
     assert spec is not None
     blocks = sorted(spec.shards, key=lambda shard: shard.shard_offsets[0])

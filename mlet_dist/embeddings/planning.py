@@ -233,7 +233,7 @@ def table_cost(
         projected=table.hidden_dim is not None,
         traffic=traffic,
         optimizer=optimizer_of(rows),
-        way="replicated" if replicated or small else sharder.choose(traffic, world_size)[0],
+        way="replicated" if replicated or small else sharder.choose(table, ShardingType.ROW_WISE.value, world_size)[0],
         world_size=world_size,
         on_cpu=on_cpu,
     )

@@ -80,6 +80,28 @@ def project(pooled: KeyedTensor, weights: Mapping[str, torch.Tensor]) -> KeyedTe
     )
 
 
+def project_columns(
+    values: torch.Tensor, tables: Sequence[str], widths: Sequence[int], weights: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Apply W2 to sums of bags, feature beside feature: ``(B, sum of k)`` -> ``(B, sum of d)``.
+
+    Ranks combine the gradients of W2 in one collective, in which each of them must take part: backward reaches
+    ``weights`` also where none of them is of ``tables``.
+
+    Args:
+        tables: the table of each feature; one may serve several.
+        widths: columns of each feature.
+        weights: table -> W2 of those that have one, on any rank.
+    """
+    if weights and not set(tables) & weights.keys():
+        no_columns = next(iter(weights.values()))[:1, :0]
+        return torch.cat([values, no_columns.expand(values.shape[0], 0)], dim=1)
+    keys = [str(index) for index in range(len(tables))]  # positions stand for features
+    pooled = KeyedTensor(keys=keys, length_per_key=list(widths), values=values, key_dim=1)
+    by_key = {key: weights[table] for key, table in zip(keys, tables, strict=True) if table in weights}
+    return project(pooled, by_key).values()
+
+
 def project_rows(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
     """Apply to each table's rows its W2: ``(U, k)`` -> ``(U, d)``.
 

@@ -14,6 +14,7 @@ from mlet_dist.embeddings.codecs import codecs_of, value_bytes
 from mlet_dist.embeddings.exchange import (
     COMM_OPS,
     EXCHANGES,
+    EXCHANGES_OF,
     Exchange,
     ExchangeChoice,
     TableTraffic,
@@ -21,6 +22,8 @@ from mlet_dist.embeddings.exchange import (
 )
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.plan import (
+    BY_BLOCKS,
+    HOST_KERNELS,
     check_plan,
     check_rows_dtype,
     keep_gradients_dense,
@@ -32,14 +35,17 @@ from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollectio
 
 
 class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """Shards a MultiLayerEmbeddingBagCollection: W1 row-wise with a fused optimizer, W2 replicated.
+    """Shards a MultiLayerEmbeddingBagCollection: W1 with a fused optimizer, W2 replicated.
 
-    Whatever the planner says, a small table of which some rank would hold no row stays data-parallel; on the CPU,
-    for which fbgemm has no fused Adam, W1 with ``torchrec.optim.Adam`` in backward leaves a dense gradient for
-    ``LazyAdam``; and with ``unique_rows`` the tables' first blocks lie on different ranks.
+    W1 is row_wise, table_row_wise, table_wise or data_parallel, as the planner says, or its constraints. Whatever it
+    says, a small table of which some rank would hold no row stays data_parallel; on the CPU, for which fbgemm has no
+    fused Adam, W1 with ``torchrec.optim.Adam`` in backward leaves a dense gradient for ``LazyAdam``; and with
+    ``unique_rows`` the tables' first blocks lie on different ranks.
 
     Args:
-        exchange: how vectors cross the network; ``auto`` chooses for each table (``choose_exchange``).
+        exchange: how vectors cross the network, for all tables or by table; ``auto``, also of tables that a mapping
+            lacks, chooses for each (``choose_exchange``). ``reduce_scatter`` projects sums of bags before TorchRec's
+            collective, which of table_wise tables is an all-to-all; ``unique_rows`` serves row_wise tables alone.
         pooling_factors: ids a bag of each table, on average; 1 where none is given. With ``local_batch_size`` it
             decides on ``auto``, and on the CPU which tables share a kernel: speed, not results.
         local_batch_size: bags a feature on one rank.
@@ -47,7 +53,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             and their gradients are rounded to on the network, under every exchange (``exchange_codecs``).
 
     Attributes:
-        chosen: exchange and reason of each row_wise table of the collections that it has sharded.
+        chosen: exchange and reason of each table that is not replicated, of the collections that it has sharded.
 
     Raises:
         ValueError: an unknown exchange, or ``fused_params`` that have lookups return anything but float32.
@@ -56,14 +62,16 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     def __init__(
         self,
         *torchrec_arguments: Any,
-        exchange: ExchangeChoice = "auto",
+        exchange: ExchangeChoice | Mapping[str, ExchangeChoice] = "auto",
         pooling_factors: Mapping[str, float] | None = None,
         local_batch_size: int = 512,
         **torchrec_keywords: Any,
     ) -> None:
         super().__init__(*torchrec_arguments, **torchrec_keywords)
-        if exchange not in ("auto", *EXCHANGES):
-            raise ValueError(f"exchange is {exchange!r}; it must be one of auto, {', '.join(EXCHANGES)}")
+        for where, each in {"": exchange}.items() if isinstance(exchange, str) else exchange.items():
+            if each not in ("auto", *EXCHANGES):
+                of = f" of table {where!r}" if where else ""
+                raise ValueError(f"exchange{of} is {each!r}; it must be one of auto, {', '.join(EXCHANGES)}")
         output = (self.fused_params or {}).get("output_dtype", SparseType.FP32)
         if output.name != SparseType.FP32.name:
             raise ValueError(
@@ -124,37 +132,48 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """Change the planner's plan to the one that runs, and choose exchanges (``chosen``); needs no process group.
 
         Returns:
-            The traffic of each row_wise table.
+            The traffic of each table that is not replicated.
 
         Raises:
             ValueError: as ``shard``.
         """
-        for table in module.embedding_bag_configs():
-            keep_replicated_if_too_small(table, params[table.name], world_size, on_cpu)
-            check_plan(table, params[table.name], self._exchange)
-        traffic = {
-            table.name: self.traffic(table)
-            for table in module.embedding_bag_configs()
-            if params[table.name].sharding_type == ShardingType.ROW_WISE.value
+        tables = {table.name: table for table in module.embedding_bag_configs()}
+        for name, table in tables.items():
+            keep_replicated_if_too_small(table, params[name], world_size, on_cpu)
+            check_plan(table, params[name], self.asked(name), on_cpu=on_cpu)
+        chosen = {
+            name: self.choose(table, params[name].sharding_type, world_size)
+            for name, table in tables.items()
+            if params[name].sharding_type != ShardingType.DATA_PARALLEL.value
         }
-        chosen = {name: self.choose(each, world_size) for name, each in traffic.items()}
         self.chosen |= chosen
-        for name in chosen:
-            place_blocks(params[name])
+        for sharding in params.values():
+            if sharding.sharding_type in BY_BLOCKS:
+                place_blocks(sharding)
         if spread:
             spread_blocks([params[name] for name, (exchange, _) in chosen.items() if exchange == "unique_rows"])
         if on_cpu:
             keep_gradients_dense([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
-        for table in module.embedding_bag_configs():
-            check_rows_dtype(table, params[table.name])
-        return traffic
+        for name, table in tables.items():
+            check_rows_dtype(table, params[name])
+        return {name: self.traffic(tables[name]) for name in chosen}
 
-    def choose(self, traffic: TableTraffic, world_size: int) -> tuple[Exchange, str]:
-        """The exchange of a row_wise table, and why."""
-        if self._exchange != "auto":
-            return self._exchange, "asked for"
+    def asked(self, table: str) -> ExchangeChoice:
+        """What was asked for a table."""
+        return self._exchange if isinstance(self._exchange, str) else self._exchange.get(table, "auto")
+
+    def choose(self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int) -> tuple[Exchange, str]:
+        """The exchange of a table that is sharded in this way, and why."""
+        asked = self.asked(table.name)
+        if sharding_type != ShardingType.ROW_WISE.value:
+            if asked == "after":
+                return "after", "asked for"
+            before = EXCHANGES_OF[sharding_type][-1]
+            return before, "asked for" if asked == before else "sums are projected before they cross the network"
+        if asked != "auto":
+            return asked, "asked for"
         sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
-        return choose_exchange(traffic, world_size, sizes)
+        return choose_exchange(self.traffic(table), world_size, sizes)
 
     def traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:
         """What the sharder knows of a table's batches."""
@@ -167,12 +186,17 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """row_wise on every device; TorchRec's own sharder offers it on CUDA alone."""
-        return [ShardingType.ROW_WISE.value]
+        """Those that the exchange serves, on every device; TorchRec's own sharder offers row_wise on CUDA alone."""
+        if self._exchange == "unique_rows":
+            return [ShardingType.ROW_WISE.value, ShardingType.DATA_PARALLEL.value]
+        return [*EXCHANGES_OF, ShardingType.DATA_PARALLEL.value]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """The fused kernel, which holds rows in the memory of the compute device."""
-        return [EmbeddingComputeKernel.FUSED.value]
+        """Fused kernels, whose rows may lie in the host's memory on CUDA; dense ones for what is replicated."""
+        if sharding_type == ShardingType.DATA_PARALLEL.value:
+            return [EmbeddingComputeKernel.DENSE.value]
+        fused = [EmbeddingComputeKernel.FUSED.value]
+        return fused if compute_device_type == "cpu" else [*fused, *HOST_KERNELS]
 
     @property
     def module_type(self) -> type[MultiLayerEmbeddingBagCollection]:

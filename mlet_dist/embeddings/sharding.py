@@ -1,7 +1,7 @@
-"""Row-wise sharding of W1 and replication of W2, through TorchRec's planner and DistributedModelParallel."""
+"""Sharding of W1 and replication of W2, through TorchRec's planner and DistributedModelParallel."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +13,6 @@ from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     ShardedEmbeddingBagCollection,
 )
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
@@ -28,10 +27,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mlet_dist.embeddings.batch_check import BatchChecker, Verdict, smallest_tables
-from mlet_dist.embeddings.exchange import (
-    Exchange,
-    ExchangedShardingInfo,
-)
+from mlet_dist.embeddings.exchange import Exchange, ExchangedShardingInfo, ProjectsBefore
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.multi_layer import (
     MultiLayerEmbeddingBagCollection,
@@ -45,14 +41,11 @@ from mlet_dist.embeddings.multi_layer import (
 from mlet_dist.embeddings.plan import check_widths, first_row
 from mlet_dist.embeddings.pooling import bag_sizes, divide, mean_keys
 from mlet_dist.embeddings.projection import project
-from mlet_dist.embeddings.reduce_scatter import PaddedRowWiseSharding, ProjectedReduceScatter, ReduceScatterSharding
+from mlet_dist.embeddings.reduce_scatter import PaddedRowWiseSharding, ReduceScatterSharding
 from mlet_dist.embeddings.replicated import with_combined_gradients
-from mlet_dist.embeddings.unique_rows import (
-    UniqueRowsContext,
-    UniqueRowsInputDist,
-    UniqueRowsOutputDist,
-    UniqueRowsSharding,
-)
+from mlet_dist.embeddings.table_row_wise import NodeReduceSharding, PaddedTableRowWiseSharding
+from mlet_dist.embeddings.table_wise import AllToAllSharding
+from mlet_dist.embeddings.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
 
 
 @dataclass
@@ -113,7 +106,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             key: table for key, table in table_of_key(tables).items() if self._exchanges.get(table, "after") == "after"
         }
         for output_dist in self._output_dists:
-            if isinstance(output_dist, ProjectedReduceScatter | UniqueRowsOutputDist):
+            if isinstance(output_dist, ProjectsBefore):
                 output_dist.projections_of = self._projections_of
         self._checker = self._build_checker(tables)
         self._mean_keys = mean_keys(tables)
@@ -136,6 +129,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for config in self._embedding_bag_configs:
             weight = self.embedding_bags[config.name].weight
             sharding = self.module_sharding_plan[config.name]
+            if weight.numel() == 0:  # rows on other ranks alone
+                continue
             if isinstance(config.init_fn, RowInitializer):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
@@ -237,17 +232,17 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def create_grouped_sharding_infos(
         cls, module: EmbeddingBagCollection, *args: Any, **kwargs: Any
     ) -> dict[str, list[EmbeddingShardingInfo]]:
-        """TorchRec's groups by sharding type, with row_wise split by exchange."""
+        """TorchRec's groups by sharding type, split by exchange."""
         grouped: dict[str, list[EmbeddingShardingInfo]] = defaultdict(list)
         for sharding_type, infos in super().create_grouped_sharding_infos(module, *args, **kwargs).items():
             for info in infos:
                 table = info.embedding_config
                 exchange = module.exchanges.get(table.name, "after")
-                if sharding_type != ShardingType.ROW_WISE.value or exchange == "after":
+                if exchange == "after":
                     grouped[sharding_type].append(info)
                     continue
                 dim = module.exchanged_dims[table.name]
-                # Unique rows of one collective have one k and d; the reduce-scatter takes all at once.
+                # Unique rows of one collective have one k and d; the others take all tables at once.
                 shape = ""
                 if exchange == "unique_rows":
                     shape = f" {table.embedding_dim}x{dim}" if table.name in module.projected else f" {dim}"
@@ -271,18 +266,26 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         permute_embeddings: bool = False,
         qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
     ) -> EmbeddingSharding:
-        """The sharding of one group, by its exchange."""
+        """The sharding of one group, by its sharding type and exchange."""
         first = sharding_infos[0]
-        kind: type[RwPooledEmbeddingSharding]
-        if isinstance(first, ExchangedShardingInfo):
-            kind = ReduceScatterSharding if first.exchange == "reduce_scatter" else UniqueRowsSharding
-        elif first.param_sharding.sharding_type == ShardingType.ROW_WISE.value:
-            kind = PaddedRowWiseSharding
-        else:
+        exchange = first.exchange if isinstance(first, ExchangedShardingInfo) else "after"
+        kind = _SHARDINGS.get((first.param_sharding.sharding_type, exchange))
+        if kind is None:
             return super().create_embedding_bag_sharding(
                 sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
             )
         return kind(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+
+
+# What is TorchRec's own is not here.
+_SHARDINGS: dict[tuple[str, Exchange], Callable[..., EmbeddingSharding]] = {
+    (ShardingType.ROW_WISE.value, "after"): PaddedRowWiseSharding,
+    (ShardingType.ROW_WISE.value, "reduce_scatter"): ReduceScatterSharding,
+    (ShardingType.ROW_WISE.value, "unique_rows"): UniqueRowsSharding,
+    (ShardingType.TABLE_ROW_WISE.value, "after"): PaddedTableRowWiseSharding,
+    (ShardingType.TABLE_ROW_WISE.value, "reduce_scatter"): NodeReduceSharding,
+    (ShardingType.TABLE_WISE.value, "all_to_all"): AllToAllSharding,
+}
 
 
 def _raise_mistake(ctx: CheckedContext) -> None:

@@ -11,7 +11,12 @@ from torchrec.distributed.embedding_sharding import (
     BaseSparseFeaturesDist,
     EmbeddingShardingContext,
 )
-from torchrec.distributed.embedding_types import BaseGroupedFeatureProcessor, ShardedEmbeddingTable
+from torchrec.distributed.embedding_types import (
+    BaseGroupedFeatureProcessor,
+    GroupedEmbeddingConfig,
+    ShardedEmbeddingTable,
+)
+from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.types import Awaitable, NoWait, QuantizedCommCodecs, ShardingType
 from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -21,10 +26,10 @@ from mlet_dist.embeddings.exchange import (
     COMM_OPS,
     AllToAllRows,
     ExchangedShardingInfo,
-    ProjectedRowWiseSharding,
-    ProjectionsOf,
+    ProjectsBefore,
 )
 from mlet_dist.embeddings.plan import ranks_of_blocks
+from mlet_dist.embeddings.projected_sums import ExchangedDims, tables_by_feature
 from mlet_dist.embeddings.projection import project_rows
 from mlet_dist.embeddings.row_lookup import RowLookup, group_for_rows
 
@@ -70,7 +75,7 @@ class UniqueRowsContext(EmbeddingShardingContext):
             self.routing.position_of_request.record_stream(stream)
 
 
-class UniqueRowsSharding(ProjectedRowWiseSharding):
+class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
     """Row-wise sharding of tables of one k and one d, whose distinct rows are exchanged.
 
     A rank looks up and projects each row that it is asked for once, however many ranks ask for it.
@@ -88,7 +93,7 @@ class UniqueRowsSharding(ProjectedRowWiseSharding):
         return UniqueRowsInputDist(
             self._pg,
             tables=[table.name for table in tables],
-            table_of_feature=[index[name] for name in self.table_of_feature()],
+            table_of_feature=[index[name] for name in tables_by_feature(self._grouped_embedding_configs)],
             num_embeddings=[table.num_embeddings for table in tables],
             ranks=[ranks_of_blocks(table.global_metadata.shards_metadata, table.num_embeddings) for table in tables],
             device=device or self._device,
@@ -112,9 +117,12 @@ class UniqueRowsSharding(ProjectedRowWiseSharding):
         return UniqueRowsOutputDist(
             self._pg,
             [table.name for table in self._tables()],
-            len(self.table_of_feature()),
+            len(tables_by_feature(self._grouped_embedding_configs)),
             codecs_of(self.qcomm_codecs_registry, COMM_OPS["unique_rows"]),
         )
+
+    def _holders(self) -> list[list[GroupedEmbeddingConfig]]:
+        return [self._grouped_embedding_configs]
 
     def _tables(self) -> list[ShardedEmbeddingTable]:
         """In the order of the lookup's rows."""
@@ -214,7 +222,7 @@ class _IdsAwaitable(Awaitable[KeyedJaggedTensor]):
         return self._dist.lookup_features(self._asked, self._routing)
 
 
-class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, torch.Tensor]):
+class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, torch.Tensor], ProjectsBefore):
     """Distinct rows ``(U, k)`` at the owners -> pooled vectors ``(b, F·d)`` at home."""
 
     def __init__(
@@ -225,7 +233,6 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         self._tables, self._num_features = tables, num_features
         # As in TorchRec, what does not leave the rank is not rounded.
         self._codecs = codecs if dist.get_world_size(process_group) > 1 else QuantizedCommCodecs()
-        self.projections_of: ProjectionsOf
 
     def forward(
         self, local_embs: torch.Tensor, sharding_ctx: UniqueRowsContext | None = None

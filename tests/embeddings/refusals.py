@@ -1,14 +1,14 @@
 """A few tables of every kind, batches for them, and a sharded model: for tests of what is refused."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -19,6 +19,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagConfig,
 )
 from mlet_dist.embeddings.exchange import ExchangeChoice
+from tests.embeddings.sharded import planner
 from tests.ranks import whole
 
 Bags = dict[str, list[list[int]]]
@@ -97,15 +98,16 @@ def positive_module(weighted: bool = False, without: str = "") -> MultiLayerEmbe
 
 
 def build(
-    exchange: ExchangeChoice, weighted: bool = False, without: str = ""
+    exchange: ExchangeChoice,
+    weighted: bool = False,
+    without: str = "",
+    sharding_types: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[DistributedModelParallel, torch.optim.Optimizer]:
     embeddings = positive_module(weighted, without)
     apply_optimizer_in_backward(torch.optim.SGD, embeddings.embedding_bags.parameters(), {"lr": ROWS_RATE})
     sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange)]
-    world_size = dist.get_world_size()
-    topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
     model = _Model(embeddings)
-    plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
+    plan = planner(embeddings, sharding_types).collective_plan(model, sharders, dist.group.WORLD)
     sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
     groups: dict[float, list[torch.Tensor]] = {}
     for name, parameter in in_backward_optimizer_filter(sharded.named_parameters()):

@@ -1,13 +1,16 @@
 """What tests of the sharded module share: making one in a rank, its optimizers, batches for it, its whole weights."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import QuantizedCommCodecs
 from torchrec.optim import Adam
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -61,16 +64,29 @@ def shard(
     exchange: ExchangeChoice = "after",
     around: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Sequential,
     codecs: dict[str, QuantizedCommCodecs] | None = None,
+    sharding_types: Mapping[str, str] = MappingProxyType({}),
 ) -> DistributedModelParallel:
-    """The collection inside ``around``, its W1 updated inside backward, on all ranks."""
+    """The collection inside ``around``, its W1 updated inside backward, on all ranks; row_wise but for some tables."""
     arguments = {"lr": rate, **_eps(optimizer)}
     apply_optimizer_in_backward(_FUSED[optimizer], embeddings.embedding_bags.parameters(), arguments)
     sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange, qcomm_codecs_registry=codecs)]
-    world_size = dist.get_world_size()
-    topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
     model = around(embeddings)
-    plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
+    plan = planner(embeddings, sharding_types).collective_plan(model, sharders, dist.group.WORLD)
     return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+
+
+def planner(
+    embeddings: EmbeddingBagCollection, sharding_types: Mapping[str, str] = MappingProxyType({})
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner for all ranks; tables are row_wise where ``sharding_types`` does not say."""
+    topology = Topology(
+        world_size=dist.get_world_size(), local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]), compute_device="cpu"
+    )
+    constraints = {
+        table.name: ParameterConstraints(sharding_types=[sharding_types.get(table.name, "row_wise")])
+        for table in embeddings.embedding_bag_configs()
+    }
+    return EmbeddingShardingPlanner(topology=topology, constraints=constraints)
 
 
 def optimizer_of(model: DistributedModelParallel, name: str, rates: dict[str, float]) -> CombinedOptimizer:

@@ -9,7 +9,6 @@ from torch import distributed as dist
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from benchmarks.traffic import Traffic, count_traffic
@@ -20,6 +19,7 @@ from mlet_dist.embeddings import (
 )
 from mlet_dist.embeddings.codecs import CommPrecision, exchange_codecs
 from mlet_dist.embeddings.exchange import EXCHANGES, Exchange, TableTraffic, choose_exchange
+from tests.embeddings.sharded import planner
 from tests.ranks import RankPool
 
 Ranks = Callable[[int], RankPool]
@@ -54,10 +54,8 @@ def _build(
             qcomm_codecs_registry=exchange_codecs(*precision),
         )
     apply_optimizer_in_backward(torch.optim.SGD, embeddings.embedding_bags.parameters(), {"lr": 0.1})
-    world_size = dist.get_world_size()
-    topology = Topology(world_size=world_size, local_world_size=world_size, compute_device="cpu")
     model = torch.nn.Sequential(embeddings)
-    plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, [sharder], dist.group.WORLD)
+    plan = planner(embeddings).collective_plan(model, [sharder], dist.group.WORLD)
     return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[sharder])
 
 
