@@ -134,7 +134,10 @@ class ShardingConfig:
         "share of a table's rows that fused_uvm_caching keeps on the device", 0.2, above=0, below=1
     )
     data_parallel_up_to_mb: float = _setting(
-        "MB (10^6 bytes) of a table's rows up to which the planner may hold it on every rank", 16.0, at_least=0, at_most=1e6
+        "MB (10^6 bytes) of a table's rows up to which the planner may hold it on every rank",
+        16.0,
+        at_least=0,
+        at_most=1e6,
     )
     exchange: ExchangeName = _setting(
         "W2 after the exchange (k columns cross the network), before a reduce-scatter, or on distinct rows before an "
@@ -162,10 +165,9 @@ class ShardingConfig:
         values = {key: getattr(own, key) if getattr(own, key) is not None else getattr(self, key) for key in keys}
         return TableShardingConfig(**values)
 
-    def key_of(self, table: str, name: str) -> str:
-        """The key that decides on a setting of a table, for messages."""
-        own = table in self.tables and getattr(self.tables[table], name) is not None
-        return f"sharding.tables.{table}.{name}" if own else f"sharding.{name}"
+    def rows_dtypes(self, tables: Sequence[str]) -> dict[str, RowsDtype]:
+        """How the rows of each table are stored."""
+        return {name: self.of_table(name).rows_dtype or self.rows_dtype for name in tables}
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,10 @@ class Config:
         sharding = self.sharding
         for prefix, dtype, kernels in [
             ("sharding.", sharding.rows_dtype, sharding.compute_kernels),
-            *((f"sharding.tables.{name}.", own.rows_dtype, own.compute_kernels) for name, own in sharding.tables.items()),
+            *(
+                (f"sharding.tables.{name}.", own.rows_dtype, own.compute_kernels)
+                for name, own in sharding.tables.items()
+            ),
         ]:
             if self.optimizer.name == "adam" and dtype == "fp16":
                 raise UserError(
@@ -359,7 +364,9 @@ def _parse_sections(
     found = {}
     for name, section in named.items():
         if type(name) is not str:
-            raise UserError(f"{sources.get(key, source)}: {key}: expected a name, found {_show(name)}; put it in quotes")
+            raise UserError(
+                f"{sources.get(key, source)}: {key}: expected a name, found {_show(name)}; put it in quotes"
+            )
         found[name] = parse_section(kind, {} if section is None else section, f"{key}.{name}.", source, sources)
     return found
 

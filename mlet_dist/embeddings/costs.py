@@ -22,6 +22,9 @@ class _Summable:
         pairs = {each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return type(self)(**pairs)
 
+    def times(self, share: float) -> Self:
+        return type(self)(**{each.name: getattr(self, each.name) * share for each in fields(self)})  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Memory(_Summable):
@@ -94,9 +97,7 @@ def all_reduced(size: float, world_size: int, local_world_size: int) -> Step:
     nodes = -(-world_size // local_world_size)
     within = 2 * size * (world_size - 1) / world_size
     between = 2 * size * (nodes - 1) / nodes / local_world_size
-    return Step(
-        weight_bytes=size, node_held=within, node_home=within, network_held=between, network_home=between
-    )
+    return Step(weight_bytes=size, node_held=within, node_home=within, network_held=between, network_home=between)
 
 
 def row_state_bytes(optimizer: Optimizer, width: int) -> int:

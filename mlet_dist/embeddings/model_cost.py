@@ -83,18 +83,18 @@ def step_of_rank(tables: Tables, dense: DenseCost, rank: int) -> Step:
 
 def slowest_step(tables: Tables, dense: DenseCost, device: Device) -> tuple[Step, StepTime]:
     """The step of the rank that takes longest."""
-    steps = [step_of_rank(tables, dense, rank) for rank in _unlike(tables)]
+    steps = [step_of_rank(tables, dense, rank) for rank, *_ in alike(tables)]
     return max(((step, step_time(step, device)) for step in steps), key=lambda each: each[1].total)
 
 
 def fullest_memory(tables: Tables, dense: DenseCost) -> Memory:
     """That of the rank whose device holds most."""
-    return max((memory_of_rank(tables, dense, rank) for rank in _unlike(tables)), key=lambda each: each.total)
+    return max((memory_of_rank(tables, dense, rank) for rank, *_ in alike(tables)), key=lambda each: each.total)
 
 
 def shortage(tables: Tables, dense: DenseCost, memory: float, host_memory: float = 0) -> str:
     """Which table, on which rank, and how many bytes are missing there, on the device or else on the host."""
-    memories = {rank: memory_of_rank(tables, dense, rank) for rank in _unlike(tables)}
+    memories = {rank: memory_of_rank(tables, dense, rank) for rank, *_ in alike(tables)}
     rank = max(memories, key=lambda each: memories[each].total)
     needed, given, where = memories[rank].total, memory, ""
     if needed <= given * (1 - RESERVED_SHARE):
@@ -121,10 +121,9 @@ def _holds(cost: TableCost, rows: int) -> bool:
     return rows > 0 or cost.holders == cost.world_size
 
 
-def _unlike(tables: Tables) -> list[int]:
-    """One rank of those that hold the same numbers of rows."""
-    world_size = len(next(iter(tables.values()))[1])
-    first: dict[tuple[int, ...], int] = {}
-    for rank in range(world_size):
-        first.setdefault(tuple(rows[rank] for _, rows in tables.values()), rank)
-    return list(first.values())
+def alike(tables: Tables) -> list[list[int]]:
+    """Ranks that hold the same numbers of rows, together."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank, held in enumerate(zip(*(rows for _, rows in tables.values()), strict=True)):
+        found.setdefault(held, []).append(rank)
+    return list(found.values())

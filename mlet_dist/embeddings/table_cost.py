@@ -159,9 +159,7 @@ class TableCost:
         else:
             looked_up, projected = ids * world / self.holders, 0 if self.exchange == "after" else bags * world
             moved = self.row_bytes * 2 * looked_up * k + FLOAT * (bags * world * 4 * k + 3 * projected * d)
-        work = Step(
-            memory_bytes=moved + updated, host_bytes=self._host_bytes(looked_up), flops=self._flops(projected)
-        )
+        work = Step(memory_bytes=moved + updated, host_bytes=self._host_bytes(looked_up), flops=self._flops(projected))
         return work + self._served()
 
     def home_step(self, *, holds: bool) -> Step:

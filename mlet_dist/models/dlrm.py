@@ -9,7 +9,8 @@ from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.costs import DenseCost, Optimizer
+from mlet_dist.embeddings.costs import Optimizer
+from mlet_dist.embeddings.model_cost import DenseCost
 from mlet_dist.config import RowsDtype
 from mlet_dist.models.spec import ModelSpec
 
@@ -46,7 +47,9 @@ def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype]
     return _parameter_bytes(trained), _parameter_bytes(served)
 
 
-def dense_cost(model: DLRM, local_batch_size: int, optimizer: Optimizer, world_size: int) -> DenseCost:
+def dense_cost(
+    model: DLRM, local_batch_size: int, optimizer: Optimizer, world_size: int, local_world_size: int
+) -> DenseCost:
     """What the layers beside the tables cost a rank."""
     tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
@@ -58,6 +61,7 @@ def dense_cost(model: DLRM, local_batch_size: int, optimizer: Optimizer, world_s
         local_batch_size=local_batch_size,
         optimizer=optimizer,
         world_size=world_size,
+        local_world_size=local_world_size,
     )
 
 
