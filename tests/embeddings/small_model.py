@@ -9,7 +9,7 @@ from torchrec.distributed.types import QuantizedCommCodecs
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.exchange import Exchange
+from mlet_dist.embeddings.exchange import ExchangeChoice
 from tests.embeddings.reference import Bags, DenseReference, toy_loss
 from tests.embeddings.sharded import dense_tables, full_weights, make_positive, optimizer_of, shard, to_kjt
 
@@ -54,18 +54,21 @@ def small_module(rows: DataType = DataType.FP32) -> MultiLayerEmbeddingBagCollec
 
 def train_small(
     optimizer: str,
-    exchange: Exchange,
+    exchange: ExchangeChoice,
     steps: int,
     rows: DataType = DataType.FP32,
     codecs: dict[str, QuantizedCommCodecs] | None = None,
     only_rank: int | None = None,
+    kind: str = "row_wise",
 ) -> dict[str, Any]:
     """Train on all ranks: ``outputs`` of this rank's share by step, whole ``weights``, dtypes of all that is kept.
 
     Args:
         only_rank: the one that gets a batch; the others' are empty.
+        kind: sharding type of all tables.
     """
-    model = shard(small_module(rows), optimizer, exchange=exchange, codecs=codecs)
+    types = {table.name: kind for table in small_tables()}
+    model = shard(small_module(rows), optimizer, exchange=exchange, codecs=codecs, sharding_types=types)
     stepper = optimizer_of(model, optimizer, RATES)
     rank, share = dist.get_rank(), GLOBAL_BATCH // dist.get_world_size()
     begin, end = rank * share, (rank + 1) * share

@@ -31,7 +31,7 @@ from tests.embeddings.refusals import (
 from tests.embeddings.sharded import dense_tables
 from tests.ranks import RankPool
 
-Ranks = Callable[[int], RankPool]
+Ranks = Callable[..., RankPool]
 
 
 def _varying(bags: Bags) -> KeyedJaggedTensor:
@@ -114,11 +114,15 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 def _train_between_mistakes(
-    exchange: ExchangeChoice, mistakes: list[str], bad_ranks: list[int], weighted: bool
+    exchange: ExchangeChoice,
+    mistakes: list[str],
+    bad_ranks: list[int],
+    weighted: bool,
+    types: dict[str, str] | None = None,
 ) -> tuple[list[str], bool]:
     """What each mistake raised here, and whether the weights are those of training without them."""
     rank = dist.get_rank()
-    model, optimizer = build(exchange, weighted)
+    model, optimizer = build(exchange, weighted, sharding_types=types or {})
     said, good = [], [to_kjt(make_bags(step, rank), weighted) for step in range(len(mistakes))]
     for step, mistake in enumerate(mistakes):
         bad = rank in bad_ranks
@@ -127,7 +131,7 @@ def _train_between_mistakes(
             model(batch)
         said.append(str(raised.value))
         train(model, optimizer, good[step : step + 1])
-    undisturbed, its_optimizer = build(exchange, weighted)
+    undisturbed, its_optimizer = build(exchange, weighted, sharding_types=types or {})
     train(undisturbed, its_optimizer, good)
     return said, _same(weights_of(model), weights_of(undisturbed))
 
@@ -174,6 +178,17 @@ def test_other_numbers_of_ranks(ranks: Ranks, world_size: int, bad_ranks: list[i
     mistakes = ["too large", "missing"]
     found = ranks(world_size).run(_train_between_mistakes, "unique_rows", mistakes, bad_ranks, False)
     _assert_said(found, mistakes, bad_ranks)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("nodes", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("exchange", ["auto", "after"])
+def test_tables_of_every_sharding_type(ranks: Ranks, exchange: ExchangeChoice, nodes: tuple[int, int]) -> None:
+    found = ranks(*nodes).run(_train_between_mistakes, exchange, _OF_UNWEIGHTED, [1], False, _MIXED)
+    _assert_said(found, _OF_UNWEIGHTED, [1])
+
+
+_MIXED = {"t0": "table_wise", "large": "table_row_wise", "small": "table_wise", "tiny": "data_parallel"}
 
 
 def _pipeline_into(exchange: ExchangeChoice, mistake: str, bad_rank: int, bad_step: int) -> tuple[int, str, bool]:

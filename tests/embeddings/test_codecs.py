@@ -9,11 +9,15 @@ from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_
 from torchrec.distributed.types import CommOp
 
 from mlet_dist.embeddings.codecs import CommPrecision, ScaledFp16Codec, codecs_of, exchange_codecs, value_bytes
-from mlet_dist.embeddings.exchange import COMM_OPS, EXCHANGES, Exchange
+from mlet_dist.embeddings.exchange import COMM_OPS, EXCHANGES, ExchangeChoice
 from tests.embeddings.small_model import largest_relative_error, small_bags, small_reference, train_small
 from tests.ranks import RankPool
 
-Ranks = Callable[[int], RankPool]
+Ranks = Callable[..., RankPool]
+WAYS: list[tuple[ExchangeChoice, str]] = [
+    *((exchange, "row_wise") for exchange in EXCHANGES),
+    *((exchange, kind) for exchange in ("after", "auto") for kind in ("table_wise", "table_row_wise")),
+]
 UNIT = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 FLOAT32 = 1e-6
 STEPS = 3
@@ -22,44 +26,46 @@ LARGEST_WEIGHT = 0.35
 
 def _train(
     optimizer: str,
-    exchange: Exchange,
+    way: tuple[ExchangeChoice, str],
     forward: CommPrecision,
     backward: CommPrecision,
     only_rank: int | None = None,
 ) -> dict[str, Any]:
     codecs = exchange_codecs(forward, backward, local_batch_size=6)
-    return train_small(optimizer, exchange, STEPS, codecs=codecs, only_rank=only_rank)
+    return train_small(optimizer, way[0], STEPS, codecs=codecs, only_rank=only_rank, kind=way[1])
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_outputs_are_within_rounding_of_the_dense_reference(
-    ranks: Ranks, world_size: int, precision: CommPrecision, exchange: Exchange
+    ranks: Ranks, world_size: int, precision: CommPrecision, way: tuple[ExchangeChoice, str]
 ) -> None:
-    by_rank = ranks(world_size).run(_train, "sgd", exchange, precision, precision)
+    by_rank = ranks(world_size, 2).run(_train, "sgd", way, precision, precision)
     reference = small_reference("sgd")
-    # A distinct row is rounded once; each of R partial sums once, and then their R-1 sums.
-    roundings = 1 if exchange == "unique_rows" else 2 * world_size - 1
+    # A row and a whole sum are rounded once; each of R partial sums once, and then their R-1 sums. Between two nodes of
+    # two, a node's sum is rounded once more.
+    reduced = {"row_wise": 2 * world_size - 1, "table_row_wise": 3 + 1}
+    roundings = 1 if way[0] == "unique_rows" else reduced.get(way[1], 1)
     errors = []
     for name, expected in reference.step(small_bags(0)).items():
         found = torch.cat([each["outputs"][0][name] for each in by_rank])
         errors.append(largest_relative_error(found, expected))
-        if world_size == 4 and name == "f_tiny":  # replicated
+        if world_size == 4 and name == "f_tiny" and way[1] == "row_wise":  # replicated
             assert errors.pop() < FLOAT32
     assert UNIT[precision] / 10 < max(errors) < roundings * UNIT[precision] + FLOAT32
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_weights_are_near_the_reference_and_projections_equal_on_all_ranks(
-    ranks: Ranks, world_size: int, optimizer: str, precision: CommPrecision, exchange: Exchange
+    ranks: Ranks, world_size: int, optimizer: str, precision: CommPrecision, way: tuple[ExchangeChoice, str]
 ) -> None:
-    first, *others = ranks(world_size).run(_train, optimizer, exchange, precision, precision)
+    first, *others = ranks(world_size, 2).run(_train, optimizer, way, precision, precision)
     reference = small_reference(optimizer)
     for step in range(STEPS):
         reference.step(small_bags(step))
@@ -75,10 +81,10 @@ def test_weights_are_near_the_reference_and_projections_equal_on_all_ranks(
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_forward_and_backward_are_rounded_apart(ranks: Ranks, exchange: Exchange) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_forward_and_backward_are_rounded_apart(ranks: Ranks, way: tuple[ExchangeChoice, str]) -> None:
     plain, forward, backward = (
-        ranks(2).run(_train, "sgd", exchange, *precision)[0]
+        ranks(2).run(_train, "sgd", way, *precision)[0]
         for precision in (("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"))
     )
     name = "f_wide"
@@ -88,33 +94,33 @@ def test_forward_and_backward_are_rounded_apart(ranks: Ranks, exchange: Exchange
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_on_one_rank_nothing_is_rounded(ranks: Ranks, exchange: Exchange) -> None:
-    plain, rounded = (ranks(1).run(_train, "sgd", exchange, each, each)[0] for each in ("fp32", "bf16"))
+@pytest.mark.parametrize("way", WAYS)
+def test_on_one_rank_nothing_is_rounded(ranks: Ranks, way: tuple[ExchangeChoice, str]) -> None:
+    plain, rounded = (ranks(1).run(_train, "sgd", way, each, each)[0] for each in ("fp32", "bf16"))
     for name, tensor in plain["weights"].items():
         assert torch.equal(rounded["weights"][name], tensor), name
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_ranks_without_a_batch_take_part(ranks: Ranks, exchange: Exchange) -> None:
-    by_rank = ranks(2).run(_train, "sgd", exchange, "fp16", "bf16", 1)
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_without_a_batch_take_part(ranks: Ranks, way: tuple[ExchangeChoice, str]) -> None:
+    by_rank = ranks(2).run(_train, "sgd", way, "fp16", "bf16", 1)
     for name, expected in small_reference("sgd").step(small_bags(0)).items():
         assert by_rank[0]["outputs"][0][name].shape[0] == 0
         assert largest_relative_error(by_rank[1]["outputs"][0][name], expected) < 4 * UNIT["fp16"]
 
 
-def _train_with_torchrecs_own(exchange: Exchange) -> dict[str, Any]:
+def _train_with_torchrecs_own(way: tuple[ExchangeChoice, str]) -> dict[str, Any]:
     config = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16, backward_loss_scale=16.0)
     codecs = get_qcomm_codecs_registry(config, device=torch.device("cpu"))
-    return train_small("sgd", exchange, STEPS, codecs=codecs)
+    return train_small("sgd", way[0], STEPS, codecs=codecs, kind=way[1])
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_a_registry_of_torchrecs_own_will_do(ranks: Ranks, exchange: Exchange) -> None:
-    found = ranks(2).run(_train_with_torchrecs_own, exchange)[0]["weights"]
-    scaled = ranks(2).run(_train, "sgd", exchange, "fp16", "fp16")[0]["weights"]
+@pytest.mark.parametrize("way", WAYS)
+def test_a_registry_of_torchrecs_own_will_do(ranks: Ranks, way: tuple[ExchangeChoice, str]) -> None:
+    found = ranks(2).run(_train_with_torchrecs_own, way)[0]["weights"]
+    scaled = ranks(2).run(_train, "sgd", way, "fp16", "fp16")[0]["weights"]
     for name, tensor in scaled.items():
         torch.testing.assert_close(found[name], tensor, rtol=4 * UNIT["fp16"], atol=0)
 

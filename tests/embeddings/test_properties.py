@@ -18,7 +18,7 @@ from tests.embeddings.reference import Bags, DenseReference, toy_loss
 from tests.embeddings.sharded import OPTIMIZERS, dense_tables, full_weights, make_positive, optimizer_of, shard, to_kjt
 from tests.ranks import RankPool
 
-Ranks = Callable[[int], RankPool]
+Ranks = Callable[..., RankPool]
 STEPS = 2
 
 
@@ -30,6 +30,8 @@ class Case:
         tables: (num_embeddings, hidden_dim, embedding_dim, pooling, features) of each.
         local_batch_sizes: rows of each rank, some of which may have none.
         longest: ids of the longest bag.
+        kinds: sharding types, taken in turn.
+        nodes: into which the ranks are divided, where there are as many or more.
     """
 
     tables: tuple[tuple[int, int | None, int, PoolingType, tuple[str, ...]], ...]
@@ -37,8 +39,16 @@ class Case:
     longest: int
     weighted: bool
     exchange: ExchangeChoice
+    kinds: tuple[str, ...]
+    nodes: int
     optimizer: str
     seed: int
+
+    @property
+    def sharding_types(self) -> dict[str, str]:
+        """By table; unique_rows serves row_wise tables alone."""
+        kinds = ("row_wise",) if self.exchange == "unique_rows" else self.kinds
+        return {f"t{index}": kinds[index % len(kinds)] for index in range(len(self.tables))}
 
     @property
     def rates(self) -> dict[str, float]:
@@ -95,6 +105,10 @@ cases = st.builds(
     longest=st.sampled_from([0, 1, 5, 200]),
     weighted=st.booleans(),
     exchange=st.sampled_from(["auto", *EXCHANGES]),
+    kinds=st.lists(
+        st.sampled_from(["row_wise", "table_wise", "table_row_wise", "data_parallel"]), min_size=1, max_size=4
+    ).map(tuple),
+    nodes=st.sampled_from([1, 2]),
     optimizer=st.sampled_from(OPTIMIZERS),
     seed=st.integers(0, 2**31),
 )
@@ -104,7 +118,8 @@ def _train(case: Case) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.T
     rank, world_size = dist.get_rank(), dist.get_world_size()
     last = list(accumulate(case.local_batch_sizes))[rank]
     first = last - case.local_batch_sizes[rank]
-    model = shard(case.module(), case.optimizer, case.rates["rows"], case.exchange)
+    rate, types = case.rates["rows"], case.sharding_types
+    model = shard(case.module(), case.optimizer, rate, case.exchange, sharding_types=types)
     optimizer = optimizer_of(model, case.optimizer, case.rates)
     outputs = []
     for step in range(STEPS):
@@ -123,7 +138,8 @@ def _train(case: Case) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.T
 @given(case=cases)
 def test_any_setting_equals_the_dense_reference(ranks: Ranks, case: Case) -> None:
     reference = DenseReference(dense_tables(case.module()), case.optimizer, case.rates)
-    by_rank = ranks(len(case.local_batch_sizes)).run(_train, case)
+    world_size = len(case.local_batch_sizes)
+    by_rank = ranks(world_size, max(1, world_size // case.nodes)).run(_train, case)
     for step in range(STEPS):
         for name, expected in reference.step(case.bags(step)).items():
             found = torch.cat([outputs[step][name] for outputs, _ in by_rank])
