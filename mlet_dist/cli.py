@@ -158,6 +158,7 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
             "node holds as many ranks"
         )
     config.check_world_size(args.world_size)
+    config.check_device(hardware["kind"])
     spec, pooling_factors = load_tables(config, None if args.tables is None else Path(args.tables))
     _before_torch()
     from mlet_dist.embeddings.step_time import Device

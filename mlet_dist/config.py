@@ -21,13 +21,11 @@ _MAX_COLUMNS = 1 << 16
 
 
 def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A field: its meaning for `mlet train --help`, its limits at_least, at_most, above, below, multiple_of, min_length."""
+    """A field: its meaning for `mlet train --help`, and its limits.
+
+    These are at_least, at_most, above, below (which goes with above), multiple_of and min_length.
+    """
     return field(default=default, metadata={"meaning": meaning, **limits})
-
-
-def _sections(meaning: str) -> Any:
-    """A field of sections by name, none by default."""
-    return field(default_factory=dict, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,6 @@ class OptimizerConfig:
     )
 
 
-ExchangeName = Literal["auto", "after", "reduce_scatter", "unique_rows"]
-ShardingTypeName = Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"]
-KernelName = Literal["fused", "fused_uvm_caching", "fused_uvm"]
 RowsDtype = Literal["fp32", "fp16"]
 
 
@@ -108,23 +103,27 @@ RowsDtype = Literal["fp32", "fp16"]
 class TableShardingConfig:
     """What `sharding` says of one table alone; null takes what is said of all."""
 
-    sharding_types: tuple[ShardingTypeName, ...] | None = _setting("as sharding.sharding_types", None, min_length=1)
-    compute_kernels: tuple[KernelName, ...] | None = _setting("as sharding.compute_kernels", None, min_length=1)
+    sharding_types: tuple[Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"], ...] | None = _setting(
+        "as sharding.sharding_types", None, min_length=1
+    )
+    compute_kernels: tuple[Literal["fused", "fused_uvm_caching", "fused_uvm"], ...] | None = _setting(
+        "as sharding.compute_kernels", None, min_length=1
+    )
     cache_load_factor: float | None = _setting("as sharding.cache_load_factor", None, above=0, below=1)
-    exchange: ExchangeName | None = _setting("as sharding.exchange", None)
-    rows_dtype: RowsDtype | None = _setting("as sharding.rows_dtype", None)
+    exchange: Literal["auto", "after", "reduce_scatter", "unique_rows"] | None = _setting("as sharding.exchange", None)
+    rows_dtype: Literal["fp32", "fp16"] | None = _setting("as sharding.rows_dtype", None)
 
 
 @dataclass(frozen=True)
 class ShardingConfig:
     """How tables are spread over ranks, and how their vectors cross the network."""
 
-    sharding_types: tuple[ShardingTypeName, ...] | None = _setting(
+    sharding_types: tuple[Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"], ...] | None = _setting(
         "which of row_wise, table_row_wise, table_wise, data_parallel the planner may give a table; null: all",
         None,
         min_length=1,
     )
-    compute_kernels: tuple[KernelName, ...] = _setting(
+    compute_kernels: tuple[Literal["fused", "fused_uvm_caching", "fused_uvm"], ...] = _setting(
         "where the planner may keep rows: fused (on the device), fused_uvm_caching (in the host's memory, a cache of "
         "them on the device), fused_uvm (in the host's memory alone); the last two on CUDA",
         ("fused",),
@@ -139,7 +138,7 @@ class ShardingConfig:
         at_least=0,
         at_most=1e6,
     )
-    exchange: ExchangeName = _setting(
+    exchange: Literal["auto", "after", "reduce_scatter", "unique_rows"] = _setting(
         "W2 after the exchange (k columns cross the network), before a reduce-scatter, or on distinct rows before an "
         "all-to-all (d columns); auto takes the one that sends fewer bytes, table by table",
         "auto",
@@ -150,12 +149,15 @@ class ShardingConfig:
     backward_comm: Literal["fp32", "fp16", "bf16"] = _setting(
         "what their gradients are rounded to there; fp16 sends them scaled up by the rank's batch", "fp32"
     )
-    rows_dtype: RowsDtype = _setting(
+    rows_dtype: Literal["fp32", "fp16"] = _setting(
         "how ranks store W1 in training; fp16 halves it, not the optimizer's state; exports are fp32", "fp32"
     )
-    tables: dict[str, TableShardingConfig] = _sections(
-        "by table, what differs there of sharding_types, compute_kernels, cache_load_factor, exchange, rows_dtype: "
-        "{C3: {exchange: after}}, or sharding.tables.C3.exchange=after"
+    tables: dict[str, TableShardingConfig] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "by table, what differs there of sharding_types, compute_kernels, cache_load_factor, exchange, "
+            "rows_dtype: {C3: {exchange: after}}, or sharding.tables.C3.exchange=after"
+        },
     )
 
     def of_table(self, name: str) -> TableShardingConfig:
@@ -244,8 +246,8 @@ class Config:
             for kernel in kernels or ():
                 if kernel != "fused":
                     raise UserError(
-                        f"{prefix}compute_kernels names {kernel}, which keeps rows of CUDA kernels in the host's memory; "
-                        "on a CPU all rows are there: use [fused]"
+                        f"{prefix}compute_kernels names {kernel}, which keeps rows of CUDA kernels in the host's "
+                        "memory; on a CPU all rows are there: use [fused]"
                     )
 
     def check_features(self, dense: Sequence[str], sparse: Sequence[str]) -> None:
@@ -266,7 +268,8 @@ class Config:
         for name in self.sharding.tables:
             if name not in names:
                 raise UserError(
-                    f"sharding.tables: the model has no table {name!r}{_closest(name, names)}; it has {', '.join(names)}"
+                    f"sharding.tables: the model has no table {name!r}{_closest(name, names)}; it has "
+                    f"{', '.join(names)}"
                 )
 
 
@@ -327,7 +330,7 @@ def parse_section(
     """
     where = prefix.rstrip(".")
     if not isinstance(settings, Mapping):
-        raise UserError(f"{source}: {where}: expected a section of keys, found {_show(settings)}")
+        raise UserError(f"{sources.get(where, source)}: {where}: expected a section of keys, found {_show(settings)}")
     known = {f.name: f for f in dataclasses.fields(kind)}
     for name in settings:
         if name not in known:
@@ -453,7 +456,8 @@ def _section_type(setting: dataclasses.Field[Any]) -> Any:
 
 
 def _convert(value: Any, setting: dataclasses.Field[Any], key: str, source: str) -> Any:
-    allowed = typing.get_args(setting.type) if isinstance(setting.type, types.UnionType) else (setting.type,)
+    is_union = typing.get_origin(setting.type) in (types.UnionType, typing.Union)  # the latter of Literals
+    allowed = typing.get_args(setting.type) if is_union else (setting.type,)
     if value is None and type(None) in allowed:
         return None
     kind = next(option for option in allowed if option is not type(None))

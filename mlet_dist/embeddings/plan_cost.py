@@ -77,10 +77,10 @@ def table_cost(
         sharding_type = DATA_PARALLEL
     replicated = sharding_type == DATA_PARALLEL
     exchange = None if replicated else sharder.choose(table, sharding_type, ranks.world_size)[0]
-    codecs = {}
+    value_bytes = FLOAT, FLOAT
     if exchange is not None and ranks.world_size > 1:
         operation = COMM_OPS["all_to_all" if sharding_type == TABLE_WISE else exchange]
-        codecs = {"value_bytes": each_way_bytes(codecs_of(sharder.qcomm_codecs_registry, operation))}
+        value_bytes = each_way_bytes(codecs_of(sharder.qcomm_codecs_registry, operation))
     return TableCost(
         name=table.name,
         row_width=table.row_width,
@@ -95,8 +95,8 @@ def table_cost(
         cache_load_factor=cache_load_factor,
         # Replicated rows stay float32 (sharding.py).
         row_bytes=2 if table.data_type == DataType.FP16 and not replicated else FLOAT,
+        value_bytes=value_bytes,
         on_cpu=ranks.on_cpu,
-        **codecs,
     )
 
 

@@ -116,15 +116,16 @@ class TableCost:
         """What a step holds at its peak, found by the CPU's allocations in ``tests/embeddings/test_planning.py``.
 
         Pooled tables: sums of all ranks' bags ``(R·b, F·k)``, which are partial where several ranks hold rows, and
-        their gradients, and what is exchanged. ``unique_rows``: distinct rows ``(U, k)`` and their gradients, or rows
-        and both sides of the exchange; a padded copy for tables that share a kernel on the CPU, and on CUDA, which was
-        not measured.
+        their gradients, and what is exchanged; table_wise ``after``, not both of these beside what is at home.
+        data_parallel: a second dense gradient, before it is added to the first. ``unique_rows``: distinct rows
+        ``(U, k)`` and their gradients, or rows and both sides of the exchange; a padded copy for tables that share a
+        kernel on the CPU, and on CUDA, which was not measured.
         """
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
         bags = traffic.local_batch_size * traffic.num_features
         ids = bags * traffic.pooling_factor
         if self.sharding_type == DATA_PARALLEL:
-            return FLOAT * bags * (2 * k + d) + INDEX * ids
+            return FLOAT * (bags * (2 * k + d) + traffic.num_embeddings * k) + INDEX * ids
         if self.exchange == "unique_rows":
             mine, asked = self._distinct_ids(), self._owned_rows()
             rows = asked * k
@@ -133,9 +134,12 @@ class TableCost:
             exchanging = (2 if padded else 1) * rows + 2 * mine * d
             return FLOAT * max(backward, exchanging) + 3 * INDEX * ids
         sums = bags * self.world_size
+        wide: float = 2 * sums * k
+        if self.exchange == "after" and self.sharding_type == TABLE_WISE and self.world_size > 1:
+            wide = max(sums, 2 * sums - 2 * bags) * k
         exchanged = 0 if self.exchange == "after" or self.world_size == 1 else sums * d
         received = ids * self.world_size / self.holders
-        return FLOAT * (2 * sums * k + exchanged) + INDEX * received + 2 * INDEX * sums
+        return FLOAT * (wide + exchanged) + INDEX * received + 2 * INDEX * sums
 
     def step(self, *, holds: bool = True) -> Step:
         """Of one rank, on average of those that hold rows of the table or of the others."""
@@ -147,17 +151,18 @@ class TableCost:
         bags = traffic.local_batch_size * traffic.num_features
         ids = bags * traffic.pooling_factor
         if self.sharding_type == DATA_PARALLEL:
-            updated = 5 * traffic.num_embeddings * (FLOAT * k + row_state_bytes(self.optimizer, k))
-            moved = FLOAT * (2 * ids * k + bags * 4 * k) + updated
+            dense = 5 * traffic.num_embeddings * (FLOAT * k + row_state_bytes(self.optimizer, k))
+            moved = FLOAT * (2 * ids * k + bags * 4 * k) + dense
             reduced = all_reduced(FLOAT * traffic.num_embeddings * k, world, self.local_world_size)
             return reduced + Step(memory_bytes=moved)
         asked = self._owned_rows()
-        updated = 2 * asked * (self.row_bytes * k + row_state_bytes(self.optimizer, k))
+        updated: float = 2 * asked * (self.row_bytes * k + row_state_bytes(self.optimizer, k))
         if self.exchange == "unique_rows":
-            looked_up, projected = asked, asked
-            moved = FLOAT * asked * (5 * k + 3 * d) + self.row_bytes * asked * k
+            looked_up = projected = asked
+            moved: float = FLOAT * asked * (5 * k + 3 * d) + self.row_bytes * asked * k
         else:
-            looked_up, projected = ids * world / self.holders, 0 if self.exchange == "after" else bags * world
+            looked_up = ids * world / self.holders
+            projected = 0.0 if self.exchange == "after" else float(bags * world)
             moved = self.row_bytes * 2 * looked_up * k + FLOAT * (bags * world * 4 * k + 3 * projected * d)
         work = Step(memory_bytes=moved + updated, host_bytes=self._host_bytes(looked_up), flops=self._flops(projected))
         return work + self._served()
@@ -168,7 +173,7 @@ class TableCost:
         bags = traffic.local_batch_size * traffic.num_features
         reduced = all_reduced(FLOAT * k * d, self.world_size, self.local_world_size) if self.projected else Step()
         at_home = self.exchange in ("after", None)  # W2 is applied here
-        moved = FLOAT * bags * (2 * k + 3 * d if at_home else 2 * d)
+        moved: float = FLOAT * bags * (2 * k + 3 * d if at_home else 2 * d)
         if self.exchange == "unique_rows":
             moved = FLOAT * (6 * self._distinct_ids() * d + 4 * bags * traffic.pooling_factor * d)
         work = Step(memory_bytes=moved, flops=self._flops(bags) if at_home else 0)

@@ -8,10 +8,10 @@ from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from mlet_dist.config import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.costs import Optimizer
 from mlet_dist.embeddings.model_cost import DenseCost
-from mlet_dist.config import RowsDtype
 from mlet_dist.models.spec import ModelSpec
 
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."

@@ -106,7 +106,7 @@ def even_memory(case: Case) -> Memory:
     parts = []
     for table in configs:
         own = evenest(limited[table.name])
-        (kind,), (kernel,) = own.sharding_types or (), own.compute_kernels or ()
+        (kind,), (kernel,) = own.sharding_types or [""], own.compute_kernels or [""]
         weight = tables.embedding_bags[table.name].weight
         cost = table_cost(table, weight, sharding.sharder, case.ranks, kind, kernel, load_factor(own.cache_params))
         blocks = 1 if cost.exchange is None else cost.holders

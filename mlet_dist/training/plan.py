@@ -1,6 +1,8 @@
 """A model's plan: TorchRec's, as it will run, what it costs, and why."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +111,8 @@ def plan_model(
             constraints=constraints,
             replicated_bytes=replicated_bytes,
         )
-        plan = planner.plan(model, [sharder])
+        with _without_false_warnings():
+            plan = planner.plan(model, [sharder])
         params = plan.plan[TABLES_PREFIX.rstrip(".")]
         for sharding in params.values():
             if sharding.compute_kernel != UVM_CACHING:
@@ -160,6 +163,20 @@ def describe_plan(planned: ModelPlan) -> list[str]:
     if {entry["compute_kernel"] for entry in entries.values()} == {_DENSE} and planned.sharder.chosen:
         lines.append("all rows leave a dense gradient: fbgemm has this optimizer's fused kernel for CUDA alone")
     return lines
+
+
+@contextmanager
+def _without_false_warnings() -> Iterator[None]:
+    """TorchRec warns of each data_parallel table that its sharding spec is missing; such tables have none."""
+    logging.getLogger().addFilter(_is_wanted)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(_is_wanted)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Sharding spec not found")
 
 
 def _describe_way(way: str, names: Sequence[str], planned: ModelPlan, entries: Mapping[str, Mapping[str, Any]]) -> str:

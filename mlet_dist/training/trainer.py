@@ -26,10 +26,10 @@ from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
+from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
-from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.weights import weights_sha256
 
