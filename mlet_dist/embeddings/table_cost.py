@@ -152,9 +152,8 @@ class TableCost:
         ids = bags * traffic.pooling_factor
         if self.sharding_type == DATA_PARALLEL:
             dense = 5 * traffic.num_embeddings * (FLOAT * k + row_state_bytes(self.optimizer, k))
-            moved = FLOAT * (2 * ids * k + bags * 4 * k) + dense
             reduced = all_reduced(FLOAT * traffic.num_embeddings * k, world, self.local_world_size)
-            return reduced + Step(memory_bytes=moved)
+            return reduced + Step(memory_bytes=FLOAT * (2 * ids * k + bags * 4 * k) + dense)
         asked = self._owned_rows()
         updated: float = 2 * asked * (self.row_bytes * k + row_state_bytes(self.optimizer, k))
         if self.exchange == "unique_rows":
