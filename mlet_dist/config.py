@@ -181,6 +181,9 @@ class TrainConfig:
     max_steps: int | None = _setting("stop after this many steps; null trains all epochs", None, at_least=1)
     log_every: int = _setting("steps between two records in metrics.jsonl and TensorBoard", 100, at_least=1)
     device: Literal["auto", "cpu", "cuda"] = _setting("auto takes cuda where there is one", "auto")
+    pipelined: bool | None = _setting(
+        "exchange the ids of the next batch behind the compute of this one; null does, but on a single CPU rank", None
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from threading import Event, Thread
 
 import numpy as np
 import torch
+from torch.fx._symbolic_trace import PHWithMeta
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
@@ -56,6 +57,10 @@ class Batch(Pipelineable):
         self.dense.record_stream(stream)
         self.sparse.record_stream(stream)
         self.labels.record_stream(stream)
+
+    def to_proxy_tuple(self, model: torch.nn.Module) -> tuple[PHWithMeta, PHWithMeta]:
+        """Which attributes are ``dense_features`` and ``sparse_features`` of TorchRec's models, for its pipelines."""
+        return PHWithMeta("dense"), PHWithMeta("sparse")
 
 
 class DataLoader:

@@ -50,6 +50,20 @@ def check_plan(
         )
 
 
+def check_node(name: str, sharding: ParameterSharding, local_world_size: int) -> None:
+    """Raise ValueError unless a table_row_wise plan has a block on each rank of one node, in the order of the ranks."""
+    if sharding.sharding_type != ShardingType.TABLE_ROW_WISE.value or sharding.sharding_spec is None:
+        return
+    ranks = [shard.placement.rank() for shard in sharding.sharding_spec.shards]
+    first = ranks[0] // local_world_size * local_world_size
+    node = list(range(first, first + local_world_size))
+    if ranks != node:
+        raise ValueError(
+            f"table {name!r}: the plan's table_row_wise shards are on ranks {ranks}; with {local_world_size} ranks a "
+            f"node (LOCAL_WORLD_SIZE) they lie on {node}"
+        )
+
+
 def check_widths(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
     """Raise ValueError if fbgemm's kernels cannot take the width of a table's rows."""
     for table in tables:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
+from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
@@ -24,6 +25,7 @@ from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagCollection, M
 from mlet_dist.embeddings.plan import (
     BY_BLOCKS,
     HOST_KERNELS,
+    check_node,
     check_plan,
     check_rows_dtype,
     keep_gradients_dense,
@@ -99,6 +101,8 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """
         if isinstance(env, ShardingEnv2D):
             raise ValueError("multi-layer tables cannot be sharded in 2D (DMPCollection); use DistributedModelParallel")
+        for name, sharding in params.items():
+            check_node(name, sharding, get_local_size(env.world_size))
         traffic = self.settle(
             module,
             params,

@@ -4,12 +4,12 @@ import math
 import sys
 import time
 from contextlib import ExitStack, suppress
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -26,6 +26,7 @@ from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
+from mlet_dist.training.pipeline import pipeline_pays, take_steps
 from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.run_directory import RunDirectory
@@ -135,32 +136,25 @@ def _train_steps(
     report = _TrainingReport(config.data.batch_size)
     factor = learning_rate_factor(config.optimizer, steps)
     schedule = LambdaLR(optimizer, factor)
-    step = 0
+    # One iterator over all epochs: whoever takes batches ahead neither stops between two nor goes beyond the last.
+    batches = islice(chain.from_iterable(repeat(loader)), steps)
+    pipelined = pipeline_pays(worker) if config.train.pipelined is None else config.train.pipelined
     with Progress("train", steps, "steps", disable=not worker.is_first) as progress:
-        while step < steps:
-            for batch in loader:
-                batch = batch.to(worker.device)
-                optimizer.zero_grad()
-                logits = model(batch.dense, batch.sparse).squeeze(-1)
-                loss = functional.binary_cross_entropy_with_logits(logits, batch.labels)
-                loss.backward()
-                optimizer.step()
-                metrics.update(logits.detach(), batch.labels)
-                schedule.step()
-                step += 1
-                fields = {}
-                if step % config.train.log_every == 0 or step == steps:
-                    found = report.at(step, metrics.compute())
-                    found["learning_rate"] = config.optimizer.learning_rate * factor(step - 1)
-                    recorder.record("train", step, found)
-                    fields = {
-                        "loss": f"{found['loss']:.4f}",
-                        "AUC": f"{found['auc']:.4f}",
-                        "samples/s": f"{found['samples_per_s']:,.0f}",
-                    }
-                progress.update(1, **fields)
-                if step == steps:
-                    break
+        trained = take_steps(model, optimizer, batches, worker.device, pipelined=pipelined)
+        for step, (logits, labels) in enumerate(trained, start=1):
+            metrics.update(logits, labels)
+            schedule.step()
+            fields = {}
+            if step % config.train.log_every == 0 or step == steps:
+                found = report.at(step, metrics.compute())
+                found["learning_rate"] = config.optimizer.learning_rate * factor(step - 1)
+                recorder.record("train", step, found)
+                fields = {
+                    "loss": f"{found['loss']:.4f}",
+                    "AUC": f"{found['auc']:.4f}",
+                    "samples/s": f"{found['samples_per_s']:,.0f}",
+                }
+            progress.update(1, **fields)
     return report.seconds
 
 

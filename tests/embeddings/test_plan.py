@@ -4,7 +4,13 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.types import ParameterSharding
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.plan import check_plan, keep_replicated_if_too_small, ranks_of_blocks, spread_blocks
+from mlet_dist.embeddings.plan import (
+    check_node,
+    check_plan,
+    keep_replicated_if_too_small,
+    ranks_of_blocks,
+    spread_blocks,
+)
 
 
 def _plan(num_embeddings: int, world_size: int, width: int = 8) -> ParameterSharding:
@@ -86,3 +92,12 @@ def test_the_last_ranks_of_many_may_hold_no_row() -> None:
     plan = _plan(table.num_embeddings, 300)
     keep_replicated_if_too_small(table, plan, 300, on_cpu=False)
     assert plan.sharding_type == "data_parallel"
+
+
+def test_a_plan_for_other_nodes_is_refused() -> None:
+    plan = _plan(10, 2)
+    check_node("t", plan, 1)
+    plan.sharding_type = "table_row_wise"
+    check_node("t", plan, 2)
+    with pytest.raises(ValueError, match=r"table 't': .* on ranks \[0, 1\]; with 4 ranks a node .* on \[0, 1, 2, 3\]"):
+        check_node("t", plan, 4)
