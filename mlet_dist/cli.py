@@ -27,11 +27,12 @@ No GPU, no data set and no other process are needed. An example, with table size
   C1: 45000000
   C2: {num_embeddings: 36000000, pooling_factor: 20}
 
-It prints what each rank holds (rows, their optimizer's state, a step's buffers, and W2 and the dense layers, which
-every rank holds), and the same tables in four ways: single layers of d and of k columns, MLET with the projection after
-the exchange, and MLET as configured. Times are at the hardware's peak rates (mlet_dist/planner/hardware.yaml), without
-launches and waiting: for comparison, and a lower bound. Where the tables do not fit, the exit code is 2 and one line
-says what is missing and what would fit. Settings are those of `mlet train --help`."""
+It prints why tables lie where they do, what each rank holds (rows, their optimizer's state, a step's buffers, and W2
+and the dense layers, which every rank holds), and the same tables in several ways: single layers of d and of k columns,
+MLET with the projection after the exchange, and MLET as configured. Times are at the hardware's peak rates
+(mlet_dist/planner/hardware.yaml), without launches and waiting: for comparison, and a lower bound. Where the tables do
+not fit, the exit code is 2 and one line says what is missing and what would fit; --out draws the plan then, too.
+Settings are those of `mlet train --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
