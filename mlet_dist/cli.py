@@ -158,9 +158,10 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
             "node holds as many ranks"
         )
     config.check_world_size(args.world_size)
+    config.check_device(hardware["kind"])
     spec, pooling_factors = load_tables(config, None if args.tables is None else Path(args.tables))
     _before_torch()
-    from mlet_dist.embeddings.costs import Device
+    from mlet_dist.embeddings.step_time import Device
     from mlet_dist.planner.command import make_plan
     from mlet_dist.planner.report import picture, report
 
@@ -170,6 +171,8 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
             Path(args.out).write_text(picture(plan), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
+    if plan["shortage"] is not None:
+        raise UserError(plan["shortage"])
     if not args.json:
         _print(report(plan))
         return None, True

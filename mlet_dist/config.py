@@ -21,7 +21,10 @@ _MAX_COLUMNS = 1 << 16
 
 
 def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A field: its meaning for `mlet train --help`, its limits at_least, at_most, above, multiple_of and min_length."""
+    """A field: its meaning for `mlet train --help`, and its limits.
+
+    These are at_least, at_most, above, below (which goes with above), multiple_of and min_length.
+    """
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
@@ -93,10 +96,48 @@ class OptimizerConfig:
     )
 
 
+RowsDtype = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class TableShardingConfig:
+    """What `sharding` says of one table alone; null takes what is said of all."""
+
+    sharding_types: tuple[Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"], ...] | None = _setting(
+        "as sharding.sharding_types", None, min_length=1
+    )
+    compute_kernels: tuple[Literal["fused", "fused_uvm_caching", "fused_uvm"], ...] | None = _setting(
+        "as sharding.compute_kernels", None, min_length=1
+    )
+    cache_load_factor: float | None = _setting("as sharding.cache_load_factor", None, above=0, below=1)
+    exchange: Literal["auto", "after", "reduce_scatter", "unique_rows"] | None = _setting("as sharding.exchange", None)
+    rows_dtype: Literal["fp32", "fp16"] | None = _setting("as sharding.rows_dtype", None)
+
+
 @dataclass(frozen=True)
 class ShardingConfig:
     """How tables are spread over ranks, and how their vectors cross the network."""
 
+    sharding_types: tuple[Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"], ...] | None = _setting(
+        "which of row_wise, table_row_wise, table_wise, data_parallel the planner may give a table; null: all",
+        None,
+        min_length=1,
+    )
+    compute_kernels: tuple[Literal["fused", "fused_uvm_caching", "fused_uvm"], ...] = _setting(
+        "where the planner may keep rows: fused (on the device), fused_uvm_caching (in the host's memory, a cache of "
+        "them on the device), fused_uvm (in the host's memory alone); the last two on CUDA",
+        ("fused",),
+        min_length=1,
+    )
+    cache_load_factor: float = _setting(
+        "share of a table's rows that fused_uvm_caching keeps on the device", 0.2, above=0, below=1
+    )
+    data_parallel_up_to_mb: float = _setting(
+        "MB (10^6 bytes) of a table's rows up to which the planner may hold it on every rank",
+        16.0,
+        at_least=0,
+        at_most=1e6,
+    )
     exchange: Literal["auto", "after", "reduce_scatter", "unique_rows"] = _setting(
         "W2 after the exchange (k columns cross the network), before a reduce-scatter, or on distinct rows before an "
         "all-to-all (d columns); auto takes the one that sends fewer bytes, table by table",
@@ -111,6 +152,24 @@ class ShardingConfig:
     rows_dtype: Literal["fp32", "fp16"] = _setting(
         "how ranks store W1 in training; fp16 halves it, not the optimizer's state; exports are fp32", "fp32"
     )
+    tables: dict[str, TableShardingConfig] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "by table, what differs there of sharding_types, compute_kernels, cache_load_factor, exchange, "
+            "rows_dtype: {C3: {exchange: after}}, or sharding.tables.C3.exchange=after"
+        },
+    )
+
+    def of_table(self, name: str) -> TableShardingConfig:
+        """What holds for a table: its own settings, and those of all where it has none."""
+        own = self.tables.get(name, TableShardingConfig())
+        keys = [each.name for each in dataclasses.fields(TableShardingConfig)]
+        values = {key: getattr(own, key) if getattr(own, key) is not None else getattr(self, key) for key in keys}
+        return TableShardingConfig(**values)
+
+    def rows_dtypes(self, tables: Sequence[str]) -> dict[str, RowsDtype]:
+        """How the rows of each table are stored."""
+        return {name: self.of_table(name).rows_dtype or self.rows_dtype for name in tables}
 
 
 @dataclass(frozen=True)
@@ -171,12 +230,28 @@ class Config:
             )
 
     def check_device(self, device: str) -> None:
-        """Raise UserError where there is no kernel for the optimizer and ``sharding.rows_dtype`` on ``device``."""
-        if device == "cpu" and self.optimizer.name == "adam" and self.sharding.rows_dtype == "fp16":
-            raise UserError(
-                "sharding.rows_dtype is fp16 and optimizer.name is adam: fbgemm updates such rows on CUDA alone; "
-                "on a CPU use fp32, or sgd, adagrad or rowwise_adagrad"
-            )
+        """Raise UserError where there is no kernel for what is asked of rows on ``device``."""
+        if device != "cpu":
+            return
+        sharding = self.sharding
+        for prefix, dtype, kernels in [
+            ("sharding.", sharding.rows_dtype, sharding.compute_kernels),
+            *(
+                (f"sharding.tables.{name}.", own.rows_dtype, own.compute_kernels)
+                for name, own in sharding.tables.items()
+            ),
+        ]:
+            if self.optimizer.name == "adam" and dtype == "fp16":
+                raise UserError(
+                    f"{prefix}rows_dtype is fp16 and optimizer.name is adam: fbgemm updates such rows on CUDA alone; "
+                    "on a CPU use fp32, or sgd, adagrad or rowwise_adagrad"
+                )
+            for kernel in kernels or ():
+                if kernel != "fused":
+                    raise UserError(
+                        f"{prefix}compute_kernels names {kernel}, which keeps rows of CUDA kernels in the host's "
+                        "memory; on a CPU all rows are there: use [fused]"
+                    )
 
     def check_features(self, dense: Sequence[str], sparse: Sequence[str]) -> None:
         """Raise UserError where a feature that is asked for is not among the data set's."""
@@ -189,6 +264,15 @@ class Config:
                 raise UserError(
                     f"{key}: {self.data.path} has no column {missing[0]!r}{_closest(missing[0], known)}; "
                     f"it has {', '.join(known)}"
+                )
+
+    def check_tables(self, names: Sequence[str]) -> None:
+        """Raise UserError where ``sharding.tables`` names a table that the model lacks."""
+        for name in self.sharding.tables:
+            if name not in names:
+                raise UserError(
+                    f"sharding.tables: the model has no table {name!r}{_closest(name, names)}; it has "
+                    f"{', '.join(names)}"
                 )
 
 
@@ -249,7 +333,7 @@ def parse_section(
     """
     where = prefix.rstrip(".")
     if not isinstance(settings, Mapping):
-        raise UserError(f"{source}: {where}: expected a section of keys, found {_show(settings)}")
+        raise UserError(f"{sources.get(where, source)}: {where}: expected a section of keys, found {_show(settings)}")
     known = {f.name: f for f in dataclasses.fields(kind)}
     for name in settings:
         if name not in known:
@@ -265,6 +349,8 @@ def parse_section(
         if nested is not None:
             section = settings.get(name)
             values[name] = parse_section(nested, {} if section is None else section, f"{key}.", source, sources)
+        elif typing.get_origin(setting.type) is dict:
+            values[name] = _parse_sections(setting, settings.get(name), key, source, sources)
         elif name in settings:
             values[name] = _convert(settings[name], setting, key, sources.get(key, source))
         elif setting.default is dataclasses.MISSING:
@@ -272,12 +358,33 @@ def parse_section(
     return kind(**values)
 
 
+def _parse_sections(
+    setting: dataclasses.Field[Any], named: Any, key: str, source: str, sources: Mapping[str, str]
+) -> dict[str, Any]:
+    """Sections by name, of the dataclass in the field's type."""
+    kind = typing.get_args(setting.type)[1]
+    if named is None:
+        return {}
+    if not isinstance(named, Mapping):
+        raise UserError(f"{sources.get(key, source)}: {key}: expected sections by name, found {_show(named)}")
+    found = {}
+    for name, section in named.items():
+        if type(name) is not str:
+            raise UserError(
+                f"{sources.get(key, source)}: {key}: expected a name, found {_show(name)}; put it in quotes"
+            )
+        found[name] = parse_section(kind, {} if section is None else section, f"{key}.{name}.", source, sources)
+    return found
+
+
 def describe_settings() -> str:
     """Every key with its type, default and meaning, one line each."""
     lines = []
     for section in dataclasses.fields(Config):
         for setting in dataclasses.fields(_section_type(section)):
-            default = "required" if setting.default is dataclasses.MISSING else _show(setting.default)
+            default = _show({}) if setting.default is dataclasses.MISSING else _show(setting.default)
+            if setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING:
+                default = "required"
             lines.append(f"  {section.name}.{setting.name} ({default}): {setting.metadata['meaning']}")
     return "\n".join(lines)
 
@@ -323,12 +430,28 @@ def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, 
     except ValueError as error:
         raise UserError(f"{_COMMAND_LINE}: {override!r}: the value is not valid YAML{error}") from None
     sources[key] = _COMMAND_LINE
-    if section not in settings:
-        sources[section] = _COMMAND_LINE
-    if settings.get(section) is None:
-        settings[section] = {}
-    if isinstance(settings[section], dict):
-        settings[section][name] = value
+    *sections, last = key.split(".") if _goes_deeper(key) else (section, name)
+    path = ""
+    for each in sections:
+        path = f"{path}.{each}" if path else each
+        if each not in settings:
+            sources[path] = _COMMAND_LINE
+        if settings.get(each) is None:
+            settings[each] = {}
+        if not isinstance(settings[each], dict):
+            return  # parse_section says so
+        settings = settings[each]
+    settings[last] = value
+
+
+def _goes_deeper(key: str) -> bool:
+    """Whether the key is of a section by name, such as ``sharding.tables.C3.exchange``."""
+    section, _, rest = key.partition(".")
+    kind = {each.name: _section_type(each) for each in dataclasses.fields(Config)}.get(section)
+    if kind is None or "." not in rest:
+        return False
+    types_of = {each.name: each.type for each in dataclasses.fields(kind)}
+    return typing.get_origin(types_of.get(rest.partition(".")[0])) is dict
 
 
 def _section_type(setting: dataclasses.Field[Any]) -> Any:
@@ -336,7 +459,8 @@ def _section_type(setting: dataclasses.Field[Any]) -> Any:
 
 
 def _convert(value: Any, setting: dataclasses.Field[Any], key: str, source: str) -> Any:
-    allowed = typing.get_args(setting.type) if isinstance(setting.type, types.UnionType) else (setting.type,)
+    is_union = typing.get_origin(setting.type) in (types.UnionType, typing.Union)  # the latter of Literals
+    allowed = typing.get_args(setting.type) if is_union else (setting.type,)
     if value is None and type(None) in allowed:
         return None
     kind = next(option for option in allowed if option is not type(None))
@@ -352,12 +476,14 @@ def _convert(value: Any, setting: dataclasses.Field[Any], key: str, source: str)
         )
     for each in converted if isinstance(converted, tuple) else (converted,):
         at_least, at_most, above = (setting.metadata.get(limit) for limit in ("at_least", "at_most", "above"))
-        if at_least is not None and each < at_least:
+        if at_least is not None and not each >= at_least:  # nor NaN
             raise UserError(f"{source}: {key} is {_show(value)}, it must be at least {at_least}")
         if at_most is not None and each > at_most:
             raise UserError(f"{source}: {key} is {_show(value)}, it must be at most {at_most}")
-        if above is not None and not above < each < float("inf"):
-            raise UserError(f"{source}: {key} is {_show(value)}, it must be a finite number above {above}")
+        below = setting.metadata.get("below", math.inf)
+        if above is not None and not above < each < below:
+            limits = "a finite number above {}" if below == math.inf else "above {} and below {}"
+            raise UserError(f"{source}: {key} is {_show(value)}, it must be {limits.format(above, below)}")
         factor = setting.metadata.get("multiple_of")
         if factor is not None and each % factor:
             raise UserError(

@@ -13,6 +13,7 @@ from mlet_dist.config import (
     OptimizerConfig,
     RunConfig,
     ShardingConfig,
+    TableShardingConfig,
     TrainConfig,
     load_config,
     save_config,
@@ -52,6 +53,8 @@ def test_shipped_configs_load_and_survive_being_saved(path: Path, tmp_path: Path
 positive = st.floats(min_value=1e-300, max_value=1e300)
 text = st.text(min_size=1).filter(lambda text: text.strip() and not text.startswith("~"))
 names = st.lists(text, min_size=1, unique=True).map(tuple)
+types = st.lists(st.sampled_from(["row_wise", "table_wise"]), min_size=1, max_size=2).map(tuple)
+shares = st.floats(0.01, 0.99)
 configs = st.builds(
     Config,
     data=st.builds(DataConfig, path=text, sparse_features=st.none() | names),
@@ -74,8 +77,15 @@ configs = st.builds(
     ),
     sharding=st.builds(
         ShardingConfig,
+        sharding_types=st.none() | types,
+        cache_load_factor=shares,
         forward_comm=st.sampled_from(["fp32", "fp16", "bf16"]),
         rows_dtype=st.sampled_from(["fp32", "fp16"]),
+        tables=st.dictionaries(
+            text,
+            st.builds(TableShardingConfig, sharding_types=st.none() | types, cache_load_factor=st.none() | shares),
+            max_size=3,
+        ),
     ),
     train=st.builds(TrainConfig, seed=st.integers(0, 2**63 - 1), max_steps=st.none() | st.integers(1)),
 )
@@ -191,6 +201,46 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for content, shown in {"3": "3", "[data, run]": "[data, run]", "text": "text"}.items():
         latin.write_text(content)
         assert error_of(latin) == f"{latin}: expected sections such as `model:`, found {shown}"
+
+
+def test_what_is_said_of_a_table_goes_before_what_is_said_of_all(file: Path) -> None:
+    file.write_text(
+        "data: {path: d}\nrun: {dir: r}\n"
+        "sharding: {exchange: after, cache_load_factor: 0.3, tables: {C1: {exchange: auto}, C2: null}}\n"
+    )
+    config = load_config(file, ["sharding.tables.C1.rows_dtype=fp16", "sharding.tables.C3.compute_kernels=[fused_uvm]"])
+    assert list(config.sharding.tables) == ["C1", "C2", "C3"]
+    one = config.sharding.of_table("C1")
+    assert (one.exchange, one.rows_dtype, one.cache_load_factor, one.sharding_types) == ("auto", "fp16", 0.3, None)
+    assert config.sharding.of_table("C2") == config.sharding.of_table("not named")
+    assert config.sharding.of_table("C3").compute_kernels == ("fused_uvm",)
+    assert config.sharding.rows_dtypes(["C1", "C2"]) == {"C1": "fp16", "C2": "fp32"}
+    config.check_device("cuda")
+    with pytest.raises(UserError, match=r"^sharding\.tables\.C3\.compute_kernels names fused_uvm, .*; on a CPU"):
+        config.check_device("cpu")
+    config.check_tables(["C1", "C2", "C3"])
+    with pytest.raises(UserError, match=r"^sharding\.tables: the model has no table 'C2' \(did you mean 'C12'\?\); it"):
+        config.check_tables(["C1", "C3", "C12"])
+
+
+WRONG_TABLES = {
+    "sharding.tables.C1.exchnge=after": r"sharding\.tables\.C1\.exchnge: unknown key \(did you mean 'exchange'\?\)",
+    "sharding.tables.C1=after": r"sharding\.tables\.C1: expected a section of keys, found after",
+    "sharding.tables=after": r"sharding\.tables: expected sections by name, found after",
+    "sharding.tables={1: {}}": r"sharding\.tables: expected a name, found 1; put it in quotes",
+    "sharding.tables.C1.exchange=all_to_all": r"sharding\.tables\.C1\.exchange: expected one of auto, after, reduce",
+    "sharding.tables.C1.sharding_types=[]": r"sharding\.tables\.C1\.sharding_types is \[\], it must have at least 1",
+    "sharding.sharding_types=[column_wise]": r"sharding\.sharding_types: expected a list, each one of row_wise, .*null",
+    "sharding.cache_load_factor=1": r"sharding\.cache_load_factor is 1, it must be above 0 and below 1",
+    "sharding.data_parallel_up_to_mb=.nan": r"sharding\.data_parallel_up_to_mb is \.nan, it must be at least 0",
+    "model.bottom_mlp.C1=3": r"model\.bottom_mlp\.C1: unknown key",
+}
+
+
+@pytest.mark.parametrize("override", WRONG_TABLES)
+def test_mistakes_in_what_is_said_of_tables(override: str, file: Path) -> None:
+    file.write_text("data: {path: d}\nrun: {dir: r}\n")
+    assert re.search(f"command line: {WRONG_TABLES[override]}", error_of(file, override))
 
 
 def test_overrides_replace_what_the_file_says_the_last_one_wins(file: Path) -> None:

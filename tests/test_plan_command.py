@@ -11,7 +11,7 @@ import pytest
 from mlet_dist.cli import main
 from mlet_dist.planner.command import _ranges
 from mlet_dist.planner.hardware import presets
-from tests.command import ROOT, error_line, mlet
+from tests.command import ROOT, error_line
 from tests.conftest import TrainedRun
 from tests.test_cli import watch_imports
 
@@ -41,25 +41,32 @@ def test_criteo_1tb_on_64_gpus(tables: Path, capsys: pytest.CaptureFixture[str])
     plan = _plan(capsys, tables, "--world-size", "64", *LARGE)
     assert sum(each["count"] for each in plan["ranks"]) == 64
     fullest = plan["ranks"][0]
-    blocks = [-(-rows // 64) if -(-rows // 64) * 63 < rows else rows for rows in ROWS]
+    types = {each["table"]: each["sharding_type"] for each in plan["tables"]}
+    assert set(types.values()) == {"row_wise", "data_parallel"}
+    blocks = [rows if types[f"C{index}"] == "data_parallel" else -(-rows // 64) for index, rows in enumerate(ROWS, 1)]
     assert fullest["weights"] == sum(blocks) * 256 * 4
     assert fullest["total"] == sum(fullest[kind] for kind in ("weights", "optimizer", "buffers", "dense"))
     single, spread, wide, naive, here = plan["configurations"]
     assert [each["name"] for each in plan["configurations"]] == [
-        "single layer d = 32, TorchRec's row_wise",
+        "single layer d = 32, TorchRec's exchange",
         "single layer d = 32, auto",
-        "single layer d = 256, TorchRec's row_wise",
+        "single layer d = 256, TorchRec's exchange",
         "MLET k = 256, after the exchange",
         "MLET k = 256, auto",
     ]
     assert spread["sent_bytes"] <= here["sent_bytes"] < single["sent_bytes"] < wide["sent_bytes"]
-    # The formulas alone and TorchRec's plan agree on the fullest rank.
-    assert here["memory"] == pytest.approx(fullest["total"], rel=0.01)
+    assert here["memory"] == fullest["total"]
     assert naive["bound"] == "network"
     assert here["step_s"] == pytest.approx(here["network_s"] + here["memory_s"] + here["compute_s"])
-    kinds = {each["table"]: (each["sharding_type"], each["exchange"]) for each in plan["tables"]}
-    assert kinds["C1"] == ("row_wise", "unique_rows")
-    assert kinds["C6"] == ("data_parallel", None)
+    tables_of = {each["table"]: each for each in plan["tables"]}
+    assert (tables_of["C1"]["sharding_type"], tables_of["C1"]["exchange"]) == ("row_wise", "unique_rows")
+    assert tables_of["C1"]["rows_per_rank"] == [[0, 63, 703_125]]
+    assert re.fullmatch(
+        r"[\d.]+ ms a step on each of 64 ranks, table_\w+ [\d.]+ ms a step on (one rank|each of 8 ranks)",
+        tables_of["C1"]["reason"],
+    )
+    assert (tables_of["C6"]["sharding_type"], tables_of["C6"]["exchange"]) == ("data_parallel", None)
+    assert len(plan["summary"]) <= 4
 
 
 def test_tables_as_text_and_as_a_picture(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,21 +100,82 @@ def test_a_longer_bag_sends_more(tables: Path, capsys: pytest.CaptureFixture[str
     assert (exchanges["C1"], exchanges["C20"]) == ("reduce_scatter", "unique_rows")
 
 
-def test_a_plan_that_does_not_fit_says_what_would(tables: Path) -> None:
-    command = ["plan", CONFIG, "--tables", tables, "--world-size", 8, "--device", "a100-40", *LARGE]
-    line = error_line(*command)
+def test_a_plan_that_does_not_fit_says_what_would(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--tables", tables, "--world-size", "8", "--device", "a100-40", *LARGE]
+    line = error_line("plan", CONFIG, *command)
     assert re.search(
         r"the tables do not fit 8 ranks on cuda: rank \d needs [\d.]+ GB of the 34 GB that are left of 40 GB, "
         r"[\d.]+ GB short; the largest there is table 'C1': 5,625,000 rows of 256, 11\.[56] GB; what fits: ",
         line,
     )
     ways = dict(re.findall(r"\(\d\) (\S+ ?\d*): ([\d.]+) GB of 34 GB a rank", line))
-    assert next(iter(ways)) == "optimizer.name=rowwise_adagrad"
+    assert list(ways)[:2] == ["optimizer.name=rowwise_adagrad", "sharding.compute_kernels=[fused,fused_uvm_caching]"]
     assert len(ways) == 3
+    assert "a rank and 21.8 GB of its host, " in line
     # What it proposes is true.
-    smaller = next(way for way in ways if way.startswith("model.hidden_dim="))
-    mlet(*command, smaller)
-    mlet(*command, "optimizer.name=rowwise_adagrad")
+    for way, needed in ways.items():
+        plan = _plan(capsys, *command[1:], way)
+        assert f"{plan['ranks'][0]['total'] / 1e9:.3g}" == needed
+
+
+def test_a_plan_that_does_not_fit_is_drawn(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.html"
+    command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", "a100-40", *LARGE]
+    assert main([*command, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mlet: error: the tables do not fit 8 ranks on cuda: ")
+    page = out.read_text()
+    assert "does not fit: the tables do not fit 8 ranks" in page
+    svg = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    names = "{http://www.w3.org/2000/svg}"
+    bars = [bar for bar in svg.findall(f"{names}rect") if len(bar)]
+    limit = min(float(line.attrib["x1"]) for line in svg.findall(f"{names}line"))
+    assert max(float(bar.attrib["x"]) + float(bar.attrib["width"]) for bar in bars) > limit
+
+
+def test_rows_on_the_host(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = "sharding.tables.C1.compute_kernels=[fused_uvm_caching]"
+    arguments = [tables, "--world-size", "8", *LARGE, kernels]
+    plan = _plan(capsys, *arguments)
+    assert [each["table"] for each in plan["tables"] if each["compute_kernel"] == "fused_uvm_caching"] == ["C1"]
+    rows, row = 5_625_000, 256 * 4
+    assert plan["ranks"][0]["host"] == 2 * rows * row
+    assert any("C1 (45,000,000 rows)" in line and "fused_uvm_caching" in line for line in plan["summary"])
+    smaller = _plan(capsys, *arguments, "sharding.cache_load_factor=0.1")
+    freed = plan["ranks"][0]["weights"] - smaller["ranks"][0]["weights"]
+    assert freed == pytest.approx(0.1 * rows * (row + 16), rel=1e-4)
+    assert smaller["configurations"][-1]["host_s"] > plan["configurations"][-1]["host_s"]
+
+
+def test_each_table_s_own_settings(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(
+        capsys,
+        tables,
+        "--world-size",
+        "16",
+        *LARGE,
+        "sharding.tables={C2: {sharding_types: [table_wise]}, C3: {sharding_types: [table_row_wise]}}",
+        "sharding.tables.C4.exchange=after",
+        "sharding.tables.C5.rows_dtype=fp16",
+        "sharding.data_parallel_up_to_mb=0",
+    )
+    entries = {each["table"]: each for each in plan["tables"]}
+    assert (entries["C2"]["sharding_type"], entries["C2"]["exchange"]) == ("table_wise", "all_to_all")
+    assert [last - first + 1 for first, last, _ in entries["C2"]["rows_per_rank"]] == [1]
+    assert entries["C3"]["rows_per_rank"] in ([[0, 7, 2125]], [[8, 15, 2125]])
+    assert entries["C4"]["exchange"] == "after"
+    assert "data_parallel" not in {each["sharding_type"] for each in plan["tables"]}
+    plain = _plan(capsys, tables, "--world-size", "16", *LARGE, "sharding.sharding_types=[row_wise, data_parallel]")
+    half = _plan(
+        capsys, tables, "--world-size", "16", *LARGE, "sharding.sharding_types=[row_wise, data_parallel]",
+        "sharding.rows_dtype=fp16", "sharding.forward_comm=fp16", "sharding.backward_comm=fp16",
+    )  # fmt: skip
+    weights, vectors = (
+        [each["configurations"][-1][key] for each in (half, plain)] for key in ("memory", "vector_bytes")
+    )
+    assert weights[0] < weights[1]
+    assert vectors[0] == pytest.approx(vectors[1] / 2, rel=0.01)
+    assert half["ranks"][0]["optimizer"] == plain["ranks"][0]["optimizer"]
 
 
 MISTAKES = {
@@ -118,6 +186,10 @@ MISTAKES = {
     "nodes": (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
     "batch": (["--world-size", "24"], "data.batch_size 128 is not a multiple of the 24 ranks"),
     "table": (["data.sparse_features=[C1,X9]"], "data.sparse_features: "),
+    "its own table": (
+        ["sharding.tables.C77.exchange=after"],
+        "sharding.tables: the model has no table 'C77' (did you mean ",
+    ),
     "no file": (["--tables", "no.yaml"], "no.yaml: cannot read the tables: No such file or directory"),
     "no hardware": (["--device", "no.yaml"], "no.yaml: cannot read the hardware: No such file or directory"),
 }
@@ -149,13 +221,35 @@ def test_a_wrong_line_of_the_tables(line: str, message: str, tables: Path, capsy
 
 def test_hardware_of_ones_own(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "own.yaml"
-    entry = "kind: cuda, memory_gb: 64, memory_bandwidth_gbs: 1000, fp32_tflops: 10, node_gbs: 100"
+    entry = "kind: cuda, memory_gb: 64, memory_bandwidth_gbs: 1000, fp32_tflops: 10, node_gbs: 100, host_memory_gb: 100"
+    entry += ", host_link_gbs: 20"
     own.write_text(f"mine: {{{entry}, network_gbs: 10}}")
     plan = _plan(capsys, tables, "--world-size", "16", "--device", str(own), *LARGE)
     assert (plan["device"]["name"], plan["device"]["memory"]) == ("mine", 64e9)
     own.write_text(f"mine: {{{entry}}}")
     assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", str(own)]) == 2
     assert "mine: expected the keys kind, memory_gb" in capsys.readouterr().err
+
+
+WRONG_TABLES = {
+    "sharding.tables.C6.sharding_types=[row_wise]": "table 'C6' cannot be row_wise: with 3 rows, some of 8 ranks would "
+    "hold none; it can be table_wise, data_parallel",
+    "sharding.sharding_types=[row_wise]": "table 'C6' cannot be row_wise: with 3 rows, some of 8 ranks would hold ",
+    "sharding.tables={C1: {exchange: unique_rows, sharding_types: [table_wise]}}": "table 'C1' cannot be table_wise: "
+    "exchange 'unique_rows' does not serve that; it can be row_wise, data_parallel",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG_TABLES)
+def test_what_a_table_cannot_be(setting: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", setting]) == 2
+    assert capsys.readouterr().err.startswith(f"mlet: error: {WRONG_TABLES[setting]}")
+
+
+def test_a_cpu_has_no_kernels_of_the_host(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", "cpu"]
+    assert main([*command, "sharding.tables.C1.compute_kernels=[fused_uvm]"]) == 2
+    assert capsys.readouterr().err.startswith("mlet: error: sharding.tables.C1.compute_kernels names fused_uvm, ")
 
 
 def test_presets_are_in_order_of_their_numbers() -> None:
@@ -179,11 +273,10 @@ def test_a_run_keeps_its_plan(trained: TrainedRun) -> None:
     assert plan["world_size"] == 2
     assert {each["table"] for each in plan["tables"]} == set(sizes)
     for each in plan["tables"]:
-        total = sum(each["rows_per_rank"])
-        assert len(each["rows_per_rank"]) == 2
-        if each["sharding_type"] == "row_wise":
-            assert total == sizes[each["table"]]
-            assert "bytes a bag" in each["reason"]
-        else:
-            assert total == 2 * sizes[each["table"]]
-            assert each["exchange"] is None
+        total = sum((last - first + 1) * rows for first, last, rows in each["rows_per_rank"])
+        copies = 2 if each["sharding_type"] == "data_parallel" else 1
+        assert total == copies * sizes[each["table"]]
+        assert (each["exchange"] is None) == (copies == 2)
+        if each["exchange"] == "unique_rows":
+            assert "bytes a bag" in each["exchange_reason"]
+        assert "ms a step on " in each["reason"]

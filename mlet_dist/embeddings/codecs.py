@@ -61,7 +61,12 @@ def codecs_of(registry: Mapping[str, QuantizedCommCodecs] | None, operation: Com
 
 def value_bytes(codecs: QuantizedCommCodecs) -> int:
     """Bytes of one value forward and of its gradient backward: 8 in float32."""
-    return _dtype(codecs.forward).itemsize + _dtype(codecs.backward).itemsize
+    return sum(each_way_bytes(codecs))
+
+
+def each_way_bytes(codecs: QuantizedCommCodecs) -> tuple[int, int]:
+    """Bytes of one value forward, and of its gradient backward."""
+    return _dtype(codecs.forward).itemsize, _dtype(codecs.backward).itemsize
 
 
 def _dtype(codec: QuantizedCommCodec) -> torch.dtype:

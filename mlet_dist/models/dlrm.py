@@ -1,33 +1,35 @@
 """TorchRec's DLRM around multi-layer tables, or around plain ones, from a config."""
 
 import math
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from mlet_dist.config import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.costs import DenseCost, Optimizer
+from mlet_dist.embeddings.costs import Optimizer
+from mlet_dist.embeddings.model_cost import DenseCost
 from mlet_dist.models.spec import ModelSpec
-
-RowsDtype = Literal["fp32", "fp16"]
 
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
 """What precedes ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the model's state names."""
 
 
-def build_dlrm(spec: ModelSpec, tables_device: torch.device, rows_dtype: RowsDtype = "fp32") -> DLRM:
+def build_dlrm(
+    spec: ModelSpec, tables_device: torch.device, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32"
+) -> DLRM:
     """The model that is trained: DLRM around a MultiLayerEmbeddingBagCollection.
 
     The dense layers are drawn on the CPU from the seed, so they start the same on any number of ranks.
 
     Args:
         tables_device: ``meta`` when the tables are to be sharded.
-        rows_dtype: ``sharding.rows_dtype`` of the config; an export and its verification know fp32 alone.
+        rows_dtype: of all tables, or by table; an export and its verification know fp32 alone.
     """
-    tables = _table_configs(spec, DataType(rows_dtype.upper()))
+    tables = _table_configs(spec, rows_dtype)
     embeddings = MultiLayerEmbeddingBagCollection(tables, device=tables_device, seed=spec.seed)
     return _around(embeddings, spec)
 
@@ -37,7 +39,7 @@ def build_plain_dlrm(spec: ModelSpec) -> DLRM:
     return _around(EmbeddingBagCollection([table.plain_config() for table in _table_configs(spec)]), spec)
 
 
-def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> tuple[int, int]:
+def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32") -> tuple[int, int]:
     """Bytes of all tables: (W1 in ``rows_dtype`` and W2 in float32 in training, W in float32 when served)."""
     meta = torch.device("meta")
     trained = build_dlrm(spec, meta, rows_dtype).sparse_arch.embedding_bag_collection
@@ -45,7 +47,9 @@ def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> tuple[int, i
     return _parameter_bytes(trained), _parameter_bytes(served)
 
 
-def dense_cost(model: DLRM, local_batch_size: int, optimizer: Optimizer, world_size: int) -> DenseCost:
+def dense_cost(
+    model: DLRM, local_batch_size: int, optimizer: Optimizer, world_size: int, local_world_size: int
+) -> DenseCost:
     """What the layers beside the tables cost a rank."""
     tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
@@ -57,6 +61,7 @@ def dense_cost(model: DLRM, local_batch_size: int, optimizer: Optimizer, world_s
         local_batch_size=local_batch_size,
         optimizer=optimizer,
         world_size=world_size,
+        local_world_size=local_world_size,
     )
 
 
@@ -75,9 +80,12 @@ def _parameter_bytes(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _table_configs(spec: ModelSpec, data_type: DataType = DataType.FP32) -> list[MultiLayerEmbeddingBagConfig]:
+def _table_configs(
+    spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32"
+) -> list[MultiLayerEmbeddingBagConfig]:
     model = spec.model
     tables = []
+    dtypes = {each.name: rows_dtype if isinstance(rows_dtype, str) else rows_dtype[each.name] for each in spec.sparse}
     for feature in spec.sparse:
         bound = model.rows_init_gain / math.sqrt(feature.num_embeddings)
         tables.append(
@@ -87,7 +95,7 @@ def _table_configs(spec: ModelSpec, data_type: DataType = DataType.FP32) -> list
                 embedding_dim=model.embedding_dim,
                 hidden_dim=model.hidden_dim,
                 feature_names=[feature.name],
-                data_type=data_type,
+                data_type=DataType(dtypes[feature.name].upper()),
                 weight_init_min=-bound,
                 weight_init_max=bound,
                 rows_init_std=model.rows_init_gain * model.rows_init_std if model.rows_init == "normal" else None,

@@ -34,12 +34,13 @@ class ModelSpec:
         """The model that ``config`` asks for on the data set ``schema``.
 
         Raises:
-            UserError: a feature that is asked for is not in the data set.
+            UserError: a feature that is asked for is not in the data set, or ``sharding.tables`` names another table.
         """
         sizes = schema.num_embeddings
         config.check_features(schema.dense, list(sizes))
         dense = schema.dense if config.data.dense_features is None else config.data.dense_features
         sparse = tuple(sizes) if config.data.sparse_features is None else config.data.sparse_features
+        config.check_tables(sparse)
         features = tuple(SparseFeature(name, sizes[name]) for name in sparse)
         return cls(config.model, dense, features, config.train.seed, schema.vocabulary_id)
 

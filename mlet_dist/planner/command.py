@@ -4,19 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torchrec.distributed.planner import Topology
-
 from mlet_dist.config import Config
-from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.costs import Device, Memory, memory_of_rank
-from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.embeddings.costs import Memory
+from mlet_dist.embeddings.model_cost import DenseCost, Tables, alike, fullest_memory, memory_of_rank, slowest_step
+from mlet_dist.embeddings.plan_cost import Ranks
+from mlet_dist.embeddings.step_time import Device
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.planner.estimate import Case, configurations, fullest_rank, step_of
+from mlet_dist.planner.estimate import Case, configurations
 from mlet_dist.planner.ways_out import ways_out
-from mlet_dist.training.optimizers import fuse_row_optimizer
-from mlet_dist.training.sharding import ModelPlan, describe_plan, plan_model
+from mlet_dist.training.plan import DoesNotFit, ModelPlan, describe_plan
 
 _ALIKE = 0.01
 
@@ -33,72 +29,45 @@ def make_plan(
 
     Returns:
         Plain data: ``tables`` (as in a run's plan.json), ``ranks`` (ranks that hold much the same, in one entry),
-        ``configurations``, ``summary`` (lines as at the start of a run) and the device.
+        ``configurations``, ``summary`` (lines as at the start of a run) and the device. ``shortage`` is null, or where
+        the tables do not fit, which one, by how much, and what would make them fit; the plan is then the evenest.
 
     Raises:
-        UserError: the tables do not fit; it says which, by how much, and what would make them fit.
+        UserError: what the config asks of a table cannot be.
     """
-    case = Case(
-        spec=spec,
-        pooling_factors=pooling_factors,
-        optimizer=config.optimizer.name,
-        exchange=config.sharding.exchange,
-        batch_size=config.data.batch_size,
-        world_size=world_size,
-        local_world_size=local_world_size,
-        device=device,
-    )
+    case = Case(config, spec, pooling_factors, Ranks(world_size, local_world_size, device.kind == "cpu"), device)
+    shortage = None
     try:
-        planned = _plan(config, case)
-    except UserError as error:
-        ways = ways_out(case)
-        numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, 1))
-        raise UserError(f"{error}; what fits: {numbered or 'nothing that was tried'}") from None
+        planned = case.plan()
+    except DoesNotFit as error:
+        planned = error.planned
+        numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways_out(case), 1))
+        shortage = f"{error}; what fits: {numbered or 'nothing that was tried'}"
     return {
         "world_size": world_size,
         "local_world_size": local_world_size,
-        "batch_size": case.batch_size,
+        "batch_size": config.data.batch_size,
         "device": {**dataclasses.asdict(device), "usable_memory": device.usable_memory},
+        "shortage": shortage,
         "summary": describe_plan(planned),
-        "ranks": _folded(planned, world_size),
-        "configurations": [_configuration(name, each) for name, each in configurations(case)],
+        "ranks": _folded(planned),
+        "configurations": [_configuration(*each, device) for each in configurations(case, planned)],
         "tables": planned.entries(),
     }
 
 
-def _plan(config: Config, case: Case) -> ModelPlan:
-    model = build_dlrm(case.spec, tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, config.optimizer)
-    sharder = MultiLayerEmbeddingBagCollectionSharder(
-        exchange=case.exchange, pooling_factors=case.pooling_factors, local_batch_size=case.local_batch_size
-    )
-    device = case.device
-    topology = Topology(
-        world_size=case.world_size,
-        local_world_size=case.local_world_size,
-        compute_device=device.kind,
-        hbm_cap=int(device.memory),
-        ddr_cap=int(device.memory),
-        hbm_mem_bw=device.memory_bandwidth / 1e3,
-        ddr_mem_bw=device.memory_bandwidth / 1e3,
-        intra_host_bw=device.node_bandwidth / 1e3,
-        inter_host_bw=device.network_bandwidth / 1e3,
-    )
-    return plan_model(model, sharder, topology, device)
-
-
-def _folded(planned: ModelPlan, world_size: int) -> list[dict[str, Any]]:
+def _folded(planned: ModelPlan) -> list[dict[str, Any]]:
     """Ranks of the same tables and, within 1 %, of the same memory in one entry: the fullest of them."""
     found: list[tuple[frozenset[str], Memory, int, list[int]]] = []
-    memories = {rank: memory_of_rank(planned.tables, planned.dense, rank) for rank in range(world_size)}
-    for rank in sorted(memories, key=lambda each: -memories[each].total):
-        held = {name: rows[rank] for name, (_, rows) in planned.tables.items() if rows[rank]}
-        for tables, memory, _, ranks in found:
-            if tables == held.keys() and memory.total - memories[rank].total <= _ALIKE * memory.total:
-                ranks.append(rank)
+    groups = [(memory_of_rank(planned.tables, planned.dense, group[0]), group) for group in alike(planned.tables)]
+    for memory, group in sorted(groups, key=lambda each: -each[0].total):
+        held = {name: rows[group[0]] for name, (_, rows) in planned.tables.items() if rows[group[0]]}
+        for tables, fullest, _, ranks in found:
+            if tables == held.keys() and fullest.total - memory.total <= _ALIKE * fullest.total:
+                ranks.extend(group)
                 break
         else:
-            found.append((frozenset(held), memories[rank], sum(held.values()), [rank]))
+            found.append((frozenset(held), memory, sum(held.values()), list(group)))
     return [
         {
             "ranks": _ranges(ranks),
@@ -123,18 +92,19 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def _configuration(name: str, case: Case) -> dict[str, Any]:
-    dense = case.dense()
-    memory = fullest_rank(case, dense).total
-    step, time = step_of(case, dense)
+def _configuration(name: str, tables: Tables, dense: DenseCost, device: Device) -> dict[str, Any]:
+    memory = fullest_memory(tables, dense)
+    step, time = slowest_step(tables, dense, device)
     return {
         "name": name,
-        "memory": memory,
-        "fits": memory <= case.device.usable_memory,
+        "memory": memory.total,
+        "host_memory": memory.host,
+        "fits": memory.total <= device.usable_memory and memory.host <= device.usable_host_memory,
         **dataclasses.asdict(step),
-        "sent_bytes": step.vector_bytes + step.index_bytes + step.weight_bytes,
+        "sent_bytes": step.sent_bytes,
         "network_s": time.network,
         "memory_s": time.memory,
+        "host_s": time.host,
         "compute_s": time.compute,
         "step_s": time.total,
         "bound": time.bound,

@@ -1,27 +1,24 @@
-"""What a model costs on a number of ranks, by the formulas of ``embeddings.costs`` alone: thousands in a second."""
+"""What is planned, and what it costs: by TorchRec's planner, or by formulas alone, hundreds in a second."""
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torchrec.distributed.planner import Topology
+from torchrec.models.dlrm import DLRM
 
-from mlet_dist.embeddings.costs import (
-    DenseCost,
-    Device,
-    Memory,
-    Optimizer,
-    Step,
-    StepTime,
-    TableCost,
-    Way,
-    rows_of_rank,
-    step_time,
-    total_memory,
-    total_step,
-)
-from mlet_dist.embeddings.exchange import ExchangeChoice, TableTraffic, choose_exchange
+from mlet_dist.config import Config
+from mlet_dist.embeddings.constraints import evenest, table_constraints
+from mlet_dist.embeddings.costs import Memory, total_memory
+from mlet_dist.embeddings.model_cost import DenseCost, Tables
+from mlet_dist.embeddings.plan_cost import Ranks, load_factor, table_cost
+from mlet_dist.embeddings.step_time import Device
 from mlet_dist.models.dlrm import build_dlrm, dense_cost
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.optimizers import fuse_row_optimizer
+from mlet_dist.training.plan import ModelPlan
+from mlet_dist.training.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -29,95 +26,127 @@ class Case:
     """What is planned.
 
     Attributes:
+        config: its sections model, optimizer, sharding and data.
         spec: tables and layers.
         pooling_factors: ids a bag by table.
-        optimizer: of the run.
-        exchange: as in the config.
-        batch_size: global.
-        world_size: R.
-        local_world_size: ranks of a node.
+        ranks: how many.
         device: hardware of a rank.
     """
 
+    config: Config
     spec: ModelSpec
     pooling_factors: dict[str, float]
-    optimizer: Optimizer
-    exchange: ExchangeChoice
-    batch_size: int
-    world_size: int
-    local_world_size: int
+    ranks: Ranks
     device: Device
 
     @property
     def local_batch_size(self) -> int:
-        return max(1, self.batch_size // self.world_size)
+        return max(1, self.config.data.batch_size // self.ranks.world_size)
 
-    def with_model(self, **settings: int | None) -> "Case":
-        """The same with other settings of the model."""
-        model = dataclasses.replace(self.spec.model, **settings)  # type: ignore[arg-type]
-        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, model=model))
+    def with_settings(self, section: str, **settings: Any) -> "Case":
+        """The same with other settings of a section of the config."""
+        changed = dataclasses.replace(getattr(self.config, section), **settings)
+        config = dataclasses.replace(self.config, **{section: changed})
+        return dataclasses.replace(self, config=config, spec=dataclasses.replace(self.spec, model=config.model))
 
-    def dense(self) -> DenseCost:
+    def with_ranks(self, world_size: int) -> "Case":
+        """The same on another number of ranks."""
+        return dataclasses.replace(self, ranks=dataclasses.replace(self.ranks, world_size=world_size))
+
+    def model(self) -> DLRM:
+        """On the meta device."""
+        names = [feature.name for feature in self.spec.sparse]
+        model = build_dlrm(self.spec, torch.device("meta"), self.config.sharding.rows_dtypes(names))
+        fuse_row_optimizer(model, self.config.optimizer)
+        return model
+
+    def sharding(self, model: DLRM) -> Sharding:
+        """What the config asks."""
+        return Sharding.of(self.config.sharding, model, self.local_batch_size, self.pooling_factors)
+
+    def dense(self, model: DLRM) -> DenseCost:
         """Of the layers beside the tables."""
-        model = build_dlrm(self.spec, torch.device("meta"))
-        return dense_cost(model, self.local_batch_size, self.optimizer, self.world_size)
+        ranks = self.ranks
+        return dense_cost(
+            model, self.local_batch_size, self.config.optimizer.name, ranks.world_size, ranks.local_world_size
+        )
+
+    def topology(self) -> Topology:
+        """The hardware in TorchRec's words."""
+        device, on_cpu = self.device, self.ranks.on_cpu
+        return Topology(
+            world_size=self.ranks.world_size,
+            local_world_size=self.ranks.local_world_size,
+            compute_device=device.kind,
+            hbm_cap=int(device.memory),
+            ddr_cap=int(device.memory if on_cpu else device.host_memory),
+            hbm_mem_bw=device.memory_bandwidth / 1e3,
+            ddr_mem_bw=device.memory_bandwidth / 1e3,
+            intra_host_bw=device.node_bandwidth / 1e3,
+            inter_host_bw=device.network_bandwidth / 1e3,
+        )
+
+    def plan(self) -> ModelPlan:
+        """By TorchRec's planner.
+
+        Raises:
+            UserError: as ``plan_model``.
+        """
+        model = self.model()
+        return self.sharding(model).plan(model, self.topology(), self.device)
 
 
-def table_costs_of(case: Case) -> list[tuple[TableCost, int]]:
-    """Each table's cost with the rows of its fullest rank, row_wise unless it has too few rows."""
-    model, found = case.spec.model, []
-    for feature in case.spec.sparse:
-        traffic = TableTraffic(
-            feature.num_embeddings,
-            model.embedding_dim,
-            case.pooling_factors[feature.name],
-            1,
-            case.local_batch_size,
-        )
-        width, on_cpu = model.hidden_dim or model.embedding_dim, case.device.kind == "cpu"
-        rows = rows_of_rank(feature.num_embeddings, width, case.world_size, on_cpu=on_cpu)
-        way: Way = "replicated"
-        if rows is not None:
-            chosen = choose_exchange(traffic, case.world_size)[0]
-            way = chosen if case.exchange == "auto" else case.exchange
-        cost = TableCost(
-            name=feature.name,
-            row_width=width,
-            projected=model.hidden_dim is not None,
-            traffic=traffic,
-            optimizer=case.optimizer,
-            way=way,
-            world_size=case.world_size,
-            on_cpu=on_cpu,
-        )
-        found.append((cost, feature.num_embeddings if rows is None else rows))
+def even_memory(case: Case) -> Memory:
+    """Bytes of the fullest rank where rows are spread as evenly as the config allows: what no plan is below."""
+    model = case.model()
+    sharding = case.sharding(model)
+    tables = model.sparse_arch.embedding_bag_collection
+    configs = tables.embedding_bag_configs()
+    limited = table_constraints(configs, case.ranks, sharding.sharder, sharding.constraints, sharding.replicated_bytes)
+    parts = []
+    for table in configs:
+        own = evenest(limited[table.name])
+        (kind,), (kernel,) = own.sharding_types or [""], own.compute_kernels or [""]
+        weight = tables.embedding_bags[table.name].weight
+        cost = table_cost(table, weight, sharding.sharder, case.ranks, kind, kernel, load_factor(own.cache_params))
+        blocks = 1 if cost.exchange is None else cost.holders
+        held = cost.held_memory(-(-table.num_embeddings // blocks))
+        parts.append(cost.home_memory() + held.times(cost.holders / case.ranks.world_size))
+    found = total_memory(parts)
+    return found + case.dense(model).memory(found.buffers)
+
+
+def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, DenseCost]]:
+    """The plan's tables where they are, in several ways: single layers and MLET, with TorchRec's exchange and ours."""
+    d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
+    asked, dense = case.config.sharding.exchange, planned.dense
+    single = _changed(planned.tables, row_width=d, projected=False)
+    found = [
+        (f"single layer d = {d}, TorchRec's exchange", _after(single), dense),
+        (f"single layer d = {d}, {asked}", single, dense),
+    ]
+    if k is not None:
+        wide = _changed(_after(planned.tables), projected=False, embedding_dim=k)
+        wide_dense = case.dense(case.with_settings("model", hidden_dim=None, embedding_dim=k).model())
+        found += [
+            (f"single layer d = {k}, TorchRec's exchange", wide, wide_dense),
+            (f"MLET k = {k}, after the exchange", _after(planned.tables), dense),
+            (f"MLET k = {k}, {asked}", planned.tables, dense),
+        ]
     return found
 
 
-def fullest_rank(case: Case, dense: DenseCost) -> Memory:
-    """Bytes of the rank that holds a full block of every table."""
-    tables = total_memory(cost.memory(rows) for cost, rows in table_costs_of(case))
-    return tables + dense.memory(tables.buffers)
+def _after(tables: Tables) -> Tables:
+    return {
+        name: (dataclasses.replace(cost, exchange=cost.exchange and "after"), rows)
+        for name, (cost, rows) in tables.items()
+    }
 
 
-def step_of(case: Case, dense: DenseCost) -> tuple[Step, StepTime]:
-    """What a rank does in a step, and how long it takes at the hardware's peak rates."""
-    step = total_step([*(cost.step() for cost, _ in table_costs_of(case)), dense.step()])
-    return step, step_time(step, case.device, case.world_size, case.local_world_size)
-
-
-def configurations(case: Case) -> list[tuple[str, Case]]:
-    """The same tables in several ways: a single layer and MLET, each as TorchRec's row_wise and as here."""
-    d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
-    plain = dataclasses.replace(case, exchange="after")
-    found = [
-        (f"single layer d = {d}, TorchRec's row_wise", plain.with_model(hidden_dim=None)),
-        (f"single layer d = {d}, {case.exchange}", case.with_model(hidden_dim=None)),
-    ]
-    if k is not None:
-        found += [
-            (f"single layer d = {k}, TorchRec's row_wise", plain.with_model(hidden_dim=None, embedding_dim=k)),
-            (f"MLET k = {k}, after the exchange", plain),
-            (f"MLET k = {k}, {case.exchange}", case),
-        ]
+def _changed(tables: Tables, embedding_dim: int | None = None, **changes: Any) -> Tables:
+    found = {}
+    for name, (cost, rows) in tables.items():
+        d = embedding_dim or cost.traffic.embedding_dim
+        traffic = dataclasses.replace(cost.traffic, embedding_dim=d)
+        found[name] = (dataclasses.replace(cost, traffic=traffic, **changes), rows)
     return found

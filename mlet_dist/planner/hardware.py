@@ -15,10 +15,12 @@ _FIELDS = {
     "node_gbs": ("node_bandwidth", 1e9),
     "network_gbs": ("network_bandwidth", 1e9),
 }
+# A CPU's memory is its host's.
+_HOST_FIELDS = {"host_memory_gb": ("host_memory", 1e9), "host_link_gbs": ("host_bandwidth", 1e9)}
 
 
 Hardware = dict[str, Any]
-"""The arguments of ``embeddings.costs.Device``, which this module does not import: that would import torch."""
+"""The arguments of ``embeddings.step_time.Device``, which this module does not import: that would import torch."""
 
 
 def presets() -> dict[str, Hardware]:
@@ -46,20 +48,23 @@ def load_hardware(name: str) -> Hardware:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, dict) or len(entries) != 1:
-        raise UserError(f"{path}: expected one entry, a name with {', '.join(['kind', *_FIELDS])}")
+        raise UserError(f"{path}: expected one entry, a name with {', '.join(['kind', *_FIELDS, *_HOST_FIELDS])}")
     ((own, entry),) = entries.items()
     return _hardware(path, str(own), entry)
 
 
 def _hardware(path: Path, name: str, entry: Any) -> Hardware:
-    known = ["kind", *_FIELDS]
+    numbers = _FIELDS | _HOST_FIELDS
+    if isinstance(entry, dict) and entry.get("kind") == "cpu":
+        numbers = _FIELDS
+    known = ["kind", *numbers]
     if not isinstance(entry, dict) or set(entry) != set(known):
         found = sorted(map(str, entry)) if isinstance(entry, dict) else [type(entry).__name__]
         raise UserError(f"{path}: {name}: expected the keys {', '.join(known)}, found {', '.join(found)}")
     if entry["kind"] not in ("cuda", "cpu"):
         raise UserError(f"{path}: {name}.kind is {entry['kind']!r}, it must be cuda or cpu")
     values = {}
-    for key, (attribute, unit) in _FIELDS.items():
+    for key, (attribute, unit) in numbers.items():
         value = entry[key]
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise UserError(f"{path}: {name}.{key} is {value!r}, it must be a number above 0")

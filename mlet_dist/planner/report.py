@@ -7,16 +7,21 @@ from typing import Any
 from mlet_dist.embeddings.costs import gigabytes
 
 _KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
-_LEFT, _WIDTH, _BAR, _TOP = 190, 900, 26, 60
+_LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60
 _SHOWN_RANKS = 40
 
 
 def report(plan: dict[str, Any]) -> str:
     """The tables that `mlet plan` prints."""
     device = plan["device"]
+    # Rows in the host's memory are the exception.
+    hosted = any(each["host"] for each in plan["ranks"])
+    kinds, parts = [*_KINDS, "total"], ["step_s", "network_s", "memory_s", "compute_s"]
+    if hosted:
+        kinds.append("host")
+        parts.append("host_s")
     ranks = [
-        [_short(each["ranks"]), each["tables"], f"{each['rows']:,}"]
-        + [f"{each[kind] / 1e9:.3f}" for kind in (*_KINDS, "total")]
+        [_short(each["ranks"]), each["tables"], f"{each['rows']:,}", *(f"{each[kind] / 1e9:.3f}" for kind in kinds)]
         for each in plan["ranks"]
     ]
     configurations = [
@@ -24,7 +29,7 @@ def report(plan: dict[str, Any]) -> str:
             each["name"],
             f"{each['memory'] / 1e9:.2f}" + ("" if each["fits"] else " (too much)"),
             f"{each['sent_bytes'] / 1e6:,.2f}",
-            *(f"{1e3 * each[part]:.3f}" for part in ("step_s", "network_s", "memory_s", "compute_s")),
+            *(f"{1e3 * each[part]:.3f}" for part in parts),
             each["bound"],
         ]
         for each in plan["configurations"]
@@ -37,15 +42,18 @@ def report(plan: dict[str, Any]) -> str:
     return "\n".join(
         [
             head,
+            *([] if plan["shortage"] is None else [f"does not fit: {plan['shortage']}"]),
             "",
             *(f"plan  {line}" for line in plan["summary"]),
             "",
             "GB on a rank (10^9 bytes); one line for ranks that hold the same tables and within 1 % the same",
-            *_columns(["ranks", "tables", "rows", *_KINDS, "total"], ranks, left=1),
+            *_columns(["ranks", "tables", "rows", *kinds], ranks, left=1),
             "",
-            "a step of a rank, at the hardware's peak rates, one part after another",
+            "a step of the slowest rank, at the hardware's peak rates, one part after another; tables lie as planned",
             *_columns(
-                ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute", "bound by"],
+                ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute"]
+                + (["host link"] if hosted else [])
+                + ["bound by"],
                 configurations,
                 left=1,
             ),
@@ -56,7 +64,7 @@ def report(plan: dict[str, Any]) -> str:
 def picture(plan: dict[str, Any]) -> str:
     """A page of its own: stacked bars of memory by kind, a bar for ranks that are alike."""
     device, ranks = plan["device"], plan["ranks"]
-    scale = (_WIDTH - _LEFT - 110) / max(device["memory"], *(each["total"] for each in ranks))
+    scale = (_WIDTH - _LEFT - 190) / max(device["memory"], *(each["total"] for each in ranks))
     height = _TOP + _BAR * len(ranks) + 40
     parts = []
     for index, each in enumerate(ranks):
@@ -70,7 +78,8 @@ def picture(plan: dict[str, Any]) -> str:
                 f'<rect x="{x:.1f}" y="{y}" width="{width:.2f}" height="{_BAR - 6}" fill="{colour}">{title}</rect>'
             )
             x += width
-        parts.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{gigabytes(each["total"])}</text>')
+        host = f" + {gigabytes(each['host'])} on the host" if each["host"] else ""
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{gigabytes(each["total"])}{host}</text>')
     for share, text in (("usable_memory", "for the model"), ("memory", "device")):
         x = _LEFT + device[share] * scale
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 8}" y2="{height - 34}" stroke="#c44e52"/>')

@@ -48,6 +48,7 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
     for name in wanted:
         if name not in sizes:
             raise UserError(f"data.sparse_features: {path} has no table {name!r}; it has {', '.join(sizes)}")
+    config.check_tables(wanted)
     dense = config.data.dense_features or tuple(f"I{index}" for index in range(1, _DENSE_FEATURES + 1))
     features = tuple(SparseFeature(name, sizes[name]) for name in wanted)
     return ModelSpec(config.model, dense, features, config.train.seed), {name: pooling[name] for name in wanted}

@@ -17,7 +17,6 @@ from torchrec.optim.keyed import CombinedOptimizer
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.embeddings.codecs import exchange_codecs
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.models.spec import ModelSpec
@@ -28,10 +27,11 @@ from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.pipeline import pipeline_pays, take_steps
+from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
-from mlet_dist.training.sharding import describe_plan, shard_model
+from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.weights import weights_sha256
 
 _PROGRESS_BINS = 1 << 16
@@ -77,11 +77,11 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         if not run.config.exists():
             raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
 
-        model = build_dlrm(spec, torch.device("meta"), config.sharding.rows_dtype)
+        rows_dtypes = config.sharding.rows_dtypes([feature.name for feature in spec.sparse])
+        model = build_dlrm(spec, torch.device("meta"), rows_dtypes)
         fuse_row_optimizer(model, config.optimizer)
         local_batch_size = config.data.batch_size // worker.world_size
-        codecs = exchange_codecs(config.sharding.forward_comm, config.sharding.backward_comm, local_batch_size)
-        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange, codecs)
+        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding)
         if worker.is_first:
             run.save_plan(plan.entries(), worker.world_size)
             with suppress(OSError):  # a log that nobody reads any more
@@ -103,7 +103,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
                 found = evaluate(sharded, split_loader, worker, split)
                 recorder.record(split, steps, found)
                 summary |= {f"{split}_{name}": found[name] for name in ("auc", "logloss", "rows")}
-        trained, served = table_bytes(spec, config.sharding.rows_dtype)
+        trained, served = table_bytes(spec, rows_dtypes)
         summary |= {
             "trained_table_bytes": trained,
             "served_table_bytes": served,

@@ -1,6 +1,7 @@
 """Estimates against what sharded models hold and send."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,55 +13,77 @@ from torch.profiler import ProfilerActivity, profile
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import Topology
-from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import QuantizedCommCodecs
 from torchrec.models.dlrm import DLRM
 from torchrec.optim.keyed import CombinedOptimizer
 
 from benchmarks.traffic import count_traffic
-from mlet_dist.config import ModelConfig, OptimizerConfig
+from mlet_dist.config import ModelConfig, OptimizerConfig, RowsDtype
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.costs import (
-    Device,
-    Memory,
-    Step,
-    TableCost,
-    memory_of_rank,
-    rows_of_rank,
-    step_time,
-    total_memory,
-    total_step,
-)
+from mlet_dist.embeddings.codecs import exchange_codecs
+from mlet_dist.embeddings.costs import Memory, Step, all_reduced, rows_of_rank, total_memory, total_step
 from mlet_dist.embeddings.exchange import TableTraffic
-from mlet_dist.embeddings.planning import multi_layer_planner, optimizer_of
+from mlet_dist.embeddings.model_cost import memory_of_rank
+from mlet_dist.embeddings.plan_cost import optimizer_of
+from mlet_dist.embeddings.planning import multi_layer_planner
+from mlet_dist.embeddings.step_time import Device, step_time
+from mlet_dist.embeddings.table_cost import TableCost
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
-from mlet_dist.training.sharding import ModelPlan, plan_model
+from mlet_dist.training.plan import ModelPlan, plan_model
 from tests.ranks import RankPool
 
-Ranks = Callable[[int], RankPool]
+Ranks = Callable[..., RankPool]
 SIZES = (20_000, 20_000, 15_001, 9_999, 1)  # the last has too few rows to be sharded
 K, D, LOCAL_BATCH = 64, 16, 1024
-WAYS = ("after", "reduce_scatter", "unique_rows")
+WAYS = [  # sharding type of all tables, or of each in turn; exchange; ranks, and ranks of a node
+    *(
+        ("row_wise", exchange, size, size)
+        for exchange in ("after", "reduce_scatter", "unique_rows")
+        for size in (1, 2, 4)
+    ),
+    *(("table_wise", exchange, size, size) for exchange in ("after", "reduce_scatter") for size in (1, 2, 4)),
+    *(("table_row_wise", exchange, 4, 2) for exchange in ("after", "reduce_scatter")),
+    *(("data_parallel", "auto", size, size) for size in (1, 2, 4)),
+    ("mixed", "auto", 2, 2),
+    ("mixed", "auto", 4, 2),
+]
+MIXED = ("row_wise", "table_wise", "table_row_wise", "data_parallel", "table_wise")
 CPU = torch.device("cpu")
 
 
-def _model(optimizer: str = "sgd") -> DLRM:
+def _model(optimizer: str = "sgd", rows_dtype: RowsDtype = "fp32") -> DLRM:
     layers = ModelConfig(embedding_dim=D, hidden_dim=K, bottom_mlp=(64,), top_mlp=(64,))
     features = tuple(SparseFeature(f"C{index}", rows) for index, rows in enumerate(SIZES))
-    model = build_dlrm(ModelSpec(layers, ("I1", "I2"), features, 0), torch.device("meta"))
+    model = build_dlrm(ModelSpec(layers, ("I1", "I2"), features, 0), torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
     return model
 
 
-def _planned(model: DLRM, exchange: Any, world_size: int, ids_a_bag: int = 1, memory: int = 1 << 33) -> ModelPlan:
+def _planned(
+    model: DLRM,
+    kind: str,
+    exchange: Any,
+    world_size: int,
+    local_world_size: int,
+    ids_a_bag: int = 1,
+    codecs: dict[str, QuantizedCommCodecs] | None = None,
+) -> ModelPlan:
     factors = {f"C{index}": float(ids_a_bag) for index in range(len(SIZES))}
     sharder = MultiLayerEmbeddingBagCollectionSharder(
-        exchange=exchange, pooling_factors=factors, local_batch_size=LOCAL_BATCH
+        exchange=exchange, pooling_factors=factors, local_batch_size=LOCAL_BATCH, qcomm_codecs_registry=codecs
     )
-    topology = Topology(world_size, "cpu", ddr_cap=memory, local_world_size=world_size)
-    return plan_model(model, sharder, topology)
+    topology = Topology(world_size, "cpu", ddr_cap=1 << 33, local_world_size=local_world_size)
+    kinds = MIXED if kind == "mixed" else [kind] * len(SIZES)
+    constraints = {
+        f"C{index}": ParameterConstraints(sharding_types=[each])
+        for index, each in enumerate(kinds)
+        if SIZES[index] >= 4 or each in ("table_wise", "data_parallel")
+    }
+    return plan_model(model, sharder, topology, constraints=constraints)
 
 
 def _batch(generator: torch.Generator, ids_a_bag: int) -> KeyedJaggedTensor:
@@ -69,11 +92,16 @@ def _batch(generator: torch.Generator, ids_a_bag: int) -> KeyedJaggedTensor:
     return KeyedJaggedTensor([f"C{index}" for index in range(len(SIZES))], torch.cat(ids), lengths=lengths)
 
 
+def _local_world_size() -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"])
+
+
 def _sharded(
-    optimizer: str, exchange: str, ids_a_bag: int
+    optimizer: str, kind: str, exchange: str, ids_a_bag: int, precision: RowsDtype
 ) -> tuple[DistributedModelParallel, CombinedOptimizer, ModelPlan, Callable[[], None]]:
-    model = _model(optimizer)
-    planned = _planned(model, exchange, dist.get_world_size(), ids_a_bag)
+    model = _model(optimizer, precision)
+    codecs = exchange_codecs(precision, precision)
+    planned = _planned(model, kind, exchange, dist.get_world_size(), _local_world_size(), ids_a_bag, codecs)
     sharded = DistributedModelParallel(model, device=CPU, plan=planned.plan, sharders=[planned.sharder])
     stepper = build_optimizer(sharded, OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -127,20 +155,28 @@ def _peak_bytes(step: Callable[[], None]) -> int:
     raise AssertionError(f"of 60 steps only {len(peaks)} balance")
 
 
-def _memory(optimizer: str, exchange: str, ids_a_bag: int) -> tuple[int, int, Memory]:
-    sharded, stepper, planned, step = _sharded(optimizer, exchange, ids_a_bag)
+def _memory(
+    optimizer: str, kind: str, exchange: str, ids_a_bag: int, precision: RowsDtype = "fp32"
+) -> tuple[int, int, Memory]:
+    sharded, stepper, planned, step = _sharded(optimizer, kind, exchange, ids_a_bag, precision)
     estimate = memory_of_rank(planned.tables, planned.dense, dist.get_rank())
     return _held_bytes(sharded, stepper), _peak_bytes(step), estimate
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("exchange", WAYS)
+@pytest.mark.parametrize(("kind", "exchange", "world_size", "local_world_size"), WAYS)
 @pytest.mark.parametrize(("optimizer", "ids_a_bag"), [("sgd", 1), ("adagrad", 1), ("rowwise_adagrad", 10)])
 def test_memory_is_what_a_rank_holds(
-    ranks: Ranks, world_size: int, exchange: str, optimizer: str, ids_a_bag: int
+    ranks: Ranks,
+    kind: str,
+    exchange: str,
+    world_size: int,
+    local_world_size: int,
+    optimizer: str,
+    ids_a_bag: int,
 ) -> None:
-    for held, peak, estimate in ranks(world_size).run(_memory, optimizer, exchange, ids_a_bag):
+    found = ranks(world_size, local_world_size).run(_memory, optimizer, kind, exchange, ids_a_bag)
+    for held, peak, estimate in found:
         assert estimate.weights + estimate.optimizer + estimate.dense == held
         assert held + peak <= estimate.total <= 1.25 * (held + peak)
 
@@ -148,24 +184,32 @@ def test_memory_is_what_a_rank_holds(
 @pytest.mark.multirank
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_adam_without_a_fused_kernel_holds_a_dense_gradient(ranks: Ranks, world_size: int) -> None:
-    for held, _, estimate in ranks(world_size).run(_memory, "adam", "after", 1):
+    for held, _, estimate in ranks(world_size).run(_memory, "adam", "row_wise", "after", 1):
         assert estimate.weights + estimate.optimizer + estimate.dense == held
 
 
-def _traffic(exchange: str, ids_a_bag: int) -> tuple[int, int, Step]:
+@pytest.mark.multirank
+def test_memory_in_half_precision(ranks: Ranks) -> None:
+    for held, peak, estimate in ranks(4, 2).run(_memory, "adagrad", "mixed", "auto", 1, "fp16"):
+        assert estimate.weights + estimate.optimizer + estimate.dense == held
+        assert held + peak <= estimate.total <= 1.25 * (held + peak)
+
+
+def _traffic(kind: str, exchange: str, ids_a_bag: int, forward: Any, backward: Any) -> tuple[int, int, Step]:
     """(bytes of vectors, bytes of all-reduced weights of W2, the estimate with the distinct ids of the batch)."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     model = _model()
-    planned = _planned(model, exchange, world_size, ids_a_bag)
+    codecs = exchange_codecs(forward, backward)
+    planned = _planned(model, kind, exchange, world_size, _local_world_size(), ids_a_bag, codecs)
     sharded = DistributedModelParallel(model, device=CPU, plan=planned.plan, sharders=[planned.sharder])
     embeddings = sharded.module.sparse_arch.embedding_bag_collection
     batch = _batch(torch.Generator().manual_seed(rank), ids_a_bag)
     embeddings(batch).values()  # the first forward pass also builds what is built lazily
     with count_traffic() as sent:
         embeddings(batch).values().sum().backward()
-    costs = []
-    for name, (cost, _) in planned.tables.items():
-        if cost.way == "unique_rows":
+    steps = []
+    for name, (cost, rows) in planned.tables.items():
+        if cost.exchange == "unique_rows":
             spec = planned.plan.plan["sparse_arch.embedding_bag_collection"][name].sharding_spec
             own = next(shard for shard in spec.shards if shard.placement.rank() == rank)
             ids = batch[name].values().unique()
@@ -173,21 +217,36 @@ def _traffic(exchange: str, ids_a_bag: int) -> tuple[int, int, Step]:
             away = int(((ids < first) | (ids >= first + own.shard_sizes[0])).sum())
             # Of u ids spread evenly, u·(R-1)/R lie on other ranks.
             cost = dataclasses.replace(cost, distinct_ids=away * world_size / (world_size - 1))
-        costs.append(cost)
-    return sent.vector_bytes, sent.weight_bytes, total_step(cost.step() for cost in costs)
+        steps.append(cost.step(holds=rows[rank] > 0))
+    return sent.vector_bytes, sent.weight_bytes, total_step(steps)
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("ids_a_bag", [1, 10])
-@pytest.mark.parametrize("exchange", WAYS)
-def test_bytes_are_what_collectives_carry(ranks: Ranks, world_size: int, exchange: str, ids_a_bag: int) -> None:
-    found = ranks(world_size).run(_traffic, exchange, ids_a_bag)
+@pytest.mark.parametrize(("forward", "backward", "ids_a_bag"), [("fp32", "fp32", 1), ("fp16", "fp32", 10)])
+@pytest.mark.parametrize(("kind", "exchange", "world_size", "local_world_size"), [way for way in WAYS if way[2] > 1])
+def test_bytes_are_what_collectives_carry(
+    ranks: Ranks,
+    kind: str,
+    exchange: str,
+    world_size: int,
+    local_world_size: int,
+    ids_a_bag: int,
+    forward: str,
+    backward: str,
+) -> None:
+    found = ranks(world_size, local_world_size).run(_traffic, kind, exchange, ids_a_bag, forward, backward)
     projections = len(SIZES) * K * D * 4
+    kinds = MIXED if kind == "mixed" else [kind] * len(SIZES)
+    replicated = sum(
+        rows
+        for each, rows in zip(kinds, SIZES, strict=True)
+        if each == "data_parallel" or rows == each.endswith("row_wise")
+    )
     for _, weight_bytes, estimate in found:
         assert weight_bytes == projections
-        assert estimate.weight_bytes == projections + SIZES[-1] * K * 4  # DDP's all-reduce is not torch.distributed's
-    if exchange != "unique_rows":
+        # DDP's all-reduce is not torch.distributed's.
+        assert estimate.weight_bytes == projections + replicated * K * 4
+    if exchange != "unique_rows" and kind != "mixed":
         assert all(vector_bytes == estimate.vector_bytes for vector_bytes, _, estimate in found)
     # A rank sends the rows that others ask for and the gradients of those that it asked for.
     total = sum(estimate.vector_bytes for *_, estimate in found)
@@ -196,7 +255,7 @@ def test_bytes_are_what_collectives_carry(ranks: Ranks, world_size: int, exchang
 
 def _cost(**changes: Any) -> TableCost:
     traffic = TableTraffic(1000, 4, 1.0, 1, 8)
-    cost = TableCost("t", 16, True, traffic, "adagrad", "reduce_scatter", 4)
+    cost = TableCost("t", 16, True, traffic, "adagrad", "row_wise", "reduce_scatter", 4, 2)
     return dataclasses.replace(cost, **changes)
 
 
@@ -207,36 +266,91 @@ def test_by_hand() -> None:
     assert _cost(optimizer="rowwise_adagrad").memory(250).optimizer == 250 * 4
     assert _cost(optimizer="adam").memory(250).optimizer == 2 * 250 * 16 * 4
     assert _cost(projected=False).memory(250).dense == 0
+    assert _cost(row_bytes=2).memory(250).weights == 250 * 16 * 2
     step = _cost().step()
     assert step.vector_bytes == 2 * 8 * 3 * 4 * 4
     assert step.flops == 6 * 8 * 4 * 16 * 4  # each rank projects the partial sums of all ranks' bags
-    assert _cost(way="after").step().vector_bytes == 2 * 8 * 3 * 16 * 4
-    assert _cost(way="unique_rows", distinct_ids=6).step().vector_bytes == 2 * 6 * 0.75 * 4 * 4
-    assert _cost(way="replicated").step().weight_bytes == (1000 * 16 + 16 * 4) * 4
+    assert _cost(exchange="after").step().vector_bytes == 2 * 8 * 3 * 16 * 4
+    assert _cost(exchange="unique_rows", distinct_ids=6).step().vector_bytes == 2 * 6 * 0.75 * 4 * 4
+    assert _cost(value_bytes=(2, 4)).step().vector_bytes == (2 + 4) * 8 * 3 * 4
+    assert _cost(sharding_type="data_parallel", exchange=None).step().weight_bytes == (1000 * 16 + 16 * 4) * 4
     assert [rows_of_rank(rows, 16, 4, on_cpu=True) for rows in (3, 4, 5, 8, 1000)] == [None, 1, None, 2, 250]
     assert [rows_of_rank(500_000, width, 1024, on_cpu=False) for width in (8, 512)] == [None, 489]
     assert total_memory([Memory(1, 2, 3, 4), Memory(1, 1, 1, 1)]).total == 14
 
 
+def test_one_rank_s_tables_by_hand() -> None:
+    owned = _cost(sharding_type="table_wise", exchange="all_to_all")
+    holder, other = owned.step(), owned.step(holds=False)
+    vectors = 8 * 4 * 4  # of a rank's bags
+    assert (holder.vector_bytes, other.vector_bytes) == (3 * vectors, vectors)  # one's vectors, another's gradients
+    assert (holder.flops, other.flops) == (6 * 8 * 4 * 16 * 4, 0)
+    ids = 8 * 8 + 8 * 4
+    assert holder.index_bytes == 0
+    assert other.index_bytes == ids
+    # One other rank is in the node, two are not; W2's gradients go 2·3/4 times inside and 2·1/2/2 times between.
+    weights = 16 * 4 * 4
+    assert holder.node_held == 2 * vectors + ids + 1.5 * weights
+    assert holder.network_held == pytest.approx(2 * (2 * vectors + ids) + 0.5 * weights)
+    assert owned.memory(0).weights == 0
+    assert owned.memory(0).dense == owned.memory(1000).dense
+
+
+def test_one_node_s_tables_by_hand() -> None:
+    cost = _cost(sharding_type="table_row_wise")
+    vectors = 8 * 4 * 4
+    assert cost.holders == 2
+    # To the other rank of the node go two nodes' vectors and gradients; to the other node vectors alone.
+    assert cost.step().vector_bytes == 2 * 2 * vectors + vectors
+    assert cost.step(holds=False).vector_bytes == vectors
+    assert cost.step().flops == 6 * 8 * 4 * 16 * 4
+
+
+def test_rows_in_the_host_s_memory_by_hand() -> None:
+    row = 16 * 4
+    whole = _cost(kernel="fused_uvm", exchange="unique_rows", distinct_ids=6, optimizer="sgd")
+    memory = whole.held_memory(250)
+    assert (memory.weights, memory.optimizer, memory.host) == (0, 0, 250 * row)
+    owned = TableTraffic(1000, 4, 1.0, 1, 8).distinct_ids(4) / 4
+    rows = min(owned, 6)
+    assert whole.step().host_bytes == pytest.approx(2 * rows * row)  # looked up, and once more to be updated
+    cached = dataclasses.replace(whole, kernel="fused_uvm_caching", cache_load_factor=0.2)
+    memory = cached.held_memory(250)
+    assert memory.weights == 64 * (row + 16) + 250 * 4  # 50 rows in sets of 32
+    assert cached.step().host_bytes == pytest.approx(0.8 * rows * row)
+    # fbgemm keeps one number a row on the device, and as many as columns beside the rows.
+    one, many = (dataclasses.replace(cached, optimizer=name) for name in ("rowwise_adagrad", "adagrad"))
+    assert (one.held_memory(250).optimizer, one.held_memory(250).host) == (250 * 4, 250 * row)
+    assert (many.held_memory(250).optimizer, many.held_memory(250).host) == (0, 2 * 250 * row)
+    assert many.step().host_bytes == pytest.approx(1.8 * rows * row)
+
+
 def test_time_by_hand() -> None:
     device = Device("toy", "cuda", 1e9, memory_bandwidth=100, flops=1000, node_bandwidth=30, network_bandwidth=10)
-    time = step_time(Step(vector_bytes=300, memory_bytes=200, flops=500), device, world_size=4, local_world_size=2)
-    # A third goes to the other rank of the node in 100/30 s, the rest to the other node in 200/10 s.
-    assert (time.network, time.memory, time.compute, time.bound) == (20.0, 2.0, 0.5, "network")
-    reduced = step_time(Step(weight_bytes=100), device, world_size=4, local_world_size=2)
+    step = Step(node_held=60, node_home=90, network_held=200, network_home=10, memory_bytes=200, flops=500)
+    time = step_time(step, device)
+    # Both directions of a link work at once, and both links do.
+    assert (time.network, time.memory, time.host, time.compute, time.bound) == (20.0, 2.0, 0.0, 0.5, "network")
+    hosted = step_time(Step(host_bytes=40), dataclasses.replace(device, host_bandwidth=8))
+    assert (hosted.host, hosted.bound) == (5.0, "host link")
+    reduced = step_time(all_reduced(100, world_size=4, local_world_size=2), device)
     assert reduced.network == pytest.approx(max(2 * 100 * 3 / 4 / 30, 2 * 100 / 2 / 2 / 10))
 
 
 def test_the_planner_uses_these_numbers() -> None:
-    planned = _planned(_model("adagrad"), "auto", 4)
-    largest = max((memory_of_rank(planned.tables, planned.dense, rank) for rank in range(4)), key=lambda m: m.total)
-    enough = int(largest.total / 0.85) + len(SIZES)
+    planned = _planned(_model("adagrad"), "row_wise", "auto", 4, 4)
+    needed = [memory_of_rank(planned.tables, planned.dense, rank) for rank in range(4)]
+    enough = int(max(each.total for each in needed) / 0.85) + len(SIZES)
     sharder, model = planned.sharder, _model("adagrad")
-    dense = planned.dense.total
+    tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+    held = total_memory(cost.memory(rows[0]) for cost, rows in planned.tables.values())
+    dense = planned.dense.memory(held.buffers).total
+    row_wise = {f"C{index}": ParameterConstraints(sharding_types=["row_wise"]) for index in range(4)}
 
     def plan(memory: int) -> None:
         topology = Topology(4, "cpu", ddr_cap=memory, local_world_size=4)
-        multi_layer_planner(topology, sharder, dense_bytes=dense).plan(model, [sharder])
+        planner = multi_layer_planner(tables, topology, sharder, dense_bytes=dense, constraints=row_wise)
+        planner.plan(model, [sharder])
 
     plan(enough)
     with pytest.raises(PlannerError):

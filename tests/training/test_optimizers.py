@@ -1,6 +1,7 @@
 """Each optimizer in its fused form and beside it: the same rule, the same state, on any number of ranks."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from mlet_dist.config import ModelConfig, OptimizerConfig
+from mlet_dist.config import ModelConfig, OptimizerConfig, ShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.step_count import fused_kernels
@@ -30,7 +31,7 @@ from mlet_dist.training.sharding import shard_model
 from tests.command import ROOT, mlet_json
 from tests.ranks import RankPool, whole
 
-Ranks = Callable[[int], RankPool]
+Ranks = Callable[..., RankPool]
 OPTIMIZERS = ["sgd", "adagrad", "rowwise_adagrad", "adam"]
 # Replicated on 4 ranks: tiny, two; on 3: two; on 1 and 2: none.
 SIZES = {"uneven": 101, "tiny": 5, "two": 2}
@@ -44,13 +45,15 @@ BATCH = 12
 Trained = dict[str, dict[str, torch.Tensor]]
 
 
-def _build(config: OptimizerConfig) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+def _build(config: OptimizerConfig, kind: str = "row_wise") -> tuple[DistributedModelParallel, CombinedOptimizer]:
     model_config = ModelConfig(embedding_dim=4, hidden_dim=8, bottom_mlp=(6,), top_mlp=(6,))
     spec = ModelSpec(model_config, ("I1", "I2"), tuple(SparseFeature(*each) for each in SIZES.items()), seed=3)
-    worker = Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    worker = Worker(dist.get_rank(), dist.get_world_size(), local, torch.device("cpu"))
     model = build_dlrm(spec, tables_device=torch.device("meta"))
     fuse_row_optimizer(model, config)
-    sharded, _ = shard_model(model, worker, BATCH // worker.world_size)
+    sharding = ShardingConfig(sharding_types=(kind,), data_parallel_up_to_mb=16)
+    sharded, _ = shard_model(model, worker, BATCH // worker.world_size, sharding)
     return sharded, build_optimizer(sharded, config)
 
 
@@ -90,11 +93,19 @@ def _whole_weights(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
 
 
 def _train(
-    name: str, steps: range, save: Path | None = None, load: Path | None = None, evaluate: bool = False
+    name: str,
+    steps: range,
+    save: Path | None = None,
+    load: Path | None = None,
+    evaluate: bool = False,
+    kind: str = "row_wise",
 ) -> tuple[dict[str, torch.Tensor], Trained]:
-    """Weights and optimizer state after some steps, from the start or from a checkpoint."""
+    """Weights and optimizer state after some steps, from the start or from a checkpoint.
+
+    The state of a table that some ranks hold nothing of is those of its owners alone, and is left out.
+    """
     config = OptimizerConfig(name=name, learning_rate=0.01)  # type: ignore[arg-type]
-    model, optimizer = _build(config)
+    model, optimizer = _build(config, kind)
     if load is not None:
         load_model(model, newest_checkpoint(load))
         load_state({OPTIMIZER_KEY: optimizer_state(optimizer)}, newest_checkpoint(load))
@@ -104,7 +115,7 @@ def _train(
         _take_steps(model, optimizer, range(step, step + 1))
     if save is not None:
         save_checkpoint(save, steps.stop, model, optimizer, {"step": steps.stop})
-    return _whole_weights(model), _whole_state(optimizer)
+    return _whole_weights(model), {} if kind.startswith("table") else _whole_state(optimizer)
 
 
 @pytest.mark.multirank
