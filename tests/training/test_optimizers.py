@@ -14,7 +14,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from mlet_dist.config import ModelConfig, OptimizerConfig, ShardingConfig
+from mlet_dist.config import ModelConfig, OptimizerConfig, ShardingConfig, TableShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.step_count import fused_kernels
@@ -52,7 +52,10 @@ def _build(config: OptimizerConfig, kind: str = "row_wise") -> tuple[Distributed
     worker = Worker(dist.get_rank(), dist.get_world_size(), local, torch.device("cpu"))
     model = build_dlrm(spec, tables_device=torch.device("meta"))
     fuse_row_optimizer(model, config)
-    sharding = ShardingConfig(sharding_types=(kind,), data_parallel_up_to_mb=16)
+    blocks = {"row_wise": worker.world_size, "table_row_wise": local}.get(kind, 1)
+    every_block_has_rows = {name: -(-rows // blocks) * (blocks - 1) < rows for name, rows in SIZES.items()}
+    kinds = {name: kind if enough else "data_parallel" for name, enough in every_block_has_rows.items()}
+    sharding = ShardingConfig(tables={name: TableShardingConfig(sharding_types=(kinds[name],)) for name in SIZES})
     sharded, _ = shard_model(model, worker, BATCH // worker.world_size, sharding)
     return sharded, build_optimizer(sharded, config)
 
@@ -166,6 +169,28 @@ def test_training_goes_on_from_a_checkpoint_of_other_ranks(ranks: Ranks, tmp_pat
         if name == "adam":
             assert {int(each["step"]) for each in state.values()} == {6}
         assert set(state) == set(expected_state)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("kind", ["table_wise", "table_row_wise", "data_parallel"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_from_a_checkpoint_of_another_sharding_type(
+    ranks: Ranks, tmp_path: Path, name: str, kind: str
+) -> None:
+    """2 nodes of 2, from and to row_wise tables of one rank."""
+    nodes = ranks(4, 2)
+    expected, expected_state = ranks(1).run(_train, name, range(4), tmp_path / "rows")[0]
+    nodes.run(_train, name, range(2), tmp_path / kind, None, False, kind)
+    found, state = ranks(1).run(_train, name, range(2, 4), None, tmp_path / kind)[0]
+    assert set(state) == set(expected_state)
+    for parameter, states in expected_state.items():
+        for key, tensor in states.items():
+            torch.testing.assert_close(state[parameter][key], tensor, rtol=1e-4, atol=1e-7)
+    back, _ = nodes.run(_train, name, range(4, 6), None, tmp_path / "rows", False, kind)[0]
+    later, _ = ranks(1).run(_train, name, range(4, 6), None, tmp_path / "rows")[0]
+    for parameter, weight in expected.items():
+        torch.testing.assert_close(found[parameter], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(back[parameter], later[parameter], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.multirank

@@ -72,7 +72,7 @@ def _build(config: Config) -> tuple[DistributedModelParallel, torch.nn.Module, C
     model = build_dlrm(spec, torch.device("meta"))
     fuse_row_optimizer(model, config.optimizer)
     local_batch_size = config.data.batch_size // dist.get_world_size()
-    sharded, _ = shard_model(model, _worker(), local_batch_size, config.sharding.exchange)
+    sharded, _ = shard_model(model, _worker(), local_batch_size, config.sharding)
     (embeddings,) = (each for each in sharded.modules() if isinstance(each, ShardedMultiLayerEmbeddingBagCollection))
     return sharded, embeddings, build_optimizer(sharded, config.optimizer)
 
