@@ -29,7 +29,7 @@ import torch
 from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
-from mlet_dist.config import ModelConfig, OptimizerConfig
+from mlet_dist.config import ModelConfig, OptimizerConfig, ShardingConfig
 from mlet_dist.data.loader import BATCHES_AHEAD, Batch, DataLoader
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.embeddings.exchange import EXCHANGES
@@ -116,7 +116,7 @@ def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted]
     model = build_dlrm(spec, torch.device("meta"))
     config = OptimizerConfig(learning_rate=0.01)
     fuse_row_optimizer(model, config)
-    sharded, _ = shard_model(model, worker, case.local_batch_size, case.exchange)
+    sharded, _ = shard_model(model, worker, case.local_batch_size, ShardingConfig(exchange=case.exchange))
     sharded.train()
     optimizer = build_optimizer(sharded, config)
     return take_steps(sharded, optimizer, batches(case, spec, worker), worker.device, pipelined=pipelined)

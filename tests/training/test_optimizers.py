@@ -1,6 +1,7 @@
 """Each optimizer in its fused form and beside it: the same rule, the same state, on any number of ranks."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from mlet_dist.config import ModelConfig, OptimizerConfig
+from mlet_dist.config import ModelConfig, OptimizerConfig, ShardingConfig, TableShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.step_count import fused_kernels
@@ -30,7 +31,7 @@ from mlet_dist.training.sharding import shard_model
 from tests.command import ROOT, mlet_json
 from tests.ranks import RankPool, whole
 
-Ranks = Callable[[int], RankPool]
+Ranks = Callable[..., RankPool]
 OPTIMIZERS = ["sgd", "adagrad", "rowwise_adagrad", "adam"]
 # Replicated on 4 ranks: tiny, two; on 3: two; on 1 and 2: none.
 SIZES = {"uneven": 101, "tiny": 5, "two": 2}
@@ -44,13 +45,18 @@ BATCH = 12
 Trained = dict[str, dict[str, torch.Tensor]]
 
 
-def _build(config: OptimizerConfig) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+def _build(config: OptimizerConfig, kind: str = "row_wise") -> tuple[DistributedModelParallel, CombinedOptimizer]:
     model_config = ModelConfig(embedding_dim=4, hidden_dim=8, bottom_mlp=(6,), top_mlp=(6,))
     spec = ModelSpec(model_config, ("I1", "I2"), tuple(SparseFeature(*each) for each in SIZES.items()), seed=3)
-    worker = Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    worker = Worker(dist.get_rank(), dist.get_world_size(), local, torch.device("cpu"))
     model = build_dlrm(spec, tables_device=torch.device("meta"))
     fuse_row_optimizer(model, config)
-    sharded, _ = shard_model(model, worker, BATCH // worker.world_size)
+    blocks = {"row_wise": worker.world_size, "table_row_wise": local}.get(kind, 1)
+    every_block_has_rows = {name: -(-rows // blocks) * (blocks - 1) < rows for name, rows in SIZES.items()}
+    kinds = {name: kind if enough else "data_parallel" for name, enough in every_block_has_rows.items()}
+    sharding = ShardingConfig(tables={name: TableShardingConfig(sharding_types=(kinds[name],)) for name in SIZES})
+    sharded, _ = shard_model(model, worker, BATCH // worker.world_size, sharding)
     return sharded, build_optimizer(sharded, config)
 
 
@@ -90,11 +96,19 @@ def _whole_weights(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
 
 
 def _train(
-    name: str, steps: range, save: Path | None = None, load: Path | None = None, evaluate: bool = False
+    name: str,
+    steps: range,
+    save: Path | None = None,
+    load: Path | None = None,
+    evaluate: bool = False,
+    kind: str = "row_wise",
 ) -> tuple[dict[str, torch.Tensor], Trained]:
-    """Weights and optimizer state after some steps, from the start or from a checkpoint."""
+    """Weights and optimizer state after some steps, from the start or from a checkpoint.
+
+    The state of a table that some ranks hold nothing of is those of its owners alone, and is left out.
+    """
     config = OptimizerConfig(name=name, learning_rate=0.01)  # type: ignore[arg-type]
-    model, optimizer = _build(config)
+    model, optimizer = _build(config, kind)
     if load is not None:
         load_model(model, newest_checkpoint(load))
         load_state({OPTIMIZER_KEY: optimizer_state(optimizer)}, newest_checkpoint(load))
@@ -104,7 +118,7 @@ def _train(
         _take_steps(model, optimizer, range(step, step + 1))
     if save is not None:
         save_checkpoint(save, steps.stop, model, optimizer, {"step": steps.stop})
-    return _whole_weights(model), _whole_state(optimizer)
+    return _whole_weights(model), {} if kind.startswith("table") else _whole_state(optimizer)
 
 
 @pytest.mark.multirank
@@ -155,6 +169,28 @@ def test_training_goes_on_from_a_checkpoint_of_other_ranks(ranks: Ranks, tmp_pat
         if name == "adam":
             assert {int(each["step"]) for each in state.values()} == {6}
         assert set(state) == set(expected_state)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("kind", ["table_wise", "table_row_wise", "data_parallel"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_from_a_checkpoint_of_another_sharding_type(
+    ranks: Ranks, tmp_path: Path, name: str, kind: str
+) -> None:
+    """2 nodes of 2, from and to row_wise tables of one rank."""
+    nodes = ranks(4, 2)
+    expected, expected_state = ranks(1).run(_train, name, range(4), tmp_path / "rows")[0]
+    nodes.run(_train, name, range(2), tmp_path / kind, None, False, kind)
+    found, state = ranks(1).run(_train, name, range(2, 4), None, tmp_path / kind)[0]
+    assert set(state) == set(expected_state)
+    for parameter, states in expected_state.items():
+        for key, tensor in states.items():
+            torch.testing.assert_close(state[parameter][key], tensor, rtol=1e-4, atol=1e-7)
+    back, _ = nodes.run(_train, name, range(4, 6), None, tmp_path / "rows", False, kind)[0]
+    later, _ = ranks(1).run(_train, name, range(4, 6), None, tmp_path / "rows")[0]
+    for parameter, weight in expected.items():
+        torch.testing.assert_close(found[parameter], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(back[parameter], later[parameter], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.multirank
