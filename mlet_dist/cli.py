@@ -1,6 +1,7 @@
 """The `mlet` command: parses, imports lazily and calls one function per subcommand."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -156,7 +157,8 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     if args.world_size % args.local_world_size:
         raise UserError(
             f"--world-size {args.world_size} is not a multiple of --local-world-size {args.local_world_size}: every "
-            "node holds as many ranks"
+            f"node holds as many ranks; use --world-size {-(-args.world_size // args.local_world_size) * args.local_world_size}"
+            f", or --local-world-size {math.gcd(args.world_size, args.local_world_size)}"
         )
     config.check_world_size(args.world_size)
     config.check_device(hardware["kind"])
