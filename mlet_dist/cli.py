@@ -155,10 +155,11 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     config = load_config(Path(args.config), args.overrides)
     hardware = load_hardware(args.device)
     if args.world_size % args.local_world_size:
+        whole = -(-args.world_size // args.local_world_size) * args.local_world_size
         raise UserError(
             f"--world-size {args.world_size} is not a multiple of --local-world-size {args.local_world_size}: every "
-            f"node holds as many ranks; use --world-size {-(-args.world_size // args.local_world_size) * args.local_world_size}"
-            f", or --local-world-size {math.gcd(args.world_size, args.local_world_size)}"
+            f"node holds as many ranks; use --world-size {whole}, or --local-world-size "
+            f"{math.gcd(args.world_size, args.local_world_size)}"
         )
     config.check_world_size(args.world_size)
     config.check_device(hardware["kind"])
