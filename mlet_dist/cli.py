@@ -1,7 +1,6 @@
 """The `mlet` command: parses, imports lazily and calls one function per subcommand."""
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ Result = dict[str, Any]
 
 _LAUNCHED = "MLET_LAUNCHED"
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
+_MOST_LOCAL_RANKS = 128  # torch.device keeps an index in 8 bits
 _PLAN_HELP = """\
 No GPU, no data set and no other process are needed. An example, with table sizes from a file:
 
@@ -152,14 +152,20 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     from mlet_dist.planner.hardware import load_hardware
     from mlet_dist.planner.tables import load_tables
 
+    if args.out is not None and Path(args.out).suffix not in (".html", ".htm"):
+        raise UserError(f"--out {args.out}: the picture is a page; name a file that ends in .html")
     config = load_config(Path(args.config), args.overrides)
     hardware = load_hardware(args.device)
+    if args.local_world_size > _MOST_LOCAL_RANKS:
+        raise UserError(
+            f"--local-world-size {args.local_world_size}: torch counts up to {_MOST_LOCAL_RANKS} devices of a node"
+        )
     if args.world_size % args.local_world_size:
         whole = -(-args.world_size // args.local_world_size) * args.local_world_size
         raise UserError(
             f"--world-size {args.world_size} is not a multiple of --local-world-size {args.local_world_size}: every "
             f"node holds as many ranks; use --world-size {whole}, or --local-world-size "
-            f"{math.gcd(args.world_size, args.local_world_size)}"
+            f"{next(each for each in range(args.local_world_size, 0, -1) if not args.world_size % each)}"
         )
     config.check_world_size(args.world_size)
     config.check_device(hardware["kind"])

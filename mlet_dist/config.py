@@ -18,6 +18,7 @@ from mlet_dist.errors import UserError
 _COMMAND_LINE = "command line"
 _SHOWN_CHARACTERS = 200
 _MAX_COLUMNS = 1 << 16
+_MAX_ROWS = 2**31 - 1
 
 
 def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
@@ -33,8 +34,10 @@ class DataConfig:
     """Which data set is read, and in what batches."""
 
     path: str = _setting("directory of a data set made by `mlet prepare` or `mlet synth`")
-    batch_size: int = _setting("rows of a global training batch, a multiple of the world size", 128, at_least=1)
-    eval_batch_size: int = _setting("rows of a global evaluation batch", 8192, at_least=1)
+    batch_size: int = _setting(
+        "rows of a global training batch, a multiple of the world size", 128, at_least=1, at_most=_MAX_ROWS
+    )
+    eval_batch_size: int = _setting("rows of a global evaluation batch", 8192, at_least=1, at_most=_MAX_ROWS)
     dense_features: tuple[str, ...] | None = _setting("dense columns to use; null takes all", None)
     sparse_features: tuple[str, ...] | None = _setting("categorical columns to use; null takes all", None)
 
@@ -285,16 +288,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
     """
     source = str(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the config is not UTF-8 text: byte {error.start} is invalid") from None
-    try:
-        settings = _load_yaml(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid YAML{error}") from None
+    settings = load_yaml(path, "config")
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
@@ -402,6 +396,25 @@ class _StrictLoader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
                 seen.add((key.tag, key.value))
         return node
+
+
+def load_yaml(path: Path, what: str) -> Any:
+    """The content of a file, in which no key is given twice.
+
+    Args:
+        what: what the file holds, for messages, e.g. ``config``.
+
+    Raises:
+        UserError: the file cannot be read, or is not valid YAML.
+    """
+    try:
+        return _load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the {what} is not UTF-8 text: byte {error.start} is invalid") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML{error}") from None
 
 
 def _load_yaml(text: str) -> Any:

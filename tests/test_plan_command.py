@@ -183,7 +183,16 @@ MISTAKES = {
         ["--device", "h1000"],
         "--device h1000: no such preset; there are a100-40, a100-80, h100, h200, b200, cpu",
     ),
-    "nodes": (["--world-size", "12"], "--world-size 12 is not a multiple of --local-world-size 8"),
+    "nodes": (
+        ["--world-size", "12"],
+        "--world-size 12 is not a multiple of --local-world-size 8: every node holds as many ranks; use "
+        "--world-size 16, or --local-world-size 6",
+    ),
+    "large nodes": (["--world-size=256", "--local-world-size=256"], "--local-world-size 256: torch counts up to 128 "),
+    "no picture": (
+        ["--out", "tables.yaml"],
+        "--out tables.yaml: the picture is a page; name a file that ends in .html",
+    ),
     "batch": (["--world-size", "24"], "data.batch_size 128 is not a multiple of the 24 ranks"),
     "table": (["data.sparse_features=[C1,X9]"], "data.sparse_features: "),
     "its own table": (
@@ -209,7 +218,18 @@ def test_mistakes_are_one_line_before_torch_is_imported(mistake: str, tables: Pa
     [
         ("C1: many", "table 'C1': num_embeddings is 'many', it must be a whole number from 1 to 2147483647"),
         ("C1: {rows: 3}", "table 'C1': expected num_embeddings and pooling_factor, found rows"),
-        ("C1: {num_embeddings: 3, pooling_factor: 0}", "table 'C1': pooling_factor is 0, it must be a number above 0"),
+        (
+            "C1: {num_embeddings: 3, pooling_factor: 0}",
+            "table 'C1': pooling_factor is 0, it must be a number above 0, at most 2147483647",
+        ),
+        (
+            "C1: {num_embeddings: 3, pooling_factor: 1.0e+300}",
+            "table 'C1': pooling_factor is 1e+300, it must be a number above 0, at most 2147483647",
+        ),
+        ("C1: {1: 3}", "table 'C1': expected num_embeddings and pooling_factor, found 1"),
+        ("C1: 10\nC1: 2000000", "not valid YAML in line 2: key 'C1' is given twice"),
+        ("1: 10\n'1': 2000000", "table '1' is given twice"),
+        ("null: 10", "table None: a table's name must be text; put it in quotes"),
         ("- C1", "expected a line a table, such as `C1: 45000000`"),
     ],
 )
@@ -217,6 +237,13 @@ def test_a_wrong_line_of_the_tables(line: str, message: str, tables: Path, capsy
     tables.write_text(line)
     assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8"]) == 2
     assert capsys.readouterr().err == f"mlet: error: {tables}: {message}\n"
+
+
+@pytest.mark.parametrize("name", ["a.b", "type", ""])
+def test_a_name_that_torch_cannot_have(name: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables.write_text(f"{name!r}: 100")
+    assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8"]) == 2
+    assert capsys.readouterr().err.startswith(f"mlet: error: --tables: table {name!r}: no module of torch can have ")
 
 
 def test_hardware_of_ones_own(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +256,9 @@ def test_hardware_of_ones_own(tables: Path, tmp_path: Path, capsys: pytest.Captu
     own.write_text(f"mine: {{{entry}}}")
     assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", str(own)]) == 2
     assert "mine: expected the keys kind, memory_gb" in capsys.readouterr().err
+    own.write_text(f"mine: {{{entry.replace('memory_gb: 64', 'memory_gb: 1.0e+300')}, network_gbs: 10}}")
+    assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", str(own)]) == 2
+    assert "mine.memory_gb is 1e+300, it must be a number above 0, at most 1e+09" in capsys.readouterr().err
 
 
 WRONG_TABLES = {
@@ -243,7 +273,7 @@ WRONG_TABLES = {
 @pytest.mark.parametrize("setting", WRONG_TABLES)
 def test_what_a_table_cannot_be(setting: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", setting]) == 2
-    assert capsys.readouterr().err.startswith(f"mlet: error: {WRONG_TABLES[setting]}")
+    assert capsys.readouterr().err.startswith(f"mlet: error: sharding: {WRONG_TABLES[setting]}")
 
 
 def test_a_cpu_has_no_kernels_of_the_host(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from mlet_dist.embeddings.costs import Memory
 from mlet_dist.embeddings.model_cost import DenseCost, Tables, alike, fullest_memory, memory_of_rank, slowest_step
 from mlet_dist.embeddings.plan_cost import Ranks
 from mlet_dist.embeddings.step_time import Device
+from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.planner.estimate import Case, configurations
 from mlet_dist.planner.ways_out import ways_out
@@ -37,6 +38,10 @@ def make_plan(
     """
     case = Case(config, spec, pooling_factors, Ranks(world_size, local_world_size, device.kind == "cpu"), device)
     shortage = None
+    try:
+        case.model()
+    except ValueError as error:
+        raise UserError(f"--tables: {error}") from None
     try:
         planned = case.plan()
     except DoesNotFit as error:

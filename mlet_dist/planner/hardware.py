@@ -1,11 +1,9 @@
 """Hardware that is planned for: presets of ``hardware.yaml``, or a file of one's own."""
 
-import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mlet_dist.config import load_yaml
 from mlet_dist.errors import UserError
 
 _FIELDS = {
@@ -17,6 +15,7 @@ _FIELDS = {
 }
 # A CPU's memory is its host's.
 _HOST_FIELDS = {"host_memory_gb": ("host_memory", 1e9), "host_link_gbs": ("host_bandwidth", 1e9)}
+_MOST = 1e9  # TorchRec counts a device's bytes as an int64
 
 
 Hardware = dict[str, Any]
@@ -26,7 +25,7 @@ Hardware = dict[str, Any]
 def presets() -> dict[str, Hardware]:
     """By name, in the order of the file."""
     path = Path(__file__).with_name("hardware.yaml")
-    return {name: _hardware(path, name, entry) for name, entry in yaml.safe_load(path.read_text("utf-8")).items()}
+    return {name: _hardware(path, name, entry) for name, entry in load_yaml(path, "hardware").items()}
 
 
 def load_hardware(name: str) -> Hardware:
@@ -41,12 +40,7 @@ def load_hardware(name: str) -> Hardware:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"--device {name}: no such preset; there are {', '.join(known)}, or the path of a YAML file")
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the hardware: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    entries = load_yaml(path, "hardware")
     if not isinstance(entries, dict) or len(entries) != 1:
         raise UserError(f"{path}: expected one entry, a name with {', '.join(['kind', *_FIELDS, *_HOST_FIELDS])}")
     ((own, entry),) = entries.items()
@@ -66,7 +60,7 @@ def _hardware(path: Path, name: str, entry: Any) -> Hardware:
     values = {}
     for key, (attribute, unit) in numbers.items():
         value = entry[key]
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {name}.{key} is {value!r}, it must be a number above 0")
+        if type(value) not in (int, float) or not 0 < value <= _MOST:
+            raise UserError(f"{path}: {name}.{key} is {value!r}, it must be a number above 0, at most {_MOST:.0e}")
         values[attribute] = value * unit
     return {"name": name, "kind": entry["kind"], **values}

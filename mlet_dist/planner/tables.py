@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mlet_dist.config import Config
+from mlet_dist.config import Config, load_yaml
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
@@ -29,10 +27,17 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
         return spec, {feature.name: 1.0 for feature in spec.sparse}
     sizes: dict[str, int] = {}
     pooling: dict[str, float] = {}
-    for name, entry in _read(path).items():
+    for key, entry in _read(path).items():
+        name = str(key)
+        if type(key) not in (str, int):
+            raise UserError(f"{path}: table {key!r}: a table's name must be text; put it in quotes")
+        if name in sizes:
+            raise UserError(f"{path}: table {name!r} is given twice")
         if isinstance(entry, dict):
             if "num_embeddings" not in entry or set(entry) - set(_KEYS):
-                raise UserError(f"{path}: table {name!r}: expected {' and '.join(_KEYS)}, found {', '.join(entry)}")
+                raise UserError(
+                    f"{path}: table {name!r}: expected {' and '.join(_KEYS)}, found {', '.join(map(str, entry))}"
+                )
             size, factor = entry["num_embeddings"], entry.get("pooling_factor", 1.0)
         else:
             size, factor = entry, 1.0
@@ -41,9 +46,12 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
                 f"{path}: table {name!r}: num_embeddings is {size!r}, it must be a whole number from 1 to "
                 f"{MAX_NUM_EMBEDDINGS}"
             )
-        if type(factor) not in (int, float) or not 0 < factor < float("inf"):
-            raise UserError(f"{path}: table {name!r}: pooling_factor is {factor!r}, it must be a number above 0")
-        sizes[str(name)], pooling[str(name)] = size, float(factor)
+        if type(factor) not in (int, float) or not 0 < factor <= MAX_NUM_EMBEDDINGS:
+            raise UserError(
+                f"{path}: table {name!r}: pooling_factor is {factor!r}, it must be a number above 0, at most "
+                f"{MAX_NUM_EMBEDDINGS}"
+            )
+        sizes[name], pooling[name] = size, float(factor)
     wanted = config.data.sparse_features or tuple(sizes)
     for name in wanted:
         if name not in sizes:
@@ -55,12 +63,7 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
 
 
 def _read(path: Path) -> dict[Any, Any]:
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the tables: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    entries = load_yaml(path, "tables")
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{path}: expected a line a table, such as `C1: 45000000`")
     return entries
