@@ -170,6 +170,7 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     config.check_world_size(args.world_size)
     config.check_device(hardware["kind"])
     spec, pooling_factors = load_tables(config, None if args.tables is None else Path(args.tables))
+    _warn(config)
     _before_torch()
     from mlet_dist.embeddings.step_time import Device
     from mlet_dist.planner.command import make_plan
@@ -208,9 +209,13 @@ def _load_checked(args: argparse.Namespace) -> Config:
     config.check_features(schema.dense, list(schema.num_embeddings))
     config.check_world_size(args.nproc or 1)
     if not _rank(args) and not _launched():
-        for warning in config.warnings():
-            print(f"mlet: warning: {warning}", file=sys.stderr)
+        _warn(config)
     return config
+
+
+def _warn(config: Config) -> None:
+    for warning in config.warnings():
+        print(f"mlet: warning: {warning}", file=sys.stderr)
 
 
 def _in_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[None, bool]:

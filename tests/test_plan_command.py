@@ -164,6 +164,8 @@ def test_each_table_s_own_settings(tables: Path, capsys: pytest.CaptureFixture[s
     assert [last - first + 1 for first, last, _ in entries["C2"]["rows_per_rank"]] == [1]
     assert entries["C3"]["rows_per_rank"] in ([[0, 7, 2125]], [[8, 15, 2125]])
     assert entries["C4"]["exchange"] == "after"
+    assert entries["C2"]["reason"].endswith(" a step on one rank; no other type was asked for")
+    assert entries["C2"]["exchange_reason"] == "sums are projected before they cross the network"
     assert "data_parallel" not in {each["sharding_type"] for each in plan["tables"]}
     plain = _plan(capsys, tables, "--world-size", "16", *LARGE, "sharding.sharding_types=[row_wise, data_parallel]")
     half = _plan(
@@ -176,6 +178,16 @@ def test_each_table_s_own_settings(tables: Path, capsys: pytest.CaptureFixture[s
     assert weights[0] < weights[1]
     assert vectors[0] == pytest.approx(vectors[1] / 2, rel=0.01)
     assert half["ranks"][0]["optimizer"] == plain["ranks"][0]["optimizer"]
+
+
+def test_what_was_asked_for_is_the_reason(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_type = "sharding.tables={C2: {sharding_types: [table_wise]}, C3: {sharding_types: [data_parallel]}}"
+    for hidden_dim, said in (("null", "sums cross the network"), ("64", "sums are projected before they cross the ne")):
+        plan = _plan(capsys, tables, "--world-size", "8", one_type, f"model.hidden_dim={hidden_dim}")
+        entries = {each["table"]: each for each in plan["tables"]}
+        assert entries["C2"]["exchange_reason"].startswith(said)
+        # 17,000 rows are enough for 8 ranks.
+        assert entries["C3"]["reason"].endswith(" a step on each of 8 ranks; no other type was asked for")
 
 
 MISTAKES = {
@@ -237,6 +249,12 @@ def test_a_wrong_line_of_the_tables(line: str, message: str, tables: Path, capsy
     tables.write_text(line)
     assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8"]) == 2
     assert capsys.readouterr().err == f"mlet: error: {tables}: {message}\n"
+
+
+def test_a_k_below_d_is_warned_of(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "model.hidden_dim=8"]
+    assert main(command) == 0
+    assert capsys.readouterr().err.startswith("mlet: warning: model.hidden_dim 8 is below model.embedding_dim 16: ")
 
 
 @pytest.mark.parametrize("name", ["a.b", "type", ""])

@@ -14,6 +14,7 @@ from mlet_dist.embeddings.table_cost import DATA_PARALLEL, UVM, UVM_CACHING, Tab
 def sharding_reasons(
     module: MultiLayerEmbeddingBagCollection,
     tables: Mapping[str, tuple[TableCost, Sequence[int]]],
+    asked: Mapping[str, ParameterConstraints],
     constraints: Mapping[str, ParameterConstraints],
     sharder: MultiLayerEmbeddingBagCollectionSharder,
     ranks: Ranks,
@@ -23,6 +24,7 @@ def sharding_reasons(
 
     Args:
         tables: costs and rows of the plan.
+        asked: constraints that were given.
         constraints: what the planner could choose from (``table_constraints``).
         device: hardware of a rank.
     """
@@ -40,6 +42,8 @@ def sharding_reasons(
         if others:
             best = min(others, key=lambda cost: step_time(cost.held_step(), device).total)
             reason += f", {best.sharding_type} {_cost_of(best, device)}"
+        elif table.name in asked and asked[table.name].sharding_types == [chosen.sharding_type]:
+            reason += "; no other type was asked for"
         elif chosen.sharding_type == DATA_PARALLEL:
             reason += "; its rows are too few for a share on every rank"
         elif ranks.world_size == 1:

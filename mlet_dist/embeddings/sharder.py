@@ -175,7 +175,10 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             if asked == "after":
                 return "after", "asked for"
             before = EXCHANGES_OF[sharding_type][-1]
-            return before, "asked for" if asked == before else "sums are projected before they cross the network"
+            if asked == before:
+                return before, "asked for"
+            projected = "" if table.hidden_dim is None else "are projected before they "
+            return before, f"sums {projected}cross the network"
         if asked != "auto":
             return asked, "asked for"
         sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}

@@ -94,6 +94,7 @@ def plan_model(
     """
     tables = model.sparse_arch.embedding_bag_collection
     configs, ranks, device = tables.embedding_bag_configs(), Ranks.of(topology), device or device_of(topology)
+    asked = constraints or {}
     optimizer = optimizer_of(next(iter(tables.embedding_bags.values())).weight)
     dense = dense_cost(model, sharder.local_batch_size, optimizer, ranks.world_size, ranks.local_world_size)
     try:
@@ -119,7 +120,7 @@ def plan_model(
         except ValueError as error:
             raise UserError(str(error)) from None
         costs = table_costs(tables, params, sharder, ranks)
-        reasons = sharding_reasons(tables, costs, limited, sharder, ranks, device)
+        reasons = sharding_reasons(tables, costs, asked, limited, sharder, ranks, device)
         return ModelPlan(plan, sharder, costs, dense, reasons)
 
     try:
