@@ -86,8 +86,10 @@ def shard_model(
         pooling_factors: ids a bag of each table, on average; 1 where none is given.
 
     Raises:
-        UserError: no plan fits the memory of the device, or none is what was asked; on every rank.
+        UserError: no plan fits the memory of the device, none is what was asked, or nodes differ in their number of
+            ranks; on every rank.
     """
+    _check_nodes(worker)
     sharding = Sharding.of(config, model, local_batch_size, pooling_factors)
     on_cuda = worker.device.type == "cuda"
     topology = Topology(
@@ -120,6 +122,18 @@ def _plan_on_first(model: DLRM, sharding: Sharding, topology: Topology, worker: 
         raise UserError(found[1])
     plan, tables, dense, reasons, sharding.sharder.chosen = found[0]
     return ModelPlan(plan, sharding.sharder, tables, dense, reasons)
+
+
+def _check_nodes(worker: Worker) -> None:
+    """TorchRec counts nodes by each rank's own LOCAL_WORLD_SIZE, and ranks that disagree form other groups."""
+    sizes: list[Any] = [None] * worker.world_size
+    dist.all_gather_object(sizes, worker.local_world_size)
+    for rank, size in enumerate(sizes):
+        if size != sizes[0]:
+            raise UserError(
+                f"the node of rank 0 has {sizes[0]} ranks and that of rank {rank} has {size}; start as many ranks on "
+                "every node"
+            )
 
 
 def _host_memory() -> int:
