@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mlet_dist.config import Config
+from mlet_dist.config import Config, RowsDtype
 from mlet_dist.data.loader import DataLoader
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
@@ -103,7 +103,10 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
                 found = evaluate(sharded, split_loader, worker, split)
                 recorder.record(split, steps, found)
                 summary |= {f"{split}_{name}": found[name] for name in ("auc", "logloss", "rows")}
-        trained, served = table_bytes(spec, rows_dtypes)
+        stored: dict[str, RowsDtype] = {
+            name: "fp16" if cost.row_bytes == 2 else "fp32" for name, (cost, _) in plan.tables.items()
+        }
+        trained, served = table_bytes(spec, stored)
         summary |= {
             "trained_table_bytes": trained,
             "served_table_bytes": served,
