@@ -90,7 +90,7 @@ def plan_model(
 
     Raises:
         DoesNotFit: the planner finds no plan that fits; it says which table and how much is missing.
-        UserError: the constraints cannot be met.
+        UserError: the constraints cannot be met, or the plan that they ask for is one that cannot run.
     """
     tables = model.sparse_arch.embedding_bag_collection
     configs, ranks, device = tables.embedding_bag_configs(), Ranks.of(topology), device or device_of(topology)
@@ -117,7 +117,10 @@ def plan_model(
         for sharding in params.values():
             if sharding.compute_kernel != UVM_CACHING:
                 sharding.cache_params = None
-        sharder.settle(tables, params, ranks.world_size, on_cpu=ranks.on_cpu)
+        try:
+            sharder.settle(tables, params, ranks.world_size, on_cpu=ranks.on_cpu)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         costs = table_costs(tables, params, sharder, ranks)
         reasons = sharding_reasons(tables, costs, limited, sharder, ranks, device)
         return ModelPlan(plan, sharder, costs, dense, reasons)

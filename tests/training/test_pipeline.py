@@ -36,6 +36,7 @@ Ranks = Callable[[int], RankPool]
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 BATCHES_AN_EPOCH, STEPS = 10, 25
 SETTINGS = (
+    "sharding.sharding_types=[row_wise, data_parallel]",  # of other tables only some ranks hold optimizer states
     "data.batch_size=480",
     "train.epochs=3",
     f"train.max_steps={STEPS}",
