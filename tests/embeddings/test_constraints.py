@@ -74,6 +74,10 @@ def test_what_is_asked_wins() -> None:
         ),
         ({"rows": 1000, "asked": ["column_wise"]}, r"table 't' cannot be column_wise: "),
         ({"rows": 1000, "asked": ["table_wise"], "exchange": "unique_rows"}, r"exchange 'unique_rows' does not serve"),
+        (
+            {"rows": 3, "asked": ["table_wise", "row_wise"], "exchange": "unique_rows"},
+            r"cannot be table_wise or row_wise: with 3 rows, some of 4 ranks would hold none; it can be data_parallel",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
