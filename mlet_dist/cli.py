@@ -1,6 +1,7 @@
 """The `mlet` command: parses, imports lazily and calls one function per subcommand."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -27,11 +28,12 @@ No GPU, no data set and no other process are needed. An example, with table size
   C1: 45000000
   C2: {num_embeddings: 36000000, pooling_factor: 20}
 
-It prints what each rank holds (rows, their optimizer's state, a step's buffers, and W2 and the dense layers, which
-every rank holds), and the same tables in four ways: single layers of d and of k columns, MLET with the projection after
-the exchange, and MLET as configured. Times are at the hardware's peak rates (mlet_dist/planner/hardware.yaml), without
-launches and waiting: for comparison, and a lower bound. Where the tables do not fit, the exit code is 2 and one line
-says what is missing and what would fit. Settings are those of `mlet train --help`."""
+It prints why tables lie where they do, what each rank holds (rows, their optimizer's state, a step's buffers, and W2
+and the dense layers, which every rank holds), and the same tables in several ways: single layers of d and of k columns,
+MLET with the projection after the exchange, and MLET as configured. Times are at the hardware's peak rates
+(mlet_dist/planner/hardware.yaml), without launches and waiting: for comparison, and a lower bound. Where the tables do
+not fit, the exit code is 2 and one line says what is missing and what would fit; --out draws the plan then, too.
+Settings are those of `mlet train --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,9 +155,11 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     config = load_config(Path(args.config), args.overrides)
     hardware = load_hardware(args.device)
     if args.world_size % args.local_world_size:
+        whole = -(-args.world_size // args.local_world_size) * args.local_world_size
         raise UserError(
             f"--world-size {args.world_size} is not a multiple of --local-world-size {args.local_world_size}: every "
-            "node holds as many ranks"
+            f"node holds as many ranks; use --world-size {whole}, or --local-world-size "
+            f"{math.gcd(args.world_size, args.local_world_size)}"
         )
     config.check_world_size(args.world_size)
     config.check_device(hardware["kind"])

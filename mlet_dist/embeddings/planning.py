@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, Proposer, UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
@@ -18,6 +17,7 @@ from torchrec.distributed.planner.types import Perf, ShardEstimator, ShardingOpt
 
 from mlet_dist.embeddings.constraints import Constraints, table_constraints
 from mlet_dist.embeddings.costs import REPLICATED_BYTES, RESERVED_SHARE, Memory, total_memory
+from mlet_dist.embeddings.enumerator import WorthwhileEnumerator
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.plan_cost import Ranks, load_factor, table_cost
 from mlet_dist.embeddings.sharder import MultiLayerEmbeddingBagCollectionSharder
@@ -26,8 +26,6 @@ from mlet_dist.embeddings.table_cost import TableCost
 
 # float32 operations a second, where nobody says: an A100's and a few cores'.
 _FLOPS = {"cuda": 19.5e12, "cpu": 1e11}
-# Plans no better than the best so far, after which a proposer stops.
-_PATIENCE = 10
 
 
 class _Estimator(ShardEstimator):
@@ -201,15 +199,12 @@ def multi_layer_planner(
         MultiLayerPerfEstimator(topology, sharder, device, limited),
         MultiLayerStorageEstimator(topology, sharder, limited),
     ]
-    proposers: list[Proposer] = [
-        GreedyProposer(use_depth=True, threshold=_PATIENCE),
-        GreedyProposer(use_depth=False, threshold=_PATIENCE),
-        UniformProposer(),
-    ]
+    # TorchRec's default, but its grid search, which tries up to 10,000 plans.
+    proposers: list[Proposer] = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=sharder.local_batch_size,
-        enumerator=EmbeddingEnumerator(topology, sharder.local_batch_size, limited, estimators),
+        enumerator=WorthwhileEnumerator(topology, sharder.local_batch_size, limited, estimators),
         storage_reservation=ReplicatedStorageReservation(dense_bytes, sharder),
         proposer=proposers,
         stats=NoopEmbeddingStats(),

@@ -7,7 +7,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.plan_cost import Ranks, table_cost
 from mlet_dist.embeddings.sharder import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.step_time import Device, step_time
+from mlet_dist.embeddings.step_time import Device, milliseconds, step_time
 from mlet_dist.embeddings.table_cost import DATA_PARALLEL, UVM, UVM_CACHING, TableCost
 
 
@@ -38,7 +38,7 @@ def sharding_reasons(
         ]
         reason = _cost_of(chosen, device)
         if others:
-            best = min(others, key=lambda cost: _milliseconds(cost, device))
+            best = min(others, key=lambda cost: step_time(cost.held_step(), device).total)
             reason += f", {best.sharding_type} {_cost_of(best, device)}"
         elif chosen.sharding_type == DATA_PARALLEL:
             reason += "; its rows are too few for a share on every rank"
@@ -52,8 +52,4 @@ def sharding_reasons(
 
 def _cost_of(cost: TableCost, device: Device) -> str:
     holders = "one rank" if cost.holders == 1 else f"each of {cost.holders:,} ranks"
-    return f"{_milliseconds(cost, device):.2g} ms a step on {holders}"
-
-
-def _milliseconds(cost: TableCost, device: Device) -> float:
-    return 1e3 * step_time(cost.held_step(), device).total
+    return f"{milliseconds(step_time(cost.held_step(), device))} a step on {holders}"

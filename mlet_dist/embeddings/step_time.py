@@ -70,3 +70,9 @@ def step_time(step: Step, device: Device) -> StepTime:
         host=step.host_bytes / device.host_bandwidth if step.host_bytes else 0.0,
         compute=step.flops / device.flops,
     )
+
+
+def milliseconds(time: StepTime) -> str:
+    """In words, two digits."""
+    found = 1e3 * time.total
+    return f"{found:.2g} ms" if found < 100 else f"{found:,.0f} ms"

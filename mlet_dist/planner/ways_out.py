@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from mlet_dist.embeddings.costs import Memory, gigabytes
 from mlet_dist.embeddings.model_cost import fullest_memory, slowest_step
-from mlet_dist.embeddings.step_time import Device
+from mlet_dist.embeddings.step_time import Device, milliseconds
 from mlet_dist.errors import UserError
 from mlet_dist.planner.estimate import Case, even_memory
 from mlet_dist.planner.hardware import presets
@@ -37,7 +37,7 @@ def ways_out(case: Case, most: int = 3) -> list[str]:
             host = f" and {gigabytes(needed.host)} of its host" if needed.host else ""
             found.append(
                 f"{text}: {gigabytes(needed.total)} of {gigabytes(changed.device.usable_memory)} a rank{host}, "
-                f"{1e3 * time.total:.2g} ms a step"
+                f"{milliseconds(time)} a step"
             )
             break
         if len(found) == most:

@@ -24,7 +24,7 @@ class RunDirectory:
         .mlet-run         marks the directory as a run's, and is locked by the job that trains into it
         config.yaml       the resolved config; `mlet train` takes it as it is
         model.json        sizes and inputs of the model
-        plan.json         each table's sharding type, exchange, the reason for it, and its rows by rank
+        plan.json         each table's sharding type, kernel and exchange, the reasons, and its rows by rank
         metrics.jsonl     one record a line: step, loss, AUC, samples/s; then one a split
         tensorboard/      the same for TensorBoard
         checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint
