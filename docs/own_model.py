@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner import Topology
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -28,6 +28,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollection,
     MultiLayerEmbeddingBagCollectionSharder,
     MultiLayerEmbeddingBagConfig,
+    multi_layer_planner,
 )
 
 USERS, ITEMS, HISTORY, DIM, HIDDEN_DIM = 5_000, 2_000, 8, 16, 64
@@ -88,7 +89,8 @@ def shard(model: TwoTower, device: torch.device, rows_rate: float, local_batch_s
         pooling_factors={"item_table": (1 + HISTORY / 2) / 2}, local_batch_size=local_batch_size
     )
     topology = Topology(world_size=dist.get_world_size(), compute_device=device.type)
-    planner = EmbeddingShardingPlanner(topology=topology, batch_size=local_batch_size)
+    # MLET: TorchRec's planner with estimates that know of W2.
+    planner = multi_layer_planner(model.embeddings.embedding_bag_configs(), topology, sharder)
     plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=[sharder])
     if dist.get_rank() == 0:

@@ -160,6 +160,8 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             keep_gradients_dense([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
         for name, table in tables.items():
             check_rows_dtype(table, params[name])
+            if params[name].compute_kernel != EmbeddingComputeKernel.FUSED_UVM_CACHING.value:
+                params[name].cache_params = None
         return {name: self.traffic(tables[name]) for name in chosen}
 
     def asked(self, table: str) -> ExchangeChoice:

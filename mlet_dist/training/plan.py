@@ -99,7 +99,7 @@ def plan_model(
     try:
         limited = table_constraints(configs, ranks, sharder, constraints, replicated_bytes)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"sharding: {error}") from None
 
     def settled(topology: Topology, constraints: Constraints, dense_bytes: float) -> ModelPlan:
         planner = multi_layer_planner(
@@ -114,9 +114,6 @@ def plan_model(
         with _without_false_warnings():
             plan = planner.plan(model, [sharder])
         params = plan.plan[TABLES_PREFIX.rstrip(".")]
-        for sharding in params.values():
-            if sharding.compute_kernel != UVM_CACHING:
-                sharding.cache_params = None
         try:
             sharder.settle(tables, params, ranks.world_size, on_cpu=ranks.on_cpu)
         except ValueError as error:
