@@ -49,7 +49,7 @@ def report(plan: dict[str, Any]) -> str:
             "GB on a rank (10^9 bytes); one line for ranks that hold the same tables and within 1 % the same",
             *_columns(["ranks", "tables", "rows", *kinds], ranks, left=1),
             "",
-            "a step of the slowest rank, at the hardware's peak rates, one part after another; tables lie as planned",
+            "a step of the slowest rank, at the hardware's peak rates, one part after another",
             *_columns(
                 ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute"]
                 + (["host link"] if hosted else [])
