@@ -249,7 +249,7 @@ WRONG_TABLES = {
 @pytest.mark.parametrize("setting", WRONG_TABLES)
 def test_what_a_table_cannot_be(setting: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", setting]) == 2
-    assert capsys.readouterr().err.startswith(f"mlet: error: {WRONG_TABLES[setting]}")
+    assert capsys.readouterr().err.startswith(f"mlet: error: sharding: {WRONG_TABLES[setting]}")
 
 
 def test_a_cpu_has_no_kernels_of_the_host(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
