@@ -91,6 +91,12 @@ def test_constraints_of_no_table() -> None:
         table_constraints([_table(9, "ads"), _table(9, "users")], ranks, sharder, {"adz": ParameterConstraints()})
 
 
+def test_a_pod_of_nodes_is_a_node() -> None:
+    topology = Topology(144, "cuda", local_world_size=4, pod_size=18)
+    assert Ranks.of(topology) == Ranks(144, 72, False)
+    assert Ranks.of(topology).holders("table_row_wise") == 72
+
+
 def test_kernels() -> None:
     sharder = MultiLayerEmbeddingBagCollectionSharder()
     given = {"t": ParameterConstraints(compute_kernels=["fused", "fused_uvm_caching"])}
