@@ -131,7 +131,7 @@ def even_memory(case: Case) -> Memory:
 def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, DenseCost]]:
     """What the plan is compared with: single layers and MLET, with TorchRec's exchange and ours.
 
-    What is said of TorchRec's exchange has a plan of its own, by which table_wise tables, say, send less than row_wise ones.
+    What has TorchRec's exchange has a plan of its own: where vectors are wide, other sharding types send least.
     """
     d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
     asked, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
