@@ -55,10 +55,7 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
             label=LABEL,
             dense=DENSE,
             sparse=tuple(SparseFeature(name, 1 + vocabularies[name].num_rows) for name in SPARSE),
-            min_count=min_count,
             malformed=malformed,
-            vocabulary=True,
-            positive_rate=writer.positive_rate(),
             parts={split: tuple(parts) for split, parts in writer.parts.items()},
             vocabulary_id=_fingerprint(vocabularies),
         )

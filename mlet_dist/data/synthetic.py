@@ -213,10 +213,7 @@ def _write_data_set(directory: Path, model: _PlantedModel, rows: int, auc: "_Str
         label=LABEL,
         dense=DENSE,
         sparse=tuple(SparseFeature(name, size) for name, size in zip(SPARSE, model.sizes, strict=True)),
-        min_count=1,
         malformed=0,
-        vocabulary=False,
-        positive_rate=writer.positive_rate(),
         parts={split: tuple(parts) for split, parts in writer.parts.items()},
         vocabulary_id=model.vocabulary_id,
     ).save(directory)

@@ -372,7 +372,9 @@ def test_several_parts_are_one_sequence(broken: Path) -> None:
     for index, (start, stop) in enumerate([(0, 5001), (5001, 5002), (5002, 36_002)]):
         path = f"train/part-{index:05}.parquet"
         pq.write_table(table.slice(start, stop - start), broken / path, row_group_size=4096)
-        schema["parts"]["train"].append({"path": path, "rows": stop - start})
+        schema["parts"]["train"].append(
+            {"path": path, "rows": stop - start, "positives": 0, "bytes": 1, "sha256": 64 * "0"}
+        )
     (broken / "schema.json").write_text(json.dumps(schema))
     batches = list(make_loader(broken, batch_size=3600))
     assert len(batches) == len(expected) == 10
