@@ -117,7 +117,7 @@ def part(**changes: object) -> dict[str, object]:
         (
             "dense",
             ["I1", "a/b"],
-            'dense is ["I1", "a/b"]; it must be a list of columns\' names, without dots and slashes',
+            'dense is ["I1", "a/b"]; it must be a list of columns\' names: text without dots and slashes',
         ),
         ("dense", ["I1", "I1"], "dense names 'I1', which dense names already"),
         ("dense", ["label"], "dense names 'label', which label names already"),
