@@ -34,6 +34,11 @@ class DataConfig:
     eval_batch_size: int = _setting("rows of a global evaluation batch", 8192, at_least=1)
     dense_features: tuple[str, ...] | None = _setting("dense columns to use; null takes all", None)
     sparse_features: tuple[str, ...] | None = _setting("categorical columns to use; null takes all", None)
+    shuffle: bool = _setting("mix the training rows anew in each epoch, by train.seed; false keeps their order", False)
+    shuffle_buffer: int = _setting(
+        "rows of all ranks together among which shuffle mixes, of row groups in random order", 1 << 18, at_least=1
+    )
+    reader_threads: int = _setting("threads of a rank that decode training rows ahead", 2, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class ShardingConfig:
 class TrainConfig:
     """How long to train, and what to say meanwhile."""
 
-    seed: int = _setting("fixes all initial values", 0, at_least=0, at_most=2**63 - 1)
+    seed: int = _setting("fixes all initial values, and the order of shuffled rows", 0, at_least=0, at_most=2**63 - 1)
     epochs: int = _setting("passes over the training split", 1, at_least=1)
     max_steps: int | None = _setting("stop after this many steps; null trains all epochs", None, at_least=1)
     log_every: int = _setting("steps between two records in metrics.jsonl and TensorBoard", 100, at_least=1)

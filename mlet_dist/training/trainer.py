@@ -16,6 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.order import Shuffle
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.codecs import exchange_codecs
 from mlet_dist.errors import UserError
@@ -65,6 +66,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             dense_features=spec.dense,
             sparse_features=[feature.name for feature in spec.sparse],
             drop_last=True,
+            shuffle=Shuffle(config.train.seed, config.data.shuffle_buffer) if config.data.shuffle else None,
+            threads=config.data.reader_threads,
+            pin_memory=worker.device.type == "cuda",
         )
         split_loaders = {
             split: evaluation_loader(data_path, split, spec, config.data.eval_batch_size, worker)

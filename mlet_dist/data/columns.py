@@ -1,0 +1,161 @@
+"""Rows in memory, by column, and how they become the tensors of a batch; no loop over rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class OneValued:
+    """Neighbouring features of one id a row: ids (features, rows) int32."""
+
+    ids: npt.NDArray[np.int32]
+
+    def slice(self, start: int, stop: int) -> "OneValued":
+        return OneValued(self.ids[:, start:stop])
+
+    def take(self, index: IntArray) -> "OneValued":
+        return OneValued(self.ids.take(index, axis=1))
+
+    def join(self, others: Sequence["OneValued"]) -> "OneValued":
+        return OneValued(np.concatenate([self.ids, *(other.ids for other in others)], axis=1))
+
+
+@dataclass(frozen=True)
+class MultiValued:
+    """One feature of any number of ids a row: row i has ids and weights [offsets[i], offsets[i+1]).
+
+    Attributes:
+        offsets: (rows + 1,) int64; the first need not be 0.
+        ids: int32.
+        weights: float32, or None where the feature has none.
+    """
+
+    offsets: IntArray
+    ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32] | None
+
+    def slice(self, start: int, stop: int) -> "MultiValued":
+        return MultiValued(self.offsets[start : stop + 1], self.ids, self.weights)
+
+    def take(self, index: IntArray) -> "MultiValued":
+        starts, lengths = self.offsets[index], self.offsets[index + 1] - self.offsets[index]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return MultiValued(offsets, self.ids[positions], None if self.weights is None else self.weights[positions])
+
+    def join(self, others: Sequence["MultiValued"]) -> "MultiValued":
+        parts = [self, *others]
+        ends = list(accumulate((part.offsets[-1] - part.offsets[0] for part in parts), initial=0))
+        offsets = [part.offsets[:-1] - part.offsets[0] + end for part, end in zip(parts, ends, strict=False)]
+        return MultiValued(
+            np.concatenate([*offsets, ends[-1:]]),
+            np.concatenate([part.own(part.ids) for part in parts]),
+            None if self.weights is None else np.concatenate([part.own(part.weights) for part in parts]),
+        )
+
+    def own(self, values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        """Those of ``ids`` or ``weights`` that are of these rows."""
+        assert values is not None
+        return values[self.offsets[0] : self.offsets[-1]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows: labels (rows,) float32, dense (rows, num_dense) float32, and the sparse columns in KJT order."""
+
+    labels: npt.NDArray[np.float32]
+    dense: npt.NDArray[np.float32]
+    sparse: tuple[OneValued | MultiValued, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def slice(self, start: int, stop: int) -> "Rows":
+        """Rows ``[start, stop)``, not copied."""
+        return Rows(self.labels[start:stop], self.dense[start:stop], tuple(c.slice(start, stop) for c in self.sparse))
+
+    def take(self, index: IntArray) -> "Rows":
+        """The rows with these numbers, in this order."""
+        return Rows(self.labels[index], self.dense[index], tuple(column.take(index) for column in self.sparse))
+
+    def join(self, others: Sequence["Rows"]) -> "Rows":
+        """These rows, then the others."""
+        if not others:
+            return self
+        columns = zip(self.sparse, *(other.sparse for other in others), strict=True)
+        return Rows(
+            np.concatenate([self.labels, *(other.labels for other in others)]),
+            np.concatenate([self.dense, *(other.dense for other in others)]),
+            tuple(first.join(rest) for first, *rest in columns),
+        )
+
+
+class JaggedBuilder:
+    """Makes KeyedJaggedTensors of ``size`` bags a feature; bags beyond the rows given are empty.
+
+    Args:
+        keys: the features, in order.
+        size: stride of the result.
+        weighted: whether some feature has weights; the others then weigh 1, since a KeyedJaggedTensor has weights for
+            all of its ids or for none.
+    """
+
+    def __init__(self, keys: Sequence[str], size: int, *, weighted: bool) -> None:
+        self._keys, self._size, self._weighted = list(keys), size, weighted
+        # The same in every whole batch of one id a bag; never written to.
+        self._ones = torch.ones(len(keys) * size, dtype=torch.int64)
+        self._steps = torch.arange(len(keys) * size + 1)
+
+    def build(self, rows: Rows) -> KeyedJaggedTensor:
+        """Values int64, lengths int64, weights float32 or none."""
+        if len(rows) == self._size and all(isinstance(column, OneValued) for column in rows.sparse):
+            counts, lengths, offsets = [self._size] * len(self._keys), self._ones, self._steps
+        else:
+            counts, lengths = self._lengths(rows)
+            offsets = None
+        ends = [0, *accumulate(counts)]
+        values = np.empty(ends[-1], dtype=np.int64)
+        weights = np.ones(ends[-1], dtype=np.float32) if self._weighted else None
+        feature = 0
+        for column in rows.sparse:
+            start = ends[feature]
+            if isinstance(column, OneValued):
+                feature += len(column.ids)
+                values[start : ends[feature]].reshape(column.ids.shape)[:] = column.ids
+            else:
+                feature += 1
+                values[start : ends[feature]] = column.own(column.ids)
+                if weights is not None and column.weights is not None:
+                    weights[start : ends[feature]] = column.own(column.weights)
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=torch.from_numpy(values),
+            weights=None if weights is None else torch.from_numpy(weights),
+            lengths=lengths,
+            offsets=offsets,
+            stride=self._size,
+            # Known here; otherwise TorchRec has to copy the lengths back from the device to learn them.
+            length_per_key=counts,
+            offset_per_key=ends,
+        )
+
+    def _lengths(self, rows: Rows) -> tuple[list[int], torch.Tensor]:
+        lengths = np.zeros((len(self._keys), self._size), dtype=np.int64)
+        feature = 0
+        for column in rows.sparse:
+            if isinstance(column, OneValued):
+                lengths[feature : feature + len(column.ids), : len(rows)] = 1
+                feature += len(column.ids)
+            else:
+                lengths[feature, : len(rows)] = np.diff(column.offsets)
+                feature += 1
+        return lengths.sum(axis=1).tolist(), torch.from_numpy(lengths).flatten()
