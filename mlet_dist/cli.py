@@ -90,6 +90,8 @@ def _synth(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]
         seed=args.seed,
         num_embeddings=args.num_embeddings,
         alpha=args.alpha,
+        multi_valued=dict(args.multi_valued),
+        weighted=args.weighted,
         format=args.format,
     )
     return result, True
@@ -271,6 +273,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     synth.add_argument("--alpha", type=float, default=1.05, help="exponent of the power law (default %(default)s)")
     synth.add_argument(
+        "--multi-valued", nargs="+", type=_list_length, default=[], metavar="C3=5",
+        help="features that hold lists of ids, each with the mean length of its lists",
+    )  # fmt: skip
+    synth.add_argument("--weighted", nargs="+", default=[], metavar="C3", help="those of them whose ids have weights")
+    synth.add_argument(
         "--format", choices=["parquet", "tsv"], default="parquet",
         help="parquet: a data set to train on; tsv: raw Criteo logs for `mlet prepare` (default %(default)s)",
     )  # fmt: skip
@@ -346,6 +353,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks through torch elastic")
+
+
+def _list_length(text: str) -> tuple[str, float]:
+    name, _, mean = text.partition("=")
+    try:
+        return name, float(mean)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a feature and the mean length of its lists, as in C3=5"
+        ) from None
 
 
 def _positive(text: str) -> int:

@@ -66,6 +66,9 @@ class ModelConfig:
     top_mlp: tuple[int, ...] = _setting(
         "hidden layers of the over arch, one or more; 1 is appended", (512, 256), at_least=1, min_length=1
     )
+    pooling: Literal["sum", "mean"] = _setting(
+        "how the vectors of a multi-valued feature's ids become one; those with weights are summed", "sum"
+    )
     rows_init: Literal["uniform", "normal"] = _setting(
         "W1: uniform ±1/sqrt(num_embeddings), or N(0, rows_init_std^2)", "uniform"
     )

@@ -10,7 +10,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from mlet_dist.data.columns import JaggedBuilder, Rows
+from mlet_dist.data.columns import Rows
+from mlet_dist.data.jagged import JaggedBuilder
 from mlet_dist.data.order import Order, Shuffle
 from mlet_dist.data.read_ahead import iterate_ahead
 from mlet_dist.data.row_groups import SplitRows

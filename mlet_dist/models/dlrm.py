@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
@@ -28,13 +28,14 @@ def build_dlrm(spec: ModelSpec, tables_device: torch.device, rows_dtype: RowsDty
         rows_dtype: ``sharding.rows_dtype`` of the config; an export and its verification know fp32 alone.
     """
     tables = _table_configs(spec, DataType(rows_dtype.upper()))
-    embeddings = MultiLayerEmbeddingBagCollection(tables, device=tables_device, seed=spec.seed)
+    embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, device=tables_device, seed=spec.seed)
     return _around(embeddings, spec)
 
 
 def build_plain_dlrm(spec: ModelSpec) -> DLRM:
     """The model that is served: TorchRec's DLRM around TorchRec's EmbeddingBagCollection, unsharded on the CPU."""
-    return _around(EmbeddingBagCollection([table.plain_config() for table in _table_configs(spec)]), spec)
+    tables = [table.plain_config() for table in _table_configs(spec)]
+    return _around(EmbeddingBagCollection(tables, spec.is_weighted), spec)
 
 
 def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> tuple[int, int]:
@@ -87,6 +88,8 @@ def _table_configs(spec: ModelSpec, data_type: DataType = DataType.FP32) -> list
                 embedding_dim=model.embedding_dim,
                 hidden_dim=model.hidden_dim,
                 feature_names=[feature.name],
+                # Of one id the mean is the sum, which takes less work.
+                pooling=PoolingType.MEAN if model.pooling == "mean" and feature.multi_valued else PoolingType.SUM,
                 data_type=data_type,
                 weight_init_min=-bound,
                 weight_init_max=bound,

@@ -112,6 +112,7 @@ def shard_model(
     local_batch_size: int,
     exchange: ExchangeChoice = "auto",
     codecs: dict[str, QuantizedCommCodecs] | None = None,
+    pooling_factors: Mapping[str, float] | None = None,
 ) -> tuple[DistributedModelParallel, ModelPlan]:
     """Plan, shard every W1 row-wise and wrap what is replicated in DDP. A collective call.
 
@@ -119,12 +120,16 @@ def shard_model(
         local_batch_size: rows of a batch on one rank, by which ``auto`` chooses.
         exchange: ``sharding.exchange`` of the config.
         codecs: what vectors and their gradients are rounded to on the network (``embeddings/codecs.py``).
+        pooling_factors: ids a bag of each table, on average, by which ``auto`` chooses too; 1 where none is given.
 
     Raises:
         UserError: no plan fits the memory of the device; on every rank.
     """
     sharder = MultiLayerEmbeddingBagCollectionSharder(
-        exchange=exchange, local_batch_size=local_batch_size, qcomm_codecs_registry=codecs
+        exchange=exchange,
+        pooling_factors=pooling_factors,
+        local_batch_size=local_batch_size,
+        qcomm_codecs_registry=codecs,
     )
     on_cuda = worker.device.type == "cuda"
     topology = Topology(

@@ -84,7 +84,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         fuse_row_optimizer(model, config.optimizer)
         local_batch_size = config.data.batch_size // worker.world_size
         codecs = exchange_codecs(config.sharding.forward_comm, config.sharding.backward_comm, local_batch_size)
-        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding.exchange, codecs)
+        sharded, plan = shard_model(
+            model, worker, local_batch_size, config.sharding.exchange, codecs, spec.pooling_factors
+        )
         if worker.is_first:
             run.save_plan(plan.entries(), worker.world_size)
             with suppress(OSError):  # a log that nobody reads any more
