@@ -13,18 +13,18 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class OneValued:
-    """Neighbouring features of one id a row: ids (features, rows) int32."""
+    """Neighbouring features of one id a row: ids (rows, features) int32, by row since shuffling takes whole rows."""
 
     ids: npt.NDArray[np.int32]
 
     def slice(self, start: int, stop: int) -> "OneValued":
-        return OneValued(self.ids[:, start:stop])
+        return OneValued(self.ids[start:stop])
 
     def take(self, index: IntArray) -> "OneValued":
-        return OneValued(self.ids.take(index, axis=1))
+        return OneValued(self.ids.take(index, axis=0))
 
     def join(self, others: Sequence["OneValued"]) -> "OneValued":
-        return OneValued(np.concatenate([self.ids, *(other.ids for other in others)], axis=1))
+        return OneValued(np.concatenate([self.ids, *(other.ids for other in others)]))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Rows:
 
     def take(self, index: IntArray) -> "Rows":
         """The rows with these numbers, in this order."""
-        return Rows(self.labels[index], self.dense[index], tuple(column.take(index) for column in self.sparse))
+        sparse = tuple(column.take(index) for column in self.sparse)
+        return Rows(self.labels[index], self.dense.take(index, axis=0), sparse)
 
     def join(self, others: Sequence["Rows"]) -> "Rows":
         """These rows, then the others."""

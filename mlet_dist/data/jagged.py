@@ -40,8 +40,9 @@ class JaggedBuilder:
         for column in rows.sparse:
             start = ends[feature]
             if isinstance(column, OneValued):
-                feature += len(column.ids)
-                values[start : ends[feature]].reshape(column.ids.shape)[:] = column.ids
+                features = column.ids.shape[1]
+                feature += features
+                values[start : ends[feature]].reshape(features, -1)[:] = column.ids.T
             else:
                 feature += 1
                 values[start : ends[feature]] = column.own(column.ids)
@@ -64,8 +65,9 @@ class JaggedBuilder:
         feature = 0
         for column in rows.sparse:
             if isinstance(column, OneValued):
-                lengths[feature : feature + len(column.ids), : len(rows)] = 1
-                feature += len(column.ids)
+                features = column.ids.shape[1]
+                lengths[feature : feature + features, : len(rows)] = 1
+                feature += features
             else:
                 lengths[feature, : len(rows)] = np.diff(column.offsets)
                 feature += 1

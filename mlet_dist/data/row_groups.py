@@ -59,18 +59,33 @@ class SplitRows:
         return self._converted(self._path, pa.schema(self._types.items()).empty_table())
 
     def decode(self, index: int) -> Rows:
-        """Read a row group and check its values.
+        """The rows of a row group, every value checked.
 
         Raises:
             UserError: it cannot be read, or a value is missing or out of range.
+        """
+        return self.convert(index, self.read(index))
+
+    def read(self, index: int) -> pa.Table:
+        """The columns of a row group as they are in its file.
+
+        Raises:
+            UserError: it cannot be read.
         """
         file, group = self._groups[index]
         with (
             _reading(file, f"row group {group} cannot be read"),
             pq.ParquetFile(file, metadata=self._footer(file), page_checksum_verification=True) as parquet,
         ):
-            table = parquet.read_row_group(group, columns=list(self._types), use_threads=False)
-        return self._converted(file, table)
+            return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
+
+    def convert(self, index: int, table: pa.Table) -> Rows:
+        """Check what ``read`` returned, and lay it out as ``Rows``.
+
+        Raises:
+            UserError: a value is missing or out of range.
+        """
+        return self._converted(self._groups[index][0], table)
 
     def _read_footer(self, file: Path) -> pq.FileMetaData:
         return pq.read_metadata(file)
@@ -113,10 +128,11 @@ class SplitRows:
 
 
 def _one_valued(file: Path, table: pa.Table, features: list[SparseFeature]) -> OneValued:
-    ids = np.empty((len(features), table.num_rows), dtype=np.int32)
-    for row, feature in zip(ids, features, strict=True):
-        row[:] = _values(file, table, feature.name)
-        _check_ids(file, feature, row)
+    ids = np.empty((table.num_rows, len(features)), dtype=np.int32)
+    for index, feature in enumerate(features):
+        column = _values(file, table, feature.name)
+        _check_ids(file, feature, column)
+        ids[:, index] = column
     return OneValued(ids)
 
 
