@@ -20,9 +20,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 
-from mlet_dist.data.criteo import DENSE, LABEL, SPARSE
+from mlet_dist.data.formats import CRITEO_DENSE as DENSE
+from mlet_dist.data.formats import CRITEO_SPARSE as SPARSE
 from mlet_dist.data.parts import PartWriter
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
+from mlet_dist.data.table import LABEL
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
 from mlet_dist.staging import staged_directory
