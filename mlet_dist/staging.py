@@ -30,7 +30,7 @@ def staged_directory(out: Path) -> Iterator[Path]:
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
     missing = [parent for parent in out.parents if not parent.exists()]
     try:
-        _check_free(out)
+        check_free(out)
         _tell_leftovers(out)
         temporary.mkdir(parents=True)
         yield temporary
@@ -45,7 +45,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
         raise
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """Raise UserError unless a directory can be renamed to ``out``: nothing or an empty directory is there."""
     if not out.exists():
         return
     if not out.is_dir():

@@ -14,6 +14,7 @@ from mlet_dist.errors import UserError
 PART_ROWS = 1 << 20
 # Small, so that a rank can pass over the rows of the other ranks without decoding them.
 ROW_GROUP_ROWS = 1 << 14
+PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
 MIN_ROWS = 10
 
 
@@ -81,4 +82,4 @@ def sha256_of(path: Path) -> str:
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write one Parquet file with small row groups and page checksums."""
-    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
+    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, **PARQUET_OPTIONS)

@@ -13,11 +13,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from mlet_dist.data.columns import MultiValued
-from mlet_dist.data.criteo import DENSE, LABEL, SPARSE
+from mlet_dist.data.formats import CRITEO_DENSE as DENSE
+from mlet_dist.data.formats import CRITEO_SPARSE as SPARSE
 from mlet_dist.data.parts import PartWriter, split_bounds
 from mlet_dist.data.planted import CHUNK_ROWS, FloatArray, Ids, Lists, PlantedModel, PlantedRows
 from mlet_dist.data.read_ahead import map_ahead
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
+from mlet_dist.data.table import LABEL
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
 from mlet_dist.staging import staged_directory
