@@ -17,6 +17,7 @@ from mlet_dist.data.manifest import assemble
 from mlet_dist.data.passes import Passes, Shard
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.data.table import MAX_MIN_COUNT, TableSpec
+from mlet_dist.data.work import WorkDirectory
 from mlet_dist.data.workers import Workers
 from mlet_dist.errors import UserError
 from mlet_dist.staging import check_free
@@ -106,10 +107,12 @@ def prepare(
     files = [examine(str(path), spec.text, spec.used_columns) for path in raw]
     processes = resources.workers(sum(file.size for file in files))
     passes = Passes(spec, files, out)
+    missing = [parent for parent in out.parents if not parent.exists()]
     with (
-        _kept_work(passes, out),
-        _arrow_threads(1),
+        _os_errors(out),
         passes.work.locked(shared=shard is not None),
+        _kept_work(passes.work, missing),
+        _arrow_threads(1),
         Workers(processes) as workers,
     ):
         if only in (None, "read"):
@@ -139,23 +142,22 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
 
 
 @contextmanager
-def _kept_work(passes: Passes, out: Path) -> Iterator[None]:
-    """On an error, keep finished work and say so; remove the directory where there is nothing to go on from."""
-    missing = [parent for parent in out.parents if not parent.exists()]
+def _kept_work(work: WorkDirectory, missing: Sequence[Path]) -> Iterator[None]:
+    """On an error, keep finished work and say so; remove it, with the parents, where there is nothing to go on from.
+
+    Of a file that cannot be used, the blocks before the fault are nothing to go on from: it will be another file.
+    """
     try:
-        with _os_errors(out):
-            yield
+        yield
     except BaseException as error:
-        root = passes.work.root
-        content_is_wrong = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
-        held_by_another = isinstance(error.__cause__, BlockingIOError)
-        if not held_by_another and not passes.work.finished(whole_files=content_is_wrong):
-            passes.work.remove()
+        if not work.finished(whole_files=isinstance(error, UserError)):
+            work.remove()
             for parent in missing:
                 with suppress(OSError):
                     parent.rmdir()
-        elif isinstance(error, UserError) and not held_by_another:
-            raise UserError(f"{error} (finished work is kept in {root}; the same command goes on from it)") from error
+        elif isinstance(error, UserError | OSError):
+            kept = f"(finished work is kept in {work.root}; the same command goes on from it)"
+            raise type(error)(f"{_reason(error)} {kept}") from error
         raise
 
 
@@ -164,7 +166,12 @@ def _os_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{out}: cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    # pyarrow's own words hold the file's position and more.
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
 @contextmanager
