@@ -12,16 +12,17 @@ Everything follows from seed, epoch and position by hashing: any rank of any wor
 no list is longer than the row groups or a rank's part of a window.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from mlet_dist.data.hashing import Hashes, hash_counters
+
 IntArray = npt.NDArray[np.int64]
 
-_GROUPS, _ROWS = "row groups", "rows"
+_GROUPS, _ROWS = range(2)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Order:
         count = len(self._group_rows)
         if self._shuffle is None:
             return np.arange(count)
-        return np.argsort(_hashes(_key(self._shuffle.seed, epoch, _GROUPS), np.arange(count)))
+        return np.argsort(_lots(self._shuffle.seed, epoch, _GROUPS, 0, count))
 
     def windows(self, epoch: int, first_batch: int) -> Iterator[Window]:
         """The rank's part of the batches of ``epoch`` from ``first_batch`` on; positions ascend."""
@@ -107,20 +108,12 @@ class Order:
         if self._shuffle is None:
             yield None
             return
-        lots = _hashes(_key(self._shuffle.seed, epoch, _ROWS), np.arange(window.start, window.stop))
+        lots = _lots(self._shuffle.seed, epoch, _ROWS, window.start, window.stop - window.start)
         dealt = np.argsort(lots.reshape(self._local_size, window.batches), axis=1)
         dealt += np.arange(0, len(lots), window.batches)[:, None]
         yield from np.ascontiguousarray(dealt.T[window.skipped :])
 
 
-def _key(seed: int, epoch: int, what: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {what}".encode(), digest_size=8).digest(), "little")
-
-
-def _hashes(key: int, counters: IntArray) -> npt.NDArray[np.uint64]:
-    """SplitMix64 (Steele, Lea and Flood 2014) of ``key + counter``; distinct counters have distinct hashes."""
-    state = counters.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    found: npt.NDArray[np.uint64] = state ^ (state >> np.uint64(31))
-    return found
+def _lots(seed: int, epoch: int, what: int, start: int, count: int) -> Hashes:
+    """Random numbers of ``count`` row groups or rows from ``start`` on."""
+    return hash_counters((seed << 64) + 2 * epoch + what, start, count)
