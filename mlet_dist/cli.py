@@ -141,9 +141,10 @@ def _evaluate(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | 
     if args.nproc is not None:
         return _in_ranks(args, arguments)
     _before_torch()
+    from mlet_dist.data.location import data_set_path
     from mlet_dist.export.evaluate import evaluate_path
 
-    return evaluate_path(Path(args.target), Path(args.data), args.split), True
+    return evaluate_path(Path(args.target), data_set_path(args.data), args.split), True
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
@@ -155,9 +156,10 @@ def _export(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool
 
 def _verify(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     _before_torch()
+    from mlet_dist.data.location import data_set_path
     from mlet_dist.export.verify import verify_export
 
-    result = verify_export(Path(args.export), Path(args.run), Path(args.data), args.split, args.tolerance)
+    result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, args.tolerance)
     return result, result["ok"]
 
 
@@ -216,10 +218,11 @@ def _doctor(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool
 
 def _load_checked(args: argparse.Namespace) -> Config:
     """The config, checked against the data set and the number of ranks before torch is imported."""
+    from mlet_dist.data.location import data_set_path
     from mlet_dist.data.schema import DatasetSchema
 
     config = load_config(Path(args.config), args.overrides)
-    schema = DatasetSchema.load(Path(config.data.path))
+    schema = DatasetSchema.load(data_set_path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
     config.check_world_size(args.nproc or 1)
     if not _rank(args) and not _launched():
@@ -391,7 +394,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="directory of the data set")
+    parser.add_argument("--data", required=True, help="directory of the data set, or its URL")
     parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="default %(default)s")
 
 

@@ -29,7 +29,9 @@ def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) 
 class DataConfig:
     """Which data set is read, and in what batches."""
 
-    path: str = _setting("directory of a data set made by `mlet prepare` or `mlet synth`")
+    path: str = _setting(
+        "directory of a data set made by `mlet prepare` or `mlet synth`, or its URL (s3://…; needs s3fs, gcsfs, …)"
+    )
     batch_size: int = _setting("rows of a global training batch, a multiple of the world size", 128, at_least=1)
     eval_batch_size: int = _setting("rows of a global evaluation batch", 8192, at_least=1)
     dense_features: tuple[str, ...] | None = _setting("dense columns to use; null takes all", None)

@@ -1,7 +1,7 @@
 """Random access to a split's rows through Parquet row groups; every value is checked as it is decoded."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlet_dist.data.columns import MultiValued, OneValued, Rows
+from mlet_dist.data.location import RemotePath
 from mlet_dist.data.read_ahead import map_ahead
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
@@ -73,11 +74,13 @@ class SplitRows:
             UserError: it cannot be read.
         """
         file, group = self._groups[index]
-        with (
-            _reading(file, f"row group {group} cannot be read"),
-            pq.ParquetFile(file, metadata=self._footer(file), page_checksum_verification=True) as parquet,
-        ):
-            return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
+        with _reading(file, f"row group {group} cannot be read"):
+            footer = self._footer(file)
+            with (
+                _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
+                pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as parquet,
+            ):
+                return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
 
     def convert(self, index: int, table: pa.Table) -> Rows:
         """Check what ``read`` returned, and lay it out as ``Rows``.
@@ -88,7 +91,8 @@ class SplitRows:
         return self._converted(self._groups[index][0], table)
 
     def _read_footer(self, file: Path) -> pq.FileMetaData:
-        return pq.read_metadata(file)
+        with _opened(file, block_bytes=0) as source:
+            return pq.read_metadata(source)
 
     def _checked_group_rows(self, file_and_part: tuple[Path, Part]) -> list[int]:
         file, part = file_and_part
@@ -197,12 +201,23 @@ def _type_name(kind: pa.DataType) -> str:
     return f"list<{kind.value_type}>" if pa.types.is_list(kind) else str(kind)
 
 
+def _compressed_bytes(group: pq.RowGroupMetaData) -> int:
+    return sum(group.column(index).total_compressed_size for index in range(group.num_columns))
+
+
+def _opened(file: Path, block_bytes: int) -> AbstractContextManager[Any]:
+    """What Arrow opens: a local file by its path; a remote one in requests of at least ``block_bytes``."""
+    return file.open(block_bytes) if isinstance(file, RemotePath) else nullcontext(file)
+
+
 @contextmanager
 def _reading(file: Path, problem: str) -> Iterator[None]:
+    # A remote store's own errors come through Arrow as they are.
+    errors = (Exception,) if isinstance(file, RemotePath) else (OSError, pa.ArrowException)
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{file}: missing, though the data set's schema.json names it") from None
-    except (OSError, pa.ArrowException) as error:
+    except errors as error:
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{file}: {problem}: {first_line}") from error

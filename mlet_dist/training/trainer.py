@@ -16,6 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.location import data_set_path
 from mlet_dist.data.order import Shuffle
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.codecs import exchange_codecs
@@ -50,7 +51,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
     Raises:
         UserError: a setting, the data set or the run directory is not as it must be, or the loss is not finite.
     """
-    data_path, run = Path(config.data.path), RunDirectory(Path(config.run.dir))
+    data_path, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data_path)
     spec = ModelSpec.of(config, schema)
     with join_ranks(config.train.device) as worker, ExitStack() as resources:
