@@ -19,6 +19,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from mlet_dist.data import row_groups
 from mlet_dist.data.columns import Rows
 from mlet_dist.data.loader import BATCHES_AHEAD, Batch, DataLoader
+from mlet_dist.data.order import Shuffle
 from mlet_dist.data.read_ahead import THREAD_NAME
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
@@ -196,6 +197,17 @@ def test_abandoned_iterator_leaves_no_thread(dataset: Path, taken: int) -> None:
         next(iterator)
     assert len(loader_threads()) >= 2  # one decodes, one puts batches together
     del iterator
+    gc.collect()
+    assert loader_threads() == []
+
+
+def test_a_consumer_that_fails_leaves_no_thread(dataset: Path) -> None:
+    def consume() -> None:
+        for _ in make_loader(dataset, batch_size=100, shuffle=Shuffle(0, 20_000)):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        consume()
     gc.collect()
     assert loader_threads() == []
 
