@@ -16,8 +16,10 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from mlet_dist.data import row_groups
 from mlet_dist.data.columns import Rows
+from mlet_dist.data.jagged import JaggedBuilder
 from mlet_dist.data.loader import Batch, DataLoader
 from mlet_dist.data.order import Shuffle
+from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from tests.data.mixed import DENSE, GROUP_ROWS, SIZES, SPARSE, write_mixed
 
@@ -167,6 +169,19 @@ def test_ranks_decode_the_row_groups_of_a_window_once(
     groups = -(-ROWS // GROUP_ROWS)
     assert set(decoded) <= set(range(groups + 3))  # a part ends with a small one
     assert groups <= len(decoded) <= groups + 3 + 2 * 3 + 1
+
+
+def test_rows_of_a_slice_have_their_own_lists(mixed: tuple[Path, dict[str, list[Record]]]) -> None:
+    """Arrow's lists may begin in the middle of their values."""
+    path, _ = mixed
+    schema = DatasetSchema.load(path)
+    parts = row_groups.SplitRows(path, schema, schema.parts["train"], DENSE, SPARSE)
+    sliced = parts.convert(0, parts.read(0).slice(7, 20))
+    builder = JaggedBuilder(SPARSE, 20, weighted=True)
+    found, expected = builder.build(sliced), builder.build(parts.decode(0).slice(7, 27))
+    assert torch.equal(found.values(), expected.values())
+    assert torch.equal(found.weights(), expected.weights())
+    assert torch.equal(found.lengths(), expected.lengths())
 
 
 def test_features_in_the_order_asked_and_weights_only_with_a_weighted_one(
