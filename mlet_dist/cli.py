@@ -21,7 +21,7 @@ _PREPARE_HELP = """\
   mlet prepare criteo train.txt --out data/criteo                  # Criteo-Kaggle
   mlet prepare criteo day_{0..23}.gz --split paper --out data/1tb  # Criteo-1TB
   mlet prepare avazu train.gz --out data/avazu
-  mlet prepare table ratings.csv --schema configs/movielens.yaml --out data/movielens
+  mlet prepare table ratings.csv --schema configs/tables/movielens.yaml --out data/movielens
   mlet prepare --check data/criteo
 
 The same command goes on from what an interrupted one has finished, which is kept in .NAME.prepare beside DIR. Several

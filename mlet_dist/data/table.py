@@ -1,6 +1,6 @@
 """What a raw table holds and what becomes of its columns; read from YAML, or given by a format that mlet_dist knows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -116,7 +116,7 @@ class TableSpec:
 
 
 def load_table(path: Path) -> TableSpec:
-    """Read the YAML description of a table; configs/movielens.yaml explains its keys.
+    """Read the YAML description of a table; configs/tables/movielens.yaml explains its keys.
 
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing or has a value that cannot be.
@@ -232,7 +232,7 @@ class _Section:
         return _Section(self._path, self._within(key), self.take(key, lambda value: value, default))
 
     def sections(self, key: str, default: Any = _MISSING) -> list["_Section"]:
-        entries = self.take(key, _list, default)
+        entries = self.take(key, _list if default is _MISSING else _any_list, default)
         return [_Section(self._path, f"{self._within(key)}[{i}]", entry) for i, entry in enumerate(entries)]
 
     def end(self) -> None:
@@ -311,12 +311,8 @@ def _is_characters(value: Any, most: int) -> bool:
     return isinstance(value, str) and 0 < len(value) <= most and value.isascii() and not set(value) & set("\r\n")
 
 
-def _list(value: Any) -> Sequence[Any]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("a list of one entry or more")
-    return value
-
-
+_list = _check("a list of one entry or more", lambda value: isinstance(value, list) and value != [])
+_any_list = _check("a list", lambda value: isinstance(value, list))
 _text = _check("text", _is_text)
 _texts = _check("a list of names", lambda value: isinstance(value, list) and value != [] and all(map(_is_text, value)))
 _flag = _check("true or false", lambda value: isinstance(value, bool))
