@@ -75,7 +75,7 @@ class SplitRows:
         """
         file, group = self._groups[index]
         with _reading(file, f"row group {group} cannot be read"):
-            footer = self._footer(file)
+            footer, _ = self._footer(file)
             with (
                 _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
                 pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as parquet,
@@ -90,15 +90,15 @@ class SplitRows:
         """
         return self._converted(self._groups[index][0], table)
 
-    def _read_footer(self, file: Path) -> pq.FileMetaData:
-        with _opened(file, block_bytes=0) as source:
-            return pq.read_metadata(source)
+    def _read_footer(self, file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+        with _opened(file, block_bytes=0) as source, pq.ParquetFile(source) as parquet:
+            # Not the footer's own `schema`, because of which pyarrow 26 would never free it.
+            return parquet.metadata, parquet.schema_arrow
 
     def _checked_group_rows(self, file_and_part: tuple[Path, Part]) -> list[int]:
         file, part = file_and_part
         with _reading(file, "not a whole Parquet file"):
-            footer = self._footer(file)
-            found = footer.schema.to_arrow_schema()
+            footer, found = self._footer(file)
         if footer.num_rows != part.rows:
             raise UserError(f"{file}: has {footer.num_rows} rows, but schema.json says {part.rows}")
         for name, expected in self._types.items():
