@@ -161,13 +161,20 @@ class Config:
     def warnings(self) -> list[str]:
         """Settings that are possible but that the user should know of, one line each."""
         k, d = self.model.hidden_dim, self.model.embedding_dim
+        found = []
         if k is not None and k < d:
-            return [
+            found.append(
                 f"model.hidden_dim {k} is below model.embedding_dim {d}: W1·W2 then has rank at most {k}, and by "
                 "Theorem 2.2 of the MLET paper (arXiv:2006.05623) not every table of d columns can be reached; "
                 f"use {d} or more, best over {4 * d}"
-            ]
-        return []
+            )
+        if self.data.shuffle and self.data.shuffle_buffer < 2 * self.data.batch_size:
+            found.append(
+                f"data.shuffle_buffer {self.data.shuffle_buffer} holds fewer than two batches of data.batch_size "
+                f"{self.data.batch_size}: row groups come in random order, but the rows of one stay together; use "
+                f"{2 * self.data.batch_size} or more, best over {16 * self.data.batch_size}"
+            )
+        return found
 
     def check_world_size(self, world_size: int) -> None:
         """Raise UserError unless every rank gets an equal share of a training batch."""
