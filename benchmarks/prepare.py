@@ -3,7 +3,7 @@
     python benchmarks/prepare.py                                # on synthetic raw logs
     python benchmarks/prepare.py --raw train.tsv.gz --times 8   # on a file of yours, taken so many times over
 
-Both count C1-C26 on the first 80% of the rows, give ids by frequency, take log1p of I1-I13 and write the Parquet parts of
+Both count C1-C26 on the first 80% of the rows, give ids by frequency, take log1p of I1-I13 and write Parquet parts of
 three splits; that the rows are the same is checked. mlet prepare also looks at every line, hashes what it writes and
 keeps what a restart needs. The two take turns, and the shortest times are compared, since other jobs only add to them.
 Peak memory is what all processes of mlet prepare hold, what they share counted once (PSS), on the text and on eight
