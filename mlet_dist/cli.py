@@ -303,7 +303,9 @@ def _build_parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--max-malformed", type=float, metavar="SHARE", help="of a file's lines; more is an error (default 0.1)"
     )
-    prepare.add_argument("--memory", metavar="SIZE", help="of all processes, such as 16G (default 8G)")
+    prepare.add_argument(
+        "--memory", metavar="SIZE", help="of all processes, such as 16G (default: half of the machine's)"
+    )
     prepare.add_argument("--processes", type=_positive, metavar="N", help="at most N (default: all cores)")
     prepare.add_argument(
         "--pass", dest="only", choices=["read", "count", "vocabulary", "write", "merge"], help="do this pass alone"

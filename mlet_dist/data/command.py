@@ -19,6 +19,8 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
     """Run ``prepare`` as the command line says."""
+    if args.format is None:
+        raise UserError("the format is missing; it is criteo, avazu or table (see `mlet prepare --help`)")
     if not args.raw:
         raise UserError("no raw file was given; name at least one (see `mlet prepare --help`)")
     if args.out is None:
@@ -27,7 +29,7 @@ def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
         _spec(args),
         args.raw,
         Path(args.out),
-        resources=Resources(Resources.memory if args.memory is None else _bytes(args.memory), args.processes),
+        resources=Resources(None if args.memory is None else _bytes(args.memory), args.processes),
         only=args.only,
         shard=None if args.shard is None else _shard(args.shard),
     )

@@ -31,30 +31,35 @@ SMALL_BYTES = 24 << 20
 PROCESS_BYTES = 512 << 20
 RANGE_VALUE_BYTES = 256  # of a value, its count and the hash table that adds them up
 
-_GIB = 1 << 30
-
 
 @dataclass(frozen=True)
 class Resources:
     """What a run may use.
 
     Attributes:
-        memory: bytes of all processes together, vocabularies aside.
+        memory: bytes of all processes together, vocabularies aside; None is half of the machine's.
         processes: at most so many; None is all cores.
     """
 
-    memory: int = 8 * _GIB
+    memory: int | None = None
     processes: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """``memory``, as a number."""
+        if self.memory is None:
+            return max(PROCESS_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        return self.memory
 
     def workers(self, size: int) -> int:
         """How many processes read ``size`` bytes of raw data."""
-        if self.memory < PROCESS_BYTES:
-            raise UserError(f"memory is {self.memory >> 20} MiB; at least {PROCESS_BYTES >> 20} MiB are needed")
+        if self.bytes < PROCESS_BYTES:
+            raise UserError(f"memory is {self.bytes >> 20} MiB; at least {PROCESS_BYTES >> 20} MiB are needed")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = cores if self.processes is None else self.processes
         if size < SMALL_BYTES and self.processes is None:
             return 1
-        return max(1, min(wanted, self.memory // PROCESS_BYTES))
+        return max(1, min(wanted, self.bytes // PROCESS_BYTES))
 
 
 def prepare(
@@ -84,7 +89,7 @@ def prepare(
 
     Raises:
         UserError: ``out`` is taken, a file is unusable, a split is empty, or what a pass needs is not there.
-        ChildProcessError: a process was killed.
+        WorkerKilledError: a process was killed.
     """
     resources = resources or Resources()
     if not raw:
@@ -121,7 +126,7 @@ def prepare(
         if only in (None, "count"):
             passes.count(workers, shard or Shard())
         if only in (None, "vocabulary"):
-            passes.vocabulary(workers, max(1 << 16, resources.memory // processes // RANGE_VALUE_BYTES))
+            passes.vocabulary(workers, max(1 << 16, resources.bytes // processes // RANGE_VALUE_BYTES))
         if only in (None, "write"):
             passes.write(workers, shard or Shard())
         if only not in (None, "merge"):
@@ -145,12 +150,13 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
 def _kept_work(work: WorkDirectory, missing: Sequence[Path]) -> Iterator[None]:
     """On an error, keep finished work and say so; remove it, with the parents, where there is nothing to go on from.
 
-    Of a file that cannot be used, the blocks before the fault are nothing to go on from: it will be another file.
+    Of a file that cannot be used, the blocks before the fault are nothing to go on from: it will be another file. After
+    a full disk, an interrupt or a killed process they are.
     """
     try:
         yield
     except BaseException as error:
-        if not work.finished(whole_files=isinstance(error, UserError)):
+        if not work.finished(whole_files=type(error) is UserError):
             work.remove()
             for parent in missing:
                 with suppress(OSError):

@@ -227,7 +227,7 @@ def _indices(raw: pa.DictionaryArray) -> npt.NDArray[np.int64]:
 def _encoded(texts: pa.StringArray, raw: pa.Array) -> pa.DictionaryArray:
     if not pa.types.is_dictionary(raw.type):
         return texts.dictionary_encode()
-    if raw.null_count or pc.count_distinct(texts).as_py() < len(texts):
+    if raw.null_count:
         return texts.take(pa.array(_indices(raw))).dictionary_encode()
     return pa.DictionaryArray.from_arrays(raw.indices.cast(pa.int32()), texts)
 

@@ -12,15 +12,17 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
+from mlet_dist.errors import UserError
+
 Result = TypeVar("Result")
 
 
-class Workers:
-    """A pool of processes; with one, this process does the work itself.
+class WorkerKilledError(UserError):
+    """A process was killed, which the system does when memory is short."""
 
-    Raises:
-        ChildProcessError: a process was killed, probably for want of memory.
-    """
+
+class Workers:
+    """A pool of processes; with one, this process does the work itself."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
@@ -31,7 +33,11 @@ class Workers:
             self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start)
 
     def map(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
-        """Yield ``function(*call)`` for each call, in order."""
+        """Yield ``function(*call)`` for each call, in order.
+
+        Raises:
+            WorkerKilledError: a process was killed.
+        """
         if self._pool is None:
             for call in calls:
                 yield function(*call)
@@ -45,8 +51,8 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise ChildProcessError(
-                "a process of mlet prepare was killed, probably for want of memory; give --memory or --processes less"
+            raise WorkerKilledError(
+                "a process of mlet prepare was killed, as happens when memory is short; give a smaller --memory"
             ) from None
         finally:
             for future in waiting:

@@ -21,6 +21,7 @@ from mlet_dist.data.passes import Shard
 from mlet_dist.data.prepare import PASSES, SHARDED, Resources, prepare, prepare_criteo
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.data.table import load_table
+from mlet_dist.data.workers import WorkerKilledError, Workers
 from mlet_dist.errors import UserError
 from tests.data.raw_logs import make_raw_lines, raw_bytes
 
@@ -197,6 +198,14 @@ if __name__ == "__main__":
     while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(is_alive(pid) for pid in pids)
+
+
+def test_killed_worker() -> None:
+    with (
+        Workers(2) as workers,
+        pytest.raises(WorkerKilledError, match="a process of mlet prepare was killed, as happens"),
+    ):
+        list(workers.map(os._exit, [(1,)]))
 
 
 def is_alive(pid: int) -> bool:
