@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,26 +141,22 @@ class DataLoader:
         epoch, batch = divmod(consumed, len(self))
         return {"epoch": epoch, "row": batch * self._batch_size, **self._fixed()}
 
-    def load_state_dict(self, state: Mapping[str, int | None]) -> int:
+    def load_state_dict(self, state: Mapping[str, Any]) -> int:
         """Have the next iterator begin where ``state`` was taken, on any number of ranks.
 
         Returns:
             How many batches training had consumed.
 
         Raises:
-            UserError: it was taken with another seed, shuffle buffer, batch size or number of rows, and so in another
-                order.
+            UserError: it was taken with another seed, shuffle buffer, batch size or number of rows.
         """
         for key, expected in self._fixed().items():
             if state.get(key) != expected:
                 raise UserError(
                     f"{self._where}: cannot go on where the run stopped: {key} was {state.get(key)} and is {expected}; "
-                    "with another one the rows come in another order"
+                    "with another one the next batch would hold other rows"
                 )
-        epoch, row = state["epoch"], state["row"]
-        assert epoch is not None
-        assert row is not None
-        self._position = epoch * len(self) + row // self._batch_size
+        self._position = int(state["epoch"]) * len(self) + int(state["row"]) // self._batch_size
         return self._position
 
     def _fixed(self) -> dict[str, int | None]:
