@@ -66,6 +66,7 @@ def weight_column(name: str) -> str:
 
 def save_chunk(path: Path, table: pa.Table, info: ChunkInfo) -> None:
     """Write a chunk; its file is there when it is whole."""
+    table = pa.table({name: _narrow(table[name]) for name in table.column_names})
     schema = table.schema.with_metadata({_METADATA: json.dumps(asdict(info)).encode()})
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     options = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -74,6 +75,16 @@ def save_chunk(path: Path, table: pa.Table, info: ChunkInfo) -> None:
         for batch in table.combine_chunks().to_batches():
             writer.write_batch(batch)
     temporary.rename(path)
+
+
+def _narrow(column: pa.ChunkedArray) -> pa.Array:
+    """A dictionary with the smallest indices that do; any other column as it is."""
+    array = column.combine_chunks()
+    if not pa.types.is_dictionary(array.type):
+        return array
+    size = len(array.dictionary)
+    kind = pa.int8() if size <= 1 << 7 else pa.int16() if size <= 1 << 15 else pa.int32()
+    return pa.DictionaryArray.from_arrays(array.indices.cast(kind), array.dictionary)
 
 
 def load_info(path: Path) -> ChunkInfo | None:

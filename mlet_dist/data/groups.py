@@ -11,7 +11,7 @@ import pyarrow as pa
 from mlet_dist.data.chunks import TIME, load_chunk, load_times
 from mlet_dist.data.splits import Codes, Splitter
 
-GROUP_ROWS = 1 << 19
+GROUP_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)

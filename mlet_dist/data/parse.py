@@ -67,6 +67,7 @@ def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str
             column_types=dict.fromkeys(spec.used_columns, _DICTIONARY),
             include_columns=spec.used_columns,
             strings_can_be_null=False,
+            check_utf8=False,  # that is known already, and would be looked at value by value
         ),
     )
     return {name: table[name].combine_chunks() for name in table.column_names}

@@ -227,7 +227,7 @@ class Passes:
         infos: list[ChunkInfo] = []
         examples: list[Rejected] = []
         lines = malformed = passed = 0
-        for info in workers.map(_read_block, self._calls(index, progress.update)):
+        for info in workers.map(_read_block, self._calls(index, progress.update, workers.processes > 1)):
             infos.append(info)
             room = MAX_EXAMPLES - len(examples)
             examples += [Rejected(passed + each.line, each.reason, each.text) for each in info.examples[:room]]
@@ -244,13 +244,15 @@ class Passes:
         found = FileRead(tuple(info.rows for info in infos), lines, malformed, tuple(examples))
         save_json(self.work.raw(self._keys[index]) / "done.json", asdict(found))
 
-    def _calls(self, index: int, update: Callable[[int], None]) -> Iterator[tuple[Any, ...]]:
+    def _calls(self, index: int, update: Callable[[int], None], aside: bool) -> Iterator[tuple[Any, ...]]:
         raw = self.files[index]
         blocks = text_blocks if self.spec.text is not None else parquet_blocks
         for block in blocks(raw, update):
             path = self._chunk(index, block.index)
-            # What is finished need not be sent to a process.
-            yield self.spec, raw.columns, None if path.exists() else block, path
+            if path.exists():
+                yield self.spec, raw.columns, None, path
+            else:
+                yield self.spec, raw.columns, block.put_aside(path.with_suffix(".text")) if aside else block, path
 
     def _part_names(self) -> list[dict[str, str]]:
         """Paths of each group's parts, numbered without gaps in each split; UserError where one would be empty."""

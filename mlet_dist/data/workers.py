@@ -12,6 +12,8 @@ from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from mlet_dist.errors import UserError
 
 Result = TypeVar("Result")
@@ -69,7 +71,11 @@ class Workers:
 
 
 def _start() -> None:
-    """In a new process: leave Ctrl-C to the parent, and end when that one ends, be it by kill -9."""
+    """In a new process: leave Ctrl-C to the parent, and end when that one ends, be it by kill -9.
+
+    One thread is enough for Arrow: processes are what runs side by side.
+    """
+    pa.set_cpu_count(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
@@ -17,7 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from mlet_dist.data import blocks, groups
 from mlet_dist.data.check import check
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.prepare import prepare
@@ -398,3 +402,49 @@ def test_description_that_is_no_yaml(tmp_path: Path, content: bytes) -> None:
         load_table(path)
     with pytest.raises(UserError, match="nowhere: cannot be read"):
         load_table(tmp_path / "nowhere")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from(["0", "1"]),
+            st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=5),
+            st.lists(st.text(st.sampled_from('ab"é,'), min_size=1, max_size=3), max_size=3),
+        ),
+        min_size=10,
+        max_size=30,
+    ),
+    bad=st.integers(0, 10),
+    block=st.integers(300, 3000),
+)
+def test_any_table_comes_back(
+    rows: list[tuple[str, str, list[str]]], bad: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the csv module writes is what the ids stand for, with malformed lines among it and blocks of any size."""
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["y", "x", "l"])
+    for index, (label, value, values) in enumerate(rows):
+        writer.writerow([label, value, "|".join(values)])
+        if index == 4:
+            text.write(bad * ("spoilt" + 90 * " " + "\n"))  # whole blocks of them
+    (folder / "a.csv").write_text(text.getvalue(), encoding="utf-8", newline="")
+    sparse = [{"column": "x"}, {"column": "l", "separator": "|"}]
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_BYTES", block)
+        patch.setattr(groups, "GROUP_ROWS", 7)
+        schema = make(folder / "out", PLAIN | {"sparse": sparse}, folder / "a.csv")
+    assert schema.malformed == bad
+    names = {n: pq.read_table(folder / f"out/vocabulary/{n}.parquet")["value"].to_pylist() for n in ("x", "l")}
+    found = read_all(folder / "out")
+    train = rows[: len(rows) * 8 // 10]
+    known = {"x": {value for _, value, _ in train}, "l": {each for _, _, values in train for each in values}}
+    assert {name: set(values) for name, values in names.items()} == known
+    for row, (label, value, values) in zip(found, rows, strict=True):
+        assert row["label"] == int(label)
+        assert [names["x"][row["x"] - 1] if row["x"] else None] == [value if value in known["x"] else None]
+        decoded = [names["l"][id - 1] if id else None for id in row["l"]]
+        assert decoded == [each if each in known["l"] else None for each in values]
