@@ -208,6 +208,19 @@ def test_killed_worker() -> None:
         list(workers.map(os._exit, [(1,)]))
 
 
+def test_several_files_at_once(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that threads read side by side give the same as one after the other; a broken one stops them all."""
+    monkeypatch.setattr(passes, "PROCESSES_OF_A_FILE", 1)
+    files = [write_raw(raw_bytes(make_raw_lines(200, i)), f"{i}.tsv.gz") for i in range(4)]
+    prepare(criteo(), files, tmp_path / "expected")
+    prepare(criteo(), files, tmp_path / "out", resources=Resources(processes=2))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    files[2].write_bytes(files[2].read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{files[2]}: truncated or corrupt gzip file"):
+        prepare(criteo(), files, tmp_path / "again", resources=Resources(processes=2))
+    assert not (tmp_path / "again").exists()
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
