@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.data import blocks, groups, passes
+from mlet_dist.data.description import load_table
 from mlet_dist.data.formats import criteo
 from mlet_dist.data.passes import Shard
 from mlet_dist.data.prepare import PASSES, SHARDED, Resources, prepare, prepare_criteo
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.data.table import load_table
 from mlet_dist.data.workers import WorkerKilledError, Workers
 from mlet_dist.errors import UserError
 from tests.data.raw_logs import make_raw_lines, raw_bytes

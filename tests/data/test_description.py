@@ -1,4 +1,4 @@
-"""Tests of mlet_dist.data.table: descriptions of tables, and the data sets that are made with them."""
+"""Tests of mlet_dist.data.description, and of the data sets that are made with descriptions."""
 
 import csv
 import io
@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 
 from mlet_dist.data import blocks, groups
 from mlet_dist.data.check import check
+from mlet_dist.data.description import load_table
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.prepare import prepare
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.data.splits import SplitRule
-from mlet_dist.data.table import LabelColumn, SparseColumn, TableSpec, TextFormat, load_table
+from mlet_dist.data.table import LabelColumn, SparseColumn, TableSpec, TextFormat
 from mlet_dist.errors import UserError
 
 Write = Callable[..., Path]
