@@ -125,7 +125,7 @@ class Passes:
             UserError: a split has no rows.
         """
         directory = self.work.of("write")
-        for path in (directory, *(self.data / split for split in SPLITS)):
+        for path in (*(self.data / split for split in SPLITS), directory):
             path.mkdir(parents=True, exist_ok=True)
         encoder = Encoder(self.spec, self.work.of("vocabulary"), self.moments)
         names = self._part_names()
@@ -137,6 +137,11 @@ class Passes:
             for group, parts in zip(left, workers.map(Encoder.write, calls), strict=True):
                 save_json(directory / f"{group.number:06}.json", {split: asdict(p) for split, p in parts.items()})
                 progress.update(group.rows)
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the data set has its name already: then what says that parts are written is no longer so."""
+        return self.work.of("write").is_dir() and not self.data.is_dir()
 
     @cached_property
     def reads(self) -> list[FileRead]:

@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.data import blocks, groups, passes
+from mlet_dist.data.check import check
 from mlet_dist.data.description import load_table
 from mlet_dist.data.formats import criteo
 from mlet_dist.data.passes import Shard
 from mlet_dist.data.prepare import PASSES, SHARDED, Resources, prepare, prepare_criteo
 from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.data.work import WorkDirectory
 from mlet_dist.data.workers import WorkerKilledError, Workers
 from mlet_dist.errors import UserError
 from tests.data.raw_logs import make_raw_lines, raw_bytes
@@ -115,6 +117,31 @@ def test_other_arguments_or_files_begin_anew(tmp_path: Path, write_raw: Write) -
     prepare_criteo([other], tmp_path / "out")
     assert sum(DatasetSchema.load(tmp_path / "out").rows.values()) == 80
     assert not (tmp_path / ".out.prepare").exists()
+
+
+def test_killed_after_the_last_rename(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data set is whole then; what is left beside it goes with the next run, which takes nothing from it."""
+    raw = write_raw(raw_bytes(LINES))
+
+    def kill(_: WorkDirectory) -> None:
+        raise KeyboardInterrupt
+
+    for moved in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkDirectory, "remove", kill)
+            with pytest.raises(KeyboardInterrupt):
+                prepare_criteo([raw], tmp_path / "out")
+        whole = files_of(tmp_path / "out")
+        check(tmp_path / "out")
+        if moved:
+            (tmp_path / "out").rename(tmp_path / "moved")
+            prepare_criteo([raw], tmp_path / "out")
+        else:
+            with pytest.raises(UserError, match="out: exists and is not empty"):
+                prepare_criteo([raw], tmp_path / "out")
+        assert not (tmp_path / ".out.prepare").exists()
+        assert files_of(tmp_path / "out") == whole
+        subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
 
 
 def test_shards_make_the_same_data_set(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
