@@ -19,6 +19,7 @@ from mlet_dist.data.table import (
     TableSpec,
     TextFormat,
 )
+from mlet_dist.data.typed import FLOAT32_MAX
 from mlet_dist.errors import UserError
 
 
@@ -208,8 +209,8 @@ def _starts(value: Any) -> dict[str, int]:
 def _missing(value: Any) -> float | str:
     if value in ("mean", "refuse"):
         return str(value)
-    if not _is_number(value):
-        raise ValueError("a number, mean or refuse")
+    if not _is_number(value) or abs(value) > FLOAT32_MAX:
+        raise ValueError("a number (of float32), mean or refuse")
     return float(value)
 
 
