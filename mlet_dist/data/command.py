@@ -4,12 +4,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from mlet_dist.data.description import load_table
 from mlet_dist.data.formats import avazu, criteo
 from mlet_dist.data.passes import Shard
 from mlet_dist.data.prepare import Resources, prepare
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.data.splits import PAPER_AVAZU, PAPER_CRITEO_FILES, PAPER_CRITEO_ROWS, SplitRule
-from mlet_dist.data.table import TableSpec, load_table
+from mlet_dist.data.table import TableSpec
 from mlet_dist.errors import UserError
 
 MIN_COUNT = 2

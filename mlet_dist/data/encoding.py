@@ -17,7 +17,9 @@ from mlet_dist.data.parts import PARQUET_OPTIONS, ROW_GROUP_ROWS, sha256_of
 from mlet_dist.data.schema import SPLITS, Part
 from mlet_dist.data.splits import Splitter
 from mlet_dist.data.table import SparseColumn, TableSpec
+from mlet_dist.data.typed import FLOAT32_MAX
 from mlet_dist.data.vocabulary import Lookup
+from mlet_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,13 @@ class Encoder:
             if dense.name in self.moments:
                 moments = self.moments[dense.name]
                 numbers = column.fill_null(moments.mean).to_numpy()
-                column = pa.array(((numbers - moments.mean) / moments.deviation).astype(np.float32))
+                scaled = (numbers - moments.mean) / moments.deviation
+                if not (np.abs(scaled) <= FLOAT32_MAX).all():
+                    raise UserError(
+                        f"dense feature {dense.name}: {numbers[np.abs(scaled).argmax()]} is too many deviations "
+                        f"({moments.deviation}) from the training split's mean {moments.mean}; take another transform"
+                    )
+                column = pa.array(scaled.astype(np.float32))
             columns[dense.name] = column
         for sparse in self.spec.sparse:
             texts, indices, offsets = values_and_indices(chunk[sparse_column(sparse.name)])

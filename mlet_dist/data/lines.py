@@ -35,6 +35,23 @@ class Lines:
     malformed: dict[int, str]
 
 
+def plain_lines(block: bytes, quote: str | None) -> Lines | None:
+    """The lines of a block in which all that can be wrong is the number of fields, which the parser sees too.
+
+    None where there is more to look at: quotes, carriage returns, blank or long lines, NULs, or what is not UTF-8.
+    """
+    if b"\r" in block or b"\0" in block or (quote is not None and quote.encode() in block):
+        return None
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return None
+    lengths = np.diff(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == _NEWLINE), prepend=-1)
+    if lengths.min() == 1 or lengths.max() > MAX_LINE_BYTES:
+        return None
+    return Lines(block, np.arange(len(lengths)), len(lengths), len(lengths), {})
+
+
 def examine_lines(block: bytes, fields: int, delimiter: str, quote: str | None, skip_first: bool) -> Lines:
     """Sort a block of whole lines; ``skip_first`` leaves out the header.
 

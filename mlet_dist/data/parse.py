@@ -15,7 +15,7 @@ from mlet_dist.data.chunks import (
     sparse_column,
     weight_column,
 )
-from mlet_dist.data.lines import Lines, examine_lines
+from mlet_dist.data.lines import Lines, examine_lines, plain_lines
 from mlet_dist.data.table import TableSpec
 from mlet_dist.data.typed import Typed, dense_values, label_values, list_values, time_values, value_texts, weight_lists
 
@@ -35,8 +35,14 @@ def parse_block(spec: TableSpec, columns: tuple[str, ...], block: Block) -> tupl
         return _parse_rows(spec, block)
     data = block.read()
     skip_first = spec.text.header and block.index == 0
-    lines = examine_lines(data, len(columns), spec.text.delimiter, spec.text.quote, skip_first)
-    raw = _fields(spec, columns, lines)
+    lines = None if skip_first else plain_lines(data, spec.text.quote)
+    try:
+        raw = None if lines is None else _fields(spec, columns, lines)
+    except pa.ArrowInvalid:  # a line with another number of fields, which is to be named
+        raw = None
+    if lines is None or raw is None:
+        lines = examine_lines(data, len(columns), spec.text.delimiter, spec.text.quote, skip_first)
+        raw = _fields(spec, columns, lines)
     table, wrong = _typed(spec, raw)
     reasons = lines.malformed | {int(lines.numbers[row]): reason for row, reason in wrong.items()}
     if not reasons:

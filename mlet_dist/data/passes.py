@@ -8,10 +8,11 @@ write       chunks -> parts                          a share is a number of grou
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from mlet_dist.data.blocks import BLOCK_BYTES, Block, RawFile, parquet_blocks, text_blocks
@@ -31,7 +32,7 @@ from mlet_dist.progress import Progress
 
 TOLERATED_LINES = 10  # malformed ones that are never an error
 SHOWN_EXAMPLES = 3
-FILES_AT_ONCE = 8  # processes that one thread, which decompresses, keeps busy
+PROCESSES_OF_A_FILE = 6  # as many parse what one thread decompresses
 
 _logger = logging.getLogger(__name__)
 
@@ -82,14 +83,16 @@ class Passes:
         """
         mine = [index for index in shard.of(range(len(self.files))) if self._marker(index) is None]
         with Progress("read", sum(self.files[index].size for index in mine), "bytes") as progress:
-            threads = min(len(mine), 1 + workers.processes // FILES_AT_ONCE)
-            if threads <= 1:
-                for index in mine:
-                    self._read_file(workers, index, progress)
-                return
+            # Text that is compressed is read by a thread of this process, one a file.
+            threads = max(1, min(len(mine), workers.processes // PROCESSES_OF_A_FILE))
+            stopped = Event()
             with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(lambda index: self._read_file(workers, index, progress), mine):
-                    pass
+                reads = [pool.submit(self._read_file, workers, index, progress, threads, stopped) for index in mine]
+                try:
+                    for read in as_completed(reads):
+                        read.result()
+                finally:
+                    stopped.set()
 
     def count(self, workers: Workers, shard: Shard) -> None:
         """Count the values of the training split, and the rows of every split."""
@@ -122,7 +125,7 @@ class Passes:
             UserError: a split has no rows.
         """
         directory = self.work.of("write")
-        for path in (directory, *(self.data / split for split in SPLITS)):
+        for path in (*(self.data / split for split in SPLITS), directory):
             path.mkdir(parents=True, exist_ok=True)
         encoder = Encoder(self.spec, self.work.of("vocabulary"), self.moments)
         names = self._part_names()
@@ -134,6 +137,11 @@ class Passes:
             for group, parts in zip(left, workers.map(Encoder.write, calls), strict=True):
                 save_json(directory / f"{group.number:06}.json", {split: asdict(p) for split, p in parts.items()})
                 progress.update(group.rows)
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the data set has its name already: then what says that parts are written is no longer so."""
+        return self.work.of("write").is_dir() and not self.data.is_dir()
 
     @cached_property
     def reads(self) -> list[FileRead]:
@@ -221,13 +229,16 @@ class Passes:
     def _chunk(self, index: int, number: int) -> Path:
         return self.work.raw(self._keys[index]) / f"{number:06}.arrow"
 
-    def _read_file(self, workers: Workers, index: int, progress: Progress) -> None:
+    def _read_file(self, workers: Workers, index: int, progress: Progress, files_at_once: int, stopped: Event) -> None:
         raw = self.files[index]
         self.work.raw(self._keys[index]).mkdir(parents=True, exist_ok=True)
         infos: list[ChunkInfo] = []
         examples: list[Rejected] = []
         lines = malformed = passed = 0
-        for info in workers.map(_read_block, self._calls(index, progress.update, workers.processes > 1)):
+        calls = self._calls(index, progress.update, workers.processes > 1)
+        for info in workers.map(_read_block, calls, at_once=-(-workers.processes // files_at_once)):
+            if stopped.is_set():  # by an interrupt, or what is wrong with another file
+                return
             infos.append(info)
             room = MAX_EXAMPLES - len(examples)
             examples += [Rejected(passed + each.line, each.reason, each.text) for each in info.examples[:room]]

@@ -106,12 +106,14 @@ def prepare(
         if not 1 <= sparse.min_count <= MAX_MIN_COUNT:
             raise UserError(f"min_count is {sparse.min_count}; it must be at least 1 and at most {MAX_MIN_COUNT}")
     out = Path(os.path.realpath(out))
-    with _os_errors(out):
-        check_free(out)
     # All of them first: a missing last file should not cost an hour.
     files = [examine(str(path), spec.text, spec.used_columns) for path in raw]
     processes = resources.workers(sum(file.size for file in files))
     passes = Passes(spec, files, out)
+    if passes.renamed:  # by a run that was killed before it could remove the rest
+        passes.work.remove()
+    with _os_errors(out):
+        check_free(out)
     missing = [parent for parent in out.parents if not parent.exists()]
     with (
         _os_errors(out),

@@ -34,8 +34,12 @@ class Workers:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start)
 
-    def map(self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+    def map(
+        self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]], *, at_once: int | None = None
+    ) -> Iterator[Result]:
         """Yield ``function(*call)`` for each call, in order.
+
+        Few more calls than ``at_once`` (all processes) are taken before the first one is done.
 
         Raises:
             WorkerKilledError: a process was killed.
@@ -48,7 +52,7 @@ class Workers:
         try:
             for call in calls:
                 waiting.append(self._pool.submit(function, *call))
-                if len(waiting) > self.processes + 1:
+                if len(waiting) > (at_once or self.processes) + 1:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from mlet_dist.data.check import check
+from mlet_dist.data.description import load_table
 from mlet_dist.data.parts import sha256_of
 from mlet_dist.data.prepare import prepare
 from mlet_dist.data.schema import DatasetSchema, Part
-from mlet_dist.data.table import load_table
 from mlet_dist.errors import UserError
 
 PART = "train/part-00000.parquet"

@@ -6,7 +6,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlet_dist.data.lines import examine_lines
+from mlet_dist.data.lines import examine_lines, plain_lines
 
 # A field without quotes, or one in quotes in which quotes are doubled.
 FIELD = r'(?:[^",]*|"(?:[^"]|"")*")'
@@ -33,7 +33,7 @@ LINES = st.lists(PIECES, max_size=9).map(b"".join)
 
 @given(lines=st.lists(LINES, max_size=8), quoted=st.booleans(), fields=st.integers(1, 4), skip=st.booleans())
 def test_any_lines(lines: list[bytes], quoted: bool, fields: int, skip: bool) -> None:
-    lines = [line.removesuffix(b"\r") for line in lines]  # with the line end it would be one of two characters
+    lines = [line.rstrip(b"\r") for line in lines]  # with the line end it would be one of two characters
     block = b"".join(line + b"\n" for line in lines) or b"\n"
     lines = lines or [b""]
     found = examine_lines(block, fields, ",", '"' if quoted else None, skip)
@@ -44,3 +44,15 @@ def test_any_lines(lines: list[bytes], quoted: bool, fields: int, skip: bool) ->
     assert sorted(found.malformed) == bad
     assert found.text == b"".join(lines[i] + b"\n" for i in good)
     assert (found.count, found.passed) == (len(good) + len(bad), len(lines))
+
+
+@given(lines=st.lists(LINES, min_size=1, max_size=4), quoted=st.booleans())
+def test_plain_lines_are_those_of_which_only_the_fields_can_be_wrong(lines: list[bytes], quoted: bool) -> None:
+    block = b"".join(line + b"\n" for line in lines)
+    found = plain_lines(block, '"' if quoted else None)
+    wanted = all(line and one_by_one(line, False) is not None and not (quoted and b'"' in line) for line in lines)
+    assert (found is not None) == wanted
+    if found is not None:
+        assert (found.text, found.numbers.tolist()) == (block, list(range(len(lines))))
+        assert (found.count, found.passed, found.malformed) == (len(lines), len(lines), {})
+    assert plain_lines(b"x" * (1 << 20) + b"\n", None) is None

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlet_dist.data import blocks
-from mlet_dist.data.blocks import examine, text_blocks
+from mlet_dist.data.blocks import RawFile, examine, text_blocks
 from mlet_dist.data.chunks import Rejected
 from mlet_dist.data.formats import CRITEO_COLUMNS as COLUMNS
 from mlet_dist.data.formats import CRITEO_DENSE as DENSE
@@ -194,6 +194,35 @@ def test_empty_file(write_raw: Write, name: str) -> None:
     path.write_bytes(b"")
     with pytest.raises(UserError, match=f"{path}: is empty"):
         read(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(
+    members=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 3)), min_size=1, max_size=4),
+    block=st.integers(100, 2000),
+    piece=st.integers(1, 500),
+    cut=st.integers(0, 60),
+)
+def test_any_gzip_members_and_any_sizes(
+    write_raw: Write, members: list[tuple[int, int]], block: int, piece: int, cut: int
+) -> None:
+    """Members of much and of no text, with zeros after them; and the same file a few bytes short."""
+    text = b"".join(size * b"0123456\n" for size, _ in members)
+    content = b"".join(gzip.compress(size * b"0123456\n") + zeros * b"\0" for size, zeros in members)
+    path = write_raw(b"", "a.gz")
+    path.write_bytes(content)
+    raw = RawFile(str(path), len(content), "", ())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_BYTES", block)
+        patch.setattr(blocks, "_GZIP_BYTES", piece)
+        found = list(text_blocks(raw, lambda _: None))
+        assert b"".join(each.data or b"" for each in found) == text
+        assert all((each.data or b"").endswith(b"\n") and each.stop - each.start <= 2 * block for each in found)
+        last = len(gzip.compress(members[-1][0] * b"0123456\n")) + members[-1][1]
+        if members[-1][1] < cut < last - 1:  # of two bytes on, it looks like gzip
+            path.write_bytes(content[:-cut])
+            with pytest.raises(UserError, match="truncated or corrupt gzip file"):
+                list(text_blocks(raw, lambda _: None))
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.999])

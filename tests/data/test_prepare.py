@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -299,24 +301,27 @@ def test_out_that_is_not_empty_is_refused_and_kept(tmp_path: Path, write_raw: Wr
 @pytest.mark.skipif(not REAL_SAMPLE.exists(), reason="the real Criteo sample (../shared/data) is not here")
 def test_real_sample(tmp_path: Path) -> None:
     schema = prepare_criteo([REAL_SAMPLE], tmp_path / "out", min_count=3)
-    with gzip.open(REAL_SAMPLE, "rt", newline="\n") as text:
-        lines = [line.rstrip("\n").split("\t") for line in text]
+    with gzip.open(REAL_SAMPLE, "rt", newline="") as text:
+        lines = list(csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE))
     first, second = len(lines) * 8 // 10, len(lines) * 9 // 10
     splits = {"train": lines[:first], "valid": lines[first:second], "test": lines[second:]}
     assert schema.malformed == 0
+    tables = {}
     for split, part in splits.items():
         assert schema.rows[split] == len(part)
-        assert schema.positive_rate[split] == pytest.approx(sum(line[0] == "1" for line in part) / len(part))
-        table = pq.read_table(tmp_path / "out" / schema.parts[split][0].path)
-        for index, name in enumerate(SPARSE, start=14):
-            counts = Counter(line[index] for line in splits["train"])
-            vocabulary = pq.read_table(tmp_path / "out/vocabulary" / f"{name}.parquet")
-            kept = {value: count for value, count in counts.items() if count >= 3}
-            values = vocabulary["value"].to_pylist()
-            assert dict(zip(values, vocabulary["count"].to_pylist(), strict=True)) == kept
-            assert schema.num_embeddings[name] == 1 + len(kept)
-            decoded = [values[id - 1] if id else None for id in table[name].to_pylist()]
-            assert decoded == [line[index] if line[index] in kept else None for line in part]
+        assert schema.positive_rate[split] == sum(line[0] == "1" for line in part) / len(part)
+        paths = [tmp_path / "out" / each.path for each in schema.parts[split]]
+        tables[split] = pa.concat_tables([pq.read_table(path) for path in paths])
+        assert tables[split]["label"].to_pylist() == [int(line[0]) for line in part]
         for index, name in enumerate(DENSE, start=1):
-            mean = sum(math.log1p(max(int(line[index] or 0), 0)) for line in part) / len(part)
-            assert table[name].to_numpy().mean(dtype="float64") == pytest.approx(mean, rel=1e-5)
+            expected = np.log1p(np.array([max(int(line[index] or 0), 0) for line in part])).astype(np.float32)
+            assert np.array_equal(tables[split][name].to_numpy(), expected)
+    for index, name in enumerate(SPARSE, start=14):
+        counts = Counter(line[index] for line in splits["train"])
+        kept = sorted((-count, value) for value, count in counts.items() if count >= 3)
+        vocabulary = pq.read_table(tmp_path / "out/vocabulary" / f"{name}.parquet").to_pydict()
+        assert vocabulary == {"value": [value for _, value in kept], "count": [-count for count, _ in kept]}
+        assert schema.num_embeddings[name] == 1 + len(kept)
+        ids = {value: id for id, (_, value) in enumerate(kept, start=1)}
+        for split, part in splits.items():
+            assert tables[split][name].to_pylist() == [ids.get(line[index], 0) for line in part]

@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.data import blocks, groups, passes
+from mlet_dist.data.check import check
+from mlet_dist.data.description import load_table
 from mlet_dist.data.formats import criteo
 from mlet_dist.data.passes import Shard
 from mlet_dist.data.prepare import PASSES, SHARDED, Resources, prepare, prepare_criteo
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.data.table import load_table
+from mlet_dist.data.work import WorkDirectory
 from mlet_dist.data.workers import WorkerKilledError, Workers
 from mlet_dist.errors import UserError
 from tests.data.raw_logs import make_raw_lines, raw_bytes
@@ -117,6 +119,31 @@ def test_other_arguments_or_files_begin_anew(tmp_path: Path, write_raw: Write) -
     assert not (tmp_path / ".out.prepare").exists()
 
 
+def test_killed_after_the_last_rename(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data set is whole then; what is left beside it goes with the next run, which takes nothing from it."""
+    raw = write_raw(raw_bytes(LINES))
+
+    def kill(_: WorkDirectory) -> None:
+        raise KeyboardInterrupt
+
+    for moved in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkDirectory, "remove", kill)
+            with pytest.raises(KeyboardInterrupt):
+                prepare_criteo([raw], tmp_path / "out")
+        whole = files_of(tmp_path / "out")
+        check(tmp_path / "out")
+        if moved:
+            (tmp_path / "out").rename(tmp_path / "moved")
+            prepare_criteo([raw], tmp_path / "out")
+        else:
+            with pytest.raises(UserError, match="out: exists and is not empty"):
+                prepare_criteo([raw], tmp_path / "out")
+        assert not (tmp_path / ".out.prepare").exists()
+        assert files_of(tmp_path / "out") == whole
+        subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
+
+
 def test_shards_make_the_same_data_set(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(groups, "GROUP_ROWS", 40)
@@ -206,6 +233,19 @@ def test_killed_worker() -> None:
         pytest.raises(WorkerKilledError, match="a process of mlet prepare was killed, as happens"),
     ):
         list(workers.map(os._exit, [(1,)]))
+
+
+def test_several_files_at_once(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that threads read side by side give the same as one after the other; a broken one stops them all."""
+    monkeypatch.setattr(passes, "PROCESSES_OF_A_FILE", 1)
+    files = [write_raw(raw_bytes(make_raw_lines(200, i)), f"{i}.tsv.gz") for i in range(4)]
+    prepare(criteo(), files, tmp_path / "expected")
+    prepare(criteo(), files, tmp_path / "out", resources=Resources(processes=2))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    files[2].write_bytes(files[2].read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{files[2]}: truncated or corrupt gzip file"):
+        prepare(criteo(), files, tmp_path / "again", resources=Resources(processes=2))
+    assert not (tmp_path / "again").exists()
 
 
 def is_alive(pid: int) -> bool:

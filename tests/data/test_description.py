@@ -1,4 +1,4 @@
-"""Tests of mlet_dist.data.table: descriptions of tables, and the data sets that are made with them."""
+"""Tests of mlet_dist.data.description, and of the data sets that are made with descriptions."""
 
 import csv
 import io
@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 
 from mlet_dist.data import blocks, groups
 from mlet_dist.data.check import check
+from mlet_dist.data.description import load_table
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.prepare import prepare
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.data.splits import SplitRule
-from mlet_dist.data.table import LabelColumn, SparseColumn, TableSpec, TextFormat, load_table
+from mlet_dist.data.table import LabelColumn, SparseColumn, TableSpec, TextFormat
 from mlet_dist.errors import UserError
 
 Write = Callable[..., Path]
@@ -215,6 +216,13 @@ def test_wrong_numbers_are_quarantined(tmp_path: Path, write_raw: Write, bad: st
     assert [row["a"] for row in read_all(tmp_path / "out")] == 20 * [1.0] + 20 * [2.0]
 
 
+def test_number_that_is_too_far_from_the_mean(tmp_path: Path, write_raw: Write) -> None:
+    lines = ["y,x,a", *20 * ["0,v,1", "0,v,1.0001"], "1,v,3e38", *5 * ["0,v,1"]]
+    description = PLAIN | {"dense": [{"column": "a", "transform": "standardise"}]}
+    with pytest.raises(UserError, match=r"dense feature a: 3e\+38 is too many deviations \(.*\) from the training"):
+        make(tmp_path / "out", description, write_raw("\n".join(lines).encode(), "a.csv"))
+
+
 def test_missing_may_be_refused(tmp_path: Path, write_raw: Write) -> None:
     lines = ["y,x,a", *20 * ["0,v,1"], "1,v,", *20 * ["0,v,2"]]
     description = PLAIN | {"dense": [{"column": "a", "missing": "refuse", "integer": True}]}
@@ -368,8 +376,9 @@ def test_hashed_features_need_no_vocabulary(tmp_path: Path, write_raw: Write) ->
         ({"dense": [{"column": "x", "missing": "mean"}]}, "dense[0].missing is 'mean'; it must be a number or refuse"),
         (
             {"dense": [{"column": "x", "missing": math.nan}]},
-            "dense[0].missing is nan; it must be a number, mean or",
+            "dense[0].missing is nan; it must be a number (of float32",
         ),
+        ({"dense": [{"column": "x", "missing": 1e39}]}, "dense[0].missing is 1e+39; it must be a number (of float32"),
         ({"split": {"by": "day"}}, "split.by is 'day'; it must be rows or time or random or file"),
         ({"split": {"by": "time"}}, "key 'split.column' is missing"),
         ({"split": {"by": "rows", "seed": 3}}, "split.seed is not a key that can stand here"),
