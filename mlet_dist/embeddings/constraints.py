@@ -88,8 +88,8 @@ def _sharding_types(
     if not found:
         assert asked is not None
         why = f"exchange {exchange!r} does not serve that"
-        if any(kind in known for kind in asked):
-            blocks = min(ranks.holders(kind) for kind in asked)
+        blocks = min((ranks.holders(kind) for kind in asked if kind in known), default=0)
+        if blocks:
             why = f"with {table.num_embeddings:,} rows, some of {blocks:,} ranks would hold none"
         raise ValueError(f"table {table.name!r} cannot be {' or '.join(asked)}: {why}; it can be {', '.join(serving)}")
     small = FLOAT * table.num_embeddings * table.row_width <= replicated_bytes

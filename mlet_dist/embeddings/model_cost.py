@@ -1,5 +1,6 @@
 """What all tables and the dense layers cost a rank together."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -88,8 +89,10 @@ def slowest_step(tables: Tables, dense: DenseCost, device: Device) -> tuple[Step
 
 
 def fullest_memory(tables: Tables, dense: DenseCost) -> Memory:
-    """That of the rank whose device holds most."""
-    return max((memory_of_rank(tables, dense, rank) for rank, *_ in alike(tables)), key=lambda each: each.total)
+    """That of the rank whose device holds most; ``host`` is the most that any rank's host holds."""
+    memories = [memory_of_rank(tables, dense, rank) for rank, *_ in alike(tables)]
+    fullest = max(memories, key=lambda each: each.total)
+    return dataclasses.replace(fullest, host=max(each.host for each in memories))
 
 
 def shortage(tables: Tables, dense: DenseCost, memory: float, host_memory: float = 0) -> str:

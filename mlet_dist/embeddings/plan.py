@@ -51,8 +51,12 @@ def check_plan(
 
 
 def check_node(name: str, sharding: ParameterSharding, local_world_size: int) -> None:
-    """Raise ValueError unless a table_row_wise plan has a block on each rank of one node, in the order of the ranks."""
-    if sharding.sharding_type != ShardingType.TABLE_ROW_WISE.value or sharding.sharding_spec is None:
+    """Raise ValueError unless a table_row_wise plan has a block on each rank of one node, in the order of the ranks.
+
+    Args:
+        local_world_size: ranks of a node, or of a pod of nodes (TorchRec's ``TORCHREC_RESOLVED_POD_SIZE``).
+    """
+    if sharding.sharding_spec is None:
         return
     ranks = [shard.placement.rank() for shard in sharding.sharding_spec.shards]
     first = ranks[0] // local_world_size * local_world_size

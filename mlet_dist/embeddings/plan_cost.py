@@ -43,8 +43,8 @@ class Ranks:
 
     @classmethod
     def of(cls, topology: Topology) -> "Ranks":
-        """Those of TorchRec's topology."""
-        return cls(topology.world_size, topology.local_world_size, topology.compute_device == "cpu")
+        """Those of TorchRec's topology, whose pods are nodes here: ranks with fast links to one another."""
+        return cls(topology.world_size, topology.intra_group_size, topology.compute_device == "cpu")
 
     def holders(self, sharding_type: str) -> int:
         """Ranks over which a table is split."""

@@ -151,7 +151,7 @@ def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Te
     slot = table * longest + torch.arange(rows.shape[0], device=rows.device) - (sizes.cumsum(0) - sizes)[table]
     padded = rows.new_zeros(tables * longest, width).index_copy(0, slot, rows)
     products = torch.bmm(padded.view(tables, longest, width), weights)
-    return products.flatten(0, 1).index_select(0, slot)
+    return products.flatten(0, 1).index_select(0, slot).to(rows.dtype)
 
 
 def _project_run(block: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -159,4 +159,5 @@ def _project_run(block: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.
     stacked = torch.stack(list(weights))
     groups, hidden_dim, embedding_dim = stacked.shape
     by_group = block.reshape(-1, groups, hidden_dim).transpose(0, 1)
-    return torch.bmm(by_group, stacked).transpose(0, 1).reshape(-1, groups * embedding_dim)
+    # Autocast returns a lower precision, and ranks that have nothing to project would exchange another one.
+    return torch.bmm(by_group, stacked).transpose(0, 1).reshape(-1, groups * embedding_dim).to(block.dtype)

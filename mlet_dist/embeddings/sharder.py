@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
-from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.comm import get_topology_group_world_size
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
@@ -101,8 +101,11 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """
         if isinstance(env, ShardingEnv2D):
             raise ValueError("multi-layer tables cannot be sharded in 2D (DMPCollection); use DistributedModelParallel")
-        for name, sharding in params.items():
-            check_node(name, sharding, get_local_size(env.world_size))
+        by_nodes = {
+            name: each for name, each in params.items() if each.sharding_type == ShardingType.TABLE_ROW_WISE.value
+        }
+        for name, sharding in by_nodes.items():
+            check_node(name, sharding, get_topology_group_world_size(env.world_size))
         traffic = self.settle(
             module,
             params,

@@ -17,7 +17,7 @@ from mlet_dist.embeddings.step_time import Device
 from mlet_dist.models.dlrm import build_dlrm, dense_cost
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.optimizers import fuse_row_optimizer
-from mlet_dist.training.plan import ModelPlan
+from mlet_dist.training.plan import DoesNotFit, ModelPlan
 from mlet_dist.training.sharding import Sharding
 
 
@@ -95,6 +95,18 @@ class Case:
         model = self.model()
         return self.sharding(model).plan(model, self.topology(), self.device)
 
+    def plan_or_evenest(self) -> ModelPlan:
+        """``plan``, or where nothing fits the plan that spreads rows most evenly."""
+        try:
+            return self.plan()
+        except DoesNotFit as error:
+            return error.planned
+
+    def with_torchrec_exchange(self) -> "Case":
+        """The same with vectors of k columns on the network, for every table."""
+        tables = {name: dataclasses.replace(own, exchange=None) for name, own in self.config.sharding.tables.items()}
+        return self.with_settings("sharding", exchange="after", tables=tables)
+
 
 def even_memory(case: Case) -> Memory:
     """Bytes of the fullest rank where rows are spread as evenly as the config allows: what no plan is below."""
@@ -117,36 +129,34 @@ def even_memory(case: Case) -> Memory:
 
 
 def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, DenseCost]]:
-    """The plan's tables where they are, in several ways: single layers and MLET, with TorchRec's exchange and ours."""
+    """What the plan is compared with: single layers and MLET, with TorchRec's exchange and ours.
+
+    What has TorchRec's exchange has a plan of its own: where vectors are wide, other sharding types send least.
+    """
     d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
-    asked, dense = case.config.sharding.exchange, planned.dense
-    single = _changed(planned.tables, row_width=d, projected=False)
+    asked, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
+    composed = case.with_torchrec_exchange()
+    alone = composed.with_settings("model", hidden_dim=None).plan_or_evenest()
     found = [
-        (f"single layer d = {d}, TorchRec's exchange", _after(single), dense),
-        (f"single layer d = {d}, {asked}", single, dense),
+        (f"single layer d = {d}, TorchRec's exchange", alone.tables, alone.dense),
+        (f"single layer d = {d}, {asked}", single, planned.dense),
     ]
     if k is not None:
-        wide = _changed(_after(planned.tables), projected=False, embedding_dim=k)
-        wide_dense = case.dense(case.with_settings("model", hidden_dim=None, embedding_dim=k).model())
+        naive = composed.plan_or_evenest()
+        wide = case.dense(case.with_settings("model", hidden_dim=None, embedding_dim=k).model())
         found += [
-            (f"single layer d = {k}, TorchRec's exchange", wide, wide_dense),
-            (f"MLET k = {k}, after the exchange", _after(planned.tables), dense),
-            (f"MLET k = {k}, {asked}", planned.tables, dense),
+            (f"single layer d = {k}, TorchRec's exchange", _single_layers(naive.tables, k), wide),
+            (f"MLET k = {k}, after the exchange", naive.tables, naive.dense),
+            (f"MLET k = {k}, {asked}", planned.tables, planned.dense),
         ]
     return found
 
 
-def _after(tables: Tables) -> Tables:
-    return {
-        name: (dataclasses.replace(cost, exchange=cost.exchange and "after"), rows)
-        for name, (cost, rows) in tables.items()
-    }
-
-
-def _changed(tables: Tables, embedding_dim: int | None = None, **changes: Any) -> Tables:
+def _single_layers(tables: Tables, embedding_dim: int) -> Tables:
+    """Of this width, where the tables lie."""
     found = {}
     for name, (cost, rows) in tables.items():
-        d = embedding_dim or cost.traffic.embedding_dim
-        traffic = dataclasses.replace(cost.traffic, embedding_dim=d)
-        found[name] = (dataclasses.replace(cost, traffic=traffic, **changes), rows)
+        traffic = dataclasses.replace(cost.traffic, embedding_dim=embedding_dim)
+        changed = dataclasses.replace(cost, traffic=traffic, row_width=embedding_dim, projected=False)
+        found[name] = (changed, rows)
     return found

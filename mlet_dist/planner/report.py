@@ -8,7 +8,7 @@ from mlet_dist.embeddings.costs import gigabytes
 
 _KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
 _LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60
-_SHOWN_RANKS = 40
+_SHOWN_RANKS, _LABEL = 40, 18  # characters, in the text and in the picture
 
 
 def report(plan: dict[str, Any]) -> str:
@@ -49,7 +49,7 @@ def report(plan: dict[str, Any]) -> str:
             "GB on a rank (10^9 bytes); one line for ranks that hold the same tables and within 1 % the same",
             *_columns(["ranks", "tables", "rows", *kinds], ranks, left=1),
             "",
-            "a step of the slowest rank, at the hardware's peak rates, one part after another; tables lie as planned",
+            "a step of the slowest rank, at the hardware's peak rates, one part after another",
             *_columns(
                 ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute"]
                 + (["host link"] if hosted else [])
@@ -69,7 +69,7 @@ def picture(plan: dict[str, Any]) -> str:
     parts = []
     for index, each in enumerate(ranks):
         x, y = float(_LEFT), _TOP + index * _BAR
-        label = html.escape(f"{_short(each['ranks'])} ({each['count']})")
+        label = html.escape(f"{_short(each['ranks'], _LABEL)} ({each['count']})")
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 15}" text-anchor="end">{label}</text>')
         for kind, colour in _KINDS.items():
             width = each[kind] * scale
@@ -112,5 +112,5 @@ def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -> 
     ]
 
 
-def _short(ranks: str) -> str:
-    return ranks if len(ranks) <= _SHOWN_RANKS else ranks[:_SHOWN_RANKS].rpartition(",")[0] + ", …"
+def _short(ranks: str, most: int = _SHOWN_RANKS) -> str:
+    return ranks if len(ranks) <= most else ranks[:most].rpartition(",")[0] + ", …"

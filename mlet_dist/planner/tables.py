@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.config import Config, load_yaml
+from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
@@ -17,14 +18,14 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
 
     Args:
         path: a YAML file of table names, each with its ``num_embeddings`` or with a section of that and
-            ``pooling_factor``; None takes the tables of the config's data set, which hold one id a bag.
+            ``pooling_factor``; None takes the tables of the config's data set.
 
     Raises:
         UserError: the file or the data set cannot be read, or lacks a table that the config names.
     """
     if path is None:
-        spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
-        return spec, {feature.name: 1.0 for feature in spec.sparse}
+        spec = ModelSpec.of(config, DatasetSchema.load(data_set_path(config.data.path)))
+        return spec, spec.pooling_factors
     sizes: dict[str, int] = {}
     pooling: dict[str, float] = {}
     for key, entry in _read(path).items():
@@ -58,7 +59,10 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
             raise UserError(f"data.sparse_features: {path} has no table {name!r}; it has {', '.join(sizes)}")
     config.check_tables(wanted)
     dense = config.data.dense_features or tuple(f"I{index}" for index in range(1, _DENSE_FEATURES + 1))
-    features = tuple(SparseFeature(name, sizes[name]) for name in wanted)
+    features = tuple(
+        SparseFeature(name, sizes[name], multi_valued=pooling[name] != 1, pooling_factor=pooling[name])
+        for name in wanted
+    )
     return ModelSpec(config.model, dense, features, config.train.seed), {name: pooling[name] for name in wanted}
 
 

@@ -74,6 +74,10 @@ def test_what_is_asked_wins() -> None:
         ),
         ({"rows": 1000, "asked": ["column_wise"]}, r"table 't' cannot be column_wise: "),
         ({"rows": 1000, "asked": ["table_wise"], "exchange": "unique_rows"}, r"exchange 'unique_rows' does not serve"),
+        (
+            {"rows": 3, "asked": ["table_wise", "row_wise"], "exchange": "unique_rows"},
+            r"cannot be table_wise or row_wise: with 3 rows, some of 4 ranks would hold none; it can be data_parallel",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -85,6 +89,12 @@ def test_constraints_of_no_table() -> None:
     ranks, sharder = Ranks(2, 2, True), MultiLayerEmbeddingBagCollectionSharder()
     with pytest.raises(ValueError, match=r"no table 'adz' \(did you mean 'ads'\?\); there are ads, users$"):
         table_constraints([_table(9, "ads"), _table(9, "users")], ranks, sharder, {"adz": ParameterConstraints()})
+
+
+def test_a_pod_of_nodes_is_a_node() -> None:
+    topology = Topology(144, "cuda", local_world_size=4, pod_size=18)
+    assert Ranks.of(topology) == Ranks(144, 72, False)
+    assert Ranks.of(topology).holders("table_row_wise") == 72
 
 
 def test_kernels() -> None:

@@ -96,7 +96,6 @@ def test_the_last_ranks_of_many_may_hold_no_row() -> None:
 
 def test_a_plan_for_other_nodes_is_refused() -> None:
     plan = _plan(10, 2)
-    check_node("t", plan, 1)
     plan.sharding_type = "table_row_wise"
     check_node("t", plan, 2)
     with pytest.raises(ValueError, match=r"table 't': .* on ranks \[0, 1\]; with 4 ranks a node .* on \[0, 1, 2, 3\]"):

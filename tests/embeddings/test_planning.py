@@ -25,7 +25,7 @@ from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.codecs import exchange_codecs
 from mlet_dist.embeddings.costs import Memory, Step, all_reduced, rows_of_rank, total_memory, total_step
 from mlet_dist.embeddings.exchange import TableTraffic
-from mlet_dist.embeddings.model_cost import memory_of_rank
+from mlet_dist.embeddings.model_cost import DenseCost, fullest_memory, memory_of_rank
 from mlet_dist.embeddings.plan_cost import optimizer_of
 from mlet_dist.embeddings.planning import multi_layer_planner
 from mlet_dist.embeddings.step_time import Device, step_time
@@ -323,6 +323,14 @@ def test_rows_in_the_host_s_memory_by_hand() -> None:
     assert (one.held_memory(250).optimizer, one.held_memory(250).host) == (250 * 4, 250 * row)
     assert (many.held_memory(250).optimizer, many.held_memory(250).host) == (0, 2 * 250 * row)
     assert many.step().host_bytes == pytest.approx(1.8 * rows * row)
+
+
+def test_the_fullest_host_need_not_be_the_fullest_device_s() -> None:
+    dense = DenseCost(0, (1,), 1, 4, 8, "sgd", 2, 2)
+    owned = _cost(sharding_type="table_wise", exchange="all_to_all", world_size=2, optimizer="sgd")
+    hosted = dataclasses.replace(owned, kernel="fused_uvm")
+    memory = fullest_memory({"device": (owned, [1000, 0]), "host": (hosted, [0, 1000])}, dense)
+    assert (memory.weights, memory.host) == (1000 * 16 * 4, 1000 * 16 * 4)
 
 
 def test_time_by_hand() -> None:

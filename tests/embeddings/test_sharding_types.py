@@ -202,6 +202,25 @@ def test_a_pipeline_of_torchrec_trains_the_same_bits(
         assert torch.equal(pipelined[name], tensor), name
 
 
+def _errors_under_autocast(exchange: ExchangeChoice) -> dict[str, torch.Tensor]:
+    module, batch = _module(), to_kjt(_bags(0, False), *_shares(False))
+    expected = {name: output.detach() for name, output in module(batch).to_dict().items()}
+    model = shard(module, exchange=exchange, sharding_types=TYPES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(batch).to_dict()
+        loss = toy_loss(found)
+    loss.backward()
+    assert all(output.dtype == torch.float32 for output in found.values())
+    return {name: (found[name].detach() - expected[name]).abs() / expected[name].clamp(min=1e-3) for name in expected}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_all_ranks_exchange_float32_under_autocast(ranks: Ranks, exchange: ExchangeChoice) -> None:
+    # A rank whose tables have no W2, or which has no tables, computes nothing that autocast would round.
+    for errors in ranks(4, 2).run(_errors_under_autocast, exchange):
+        assert max(float(error.max()) for error in errors.values()) < 0.02
+
+
 def _owned_by_one(rank: int) -> dict[str, Any]:
     # Every table lies on one rank: the others apply no W2 before the exchange, and must still combine its gradients.
     with mock.patch.dict(SIZES, {"owned": SIZES["owned"]}, clear=True):
