@@ -186,6 +186,7 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
         raise UserError(f"--out {args.out}: the picture is a page; name a file that ends in .html")
     config = load_config(Path(args.config), args.overrides)
     hardware = load_hardware(args.device)
+    args.local_world_size = args.local_world_size or min(8, args.world_size)
     if args.local_world_size > _MOST_LOCAL_RANKS:
         raise UserError(
             f"--local-world-size {args.local_world_size}: torch counts up to {_MOST_LOCAL_RANKS} devices of a node"
@@ -367,7 +368,10 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_settings(plan)
     plan.add_argument("--world-size", type=_positive, required=True, metavar="N", help="ranks, one a device")
     plan.add_argument(
-        "--local-world-size", type=_positive, default=8, metavar="N", help="ranks of a node (default %(default)s)"
+        "--local-world-size",
+        type=_positive,
+        metavar="N",
+        help="ranks of a node (default 8, or all where they are fewer)",
     )
     plan.add_argument(
         "--device", default="h100", metavar="NAME",

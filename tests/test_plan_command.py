@@ -124,6 +124,12 @@ def test_a_plan_that_does_not_fit_says_what_would(tables: Path, capsys: pytest.C
         assert f"{plan['ranks'][0]['total'] / 1e9:.3g}" == needed
 
 
+def test_types_that_were_asked_for_are_the_first_to_go(tables: Path) -> None:
+    asked = ["sharding.sharding_types=[data_parallel]", "sharding.tables.C1.sharding_types=[table_wise]"]
+    line = error_line("plan", CONFIG, "--tables", tables, "--world-size", "4", *LARGE, *asked)
+    assert "; what fits: (1) sharding.sharding_types=null sharding.tables.C1.sharding_types=null: " in line
+
+
 def test_a_plan_that_does_not_fit_is_drawn(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.html"
     command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", "a100-40", *LARGE]

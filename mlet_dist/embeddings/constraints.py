@@ -91,7 +91,10 @@ def _sharding_types(
         blocks = min((ranks.holders(kind) for kind in asked if kind in known), default=0)
         if blocks:
             why = f"with {table.num_embeddings:,} rows, some of {blocks:,} ranks would hold none"
-        raise ValueError(f"table {table.name!r} cannot be {' or '.join(asked)}: {why}; it can be {', '.join(serving)}")
+        raise ValueError(
+            f"table {table.name!r} cannot be {' or '.join(asked)}: {why}; it can be {', '.join(serving)}: name one of "
+            "them, too, for such tables"
+        )
     small = FLOAT * table.num_embeddings * table.row_width <= replicated_bytes
     ruled_out = set() if small else {DATA_PARALLEL}
     if ranks.world_size == ranks.local_world_size:

@@ -42,6 +42,8 @@ def sharding_reasons(
         if others:
             best = min(others, key=lambda cost: step_time(cost.held_step(), device).total)
             reason += f", {best.sharding_type} {_cost_of(best, device)}"
+            if chosen.holders < best.holders:
+                reason += "; other ranks are left to other tables"
         elif table.name in asked and asked[table.name].sharding_types == [chosen.sharding_type]:
             reason += "; no other type was asked for"
         elif chosen.sharding_type == DATA_PARALLEL:

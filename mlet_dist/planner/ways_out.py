@@ -49,6 +49,17 @@ def _has_room(memory: Memory, device: Device) -> bool:
     return memory.total <= device.usable_memory and memory.host <= device.usable_host_memory
 
 
+def _any_sharding_type(case: Case) -> Iterator[tuple[str, Case]]:
+    sharding = case.config.sharding
+    own = {name: table for name, table in sharding.tables.items() if table.sharding_types is not None}
+    keys = ["sharding.sharding_types"] if sharding.sharding_types is not None else []
+    keys += [f"sharding.tables.{name}.sharding_types" for name in own]
+    if keys:
+        free = {name: dataclasses.replace(table, sharding_types=None) for name, table in own.items()}
+        freed = case.with_settings("sharding", sharding_types=None, tables=sharding.tables | free)
+        yield " ".join(f"{key}=null" for key in keys), freed
+
+
 def _rowwise_state(case: Case) -> Iterator[tuple[str, Case]]:
     if case.config.optimizer.name in ("adagrad", "adam"):
         yield "optimizer.name=rowwise_adagrad", case.with_settings("optimizer", name="rowwise_adagrad")
@@ -97,6 +108,7 @@ def _larger_device(case: Case) -> Iterator[tuple[str, Case]]:
 
 # Cheapest first: what costs neither hardware nor columns, a smaller model, hardware.
 _WAYS: tuple[Callable[[Case], Iterator[tuple[str, Case]]], ...] = (
+    _any_sharding_type,
     _rowwise_state,
     _half_rows,
     _host_rows,
