@@ -126,7 +126,7 @@ def test_a_plan_that_does_not_fit_says_what_would(tables: Path, capsys: pytest.C
 
 def test_types_that_were_asked_for_are_the_first_to_go(tables: Path) -> None:
     asked = ["sharding.sharding_types=[data_parallel]", "sharding.tables.C1.sharding_types=[table_wise]"]
-    line = error_line("plan", CONFIG, "--tables", tables, "--world-size", "4", *LARGE, *asked)
+    line = error_line("plan", CONFIG, "--tables", tables, "--world-size", "8", *LARGE, *asked)
     assert "; what fits: (1) sharding.sharding_types=null sharding.tables.C1.sharding_types=null: " in line
 
 
