@@ -1,10 +1,7 @@
 """Settings: frozen dataclasses <- YAML <- `section.key=value` overrides. Every check of a setting lives here."""
 
 import dataclasses
-import difflib
-import math
 import os
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +11,14 @@ from typing import Any, Literal
 import yaml
 
 from mlet_dist.errors import UserError
+from mlet_dist.settings import closest, multiples, parse_section, section_type, show
+from mlet_dist.settings import setting as _setting
+from mlet_dist.strict_yaml import load_yaml, parse_yaml
 
 _COMMAND_LINE = "command line"
 _SHOWN_CHARACTERS = 200
 _MAX_COLUMNS = 1 << 16
 _MAX_ROWS = 2**31 - 1
-
-
-def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A field: its meaning for `mlet train --help`, and its limits.
-
-    These are at_least, at_most, above, below (which goes with above), multiple_of and min_length.
-    """
-    return field(default=default, metadata={"meaning": meaning, **limits})
 
 
 @dataclass(frozen=True)
@@ -246,7 +238,7 @@ class Config:
         if self.data.batch_size % world_size:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of the {world_size} ranks; "
-                f"use {_multiples(self.data.batch_size, world_size)}"
+                f"use {multiples(self.data.batch_size, world_size)}"
             )
 
     def check_device(self, device: str) -> None:
@@ -282,7 +274,7 @@ class Config:
             missing = [name for name in wanted or () if name not in known]
             if missing:
                 raise UserError(
-                    f"{key}: {self.data.path} has no column {missing[0]!r}{_closest(missing[0], known)}; "
+                    f"{key}: {self.data.path} has no column {missing[0]!r}{closest(missing[0], known)}; "
                     f"it has {', '.join(known)}"
                 )
 
@@ -291,8 +283,7 @@ class Config:
         for name in self.sharding.tables:
             if name not in names:
                 raise UserError(
-                    f"sharding.tables: the model has no table {name!r}{_closest(name, names)}; it has "
-                    f"{', '.join(names)}"
+                    f"sharding.tables: the model has no table {name!r}{closest(name, names)}; it has {', '.join(names)}"
                 )
 
 
@@ -309,7 +300,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected sections such as `model:`, found {_show(settings)}")
+        raise UserError(f"{path}: expected sections such as `model:`, found {show(settings)}")
     sources: dict[str, str] = {}
     for override in overrides:
         _apply_override(settings, override, sources)
@@ -327,125 +318,16 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def parse_section(
-    kind: type, settings: Any, prefix: str, source: str, sources: Mapping[str, str] = types.MappingProxyType({})
-) -> Any:
-    """Build one config dataclass from plain data, checking every key, type and limit.
-
-    Args:
-        kind: the dataclass, e.g. ModelConfig.
-        settings: a mapping of its keys.
-        prefix: what precedes a key in messages, e.g. ``model.``.
-        source: the file named in messages.
-        sources: what is named instead for single keys, because they were given elsewhere.
-
-    Raises:
-        UserError: a key is unknown, missing, of the wrong type or out of range.
-    """
-    where = prefix.rstrip(".")
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{sources.get(where, source)}: {where}: expected a section of keys, found {_show(settings)}")
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    for name in settings:
-        if name not in known:
-            key = f"{prefix}{name}"
-            raise UserError(
-                f"{sources.get(key, source)}: {_one_line(key)}: unknown key{_closest(str(name), list(known))}; "
-                f"known keys here are {', '.join(known)}"
-            )
-    values = {}
-    for name, setting in known.items():
-        key = prefix + name
-        nested = _section_type(setting)
-        if nested is not None:
-            section = settings.get(name)
-            values[name] = parse_section(nested, {} if section is None else section, f"{key}.", source, sources)
-        elif typing.get_origin(setting.type) is dict:
-            values[name] = _parse_sections(setting, settings.get(name), key, source, sources)
-        elif name in settings:
-            values[name] = _convert(settings[name], setting, key, sources.get(key, source))
-        elif setting.default is dataclasses.MISSING:
-            raise UserError(f"{source}: {key} is missing ({setting.metadata['meaning']}); set it there or as {key}=…")
-    return kind(**values)
-
-
-def _parse_sections(
-    setting: dataclasses.Field[Any], named: Any, key: str, source: str, sources: Mapping[str, str]
-) -> dict[str, Any]:
-    """Sections by name, of the dataclass in the field's type."""
-    kind = typing.get_args(setting.type)[1]
-    if named is None:
-        return {}
-    if not isinstance(named, Mapping):
-        raise UserError(f"{sources.get(key, source)}: {key}: expected sections by name, found {_show(named)}")
-    found = {}
-    for name, section in named.items():
-        if type(name) is not str:
-            raise UserError(
-                f"{sources.get(key, source)}: {key}: expected a name, found {_show(name)}; put it in quotes"
-            )
-        found[name] = parse_section(kind, {} if section is None else section, f"{key}.{name}.", source, sources)
-    return found
-
-
 def describe_settings() -> str:
     """Every key with its type, default and meaning, one line each."""
     lines = []
     for section in dataclasses.fields(Config):
-        for setting in dataclasses.fields(_section_type(section)):
-            default = _show({}) if setting.default is dataclasses.MISSING else _show(setting.default)
+        for setting in dataclasses.fields(section_type(section)):
+            default = show({}) if setting.default is dataclasses.MISSING else show(setting.default)
             if setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING:
                 default = "required"
             lines.append(f"  {section.name}.{setting.name} ({default}): {setting.metadata['meaning']}")
     return "\n".join(lines)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, which YAML readers otherwise drop in silence."""
-
-    # Before merge keys (`<<`) are resolved: what they bring in may be given again.
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-                seen.add((key.tag, key.value))
-        return node
-
-
-def load_yaml(path: Path, what: str) -> Any:
-    """The content of a file, in which no key is given twice.
-
-    Args:
-        what: what the file holds, for messages, e.g. ``config``.
-
-    Raises:
-        UserError: the file cannot be read, or is not valid YAML.
-    """
-    try:
-        return _load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the {what} is not UTF-8 text: byte {error.start} is invalid") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid YAML{error}") from None
-
-
-def _load_yaml(text: str) -> Any:
-    """What the text says; a ValueError tells where and why it is not valid YAML, as `` in line 3: …``."""
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
-    except ValueError as error:  # a date such as 2024-13-45
-        raise ValueError(f": {error}") from None
-    except RecursionError:
-        raise ValueError(": it is nested too deeply") from None
 
 
 def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, str]) -> None:
@@ -456,7 +338,7 @@ def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, 
             f"{_COMMAND_LINE}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
         )
     try:
-        value = _load_yaml(text) if text.strip() else ""  # not YAML's null: that is to be written out
+        value = parse_yaml(text) if text.strip() else ""  # not YAML's null: that is to be written out
     except ValueError as error:
         raise UserError(f"{_COMMAND_LINE}: {override!r}: the value is not valid YAML{error}") from None
     sources[key] = _COMMAND_LINE
@@ -477,81 +359,11 @@ def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, 
 def _goes_deeper(key: str) -> bool:
     """Whether the key is of a section by name, such as ``sharding.tables.C3.exchange``."""
     section, _, rest = key.partition(".")
-    kind = {each.name: _section_type(each) for each in dataclasses.fields(Config)}.get(section)
+    kind = {each.name: section_type(each) for each in dataclasses.fields(Config)}.get(section)
     if kind is None or "." not in rest:
         return False
     types_of = {each.name: each.type for each in dataclasses.fields(kind)}
     return typing.get_origin(types_of.get(rest.partition(".")[0])) is dict
-
-
-def _section_type(setting: dataclasses.Field[Any]) -> Any:
-    return setting.type if dataclasses.is_dataclass(setting.type) else None
-
-
-def _convert(value: Any, setting: dataclasses.Field[Any], key: str, source: str) -> Any:
-    is_union = typing.get_origin(setting.type) in (types.UnionType, typing.Union)  # the latter of Literals
-    allowed = typing.get_args(setting.type) if is_union else (setting.type,)
-    if value is None and type(None) in allowed:
-        return None
-    kind = next(option for option in allowed if option is not type(None))
-    try:
-        converted = _as(kind, value)
-    except (TypeError, ValueError, OverflowError):
-        nullable = " or null" if type(None) in allowed else ""
-        quote = "; put it in quotes" if kind is str and value is not None and not isinstance(value, dict | list) else ""
-        raise UserError(f"{source}: {key}: expected {_name(kind)}{nullable}, found {_show(value)}{quote}") from None
-    if isinstance(converted, tuple) and len(converted) < setting.metadata.get("min_length", 0):
-        raise UserError(
-            f"{source}: {key} is {_show(value)}, it must have at least {setting.metadata['min_length']} entry"
-        )
-    for each in converted if isinstance(converted, tuple) else (converted,):
-        at_least, at_most, above = (setting.metadata.get(limit) for limit in ("at_least", "at_most", "above"))
-        if at_least is not None and not each >= at_least:  # nor NaN
-            raise UserError(f"{source}: {key} is {_show(value)}, it must be at least {at_least}")
-        if at_most is not None and each > at_most:
-            raise UserError(f"{source}: {key} is {_show(value)}, it must be at most {at_most}")
-        below = setting.metadata.get("below", math.inf)
-        if above is not None and not above < each < below:
-            limits = "a finite number above {}" if below == math.inf else "above {} and below {}"
-            raise UserError(f"{source}: {key} is {_show(value)}, it must be {limits.format(above, below)}")
-        factor = setting.metadata.get("multiple_of")
-        if factor is not None and each % factor:
-            raise UserError(
-                f"{source}: {key} is {_show(value)}, it must be a multiple of {factor}; use {_multiples(each, factor)}"
-            )
-    return converted
-
-
-def _multiples(value: int, factor: int) -> str:
-    """The nearest multiples below and above, of at least one factor."""
-    lower = value // factor * factor
-    return f"{lower} or {lower + factor}" if lower else str(factor)
-
-
-def _as(kind: Any, value: Any) -> Any:
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        return tuple(_as(typing.get_args(kind)[0], each) for each in value)
-    if origin is Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError
-        return value
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        return float(value)  # YAML reads 1e-3 as a string
-    if type(value) is not kind:
-        raise TypeError
-    return value
-
-
-def _name(kind: Any) -> str:
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
-    if origin is tuple:
-        return f"a list, each {_name(typing.get_args(kind)[0])}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
 
 
 def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> None:
@@ -561,7 +373,7 @@ def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> 
     ):
         if names is not None and (not names or len(set(names)) < len(names)):
             where = sources.get(key, source)
-            raise UserError(f"{where}: {key} is {_show(names)}; name at least one column, each once, or leave it null")
+            raise UserError(f"{where}: {key} is {show(names)}; name at least one column, each once, or leave it null")
     start, warmup = config.optimizer.decay_start, config.optimizer.warmup_steps
     if start is not None:
         where = sources.get("optimizer.decay_start", source)
@@ -576,23 +388,6 @@ def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> 
     for key, text in (("data.path", config.data.path), ("run.dir", config.run.dir)):
         if not text.strip():
             raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")
-
-
-def _closest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, tuple):
-        value = list(value)
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
-    return _one_line(text.removesuffix("...\n"))
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}…"
 
 
 def _plain(value: Any) -> Any:

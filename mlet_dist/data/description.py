@@ -5,8 +5,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlet_dist.data.names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, SPLITS
 from mlet_dist.data.splits import EIGHTY_TEN_TEN, HALVES, SplitRule
@@ -21,6 +19,7 @@ from mlet_dist.data.table import (
 )
 from mlet_dist.data.typed import FLOAT32_MAX
 from mlet_dist.errors import UserError
+from mlet_dist.strict_yaml import load_yaml
 
 
 def load_table(path: Path) -> TableSpec:
@@ -29,13 +28,7 @@ def load_table(path: Path) -> TableSpec:
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing or has a value that cannot be.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    top = _Section(str(path), "", content)
+    top = _Section(str(path), "", load_yaml(path, "description of the table"))
     form = top.take("format", _one_of("csv", "parquet"))
     text = None
     if form == "csv":

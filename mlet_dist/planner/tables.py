@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config import Config, load_yaml
+from mlet_dist.config import Config
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.strict_yaml import load_yaml
 
 _DENSE_FEATURES = 13  # Criteo's
 _KEYS = ("num_embeddings", "pooling_factor")

@@ -403,13 +403,15 @@ def test_wrong_description(tmp_path: Path, change: dict[str, Any], message: str)
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"\xff", b"- 1", b""])
+@pytest.mark.parametrize("content", [b"a: [", b"a: 1\na: 2", b"\xff", b"- 1", b""])
 def test_description_that_is_no_yaml(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "table.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path}: (not valid YAML|the file is)"):
+    with pytest.raises(
+        UserError, match=f"{path}: (not valid YAML|the file is|the description of the table is not UTF-8)"
+    ):
         load_table(path)
-    with pytest.raises(UserError, match="nowhere: cannot be read"):
+    with pytest.raises(UserError, match="nowhere: cannot read the description of the table"):
         load_table(tmp_path / "nowhere")
 
 
