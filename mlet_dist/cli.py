@@ -17,6 +17,23 @@ Result = dict[str, Any]
 
 _LAUNCHED = "MLET_LAUNCHED"
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
+_PREPARE_HELP = """\
+  mlet prepare criteo train.txt --out data/criteo                  # Criteo-Kaggle
+  mlet prepare criteo day_{0..23}.gz --split paper --out data/1tb  # Criteo-1TB
+  mlet prepare avazu train.gz --out data/avazu
+  mlet prepare table ratings.csv --schema configs/tables/movielens.yaml --out data/movielens
+  mlet prepare --check data/criteo
+
+The same command goes on from what an interrupted one has finished, which is kept in .NAME.prepare beside DIR. Several
+machines that share a file system do one pass after the other, with the same arguments everywhere:
+
+  mlet prepare criteo day_*.gz --out data/1tb --pass read --shard I/N     # on machine I of N
+  mlet prepare criteo day_*.gz --out data/1tb --pass count --shard I/N
+  mlet prepare criteo day_*.gz --out data/1tb --pass vocabulary           # on one
+  mlet prepare criteo day_*.gz --out data/1tb --pass write --shard I/N
+  mlet prepare criteo day_*.gz --out data/1tb --pass merge                # on one
+
+--memory bounds what the processes hold beside the vocabularies; it does not depend on the number of rows."""
 _PLAN_HELP = """\
 No GPU, no data set and no other process are needed. An example, with table sizes from a file:
 
@@ -67,15 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
-    from mlet_dist.data.prepare import prepare_criteo
+    if args.check is not None:
+        if args.format is not None or args.out is not None:
+            raise UserError("--check stands alone; it takes the directory of a data set")
+        from mlet_dist.data.check import check
 
-    schema = prepare_criteo([Path(raw) for raw in args.raw], Path(args.out), min_count=args.min_count)
-    sizes = schema.num_embeddings
+        schema = check(Path(args.check))
+        return {"checked": args.check, "rows": schema.rows, "positive_rate": schema.positive_rate, "ok": True}, True
+    from mlet_dist.data.command import prepare_from
+
+    prepared = prepare_from(args)
+    if prepared is None:
+        return {"out": args.out, "pass": args.only, "shard": args.shard or "0/1"}, True
+    sizes = prepared.num_embeddings
     return {
         "out": args.out,
-        "rows": schema.rows,
-        "positive_rate": schema.positive_rate,
-        "malformed": schema.malformed,
+        "rows": prepared.rows,
+        "positive_rate": prepared.positive_rate,
+        "malformed": prepared.malformed,
         "tables": len(sizes),
         "num_embeddings": sum(sizes.values()),
     }, True
@@ -90,6 +116,8 @@ def _synth(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]
         seed=args.seed,
         num_embeddings=args.num_embeddings,
         alpha=args.alpha,
+        multi_valued=dict(args.multi_valued),
+        weighted=args.weighted,
         format=args.format,
     )
     return result, True
@@ -113,9 +141,10 @@ def _evaluate(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | 
     if args.nproc is not None:
         return _in_ranks(args, arguments)
     _before_torch()
+    from mlet_dist.data.location import data_set_path
     from mlet_dist.export.evaluate import evaluate_path
 
-    return evaluate_path(Path(args.target), Path(args.data), args.split), True
+    return evaluate_path(Path(args.target), data_set_path(args.data), args.split), True
 
 
 def _export(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
@@ -127,9 +156,10 @@ def _export(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool
 
 def _verify(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     _before_torch()
+    from mlet_dist.data.location import data_set_path
     from mlet_dist.export.verify import verify_export
 
-    result = verify_export(Path(args.export), Path(args.run), Path(args.data), args.split, args.tolerance)
+    result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, args.tolerance)
     return result, result["ok"]
 
 
@@ -191,10 +221,11 @@ def _doctor(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool
 
 def _load_checked(args: argparse.Namespace) -> Config:
     """The config, checked against the data set and the number of ranks before torch is imported."""
+    from mlet_dist.data.location import data_set_path
     from mlet_dist.data.schema import DatasetSchema
 
     config = load_config(Path(args.config), args.overrides)
-    schema = DatasetSchema.load(Path(config.data.path))
+    schema = DatasetSchema.load(data_set_path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
     config.check_world_size(args.nproc or 1)
     if not _rank(args) and not _launched():
@@ -257,13 +288,33 @@ def _build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line")
         return sub
 
-    prepare = add("prepare", _prepare, "Raw click logs -> Parquet parts, vocabularies and a schema.")
-    prepare.add_argument("format", choices=["criteo"], help="format of the raw files")
-    prepare.add_argument("raw", nargs="+", metavar="RAW", help="raw TSV files, plain or .gz, in time order")
-    prepare.add_argument("--out", required=True, help="directory for the data set; must not exist or be empty")
-    prepare.add_argument(
-        "--min-count", type=int, default=2, help="rarer values share the out-of-vocabulary row (default %(default)s)"
+    prepare = add(
+        "prepare", _prepare, "Raw data -> Parquet parts, vocabularies, a schema and a manifest.", _PREPARE_HELP
     )
+    prepare.add_argument("format", nargs="?", choices=["criteo", "avazu", "table"], help="format of the raw files")
+    prepare.add_argument("raw", nargs="*", metavar="RAW", help="raw files in time order: plain or .gz, paths or URLs")
+    prepare.add_argument("--out", metavar="DIR", help="directory for the data set; must not exist or be empty")
+    prepare.add_argument("--schema", metavar="FILE", help="of table: a YAML file that describes the columns")
+    prepare.add_argument("--min-count", type=int, help="rarer values share the out-of-vocabulary row (default 2)")
+    prepare.add_argument(
+        "--split", choices=["rows", "paper", "random"],
+        help="rows: 80%% / 10%% / 10%% in order (default of criteo); random: the same at random (default of avazu); "
+        "paper: of criteo days 1-6 (or all files but the last) train, the rest halved into test and valid; of avazu "
+        "random",
+    )  # fmt: skip
+    prepare.add_argument("--seed", type=int, help="of the random split (default 0)")
+    prepare.add_argument(
+        "--max-malformed", type=float, metavar="SHARE", help="of a file's lines; more is an error (default 0.1)"
+    )
+    prepare.add_argument(
+        "--memory", metavar="SIZE", help="of all processes, such as 16G (default: half of the machine's)"
+    )
+    prepare.add_argument("--processes", type=_positive, metavar="N", help="at most N (default: all cores)")
+    prepare.add_argument(
+        "--pass", dest="only", choices=["read", "count", "vocabulary", "write", "merge"], help="do this pass alone"
+    )
+    prepare.add_argument("--shard", metavar="I/N", help="do share I of N of the pass; I is from 0 to N-1")
+    prepare.add_argument("--check", metavar="DIR", help="verify a prepared data set instead of making one")
 
     synth = add("synth", _synth, "Criteo-shaped logs with power-law ids and a learnable label.")
     synth.add_argument("--out", required=True, help="directory to write; must not exist or be empty")
@@ -273,6 +324,11 @@ def _build_parser() -> argparse.ArgumentParser:
         "--num-embeddings", type=int, default=10_000, help="rows of the largest table (default %(default)s)"
     )
     synth.add_argument("--alpha", type=float, default=1.05, help="exponent of the power law (default %(default)s)")
+    synth.add_argument(
+        "--multi-valued", nargs="+", type=_list_length, default=[], metavar="C3=5",
+        help="features that hold lists of ids, each with the mean length of its lists",
+    )  # fmt: skip
+    synth.add_argument("--weighted", nargs="+", default=[], metavar="C3", help="those of them whose ids have weights")
     synth.add_argument(
         "--format", choices=["parquet", "tsv"], default="parquet",
         help="parquet: a data set to train on; tsv: raw Criteo logs for `mlet prepare` (default %(default)s)",
@@ -343,12 +399,22 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="directory of the data set")
+    parser.add_argument("--data", required=True, help="directory of the data set, or its URL")
     parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="default %(default)s")
 
 
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks through torch elastic")
+
+
+def _list_length(text: str) -> tuple[str, float]:
+    name, _, mean = text.partition("=")
+    try:
+        return name, float(mean)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a feature and the mean length of its lists, as in C3=5"
+        ) from None
 
 
 def _positive(text: str) -> int:

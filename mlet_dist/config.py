@@ -32,11 +32,18 @@ def _setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) 
 class DataConfig:
     """Which data set is read, and in what batches."""
 
-    path: str = _setting("directory of a data set made by `mlet prepare` or `mlet synth`")
+    path: str = _setting(
+        "directory of a data set made by `mlet prepare` or `mlet synth`, or its URL (s3://…; needs s3fs, gcsfs, …)"
+    )
     batch_size: int = _setting("rows of a global training batch, a multiple of the world size", 128, at_least=1)
     eval_batch_size: int = _setting("rows of a global evaluation batch", 8192, at_least=1)
     dense_features: tuple[str, ...] | None = _setting("dense columns to use; null takes all", None)
     sparse_features: tuple[str, ...] | None = _setting("categorical columns to use; null takes all", None)
+    shuffle: bool = _setting("mix the training rows anew in each epoch, by train.seed; false keeps their order", False)
+    shuffle_buffer: int = _setting(
+        "rows of all ranks together among which shuffle mixes, of row groups in random order", 1 << 18, at_least=1
+    )
+    reader_threads: int = _setting("threads of a rank that decode training rows ahead", 2, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,9 @@ class ModelConfig:
     )
     top_mlp: tuple[int, ...] = _setting(
         "hidden layers of the over arch, one or more; 1 is appended", (512, 256), at_least=1, min_length=1
+    )
+    pooling: Literal["sum", "mean"] = _setting(
+        "how the vectors of a multi-valued feature's ids become one; those with weights are summed", "sum"
     )
     rows_init: Literal["uniform", "normal"] = _setting(
         "W1: uniform ±1/sqrt(num_embeddings), or N(0, rows_init_std^2)", "uniform"
@@ -176,7 +186,7 @@ class ShardingConfig:
 class TrainConfig:
     """How long to train, and what to say meanwhile."""
 
-    seed: int = _setting("fixes all initial values", 0, at_least=0, at_most=2**63 - 1)
+    seed: int = _setting("fixes all initial values, and the order of shuffled rows", 0, at_least=0, at_most=2**63 - 1)
     epochs: int = _setting("passes over the training split", 1, at_least=1)
     max_steps: int | None = _setting("stop after this many steps; null trains all epochs", None, at_least=1)
     log_every: int = _setting("steps between two records in metrics.jsonl and TensorBoard", 100, at_least=1)
@@ -213,13 +223,20 @@ class Config:
     def warnings(self) -> list[str]:
         """Settings that are possible but that the user should know of, one line each."""
         k, d = self.model.hidden_dim, self.model.embedding_dim
+        found = []
         if k is not None and k < d:
-            return [
+            found.append(
                 f"model.hidden_dim {k} is below model.embedding_dim {d}: W1·W2 then has rank at most {k}, and by "
                 "Theorem 2.2 of the MLET paper (arXiv:2006.05623) not every table of d columns can be reached; "
                 f"use {d} or more, best over {4 * d}"
-            ]
-        return []
+            )
+        if self.data.shuffle and self.data.shuffle_buffer < 2 * self.data.batch_size:
+            found.append(
+                f"data.shuffle_buffer {self.data.shuffle_buffer} holds fewer than two batches of data.batch_size "
+                f"{self.data.batch_size}: row groups come in random order, but the rows of one stay together; use "
+                f"{2 * self.data.batch_size} or more, best over {16 * self.data.batch_size}"
+            )
+        return found
 
     def check_world_size(self, world_size: int) -> None:
         """Raise UserError unless every rank gets an equal share of a training batch."""

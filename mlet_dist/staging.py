@@ -1,5 +1,6 @@
 """All or nothing: a directory is filled under a temporary name and takes its real one when complete."""
 
+import fcntl
 import glob
 import os
 import shutil
@@ -16,8 +17,8 @@ from mlet_dist.errors import UserError
 def staged_directory(out: Path) -> Iterator[Path]:
     """Give a temporary sibling of ``out`` to fill; rename it to ``out`` at the end, remove it on any exception.
 
-    Missing parents are created, and removed again on an exception. Temporary siblings that are there already are
-    named on stderr and kept: a killed process left them, or another one is filling them.
+    Missing parents are created, and removed again on an exception. Temporary siblings that a killed process has left
+    are removed; one that another process is filling is named on stderr and kept.
 
     Raises:
         UserError: ``out`` is the current directory, a file, a directory that is not empty or a mount point, or it
@@ -30,11 +31,12 @@ def staged_directory(out: Path) -> Iterator[Path]:
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
     missing = [parent for parent in out.parents if not parent.exists()]
     try:
-        _check_free(out)
-        _tell_leftovers(out)
+        check_free(out)
+        _remove_leftovers(out)
         temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(out)
+        with _held(temporary):
+            yield temporary
+            temporary.rename(out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in missing:
@@ -45,7 +47,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
         raise
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """Raise UserError unless a directory can be renamed to ``out``: nothing or an empty directory is there."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -56,11 +59,21 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out}: exists and is not empty; name another directory or remove this one")
 
 
-def _tell_leftovers(out: Path) -> None:
-    leftovers = sorted(map(str, out.parent.glob(f".{glob.escape(out.name)}.{8 * '[0-9a-f]'}.tmp")))
-    if leftovers:
-        print(
-            f"mlet: warning: {', '.join(leftovers)}: left by a killed run, unless another process writes {out} now; "
-            "if none is, remove by hand",
-            file=sys.stderr,
-        )
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Lock a directory; OSError where another process holds it. The lock ends with its process, however that ends."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.{8 * '[0-9a-f]'}.tmp")):
+        try:
+            with _held(path):
+                shutil.rmtree(path)
+        except OSError:
+            print(f"mlet: warning: {path}: another process seems to write {out} now", file=sys.stderr)

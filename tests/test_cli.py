@@ -35,11 +35,10 @@ def watch_imports(*arguments: object) -> tuple[list[str], list[str]]:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A config whose data set is described, though it has no rows: enough for all that is checked before training."""
-    parts = {split: (Part(f"{split}/0.parquet", 10),) for split in ("train", "valid", "test")}
-    rates = dict.fromkeys(parts, 0.5)
+    parts = {split: (Part(f"{split}/0.parquet", 10, 5, 99, 64 * "0"),) for split in ("train", "valid", "test")}
     data = tmp_path / "data"
     data.mkdir()
-    DatasetSchema("synthetic", "label", ("I1",), (SparseFeature("C1", 9),), 1, 0, False, rates, parts).save(data)
+    DatasetSchema("synthetic", "label", ("I1",), (SparseFeature("C1", 9),), 0, parts).save(data)
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {{path: {data}, batch_size: 8}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
     return path

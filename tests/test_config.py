@@ -277,6 +277,16 @@ def test_hidden_dim_below_embedding_dim_is_a_warning(file: Path) -> None:
         assert load_config(file, [f"model.hidden_dim={hidden_dim}", "model.embedding_dim=16"]).warnings() == []
 
 
+def test_a_buffer_of_less_than_two_batches_is_a_warning(file: Path) -> None:
+    settings = ["data.shuffle=true", "data.batch_size=100"]
+    (warning,) = load_config(file, [*settings, "data.shuffle_buffer=199"]).warnings()
+    assert re.match(
+        r"data\.shuffle_buffer 199 holds fewer than two batches of data\.batch_size 100: .*use 200", warning
+    )
+    assert load_config(file, [*settings, "data.shuffle_buffer=200"]).warnings() == []
+    assert load_config(file, ["data.shuffle=false", "data.shuffle_buffer=1"]).warnings() == []
+
+
 @pytest.mark.parametrize(("batch", "ranks", "advice"), [(512, 3, "510 or 513"), (2, 3, "3"), (3, 2, "2 or 4")])
 def test_a_batch_that_ranks_cannot_share_names_both(batch: int, ranks: int, advice: str, file: Path) -> None:
     config = load_config(file, [f"data.batch_size={batch}"])

@@ -1,14 +1,9 @@
-"""Batches of a prepared data set, each rank's share of them.
+"""Batches of a prepared data set, each rank's share of them; ``order.py`` says which rows those are."""
 
-Global batch g is rows [g·B, (g+1)·B) of the split in file order, whatever the world size; rank r of R takes rows
-[r·b, (r+1)·b) of it, b = B/R. So a run may go on with another world size and see the same global batches.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Event, Thread
 
 import numpy as np
 import torch
@@ -16,8 +11,13 @@ from torch.fx._symbolic_trace import PHWithMeta
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from mlet_dist.data.row_groups import RowReader, SplitRows
+from mlet_dist.data.columns import Rows
+from mlet_dist.data.jagged import JaggedBuilder
+from mlet_dist.data.order import Order, Shuffle
+from mlet_dist.data.read_ahead import iterate_ahead
+from mlet_dist.data.row_groups import SplitRows
 from mlet_dist.data.schema import SPLITS, DatasetSchema
+from mlet_dist.data.window_reader import read_windows
 from mlet_dist.errors import UserError
 
 BATCHES_AHEAD = 4
@@ -29,7 +29,7 @@ class Batch(Pipelineable):
 
     Attributes:
         dense: (b, num_dense) float32.
-        sparse: one id a bag, int64 values, stride b; a padding row's bags are empty.
+        sparse: int64 values, stride b; float32 weights where a feature has some; a padding row's bags are empty.
         labels: (b,) float32.
         num_rows: rows ``[num_rows:]`` are padding, which only the last batch of an evaluation pass has.
     """
@@ -64,7 +64,10 @@ class Batch(Pipelineable):
 
 
 class DataLoader:
-    """Iterates over one rank's batches of a split; a background thread reads ahead.
+    """Iterates over one rank's batches of a split; background threads read, decode and check ahead.
+
+    An iterator ends with its epoch, and the next one is of the next epoch. Threads end with their iterator: when it is
+    exhausted, closed or collected.
 
     Args:
         path: the data set's directory.
@@ -74,11 +77,14 @@ class DataLoader:
         dense_features, sparse_features: which columns and in which order; all of the schema where None.
         drop_last: True drops an incomplete last global batch (training); False pads it, so that every row comes
             exactly once and all ranks make the same number of batches of the same shape (evaluation).
-        start_batch: global batches to pass over without decoding them (resume).
+        shuffle: how rows are mixed anew in each epoch (training); None keeps the order of the files.
+        threads: how many decode; one more puts batches together.
+        pin_memory: put batches into page-locked memory, from which a copy to CUDA need not be waited for.
 
     Raises:
         UserError: the data set, the split, a feature or the batch size does not fit; or, while iterating, a part is
-            unreadable or holds a label other than 0 and 1, a dense value that is not finite or an id outside its table.
+            unreadable or holds a label other than 0 and 1, a dense value or a weight that is not finite, an id outside
+            its table, or a missing value.
     """
 
     def __init__(
@@ -92,7 +98,9 @@ class DataLoader:
         dense_features: Sequence[str] | None,
         sparse_features: Sequence[str] | None,
         drop_last: bool,
-        start_batch: int = 0,
+        shuffle: Shuffle | None = None,
+        threads: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         schema = DatasetSchema.load(path)
         if split not in SPLITS:
@@ -103,71 +111,80 @@ class DataLoader:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
         dense = _choose(path, "dense", dense_features, schema.dense)
         sparse = _choose(path, "sparse", sparse_features, tuple(schema.num_embeddings))
-        self._rows = schema.rows[split]
         self._parts = SplitRows(path, schema, schema.parts[split], dense, sparse)
-        self._batch_size, self._local_batch_size, self._rank = batch_size, batch_size // world_size, rank
-        self._sparse = list(sparse)
-        self._num_dense = len(dense)
-        self._end_batch = self._rows // batch_size if drop_last else -(-self._rows // batch_size)
-        if not self._end_batch:
-            raise UserError(f"{path}: {split} has {self._rows} rows, fewer than one global batch of {batch_size}")
-        if not 0 <= start_batch <= self._end_batch:
-            raise UserError(f"{path}: cannot start {split} at batch {start_batch}; it has {self._end_batch} batches")
-        self._start_batch = start_batch
+        self._order = Order(
+            self._parts.group_rows,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+            shuffle=shuffle,
+        )
+        if not self._order.batches:
+            raise UserError(f"{path}: {split} has {self._order.rows} rows, fewer than one global batch of {batch_size}")
+        self._where, self._batch_size, self._shuffle = f"{path}: {split}", batch_size, shuffle
+        self._local_size = batch_size // world_size
+        self._jagged = JaggedBuilder(sparse, self._local_size, weighted=self._parts.weighted)
+        self._threads, self._pin_memory = threads, pin_memory
+        self._position = 0  # batches, over all epochs, before the first of the next iterator
 
     def __len__(self) -> int:
-        """Number of batches that an iteration yields, the same on every rank; ``start_batch`` are not among them."""
-        return self._end_batch - self._start_batch
+        """Number of batches of an epoch, the same on every rank."""
+        return self._order.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        queue: Queue[Batch | BaseException | None] = Queue(maxsize=BATCHES_AHEAD)
-        abandoned = Event()
-        thread = Thread(target=self._produce, args=(queue, abandoned), name="mlet-loader", daemon=True)
-        thread.start()
-        try:
-            while (item := queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            abandoned.set()
-            try:  # A full queue blocks the thread: make room for what it is about to put.
-                while True:
-                    queue.get_nowait()
-            except Empty:
-                thread.join()
+        epoch, first_batch = divmod(self._position, len(self))
+        yield from iterate_ahead(self._batches(epoch, first_batch), BATCHES_AHEAD)
+        self._position = (epoch + 1) * len(self)
 
-    def _produce(self, queue: "Queue[Batch | BaseException | None]", abandoned: Event) -> None:
-        try:
-            reader = RowReader(self._parts)
-            for index in range(self._start_batch, self._end_batch):
-                if abandoned.is_set():
-                    return
-                queue.put(self._batch(reader, index))
-            queue.put(None)
-        except BaseException as error:  # the consumer raises it
-            queue.put(error)
+    def state_dict(self, consumed: int) -> dict[str, int | None]:
+        """Where training stands once it has taken ``consumed`` batches in all epochs together.
 
-    def _batch(self, reader: RowReader, index: int) -> Batch:
-        size = self._local_batch_size
-        start = min(index * self._batch_size + self._rank * size, self._rows)
-        num_rows = min(size, self._rows - start)
-        dense = np.zeros((size, self._num_dense), dtype=np.float32)
-        ids = np.empty((len(self._sparse), num_rows), dtype=np.int64)
-        labels = np.zeros(size, dtype=np.float32)
-        reader.read(start, dense[:num_rows], ids, labels[:num_rows])
-        lengths = torch.zeros(len(self._sparse), size, dtype=torch.int64)
-        lengths[:, :num_rows] = 1
-        sparse = KeyedJaggedTensor(
-            keys=self._sparse,
-            values=torch.from_numpy(ids).flatten(),
-            lengths=lengths.flatten(),
-            stride=size,
-            # Known here; otherwise TorchRec has to copy the lengths back from the device to learn them.
-            length_per_key=[num_rows] * len(self._sparse),
-            offset_per_key=[num_rows * i for i in range(len(self._sparse) + 1)],
-        )
-        return Batch(torch.from_numpy(dense), sparse, torch.from_numpy(labels), num_rows)
+        The loader cannot know: a pipeline takes batches ahead. It holds for every number of ranks.
+        """
+        epoch, batch = divmod(consumed, len(self))
+        return {"epoch": epoch, "row": batch * self._batch_size, **self._fixed()}
+
+    def load_state_dict(self, state: Mapping[str, int | None]) -> int:
+        """Have the next iterator begin where ``state`` was taken, on any number of ranks.
+
+        Returns:
+            How many batches training had consumed.
+
+        Raises:
+            UserError: it was taken with another seed, shuffle buffer, batch size or number of rows, and so in another
+                order.
+        """
+        for key, expected in self._fixed().items():
+            if state.get(key) != expected:
+                raise UserError(
+                    f"{self._where}: cannot go on where the run stopped: {key} was {state.get(key)} and is {expected}; "
+                    "with another one the rows come in another order"
+                )
+        epoch, row = state["epoch"], state["row"]
+        assert epoch is not None
+        assert row is not None
+        self._position = epoch * len(self) + row // self._batch_size
+        return self._position
+
+    def _fixed(self) -> dict[str, int | None]:
+        """What the order of rows depends on, besides the files."""
+        seed, buffer = (None, None) if self._shuffle is None else (self._shuffle.seed, self._shuffle.buffer_rows)
+        return {"seed": seed, "shuffle_buffer": buffer, "batch_size": self._batch_size, "rows": self._order.rows}
+
+    def _batches(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
+        with closing(read_windows(self._parts, self._order, epoch, first_batch, self._threads)) as windows:
+            for window, rows in windows:
+                for pick in self._order.picks(epoch, window):
+                    yield self._batch(rows if pick is None else rows.take(pick))
+
+    def _batch(self, rows: Rows) -> Batch:
+        dense = np.zeros((self._local_size, rows.dense.shape[1]), dtype=np.float32)
+        dense[: len(rows)] = rows.dense
+        labels = np.zeros(self._local_size, dtype=np.float32)
+        labels[: len(rows)] = rows.labels
+        batch = Batch(torch.from_numpy(dense), self._jagged.build(rows), torch.from_numpy(labels), len(rows))
+        return batch.pin_memory() if self._pin_memory else batch
 
 
 def _choose(path: Path, kind: str, wanted: Sequence[str] | None, offered: Sequence[str]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Writes rows that arrive in order as the Parquet parts of the train, valid and test splits."""
 
+import hashlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mlet_dist.errors import UserError
 PART_ROWS = 1 << 20
 # Small, so that a rank can pass over the rows of the other ranks without decoding them.
 ROW_GROUP_ROWS = 1 << 14
+PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
 MIN_ROWS = 10
 
 
@@ -44,7 +46,6 @@ class PartWriter:
         self.parts: dict[str, list[Part]] = {split: [] for split in SPLITS}
         self._directory, self._label = directory, label
         self._bounds = split_bounds(rows)
-        self._positives = dict.fromkeys(SPLITS, 0)
         self._position = 0
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
@@ -63,19 +64,22 @@ class PartWriter:
             if self._pending_rows == PART_ROWS or self._position == stop:
                 self._flush(split)
 
-    def positive_rate(self) -> dict[str, float]:
-        """Share of rows with label 1, by split, once all rows are written."""
-        return {split: self._positives[split] / (stop - start) for split, (start, stop) in self._bounds.items()}
-
     def _flush(self, split: str) -> None:
         table = pa.concat_tables(self._pending)
         path = f"{split}/part-{len(self.parts[split]):05}.parquet"
-        write_parquet(table, self._directory / path)
-        self.parts[split].append(Part(path, table.num_rows))
-        self._positives[split] += pc.sum(table[self._label]).as_py()
+        file = self._directory / path
+        write_parquet(table, file)
+        positives = pc.sum(table[self._label]).as_py()
+        self.parts[split].append(Part(path, table.num_rows, positives, file.stat().st_size, sha256_of(file)))
         self._pending, self._pending_rows = [], 0
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write one Parquet file with small row groups and page checksums."""
-    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, compression="zstd", write_page_checksum=True)
+    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, **PARQUET_OPTIONS)

@@ -1,158 +1,191 @@
-"""Raw Criteo logs become a data set: split in time order, categorical values become ids, Parquet parts.
+"""Raw data becomes a data set: read, count, vocabulary, write, and merge, which puts it together under its name.
 
-The raw text is read once, into a staging file, since the number of rows decides where the splits are. Memory is
-bounded by one part's rows and the vocabulary, not by the number of rows.
+Memory is bounded by a setting and the vocabulary, not by the number of rows; an interrupted run goes on where it was.
 """
 
-import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from mlet_dist.data.criteo import DENSE, LABEL, SPARSE, CriteoReader
-from mlet_dist.data.parts import PART_ROWS, PartWriter, split_bounds, write_parquet
-from mlet_dist.data.schema import DatasetSchema, SparseFeature
+from mlet_dist.data.blocks import examine
+from mlet_dist.data.formats import criteo
+from mlet_dist.data.manifest import assemble
+from mlet_dist.data.passes import Passes, Shard
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.data.table import MAX_MIN_COUNT, TableSpec
+from mlet_dist.data.work import WorkDirectory
+from mlet_dist.data.workers import Workers
 from mlet_dist.errors import UserError
-from mlet_dist.progress import Progress
-from mlet_dist.staging import staged_directory
+from mlet_dist.staging import check_free
 
-MERGE_ROWS = 1 << 18
-MAX_MIN_COUNT = 2**63 - 1  # counts are int64
+PASSES = ("read", "count", "vocabulary", "write", "merge")
+SHARDED = ("read", "count", "write")
+
+# Below this, starting processes takes longer than the work.
+SMALL_BYTES = 24 << 20
+# What a process holds at most beside the vocabulary: a block as text, as columns and as Parquet.
+PROCESS_BYTES = 512 << 20
+RANGE_VALUE_BYTES = 256  # of a value, its count and the hash table that adds them up
 
 
-def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> DatasetSchema:
-    """Make the data set ``out`` from raw Criteo files, taken in the order given.
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use.
 
-    The first 80% of the rows are the training split, the next 10% valid, the last 10% test. Ids are given by
-    descending count in the training split, ties by value; a value seen there fewer than ``min_count`` times, or only
-    in the other splits, is out of vocabulary (id 0).
+    Attributes:
+        memory: bytes of all processes together, vocabularies aside; None is half of the machine's.
+        processes: at most so many; None is all cores.
+    """
+
+    memory: int | None = None
+    processes: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """``memory``, as a number."""
+        if self.memory is None:
+            return max(PROCESS_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        return self.memory
+
+    def workers(self, size: int) -> int:
+        """How many processes read ``size`` bytes of raw data."""
+        if self.bytes < PROCESS_BYTES:
+            raise UserError(f"memory is {self.bytes >> 20} MiB; at least {PROCESS_BYTES >> 20} MiB are needed")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = cores if self.processes is None else self.processes
+        if size < SMALL_BYTES and self.processes is None:
+            return 1
+        return max(1, min(wanted, self.bytes // PROCESS_BYTES))
+
+
+def prepare(
+    spec: TableSpec,
+    raw: Sequence[str | Path],
+    out: Path,
+    *,
+    resources: Resources | None = None,
+    only: str | None = None,
+    shard: Shard | None = None,
+) -> DatasetSchema | None:
+    """Make the data set ``out`` from raw files, taken in the order given.
+
+    Finished work is kept in ``.<name>.prepare`` beside ``out`` until the data set is whole; the same call goes on from
+    it.
+
+    Args:
+        spec: what the files hold and what becomes of it.
+        raw: paths, or URLs that fsspec opens.
+        out: a directory that does not exist or is empty.
+        resources: what may be used.
+        only: one of ``PASSES``, for work that several machines share; all that is needed before it must be done.
+        shard: this machine's share of the pass.
+
+    Returns:
+        The data set's schema; None after a pass that does not finish it.
 
     Raises:
-        UserError: ``min_count`` is out of range, ``out`` is taken, a raw file is unusable (see ``CriteoReader``), or
-            too few rows remain.
+        UserError: ``out`` is taken, a file is unusable, a split is empty, or what a pass needs is not there.
+        WorkerKilledError: a process was killed.
     """
-    if not 1 <= min_count <= MAX_MIN_COUNT:
-        raise UserError(f"min_count is {min_count}; it must be at least 1 and at most {MAX_MIN_COUNT}")
+    resources = resources or Resources()
     if not raw:
-        raise UserError("no raw file was given; name at least one Criteo log")
-    with staged_directory(out) as directory:
-        staging = directory / "staging.arrow"
-        rows, malformed = _stage(raw, staging)
-        writer = PartWriter(directory, rows, LABEL)
-        vocabularies = _build_vocabularies(staging, split_bounds(rows)["train"][1], min_count)
-        (directory / "vocabulary").mkdir()
-        for name, vocabulary in vocabularies.items():
-            write_parquet(vocabulary, directory / "vocabulary" / f"{name}.parquet")
-        with Progress("encode", rows, "rows") as progress:
-            for table in _read_staged(staging, [LABEL, *DENSE, *SPARSE]):
-                writer.write(_encode(table, vocabularies))
-                progress.update(table.num_rows)
-        staging.unlink()
-        schema = DatasetSchema(
-            source="criteo",
-            label=LABEL,
-            dense=DENSE,
-            sparse=tuple(SparseFeature(name, 1 + vocabularies[name].num_rows) for name in SPARSE),
-            min_count=min_count,
-            malformed=malformed,
-            vocabulary=True,
-            positive_rate=writer.positive_rate(),
-            parts={split: tuple(parts) for split, parts in writer.parts.items()},
-            vocabulary_id=_fingerprint(vocabularies),
+        raise UserError("no raw file was given; name at least one")
+    if not out.parts:  # Path("") is Path(".")
+        raise UserError("out is empty or the current directory; name a directory that does not exist yet")
+    if only is not None and only not in PASSES:
+        raise UserError(f"pass {only!r} does not exist; the passes are {', '.join(PASSES)}")
+    if shard is not None and only not in SHARDED:
+        raise UserError(
+            f"a shard goes with one of the passes {', '.join(SHARDED)}; {only or 'a whole run'} has no shares"
         )
-        schema.save(directory)
+    for sparse in spec.sparse:
+        if not 1 <= sparse.min_count <= MAX_MIN_COUNT:
+            raise UserError(f"min_count is {sparse.min_count}; it must be at least 1 and at most {MAX_MIN_COUNT}")
+    out = Path(os.path.realpath(out))
+    with _os_errors(out):
+        check_free(out)
+    # All of them first: a missing last file should not cost an hour.
+    files = [examine(str(path), spec.text, spec.used_columns) for path in raw]
+    processes = resources.workers(sum(file.size for file in files))
+    passes = Passes(spec, files, out)
+    missing = [parent for parent in out.parents if not parent.exists()]
+    with (
+        _os_errors(out),
+        passes.work.locked(shared=shard is not None),
+        _kept_work(passes.work, missing),
+        _arrow_threads(1),
+        Workers(processes) as workers,
+    ):
+        if only in (None, "read"):
+            passes.work.drop_stale()
+            passes.read(workers, shard or Shard())
+        if only in (None, "count"):
+            passes.count(workers, shard or Shard())
+        if only in (None, "vocabulary"):
+            passes.vocabulary(workers, max(1 << 16, resources.bytes // processes // RANGE_VALUE_BYTES))
+        if only in (None, "write"):
+            passes.write(workers, shard or Shard())
+        if only not in (None, "merge"):
+            return None
+        schema = assemble(passes)
+        if out.exists():
+            out.rmdir()  # empty, as check_free saw; a rename over it fails on some file systems
+        passes.data.rename(out)
+        passes.work.remove()
     return schema
 
 
-def _stage(raw: Sequence[Path], staging: Path) -> tuple[int, int]:
-    """Write the typed rows of the raw files to an Arrow file; returns the numbers of valid and malformed lines."""
-    readers = [CriteoReader(path) for path in raw]  # all of them first: a missing last file should not cost an hour
-    sink: pa.ipc.RecordBatchFileWriter | None = None
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with Progress("read", sum(reader.size for reader in readers), "bytes") as progress:
-        for reader in readers:
-            for table in reader.read(progress):
-                sink = sink or pa.ipc.new_file(staging, table.schema, options=options)
-                sink.write_table(table)
-    if sink is not None:
-        sink.close()
-    malformed = sum(reader.malformed for reader in readers)
-    return sum(reader.lines for reader in readers) - malformed, malformed
+def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> DatasetSchema:
+    """``prepare`` of Criteo logs: the first 80% of the rows are train, the next 10% valid, the last 10% test."""
+    schema = prepare(criteo(min_count), raw, out)
+    assert schema is not None
+    return schema
 
 
-def _read_staged(staging: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield the staged rows in tables of about ``PART_ROWS`` rows; the other columns are not decompressed."""
-    with pa.OSFile(str(staging)) as source:
-        schema = pa.ipc.open_file(source).schema
-        options = pa.ipc.IpcReadOptions(included_fields=[schema.get_field_index(name) for name in columns])
-        reader = pa.ipc.open_file(source, options=options)
-        batches: list[pa.RecordBatch] = []
-        for index in range(reader.num_record_batches):
-            batches.append(reader.get_batch(index))
-            if sum(batch.num_rows for batch in batches) >= PART_ROWS:
-                yield pa.Table.from_batches(batches)
-                batches = []
-        if batches:
-            yield pa.Table.from_batches(batches)
+@contextmanager
+def _kept_work(work: WorkDirectory, missing: Sequence[Path]) -> Iterator[None]:
+    """On an error, keep finished work and say so; remove it, with the parents, where there is nothing to go on from.
+
+    Of a file that cannot be used, the blocks before the fault are nothing to go on from: it will be another file. After
+    a full disk, an interrupt or a killed process they are.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not work.finished(whole_files=type(error) is UserError):
+            work.remove()
+            for parent in missing:
+                with suppress(OSError):
+                    parent.rmdir()
+        elif isinstance(error, UserError | OSError):
+            kept = f"(finished work is kept in {work.root}; the same command goes on from it)"
+            raise type(error)(f"{_reason(error)} {kept}") from error
+        raise
 
 
-class _ValueCounter:
-    """Counts values over many tables; merges only once enough pend, so that the work grows with the rows counted."""
-
-    def __init__(self) -> None:
-        self._merged = pa.table({"value": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
-        self._pending: list[pa.Table] = []
-
-    def add(self, values: pa.ChunkedArray) -> None:
-        counts = pc.value_counts(values)
-        self._pending.append(pa.table({"value": counts.field("values"), "count": counts.field("counts")}))
-        if sum(table.num_rows for table in self._pending) > max(MERGE_ROWS, self._merged.num_rows):
-            self._merge()
-
-    def vocabulary(self, min_count: int) -> pa.Table:
-        """Columns value and count, by descending count, ties by value."""
-        self._merge()
-        kept = self._merged.filter(pc.greater_equal(self._merged["count"], min_count))
-        return kept.sort_by([("count", "descending"), ("value", "ascending")]).combine_chunks()
-
-    def _merge(self) -> None:
-        table = pa.concat_tables([self._merged, *self._pending])
-        grouped = table.group_by("value").aggregate([("count", "sum")])
-        self._merged = grouped.select(["value", "count_sum"]).rename_columns(["value", "count"])
-        self._pending = []
+@contextmanager
+def _os_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {_reason(error)}") from error
 
 
-def _build_vocabularies(staging: Path, train_rows: int, min_count: int) -> dict[str, pa.Table]:
-    """Count the values of the first ``train_rows`` rows; row i of a vocabulary is id i + 1."""
-    counters = {name: _ValueCounter() for name in SPARSE}
-    left = train_rows
-    with Progress("count", train_rows, "rows") as progress:
-        for table in _read_staged(staging, SPARSE):
-            table = table.slice(0, left)
-            for name, counter in counters.items():
-                counter.add(table[name])
-            left -= table.num_rows
-            progress.update(table.num_rows)
-            if not left:
-                break
-    return {name: counter.vocabulary(min_count) for name, counter in counters.items()}
+def _reason(error: Exception) -> str:
+    # pyarrow's own words hold the file's position and more.
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
-def _fingerprint(vocabularies: dict[str, pa.Table]) -> str:
-    digest = hashlib.sha256()
-    for name, vocabulary in vocabularies.items():
-        digest.update(f"{name} {vocabulary.num_rows}\n".encode())
-        for batch in vocabulary.to_batches(max_chunksize=MERGE_ROWS):
-            # A value holds no line end: it was a field of a line.
-            digest.update("".join(f"{value}\n" for value in batch["value"].to_pylist()).encode())
-    return digest.hexdigest()
-
-
-def _encode(table: pa.Table, vocabularies: dict[str, pa.Table]) -> pa.Table:
-    columns = {name: table[name] for name in (LABEL, *DENSE)}
-    for name, vocabulary in vocabularies.items():
-        index = pc.index_in(table[name], value_set=vocabulary["value"])  # null where the value is not in it
-        columns[name] = pc.fill_null(pc.add(index, pa.scalar(1, pa.int32())), 0)
-    return pa.table(columns)
+@contextmanager
+def _arrow_threads(count: int) -> Iterator[None]:
+    """Processes are what runs side by side here; Arrow's threads beside them would only wait for one another."""
+    before = pa.cpu_count()
+    pa.set_cpu_count(count)
+    try:
+        yield
+    finally:
+        pa.set_cpu_count(before)

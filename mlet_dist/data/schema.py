@@ -1,15 +1,23 @@
-"""What a prepared data set holds: its features, their vocabularies' sizes, its splits and its parts."""
+"""What a prepared data set holds: its features, their vocabularies' sizes, its splits and its parts.
+
+Columns of a part: the label int8 (0 or 1); a dense feature float32, finite; a sparse feature int32, or where it is
+multi-valued list<int32>; the weights of a weighted feature in ``<name>.weight``, list<float32> of the same lengths. No
+value and no list is null, a list may be empty.
+"""
 
 import json
+import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlet_dist.data.names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "valid", "test")
 FILE_NAME = "schema.json"
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
@@ -19,18 +27,40 @@ _SHOWN_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class SparseFeature:
-    """A categorical feature whose ids are in ``[0, num_embeddings)``; id 0 is out of vocabulary."""
+    """A categorical feature whose ids are in ``[0, num_embeddings)``.
+
+    Attributes:
+        name: of the column, of the feature and of its table.
+        num_embeddings: rows of its table.
+        multi_valued: a row holds a list of ids instead of one.
+        weighted: each id of a list has a weight; multi-valued features only.
+        pooling_factor: mean number of ids a row in the training split; 1 where ``multi_valued`` is false.
+    """
 
     name: str
     num_embeddings: int
+    multi_valued: bool = False
+    weighted: bool = False
+    pooling_factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """One Parquet file of a split; ``path`` is relative to the data set's directory."""
+    """One Parquet file of a split.
+
+    Attributes:
+        path: relative to the data set's directory.
+        rows: how many it holds.
+        positives: how many of them have label 1.
+        bytes: size of the file.
+        sha256: of the file's content, in hexadecimal.
+    """
 
     path: str
     rows: int
+    positives: int
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -38,14 +68,11 @@ class DatasetSchema:
     """The content of ``schema.json``.
 
     Attributes:
-        source: ``criteo`` or ``synthetic``.
+        source: ``criteo``, ``avazu``, ``table`` or ``synthetic``.
         label: name of the label column (int8, 0 or 1).
-        dense: names of the float32 columns, already transformed.
-        sparse: the int32 id columns, one id a row.
-        min_count: a value seen fewer times than this in the training split has id 0.
+        dense: names of the float32 columns, already transformed; there may be none.
+        sparse: the columns of ids.
         malformed: raw lines that were skipped.
-        vocabulary: whether ``vocabulary/<feature>.parquet`` says which raw value each id stands for.
-        positive_rate: share of rows with label 1, by split.
         parts: the Parquet files in row order, by split.
         vocabulary_id: fingerprint of what the ids mean; data sets whose ids mean the same have the same one.
     """
@@ -54,10 +81,7 @@ class DatasetSchema:
     label: str
     dense: tuple[str, ...]
     sparse: tuple[SparseFeature, ...]
-    min_count: int
     malformed: int
-    vocabulary: bool
-    positive_rate: dict[str, float]
     parts: dict[str, tuple[Part, ...]]
     vocabulary_id: str = ""
 
@@ -65,6 +89,12 @@ class DatasetSchema:
     def rows(self) -> dict[str, int]:
         """Number of rows of each split."""
         return {split: sum(part.rows for part in parts) for split, parts in self.parts.items()}
+
+    @property
+    def positive_rate(self) -> dict[str, float]:
+        """Share of rows with label 1 in each split; NaN where it has no rows."""
+        positives = {split: sum(part.positives for part in parts) for split, parts in self.parts.items()}
+        return {split: positives[split] / rows if rows else math.nan for split, rows in self.rows.items()}
 
     @property
     def num_embeddings(self) -> dict[str, int]:
@@ -78,14 +108,11 @@ class DatasetSchema:
             "source": self.source,
             "label": self.label,
             "dense": list(self.dense),
-            "sparse": [{"name": f.name, "num_embeddings": f.num_embeddings} for f in self.sparse],
-            "min_count": self.min_count,
+            "sparse": [asdict(feature) for feature in self.sparse],
             "malformed": self.malformed,
-            "vocabulary": self.vocabulary,
             "vocabulary_id": self.vocabulary_id,
             "rows": self.rows,
-            "positive_rate": self.positive_rate,
-            "parts": {split: [{"path": p.path, "rows": p.rows} for p in parts] for split, parts in self.parts.items()},
+            "parts": {split: [asdict(part) for part in parts] for split, parts in self.parts.items()},
         }
         (directory / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -125,28 +152,45 @@ class DatasetSchema:
                 "prepare the data set again"
             )
         take = partial(_take, path)
-        rates, parts, rows = (take(content, key, *_SPLITS) for key in ("positive_rate", "parts", "rows"))
+        parts, rows = (take(content, key, *_SPLITS) for key in ("parts", "rows"))
         schema = cls(
             source=take(content, "source", *_TEXT),
             label=take(content, "label", *_NAME),
             dense=tuple(take(content, "dense", *_NAMES)),
             sparse=tuple(
-                SparseFeature(take(f, "name", *_NAME, within), take(f, "num_embeddings", *_TABLE_SIZE, within))
+                SparseFeature(
+                    take(f, "name", *_TABLE_NAME, within),
+                    take(f, "num_embeddings", *_TABLE_SIZE, within),
+                    take(f, "multi_valued", *_FLAG, within),
+                    take(f, "weighted", *_FLAG, within),
+                    float(take(f, "pooling_factor", *_FACTOR, within)),
+                )
                 for within, f in _enumerated("sparse", take(content, "sparse", *_FEATURES))
             ),
-            min_count=take(content, "min_count", *_COUNT),
             malformed=take(content, "malformed", *_COUNT),
-            vocabulary=take(content, "vocabulary", *_FLAG),
-            positive_rate={split: float(take(rates, split, *_RATE, "positive_rate.")) for split in SPLITS},
             parts={
                 split: tuple(
-                    Part(take(p, "path", *_PART_PATH, within), take(p, "rows", *_COUNT, within))
+                    Part(
+                        take(p, "path", *_PART_PATH, within),
+                        take(p, "rows", *_COUNT, within),
+                        take(p, "positives", *_COUNT, within),
+                        take(p, "bytes", *_COUNT, within),
+                        take(p, "sha256", *_SHA256, within),
+                    )
                     for within, p in _enumerated(f"parts.{split}", take(parts, split, *_OBJECTS, "parts."))
                 )
                 for split in SPLITS
             },
             vocabulary_id=take(content, "vocabulary_id", *_TEXT),
         )
+        for index, feature in enumerate(schema.sparse):
+            if feature.multi_valued:
+                continue
+            if feature.weighted or feature.pooling_factor != 1:
+                raise UserError(
+                    f"{path}: sparse[{index}]: {feature.name!r} holds one id a row, so weighted must be false and "
+                    "pooling_factor 1"
+                )
         columns = {schema.label: "label"}
         for key, name in (*(("dense", n) for n in schema.dense), *(("sparse", f.name) for f in schema.sparse)):
             if name in columns:
@@ -175,11 +219,6 @@ def _enumerated(key: str, holders: list[dict[str, Any]]) -> list[tuple[str, dict
     return [(f"{key}[{index}].", holder) for index, holder in enumerate(holders)]
 
 
-def _is_name(value: Any) -> bool:
-    # Names are parts of file names and of the names of a model's tensors.
-    return isinstance(value, str) and value.isprintable() and value != "" and not set(value) & set("./")
-
-
 def _is_inside(value: Any) -> bool:
     if not (isinstance(value, str) and value.isprintable()):
         return False
@@ -204,9 +243,14 @@ _TEXT = (lambda value: isinstance(value, str), "text")
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _COUNT = (lambda value: _is_whole(value, 0, float("inf")), "a whole number, 0 or more")
 _TABLE_SIZE = (lambda value: _is_whole(value, 1, MAX_NUM_EMBEDDINGS), f"a whole number from 1 to {MAX_NUM_EMBEDDINGS}")
-_RATE = (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1")
-_NAME = (_is_name, "a column's name, text without dots and slashes")
-_NAMES = (lambda value: value != [] and _is_list(value, _is_name), "a list of columns' names, without dots and slashes")
+_FACTOR = (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number, 0 or more")
+_SHA256 = (
+    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    "64 hexadecimal digits",
+)
+_NAME = (is_name, f"a column's name: {NAME_RULE}")
+_TABLE_NAME = (is_table_name, f"a table's name: {TABLE_NAME_RULE}")
+_NAMES = (lambda value: _is_list(value, is_name), f"a list of columns' names: {NAME_RULE}")
 _OBJECTS = (lambda value: _is_list(value, _is_object), "a list of objects")
 _FEATURES = (lambda value: value != [] and _is_list(value, _is_object), "a list of one object or more")
 _SPLITS = (_is_object, f"an object with the keys {', '.join(SPLITS)}")

@@ -35,7 +35,12 @@ def evaluate_path(target: Path, data: Path, split: str, batch_size: int = 8192, 
     spec.check_data(DatasetSchema.load(data), data)
     with join_ranks(device) as worker:
         local_batch_size = -(-batch_size // worker.world_size)
-        model, _ = shard_model(build_dlrm(spec, tables_device=torch.device("meta")), worker, local_batch_size)
+        model, _ = shard_model(
+            build_dlrm(spec, tables_device=torch.device("meta")),
+            worker,
+            local_batch_size,
+            pooling_factors=spec.pooling_factors,
+        )
         load_model(model, checkpoint, key)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
     return {"target": str(target), "split": split, **found}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from mlet_dist.config import RowsDtype
@@ -30,13 +30,14 @@ def build_dlrm(
         rows_dtype: of all tables, or by table; an export and its verification know fp32 alone.
     """
     tables = _table_configs(spec, rows_dtype)
-    embeddings = MultiLayerEmbeddingBagCollection(tables, device=tables_device, seed=spec.seed)
+    embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, device=tables_device, seed=spec.seed)
     return _around(embeddings, spec)
 
 
 def build_plain_dlrm(spec: ModelSpec) -> DLRM:
     """The model that is served: TorchRec's DLRM around TorchRec's EmbeddingBagCollection, unsharded on the CPU."""
-    return _around(EmbeddingBagCollection([table.plain_config() for table in _table_configs(spec)]), spec)
+    tables = [table.plain_config() for table in _table_configs(spec)]
+    return _around(EmbeddingBagCollection(tables, spec.is_weighted), spec)
 
 
 def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32") -> tuple[int, int]:
@@ -95,6 +96,8 @@ def _table_configs(
                 embedding_dim=model.embedding_dim,
                 hidden_dim=model.hidden_dim,
                 feature_names=[feature.name],
+                # Of one id the mean is the sum, which takes less work.
+                pooling=PoolingType.MEAN if model.pooling == "mean" and feature.multi_valued else PoolingType.SUM,
                 data_type=DataType(dtypes[feature.name].upper()),
                 weight_init_min=-bound,
                 weight_init_max=bound,

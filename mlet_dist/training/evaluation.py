@@ -26,6 +26,7 @@ def evaluation_loader(path: Path, split: str, spec: ModelSpec, batch_size: int, 
         dense_features=spec.dense,
         sparse_features=[feature.name for feature in spec.sparse],
         drop_last=False,
+        pin_memory=worker.device.type == "cuda",
     )
 
 

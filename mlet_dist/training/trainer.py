@@ -16,6 +16,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.order import Shuffle
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
@@ -50,7 +52,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
     Raises:
         UserError: a setting, the data set or the run directory is not as it must be, or the loss is not finite.
     """
-    data_path, run = Path(config.data.path), RunDirectory(Path(config.run.dir))
+    data_path, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data_path)
     spec = ModelSpec.of(config, schema)
     with join_ranks(config.train.device) as worker, ExitStack() as resources:
@@ -66,6 +68,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             dense_features=spec.dense,
             sparse_features=[feature.name for feature in spec.sparse],
             drop_last=True,
+            shuffle=Shuffle(config.train.seed, config.data.shuffle_buffer) if config.data.shuffle else None,
+            threads=config.data.reader_threads,
+            pin_memory=worker.device.type == "cuda",
         )
         split_loaders = {
             split: evaluation_loader(data_path, split, spec, config.data.eval_batch_size, worker)
@@ -81,7 +86,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         model = build_dlrm(spec, torch.device("meta"), rows_dtypes)
         fuse_row_optimizer(model, config.optimizer)
         local_batch_size = config.data.batch_size // worker.world_size
-        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding)
+        sharded, plan = shard_model(model, worker, local_batch_size, config.sharding, spec.pooling_factors)
         if worker.is_first:
             run.save_plan(plan.entries(), worker.world_size)
             with suppress(OSError):  # a log that nobody reads any more

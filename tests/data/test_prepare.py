@@ -1,22 +1,26 @@
-"""Tests of mlet_dist.data.prepare, parts and staging."""
+"""Tests of mlet_dist.data.prepare on Criteo logs: everything is computed again by the standard library's csv module."""
 
 import csv
 import gzip
+import hashlib
 import io
+import json
 import math
 import os
 import stat
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from mlet_dist.data import criteo, parts, prepare
-from mlet_dist.data.prepare import prepare_criteo
-from mlet_dist.data.schema import DatasetSchema, Part
+from mlet_dist.data import blocks, encoding, groups, passes, prepare
+from mlet_dist.data.formats import criteo
+from mlet_dist.data.prepare import Resources, prepare_criteo
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.data.splits import PAPER_CRITEO_FILES, PAPER_CRITEO_ROWS, SplitRule
 from mlet_dist.errors import UserError
 from tests.data.raw_logs import COLUMNS, RawLine, make_raw_lines, raw_bytes
 
@@ -82,23 +86,92 @@ def test_random_file_row_for_row(tmp_path: Path, write_raw: Write, min_count: in
     schema = prepare_criteo([write_raw(text, "day.tsv.gz")], tmp_path / "out", min_count=min_count)
     assert_as_computed_independently(tmp_path / "out", text.decode(), min_count)
     assert schema == DatasetSchema.load(tmp_path / "out")
-    assert (schema.source, schema.min_count, schema.malformed, schema.vocabulary) == ("criteo", min_count, 0, True)
+    assert (schema.source, schema.malformed) == ("criteo", 0)
 
 
-def test_many_blocks_merges_and_parts(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes so small that everything which happens only to large data happens here; the result is the same."""
-    monkeypatch.setattr(criteo, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(prepare, "PART_ROWS", 70)
-    monkeypatch.setattr(prepare, "MERGE_ROWS", 50)
-    monkeypatch.setattr(parts, "PART_ROWS", 150)
-    monkeypatch.setattr(parts, "ROW_GROUP_ROWS", 40)
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes so small that everything which happens only to large data happens."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(groups, "GROUP_ROWS", 150)
+    monkeypatch.setattr(encoding, "ROW_GROUP_ROWS", 40)
+    monkeypatch.setattr(prepare, "RANGE_VALUE_BYTES", 1 << 30)
+
+
+@pytest.mark.parametrize("name", ["day.tsv", "day.tsv.gz"])
+def test_many_blocks_groups_and_ranges(
+    tmp_path: Path, write_raw: Write, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_sizes(monkeypatch)
     text = raw_bytes(make_raw_lines(1003))
-    schema = prepare_criteo([write_raw(text)], tmp_path / "out", min_count=2)
+    schema = prepare_criteo([write_raw(text, name)], tmp_path / "out", min_count=2)
     assert_as_computed_independently(tmp_path / "out", text.decode(), min_count=2)
-    assert [part.rows for part in schema.parts["train"]] == [150] * 5 + [52]
-    assert schema.parts["train"][5] == Part("train/part-00005.parquet", 52)
-    footer = pq.read_metadata(tmp_path / "out/train/part-00000.parquet")
-    assert [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] == [40, 40, 40, 30]
+    assert len(schema.parts["train"]) > 3
+    for split, parts in schema.parts.items():
+        assert [part.path for part in parts] == [f"{split}/part-{i:05}.parquet" for i in range(len(parts))]
+        for part in parts:
+            content = (tmp_path / "out" / part.path).read_bytes()
+            assert (part.bytes, part.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+            assert part.positives == sum(pq.read_table(tmp_path / "out" / part.path)["label"].to_pylist())
+            footer = pq.read_metadata(tmp_path / "out" / part.path)
+            rows = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+            assert rows[:-1] == [40] * (len(rows) - 1)
+
+
+def test_processes_change_nothing(tmp_path: Path, write_raw: Write) -> None:
+    text = raw_bytes(make_raw_lines(2003))
+    files = [write_raw(text, "a.tsv.gz"), write_raw(text[: len(text) // 2], "b.tsv")]
+    for processes in (1, 2):
+        prepare.prepare(criteo(2), files, tmp_path / f"{processes}", resources=Resources(processes=processes))
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_paper_s_split_of_one_file(tmp_path: Path, write_raw: Write) -> None:
+    """Six sevenths, then the first half of the seventh day is test and the second one valid."""
+    lines = make_raw_lines(71)
+    path = write_raw(raw_bytes(lines))
+    prepare.prepare(criteo(1, PAPER_CRITEO_ROWS), [path], tmp_path / "out")
+    labels = [int(line[0]) for line in lines]
+    for split, expected in (("train", labels[:60]), ("test", labels[60:65]), ("valid", labels[65:])):
+        assert [row["label"] for row in written_rows(tmp_path / "out", split)] == expected
+
+
+def test_paper_s_split_of_day_files(tmp_path: Path, write_raw: Write) -> None:
+    lines = make_raw_lines(71)
+    days = [lines[:30], lines[30:50], lines[50:]]
+    paths = [write_raw(raw_bytes(day), f"day_{i}") for i, day in enumerate(days)]
+    prepare.prepare(criteo(1, PAPER_CRITEO_FILES), paths, tmp_path / "out")
+    labels = [int(line[0]) for line in lines]
+    for split, expected in (("train", labels[:50]), ("test", labels[50:60]), ("valid", labels[60:])):
+        assert [row["label"] for row in written_rows(tmp_path / "out", split)] == expected
+
+
+def test_random_split_does_not_depend_on_blocks_and_processes(
+    tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = make_raw_lines(1000)
+    for index, line in enumerate(lines):
+        line[1] = str(index)
+    spec = criteo(1, SplitRule("random", seed=5))
+    prepare.prepare(spec, [write_raw(raw_bytes(lines))], tmp_path / "a")
+    files = [write_raw(raw_bytes(lines[:333]), "1.tsv.gz"), write_raw(b"bad\n" + raw_bytes(lines[333:]), "2.tsv")]
+    small_sizes(monkeypatch)
+    prepare.prepare(spec, files, tmp_path / "b")
+    prepare.prepare(criteo(1, SplitRule("random", seed=6)), files, tmp_path / "c")
+    rows = {
+        name: {s: [row["I1"] for row in written_rows(tmp_path / name, s)] for s in ("train", "valid", "test")}
+        for name in "abc"
+    }
+    assert rows["a"] == rows["b"] != rows["c"]
+    assert all(values == sorted(values) for values in rows["a"].values())
+    assert sorted(value for values in rows["a"].values() for value in values) == pytest.approx(
+        [math.log1p(i) for i in range(1000)]
+    )
+    assert 760 < len(rows["a"]["train"]) < 840
+    assert 70 < len(rows["a"]["test"]) < 130
 
 
 def test_ids_by_hand(tmp_path: Path, write_raw: Write) -> None:
@@ -124,7 +197,7 @@ def test_vocabulary_id_is_that_of_the_vocabularies(
     assert len(expected) == 64
     other_test = [*LINES[:80], *make_raw_lines(20, seed=9)]
     assert id_of(other_test) == expected
-    monkeypatch.setattr(prepare, "MERGE_ROWS", 7)
+    small_sizes(monkeypatch)
     assert id_of(LINES) == expected
     swapped = [[*line[:14], line[15], line[14], *line[16:]] for line in LINES]
     more = [["0", *13 * [""], *26 * ["ffffffff"]], *LINES[1:]]
@@ -137,23 +210,6 @@ def test_min_count_that_no_value_reaches(tmp_path: Path, write_raw: Write) -> No
     assert {row[name] for row in written_rows(tmp_path / "out", "train") for name in SPARSE} == {0}
 
 
-def test_leftovers_of_a_killed_run_are_named_and_kept(
-    tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    leftovers = [tmp_path / f".o[u]t.{end}.tmp" for end in ("0123abcd", "89abcdef")]
-    for path in (*leftovers, tmp_path / ".other.0123abcd.tmp", tmp_path / ".o[u]t.mine.tmp"):
-        path.mkdir()
-    prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "o[u]t")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert warnings == [
-        f"mlet: warning: {leftovers[0]}, {leftovers[1]}: left by a killed run, unless another process writes "
-        f"{tmp_path}/o[u]t now; if none is, remove by hand"
-    ]
-    assert all(path.is_dir() for path in leftovers)
-    prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "out")
-    assert "warning" not in capsys.readouterr().err
-
-
 def test_files_are_taken_in_the_order_given(tmp_path: Path, write_raw: Write) -> None:
     later = write_raw(raw_bytes(LINES[60:]), "a.tsv.gz")
     earlier = write_raw(raw_bytes(LINES[:60]), "b.tsv")
@@ -161,17 +217,62 @@ def test_files_are_taken_in_the_order_given(tmp_path: Path, write_raw: Write) ->
     assert_as_computed_independently(tmp_path / "out", raw_bytes(LINES).decode(), 1)
 
 
-def test_malformed_lines_count_and_take_no_part(tmp_path: Path, write_raw: Write) -> None:
+def test_malformed_lines_count_and_take_no_part(
+    tmp_path: Path, write_raw: Write, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 5_000)
     lines = raw_bytes(LINES).splitlines(keepends=True)
-    path = write_raw(b"".join([b"\xff\n", *lines[:50], lines[0].replace(b"\t", b"\tx\t", 1), *lines[50:], b"cut"]))
+    text = b"".join([b"\xff\n", *lines[:50], lines[0].replace(b"\t", b"\tx\t", 1), *lines[50:], b"cut"])
+    path = write_raw(text)
     assert prepare_criteo([path], tmp_path / "out").malformed == 3
     assert_as_computed_independently(tmp_path / "out", raw_bytes(LINES).decode(), 1)
+    with (tmp_path / "out/quarantine.jsonl").open() as quarantine:
+        found = [json.loads(line) for line in quarantine]
+    assert [(each["file"], each["line"], each["reason"]) for each in found] == [
+        (str(path), 1, "1 fields instead of 40"),
+        (str(path), 52, "41 fields instead of 40"),
+        (str(path), 103, "1 fields instead of 40"),
+    ]
+    assert [found[0]["text"], found[2]["text"]] == ["\\xff", "cut"]
+    assert caplog.messages == [
+        f"{path}: skipped 3 malformed of 103 lines, e.g. line 1: 1 fields instead of 40; line 52: 41 fields instead of "
+        "40; line 103: 1 fields instead of 40"
+    ]
+
+
+def test_few_examples_are_kept(tmp_path: Path, write_raw: Write) -> None:
+    prepare_criteo([write_raw(raw_bytes(LINES) + 10 * b"bad\n")], tmp_path / "out")
+    assert len((tmp_path / "out/quarantine.jsonl").read_text().splitlines()) == passes.MAX_EXAMPLES
+
+
+def test_up_to_a_tenth_malformed_is_tolerated(tmp_path: Path, write_raw: Write) -> None:
+    good, bad = raw_bytes(make_raw_lines(180)), b"bad\n"
+    assert prepare_criteo([write_raw(good + 20 * bad)], tmp_path / "a").malformed == 20
+    with pytest.raises(UserError, match=r"day\.tsv: 21 of 201 lines are malformed, e\.g\. line 181: 1 fields"):
+        prepare_criteo([write_raw(good + 21 * bad)], tmp_path / "b")
+    strict = criteo(1, max_malformed=0.05)
+    with pytest.raises(UserError, match=r"20 of 200 lines are malformed"):
+        prepare.prepare(strict, [write_raw(good + 20 * bad)], tmp_path / "b")
+
+
+def test_up_to_ten_malformed_are_tolerated_in_a_short_file(tmp_path: Path, write_raw: Write) -> None:
+    good, bad = raw_bytes(make_raw_lines(10)), b"bad\n"
+    assert prepare_criteo([write_raw(good + 10 * bad)], tmp_path / "a").malformed == 10
+    with pytest.raises(UserError, match="11 of 21 lines are malformed"):
+        prepare_criteo([write_raw(good + 11 * bad)], tmp_path / "b")
+
+
+def test_another_kind_of_file(tmp_path: Path, write_raw: Write) -> None:
+    with pytest.raises(UserError, match=r"3 of 3 lines are malformed, e\.g\. line 1: 1 fields instead of 40"):
+        prepare_criteo([write_raw(b"id,click\n1,0\n2,1\n")], tmp_path / "out")
 
 
 def test_nothing_but_the_data_set_is_made(tmp_path: Path, write_raw: Write) -> None:
     out = tmp_path / "deep/er/out"
     prepare_criteo([write_raw(raw_bytes(LINES))], out)
-    assert sorted(p.name for p in out.iterdir()) == ["schema.json", "test", "train", "valid", "vocabulary"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("manifest.json", "quarantine.jsonl", "schema.json", "test", "train", "valid", "vocabulary")
+    ]
     assert list(out.parent.iterdir()) == [out]
     umask = os.umask(0)
     os.umask(umask)
@@ -182,81 +283,6 @@ def test_empty_directory_may_be_filled(tmp_path: Path, write_raw: Write) -> None
     (tmp_path / "out").mkdir()
     prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "out")
     assert DatasetSchema.load(tmp_path / "out").rows["train"] == 80
-
-
-@pytest.fixture
-def nothing_changes(tmp_path: Path) -> Iterator[None]:
-    """Whatever the test does, the files of tmp_path (raw/ aside) are the same afterwards."""
-
-    def files() -> list[Path]:
-        return sorted(p for p in tmp_path.rglob("*") if "raw" not in p.relative_to(tmp_path).parts)
-
-    before = files()
-    yield
-    assert files() == before
-
-
-@pytest.mark.usefixtures("nothing_changes")
-class TestFailures:
-    """Each leaves neither ``out`` nor a temporary directory nor a parent behind."""
-
-    def test_truncated_gzip(self, tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(criteo, "BLOCK_BYTES", 2000)  # so that rows are staged before the end is found missing
-        path = write_raw(raw_bytes(LINES), "day.tsv.gz")
-        path.write_bytes(path.read_bytes()[:-2000])
-        with pytest.raises(UserError, match=f"{path}: truncated or corrupt gzip file"):
-            prepare_criteo([path], tmp_path / "out")
-
-    def test_missing_file_is_named_before_any_is_read(self, tmp_path: Path, write_raw: Write) -> None:
-        with pytest.raises(UserError, match=r"nowhere\.tsv: cannot be read"):
-            prepare_criteo([write_raw(b"malformed"), tmp_path / "nowhere.tsv"], tmp_path / "new/out")
-
-    def test_second_file_empty(self, tmp_path: Path, write_raw: Write) -> None:
-        with pytest.raises(UserError, match=r"b\.tsv: is empty"):
-            prepare_criteo([write_raw(raw_bytes(LINES)), write_raw(b"", "b.tsv")], tmp_path / "out")
-
-    def test_too_few_rows(self, tmp_path: Path, write_raw: Write) -> None:
-        with pytest.raises(UserError, match="9 rows are too few"):
-            prepare_criteo([write_raw(raw_bytes(LINES[:9]))], tmp_path / "out")
-
-    @pytest.mark.parametrize("min_count", [0, 2**63, 10**25])
-    def test_min_count(self, tmp_path: Path, write_raw: Write, min_count: int) -> None:
-        with pytest.raises(UserError, match=f"min_count is {min_count}; it must be at least 1 and at most {2**63 - 1}"):
-            prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "out", min_count=min_count)
-
-    @pytest.mark.parametrize("out", ["", ".", "./"])
-    def test_current_directory(
-        self, tmp_path: Path, write_raw: Write, out: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = write_raw(raw_bytes(LINES))
-        (path.parent / "empty").mkdir()
-        monkeypatch.chdir(path.parent / "empty")
-        with pytest.raises(UserError, match="out is empty or the current directory; name a directory"):
-            prepare_criteo([path], Path(out))
-        assert sorted(p.name for p in path.parent.rglob("*")) == ["day.tsv", "empty"]
-
-    def test_no_files(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="no raw file"):
-            prepare_criteo([], tmp_path / "out")
-
-    def test_interrupt(self, tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupt(*_: object) -> None:
-            assert list(tmp_path.glob("new/.out.*.tmp/train"))  # it does come while there is something to remove
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(prepare, "_encode", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_criteo([write_raw(raw_bytes(LINES))], tmp_path / "new/out")
-
-    def test_parent_is_a_file(self, tmp_path: Path, write_raw: Write) -> None:
-        path = write_raw(raw_bytes(LINES))
-        with pytest.raises(UserError, match="out: cannot be written: Not a directory"):
-            prepare_criteo([path], path / "out")
-
-    @pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs /proc")
-    def test_mount_point(self, write_raw: Write) -> None:
-        with pytest.raises(UserError, match="/proc: is a mount point"):
-            prepare_criteo([write_raw(raw_bytes(LINES))], Path("/proc"))
 
 
 def test_out_that_is_not_empty_is_refused_and_kept(tmp_path: Path, write_raw: Write) -> None:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from mlet_dist.data.names import MODULE_ATTRIBUTES
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 
@@ -16,15 +19,15 @@ SCHEMA = DatasetSchema(
     source="criteo",
     label="label",
     dense=("I1", "I2"),
-    sparse=(SparseFeature("C1", 10), SparseFeature("C2", 3)),
-    min_count=2,
+    sparse=(SparseFeature("C1", 10), SparseFeature("C2", 3, multi_valued=True, weighted=True, pooling_factor=2.5)),
     malformed=1,
-    vocabulary=True,
-    positive_rate={"train": 0.25, "valid": 0.5, "test": 0.0},
     parts={
-        "train": (Part("train/part-00000.parquet", 5), Part("train/part-00001.parquet", 3)),
-        "valid": (Part("valid/part-00000.parquet", 1),),
-        "test": (Part("test/part-00000.parquet", 1),),
+        "train": (
+            Part("train/part-00000.parquet", 5, 1, 100, 64 * "a"),
+            Part("train/part-00001.parquet", 3, 3, 90, 64 * "b"),
+        ),
+        "valid": (Part("valid/part-00000.parquet", 1, 0, 50, 64 * "c"),),
+        "test": (Part("test/part-00000.parquet", 1, 1, 50, 64 * "d"),),
     },
     vocabulary_id="0123abcd",
 )
@@ -38,6 +41,14 @@ def test_save_then_load_gives_the_same(tmp_path: Path) -> None:
 def test_derived_values() -> None:
     assert SCHEMA.rows == {"train": 8, "valid": 1, "test": 1}
     assert SCHEMA.num_embeddings == {"C1": 10, "C2": 3}
+    assert SCHEMA.positive_rate == {"train": 0.5, "valid": 0.0, "test": 1.0}
+    assert math.isnan(dataclasses.replace(SCHEMA, parts=SCHEMA.parts | {"test": ()}).positive_rate["test"])
+
+
+def test_no_table_may_have_the_name_of_a_module_s_attribute() -> None:
+    """What torch refuses, and what it would silently replace, as the names of tables."""
+    attributes = {*dir(torch.nn.ModuleDict()), *dir(torch.nn.ParameterDict())}
+    assert {name for name in attributes if not name.startswith("_")} == MODULE_ATTRIBUTES
 
 
 def test_missing_directory(tmp_path: Path) -> None:
@@ -63,7 +74,10 @@ def test_file_instead_of_directory(tmp_path: Path) -> None:
         (b"\xff\xfe", r"schema\.json: not valid JSON"),
         (b"[" * 100_000, r"schema\.json: not valid JSON"),
         (b"[1]", "holds a JSON list"),
-        (b'{"format_version": 2}', "format_version is 2, but this version of mlet_dist reads 1"),
+        (
+            b'{"format_version": 1}',
+            "format_version is 1, but this version of mlet_dist reads 2; prepare the data set again",
+        ),
         (b"{}", "format_version is None"),
     ],
 )
@@ -83,8 +97,13 @@ def test_missing_key(tmp_path: Path, key: str) -> None:
         DatasetSchema.load(tmp_path)
 
 
-def sparse(name: object, num_embeddings: object = 9) -> dict[str, object]:
-    return {"name": name, "num_embeddings": num_embeddings}
+def sparse(name: object, num_embeddings: object = 9, **changes: object) -> dict[str, object]:
+    whole = {"name": name, "num_embeddings": num_embeddings, "multi_valued": False, "weighted": False}
+    return whole | {"pooling_factor": 1.0} | changes
+
+
+def part(**changes: object) -> dict[str, object]:
+    return {"path": "a", "rows": 8, "positives": 3, "bytes": 9, "sha256": 64 * "0"} | changes
 
 
 @pytest.mark.parametrize(
@@ -95,11 +114,10 @@ def sparse(name: object, num_embeddings: object = 9) -> dict[str, object]:
         ("label", "", 'label is ""; it must be a column\'s name'),
         ("dense", [1, 2], "dense is [1, 2]; it must be a list of columns' names"),
         ("dense", "I1", 'dense is "I1"; it must be a list'),
-        ("dense", [], "dense is []; it must be a list"),
         (
             "dense",
             ["I1", "a/b"],
-            'dense is ["I1", "a/b"]; it must be a list of columns\' names, without dots and slashes',
+            'dense is ["I1", "a/b"]; it must be a list of columns\' names: text without dots and slashes',
         ),
         ("dense", ["I1", "I1"], "dense names 'I1', which dense names already"),
         ("dense", ["label"], "dense names 'label', which label names already"),
@@ -108,11 +126,11 @@ def sparse(name: object, num_embeddings: object = 9) -> dict[str, object]:
         ("sparse", [], "sparse is []; it must be a list of one object or more"),
         ("sparse", ["C1"], 'sparse is ["C1"]; it must be a list of one object or more'),
         ("sparse", [sparse("C1"), {"name": "C2"}], "key 'sparse[1].num_embeddings' is missing"),
-        ("sparse", [sparse(3)], "sparse[0].name is 3; it must be a column's name"),
+        ("sparse", [sparse(3)], "sparse[0].name is 3; it must be a table's name"),
         (
             "sparse",
             [sparse("C1"), sparse("C.2")],
-            'sparse[1].name is "C.2"; it must be a column\'s name, text without dots',
+            'sparse[1].name is "C.2"; it must be a table\'s name: text without dots',
         ),
         ("sparse", [sparse("../C1")], 'sparse[0].name is "../C1"; it must be'),
         ("sparse", [sparse("C1", "many")], 'sparse[0].num_embeddings is "many"; it must be a whole number from 1 to'),
@@ -121,23 +139,28 @@ def sparse(name: object, num_embeddings: object = 9) -> dict[str, object]:
         ("sparse", [sparse("C1", 0)], "sparse[0].num_embeddings is 0; it must be a whole number from 1 to 2147483647"),
         ("sparse", [sparse("C1", -5)], "sparse[0].num_embeddings is -5; it must be"),
         ("sparse", [sparse("C1", 2**31)], "sparse[0].num_embeddings is 2147483648; it must be"),
-        ("min_count", "2", 'min_count is "2"; it must be a whole number, 0 or more'),
-        ("malformed", -1, "malformed is -1; it must be a whole number, 0 or more"),
-        ("vocabulary", "no", 'vocabulary is "no"; it must be true or false'),
-        ("vocabulary_id", 7, "vocabulary_id is 7; it must be text"),
         (
-            "positive_rate",
-            {"train": 0.5, "valid": float("nan")},
-            "positive_rate.valid is NaN; it must be a number from 0",
+            "sparse",
+            [sparse("items")],
+            'sparse[0].name is "items"; it must be a table\'s name: text',
         ),
-        ("positive_rate", {}, "key 'positive_rate.train' is missing"),
+        ("sparse", [sparse("_C")], 'sparse[0].name is "_C"; it must be a table\'s name'),
+        ("sparse", [sparse("C1", multi_valued=1)], "sparse[0].multi_valued is 1; it must be true or false"),
+        ("sparse", [sparse("C1", weighted="no")], 'sparse[0].weighted is "no"; it must be true or false'),
+        ("sparse", [sparse("C1", pooling_factor=-1)], "sparse[0].pooling_factor is -1; it must be a number, 0 or more"),
+        ("sparse", [sparse("C1", weighted=True)], "sparse[0]: 'C1' holds one id a row, so weighted must be false"),
+        ("sparse", [sparse("C1", pooling_factor=2.0)], "sparse[0]: 'C1' holds one id a row, so weighted must be false"),
+        ("malformed", -1, "malformed is -1; it must be a whole number, 0 or more"),
+        ("vocabulary_id", 7, "vocabulary_id is 7; it must be text"),
         ("parts", 3, "parts is 3; it must be an object with the keys train, valid, test"),
         ("parts", {"train": "x"}, 'parts.train is "x"; it must be a list of objects'),
-        ("parts", {"train": [{"path": "a", "rows": "8"}]}, 'parts.train[0].rows is "8"; it must be a whole number'),
+        ("parts", {"train": [part(rows="8")]}, 'parts.train[0].rows is "8"; it must be a whole number'),
+        ("parts", {"train": [part(bytes=-8)]}, "parts.train[0].bytes is -8; it must be a whole number"),
+        ("parts", {"train": [part(sha256="0x")]}, 'parts.train[0].sha256 is "0x"; it must be 64 hexadecimal digits'),
         *(
             (
                 "parts",
-                {"train": [{"path": path, "rows": 8}]},
+                {"train": [part(path=path)]},
                 f"parts.train[0].path is {json.dumps(path)}; it must be the",
             )
             for path in (7, "", ".", "/etc/passwd", "../other/part.parquet", "train/../../part.parquet", "a\0b")

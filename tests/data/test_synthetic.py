@@ -2,17 +2,20 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.data import parts
+from mlet_dist.data.planted import CHUNK_ROWS
 from mlet_dist.data.prepare import prepare_criteo
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.data.synthetic import CHUNK_ROWS, CRITEO_VALUES, _StreamingAuc, synthesize
+from mlet_dist.data.synthetic import CRITEO_VALUES, _StreamingAuc, synthesize
 from mlet_dist.errors import UserError
 
 
@@ -127,9 +130,8 @@ def test_raw_fields_look_like_criteo(tmp_path: Path) -> None:
     assert all(len(field) == 8 and int(field, 16) >= 0 for line in lines for field in line[14:])
 
 
-def test_schema_says_that_there_is_no_vocabulary(dataset: Path) -> None:
-    schema = DatasetSchema.load(dataset)
-    assert (schema.source, schema.vocabulary) == ("synthetic", False)
+def test_there_is_no_vocabulary(dataset: Path) -> None:
+    assert DatasetSchema.load(dataset).source == "synthetic"
     assert not (dataset / "vocabulary").exists()
 
 
@@ -143,6 +145,66 @@ def test_vocabulary_id_follows_what_fixes_the_meaning_of_ids(tmp_path: Path) -> 
     assert len(same) == 1
     others = {id_of("seed", seed=2), id_of("alpha", alpha=1.1), id_of("sizes", num_embeddings=51)}
     assert len(same | others) == 4
+
+
+@pytest.fixture(scope="module")
+def with_lists(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """More than a chunk of rows; C3 is weighted, C20 is not."""
+    path = tmp_path_factory.mktemp("lists") / "data"
+    report = synthesize(
+        path, rows=CHUNK_ROWS + 5000, num_embeddings=1000, multi_valued={"C3": 4, "C20": 0.5}, weighted=["C3"]
+    )
+    return path, report
+
+
+def test_lists_have_the_lengths_asked_for(with_lists: tuple[Path, dict[str, Any]]) -> None:
+    path, report = with_lists
+    table = read_all(path)
+    schema = DatasetSchema.load(path)
+    features = {feature.name: feature for feature in schema.sparse}
+    assert [name for name, each in features.items() if each.multi_valued] == ["C3", "C20"]
+    assert [name for name, each in features.items() if each.weighted] == ["C3"]
+    assert table.num_rows == report["rows"] == CHUNK_ROWS + 5000
+    for name, mean in (("C3", 4), ("C20", 0.5)):
+        lengths = pc.list_value_length(table[name]).to_numpy()
+        assert lengths.min() == 0
+        assert lengths.mean() == pytest.approx(mean, rel=0.02)
+        assert lengths.var() == pytest.approx(mean, rel=0.05)
+        found = pc.list_value_length(read(path, "train")[name]).to_numpy().mean()
+        assert features[name].pooling_factor == pytest.approx(found, rel=1e-12)
+    ids = pc.list_flatten(table["C20"]).to_numpy()
+    assert (ids.min(), ids.max()) == (1, features["C20"].num_embeddings - 1)
+    weights = pc.list_flatten(table["C3.weight"]).to_numpy()
+    assert weights.dtype == np.float32
+    assert weights.mean() == pytest.approx(1, abs=0.01)
+    assert pc.list_value_length(table["C3.weight"]).equals(pc.list_value_length(table["C3"]))
+
+
+def test_labels_depend_on_the_weighted_ids(with_lists: tuple[Path, dict[str, Any]]) -> None:
+    """The weight of C3's most frequent id in a row says something of its label, given that the id is there."""
+    path, report = with_lists
+    assert 0.78 < report["auc_ceiling"] < 0.86
+    table = read_all(path)
+    rows = np.repeat(np.arange(table.num_rows), pc.list_value_length(table["C3"]).to_numpy())
+    ids, weights = pc.list_flatten(table["C3"]).to_numpy(), pc.list_flatten(table["C3.weight"]).to_numpy()
+    labels = table["label"].to_numpy()
+    strongest = 0.0
+    for id in range(1, 6):
+        chosen = ids == id
+        correlation = np.corrcoef(weights[chosen], labels[rows[chosen]])[0, 1]
+        strongest = max(strongest, abs(correlation) * np.sqrt(chosen.sum()))
+    assert strongest > 5
+
+
+def test_lists_are_the_same_bytes_again(with_lists: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    synthesize(
+        tmp_path / "again",
+        rows=CHUNK_ROWS + 5000,
+        num_embeddings=1000,
+        multi_valued={"C3": 4, "C20": 0.5},
+        weighted=["C3"],
+    )
+    assert content(tmp_path / "again") == content(with_lists[0])
 
 
 def test_streaming_auc_is_the_exact_one() -> None:
@@ -168,6 +230,11 @@ def test_streaming_auc_is_the_exact_one() -> None:
         ({"alpha": -0.5}, "alpha is -0.5"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"format": "csv"}, "format is 'csv'; it must be parquet or tsv"),
+        ({"multi_valued": {"C27": 2}}, "multi_valued names 'C27'; the features are C1 to C26"),
+        ({"multi_valued": {"C2": 0}}, "the mean length of C2 is 0; it must be above 0, at most 100"),
+        ({"multi_valued": {"C2": float("nan")}}, "the mean length of C2 is nan"),
+        ({"multi_valued": {"C2": 1}, "weighted": ["C3"]}, "weighted names 'C3', which is not multi-valued"),
+        ({"multi_valued": {"C2": 1}, "format": "tsv"}, "format is tsv, which holds one id a row"),
     ],
 )
 def test_bad_argument_leaves_nothing_behind(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -140,3 +140,35 @@ def test_initial_values_follow_the_config() -> None:
     assert float(projection.std()) == pytest.approx(1 / 50, rel=0.03)
     _, projection = rows_and_projection(hidden_dim=2500, projection_init_std=0.25)
     assert float(projection.std()) == pytest.approx(0.25, rel=0.03)
+
+
+LISTS = (SparseFeature("C1", 10), SparseFeature("tags", 7, multi_valued=True))
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_lists_are_pooled_as_the_config_says(pooling: str) -> None:
+    model = build_dlrm(dataclasses.replace(SPEC, sparse=LISTS, model=dataclasses.replace(MODEL, pooling=pooling)), CPU)
+    tables = tables_of(model)
+    batch = KeyedJaggedTensor(["C1", "tags"], torch.tensor([3, 4, 5, 6, 1]), lengths=torch.tensor([1, 1, 3, 0]))
+    vectors = tables(batch).to_dict()
+    whole = tables.collapse()
+    rows = whole.embedding_bags["tags"].weight[[5, 6, 1]]
+    expected = rows.sum(dim=0) if pooling == "sum" else rows.mean(dim=0)
+    torch.testing.assert_close(vectors["tags"], torch.stack([expected, torch.zeros(4)]))
+    torch.testing.assert_close(vectors["C1"], whole.embedding_bags["C1"].weight[[3, 4]])
+
+
+def test_a_weighted_feature_makes_both_models_weighted() -> None:
+    sparse = (LISTS[0], dataclasses.replace(LISTS[1], weighted=True))
+    spec = dataclasses.replace(SPEC, sparse=sparse)
+    batch = KeyedJaggedTensor(
+        ["C1", "tags"],
+        torch.tensor([3, 4, 5, 6, 1]),
+        weights=torch.tensor([1.0, 1.0, 0.5, -2.0, 3.0]),
+        lengths=torch.tensor([1, 1, 3, 0]),
+    )
+    model, plain = build_dlrm(spec, CPU), build_plain_dlrm(spec)
+    tables_of(plain).load_state_dict(tables_of(model).collapse().state_dict())
+    expected = torch.tensor([0.5, -2.0, 3.0]) @ tables_of(plain).embedding_bags["tags"].weight[[5, 6, 1]]
+    for tables in (tables_of(model), tables_of(plain)):
+        torch.testing.assert_close(tables(batch)["tags"][0], expected)

@@ -23,8 +23,8 @@ HERE = Path("some/data")
 
 def schema(dense: tuple[str, ...] = ("I1", "I2", "I3"), **sizes: int) -> DatasetSchema:
     sparse = tuple(SparseFeature(name, size) for name, size in sizes.items())
-    parts = {split: (Part(f"{split}/0.parquet", 10),) for split in ("train", "valid", "test")}
-    return DatasetSchema("synthetic", "label", dense, sparse, 1, 0, False, dict.fromkeys(parts, 0.5), parts)
+    parts = {split: (Part(f"{split}/0.parquet", 10, 5, 99, 64 * "0"),) for split in ("train", "valid", "test")}
+    return DatasetSchema("synthetic", "label", dense, sparse, 0, parts)
 
 
 def config(**data: Any) -> Config:
@@ -73,7 +73,7 @@ def test_it_is_read_back_from_its_file(tmp_path: Path) -> None:
     SPEC.save(tmp_path / "model.json")
     assert ModelSpec.load(tmp_path / "model.json") == SPEC
     plain = json.loads((tmp_path / "model.json").read_text())
-    assert plain["sparse"] == [{"name": "C2", "num_embeddings": 1234}, {"name": "C1", "num_embeddings": 9}]
+    assert [(each["name"], each["num_embeddings"]) for each in plain["sparse"]] == [("C2", 1234), ("C1", 9)]
     assert plain["model"]["hidden_dim"] == 8
 
 
@@ -135,3 +135,45 @@ def test_a_data_set_that_does_not_fit_is_told(found: DatasetSchema, expected: st
 def test_seed_and_features_make_specs_differ() -> None:
     assert dataclasses.replace(SPEC, seed=4) != SPEC
     assert dataclasses.replace(SPEC, sparse=SPEC.sparse[::-1]) != SPEC
+
+
+LISTS = SparseFeature("genres", 20, multi_valued=True, pooling_factor=2.5)
+WEIGHTED = SparseFeature("tags", 30, multi_valued=True, weighted=True, pooling_factor=0.5)
+
+
+def with_lists() -> DatasetSchema:
+    return dataclasses.replace(schema(C1=9), sparse=(SparseFeature("C1", 9), LISTS, WEIGHTED))
+
+
+def test_lists_and_weights_are_the_data_sets() -> None:
+    spec = ModelSpec.of(config(), with_lists())
+    assert spec.sparse == (SparseFeature("C1", 9), LISTS, WEIGHTED)
+    assert spec.is_weighted
+    assert spec.pooling_factors == {"C1": 1.0, "genres": 2.5, "tags": 0.5}
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())), "here") == spec
+    assert not ModelSpec.of(config(sparse_features=("genres", "C1")), with_lists()).is_weighted
+
+
+def test_a_weighted_feature_is_not_averaged() -> None:
+    averaging = dataclasses.replace(config(), model=ModelConfig(pooling="mean"))
+    message = message_of(ModelSpec.of, averaging, with_lists())
+    assert message.startswith("model.pooling is mean, but feature 'tags' has weights")
+    without = dataclasses.replace(averaging, data=DataConfig(path="logs", sparse_features=("C1", "genres")))
+    assert ModelSpec.of(without, with_lists()).model.pooling == "mean"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"multi_valued": False, "weighted": False}, "holds one id a row here and lists of ids with weights in"),
+        ({"weighted": False}, "holds lists of ids without weights here and lists of ids with weights in the model's"),
+    ],
+)
+def test_a_feature_of_another_kind_does_not_fit(found: dict[str, Any], expected: str) -> None:
+    spec = ModelSpec.of(config(), with_lists())
+    other = dataclasses.replace(
+        with_lists(), sparse=(SparseFeature("C1", 9), LISTS, dataclasses.replace(WEIGHTED, **found))
+    )
+    assert message_of(spec.check_data, other, HERE).startswith(f"some/data: feature 'tags' {expected}")
+    denser = dataclasses.replace(WEIGHTED, pooling_factor=9.0)  # other rows of the same kind
+    spec.check_data(dataclasses.replace(with_lists(), sparse=(SparseFeature("C1", 9), LISTS, denser)), HERE)

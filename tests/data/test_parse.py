@@ -1,9 +1,9 @@
-"""Tests of mlet_dist.data.criteo."""
+"""Tests of mlet_dist.data.blocks, lines, parse and typed, on raw Criteo logs."""
 
 import gzip
-import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,10 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlet_dist.data import criteo
-from mlet_dist.data.criteo import COLUMNS, DENSE, LABEL, SPARSE, CriteoReader
+from mlet_dist.data import blocks
+from mlet_dist.data.blocks import examine, text_blocks
+from mlet_dist.data.chunks import Rejected
+from mlet_dist.data.formats import CRITEO_COLUMNS as COLUMNS
+from mlet_dist.data.formats import CRITEO_DENSE as DENSE
+from mlet_dist.data.formats import CRITEO_SPARSE as SPARSE
+from mlet_dist.data.formats import criteo
+from mlet_dist.data.parse import parse_block
+from mlet_dist.data.table import LABEL
 from mlet_dist.errors import UserError
-from mlet_dist.progress import Progress
 from tests.data.raw_logs import make_raw_lines, raw_bytes
 
 Write = Callable[..., Path]
@@ -22,11 +28,28 @@ Write = Callable[..., Path]
 LINES = make_raw_lines(200)
 
 
-def read(path: Path) -> tuple[pa.Table, CriteoReader]:
-    reader = CriteoReader(path)
-    with Progress("read", None, "bytes", disable=True) as progress:
-        tables = list(reader.read(progress))
-    return pa.concat_tables(tables), reader
+@dataclass
+class Found:
+    """The valid rows of a file, and what was said of the others; lines are counted from the file's beginning."""
+
+    table: pa.Table
+    lines: int
+    malformed: int
+    examples: list[Rejected]
+
+
+def read(path: Path) -> Found:
+    spec = criteo()
+    raw = examine(str(path), spec.text, spec.used_columns)
+    tables, examples, lines, malformed, passed = [], [], 0, 0, 0
+    for block in text_blocks(raw, lambda _: None):
+        table, info = parse_block(spec, raw.columns, block)
+        assert table.num_rows == info.rows == info.count - info.malformed
+        columns = [c.cast(pa.string()) if pa.types.is_dictionary(c.type) else c for c in table.columns]
+        tables.append(pa.table(columns, names=[name.rpartition(".")[2] for name in table.column_names]))
+        examples += [Rejected(passed + each.line, each.reason, each.text) for each in info.examples]
+        lines, malformed, passed = lines + info.count, malformed + info.malformed, passed + info.passed
+    return Found(pa.concat_tables(tables), lines, malformed, examples)
 
 
 def expected(lines: list[list[str]]) -> list[dict[str, object]]:
@@ -41,23 +64,23 @@ def expected(lines: list[list[str]]) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("name", ["day.tsv", "day.tsv.gz"])
 def test_values_and_types(write_raw: Write, name: str) -> None:
-    table, reader = read(write_raw(raw_bytes(LINES), name))
-    assert table.to_pylist() == expected(LINES)
-    assert table.schema == pa.schema(
+    found = read(write_raw(raw_bytes(LINES), name))
+    assert found.table.to_pylist() == expected(LINES)
+    assert found.table.schema == pa.schema(
         [(LABEL, pa.int8()), *((n, pa.float32()) for n in DENSE), *((n, pa.string()) for n in SPARSE)]
     )
-    assert (reader.lines, reader.malformed) == (200, 0)
+    assert (found.lines, found.malformed) == (200, 0)
 
 
 def test_gzip_is_recognised_without_its_ending(write_raw: Write) -> None:
-    table, _ = read(write_raw(gzip.compress(raw_bytes(LINES)), "day"))
-    assert table.num_rows == 200
+    found = read(write_raw(gzip.compress(raw_bytes(LINES)), "day"))
+    assert found.table.num_rows == 200
 
 
 def test_several_gzip_members_are_one_text(write_raw: Write) -> None:
     path = write_raw(raw_bytes(LINES[:90]), "day.gz")
     path.write_bytes(path.read_bytes() + gzip.compress(raw_bytes(LINES[90:])))
-    assert read(path)[0].to_pylist() == expected(LINES)
+    assert read(path).table.to_pylist() == expected(LINES)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +95,15 @@ def test_several_gzip_members_are_one_text(write_raw: Write) -> None:
     ],
 )
 def test_line_ends_and_blank_lines_change_nothing(write_raw: Write, change: Callable[[bytes], bytes]) -> None:
-    table, reader = read(write_raw(change(raw_bytes(LINES))))
-    assert table.to_pylist() == expected(LINES)
-    assert (reader.lines, reader.malformed) == (200, 0)
+    found = read(write_raw(change(raw_bytes(LINES))))
+    assert found.table.to_pylist() == expected(LINES)
+    assert (found.lines, found.malformed) == (200, 0)
 
 
 def test_quotes_and_backslashes_are_ordinary(write_raw: Write) -> None:
     line = LINES[0].copy()
     line[14:17] = ['"', "\\", 'a"b']
-    assert read(write_raw(raw_bytes([line])))[0].to_pylist() == expected([line])
+    assert read(write_raw(raw_bytes([line]))).table.to_pylist() == expected([line])
 
 
 def _line(index: int, **changes: str) -> bytes:
@@ -101,78 +124,68 @@ MALFORMED = {
     "hexadecimal I3": (_line(5, I3="0x1f"), "I3 is '0x1f' instead of an integer"),
     "spaces in I3": (_line(5, I3=" 7"), "I3 is ' 7' instead of an integer"),
     "endless I13": (_line(5, I13="9" * 40), "I13 is '99999999999999999999…' instead of an integer"),
+    "NUL": (_line(5, C4="a\0b"), "a NUL byte within the line"),
     "stray carriage return": (_line(5, C4="ab\rcd"), "a carriage return within the line"),
 }
 
 
 @pytest.mark.parametrize("position", [0, 100, 200], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_line_is_skipped_counted_and_named(
-    write_raw: Write, caplog: pytest.LogCaptureFixture, kind: str, position: int
-) -> None:
+def test_malformed_line_is_skipped_counted_and_named(write_raw: Write, kind: str, position: int) -> None:
     bad, reason = MALFORMED[kind]
     lines = raw_bytes(LINES).splitlines()
     path = write_raw(b"\n".join([*lines[:position], bad, *lines[position:]]))
-    with caplog.at_level(logging.WARNING):
-        table, reader = read(path)
-    assert table.to_pylist() == expected(LINES)
-    assert (reader.lines, reader.malformed) == (201, 1)
-    [message] = caplog.messages
-    assert message == f"{path}: skipped 1 malformed of 201 lines, e.g. line {position + 1}: {reason}"
+    found = read(path)
+    assert found.table.to_pylist() == expected(LINES)
+    assert (found.lines, found.malformed) == (201, 1)
+    [example] = found.examples
+    assert (example.line, example.reason) == (position + 1, reason)
+    assert example.text == bad[:200].decode(errors="backslashreplace")
 
 
+def test_line_of_ten_megabytes(write_raw: Write) -> None:
+    long = _line(5, C4=10**7 * "x")
+    found = read(write_raw(raw_bytes(LINES[:3]) + long + b"\n" + raw_bytes(LINES[3:])))
+    assert found.table.to_pylist() == expected(LINES)
+    assert found.examples == [
+        Rejected(4, f"a line of {len(long)} bytes; at most 1048575 are taken", long[:200].decode())
+    ]
+
+
+@pytest.mark.parametrize("name", ["day.tsv", "day.tsv.gz"])
 def test_line_number_counts_blank_lines_and_earlier_blocks(
-    write_raw: Write, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    write_raw: Write, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(criteo, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
     lines = raw_bytes(LINES).splitlines()
-    path = write_raw(b"\n".join([b"", *lines[:150], b"", b"bad", *lines[150:]]))
-    table, _ = read(path)
-    assert table.to_pylist() == expected(LINES)
-    assert "e.g. line 153: 1 fields" in caplog.text
+    path = write_raw(b"\n".join([b"", *lines[:150], b"", b"bad", *lines[150:]]), name)
+    found = read(path)
+    assert found.table.to_pylist() == expected(LINES)
+    assert found.examples == [Rejected(153, "1 fields instead of 40", "bad")]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-@given(data=st.data(), block=st.integers(1, 3000))
-def test_any_mixture_of_lines_and_any_block_size(write_raw: Write, data: st.DataObject, block: int) -> None:
+@given(data=st.data(), block=st.integers(1, 3000), name=st.sampled_from(["day.tsv", "day.tsv.gz"]))
+def test_any_mixture_of_lines_and_any_block_size(write_raw: Write, data: st.DataObject, block: int, name: str) -> None:
     """The valid lines come out in order however the text is cut into blocks."""
     choices = st.one_of(st.integers(0, 199), st.sampled_from([bad for bad, _ in MALFORMED.values()]), st.just(b""))
     chosen = data.draw(st.lists(choices, min_size=1, max_size=12))
     good = [LINES[i] for i in chosen if isinstance(i, int)]
     text = b"\n".join(raw_bytes([LINES[i]])[:-1] if isinstance(i, int) else i for i in chosen)
     ending = data.draw(st.sampled_from([b"", b"\n", b"\r\n"]))
-    path = write_raw(raw_bytes(LINES[:1]) + text + ending)
+    path = write_raw(raw_bytes(LINES[:1]) + text + ending, name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(criteo, "BLOCK_BYTES", block + 500)  # a line must fit
-        patch.setattr(criteo, "TOLERATED_LINES", 100)
-        table, reader = read(path)
-    assert table.to_pylist() == expected([LINES[0], *good])
-    assert reader.malformed == sum(isinstance(i, bytes) and i != b"" for i in chosen)
+        patch.setattr(blocks, "BLOCK_BYTES", block + 500)  # a line must fit
+        found = read(path)
+    assert found.table.to_pylist() == expected([LINES[0], *good])
+    assert found.malformed == sum(isinstance(i, bytes) and i != b"" for i in chosen)
 
 
-def test_up_to_a_tenth_malformed_is_tolerated(write_raw: Write) -> None:
-    good, bad = raw_bytes(LINES[:180]), b"bad\n"
-    assert read(write_raw(good + 20 * bad))[1].malformed == 20
-    with pytest.raises(UserError, match=r"day\.tsv: 21 of 201 lines are malformed, e\.g\. line 181: 1 fields"):
-        read(write_raw(good + 21 * bad))
-
-
-def test_up_to_ten_malformed_are_tolerated_in_a_short_file(write_raw: Write) -> None:
-    good, bad = raw_bytes(LINES[:1]), b"bad\n"
-    assert read(write_raw(good + 10 * bad))[1].malformed == 10
-    with pytest.raises(UserError, match="11 of 12 lines are malformed"):
-        read(write_raw(good + 11 * bad))
-
-
-def test_another_kind_of_file(write_raw: Write) -> None:
-    with pytest.raises(UserError, match=r"3 of 3 lines are malformed, e\.g\. line 1: 1 fields instead of 40"):
-        read(write_raw(b"id,click\n1,0\n2,1\n"))
-
-
-def test_endless_line(write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(criteo, "BLOCK_BYTES", 1000)
-    with pytest.raises(UserError, match=r"day\.tsv: a line of more than 1000 bytes"):
-        read(write_raw(b"x" * 5000))
+@pytest.mark.parametrize("name", ["day.tsv", "day.tsv.gz"])
+def test_endless_line(write_raw: Write, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    with pytest.raises(UserError, match=rf"{name}: after byte 0 is a line of more than 1000 bytes"):
+        read(write_raw(b"x" * 5000, name))
 
 
 @pytest.mark.parametrize("name", ["day.tsv", "day.tsv.gz"])
@@ -181,12 +194,6 @@ def test_empty_file(write_raw: Write, name: str) -> None:
     path.write_bytes(b"")
     with pytest.raises(UserError, match=f"{path}: is empty"):
         read(path)
-
-
-@pytest.mark.parametrize(("content", "name"), [(b"\n\r\n\n", "day.tsv"), (b"", "day.tsv.gz")])
-def test_no_lines(write_raw: Write, content: bytes, name: str) -> None:
-    with pytest.raises(UserError, match="holds no lines"):
-        read(write_raw(content, name))
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.999])

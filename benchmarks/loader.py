@@ -1,0 +1,188 @@
+"""Rows a second from Parquet files to batches, beside plain PyArrow and TorchRec's in-memory Criteo pipeline.
+
+    .venv/bin/python benchmarks/loader.py                      # on synthetic rows of Criteo's shape, made first
+    .venv/bin/python benchmarks/loader.py --data data/criteo --json    # on a prepared data set; the last line is JSON
+
+One rank, one pass over the training split, everything in the file system's cache; ways take turns, and figures are
+medians of the rounds. A way's time is that from its files to its last batch, so for TorchRec it includes reading its
+``.npy`` files, uncompressed, to which the same rows are written before. ``pyarrow`` decodes the same row groups in one
+thread and makes nothing of them. ``over_torchrec`` is ``in_order`` / ``torchrec``: InMemoryBinaryCriteoIterDataPipe as
+it comes. ``shuffled_over_torchrec`` is of both mixing rows: ours in a window, TorchRec's by a permutation of the whole.
+The profile is of one thread: what a row costs where.
+"""
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
+
+from mlet_dist.data.jagged import JaggedBuilder
+from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.order import Order, Shuffle
+from mlet_dist.data.row_groups import SplitRows
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.data.synthetic import synthesize
+
+PROFILED_GROUPS = 8
+
+
+def ours(data: Path, args: argparse.Namespace, shuffle: Shuffle | None) -> Iterable[Any]:
+    """The loader, as training uses it."""
+    return DataLoader(
+        data,
+        "train",
+        batch_size=args.batch_size,
+        rank=0,
+        world_size=1,
+        dense_features=None,
+        sparse_features=None,
+        drop_last=True,
+        shuffle=shuffle,
+        threads=args.threads,
+    )
+
+
+def torchrecs(arrays: Path, args: argparse.Namespace, shuffled: bool) -> Iterable[Any]:
+    """TorchRec's own, in its default way or mixing all rows."""
+    files = [[str(arrays / f"{name}.npy")] for name in ("dense", "sparse", "labels")]
+    return InMemoryBinaryCriteoIterDataPipe(
+        "train", *files, args.batch_size, 0, 1, drop_last=True, shuffle_training_set=shuffled
+    )
+
+
+def write_arrays(data: Path, arrays: Path) -> None:
+    """The training split as TorchRec's preprocessing leaves it: float32, int32 and int32, one row after another."""
+    schema = DatasetSchema.load(data)
+    if len(schema.dense) != 13 or len(schema.sparse) != 26 or any(feature.multi_valued for feature in schema.sparse):
+        sys.exit(f"{data}: TorchRec's pipeline takes 13 dense and 26 one-valued features alone")
+    table = pq.read_table([data / part.path for part in schema.parts["train"]])
+    np.save(arrays / "dense.npy", np.stack([table[name].to_numpy() for name in schema.dense], axis=1))
+    np.save(arrays / "sparse.npy", np.stack([table[f.name].to_numpy() for f in schema.sparse], axis=1))
+    np.save(arrays / "labels.npy", table["label"].to_numpy().astype(np.int32).reshape(-1, 1))
+
+
+def decode_all(data: Path) -> int:
+    """Plain PyArrow in one thread; returns the rows."""
+    rows = 0
+    for part in DatasetSchema.load(data).parts["train"]:
+        with pq.ParquetFile(data / part.path) as parquet:
+            for group in range(parquet.num_row_groups):
+                rows += parquet.read_row_group(group, use_threads=False).num_rows
+    return rows
+
+
+def rows_per_second(take: Callable[[], int]) -> float:
+    """Of one call, which returns its rows."""
+    started = time.perf_counter()
+    rows = take()
+    return rows / (time.perf_counter() - started)
+
+
+def consume(batches: Callable[[], Iterable[Any]]) -> Callable[[], int]:
+    """Make the batches and count their rows."""
+    return lambda: sum(len(batch.labels) for batch in batches())
+
+
+def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Nanoseconds a row of each stage of the loader, in one thread."""
+    schema = DatasetSchema.load(data)
+    parts = SplitRows(data, schema, schema.parts["train"], schema.dense, tuple(schema.num_embeddings))
+    found: dict[str, float] = {}
+
+    def timed(stage: str, rows: int, work: Callable[[], Any]) -> Any:
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            result = work()
+            seconds.append(time.perf_counter() - started)
+        found[stage] = min(seconds) / rows * 1e9
+        return result
+
+    groups = range(min(PROFILED_GROUPS, len(parts.group_rows)))
+    rows = int(parts.group_rows[: len(groups)].sum())
+    tables = timed("decode", rows, lambda: [parts.read(group) for group in groups])
+    pieces = timed("check and convert", rows, lambda: [parts.convert(group, tables[group]) for group in groups])
+    window = timed("join", rows, lambda: pieces[0].join(pieces[1:]))
+    shuffle = Shuffle(0, rows)
+    order = Order(
+        parts.group_rows[: len(groups)],
+        batch_size=min(args.batch_size, rows),
+        rank=0,
+        world_size=1,
+        drop_last=True,
+        shuffle=shuffle,
+    )
+    first = next(order.windows(0, 0))
+    picks = timed("order of a shuffled window", rows, lambda: list(order.picks(0, first)))
+    batches = timed("take shuffled rows", rows, lambda: [window.take(pick) for pick in picks])
+    jagged = JaggedBuilder(tuple(schema.num_embeddings), len(batches[0]), weighted=parts.weighted)
+    timed("KeyedJaggedTensor", rows, lambda: [jagged.build(batch) for batch in batches])
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a prepared data set of Criteo's columns; else one is made up")
+    parser.add_argument("--rows", type=int, default=2_000_000, help="rows to make up (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=2, help="the loader's decoding threads (default %(default)s)")
+    parser.add_argument("--shuffle-buffer", type=int, default=1 << 18)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        data = args.data
+        if data is None:
+            data = Path(temporary) / "data"
+            synthesize(data, rows=args.rows, num_embeddings=1_000_000)
+        write_arrays(data, Path(temporary))
+        shuffle = Shuffle(0, args.shuffle_buffer)
+        ways: dict[str, Callable[[], int]] = {
+            "pyarrow": lambda: decode_all(data),
+            "in_order": consume(lambda: ours(data, args, None)),
+            "shuffled": consume(lambda: ours(data, args, shuffle)),
+            "torchrec": consume(lambda: torchrecs(Path(temporary), args, shuffled=False)),
+            "torchrec_shuffled": consume(lambda: torchrecs(Path(temporary), args, shuffled=True)),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(args.rounds):
+            for name, take in ways.items():
+                rates[name].append(rows_per_second(take))
+        stages = profile(data, args)
+    medians = {name: statistics.median(each) for name, each in rates.items()}
+    for name, rate in medians.items():
+        print(f"{name:18} {rate:14,.0f} rows/s   {min(rates[name]):14,.0f} … {max(rates[name]):,.0f}")
+    print("one thread, ns a row: " + ", ".join(f"{stage} {cost:.0f}" for stage, cost in stages.items()))
+    if args.json:
+        result = {
+            "batch_size": args.batch_size,
+            "threads": args.threads,
+            "cores": len(os.sched_getaffinity(0)),
+            **{f"{name}_rows_per_s": round(rate) for name, rate in medians.items()},
+            "ns_per_row": {stage: round(cost, 1) for stage, cost in stages.items()},
+            "shuffled_over_torchrec": medians["shuffled"] / medians["torchrec_shuffled"],
+            "rows_per_s": round(medians["in_order"]),
+            "over_torchrec": medians["in_order"] / medians["torchrec"],
+        }
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

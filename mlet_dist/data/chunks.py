@@ -1,0 +1,110 @@
+"""A chunk: the valid rows of a block, typed, as a file of the work directory.
+
+Columns: ``label`` int8; ``time`` int64 where the split asks for it; ``dense.<name>`` float32, and float64 with nulls
+where the training split's mean is still to come; ``sparse.<name>`` the values as a dictionary of this chunk's texts, or
+a list of them; ``weight.<name>`` list<float32>. Whatever depends on a value alone is done on the dictionary, once a
+chunk.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+LABEL, TIME = "label", "time"
+
+_METADATA = b"mlet"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line or row that was skipped: where it is in its file (from 1 on), why, and how it begins."""
+
+    line: int
+    reason: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ChunkInfo:
+    """What is known of a block once it is parsed.
+
+    Attributes:
+        rows: valid ones.
+        count: lines in all, blank ones not counted.
+        passed: lines in all.
+        malformed: how many were skipped.
+        examples: the first of them; lines are counted from the block's beginning, as the file's is not known yet.
+    """
+
+    rows: int
+    count: int
+    passed: int
+    malformed: int
+    examples: tuple[Rejected, ...]
+
+
+def dense_column(name: str) -> str:
+    """Name of a dense feature's column in a chunk."""
+    return f"dense.{name}"
+
+
+def sparse_column(name: str) -> str:
+    """Name of a sparse feature's column in a chunk."""
+    return f"sparse.{name}"
+
+
+def weight_column(name: str) -> str:
+    """Name of the column of a sparse feature's weights in a chunk."""
+    return f"weight.{name}"
+
+
+def save_chunk(path: Path, table: pa.Table, info: ChunkInfo) -> None:
+    """Write a chunk; its file is there when it is whole."""
+    schema = table.schema.with_metadata({_METADATA: json.dumps(asdict(info)).encode()})
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
+        # One batch: all rows share one dictionary a column.
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    temporary.rename(path)
+
+
+def load_info(path: Path) -> ChunkInfo | None:
+    """What ``save_chunk`` was told; None where there is no chunk."""
+    if not path.exists():
+        return None
+    with pa.OSFile(str(path)) as source:
+        content = json.loads(pa.ipc.open_file(source).schema.metadata[_METADATA])
+    examples = tuple(Rejected(**each) for each in content.pop("examples"))
+    return ChunkInfo(**content, examples=examples)
+
+
+def load_chunk(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a chunk; of the columns asked for alone, where they are."""
+    with pa.OSFile(str(path)) as source:
+        schema = pa.ipc.open_file(source).schema
+        chosen = None if columns is None else [schema.get_field_index(name) for name in columns]
+        return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=chosen)).read_all()
+
+
+def load_times(path: Path) -> npt.NDArray[np.int64]:
+    """The chunk's time column."""
+    return load_chunk(path, [TIME])[TIME].to_numpy()
+
+
+def values_and_indices(column: pa.ChunkedArray) -> tuple[pa.StringArray, npt.NDArray[np.int32], pa.Int32Array | None]:
+    """A sparse column's distinct texts, the index of each value in row order, and the offsets of its lists, if any."""
+    array = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    if not pa.types.is_list(array.type):
+        return array.dictionary, array.indices.to_numpy(), None
+    offsets = array.offsets
+    first, last = offsets[0].as_py(), offsets[-1].as_py()
+    flat = array.values.slice(first, last - first)
+    return flat.dictionary, flat.indices.to_numpy(), pa.array(offsets.to_numpy() - first)

@@ -1,0 +1,98 @@
+"""Rows in memory, by column; no loop over rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class OneValued:
+    """Neighbouring features of one id a row: ids (rows, features) int32, by row since shuffling takes whole rows."""
+
+    ids: npt.NDArray[np.int32]
+
+    def slice(self, start: int, stop: int) -> "OneValued":
+        return OneValued(self.ids[start:stop])
+
+    def take(self, index: IntArray) -> "OneValued":
+        return OneValued(self.ids.take(index, axis=0))
+
+    def join(self, others: Sequence["OneValued"]) -> "OneValued":
+        return OneValued(np.concatenate([self.ids, *(other.ids for other in others)]))
+
+
+@dataclass(frozen=True)
+class MultiValued:
+    """One feature of any number of ids a row: row i has ids and weights [offsets[i], offsets[i+1]).
+
+    Attributes:
+        offsets: (rows + 1,) int64; the first need not be 0.
+        ids: int32.
+        weights: float32, or None where the feature has none.
+    """
+
+    offsets: IntArray
+    ids: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32] | None
+
+    def slice(self, start: int, stop: int) -> "MultiValued":
+        return MultiValued(self.offsets[start : stop + 1], self.ids, self.weights)
+
+    def take(self, index: IntArray) -> "MultiValued":
+        starts, lengths = self.offsets[index], self.offsets[index + 1] - self.offsets[index]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return MultiValued(offsets, self.ids[positions], None if self.weights is None else self.weights[positions])
+
+    def join(self, others: Sequence["MultiValued"]) -> "MultiValued":
+        parts = [self, *others]
+        ends = list(accumulate((part.offsets[-1] - part.offsets[0] for part in parts), initial=0))
+        offsets = [part.offsets[:-1] - part.offsets[0] + end for part, end in zip(parts, ends, strict=False)]
+        return MultiValued(
+            np.concatenate([*offsets, ends[-1:]]),
+            np.concatenate([part.own(part.ids) for part in parts]),
+            None if self.weights is None else np.concatenate([part.own(part.weights) for part in parts]),
+        )
+
+    def own(self, values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        """Those of ``ids`` or ``weights`` that are of these rows."""
+        assert values is not None
+        return values[self.offsets[0] : self.offsets[-1]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows: labels (rows,) float32, dense (rows, num_dense) float32, and the sparse columns in KJT order."""
+
+    labels: npt.NDArray[np.float32]
+    dense: npt.NDArray[np.float32]
+    sparse: tuple[OneValued | MultiValued, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def slice(self, start: int, stop: int) -> "Rows":
+        """Rows ``[start, stop)``, not copied."""
+        return Rows(self.labels[start:stop], self.dense[start:stop], tuple(c.slice(start, stop) for c in self.sparse))
+
+    def take(self, index: IntArray) -> "Rows":
+        """The rows with these numbers, in this order."""
+        sparse = tuple(column.take(index) for column in self.sparse)
+        return Rows(self.labels[index], self.dense.take(index, axis=0), sparse)
+
+    def join(self, others: Sequence["Rows"]) -> "Rows":
+        """These rows, then the others."""
+        if not others:
+            return self
+        columns = zip(self.sparse, *(other.sparse for other in others), strict=True)
+        return Rows(
+            np.concatenate([self.labels, *(other.labels for other in others)]),
+            np.concatenate([self.dense, *(other.dense for other in others)]),
+            tuple(first.join(rest) for first, *rest in columns),
+        )

@@ -1,0 +1,31 @@
+"""What the columns and tables of a data set may be called."""
+
+from typing import Any
+
+# Tables live in torch's ModuleDict and ParameterDict, where an attribute of theirs cannot be the name of another thing.
+MODULE_ATTRIBUTES = frozenset({
+    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear",
+    "compile", "copy", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward",
+    "fromkeys", "get", "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "items",
+    "keys", "load_state_dict", "modules", "mtia", "named_buffers", "named_children", "named_modules",
+    "named_parameters", "parameters", "pop", "popitem", "register_backward_hook", "register_buffer",
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+    "register_full_backward_pre_hook", "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook",
+    "register_module", "register_parameter", "register_state_dict_post_hook", "register_state_dict_pre_hook",
+    "requires_grad_", "set_extra_state", "set_submodule", "setdefault", "share_memory", "state_dict", "to",
+    "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
+})  # fmt: skip
+
+# Names are parts of file names and of the names of a model's tensors.
+NAME_RULE = "text without dots and slashes"
+TABLE_NAME_RULE = f"{NAME_RULE} that does not begin with _ and is no attribute of a torch module (type, items, …)"
+
+
+def is_name(value: Any) -> bool:
+    """Whether a column may have this name."""
+    return isinstance(value, str) and value.isprintable() and value != "" and not set(value) & set("./")
+
+
+def is_table_name(value: Any) -> bool:
+    """Whether a sparse feature, and so its table, may have this name."""
+    return is_name(value) and not value.startswith("_") and value not in MODULE_ATTRIBUTES

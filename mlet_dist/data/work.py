@@ -1,0 +1,92 @@
+"""The directory beside a data set in the making, where finished pieces of work are kept until all are done.
+
+Names hold a digest of what a piece was made from (the file's size and time, the arguments, the sizes of blocks), so
+that nothing made from something else can be taken for it. A file is there when it is whole.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.errors import UserError
+
+
+class WorkDirectory:
+    """Pieces of work for the data set ``out``, in ``.<name>.prepare`` beside it.
+
+    Args:
+        out: an absolute path.
+        files: keys of the raw files.
+        job: key of all of them together.
+    """
+
+    def __init__(self, out: Path, files: Collection[str], job: str) -> None:
+        self.root = out.parent / f".{out.name}.prepare"
+        self._files, self._job = files, job
+
+    def raw(self, key: str) -> Path:
+        """Where the chunks of a raw file are."""
+        return self.root / "read" / key
+
+    def of(self, name: str) -> Path:
+        """A directory of pieces that all files together decide about."""
+        return self.root / "job" / self._job / name
+
+    @contextmanager
+    def locked(self, shared: bool) -> Iterator[None]:
+        """Hold the directory, which is made if it is not there; other shards may hold it too where ``shared``.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.root, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.root}: another `mlet prepare` is at work on the same data set") from None
+            yield
+        finally:
+            os.close(handle)
+
+    def drop_stale(self) -> None:
+        """Remove what other arguments or another state of the files have left."""
+        for directory, kept in ((self.root / "read", self._files), (self.root / "job", (self._job,))):
+            if directory.is_dir():
+                for path in directory.iterdir():
+                    if path.name not in kept:
+                        shutil.rmtree(path)
+
+    def finished(self, whole_files: bool) -> bool:
+        """Whether a raw file, or where not ``whole_files`` at least a block of one, need not be read again."""
+        return any(self.root.glob("read/*/done.json" if whole_files else "read/*/*.arrow"))
+
+    def remove(self) -> None:
+        """Remove it with all that is in it."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def save_json(path: Path, content: Any) -> None:
+    """Write JSON; the file is there when it is whole."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.rename(path)
+
+
+def load_json(path: Path) -> Any:
+    """What ``save_json`` wrote; None where there is nothing."""
+    with suppress(FileNotFoundError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+def key_of(*parts: object) -> str:
+    """A digest of the parts' representations."""
+    return hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest()[:24]

@@ -1,0 +1,74 @@
+"""A small prepared data set with one-valued, multi-valued and weighted features, made without the code under test."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+DENSE = ("row", "noise")
+SPARSE = ("user", "genres", "item", "day", "tags")
+SIZES = {"user": 40, "genres": 12, "item": 70, "day": 7, "tags": 9}
+PART_ROWS, GROUP_ROWS = 330, 50
+
+
+def mixed_table(rows: int, seed: int = 0) -> pa.Table:
+    """Column ``row`` numbers the rows; a third of the lists is empty."""
+    rng = np.random.default_rng(seed)
+
+    def lists(size: int, dtype: pa.DataType, values: np.ndarray) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, dtype))
+
+    columns = {
+        "label": pa.array(rng.integers(0, 2, rows), pa.int8()),
+        "row": pa.array(np.arange(rows), pa.float32()),
+        "noise": pa.array(rng.normal(size=rows), pa.float32()),
+    }
+    for name in SPARSE:
+        if name not in ("genres", "tags"):
+            columns[name] = pa.array(rng.integers(0, SIZES[name], rows), pa.int32())
+            continue
+        lengths = rng.integers(0, 5, rows) * (rng.random(rows) > 1 / 3)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        columns[name] = lists(rows, pa.int32(), rng.integers(0, SIZES[name], offsets[-1]))
+        if name == "tags":
+            columns["tags.weight"] = lists(rows, pa.float32(), rng.random(offsets[-1]))
+    return pa.table(columns)
+
+
+def write_mixed(directory: Path, rows: int, seed: int = 0) -> dict[str, pa.Table]:
+    """Write train (``rows`` rows in several parts of several row groups), valid and test; returns their tables."""
+    tables = {"train": mixed_table(rows, seed), "valid": mixed_table(301, seed + 1), "test": mixed_table(75, seed + 2)}
+    parts: dict[str, list[dict[str, object]]] = {}
+    for split, table in tables.items():
+        (directory / split).mkdir(parents=True)
+        parts[split] = []
+        for start in range(0, table.num_rows, PART_ROWS):
+            path = f"{split}/part-{len(parts[split]):05}.parquet"
+            part = table.slice(start, PART_ROWS)
+            pq.write_table(part, directory / path, row_group_size=GROUP_ROWS, write_page_checksum=True)
+            parts[split].append({"path": path, "rows": part.num_rows, "positives": 0, "bytes": 1, "sha256": 64 * "0"})
+    sparse = [
+        {
+            "name": name,
+            "num_embeddings": SIZES[name],
+            "multi_valued": name in ("genres", "tags"),
+            "weighted": name == "tags",
+            "pooling_factor": 1.3 if name in ("genres", "tags") else 1,
+        }
+        for name in SPARSE
+    ]
+    content = {
+        "format_version": 2,
+        "source": "table",
+        "label": "label",
+        "dense": list(DENSE),
+        "sparse": sparse,
+        "malformed": 0,
+        "vocabulary_id": "mixed",
+        "rows": {split: table.num_rows for split, table in tables.items()},
+        "parts": parts,
+    }
+    (directory / "schema.json").write_text(json.dumps(content))
+    return tables
