@@ -34,7 +34,7 @@ class ModelSpec:
         """The model that ``config`` asks for on the data set ``schema``.
 
         Raises:
-            UserError: a feature that is asked for is not in the data set, or has weights and is to be pooled by mean, or
+            UserError: a feature that is asked for is not in the data set, or is weighted and to be pooled by mean; or
                 ``sharding.tables`` names a table that the model lacks.
         """
         features = {feature.name: feature for feature in schema.sparse}

@@ -1,8 +1,6 @@
 """Training, from a config to a checkpoint and a summary."""
 
-import math
 import sys
-import time
 from contextlib import ExitStack, suppress
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -11,8 +9,6 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
-from torchrec.distributed import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
@@ -31,9 +27,11 @@ from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.pipeline import pipeline_pays, take_steps
 from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.recorder import Recorder
+from mlet_dist.training.report import TrainingReport
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
 from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.weights import weights_sha256
 
 _PROGRESS_BINS = 1 << 16
@@ -99,9 +97,11 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             for warning in schedule_warnings(config.optimizer, steps):
                 with suppress(OSError):
                     print(f"warning: {warning}", file=sys.stderr, flush=True)
+        metrics = BinaryMetrics(worker.device, _PROGRESS_BINS)
+        training = Training(sharded, optimizer, metrics, steps=steps, batches_per_epoch=len(loader))
         with Recorder(run, enabled=worker.is_first) as recorder:
-            seconds = _train_steps(config, steps, sharded, optimizer, loader, worker, recorder)
-            progress = {"step": steps, "epoch": steps // len(loader), "batch_in_epoch": steps % len(loader)}
+            seconds = _train_steps(training, config, loader, worker, recorder)
+            progress = {"step": steps, "epoch": training.epoch, "batch_in_epoch": training.batch_in_epoch}
             checkpoint = save_checkpoint(run.checkpoints, steps, sharded, optimizer, progress)
             summary: dict[str, Any] = {"run": str(run.path), "steps": steps, "checkpoint": str(checkpoint)}
             for split, split_loader in split_loaders.items():
@@ -127,60 +127,25 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
 
 
 def _train_steps(
+    training: Training,
     config: Config,
-    steps: int,
-    model: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
     loader: DataLoader,
     worker: Worker,
     recorder: Recorder,
 ) -> float:
-    """Run the optimizer ``steps`` times; returns the seconds it took."""
-    model.train()
-    metrics = BinaryMetrics(worker.device, _PROGRESS_BINS)
-    report = _TrainingReport(config.data.batch_size)
-    factor = learning_rate_factor(config.optimizer, steps)
-    schedule = LambdaLR(optimizer, factor)
+    """Take all steps of the run; returns the seconds they took."""
+    training.model.train()
     # One iterator over all epochs: whoever takes batches ahead neither stops between two nor goes beyond the last.
-    batches = islice(chain.from_iterable(repeat(loader)), steps)
+    batches = islice(chain.from_iterable(repeat(loader)), training.steps - training.step)
     pipelined = pipeline_pays(worker) if config.train.pipelined is None else config.train.pipelined
-    with Progress("train", steps, "steps", disable=not worker.is_first) as progress:
-        trained = take_steps(model, optimizer, batches, worker.device, pipelined=pipelined)
-        for step, (logits, labels) in enumerate(trained, start=1):
-            metrics.update(logits, labels)
-            schedule.step()
-            fields = {}
-            if step % config.train.log_every == 0 or step == steps:
-                found = report.at(step, metrics.compute())
-                found["learning_rate"] = config.optimizer.learning_rate * factor(step - 1)
-                recorder.record("train", step, found)
-                fields = {
-                    "loss": f"{found['loss']:.4f}",
-                    "AUC": f"{found['auc']:.4f}",
-                    "samples/s": f"{found['samples_per_s']:,.0f}",
-                }
-            progress.update(1, **fields)
+    with Progress("train", training.steps, "steps", disable=not worker.is_first) as progress:
+        report = TrainingReport(config, training.steps, progress, recorder, training.step)
+        schedule = LambdaLR(training.optimizer, learning_rate_factor(config.optimizer, training.steps))
+        after_step: list[AfterStep] = [lambda _: schedule.step(), report]
+        predictions = take_steps(training.model, training.optimizer, batches, worker.device, pipelined=pipelined)
+        for logits, labels in predictions:
+            training.step += 1
+            training.metrics.update(logits, labels)
+            for done in after_step:
+                done(training)
     return report.seconds
-
-
-class _TrainingReport:
-    """What is said every ``log_every`` steps: loss since the last time, AUC since the start, speed since the start."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._started = time.monotonic()
-        self._rows, self._loss_sum = 0.0, 0.0
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def at(self, step: int, totals: dict[str, float]) -> dict[str, float]:
-        rows, loss_sum = totals["rows"], totals["logloss"] * totals["rows"]
-        loss = (loss_sum - self._loss_sum) / (rows - self._rows)
-        self._rows, self._loss_sum = rows, loss_sum
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the training loss is {loss} by step {step}; lower optimizer.learning_rate or the initial values"
-            )
-        return {"loss": loss, "auc": totals["auc"], "samples_per_s": step * self._batch_size / self.seconds}
