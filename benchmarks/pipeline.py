@@ -36,9 +36,11 @@ from mlet_dist.embeddings.exchange import EXCHANGES
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.distributed import Worker, join_ranks
+from mlet_dist.training.guards import Finding, Guard
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.pipeline import Predicted, take_steps
 from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.timing import StepTimer
 
 WAYS = {"plain": False, "pipelined": True}
 NOT_TIMED = BATCHES_AHEAD + 2
@@ -110,7 +112,7 @@ def synthetic_batches(case: Case, spec: ModelSpec, worker: Worker) -> list[Batch
     return found
 
 
-def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted]:
+def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted | Finding]:
     """Training without end; each element is one step taken."""
     spec = spec_of(case)
     model = build_dlrm(spec, torch.device("meta"))
@@ -119,7 +121,15 @@ def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted]
     sharded, _ = shard_model(model, worker, case.local_batch_size, ShardingConfig(exchange=case.exchange))
     sharded.train()
     optimizer = build_optimizer(sharded, config)
-    return take_steps(sharded, optimizer, batches(case, spec, worker), worker.device, pipelined=pipelined)
+    return take_steps(
+        sharded,
+        optimizer,
+        batches(case, spec, worker),
+        worker.device,
+        pipelined=pipelined,
+        guard=Guard(sharded, worker.device),
+        timer=StepTimer(sharded, worker.device, case.local_batch_size),
+    )
 
 
 def measure(case: Case, rounds: int, steps: int, worker: Worker) -> dict[str, Any]:

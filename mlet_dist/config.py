@@ -191,6 +191,13 @@ class TrainConfig:
     max_steps: int | None = _setting("stop after this many steps; null trains all epochs", None, at_least=1)
     log_every: int = _setting("steps between two records in metrics.jsonl and TensorBoard", 100, at_least=1)
     device: Literal["auto", "cpu", "cuda"] = _setting("auto takes cuda where there is one", "auto")
+    on_non_finite: Literal["stop", "skip", "rollback"] = _setting(
+        "what a loss or gradient that is not finite does: stop ends the run; skip leaves out the batch, for its loss "
+        "alone, and every step waits for all ranks' losses; rollback goes back to the last checkpoint and leaves out "
+        "the batch",
+        "stop",
+    )
+    non_finite_limit: int = _setting("batches that a run may so leave out before it ends", 10, at_least=0)
     pipelined: bool | None = _setting(
         "exchange the ids of the next batch behind the compute of this one; null does, but on a single CPU rank", None
     )

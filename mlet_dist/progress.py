@@ -52,6 +52,14 @@ class Progress:
         elif not self._disable and time.monotonic() - self._last_line >= self._log_interval:
             self._write_line()
 
+    def say(self, line: str) -> None:
+        """Show a line of its own."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        elif not self._disable:
+            with suppress(OSError):
+                print(line, file=self._stream, flush=True)
+
     def close(self) -> None:
         """Show the final count and stop."""
         if self._bar is not None:

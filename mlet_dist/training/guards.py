@@ -53,11 +53,11 @@ class Guard:
     """Looks at every loss before backward, and at the gradients after it.
 
     Rows are updated inside backward, so a batch can be skipped only for its loss, and only where every rank has heard
-    of it before backward: under ``skip`` a step waits for that. Under the other policies the findings of a step are read
+    of it before: under ``skip`` each step waits for that. Under the other policies what is found in a step is read
     after the next one, and neither a rank nor a device is waited for. Before weights are saved, ``settle``.
 
     The gradients are those of W2 and of the dense layers, combined over ranks. W1's are never at hand; one that is not
-    finite has come through those layers. A norm that overflows is not finite either: Adagrad's squares overflow, too.
+    finite has come through those layers. Their norm counts: where it overflows, Adagrad's squares do, too.
 
     Args:
         model: sharded.
@@ -95,7 +95,7 @@ class Guard:
         self._found: deque[Finding] = deque()
 
     def admit(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss for backward; for a batch that is then ``refused``, one that leads to no weight. A collective call."""
+        """The loss for backward; of a batch then ``refused``, one that leads to no weight. A collective call."""
         self._step += 1
         self.refused = None
         if self._step in self._passed_over:

@@ -1,5 +1,6 @@
 """What a run says of itself while it goes on: metrics.jsonl, TensorBoard."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TextIO
 
@@ -16,14 +17,15 @@ class Recorder:
         self._lines: TextIO | None = run.metrics.open("a", encoding="utf-8") if enabled else None
         self._tensorboard = SummaryWriter(str(run.tensorboard)) if enabled else None
 
-    def record(self, split: str, step: int, values: dict[str, float]) -> None:
-        """Write one line and one TensorBoard point a value, under ``split/name``."""
+    def record(self, split: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Write one line, and one TensorBoard point a number, under ``split/name``."""
         if self._lines is None or self._tensorboard is None:
             return
         self._lines.write(to_json({"step": step, "split": split, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+            if not isinstance(value, str):
+                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def __enter__(self) -> "Recorder":
         return self

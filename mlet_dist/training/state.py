@@ -20,6 +20,7 @@ class Training:
         steps: how many the run takes in all.
         batches_per_epoch: global batches in one pass over the data.
         step: steps taken, by this job and those before it; batch ``step`` of all epochs comes next.
+        skipped: those of them whose batch was skipped; learning rates move with the others alone.
     """
 
     model: DistributedModelParallel
@@ -28,6 +29,7 @@ class Training:
     steps: int
     batches_per_epoch: int
     step: int = 0
+    skipped: int = 0
 
     @property
     def epoch(self) -> int:
@@ -38,6 +40,11 @@ class Training:
     def batch_in_epoch(self) -> int:
         """The next batch's number in its epoch, from 0."""
         return self.step % self.batches_per_epoch
+
+    @property
+    def updates(self) -> int:
+        """Steps that moved weights: where the learning rates' schedule stands."""
+        return self.step - self.skipped
 
     @property
     def is_done(self) -> bool:

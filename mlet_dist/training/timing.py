@@ -2,94 +2,201 @@
 
 import resource
 import socket
-import statistics
 import time
-from collections import deque
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from torchrec.distributed.types import LazyAwaitable
 
 from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollection
 from mlet_dist.training.stopwatch import Stopwatch
 
 _Item = TypeVar("_Item")
-# In the order in which ranks send them to one another.
-_MEASURED = ("step", "data_wait", "forward", "exchange", "backward", "checkpoint", "own", "peak_memory_bytes")
-_PARTS = _MEASURED[:6]
+_PARTS = ("step", "data_wait", "forward", "exchange", "backward", "checkpoint")
+# What a rank tells the others: seconds since the last report, the last by its own work alone.
+_TOLD = (*_PARTS, "own")
 
 
 class StepTimer:
-    """Times the steps of one rank, and tells all ranks how long those of each took.
+    """Times the steps of this rank; a report tells all ranks how long those of each took.
 
-    ``forward`` is lookups, projections and dense layers. ``exchange`` is what the forward pass waits for: the ids and the
-    vectors of other ranks, from the module's entry to its first lookup (in the plain loop this holds the work on the
-    ids before they leave, too) and from its exit to the arrival of its output. ``backward`` is the rest of the step,
-    from the loss to the end of the update; the exchange of gradients inside it runs in autograd's own functions and is
-    not told apart. ``own`` is what no other rank can prolong: the whole step without ``exchange``, ``checkpoint`` and
-    backward proper. Ranks take steps together, so only by this time can one be called the slowest.
+    - ``step``: from one step to the next, the caller's work between them included.
+    - ``data_wait``: until the loader has a batch.
+    - ``exchange``: what forward waits for: ids of other ranks (from entering the embeddings to their first lookup; in
+      the plain loop this includes preparing the ids), their vectors (from leaving the embeddings to the arrival of
+      their output), and under ``train.on_non_finite: skip`` their losses.
+    - ``forward``: the rest of forward: lookups, projections, dense layers, the loss.
+    - ``backward``: backward and the update. The exchange of gradients is inside autograd's functions: it is in here,
+      and so is the waiting for ranks that enter backward later.
+    - ``checkpoint``: what saving holds up.
 
-    On CUDA ``forward``, ``exchange`` and ``backward`` are times of the stream, and the others of the host.
+    Ranks take their steps together. What tells a slow one is its own time, which no other rank prolongs: data_wait,
+    forward and the update.
+
+    On CUDA, forward, exchange and backward are times of the stream between events; the others are the host's.
 
     Args:
-        model: sharded; hooks on its collections stay as long as the block.
+        model: sharded; hooks stay on its embeddings within the block.
         device: where it runs.
         local_batch_size: rows of a batch on this rank.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, local_batch_size: int) -> None:
         self._watch, self._device, self._rows = Stopwatch(device), device, local_batch_size
-        self._steps, self._started = 0, time.perf_counter()
-        self._loss_known: Any = None
-        self._hooks = ExitStack()
+        self._hooks: list[RemovableHandle] = []
         for module in model.modules():
             if isinstance(module, ShardedMultiLayerEmbeddingBagCollection):
-                self._watch_exchange(module)
-        self._hosts: list[str] = [""] * dist.get_world_size()
+                self._hooks += _hooks_on_exchange(module, self._watch)
+        self._hosts = [""] * dist.get_world_size()
         dist.all_gather_object(self._hosts, socket.gethostname())
-        self._totals = torch.zeros(len(self._hosts), len(_MEASURED), dtype=torch.float64)
-        self._all_steps = 0
+        self._steps, self._all_steps = 0, 0
+        self._seconds = torch.zeros(len(self._hosts), len(_TOLD), dtype=torch.float64)
+        self._memory = torch.zeros(len(self._hosts), dtype=torch.float64)
+        self._forward_ended: Any = None
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> "StepTimer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def fetch(self, batches: Iterator[_Item]) -> Iterator[_Item]:
-        """The same batches; the time until each is there is ``data_wait``."""
+        """The same batches, whose waiting for is counted as ``data_wait``."""
         while True:
             started = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            self._data_waited(time.perf_counter() - started)
+            waited = time.perf_counter() - started
+            self._watch.add_seconds("data_wait", waited)
+            if self._forward_ended is not None and self._watch.is_host:
+                self._watch.add_seconds("backward", -waited)
             yield batch
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the block as ``forward``, ``exchange`` (inside ``forward``), ``update`` or ``checkpoint``."""
+    def phase(self, name: Literal["forward", "exchange", "update"]) -> Iterator[None]:
+        """Count the block; ``exchange`` is inside ``forward``."""
         started = self._watch.now()
         yield
         ended = self._watch.now()
         self._watch.add(name, started, ended)
         if name == "forward":
-            self._loss_known = ended
+            self._forward_ended = ended
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count the block as ``checkpoint``."""
+        started = time.perf_counter()
+        yield
+        self._watch.add_seconds("checkpoint", time.perf_counter() - started)
 
     def backward_done(self) -> None:
-        """Backward has ended, or was left out, and with it all of the step but its update."""
-        self._watch.add("backward", self._loss_known, self._watch.now())
-        self._loss_known = None
+        """All of a step is over but its update."""
+        self._watch.add("backward", self._forward_ended, self._watch.now())
+        self._forward_ended = None
         self._steps += 1
 
-    def report(self) -> dict[str, float | str]:
-        """Per step since the last report; a collective call, and on CUDA it waits for the device.
+    def report(self) -> dict[str, Any]:
+        """Of the steps since the last report; a collective call, which on CUDA waits for the device.
 
         Returns:
-            ``step_ms``, ``data_wait_ms``, ``forward_ms``, ``exchange_ms``, ``backward_ms``, ``checkpoint_ms``: means
-            over ranks; ``rank_samples_per_s_min``, ``…_median``, ``…_max``: rows of a rank by its own time;
-            ``slowest_rank`` and ``slowest_host`` by the same; ``peak_memory_bytes``: of the rank that took most.
+            ``step_ms``, ``data_wait_ms``, ``forward_ms``, ``exchange_ms``, ``backward_ms``, ``checkpoint_ms``: of one
+            step, means over ranks. ``rank_samples_per_s_min``, ``…_median`` and ``…_max``: a rank's rows by its own
+            time. ``slowest_rank``, ``slowest_host``: the rank with the fewest. ``peak_memory_bytes``: since the start,
+            of the rank with the most.
         """
-        measured = self._gather()
-        self._totals += measured * self._steps_of(measured)
-        ...
+        seconds, self._memory = self._tell()
+        steps, self._steps = self._steps, 0
+        self._seconds += seconds
+        self._all_steps += steps
+        return self._describe(seconds / steps)
+
+    def summary(self) -> dict[str, Any]:
+        """As a report, of all steps that were reported; ``ranks`` holds lists by rank of the same figures."""
+        seconds = self._seconds / self._all_steps
+        ranks = {
+            "host": self._hosts,
+            "samples_per_s": self._rates(seconds).tolist(),
+            "data_wait_ms": (seconds[:, _TOLD.index("data_wait")] * 1e3).tolist(),
+            "peak_memory_bytes": self._memory.long().tolist(),
+        }
+        return self._describe(seconds) | {"ranks": ranks}
+
+    def _tell(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Seconds of every rank since the last report, ``(ranks, len(_TOLD))``, and peaks of memory, ``(ranks,)``."""
+        now = time.perf_counter()
+        found = defaultdict(float, self._watch.take())
+        found["step"], self._started = now - self._started, now
+        found["forward"] -= found["exchange"]
+        found["backward"] += found["update"]
+        found["own"] = found["data_wait"] + found["forward"] + found["update"]
+        numbers = [found[name] for name in _TOLD] + [self._peak_memory()]
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        every = [torch.empty_like(mine) for _ in self._hosts]
+        dist.all_gather(every, mine)
+        told = torch.stack(every).cpu()
+        return told[:, :-1], told[:, -1]
+
+    def _describe(self, seconds: torch.Tensor) -> dict[str, Any]:
+        """The fields of a report from seconds a step ``(ranks, len(_TOLD))``."""
+        means = dict(zip(_TOLD, (seconds.mean(dim=0) * 1e3).tolist(), strict=True))
+        rates = self._rates(seconds)
+        slowest = int(rates.argmin())
+        return {f"{name}_ms": means[name] for name in _PARTS} | {
+            "rank_samples_per_s_min": float(rates.min()),
+            "rank_samples_per_s_median": float(rates.median()),
+            "rank_samples_per_s_max": float(rates.max()),
+            "slowest_rank": slowest,
+            "slowest_host": self._hosts[slowest],
+            "peak_memory_bytes": int(self._memory.max()),
+        }
+
+    def _rates(self, seconds: torch.Tensor) -> torch.Tensor:
+        """Rows a second of each rank's own time."""
+        return self._rows / seconds[:, _TOLD.index("own")]
+
+    def _peak_memory(self) -> int:
+        """Bytes, since the start: of tensors on CUDA, of the process on a CPU."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _hooks_on_exchange(module: ShardedMultiLayerEmbeddingBagCollection, watch: Stopwatch) -> list[RemovableHandle]:
+    """Count as ``exchange`` the ways from entering the module to its first lookup and from leaving it to its output."""
+    entered: list[Any] = []
+
+    def enter(embeddings: nn.Module, _: Any) -> None:
+        entered[:] = [watch.now()] if embeddings.training else []
+
+    def look_up(*_: Any) -> None:
+        if entered:
+            watch.add("exchange", entered.pop(), watch.now())
+
+    def leave(embeddings: nn.Module, _: Any, output: LazyAwaitable) -> None:
+        if embeddings.training:
+            left = watch.now()
+
+            def arrive(arrived: Any) -> Any:
+                watch.add("exchange", left, watch.now())
+                return arrived
+
+            output.callbacks.append(arrive)
+
+    return [
+        module.register_forward_pre_hook(enter),
+        module._lookups[0].register_forward_pre_hook(look_up),
+        module.register_forward_hook(leave),
+    ]

@@ -1,7 +1,7 @@
 """Training, from a config to a checkpoint and a summary."""
 
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mlet_dist.progress import Progress
 from mlet_dist.training.checkpoint import save_checkpoint
 from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
+from mlet_dist.training.guards import Finding, Guard
 from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.pipeline import pipeline_pays, take_steps
@@ -32,6 +33,7 @@ from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.state import AfterStep, Training
+from mlet_dist.training.timing import StepTimer
 from mlet_dist.training.weights import weights_sha256
 
 _PROGRESS_BINS = 1 << 16
@@ -100,7 +102,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         metrics = BinaryMetrics(worker.device, _PROGRESS_BINS)
         training = Training(sharded, optimizer, metrics, steps=steps, batches_per_epoch=len(loader))
         with Recorder(run, enabled=worker.is_first) as recorder:
-            seconds = _train_steps(training, config, loader, worker, recorder)
+            trained_steps = _train_steps(training, config, loader, worker, recorder)
             progress = {"step": steps, "epoch": training.epoch, "batch_in_epoch": training.batch_in_epoch}
             checkpoint = save_checkpoint(run.checkpoints, steps, sharded, optimizer, progress)
             summary: dict[str, Any] = {"run": str(run.path), "steps": steps, "checkpoint": str(checkpoint)}
@@ -114,7 +116,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             "served_table_bytes": served,
             "world_size": worker.world_size,
             "device": worker.device.type,
-            "samples_per_s": steps * config.data.batch_size / seconds,
+            **trained_steps,
         }
         if worker.is_first:
             run.finish(summary)
@@ -132,20 +134,39 @@ def _train_steps(
     loader: DataLoader,
     worker: Worker,
     recorder: Recorder,
-) -> float:
-    """Take all steps of the run; returns the seconds they took."""
+) -> dict[str, Any]:
+    """Take all steps of the run; returns what the summary says of them."""
     training.model.train()
     # One iterator over all epochs: whoever takes batches ahead neither stops between two nor goes beyond the last.
     batches = islice(chain.from_iterable(repeat(loader)), training.steps - training.step)
     pipelined = pipeline_pays(worker) if config.train.pipelined is None else config.train.pipelined
-    with Progress("train", training.steps, "steps", disable=not worker.is_first) as progress:
-        report = TrainingReport(config, training.steps, progress, recorder, training.step)
+    guard = Guard(
+        training.model,
+        worker.device,
+        config.train.on_non_finite,
+        limit=config.train.non_finite_limit,
+        step=training.step,
+        skipped=training.skipped,
+    )
+    with (
+        Progress("train", training.steps, "steps", disable=not worker.is_first) as progress,
+        StepTimer(training.model, worker.device, config.data.batch_size // worker.world_size) as timer,
+    ):
+        report = TrainingReport(config, training, progress, recorder, guard, timer)
         schedule = LambdaLR(training.optimizer, learning_rate_factor(config.optimizer, training.steps))
-        after_step: list[AfterStep] = [lambda _: schedule.step(), report]
-        predictions = take_steps(training.model, training.optimizer, batches, worker.device, pipelined=pipelined)
-        for logits, labels in predictions:
-            training.step += 1
-            training.metrics.update(logits, labels)
-            for done in after_step:
-                done(training)
-    return report.seconds
+        after_step: list[AfterStep] = [report]
+        outcomes = take_steps(
+            training.model, training.optimizer, batches, worker.device, pipelined=pipelined, guard=guard, timer=timer
+        )
+        with closing(outcomes):
+            for outcome in outcomes:
+                training.step += 1
+                if isinstance(outcome, Finding):
+                    training.skipped += 1
+                    report.skip(training, outcome)
+                else:
+                    training.metrics.update(*outcome)
+                    schedule.step()
+                for done in after_step:
+                    done(training)
+        return report.summary(training)

@@ -1,0 +1,213 @@
+"""A loss or gradient that is not finite, met by one rank of two: what all ranks then do, in both loops."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
+
+from mlet_dist.config import Config, load_config
+from mlet_dist.data.loader import Batch
+from mlet_dist.training.guards import Finding, Guard, NonFinite
+from mlet_dist.training.optimizers import optimizer_state
+from mlet_dist.training.pipeline import take_steps
+from mlet_dist.training.schedule import learning_rate_factor
+from mlet_dist.training.timing import StepTimer
+from tests.command import ROOT
+from tests.ranks import RankPool
+from tests.training.small_run import SETTINGS, build, loader, local
+
+Ranks = Callable[[int], RankPool]
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+DEVICE = torch.device("cpu")
+STEPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run whose second rank meets something that is not finite at ``step``, from 1."""
+
+    config: Config
+    pipelined: bool
+    policy: str = "stop"
+    step: int = 4
+    where: str = "label"
+    limit: int = 10
+    left_out: tuple[int, ...] = ()
+    passed_over: tuple[int, ...] = ()
+
+
+def _batches(case: Case) -> Iterator[Batch]:
+    for number, batch in enumerate(islice(loader(case.config), STEPS), start=1):
+        if number in case.left_out:
+            continue
+        if number == case.step and dist.get_rank() == 1:
+            if case.where == "label":
+                batch.labels[3] = math.nan
+            elif case.where == "feature":
+                batch.dense[2, 5] = math.inf
+        yield batch
+
+
+def _train(case: Case) -> dict[str, Any]:
+    """Outcomes and the error, if any; then the weights and states that are left, and whether the model is in order."""
+    model, embeddings, optimizer = build(case.config)
+    model.train()
+    schedule = LambdaLR(optimizer, learning_rate_factor(case.config.optimizer, STEPS))
+    guard = Guard(model, DEVICE, case.policy, limit=case.limit, passed_over=case.passed_over)
+    rates: list[float] = []
+    said: list[Finding] = []
+    error = None
+    taken = 0
+    own_forward = embeddings.forward
+    if case.where == "gradient" and dist.get_rank() == 1:
+        weight = next(
+            weight
+            for name, weight in model.named_parameters()
+            if name.endswith("over_arch.model.0._mlp.0._linear.weight")
+        )
+        weight.register_hook(lambda gradient: gradient * math.nan if taken + 1 == case.step else gradient)
+    with StepTimer(model, DEVICE, 1) as timer:
+        outcomes = take_steps(
+            model, optimizer, _batches(case), DEVICE, pipelined=case.pipelined, guard=guard, timer=timer
+        )
+        try:
+            for outcome in outcomes:
+                taken += 1
+                if isinstance(outcome, Finding):
+                    said.append(outcome)
+                    continue
+                rates.append(schedule.get_last_lr()[0])
+                schedule.step()
+            guard.settle()
+        except NonFinite as found:
+            error = found
+    assert embeddings.forward == own_forward
+    dist.barrier()
+    weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
+    states = {
+        f"{name} {key}": local(each) for name, of in optimizer_state(optimizer).items() for key, each in of.items()
+    }
+    return {
+        "taken": taken,
+        "skipped": said,
+        "rates": rates,
+        "error": None if error is None else (str(error), error.finding),
+        "tensors": weights | states,
+    }
+
+
+def _train_each(cases: list[Case]) -> list[dict[str, Any]]:
+    return [_train(case) for case in cases]
+
+
+def _assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.isfinite(tensor).all(), name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture
+def config(small_model: tuple[str, ...]) -> Config:
+    return load_config(CONFIG, [*small_model, *SETTINGS, "run.dir=unused", "optimizer.learning_rate=0.05"])
+
+
+def _with_optimizer(config: Config, name: str, exchange: str = "auto") -> Config:
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, name=name),
+        sharding=dataclasses.replace(config.sharding, exchange=exchange),
+    )
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(
+    ("optimizer", "exchange", "step", "where"),
+    [
+        ("sgd", "after", 1, "label"),
+        ("adagrad", "reduce_scatter", 4, "feature"),
+        ("adam", "unique_rows", 1, "feature"),
+        ("adam", "unique_rows", 4, "label"),
+        ("rowwise_adagrad", "unique_rows", STEPS, "label"),
+    ],
+)
+def test_a_skipped_batch_leaves_the_bits_of_a_run_in_which_it_never_came(
+    ranks: Ranks, config: Config, optimizer: str, exchange: str, step: int, where: str
+) -> None:
+    config = _with_optimizer(config, optimizer, exchange)
+    cases = [Case(config, pipelined, "skip", step, where) for pipelined in (False, True)]
+    cases.append(Case(config, pipelined=False, step=step, where="nowhere", left_out=(step,)))
+    both = ranks(2).run(_train_each, cases)
+    for plain, pipelined, expected in both:
+        for found in (plain, pipelined):
+            assert found["error"] is None
+            assert found["taken"] == STEPS
+            assert found["skipped"] == [Finding(step, "loss", rank=1)]
+            assert found["rates"] == expected["rates"]
+            _assert_same_bits(found["tensors"], expected["tensors"])
+        assert expected["taken"] == STEPS - 1
+
+
+@pytest.mark.multirank
+def test_what_is_not_finite_stops_both_loops_on_every_rank_after_the_same_step(ranks: Ranks, config: Config) -> None:
+    found = [("label", "loss", 4), ("feature", "loss", 1), ("gradient", "gradient", 4), ("label", "loss", STEPS)]
+    cases = [
+        Case(config, pipelined, policy, step, where)
+        for where, _, step in found
+        for policy in ("stop", "rollback")
+        for pipelined in (False, True)
+    ]
+    every = ranks(2).run(_train_each, cases)
+    for case, *outcomes in zip(cases, *every, strict=True):
+        what = "gradient" if case.where == "gradient" else "loss"
+        rank = None if what == "gradient" else 1
+        for each in outcomes:
+            assert not each["skipped"]
+            text, finding = each["error"]
+            assert finding == Finding(case.step, what, rank)
+            assert text.startswith(f"the training {what} of step {case.step} is not finite")
+            assert "optimizer.learning_rate" in text
+            # It is raised in place of a later step's outcome, so that nobody waits for it; the last, when settled.
+            assert each["taken"] == (case.step if what == "loss" else case.step + 1)
+
+
+@pytest.mark.multirank
+def test_a_gradient_that_is_not_finite_is_not_skipped(ranks: Ranks, config: Config) -> None:
+    cases = [Case(config, pipelined, "skip", 3, "gradient") for pipelined in (False, True)]
+    for outcomes in ranks(2).run(_train_each, cases):
+        for each in outcomes:
+            assert each["error"][1] == Finding(3, "gradient")
+            assert not each["skipped"]
+
+
+@pytest.mark.multirank
+def test_going_back_and_passing_over_the_batch_leaves_the_bits_of_a_run_in_which_it_never_came(
+    ranks: Ranks, config: Config
+) -> None:
+    config = _with_optimizer(config, "adam")
+    again = [Case(config, pipelined, "rollback", 5, "label", passed_over=(5,)) for pipelined in (False, True)]
+    expected = Case(config, pipelined=False, step=5, where="nowhere", left_out=(5,))
+    for *both, never in ranks(2).run(_train_each, [*again, expected]):
+        for found in both:
+            assert found["error"] is None
+            assert found["skipped"] == [Finding(5, "earlier")]
+            _assert_same_bits(found["tensors"], never["tensors"])
+
+
+@pytest.mark.multirank
+def test_more_skipped_batches_than_the_limit_stop_the_run(ranks: Ranks, config: Config) -> None:
+    cases = [
+        Case(config, pipelined, "skip", 2, "label", limit=limit) for pipelined in (False, True) for limit in (0, 1)
+    ]
+    for outcomes in ranks(2).run(_train_each, cases):
+        for case, each in zip(cases, outcomes, strict=True):
+            assert (each["error"] is None) == (case.limit == 1)
+            if case.limit == 0:
+                assert each["error"][1] == Finding(2, "loss", 1)
+                assert "0 batches" in each["error"][0]
