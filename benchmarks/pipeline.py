@@ -37,9 +37,11 @@ from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.guards import Finding, Guard
+from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.pipeline import Predicted, take_steps
 from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
 
 WAYS = {"plain": False, "pipelined": True}
@@ -121,15 +123,10 @@ def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted 
     sharded, _ = shard_model(model, worker, case.local_batch_size, ShardingConfig(exchange=case.exchange))
     sharded.train()
     optimizer = build_optimizer(sharded, config)
-    return take_steps(
-        sharded,
-        optimizer,
-        batches(case, spec, worker),
-        worker.device,
-        pipelined=pipelined,
-        guard=Guard(sharded, worker.device),
-        timer=StepTimer(sharded, worker.device, case.local_batch_size),
-    )
+    training = Training(sharded, optimizer, BinaryMetrics(worker.device), steps=1, batches_per_epoch=1)
+    guard = Guard(training, worker.device, "stop", 0)
+    timer = StepTimer(sharded, worker.device, case.local_batch_size)
+    return take_steps(training, batches(case, spec, worker), worker.device, guard, timer, pipelined=pipelined)
 
 
 def measure(case: Case, rounds: int, steps: int, worker: Worker) -> dict[str, Any]:

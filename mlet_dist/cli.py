@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlet_dist.config import Config, describe_settings, load_config
-from mlet_dist.errors import UserError
+from mlet_dist.errors import Interrupted, RanksLost, UserError
 from mlet_dist.json_text import to_json
 
 Result = dict[str, Any]
@@ -52,7 +52,11 @@ says what is missing and what would fit. Settings are those of `mlet train --hel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for a user's mistake, 130 and 143 when interrupted or terminated, else 1."""
+    """Run one command.
+
+    0 on success, 2 for a user's mistake, 75 for a run that was told to stop and is to be started again, 130 and 143
+    when interrupted or terminated, else 1.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stderr is None:  # closed by `2>&-`; print would take stdout in its place
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -70,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _handed_to_launcher(error):
             _print_error(error)
         return 2
+    except Interrupted as stopped:
+        if not _handed_to_launcher(stopped):
+            print(f"mlet: {stopped}", file=sys.stderr)
+        return Interrupted.EXIT_CODE
+    except RanksLost as error:
+        if not _handed_to_launcher(error):
+            _print_error(error)
+        return 1
     except ChildProcessError as error:  # which has shown its own traceback, if it could
         _print_error(error)
         return 1
@@ -124,11 +136,12 @@ def _synth(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.training.attempt import for_this_attempt
     from mlet_dist.training.run_directory import RunDirectory
 
     config = _load_checked(args)
     if not _launched():
-        RunDirectory(Path(config.run.dir)).check_free(config.run.overwrite)
+        RunDirectory(Path(config.run.dir)).check_free(for_this_attempt(config))
     if args.nproc is not None:
         return _in_ranks(args, arguments)
     _before_torch()

@@ -1,19 +1,18 @@
 """Batches whose loss or gradient is not finite: every rank hears of them, and a batch to be skipped trains nothing."""
 
 from collections import deque
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import distributed as dist
 from torch.nn.utils import get_total_norm
-from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from mlet_dist.embeddings.agreement import Agreement
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.training.state import Training
 
 OnNonFinite = Literal["stop", "skip", "rollback"]
 
@@ -53,64 +52,54 @@ class Guard:
     """Looks at every loss before backward, and at the gradients after it.
 
     Rows are updated inside backward, so a batch can be skipped only for its loss, and only where every rank has heard
-    of it before: under ``skip`` each step waits for that. Under the other policies what is found in a step is read
-    after the next one, and neither a rank nor a device is waited for. Before weights are saved, ``settle``.
+    of it before: under ``skip`` each step waits for that. Under the other policies a loss is known of
+    after the step that follows, and a gradient one later: neither a rank nor a device is waited for. Before weights are
+    saved, ``settle``.
 
     The gradients are those of W2 and of the dense layers, combined over ranks. W1's are never at hand; one that is not
     finite has come through those layers. Their norm counts: where it overflows, Adagrad's squares do, too.
 
     Args:
-        model: sharded.
+        training: the run.
         device: of the losses.
         policy: ``skip`` skips batches for their loss; whatever else is found is raised, under every policy.
         limit: batches of a run that may be skipped; one more is raised.
-        step: batches that the run has taken before.
-        skipped: how many of those were skipped.
-        passed_over: steps whose batches are skipped whatever they hold.
+
+    Attributes:
+        refused: why the batch whose loss was admitted last is skipped, or None.
     """
 
-    def __init__(
-        self,
-        model: DistributedModelParallel,
-        device: torch.device,
-        policy: OnNonFinite = "stop",
-        *,
-        limit: int = 10,
-        step: int = 0,
-        skipped: int = 0,
-        passed_over: Collection[int] = (),
-    ) -> None:
-        self.skipped = skipped
+    def __init__(self, training: Training, device: torch.device, policy: OnNonFinite, limit: int) -> None:
         self.refused: Finding | None = None
-        self._policy, self._limit, self._step, self._passed_over = policy, limit, step, passed_over
+        self._training, self._policy, self._limit = training, policy, limit
         self._parameters = [
             parameter
-            for name, parameter in in_backward_optimizer_filter(model.named_parameters())
+            for name, parameter in in_backward_optimizer_filter(training.model.named_parameters())
             if not name.startswith(f"{TABLES_PREFIX}embedding_bags.")
         ]
         self._code = dist.get_rank() + 1
         self._well = torch.zeros((), dtype=torch.bool, device=device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was found: the run goes back."""
         self._gradient = self._well
         self._asked: deque[tuple[int, Agreement]] = deque()
         self._found: deque[Finding] = deque()
 
     def admit(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss for backward; of a batch then ``refused``, one that leads to no weight. A collective call."""
-        self._step += 1
-        self.refused = None
-        if self._step in self._passed_over:
-            self.refused = Finding(self._step, "earlier")
-            self._ask(self._step, self._well)
+        step, self.refused = self._training.step + 1, None
+        if step in self._training.passed_over:
+            self.refused = Finding(step, "earlier")
+            self._ask(step, self._well)
         else:
-            self._ask(self._step, ~loss.detach().isfinite())
+            self._ask(step, ~loss.detach().isfinite())
             if self._policy == "skip":
-                self._hear_of(self._step)
+                self._hear_of(step)
                 if self._found and self._found[-1].what == "loss":
                     self.refused = self._found.pop()
-        if self.refused is None:
-            return loss
-        self.skipped += 1
-        return torch.zeros_like(loss, requires_grad=True)
+        return loss if self.refused is None else torch.zeros_like(loss, requires_grad=True)
 
     def look_at_gradients(self) -> None:
         """Between backward and the optimizer's step; waits for nothing."""
@@ -118,26 +107,28 @@ class Guard:
         self._gradient = ~get_total_norm(gradients).isfinite()
 
     def check(self) -> None:
-        """After each step: what is known of the steps before it.
+        """After a step, before it is counted: what is known of the steps before it.
 
         Raises:
             NonFinite: a loss or gradient was not finite, or too many batches were skipped; on every rank.
         """
-        self._hear_of(self._step - 1)
+        self._hear_of(self._training.step)
         if self._found:
             raise NonFinite(self._found[0])
-        if self.refused is not None and self.skipped > self._limit:
+        if self.refused is not None and self._training.skipped >= self._limit:
             raise NonFinite(self.refused, f"{self._limit} batches were skipped before it, as many as may be; {_ADVICE}")
 
     def settle(self) -> None:
         """Before weights are saved or measured: what is wrong with any step so far. A collective call.
 
         Raises:
-            NonFinite: as ``check``.
+            NonFinite: a loss or gradient was not finite; on every rank.
         """
-        self._ask(self._step + 1, self._well)
-        self._hear_of(self._step + 1)
-        self.check()
+        following = self._training.step + 1
+        self._ask(following, self._well)
+        self._hear_of(following)
+        if self._found:
+            raise NonFinite(self._found[0])
 
     def _ask(self, step: int, loss: torch.Tensor) -> None:
         """Agree on the loss of a step and on the gradient of the step before it."""

@@ -1,6 +1,7 @@
 """AUC and LogLoss over any number of rows in bounded memory, the same for any number of ranks."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import distributed as dist
@@ -35,6 +36,20 @@ class BinaryMetrics:
         flat = bin_of_row + labels.long() * self._bins
         self._counts.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
         self._loss += functional.binary_cross_entropy_with_logits(wide, labels.double(), reduction="sum")
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What was counted on all ranks together: ``counts`` ``(2, bins)`` int64 and ``loss``. A collective call."""
+        counts, loss = self._counts.clone(), self._loss.clone()
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(loss)
+        return {"counts": counts, "loss": loss}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on counting from there, on any number of ranks: the first one takes it all."""
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        self._counts.copy_(state["counts"] if is_first else torch.zeros_like(self._counts))
+        self._loss.copy_(state["loss"] if is_first else torch.zeros_like(self._loss))
 
     def compute(self, process_group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """``auc``, ``logloss``, ``rows`` and ``positive_rate`` over all ranks of the group; NaN where undefined.

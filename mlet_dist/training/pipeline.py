@@ -4,13 +4,12 @@ from collections.abc import Generator, Iterator
 
 import torch
 from torch.nn import functional
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.data.loader import Batch
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.guards import Finding, Guard
+from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
 
 Predicted = tuple[torch.Tensor, torch.Tensor]
@@ -26,61 +25,63 @@ def pipeline_pays(worker: Worker) -> bool:
 
 
 def take_steps(
-    model: DistributedModelParallel,
-    optimizer: CombinedOptimizer,
+    training: Training,
     batches: Iterator[Batch],
     device: torch.device,
-    *,
-    pipelined: bool,
     guard: Guard,
     timer: StepTimer,
+    *,
+    pipelined: bool,
 ) -> Generator[Predicted | Finding, None, None]:
     """Train on all batches of one iterator; yields what was predicted for each, after the optimizer's step on it.
 
-    For a batch that was skipped it yields the reason. Between two batches the caller may change learning rates: forward
-    has not begun on the next one. Both ways train the same bits. Taken to its end or closed, it leaves the model as it
-    was found, ready for evaluation or for another iterator.
+    For a batch that was skipped it yields the reason. ``training`` counts both. Between two batches the caller may
+    change learning rates: forward has not begun on the next one. Both ways train the same bits. Taken to its end or
+    closed, it leaves the model as it was found, ready for evaluation or for another iterator.
 
     Args:
+        guard: which batches train nothing.
+        timer: told where the time goes.
         pipelined: TorchRec's TrainPipelineSparseDist, which takes up to two batches ahead: it copies one to the device
             and exchanges the ids of the other behind the compute of the current one.
-        guard: which batches train nothing.
-        timer: where the time goes.
 
     Raises:
-        NonFinite: as ``guard.check``; the model's modules are left as they were found.
+        NonFinite: as ``guard.check``; the model's modules are as they were found.
     """
-    step = _Step(model, optimizer, guard, timer)
+    step = _Step(training, guard, timer)
     return (_pipelined if pipelined else _plain)(step, timer.fetch(batches), device)
 
 
 class _Step:
     """The parts of a step, as both loops call them; to TorchRec's pipeline it is the optimizer."""
 
-    def __init__(
-        self, model: DistributedModelParallel, optimizer: CombinedOptimizer, guard: Guard, timer: StepTimer
-    ) -> None:
-        self.model, self.guard = model, guard
-        self._optimizer, self._timer = optimizer, timer
+    def __init__(self, training: Training, guard: Guard, timer: StepTimer) -> None:
+        self.training, self._guard, self._timer = training, guard, timer
 
     def zero_grad(self) -> None:
-        self._optimizer.zero_grad()
+        self.training.optimizer.zero_grad()
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Predicted | Finding]:
         """The loss for backward, and what the step yields."""
         with self._timer.phase("forward"):
-            logits = self.model(batch.dense, batch.sparse).squeeze(-1)
+            logits = self.training.model(batch.dense, batch.sparse).squeeze(-1)
             loss = functional.binary_cross_entropy_with_logits(logits, batch.labels)
             with self._timer.phase("exchange"):
-                loss = self.guard.admit(loss)
-        return loss, self.guard.refused or (logits.detach(), batch.labels)
+                loss = self._guard.admit(loss)
+        return loss, self._guard.refused or (logits.detach(), batch.labels)
 
     def step(self) -> None:
         self._timer.backward_done()
-        if self.guard.refused is None:
+        if self._guard.refused is None:
             with self._timer.phase("update"):
-                self.guard.look_at_gradients()
-                self._optimizer.step()
+                self._guard.look_at_gradients()
+                self.training.optimizer.step()
+
+    def done(self) -> None:
+        """Count the step; raises NonFinite."""
+        self._guard.check()
+        self.training.step += 1
+        self.training.skipped += self._guard.refused is not None
 
 
 def _plain(step: _Step, batches: Iterator[Batch], device: torch.device) -> Generator[Predicted | Finding, None, None]:
@@ -89,7 +90,7 @@ def _plain(step: _Step, batches: Iterator[Batch], device: torch.device) -> Gener
         loss, outcome = step.forward(batch.to(device))
         loss.backward()
         step.step()
-        step.guard.check()
+        step.done()
         yield outcome
 
 
@@ -97,7 +98,7 @@ def _pipelined(
     step: _Step, batches: Iterator[Batch], device: torch.device
 ) -> Generator[Predicted | Finding, None, None]:
     pipeline = TrainPipelineSparseDist(
-        step.model,
+        step.training.model,
         step,
         device,
         custom_model_fwd=step.forward,
@@ -110,7 +111,7 @@ def _pipelined(
         except StopIteration:
             break
         try:
-            step.guard.check()
+            step.done()
             yield outcome
         except BaseException:  # it came between two steps: the modules are whole
             pipeline.detach()

@@ -58,6 +58,8 @@ class TrainingReport:
             NonFinite: a loss or gradient is not finite.
         """
         step, fields = training.step, {}
+        if self._guard.refused is not None:
+            self._say_skipped(training, self._guard.refused)
         if step % self._config.train.log_every == 0 or training.is_done:
             self._guard.settle()
             found, timing = self._values(training), self._timer.report()
@@ -74,14 +76,6 @@ class TrainingReport:
                 fields["data wait"] = f"{share:.0%}"
         self._progress.update(1, **fields)
 
-    def skip(self, training: Training, finding: Finding) -> None:
-        """After a step whose batch was skipped."""
-        found = {"skipped_batches": training.skipped}
-        if finding.rank is not None:
-            found["rank"] = finding.rank
-        self._recorder.record("skipped", training.step, found)
-        self._progress.say(f"warning: {finding}; the batch was skipped, {training.skipped} so far")
-
     def summary(self, training: Training) -> dict[str, Any]:
         """What a run's summary says of this job's steps."""
         return {
@@ -89,6 +83,13 @@ class TrainingReport:
             "skipped_batches": training.skipped,
             "timing": self._timer.summary(),
         }
+
+    def _say_skipped(self, training: Training, finding: Finding) -> None:
+        found = {"skipped_batches": training.skipped}
+        if finding.rank is not None:
+            found["rank"] = finding.rank
+        self._recorder.record("skipped", training.step, found)
+        self._progress.say(f"warning: {finding}; the batch was skipped, {training.skipped} so far")
 
     def _values(self, training: Training) -> dict[str, float]:
         totals = training.metrics.compute()

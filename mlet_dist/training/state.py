@@ -1,7 +1,7 @@
 """What changes with every step of training, and so what a checkpoint holds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -20,7 +20,8 @@ class Training:
         steps: how many the run takes in all.
         batches_per_epoch: global batches in one pass over the data.
         step: steps taken, by this job and those before it; batch ``step`` of all epochs comes next.
-        skipped: those of them whose batch was skipped; learning rates move with the others alone.
+        skipped: those of them whose batch trained nothing; learning rates move with the others alone.
+        passed_over: steps whose batch is to train nothing, whatever it holds: the run went back behind it.
     """
 
     model: DistributedModelParallel
@@ -30,6 +31,7 @@ class Training:
     batches_per_epoch: int
     step: int = 0
     skipped: int = 0
+    passed_over: set[int] = field(default_factory=set)
 
     @property
     def epoch(self) -> int:

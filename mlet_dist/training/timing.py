@@ -95,12 +95,9 @@ class StepTimer:
         if name == "forward":
             self._forward_ended = ended
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Count the block as ``checkpoint``."""
-        started = time.perf_counter()
-        yield
-        self._watch.add_seconds("checkpoint", time.perf_counter() - started)
+    def saved_for(self, seconds: float) -> None:
+        """Count seconds as ``checkpoint``."""
+        self._watch.add_seconds("checkpoint", seconds)
 
     def backward_done(self) -> None:
         """All of a step is over but its update."""

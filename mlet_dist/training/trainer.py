@@ -1,14 +1,15 @@
 """Training, from a config to a checkpoint and a summary."""
 
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
+from datetime import timedelta
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch.optim.lr_scheduler import LambdaLR
 
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
@@ -19,19 +20,25 @@ from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
-from mlet_dist.training.checkpoint import save_checkpoint
+from mlet_dist.training.attempt import for_this_attempt
+from mlet_dist.training.checkpoint.saver import CheckpointSaver
+from mlet_dist.training.checkpointing import Checkpointing
 from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.guards import Finding, Guard
+from mlet_dist.training.identity import identity_of
+from mlet_dist.training.interruption import StopSignal
 from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.pipeline import pipeline_pays, take_steps
 from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.report import TrainingReport
+from mlet_dist.training.resume import drop_later, find_start
 from mlet_dist.training.run_directory import RunDirectory
-from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
+from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.snapshot import about_ranks, now, restore, versions
 from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.timing import StepTimer
 from mlet_dist.training.weights import weights_sha256
@@ -50,34 +57,35 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         The summary that is written into the run directory.
 
     Raises:
-        UserError: a setting, the data set or the run directory is not as it must be, or the loss is not finite.
+        UserError: a setting, the data set, the run directory or a checkpoint is not as it must be, or the loss is not
+            finite.
+        Interrupted: a signal asked to stop; the run is saved.
+        RanksLost: other ranks did not take part in a collective in time.
     """
+    config = for_this_attempt(config)
     data_path, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data_path)
     spec = ModelSpec.of(config, schema)
-    with join_ranks(config.train.device) as worker, ExitStack() as resources:
+    timeout = timedelta(seconds=config.train.collective_timeout_s)
+    with join_ranks(config.train.device, timeout) as worker, ExitStack() as resources:
         config.check_world_size(worker.world_size)
         config.check_device(worker.device.type)
         # Whatever can be wrong with the data is found before an earlier run is dropped and before training.
-        loader = DataLoader(
-            data_path,
-            "train",
-            batch_size=config.data.batch_size,
-            rank=worker.rank,
-            world_size=worker.world_size,
-            dense_features=spec.dense,
-            sparse_features=[feature.name for feature in spec.sparse],
-            drop_last=True,
-            shuffle=Shuffle(config.train.seed, config.data.shuffle_buffer) if config.data.shuffle else None,
-            threads=config.data.reader_threads,
-            pin_memory=worker.device.type == "cuda",
-        )
+        loader = _training_loader(config, data_path, spec, worker)
         split_loaders = {
             split: evaluation_loader(data_path, split, spec, config.data.eval_batch_size, worker)
             for split in ("valid", "test")
         }
         if worker.is_first:
-            resources.enter_context(run.start(config, spec))
+            resources.enter_context(run.hold(config))
+        dist.barrier()
+        store, identity = run.checkpoint_store(config), identity_of(config, spec)
+        start = find_start(config, store, identity)
+        if start is not None:
+            loader.load_state_dict(start.found.manifest.about["data"])
+        if worker.is_first:
+            run.start(config, spec, None if start is None or not start.is_own else start.found.manifest.step)
+            drop_later(store, start)
         dist.barrier()
         if not run.config.exists():
             raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
@@ -89,34 +97,72 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         sharded, plan = shard_model(model, worker, local_batch_size, config.sharding, spec.pooling_factors)
         if worker.is_first:
             run.save_plan(plan.entries(), worker.world_size)
-            with suppress(OSError):  # a log that nobody reads any more
-                print(*(f"plan  {line}" for line in describe_plan(plan)), sep="\n", file=sys.stderr, flush=True)
-        optimizer = build_optimizer(sharded, config.optimizer)
+            _say(f"plan  {line}" for line in describe_plan(plan))
         steps = len(loader) * config.train.epochs
         if config.train.max_steps is not None:
             steps = min(steps, config.train.max_steps)
         if worker.is_first:
-            for warning in schedule_warnings(config.optimizer, steps):
-                with suppress(OSError):
-                    print(f"warning: {warning}", file=sys.stderr, flush=True)
-        metrics = BinaryMetrics(worker.device, _PROGRESS_BINS)
-        training = Training(sharded, optimizer, metrics, steps=steps, batches_per_epoch=len(loader))
-        with Recorder(run, enabled=worker.is_first) as recorder:
-            trained_steps = _train_steps(training, config, loader, worker, recorder)
-            progress = {"step": steps, "epoch": training.epoch, "batch_in_epoch": training.batch_in_epoch}
-            checkpoint = save_checkpoint(run.checkpoints, steps, sharded, optimizer, progress)
-            summary: dict[str, Any] = {"run": str(run.path), "steps": steps, "checkpoint": str(checkpoint)}
-            for split, split_loader in split_loaders.items():
-                found = evaluate(sharded, split_loader, worker, split)
-                recorder.record(split, steps, found)
-                summary |= {f"{split}_{name}": found[name] for name in ("auc", "logloss", "rows")}
+            _say(f"warning: {warning}" for warning in schedule_warnings(config.optimizer, steps))
+        training = Training(
+            sharded,
+            build_optimizer(sharded, config.optimizer),
+            BinaryMetrics(worker.device, _PROGRESS_BINS),
+            steps=steps,
+            batches_per_epoch=len(loader),
+        )
+        if start is not None:
+            restore(training, start.found)
+        first_step = training.step
+
+        def about(training: Training) -> dict[str, Any]:
+            return {
+                "saved": now(),
+                "versions": versions(),
+                **about_ranks(training),
+                "data": loader.state_dict(training.step),
+                "report": report.state_dict(),
+                "identity": identity,
+                "config": config.to_dict(),
+                "plan": plan.entries(),
+            }
+
+        stop = resources.enter_context(StopSignal())
+        recorder = resources.enter_context(Recorder(run, enabled=worker.is_first, first_step=first_step))
+        saver = resources.enter_context(
+            CheckpointSaver(store, timeout, config.train.keep_last, config.train.keep_every)
+        )
+        saved_step = first_step if start is not None and start.is_own else None
+        guard = Guard(training, worker.device, config.train.on_non_finite, config.train.non_finite_limit)
+        with (
+            Progress("train", steps, "steps", disable=not worker.is_first, done=first_step) as progress,
+            StepTimer(sharded, worker.device, local_batch_size) as timer,
+        ):
+            report = TrainingReport(config, training, progress, recorder, guard, timer)
+            if start is not None:
+                report.load_state_dict(start.found.manifest.about["report"])
+            rates = LearningRates(config.optimizer, training)
+            checkpointing = Checkpointing(config.train, saver, stop, about, saved_step, guard, timer)
+            _take_all_steps(training, config, loader, worker, guard, timer, [rates, report, checkpointing])
+        checkpointing.finish(training)
+        checkpoint = store.checkpoint(training.step)
+        stop.leave_at_once(str(checkpoint))
+
+        summary: dict[str, Any] = {"run": str(run.path), "steps": training.step, "checkpoint": str(checkpoint)}
+        for split, split_loader in split_loaders.items():
+            found = evaluate(sharded, split_loader, worker, split)
+            recorder.record(split, training.step, found)
+            summary |= {f"{split}_{name}": found[name] for name in ("auc", "logloss", "rows")}
         trained, served = table_bytes(spec, rows_dtypes)
         summary |= {
             "trained_table_bytes": trained,
             "served_table_bytes": served,
             "world_size": worker.world_size,
             "device": worker.device.type,
-            **trained_steps,
+            **report.summary(training),
+            "first_step": first_step,
+            "checkpoints": checkpointing.saved,
+            "checkpoints_failed": checkpointing.failed,
+            "checkpoint_seconds": checkpointing.seconds,
         }
         if worker.is_first:
             run.finish(summary)
@@ -128,45 +174,45 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _train_steps(
+def _training_loader(config: Config, path: Path, spec: ModelSpec, worker: Worker) -> DataLoader:
+    return DataLoader(
+        path,
+        "train",
+        batch_size=config.data.batch_size,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        dense_features=spec.dense,
+        sparse_features=[feature.name for feature in spec.sparse],
+        drop_last=True,
+        shuffle=Shuffle(config.train.seed, config.data.shuffle_buffer) if config.data.shuffle else None,
+        threads=config.data.reader_threads,
+        pin_memory=worker.device.type == "cuda",
+    )
+
+
+def _take_all_steps(
     training: Training,
     config: Config,
     loader: DataLoader,
     worker: Worker,
-    recorder: Recorder,
-) -> dict[str, Any]:
-    """Take all steps of the run; returns what the summary says of them."""
+    guard: Guard,
+    timer: StepTimer,
+    after_step: Sequence[AfterStep],
+) -> None:
+    """Take the steps that are left, from the loader's position on."""
     training.model.train()
     # One iterator over all epochs: whoever takes batches ahead neither stops between two nor goes beyond the last.
-    batches = islice(chain.from_iterable(repeat(loader)), training.steps - training.step)
+    batches = islice(chain.from_iterable(repeat(loader)), max(0, training.steps - training.step))
     pipelined = pipeline_pays(worker) if config.train.pipelined is None else config.train.pipelined
-    guard = Guard(
-        training.model,
-        worker.device,
-        config.train.on_non_finite,
-        limit=config.train.non_finite_limit,
-        step=training.step,
-        skipped=training.skipped,
-    )
-    with (
-        Progress("train", training.steps, "steps", disable=not worker.is_first) as progress,
-        StepTimer(training.model, worker.device, config.data.batch_size // worker.world_size) as timer,
-    ):
-        report = TrainingReport(config, training, progress, recorder, guard, timer)
-        schedule = LambdaLR(training.optimizer, learning_rate_factor(config.optimizer, training.steps))
-        after_step: list[AfterStep] = [report]
-        outcomes = take_steps(
-            training.model, training.optimizer, batches, worker.device, pipelined=pipelined, guard=guard, timer=timer
-        )
-        with closing(outcomes):
-            for outcome in outcomes:
-                training.step += 1
-                if isinstance(outcome, Finding):
-                    training.skipped += 1
-                    report.skip(training, outcome)
-                else:
-                    training.metrics.update(*outcome)
-                    schedule.step()
-                for done in after_step:
-                    done(training)
-        return report.summary(training)
+    with closing(take_steps(training, batches, worker.device, guard, timer, pipelined=pipelined)) as outcomes:
+        for outcome in outcomes:
+            if not isinstance(outcome, Finding):
+                training.metrics.update(*outcome)
+            for done in after_step:
+                done(training)
+
+
+def _say(lines: Iterable[str]) -> None:
+    with suppress(OSError):  # a log that nobody reads any more
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.config import Config
 from mlet_dist.data.loader import DataLoader
@@ -16,8 +14,10 @@ from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollectio
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.distributed import Worker
+from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.state import Training
 
 BATCHES_AN_EPOCH = 10
 SETTINGS = (
@@ -34,15 +34,16 @@ def this_worker() -> Worker:
     return Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
 
 
-def build(config: Config) -> tuple[DistributedModelParallel, torch.nn.Module, CombinedOptimizer]:
-    """The model, the sharded collection within it, and the optimizer."""
+def training_of(config: Config, steps: int) -> tuple[Training, torch.nn.Module]:
+    """A run that has not begun, and the sharded collection within its model."""
     spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
     model = build_dlrm(spec, torch.device("meta"))
     fuse_row_optimizer(model, config.optimizer)
     local_batch_size = config.data.batch_size // dist.get_world_size()
     sharded, _ = shard_model(model, this_worker(), local_batch_size, config.sharding)
     (embeddings,) = (each for each in sharded.modules() if isinstance(each, ShardedMultiLayerEmbeddingBagCollection))
-    return sharded, embeddings, build_optimizer(sharded, config.optimizer)
+    optimizer, metrics = build_optimizer(sharded, config.optimizer), BinaryMetrics(this_worker().device)
+    return Training(sharded, optimizer, metrics, steps=steps, batches_per_epoch=BATCHES_AN_EPOCH), embeddings
 
 
 def loader(config: Config) -> DataLoader:

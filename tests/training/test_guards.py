@@ -9,18 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
-from torch.optim.lr_scheduler import LambdaLR
 
 from mlet_dist.config import Config, load_config
 from mlet_dist.data.loader import Batch
 from mlet_dist.training.guards import Finding, Guard, NonFinite
 from mlet_dist.training.optimizers import optimizer_state
 from mlet_dist.training.pipeline import take_steps
-from mlet_dist.training.schedule import learning_rate_factor
+from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.timing import StepTimer
 from tests.command import ROOT
 from tests.ranks import RankPool
-from tests.training.small_run import SETTINGS, build, loader, local
+from tests.training.small_run import SETTINGS, loader, local, training_of
 
 Ranks = Callable[[int], RankPool]
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
@@ -56,47 +55,45 @@ def _batches(case: Case) -> Iterator[Batch]:
 
 def _train(case: Case) -> dict[str, Any]:
     """Outcomes and the error, if any; then the weights and states that are left, and whether the model is in order."""
-    model, embeddings, optimizer = build(case.config)
-    model.train()
-    schedule = LambdaLR(optimizer, learning_rate_factor(case.config.optimizer, STEPS))
-    guard = Guard(model, DEVICE, case.policy, limit=case.limit, passed_over=case.passed_over)
-    rates: list[float] = []
-    said: list[Finding] = []
+    training, embeddings = training_of(case.config, STEPS)
+    model = training.model.train()
+    training.passed_over = set(case.passed_over)
+    rates = LearningRates(case.config.optimizer, training)
+    guard = Guard(training, DEVICE, case.policy, case.limit)
+    used: list[float] = []
+    skipped: list[Finding] = []
     error = None
-    taken = 0
     own_forward = embeddings.forward
     if case.where == "gradient" and dist.get_rank() == 1:
-        weight = next(
-            weight
-            for name, weight in model.named_parameters()
-            if name.endswith("over_arch.model.0._mlp.0._linear.weight")
-        )
-        weight.register_hook(lambda gradient: gradient * math.nan if taken + 1 == case.step else gradient)
+        bias = dict(model.named_parameters())["over_arch.model.1.bias"]
+        bias.register_hook(lambda gradient: gradient * math.nan if training.step + 1 == case.step else gradient)
     with StepTimer(model, DEVICE, 1) as timer:
-        outcomes = take_steps(
-            model, optimizer, _batches(case), DEVICE, pipelined=case.pipelined, guard=guard, timer=timer
-        )
+        outcomes = take_steps(training, _batches(case), DEVICE, guard, timer, pipelined=case.pipelined)
+        rate = training.optimizer.param_groups[-1]["lr"]
         try:
             for outcome in outcomes:
-                taken += 1
                 if isinstance(outcome, Finding):
-                    said.append(outcome)
-                    continue
-                rates.append(schedule.get_last_lr()[0])
-                schedule.step()
+                    skipped.append(outcome)
+                else:
+                    used.append(rate)
+                rates(training)
+                rate = training.optimizer.param_groups[-1]["lr"]
             guard.settle()
         except NonFinite as found:
             error = found
     assert embeddings.forward == own_forward
     dist.barrier()
+    assert training.skipped == len(skipped)
     weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
     states = {
-        f"{name} {key}": local(each) for name, of in optimizer_state(optimizer).items() for key, each in of.items()
+        f"{name} {key}": local(each)
+        for name, of in optimizer_state(training.optimizer).items()
+        for key, each in of.items()
     }
     return {
-        "taken": taken,
-        "skipped": said,
-        "rates": rates,
+        "taken": training.step,
+        "skipped": skipped,
+        "rates": used,
         "error": None if error is None else (str(error), error.finding),
         "tensors": weights | states,
     }

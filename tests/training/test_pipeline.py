@@ -16,21 +16,22 @@ from mlet_dist.config import Config, load_config
 from mlet_dist.data.loader import Batch
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.progress import Progress
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.guards import Guard
-from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import optimizer_state
 from mlet_dist.training.pipeline import pipeline_pays, take_steps
 from mlet_dist.training.recorder import Recorder
+from mlet_dist.training.report import TrainingReport
 from mlet_dist.training.run_directory import RunDirectory
-from mlet_dist.training.state import Training
+from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.timing import StepTimer
-from mlet_dist.training.trainer import _train_steps
+from mlet_dist.training.trainer import _take_all_steps
 from tests.command import ROOT, mlet, mlet_json
 from tests.conftest import TrainedRun
 from tests.ranks import RankPool
-from tests.training.small_run import BATCHES_AN_EPOCH, build, loader, local, this_worker
+from tests.training.small_run import BATCHES_AN_EPOCH, loader, local, this_worker, training_of
 from tests.training.small_run import SETTINGS as SMALL
 
 Ranks = Callable[[int], RankPool]
@@ -62,11 +63,17 @@ def _run(config: Config, directory: Path, pipelined: bool) -> dict[str, Any]:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, pipelined=pipelined))
     run, worker = RunDirectory(directory / f"pipelined {pipelined}"), this_worker()
     run.path.mkdir(exist_ok=True)
-    model, embeddings, optimizer = build(config)
-    metrics = BinaryMetrics(worker.device)
-    training = Training(model, optimizer, metrics, steps=STEPS, batches_per_epoch=BATCHES_AN_EPOCH)
-    with _Watch(run, worker.is_first, embeddings) as recorder:
-        _train_steps(training, config, loader(config), worker, recorder)
+    training, embeddings = training_of(config, STEPS)
+    guard, local_batch_size = Guard(training, worker.device, "stop", 0), config.data.batch_size // worker.world_size
+    with (
+        _Watch(run, worker.is_first, embeddings) as recorder,
+        Progress("train", STEPS, "steps", disable=True) as progress,
+        StepTimer(training.model, worker.device, local_batch_size) as timer,
+    ):
+        report = TrainingReport(config, training, progress, recorder, guard, timer)
+        rates = LearningRates(config.optimizer, training)
+        _take_all_steps(training, config, loader(config), worker, guard, timer, [rates, report])
+    model, optimizer = training.model, training.optimizer
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()] if worker.is_first else []
     timings = [record for record in records if record["split"] == "timing"]
     records = [record for record in records if record["split"] != "timing"]
@@ -127,18 +134,16 @@ def _meet_a_bad_batch(config: Config, bad_step: int, pipelined: bool) -> tuple[i
                 batch.sparse.values()[0] = 10**6
             yield batch
 
-    model, _, optimizer = build(config)
-    device, taken = torch.device("cpu"), 0
+    training, _ = training_of(config, STEPS)
+    guard, device = Guard(training, torch.device("cpu"), "stop", 0), torch.device("cpu")
     try:
-        with StepTimer(model, device, 1) as timer:
-            for _ in take_steps(
-                model, optimizer, batches(), device, pipelined=pipelined, guard=Guard(model, device), timer=timer
-            ):
-                taken += 1
+        with StepTimer(training.model, device, 1) as timer:
+            for _ in take_steps(training, batches(), device, guard, timer, pipelined=pipelined):
+                pass
     except ValueError as error:
         dist.barrier()  # nobody hangs, and the group can be used
-        return taken, str(error)
-    raise AssertionError(f"{taken} steps and no error")
+        return training.step, str(error)
+    raise AssertionError(f"{training.step} steps and no error")
 
 
 @pytest.mark.multirank
