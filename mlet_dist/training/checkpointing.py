@@ -63,7 +63,7 @@ class Checkpointing:
         """
         signal, due, failed = self._vote.cast([self._stop.number, int(self._is_time()), int(self._saver.has_failed)])
         if failed:
-            self._settle()
+            self.settle()
         if signal and not training.is_done:
             self.finish(training)
             raise interrupted(signal, str(self._saver.saved or f"step {training.step}"))
@@ -74,6 +74,11 @@ class Checkpointing:
         if (by_steps or by_clock) and not training.is_done:
             self._save(training)
 
+    def begin(self, training: Training) -> None:
+        """Have a checkpoint to go back to."""
+        if self._saved_step is None:
+            self._save(training)
+
     def finish(self, training: Training) -> None:
         """Have a checkpoint of just this step, whole.
 
@@ -81,32 +86,19 @@ class Checkpointing:
             UserError: it cannot be written.
         """
         self._vote.result()
-        self._settle()
+        self.settle()
         if self._saved_step != training.step:
             self._save(training)
         started = time.monotonic()
         self._saver.wait()
         self.seconds += time.monotonic() - started
 
-    def _is_time(self) -> bool:
-        minutes = self._config.checkpoint_minutes
-        waited = time.monotonic() - self._saved_at
-        return minutes is not None and dist.get_rank() == 0 and waited >= 60 * minutes
+    def settle(self) -> None:
+        """Wait until what was saved is whole.
 
-    def _save(self, training: Training) -> None:
-        self._guard.settle()
-        started = time.monotonic()
-        self._settle()
-        self._saver.save(training.step, tensors_of(training), self._describe(training))
-        self.saved += 1
-        self._saved_step = training.step
-        if not self._config.checkpoint_async:
-            self._settle()
-        self._saved_at = time.monotonic()
-        self.seconds += self._saved_at - started
-        self._timer.saved_for(self._saved_at - started)
-
-    def _settle(self) -> None:
+        Raises:
+            UserError: it cannot be written.
+        """
         try:
             self._saver.wait()
         except UserError as error:
@@ -117,3 +109,21 @@ class Checkpointing:
             if dist.get_rank() == 0:
                 with suppress(OSError):
                     print(f"mlet: warning: {error}", file=sys.stderr, flush=True)
+
+    def _is_time(self) -> bool:
+        minutes = self._config.checkpoint_minutes
+        waited = time.monotonic() - self._saved_at
+        return minutes is not None and dist.get_rank() == 0 and waited >= 60 * minutes
+
+    def _save(self, training: Training) -> None:
+        self._guard.settle()
+        started = time.monotonic()
+        self.settle()
+        self._saver.save(training.step, tensors_of(training), self._describe(training))
+        self.saved += 1
+        self._saved_step = training.step
+        if not self._config.checkpoint_async:
+            self.settle()
+        self._saved_at = time.monotonic()
+        self.seconds += self._saved_at - started
+        self._timer.saved_for(self._saved_at - started)

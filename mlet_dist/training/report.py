@@ -38,7 +38,7 @@ class TrainingReport:
         self._config, self._progress, self._recorder = config, progress, recorder
         self._guard, self._timer = guard, timer
         self._factor = learning_rate_factor(config.optimizer, training.steps)
-        self._first_step = training.step
+        self._first_step = self._shown_step = training.step
         self._started = time.monotonic()
         self._rows, self._loss_sum = 0.0, 0.0
         self._waits_for_data = False
@@ -74,13 +74,23 @@ class TrainingReport:
             self._waits_for_data |= share > _WORTH_SAYING
             if self._waits_for_data:
                 fields["data wait"] = f"{share:.0%}"
-        self._progress.update(1, **fields)
+        self._progress.update(step - self._shown_step, **fields)
+        self._shown_step = step
+
+    def go_back(self, training: Training, finding: Finding, state: dict[str, Any]) -> None:
+        """Training has gone back; ``state`` is that of ``state_dict`` there."""
+        self.load_state_dict(state)
+        self._recorder.record(
+            "rollback", finding.step, {"to_step": training.step, "rollbacks": len(training.passed_over)}
+        )
+        self._progress.say(f"warning: {finding}; back to step {training.step}, and on without that batch")
 
     def summary(self, training: Training) -> dict[str, Any]:
         """What a run's summary says of this job's steps."""
         return {
             "samples_per_s": self._samples_per_s(training),
             "skipped_batches": training.skipped,
+            "rollbacks": len(training.passed_over),
             "timing": self._timer.summary(),
         }
 

@@ -44,7 +44,7 @@ def now() -> str:
 
 
 def restore(training: Training, found: Found) -> None:
-    """Fill a new ``training`` from a whole checkpoint, in any sharding, on any number of ranks. A collective call.
+    """Fill ``training`` from a whole checkpoint, in any sharding, on any number of ranks. A collective call.
 
     Random numbers go on only on as many ranks of the same kind: nothing that is trained depends on them but rows in
     half precision on CUDA, which are rounded stochastically.
@@ -64,7 +64,7 @@ def restore(training: Training, found: Found) -> None:
     training.metrics.load_state_dict(state[_METRICS_KEY])
     if alike:
         _set_random_state(state[_RANDOM_KEY])
-    training.step = found.manifest.step
+    training.step, training.skipped = found.manifest.step, about["skipped"]
 
 
 def about_ranks(training: Training) -> dict[str, Any]:

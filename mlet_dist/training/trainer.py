@@ -25,7 +25,7 @@ from mlet_dist.training.checkpoint.saver import CheckpointSaver
 from mlet_dist.training.checkpointing import Checkpointing
 from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
-from mlet_dist.training.guards import Finding, Guard
+from mlet_dist.training.guards import Finding, Guard, NonFinite
 from mlet_dist.training.identity import identity_of
 from mlet_dist.training.interruption import StopSignal
 from mlet_dist.training.metrics import BinaryMetrics
@@ -35,6 +35,7 @@ from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.report import TrainingReport
 from mlet_dist.training.resume import drop_later, find_start
+from mlet_dist.training.rollback import go_back
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
@@ -119,6 +120,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
                 "saved": now(),
                 "versions": versions(),
                 **about_ranks(training),
+                "skipped": training.skipped,
                 "data": loader.state_dict(training.step),
                 "report": report.state_dict(),
                 "identity": identity,
@@ -142,7 +144,20 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
                 report.load_state_dict(start.found.manifest.about["report"])
             rates = LearningRates(config.optimizer, training)
             checkpointing = Checkpointing(config.train, saver, stop, about, saved_step, guard, timer)
-            _take_all_steps(training, config, loader, worker, guard, timer, [rates, report, checkpointing])
+            if config.train.on_non_finite == "rollback":
+                checkpointing.begin(training)
+            while not training.is_done:
+                try:
+                    _take_all_steps(training, config, loader, worker, guard, timer, [rates, report, checkpointing])
+                except NonFinite as error:
+                    if config.train.on_non_finite != "rollback":
+                        raise
+                    checkpointing.settle()
+                    back_to = go_back(training, store, error, config.train.non_finite_limit)
+                    loader.load_state_dict(back_to["data"])
+                    report.go_back(training, error.finding, back_to["report"])
+                    guard.forget()
+                    rates(training)
         checkpointing.finish(training)
         checkpoint = store.checkpoint(training.step)
         stop.leave_at_once(str(checkpoint))

@@ -1,11 +1,16 @@
 """A loss or gradient that is not finite, met by one rank of two: what all ranks then do, in both loops."""
 
 import dataclasses
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import distributed as dist
@@ -17,7 +22,7 @@ from mlet_dist.training.optimizers import optimizer_state
 from mlet_dist.training.pipeline import take_steps
 from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.timing import StepTimer
-from tests.command import ROOT
+from tests.command import ROOT, mlet
 from tests.ranks import RankPool
 from tests.training.small_run import SETTINGS, loader, local, training_of
 
@@ -195,6 +200,49 @@ def test_going_back_and_passing_over_the_batch_leaves_the_bits_of_a_run_in_which
             assert found["error"] is None
             assert found["skipped"] == [Finding(5, "earlier")]
             _assert_same_bits(found["tensors"], never["tensors"])
+
+
+@pytest.fixture(scope="module")
+def data_that_overflows(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small data set, with values in its eleventh batch of 64 that float32 holds and products of them not."""
+    out = tmp_path_factory.mktemp("overflow") / "data"
+    shutil.copytree(small_data, out)
+    (part,) = (out / "train").iterdir()
+    table = pq.read_table(part)
+    columns = {name: table.column(name).to_pylist() for name in table.schema.names}
+    for name, values in columns.items():
+        if name.startswith("I"):
+            values[64 * 10 + 40] = 3e38
+    pq.write_table(pa.table(columns, schema=table.schema), part)
+    return out
+
+
+@pytest.mark.e2e
+def test_skipping_and_going_back_end_in_the_same_weights_and_are_counted(
+    data_that_overflows: Path, small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    results, said = {}, {}
+    for policy in ("skip", "rollback"):
+        run = tmp_path / policy
+        settings = (*small_model[1:], f"data.path={data_that_overflows}", "train.max_steps=16", "train.log_every=4")
+        settings += ("train.checkpoint_every=6", f"train.on_non_finite={policy}", f"run.dir={run}")
+        done = mlet("train", CONFIG, *settings, "optimizer.name=adagrad", "--nproc", 2, "--json")
+        results[policy] = json.loads(done.stdout.splitlines()[-1])
+        said[policy] = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (skipped,) = (record for record in records if record["split"] == "skipped")
+        assert skipped["step"] == 11
+        assert skipped["skipped_batches"] == results[policy]["skipped_batches"] == 1
+        back = [record for record in records if record["split"] == "rollback"]
+        assert [(each["step"], each["to_step"]) for each in back] == ([(11, 6)] if policy == "rollback" else [])
+        assert results[policy]["rollbacks"] == len(back)
+    assert said["skip"] == [
+        "warning: the training loss of step 11 is not finite on rank 1; the batch was skipped, 1 so far"
+    ]
+    assert said["rollback"][0].startswith(
+        "warning: the training loss of step 11 is not finite on rank 1; back to step 6"
+    )
+    assert results["skip"]["weights_sha256"] == results["rollback"]["weights_sha256"]
 
 
 @pytest.mark.multirank
