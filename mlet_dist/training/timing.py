@@ -29,10 +29,10 @@ class StepTimer:
 
     - ``step``: from one step to the next, the caller's work between them included.
     - ``data_wait``: until the loader has a batch.
-    - ``exchange``: what forward waits for: ids of other ranks (from entering the embeddings to their first lookup; in
-      the plain loop this includes preparing the ids), their vectors (from leaving the embeddings to the arrival of
-      their output), and under ``train.on_non_finite: skip`` their losses.
-    - ``forward``: the rest of forward: lookups, projections, dense layers, the loss.
+    - ``exchange``: forward from entering the embeddings to the arrival of their output, without the lookups: ids and
+      vectors of other ranks, with the waiting for them and what is done to them on the way, such as W2's projection;
+      and under ``train.on_non_finite: skip`` the ranks' losses.
+    - ``forward``: the rest of forward: lookups, dense layers, the loss.
     - ``backward``: backward and the update. The exchange of gradients is inside autograd's functions: it is in here,
       and so is the waiting for ranks that enter backward later.
     - ``checkpoint``: what saving holds up.
@@ -172,28 +172,27 @@ class StepTimer:
 
 
 def _hooks_on_exchange(module: ShardedMultiLayerEmbeddingBagCollection, watch: Stopwatch) -> list[RemovableHandle]:
-    """Count as ``exchange`` the ways from entering the module to its first lookup and from leaving it to its output."""
-    entered: list[Any] = []
+    """Count as ``exchange`` all of a forward pass between two lookups, and until the output is there."""
+    left: list[Any] = []
 
-    def enter(embeddings: nn.Module, _: Any) -> None:
-        entered[:] = [watch.now()] if embeddings.training else []
+    def leave(*_: Any) -> None:
+        left[:] = [watch.now()] if module.training else []
 
-    def look_up(*_: Any) -> None:
-        if entered:
-            watch.add("exchange", entered.pop(), watch.now())
+    def arrive(*_: Any) -> None:
+        if left:
+            watch.add("exchange", left.pop(), watch.now())
 
-    def leave(embeddings: nn.Module, _: Any, output: LazyAwaitable) -> None:
-        if embeddings.training:
-            left = watch.now()
+    def wait_for_output(_: nn.Module, __: Any, output: LazyAwaitable) -> None:
+        def arrived(value: Any) -> Any:
+            arrive()
+            return value
 
-            def arrive(arrived: Any) -> Any:
-                watch.add("exchange", left, watch.now())
-                return arrived
+        output.callbacks.append(arrived)
 
-            output.callbacks.append(arrive)
-
+    lookups = module._lookups
     return [
-        module.register_forward_pre_hook(enter),
-        module._lookups[0].register_forward_pre_hook(look_up),
-        module.register_forward_hook(leave),
+        module.register_forward_pre_hook(leave),
+        *(lookup.register_forward_pre_hook(arrive) for lookup in lookups),
+        *(lookup.register_forward_hook(leave) for lookup in lookups),
+        module.register_forward_hook(wait_for_output),
     ]

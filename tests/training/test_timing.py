@@ -28,7 +28,7 @@ CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 DEVICE = torch.device("cpu")
 STEPS = 6
 # Far above what a step of this model takes on a busy machine: the tests compare no times but this one with the rest.
-SLEEP = 0.5
+SLEEP = 0.2
 PARTS = ("data_wait_ms", "forward_ms", "exchange_ms", "backward_ms", "checkpoint_ms")
 
 
@@ -77,15 +77,15 @@ def test_the_rank_that_sleeps_is_named_with_what_it_sleeps_in(ranks: Ranks, smal
         for found in (report, summary):
             assert found["slowest_rank"] == 1, (pipelined, slow)
             assert found["slowest_host"] == socket.gethostname()
-            assert found["rank_samples_per_s_min"] < 10 / SLEEP < found["rank_samples_per_s_max"]
             assert found["rank_samples_per_s_min"] <= found["rank_samples_per_s_median"]
             assert found["peak_memory_bytes"] > 50e6
             assert sum(found[part] for part in PARTS) <= found["step_ms"]
-        # In the pipeline the batches of the last steps are fetched before.
-        if not (pipelined and slow == "data"):
-            assert report["step_ms"] >= 1e3 * SLEEP
-            part = "data_wait_ms" if slow == "data" else "forward_ms"
-            assert report[part] >= 1e3 * SLEEP / 2  # the mean of both ranks
+        # In the pipeline the batches of the reported steps were fetched in those before.
+        part = "data_wait_ms" if slow == "data" else "forward_ms"
+        for found in (summary,) if pipelined and slow == "data" else (summary, report):
+            assert found["rank_samples_per_s_min"] < 10 / SLEEP < found["rank_samples_per_s_max"]
+            assert found["step_ms"] >= 1e3 * SLEEP
+            assert found[part] >= 1e3 * SLEEP / 2  # the mean of both ranks
         assert summary["ranks"]["host"] == [socket.gethostname()] * 2
         assert summary["ranks"]["samples_per_s"][1] == summary["rank_samples_per_s_min"]
         assert max(summary["ranks"]["peak_memory_bytes"]) == summary["peak_memory_bytes"]
