@@ -495,6 +495,8 @@ def _before_torch() -> None:
 
     # OpenMP's threads spin while they wait. Where other processes want the cores too, training took 10 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # DDP would warn on each rank of what training/sharding.py asks of it on purpose.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The libraries' start-up chatter; errors still show.
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     logging.getLogger("torchrec").setLevel(logging.ERROR)
