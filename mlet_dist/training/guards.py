@@ -58,6 +58,7 @@ class Guard:
 
     The gradients are those of W2 and of the dense layers, combined over ranks. W1's are never at hand; one that is not
     finite has come through those layers. Their norm counts: where it overflows, Adagrad's squares do, too.
+    Under ``stop`` only ``settle`` looks at them, since the next step's losses show it as well.
 
     Args:
         training: the run.
@@ -103,8 +104,8 @@ class Guard:
 
     def look_at_gradients(self) -> None:
         """Between backward and the optimizer's step; waits for nothing."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._gradient = ~get_total_norm(gradients).isfinite()
+        if self._policy != "stop":  # there the loss that follows tells as much, for nothing
+            self._look()
 
     def check(self) -> None:
         """After a step, before it is counted: what is known of the steps before it.
@@ -125,10 +126,15 @@ class Guard:
             NonFinite: a loss or gradient was not finite; on every rank.
         """
         following = self._training.step + 1
+        self._look()
         self._ask(following, self._well)
         self._hear_of(following)
         if self._found:
             raise NonFinite(self._found[0])
+
+    def _look(self) -> None:
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        self._gradient = ~get_total_norm(gradients).isfinite()
 
     def _ask(self, step: int, loss: torch.Tensor) -> None:
         """Agree on the loss of a step and on the gradient of the step before it."""

@@ -26,7 +26,7 @@ class RunDirectory:
         config.yaml       the resolved config; `mlet train` takes it as it is
         model.json        sizes and inputs of the model
         plan.json         each table's sharding type, exchange, the reason for it, and its rows by rank
-        metrics.jsonl     one record a line: step, loss, AUC, samples/s; then one a split
+        metrics.jsonl     one record a line: training and its timing every few steps, and then one a split
         tensorboard/      the same for TensorBoard
         checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint; or in `train.checkpoint_dir`
         summary.json      the result, written last: a run without it has not finished
