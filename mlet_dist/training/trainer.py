@@ -1,10 +1,9 @@
 """Training, from a config to a checkpoint and a summary."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from datetime import timedelta
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.identity import identity_of
 from mlet_dist.training.interruption import StopSignal
+from mlet_dist.training.loop import take_all_steps
 from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
-from mlet_dist.training.pipeline import pipeline_pays, take_steps
+from mlet_dist.training.pipeline import pipeline_pays
 from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.report import TrainingReport
@@ -138,7 +138,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
                 report.load_state_dict(start.found.manifest.about["report"])
             factor = learning_rate_factor(config.optimizer, steps)
             schedule = LambdaLR(training.optimizer, lambda done: factor(first_step + done))
-            _take_all_steps(training, config, loader, worker, [lambda _: schedule.step(), report, checkpointing])
+            pipelined = pipeline_pays(worker) if config.train.pipelined is None else config.train.pipelined
+            after_step: list[AfterStep] = [lambda _: schedule.step(), report, checkpointing]
+            take_all_steps(training, loader, worker.device, after_step, pipelined=pipelined)
             seconds = report.seconds
         checkpointing.finish(training)
         checkpoint = store.checkpoint(training.step)
@@ -185,22 +187,6 @@ def _training_loader(config: Config, path: Path, spec: ModelSpec, worker: Worker
         threads=config.data.reader_threads,
         pin_memory=worker.device.type == "cuda",
     )
-
-
-def _take_all_steps(
-    training: Training, config: Config, loader: DataLoader, worker: Worker, after_step: Sequence[AfterStep]
-) -> None:
-    """Take the steps that are left, from the loader's position on."""
-    training.model.train()
-    # One iterator over all epochs: whoever takes batches ahead neither stops between two nor goes beyond the last.
-    batches = islice(chain.from_iterable(repeat(loader)), max(0, training.steps - training.step))
-    pipelined = pipeline_pays(worker) if config.train.pipelined is None else config.train.pipelined
-    predictions = take_steps(training.model, training.optimizer, batches, worker.device, pipelined=pipelined)
-    for logits, labels in predictions:
-        training.step += 1
-        training.metrics.update(logits, labels)
-        for done in after_step:
-            done(training)
 
 
 def _say(lines: Iterable[str]) -> None:

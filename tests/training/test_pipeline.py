@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForward
 from torchrec.optim.keyed import CombinedOptimizer
@@ -20,14 +21,19 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollection
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.progress import Progress
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
+from mlet_dist.training.loop import take_all_steps
+from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.pipeline import pipeline_pays, take_steps
 from mlet_dist.training.recorder import Recorder
+from mlet_dist.training.report import TrainingReport
 from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.schedule import learning_rate_factor
 from mlet_dist.training.sharding import shard_model
-from mlet_dist.training.trainer import _train_steps
+from mlet_dist.training.state import Training
 from tests.command import ROOT, mlet, mlet_json
 from tests.conftest import TrainedRun
 from tests.ranks import RankPool, whole
@@ -98,7 +104,13 @@ def _run(config: Config, directory: Path, pipelined: bool) -> dict[str, Any]:
     run.path.mkdir(exist_ok=True)
     model, embeddings, optimizer = _build(config)
     with _Watch(run, worker.is_first, embeddings) as recorder:
-        _train_steps(config, STEPS, model, optimizer, _loader(config), worker, recorder)
+        metrics = BinaryMetrics(worker.device, 1 << 16)
+        training = Training(model, optimizer, metrics, steps=STEPS, batches_per_epoch=BATCHES_AN_EPOCH)
+        schedule = LambdaLR(optimizer, learning_rate_factor(config.optimizer, STEPS))
+        with Progress("train", STEPS, "steps", disable=True) as progress:
+            report = TrainingReport(config, STEPS, progress, recorder, first_step=0)
+            after_step = [lambda _: schedule.step(), report]
+            take_all_steps(training, _loader(config), worker.device, after_step, pipelined=pipelined)
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()] if worker.is_first else []
     assert all(record.pop("samples_per_s") > 0 for record in records)
     assert recorder.rewritten == [pipelined] * 7
