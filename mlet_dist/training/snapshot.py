@@ -60,6 +60,7 @@ def restore(training: Training, found: Found) -> None:
     alike = about["world_size"] == dist.get_world_size() and about["device"] == _device(training)
     if not alike:
         del state[_RANDOM_KEY]
+    state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
     load_state(state, location)
     training.metrics.load_state_dict(state[_METRICS_KEY])
     if alike:

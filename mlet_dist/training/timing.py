@@ -121,7 +121,9 @@ class StepTimer:
         return self._describe(seconds / steps)
 
     def summary(self) -> dict[str, Any]:
-        """As a report, of all steps that were reported; ``ranks`` holds lists by rank of the same figures."""
+        """As a report, of all steps that were reported, with lists by rank in ``ranks``; empty where there was none."""
+        if not self._all_steps:
+            return {}
         seconds = self._seconds / self._all_steps
         ranks = {
             "host": self._hosts,

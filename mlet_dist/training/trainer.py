@@ -1,10 +1,9 @@
 """Training, from a config to a checkpoint and a summary."""
 
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from datetime import timedelta
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ from mlet_dist.training.checkpoint.saver import CheckpointSaver
 from mlet_dist.training.checkpointing import Checkpointing
 from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
-from mlet_dist.training.guards import Finding, Guard, NonFinite
+from mlet_dist.training.guards import Guard, NonFinite
 from mlet_dist.training.identity import identity_of
 from mlet_dist.training.interruption import StopSignal
+from mlet_dist.training.loop import take_all_steps
 from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
-from mlet_dist.training.pipeline import pipeline_pays, take_steps
+from mlet_dist.training.pipeline import pipeline_pays
 from mlet_dist.training.plan import describe_plan
 from mlet_dist.training.recorder import Recorder
 from mlet_dist.training.report import TrainingReport
@@ -146,9 +146,11 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
             checkpointing = Checkpointing(config.train, saver, stop, about, saved_step, guard, timer)
             if config.train.on_non_finite == "rollback":
                 checkpointing.begin(training)
+            pipelined = pipeline_pays(worker) if config.train.pipelined is None else config.train.pipelined
+            after_step: list[AfterStep] = [rates, report, checkpointing]
             while not training.is_done:
                 try:
-                    _take_all_steps(training, config, loader, worker, guard, timer, [rates, report, checkpointing])
+                    take_all_steps(training, loader, worker.device, guard, timer, after_step, pipelined=pipelined)
                 except NonFinite as error:
                     if config.train.on_non_finite != "rollback":
                         raise
@@ -203,28 +205,6 @@ def _training_loader(config: Config, path: Path, spec: ModelSpec, worker: Worker
         threads=config.data.reader_threads,
         pin_memory=worker.device.type == "cuda",
     )
-
-
-def _take_all_steps(
-    training: Training,
-    config: Config,
-    loader: DataLoader,
-    worker: Worker,
-    guard: Guard,
-    timer: StepTimer,
-    after_step: Sequence[AfterStep],
-) -> None:
-    """Take the steps that are left, from the loader's position on."""
-    training.model.train()
-    # One iterator over all epochs: whoever takes batches ahead neither stops between two nor goes beyond the last.
-    batches = islice(chain.from_iterable(repeat(loader)), max(0, training.steps - training.step))
-    pipelined = pipeline_pays(worker) if config.train.pipelined is None else config.train.pipelined
-    with closing(take_steps(training, batches, worker.device, guard, timer, pipelined=pipelined)) as outcomes:
-        for outcome in outcomes:
-            if not isinstance(outcome, Finding):
-                training.metrics.update(*outcome)
-            for done in after_step:
-                done(training)
 
 
 def _say(lines: Iterable[str]) -> None:

@@ -1,7 +1,6 @@
 """A loss or gradient that is not finite, met by one rank of two: what all ranks then do, in both loops."""
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.timing import StepTimer
 from tests.command import ROOT, mlet
 from tests.ranks import RankPool
+from tests.training.in_ranks import records, train_in_ranks
 from tests.training.small_run import SETTINGS, loader, local, training_of
 
 Ranks = Callable[[int], RankPool]
@@ -221,32 +221,37 @@ def data_that_overflows(small_data: Path, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-@pytest.mark.e2e
+@pytest.mark.multirank
 def test_skipping_and_going_back_end_in_the_same_weights_and_are_counted(
-    data_that_overflows: Path, small_model: tuple[str, ...], tmp_path: Path
+    ranks: Ranks, data_that_overflows: Path, small_model: tuple[str, ...], tmp_path: Path
 ) -> None:
-    results, said = {}, {}
+    results = {}
     for policy in ("skip", "rollback"):
         run = tmp_path / policy
         settings = (*small_model[1:], f"data.path={data_that_overflows}", "train.max_steps=16", "train.log_every=4")
         settings += ("train.checkpoint_every=6", f"train.on_non_finite={policy}", f"run.dir={run}")
-        done = mlet("train", CONFIG, *settings, "optimizer.name=adagrad", "--nproc", 2, "--json")
-        results[policy] = json.loads(done.stdout.splitlines()[-1])
-        said[policy] = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        (skipped,) = (record for record in records if record["split"] == "skipped")
+        result = results[policy] = train_in_ranks(ranks, 2, *settings, "optimizer.name=adagrad")
+        found = records(run)
+        (skipped,) = (record for record in found if record["split"] == "skipped")
         assert skipped["step"] == 11
-        assert skipped["skipped_batches"] == results[policy]["skipped_batches"] == 1
-        back = [record for record in records if record["split"] == "rollback"]
+        assert skipped["skipped_batches"] == result["skipped_batches"] == 1
+        assert skipped.get("rank") == (1 if policy == "skip" else None)
+        back = [record for record in found if record["split"] == "rollback"]
         assert [(each["step"], each["to_step"]) for each in back] == ([(11, 6)] if policy == "rollback" else [])
-        assert results[policy]["rollbacks"] == len(back)
-    assert said["skip"] == [
-        "warning: the training loss of step 11 is not finite on rank 1; the batch was skipped, 1 so far"
-    ]
-    assert said["rollback"][0].startswith(
-        "warning: the training loss of step 11 is not finite on rank 1; back to step 6"
-    )
+        assert result["rollbacks"] == len(back)
     assert results["skip"]["weights_sha256"] == results["rollback"]["weights_sha256"]
+
+
+@pytest.mark.e2e
+def test_a_run_that_stops_says_why_in_one_line(
+    data_that_overflows: Path, small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings = (*small_model[1:], f"data.path={data_that_overflows}", "train.max_steps=16", "train.checkpoint_every=11")
+    done = mlet("train", CONFIG, *settings, f"run.dir={tmp_path / 'run'}", "--nproc", 2, expect=2)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("mlet: error: "))
+    assert line.startswith("mlet: error: the training loss of step 11 is not finite on rank 1; ")
+    assert "optimizer.learning_rate" in line
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.multirank

@@ -20,6 +20,7 @@ from mlet_dist.progress import Progress
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.guards import Guard
+from mlet_dist.training.loop import take_all_steps
 from mlet_dist.training.optimizers import optimizer_state
 from mlet_dist.training.pipeline import pipeline_pays, take_steps
 from mlet_dist.training.recorder import Recorder
@@ -27,7 +28,6 @@ from mlet_dist.training.report import TrainingReport
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.timing import StepTimer
-from mlet_dist.training.trainer import _take_all_steps
 from tests.command import ROOT, mlet, mlet_json
 from tests.conftest import TrainedRun
 from tests.ranks import RankPool
@@ -72,7 +72,8 @@ def _run(config: Config, directory: Path, pipelined: bool) -> dict[str, Any]:
     ):
         report = TrainingReport(config, training, progress, recorder, guard, timer)
         rates = LearningRates(config.optimizer, training)
-        _take_all_steps(training, config, loader(config), worker, guard, timer, [rates, report])
+        steps = (training, loader(config), worker.device, guard, timer, [rates, report])
+        take_all_steps(*steps, pipelined=pipelined)
     model, optimizer = training.model, training.optimizer
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()] if worker.is_first else []
     timings = [record for record in records if record["split"] == "timing"]
