@@ -61,7 +61,9 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
 
 def record_failure(error: BaseException) -> None:
     """Write an error to the file from which torch elastic's agent of this rank takes it."""
-    ErrorHandler().record_exception(error)
+    kind = next((kind for kind in _ONE_LINE.values() if isinstance(error, kind)), None)
+    # The file holds the name of a class, and `_as_ours` knows these alone.
+    ErrorHandler().record_exception(error if kind is None else kind(str(error)).with_traceback(error.__traceback__))
 
 
 def _as_ours(failed: ChildFailedError) -> Exception:

@@ -119,7 +119,7 @@ def test_a_mistake_that_the_ranks_find_is_one_line(small_model: tuple[str, ...],
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as parent:
         (line,) = said(parent)
-    assert line.startswith("mlet: error: the training loss is ")
+    assert line.startswith("mlet: error: the training loss of step ")
     assert parent.returncode == 2
     assert left_over(tmp_path) == []
 
