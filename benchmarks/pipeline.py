@@ -36,9 +36,13 @@ from mlet_dist.embeddings.exchange import EXCHANGES
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.distributed import Worker, join_ranks
+from mlet_dist.training.guards import Finding, Guard
+from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.pipeline import Predicted, take_steps
 from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.state import Training
+from mlet_dist.training.timing import StepTimer
 
 WAYS = {"plain": False, "pipelined": True}
 NOT_TIMED = BATCHES_AHEAD + 2
@@ -110,7 +114,7 @@ def synthetic_batches(case: Case, spec: ModelSpec, worker: Worker) -> list[Batch
     return found
 
 
-def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted]:
+def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted | Finding]:
     """Training without end; each element is one step taken."""
     spec = spec_of(case)
     model = build_dlrm(spec, torch.device("meta"))
@@ -119,7 +123,10 @@ def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted]
     sharded, _ = shard_model(model, worker, case.local_batch_size, ShardingConfig(exchange=case.exchange))
     sharded.train()
     optimizer = build_optimizer(sharded, config)
-    return take_steps(sharded, optimizer, batches(case, spec, worker), worker.device, pipelined=pipelined)
+    training = Training(sharded, optimizer, BinaryMetrics(worker.device), steps=1, batches_per_epoch=1)
+    guard = Guard(training, worker.device, "stop", 0)
+    timer = StepTimer(sharded, worker.device, case.local_batch_size)
+    return take_steps(training, batches(case, spec, worker), worker.device, guard, timer, pipelined=pipelined)
 
 
 def measure(case: Case, rounds: int, steps: int, worker: Worker) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlet_dist.config import Config, describe_settings, load_config
-from mlet_dist.errors import UserError
+from mlet_dist.errors import Interrupted, RanksLost, UserError
 from mlet_dist.json_text import to_json
 
 Result = dict[str, Any]
@@ -54,7 +54,11 @@ Settings are those of `mlet train --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for a user's mistake, 130 and 143 when interrupted or terminated, else 1."""
+    """Run one command.
+
+    0 on success, 2 for a user's mistake, 75 for a run that was told to stop and is to be started again, 130 and 143
+    when interrupted or terminated, else 1.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stderr is None:  # closed by `2>&-`; print would take stdout in its place
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -72,6 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _handed_to_launcher(error):
             _print_error(error)
         return 2
+    except Interrupted as stopped:
+        if not _handed_to_launcher(stopped):
+            print(f"mlet: {stopped}", file=sys.stderr)
+        return Interrupted.EXIT_CODE
+    except RanksLost as error:
+        if not _handed_to_launcher(error):
+            _print_error(error)
+        return 1
     except ChildProcessError as error:  # which has shown its own traceback, if it could
         _print_error(error)
         return 1
@@ -126,11 +138,12 @@ def _synth(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.training.attempt import for_this_attempt
     from mlet_dist.training.run_directory import RunDirectory
 
     config = _load_checked(args)
     if not _launched():
-        RunDirectory(Path(config.run.dir)).check_free(config.run.overwrite)
+        RunDirectory(Path(config.run.dir)).check_free(for_this_attempt(config))
     if args.nproc is not None:
         return _in_ranks(args, arguments)
     _before_torch()
@@ -501,6 +514,8 @@ def _before_torch() -> None:
 
     # OpenMP's threads spin while they wait. Where other processes want the cores too, training took 10 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # DDP would warn on each rank of what training/sharding.py asks of it on purpose.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The libraries' start-up chatter; errors still show.
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     logging.getLogger("torchrec").setLevel(logging.ERROR)

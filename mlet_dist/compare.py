@@ -48,7 +48,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     finished = {arm for arm in configs if _finished(configs[arm])}
     for arm in configs:
         if arm not in finished:
-            RunDirectory(base / arm).check_free(config.run.overwrite)
+            RunDirectory(base / arm).check_free(configs[arm])
         _check_export(base / f"{arm}-export", config.run.overwrite or arm in finished)
     with _writing(base):
         base.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,11 @@ def _arm_configs(config: Config) -> dict[str, Config]:
 
     def arm(name: str, **changes: Any) -> Config:
         run = RunConfig(str(Path(config.run.dir) / name), config.run.overwrite)
-        return dataclasses.replace(config, run=run, **changes)
+        checkpoints = config.train.checkpoint_dir
+        train = config.train
+        if checkpoints is not None:
+            train = dataclasses.replace(train, checkpoint_dir=f"{checkpoints.rstrip('/')}/{name}")
+        return dataclasses.replace(config, run=run, train=train, **changes)
 
     rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
     control, rate_factor = single_layer_control(config.model, config.optimizer.name)

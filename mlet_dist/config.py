@@ -186,8 +186,41 @@ class TrainConfig:
     max_steps: int | None = _setting("stop after this many steps; null trains all epochs", None, at_least=1)
     log_every: int = _setting("steps between two records in metrics.jsonl and TensorBoard", 100, at_least=1)
     device: Literal["auto", "cpu", "cuda"] = _setting("auto takes cuda where there is one", "auto")
+    on_non_finite: Literal["stop", "skip", "rollback"] = _setting(
+        "what a loss or gradient that is not finite does: stop ends the run; skip leaves out the batch, for its loss "
+        "alone, and every step waits for all ranks' losses; rollback goes back to the last checkpoint and leaves out "
+        "the batch",
+        "stop",
+    )
+    non_finite_limit: int = _setting("batches that a run may so leave out before it ends", 10, at_least=0)
     pipelined: bool | None = _setting(
         "exchange the ids of the next batch behind the compute of this one; null does, but on a single CPU rank", None
+    )
+    resume: str = _setting(
+        "auto goes on from the newest whole checkpoint of an unfinished run in run.dir; never wants an empty run.dir; "
+        "or a checkpoint, a run or a directory of checkpoints, from which a run without any of its own begins",
+        "auto",
+    )
+    checkpoint_every: int | None = _setting(
+        "steps between two checkpoints; null saves by the clock, and at the end", None, at_least=1
+    )
+    checkpoint_minutes: float | None = _setting(
+        "minutes between two checkpoints; null saves by steps, and at the end", 30.0, above=0
+    )
+    checkpoint_dir: str | None = _setting(
+        "directory or URL (s3://…) for checkpoints, of this run alone; null is run.dir/checkpoints", None
+    )
+    checkpoint_async: bool = _setting(
+        "write checkpoints behind training, from a copy in the host's memory; false writes them while training waits",
+        True,
+    )
+    checkpoint_failure: Literal["stop", "continue"] = _setting(
+        "what a checkpoint that cannot be written does to training; the last one always stops it", "stop"
+    )
+    keep_last: int = _setting("checkpoints to keep: the last so many", 2, at_least=1)
+    keep_every: int | None = _setting("and those whose step is a multiple of this; null: no others", None, at_least=1)
+    collective_timeout_s: float = _setting(
+        "seconds in which every rank must take part in a collective, before the run ends with an error", 600.0, above=0
     )
 
 
@@ -385,7 +418,12 @@ def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> 
             raise UserError(
                 f"{where}: optimizer.decay_start is {start}, it must be at least optimizer.warmup_steps {warmup}"
             )
-    for key, text in (("data.path", config.data.path), ("run.dir", config.run.dir)):
+    for key, text in (
+        ("data.path", config.data.path),
+        ("run.dir", config.run.dir),
+        ("train.resume", config.train.resume),
+        ("train.checkpoint_dir", config.train.checkpoint_dir or "null"),
+    ):
         if not text.strip():
             raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")
 

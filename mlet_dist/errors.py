@@ -1,8 +1,19 @@
-"""The one exception that means "the user can mend this": printed as one line, exit code 2, no traceback."""
+"""What ends a command with one line and no traceback."""
 
 
 class UserError(Exception):
-    """A mistake in a config, a file or an argument.
+    """A mistake in a config, a file or an argument, which the user can mend; exit code 2.
 
     The message names the file, key, table or rank, the value found and what would be right, in one line.
     """
+
+
+class Interrupted(Exception):
+    """A run that was told to stop has saved itself, and goes on when it is started again; exit code 75."""
+
+    EXIT_CODE = 75
+    """sysexits.h: EX_TEMPFAIL, try again."""
+
+
+class RanksLost(Exception):
+    """Other ranks do not answer any more; exit code 1."""

@@ -1,5 +1,6 @@
 """`--nproc N`: the same command again in N local ranks, through torch elastic."""
 
+import json
 import logging
 import os
 import signal
@@ -7,13 +8,18 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mlet_dist.errors import UserError
+from mlet_dist.errors import Interrupted, RanksLost, UserError
+
+_SECONDS_TO_SAVE = 600
+_ONE_LINE = {kind.__name__: kind for kind in (UserError, Interrupted, RanksLost)}
 
 
 def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
@@ -21,6 +27,8 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
 
     Raises:
         UserError: a rank found a user's mistake.
+        Interrupted: the ranks were told to stop, and have saved what they did.
+        RanksLost: a rank found that others do not answer.
         ChildProcessError: a rank failed otherwise; its traceback has been printed.
         KeyboardInterrupt: this process was told to stop, by the signal that the exception holds.
     """
@@ -39,27 +47,32 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
                 local_addr="localhost",
                 max_restarts=0,
                 monitor_interval=0.1,
+                signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # which the ranks get too
+                shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SECONDS_TO_SAVE)),
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
             )
-            elastic_launch(config, sys.executable)("-m", "mlet_dist", *arguments)
+            try:
+                elastic_launch(config, sys.executable)("-m", "mlet_dist", *arguments)
+            except SignalException as stopped:
+                raise _what_ranks_said(Path(logs)) or KeyboardInterrupt(stopped.sigval) from None
     except ChildFailedError as failed:
         raise _as_ours(failed) from None
-    except SignalException as stopped:
-        raise KeyboardInterrupt(stopped.sigval) from None
 
 
 def record_failure(error: BaseException) -> None:
     """Write an error to the file from which torch elastic's agent of this rank takes it."""
-    ErrorHandler().record_exception(error)
+    kind = next((kind for kind in _ONE_LINE.values() if isinstance(error, kind)), None)
+    # The file holds the name of a class, and `_as_ours` knows these alone.
+    ErrorHandler().record_exception(error if kind is None else kind(str(error)).with_traceback(error.__traceback__))
 
 
 def _as_ours(failed: ChildFailedError) -> Exception:
     # A rank's end makes the others fail: by a broken connection, or because torch elastic terminates them.
     rank, failure = min(failed.failures.items(), key=lambda item: (_consequence(item[1]), item[1].timestamp))
     said = _said(failure)
-    kind, _, message = said.partition(": ")
-    if kind == UserError.__name__:
-        return UserError(message)
+    error = _of_one_line(said)
+    if error is not None:
+        return error
     if failure.exitcode < 0:
         why = "; was there enough memory? (`dmesg` tells)" if failure.exitcode == -signal.SIGKILL else ""
         return ChildProcessError(f"rank {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){why}")
@@ -68,9 +81,25 @@ def _as_ours(failed: ChildFailedError) -> Exception:
     return ChildProcessError(f"rank {rank} failed (exit code {failure.exitcode}): {said}")
 
 
+def _what_ranks_said(logs: Path) -> Exception | None:
+    """The error of one line that a rank wrote when it was told to stop."""
+    for path in sorted(logs.rglob("error.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            error = _of_one_line(json.loads(path.read_text(encoding="utf-8"))["message"]["message"])
+            if error is not None:
+                return error
+    return None
+
+
+def _of_one_line(said: str) -> Exception | None:
+    """The error that a rank recorded, where its message is all there is to say."""
+    kind, _, message = said.partition(": ")
+    return _ONE_LINE[kind](message) if kind in _ONE_LINE else None
+
+
 def _consequence(failure: ProcessFailure) -> int:
     """How likely it is that another rank's failure brought this one about."""
-    if _said(failure).startswith(f"{UserError.__name__}: "):
+    if _of_one_line(_said(failure)) is not None:
         return 0
     if failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT):
         return 3

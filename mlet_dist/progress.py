@@ -19,6 +19,7 @@ class Progress:
         log_interval: seconds between two lines when stderr is not a terminal.
         disable: show nothing (every rank but the first).
         stream: where to show it; stderr unless told, and nowhere when that is closed.
+        done: how much of ``total`` was done before.
     """
 
     def __init__(
@@ -30,16 +31,17 @@ class Progress:
         log_interval: float = 10.0,
         disable: bool = False,
         stream: TextIO | None = None,
+        done: int = 0,
     ) -> None:
         self._stream: TextIO | None = stream if stream is not None else sys.stderr
         self._description, self._total, self._unit = description, total, unit
         self._log_interval, self._disable = log_interval, disable or self._stream is None
-        self._done = 0
+        self._done = self._done_before = done
         self._fields: dict[str, str] = {}
         self._started = self._last_line = time.monotonic()
         self._bar: tqdm | None = None
         if not disable and self._stream is not None and self._stream.isatty():
-            self._bar = tqdm(total=total, desc=description, unit=unit, unit_scale=True, file=self._stream)
+            self._bar = tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=True, file=self._stream)
 
     def update(self, amount: int, **fields: str) -> None:
         """Add ``amount`` units of work; ``fields`` are shown beside the count until replaced."""
@@ -51,6 +53,14 @@ class Progress:
             self._bar.update(amount)
         elif not self._disable and time.monotonic() - self._last_line >= self._log_interval:
             self._write_line()
+
+    def say(self, line: str) -> None:
+        """Show a line of its own."""
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        elif not self._disable:
+            with suppress(OSError):
+                print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Show the final count and stop."""
@@ -70,11 +80,11 @@ class Progress:
 
     def _write_line(self) -> None:
         self._last_line = now = time.monotonic()
-        rate = self._done / max(now - self._started, 1e-9)
+        rate = (self._done - self._done_before) / max(now - self._started, 1e-9)
         of = f"/{self._total:,}" if self._total is not None else ""
         shown_rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         parts = [f"{self._description} {self._done:,}{of} {self._unit}", f"{shown_rate} {self._unit}/s"]
-        if self._total is not None and 0 < self._done < self._total:
+        if self._total is not None and self._done < self._total and rate:
             parts.append(f"ETA {_duration((self._total - self._done) / rate)}")
         parts += [f"{name} {value}" for name, value in self._fields.items()]
         with suppress(OSError):  # a log whose reader has gone, or whose disk is full, must not end the work

@@ -16,6 +16,8 @@ from torch import distributed as dist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mlet_dist.embeddings.agreement import Agreement
+
 SmallestTables = Mapping[str, tuple[str, int]]
 """Feature -> the smallest of its tables and that table's number of rows, which the feature's ids must stay below."""
 
@@ -68,17 +70,8 @@ class Verdict:
     """What the ranks found in one batch. Others' findings are read without waiting for what else a device does."""
 
     def __init__(self, checker: "BatchChecker", code: torch.Tensor, mistake: _Mistake | None, batch: KeyedJaggedTensor):
-        self._checker, self._code, self._mistake, self._batch = checker, code, mistake, batch
-        self._work = self._copied = None
-        if checker.world_size > 1:
-            self._work = dist.all_reduce(code, dist.ReduceOp.MAX, group=checker.process_group, async_op=True)
-        if code.is_cuda:
-            # The copy is ordered behind the all-reduce here, so that reading it waits for no other stream's work.
-            if self._work is not None:
-                self._work.wait()
-            self._work = None
-            self._code = torch.empty(1, dtype=torch.int64, pin_memory=True).copy_(code, non_blocking=True)
-            self._copied = torch.cuda.current_stream(code.device).record_event()
+        self._checker, self._mistake, self._batch = checker, mistake, batch
+        self._agreement = Agreement(code, checker.process_group)
 
     def raise_mistake(self) -> None:
         """Wait for the other ranks' findings.
@@ -86,12 +79,7 @@ class Verdict:
         Raises:
             ValueError: the batch of some rank is bad: this rank's own mistake, with the value, or else another's.
         """
-        if self._work is not None:
-            self._work.wait()
-        if self._copied is not None:
-            self._copied.synchronize()
-        self._work = self._copied = None
-        code = int(self._code)
+        (code,) = self._agreement.read()
         if code:
             raise ValueError(self._checker.describe(code, self._mistake, self._batch))
 

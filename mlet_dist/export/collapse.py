@@ -14,14 +14,8 @@ from mlet_dist.json_text import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.progress import Progress
 from mlet_dist.staging import staged_directory
-from mlet_dist.training.checkpoint import (
-    MODEL_KEY,
-    check_shapes,
-    load_tensor,
-    newest_checkpoint,
-    read_metadata,
-    save_state,
-)
+from mlet_dist.training.checkpoint.choosing import newest_checkpoint
+from mlet_dist.training.checkpoint.loading import MODEL_KEY, check_shapes, load_tensor, read_metadata, save_state
 from mlet_dist.training.run_directory import RunDirectory
 
 
@@ -38,7 +32,8 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     """
     source = RunDirectory(run)
     config, spec, summary = source.load()
-    checkpoint = newest_checkpoint(source.checkpoints)
+    newest = newest_checkpoint(source.checkpoint_store(config))
+    checkpoint = newest.location
     metadata = read_metadata(checkpoint)
     served = dataclasses.replace(spec, model=dataclasses.replace(spec.model, hidden_dim=None))
     state: dict[str, torch.Tensor] = {}
@@ -72,7 +67,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
         manifest = {
             "format_version": FORMAT_VERSION,
             "versions": {"mlet_dist": __version__, "torch": torch.__version__, "torchrec": version("torchrec")},
-            "run": {"path": str(run), "checkpoint": checkpoint.name, **_metrics(summary)},
+            "run": {"path": str(run), "checkpoint": newest.name, **_metrics(summary)},
             "config": config.to_dict(),
             "model": served.to_dict(),
             "state": target.model.name,

@@ -9,7 +9,8 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.manifest import ExportDirectory
 from mlet_dist.models.dlrm import build_dlrm
-from mlet_dist.training.checkpoint import MODEL_KEY, load_model, newest_checkpoint
+from mlet_dist.training.checkpoint.choosing import newest_checkpoint
+from mlet_dist.training.checkpoint.loading import load_model
 from mlet_dist.training.distributed import join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.run_directory import RunDirectory
@@ -25,10 +26,10 @@ def evaluate_path(target: Path, data: Path, split: str, batch_size: int = 8192, 
     export, run = ExportDirectory(target), RunDirectory(target)
     if export.manifest.exists():
         spec, _ = export.load()
-        checkpoint, key = export.model, None
+        store = None
     elif run.config.exists():
-        _, spec, _ = run.load()
-        checkpoint, key = newest_checkpoint(run.checkpoints), MODEL_KEY
+        config, spec, _ = run.load()
+        store = run.checkpoint_store(config)
     else:
         missing = "no such directory" if not target.exists() else "neither a run nor an export"
         raise UserError(f"{target}: {missing}; expected what `mlet train` or `mlet export` made")
@@ -41,6 +42,9 @@ def evaluate_path(target: Path, data: Path, split: str, batch_size: int = 8192, 
             local_batch_size,
             pooling_factors=spec.pooling_factors,
         )
-        load_model(model, checkpoint, key)
+        if store is None:
+            load_model(model, export.model, key=None)
+        else:
+            load_model(model, newest_checkpoint(store).location)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
     return {"target": str(target), "split": split, **found}

@@ -11,7 +11,8 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.manifest import ExportDirectory, describe_tensor
 from mlet_dist.models.dlrm import build_dlrm, build_plain_dlrm
 from mlet_dist.progress import Progress
-from mlet_dist.training.checkpoint import load_model, newest_checkpoint
+from mlet_dist.training.checkpoint.choosing import newest_checkpoint
+from mlet_dist.training.checkpoint.loading import load_model
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluation_loader, predict
 from mlet_dist.training.metrics import BinaryMetrics
@@ -40,7 +41,7 @@ def verify_export(export: Path, run: Path, data: Path, split: str = "test", tole
     trained.check_data(schema, data)
 
     factorised = build_dlrm(trained, tables_device=torch.device("cpu"))
-    load_model(factorised, newest_checkpoint(RunDirectory(run).checkpoints))
+    load_model(factorised, newest_checkpoint(RunDirectory(run).checkpoint_store(config)).location)
     plain = build_plain_dlrm(served)
     load_model(plain, ExportDirectory(export).model, key=None)
     _check_sums(plain, manifest, export)

@@ -4,11 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed as dist
 
-from mlet_dist.errors import UserError
+from mlet_dist.errors import RanksLost, UserError
+from mlet_dist.training.roll_call import RollCall, timed_out
+
+_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,16 @@ class Worker:
 
 
 @contextmanager
-def join_ranks(device: str = "auto") -> Iterator[Worker]:
+def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[Worker]:
     """Join the process group that torchrun's environment describes, or a group of one without it.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``; cuda takes nccl, cpu takes gloo.
+        timeout: in which every rank must take part in a collective.
 
     Raises:
         UserError: cuda is asked for where there is none.
+        RanksLost: within the block, a gloo collective timed out; it names the ranks that did not take part.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -47,13 +53,23 @@ def join_ranks(device: str = "auto") -> Iterator[Worker]:
         torch.cuda.set_device(target)
     backend = "nccl" if on_cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world_size = next(iter(dist.rendezvous("env://")))
+        # Ranks may start minutes apart, and `timeout` is for what comes after.
+        roll = RollCall(dist.PrefixStore("mlet", store), rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
+        roll = RollCall(dist.HashStore(), 0, 1)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield Worker(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
-    except BaseException:
+    except BaseException as error:
+        missing = roll.missing() if timed_out(error) else []
         if backend == "gloo":  # nccl would wait here for ranks that are stuck in a collective
             dist.destroy_process_group()
+        if missing:
+            raise RanksLost(
+                f"{' and '.join(missing)} took no part in a collective for {timeout.total_seconds():g} s "
+                "(train.collective_timeout_s): stuck or dead; the others stop"
+            ) from error
         raise
     dist.destroy_process_group()

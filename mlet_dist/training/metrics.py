@@ -1,6 +1,7 @@
 """AUC and LogLoss over any number of rows in bounded memory, the same for any number of ranks."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import distributed as dist
@@ -35,6 +36,22 @@ class BinaryMetrics:
         flat = bin_of_row + labels.long() * self._bins
         self._counts.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
         self._loss += functional.binary_cross_entropy_with_logits(wide, labels.double(), reduction="sum")
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What was counted: ``counts`` ``(2, bins)`` int64 of all, ``loss`` ``(R,)`` float64 by rank. Collective."""
+        counts = self._counts.clone()
+        losses = [self._loss.clone()]
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            losses = [torch.empty_like(self._loss) for _ in range(dist.get_world_size())]
+            dist.all_gather(losses, self._loss)
+        return {"counts": counts, "loss": torch.stack(losses)}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on counting from there on any number of ranks; on as many as then, the sums are the same to the bit."""
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._counts.copy_(state["counts"] if rank == 0 else torch.zeros_like(self._counts))
+        self._loss.copy_(state["loss"][rank::world_size].sum())
 
     def compute(self, process_group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """``auc``, ``logloss``, ``rows`` and ``positive_rate`` over all ranks of the group; NaN where undefined.

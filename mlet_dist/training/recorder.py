@@ -1,5 +1,6 @@
 """What a run says of itself while it goes on: metrics.jsonl, TensorBoard."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TextIO
 
@@ -10,20 +11,25 @@ from mlet_dist.training.run_directory import RunDirectory
 
 
 class Recorder:
-    """Writes records of one run, on the first rank; on the others it does nothing."""
+    """Writes records of one run, on the first rank; on the others it does nothing.
 
-    def __init__(self, run: RunDirectory, enabled: bool) -> None:
+    Args:
+        first_step: after which this job goes on; TensorBoard drops what an earlier one wrote of later steps.
+    """
+
+    def __init__(self, run: RunDirectory, enabled: bool, first_step: int = 0) -> None:
         self._lines: TextIO | None = run.metrics.open("a", encoding="utf-8") if enabled else None
-        self._tensorboard = SummaryWriter(str(run.tensorboard)) if enabled else None
+        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1) if enabled else None
 
-    def record(self, split: str, step: int, values: dict[str, float]) -> None:
-        """Write one line and one TensorBoard point a value, under ``split/name``."""
+    def record(self, split: str, step: int, values: Mapping[str, float | str]) -> None:
+        """Write one line, and one TensorBoard point a number, under ``split/name``."""
         if self._lines is None or self._tensorboard is None:
             return
         self._lines.write(to_json({"step": step, "split": split, **values}) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+            if not isinstance(value, str):
+                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def __enter__(self) -> "Recorder":
         return self

@@ -13,6 +13,7 @@ from mlet_dist.config import Config, load_config, save_config
 from mlet_dist.errors import UserError
 from mlet_dist.json_text import to_json
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.checkpoint.store import CheckpointStore
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class RunDirectory:
         config.yaml       the resolved config; `mlet train` takes it as it is
         model.json        sizes and inputs of the model
         plan.json         each table's sharding type, kernel and exchange, the reasons, and its rows by rank
-        metrics.jsonl     one record a line: step, loss, AUC, samples/s; then one a split
+        metrics.jsonl     one record a line: training and its timing every few steps, and then one a split
         tensorboard/      the same for TensorBoard
-        checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint
+        checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint; or in `train.checkpoint_dir`
         summary.json      the result, written last: a run without it has not finished
     """
 
@@ -69,8 +70,12 @@ class RunDirectory:
     def _partial_summary(self) -> Path:
         return self.path / "summary.partial"
 
-    def check_free(self, overwrite: bool) -> None:
-        """Raise UserError where starting here would destroy a finished run or something that is no run."""
+    def check_free(self, config: Config) -> None:
+        """Raise UserError where training may not begin here, by ``run.overwrite`` and ``train.resume``.
+
+        That is in a finished run, in something that is no run, and, for ``never``, in anything at all.
+        """
+        overwrite = config.run.overwrite
         try:
             entries = list(self.path.iterdir())
         except FileNotFoundError:
@@ -85,35 +90,73 @@ class RunDirectory:
             raise UserError(
                 f"run.dir {self.path} holds a finished run; choose another, or replace it with run.overwrite=true"
             )
-        if any(self.checkpoints.glob("step-*/.metadata")) and not overwrite:
-            raise UserError(
-                f"run.dir {self.path} holds a checkpoint of a run that did not finish; choose another, or replace it "
-                "with run.overwrite=true"
-            )
         if entries and not self.marker.exists():
             raise UserError(f"run.dir {self.path} holds files that are not a run's; choose an empty or new directory")
+        if entries and config.train.resume == "never" and not overwrite:
+            raise UserError(
+                f"run.dir {self.path} holds a run that did not finish, and train.resume is never; go on with "
+                "train.resume=auto, choose another, or replace it with run.overwrite=true"
+            )
 
     @contextmanager
-    def start(self, config: Config, spec: ModelSpec) -> Iterator[None]:
-        """Drop what an earlier run left, write config and model, and keep other jobs out within the block.
+    def hold(self, config: Config) -> Iterator[None]:
+        """Keep other jobs out within the block.
 
         Raises:
-            UserError: the directory is not free, another job is in it, or it cannot be written.
+            UserError: training may not begin here, another job is here, or the directory cannot be written.
         """
-        self.check_free(config.run.overwrite)
+        self.check_free(config)
         with ExitStack() as held:
-            try:
+            with self._writing():
                 self.path.mkdir(parents=True, exist_ok=True)
-                marker = held.enter_context(self.marker.open("a"))
-                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._empty()
-                save_config(config, self.config)
-                spec.save(self.model)
-            except BlockingIOError:
-                raise UserError(f"run.dir {self.path}: another job is training into it; choose another") from None
-            except OSError as error:
-                raise UserError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
+                try:
+                    marker = held.enter_context(self.marker.open("a"))
+                    fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"run.dir {self.path}: another job is training into it; choose another") from None
             yield
+
+    def start(self, config: Config, spec: ModelSpec, step: int | None = None) -> None:
+        """Drop what an earlier job left, but what it recorded up to ``step``; write config and model.
+
+        Args:
+            step: from which the run goes on; None where it begins anew.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+        with self._writing():
+            if step is None:
+                self._empty()
+            else:
+                self._keep_records(step)
+            save_config(config, self.config)
+            spec.save(self.model)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
+
+    def _keep_records(self, step: int) -> None:
+        """Drop what was recorded of steps after ``step``, and of evaluations, which follow the last one."""
+        for left in (self.summary, self._partial_summary):
+            left.unlink(missing_ok=True)
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                if record["step"] <= step and record["split"] == "train":
+                    kept.append(f"{line}\n")
+            except (ValueError, KeyError, TypeError):  # cut short when the job was killed
+                continue
+        partial = self.metrics.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self.metrics)
 
     def _empty(self) -> None:
         for left in (self.summary, self._partial_summary, self.metrics, self.model, self.plan):
@@ -127,6 +170,10 @@ class RunDirectory:
         lines = ",\n  ".join(to_json(table) for table in tables)
         text = f'{{"world_size": {world_size}, "tables": [\n  {lines}\n]}}\n'
         self.plan.write_text(text, encoding="utf-8")
+
+    def checkpoint_store(self, config: Config) -> CheckpointStore:
+        """Where the run's checkpoints lie."""
+        return CheckpointStore(config.train.checkpoint_dir or self.checkpoints)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, whole or not at all."""

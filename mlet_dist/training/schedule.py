@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from mlet_dist.config import OptimizerConfig
+from mlet_dist.training.state import Training
 
 
 def learning_rate_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
@@ -26,6 +27,25 @@ def learning_rate_factor(config: OptimizerConfig, steps: int) -> Callable[[int],
         return 1 - fallen if config.decay == "linear" else (1 + math.cos(math.pi * fallen)) / 2
 
     return factor
+
+
+class LearningRates:
+    """Sets all learning rates, each by its initial value, for the step that follows.
+
+    Args:
+        training: as it is taken up.
+    """
+
+    def __init__(self, config: OptimizerConfig, training: Training) -> None:
+        self._factor = learning_rate_factor(config, training.steps)
+        self._groups = [(group, group["lr"]) for group in training.optimizer.param_groups]
+        self(training)
+
+    def __call__(self, training: Training) -> None:
+        """After a step."""
+        factor = self._factor(training.updates)
+        for group, initial in self._groups:
+            group["lr"] = initial * factor
 
 
 def schedule_warnings(config: OptimizerConfig, steps: int) -> list[str]:

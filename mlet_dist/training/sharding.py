@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams
@@ -101,7 +102,15 @@ def shard_model(
         ddr_cap=_host_memory() // worker.local_world_size,
     )
     planned = _plan_on_first(model, sharding, topology, worker)
-    sharded = DistributedModelParallel(model, device=worker.device, plan=planned.plan, sharders=[sharding.sharder])
+    sharded = DistributedModelParallel(
+        model,
+        device=worker.device,
+        plan=planned.plan,
+        sharders=[sharding.sharder],
+        # DDP otherwise puts gradients into other buckets after a job's first step, and then adds up three and more
+        # ranks in another order: a run that goes on would not train the same bits as one that was never stopped.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+    )
     return sharded, planned
 
 

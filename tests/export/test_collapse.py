@@ -18,6 +18,7 @@ from mlet_dist.export.manifest import ExportDirectory
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from tests.command import error_line
 from tests.conftest import TrainedRun
+from tests.training.sealing import seal
 
 
 def _all_tensors(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
@@ -116,9 +117,9 @@ def test_an_export_that_exists_is_not_overwritten(trained: TrainedRun, exported:
         (lambda run: shutil.rmtree(run / "checkpoints"), "never finished"),
         (lambda run: (run / "config.yaml").unlink(), "not a run"),
         (lambda run: (run / "model.json").write_text("{"), "model.json"),
-        (lambda run: next(run.glob("checkpoints/*/*.distcp")).unlink(), "cannot load"),
-        (lambda run: os.truncate(max(run.glob("checkpoints/*/*.distcp")), 100), "cannot load"),
-        (lambda run: os.truncate(next(run.glob("checkpoints/*/.metadata")), 10), "not a readable checkpoint"),
+        (lambda run: next(run.glob("checkpoints/*/*.distcp")).unlink(), r"damaged: .*distcp is missing"),
+        (lambda run: os.truncate(max(run.glob("checkpoints/*/*.distcp")), 100), "distcp has 100 bytes instead of"),
+        (lambda run: os.truncate(next(run.glob("checkpoints/*/.metadata")), 10), r"\.metadata has 10 bytes instead of"),
     ],
 )
 def test_a_run_that_is_not_whole_is_refused_and_nothing_is_left(
@@ -162,6 +163,7 @@ def test_a_checkpoint_of_two_widths_names_the_table(trained: TrainedRun, tmp_pat
     torch.save(whole, tmp_path / "whole.pt")
     shutil.rmtree(checkpoint)
     torch_save_to_dcp(tmp_path / "whole.pt", checkpoint)
+    seal(checkpoint)
     line = error_line("export", run, "--out", tmp_path / "export")
     table = name.split(".")[-2]
     assert line == f"mlet: error: {checkpoint}: table {table!r}: W1 has 12 columns and W2 has 8 rows"

@@ -20,7 +20,10 @@ from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.step_count import fused_kernels
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint import OPTIMIZER_KEY, load_model, load_state, newest_checkpoint, save_checkpoint
+from mlet_dist.training.checkpoint.choosing import newest_checkpoint
+from mlet_dist.training.checkpoint.loading import MODEL_KEY, OPTIMIZER_KEY, load_model, load_state
+from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.training.checkpoint.writing import write_checkpoint
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.optimizers import (
     build_optimizer,
@@ -110,14 +113,16 @@ def _train(
     config = OptimizerConfig(name=name, learning_rate=0.01)  # type: ignore[arg-type]
     model, optimizer = _build(config, kind)
     if load is not None:
-        load_model(model, newest_checkpoint(load))
-        load_state({OPTIMIZER_KEY: optimizer_state(optimizer)}, newest_checkpoint(load))
+        location = newest_checkpoint(CheckpointStore(load)).location
+        load_model(model, location)
+        load_state({OPTIMIZER_KEY: optimizer_state(optimizer)}, location)
     for step in steps:
         if evaluate:
             _evaluate(model)
         _take_steps(model, optimizer, range(step, step + 1))
     if save is not None:
-        save_checkpoint(save, steps.stop, model, optimizer, {"step": steps.stop})
+        state = {MODEL_KEY: model.state_dict(), OPTIMIZER_KEY: optimizer_state(optimizer)}
+        write_checkpoint(CheckpointStore(save).checkpoint(steps.stop), state, {})
     return _whole_weights(model), {} if kind.startswith("table") else _whole_state(optimizer)
 
 

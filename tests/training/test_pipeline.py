@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +10,34 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import distributed as dist
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForward
-from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.config import Config, load_config
-from mlet_dist.data.loader import Batch, DataLoader
+from mlet_dist.data.loader import Batch
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollection
-from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.progress import Progress
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
-from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
+from mlet_dist.training.guards import Guard
+from mlet_dist.training.loop import take_all_steps
+from mlet_dist.training.optimizers import optimizer_state
 from mlet_dist.training.pipeline import pipeline_pays, take_steps
 from mlet_dist.training.recorder import Recorder
+from mlet_dist.training.report import TrainingReport
 from mlet_dist.training.run_directory import RunDirectory
-from mlet_dist.training.sharding import shard_model
-from mlet_dist.training.trainer import _train_steps
+from mlet_dist.training.schedule import LearningRates
+from mlet_dist.training.timing import StepTimer
 from tests.command import ROOT, mlet, mlet_json
 from tests.conftest import TrainedRun
-from tests.ranks import RankPool, whole
+from tests.ranks import RankPool
+from tests.training.small_run import BATCHES_AN_EPOCH, loader, local, this_worker, training_of
+from tests.training.small_run import SETTINGS as SMALL
 
 Ranks = Callable[[int], RankPool]
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
-BATCHES_AN_EPOCH, STEPS = 10, 25
-SETTINGS = (
-    "sharding.sharding_types=[row_wise, data_parallel]",  # of other tables only some ranks hold optimizer states
-    "data.batch_size=480",
-    "train.epochs=3",
-    f"train.max_steps={STEPS}",
-    "train.log_every=4",
-    "optimizer.warmup_steps=5",
-    "optimizer.decay=linear",
-)
+STEPS = 25
+SETTINGS = (*SMALL, f"train.max_steps={STEPS}")
 
 
 class _Watch(Recorder):
@@ -54,8 +48,9 @@ class _Watch(Recorder):
         self.rewritten: list[bool] = []
         self._embeddings = embeddings
 
-    def record(self, split: str, step: int, values: dict[str, float]) -> None:
-        self.rewritten.append(_is_rewritten(self._embeddings))
+    def record(self, split: str, step: int, values: Mapping[str, float | str]) -> None:
+        if split == "train":
+            self.rewritten.append(_is_rewritten(self._embeddings))
         super().record(split, step, values)
 
 
@@ -63,51 +58,34 @@ def _is_rewritten(embeddings: torch.nn.Module) -> bool:
     return isinstance(embeddings.forward, PipelinedForward)
 
 
-def _worker() -> Worker:
-    return Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
-
-
-def _build(config: Config) -> tuple[DistributedModelParallel, torch.nn.Module, CombinedOptimizer]:
-    """The model, the sharded collection within it, and the optimizer, as `mlet train` builds them."""
-    spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
-    model = build_dlrm(spec, torch.device("meta"))
-    fuse_row_optimizer(model, config.optimizer)
-    local_batch_size = config.data.batch_size // dist.get_world_size()
-    sharded, _ = shard_model(model, _worker(), local_batch_size, config.sharding)
-    (embeddings,) = (each for each in sharded.modules() if isinstance(each, ShardedMultiLayerEmbeddingBagCollection))
-    return sharded, embeddings, build_optimizer(sharded, config.optimizer)
-
-
-def _loader(config: Config) -> DataLoader:
-    worker = _worker()
-    return DataLoader(
-        Path(config.data.path),
-        "train",
-        batch_size=config.data.batch_size,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        dense_features=None,
-        sparse_features=None,
-        drop_last=True,
-    )
-
-
 def _run(config: Config, directory: Path, pipelined: bool) -> dict[str, Any]:
     """What the trainer's loop leaves: weights, optimizer states, records and what an evaluation then finds."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, pipelined=pipelined))
-    run, worker = RunDirectory(directory / f"pipelined {pipelined}"), _worker()
+    run, worker = RunDirectory(directory / f"pipelined {pipelined}"), this_worker()
     run.path.mkdir(exist_ok=True)
-    model, embeddings, optimizer = _build(config)
-    with _Watch(run, worker.is_first, embeddings) as recorder:
-        _train_steps(config, STEPS, model, optimizer, _loader(config), worker, recorder)
+    training, embeddings = training_of(config, STEPS)
+    guard, local_batch_size = Guard(training, worker.device, "stop", 0), config.data.batch_size // worker.world_size
+    with (
+        _Watch(run, worker.is_first, embeddings) as recorder,
+        Progress("train", STEPS, "steps", disable=True) as progress,
+        StepTimer(training.model, worker.device, local_batch_size) as timer,
+    ):
+        report = TrainingReport(config, training, progress, recorder, guard, timer)
+        rates = LearningRates(config.optimizer, training)
+        steps = (training, loader(config), worker.device, guard, timer, [rates, report])
+        take_all_steps(*steps, pipelined=pipelined)
+    model, optimizer = training.model, training.optimizer
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()] if worker.is_first else []
+    timings = [record for record in records if record["split"] == "timing"]
+    records = [record for record in records if record["split"] != "timing"]
+    assert [record["step"] for record in timings] == [record["step"] for record in records]
     assert all(record.pop("samples_per_s") > 0 for record in records)
     assert recorder.rewritten == [pipelined] * 7
     assert not _is_rewritten(embeddings)
     spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
     found = evaluate(model, evaluation_loader(Path(config.data.path), "valid", spec, 250, worker), worker, "valid")
-    states = {name: {key: whole(each) for key, each in of.items()} for name, of in optimizer_state(optimizer).items()}
-    weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    states = {name: {key: local(each) for key, each in of.items()} for name, of in optimizer_state(optimizer).items()}
+    weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
     return {"weights": weights, "states": states, "records": records, "evaluation": found}
 
 
@@ -131,39 +109,42 @@ def test_both_loops_train_the_same_bits_over_epochs(
 ) -> None:
     overrides = (*small_model, *SETTINGS, f"optimizer.name={optimizer}", f"sharding.exchange={exchange}")
     config = load_config(CONFIG, [*overrides, f"run.dir={tmp_path}", "optimizer.learning_rate=0.05"])
-    plain, pipelined = ranks(world_size).run(_run_both, config, tmp_path)[0]
+    every = ranks(world_size).run(_run_both, config, tmp_path)
+    plain, pipelined = every[0]
     assert [record["step"] for record in plain["records"]] == [4, 8, 12, 16, 20, 24, 25]
     assert len({record["learning_rate"] for record in plain["records"]}) == 7
     assert pipelined["records"] == plain["records"]
     assert pipelined["evaluation"] == plain["evaluation"]
     assert len([name for name in plain["weights"] if "embedding_bag_collection" in name]) == 26 + 26
-    for name, tensor in plain["weights"].items():
-        assert torch.equal(pipelined["weights"][name], tensor), name
-    assert pipelined["states"].keys() == plain["states"].keys()
-    assert bool(plain["states"]) == (optimizer != "sgd")
-    for name, states in plain["states"].items():
-        for key, tensor in states.items():
-            assert torch.equal(pipelined["states"][name][key], tensor), (name, key)
+    for plain, pipelined in every:
+        for name, tensor in plain["weights"].items():
+            assert torch.equal(pipelined["weights"][name], tensor), name
+        assert pipelined["states"].keys() == plain["states"].keys()
+        assert bool(plain["states"]) == (optimizer != "sgd")
+        for name, states in plain["states"].items():
+            for key, tensor in states.items():
+                assert torch.equal(pipelined["states"][name][key], tensor), (name, key)
 
 
 def _meet_a_bad_batch(config: Config, bad_step: int, pipelined: bool) -> tuple[int, str]:
     """Steps taken before the error, and what it said."""
 
     def batches() -> Iterator[Batch]:
-        for index, batch in enumerate(_loader(config)):
+        for index, batch in enumerate(loader(config)):
             if index == bad_step and dist.get_rank() == 1:
                 batch.sparse.values()[0] = 10**6
             yield batch
 
-    model, _, optimizer = _build(config)
-    taken = 0
+    training, _ = training_of(config, STEPS)
+    guard, device = Guard(training, torch.device("cpu"), "stop", 0), torch.device("cpu")
     try:
-        for _ in take_steps(model, optimizer, batches(), torch.device("cpu"), pipelined=pipelined):
-            taken += 1
+        with StepTimer(training.model, device, 1) as timer:
+            for _ in take_steps(training, batches(), device, guard, timer, pipelined=pipelined):
+                pass
     except ValueError as error:
         dist.barrier()  # nobody hangs, and the group can be used
-        return taken, str(error)
-    raise AssertionError(f"{taken} steps and no error")
+        return training.step, str(error)
+    raise AssertionError(f"{training.step} steps and no error")
 
 
 @pytest.mark.multirank
@@ -195,7 +176,8 @@ def test_the_command_trains_the_same_run_in_the_plain_loop(trained: TrainedRun, 
         [json.loads(line) | {"samples_per_s": None} for line in (path / "metrics.jsonl").read_text().splitlines()]
         for path in (run, trained.path)
     ]
-    assert records[0] == records[1]
+    said = [[record for record in each if record["split"] != "timing"] for each in records]
+    assert said[0] == said[1]
 
 
 @pytest.mark.e2e

@@ -21,8 +21,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def start(run: RunDirectory, config: Config, spec: ModelSpec) -> None:
-    with run.start(config, spec):
-        pass
+    with run.hold(config):
+        run.start(config, spec)
 
 
 def config_of(run: RunDirectory, **changes: Any) -> Config:
@@ -63,7 +63,7 @@ def test_a_new_run_holds_its_config_and_model(run: RunDirectory) -> None:
 
 def test_an_empty_directory_is_taken(run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
-    run.check_free(overwrite=False)
+    run.check_free(config_of(run))
     start(run, config_of(run), SPEC)
     assert run.config.exists()
 
@@ -89,6 +89,25 @@ def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> N
     assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json"}
 
 
+def test_a_run_that_goes_on_keeps_what_was_recorded_up_to_its_step(run: RunDirectory) -> None:
+    leave_an_unfinished_run(run)
+    records = [{"step": step, "split": "train"} for step in (10, 20, 30)] + [{"step": 20, "split": "valid"}]
+    lines = [json.dumps(record) for record in records]
+    run.metrics.write_text("\n".join([*lines, '{"step": 4']))  # killed while it was writing
+    with run.hold(config_of(run)):
+        run.start(config_of(run), SPEC, step=20)
+    assert run.metrics.read_text().splitlines() == lines[:2]
+    assert (run.checkpoints / "step-00000099" / "old").exists()
+
+
+def test_never_wants_an_empty_directory(run: RunDirectory) -> None:
+    never = TrainConfig(seed=3, resume="never")
+    start(run, dataclasses.replace(config_of(run), train=never), SPEC)
+    with pytest.raises(UserError, match=r"train\.resume is never; go on with train\.resume=auto"):
+        start(run, dataclasses.replace(config_of(run), train=never), SPEC)
+    start(run, dataclasses.replace(config_of(run, overwrite=True), train=never), SPEC)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_is_no_run_is_never_touched(overwrite: bool, run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
@@ -111,7 +130,7 @@ def test_a_file_and_a_path_below_a_file_are_refused(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_is_a_users_mistake(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 300)
     with pytest.raises(UserError) as caught:
-        RunDirectory(path).check_free(overwrite=False)
+        RunDirectory(path).check_free(config_of(RunDirectory(path)))
     assert str(caught.value) == f"run.dir {path} cannot be read: File name too long"
 
 
@@ -163,9 +182,9 @@ def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> 
 
 
 def test_a_second_job_is_kept_out_until_the_first_has_ended(run: RunDirectory) -> None:
-    with run.start(config_of(run), SPEC):
+    with run.hold(config_of(run)):
         run.metrics.write_text("of the first")
-        with pytest.raises(UserError, match="another job is training into it"), run.start(config_of(run), SPEC):
+        with pytest.raises(UserError, match="another job is training into it"), run.hold(config_of(run)):
             pass
         assert run.metrics.read_text() == "of the first"
     start(run, config_of(run), SPEC)

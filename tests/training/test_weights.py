@@ -13,9 +13,12 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import RowsDtype, build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint import load_model, newest_checkpoint, save_checkpoint
+from mlet_dist.training.checkpoint.choosing import newest_checkpoint
+from mlet_dist.training.checkpoint.loading import MODEL_KEY, OPTIMIZER_KEY, load_model
+from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.training.checkpoint.writing import write_checkpoint
 from mlet_dist.training.distributed import Worker
-from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
+from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.weights import weights_sha256
 from tests.ranks import RankFailed, RankPool
@@ -66,7 +69,9 @@ def _save(directory: Path, rows_dtype: RowsDtype = "fp32") -> str:
     model = build_dlrm(_spec(), torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig(name="adagrad"))
     sharded = shard_model(model, _worker(), 8)[0]
-    save_checkpoint(directory, 7, sharded, build_optimizer(sharded, OptimizerConfig(name="adagrad")), {"step": 7})
+    optimizer = build_optimizer(sharded, OptimizerConfig(name="adagrad"))
+    state = {MODEL_KEY: sharded.state_dict(), OPTIMIZER_KEY: optimizer_state(optimizer)}
+    write_checkpoint(CheckpointStore(directory).checkpoint(7), state, {})
     return weights_sha256(sharded, torch.device("cpu"))
 
 
@@ -74,7 +79,7 @@ def _load(directory: Path, spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> s
     model = build_dlrm(spec, torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig())
     sharded = shard_model(model, _worker(), 8)[0]
-    load_model(sharded, newest_checkpoint(directory))
+    load_model(sharded, newest_checkpoint(CheckpointStore(directory)).location)
     return weights_sha256(sharded, torch.device("cpu"))
 
 
@@ -94,7 +99,7 @@ def test_a_checkpoint_of_half_rows_loads_on_any_number_of_ranks(
     assert ranks(saved_on).run(_load, tmp_path, _spec(seed=99), "fp16")[0] == saved
     # Into float32, as `mlet verify` and `mlet evaluate` do: the rounded initial values.
     model = build_dlrm(_spec(seed=99), torch.device("cpu"))
-    load_model(model, newest_checkpoint(tmp_path))
+    load_model(model, newest_checkpoint(CheckpointStore(tmp_path)).location)
     single, loaded = build_dlrm(_spec(), torch.device("cpu")).state_dict(), model.state_dict()
     for name, tensor in loaded.items():
         expected = single[name].half().float() if ".embedding_bags." in name else single[name]
@@ -113,9 +118,10 @@ def test_a_checkpoint_of_another_shape_names_the_tensor(ranks: Ranks, tmp_path: 
 
 def test_a_checkpoint_that_was_cut_short_does_not_count(ranks: Ranks, tmp_path: Path) -> None:
     ranks(2).run(_save, tmp_path)
-    (tmp_path / "step-00000009.partial").mkdir()
-    (tmp_path / "step-00000009.partial" / ".metadata").touch()
-    (tmp_path / "step-00000008").mkdir()
-    assert newest_checkpoint(tmp_path).name == "step-00000007"
+    cut_short = tmp_path / "step-00000008"
+    cut_short.mkdir()
+    for name in (".incomplete", ".metadata", "__0_0.distcp"):
+        (cut_short / name).touch()
+    assert newest_checkpoint(CheckpointStore(tmp_path)).name == "step-00000007"
     with pytest.raises(UserError, match="no whole checkpoint"):
-        newest_checkpoint(tmp_path / "step-00000008")
+        newest_checkpoint(CheckpointStore(cut_short))

@@ -1,0 +1,100 @@
+"""What a checkpoint says of itself, and the checksums by which it is known to be whole."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlet_dist.json_text import to_json
+
+FORMAT_VERSION = 2
+
+
+class ManifestError(Exception):
+    """A manifest is missing or damaged; the message names it."""
+
+
+class Checksum:
+    """Size and CRC-32 of bytes that pass by: finds every flipped bit, and any change but one in 4 billion."""
+
+    def __init__(self) -> None:
+        self.size, self._crc = 0, 0
+
+    def update(self, data: Any) -> None:
+        """Count bytes in: anything with a buffer."""
+        view = memoryview(data).cast("B")
+        self.size += len(view)
+        self._crc = zlib.crc32(view, self._crc)
+
+    def entry(self) -> dict[str, Any]:
+        """``bytes`` and ``crc32``, as the manifest holds them."""
+        return {"bytes": self.size, "crc32": f"{self._crc:08x}"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of ``manifest.json``.
+
+    Attributes:
+        step: after which it was saved.
+        files: by name, ``bytes`` and ``crc32``.
+        about: what else its writer noted, plain JSON data.
+    """
+
+    step: int
+    files: Mapping[str, Mapping[str, Any]]
+    about: Mapping[str, Any]
+
+    def render(self) -> bytes:
+        """As JSON that holds a SHA-256 of itself."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "files": dict(sorted(self.files.items())),
+            "about": self.about,
+        }
+        return _sealed(content)
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> "Manifest":
+        """Read what ``render`` wrote, to the last bit.
+
+        Raises:
+            ManifestError: any byte is another one, or another version of mlet_dist wrote it.
+        """
+        try:
+            content = json.loads(data)["content"]
+            if _sealed(content) != data:
+                raise ValueError("its checksum is wrong")
+            found = content["format_version"]
+            if found != FORMAT_VERSION:
+                raise ManifestError(f"{where}: format_version is {found}, this version reads {FORMAT_VERSION}")
+            return cls(content["step"], content["files"], content["about"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ManifestError(f"{where} is damaged: {' '.join(str(error).split())}") from None
+
+    def find_damage(self, name: str, open_file: Callable[[str], Any]) -> str | None:
+        """Read one of the files through; what is wrong with it, or None."""
+        expected = self.files[name]
+        found = Checksum()
+        try:
+            with open_file(name) as file:
+                while block := file.read(1 << 22):
+                    found.update(block)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except Exception as error:  # each store has errors of its own
+            return f"{name} cannot be read: {error or type(error).__name__}"
+        if found.size != expected["bytes"]:
+            return f"{name} has {found.size:,} bytes instead of {expected['bytes']:,}"
+        if found.entry() != dict(expected):
+            return f"{name} has checksum {found.entry()['crc32']} instead of {expected['crc32']}"
+        return None
+
+
+def _sealed(content: Mapping[str, Any]) -> bytes:
+    text = to_json(content, indent=1)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f'{{"sha256": "{digest}",\n"content": {text}}}\n'.encode()

@@ -1,0 +1,120 @@
+"""Where the time of a step goes: a rank of two that is slow is named, in both loops, with what it is slow in."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torchrec.models.dlrm import OverArch
+
+from mlet_dist.config import Config, load_config
+from mlet_dist.data.loader import Batch
+from mlet_dist.training.guards import Guard
+from mlet_dist.training.pipeline import take_steps
+from mlet_dist.training.stopwatch import Stopwatch
+from mlet_dist.training.timing import StepTimer
+from tests.command import ROOT
+from tests.conftest import TrainedRun
+from tests.ranks import RankPool
+from tests.training.small_run import SETTINGS, loader, training_of
+
+Ranks = Callable[[int], RankPool]
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+DEVICE = torch.device("cpu")
+STEPS = 6
+# Far above what a step of this model takes on a busy machine: the tests compare no times but this one with the rest.
+SLEEP = 0.2
+PARTS = ("data_wait_ms", "forward_ms", "exchange_ms", "backward_ms", "checkpoint_ms")
+
+
+def _run(config: Config, pipelined: bool, slow: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A report, and the summary, of a run in which the second rank sleeps at each step in ``slow``."""
+    training, embeddings = training_of(config, STEPS)
+    sleeps = dist.get_rank() == 1
+
+    def batches() -> Iterator[Batch]:
+        for batch in islice(loader(config), STEPS):
+            if sleeps and slow == "data":
+                time.sleep(SLEEP)
+            yield batch
+
+    def sleep(*_: Any) -> None:
+        if sleeps:
+            time.sleep(SLEEP)
+
+    if slow == "dense":
+        (over_arch,) = (each for each in training.model.modules() if isinstance(each, OverArch))
+        over_arch.register_forward_hook(sleep)
+    if slow == "lookup":
+        embeddings._lookups[0].register_forward_hook(sleep)
+    training.model.train()
+    guard = Guard(training, DEVICE, "stop", 0)
+    with StepTimer(training.model, DEVICE, local_batch_size=10) as timer:
+        for _ in take_steps(training, batches(), DEVICE, guard, timer, pipelined=pipelined):
+            if slow == "checkpoint":
+                timer.saved_for(SLEEP)
+            if training.step == STEPS // 2:
+                timer.report()
+        return timer.report(), timer.summary()
+
+
+def _run_each(config: Config, cases: list[tuple[bool, str]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [_run(config, *case) for case in cases]
+
+
+@pytest.mark.multirank
+def test_the_rank_that_sleeps_is_named_with_what_it_sleeps_in(ranks: Ranks, small_model: tuple[str, ...]) -> None:
+    config = load_config(CONFIG, [*small_model, *SETTINGS, "run.dir=unused"])
+    cases = [(pipelined, slow) for pipelined in (False, True) for slow in ("data", "dense", "lookup")]
+    first, second = ranks(2).run(_run_each, config, cases)
+    assert first == second  # every rank knows all
+    for (pipelined, slow), (report, summary) in zip(cases, first, strict=True):
+        for found in (report, summary):
+            assert found["slowest_rank"] == 1, (pipelined, slow)
+            assert found["slowest_host"] == socket.gethostname()
+            assert found["rank_samples_per_s_min"] <= found["rank_samples_per_s_median"]
+            assert found["peak_memory_bytes"] > 50e6
+            assert sum(found[part] for part in PARTS) <= found["step_ms"]
+        # In the pipeline the batches of the reported steps were fetched in those before.
+        part = "data_wait_ms" if slow == "data" else "forward_ms"
+        for found in (summary,) if pipelined and slow == "data" else (summary, report):
+            assert found["rank_samples_per_s_min"] < 10 / SLEEP < found["rank_samples_per_s_max"]
+            assert found["step_ms"] >= 1e3 * SLEEP
+            assert found[part] >= 1e3 * SLEEP / 2  # the mean of both ranks
+        assert summary["ranks"]["host"] == [socket.gethostname()] * 2
+        assert summary["ranks"]["samples_per_s"][1] == summary["rank_samples_per_s_min"]
+        assert max(summary["ranks"]["peak_memory_bytes"]) == summary["peak_memory_bytes"]
+
+
+@pytest.mark.multirank
+def test_the_rank_that_is_waited_for_is_in_the_others_exchange(ranks: Ranks, small_model: tuple[str, ...]) -> None:
+    config = load_config(CONFIG, [*small_model, *SETTINGS, "run.dir=unused"])
+    ((lookup, _), (checkpoint, _)), _ = ranks(2).run(_run_each, config, [(False, "lookup"), (False, "checkpoint")])
+    assert lookup["exchange_ms"] >= 1e3 * SLEEP / 2 * 0.9
+    assert checkpoint["checkpoint_ms"] == pytest.approx(1e3 * SLEEP)
+
+
+def test_a_stopwatch_adds_up_what_it_is_told_and_begins_anew() -> None:
+    watch = Stopwatch(DEVICE)
+    watch.add("a", 1.0, 1.5)
+    watch.add("a", 3.0, 3.25)
+    watch.add_seconds("b", 2.0)
+    assert watch.take() == {"a": 0.75, "b": 2.0}
+    assert watch.take() == {}
+
+
+@pytest.mark.e2e
+def test_a_run_says_where_its_time_went(trained: TrainedRun) -> None:
+    records = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
+    timings = [record for record in records if record["split"] == "timing"]
+    assert [record["step"] for record in timings] == [20, 40, 57]
+    for found in (*timings, trained.result["timing"]):
+        assert all(found[part] > 0 for part in PARTS[:4])
+        assert found["slowest_host"] == socket.gethostname()
+    assert len(trained.result["timing"]["ranks"]["peak_memory_bytes"]) == 2
+    assert (trained.result["skipped_batches"], trained.result["rollbacks"]) == (0, 0)
