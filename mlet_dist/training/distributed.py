@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.errors import RanksLost, UserError
-from mlet_dist.training.roll_call import RollCall, timed_out
+from mlet_dist.training.roll_call import RollCall, fresh_store, timed_out
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -54,8 +54,9 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
     backend = "nccl" if on_cuda else "gloo"
     if "RANK" in os.environ:
         store, rank, world_size = next(iter(dist.rendezvous("env://")))
+        store = fresh_store(dist.PrefixStore("mlet", store), rank, world_size)
         # Ranks may start minutes apart, and `timeout` is for what comes after.
-        roll = RollCall(dist.PrefixStore("mlet", store), rank, world_size)
+        roll = RollCall(store, rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         roll = RollCall(dist.HashStore(), 0, 1)

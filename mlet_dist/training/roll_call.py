@@ -1,7 +1,9 @@
-"""Which ranks are still there when a collective has timed out."""
+"""The ranks find one another, and later which of them are still there."""
 
+import json
 import socket
 import time
+import uuid
 from datetime import timedelta
 
 from torch import distributed as dist
@@ -10,11 +12,42 @@ _START = timedelta(minutes=30)
 _PATIENCE_SECONDS = 10.0
 
 
+def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of ``store`` that no earlier attempt of the same job has written to.
+
+    torch elastic keeps its store when it restarts the ranks, and with it the addresses of ranks that have gone. The
+    restart's number does not help: an agent that joins later counts from 0. So every rank says a word of its own, and
+    the first rank lists the words it finds, anew until each rank has found its own in the list.
+
+    Raises:
+        RuntimeError: a rank did not come.
+    """
+    word, deadline = uuid.uuid4().hex, time.monotonic() + _START.total_seconds()
+    store.set(f"word/{rank}", word)
+    if rank != 0:
+        while True:
+            roster = json.loads(store.get("roster"))
+            if roster["words"].get(str(rank)) == word:
+                break
+            _wait(deadline)
+        found = dist.PrefixStore(roster["attempt"], store)
+        found.set(f"here/{rank}", "")
+        return found
+    found = dist.PrefixStore(word, store)
+    others = range(1, world_size)
+    while True:
+        words = {str(each): store.get(f"word/{each}").decode() for each in others if store.check([f"word/{each}"])}
+        store.set("roster", json.dumps({"attempt": word, "words": words}))
+        if all(found.check([f"here/{each}"]) for each in others):
+            return found
+        _wait(deadline)
+
+
 class RollCall:
-    """The ranks' hosts, in a store; waits until every rank has said its own.
+    """The ranks' hosts.
 
     Args:
-        store: of all ranks.
+        store: of all ranks, in which nothing of an earlier attempt is.
         rank, world_size: of this process, and of all.
     """
 
@@ -39,4 +72,11 @@ class RollCall:
 
 def timed_out(error: BaseException) -> bool:
     """Whether this is how gloo says that a rank took no part in a collective."""
-    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and ("timed out" in said or "timeout" in said)
+
+
+def _wait(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise RuntimeError(f"not all ranks have started within {_START}")
+    time.sleep(0.05)

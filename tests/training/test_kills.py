@@ -1,26 +1,28 @@
-"""Runs that are killed at random moments end as if they had not been: `make soak` kills more of them."""
+"""Runs that lose a rank, a node or all end as if they had not; `make soak` kills more of them at random."""
 
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.command import ROOT, mlet_json
+from tests.conftest import TrainedRun
 from tests.training.in_ranks import records
 
 pytestmark = pytest.mark.e2e
 
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
-KILLS = int(os.environ.get("MLET_SOAK_KILLS", "5"))
-WAYS = ("job", "rank", "saving", "SIGTERM", "job")
+KILLS = int(os.environ.get("MLET_SOAK_KILLS", "4"))
+WAYS = ("job", "rank", "saving", "SIGTERM")
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +34,19 @@ def settings(small_model: tuple[str, ...]) -> tuple[str, ...]:
         "optimizer.learning_rate=0.02",
         "data.shuffle=true",
         "data.shuffle_buffer=640",
-        "train.epochs=9",
-        "train.max_steps=600",
+        "train.epochs=6",
+        "train.max_steps=400",
         "train.checkpoint_every=7",
         "train.log_every=50",
     )
+
+
+@pytest.fixture(scope="module")
+def whole(settings: tuple[str, ...], small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """The run, uninterrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    result = mlet_json("train", CONFIG, *settings, f"run.dir={run}", "--nproc", 2)
+    return TrainedRun(run, small_data, settings, result)
 
 
 def children(process: int) -> list[int]:
@@ -65,18 +75,8 @@ def kill(job: "subprocess.Popen[str]", way: str, run: Path, dice: random.Random)
 
 def train(arguments: Sequence[str], run: Path, strike: str | None, dice: random.Random) -> int:
     """Run `mlet train`, struck soon after it began to train; its exit code."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlet_dist",
-        "train",
-        str(CONFIG),
-        *arguments,
-        f"run.dir={run}",
-        "--nproc",
-        "2",
-        "--json",
-    ]
+    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *arguments, f"run.dir={run}"]
+    command += ["--nproc", "2", "--json"]
     log = run.parent / "stderr"
     before = newest(run)
     with log.open("a") as stderr, subprocess.Popen(command, cwd=ROOT, stderr=stderr, text=True, stdout=stderr) as job:
@@ -96,18 +96,17 @@ def newest(run: Path) -> str:
     return max((path.name for path in (run / "checkpoints").glob("step-*")), default="")
 
 
-def test_random_kills_change_nothing(settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_random_kills_change_nothing(settings: tuple[str, ...], whole: TrainedRun, tmp_path: Path) -> None:
     seed = int(os.environ.get("MLET_SOAK_SEED", time.time_ns() % 2**32))
     print(f"MLET_SOAK_SEED={seed}")  # shown where the test fails
     dice = random.Random(seed)
-    expected = mlet_json("train", CONFIG, *settings, f"run.dir={tmp_path / 'whole'}", "--nproc", 2)
     kills, runs = 0, 0
     while kills < KILLS:
         run = tmp_path / f"run {runs}"
         way = WAYS[kills % len(WAYS)]
         code = train(settings, run, way, dice)
         if code == 0:  # it was faster than the killer
-            check(run, expected, tmp_path)
+            check(run, whole)
             runs += 1
             continue
         kills += 1
@@ -115,12 +114,72 @@ def test_random_kills_change_nothing(settings: tuple[str, ...], tmp_path: Path) 
         assert not (run / "summary.json").exists()
     if (run / "config.yaml").exists() and not (run / "summary.json").exists():
         assert train(settings, run, None, dice) == 0, (tmp_path / "stderr").read_text()[-2000:]
-        check(run, expected, tmp_path)
+        check(run, whole)
 
 
-def check(run: Path, expected: dict[str, Any], folder: Path) -> None:
-    """That a run ended with the same bits, and counted every row of the same steps once."""
+def check(run: Path, whole: TrainedRun) -> None:
+    """That a run ended with the same bits, and counted the rows of the same steps once each."""
     found = json.loads((run / "summary.json").read_text())
-    assert found["weights_sha256"] == expected["weights_sha256"]
-    assert records(run) == records(folder / "whole")
+    assert found["weights_sha256"] == whole.result["weights_sha256"]
+    assert records(run) == records(whole.path)
     assert not list((run / "checkpoints").glob("*/.incomplete"))
+
+
+@contextmanager
+def torchrun(run: Path, name: str, settings: Sequence[str], *arguments: str) -> "Iterator[subprocess.Popen[str]]":
+    """An agent that trains; what it says goes to ``name`` beside the run. Its ranks do not outlive the block."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", *arguments, "-m", "mlet_dist"]
+    command += ["train", str(CONFIG), *settings, f"run.dir={run}", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (
+        (run.parent / name).open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log, text=True) as agent,
+    ):
+        try:
+            yield agent
+        finally:
+            for pid in (*children(agent.pid), agent.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def wait_for_a_checkpoint(run: Path, *agents: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 90
+    while not any((run / "checkpoints").glob("*/manifest.json")):
+        assert time.monotonic() < deadline
+        assert all(agent.poll() is None for agent in agents)
+        time.sleep(0.05)
+
+
+def test_torchrun_restarts_a_run_that_lost_a_rank(settings: tuple[str, ...], whole: TrainedRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with torchrun(run, "log", settings, "--standalone", "--nproc-per-node", "2") as agent:
+        wait_for_a_checkpoint(run, agent)
+        os.kill(children(agent.pid)[1], signal.SIGKILL)
+        assert agent.wait(120) == 0, (tmp_path / "log").read_text()[-2000:]
+    assert json.loads((run / "summary.json").read_text())["first_step"] > 0
+    check(run, whole)
+
+
+def test_torchrun_goes_on_with_the_nodes_that_are_left(
+    settings: tuple[str, ...], whole: TrainedRun, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    how = "join_timeout=120,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4,is_host="
+    nodes = ("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x")
+    nodes += ("--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf")
+    with torchrun(run, "first", settings, *nodes, f"{how}1") as first:
+        with torchrun(run, "second", settings, *nodes, f"{how}0") as second:
+            wait_for_a_checkpoint(run, first, second)
+        assert first.wait(120) == 0, (tmp_path / "first").read_text()[-2000:]
+    found = json.loads((run / "summary.json").read_text())
+    assert found["first_step"] > 0
+    assert found["world_size"] == 1
+    assert found["steps"] == whole.result["steps"]
+    for after, before in zip(records(run), records(whole.path), strict=True):
+        assert after.get("rows") == before.get("rows")
+        assert after["step"] == before["step"]
+        assert after["auc"] == pytest.approx(before["auc"], abs=1e-3)

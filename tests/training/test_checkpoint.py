@@ -1,0 +1,181 @@
+"""Checkpoints as files: whole or named as damaged, written behind training, kept or dropped."""
+
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from mlet_dist.errors import UserError
+from mlet_dist.training.checkpoint.choosing import newest_checkpoint, newest_whole
+from mlet_dist.training.checkpoint.loading import load_state
+from mlet_dist.training.checkpoint.manifest import Checksum, Manifest, ManifestError
+from mlet_dist.training.checkpoint.retention import drop_old
+from mlet_dist.training.checkpoint.saver import CheckpointSaver
+from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore
+from tests.ranks import RankFailed
+from tests.training.in_ranks import Ranks
+
+SIZE = 1 << 16
+
+
+def _save(location: str, steps: tuple[int, ...], keep_last: int = 9, keep_every: int | None = None) -> None:
+    """Checkpoints of a tensor that changes as soon as saving has begun."""
+    tensor = torch.zeros(SIZE)
+    saver = CheckpointSaver(CheckpointStore(location), timedelta(seconds=60), keep_last, keep_every)
+    with saver:
+        for step in steps:
+            tensor.fill_(step)
+            own = {str(dist.get_rank()): torch.full((9,), float(step))}
+            saver.save(step, {"tensor": tensor, "own": own}, {"note": "λ", "numbers": [1, 0.1, None]})
+            tensor.fill_(-1)
+        saver.wait()
+
+
+def _load(location: str) -> tuple[int, torch.Tensor]:
+    found = newest_whole(CheckpointStore(location))
+    assert found is not None
+    state = {"tensor": torch.empty(SIZE)}
+    load_state(state, found.checkpoint.location)
+    return found.manifest.step, state["tensor"]
+
+
+@pytest.fixture
+def two(ranks: Ranks, tmp_path: Path) -> Path:
+    """Checkpoints of steps 3 and 5, by two ranks."""
+    ranks(2).run(_save, str(tmp_path / "two"), (3, 5))
+    return tmp_path / "two"
+
+
+@pytest.mark.multirank
+def test_the_copy_is_taken_before_training_goes_on(ranks: Ranks, two: Path) -> None:
+    for world_size in (1, 2):
+        for step, tensor in ranks(world_size).run(_load, str(two)):
+            assert step == 5
+            assert torch.equal(tensor, torch.full((SIZE,), 5.0))
+    manifest = CheckpointStore(two).checkpoint(5).manifest()
+    assert dict(manifest.about) == {"note": "λ", "numbers": [1, 0.1, None]}
+    on_disk = {path.name for path in (two / "step-00000005").iterdir()}
+    assert on_disk == {"manifest.json", *manifest.files}
+    assert {".metadata", "__0_0.distcp"} <= manifest.files.keys()
+
+
+@pytest.mark.multirank
+def test_any_store_of_fsspec_will_do(ranks: Ranks) -> None:
+    pool = ranks(1)
+    pool.run(_save, "memory://bucket/run", (1, 2, 3), 2)
+    ((step, tensor),) = pool.run(_load, "memory://bucket/run")
+    assert step == 3
+    assert torch.equal(tensor, torch.full((SIZE,), 3.0))
+    assert pool.run(_names, "memory://bucket/run") == [["step-00000002", "step-00000003"]]
+
+
+def _names(location: str) -> list[str]:
+    return [each.name for each in CheckpointStore(location).checkpoints()]
+
+
+@pytest.mark.multirank
+def test_the_last_ones_and_every_mth_are_kept(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(1).run(_save, str(tmp_path), (2, 4, 5, 6, 8, 9), 2, 4)
+    assert _names(str(tmp_path)) == [f"step-{step:08d}" for step in (4, 8, 9)]
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001" / ".incomplete").touch()  # another job may be at it
+    drop_old(CheckpointStore(tmp_path), 1, None)
+    assert _names(str(tmp_path)) == ["step-00000001", "step-00000009"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_damage_to_any_file_is_found_and_named(two: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    names = [path.name for path in (two / "step-00000005").iterdir()]
+    assert len(names) >= 3
+    for name in names:
+        copy = shutil.copytree(two, tmp_path / f"copy of {name}")
+        damage(copy / "step-00000005" / name)
+        found = newest_whole(CheckpointStore(copy))
+        assert found is not None
+        assert found.checkpoint.step == 3
+        (line,) = found.damage
+        assert f"step-00000005: {name} " in line
+        with pytest.raises(UserError, match=f"last checkpoint is damaged: .*step-00000005: {name} "):
+            newest_checkpoint(CheckpointStore(copy))
+        damage(copy / "step-00000003" / name)
+        with pytest.raises(UserError, match=f"no checkpoint is whole: .*-00000005: {name} .*-00000003: {name} "):
+            newest_whole(CheckpointStore(copy))
+
+
+def test_every_bit_of_a_manifest_counts() -> None:
+    checksum = Checksum()
+    checksum.update(b"123456789")
+    assert checksum.entry() == {"bytes": 9, "crc32": "cbf43926"}  # the check value of CRC-32
+    manifest = Manifest(7, {"a": checksum.entry()}, {"loss": 0.1})
+    data = manifest.render()
+    assert Manifest.parse(data, "here") == manifest
+    for position in range(0, 8 * len(data), 5):
+        broken = bytearray(data)
+        broken[position // 8] ^= 1 << position % 8
+        with pytest.raises(ManifestError, match=r"^here"):
+            Manifest.parse(bytes(broken), "here")
+
+
+def test_a_checkpoint_is_whole_in_one_instant_and_gone_in_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    checkpoint = store.checkpoint(4)
+    checkpoint.begin()
+    with checkpoint.open_new("file") as file:
+        file.write(b"12")
+    assert checkpoint.is_being_written
+    assert newest_whole(store) is None  # a job that was killed before its first checkpoint was whole
+    checksum = Checksum()
+    checksum.update(b"12")
+    checkpoint.finish(Manifest(4, {"file": checksum.entry()}, {}))
+    assert not checkpoint.is_being_written
+    found = newest_whole(store)
+    assert found is not None
+    named = Checkpoint.at(f"{tmp_path}/step-00000004/")
+    assert named is not None
+    assert found.checkpoint.location == checkpoint.location == named.location
+    checkpoint.begin()  # the same step again
+    assert newest_whole(store) is None
+    checkpoint.remove()
+    assert list(tmp_path.iterdir()) == []
+    assert Checkpoint.at(str(tmp_path)) is None
+
+
+def _fail_to_write(location: str) -> None:
+    """The last rank finds something in the way of its file."""
+    store = CheckpointStore(location)
+    with CheckpointSaver(store, timedelta(seconds=60), 9, None) as saver:
+        saver.save(1, {"tensor": torch.ones(2)}, {})
+        saver.wait()
+        saver.save(2, {"tensor": torch.ones(2), "broken": _Unwritable() if dist.get_rank() == 1 else 1}, {})
+        saver.wait()
+
+
+class _Unwritable:
+    def __reduce__(self) -> tuple[object, ...]:
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.multirank
+def test_what_cannot_be_written_is_an_error_on_every_rank_and_leaves_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(RankFailed) as failed:
+        ranks(2).run(_fail_to_write, str(tmp_path))
+    lines = [line for line in str(failed.value).splitlines() if "UserError: " in line]
+    assert len(lines) == 2
+    assert all("step-00000002: rank 1 cannot write it: " in line and "Input/output error" in line for line in lines)
+    assert _names(str(tmp_path)) == ["step-00000001"]
+    assert newest_checkpoint(CheckpointStore(tmp_path)).step == 1
