@@ -82,7 +82,7 @@ def train(arguments: Sequence[str], run: Path, strike: str | None, dice: random.
     with log.open("a") as stderr, subprocess.Popen(command, cwd=ROOT, stderr=stderr, text=True, stdout=stderr) as job:
         try:
             if strike is not None:
-                while job.poll() is None and newest(run) == before:
+                while job.poll() is None and newest(run) <= before:
                     time.sleep(0.01)
                 time.sleep(dice.uniform(0, 0.8))
                 kill(job, strike, run, dice)
@@ -92,8 +92,8 @@ def train(arguments: Sequence[str], run: Path, strike: str | None, dice: random.
 
 
 def newest(run: Path) -> str:
-    """The last checkpoint that is there, whole or not."""
-    return max((path.name for path in (run / "checkpoints").glob("step-*")), default="")
+    """The last checkpoint that is whole."""
+    return max((path.parent.name for path in (run / "checkpoints").glob("*/manifest.json")), default="")
 
 
 def test_random_kills_change_nothing(settings: tuple[str, ...], whole: TrainedRun, tmp_path: Path) -> None:

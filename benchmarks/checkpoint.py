@@ -1,0 +1,218 @@
+"""Saving and loading a checkpoint beside a plain sequential write and read of as many bytes, and what async saves cost.
+
+    .venv/bin/python benchmarks/checkpoint.py --ranks 2 --out DIR         # DIR: the disk to measure; a DLRM's tables
+    torchrun … benchmarks/checkpoint.py --json --out DIR                  # on any ranks; last line: one JSON object
+
+One round: the checkpoint is written (with fsync and checksums); each rank writes a plain file of as many bytes as its
+own (with fsync); the checkpoint is verified and loaded; each rank reads a plain file. Reads come from the page cache
+unless the machine lets us drop it. Times are those of the slowest rank, ratios the median over rounds of the two times
+of one round. Then training steps, --every of them to a checkpoint: rounds without checkpoints, with asynchronous ones,
+and with ones that training waits for, in turn.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torchrec import KeyedJaggedTensor
+
+from mlet_dist.config import ModelConfig, OptimizerConfig
+from mlet_dist.data.loader import Batch
+from mlet_dist.data.schema import SparseFeature
+from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.checkpoint.choosing import newest_whole
+from mlet_dist.training.checkpoint.loading import MODEL_KEY, OPTIMIZER_KEY, load_state
+from mlet_dist.training.checkpoint.saver import CheckpointSaver
+from mlet_dist.training.checkpoint.staging import staged
+from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.training.checkpoint.writing import write_checkpoint
+from mlet_dist.training.distributed import Worker, join_ranks
+from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
+from mlet_dist.training.pipeline import take_steps
+from mlet_dist.training.sharding import shard_model
+
+TABLES, DENSE = 26, 13
+WAYS = ("none", "async", "sync")
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long the slowest rank takes."""
+    dist.barrier()
+    started = time.perf_counter()
+    action()
+    spent = torch.tensor(time.perf_counter() - started)
+    dist.all_reduce(spent, dist.ReduceOp.MAX)
+    return float(spent)
+
+
+def write_plain(path: Path, size: int) -> None:
+    """A file of ``size`` bytes, in blocks of 4 MB."""
+    block = os.urandom(1 << 22)
+    with path.open("wb") as file:
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_plain(path: Path) -> None:
+    """A file from its beginning to its end, in blocks of 4 MB."""
+    with path.open("rb") as file:
+        while file.read(1 << 22):
+            pass
+
+
+def drop_page_cache() -> bool:
+    """Have the next reads come from the disk; False where that is not allowed."""
+    dist.barrier()
+    allowed = [False]
+    if dist.get_rank() == 0:
+        try:
+            os.sync()
+            Path("/proc/sys/vm/drop_caches").write_text("1")
+            allowed = [True]
+        except OSError:
+            pass
+    dist.broadcast_object_list(allowed)
+    return allowed[0]
+
+
+def bandwidths(state: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
+    """GB/s of all ranks together, and ratios of times."""
+    rank = dist.get_rank()
+    store, plain = CheckpointStore(folder / "checkpoints"), folder / f"plain-{rank}"
+    times: dict[str, list[float]] = {"save": [], "write": [], "load": [], "verify": [], "read": [], "stage": []}
+    size, cold = 0, True
+    for step in range(rounds):
+        checkpoint = store.checkpoint(step)
+        times["stage"].append(seconds(partial(staged, state)))
+        times["save"].append(seconds(partial(write_checkpoint, checkpoint, state, {})))
+        files = checkpoint.manifest().files
+        size = sum(entry["bytes"] for entry in files.values())
+        own = sum(entry["bytes"] for name, entry in files.items() if name.startswith(f"__{rank}_"))
+        times["write"].append(seconds(partial(write_plain, plain, own)))
+        cold = drop_page_cache() and cold
+        times["verify"].append(seconds(partial(newest_whole, store)))
+        times["load"].append(times["verify"][-1] + seconds(partial(load_state, state, checkpoint.location)))
+        cold = drop_page_cache() and cold
+        times["read"].append(seconds(partial(read_plain, plain)))
+        if rank == 0:
+            checkpoint.remove()
+    plain.unlink()
+    found: dict[str, Any] = {"bytes": size, "reads_from_disk": cold}
+    found |= {f"{what}_gb_per_s": size / 1e9 / min(spent) for what, spent in times.items()}
+    for what, beside in (("save", "write"), ("load", "read")):
+        pairs = zip(times[what], times[beside], strict=True)
+        found[f"{what}_over_{beside}"] = statistics.median(ours / plain for ours, plain in pairs)
+    return found
+
+
+def step_times(
+    model: Any, optimizer: Any, state: Callable[[], dict[str, Any]], arguments: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    """Seconds of a step in each way, and its ratio to that without checkpoints."""
+    worker_device = torch.device("cpu")
+    spent: dict[str, list[float]] = {way: [] for way in WAYS}
+    batch = _batch(arguments)
+    stalls: list[float] = []
+    with CheckpointSaver(CheckpointStore(folder / "steps"), timedelta(minutes=10), 1, None) as saver:
+        for _ in range(arguments.rounds + 1):
+            for way in WAYS:
+
+                def run(way: str = way) -> None:
+                    batches = iter([batch] * arguments.every)
+                    for step, _ in enumerate(take_steps(model, optimizer, batches, worker_device, pipelined=False)):
+                        if step == 0 and way != "none":
+                            started = time.perf_counter()
+                            saver.save(1, state(), {})
+                            stalls.append(time.perf_counter() - started)
+                            if way == "sync":
+                                saver.wait()
+
+                spent[way].append(seconds(run))
+                saver.wait()
+    none = spent["none"][1:]
+    found = {f"step_seconds_{way}": statistics.median(times[1:]) / arguments.every for way, times in spent.items()}
+    for way in ("async", "sync"):
+        found[f"{way}_over_none"] = statistics.median(
+            ours / plain for ours, plain in zip(spent[way][1:], none, strict=True)
+        )
+    return found | {"stall_seconds": statistics.median(stalls), "steps_between_checkpoints": arguments.every}
+
+
+def _batch(arguments: argparse.Namespace) -> Batch:
+    size = arguments.local_batch_size
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    values = torch.randint(arguments.num_embeddings, (TABLES * size,), generator=generator)
+    lengths = torch.ones(TABLES * size, dtype=torch.int64)
+    sparse = KeyedJaggedTensor([f"C{index}" for index in range(TABLES)], values, lengths=lengths, stride=size)
+    labels = torch.randint(2, (size,), generator=generator).float()
+    return Batch(torch.rand(size, DENSE, generator=generator), sparse, labels, size)
+
+
+def measure(arguments: argparse.Namespace, worker: Worker) -> dict[str, Any]:
+    """Everything, of a DLRM with Adagrad: rows and as large a state of theirs."""
+    folder = Path(arguments.out) / "benchmark-checkpoint"
+    if worker.is_first:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    tables = tuple(SparseFeature(f"C{index}", arguments.num_embeddings) for index in range(TABLES))
+    spec = ModelSpec(ModelConfig(hidden_dim=64), tuple(f"I{index}" for index in range(DENSE)), tables, seed=0)
+    config = OptimizerConfig("adagrad", 0.01)
+    model = build_dlrm(spec, torch.device("meta"))
+    fuse_row_optimizer(model, config)
+    sharded, _ = shard_model(model, worker, arguments.local_batch_size)
+    optimizer = build_optimizer(sharded, config)
+
+    def state() -> dict[str, Any]:
+        return {MODEL_KEY: sharded.state_dict(), OPTIMIZER_KEY: optimizer_state(optimizer)}
+
+    try:
+        found = bandwidths(state(), folder, arguments.rounds)
+        found |= step_times(sharded, optimizer, state, arguments, folder)
+    finally:
+        dist.barrier()
+        if worker.is_first:
+            shutil.rmtree(folder)
+    return {"ranks": worker.world_size, "num_embeddings": arguments.num_embeddings, **found}
+
+
+def main() -> None:
+    """Parse, start ranks if asked to, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="an existing directory, on the disk to measure")
+    parser.add_argument("--ranks", type=int, help="start so many gloo ranks here; else those of torchrun, or one")
+    parser.add_argument("--num-embeddings", type=int, default=20_000, help="rows of each of 26 tables of 64 columns")
+    parser.add_argument("--local-batch-size", type=int, default=2048)
+    parser.add_argument("--every", type=int, default=50, help="steps to a checkpoint")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    arguments = parser.parse_args()
+    if arguments.ranks is not None:
+        rest = sys.argv[1:]
+        at = rest.index("--ranks")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        sys.exit(subprocess.call([*command, str(arguments.ranks), __file__, *rest[:at], *rest[at + 2 :]]))
+    warnings.filterwarnings("ignore")
+    with join_ranks("cpu") as worker:
+        found = measure(arguments, worker)
+    if worker.is_first:
+        print(json.dumps(found) if arguments.json else "\n".join(f"{key:28} {value}" for key, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()
