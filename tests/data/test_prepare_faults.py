@@ -234,10 +234,14 @@ def test_a_pass_says_what_it_waits_for(tmp_path: Path, write_raw: Write) -> None
     def run(name: str, shard: Shard | None = None) -> None:
         prepare(criteo(2), raw, tmp_path / "out", only=name, shard=shard)
 
+    with pytest.raises(UserError, match=r"a\.tsv: is not read yet; run `--pass read` for all shards first$"):
+        run("merge")
     run("read", Shard(0, 2))
     with pytest.raises(UserError, match=r"b\.tsv: is not read yet; run `--pass read` for all shards first"):
         run("count")
     run("read", Shard(1, 2))
+    with pytest.raises(UserError, match=r"a\.tsv: rows from 0 on wait; run `--pass write` for all shards first"):
+        run("merge")
     run("count", Shard(0, 2))
     with pytest.raises(UserError, match=r"b\.tsv: rows from 0 on wait; run `--pass count` for all shards first"):
         run("vocabulary")
