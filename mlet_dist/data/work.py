@@ -72,6 +72,7 @@ class WorkDirectory:
 
     def remove(self) -> None:
         """Remove it with all that is in it; a removal that is killed leaves nothing under its name to go on from."""
+        self.drop_removed()
         with suppress(FileNotFoundError):
             self.root.rename(self._removed)
         self.drop_removed()
