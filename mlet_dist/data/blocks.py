@@ -257,7 +257,12 @@ def _header(path: str, file: IO[bytes], text: TextFormat) -> tuple[str, ...]:
     if text.quote is None:
         names = decoded.split(text.delimiter)
     else:
-        names = next(csv.reader([decoded], delimiter=text.delimiter, quotechar=text.quote), [])
+        try:
+            names = next(csv.reader([decoded], delimiter=text.delimiter, quotechar=text.quote), [])
+        except csv.Error as error:
+            raise UserError(
+                f"{path}: line 1: the header is {decoded!r:.80}, no line of column names: {error}"
+            ) from None
     if text.columns is not None and tuple(names) != text.columns:
         raise UserError(
             f"{path}: line 1: the header is {decoded!r:.200} instead of {text.delimiter.join(text.columns)!r}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -39,7 +40,7 @@ def check(directory: Path) -> DatasetSchema:
             )
     with Progress("check", sum(schema.rows.values()), "rows") as progress:
         for split, parts in schema.parts.items():
-            counted = {f.name: np.zeros(f.num_embeddings, np.int64) for f in schema.sparse if split == "train"}
+            counted = {f.name: _Counts(directory, f) for f in schema.sparse if split == "train"}
             for part in parts:
                 named.add(part.path)
                 _check_file(directory / part.path, part.bytes, part.sha256)
@@ -80,7 +81,22 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
         raise UserError(f"{path}: its SHA-256 is {digest} instead of {sha256}")
 
 
-def _check_part(path: Path, schema: DatasetSchema, part: Part, counted: dict[str, Any]) -> None:
+class _Counts:
+    """How often each id of a feature comes; of one that is hashed, whose table may have 2^31 rows, how many come."""
+
+    def __init__(self, directory: Path, feature: SparseFeature) -> None:
+        self.vocabulary = directory / VOCABULARY / f"{feature.name}.parquet"
+        self.total = 0
+        # A hashed feature has no vocabulary; one that is missing is missed among the manifest's files.
+        self.of_id = np.zeros(feature.num_embeddings, np.int64) if self.vocabulary.exists() else None
+
+    def add(self, ids: npt.NDArray[np.int32]) -> None:
+        self.total += ids.size
+        if self.of_id is not None:
+            np.add.at(self.of_id, ids, 1)  # bincount would go through the whole table for each row group
+
+
+def _check_part(path: Path, schema: DatasetSchema, part: Part, counted: dict[str, _Counts]) -> None:
     rows = positives = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -111,7 +127,7 @@ def _check_columns(path: Path, schema: DatasetSchema, found: pa.Schema) -> None:
             raise UserError(f"{path}: column {name} is {actual} instead of {kind}")
 
 
-def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dict[str, Any]) -> int:
+def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dict[str, _Counts]) -> int:
     """Check the values of a row group, and count the ids; returns the number of positives."""
     for name in table.column_names:
         column = table[name]
@@ -137,27 +153,29 @@ def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dic
             if not pc.all(pc.equal(*lengths), min_count=0).as_py():
                 raise UserError(f"{path}: {feature.name}.weight has lists of other lengths than {feature.name}")
         if feature.name in counted:
-            counted[feature.name] += np.bincount(ids, minlength=feature.num_embeddings)
+            counted[feature.name].add(ids)
     return int(labels.sum())
 
 
-def _check_counts(directory: Path, feature: SparseFeature, counts: Any, rows: int) -> None:
-    pooling = counts.sum() / rows if rows else 0.0
+def _check_counts(directory: Path, feature: SparseFeature, counts: _Counts, rows: int) -> None:
+    pooling = counts.total / rows if rows else 0.0
     if not np.isclose(pooling, feature.pooling_factor, rtol=1e-9):
         raise UserError(
             f"{directory / FILE_NAME}: pooling_factor of {feature.name} is {feature.pooling_factor}, but the training "
             f"split has {pooling} ids a row"
         )
-    path = directory / VOCABULARY / f"{feature.name}.parquet"
-    if not path.exists():  # hashed; a vocabulary that is missing is missed among the manifest's files
+    path = counts.vocabulary
+    if counts.of_id is None:
         return
     expected = pq.read_table(path, columns=["count"])["count"].to_numpy()
     if len(expected) + 1 != feature.num_embeddings:
         raise UserError(f"{path}: has {len(expected)} values, but {FILE_NAME} has {feature.num_embeddings} ids")
-    different = np.flatnonzero(counts[1:] != expected)
+    different = np.flatnonzero(counts.of_id[1:] != expected)
     if different.size:
         row = int(different[0])
-        raise UserError(f"{path}: value {row} comes {expected[row]} times, but its id {counts[row + 1]} times in train")
+        raise UserError(
+            f"{path}: value {row} comes {expected[row]} times, but its id {counts.of_id[row + 1]} times in train"
+        )
 
 
 def _both_lists(one: pa.DataType, other: pa.DataType) -> bool:

@@ -7,10 +7,10 @@ chunk.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ def save_chunk(path: Path, table: pa.Table, info: ChunkInfo) -> None:
     """Write a chunk; its file is there when it is whole."""
     table = pa.table({name: _narrow(table[name]) for name in table.column_names})
     schema = table.schema.with_metadata({_METADATA: json.dumps(asdict(info)).encode()})
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
         # One batch: all rows share one dictionary a column.

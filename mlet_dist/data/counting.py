@@ -1,9 +1,9 @@
 """Counts a group's values of the training split: a run, sorted by hash, that the vocabulary is merged from."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,9 @@ class Moments:
     squares: float = 0.0
 
     def __add__(self, other: "Moments") -> "Moments":
+        if not self.count or not other.count:  # the other's mean as it is, not rounded
+            return other if not self.count else self
         count = self.count + other.count
-        if not count:
-            return self
         gap = other.mean - self.mean
         mean = self.mean + gap * other.count / count
         return Moments(count, mean, self.squares + other.squares + gap * gap * self.count * other.count / count)
@@ -127,7 +127,7 @@ def _save_run(path: Path, counted: dict[str, list[pa.Table]]) -> None:
         size = tables[-1].num_rows if pieces else 0
         bounds[name] = (position, position + size)
         position += size
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     schema = kind.with_metadata({_METADATA: json.dumps(bounds).encode()})
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in pa.concat_tables(tables).combine_chunks().to_batches():
@@ -147,7 +147,8 @@ def _moments(column: pa.ChunkedArray, train: Codes | npt.NDArray[np.bool_]) -> M
     numbers = column.filter(pa.array(train)).drop_null().to_numpy()
     if not numbers.size:
         return Moments()
-    mean = float(numbers.mean())
+    # Of one number that comes again and again, the sum is rounded: its deviation would be tiny in place of 0.
+    mean = float(numbers[0] if numbers.min() == numbers.max() else numbers.mean())
     return Moments(numbers.size, mean, float(np.square(numbers - mean).sum()))
 
 

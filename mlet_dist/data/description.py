@@ -195,7 +195,7 @@ def _starts(value: Any) -> dict[str, int]:
     if not isinstance(value, Mapping) or set(value) != {"valid", "test"}:
         raise ValueError("the first times of both, such as {valid: 1700000000, test: 1700600000}")
     if not all(_is_whole(each, -(2**63), 2**63 - 1) for each in value.values()) or value["valid"] == value["test"]:
-        raise ValueError("two different whole numbers in the unit of the column")
+        raise ValueError("two different whole numbers, like those of the column; of dates and times microseconds")
     return dict(value)
 
 

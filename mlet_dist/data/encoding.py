@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -36,13 +37,17 @@ class Encoder:
     vocabulary: Path
     moments: Mapping[str, Moments]
 
-    def write(self, splitter: Splitter, group: Group, directory: Path, names: Mapping[str, str]) -> dict[str, Part]:
-        """Write a group's rows to one part a split; ``names`` are their paths in ``directory``.
+    def write(
+        self, splitter: Splitter, group: Group, directory: Path, names: Mapping[str, str], scratch: Path
+    ) -> dict[str, Part]:
+        """Write a group's rows to one part a split; whole ones go from ``scratch`` to ``names`` in ``directory``.
 
         Returns the parts that have rows.
         """
         lookups = {s.name: Lookup(self.vocabulary, s.name) for s in self.spec.sparse if s.encoding == "vocabulary"}
-        writers = {split: _PartWriter(directory / name) for split, name in names.items()}
+        # Not under one name: a shard that is started twice would write into the other's file.
+        temporary = scratch / f"{group.number:06}.{uuid4().hex}"
+        writers = {s: _PartWriter(directory / name, temporary.with_suffix(f".{s}")) for s, name in names.items()}
         for chunk, codes in group.read(splitter):
             table = self._encode(chunk, lookups)
             for code in np.unique(codes):
@@ -83,8 +88,8 @@ class Encoder:
 class _PartWriter:
     """Appends rows to a Parquet file in whole row groups; it is there when it is whole, and only if it has rows."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_suffix(".tmp")
+    def __init__(self, path: Path, temporary: Path) -> None:
+        self._path, self._temporary = path, temporary
         self._writer: pq.ParquetWriter | None = None
         self._pending: list[pa.Table] = []
         self._pending_rows = self._rows = self._positives = 0

@@ -17,8 +17,13 @@ MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabul
 
 
 def assemble(passes: Passes) -> DatasetSchema:
-    """Complete the data directory of finished passes: vocabularies, quarantine, schema and manifest."""
+    """Complete the data directory of finished passes: vocabularies, quarantine, schema and manifest.
+
+    Raises:
+        UserError: a pass is not finished.
+    """
     data, spec = passes.data, passes.spec
+    schema = _schema(passes)  # before anything is touched: whatever pass is missing is named
     (data / VOCABULARY).mkdir(exist_ok=True)
     for sparse in spec.sparse:
         made = passes.work.of("vocabulary") / f"{sparse.name}.parquet"
@@ -30,7 +35,6 @@ def assemble(passes: Passes) -> DatasetSchema:
         for example in read.examples
     ]
     (data / QUARANTINE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    schema = _schema(passes)
     schema.save(data)
     others = [FILE_NAME, QUARANTINE, *sorted(f"{VOCABULARY}/{path.name}" for path in (data / VOCABULARY).iterdir())]
     save_json(
@@ -65,7 +69,7 @@ def assemble(passes: Passes) -> DatasetSchema:
 
 
 def _schema(passes: Passes) -> DatasetSchema:
-    spec = passes.spec
+    spec, parts = passes.spec, passes.parts
     train = sum(counts.rows["train"] for counts in passes.counts)
     features = []
     digest = hashlib.sha256()
@@ -82,7 +86,7 @@ def _schema(passes: Passes) -> DatasetSchema:
         dense=tuple(dense.name for dense in spec.dense),
         sparse=tuple(features),
         malformed=sum(read.malformed for read in passes.reads),
-        parts=passes.parts,
+        parts=parts,
         vocabulary_id=digest.hexdigest(),
     )
 

@@ -60,8 +60,8 @@ def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str
     assert spec.text is not None
     if not lines.text:
         return {name: pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [""]) for name in spec.used_columns}
-    # Columns that nobody uses may have any name, or the same.
-    names = [name if columns.count(name) == 1 else f"{name} {i}" for i, name in enumerate(columns)]
+    # Columns that nobody uses may have any name, or the same; no name holds a line end.
+    names = [name if name in spec.used_columns else f"\n{i}" for i, name in enumerate(columns)]
     table = pyarrow.csv.read_csv(
         pa.BufferReader(lines.text),
         # One block a call: each column is one array, with one dictionary.
@@ -82,6 +82,7 @@ def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str
 def _parse_rows(spec: TableSpec, block: Block) -> tuple[pa.Table, ChunkInfo]:
     with open_parquet(block.path) as file:
         raw = file.read_row_group(block.index, columns=list(spec.used_columns), use_threads=False)
+        raw.validate(full=True)  # texts that are not UTF-8
     table, wrong = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
     examples = tuple(
         Rejected(row + 1, wrong[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])

@@ -132,7 +132,7 @@ class Passes:
         for sparse in self.spec.sparse:
             self.num_embeddings(sparse.name)
         left = [g for g in shard.of(self.groups) if load_json(directory / f"{g.number:06}.json") is None]
-        calls = ((encoder, self.splitter, group, self.data, names[group.number]) for group in left)
+        calls = ((encoder, self.splitter, group, self.data, names[group.number], directory) for group in left)
         with Progress("write", sum(group.rows for group in left), "rows") as progress:
             for group, parts in zip(left, workers.map(Encoder.write, calls), strict=True):
                 save_json(directory / f"{group.number:06}.json", {split: asdict(p) for split, p in parts.items()})

@@ -112,13 +112,14 @@ def prepare(
     passes = Passes(spec, files, out)
     if passes.renamed:  # by a run that was killed before it could remove the rest
         passes.work.remove()
+    passes.work.drop_removed()
     with _os_errors(out):
         check_free(out)
     missing = [parent for parent in out.parents if not parent.exists()]
     with (
         _os_errors(out),
         passes.work.locked(shared=shard is not None),
-        _kept_work(passes.work, missing),
+        _kept_work(passes.work, missing, alone=shard is None),
         _arrow_threads(1),
         Workers(processes) as workers,
     ):
@@ -149,21 +150,23 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
 
 
 @contextmanager
-def _kept_work(work: WorkDirectory, missing: Sequence[Path]) -> Iterator[None]:
+def _kept_work(work: WorkDirectory, missing: Sequence[Path], alone: bool) -> Iterator[None]:
     """On an error, keep finished work and say so; remove it, with the parents, where there is nothing to go on from.
 
     Of a file that cannot be used, the blocks before the fault are nothing to go on from: it will be another file. After
-    a full disk, an interrupt or a killed process they are.
+    a full disk, an interrupt or a killed process they are. Other shards may be at work where this one is not ``alone``:
+    then nothing is removed.
     """
     try:
         yield
     except BaseException as error:
-        if not work.finished(whole_files=type(error) is UserError):
+        finished = work.finished(whole_files=type(error) is UserError)
+        if alone and not finished:
             work.remove()
             for parent in missing:
                 with suppress(OSError):
                     parent.rmdir()
-        elif isinstance(error, UserError | OSError):
+        if finished and isinstance(error, UserError | OSError):
             kept = f"(finished work is kept in {work.root}; the same command goes on from it)"
             raise type(error)(f"{_reason(error)} {kept}") from error
         raise

@@ -15,6 +15,7 @@ from mlet_dist.data.table import DenseColumn, LabelColumn, SparseColumn
 
 INTEGER = r"^-?[0-9]{1,18}$"
 NUMBER = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
+_ZONED = r":[0-9.]*(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"  # an ISO 8601 time that names its zone
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Flags = npt.NDArray[np.bool_]
@@ -46,25 +47,23 @@ def label_values(raw: pa.Array, label: LabelColumn) -> Typed:
 
 
 def time_values(raw: pa.Array, name: str) -> Typed:
-    """int64: whole numbers as they are, dates and times in the unit of their type, ISO 8601 texts in microseconds."""
+    """int64: whole numbers as they are; dates and times, of whatever type, and ISO 8601 texts in microseconds."""
     shown = _distinct(raw)
     if _is_text(shown.type):
-        texts = shown.cast(pa.string())
+        texts = shown.cast(pa.string()).fill_null("")
         whole = _matches(texts, INTEGER)
         values = np.zeros(len(texts), np.int64)
         values[whole] = texts.filter(pa.array(whole)).cast(pa.int64()).to_numpy()
-        fits = whole
-        for row in np.flatnonzero(~whole):  # rare values or all of them; a chunk has few distinct times
-            try:
-                values[row] = texts.take([row]).cast(pa.timestamp("us"))[0].value
-                fits[row] = True
-            except pa.ArrowInvalid:
-                continue
+        fits = whole.copy()
+        zoned = _matches(texts, _ZONED)
+        for rows, kind in ((~whole & ~zoned, pa.timestamp("us")), (~whole & zoned, pa.timestamp("us", "UTC"))):
+            values[rows], fits[rows] = _cast_times(texts.filter(pa.array(rows)), kind)
         return _result(raw, pa.array(values), fits, shown, name, "a whole number or an ISO 8601 time")
-    if pa.types.is_integer(shown.type) or pa.types.is_temporal(shown.type):
+    if pa.types.is_integer(shown.type) or pa.types.is_timestamp(shown.type) or pa.types.is_date(shown.type):
         fits = ~shown.is_null().to_numpy(zero_copy_only=False)
-        wide = shown.cast(pa.int64(), safe=False) if not pa.types.is_date32(shown.type) else shown.cast(pa.int32())
-        return _result(raw, wide.cast(pa.int64()).fill_null(0), fits, shown, name, "a time")
+        if pa.types.is_timestamp(shown.type) or pa.types.is_date(shown.type):
+            shown = shown.cast(pa.timestamp("us"), safe=False)  # files may differ in their unit
+        return _result(raw, shown.cast(pa.int64(), safe=False).fill_null(0), fits, shown, name, "a time")
     return _all_wrong(raw, pa.array(np.zeros(len(raw), np.int64)), name, "a whole number or a time")
 
 
@@ -145,6 +144,18 @@ def weight_lists(raw: pa.Array, sparse: SparseColumn, lists: Typed) -> Typed:
             int(row), f"{sparse.weights} has {found[row]} weights for {wanted[row]} values of {sparse.column}"
         )
     return Typed(result.values, wrong)
+
+
+def _cast_times(texts: pa.StringArray, kind: pa.DataType) -> tuple[npt.NDArray[np.int64], Flags]:
+    """The times in microseconds, and which texts are times; all at once, or halved where some are not."""
+    try:
+        return texts.cast(kind).cast(pa.int64()).to_numpy(), np.ones(len(texts), dtype=bool)
+    except pa.ArrowInvalid:
+        if len(texts) == 1:
+            return np.zeros(1, np.int64), np.zeros(1, dtype=bool)
+    halves = texts[: len(texts) // 2], texts[len(texts) // 2 :]
+    values, fits = zip(*(_cast_times(half, kind) for half in halves), strict=True)
+    return np.concatenate(values), np.concatenate(fits)
 
 
 def _numbers(raw: pa.Array, integer: bool) -> tuple[npt.NDArray[np.float64], Flags, pa.Array]:

@@ -4,10 +4,10 @@ Runs are merged in ranges of hashes, so that memory holds a range of all values 
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ def merge_runs(feature: str, runs: Sequence[Path], min_count: int, range_values:
 
 def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> None:
     """Write ``<feature>.parquet`` and ``<feature>.lookup``; both are there when they are whole, the lookup last."""
-    temporary = directory / f"{feature}.{os.getpid()}.tmp"
+    temporary = directory / f"{feature}.{uuid4().hex}.tmp"
     write_parquet(table, temporary)
     temporary.rename(directory / f"{feature}.parquet")
     texts = table["value"].chunk(0) if table.num_rows else pa.array([], pa.string())

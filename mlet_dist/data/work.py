@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mlet_dist.errors import UserError
 
@@ -28,6 +29,7 @@ class WorkDirectory:
 
     def __init__(self, out: Path, files: Collection[str], job: str) -> None:
         self.root = out.parent / f".{out.name}.prepare"
+        self._removed = self.root.with_name(f"{self.root.name}.removed")
         self._files, self._job = files, job
 
     def raw(self, key: str) -> Path:
@@ -62,20 +64,27 @@ class WorkDirectory:
             if directory.is_dir():
                 for path in directory.iterdir():
                     if path.name not in kept:
-                        shutil.rmtree(path)
+                        shutil.rmtree(path, ignore_errors=True)  # shards that start together all do this
 
     def finished(self, whole_files: bool) -> bool:
         """Whether a raw file, or where not ``whole_files`` at least a block of one, need not be read again."""
         return any(self.root.glob("read/*/done.json" if whole_files else "read/*/*.arrow"))
 
     def remove(self) -> None:
-        """Remove it with all that is in it."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        """Remove it with all that is in it; a removal that is killed leaves nothing under its name to go on from."""
+        self.drop_removed()
+        with suppress(FileNotFoundError):
+            self.root.rename(self._removed)
+        self.drop_removed()
+
+    def drop_removed(self) -> None:
+        """Remove what a removal that was killed has left."""
+        shutil.rmtree(self._removed, ignore_errors=True)
 
 
 def save_json(path: Path, content: Any) -> None:
     """Write JSON; the file is there when it is whole."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.rename(path)
 

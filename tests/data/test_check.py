@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,3 +161,17 @@ def test_pooling_factor(changed: Path) -> None:
     save(changed, dataclasses.replace(schema, sparse=wrong))
     with pytest.raises(UserError, match=r"schema\.json: pooling_factor of l is 1\.5, but the training split has 2\.0"):
         check(changed)
+
+
+def test_memory_does_not_grow_with_a_hashed_table(tmp_path: Path) -> None:
+    (tmp_path / "raw.csv").write_text("y,x\n" + "".join(f"{i % 2},{i}\n" for i in range(100)))
+    hashed = {"column": "x", "encoding": "hash", "num_embeddings": 50_000_000}
+    description = {"format": "csv", "label": {"column": "y"}, "sparse": [hashed]}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(description))
+    prepare(load_table(tmp_path / "table.yaml"), [tmp_path / "raw.csv"], tmp_path / "out")
+    tracemalloc.start()
+    try:
+        check(tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()

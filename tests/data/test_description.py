@@ -223,6 +223,13 @@ def test_number_that_is_too_far_from_the_mean(tmp_path: Path, write_raw: Write) 
         make(tmp_path / "out", description, write_raw("\n".join(lines).encode(), "a.csv"))
 
 
+def test_one_number_again_and_again_has_no_deviation(tmp_path: Path, write_raw: Write) -> None:
+    """The mean of 24 times 0.1, if it is added up, is not 0.1; what is left is not to be divided by."""
+    raw = write_raw(("y,x,a\n" + "".join(f"{i % 2},v,{0.1 if i < 27 else 0.2}\n" for i in range(30))).encode(), "t.csv")
+    make(tmp_path / "out", {**PLAIN, "dense": [{"column": "a", "transform": "standardise"}]}, raw)
+    assert [row["a"] for row in read_all(tmp_path / "out")] == [*27 * [0.0], *3 * [pytest.approx(0.1)]]
+
+
 def test_missing_may_be_refused(tmp_path: Path, write_raw: Write) -> None:
     lines = ["y,x,a", *20 * ["0,v,1"], "1,v,", *20 * ["0,v,2"]]
     description = PLAIN | {"dense": [{"column": "a", "missing": "refuse", "integer": True}]}
@@ -338,6 +345,42 @@ def test_times_as_iso_texts_and_starts(tmp_path: Path, write_raw: Write) -> None
         "test": sum(21 <= d < 28 for d in days),
         "valid": sum(d >= 28 for d in days),
     }
+
+
+def test_times_with_a_zone_are_times(tmp_path: Path, write_raw: Write) -> None:
+    """01:00 in Berlin is before 00:30 in London; a time without a zone is UTC."""
+    times = ["2024-01-01T01:00:00+01:00", "2024-01-01T00:20:00", "2024-01-01T00:30:00Z"]
+    starts = [int(datetime.fromisoformat(f"2024-01-01T00:{m}:00+00:00").timestamp() * 10**6) for m in (20, 30)]
+    raw = write_raw(("y,x,t\n" + "".join(f"0,{i % 3},{times[i % 3]}\n" for i in range(30))).encode(), "t.csv")
+    split = {"by": "time", "column": "t", "starts": dict(zip(("valid", "test"), starts, strict=True))}
+    assert make(tmp_path / "out", {**PLAIN, "split": split}, raw).rows == {"train": 10, "valid": 10, "test": 10}
+    assert [row["x"] for row in read_all(tmp_path / "out")] == [*10 * [1], *20 * [0]]
+
+
+def test_parquet_files_with_times_of_different_units(tmp_path: Path, write_raw: Write) -> None:
+    """As different versions of pandas write them; the later file has the earlier times."""
+    files = []
+    for year, unit in ((2020, "ms"), (2019, "ns")):
+        path = write_raw(b"", f"{unit}.parquet")
+        times = pa.array([datetime(year, 1, 1 + i) for i in range(20)], pa.timestamp(unit))
+        files.append(parquet(path, {"y": pa.array([0, 1] * 10), "x": pa.array([unit] * 20), "t": times}))
+    make(tmp_path / "out", {**PLAIN, "format": "parquet", "split": {"by": "time", "column": "t"}}, *files)
+    values = ["", *pq.read_table(tmp_path / "out/vocabulary/x.parquet")["value"].to_pylist()]
+    assert [values[row["x"]] for row in read(tmp_path / "out", "train")] == [*12 * ["ms"], *20 * ["ns"]]
+
+
+def test_missing_time_of_a_parquet_file_is_quarantined(tmp_path: Path, write_raw: Write) -> None:
+    times = pa.array([None, *(f"2024-01-{i + 1:02}" for i in range(19))])
+    path = parquet(write_raw(b"", "t.parquet"), {"y": pa.array([0, 1] * 10), "x": pa.array(["v"] * 20), "t": times})
+    description = {**PLAIN, "format": "parquet", "split": {"by": "time", "column": "t"}}
+    assert make(tmp_path / "out", description, path).malformed == 1
+
+
+def test_columns_of_one_name_that_nobody_uses(tmp_path: Path, write_raw: Write) -> None:
+    raw = write_raw(("y,a,a,a 1\n" + "".join(f"{i % 2},p,q,v{i}\n" for i in range(30))).encode(), "t.csv")
+    make(tmp_path / "out", {**PLAIN, "sparse": [{"column": "a 1"}]}, raw)
+    values = pq.read_table(tmp_path / "out/vocabulary/a 1.parquet")["value"].to_pylist()
+    assert sorted(values) == sorted(f"v{i}" for i in range(24))
 
 
 def test_hashed_features_need_no_vocabulary(tmp_path: Path, write_raw: Write) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -10,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlet_dist.data import blocks, groups, passes
+from mlet_dist.data import blocks, encoding, groups, passes
 from mlet_dist.data.check import check
 from mlet_dist.data.description import load_table
 from mlet_dist.data.formats import criteo
@@ -144,6 +146,74 @@ def test_killed_after_the_last_rename(tmp_path: Path, write_raw: Write, monkeypa
         subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
 
 
+def test_killed_while_the_work_is_removed(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the pieces is never taken for all of them."""
+    raw = write_raw(raw_bytes(LINES))
+    rmtree = shutil.rmtree
+
+    def kill(path: Path, **_: object) -> None:
+        if (path / "job").is_dir():
+            rmtree(path / "job")
+            next(path.glob("read/*/*.arrow")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_criteo([raw], tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "expected")
+    prepare_criteo([raw], tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["expected", "out", "raw"]
+
+
+def test_a_shard_that_fails_leaves_the_work_of_others(
+    tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shard 0 meets a file that cannot be used while shard 1 is in the middle of its own."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
+    raw = [write_raw(20 * b"bad\n", "bad.tsv"), write_raw(raw_bytes(LINES), "good.tsv")]
+    read_block = passes._read_block
+
+    def fail_beside(*args: Any) -> object:
+        monkeypatch.setattr(passes, "_read_block", read_block)
+        info = read_block(*args)
+        with pytest.raises(UserError, match=r"bad\.tsv: 20 of 20 lines are malformed, e\.g\. line 1: [^(]*$"):
+            prepare(criteo(), raw, tmp_path / "out", only="read", shard=Shard(0, 2))
+        return info
+
+    monkeypatch.setattr(passes, "_read_block", fail_beside)
+    prepare(criteo(), raw, tmp_path / "out", only="read", shard=Shard(1, 2))
+    raw[0].write_bytes(raw_bytes(LINES[:50]))
+    monkeypatch.setattr(passes, "text_blocks", lambda raw, *args: pytest.fail(f"{raw.path} is read again"))
+    with pytest.raises(UserError, match=r"bad\.tsv: is not read yet"):
+        prepare(criteo(), raw, tmp_path / "out", only="count")
+
+
+def test_a_shard_that_runs_twice_at_once(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a cluster's scheduler starts again what it takes for lost: neither writes into the other's files."""
+    raw = [write_raw(raw_bytes(LINES))]
+    prepare(criteo(), raw, tmp_path / "expected")
+
+    def run(name: str) -> None:
+        prepare(criteo(), raw, tmp_path / "out", only=name, shard=Shard() if name in SHARDED else None)
+
+    close = encoding._PartWriter.close
+
+    def write_again(writer: encoding._PartWriter, name: str) -> object:
+        monkeypatch.setattr(encoding._PartWriter, "close", close)
+        run("write")
+        return close(writer, name)
+
+    for name in ("read", "count", "vocabulary"):
+        run(name)
+    monkeypatch.setattr(encoding._PartWriter, "close", write_again)
+    run("write")
+    run("merge")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    check(tmp_path / "out")
+
+
 def test_shards_make_the_same_data_set(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(groups, "GROUP_ROWS", 40)
@@ -164,10 +234,14 @@ def test_a_pass_says_what_it_waits_for(tmp_path: Path, write_raw: Write) -> None
     def run(name: str, shard: Shard | None = None) -> None:
         prepare(criteo(2), raw, tmp_path / "out", only=name, shard=shard)
 
+    with pytest.raises(UserError, match=r"a\.tsv: is not read yet; run `--pass read` for all shards first$"):
+        run("merge")
     run("read", Shard(0, 2))
     with pytest.raises(UserError, match=r"b\.tsv: is not read yet; run `--pass read` for all shards first"):
         run("count")
     run("read", Shard(1, 2))
+    with pytest.raises(UserError, match=r"a\.tsv: rows from 0 on wait; run `--pass write` for all shards first"):
+        run("merge")
     run("count", Shard(0, 2))
     with pytest.raises(UserError, match=r"b\.tsv: rows from 0 on wait; run `--pass count` for all shards first"):
         run("vocabulary")
@@ -348,6 +422,14 @@ class TestFailures:
         with pytest.raises(UserError, match=rf"{path}: (not a whole Parquet file|cannot be read): .*"):
             prepare(self.table(path, "format: parquet"), [path], tmp_path / "out")
 
+    def test_parquet_text_that_is_not_utf8(self, tmp_path: Path, write_raw: Write) -> None:
+        path = write_raw(b"", "table.parquet")
+        bytes_of_rows = pa.array([b"a", b"\xff"] * 50)
+        texts = pa.StringArray.from_buffers(100, *bytes_of_rows.buffers()[1:])
+        pq.write_table(pa.table({"y": [0, 1] * 50, "x": texts}), path)
+        with pytest.raises(UserError, match=rf"{path}: not a whole Parquet file: .*Invalid UTF8"):
+            prepare(self.table(path, "format: parquet"), [path], tmp_path / "out")
+
     def table(self, path: Path, form: str) -> object:
         description = path.parent / "table.yaml"
         description.write_text(f"{form}\nlabel: {{column: y}}\nsparse: [{{column: x}}]\n")
@@ -360,6 +442,11 @@ class TestFailures:
             (b"y,x,x\n", r"line 1: the header has more than one column 'x'; it has y, x, x"),
             (b"1,2\n", r"line 1: the header has no column 'y'; it has 1, 2"),
             (b"y,\xff\n", r"line 1: the header is not UTF-8 text"),
+            (b"y,x\r1,2\r\n", r"line 1: the header is 'y,x\\r1,2', no line of column names: new-line .*"),
+            (
+                b"y," + 200_000 * b"x" + b"\n",
+                r"line 1: the header is 'y,x{77}, no line of column names: field larger .*",
+            ),
         ],
     )
     def test_header(self, tmp_path: Path, write_raw: Write, header: bytes, message: str) -> None:
