@@ -30,7 +30,8 @@ from mlet_dist.data.workers import Workers
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
 
-TOLERATED_LINES = 10  # malformed ones that are never an error
+TOLERATED_LINES = 10  # malformed ones that are never an error, unless there are no others
+EXPECTED_LINES = 10_000_000  # what a file is taken to have at least, until its end is seen
 SHOWN_EXAMPLES = 3
 PROCESSES_OF_A_FILE = 6  # as many parse what one thread decompresses
 
@@ -255,17 +256,21 @@ class Passes:
             times = {kind: passed + line for kind, line in info.times.items()} | times
             _one_kind_of_time(self.spec, [(raw.path, times)])
             lines, malformed, passed = lines + info.count, malformed + info.malformed, passed + info.passed
-            if malformed > max(TOLERATED_LINES, self.spec.max_malformed * lines):
-                raise _too_malformed(raw.path, malformed, lines, examples)
+            # Bad lines at the beginning are no reason, but a file of another format need not be read to its end.
+            if malformed > self._tolerated(max(lines, EXPECTED_LINES)):
+                raise _too_malformed(raw.path, malformed, lines, examples, "the first ")
         if not lines:
             raise UserError(f"{raw.path}: holds no lines; raw data is expected")
-        if malformed == lines:
+        if malformed == lines or malformed > self._tolerated(lines):
             raise _too_malformed(raw.path, malformed, lines, examples)
         if malformed:
             shown = "; ".join(f"line {each.line}: {each.reason}" for each in examples[:SHOWN_EXAMPLES])
             _logger.warning("%s: skipped %d malformed of %d lines, e.g. %s", raw.path, malformed, lines, shown)
         found = FileRead(tuple(info.rows for info in infos), lines, malformed, tuple(examples), times)
         save_json(self.work.raw(self._keys[index]) / "done.json", asdict(found))
+
+    def _tolerated(self, lines: int) -> float:
+        return max(TOLERATED_LINES, self.spec.max_malformed * lines)
 
     def _calls(self, index: int, update: Callable[[int], None], aside: bool) -> Iterator[tuple[Any, ...]]:
         raw = self.files[index]
@@ -307,9 +312,11 @@ def _one_kind_of_time(spec: TableSpec, found: Sequence[tuple[str, dict[str, int]
         )
 
 
-def _too_malformed(path: str, malformed: int, lines: int, examples: list[Rejected]) -> UserError:
+def _too_malformed(path: str, malformed: int, lines: int, examples: list[Rejected], which: str = "") -> UserError:
     first = examples[0]
-    return UserError(f"{path}: {malformed} of {lines} lines are malformed, e.g. line {first.line}: {first.reason}")
+    return UserError(
+        f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}"
+    )
 
 
 class _Times(Sequence[Any]):
