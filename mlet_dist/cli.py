@@ -333,8 +333,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     prepare.add_argument("--seed", type=int, help="of the random split (default 0)")
     prepare.add_argument(
-        "--max-malformed", type=float, metavar="SHARE", help="of a file's lines; more is an error (default 0.1)"
-    )
+        "--max-malformed", type=float, metavar="SHARE",
+        help="of a file's lines; more is an error at its end, and before it once they are more than SHARE of what is "
+        "read and of 10 million lines. Ten may be malformed whatever SHARE is, 0 too, unless all are (default 0.1)",
+    )  # fmt: skip
     prepare.add_argument(
         "--memory", metavar="SIZE", help="of all processes, such as 16G (default: half of the machine's)"
     )

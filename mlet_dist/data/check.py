@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mlet_dist.data.manifest import MANIFEST, VOCABULARY
+from mlet_dist.data.manifest import MANIFEST, SEAL, VOCABULARY, sealed
 from mlet_dist.data.parts import sha256_of
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
@@ -62,11 +62,15 @@ def _load_manifest(directory: Path) -> dict[str, Any]:
         files = content["files"]
         if not all(isinstance(e["bytes"], int) and isinstance(e["sha256"], str) for e in files.values()):
             raise KeyError("files")
-        return {**content, **{key: content[key] for key in ("rows", "positive_rate", "malformed", "num_embeddings")}}
+        _ = [content[key] for key in ("rows", "positive_rate", "malformed", "num_embeddings", SEAL)]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; `mlet prepare` writes it with the data") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a manifest: {error!r}") from error
+    right: dict[str, Any] = sealed(content)
+    if content[SEAL] != right[SEAL]:
+        raise UserError(f"{path}: the SHA-256 of its content is {right[SEAL]} instead of {content[SEAL]}")
+    return right
 
 
 def _check_file(path: Path, size: int, sha256: str) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 LABEL, TIME = "label", "time"
+CHUNK_VERSION = 2  # of the files: one that another version of this module has left is not taken for its own
 
 _METADATA = b"mlet"
 
@@ -40,6 +41,7 @@ class ChunkInfo:
         passed: lines in all.
         malformed: how many were skipped.
         examples: the first of them; lines are counted from the block's beginning, as the file's is not known yet.
+        times: the kinds of the valid rows' times, each with the first line that has it, counted likewise.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class ChunkInfo:
     passed: int
     malformed: int
     examples: tuple[Rejected, ...]
+    times: dict[str, int]
 
 
 def dense_column(name: str) -> str:

@@ -124,6 +124,7 @@ class DataLoader:
         if not self._order.batches:
             raise UserError(f"{path}: {split} has {self._order.rows} rows, fewer than one global batch of {batch_size}")
         self._where, self._batch_size, self._shuffle = f"{path}: {split}", batch_size, shuffle
+        self._vocabulary_id = schema.vocabulary_id
         self._local_size = batch_size // world_size
         self._jagged = JaggedBuilder(sparse, self._local_size, weighted=self._parts.weighted)
         self._threads, self._pin_memory = threads, pin_memory
@@ -138,7 +139,7 @@ class DataLoader:
         yield from iterate_ahead(self._batches(epoch, first_batch), BATCHES_AHEAD)
         self._position = (epoch + 1) * len(self)
 
-    def state_dict(self, consumed: int) -> dict[str, int | None]:
+    def state_dict(self, consumed: int) -> dict[str, int | str | None]:
         """Where training stands once it has taken ``consumed`` batches in all epochs together.
 
         The loader cannot know: a pipeline takes batches ahead. It holds for every number of ranks.
@@ -153,21 +154,41 @@ class DataLoader:
             How many batches training had consumed.
 
         Raises:
-            UserError: it was taken with another seed, shuffle buffer, batch size or number of rows.
+            UserError: it was taken with another seed, shuffle buffer, batch size, number of rows or vocabulary, or
+                names no first row of a batch.
         """
         for key, expected in self._fixed().items():
             if state.get(key) != expected:
                 raise UserError(
-                    f"{self._where}: cannot go on where the run stopped: {key} was {state.get(key)} and is {expected}; "
-                    "with another one the next batch would hold other rows"
+                    f"{self._where}: cannot go on where the run stopped: {key} was {state.get(key, 'not saved')} and "
+                    f"is {expected}; with another one the next batch would hold other rows or ids"
                 )
-        self._position = int(state["epoch"]) * len(self) + int(state["row"]) // self._batch_size
+        last = (len(self) - 1) * self._batch_size
+        epoch = self._whole(state, "epoch", None, 1, "0 or more")
+        row = self._whole(state, "row", last, self._batch_size, f"a multiple of {self._batch_size} from 0 to {last}")
+        self._position = epoch * len(self) + row // self._batch_size
         return self._position
 
-    def _fixed(self) -> dict[str, int | None]:
-        """What the order of rows depends on, besides the files."""
+    def _whole(self, state: Mapping[str, Any], key: str, most: int | None, step: int, right: str) -> int:
+        value = state.get(key)
+        # A bool is an int to isinstance.
+        if type(value) is not int or value < 0 or (most is not None and value > most) or value % step:
+            raise UserError(
+                f"{self._where}: cannot go on where the run stopped: {key} is {value!r:.80}; it must be a whole "
+                f"number, {right}"
+            )
+        return value
+
+    def _fixed(self) -> dict[str, int | str | None]:
+        """What the order of rows depends on, besides the files, and what their ids mean."""
         seed, buffer = (None, None) if self._shuffle is None else (self._shuffle.seed, self._shuffle.buffer_rows)
-        return {"seed": seed, "shuffle_buffer": buffer, "batch_size": self._batch_size, "rows": self._order.rows}
+        return {
+            "seed": seed,
+            "shuffle_buffer": buffer,
+            "batch_size": self._batch_size,
+            "rows": self._order.rows,
+            "vocabulary_id": self._vocabulary_id,
+        }
 
     def _batches(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
         with closing(read_windows(self._parts, self._order, epoch, first_batch, self._threads)) as windows:

@@ -14,6 +14,7 @@ from mlet_dist.data.schema import FILE_NAME, DatasetSchema, SparseFeature
 from mlet_dist.data.work import save_json
 
 MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabulary"
+SEAL = "sha256"  # key of the manifest's own checksum
 
 
 def assemble(passes: Passes) -> DatasetSchema:
@@ -39,33 +40,43 @@ def assemble(passes: Passes) -> DatasetSchema:
     others = [FILE_NAME, QUARANTINE, *sorted(f"{VOCABULARY}/{path.name}" for path in (data / VOCABULARY).iterdir())]
     save_json(
         data / MANIFEST,
-        {
-            "mlet_dist": __version__,
-            "source": spec.source,
-            "arguments": _plain(dataclasses.asdict(spec)),
-            "inputs": [
-                {
-                    "path": file.path,
-                    "bytes": file.size,
-                    "lines": read.lines,
-                    "rows": sum(read.chunk_rows),
-                    "malformed": read.malformed,
-                }
-                for file, read in zip(passes.files, passes.reads, strict=True)
-            ],
-            "rows": schema.rows,
-            "positive_rate": schema.positive_rate,
-            "malformed": schema.malformed,
-            "num_embeddings": schema.num_embeddings,
-            "standardised": {
-                name: {"mean": moments.mean, "deviation": moments.deviation} for name, moments in passes.moments.items()
-            },
-            "files": {
-                name: {"bytes": (data / name).stat().st_size, "sha256": sha256_of(data / name)} for name in others
-            },
-        },
+        sealed(
+            {
+                "mlet_dist": __version__,
+                "source": spec.source,
+                "arguments": _plain(dataclasses.asdict(spec)),
+                "inputs": [
+                    {
+                        "path": file.path,
+                        "bytes": file.size,
+                        "lines": read.lines,
+                        "rows": sum(read.chunk_rows),
+                        "malformed": read.malformed,
+                    }
+                    for file, read in zip(passes.files, passes.reads, strict=True)
+                ],
+                "rows": schema.rows,
+                "positive_rate": schema.positive_rate,
+                "malformed": schema.malformed,
+                "num_embeddings": schema.num_embeddings,
+                "standardised": {
+                    name: {"mean": moments.mean, "deviation": moments.deviation}
+                    for name, moments in passes.moments.items()
+                },
+                "files": {
+                    name: {"bytes": (data / name).stat().st_size, "sha256": sha256_of(data / name)} for name in others
+                },
+            }
+        ),
     )
     return schema
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with its own checksum: SHA-256 of all other keys as JSON, sorted and without spaces."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return rest | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _schema(passes: Passes) -> DatasetSchema:

@@ -17,10 +17,20 @@ from mlet_dist.data.chunks import (
 )
 from mlet_dist.data.lines import Lines, examine_lines, plain_lines
 from mlet_dist.data.table import TableSpec
-from mlet_dist.data.typed import Typed, dense_values, label_values, list_values, time_values, value_texts, weight_lists
+from mlet_dist.data.typed import (
+    Typed,
+    TypedTimes,
+    dense_values,
+    label_values,
+    list_values,
+    time_values,
+    value_texts,
+    weight_lists,
+)
 
 MAX_EXAMPLES = 5
 SHOWN_CHARACTERS = 200
+WHOLE_NUMBERS, DATES = "whole numbers", "dates or times"  # kinds of time
 
 _DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 
@@ -43,16 +53,17 @@ def parse_block(spec: TableSpec, columns: tuple[str, ...], block: Block) -> tupl
     if lines is None or raw is None:
         lines = examine_lines(data, len(columns), spec.text.delimiter, spec.text.quote, skip_first)
         raw = _fields(spec, columns, lines)
-    table, wrong = _typed(spec, raw)
+    table, wrong, kinds = _typed(spec, raw)
+    times = {kind: int(lines.numbers[row]) + 1 for kind, row in kinds.items()}
     reasons = lines.malformed | {int(lines.numbers[row]): reason for row, reason in wrong.items()}
     if not reasons:
-        return table, ChunkInfo(table.num_rows, lines.count, lines.passed, 0, ())
+        return table, ChunkInfo(table.num_rows, lines.count, lines.passed, 0, (), times)
     shown = data.split(b"\n")
     examples = tuple(
         Rejected(row + 1, reasons[row], shown[row][:SHOWN_CHARACTERS].decode(errors="backslashreplace"))
         for row in sorted(reasons)[:MAX_EXAMPLES]
     )
-    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, len(reasons), examples)
+    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, len(reasons), examples, times)
 
 
 def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str, pa.Array]:
@@ -83,16 +94,17 @@ def _parse_rows(spec: TableSpec, block: Block) -> tuple[pa.Table, ChunkInfo]:
     with open_parquet(block.path) as file:
         raw = file.read_row_group(block.index, columns=list(spec.used_columns), use_threads=False)
         raw.validate(full=True)  # texts that are not UTF-8
-    table, wrong = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
+    table, wrong, kinds = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
     examples = tuple(
         Rejected(row + 1, wrong[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])
         for row in sorted(wrong)[:MAX_EXAMPLES]
     )
-    return table, ChunkInfo(table.num_rows, raw.num_rows, raw.num_rows, len(wrong), examples)
+    times = {kind: row + 1 for kind, row in kinds.items()}
+    return table, ChunkInfo(table.num_rows, raw.num_rows, raw.num_rows, len(wrong), examples, times)
 
 
-def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[int, str]]:
-    """The rows that are right, as a chunk's columns, and why each of the others is wrong."""
+def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[int, str], dict[str, int]]:
+    """The rows that are right, as a chunk's columns; why each other is wrong; the first right row of each time kind."""
     typed: dict[str, Typed] = {LABEL: label_values(raw[spec.label.column], spec.label)}
     if spec.split.column is not None:
         typed[TIME] = time_values(raw[spec.split.column], spec.split.column)
@@ -110,9 +122,17 @@ def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[in
         for row, reason in each.wrong.items():
             wrong.setdefault(row, reason)
     table = pa.table({name: each.values for name, each in typed.items()})
+    kept = _kept(table.num_rows, wrong)
+    times = typed.get(TIME)
+    kinds = _kinds(times.whole, kept) if isinstance(times, TypedTimes) else {}
     if wrong:
-        table = table.filter(pa.array(_kept(table.num_rows, wrong))).combine_chunks()
-    return table, wrong
+        table = table.filter(pa.array(kept)).combine_chunks()
+    return table, wrong, kinds
+
+
+def _kinds(whole: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]) -> dict[str, int]:
+    of_kind = {WHOLE_NUMBERS: whole & kept, DATES: ~whole & kept}
+    return {kind: int(rows.argmax()) for kind, rows in of_kind.items() if rows.any()}
 
 
 def _kept(rows: int, wrong: dict[int, str]) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from threading import Event
 from typing import Any
 
 from mlet_dist.data.blocks import BLOCK_BYTES, Block, RawFile, parquet_blocks, text_blocks
-from mlet_dist.data.chunks import ChunkInfo, Rejected, load_info, load_times, save_chunk
+from mlet_dist.data.chunks import CHUNK_VERSION, ChunkInfo, Rejected, load_info, load_times, save_chunk
 from mlet_dist.data.counting import GroupCounts, Moments, count_group, moments_of
 from mlet_dist.data.encoding import Encoder
 from mlet_dist.data.groups import GROUP_ROWS, Group, make_groups
@@ -30,7 +30,8 @@ from mlet_dist.data.workers import Workers
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
 
-TOLERATED_LINES = 10  # malformed ones that are never an error
+TOLERATED_LINES = 10  # malformed ones that are never an error, unless there are no others
+EXPECTED_LINES = 10_000_000  # what a file is taken to have at least, until its end is seen
 SHOWN_EXAMPLES = 3
 PROCESSES_OF_A_FILE = 6  # as many parse what one thread decompresses
 
@@ -58,12 +59,14 @@ class FileRead:
         lines: lines in all, blank ones not counted.
         malformed: how many were skipped.
         examples: the first of them.
+        times: the kinds of time in the split's column, each with the first line that has it.
     """
 
     chunk_rows: tuple[int, ...]
     lines: int
     malformed: int
     examples: tuple[Rejected, ...]
+    times: dict[str, int]
 
 
 class Passes:
@@ -71,7 +74,7 @@ class Passes:
 
     def __init__(self, spec: TableSpec, files: Sequence[RawFile], out: Path) -> None:
         self.spec, self.files = spec, files
-        self._keys = [key_of(FORMAT_VERSION, BLOCK_BYTES, GROUP_ROWS, spec, file) for file in files]
+        self._keys = [key_of(FORMAT_VERSION, CHUNK_VERSION, BLOCK_BYTES, GROUP_ROWS, spec, file) for file in files]
         self.work = WorkDirectory(out, self._keys, key_of(*self._keys))
         self.data = self.work.of("data")
 
@@ -167,7 +170,14 @@ class Passes:
 
     @cached_property
     def splitter(self) -> Splitter:
-        """Says the split of each row."""
+        """Says the split of each row.
+
+        Raises:
+            UserError: no file holds a line, or their times are of two kinds.
+        """
+        _one_kind_of_time(
+            self.spec, [(file.path, read.times) for file, read in zip(self.files, self.reads, strict=True)]
+        )
         rows = [sum(read.chunk_rows) for read in self.reads]
         if not sum(rows):
             raise UserError(f"{self.files[0].path}: holds no lines; nothing can be split into train, valid and test")
@@ -234,6 +244,7 @@ class Passes:
         self.work.raw(self._keys[index]).mkdir(parents=True, exist_ok=True)
         infos: list[ChunkInfo] = []
         examples: list[Rejected] = []
+        times: dict[str, int] = {}
         lines = malformed = passed = 0
         calls = self._calls(index, progress.update, workers.processes > 1)
         for info in workers.map(_read_block, calls, at_once=-(-workers.processes // files_at_once)):
@@ -242,18 +253,24 @@ class Passes:
             infos.append(info)
             room = MAX_EXAMPLES - len(examples)
             examples += [Rejected(passed + each.line, each.reason, each.text) for each in info.examples[:room]]
+            times = {kind: passed + line for kind, line in info.times.items()} | times
+            _one_kind_of_time(self.spec, [(raw.path, times)])
             lines, malformed, passed = lines + info.count, malformed + info.malformed, passed + info.passed
-            if malformed > max(TOLERATED_LINES, self.spec.max_malformed * lines):
-                raise _too_malformed(raw.path, malformed, lines, examples)
+            # Bad lines at the beginning are no reason, but a file of another format need not be read to its end.
+            if malformed > self._tolerated(max(lines, EXPECTED_LINES)):
+                raise _too_malformed(raw.path, malformed, lines, examples, "the first ")
         if not lines:
             raise UserError(f"{raw.path}: holds no lines; raw data is expected")
-        if malformed == lines:
+        if malformed == lines or malformed > self._tolerated(lines):
             raise _too_malformed(raw.path, malformed, lines, examples)
         if malformed:
             shown = "; ".join(f"line {each.line}: {each.reason}" for each in examples[:SHOWN_EXAMPLES])
             _logger.warning("%s: skipped %d malformed of %d lines, e.g. %s", raw.path, malformed, lines, shown)
-        found = FileRead(tuple(info.rows for info in infos), lines, malformed, tuple(examples))
+        found = FileRead(tuple(info.rows for info in infos), lines, malformed, tuple(examples), times)
         save_json(self.work.raw(self._keys[index]) / "done.json", asdict(found))
+
+    def _tolerated(self, lines: int) -> float:
+        return max(TOLERATED_LINES, self.spec.max_malformed * lines)
 
     def _calls(self, index: int, update: Callable[[int], None], aside: bool) -> Iterator[tuple[Any, ...]]:
         raw = self.files[index]
@@ -282,9 +299,24 @@ class Passes:
         return names
 
 
-def _too_malformed(path: str, malformed: int, lines: int, examples: list[Rejected]) -> UserError:
+def _one_kind_of_time(spec: TableSpec, found: Sequence[tuple[str, dict[str, int]]]) -> None:
+    """Refuse times of two kinds, which have no order, over files and the first line of each kind in them."""
+    first: dict[str, str] = {}
+    for path, times in found:
+        for kind, line in times.items():
+            first.setdefault(kind, f"{kind} ({path}: line {line})")
+    if len(first) > 1:
+        raise UserError(
+            f"{found[0][0]}: {spec.split.column} must hold times of one kind in all files, but holds "
+            f"{' and '.join(first.values())}"
+        )
+
+
+def _too_malformed(path: str, malformed: int, lines: int, examples: list[Rejected], which: str = "") -> UserError:
     first = examples[0]
-    return UserError(f"{path}: {malformed} of {lines} lines are malformed, e.g. line {first.line}: {first.reason}")
+    return UserError(
+        f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}"
+    )
 
 
 class _Times(Sequence[Any]):

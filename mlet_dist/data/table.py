@@ -87,7 +87,9 @@ class TableSpec:
         source: ``criteo``, ``avazu`` or ``table``.
         text: how lines are cut into fields; None for Parquet files.
         label, dense, sparse, split: what becomes of the columns; the others are not kept.
-        max_malformed: share of malformed lines in a file above which it is an error; ten of them are always allowed.
+        max_malformed: share of malformed lines in a file above which it is an error at the file's end, and before it
+            once they are more than this share of what is read and of 10 million lines. Ten of them are always allowed,
+            with 0 too, unless the file has no other lines.
     """
 
     source: str

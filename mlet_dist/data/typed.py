@@ -29,6 +29,13 @@ class Typed:
     wrong: dict[int, str]
 
 
+@dataclass(frozen=True)
+class TypedTimes(Typed):
+    """Times, and the rows whose time is a whole number; that of the others is a date or a time."""
+
+    whole: Flags
+
+
 def label_values(raw: pa.Array, label: LabelColumn) -> Typed:
     """int8, 0 or 1."""
     if label.positive_from is not None:
@@ -46,7 +53,7 @@ def label_values(raw: pa.Array, label: LabelColumn) -> Typed:
     return _result(raw, pa.array(values), fits, shown, label.column, expected)
 
 
-def time_values(raw: pa.Array, name: str) -> Typed:
+def time_values(raw: pa.Array, name: str) -> TypedTimes:
     """int64: whole numbers as they are; dates and times, of whatever type, and ISO 8601 texts in microseconds."""
     shown = _distinct(raw)
     if _is_text(shown.type):
@@ -58,13 +65,19 @@ def time_values(raw: pa.Array, name: str) -> Typed:
         zoned = _matches(texts, _ZONED)
         for rows, kind in ((~whole & ~zoned, pa.timestamp("us")), (~whole & zoned, pa.timestamp("us", "UTC"))):
             values[rows], fits[rows] = _cast_times(texts.filter(pa.array(rows)), kind)
-        return _result(raw, pa.array(values), fits, shown, name, "a whole number or an ISO 8601 time")
+        typed = _result(raw, pa.array(values), fits, shown, name, "a whole number or an ISO 8601 time")
+        return TypedTimes(
+            typed.values, typed.wrong, whole[_indices(raw)] if pa.types.is_dictionary(raw.type) else whole
+        )
+    whole = np.full(len(raw), pa.types.is_integer(shown.type))
     if pa.types.is_integer(shown.type) or pa.types.is_timestamp(shown.type) or pa.types.is_date(shown.type):
         fits = ~shown.is_null().to_numpy(zero_copy_only=False)
         if pa.types.is_timestamp(shown.type) or pa.types.is_date(shown.type):
             shown = shown.cast(pa.timestamp("us"), safe=False)  # files may differ in their unit
-        return _result(raw, shown.cast(pa.int64(), safe=False).fill_null(0), fits, shown, name, "a time")
-    return _all_wrong(raw, pa.array(np.zeros(len(raw), np.int64)), name, "a whole number or a time")
+        typed = _result(raw, shown.cast(pa.int64(), safe=False).fill_null(0), fits, shown, name, "a time")
+    else:
+        typed = _all_wrong(raw, pa.array(np.zeros(len(raw), np.int64)), name, "a whole number or a time")
+    return TypedTimes(typed.values, typed.wrong, whole)
 
 
 def dense_values(raw: pa.Array, dense: DenseColumn) -> Typed:

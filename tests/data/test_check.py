@@ -1,6 +1,7 @@
 """Tests of `mlet prepare --check`: whatever is changed in a data set is found and named."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import tracemalloc
@@ -15,6 +16,7 @@ import yaml
 
 from mlet_dist.data.check import check
 from mlet_dist.data.description import load_table
+from mlet_dist.data.manifest import sealed
 from mlet_dist.data.parts import sha256_of
 from mlet_dist.data.prepare import prepare
 from mlet_dist.data.schema import DatasetSchema, Part
@@ -66,7 +68,7 @@ def save(data: Path, schema: DatasetSchema) -> None:
     manifest = json.loads((data / "manifest.json").read_text())
     path = data / "schema.json"
     manifest["files"]["schema.json"] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    (data / "manifest.json").write_text(json.dumps(manifest))
+    (data / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 def set_column(name: str, values: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> Callable[[pa.Table], pa.Table]:
@@ -123,8 +125,23 @@ def test_manifest_that_is_none(changed: Path, content: str) -> None:
 
 def test_manifest_that_says_something_else(changed: Path) -> None:
     manifest = json.loads((changed / "manifest.json").read_text())
-    (changed / "manifest.json").write_text(json.dumps(manifest | {"malformed": 7}))
+    (changed / "manifest.json").write_text(json.dumps(sealed(manifest | {"malformed": 7})))
     with pytest.raises(UserError, match=r"manifest\.json: malformed is 7, but schema\.json says 1"):
+        check(changed)
+
+
+@pytest.mark.parametrize("key", ["mlet_dist", "source", "arguments", "inputs", "standardised", "sha256", "new"])
+def test_manifest_that_was_changed(changed: Path, key: str) -> None:
+    """What no other file says too is still under a checksum, which is computed here by hand."""
+    manifest = json.loads((changed / "manifest.json").read_text())
+    rest = {each: value for each, value in manifest.items() if each != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    assert manifest["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    (changed / "manifest.json").write_text(json.dumps(manifest | {key: "other"}))
+    with pytest.raises(UserError, match=r"manifest\.json: the SHA-256 of its content is [0-9a-f]{64} instead of \w+$"):
+        check(changed)
+    (changed / "manifest.json").write_text(json.dumps(rest))
+    with pytest.raises(UserError, match=r"manifest\.json: is not a manifest: KeyError\('sha256'\)"):
         check(changed)
 
 

@@ -79,7 +79,7 @@ def test_pass_by_pass(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFi
             ["table", "a.csv", "--out", "x", "--schema", "y", "--min-count", "2"],
             "--min-count goes with criteo and",
         ),
-        (["table", "a.csv", "--out", "x", "--schema", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["table", "a.csv", "--out", "x", "--schema", "nowhere.yaml"], "nowhere.yaml: cannot read the description"),
         (["criteo", "--check", "x"], "--check stands alone"),
         (["--check", "nowhere"], "nowhere: no such data set"),
     ],

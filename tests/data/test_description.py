@@ -329,7 +329,7 @@ def test_wrong_rows_of_a_parquet_file(tmp_path: Path, write_raw: Write) -> None:
 
 def test_column_of_a_type_that_cannot_be(tmp_path: Path, write_raw: Write) -> None:
     path = parquet(write_raw(b"", "a.parquet"), {"y": pa.array([0, 1] * 20), "x": pa.array([1.5] * 40)})
-    with pytest.raises(UserError, match=r"14 of 14 lines are malformed, .* x is of type double instead of a text or"):
+    with pytest.raises(UserError, match=r"40 of 40 lines are malformed, .* x is of type double instead of a text or"):
         make(tmp_path / "out", PLAIN | {"format": "parquet"}, path)
 
 
@@ -367,6 +367,36 @@ def test_parquet_files_with_times_of_different_units(tmp_path: Path, write_raw: 
     make(tmp_path / "out", {**PLAIN, "format": "parquet", "split": {"by": "time", "column": "t"}}, *files)
     values = ["", *pq.read_table(tmp_path / "out/vocabulary/x.parquet")["value"].to_pylist()]
     assert [values[row["x"]] for row in read(tmp_path / "out", "train")] == [*12 * ["ms"], *20 * ["ns"]]
+
+
+def test_numbers_and_dates_in_one_time_column(
+    tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block, in two blocks and in two files; a wrong row's time does not count."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+    numbers, dates = (write_raw(_with_times(*each), name) for each, name in (((30, 0), "n.csv"), ((0, 30), "d.csv")))
+    both, one_block = write_raw(_with_times(30, 30), "b.csv"), write_raw(_with_times(2, 1), "o.csv")
+    description = PLAIN | {"split": {"by": "time", "column": "t"}}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(description))
+    spec = load_table(tmp_path / "t.yaml")
+    message = "{}: t must hold times of one kind in all files, but holds {} ({}: line {}) and {} ({}: line {})"
+    kinds = "whole numbers", "dates or times"
+    for path, line in ((both, 33), (one_block, 5)):
+        with pytest.raises(UserError) as caught:
+            prepare(spec, [path], tmp_path / "out")
+        assert str(caught.value) == message.format(path, kinds[0], path, 3, kinds[1], path, line)
+    for raw, (one, other) in (((numbers, dates), kinds), ((dates, numbers), kinds[::-1])):
+        prepare(spec, raw, tmp_path / "out", only="read")
+        with pytest.raises(UserError) as caught:
+            prepare(spec, raw, tmp_path / "out", only="count")
+        assert message.format(raw[0], one, raw[0], 3, other, raw[1], 3) in str(caught.value)
+    assert make(tmp_path / "good", description, dates, dates).malformed == 2
+
+
+def _with_times(numbers: int, dates: int) -> bytes:
+    """After a header and a line whose label is wrong and whose time is of the other kind."""
+    times = [*(str(i) for i in range(numbers)), *(f"2024-01-{i + 1:02}" for i in range(dates))]
+    return "\n".join(["y,x,t", f"bad,v,{'7' if not numbers else '2024-01-01'}", *(f"1,v,{t}" for t in times)]).encode()
 
 
 def test_missing_time_of_a_parquet_file_is_quarantined(tmp_path: Path, write_raw: Write) -> None:

@@ -225,6 +225,38 @@ def test_a_state_of_another_order_is_refused(mixed: tuple[Path, dict[str, list[R
         loader.load_state_dict(state | {key: 17})
 
 
+def test_a_state_of_another_vocabulary_is_refused(mixed: tuple[Path, dict[str, list[Record]]]) -> None:
+    loader = make_loader(mixed[0], shuffle=Shuffle(1, 100))
+    state = loader.state_dict(3)
+    with pytest.raises(UserError, match=r"stopped: vocabulary_id was other and is mixed; .* other rows or ids$"):
+        loader.load_state_dict(state | {"vocabulary_id": "other"})
+    del state["vocabulary_id"]
+    with pytest.raises(UserError, match=r"stopped: vocabulary_id was not saved and is mixed;"):
+        loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*(("epoch", each) for each in (-1, 1.0, "1", True, None)), *(("row", each) for each in (10**9, -1, 3, "0", None))],
+)
+def test_a_state_that_cannot_be_is_refused(
+    mixed: tuple[Path, dict[str, list[Record]]], key: str, value: object
+) -> None:
+    loader = make_loader(mixed[0], shuffle=Shuffle(1, 100))
+    state = loader.state_dict(3)
+    size = state["batch_size"]
+    assert isinstance(size, int)
+    last = (len(loader) - 1) * size
+    right = "0 or more" if key == "epoch" else f"a multiple of {size} from 0 to {last}"
+    with pytest.raises(UserError) as caught:
+        loader.load_state_dict(state | {key: value})
+    assert str(caught.value).endswith(f"{key} is {value!r}; it must be a whole number, {right}")
+    assert loader.load_state_dict(state) == 3
+    assert loader.load_state_dict(state | {"row": last}) == len(loader) - 1
+    with pytest.raises(UserError, match=f"row is {last + size};"):
+        loader.load_state_dict(state | {"row": last + size})
+
+
 TRAIN = "train/part-00001.parquet"
 
 

@@ -264,6 +264,27 @@ def test_up_to_ten_malformed_are_tolerated_in_a_short_file(tmp_path: Path, write
         prepare_criteo([write_raw(good + 11 * bad)], tmp_path / "b")
 
 
+def test_malformed_lines_may_all_be_at_the_beginning(
+    tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share is that of the whole file, whatever its blocks; it ends early only where much of it is wrong."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 5_000)
+    good, bad = raw_bytes(make_raw_lines(180)), b"bad\n"
+    assert prepare_criteo([write_raw(20 * bad + good)], tmp_path / "a").malformed == 20
+    monkeypatch.setattr(passes, "EXPECTED_LINES", 150)
+    with pytest.raises(UserError, match=r"20 of the first [3-5][0-9] lines are malformed, e\.g\. line 1: 1 fields"):
+        prepare_criteo([write_raw(20 * bad + good)], tmp_path / "b")
+
+
+def test_no_share_malformed_still_allows_ten(tmp_path: Path, write_raw: Write) -> None:
+    good, bad, none = raw_bytes(make_raw_lines(180)), b"bad\n", criteo(1, max_malformed=0)
+    found = prepare.prepare(none, [write_raw(10 * bad + good)], tmp_path / "a")
+    assert found is not None
+    assert found.malformed == 10
+    with pytest.raises(UserError, match=r"11 of the first 191 lines are malformed"):
+        prepare.prepare(none, [write_raw(good + 11 * bad)], tmp_path / "b")
+
+
 def test_another_kind_of_file(tmp_path: Path, write_raw: Write) -> None:
     with pytest.raises(UserError, match=r"3 of 3 lines are malformed, e\.g\. line 1: 1 fields instead of 40"):
         prepare_criteo([write_raw(b"id,click\n1,0\n2,1\n")], tmp_path / "out")
