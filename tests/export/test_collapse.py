@@ -117,7 +117,7 @@ def test_an_export_that_exists_is_not_overwritten(trained: TrainedRun, exported:
         (lambda run: shutil.rmtree(run / "checkpoints"), "never finished"),
         (lambda run: (run / "config.yaml").unlink(), "not a run"),
         (lambda run: (run / "model.json").write_text("{"), "model.json"),
-        (lambda run: next(run.glob("checkpoints/*/*.distcp")).unlink(), r"damaged: .*distcp is missing"),
+        (lambda run: next(run.glob("checkpoints/*/*.distcp")).unlink(), "distcp is missing"),
         (lambda run: os.truncate(max(run.glob("checkpoints/*/*.distcp")), 100), "distcp has 100 bytes instead of"),
         (lambda run: os.truncate(next(run.glob("checkpoints/*/.metadata")), 10), r"\.metadata has 10 bytes instead of"),
     ],
