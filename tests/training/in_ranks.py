@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchrec.distributed import comm
 
 from tests.command import ROOT
 from tests.ranks import RankPool
@@ -32,13 +33,21 @@ def _train(overrides: Sequence[str], ports: tuple[int, int]) -> dict[str, Any]:
     from mlet_dist.config import load_config
     from mlet_dist.training.trainer import train
 
-    dist.destroy_process_group()  # training joins ranks itself
+    _leave_group()  # training joins ranks itself
     os.environ["MASTER_PORT"] = str(ports[0])
     try:
         return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides), fingerprint=True)
     finally:
+        _leave_group()
         os.environ["MASTER_PORT"] = str(ports[1])
         dist.init_process_group("gloo")
+
+
+def _leave_group() -> None:
+    # TorchRec keeps the groups of nodes for as long as the process lives, and those of another world are of no use.
+    comm._INTRA_PG = comm._CROSS_PG = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def stopped_after(step: int, run: Path, copy: Path) -> Path:
