@@ -7,11 +7,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlet_dist.config import Config, describe_settings, load_config
 from mlet_dist.errors import Interrupted, RanksLost, UserError
 from mlet_dist.json_text import to_json
+
+if TYPE_CHECKING:
+    from mlet_dist.launcher.nodes import Nodes
 
 Result = dict[str, Any]
 
@@ -141,20 +144,41 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | Non
     from mlet_dist.training.attempt import for_this_attempt
     from mlet_dist.training.run_directory import RunDirectory
 
-    config = _load_checked(args)
-    if not _launched():
-        RunDirectory(Path(config.run.dir)).check_free(for_this_attempt(config))
+    def check() -> Config:
+        config = _load_checked(args)
+        if not _launched() and not args.node_rank:  # the first node's ranks write there while others' come
+            RunDirectory(Path(config.run.dir)).check_free(for_this_attempt(config))
+        return config
+
+    if args.once and (done := _finished(args)) is not None:
+        return done, True
     if args.nproc is not None:
-        return _in_ranks(args, arguments)
+        return _in_ranks(args, arguments, check)
+    config = check()
     _before_torch()
     from mlet_dist.training.trainer import train
 
     return train(config, fingerprint=args.json), True
 
 
+def _finished(args: argparse.Namespace) -> Result | None:
+    """The summary of the run, if it has finished with this very config."""
+    from mlet_dist.training.run_directory import RunDirectory
+
+    config = load_config(Path(args.config), args.overrides)
+    run = RunDirectory(Path(config.run.dir))
+    if not run.summary.exists():
+        return None
+    finished, _, summary = run.load()
+    if finished != config:
+        raise UserError(f"run.dir {run.path} holds a finished run of another config; choose another run.dir")
+    print(f"mlet: run.dir {run.path} holds this run, finished: nothing to do", file=sys.stderr)
+    return summary
+
+
 def _evaluate(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     if args.nproc is not None:
-        return _in_ranks(args, arguments)
+        return _in_ranks(args, arguments, lambda: None)
     _before_torch()
     from mlet_dist.data.location import data_set_path
     from mlet_dist.export.evaluate import evaluate_path
@@ -252,10 +276,16 @@ def _load_checked(args: argparse.Namespace) -> Config:
     config = load_config(Path(args.config), args.overrides)
     schema = DatasetSchema.load(data_set_path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
-    config.check_world_size(args.nproc or 1)
+    config.check_world_size((args.nproc or 1) * _node_count(args))
     if not _rank(args) and not _launched():
         _warn(config)
     return config
+
+
+def _node_count(args: argparse.Namespace) -> int:
+    """1 for an elastic job as well, whose ranks check how many they are."""
+    count = getattr(args, "nnodes", None) or "1"
+    return int(count) if count.isdecimal() else 1
 
 
 def _warn(config: Config) -> None:
@@ -263,17 +293,47 @@ def _warn(config: Config) -> None:
         print(f"mlet: warning: {warning}", file=sys.stderr)
 
 
-def _in_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[None, bool]:
-    from mlet_dist.launcher import run_ranks
-
+def _in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[], Config | None]) -> tuple[None, bool]:
+    rest = _without_launch(arguments)
+    nodes, job = _nodes(args, rest)
+    if nodes is None or nodes.is_elastic:
+        config = check()  # before torch is imported
+        check = lambda: config  # noqa: E731
     os.environ |= {_LAUNCHED: "1", _PARENT: str(os.getpid())}
-    run_ranks(args.nproc, _without_nproc(arguments))
+    from mlet_dist.launcher.command import launch
+
+    launch(args.nproc, rest, nodes, job, check)
     return None, True
 
 
-def _without_nproc(arguments: list[str]) -> list[str]:
+def _nodes(args: argparse.Namespace, arguments: list[str]) -> tuple["Nodes | None", str]:
+    """The job's nodes, as the options say; None where this is the only one."""
+    from mlet_dist.launcher.nodes import Nodes, job_of, parse_count, port_of
+
+    given = [name for name in ("node_rank", "master_addr", "master_port") if getattr(args, name, None) is not None]
+    if getattr(args, "nnodes", None) is None:
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} is for several nodes; say how many by --nnodes")
+        return None, ""
+    fewest, count = parse_count(args.nnodes)
+    if args.nproc is None:
+        raise UserError("--nnodes needs --nproc, the ranks of each node")
+    if args.node_rank is None or not 0 <= args.node_rank < count:
+        found = "is not set" if args.node_rank is None else f"is {args.node_rank}"
+        raise UserError(f"--node-rank {found}; it must be this node's number, from 0 to {count - 1}")
+    if count > 1 and args.master_addr is None:
+        raise UserError("--master-addr is not set; it must be the name or address of node 0, the same on all nodes")
+    job = job_of(arguments, args.nproc, args.nnodes)
+    master, port = args.master_addr or "localhost", args.master_port or port_of(job)
+    return Nodes(fewest, count, args.node_rank, master, port, args.wait), job
+
+
+def _without_launch(arguments: list[str]) -> list[str]:
+    """The command as ranks are given it, and as it is the same on all nodes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _add_nproc(parser)
+    _add_nodes(parser)
+    parser.add_argument("--once", action="store_true")
     return parser.parse_known_args(arguments)[1]
 
 
@@ -370,6 +430,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "train", _train, "Train a model and evaluate it; torchrun -m mlet_dist train … does on many hosts.", settings
     )
     _add_config(train)
+    _add_nodes(train)
+    train.add_argument("--once", action="store_true", help="where the run has finished already, be content")
     compare = add(
         "compare", _compare,
         "Train, export and verify the single layer, MLET, and the single layer at MLET's effective learning rate.",
@@ -439,6 +501,20 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_nproc(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks through torch elastic")
+
+
+def _add_nodes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nnodes", metavar="N", help="this is one of N nodes, or of 2:4 that may leave and come; all get this command"
+    )
+    parser.add_argument("--node-rank", type=int, metavar="I", help="which one, from 0")
+    parser.add_argument("--master-addr", metavar="HOST", help="name or address of node 0")
+    parser.add_argument(
+        "--master-port", type=_positive, metavar="PORT", help="default: one that follows from the command"
+    )
+    parser.add_argument(
+        "--wait", type=_positive, default=40, metavar="SECONDS", help="for all nodes to come (default %(default)s)"
+    )
 
 
 def _list_length(text: str) -> tuple[str, float]:

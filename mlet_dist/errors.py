@@ -17,3 +17,7 @@ class Interrupted(Exception):
 
 class RanksLost(Exception):
     """Other ranks do not answer any more; exit code 1."""
+
+
+class PeerLost(RanksLost):
+    """The connection to another rank broke; its own node says why."""

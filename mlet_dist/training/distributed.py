@@ -1,6 +1,7 @@
 """Where this process stands among the ranks, and the process group that joins them."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from mlet_dist.errors import RanksLost, UserError
-from mlet_dist.training.roll_call import RollCall, fresh_store, timed_out
+from mlet_dist.errors import PeerLost, RanksLost, UserError
+from mlet_dist.training.roll_call import RollCall, disconnected, fresh_store, timed_out
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -41,6 +42,7 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
     Raises:
         UserError: cuda is asked for where there is none.
         RanksLost: within the block, a gloo collective timed out; it names the ranks that did not take part.
+        PeerLost: within the block, another rank ended before this one.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -59,7 +61,7 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
         roll = RollCall(store, rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        roll = RollCall(dist.HashStore(), 0, 1)
+        rank, roll = 0, RollCall(dist.HashStore(), 0, 1)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield Worker(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
@@ -71,6 +73,11 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
             raise RanksLost(
                 f"{' and '.join(missing)} took no part in a collective for {timeout.total_seconds():g} s "
                 "(train.collective_timeout_s): stuck or dead; the others stop"
+            ) from error
+        if disconnected(error):
+            raise PeerLost(
+                f"rank {rank} on {socket.gethostname()} lost its connection to another rank, which has ended before "
+                "it: see what that one's node says"
             ) from error
         raise
     dist.destroy_process_group()

@@ -76,6 +76,12 @@ def timed_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("timed out" in said or "timeout" in said)
 
 
+def disconnected(error: BaseException) -> bool:
+    """Whether this is how gloo says that another rank has ended."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and "gloo" in said and ("by peer" in said or "broken pipe" in said)
+
+
 def _wait(deadline: float) -> None:
     if time.monotonic() > deadline:
         raise RuntimeError(f"not all ranks have started within {_START}")

@@ -1,4 +1,4 @@
-"""`--nproc N`: the same command again in N local ranks, through torch elastic."""
+"""`--nproc N`: the same command again in N ranks of this node, through torch elastic."""
 
 import json
 import logging
@@ -10,25 +10,33 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mlet_dist.errors import Interrupted, RanksLost, UserError
+from mlet_dist.errors import Interrupted, PeerLost, RanksLost, UserError
+from mlet_dist.launcher.nodes import Nodes
 
 _SECONDS_TO_SAVE = 600
-_ONE_LINE = {kind.__name__: kind for kind in (UserError, Interrupted, RanksLost)}
+_ELASTIC_RESTARTS = 10
+_ONE_LINE = {kind.__name__: kind for kind in (UserError, Interrupted, PeerLost, RanksLost)}
 
 
-def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
-    """Run ``python -m mlet_dist ARGUMENTS`` in ``nproc`` ranks on this host and wait for all of them.
+def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, job: str = "") -> None:
+    """Run ``python -m mlet_dist ARGUMENTS`` in ``nproc`` ranks on this node and wait for all of them.
+
+    Args:
+        nodes: of an elastic job, or such as have met (``MetNodes`` is registered); None where this is the only one.
+        job: the nodes' name for it.
 
     Raises:
         UserError: a rank found a user's mistake.
         Interrupted: the ranks were told to stop, and have saved what they did.
-        RanksLost: a rank found that others do not answer.
+        RanksLost: a rank found that others do not answer; or no node is found.
         ChildProcessError: a rank failed otherwise; its traceback has been printed.
         KeyboardInterrupt: this process was told to stop, by the signal that the exception holds.
     """
@@ -38,18 +46,12 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="mlet-", ignore_cleanup_errors=True) as logs:
             config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
                 nproc_per_node=nproc,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                local_addr="localhost",
-                max_restarts=0,
                 monitor_interval=0.1,
                 signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # which the ranks get too
                 shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SECONDS_TO_SAVE)),
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
+                **_rendezvous(nodes, job),
             )
             try:
                 elastic_launch(config, sys.executable)("-m", "mlet_dist", *arguments)
@@ -57,6 +59,29 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
                 raise _what_ranks_said(Path(logs)) or KeyboardInterrupt(stopped.sigval) from None
     except ChildFailedError as failed:
         raise _as_ours(failed) from None
+    except RendezvousError as error:
+        raise RanksLost(
+            f"no job is found at {nodes.endpoint if nodes else 'localhost'} ({str(error).splitlines()[0]}): do all "
+            "nodes run the same command, and has node 0 started?"
+        ) from None
+
+
+def _rendezvous(nodes: Nodes | None, job: str) -> dict[str, Any]:
+    if nodes is None:
+        return {
+            "min_nodes": 1,
+            "max_nodes": 1,
+            "run_id": uuid.uuid4().hex,
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "local_addr": "localhost",
+            "max_restarts": 0,
+        }
+    found = {"min_nodes": nodes.fewest, "max_nodes": nodes.count, "run_id": job, "rdzv_endpoint": nodes.endpoint}
+    if nodes.is_elastic:
+        how = {"is_host": nodes.rank == 0, "join_timeout": int(nodes.wait), "read_timeout": min(int(nodes.wait), 60)}
+        return found | {"rdzv_backend": "c10d", "rdzv_configs": how, "max_restarts": _ELASTIC_RESTARTS}
+    return found | {"rdzv_backend": "mlet", "max_restarts": 0}
 
 
 def record_failure(error: BaseException) -> None:
@@ -99,10 +124,11 @@ def _of_one_line(said: str) -> Exception | None:
 
 def _consequence(failure: ProcessFailure) -> int:
     """How likely it is that another rank's failure brought this one about."""
-    if _of_one_line(_said(failure)) is not None:
-        return 0
+    error = _of_one_line(_said(failure))
+    if error is not None:
+        return 3 if isinstance(error, PeerLost) else 0
     if failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT):
-        return 3
+        return 4
     return 1 if failure.exitcode < 0 else 2
 
 
