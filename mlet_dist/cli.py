@@ -577,7 +577,8 @@ def _launched() -> bool:
 
 def _handed_to_launcher(error: BaseException) -> bool:
     """Whether the launcher of this rank will show the error, in place of it; torchrun is told too, for its report."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+    # TorchX sets the file for whole nodes, too, and would show the traceback beside our line.
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ or "RANK" not in os.environ:
         return False
     from mlet_dist.launcher import record_failure
 
