@@ -67,9 +67,9 @@ def train(
     where = ["--nproc", f"{ranks}", "--nnodes", count, "--wait", f"{wait}"]
     if port:
         where += ["--master-port", f"{port}"]
-    script = f"{_shell('train', config, *given, '--json', '--once', *where)} {_THIS_NODE}"
     if export is not None:
-        script += f' && if [ "{specs.macros.replica_id}" = 0 ]; then {_export_once(run, export, data)}; fi'
+        where += ["--export", export]
+    script = f"exec {_shell('train', config, *given, '--json', '--once', *where)} {_THIS_NODE}"
     role = _role("train", script, image, h, mounts, env, max_retries)
     role.num_replicas, role.min_replicas = nodes, fewest if fewest < nodes else None
     if port:
@@ -146,7 +146,7 @@ def sweep(
     roles = []
     for number, varied in enumerate(combinations):
         given = [f"data.path={data}", f"run.dir={run.rstrip('/')}/{','.join(varied)}", *settings, *varied]
-        script = _shell("train", config, *given, "--json", "--once", "--nproc", f"{ranks}")
+        script = "exec " + _shell("train", config, *given, "--json", "--once", "--nproc", f"{ranks}")
         roles.append(_role(f"run-{number}", script, image, h, mounts, env, max_retries))
     return specs.AppDef(name=name, roles=roles)
 

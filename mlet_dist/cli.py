@@ -1,20 +1,28 @@
 """The `mlet` command: parses, imports lazily and calls one function per subcommand."""
 
 import argparse
+import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from mlet_dist.config import Config, describe_settings, load_config
-from mlet_dist.errors import Interrupted, RanksLost, UserError
+from mlet_dist.errors import Interrupted, PeerLost, RanksLost, UserError
 from mlet_dist.json_text import to_json
-
-if TYPE_CHECKING:
-    from mlet_dist.launcher.nodes import Nodes
+from mlet_dist.launcher.options import (
+    add_nodes,
+    add_nproc,
+    check_options,
+    node_count,
+    nodes_of,
+    positive,
+    without_launch,
+)
 
 Result = dict[str, Any]
 
@@ -55,12 +63,21 @@ MLET with the projection after the exchange, and MLET as configured. Times are a
 not fit, the exit code is 2 and one line says what is missing and what would fit; --out draws the plan then, too.
 Settings are those of `mlet train --help`."""
 
+_DOCTOR_HELP = """\
+Before a job of many ranks, with the words that will start it:
+
+  mlet doctor --distributed CONFIG data.path=… run.dir=… --nproc 8 --nnodes 4 --node-rank I --master-addr HOST
+  torchrun … -m mlet_dist doctor --distributed CONFIG data.path=… run.dir=…
+
+Every rank looks at its versions, its settings of gloo and NCCL, /dev/shm, the data and the storage it will write to,
+and all of them take part in an all-reduce, which is timed. Where something is wrong, all say so and end."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    0 on success, 2 for a user's mistake, 75 for a run that was told to stop and is to be started again, 130 and 143
-    when interrupted or terminated, else 1.
+    0 on success, 2 for a user's mistake, 75 for a run that is to be started again since it was told to stop or another
+    node has gone, 130 and 143 when interrupted or terminated, else 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stderr is None:  # closed by `2>&-`; print would take stdout in its place
@@ -86,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RanksLost as error:
         if not _handed_to_launcher(error):
             _print_error(error)
-        return 1
+        return PeerLost.EXIT_CODE if isinstance(error, PeerLost) else 1
     except ChildProcessError as error:  # which has shown its own traceback, if it could
         _print_error(error)
         return 1
@@ -150,15 +167,36 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | Non
             RunDirectory(Path(config.run.dir)).check_free(for_this_attempt(config))
         return config
 
-    if args.once and (done := _finished(args)) is not None:
-        return done, True
-    if args.nproc is not None:
-        return _in_ranks(args, arguments, check)
-    config = check()
-    _before_torch()
-    from mlet_dist.training.trainer import train
+    if args.export is not None and _rank(args) is not None:
+        raise UserError("--export is for --nproc; under torchrun, call `mlet export` when the run has finished")
+    done = _finished(args) if args.once else None
+    if done is None and args.nproc is not None:
+        _in_ranks(args, arguments, check)
+    elif done is None:
+        config = check()
+        _before_torch()
+        from mlet_dist.training.trainer import train
 
-    return train(config, fingerprint=args.json), True
+        done = train(config, fingerprint=args.json)
+    if args.export is not None and not args.node_rank:
+        if done is not None:
+            _show(done, args.json)
+        return _export_and_verify(load_config(Path(args.config), args.overrides), args.export)
+    return done, True
+
+
+def _export_and_verify(config: Config, out: str) -> tuple[Result, bool]:
+    """In processes of their own: torch elastic has taken the signals of this one."""
+    run = config.run.dir
+    commands = [["verify", out, "--run", run, "--data", config.data.path, "--json"]]
+    if not (Path(out) / "manifest.json").exists():  # it was renamed to its name when it was whole
+        commands.insert(0, ["export", run, "--out", out])
+    for command in commands:
+        done = subprocess.run([sys.executable, "-m", "mlet_dist", *command], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ChildProcessError(f"mlet {' '.join(command)}: failed with exit code {done.returncode}")
+    found: Result = json.loads(done.stdout.splitlines()[-1])
+    return found, bool(found["ok"])
 
 
 def _finished(args: argparse.Namespace) -> Result | None:
@@ -258,14 +296,36 @@ def _plan(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     return plan, True
 
 
-def _doctor(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
-    from mlet_dist.doctor import report, run_doctor
+def _doctor(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+    from mlet_dist.doctor.check import report
+
+    if args.distributed:
+        return _doctor_of_ranks(args, arguments)
+    for name in ("config", "nproc", "nnodes"):
+        if getattr(args, name) is not None:
+            raise UserError(f"`mlet doctor` looks at this machine; {name} is for --distributed")
+    from mlet_dist.doctor import run_doctor
 
     result = run_doctor()
     if not args.json:
         _print(report(result))
         return None, result["ok"]
     return result, result["ok"]
+
+
+def _doctor_of_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+    if args.nproc is not None:
+        return _in_ranks(args, arguments, lambda: None)
+    _before_torch()
+    from mlet_dist.doctor.check import report
+    from mlet_dist.preflight.ranks import examine
+
+    result = examine(None if args.config is None else lambda: _load_checked(args))
+    if not _rank(args):
+        _print(to_json(result) if args.json else report(result))
+    if result["wrong"]:
+        raise UserError("; ".join(result["wrong"]))
+    return None, True
 
 
 def _load_checked(args: argparse.Namespace) -> Config:
@@ -276,16 +336,10 @@ def _load_checked(args: argparse.Namespace) -> Config:
     config = load_config(Path(args.config), args.overrides)
     schema = DatasetSchema.load(data_set_path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
-    config.check_world_size((args.nproc or 1) * _node_count(args))
+    config.check_world_size((args.nproc or 1) * node_count(args))
     if not _rank(args) and not _launched():
         _warn(config)
     return config
-
-
-def _node_count(args: argparse.Namespace) -> int:
-    """1 for an elastic job as well, whose ranks check how many they are."""
-    count = getattr(args, "nnodes", None) or "1"
-    return int(count) if count.isdecimal() else 1
 
 
 def _warn(config: Config) -> None:
@@ -294,8 +348,8 @@ def _warn(config: Config) -> None:
 
 
 def _in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[], Config | None]) -> tuple[None, bool]:
-    rest = _without_launch(arguments)
-    nodes, job = _nodes(args, rest)
+    rest = without_launch(arguments)
+    nodes, job = nodes_of(args, rest)
     if nodes is None or nodes.is_elastic:
         config = check()  # before torch is imported
         check = lambda: config  # noqa: E731
@@ -304,37 +358,6 @@ def _in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[]
 
     launch(args.nproc, rest, nodes, job, check)
     return None, True
-
-
-def _nodes(args: argparse.Namespace, arguments: list[str]) -> tuple["Nodes | None", str]:
-    """The job's nodes, as the options say; None where this is the only one."""
-    from mlet_dist.launcher.nodes import Nodes, job_of, parse_count, port_of
-
-    given = [name for name in ("node_rank", "master_addr", "master_port") if getattr(args, name, None) is not None]
-    if getattr(args, "nnodes", None) is None:
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')} is for several nodes; say how many by --nnodes")
-        return None, ""
-    fewest, count = parse_count(args.nnodes)
-    if args.nproc is None:
-        raise UserError("--nnodes needs --nproc, the ranks of each node")
-    if args.node_rank is None or not 0 <= args.node_rank < count:
-        found = "is not set" if args.node_rank is None else f"is {args.node_rank}"
-        raise UserError(f"--node-rank {found}; it must be this node's number, from 0 to {count - 1}")
-    if count > 1 and args.master_addr is None:
-        raise UserError("--master-addr is not set; it must be the name or address of node 0, the same on all nodes")
-    job = job_of(arguments, args.nproc, args.nnodes)
-    master, port = args.master_addr or "localhost", args.master_port or port_of(job)
-    return Nodes(fewest, count, args.node_rank, master, port, args.wait), job
-
-
-def _without_launch(arguments: list[str]) -> list[str]:
-    """The command as ranks are given it, and as it is the same on all nodes."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    _add_nproc(parser)
-    _add_nodes(parser)
-    parser.add_argument("--once", action="store_true")
-    return parser.parse_known_args(arguments)[1]
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -347,6 +370,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         rest = [word for word in rest if word not in overrides]
     if rest:
         raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
+    check_options(args)
     return args
 
 
@@ -400,7 +424,7 @@ def _build_parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--memory", metavar="SIZE", help="of all processes, such as 16G (default: half of the machine's)"
     )
-    prepare.add_argument("--processes", type=_positive, metavar="N", help="at most N (default: all cores)")
+    prepare.add_argument("--processes", type=positive, metavar="N", help="at most N (default: all cores)")
     prepare.add_argument(
         "--pass", dest="only", choices=["read", "count", "vocabulary", "write", "merge"], help="do this pass alone"
     )
@@ -430,7 +454,10 @@ def _build_parser() -> argparse.ArgumentParser:
         "train", _train, "Train a model and evaluate it; torchrun -m mlet_dist train … does on many hosts.", settings
     )
     _add_config(train)
-    _add_nodes(train)
+    add_nodes(train)
+    train.add_argument(
+        "--export", metavar="OUT", help="when it has finished, also export there and verify, on the first node"
+    )
     train.add_argument("--once", action="store_true", help="where the run has finished already, be content")
     compare = add(
         "compare", _compare,
@@ -443,10 +470,10 @@ def _build_parser() -> argparse.ArgumentParser:
         "plan", _plan, "Memory, bytes sent and step time of a run, for hardware that need not be here.", _PLAN_HELP
     )
     _add_settings(plan)
-    plan.add_argument("--world-size", type=_positive, required=True, metavar="N", help="ranks, one a device")
+    plan.add_argument("--world-size", type=positive, required=True, metavar="N", help="ranks, one a device")
     plan.add_argument(
         "--local-world-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="ranks of a node (default 8, or all where they are fewer)",
     )
@@ -462,7 +489,7 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate, "AUC and LogLoss of a run or an export.")
     evaluate.add_argument("target", metavar="RUN_OR_EXPORT", help="what `mlet train` or `mlet export` made")
     _add_data(evaluate)
-    _add_nproc(evaluate)
+    add_nproc(evaluate)
 
     export = add("export", _export, "Collapse W1·W2 of a finished run into plain TorchRec tables.")
     export.add_argument("run", metavar="RUN", help="what `mlet train` made")
@@ -478,13 +505,23 @@ def _build_parser() -> argparse.ArgumentParser:
         "--tolerance", type=float, default=1e-5, help="largest difference between two logits (default %(default)s)"
     )
 
-    add("doctor", _doctor, "Check this machine: versions, devices, memory; says what to type when something is off.")
+    doctor = add(
+        "doctor", _doctor, "Check this machine: versions, devices, memory; says what to type when something is off.",
+        _DOCTOR_HELP,
+    )  # fmt: skip
+    doctor.add_argument("--distributed", action="store_true", help="check the ranks of a job instead, all of them")
+    doctor.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="of the job, whose data and storage are then checked"
+    )
+    doctor.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings, as of train")
+    add_nproc(doctor)
+    add_nodes(doctor)
     return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     _add_settings(parser)
-    _add_nproc(parser)
+    add_nproc(parser)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -499,24 +536,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="default %(default)s")
 
 
-def _add_nproc(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nproc", type=_positive, metavar="N", help="start N local ranks through torch elastic")
-
-
-def _add_nodes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--nnodes", metavar="N", help="this is one of N nodes, or of 2:4 that may leave and come; all get this command"
-    )
-    parser.add_argument("--node-rank", type=int, metavar="I", help="which one, from 0")
-    parser.add_argument("--master-addr", metavar="HOST", help="name or address of node 0")
-    parser.add_argument(
-        "--master-port", type=_positive, metavar="PORT", help="default: one that follows from the command"
-    )
-    parser.add_argument(
-        "--wait", type=_positive, default=40, metavar="SECONDS", help="for all nodes to come (default %(default)s)"
-    )
-
-
 def _list_length(text: str) -> tuple[str, float]:
     name, _, mean = text.partition("=")
     try:
@@ -527,18 +546,13 @@ def _list_length(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _rank(args: argparse.Namespace) -> int | None:
     """The number of this process among those that run the command together; None where it runs alone.
 
-    Only train and evaluate run together: Kubeflow sets RANK for every command.
+    Only these commands run together: Kubeflow sets RANK for every command.
     """
-    if "RANK" not in os.environ or args.name not in ("train", "evaluate") or args.nproc is not None:
+    together = args.name in ("train", "evaluate") or (args.name == "doctor" and args.distributed)
+    if "RANK" not in os.environ or not together or args.nproc is not None:
         return None
     for name in ("RANK", "WORLD_SIZE"):
         value = os.environ.get(name)
@@ -580,7 +594,7 @@ def _handed_to_launcher(error: BaseException) -> bool:
     # TorchX sets the file for whole nodes, too, and would show the traceback beside our line.
     if "TORCHELASTIC_ERROR_FILE" not in os.environ or "RANK" not in os.environ:
         return False
-    from mlet_dist.launcher import record_failure
+    from mlet_dist.launcher.elastic import record_failure
 
     record_failure(error)
     return _launched()

@@ -20,4 +20,9 @@ class RanksLost(Exception):
 
 
 class PeerLost(RanksLost):
-    """The connection to another rank broke; its own node says why."""
+    """The connection to another rank broke, whose own node says why; the exit code is that of ``Interrupted``.
+
+    Nothing is wrong with a rank that lost another: a scheduler is to start it again, and not to count it.
+    """
+
+    EXIT_CODE = Interrupted.EXIT_CODE

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlet_dist import __version__
 from mlet_dist.config import Config
-from mlet_dist.doctor import installed_versions
+from mlet_dist.doctor.software import installed_versions
 from mlet_dist.errors import UserError
 from mlet_dist.json_text import to_json
 from mlet_dist.preflight.storage import Mark, put_mark, unseen
@@ -24,7 +24,7 @@ Facts = dict[str, Any]
 
 
 @contextmanager
-def facts_of(name: str, config: Config | None, problem: str, on_cuda: bool) -> Iterator[Facts]:
+def facts_of(name: str, config: Config | None, problem: str, on_cuda: bool, writes: bool = True) -> Iterator[Facts]:
     """What is known here; within the block, marks lie where the job will write.
 
     Args:
@@ -32,13 +32,15 @@ def facts_of(name: str, config: Config | None, problem: str, on_cuda: bool) -> I
         config: None where none is known; then no storage is looked at.
         problem: found already, or nothing.
         on_cuda: whether ranks will talk by NCCL.
+        writes: whether to look at storage; one rank of a node is enough.
 
     Returns:
-        Plain values: ``name``, ``problems`` (lines), ``versions`` (by package), ``settings`` (a digest), ``marks``.
+        Plain values: ``name``, ``problems`` (lines), ``versions`` (by package), ``settings`` (a digest), ``marks``,
+        ``environment`` (variables that steer ranks).
     """
     problems, marks = [problem] if problem else [], list[Mark]()
     try:
-        if not problem and config is not None:
+        if writes and not problem and config is not None:
             try:
                 for setting, place in _written(config):
                     marks.append(put_mark(setting, place))
@@ -51,6 +53,7 @@ def facts_of(name: str, config: Config | None, problem: str, on_cuda: bool) -> I
             "versions": _versions(),
             "settings": None if config is None else hashlib.sha256(to_json(config.to_dict()).encode()).hexdigest(),
             "marks": [asdict(mark) for mark in marks],
+            "environment": shown_settings(os.environ),
         }
     finally:
         for mark in marks:
