@@ -33,14 +33,13 @@ def torchx(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "torchx.cli.main", *map(str, arguments)]
 
 
-def run_torchx(environment: dict[str, str], *arguments: object, expect: int = 0) -> str:
-    """Run it to its end; what it says, on both streams."""
+def run_torchx(environment: dict[str, str], *arguments: object, expect: int = 0) -> tuple[str, str]:
+    """Run it to its end; what it says on stdout and stderr."""
     done = subprocess.run(
         torchx(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == expect, said
-    return said
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 def last_json(said: str, key: str) -> dict[str, Any]:
