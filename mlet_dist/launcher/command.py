@@ -8,7 +8,7 @@ from torch import distributed as dist
 from mlet_dist.config import Config
 from mlet_dist.errors import RanksLost, UserError
 from mlet_dist.launcher.elastic import run_ranks
-from mlet_dist.launcher.meeting import meet
+from mlet_dist.launcher.meeting import meet, wait_for_first
 from mlet_dist.launcher.nodes import Nodes
 from mlet_dist.launcher.rendezvous import MetNodes
 from mlet_dist.preflight.facts import facts_of, judge
@@ -29,6 +29,8 @@ def launch(
     if nodes is None or nodes.is_elastic:  # the nodes of an elastic job come one by one
         config = check()
         _check_devices(nproc, config)
+        if nodes is not None and nodes.rank > 0:
+            wait_for_first(nodes)
         run_ranks(nproc, arguments, nodes, job)
         return
     store = _meet(nproc, nodes, job, check)

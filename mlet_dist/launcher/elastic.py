@@ -36,7 +36,7 @@ def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, 
     Raises:
         UserError: a rank found a user's mistake.
         Interrupted: the ranks were told to stop, and have saved what they did.
-        RanksLost: a rank found that others do not answer; or no node is found.
+        RanksLost: a rank found that others do not answer, or too few nodes came.
         ChildProcessError: a rank failed otherwise; its traceback has been printed.
         KeyboardInterrupt: this process was told to stop, by the signal that the exception holds.
     """
@@ -60,9 +60,11 @@ def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, 
     except ChildFailedError as failed:
         raise _as_ours(failed) from None
     except RendezvousError as error:
+        if nodes is None:
+            raise
         raise RanksLost(
-            f"no job is found at {nodes.endpoint if nodes else 'localhost'} ({str(error).splitlines()[0]}): do all "
-            "nodes run the same command, and has node 0 started?"
+            f"fewer than {nodes.fewest} nodes came to {nodes.endpoint} in time (--wait, "
+            f"{type(error).__name__}): do all run the same command, and can they reach this host?"
         ) from None
 
 
@@ -79,7 +81,13 @@ def _rendezvous(nodes: Nodes | None, job: str) -> dict[str, Any]:
         }
     found = {"min_nodes": nodes.fewest, "max_nodes": nodes.count, "run_id": job, "rdzv_endpoint": nodes.endpoint}
     if nodes.is_elastic:
-        how = {"is_host": nodes.rank == 0, "join_timeout": int(nodes.wait), "read_timeout": min(int(nodes.wait), 60)}
+        # Nodes that come after the last call join, too: the others are then started again with them.
+        how = {
+            "is_host": nodes.rank == 0,
+            "read_timeout": min(int(nodes.wait), 60),
+            "join_timeout": max(int(nodes.wait), 50),  # a node that has gone is missed for 15 s, and then the last call
+            "last_call_timeout": min(int(nodes.wait), 15),
+        }
         return found | {"rdzv_backend": "c10d", "rdzv_configs": how, "max_restarts": _ELASTIC_RESTARTS}
     return found | {"rdzv_backend": "mlet", "max_restarts": 0}
 

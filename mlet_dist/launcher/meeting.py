@@ -42,6 +42,19 @@ def meet(nodes: Nodes, job: str, facts: Facts, judge: Callable[[Sequence[Facts]]
     return _receive(nodes, job, facts, judge) if nodes.rank == 0 else _join(nodes, job, facts)
 
 
+def wait_for_first(nodes: Nodes) -> None:
+    """Wait until node 0 listens.
+
+    Raises:
+        RanksLost: it cannot be reached.
+    """
+    deadline = time.monotonic() + nodes.wait
+    while reason := _unreachable(nodes):
+        if time.monotonic() > deadline:
+            raise _gave_up(nodes, reason)
+        time.sleep(0.5)
+
+
 def _receive(nodes: Nodes, job: str, facts: Facts, judge: Callable[[Sequence[Facts]], str]) -> dist.TCPStore:
     deadline = time.monotonic() + nodes.wait
     server = _listen(nodes)
@@ -108,7 +121,11 @@ def _join(nodes: Nodes, job: str, facts: Facts) -> dist.TCPStore:
                 "node 0 given another command? It must be the same on all nodes, but for --node-rank"
             )
         time.sleep(0.5)
-    raise RanksLost(f"node {nodes.rank} on {socket.gethostname()} has tried for {nodes.wait:g} s (--wait): {reason}")
+    raise _gave_up(nodes, reason)
+
+
+def _gave_up(nodes: Nodes, reason: str) -> RanksLost:
+    return RanksLost(f"node {nodes.rank} on {socket.gethostname()} has tried for {nodes.wait:g} s (--wait): {reason}")
 
 
 def _unreachable(nodes: Nodes) -> str:
