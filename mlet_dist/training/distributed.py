@@ -17,12 +17,13 @@ _TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Worker:
-    """One rank of the job: its number, how many there are, and its device."""
+    """One rank of the job: its number, how many there are, its device, and how long it waits for the others."""
 
     rank: int
     world_size: int
     local_world_size: int
     device: torch.device
+    timeout: timedelta = _TIMEOUT
 
     @property
     def is_first(self) -> bool:
@@ -62,7 +63,8 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
         roll = RollCall(dist.HashStore(), 0, 1)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Worker(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        yield Worker(dist.get_rank(), dist.get_world_size(), local_world_size, target, timeout)
     except BaseException as error:
         missing = roll.missing() if timed_out(error) else []
         if backend == "gloo":  # nccl would wait here for ranks that are stuck in a collective

@@ -116,20 +116,17 @@ class RunDirectory:
                     raise UserError(f"run.dir {self.path}: another job is training into it; choose another") from None
             yield
 
-    def start(self, config: Config, spec: ModelSpec, step: int | None = None) -> None:
-        """Drop what an earlier job left, but what it recorded up to ``step``; write config and model.
-
-        Args:
-            step: from which the run goes on; None where it begins anew.
+    def start(self, config: Config, spec: ModelSpec, *, goes_on: bool = False) -> None:
+        """Drop what an earlier job left, but its checkpoints and records where the run goes on; write config and model.
 
         Raises:
             UserError: the directory cannot be written.
         """
         with self._writing():
-            if step is None:
+            for left in (self.summary, self._partial_summary):
+                left.unlink(missing_ok=True)
+            if not goes_on:
                 self._empty()
-            else:
-                self._keep_records(step)
             save_config(config, self.config)
             spec.save(self.model)
 
@@ -140,26 +137,8 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
 
-    def _keep_records(self, step: int) -> None:
-        """Drop what was recorded of steps after ``step``, and of evaluations, which follow the last one."""
-        for left in (self.summary, self._partial_summary):
-            left.unlink(missing_ok=True)
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                if record["step"] <= step and record["split"] == "train":
-                    kept.append(f"{line}\n")
-            except (ValueError, KeyError, TypeError):  # cut short when the job was killed
-                continue
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.metrics)
-
     def _empty(self) -> None:
-        for left in (self.summary, self._partial_summary, self.metrics, self.model, self.plan):
+        for left in (self.metrics, self.model, self.plan):
             left.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
             if folder.exists():

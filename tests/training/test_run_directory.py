@@ -89,15 +89,14 @@ def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> N
     assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json"}
 
 
-def test_a_run_that_goes_on_keeps_what_was_recorded_up_to_its_step(run: RunDirectory) -> None:
+def test_a_run_that_goes_on_keeps_its_checkpoints_and_records(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
-    records = [{"step": step, "split": "train"} for step in (10, 20, 30)] + [{"step": 20, "split": "valid"}]
-    lines = [json.dumps(record) for record in records]
-    run.metrics.write_text("\n".join([*lines, '{"step": 4']))  # killed while it was writing
+    (run.path / "summary.partial").write_text("{")  # stopped while it was finishing
     with run.hold(config_of(run)):
-        run.start(config_of(run), SPEC, step=20)
-    assert run.metrics.read_text().splitlines() == lines[:2]
+        run.start(config_of(run), SPEC, goes_on=True)
+    assert run.metrics.read_text() == "{}\n"
     assert (run.checkpoints / "step-00000099" / "old").exists()
+    assert not (run.path / "summary.partial").exists()
 
 
 def test_never_wants_an_empty_directory(run: RunDirectory) -> None:
