@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _die_with_parent()
         args = _parse(arguments)
         rank = _rank(args)
-        if rank is None:
-            signal.signal(signal.SIGTERM, _unwind)
-        result, ok = args.command(args, arguments)
+        with _handling_signals(args, rank):
+            result, ok = args.command(args, arguments)
         if result is not None and not rank:
             _show(result, args.json)
         return 0 if ok else 1
@@ -89,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
+        if arguments[:1] == ["train"] and number != signal.SIGINT:
+            from mlet_dist.training.interruption import not_saved
+
+            print(f"mlet: {not_saved(number)}", file=sys.stderr)
+            return Interrupted.EXIT_CODE
         print("mlet: interrupted" if number == signal.SIGINT else "mlet: terminated", file=sys.stderr)
         return 128 + int(number)
     except Exception as error:
@@ -489,8 +494,23 @@ def _die_with_parent() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@contextmanager
+def _handling_signals(args: argparse.Namespace, rank: int | None) -> Iterator[None]:
+    """What SIGTERM does, and for `train` SIGUSR1, until training answers them itself."""
+    from mlet_dist.training.interruption import STOP_SIGNALS, exiting_when_told
+
+    if args.name == "train" and args.nproc is None and not _launched():  # of such ranks, the launcher tells
+        with exiting_when_told():
+            yield
+        return
+    if rank is None:
+        for number in STOP_SIGNALS if args.name == "train" else (signal.SIGTERM,):
+            signal.signal(number, _unwind)
+    yield
+
+
 def _unwind(number: int, _: object) -> NoReturn:
-    """Let SIGTERM do what Ctrl-C does, so that temporary directories are removed."""
+    """Let a signal do what Ctrl-C does, so that temporary directories are removed."""
     raise KeyboardInterrupt(number)
 
 

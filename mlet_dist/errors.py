@@ -9,7 +9,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A run that was told to stop has saved itself, and goes on when it is started again; exit code 75."""
+    """A run that was told to stop has saved itself if it could, and goes on when it is started again; exit code 75."""
 
     EXIT_CODE = 75
     """sysexits.h: EX_TEMPFAIL, try again."""

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,8 +46,7 @@ def training(small_model: tuple[str, ...], folder: Path) -> Iterator[tuple[subpr
         try:
             metrics = folder / "run" / "metrics.jsonl"
             wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or parent.poll() is not None)
-            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-            ranks = [pid for pid in map(int, children) if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            ranks = children(parent.pid)
             assert len(ranks) == 2
             yield parent, ranks
         finally:
@@ -132,3 +132,46 @@ def test_sigterm_leaves_no_temporary_directory(tmp_path: Path) -> None:
         assert synth.communicate(timeout=40)[1].splitlines()[-1] == "mlet: terminated"
     assert synth.returncode == 143
     assert not list(tmp_path.iterdir())
+
+
+NOTHING_SAVED = "stopped without saving; the same command goes on from the last checkpoint, or begins"
+
+
+def test_a_job_that_is_stopped_before_it_trains_asks_to_be_started_again(
+    small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The ranks of `--nproc` import torch; a rank that a cluster started waits for another one, in C++."""
+    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, f"run.dir={tmp_path / 'run'}"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    of_two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with (
+        subprocess.Popen([*command, "--nproc", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | of_two, stderr=subprocess.PIPE, text=True) as waiting,
+    ):
+        try:
+            wait_until(lambda: len(children(launcher.pid)) == 2)
+            launcher.send_signal(signal.SIGUSR1)
+            wait_until(lambda: listens(port))
+            waiting.send_signal(signal.SIGTERM)
+            assert said(launcher) == [f"mlet: SIGUSR1: {NOTHING_SAVED}"]
+            assert said(waiting) == [f"mlet: SIGTERM: {NOTHING_SAVED}"]
+        finally:
+            launcher.kill()
+            waiting.kill()
+    assert (launcher.returncode, waiting.returncode) == (75, 75)
+    assert not (tmp_path / "run").exists()
+
+
+def children(process: int) -> list[int]:
+    try:
+        found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return [pid for pid in map(int, found) if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0

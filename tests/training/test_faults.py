@@ -65,6 +65,8 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(small_model: tuple[str, .
     run = tmp_path / "run"
     command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, f"run.dir={run}", "--nproc", "2"]
     command += ["train.epochs=100000", "train.max_steps=null", "train.collective_timeout_s=5"]
+    # With groups that TorchRec makes for itself.
+    command += ["sharding.sharding_types=[table_row_wise,data_parallel]", "sharding.data_parallel_up_to_mb=0"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
         ranks: list[int] = []
         try:
