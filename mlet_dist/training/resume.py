@@ -59,9 +59,23 @@ def find_start(config: Config, store: CheckpointStore, identity: Mapping[str, An
         check_same(
             without_rates(about["identity"]), without_rates(identity), str(checkpoint), "begin from another checkpoint"
         )
+    _check_left(config, start.found)
     ranks = f"{about['world_size']} rank{'s' if about['world_size'] > 1 else ''}"
     _say(f"goes on from {checkpoint}, saved on {ranks} after step {start.found.manifest.step:,}")
     return start
+
+
+def _check_left(config: Config, found: Found) -> None:
+    """Raise UserError where the checkpoint is beyond the end of the run."""
+    step, cursor = found.manifest.step, found.manifest.about["data"]
+    ends = {"train.max_steps": step, "train.epochs": cursor["epoch"] + (cursor["row"] > 0)}
+    for key, reached in ends.items():
+        wanted = getattr(config.train, key.removeprefix("train."))
+        if wanted is not None and wanted < reached:
+            raise UserError(
+                f"{found.checkpoint} was saved after step {step:,}, and {key} is {wanted}; use {reached} or more, "
+                "or begin from another checkpoint"
+            )
 
 
 def drop_later(store: CheckpointStore, start: Start | None) -> None:

@@ -1,6 +1,5 @@
 """The layout of a run on disk: resolved config, model, metrics, checkpoints, summary."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.json_text import to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.training.lock import locked
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,17 @@ class RunDirectory:
 
     @contextmanager
     def hold(self, config: Config) -> Iterator[None]:
-        """Keep other jobs out within the block.
+        """Keep other jobs out within the block: of the directory, and of ``train.checkpoint_dir`` unless it is a URL.
 
         Raises:
-            UserError: training may not begin here, another job is here, or the directory cannot be written.
+            UserError: training may not begin here, another job is here, or a directory cannot be written.
         """
         self.check_free(config)
+        store = self.checkpoint_store(config)
         with ExitStack() as held:
-            with self._writing():
-                self.path.mkdir(parents=True, exist_ok=True)
-                try:
-                    marker = held.enter_context(self.marker.open("a"))
-                    fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"run.dir {self.path}: another job is training into it; choose another") from None
+            held.enter_context(locked(self.marker, f"run.dir {self.path}"))
+            if config.train.checkpoint_dir is not None and store.is_local:
+                held.enter_context(locked(Path(store.root) / ".mlet-lock", f"train.checkpoint_dir {store}"))
             yield
 
     def start(self, config: Config, spec: ModelSpec, *, goes_on: bool = False) -> None:

@@ -1,9 +1,11 @@
 """Checkpoints as files: whole or named as damaged, written behind training, kept or dropped."""
 
+import os
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from mlet_dist.training.checkpoint.manifest import Checksum, Manifest, ManifestE
 from mlet_dist.training.checkpoint.retention import drop_old
 from mlet_dist.training.checkpoint.saver import CheckpointSaver
 from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore
+from mlet_dist.training.resume import drop_later
 from tests.ranks import RankFailed
 from tests.training.in_ranks import Ranks
 
@@ -153,6 +156,48 @@ def test_a_checkpoint_is_whole_in_one_instant_and_gone_in_one(tmp_path: Path) ->
     checkpoint.remove()
     assert list(tmp_path.iterdir()) == []
     assert Checkpoint.at(str(tmp_path)) is None
+
+
+class _Killed(BaseException):
+    """In the role of kill -9."""
+
+
+@pytest.mark.parametrize("files_gone", range(5))
+def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_gone: int
+) -> None:
+    store = CheckpointStore(tmp_path)
+    checkpoint = store.checkpoint(4)
+    checkpoint.begin()
+    entries = {}
+    for name in ("a", "b"):
+        with checkpoint.open_new(name) as file:
+            file.write(b"1")
+        entries[name] = {"bytes": 1, "crc32": "83dcefb7"}
+    checkpoint.finish(Manifest(4, entries, {}))
+    assert newest_whole(store) is not None
+    gone: list[str] = []
+
+    def until_killed(remove: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(path: Any, *args: Any, **arguments: Any) -> None:
+            if len(gone) == files_gone:
+                raise _Killed
+            remove(path, *args, **arguments)
+            gone.append(str(path))
+
+        return wrapped
+
+    for name in ("remove", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, until_killed(getattr(os, name)))
+    with pytest.raises(_Killed):
+        checkpoint.remove()
+    monkeypatch.undo()
+    assert len(gone) == files_gone
+    if files_gone:
+        assert newest_whole(store) is None
+        assert checkpoint.is_being_written
+        drop_later(store, None)
+        assert list(tmp_path.iterdir()) == []
 
 
 def _fail_to_write(location: str) -> None:

@@ -154,6 +154,8 @@ def test_a_run_with_other_settings_is_refused_and_from_a_path_learning_rates_may
     assert "step-00000042 was saved with other settings: " in message
     assert "model.hidden_dim was 12, is 16; optimizer.learning_rate was 0.05, is 0.01; " in message
     assert "run.overwrite=true" in message
+    with_less = (*settings, f"run.dir={run}", "train.max_steps=41")
+    assert "was saved after step 42, and train.max_steps is 41; use 42 or more" in refusal(ranks, 1, *with_less)
     other = (f"run.dir={tmp_path / 'other'}", f"train.resume={run}", "optimizer.learning_rate=0.01")
     assert train_in_ranks(ranks, 1, *settings, *other)["first_step"] == 42
     assert not (run / "summary.json").exists()

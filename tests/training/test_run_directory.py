@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +186,29 @@ def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> 
 def test_a_second_job_is_kept_out_until_the_first_has_ended(run: RunDirectory) -> None:
     with run.hold(config_of(run)):
         run.metrics.write_text("of the first")
-        with pytest.raises(UserError, match="another job is training into it"), run.hold(config_of(run)):
+        holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}"
+        with pytest.raises(UserError, match=rf"first: another job is .*\({holder}\)"), run.hold(config_of(run)):
             pass
         assert run.metrics.read_text() == "of the first"
     start(run, config_of(run), SPEC)
     assert not run.metrics.exists()
+
+
+def test_two_runs_do_not_share_a_directory_of_checkpoints(run: RunDirectory, tmp_path: Path) -> None:
+    def config(run: RunDirectory, where: str) -> Config:
+        return dataclasses.replace(config_of(run), train=TrainConfig(seed=3, checkpoint_dir=where))
+
+    shared, other = tmp_path / "shared", RunDirectory(tmp_path / "other")
+    with run.hold(config(run, f"file://{shared}")):
+        with pytest.raises(UserError, match=rf"^train\.checkpoint_dir {shared}: another job "):
+            start(other, config(other, str(shared)), SPEC)
+        assert not other.config.exists()
+        with other.hold(config(other, "memory://elsewhere")):
+            pass
+    start(other, config(other, str(shared)), SPEC)
+    (shared / "file").touch()
+    with pytest.raises(UserError, match=rf"^train\.checkpoint_dir {shared}/file cannot be written: "):
+        start(other, config(other, str(shared / "file")), SPEC)
 
 
 def test_a_directory_with_a_config_of_the_users_own_is_no_run(run: RunDirectory) -> None:
