@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _handed_to_launcher(error):
             traceback.print_exc()
+            if "RANK" in os.environ:
+                _print_error(
+                    f"rank {os.environ['RANK']} on {socket.gethostname()} failed: {type(error).__name__}: {error}"
+                )
         return 1
 
 
@@ -520,13 +525,13 @@ def _launched() -> bool:
 
 
 def _handed_to_launcher(error: BaseException) -> bool:
-    """Whether the launcher of this rank will show the error, in place of it; torchrun is told too, for its report."""
+    """Whether this rank's launcher, or under torchrun another rank, shows the error; torchrun's report has it, too."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return False
-    from mlet_dist.launcher import record_failure
+    from mlet_dist.launcher import record_failure, said_by_another_rank
 
     record_failure(error)
-    return _launched()
+    return _launched() or said_by_another_rank(error)
 
 
 def _before_torch() -> None:
@@ -558,7 +563,7 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: Exception | str) -> None:
     print("mlet: error:", " ".join(str(error).splitlines()), file=sys.stderr)
 
 

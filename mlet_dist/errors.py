@@ -17,3 +17,7 @@ class Interrupted(Exception):
 
 class RanksLost(Exception):
     """Other ranks do not answer any more; exit code 1."""
+
+
+class ConnectionLost(RanksLost):
+    """Another rank has ended, and why is for that one to say; exit code 1."""

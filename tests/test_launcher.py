@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from mlet_dist.errors import ConnectionLost, UserError
+from mlet_dist.launcher import _as_ours, record_failure, said_by_another_rank
 from tests.command import ROOT
 
 pytestmark = pytest.mark.e2e
@@ -106,7 +109,7 @@ def test_a_killed_rank_is_one_line(small_model: tuple[str, ...], tmp_path: Path)
     with training(small_model, tmp_path) as (parent, ranks):
         os.kill(ranks[1], signal.SIGKILL)
         (line,) = said(parent)
-        assert re.match(r"mlet: error: rank 1 was killed by signal 9 \(SIGKILL\)", line)
+        assert re.match(rf"mlet: error: rank 1 on {socket.gethostname()} was killed by signal 9 \(SIGKILL\)", line)
         assert parent.returncode == 1
         assert not any(map(alive, ranks))
     assert left_over(tmp_path) == []
@@ -132,6 +135,44 @@ def test_sigterm_leaves_no_temporary_directory(tmp_path: Path) -> None:
         assert synth.communicate(timeout=40)[1].splitlines()[-1] == "mlet: terminated"
     assert synth.returncode == 143
     assert not list(tmp_path.iterdir())
+
+
+def failure_of(rank: int, error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ProcessFailure:
+    """What torch elastic learns of a rank that ends with an error; the rank of that number of ``folder`` says so."""
+    file = folder / "attempt_0" / str(rank) / "error.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    try:
+        raise error
+    except Exception as raised:
+        record_failure(raised)
+    return ProcessFailure(rank, 1, 1, str(file))
+
+
+def test_the_rank_that_failed_is_shown_and_not_those_that_lost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = failure_of(0, ConnectionLost("another rank has ended"), tmp_path, monkeypatch)
+    failed = failure_of(1, KeyError("boom"), tmp_path, monkeypatch)
+    error = _as_ours(ChildFailedError("mlet", {0: lost, 1: failed}))
+    assert str(error) == f"rank 1 on {socket.gethostname()} failed with exit code 1: KeyError: 'boom'"
+    assert capsys.readouterr().err.endswith("KeyError: 'boom'\n")
+    assert isinstance(_as_ours(ChildFailedError("mlet", {0: lost})), ConnectionLost)
+    mistake = failure_of(2, UserError("no such file"), tmp_path, monkeypatch)
+    error = _as_ours(ChildFailedError("mlet", {0: lost, 1: failed, 2: mistake}))
+    assert (type(error), str(error)) == (UserError, "no such file")
+
+
+def test_ranks_of_a_host_say_the_same_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    for rank, text in enumerate(("one", "one", "two")):
+        failure_of(rank, UserError(text), tmp_path, monkeypatch)
+        said.append(said_by_another_rank(UserError(text)))
+    assert said == [False, True, False]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "termination-log"))  # not torchrun's
+    assert not said_by_another_rank(UserError("one"))
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt_0"]
 
 
 NOTHING_SAVED = "stopped without saving; the same command goes on from the last checkpoint, or begins"

@@ -1,6 +1,7 @@
 """Where this process stands among the ranks, and the process group that joins them."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from mlet_dist.errors import RanksLost, UserError
-from mlet_dist.training.roll_call import RollCall, fresh_store, timed_out
+from mlet_dist.errors import ConnectionLost, RanksLost, UserError
+from mlet_dist.training.roll_call import RollCall, connection_lost, fresh_store, timed_out
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -42,6 +43,7 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
     Raises:
         UserError: cuda is asked for where there is none.
         RanksLost: within the block, a gloo collective timed out; it names the ranks that did not take part.
+        ConnectionLost: within the block, another rank ended.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -74,5 +76,7 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
                 f"{' and '.join(missing)} took no part in a collective for {timeout.total_seconds():g} s "
                 "(train.collective_timeout_s): stuck or dead; the others stop"
             ) from error
+        if connection_lost(error):
+            raise ConnectionLost(f"{socket.gethostname()}: another rank has ended; its own error says why") from error
         raise
     dist.destroy_process_group()
