@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(arguments)
         rank = _rank(args)
         if rank is None:
-            signal.signal(signal.SIGTERM, _unwind)
+            for number in (signal.SIGTERM, signal.SIGUSR1) if args.name == "train" else (signal.SIGTERM,):
+                signal.signal(number, _unwind)
         result, ok = args.command(args, arguments)
         if result is not None and not rank:
             _show(result, args.json)
@@ -89,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
+        if args.name == "train" and number in (signal.SIGTERM, signal.SIGUSR1):
+            name = signal.Signals(number).name
+            print(f"mlet: {name}: stopped before anything was saved; start the same command again", file=sys.stderr)
+            return Interrupted.EXIT_CODE
         print("mlet: interrupted" if number == signal.SIGINT else "mlet: terminated", file=sys.stderr)
         return 128 + int(number)
     except Exception as error:

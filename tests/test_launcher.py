@@ -102,6 +102,22 @@ def test_a_signal_ends_all_with_one_line(
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.parametrize("ranks", [(), ("--nproc", "2")], ids=["alone", "with ranks"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_before_training_asks_for_a_restart_too(
+    name: str, ranks: tuple[str, ...], small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As soon as torch is being read."""
+    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, *ranks]
+    with subprocess.Popen(
+        [*command, f"run.dir={tmp_path / 'run'}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as job:
+        wait_until(lambda: "libtorch" in Path(f"/proc/{job.pid}/maps").read_text() or job.poll() is not None)
+        job.send_signal(signal.Signals[name])
+        assert said(job) == [f"mlet: {name}: stopped before anything was saved; start the same command again"]
+    assert job.returncode == 75
+
+
 def test_a_killed_rank_is_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:
     with training(small_model, tmp_path) as (parent, ranks):
         os.kill(ranks[1], signal.SIGKILL)
