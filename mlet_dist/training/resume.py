@@ -79,11 +79,18 @@ def _check_left(config: Config, found: Found) -> None:
 
 
 def drop_later(store: CheckpointStore, start: Start | None) -> None:
-    """Remove what a run's store holds that is not of the run as it goes on; called by the first rank alone."""
+    """Remove what a run's store holds that is not of the run as it goes on; called by the first rank alone.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
     first = start.found.checkpoint.step if start is not None and start.is_own else -1
     for checkpoint in store.checkpoints():
         if checkpoint.step > first or checkpoint.is_being_written:
-            checkpoint.remove()
+            try:
+                checkpoint.remove()
+            except Exception as error:  # each store has errors of its own
+                raise UserError(f"{checkpoint}: cannot be removed: {error or type(error).__name__}") from None
 
 
 def _of_path(path: str, own: CheckpointStore) -> Start:
@@ -104,7 +111,7 @@ def _of_path(path: str, own: CheckpointStore) -> Start:
 def _is_of(path: str, store: CheckpointStore) -> bool:
     """Whether a path is that of a single checkpoint of ``store``."""
     single = Checkpoint.at(path)
-    return single is not None and single.store.is_local == store.is_local and single.store.root == store.root
+    return single is not None and single.store.place == store.place
 
 
 def _say(text: str) -> None:

@@ -77,7 +77,7 @@ class RunDirectory:
         """
         overwrite = config.run.overwrite
         try:
-            entries = list(self.path.iterdir())
+            entries = set(self.path.iterdir())
         except FileNotFoundError:
             return
         except NotADirectoryError:
@@ -92,7 +92,7 @@ class RunDirectory:
             )
         if entries and not self.marker.exists():
             raise UserError(f"run.dir {self.path} holds files that are not a run's; choose an empty or new directory")
-        if entries and config.train.resume == "never" and not overwrite:
+        if entries - {self.marker} and config.train.resume == "never" and not overwrite:
             raise UserError(
                 f"run.dir {self.path} holds a run that did not finish, and train.resume is never; go on with "
                 "train.resume=auto, choose another, or replace it with run.overwrite=true"

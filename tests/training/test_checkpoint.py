@@ -12,13 +12,14 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.errors import UserError
+from mlet_dist.training.checkpoint import manifest
 from mlet_dist.training.checkpoint.choosing import newest_checkpoint, newest_whole
 from mlet_dist.training.checkpoint.loading import load_state
-from mlet_dist.training.checkpoint.manifest import Checksum, Manifest, ManifestError
+from mlet_dist.training.checkpoint.manifest import FORMAT_VERSION, Checksum, Manifest, ManifestError
 from mlet_dist.training.checkpoint.retention import drop_old
 from mlet_dist.training.checkpoint.saver import CheckpointSaver
 from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.training.resume import drop_later
+from mlet_dist.training.resume import Start, drop_later
 from tests.ranks import RankFailed
 from tests.training.in_ranks import Ranks
 
@@ -59,11 +60,11 @@ def test_the_copy_is_taken_before_training_goes_on(ranks: Ranks, two: Path) -> N
         for step, tensor in ranks(world_size).run(_load, str(two)):
             assert step == 5
             assert torch.equal(tensor, torch.full((SIZE,), 5.0))
-    manifest = CheckpointStore(two).checkpoint(5).manifest()
-    assert dict(manifest.about) == {"note": "λ", "numbers": [1, 0.1, None]}
+    saved = CheckpointStore(two).checkpoint(5).manifest()
+    assert dict(saved.about) == {"note": "λ", "numbers": [1, 0.1, None]}
     on_disk = {path.name for path in (two / "step-00000005").iterdir()}
-    assert on_disk == {"manifest.json", *manifest.files}
-    assert {".metadata", "__0_0.distcp"} <= manifest.files.keys()
+    assert on_disk == {"manifest.json", *saved.files}
+    assert {".metadata", "__0_0.distcp"} <= saved.files.keys()
 
 
 @pytest.mark.multirank
@@ -124,14 +125,45 @@ def test_every_bit_of_a_manifest_counts() -> None:
     checksum = Checksum()
     checksum.update(b"123456789")
     assert checksum.entry() == {"bytes": 9, "crc32": "cbf43926"}  # the check value of CRC-32
-    manifest = Manifest(7, {"a": checksum.entry()}, {"loss": 0.1})
-    data = manifest.render()
-    assert Manifest.parse(data, "here") == manifest
+    rendered = Manifest(7, {"a": checksum.entry()}, {"loss": 0.1})
+    data = rendered.render()
+    assert Manifest.parse(data, "here") == rendered
     for position in range(0, 8 * len(data), 5):
         broken = bytearray(data)
         broken[position // 8] ^= 1 << position % 8
         with pytest.raises(ManifestError, match=r"^here"):
             Manifest.parse(bytes(broken), "here")
+
+
+def test_what_another_version_wrote_is_neither_damaged_nor_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    store.checkpoint(1).begin()
+    store.checkpoint(1).finish(Manifest(1, {}, {}))
+    store.checkpoint(2).begin()
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", FORMAT_VERSION + 1)
+    store.checkpoint(2).finish(Manifest(2, {}, {}))
+    monkeypatch.undo()
+    version = FORMAT_VERSION + 1
+    with pytest.raises(
+        UserError, match=rf"step-00000002: manifest\.json: format_version is {version}, and this .*reads"
+    ):
+        newest_whole(store)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_named(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.checkpoint(step).begin()
+        store.checkpoint(step).finish(Manifest(step, {}, {}))
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000009")
+    found = newest_whole(store)
+    assert found is not None
+    assert found.checkpoint.step == 1
+    assert found.damage == [f"{tmp_path}/step-00000009: manifest.json is that of step 2: the directory was renamed"]
+    drop_later(store, Start(found, is_own=True))
+    assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_a_checkpoint_is_whole_in_one_instant_and_gone_in_one(tmp_path: Path) -> None:

@@ -175,8 +175,9 @@ def test_a_path_is_where_a_run_begins_that_has_nothing_of_its_own(
     assert again["weights_sha256"] == first["weights_sha256"]
     # A checkpoint of the run's own is gone back to, and what came after it is dropped.
     (run / "summary.json").unlink()
+    (tmp_path / "link").symlink_to(run)
     back = train_in_ranks(
-        ranks, 1, *settings, f"run.dir={run}", f"train.resume={run / 'checkpoints' / 'step-00000028'}"
+        ranks, 1, *settings, f"run.dir={run}", f"train.resume={tmp_path / 'link' / 'checkpoints' / 'step-00000028'}"
     )
     assert back["first_step"] == 28
     assert back["weights_sha256"] == first["weights_sha256"]

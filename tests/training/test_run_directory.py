@@ -104,6 +104,8 @@ def test_a_run_that_goes_on_keeps_its_checkpoints_and_records(run: RunDirectory)
 
 def test_never_wants_an_empty_directory(run: RunDirectory) -> None:
     never = TrainConfig(seed=3, resume="never")
+    with run.hold(dataclasses.replace(config_of(run), train=never)):
+        pass  # a job that found a mistake before it began
     start(run, dataclasses.replace(config_of(run), train=never), SPEC)
     with pytest.raises(UserError, match=r"train\.resume is never; go on with train\.resume=auto"):
         start(run, dataclasses.replace(config_of(run), train=never), SPEC)

@@ -40,6 +40,11 @@ class CheckpointStore:
     def __str__(self) -> str:
         return self._location
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """What two stores share that are the same, by whatever path or URL they were opened."""
+        return type(self.filesystem).__name__, os.path.realpath(self.root) if self.is_local else self.root
+
     def checkpoints(self) -> list["Checkpoint"]:
         """All that is there, whole or not, by step."""
         self.filesystem.invalidate_cache()
@@ -108,7 +113,7 @@ class Checkpoint:
         """What it says of itself; the files are not looked at.
 
         Raises:
-            ManifestError: it is missing or damaged, so the checkpoint is not whole.
+            ManifestError: it is missing, damaged or of another step, so the checkpoint is not whole.
         """
         try:
             data = self.store.filesystem.cat_file(f"{self.path}/{MANIFEST}")
@@ -116,7 +121,10 @@ class Checkpoint:
             raise ManifestError(f"{self}: {MANIFEST} is missing") from None
         except Exception as error:  # each store has errors of its own
             raise ManifestError(f"{self}: {MANIFEST} cannot be read: {error or type(error).__name__}") from None
-        return Manifest.parse(data, f"{self}: {MANIFEST}")
+        manifest = Manifest.parse(data, f"{self}: {MANIFEST}")
+        if manifest.step != self.step:
+            raise ManifestError(f"{self}: {MANIFEST} is that of step {manifest.step}: the directory was renamed")
+        return manifest
 
     def begin(self) -> None:
         """Take away what is there of this step, and mark what will be as not whole yet."""
@@ -147,7 +155,7 @@ class Checkpoint:
         if MANIFEST in names:
             if INCOMPLETE not in names:
                 self.store.filesystem.pipe_file(f"{self.path}/{INCOMPLETE}", b"")
-            self.store.filesystem.rm_file(f"{self.path}/{MANIFEST}")
+            self.store.filesystem.rm(f"{self.path}/{MANIFEST}", recursive=True)
         if files := names - {MANIFEST, INCOMPLETE}:
             self.store.filesystem.rm([f"{self.path}/{name}" for name in sorted(files)], recursive=True)
         with suppress(FileNotFoundError):
