@@ -19,6 +19,7 @@ Result = dict[str, Any]
 
 _LAUNCHED = "MLET_LAUNCHED"
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
+_MOST_SHOWN = 8  # of a list, such as one by rank
 _MOST_LOCAL_RANKS = 128  # torch.device keeps an index in 8 bits
 _PREPARE_HELP = """\
   mlet prepare criteo train.txt --out data/criteo                  # Criteo-Kaggle
@@ -551,9 +552,14 @@ def _before_torch() -> None:
 
 
 def _show(result: Result, as_json: bool) -> None:
-    width = max(map(len, result))
-    lines = (f"{name:{width}}  {_readable(name, value)}" for name, value in result.items())
-    _print(to_json(result) if as_json else "\n".join(lines))
+    if as_json:
+        _print(to_json(result))
+        return
+    flat: Result = {}
+    for name, value in result.items():
+        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    width = max(map(len, flat))
+    _print("\n".join(f"{name:{width}}  {_readable(name, value)}" for name, value in flat.items()))
 
 
 def _print(text: str) -> None:
@@ -570,6 +576,9 @@ def _print_error(error: Exception | str) -> None:
 def _readable(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{key} {_readable(key, each)}" for key, each in value.items())
+    if isinstance(value, list):
+        more = [f"… {len(value):,} in all"] if len(value) > _MOST_SHOWN else []
+        return "  ".join([_readable(name, each) for each in value[:_MOST_SHOWN]] + more)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,9 @@
 """What a run says of itself while it goes on: metrics.jsonl, TensorBoard."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from mlet_dist.errors import UserError
@@ -27,8 +28,8 @@ class Recorder:
         """Bytes of metrics.jsonl; a checkpoint keeps it, so that a run that goes on from there has each step once."""
         return self._lines.tell() if self._enabled else 0
 
-    def record(self, split: str, step: int, values: Mapping[str, float | str]) -> None:
-        """Write one line, and one TensorBoard point a number, under ``split/name``.
+    def record(self, split: str, step: int, values: Mapping[str, float | str | Sequence[float]]) -> None:
+        """Write one line, and to TensorBoard a point a number and a histogram a list, under ``split/name``.
 
         Raises:
             UserError: they cannot be written.
@@ -38,8 +39,10 @@ class Recorder:
         try:
             self._lines.write((to_json({"step": step, "split": split, **values}) + "\n").encode())
             for name, value in values.items():
-                if not isinstance(value, str):
+                if isinstance(value, float | int):
                     self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+                elif not isinstance(value, str):
+                    self._tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
         except OSError as error:
             raise UserError(f"{self._run.path}: no record can be written: {error.strerror or error}") from None
 

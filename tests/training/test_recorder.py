@@ -38,8 +38,12 @@ def test_steps_that_come_again_are_there_once(run: RunDirectory) -> None:
         recorder.record("train", 3, {"loss": 3.5})
     assert losses(run) == points(run, "train/loss") == [(1, 1.5), (2, 2.25), (3, 3.5)]
     with Recorder(run, True, 1, size) as recorder:
-        recorder.record("train", 2, {"loss": 2.75})
+        recorder.record("train", 2, {"loss": 2.75, "by_rank": [1.0, 2.0, 3.0]})
     assert losses(run) == points(run, "train/loss") == [(1, 1.5), (2, 2.75)]
+    assert json.loads(run.metrics.read_text().splitlines()[-1])["by_rank"] == [1.0, 2.0, 3.0]
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    (histogram,) = events.Histograms("train/by_rank")
+    assert (histogram.step, histogram.histogram_value.num, histogram.histogram_value.sum) == (2, 3, 6)
 
 
 def test_a_line_that_was_cut_short_is_dropped(run: RunDirectory) -> None:
