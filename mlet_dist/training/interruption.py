@@ -43,8 +43,9 @@ def _exit_when_told(told: int) -> None:
     with os.fdopen(told, "rb", buffering=0) as file:
         while said := file.read(1):
             if said[0] in STOP_SIGNALS:
-                with suppress(OSError):  # a log that nobody reads any more
-                    print(f"mlet: {not_saved(said[0])}", file=sys.stderr, flush=True)
+                if os.environ.get("RANK", "0") == "0":
+                    with suppress(OSError):  # a log that nobody reads any more
+                        print(f"mlet: {not_saved(said[0])}", file=sys.stderr, flush=True)
                 os._exit(Interrupted.EXIT_CODE)
 
 
