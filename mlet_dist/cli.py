@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _show(result, args.json)
         return 0 if ok else 1
     except UserError as error:
-        if not _handed_to_launcher(error):
+        if not _handed_to_launcher(error) and _speaks():
             _print_error(error)
         return 2
     except Interrupted as stopped:
-        if not _handed_to_launcher(stopped):
+        if not _handed_to_launcher(stopped) and _speaks():
             print(f"mlet: {stopped}", file=sys.stderr)
         return Interrupted.EXIT_CODE
     except RanksLost as error:
@@ -480,14 +480,14 @@ def _rank(args: argparse.Namespace) -> int | None:
 
 
 def _die_with_parent() -> None:
-    """In a process that another `mlet` started: end when that one ends, be it by kill -9."""
+    """In a process that another `mlet` or torchrun started: end when that one ends, be it by kill -9."""
     parent = os.environ.pop(_PARENT, None)
-    if parent is None:
-        return
-    if sys.platform == "linux":
+    if sys.platform == "linux" and (parent is not None or "TORCHELASTIC_RUN_ID" in os.environ):
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if parent is None:
+        return
     if os.getppid() != int(parent):  # gone before that
         sys.exit(1)
     if _launched():  # torch elastic ends its ranks by SIGTERM or SIGINT: at once, and without a word
@@ -512,6 +512,11 @@ def _handed_to_launcher(error: BaseException) -> bool:
 
     record_failure(error)
     return _launched()
+
+
+def _speaks() -> bool:
+    """Whether this process says what all ranks have to say; torchrun's report names what one rank alone has found."""
+    return "TORCHELASTIC_ERROR_FILE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _before_torch() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed import DistributedModelParallel, comm
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
@@ -111,7 +111,17 @@ def shard_model(
         # ranks in another order: a run that goes on would not train the same bits as one that was never stopped.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
+    _limit_node_groups(worker)
     return sharded, planned
+
+
+def _limit_node_groups(worker: Worker) -> None:
+    """Give TorchRec's groups of nodes, made with torch's default of 30 minutes, the timeout of all ranks' group."""
+    assert dist.group.WORLD is not None
+    timeout = dist.group.WORLD._get_backend(worker.device).options._timeout
+    for group in (comm._INTRA_PG, comm._CROSS_PG):
+        if group is not None:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _plan_on_first(model: DLRM, sharding: Sharding, topology: Topology, worker: Worker) -> ModelPlan:
