@@ -486,14 +486,14 @@ def _rank(args: argparse.Namespace) -> int | None:
 
 
 def _die_with_parent() -> None:
-    """In a process that another `mlet` started: end when that one ends, be it by kill -9."""
+    """In a process that another `mlet` or torchrun started: end when that one ends, be it by kill -9."""
     parent = os.environ.pop(_PARENT, None)
-    if parent is None:
-        return
-    if sys.platform == "linux":
+    if sys.platform == "linux" and (parent is not None or "TORCHELASTIC_RUN_ID" in os.environ):
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if parent is None:
+        return
     if os.getppid() != int(parent):  # gone before that
         sys.exit(1)
     if _launched():  # torch elastic ends its ranks by SIGTERM or SIGINT: at once, and without a word
