@@ -574,8 +574,6 @@ def _print_error(error: Exception | str) -> None:
 
 
 def _readable(name: str, value: Any) -> str:
-    if isinstance(value, dict):
-        return "  ".join(f"{key} {_readable(key, each)}" for key, each in value.items())
     if isinstance(value, list):
         more = [f"… {len(value):,} in all"] if len(value) > _MOST_SHOWN else []
         return "  ".join([_readable(name, each) for each in value[:_MOST_SHOWN]] + more)

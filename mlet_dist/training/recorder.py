@@ -1,6 +1,8 @@
 """What a run says of itself while it goes on: metrics.jsonl, TensorBoard."""
 
-from collections.abc import Mapping, Sequence
+import errno
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import numpy as np
@@ -36,15 +38,15 @@ class Recorder:
         """
         if not self._enabled:
             return
-        try:
-            self._lines.write((to_json({"step": step, "split": split, **values}) + "\n").encode())
+        line = (to_json({"step": step, "split": split, **values}) + "\n").encode()
+        with self._writing():
+            if self._lines.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "the disk is full")
             for name, value in values.items():
                 if isinstance(value, float | int):
                     self._tensorboard.add_scalar(f"{split}/{name}", value, step)
                 elif not isinstance(value, str):
                     self._tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
-        except OSError as error:
-            raise UserError(f"{self._run.path}: no record can be written: {error.strerror or error}") from None
 
     def go_back(self, step: int, size: int) -> None:
         """Drop what was recorded since there were ``size`` bytes, after ``step``; the steps that follow come again."""
@@ -54,18 +56,28 @@ class Recorder:
     def _open(self, step: int, size: int) -> None:
         if not self._enabled:
             return
-        metrics = self._run.metrics
-        kept = metrics.read_bytes()[:size] if metrics.exists() else b""
-        self._lines = metrics.open("ab", buffering=0)
-        self._lines.truncate(kept.rfind(b"\n") + 1)  # a machine that went down may have lost the end
-        self._lines.seek(0, 2)
-        # TensorBoard drops what older files say of these steps.
-        self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
+        with self._writing():
+            metrics = self._run.metrics
+            kept = metrics.read_bytes()[:size] if metrics.exists() else b""
+            self._lines = metrics.open("ab", buffering=0)
+            self._lines.truncate(kept.rfind(b"\n") + 1)  # a machine that went down may have lost the end
+            self._lines.seek(0, 2)
+            # TensorBoard drops what older files say of these steps.
+            self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
 
     def _close(self) -> None:
         if self._enabled:
-            self._lines.close()
-            self._tensorboard.close()
+            with self._writing():
+                self._lines.close()
+                self._tensorboard.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            said = f"run.dir {self._run.path}: no record can be written: {error.strerror or error}"
+            raise UserError(said) from None
 
     def __enter__(self) -> "Recorder":
         return self
@@ -73,4 +85,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._close()
+        try:
+            self._close()
+        except UserError:
+            if error is None:  # which else says more
+                raise
