@@ -47,7 +47,7 @@ class TensorFiles:
     def __init__(
         self, location: Location, open_file: Callable[[str], IO[bytes]], files: Mapping[str, Any] | None = None
     ) -> None:
-        self._location, self._open_file, self._files = location, open_file, files
+        self.location, self._open_file, self._files = location, open_file, files
         metadata = read_metadata(location)
         self.tensors: dict[str, StoredTensor] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
@@ -81,7 +81,7 @@ class TensorFiles:
                 rows.copy_(part)
             covered += part.numel()
         if covered != out.numel():
-            raise UserError(f"{self._location}: holds {covered:,} of {out.numel():,} values of rows of {name!r}")
+            raise UserError(f"{self.location}: holds {covered:,} of {out.numel():,} values of rows of {name!r}")
 
     def load(self, name: str) -> torch.Tensor:
         """One whole tensor, for small ones.
@@ -97,7 +97,7 @@ class TensorFiles:
         elif len(chunks) == 1 and chunks[0].sizes == found.shape:
             self._read(chunks[0], 0, tensor)
         else:
-            raise UserError(f"{self._location}: {name!r} has {tensor.dim()} dimensions and {len(chunks)} parts")
+            raise UserError(f"{self.location}: {name!r} has {tensor.dim()} dimensions and {len(chunks)} parts")
         return tensor
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class TensorFiles:
 
     def _chunks_of(self, name: str) -> list[_Chunk]:
         if name not in self._chunks:
-            raise UserError(f"{self._location}: holds no tensor {name!r}")
+            raise UserError(f"{self.location}: holds no tensor {name!r}")
         return self._chunks[name]
 
     def _chunk(
@@ -122,7 +122,7 @@ class TensorFiles:
     ) -> _Chunk:
         found = storage.get(MetadataIndex(name, torch.Size(offsets)))
         if found is None:
-            raise UserError(f"{self._location}: says nothing of where the part of {name!r} at {offsets} lies")
+            raise UserError(f"{self.location}: says nothing of where the part of {name!r} at {offsets} lies")
         return _Chunk(offsets, sizes, found.relative_path, found.offset, found.length)
 
     def _read(self, chunk: _Chunk, offset: int, out: torch.Tensor) -> None:
@@ -147,7 +147,7 @@ class TensorFiles:
 
     def _file(self, name: str) -> CheckedFile:
         if name not in self._opened:
-            path = f"{str(self._location).rstrip('/')}/{name}"
+            path = f"{str(self.location).rstrip('/')}/{name}"
             expected = None
             if self._files is not None:
                 if name not in self._files:
@@ -170,5 +170,5 @@ class TensorFiles:
             raise
         except Exception as error:  # a damaged file raises anything
             said = " ".join(str(error).split()) or type(error).__name__
-            where = f"{os.fspath(self._location)}/{chunk.file}"
+            where = f"{os.fspath(self.location)}/{chunk.file}"
             raise UserError(f"{where}: what lies at byte {chunk.start:,} is no saved tensor: {said[:200]}") from None
