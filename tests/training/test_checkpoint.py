@@ -225,7 +225,7 @@ def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
     for name in ("a", "b"):
         with checkpoint.open_new(name) as file:
             file.write(b"1")
-        entries[name] = {"bytes": 1, "crc32": "83dcefb7"}
+        entries[name] = {"bytes": 1, "crc32": ["83dcefb7"]}
     checkpoint.finish(Manifest(4, entries, {}))
     assert newest_whole(store) is not None
     gone: list[str] = []
