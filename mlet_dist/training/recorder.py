@@ -18,8 +18,11 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory, enabled: bool, first_step: int = 0) -> None:
-        self._lines: TextIO | None = run.metrics.open("a", encoding="utf-8") if enabled else None
-        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1) if enabled else None
+        self._run = run
+        self._lines: TextIO | None = None
+        self._tensorboard: SummaryWriter | None = None
+        if enabled:
+            self._open(first_step)
 
     def record(self, split: str, step: int, values: Mapping[str, float | str]) -> None:
         """Write one line, and one TensorBoard point a number, under ``split/name``."""
@@ -31,12 +34,27 @@ class Recorder:
             if not isinstance(value, str):
                 self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
+    def go_back(self, step: int) -> None:
+        """Drop the records of steps after ``step``, which are taken again, but not those of rollbacks."""
+        if self._lines is None:
+            return
+        self._close()
+        self._run.keep_records(step, rollbacks=True)
+        self._open(step)
+
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _open(self, first_step: int) -> None:
+        self._lines = self._run.metrics.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=first_step + 1)
+
+    def _close(self) -> None:
         if self._lines is not None and self._tensorboard is not None:
             self._lines.close()
             self._tensorboard.close()

@@ -80,6 +80,7 @@ class TrainingReport:
     def go_back(self, training: Training, finding: Finding, state: dict[str, Any]) -> None:
         """Training has gone back; ``state`` is that of ``state_dict`` there."""
         self.load_state_dict(state)
+        self._recorder.go_back(training.step)
         self._recorder.record(
             "rollback", finding.step, {"to_step": training.step, "rollbacks": len(training.passed_over)}
         )

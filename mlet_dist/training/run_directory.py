@@ -128,7 +128,9 @@ class RunDirectory:
             if step is None:
                 self._empty()
             else:
-                self._keep_records(step)
+                for left in (self.summary, self._partial_summary):
+                    left.unlink(missing_ok=True)
+                self.keep_records(step)
             save_config(config, self.config)
             spec.save(self.model)
 
@@ -139,17 +141,20 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
 
-    def _keep_records(self, step: int) -> None:
-        """Drop what was recorded of steps after ``step``, and of evaluations, which follow the last one."""
-        for left in (self.summary, self._partial_summary):
-            left.unlink(missing_ok=True)
+    def keep_records(self, step: int, rollbacks: bool = False) -> None:
+        """Drop what was recorded of steps after ``step``, and of evaluations, which follow the last one.
+
+        Of rollbacks those stay that had happened when ``step`` was saved, or all ``rollbacks``.
+        """
         if not self.metrics.exists():
             return
         kept = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
-                if record["step"] <= step and record["split"] not in _EVALUATED:
+                split = record["split"]
+                at = record["step"] if split != "rollback" else 0 if rollbacks else record["to_step"] + 1
+                if at <= step and split not in _EVALUATED:
                     kept.append(f"{line}\n")
             except (ValueError, KeyError, TypeError):  # cut short when the job was killed
                 continue

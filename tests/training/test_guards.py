@@ -23,7 +23,7 @@ from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.timing import StepTimer
 from tests.command import ROOT, mlet
 from tests.ranks import RankPool
-from tests.training.in_ranks import records, train_in_ranks
+from tests.training.in_ranks import records, stopped_after, train_in_ranks
 from tests.training.small_run import SETTINGS, loader, local, training_of
 
 Ranks = Callable[[int], RankPool]
@@ -239,6 +239,12 @@ def test_skipping_and_going_back_end_in_the_same_weights_and_are_counted(
         back = [record for record in found if record["split"] == "rollback"]
         assert [(each["step"], each["to_step"]) for each in back] == ([(11, 6)] if policy == "rollback" else [])
         assert result["rollbacks"] == len(back)
+        assert [record["step"] for record in found if record["split"] == "train"] == [4, 8, 12, 16]
+        killed = stopped_after(12, run, tmp_path / f"{policy} killed")
+        again = train_in_ranks(ranks, 2, *settings[:-1], "optimizer.name=adagrad", f"run.dir={killed}")
+        assert again["weights_sha256"] == result["weights_sha256"]
+        assert again["skipped_batches"] == 1
+        assert records(killed) == found
     assert results["skip"]["weights_sha256"] == results["rollback"]["weights_sha256"]
 
 

@@ -94,13 +94,15 @@ def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> N
 
 def test_a_run_that_goes_on_keeps_what_was_recorded_up_to_its_step(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
-    kept = [(10, "train"), (10, "timing"), (15, "skipped"), (18, "rollback"), (20, "train"), (20, "timing")]
+    kept = [(10, "train"), (10, "timing"), (15, "skipped"), (20, "train"), (20, "timing")]
     records = [*kept, (20, "valid"), (20, "test"), (21, "skipped"), (30, "train"), (30, "timing")]
     lines = [json.dumps({"step": step, "split": split}) for step, split in records]
+    after, before = ({"step": 25, "split": "rollback", "to_step": step} for step in (20, 19))
+    lines = [json.dumps(before), *lines, json.dumps(after)]
     run.metrics.write_text("\n".join([*lines, '{"step": 4']))  # killed while it was writing
     with run.hold(config_of(run)):
         run.start(config_of(run), SPEC, step=20)
-    assert run.metrics.read_text().splitlines() == lines[: len(kept)]
+    assert run.metrics.read_text().splitlines() == lines[: len(kept) + 1]
     assert (run.checkpoints / "step-00000099" / "old").exists()
 
 
