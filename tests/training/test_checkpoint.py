@@ -210,6 +210,36 @@ def test_a_checkpoint_is_whole_in_one_instant_and_gone_in_one(tmp_path: Path) ->
     assert Checkpoint.at(str(tmp_path)) is None
 
 
+def test_all_is_on_the_disk_before_the_manifest_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power failure would leave cannot be seen here, only what the kernel was asked for, in which order."""
+    asked: list[tuple[str, str]] = []
+
+    def sync(handle: int, fsync: Callable[[int], None] = os.fsync) -> None:
+        asked.append(("on disk", Path(f"/proc/self/fd/{handle}").resolve().name))
+        fsync(handle)
+
+    def replace(source: str, target: str, replace: Callable[[str, str], None] = os.replace) -> None:
+        assert Path(source).stat().st_size > 0
+        asked.append((Path(source).name, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    checkpoint = CheckpointStore(tmp_path / "run").checkpoint(7)
+    checkpoint.begin()
+    with checkpoint.open_new("a") as file:
+        file.write(b"1")
+    checkpoint.finish(Manifest(7, {}, {}))
+    assert asked == [
+        ("on disk", "a"),
+        ("on disk", "manifest.json.tmp"),
+        ("on disk", checkpoint.name),
+        ("manifest.json.tmp", "manifest.json"),
+        ("on disk", checkpoint.name),
+        ("on disk", "run"),
+    ]
+
+
 class _Killed(BaseException):
     """In the role of kill -9."""
 
