@@ -18,10 +18,13 @@ def answering_signals(args: argparse.Namespace, rank: int | None) -> Iterator[No
         with exiting_when_told():
             yield
         return
-    if rank is None:
-        for number in STOP_SIGNALS if args.name == "train" else (signal.SIGTERM,):
-            signal.signal(number, _unwind)
-    yield
+    numbers = STOP_SIGNALS if args.name == "train" else (signal.SIGTERM,)
+    before = {number: signal.signal(number, _unwind) for number in numbers if rank is None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _unwind(number: int, _: object) -> NoReturn:
