@@ -1,7 +1,9 @@
 """Checkpoints as files: whole or named as damaged, written behind training, kept or dropped."""
 
+import io
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +17,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint import manifest
 from mlet_dist.training.checkpoint.choosing import newest_checkpoint, newest_whole
 from mlet_dist.training.checkpoint.loading import load_state
-from mlet_dist.training.checkpoint.manifest import FORMAT_VERSION, Checksum, Manifest, ManifestError
+from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, Checksum, Manifest, ManifestError
 from mlet_dist.training.checkpoint.retention import drop_old
 from mlet_dist.training.checkpoint.saver import CheckpointSaver
 from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore
@@ -124,7 +126,7 @@ def test_damage_to_any_file_is_found_and_named(two: Path, tmp_path: Path, damage
 def test_every_bit_of_a_manifest_counts() -> None:
     checksum = Checksum()
     checksum.update(b"123456789")
-    assert checksum.entry() == {"bytes": 9, "crc32": "cbf43926"}  # the check value of CRC-32
+    assert checksum.entry() == {"bytes": 9, "crc32": ["cbf43926"]}  # the check value of CRC-32
     rendered = Manifest(7, {"a": checksum.entry()}, {"loss": 0.1})
     data = rendered.render()
     assert Manifest.parse(data, "here") == rendered
@@ -164,6 +166,24 @@ def test_a_checkpoint_under_the_name_of_another_step_is_named(tmp_path: Path) ->
     assert found.damage == [f"{tmp_path}/step-00000009: manifest.json is that of step 2: the directory was renamed"]
     drop_later(store, Start(found, is_own=True))
     assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_each_block_of_a_file_has_a_checksum_of_its_own() -> None:
+    content = bytes(range(256)) * (BLOCK_BYTES // 256) * 2 + b"rest"
+    at_once, by_parts = Checksum(), Checksum()
+    at_once.update(content)
+    for start in range(0, len(content), 5_000_001):
+        by_parts.update(content[start : start + 5_000_001])
+    blocks = [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
+    expected = {"bytes": len(content), "crc32": [f"{zlib.crc32(block):08x}" for block in blocks]}
+    assert at_once.entry() == by_parts.entry() == expected
+    described = Manifest(1, {"a": expected}, {})
+    assert described.find_damage("a", lambda _: io.BytesIO(content)) is None
+    broken = bytearray(content)
+    broken[BLOCK_BYTES + 7] ^= 1
+    said = described.find_damage("a", lambda _: io.BytesIO(broken))
+    assert said is not None
+    assert said.startswith("a is damaged: the block at byte 16,777,216 has checksum ")
 
 
 def test_a_checkpoint_is_whole_in_one_instant_and_gone_in_one(tmp_path: Path) -> None:
@@ -235,7 +255,7 @@ def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
     for name in ("a", "b"):
         with checkpoint.open_new(name) as file:
             file.write(b"1")
-        entries[name] = {"bytes": 1, "crc32": "83dcefb7"}
+        entries[name] = {"bytes": 1, "crc32": ["83dcefb7"]}
     checkpoint.finish(Manifest(4, entries, {}))
     assert newest_whole(store) is not None
     gone: list[str] = []
