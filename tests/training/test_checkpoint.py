@@ -306,3 +306,40 @@ def test_what_cannot_be_written_is_an_error_on_every_rank_and_leaves_nothing(ran
     assert all("step-00000002: rank 1 cannot write it: " in line and "Input/output error" in line for line in lines)
     assert _names(str(tmp_path)) == ["step-00000001"]
     assert newest_checkpoint(CheckpointStore(tmp_path)).step == 1
+
+
+def _fill_the_disk(location: str) -> None:
+    """There is room when saving begins, and none when it writes: /dev/full takes the place of the files."""
+    store = CheckpointStore(location)
+    with CheckpointSaver(store, timedelta(seconds=60), 9, None) as saver, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "open_new", lambda self, name: open("/dev/full", "wb"))  # noqa: SIM115
+        saver.save(1, {"tensor": torch.ones(SIZE)}, {})
+        saver.wait()
+
+
+def _fail_to_drop(location: str) -> None:
+    def refuse(checkpoint: Checkpoint) -> None:
+        if Path(checkpoint.path).exists():
+            raise PermissionError(13, "Permission denied")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "remove", refuse)
+        _save(location, (1, 2), keep_last=1)
+
+
+@pytest.mark.multirank
+def test_what_the_disk_says_reaches_the_user(ranks: Ranks, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    with pytest.raises(RankFailed) as failed:
+        ranks(1).run(_fill_the_disk, str(full))
+    said = f"UserError: {full}/step-00000001: rank 0 cannot write it: [Errno 28] No space left on device; it needs "
+    assert said in str(failed.value)
+    assert "free: which was less while it was written" in str(failed.value)
+    assert _names(str(full)) == []
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    with pytest.raises(RankFailed) as failed:
+        ranks(1).run(_fail_to_drop, str(kept))
+    said = f"UserError: {kept}: older checkpoints cannot be removed: [Errno 13] Permission denied"
+    assert said in str(failed.value)
+    assert newest_checkpoint(CheckpointStore(kept)).step == 2
