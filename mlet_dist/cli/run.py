@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(result, args.json)
         return 0 if ok else 1
     except UserError as error:
-        if not handed_to_launcher(error) and speaks():
+        if not handed_to_launcher(error):
             print_error(error)
         return 2
     except Interrupted as stopped:
-        if not handed_to_launcher(stopped) and speaks():
+        if not handed_to_launcher(stopped):
             print(f"mlet: {stopped}", file=sys.stderr)
         return Interrupted.EXIT_CODE
     except RanksLost as error:
