@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlet_dist.config import Config, describe_settings, load_config
-from mlet_dist.errors import Interrupted, RanksLost, UserError
+from mlet_dist.errors import Interrupted, RanksLost, UserError, one_line
 from mlet_dist.json_text import to_json
 
 Result = dict[str, Any]
@@ -25,8 +25,9 @@ _PREPARE_HELP = """\
   mlet prepare table ratings.csv --schema configs/tables/movielens.yaml --out data/movielens
   mlet prepare --check data/criteo
 
-The same command goes on from what an interrupted one has finished, which is kept in .NAME.prepare beside DIR. Several
-machines that share a file system do one pass after the other, with the same arguments everywhere:
+The same command goes on from what an interrupted one has finished, which is kept in .NAME.prepare beside DIR. With
+other arguments it takes what these do not change: another --max-malformed, --min-count or --split reads nothing again.
+Several machines that share a file system do one pass after the other, with the same arguments everywhere:
 
   mlet prepare criteo day_*.gz --out data/1tb --pass read --shard I/N     # on machine I of N
   mlet prepare criteo day_*.gz --out data/1tb --pass count --shard I/N
@@ -539,7 +540,7 @@ def _print(text: str) -> None:
 
 
 def _print_error(error: Exception) -> None:
-    print("mlet: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    print("mlet: error:", one_line(str(error)), file=sys.stderr)
 
 
 def _readable(name: str, value: Any) -> str:

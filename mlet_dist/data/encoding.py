@@ -29,12 +29,12 @@ class Encoder:
 
     Attributes:
         spec: the table's.
-        vocabulary: directory of the lookups.
+        vocabularies: directory of each lookup, by feature.
         moments: of the training split, by the name of a dense feature that is standardised.
     """
 
     spec: TableSpec
-    vocabulary: Path
+    vocabularies: Mapping[str, Path]
     moments: Mapping[str, Moments]
 
     def write(
@@ -44,7 +44,7 @@ class Encoder:
 
         Returns the parts that have rows.
         """
-        lookups = {s.name: Lookup(self.vocabulary, s.name) for s in self.spec.sparse if s.encoding == "vocabulary"}
+        lookups = {name: Lookup(directory, name) for name, directory in self.vocabularies.items()}
         # Not under one name: a shard that is started twice would write into the other's file.
         temporary = scratch / f"{group.number:06}.{uuid4().hex}"
         writers = {s: _PartWriter(directory / name, temporary.with_suffix(f".{s}")) for s, name in names.items()}

@@ -390,7 +390,8 @@ def test_numbers_and_dates_in_one_time_column(
         with pytest.raises(UserError) as caught:
             prepare(spec, raw, tmp_path / "out", only="count")
         assert message.format(raw[0], one, raw[0], 3, other, raw[1], 3) in str(caught.value)
-    assert make(tmp_path / "good", description, dates, dates).malformed == 2
+    more = write_raw(dates.read_bytes(), "e.csv")
+    assert make(tmp_path / "good", description, dates, more).malformed == 2
 
 
 def _with_times(numbers: int, dates: int) -> bytes:
