@@ -465,6 +465,7 @@ class TestFailures:
             (b"y,z\n", r"line 1: the header has no column 'x'; it has y, z"),
             (b"y,x,x\n", r"line 1: the header has more than one column 'x'; it has y, x, x"),
             (b"1,2\n", r"line 1: the header has no column 'y'; it has 1, 2"),
+            (b"\x1b[2J\a,\xe2\x80\xae2\n", r"line 1: the header has no column 'y'; it has \\x1b\[2J\\x07, \\u202e2"),
             (b"y,\xff\n", r"line 1: the header is not UTF-8 text"),
             (b"y,x\r1,2\r\n", r"line 1: the header is 'y,x\\r1,2', no line of column names: new-line .*"),
             (
