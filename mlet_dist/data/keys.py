@@ -11,7 +11,7 @@ from dataclasses import replace
 from mlet_dist.data import blocks, groups
 from mlet_dist.data.blocks import RawFile
 from mlet_dist.data.chunks import CHUNK_VERSION
-from mlet_dist.data.parts import PARQUET_OPTIONS, ROW_GROUP_ROWS
+from mlet_dist.data.parts import PART_VERSION, ROW_GROUP_ROWS
 from mlet_dist.data.schema import FORMAT_VERSION
 from mlet_dist.data.splits import SplitRule
 from mlet_dist.data.table import SparseColumn, TableSpec
@@ -53,7 +53,7 @@ def vocabulary_key(sparse: SparseColumn, counts: str) -> str:
 
 def parts_key(spec: TableSpec, counts: str) -> str:
     """Of the parts, from the key of the counts."""
-    return key_of(FORMAT_VERSION, ROW_GROUP_ROWS, PARQUET_OPTIONS, spec_to_write(spec), counts)
+    return key_of(FORMAT_VERSION, PART_VERSION, ROW_GROUP_ROWS, spec_to_write(spec), counts)
 
 
 def key_of(*parts: object) -> str:
