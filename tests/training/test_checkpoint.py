@@ -1,6 +1,8 @@
 """Checkpoints as files: whole or named as damaged, written behind training, kept or dropped."""
 
+import io
 import shutil
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import distributed as dist
 from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint.choosing import newest_checkpoint, newest_whole
 from mlet_dist.training.checkpoint.loading import load_state
-from mlet_dist.training.checkpoint.manifest import Checksum, Manifest, ManifestError
+from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES, Checksum, Manifest, ManifestError
 from mlet_dist.training.checkpoint.retention import drop_old
 from mlet_dist.training.checkpoint.saver import CheckpointSaver
 from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore
@@ -120,7 +122,7 @@ def test_damage_to_any_file_is_found_and_named(two: Path, tmp_path: Path, damage
 def test_every_bit_of_a_manifest_counts() -> None:
     checksum = Checksum()
     checksum.update(b"123456789")
-    assert checksum.entry() == {"bytes": 9, "crc32": "cbf43926"}  # the check value of CRC-32
+    assert checksum.entry() == {"bytes": 9, "crc32": ["cbf43926"]}  # the check value of CRC-32
     manifest = Manifest(7, {"a": checksum.entry()}, {"loss": 0.1})
     data = manifest.render()
     assert Manifest.parse(data, "here") == manifest
@@ -129,6 +131,24 @@ def test_every_bit_of_a_manifest_counts() -> None:
         broken[position // 8] ^= 1 << position % 8
         with pytest.raises(ManifestError, match=r"^here"):
             Manifest.parse(bytes(broken), "here")
+
+
+def test_each_block_of_a_file_has_a_checksum_of_its_own() -> None:
+    content = bytes(range(256)) * (BLOCK_BYTES // 256) * 2 + b"rest"
+    at_once, by_parts = Checksum(), Checksum()
+    at_once.update(content)
+    for start in range(0, len(content), 5_000_001):
+        by_parts.update(content[start : start + 5_000_001])
+    blocks = [content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES)]
+    expected = {"bytes": len(content), "crc32": [f"{zlib.crc32(block):08x}" for block in blocks]}
+    assert at_once.entry() == by_parts.entry() == expected
+    manifest = Manifest(1, {"a": expected}, {})
+    assert manifest.find_damage("a", lambda _: io.BytesIO(content)) is None
+    broken = bytearray(content)
+    broken[BLOCK_BYTES + 7] ^= 1
+    said = manifest.find_damage("a", lambda _: io.BytesIO(broken))
+    assert said is not None
+    assert said.startswith("a is damaged: the block at byte 16,777,216 has checksum ")
 
 
 def test_a_checkpoint_is_whole_in_one_instant_and_gone_in_one(tmp_path: Path) -> None:
