@@ -102,7 +102,8 @@ def consume(batches: Callable[[], Iterable[Any]]) -> Callable[[], int]:
 def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
     """Nanoseconds a row of each stage of the loader, in one thread."""
     schema = DatasetSchema.load(data)
-    parts = SplitRows(data, schema, schema.parts["train"], schema.dense, tuple(schema.num_embeddings))
+    features = schema.parts["train"], schema.dense, tuple(schema.num_embeddings)
+    parts, by_row = (SplitRows(data, schema, *features, by_row=shuffled) for shuffled in (False, True))
     found: dict[str, float] = {}
 
     def timed(stage: str, rows: int, work: Callable[[], Any]) -> Any:
@@ -117,7 +118,10 @@ def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
     groups = range(min(PROFILED_GROUPS, len(parts.group_rows)))
     rows = int(parts.group_rows[: len(groups)].sum())
     tables = timed("decode", rows, lambda: [parts.read(group) for group in groups])
-    pieces = timed("check and convert", rows, lambda: [parts.convert(group, tables[group]) for group in groups])
+    in_order = timed("check and lay out", rows, lambda: [parts.convert(group, tables[group]) for group in groups])
+    jagged = JaggedBuilder(tuple(schema.num_embeddings), len(in_order[0]), weighted=parts.weighted)
+    timed("KeyedJaggedTensor", rows, lambda: [jagged.build(piece) for piece in in_order])
+    pieces = timed("lay out by row", rows, lambda: [by_row.convert(group, tables[group]) for group in groups])
     window = timed("join", rows, lambda: pieces[0].join(pieces[1:]))
     shuffle = Shuffle(0, rows)
     order = Order(
@@ -130,9 +134,7 @@ def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
     )
     first = next(order.windows(0, 0))
     picks = timed("order of a shuffled window", rows, lambda: list(order.picks(0, first)))
-    batches = timed("take shuffled rows", rows, lambda: [window.take(pick) for pick in picks])
-    jagged = JaggedBuilder(tuple(schema.num_embeddings), len(batches[0]), weighted=parts.weighted)
-    timed("KeyedJaggedTensor", rows, lambda: [jagged.build(batch) for batch in batches])
+    timed("take shuffled rows", rows, lambda: [window.take(pick) for pick in picks])
     return found
 
 

@@ -115,7 +115,8 @@ class DataLoader:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
         dense = _choose(path, "dense", dense_features, schema.dense)
         sparse = _choose(path, "sparse", sparse_features, tuple(schema.num_embeddings))
-        self._parts = SplitRows(path, schema, schema.parts[split], dense, sparse)
+        by_row = shuffle is not None
+        self._parts = SplitRows(path, schema, schema.parts[split], dense, sparse, by_row=by_row)
         self._order = Order(
             self._parts.group_rows,
             batch_size=batch_size,

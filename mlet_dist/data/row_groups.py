@@ -24,6 +24,13 @@ _FOOTERS_KEPT = 32  # one of a part of 2^20 rows takes a millisecond to parse an
 class SplitRows:
     """Where the row groups of a split lie, and how one is decoded and checked.
 
+    Args:
+        path: the data set's directory or URL.
+        schema, parts: its content, and the split's.
+        dense, sparse: the features to read, in order.
+        by_row: lay one-valued ids out by row, from which single rows are taken seven times as fast; False lays them out
+            by column, as they come and as a KeyedJaggedTensor wants them.
+
     Attributes:
         group_rows: (G,) int64, rows of each row group in file order.
         weighted: whether some feature has weights.
@@ -33,10 +40,17 @@ class SplitRows:
     """
 
     def __init__(
-        self, path: DataPath, schema: DatasetSchema, parts: Sequence[Part], dense: Sequence[str], sparse: Sequence[str]
+        self,
+        path: DataPath,
+        schema: DatasetSchema,
+        parts: Sequence[Part],
+        dense: Sequence[str],
+        sparse: Sequence[str],
+        *,
+        by_row: bool,
     ) -> None:
         features = {feature.name: feature for feature in schema.sparse}
-        self._path, self._label, self._dense = path, schema.label, dense
+        self._path, self._label, self._dense, self._by_row = path, schema.label, dense, by_row
         self._sparse = [features[name] for name in sparse]
         self.weighted = any(feature.weighted for feature in self._sparse)
         self._types = {self._label: pa.int8()} | dict.fromkeys(dense, pa.float32())
@@ -126,12 +140,12 @@ class SplitRows:
             if multi_valued:
                 sparse += [_multi_valued(file, table, feature) for feature in features]
             else:
-                sparse.append(_one_valued(file, table, list(features)))
+                sparse.append(_one_valued(file, table, list(features), self._by_row))
         return Rows(labels.astype(np.float32), dense, tuple(sparse))
 
 
-def _one_valued(file: DataPath, table: pa.Table, features: list[SparseFeature]) -> OneValued:
-    ids = np.empty((table.num_rows, len(features)), dtype=np.int32)
+def _one_valued(file: DataPath, table: pa.Table, features: list[SparseFeature], by_row: bool) -> OneValued:
+    ids = np.empty((table.num_rows, len(features)), dtype=np.int32, order="C" if by_row else "F")
     for index, feature in enumerate(features):
         column = _values(file, table, feature.name)
         _check_ids(file, feature, column)
