@@ -4,6 +4,7 @@ import os
 import sys
 from typing import Any
 
+from mlet_dist.errors import one_line
 from mlet_dist.json_text import to_json
 
 Result = dict[str, Any]
@@ -26,7 +27,7 @@ def write(text: str) -> None:
 
 def print_error(error: Exception) -> None:
     """Print the one line that a user's mistake is worth."""
-    print("mlet: error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    print("mlet: error:", one_line(str(error)), file=sys.stderr)
 
 
 def readable(name: str, value: Any) -> str:

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from mlet_dist.config import Config, RowsDtype
 from mlet_dist.data.loader import DataLoader
-from mlet_dist.data.location import data_set_path
+from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.order import Shuffle
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
@@ -194,7 +194,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _training_loader(config: Config, path: Path, spec: ModelSpec, worker: Worker) -> DataLoader:
+def _training_loader(config: Config, path: DataPath, spec: ModelSpec, worker: Worker) -> DataLoader:
     return DataLoader(
         path,
         "train",
