@@ -5,6 +5,7 @@ multi-valued list<int32>; the weights of a weighted feature in ``<name>.weight``
 value and no list is null, a list may be empty.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlet_dist.data.location import DataPath
 from mlet_dist.data.names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.errors import UserError
 
@@ -90,6 +92,11 @@ class DatasetSchema:
         """Number of rows of each split."""
         return {split: sum(part.rows for part in parts) for split, parts in self.parts.items()}
 
+    def content_id(self, split: str) -> str:
+        """Fingerprint of a split's files, in order: 16 hexadecimal digits."""
+        sums = "".join(part.sha256 for part in self.parts.get(split, ()))
+        return hashlib.sha256(sums.encode()).hexdigest()[:16]
+
     @property
     def positive_rate(self) -> dict[str, float]:
         """Share of rows with label 1 in each split; NaN where it has no rows."""
@@ -117,7 +124,7 @@ class DatasetSchema:
         (directory / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path) -> "DatasetSchema":
+    def load(cls, directory: DataPath) -> "DatasetSchema":
         """Read ``directory/schema.json``.
 
         Raises:
@@ -142,7 +149,7 @@ class DatasetSchema:
         return cls._parse(path, content)
 
     @classmethod
-    def _parse(cls, path: Path, content: Any) -> "DatasetSchema":
+    def _parse(cls, path: DataPath, content: Any) -> "DatasetSchema":
         if not isinstance(content, dict):
             raise UserError(f"{path}: holds a JSON {type(content).__name__} instead of an object")
         version = content.get("format_version")
@@ -204,7 +211,7 @@ class DatasetSchema:
 
 
 def _take(
-    path: Path, holder: dict[str, Any], key: str, is_right: Callable[[Any], bool], expected: str, within: str = ""
+    path: DataPath, holder: dict[str, Any], key: str, is_right: Callable[[Any], bool], expected: str, within: str = ""
 ) -> Any:
     """The value of ``key``, which lies at ``within + key`` of the file; a UserError unless it is right."""
     if key not in holder:

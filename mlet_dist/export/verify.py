@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.manifest import ExportDirectory, describe_tensor
@@ -21,7 +22,9 @@ from mlet_dist.training.run_directory import RunDirectory
 _ALONE = Worker(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
 
-def verify_export(export: Path, run: Path, data: Path, split: str = "test", tolerance: float = 1e-5) -> dict[str, Any]:
+def verify_export(
+    export: Path, run: Path, data: DataPath, split: str = "test", tolerance: float = 1e-5
+) -> dict[str, Any]:
     """Compare the factorised model of a run with the plain TorchRec model of its export, on every row of a split.
 
     One process, on the CPU, both models unsharded.

@@ -9,6 +9,7 @@ from datetime import timedelta
 from torch import distributed as dist
 
 _PATIENCE_SECONDS = 10.0
+_ENDED = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, patience: timedelta) -> dist.Store:
@@ -76,10 +77,10 @@ def timed_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("timed out" in said or "timeout" in said)
 
 
-def disconnected(error: BaseException) -> bool:
-    """Whether this is how gloo says that another rank has ended."""
+def connection_lost(error: BaseException) -> bool:
+    """Whether this is how gloo or nccl says that a rank has ended while others waited for it."""
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and "gloo" in said and ("by peer" in said or "broken pipe" in said)
+    return isinstance(error, RuntimeError) and any(each in said for each in _ENDED)
 
 
 def _wait(deadline: float) -> None:

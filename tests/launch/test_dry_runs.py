@@ -10,9 +10,9 @@ import yaml
 from botocore.session import get_session
 from botocore.validate import ParamValidator
 
-from mlet_dist.cli import _parse
+from mlet_dist.cli.nodes import without_launch
+from mlet_dist.cli.parsing import parse
 from mlet_dist.launcher.nodes import job_of
-from mlet_dist.launcher.options import without_launch
 from tests.launch.schemas import check
 from tests.launch.torchx_cli import COMPONENTS, run_torchx
 
@@ -39,7 +39,7 @@ def as_bash_reads_it(script: str, **variables: str) -> list[str]:
 
 def read(words: list[str]) -> Any:
     """As mlet reads them; and all that TorchX's settings must have become."""
-    said = _parse(words)
+    said = parse(words)
     assert said.overrides == [
         "data.path=/storage/data",
         "run.dir=/storage/runs/it is",

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -94,12 +95,11 @@ def test_killed_worker_and_killed_agent_leave_no_trace_in_the_result(
         assert not (run / "summary.json").exists(), "it was faster than the killer"
         said = log.read_text()
         assert "Job finished: FAILED" in said
-        assert "rank 0 on " in said
-        assert "lost its connection to another rank" in said
+        assert "another rank has ended; its own error says why" in said
         assert "Traceback" not in said
         return said
 
-    assert "rank 1 was killed by signal 9 (SIGKILL)" in strike(rank_of, "worker")
+    assert f"rank 1 on {socket.gethostname()} was killed by signal 9 (SIGKILL)" in strike(rank_of, "worker")
     strike(agent_of, "agent")
     with launched(torchx_environment, tmp_path / "last", *job) as torchx_run:
         assert torchx_run.wait(180) == 0, (tmp_path / "last").read_text()

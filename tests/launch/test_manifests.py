@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from mlet_dist.cli import _parse
+from mlet_dist.cli.parsing import parse
 from mlet_dist.config import load_config
 from tests.command import ROOT
 from tests.launch.schemas import Object, check, fields, jobs, templates
@@ -82,7 +82,7 @@ def command(container: Object) -> Any:
         return known[match[1]]
 
     assert container["command"] == ["mlet"]
-    return _parse([re.sub(r"\$\((\w+)\)", fill, word) for word in container["args"]])
+    return parse([re.sub(r"\$\((\w+)\)", fill, word) for word in container["args"]])
 
 
 def test_all_that_the_documentation_names_is_here() -> None:

@@ -65,6 +65,21 @@ def newest_checkpoint(store: CheckpointStore) -> Checkpoint:
     return found.checkpoint
 
 
+def newest_finished(store: CheckpointStore) -> tuple[Checkpoint, Manifest]:
+    """The last checkpoint and what it says of itself; its files are to be checked by whoever reads them.
+
+    Raises:
+        UserError: there is none, or its manifest is damaged.
+    """
+    finished = [each for each in store.checkpoints() if not each.is_being_written]
+    if not finished:
+        raise UserError(f"{store}: no whole checkpoint; the run never finished")
+    try:
+        return finished[-1], finished[-1].manifest()
+    except ManifestError as error:
+        raise UserError(f"the run's last checkpoint is damaged: {error}") from None
+
+
 def _examine(checkpoint: Checkpoint) -> tuple[Manifest | None, list[str]]:
     """Its manifest, or what is wrong with it, a line each; every rank reads its share of the files."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -3,13 +3,18 @@
 import hashlib
 import json
 import zlib
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlet_dist.errors import UserError
 from mlet_dist.json_text import to_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 4
+
+BLOCK_BYTES = 1 << 24
+"""How much of a file one checksum is of, so that whoever needs a part of it need not read it all."""
 
 
 class ManifestError(Exception):
@@ -17,20 +22,29 @@ class ManifestError(Exception):
 
 
 class Checksum:
-    """Size and CRC-32 of bytes that pass by: finds every flipped bit, and any change but one in 4 billion."""
+    """Size and CRC-32, block by block, of bytes that pass by.
+
+    Finds every flipped bit, and any change but one in 4 billion.
+    """
 
     def __init__(self) -> None:
-        self.size, self._crc = 0, 0
+        self.size, self._sums = 0, array("L")
 
     def update(self, data: Any) -> None:
         """Count bytes in: anything with a buffer."""
         view = memoryview(data).cast("B")
-        self.size += len(view)
-        self._crc = zlib.crc32(view, self._crc)
+        while view:
+            begun = self.size % BLOCK_BYTES
+            part = view[: BLOCK_BYTES - begun]
+            if begun == 0:
+                self._sums.append(0)
+            self._sums[-1] = zlib.crc32(part, self._sums[-1])
+            self.size += len(part)
+            view = view[len(part) :]
 
     def entry(self) -> dict[str, Any]:
-        """``bytes`` and ``crc32``, as the manifest holds them."""
-        return {"bytes": self.size, "crc32": f"{self._crc:08x}"}
+        """``bytes`` and ``crc32``, a list, as the manifest holds them."""
+        return {"bytes": self.size, "crc32": [f"{each:08x}" for each in self._sums]}
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,7 @@ class Manifest:
 
     Attributes:
         step: after which it was saved.
-        files: by name, ``bytes`` and ``crc32``.
+        files: by name, ``bytes`` and the ``crc32`` of each block.
         about: what else its writer noted, plain JSON data.
     """
 
@@ -62,7 +76,8 @@ class Manifest:
         """Read what ``render`` wrote, to the last bit.
 
         Raises:
-            ManifestError: any byte is another one, or another version of mlet_dist wrote it.
+            ManifestError: any byte is another one.
+            UserError: another version of mlet_dist wrote it.
         """
         try:
             content = json.loads(data)["content"]
@@ -70,7 +85,11 @@ class Manifest:
                 raise ValueError("its checksum is wrong")
             found = content["format_version"]
             if found != FORMAT_VERSION:
-                raise ManifestError(f"{where}: format_version is {found}, this version reads {FORMAT_VERSION}")
+                # To go back to an older checkpoint would be to drop what is whole.
+                raise UserError(
+                    f"{where}: format_version is {found}, and this version of mlet_dist reads {FORMAT_VERSION}; use "
+                    "the one that wrote it"
+                )
             return cls(content["step"], content["files"], content["about"])
         except (ValueError, KeyError, TypeError) as error:
             raise ManifestError(f"{where} is damaged: {' '.join(str(error).split())}") from None
@@ -89,9 +108,16 @@ class Manifest:
             return f"{name} cannot be read: {error or type(error).__name__}"
         if found.size != expected["bytes"]:
             return f"{name} has {found.size:,} bytes instead of {expected['bytes']:,}"
-        if found.entry() != dict(expected):
-            return f"{name} has checksum {found.entry()['crc32']} instead of {expected['crc32']}"
+        sums = zip(found.entry()["crc32"], expected["crc32"], strict=True)
+        for number, (found_sum, expected_sum) in enumerate(sums):
+            if found_sum != expected_sum:
+                return f"{name} is damaged: {block_damage(number, found_sum, expected_sum)}"
         return None
+
+
+def block_damage(number: int, found: str, expected: str) -> str:
+    """How a message says that one block of a file is not what was written."""
+    return f"the block at byte {number * BLOCK_BYTES:,} has checksum {found} instead of {expected}"
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:

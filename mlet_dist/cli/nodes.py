@@ -1,15 +1,11 @@
-"""The options that say how many ranks a command has, and on which nodes."""
+"""The options of a command that runs on several nodes."""
 
 import argparse
 from collections.abc import Sequence
 
+from mlet_dist.cli.options import add_nproc, positive
 from mlet_dist.errors import UserError
 from mlet_dist.launcher.nodes import Nodes, job_of, parse_count, port_of
-
-
-def add_nproc(parser: argparse.ArgumentParser) -> None:
-    """Ranks on this node."""
-    parser.add_argument("--nproc", type=positive, metavar="N", help="start N local ranks through torch elastic")
 
 
 def add_nodes(parser: argparse.ArgumentParser) -> None:
@@ -65,10 +61,3 @@ def without_launch(arguments: list[str]) -> list[str]:
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--export")
     return parser.parse_known_args(arguments)[1]
-
-
-def positive(text: str) -> int:
-    """The type of an option that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
