@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mlet_dist import __version__, cli
+from mlet_dist import __version__
 from mlet_dist.cli import main
+from mlet_dist.cli.checked_config import load_checked
+from mlet_dist.cli.options import without_nproc
+from mlet_dist.cli.output import show
+from mlet_dist.cli.parsing import parse
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from tests.command import ROOT, error_line
 
@@ -133,7 +137,7 @@ def test_overrides_stand_before_and_after_options(options: list[str], before: in
         ["train", str(config), *overrides[:before], *options, *overrides[before:]],
         ["train", *options, str(config), *overrides],
     ):
-        args = cli._parse(arguments)
+        args = parse(arguments)
         assert args.overrides == overrides
         assert args.config == str(config)
         assert (args.nproc, args.json) == (2 if "nproc" in "".join(options) else None, "--json" in options)
@@ -146,12 +150,12 @@ def test_only_overrides_that_were_understood_train(config: Path, capsys: pytest.
 
 def test_every_nproc_is_taken_out_of_what_the_ranks_run() -> None:
     given = ["train", "--nproc", "3", "c.yaml", "--nproc=4", "a.b=1", "--json", "--nproc", "2", "a.c=2"]
-    assert cli._parse(given).nproc == 2
-    assert cli._without_nproc(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
+    assert parse(given).nproc == 2
+    assert without_nproc(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
 
 
 def test_a_warning_is_one_line_and_does_not_stop_the_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checked = cli._load_checked(cli._parse(["train", str(config), "model.hidden_dim=8"]))
+    checked = load_checked(parse(["train", str(config), "model.hidden_dim=8"]))
     assert checked.model.hidden_dim == 8
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mlet: warning: model.hidden_dim 8 is below model.embedding_dim 16")
@@ -206,7 +210,7 @@ def test_closed_streams_do_not_fail_a_command(redirect: str, json_flag: str, tmp
 
 def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     arms = [{"auc": math.nan, "rows": 3}, {"auc": 0.5, "loss": -math.inf}]
-    cli._show({"ok": True, "auc": math.nan, "path": "NaN", "arms": arms}, as_json=True)
+    show({"ok": True, "auc": math.nan, "path": "NaN", "arms": arms}, as_json=True)
     shown = capsys.readouterr().out
     assert json.loads(shown, parse_constant=pytest.fail) == {
         "ok": True,
@@ -218,7 +222,7 @@ def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]
 
 
 def test_results_without_json_are_aligned_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._show({"rows": {"train": 12345}, "positive_rate": 0.25, "ok": True}, as_json=False)
+    show({"rows": {"train": 12345}, "positive_rate": 0.25, "ok": True}, as_json=False)
     assert capsys.readouterr().out == "rows           train 12,345\npositive_rate  0.25\nok             True\n"
 
 

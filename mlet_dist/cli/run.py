@@ -1,0 +1,56 @@
+"""Runs one command of `mlet`, and turns what it raises into a line and an exit code."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+from mlet_dist.cli.output import print_error, show
+from mlet_dist.cli.parsing import parse
+from mlet_dist.cli.process import die_with_parent, handed_to_launcher, rank_of, unwind
+from mlet_dist.errors import Interrupted, RanksLost, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    0 on success, 2 for a user's mistake, 75 for a run that was told to stop and is to be started again, 130 and 143
+    when interrupted or terminated, else 1.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed by `2>&-`; print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        die_with_parent()
+        args = parse(arguments)
+        rank = rank_of(args)
+        if rank is None:
+            signal.signal(signal.SIGTERM, unwind)
+        result, ok = args.command(args, arguments)
+        if result is not None and not rank:
+            show(result, args.json)
+        return 0 if ok else 1
+    except UserError as error:
+        if not handed_to_launcher(error):
+            print_error(error)
+        return 2
+    except Interrupted as stopped:
+        if not handed_to_launcher(stopped):
+            print(f"mlet: {stopped}", file=sys.stderr)
+        return Interrupted.EXIT_CODE
+    except RanksLost as error:
+        if not handed_to_launcher(error):
+            print_error(error)
+        return 1
+    except ChildProcessError as error:  # which has shown its own traceback, if it could
+        print_error(error)
+        return 1
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        print("mlet: interrupted" if number == signal.SIGINT else "mlet: terminated", file=sys.stderr)
+        return 128 + int(number)
+    except Exception as error:
+        if not handed_to_launcher(error):
+            traceback.print_exc()
+        return 1
