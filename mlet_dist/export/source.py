@@ -1,7 +1,8 @@
 """Where the export job reads: the tables of a run's newest checkpoint, or of an export, by blocks of rows."""
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,16 @@ class TableSource:
             UserError: a file is missing or damaged.
         """
         rows = torch.empty(stop - start, self.hidden_dim or self.embedding_dim, dtype=self.rows_dtype)
-        self._files.read_rows(self._stored_name, start, rows)
+        self.read_into(start, rows)
         return rows
+
+    def read_into(self, start: int, rows: torch.Tensor) -> None:
+        """Fill ``rows``, contiguous, with those from ``start`` on, as ``read_stored`` gives them."""
+        self._files.read_rows(self._stored_name, start, rows)
+
+    def through(self, files: TensorFiles) -> "TableSource":
+        """The same table, read through other files."""
+        return replace(self, _files=files)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Source:
     Attributes:
         path: as the user gave it.
         checkpoint: the name of the run's checkpoint.
+        digest: SHA-256 of what identifies all that is in it.
         spec: of the model as it was trained.
         config, summary: the run's, plain values.
         tables: by name.
@@ -77,6 +87,7 @@ class Source:
 
     path: Path
     checkpoint: str
+    digest: str
     spec: ModelSpec
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
@@ -100,6 +111,7 @@ class Source:
         return cls(
             path=run,
             checkpoint=checkpoint.name,
+            digest=hashlib.sha256(manifest.render()).hexdigest(),
             spec=spec,
             config=config.to_dict(),
             summary=summary,
@@ -107,6 +119,14 @@ class Source:
             dense=tuple(name for name in names if not name.startswith(TABLES_PREFIX)),
             files=files,
         )
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise UserError unless one of ``dense`` has this name and this shape."""
+        if name not in self.dense:
+            raise UserError(f"{self.files.location}: holds no tensor {name!r}, which the model has")
+        found = self.files.tensors[f"{MODEL_KEY}.{name}"].shape
+        if found != shape:
+            raise UserError(f"{self.files.location}: {name!r} is {found} there and {shape} in the model")
 
     def load_dense(self, name: str) -> torch.Tensor:
         """One of ``dense``."""

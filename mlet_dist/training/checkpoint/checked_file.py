@@ -30,6 +30,7 @@ class CheckedFile:
             if self.size != expected["bytes"]:
                 raise UserError(f"{name} has {self.size:,} bytes instead of {expected['bytes']:,}: it is damaged")
         self._good: set[int] = set()
+        self._held: tuple[int, memoryview] | None = None  # a block of which a part was read; more may follow
 
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill ``out``, of bytes, from position ``start`` on."""
@@ -45,25 +46,33 @@ class CheckedFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._held = None
 
     def _read_block(self, number: int, within: int, out: memoryview) -> None:
         """Fill ``out`` from one block, and check all of the block unless that was done before."""
+        if self._held is not None and self._held[0] == number:
+            out[:] = self._held[1][within : within + len(out)]
+            return
         begin = number * BLOCK_BYTES
         length = min(BLOCK_BYTES, self.size - begin)
         if self._sums is None or number in self._good:
             self._read(begin + within, out)
             return
-        if len(out) == length:
-            block = out
-            self._read(begin, block)
-        else:
-            block = memoryview(bytearray(length))
-            self._read(begin, block)
-            out[:] = block[within : within + len(out)]
+        block = out if len(out) == length else self._buffer()[:length]
+        self._read(begin, block)
         found = f"{zlib.crc32(block):08x}"
         if found != self._sums[number]:
             raise UserError(f"{self._name} is damaged: {block_damage(number, found, self._sums[number])}")
         self._good.add(number)
+        if block is not out:
+            self._held = number, block
+            out[:] = block[within : within + len(out)]
+
+    def _buffer(self) -> memoryview:
+        """Room for a block; what was held is given up."""
+        held, self._held = self._held, None
+        buffer = bytearray(min(BLOCK_BYTES, self.size)) if held is None else held[1].obj
+        return memoryview(buffer)
 
     def _read(self, start: int, out: memoryview) -> None:
         try:

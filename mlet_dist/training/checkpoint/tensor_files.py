@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
@@ -12,6 +13,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint.checked_file import CheckedFile, FilePart
 from mlet_dist.training.checkpoint.loading import Location, read_metadata
+
+_MOST_OPEN = 2  # each may hold a block in memory
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,12 @@ class TensorFiles:
             raise UserError(f"{self.location}: {name!r} has {tensor.dim()} dimensions and {len(chunks)} parts")
         return tensor
 
+    def again(self) -> "TensorFiles":
+        """The same tensors, through files of its own: for another thread."""
+        other = copy(self)
+        other._opened = {}
+        return other
+
     def close(self) -> None:
         """Close all files."""
         for file in self._opened.values():
@@ -146,7 +155,11 @@ class TensorFiles:
             return int(saved.untyped_storage()._checkpoint_offset) + saved.storage_offset() * saved.element_size()
 
     def _file(self, name: str) -> CheckedFile:
-        if name not in self._opened:
+        if name in self._opened:
+            self._opened[name] = self._opened.pop(name)  # the last one used is the last one
+        else:
+            while len(self._opened) >= _MOST_OPEN:
+                self._opened.pop(next(iter(self._opened))).close()
             path = f"{str(self.location).rstrip('/')}/{name}"
             expected = None
             if self._files is not None:
