@@ -1,5 +1,6 @@
 """The serving package: one scripted model with its tables inside, an example, and programs that run it."""
 
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -20,10 +21,13 @@ from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.predictor import ExportedPredictor, Predictor
 from mlet_dist.export.quantised import build_served, load_dense, table_tensors
 from mlet_dist.export.request import Request, example_request
+from mlet_dist.export.stored_tables import StoredTensors, read_parts
 from mlet_dist.json_text import to_json
+from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 
 SCRIPTED, EXPORTED = "model.pt", "model.pt2"
+_BLOCK_ROWS = 1 << 16
 _PROGRAMS = Path(__file__).parent / "package_files"
 _TABLES = "IntNBitTableBatchedEmbeddingBagsCodegen"
 
@@ -99,6 +103,46 @@ class Package:
                 "torchrec": version("torchrec"),
             },
         }
+
+
+def write_package(
+    directory: Path, spec: ModelSpec, encoding: Encoding, stored: StoredTensors, dense: Mapping[str, torch.Tensor]
+) -> None:
+    """Make the package of an output that has been written.
+
+    Args:
+        directory: exists, and is empty.
+        spec: of the plain model.
+        encoding: of the output.
+        stored: the output's files.
+        dense: all that is no table, by state name.
+
+    Raises:
+        UserError: a file cannot be read or written, or is damaged.
+    """
+    package, columns = Package(spec, encoding), spec.model.embedding_dim
+    for feature in spec.sparse:
+        name = f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"
+        for start in range(0, feature.num_embeddings, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, feature.num_embeddings)
+            package.write_rows(name, start, read_parts(stored, encoding, name, start, stop, columns))
+    package.save(directory, dense)
+
+
+def served_bytes(spec: ModelSpec, encoding: Encoding) -> int:
+    """Of all tables, without what files and models put around them; also the memory that a package takes for them."""
+    return sum(feature.num_embeddings for feature in spec.sparse) * encoding.row_bytes(spec.model.embedding_dim)
+
+
+def check_fits(spec: ModelSpec, encoding: Encoding) -> None:
+    """Raise UserError where this machine's memory does not hold a package's tables."""
+    needed = served_bytes(spec, encoding)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"a package holds all tables in one process: in {encoding.name} they take {needed:,} bytes, and this "
+            f"machine has {memory:,}; leave the package out, and serve the {encoding.name} output sharded"
+        )
 
 
 def _script(model: nn.Module, spec: ModelSpec) -> torch.jit.ScriptModule:
