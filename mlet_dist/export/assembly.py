@@ -12,7 +12,7 @@ import torch
 
 from mlet_dist import __version__
 from mlet_dist.errors import UserError
-from mlet_dist.export.manifest import FORMAT_VERSION, MANIFEST, describe_tensor
+from mlet_dist.export.manifest import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
 from mlet_dist.export.outputs import Output
 from mlet_dist.export.package import check_fits, served_bytes, write_package
 from mlet_dist.export.pieces import Piece
@@ -26,8 +26,6 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.checked_file import CheckedFile
 from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES, Checksum
 from mlet_dist.training.checkpoint.tensor_files import TensorFiles
-
-PACKAGE = "package"
 
 _BYTES_OF_A_FILE = 4096  # what a format puts around the values, its record and the file system's share, about
 
@@ -147,7 +145,7 @@ class Assembly:
         dense = self._load_dense()
         outputs = {output.name: self._finish_output(output, records, dense) for output in self.outputs}
         if self._package is not None:
-            outputs["package"] = self._finish_package(self._package, outputs, dense)
+            outputs[PACKAGE] = self._finish_package(self._package, outputs, dense)
         tables = self._describe_tables()
         manifest = {
             "format_version": FORMAT_VERSION,
