@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what it is to hold, of: dcp (for torch.distributed.checkpoint), safetensors, and TorchRec's quantised "
         "tables in fp16, int8, int4 (default: dcp)",
     )  # fmt: skip
-    parser.add_argument("--gather", action="store_true", help="one file a table, instead of one every 32 MB")
+    parser.add_argument("--gather", action="store_true", help="one file a table, instead of one every 64 MB")
     parser.add_argument("--overwrite", action="store_true", help="replace the export that DIR is")
     parser.add_argument(
         "--memory", type=byte_size, default="512M", metavar="SIZE",

@@ -62,6 +62,7 @@ class TensorFiles:
                     for each in found.chunks
                 ]
         self._opened: dict[str, CheckedFile] = {}
+        self._streams = False
         self._data_starts: dict[_Chunk, int] = {}
 
     def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
@@ -103,11 +104,23 @@ class TensorFiles:
             raise UserError(f"{self.location}: {name!r} has {tensor.dim()} dimensions and {len(chunks)} parts")
         return tensor
 
-    def again(self) -> "TensorFiles":
-        """The same tensors, through files of its own: for another thread."""
+    def streaming(self) -> "TensorFiles":
+        """The same tensors through files of its own, for one thread that reads row after row.
+
+        What it gives counts only once ``settle`` has returned: blocks are checked when all of them have been read.
+        """
         other = copy(self)
-        other._opened = {}
+        other._opened, other._streams = {}, True
         return other
+
+    def settle(self) -> None:
+        """Check all that was given.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for file in self._opened.values():
+            file.settle()
 
     def close(self) -> None:
         """Close all files."""
@@ -142,7 +155,7 @@ class TensorFiles:
         if chunk not in self._data_starts:
             self._data_starts[chunk] = chunk.start + self._find_data(file, chunk, out.dtype)
         target = out.view(-1).view(torch.uint8).numpy().data
-        file.read_into(self._data_starts[chunk] + offset, target)
+        (file.stream_into if self._streams else file.read_into)(self._data_starts[chunk] + offset, target)
 
     def _find_data(self, file: CheckedFile, chunk: _Chunk, dtype: torch.dtype) -> int:
         """Where in what torch.save wrote of a chunk its values begin."""
@@ -159,7 +172,9 @@ class TensorFiles:
             self._opened[name] = self._opened.pop(name)  # the last one used is the last one
         else:
             while len(self._opened) >= _MOST_OPEN:
-                self._opened.pop(next(iter(self._opened))).close()
+                last = self._opened.pop(next(iter(self._opened)))
+                last.settle()
+                last.close()
             path = f"{str(self.location).rstrip('/')}/{name}"
             expected = None
             if self._files is not None:
