@@ -122,7 +122,7 @@ class _Files(FileSystemBase):
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         name = PurePosixPath(path).name
         with self._checkpoint.open_new(name) as file:
-            stream = _SummedStream(file)
+            stream = SummedStream(file)
             yield stream
             self._sums[name] = stream.checksum.entry()
 
@@ -150,7 +150,7 @@ class _Files(FileSystemBase):
         self._checkpoint.store.filesystem.rm_file(path)
 
 
-class _SummedStream(io.RawIOBase):
+class SummedStream(io.RawIOBase):
     """A file that is written from its beginning to its end; closing it leaves the file open."""
 
     def __init__(self, file: IO[bytes]) -> None:
