@@ -46,8 +46,8 @@ def factors_of(gram: torch.Tensor, hidden_dim: int, name: str, seed: int, gain: 
         gram: WᵀW, (d, d) float64.
         hidden_dim: k, at least d.
         name, seed: of the table and the run; they fix the random rows.
-        gain: divides W2 and multiplies W1 by one number, so that over the used directions the mean of W2ᵀW2 is this;
-            None balances.
+        gain: G gives W2ᵀW2 the mean G, the used directions and the random rows each their share, d/k and (k-d)/k, by
+            multiplying W1 and dividing W2; the factors are then as our own recipe's (G = kσ²), and not balanced.
 
     Raises:
         ValueError: k < d, which only tables of rank k reach, or the Gram matrix is not finite.
@@ -61,13 +61,14 @@ def factors_of(gram: torch.Tensor, hidden_dim: int, name: str, seed: int, gain: 
     singular = squares.flip(0).clamp(min=0).sqrt()
     vectors = vectors.flip(1)
     rank = int((singular > FLOOR * singular[0]).sum())
-    scale = torch.full((d,), math.sqrt(d / k), dtype=torch.float64)
+    of_random = 1.0 if gain is None else gain
+    scale = torch.full((d,), math.sqrt(of_random * d / k), dtype=torch.float64)
     scale[:rank] = singular[:rank].sqrt()
-    if gain is not None and rank:
-        scale[:rank] *= (gain * rank / singular[:rank].sum()).sqrt()
+    if gain is not None:
+        scale[:rank] *= (gain * d / k / singular[:rank].mean()).sqrt()
     to_rows = torch.zeros(d, k, dtype=torch.float64)
     to_rows[:, :d] = vectors / scale
     projection = torch.empty(k, d)
     projection[:d] = (scale[:, None] * vectors.T).float()
-    RowInitializer(f"projections.{name}", k, "normal", 1 / math.sqrt(k), seed).fill(projection[d:], d)
+    RowInitializer(f"projections.{name}", k, "normal", math.sqrt(of_random / k), seed).fill(projection[d:], d)
     return Factors(to_rows, projection, singular, rank)
