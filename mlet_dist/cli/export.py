@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--serving-device", choices=["cpu", "cuda"], default="cuda", help="their kind (default %(default)s)"
     )
-    parser.add_argument("--gather", action="store_true", help="one file a table, instead of one every 32 MB")
+    parser.add_argument("--gather", action="store_true", help="one file a table, instead of one every 64 MB")
     parser.add_argument("--overwrite", action="store_true", help="replace the export that DIR is")
     parser.add_argument(
         "--memory", type=byte_size, default="512M", metavar="SIZE",

@@ -18,6 +18,7 @@ from mlet_dist.export.package import check_fits, served_bytes, write_package
 from mlet_dist.export.pieces import Piece
 from mlet_dist.export.serving_plan import Serving, plan_serving
 from mlet_dist.export.source import Source
+from mlet_dist.export.stored_tables import open_output
 from mlet_dist.export.units import UNIT_BYTES, Unit, units_of
 from mlet_dist.export.work import WorkDirectory
 from mlet_dist.json_text import sealed, to_json
@@ -25,7 +26,6 @@ from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.checked_file import CheckedFile
 from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES, Checksum
-from mlet_dist.training.checkpoint.tensor_files import TensorFiles
 
 _BYTES_OF_A_FILE = 4096  # what a format puts around the values, its record and the file system's share, about
 
@@ -231,7 +231,7 @@ class Assembly:
             directory.mkdir()
             tables = self.work.export / of_tables.directory
             files = outputs[of_tables.name]["files"]
-            with TensorFiles(tables, lambda name: (tables / name).open("rb"), files) as stored:
+            with open_output(tables, files, outputs[of_tables.name]["format"]) as stored:
                 write_package(directory, self.served, of_tables.encoding, stored, dense)
             found = {path.name: _synced_entry(path) for path in sorted(directory.iterdir())}
         return {

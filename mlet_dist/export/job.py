@@ -109,11 +109,11 @@ def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -
 
 
 def _threads(assembly: Assembly, memory: int) -> int:
-    """How many units a process does at a time: as many as it has cores, if they fit into the memory."""
+    """How many units a process does at a time: two a core, so that one reads while another multiplies, if they fit."""
     each = worker_bytes(assembly.source, assembly.outputs)
     if memory < each:
         raise UserError(f"--memory {memory:,} bytes is too little for these tables; it takes {each:,} at least")
-    return min(memory // each, torch.get_num_threads())
+    return min(memory // each, 2 * torch.get_num_threads())
 
 
 def _do_units(assembly: Assembly, worker: Worker, threads: int) -> None:

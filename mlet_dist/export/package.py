@@ -21,10 +21,11 @@ from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.predictor import ExportedPredictor, Predictor
 from mlet_dist.export.quantised import build_served, load_dense, table_tensors
 from mlet_dist.export.request import Request, example_request
-from mlet_dist.export.stored_tables import StoredTensors, read_parts
+from mlet_dist.export.stored_tables import read_parts
 from mlet_dist.json_text import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.checkpoint.chunked import ChunkedTensors
 
 SCRIPTED, EXPORTED = "model.pt", "model.pt2"
 _BLOCK_ROWS = 1 << 16
@@ -106,7 +107,7 @@ class Package:
 
 
 def write_package(
-    directory: Path, spec: ModelSpec, encoding: Encoding, stored: StoredTensors, dense: Mapping[str, torch.Tensor]
+    directory: Path, spec: ModelSpec, encoding: Encoding, stored: ChunkedTensors, dense: Mapping[str, torch.Tensor]
 ) -> None:
     """Make the package of an output that has been written.
 

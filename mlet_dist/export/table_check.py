@@ -10,7 +10,8 @@ import torch
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.source import TableSource
-from mlet_dist.export.stored_tables import StoredTensors, read_parts
+from mlet_dist.export.stored_tables import read_parts
+from mlet_dist.training.checkpoint.chunked import ChunkedTensors
 
 _BLOCK_BYTES = 1 << 25  # of the widest rows
 
@@ -54,7 +55,7 @@ class StoredOutput:
 
     name: str
     encoding: Encoding
-    files: StoredTensors
+    files: ChunkedTensors
 
 
 @dataclass

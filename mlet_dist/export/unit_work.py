@@ -14,7 +14,7 @@ from mlet_dist.export.units import Unit, unit_rows
 from mlet_dist.export.work import WorkDirectory
 from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES
 
-_READ_BYTES = 1 << 25  # of W1, at a time
+_READ_BYTES = 1 << 22  # of W1, at a time: they stay in a cache until they are multiplied
 
 
 class UnitWorker:
@@ -35,7 +35,7 @@ class UnitWorker:
         directories: Mapping[str, str],
         device: torch.device,
     ) -> None:
-        self._files = source.files.again()
+        self._files = source.files.streaming()
         self._tables = {name: table.through(self._files) for name, table in source.tables.items()}
         self._outputs, self._work, self._directories, self._device = outputs, work, directories, device
         sizes = [_buffer_sizes(table) for table in source.tables.values()]
@@ -84,7 +84,10 @@ class UnitWorker:
                 collapse_rows(stored, table.projection, out=part)
             else:
                 part.copy_(collapse_rows(stored.to(self._device), table.projection.to(self._device)))
-            _check_finite(table, start, stored, part)
+            if not all(bool(bound.isfinite()) for bound in torch.aminmax(part)):
+                self._files.settle()
+                raise _not_finite(table, start, stored, part)
+        self._files.settle()
         return found
 
     def close(self) -> None:
@@ -118,16 +121,12 @@ def _view(buffer: torch.Tensor, dtype: torch.dtype, rows: int, columns: int) -> 
     return torch.from_numpy(values).view(dtype).view(rows, columns)
 
 
-def _check_finite(table: TableSource, start: int, stored: torch.Tensor, found: torch.Tensor) -> None:
-    """Raise UserError where W has a value that is not finite; whatever is wrong in W1 or W2 is so in W, too."""
-    if all(bool(bound.isfinite()) for bound in torch.aminmax(found)):
-        return
+def _not_finite(table: TableSource, start: int, stored: torch.Tensor, found: torch.Tensor) -> UserError:
+    """Where the first value is that is not finite; one in W1 or W2 makes all of a row or column of W so."""
     factors = [("W" if table.projection is None else "W1", start, stored), ("W1·W2", start, found)]
     if table.projection is not None:
         factors.insert(0, ("W2", 0, table.projection))
-    for name, first, factor in factors:
-        bad = ~factor.isfinite()
-        if bad.any():
-            row, column = (int(each) for each in bad.nonzero()[0])
-            value = float(factor[row, column])
-            raise UserError(f"table {table.name!r}: {name} holds {value} in row {first + row:,}, column {column:,}")
+    name, first, factor = next(each for each in factors if not bool(each[2].isfinite().all()))
+    row, column = (int(each) for each in (~factor.isfinite()).nonzero()[0])
+    value = float(factor[row, column])
+    return UserError(f"table {table.name!r}: {name} holds {value} in row {first + row:,}, column {column:,}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mlet_dist.embeddings.collapse import block_rows
 from mlet_dist.export.source import TableSource
 
-UNIT_BYTES = 1 << 25
+UNIT_BYTES = 1 << 26
 """Of W in float32, about: what is done again after a kill, and what a file holds."""
 
 

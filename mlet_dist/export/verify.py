@@ -60,6 +60,8 @@ def verify_export(
         described = _check_outputs(directory, manifest)
         outputs = {}
         for name, entry in described.items():
+            if entry["format"] in ("safetensors", "torchscript"):  # others are checked as they are read
+                directory.check_files(name, manifest)
             if name != PACKAGE:
                 files = open_output(*directory.output(name, manifest), entry["format"])
                 held.callback(files.close)
@@ -74,7 +76,6 @@ def verify_export(
         logits_of = factorised(source, tables)
         candidates = {name: candidate(served, source, output, tables) for name, output in outputs.items()}
         if PACKAGE in described:
-            directory.check_files(PACKAGE, manifest)
             candidates |= packaged(export / PACKAGE, described[PACKAGE]["encoding"], outputs)
 
         of_run = BinaryMetrics(_ALONE.device)
