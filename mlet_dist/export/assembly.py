@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -67,7 +68,7 @@ class Assembly:
         """Raise UserError where the source cannot give these outputs, before any of it is written."""
         for output in self.outputs:
             output.encoding.check(self.served.model.embedding_dim)
-        for name, shape in self._dense_shapes().items():
+        for name, shape in self._dense_shapes.items():
             self.source.check_shape(name, shape)
 
     def unfinished(self) -> list[Unit]:
@@ -165,7 +166,7 @@ class Assembly:
         if self.gather:  # what is joined lies there twice until it is done
             sizes = [self.source.tables[name].num_embeddings * row_bytes[name] + around for name in self.unjoined()]
             needed += sum(sorted(sizes)[-world_size:])
-        dense = sum(4 * torch.Size(shape).numel() for shape in self._dense_shapes().values())
+        dense = sum(4 * torch.Size(shape).numel() for shape in self._dense_shapes.values())
         return needed + (dense + around) * len(self.outputs)
 
     def _finish_output(
@@ -207,13 +208,14 @@ class Assembly:
             for table in self.source.tables.values()
         ]
 
+    @cached_property
     def _dense_shapes(self) -> dict[str, tuple[int, ...]]:
         tables = {table.state_name for table in self.source.tables.values()}
         state = build_dlrm(self.served, torch.device("meta")).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tables}
 
     def _load_dense(self) -> dict[str, torch.Tensor]:
-        dense = {name: self.source.load_dense(name) for name in self._dense_shapes()}
+        dense = {name: self.source.load_dense(name) for name in self._dense_shapes}
         for name, tensor in dense.items():
             if not bool(tensor.isfinite().all()):
                 raise UserError(f"{self.source.files.location}: {name!r} holds values that are not finite")
