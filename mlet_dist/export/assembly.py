@@ -1,27 +1,32 @@
 """What an export consists of, what of it is finished, and how it is put together."""
 
 import dataclasses
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mlet_dist import __version__
 from mlet_dist.errors import UserError
-from mlet_dist.export.manifest import FORMAT_VERSION, MANIFEST, describe_tensor
+from mlet_dist.export.manifest import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
 from mlet_dist.export.outputs import Output
+from mlet_dist.export.package import check_fits, served_bytes, write_package
 from mlet_dist.export.pieces import Piece
+from mlet_dist.export.serving_plan import Serving, plan_serving
 from mlet_dist.export.source import Source
+from mlet_dist.export.stored_tables import open_output
 from mlet_dist.export.units import UNIT_BYTES, Unit, units_of
 from mlet_dist.export.work import WorkDirectory
 from mlet_dist.json_text import sealed, to_json
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.checked_file import CheckedFile
-from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES
+from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES, Checksum
 
 _BYTES_OF_A_FILE = 4096  # what a format puts around the values, its record and the file system's share, about
 
@@ -34,14 +39,25 @@ class Assembly:
         outputs: what is asked for.
         gather: one file a table.
         work: where it is made.
+        package: that of ``outputs`` whose tables go into a serving package; None for no package.
+        serving: what quantised outputs are planned for; None for no plan.
 
     Attributes:
         units: all of them, by table.
         directories: where the units' files of an output lie in ``work``, by the output's name.
     """
 
-    def __init__(self, source: Source, outputs: Sequence[Output], gather: bool, work: WorkDirectory) -> None:
+    def __init__(
+        self,
+        source: Source,
+        outputs: Sequence[Output],
+        gather: bool,
+        work: WorkDirectory,
+        package: Output | None = None,
+        serving: Serving | None = None,
+    ) -> None:
         self.source, self.outputs, self.gather, self.work = source, outputs, gather, work
+        self._package, self._serving = package, serving
         self.units = units_of(source.tables.values())
         parent = "parts" if gather else work.export.name
         self.directories = {output.name: f"{parent}/{output.directory}" for output in outputs}
@@ -59,6 +75,8 @@ class Assembly:
             "versions": _versions(),
             "checkpoint": self.source.digest,
             "outputs": [output.name for output in self.outputs],
+            "package": self._package and self._package.name,
+            "serving": self._serving and dataclasses.asdict(self._serving),
             "gather": self.gather,
             "unit_bytes": UNIT_BYTES,
             "device": device.type,
@@ -68,6 +86,10 @@ class Assembly:
         """Raise UserError where the source cannot give these outputs, before any of it is written."""
         for output in self.outputs:
             output.encoding.check(self.served.model.embedding_dim)
+            if output.encoding.is_quantised and self._serving is not None:
+                plan_serving(self.served, output.encoding, self._serving)
+        if self._package is not None:
+            check_fits(self.served, self._package.encoding)
         for name, shape in self._dense_shapes.items():
             self.source.check_shape(name, shape)
 
@@ -123,6 +145,8 @@ class Assembly:
             records = [self.work.recorded(unit.name) for unit in self.units]
         dense = self._load_dense()
         outputs = {output.name: self._finish_output(output, records, dense) for output in self.outputs}
+        if self._package is not None:
+            outputs[PACKAGE] = self._finish_package(self._package, outputs, dense)
         tables = self._describe_tables()
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -167,6 +191,8 @@ class Assembly:
             sizes = [self.source.tables[name].num_embeddings * row_bytes[name] + around for name in self.unjoined()]
             needed += sum(sorted(sizes)[-world_size:])
         dense = sum(4 * torch.Size(shape).numel() for shape in self._dense_shapes.values())
+        if self._package is not None:
+            needed += 2 * served_bytes(self.served, self._package.encoding)
         return needed + (dense + around) * len(self.outputs)
 
     def _finish_output(
@@ -184,12 +210,38 @@ class Assembly:
         files[f"{directory}/{index}"] = stream.checksum.entry()
         for record in records:
             files |= {path: entry for path, entry in record["files"].items() if path.startswith(f"{directory}/")}
-        return {
+        described = {
             "directory": output.directory,
             "format": output.format.suffix.removeprefix("."),
             "encoding": output.encoding.name,
+            "table_bytes": served_bytes(self.served, output.encoding),
             "bytes": sum(entry["bytes"] for entry in files.values()),
             "files": {path.removeprefix(f"{directory}/"): entry for path, entry in sorted(files.items())},
+        }
+        if output.encoding.is_quantised and self._serving is not None:
+            described["plan"] = plan_serving(self.served, output.encoding, self._serving)
+        return described
+
+    def _finish_package(
+        self, of_tables: Output, outputs: Mapping[str, Any], dense: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """Make the package from the finished output that holds its tables, since they are computed once."""
+        directory = self.work.export / PACKAGE
+        with self.work.writing():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            tables = self.work.export / of_tables.directory
+            files = outputs[of_tables.name]["files"]
+            with open_output(tables, files, outputs[of_tables.name]["format"]) as stored:
+                write_package(directory, self.served, of_tables.encoding, stored, dense)
+            found = {path.name: _synced_entry(path) for path in sorted(directory.iterdir())}
+        return {
+            "directory": PACKAGE,
+            "format": "torchscript",
+            "encoding": of_tables.encoding.name,
+            "table_bytes": served_bytes(self.served, of_tables.encoding),
+            "bytes": sum(entry["bytes"] for entry in found.values()),
+            "files": found,
         }
 
     def _describe_tables(self) -> list[dict[str, Any]]:
@@ -220,6 +272,16 @@ class Assembly:
             if not bool(tensor.isfinite().all()):
                 raise UserError(f"{self.source.files.location}: {name!r} holds values that are not finite")
         return dense
+
+
+def _synced_entry(path: Path) -> dict[str, Any]:
+    """Checksums of a file whose bytes are on the disk."""
+    checksum = Checksum()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 22):
+            checksum.update(block)
+    return checksum.entry()
 
 
 def _joined(table: str) -> str:

@@ -1,6 +1,6 @@
 """How a row of W is stored: float32, or as TorchRec's quantised tables hold it; each row by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ class Encoding:
     name: str
     bits: int
     _encode: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    _decode: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
     @property
     def is_quantised(self) -> bool:
@@ -95,6 +96,10 @@ class Encoding:
                 raise RowOverflow(row, float(rows[row][rows[row].abs().argmax()]), self.name)
         return encoded
 
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The rows ``(r, d)`` float32 that a model looks up where ``encode`` gave ``parts``."""
+        return self._decode(parts)
+
 
 def _as_half(rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"": rows.half().view(torch.uint8)}
@@ -112,13 +117,27 @@ def _as_bits(bits: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     return encode
 
 
+def _of_half(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return parts[""].contiguous().view(torch.float16).float()
+
+
+def _of_bits(bits: int) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+    def decode(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        packed = parts[""].unsqueeze(2)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)  # the first value of a byte is in its lowest bits
+        values = (packed >> shifts) & (2**bits - 1)
+        return values.flatten(1).float() * parts["_qscale"].float() + parts["_qbias"].float()
+
+    return decode
+
+
 ENCODINGS = {
     each.name: each
     for each in (
-        Encoding("fp32", 32, lambda rows: {"": rows}),
-        Encoding("fp16", 16, _as_half),
-        Encoding("int8", 8, _as_bits(8)),
-        Encoding("int4", 4, _as_bits(4)),
+        Encoding("fp32", 32, lambda rows: {"": rows}, lambda parts: parts[""]),
+        Encoding("fp16", 16, _as_half, _of_half),
+        Encoding("int8", 8, _as_bits(8), _of_bits(8)),
+        Encoding("int4", 4, _as_bits(4), _of_bits(4)),
     )
 }
 """By name."""

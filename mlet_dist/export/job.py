@@ -15,7 +15,8 @@ from torch import distributed as dist
 
 from mlet_dist.errors import UserError
 from mlet_dist.export.assembly import Assembly
-from mlet_dist.export.outputs import OUTPUTS
+from mlet_dist.export.outputs import OUTPUTS, Output
+from mlet_dist.export.serving_plan import Serving
 from mlet_dist.export.source import Source
 from mlet_dist.export.unit_work import UnitWorker, worker_bytes
 from mlet_dist.export.units import Unit
@@ -34,15 +35,25 @@ class ExportOptions:
 
     Attributes:
         outputs: names of ``OUTPUTS``.
+        package: the output whose tables go into a serving package, and which is made with it; None for no package.
+        serving: what quantised tables are to be planned for; None for no plan.
         gather: one file a table.
         overwrite: replace an export that is there.
         memory: bytes that a process may use for rows.
     """
 
     outputs: tuple[str, ...] = ("dcp",)
+    package: str | None = None
+    serving: Serving | None = None
     gather: bool = False
     overwrite: bool = False
     memory: int = MEMORY
+
+    @property
+    def written(self) -> tuple[Output, ...]:
+        """The outputs, with that of the package's tables."""
+        names = self.outputs if self.package is None else (*self.outputs, self.package)
+        return tuple(OUTPUTS[name] for name in dict.fromkeys(names))
 
 
 def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
@@ -66,7 +77,8 @@ def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -
         raise UserError("--out is empty or the current directory; name a directory that does not exist yet")
     work = WorkDirectory(Path(os.path.realpath(out)))
     source = Source.of_run(run)
-    assembly = Assembly(source, [OUTPUTS[name] for name in options.outputs], options.gather, work)
+    package = None if options.package is None else OUTPUTS[options.package]
+    assembly = Assembly(source, options.written, options.gather, work, package, options.serving)
     threads = _threads(assembly, options.memory)
     result: dict[str, Any] = {}
     with source.files, ExitStack() as held:

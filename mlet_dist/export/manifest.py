@@ -15,6 +15,7 @@ from mlet_dist.training.checkpoint.manifest import Manifest
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+PACKAGE = "package"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ExportDirectory:
         model/            torch.distributed.checkpoint of a plain TorchRec DLRM's state dict, by name
         safetensors/      the same as safetensors files, for torch's HuggingFaceStorageReader or by their index
         fp16/ int8/ int4/ torch.distributed.checkpoint of the state dict with TorchRec's quantised tables
+        package/          a scripted model with one output's tables inside, and programs that run it
 
     Files are ``TABLE-00000-of-00003`` with ``.distcp`` or ``.safetensors``, each some rows of a table, or one file
     ``TABLE`` for all of it where they were gathered; ``_dense`` holds the other layers.
