@@ -26,6 +26,7 @@ from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.guards import Guard, NonFinite
 from mlet_dist.training.identity import identity_of
+from mlet_dist.training.initial import find_initial_weights
 from mlet_dist.training.interruption import StopSignal
 from mlet_dist.training.loop import take_all_steps
 from mlet_dist.training.metrics import BinaryMetrics
@@ -84,6 +85,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         start = find_start(config, store, identity)
         if start is not None:
             loader.load_state_dict(start.found.manifest.about["data"])
+        initial = find_initial_weights(config, spec) if start is None else None
         if worker.is_first:
             run.start(config, spec, None if start is None or not start.is_own else start.found.manifest.step)
             drop_later(store, start)
@@ -113,6 +115,8 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         )
         if start is not None:
             restore(training, start.found)
+        elif initial is not None:
+            initial.load(sharded)
         first_step = training.step
 
         def about(training: Training) -> dict[str, Any]:
