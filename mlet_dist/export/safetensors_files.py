@@ -33,7 +33,8 @@ class SafetensorsFiles(ChunkedTensors):
     HuggingFaceStorageWriter notes it (``DCP_SHARDING_INFO``). What is read is checked by nothing: there are no sums.
 
     Args:
-        path: a ``.safetensors`` file, a directory of them, or a ``.safetensors.index.json``.
+        path: a ``.safetensors`` file, a ``.safetensors.index.json``, or a directory of them; only an index tells
+            that a file is missing.
 
     Raises:
         UserError: a file is missing or no safetensors file, or two files hold the same tensor.
@@ -100,12 +101,13 @@ class SafetensorsFiles(ChunkedTensors):
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-        if not found:
-            raise UserError(f"{path}: holds no .safetensors file")
-        return found
-    if path.suffix != ".json":
-        return [path]
+        named = {file for index in path.glob("*.safetensors.index.json") for file in _named_by(index)}
+        return sorted(named | set(path.glob("*.safetensors")))
+    return _named_by(path) if path.suffix == ".json" else [path]
+
+
+def _named_by(path: Path) -> list[Path]:
+    """The files that an index names."""
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
