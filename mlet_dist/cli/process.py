@@ -9,15 +9,16 @@ from typing import NoReturn
 from mlet_dist.errors import UserError
 
 _LAUNCHED = "MLET_LAUNCHED"
+_TOGETHER = ("train", "evaluate", "export")
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
 
 
 def rank_of(args: argparse.Namespace) -> int | None:
     """The number of this process among those that run the command together; None where it runs alone.
 
-    Only train and evaluate run together: Kubeflow sets RANK for every command.
+    Only some commands run together: Kubeflow sets RANK for every command.
     """
-    if "RANK" not in os.environ or args.name not in ("train", "evaluate") or args.nproc is not None:
+    if "RANK" not in os.environ or args.name not in _TOGETHER or args.nproc is not None:
         return None
     for name in ("RANK", "WORLD_SIZE"):
         value = os.environ.get(name)
@@ -75,6 +76,7 @@ def before_torch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The libraries' start-up chatter; errors still show.
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    logging.getLogger("torch._export").setLevel(logging.ERROR)
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec|fbgemm_gpu|torchmetrics)\b")

@@ -25,7 +25,8 @@ def evaluate_path(target: Path, data: Path, split: str, batch_size: int = 8192, 
     """
     export, run = ExportDirectory(target), RunDirectory(target)
     if export.manifest.exists():
-        spec, _ = export.load()
+        spec, manifest = export.load()
+        served, _ = export.output("dcp", manifest)
         store = None
     elif run.config.exists():
         config, spec, _ = run.load()
@@ -43,7 +44,7 @@ def evaluate_path(target: Path, data: Path, split: str, batch_size: int = 8192, 
             pooling_factors=spec.pooling_factors,
         )
         if store is None:
-            load_model(model, export.model, key=None)
+            load_model(model, served, key=None)
         else:
             load_model(model, newest_checkpoint(store).location)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)

@@ -1,17 +1,15 @@
 """Tables that something else trained: which of a file's tensors they are, and what they are called here."""
 
 import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.export.manifest import ExportDirectory
 from mlet_dist.export.safetensors_files import SafetensorsFiles
-from mlet_dist.export.source import Source, TableSource
+from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.export.torch_file import TorchFile
 from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.chunked import ChunkedTensors
 from mlet_dist.training.checkpoint.tensor_files import TensorFiles
 from mlet_dist.training.run_directory import RunDirectory
@@ -21,74 +19,43 @@ _ALONE = re.compile(r"(?P<table>[^.]+?)(?:\.weight)?")
 _DENSE = ("dense_arch.", "inter_arch.", "over_arch.")  # of TorchRec's DLRM and DLRM_DCN
 
 
-@dataclass(frozen=True)
-class ExistingTables:
-    """Plain tables to be factorised, open for reading; closed as a context manager.
+def open_existing(path: Path, pattern: str | None = None) -> Tables:
+    """An export or a run of ours, a DCP directory, safetensors (a file, a directory or an index), or a state dict.
 
-    Attributes:
-        path: as the user gave it.
-        tables: by name; each a single layer.
-        dense: state name in our model -> name in ``files``.
-        spec: of the model around them, where it is known.
-        files: what is read.
+    Tables are the tensors called ``…embedding_bags.<table>.weight`` or ``…embeddings.<table>.weight``. Where there are
+    none, every tensor must be a table, called ``<table>.weight`` or ``<table>``.
+
+    Args:
+        pattern: which tensors are tables instead: a regular expression of the whole name, with a group ``table``.
+
+    Raises:
+        UserError: nothing of these is there, or no tensor, or one that cannot be a table, goes by the rule; or tables
+            are in two layers already.
     """
-
-    path: Path
-    tables: dict[str, TableSource]
-    dense: dict[str, str]
-    spec: ModelSpec | None
-    files: ChunkedTensors
-
-    @classmethod
-    def open(cls, path: Path, pattern: str | None = None) -> "ExistingTables":
-        """An export or a run of ours, a DCP directory, safetensors (a file, a directory or an index), or a state dict.
-
-        Tables are the tensors called ``…embedding_bags.<table>.weight`` or ``…embeddings.<table>.weight``. Where there
-        are none, every tensor must be a table, called ``<table>.weight`` or ``<table>``.
-
-        Args:
-            pattern: which tensors are tables instead: a regular expression of the whole name, with a group ``table``.
-
-        Raises:
-            UserError: nothing of these is there, or no tensor, or one that cannot be a table, goes by the rule.
-        """
-        if ExportDirectory(path).manifest.exists() or RunDirectory(path).config.exists():
-            source = Source.open(path)
-            if source.spec is not None and source.spec.model.hidden_dim is not None:
-                raise UserError(f"{path}: its tables are in two layers already; export it first")
-            dense = {name: f"{source.prefix}{name}" for name in source.dense}
-            return cls(path, dict(source.tables), dense, source.spec, source.files)
-        files = _open_files(path)
-        expression = _TORCHREC if pattern is None else _compiled(pattern)
-        matches = {name: found for name in files.tensors if (found := expression.fullmatch(name))}
-        if not matches and pattern is None:
-            matches = {name: found for name in files.tensors if (found := _ALONE.fullmatch(name))}
-            if len(matches) < len(files.tensors):
-                matches = {}
-        if not matches:
-            raise UserError(
-                f"{path}: which of its tensors are tables is not clear; say so by --table-pattern, such as "
-                f"'emb_(?P<table>.+)'. It holds {_some(list(files.tensors))}"
-            )
-        tables: dict[str, TableSource] = {}
-        for name, found in matches.items():
-            table = found["table"]
-            if table in tables:
-                raise UserError(f"{path}: {tables[table].stored_name!r} and {name!r} would both be table {table!r}")
-            tables[table] = _table(path, table, name, files)
-        return cls(path, tables, _dense(files, matches), None, files)
-
-    def __enter__(self) -> "ExistingTables":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.files.close()
-
-    def spec_with(self, hidden_dim: int) -> ModelSpec | None:
-        """The model around the factors, where one is known."""
-        if self.spec is None:
-            return None
-        return replace(self.spec, model=replace(self.spec.model, hidden_dim=hidden_dim))
+    if ExportDirectory(path).manifest.exists() or RunDirectory(path).config.exists():
+        found = Tables.open(path)
+        if any(table.projection is not None for table in found.tables.values()):
+            raise UserError(f"{path}: its tables are in two layers already; export it first")
+        return found
+    files = _open_files(path)
+    expression = _TORCHREC if pattern is None else _compiled(pattern)
+    matches = {name: match for name in files.tensors if (match := expression.fullmatch(name))}
+    if not matches and pattern is None:
+        matches = {name: match for name in files.tensors if (match := _ALONE.fullmatch(name))}
+        if len(matches) < len(files.tensors):
+            matches = {}
+    if not matches:
+        raise UserError(
+            f"{path}: which of its tensors are tables is not clear; say so by --table-pattern, such as "
+            f"'emb_(?P<table>.+)'. It holds {_some(list(files.tensors))}"
+        )
+    tables: dict[str, TableSource] = {}
+    for name, match in matches.items():
+        table = match["table"]
+        if table in tables:
+            raise UserError(f"{path}: {tables[table].stored_name!r} and {name!r} would both be table {table!r}")
+        tables[table] = _table(path, table, name, files)
+    return Tables(path, tables, _dense(files, matches), None, {}, files)
 
 
 def _open_files(path: Path) -> ChunkedTensors:
@@ -129,7 +96,7 @@ def _table(path: Path, table: str, name: str, files: ChunkedTensors) -> TableSou
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     state_name = f"{TABLES_PREFIX}embedding_bags.{table}.weight"
-    return TableSource(table, state_name, rows, None, columns, None, found.dtype, files, name)
+    return TableSource(table, state_name, rows, None, columns, None, found.dtype, name, files)
 
 
 def _dense(files: ChunkedTensors, tables: dict[str, re.Match[str]]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 
 from mlet_dist.embeddings.factorize import Factors, factors_of
 from mlet_dist.errors import UserError
-from mlet_dist.export.existing_tables import ExistingTables
+from mlet_dist.export.block_writer import BlockWriter
+from mlet_dist.export.existing_tables import open_existing
 from mlet_dist.export.row_blocks import read_blocks, sum_grams
-from mlet_dist.export.source import TableSource
+from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.progress import Progress
 from mlet_dist.staging import staged_directory
-from mlet_dist.training.checkpoint.block_writer import BlockWriter
 from mlet_dist.training.checkpoint.store import CheckpointStore
 from mlet_dist.training.snapshot import versions
 
@@ -39,7 +40,7 @@ def factorize_tables(
 
     Args:
         hidden_dim, seed, gain: as ``factors_of``.
-        table_pattern: as ``ExistingTables.open``.
+        table_pattern: as ``open_existing``.
         tables_only: leave the dense layers of the source out.
 
     Returns:
@@ -50,7 +51,7 @@ def factorize_tables(
     Raises:
         UserError: what is there cannot be read or factorised exactly, or ``out`` cannot be written.
     """
-    with ExistingTables.open(path, table_pattern) as existing:
+    with open_existing(path, table_pattern) as existing:
         for table in existing.tables.values():
             if hidden_dim < table.embedding_dim:
                 raise UserError(
@@ -67,11 +68,12 @@ def factorize_tables(
                 for number, table in enumerate(existing.tables.values()):
                     entries.append(_factorize(table, hidden_dim, seed, gain, writer, f"table-{number}", progress))
             if dense:
-                with writer.file("dense.distcp") as file:
-                    for name, stored in dense.items():
-                        tensor = existing.files.load(stored)
-                        file.add(name, tuple(tensor.shape), tensor.dtype, [tensor])
-            spec = existing.spec_with(hidden_dim)
+                with writer.file("dense") as file:
+                    for name in dense:
+                        file.add(name, [existing.load_dense(name)])
+            spec = existing.spec
+            if spec is not None:
+                spec = replace(spec, model=replace(spec.model, hidden_dim=hidden_dim))
             writer.finish(
                 {
                     "factorized": {"source": str(path), "seed": seed, "gain": gain, "tables": entries},
@@ -102,10 +104,9 @@ def _factorize(
     except ValueError as error:
         raise UserError(f"{table.location}: {error}") from None
     errors: list[float] = []
-    with writer.file(f"{file_name}.distcp") as file:
-        file.add(table.state_name, (n, k), torch.float32, _first_layer(table, factors, errors, progress))
-        name = f"{TABLES_PREFIX}projections.{table.name}.weight"
-        file.add(name, (k, d), torch.float32, [factors.projection])
+    with writer.file(file_name) as file:
+        file.add(table.state_name, _first_layer(table, factors, errors, progress))
+        file.add(f"{TABLES_PREFIX}projections.{table.name}.weight", [factors.projection])
     energy = float(gram.trace())
     relative_error = (sum(errors) / energy) ** 0.5 if energy else 0.0
     if not relative_error <= _MOST_ERROR:
@@ -142,7 +143,7 @@ def _first_layer(
             progress.update(len(part), table=table.name)
 
 
-def _check_space(staging: Path, out: Path, existing: ExistingTables, k: int) -> None:
+def _check_space(staging: Path, out: Path, existing: Tables, k: int) -> None:
     needed = sum(4 * k * (table.num_embeddings + table.embedding_dim) for table in existing.tables.values())
     free = shutil.disk_usage(staging).free
     if free < needed:

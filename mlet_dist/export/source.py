@@ -1,23 +1,28 @@
 """Where tables are read by blocks of rows: a run's newest checkpoint, an export, or what `mlet factorize` made."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from mlet_dist.embeddings.multi_layer import check_layers_fit
 from mlet_dist.errors import UserError
 from mlet_dist.export.manifest import ExportDirectory
+from mlet_dist.export.stored_tables import open_output
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.choosing import newest_finished
 from mlet_dist.training.checkpoint.chunked import ChunkedTensors
 from mlet_dist.training.checkpoint.loading import MODEL_KEY
-from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.training.checkpoint.manifest import Manifest
+from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.training.checkpoint.tensor_files import TensorFiles
 from mlet_dist.training.run_directory import RunDirectory
+
+_IN_CHECKPOINTS = f"{MODEL_KEY}."
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class TableSource:
         num_embeddings, hidden_dim, embedding_dim: n, k and d; k is None for a single layer.
         projection: W2, float32; None for a single layer.
         rows_dtype: of W1, or of W where there is a single layer.
+        stored_name: of the same in the files.
     """
 
     name: str
@@ -39,8 +45,8 @@ class TableSource:
     embedding_dim: int
     projection: torch.Tensor | None
     rows_dtype: torch.dtype
-    _files: ChunkedTensors
     stored_name: str
+    _files: ChunkedTensors
 
     @property
     def location(self) -> str:
@@ -65,50 +71,95 @@ class TableSource:
             UserError: a file is missing or damaged.
         """
         rows = torch.empty(stop - start, self.hidden_dim or self.embedding_dim, dtype=self.rows_dtype)
-        self._files.read_rows(self.stored_name, start, rows)
+        self.read_into(start, rows)
         return rows
+
+    def read_into(self, start: int, rows: torch.Tensor) -> None:
+        """Fill ``rows``, contiguous, with those from ``start`` on, as ``read_stored`` gives them."""
+        self._files.read_rows(self.stored_name, start, rows)
+
+    def through(self, files: ChunkedTensors) -> "TableSource":
+        """The same table, read through other files."""
+        return replace(self, _files=files)
 
 
 @dataclass(frozen=True)
-class Source:
+class Tables:
     """Tables, and what is known of the model around them, open for reading; closed as a context manager.
 
     Attributes:
         path: as the user gave it.
-        checkpoint: the name of the directory that is read.
-        spec: of the model as it was trained; None for factors of tables that came from elsewhere.
-        config, summary: the run's, plain values; empty where there was none.
         tables: by name.
-        dense: state names of all else in the model.
+        dense: all else in the model: state name -> name in ``files``.
+        spec: of the model with these tables; None where the tables came from elsewhere.
+        config: the run's, plain values; empty where there was none.
         files: what is read; not for several threads at once.
-        prefix: of the state names in ``files``.
     """
 
     path: Path
-    checkpoint: str
+    tables: Mapping[str, TableSource]
+    dense: Mapping[str, str]
     spec: ModelSpec | None
     config: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    tables: Mapping[str, TableSource]
-    dense: tuple[str, ...]
     files: ChunkedTensors
-    prefix: str
+
+    @classmethod
+    def open(cls, path: Path) -> "Tables":
+        """What lies at ``path``: a run, an export or factors.
+
+        Raises:
+            UserError: none of them is there, it is not whole, or a tensor is missing or of another shape than its
+                model's.
+        """
+        if ExportDirectory(path).manifest.exists():
+            return _of_export(path)
+        if RunDirectory(path).config.exists():
+            return Source.of_run(path)
+        return _of_factors(path)
+
+    def load_dense(self, name: str) -> torch.Tensor:
+        """One of ``dense``."""
+        return self.files.load(self.dense[name])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
+
+
+@dataclass(frozen=True)
+class Source(Tables):
+    """All of a trained model: what can be exported.
+
+    Attributes:
+        checkpoint: the name of the checkpoint that is read.
+        digest: SHA-256 of what identifies all that is in it.
+        summary: the run's, plain values; empty where there was none.
+    """
+
+    spec: ModelSpec
+    files: TensorFiles
+    checkpoint: str
+    digest: str
+    summary: Mapping[str, Any]
 
     @classmethod
     def open(cls, path: Path) -> "Source":
-        """What lies at ``path``, whichever of the three it is.
+        """What lies at ``path``: a run, or factors that came with their model.
 
         Raises:
-            UserError: none of them is there, or as ``of_run``, ``of_export`` and ``of_factors``.
+            UserError: neither is there, or as ``Tables.open``.
         """
         if ExportDirectory(path).manifest.exists():
-            return cls.of_export(path)
-        if RunDirectory(path).config.exists():
-            return cls.of_run(path)
-        if any(not each.is_being_written for each in CheckpointStore(path).checkpoints()):
-            return cls.of_factors(path)
-        missing = "no such directory" if not path.exists() else "neither a run, an export nor factors"
-        raise UserError(f"{path}: {missing}; expected what `mlet train`, `mlet export` or `mlet factorize` made")
+            raise UserError(f"{path}: an export already; name the run that it is of")
+        found = Tables.open(path)
+        if not isinstance(found, Source):
+            raise UserError(
+                f"{path}: holds tables alone, and no model; train one from them with train.initial_weights={path}, and "
+                "take that run"
+            )
+        return found
 
     @classmethod
     def of_run(cls, run: Path) -> "Source":
@@ -120,87 +171,82 @@ class Source:
         directory = RunDirectory(run)
         config, spec, summary = directory.load()
         checkpoint, manifest = newest_finished(directory.checkpoint_store(config))
-        files = TensorFiles(checkpoint.location, checkpoint.open, manifest.files)
-        return cls._of(run, checkpoint.name, spec, config.to_dict(), summary, files, f"{MODEL_KEY}.")
+        return cls.of_checkpoint(run, checkpoint, manifest, spec, config.to_dict(), summary)
 
     @classmethod
-    def of_factors(cls, path: Path) -> "Source":
-        """What `mlet factorize` made; what is read of it is checked as it is read.
-
-        Raises:
-            UserError: it is not whole, or of something else.
-        """
-        checkpoint, manifest = newest_finished(CheckpointStore(path))
-        if "factorized" not in manifest.about:
-            raise UserError(f"{checkpoint}: a checkpoint, but not one of `mlet factorize`; name its run's directory")
-        spec = manifest.about["spec"]
-        files = TensorFiles(checkpoint.location, checkpoint.open, manifest.files)
-        if spec is not None:
-            spec = ModelSpec.from_dict(spec, str(checkpoint))
-            return cls._of(path, checkpoint.name, spec, {}, {}, files, f"{MODEL_KEY}.")
-        tables = {
-            each["name"]: _table(each["name"], each["shape"], each["hidden_dim"], files, f"{MODEL_KEY}.")
-            for each in manifest.about["factorized"]["tables"]
-        }
-        dense = _dense_names(files, f"{MODEL_KEY}.")
-        return cls(path, checkpoint.name, None, {}, {}, tables, dense, files, f"{MODEL_KEY}.")
-
-    @classmethod
-    def of_export(cls, path: Path) -> "Source":
-        """The plain tables of an export.
-
-        Raises:
-            UserError: it is no export, or a tensor is missing or of another shape than its model's.
-        """
-        directory = ExportDirectory(path)
-        spec, manifest = directory.load()
-        model = directory.model
-        files = TensorFiles(model, lambda name: (model / name).open("rb"))
-        run = manifest["run"]
-        return cls._of(path, model.name, spec, manifest["config"], run, files, "")
-
-    def model(self) -> ModelSpec:
-        """The model around the tables.
-
-        Raises:
-            UserError: there is none, or its dense layers are missing: these are tables alone.
-        """
-        if self.spec is None or not self.dense:
-            raise UserError(
-                f"{self.path}: holds tables alone, and no model; train one from them with "
-                f"train.initial_weights={self.path}, and take that run"
-            )
-        return self.spec
-
-    def load_dense(self, name: str) -> torch.Tensor:
-        """One of ``dense``."""
-        return self.files.load(f"{self.prefix}{name}")
-
-    def __enter__(self) -> "Source":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.files.close()
-
-    @classmethod
-    def _of(
+    def of_checkpoint(
         cls,
         path: Path,
-        checkpoint: str,
+        checkpoint: Checkpoint,
+        manifest: Manifest,
         spec: ModelSpec,
         config: Mapping[str, Any],
         summary: Mapping[str, Any],
-        files: ChunkedTensors,
-        prefix: str,
     ) -> "Source":
-        k, d = spec.model.hidden_dim, spec.model.embedding_dim
-        tables = {each.name: _table(each.name, (each.num_embeddings, d), k, files, prefix) for each in spec.sparse}
-        return cls(path, checkpoint, spec, config, summary, tables, _dense_names(files, prefix), files, prefix)
+        """A checkpoint of the model ``spec``."""
+        files = TensorFiles(checkpoint.location, checkpoint.open, manifest.files)
+        return cls(
+            path=path,
+            tables=_tables_of(spec, files, _IN_CHECKPOINTS),
+            dense=_dense_of(files, _IN_CHECKPOINTS),
+            spec=spec,
+            config=config,
+            files=files,
+            checkpoint=checkpoint.name,
+            digest=hashlib.sha256(manifest.render()).hexdigest(),
+            summary=summary,
+        )
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise UserError unless one of ``dense`` has this name and this shape."""
+        if name not in self.dense:
+            raise UserError(f"{self.files.location}: holds no tensor {name!r}, which the model has")
+        found = self.files.tensors[self.dense[name]].shape
+        if found != shape:
+            raise UserError(f"{self.files.location}: {name!r} is {found} there and {shape} in the model")
 
 
-def _dense_names(files: ChunkedTensors, prefix: str) -> tuple[str, ...]:
-    names = [name.removeprefix(prefix) for name in files.tensors if name.startswith(prefix)]
-    return tuple(name for name in names if not name.startswith(TABLES_PREFIX))
+def _of_export(path: Path) -> Tables:
+    """The plain tables of an export, from the first of its outputs that holds them in float32."""
+    directory = ExportDirectory(path)
+    spec, manifest = directory.load()
+    name = next((each for each in ("dcp", "safetensors") if each in manifest["outputs"]), "dcp")
+    where, entries = directory.output(name, manifest)
+    files = open_output(where, entries, manifest["outputs"][name]["format"])
+    return Tables(path, _tables_of(spec, files, ""), _dense_of(files, ""), spec, manifest["config"], files)
+
+
+def _of_factors(path: Path) -> Tables:
+    """What `mlet factorize` made; what is read of it is checked as it is read."""
+    store = CheckpointStore(path)
+    if not store.checkpoints():
+        missing = "no such directory" if not path.exists() else "neither a run, an export nor factors"
+        raise UserError(f"{path}: {missing}; expected what `mlet train`, `mlet export` or `mlet factorize` made")
+    checkpoint, manifest = newest_finished(store)
+    if "factorized" not in manifest.about:
+        raise UserError(f"{checkpoint}: a checkpoint, but not one of `mlet factorize`; name its run's directory")
+    spec = manifest.about["spec"]
+    if spec is not None:
+        model = ModelSpec.from_dict(spec, str(checkpoint))
+        found = Source.of_checkpoint(path, checkpoint, manifest, model, {}, {})
+        return found if found.dense else Tables(path, found.tables, {}, model, {}, found.files)
+    files = TensorFiles(checkpoint.location, checkpoint.open, manifest.files)
+    tables = {
+        each["name"]: _table(each["name"], each["shape"], each["hidden_dim"], files, _IN_CHECKPOINTS)
+        for each in manifest.about["factorized"]["tables"]
+    }
+    return Tables(path, tables, _dense_of(files, _IN_CHECKPOINTS), None, {}, files)
+
+
+def _tables_of(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str, TableSource]:
+    k, d = spec.model.hidden_dim, spec.model.embedding_dim
+    return {each.name: _table(each.name, (each.num_embeddings, d), k, files, prefix) for each in spec.sparse}
+
+
+def _dense_of(files: ChunkedTensors, prefix: str) -> dict[str, str]:
+    """What is neither a table nor of an optimizer, by state name."""
+    names = {name.removeprefix(prefix): name for name in files.tensors if name.startswith(prefix)}
+    return {name: stored for name, stored in names.items() if not name.startswith(TABLES_PREFIX)}
 
 
 def _table(name: str, shape: Sequence[int], hidden_dim: int | None, files: ChunkedTensors, prefix: str) -> TableSource:
@@ -222,5 +268,5 @@ def _table(name: str, shape: Sequence[int], hidden_dim: int | None, files: Chunk
     if found.shape != expected or (projection is not None and projection.shape[1] != embedding_dim):
         raise UserError(f"{files.location}: {state_name!r} is {found.shape} there and {expected} in the model")
     return TableSource(
-        name, state_name, num_embeddings, hidden_dim, embedding_dim, projection, found.dtype, files, stored_name
+        name, state_name, num_embeddings, hidden_dim, embedding_dim, projection, found.dtype, stored_name, files
     )

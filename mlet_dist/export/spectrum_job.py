@@ -10,7 +10,7 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.factorize import FLOOR
 from mlet_dist.errors import UserError
 from mlet_dist.export.row_blocks import sum_grams
-from mlet_dist.export.source import Source, TableSource
+from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.export.spectrum import Spectrum, balance, suggest_dim
 from mlet_dist.export.spectrum_page import page
 from mlet_dist.export.spectrum_text import NOTE
@@ -35,7 +35,7 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
     """
     if out is not None:
         check_free(out)
-    with Source.open(path) as source:
+    with Tables.open(path) as source:
         counted, schema, missing = _data_set(source, data)
         features = {} if schema is None else {feature.name: feature for feature in schema.sparse}
         tables = []
@@ -59,7 +59,6 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
     result = {
         "note": NOTE,
         "source": str(path),
-        "checkpoint": source.checkpoint,
         "data": counted,
         "not_weighted": missing,
         "floor": FLOOR,
@@ -98,7 +97,7 @@ def _projection(table: TableSource) -> Any:
     return table.projection
 
 
-def _recipe_gain(source: Source) -> float | None:
+def _recipe_gain(source: Tables) -> float | None:
     """kσ², what SGD's learning rate of the tables was multiplied by at the start; None where nobody knows."""
     model = source.config.get("model")
     if model is None or model["hidden_dim"] is None:
@@ -107,7 +106,7 @@ def _recipe_gain(source: Source) -> float | None:
     return 1.0 if deviation is None else float(model["hidden_dim"] * deviation**2)
 
 
-def _data_set(source: Source, data: str | None) -> tuple[str | None, DatasetSchema | None, str | None]:
+def _data_set(source: Tables, data: str | None) -> tuple[str | None, DatasetSchema | None, str | None]:
     """Path and schema of the data set that says how often rows are seen; or why there is none."""
     config = source.config.get("data")
     path = data if data is not None else None if config is None else str(config["path"])
@@ -123,7 +122,7 @@ def _data_set(source: Source, data: str | None) -> tuple[str | None, DatasetSche
     return path, schema, None
 
 
-def _check(source: Source, schema: DatasetSchema, path: str) -> None:
+def _check(source: Tables, schema: DatasetSchema, path: str) -> None:
     if source.spec is not None:
         source.spec.check_data(schema, data_set_path(path))
     for table in source.tables.values():

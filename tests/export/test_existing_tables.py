@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.existing_tables import ExistingTables
+from mlet_dist.export.existing_tables import open_existing
+from mlet_dist.export.source import Tables
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun
 from tests.export import column_wise
@@ -25,7 +26,7 @@ TABLES = {
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
-def _all(existing: ExistingTables) -> dict[str, torch.Tensor]:
+def _all(existing: Tables) -> dict[str, torch.Tensor]:
     """Every table, read in two ranges."""
     found = {}
     for name, table in existing.tables.items():
@@ -37,7 +38,7 @@ def _all(existing: ExistingTables) -> dict[str, torch.Tensor]:
 
 
 def _check(path: Path, pattern: str | None = None) -> None:
-    with ExistingTables.open(path, pattern) as existing:
+    with open_existing(path, pattern) as existing:
         found = _all(existing)
     assert list(found) == list(TABLES)
     assert all(found[name].dtype == TABLES[name].dtype for name in TABLES)
@@ -74,14 +75,14 @@ def test_a_state_dict_that_torch_saved(tmp_path: Path, named: Callable[[str], st
             _check(tmp_path / "nested.pt")
         else:  # which of them are tables?
             with pytest.raises(UserError, match=r"nested\.pt: which of its tensors are tables .* 'model\.a\.weight'"):
-                ExistingTables.open(tmp_path / "nested.pt")
+                open_existing(tmp_path / "nested.pt")
             _check(tmp_path / "nested.pt", r"model\.(?P<table>.)\.weight")
 
 
 def test_rows_of_a_view_are_its_own(tmp_path: Path) -> None:
     whole = torch.arange(60.0).reshape(6, 10)
     torch.save({"columns": whole[:, 3:7], "turned": whole.T, "rows": whole[2:5]}, tmp_path / "views.pt")
-    with ExistingTables.open(tmp_path / "views.pt") as existing:
+    with open_existing(tmp_path / "views.pt") as existing:
         found = _all(existing)
     assert torch.equal(found["columns"], whole[:, 3:7])
     assert torch.equal(found["turned"], whole.T)
@@ -121,13 +122,13 @@ def test_safetensors_in_one_file_in_many_and_in_parts(tmp_path: Path) -> None:
         _check(parts)
     (many / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"many/model-2\.safetensors is missing"):
-        ExistingTables.open(many)
+        open_existing(many)
 
 
 @pytest.mark.multirank
 def test_what_torchrec_sharded_by_columns_by_rows_and_whole(ranks: Ranks, tmp_path: Path) -> None:
     ranks(2).run(column_wise.save, str(tmp_path / "dcp"))
-    with ExistingTables.open(tmp_path / "dcp") as existing:
+    with open_existing(tmp_path / "dcp") as existing:
         found = _all(existing)
         assert existing.spec is None
     assert sorted(found) == ["by_columns", "by_rows", "whole"]
@@ -142,19 +143,20 @@ def test_dense_layers_are_kept_where_the_tables_lie_as_in_a_dlrm(tmp_path: Path)
             "optimizer.x": torch.ones(1)
         }
         torch.save(state, tmp_path / "dlrm.pt")
-        with ExistingTables.open(tmp_path / "dlrm.pt") as existing:
+        with open_existing(tmp_path / "dlrm.pt") as existing:
             assert existing.dense == {name: f"{prefix}{name}" for name in dense}
             assert torch.equal(existing.files.load(existing.dense["over_arch.model.bias"]), torch.ones(2))
 
 
 def test_our_own_export_comes_with_its_model(exported: Path, trained: TrainedRun) -> None:
-    with ExistingTables.open(exported) as existing:
+    with open_existing(exported) as existing:
         assert len(existing.tables) == 26
-        assert existing.spec_with(8).model.hidden_dim == 8  # type: ignore[union-attr]
+        assert existing.spec is not None
+        assert existing.spec.model.hidden_dim is None
         assert all(name.startswith(("dense_arch.", "over_arch.")) for name in existing.dense)
         assert len(existing.dense) == 8
     with pytest.raises(UserError, match="its tables are in two layers already; export it first"):
-        ExistingTables.open(trained.path)
+        open_existing(trained.path)
 
 
 def _write(path: Path, content: object) -> Path:
@@ -199,15 +201,15 @@ def test_what_holds_no_tables_is_one_line_that_names_it(
 ) -> None:
     path = _write(tmp_path / name, content)
     with pytest.raises(UserError, match=message):
-        ExistingTables.open(path, pattern)
+        open_existing(path, pattern)
 
 
 def test_a_place_without_tables_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no tables; expected an export"):
-        ExistingTables.open(tmp_path)
+        open_existing(tmp_path)
     with pytest.raises(UserError, match=r"gone\.pt is missing"):
-        ExistingTables.open(tmp_path / "gone.pt")
+        open_existing(tmp_path / "gone.pt")
     for index in (1, 2):
         _save_safetensors(tmp_path / f"{index}.safetensors", {"a": TABLES["a"]})
     with pytest.raises(UserError, match=r"2\.safetensors: holds 'a', as another file"):
-        ExistingTables.open(tmp_path)
+        open_existing(tmp_path)

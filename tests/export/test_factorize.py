@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from mlet_dist.config import load_config
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.export.collapse import export_run
 from mlet_dist.export.factorize import factorize_tables
+from mlet_dist.export.job import export_run
 from mlet_dist.export.row_blocks import read_blocks
-from mlet_dist.export.source import Source
+from mlet_dist.export.source import Source, Tables
 from mlet_dist.export.verify import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
@@ -49,14 +49,14 @@ def test_the_product_is_the_export_and_dense_layers_are_the_same_bits(
     exported: Path, factors: Path, tmp_path: Path
 ) -> None:
     served = _by_torch(exported / "model", tmp_path / "export.pt")
-    made = _by_torch(factors / "step-00000000", tmp_path / "factors.pt")["model"]
+    made = _by_torch(factors / "step-00000000", tmp_path / "factors.pt")
     tables = 0
     for name, tensor in served.items():
         if not name.startswith(TABLES_PREFIX):
-            assert torch.equal(made.pop(name), tensor)
+            assert torch.equal(made.pop(f"model.{name}"), tensor)
             continue
-        rows = made.pop(name).double()
-        projection = made.pop(f"{TABLES_PREFIX}projections.{name.split('.')[-2]}.weight").double()
+        rows = made.pop(f"model.{name}").double()
+        projection = made.pop(f"model.{TABLES_PREFIX}projections.{name.split('.')[-2]}.weight").double()
         expected = tensor.double()
         assert float((rows @ projection - expected).norm() / expected.norm()) < 1e-7
         singular = torch.linalg.svdvals(expected)
@@ -95,7 +95,7 @@ def test_training_begins_with_the_tables_and_ends_in_an_export(
     assert all(not torch.equal(moved[name], before[name]) for name in moved)
     found = verify_export(tmp_path / "export", tmp_path / "run", trained.data, "train")
     assert found["ok"]
-    assert found["logloss_export"] < verify_export(exported, trained.path, trained.data, "train")["logloss_export"]
+    assert found["logloss_run"] < verify_export(exported, trained.path, trained.data, "train")["logloss_run"]
 
 
 @pytest.mark.multirank
@@ -191,22 +191,22 @@ def test_tables_alone_are_trained_with_new_dense_layers(
     still = ("train.max_steps=1", "optimizer.learning_rate=1e-30", "model.top_mlp=[24]")
     overrides = _overrides(trained, tmp_path / "run", f"train.initial_weights={tmp_path / 'factors'}", *still)
     train_in_ranks(ranks, 2, *overrides)
-    with Source.open(tmp_path / "run") as run, Source.open(tmp_path / "factors") as source:
+    with Tables.open(tmp_path / "run") as run, Tables.open(tmp_path / "factors") as source:
         assert len(source.tables) == 26
         for name, table in source.tables.items():
             rows = run.tables[name].read_stored(0, table.num_embeddings)
             expected = table.read_stored(0, table.num_embeddings)
             torch.testing.assert_close(rows, expected, rtol=0, atol=2e-30)  # Adagrad's step is the learning rate
-        with pytest.raises(UserError, match=r"holds tables alone, and no model; train one from them"):
-            source.model()
+    with pytest.raises(UserError, match=r"holds tables alone, and no model; train one from them"):
+        Source.open(tmp_path / "factors")
 
 
 def test_a_source_reads_back_what_was_trained_exported_and_factorised(
     trained: TrainedRun, exported: Path, factors: Path
 ) -> None:
-    with Source.open(trained.path) as run, Source.open(exported) as plain, Source.open(factors) as made:
-        assert isinstance(plain.model(), ModelSpec)
-        assert made.model().model.hidden_dim == 16
+    with Source.open(trained.path) as run, Tables.open(exported) as plain, Source.open(factors) as made:
+        assert plain.spec is not None
+        assert (plain.spec.model.hidden_dim, made.spec.model.hidden_dim) == (None, 16)
         assert plain.config == run.config
         assert sorted(plain.dense) == sorted(run.dense) == sorted(made.dense)
         for name in plain.dense:
@@ -222,13 +222,13 @@ def test_a_source_reads_back_what_was_trained_exported_and_factorised(
 
 def test_what_is_no_source_is_named(factors: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gone: no such directory; expected what `mlet train`"):
-        Source.open(tmp_path / "gone")
+        Tables.open(tmp_path / "gone")
     with pytest.raises(UserError, match="neither a run, an export nor factors"):
-        Source.open(tmp_path)
+        Tables.open(tmp_path)
     copy = shutil.copytree(factors, tmp_path / "copy")
     (copy / "step-00000000" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"step-00000000: manifest\.json is damaged"):
-        Source.open(copy)
+        Tables.open(copy)
 
 
 def test_blocks_cut_anywhere_make_the_same_product(
@@ -237,7 +237,7 @@ def test_blocks_cut_anywhere_make_the_same_product(
     monkeypatch.setattr("mlet_dist.export.row_blocks.BLOCK_BYTES", 5 * 8 * 4)  # five rows
     result = factorize_tables(exported, 4, tmp_path / "factors")
     assert result["relative_error"] < 1e-7
-    with Source.open(exported) as plain, Source.open(tmp_path / "factors") as made:
+    with Tables.open(exported) as plain, Tables.open(tmp_path / "factors") as made:
         for name, table in made.tables.items():
             rows = table.read_stored(0, table.num_embeddings).double()
             expected = plain.tables[name].read_stored(0, table.num_embeddings).double()

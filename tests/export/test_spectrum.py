@@ -21,7 +21,7 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.factorize import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
-from mlet_dist.export.source import Source
+from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum import Spectrum, balance, suggest_dim
 from mlet_dist.export.spectrum_job import spectrum_of
 from mlet_dist.export.spectrum_page import page
@@ -118,7 +118,7 @@ def test_a_run_is_weighted_by_its_training_split(trained: TrainedRun, monkeypatc
     assert result["data"] == str(trained.data)
     assert result["recipe_gain"] == pytest.approx(12 * 0.25**2)
     assert [table["name"] for table in result["tables"]] == [f"C{index}" for index in range(1, 27)]
-    with Source.open(trained.path) as run:
+    with Tables.open(trained.path) as run:
         for name in ("C3", "C9"):
             table, found = run.tables[name], next(each for each in result["tables"] if each["name"] == name)
             assert table.projection is not None

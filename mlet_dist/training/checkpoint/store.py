@@ -117,6 +117,11 @@ class Checkpoint:
             raise ManifestError(f"{self}: {MANIFEST} cannot be read: {error or type(error).__name__}") from None
         return Manifest.parse(data, f"{self}: {MANIFEST}")
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that is there, by name."""
+        found = self.store.filesystem.ls(self.path, detail=True)
+        return {each["name"].rpartition("/")[2]: each["size"] for each in found if each["type"] == "file"}
+
     def begin(self) -> None:
         """Take away what is there of this step, and mark what will be as not whole yet."""
         self.remove()

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import IO, Any, cast
 
 import torch
@@ -12,6 +13,8 @@ from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint.checked_file import CheckedFile, FilePart
 from mlet_dist.training.checkpoint.chunked import Chunk, ChunkedTensors, StoredTensor
 from mlet_dist.training.checkpoint.loading import Location, read_metadata
+
+_MOST_OPEN = 2  # each may hold a block in memory
 
 
 class TensorFiles(ChunkedTensors):
@@ -37,7 +40,26 @@ class TensorFiles(ChunkedTensors):
                     for each in found.chunks
                 ]
         self._opened: dict[str, CheckedFile] = {}
+        self._streams = False
         self._data_starts: dict[Chunk, int] = {}
+
+    def streaming(self) -> "TensorFiles":
+        """The same tensors through files of its own, for one thread that reads row after row.
+
+        What it gives counts only once ``settle`` has returned: blocks are checked when all of them have been read.
+        """
+        other = copy(self)
+        other._opened, other._streams = {}, True
+        return other
+
+    def settle(self) -> None:
+        """Check all that was given.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for file in self._opened.values():
+            file.settle()
 
     def close(self) -> None:
         """Close all files."""
@@ -58,7 +80,7 @@ class TensorFiles(ChunkedTensors):
         if chunk not in self._data_starts:
             self._data_starts[chunk] = chunk.start + self._find_data(file, chunk, out.dtype)
         target = out.view(-1).view(torch.uint8).numpy().data
-        file.read_into(self._data_starts[chunk] + offset, target)
+        (file.stream_into if self._streams else file.read_into)(self._data_starts[chunk] + offset, target)
 
     def _find_data(self, file: CheckedFile, chunk: Chunk, dtype: torch.dtype) -> int:
         """Where in what torch.save wrote of a chunk its values begin."""
@@ -71,7 +93,13 @@ class TensorFiles(ChunkedTensors):
             return int(saved.untyped_storage()._checkpoint_offset) + saved.storage_offset() * saved.element_size()
 
     def _file(self, name: str) -> CheckedFile:
-        if name not in self._opened:
+        if name in self._opened:
+            self._opened[name] = self._opened.pop(name)  # the last one used is the last one
+        else:
+            while len(self._opened) >= _MOST_OPEN:
+                last = self._opened.pop(next(iter(self._opened)))
+                last.settle()
+                last.close()
             path = f"{str(self.location).rstrip('/')}/{name}"
             expected = None
             if self._files is not None:
