@@ -113,7 +113,8 @@ class Tables:
         """
         if ExportDirectory(path).manifest.exists():
             return _of_export(path)
-        if RunDirectory(path).config.exists():
+        run = RunDirectory(path)
+        if run.config.exists() or run.marker.exists():
             return Source.of_run(path)
         return _of_factors(path)
 
