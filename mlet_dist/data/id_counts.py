@@ -7,12 +7,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlet_dist.data.location import DataPath
 from mlet_dist.data.manifest import VOCABULARY
 from mlet_dist.data.row_groups import SplitRows
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 
 
-def count_ids(path: Path, schema: DatasetSchema, feature: SparseFeature) -> npt.NDArray[np.int64]:
+def count_ids(path: DataPath, schema: DatasetSchema, feature: SparseFeature) -> npt.NDArray[np.int64]:
     """``(num_embeddings,)``: from the feature's vocabulary where it has one, else counted, row group by row group.
 
     Args:
@@ -27,7 +28,7 @@ def count_ids(path: Path, schema: DatasetSchema, feature: SparseFeature) -> npt.
         # Id 0 is of all values that the vocabulary leaves out.
         counts[0] = round(feature.pooling_factor * schema.rows["train"]) - counts[1:].sum()
         return counts
-    split = SplitRows(path, schema, schema.parts["train"], [], [feature.name])
+    split = SplitRows(path, schema, schema.parts["train"], [], [feature.name], by_row=False)
     for group in range(len(split.group_rows)):
         (column,) = split.decode(group).sparse
         np.add.at(counts, column.ids.ravel(), 1)
