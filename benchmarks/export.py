@@ -1,6 +1,6 @@
 """`mlet export` of a large table beside a plain read of its W1, and beside loading all, multiplying and saving.
 
-    .venv/bin/python benchmarks/export.py --out DIR               # DIR: the disk to measure; 10 million rows, 6 GB there
+    .venv/bin/python benchmarks/export.py --out DIR               # DIR: the disk to measure; 10 million rows, 6 GB
     .venv/bin/python benchmarks/export.py --out DIR --rows 500000 --rounds 1 --json     # a quick look; last line: JSON
 
 A run is made in DIR by a process of its own: one table, W1 --rows × 128 float32, as --shards ranks would have written
@@ -10,8 +10,8 @@ it. Then, in turn, each in a process of its own that says how long it took witho
   collapse   the export, as `mlet export` does it
   load_all   W1 by dcp.load, one product, dcp.save
 
-warm, with the files in the page cache, and cold, after they were dropped from it (POSIX_FADV_DONTNEED; what lies below a
-virtual machine's disk may still hold them). Ratios are medians over rounds of the times of one round.
+warm, with the files in the page cache, and cold, after they were dropped from it (POSIX_FADV_DONTNEED; what lies below
+a virtual machine's disk may still hold them). Ratios are medians over rounds of the times of one round.
 """
 
 import argparse
@@ -132,12 +132,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": arguments.rows, "bytes": size, "rounds": arguments.rounds}
     for kind, times in found.items():
         result |= {f"{kind}_{way}_gb_per_s": size / 1e9 / statistics.median(times[way]) for way in WAYS}
-        for name, above, below in (
-            ("collapse_over_read", "read", "collapse"),
-            ("load_all_over_collapse", "load_all", "collapse"),
-        ):
-            ratios = [a / b for a, b in zip(times[above], times[below], strict=True)]
-            result[f"{kind}_{name}"] = statistics.median(ratios)
+        for above, name in (("read", "collapse_over_read"), ("load_all", "load_all_over_collapse")):
+            pairs = zip(times[above], times["collapse"], strict=True)
+            result[f"{kind}_{name}"] = statistics.median(other / ours for other, ours in pairs)
     result["load_all_peak_rss_bytes"] = peaks["load_all"]
     for name in ("collapse_over_read", "load_all_over_collapse"):
         result[name] = result[f"cold_{name}"]

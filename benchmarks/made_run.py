@@ -1,5 +1,6 @@
 """A finished run on disk without training: for benchmarks and tests of what reads checkpoints."""
 
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,18 +17,14 @@ from mlet_dist.training.checkpoint.manifest import Manifest
 from mlet_dist.training.checkpoint.writing import SummedStream
 from mlet_dist.training.run_directory import RunDirectory
 
-Rows = Callable[[str, int, int], torch.Tensor]
+Rows = Callable[[str, int, int, int], torch.Tensor]
+"""From the name of a table, the first row, and the numbers of rows and columns."""
 
 
-def random_rows(name: str, start: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Values that depend on the table and the first row."""
-    generator = torch.Generator().manual_seed(hash_of(name) + start)
-    return torch.randn(rows, columns, generator=generator).to(dtype)
-
-
-def hash_of(name: str) -> int:
-    """The same number in every process."""
-    return sum(ord(letter) << (8 * (index % 4)) for index, letter in enumerate(name))
+def random_rows(name: str, start: int, rows: int, columns: int) -> torch.Tensor:
+    """Normal values that depend on all arguments, and on nothing else."""
+    seed = zlib.crc32(f"{name} {start} {rows} {columns}".encode())
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def make_run(
@@ -36,16 +33,17 @@ def make_run(
     model: ModelConfig,
     shards: int,
     rows_dtype: torch.dtype = torch.float32,
-    dense: int = 13,
+    rows: Rows = random_rows,
 ) -> ModelSpec:
-    """Write a run of one checkpoint, as ``shards`` ranks would, holding one shard of one table in memory.
+    """Write a finished run of one checkpoint, as ``shards`` ranks would; one shard of one table is in memory at a time.
 
     Args:
-        tables: rows by name. A shard of a table is ``random_rows``; W2 is too, from row 0.
+        tables: rows by name.
+        rows: gives each shard of W1, and each W2 as the table ``<name>.projection``.
     """
     spec = ModelSpec(
         model,
-        tuple(f"I{index}" for index in range(1, dense + 1)),
+        tuple(f"I{index}" for index in range(1, 14)),
         tuple(SparseFeature(name, rows) for name, rows in tables.items()),
         seed=0,
     )
@@ -67,11 +65,11 @@ def make_run(
                 if start < stop:
                     columns = model.hidden_dim or model.embedding_dim
                     state = f"{MODEL_KEY}.{TABLES_PREFIX}embedding_bags.{name}.weight"
-                    rows = random_rows(name, start, stop - start, columns, rows_dtype)
-                    pieces += form.write(stream, file, start, {state: rows})
-                    del rows
+                    values = rows(name, start, stop - start, columns).to(rows_dtype)
+                    pieces += form.write(stream, file, start, {state: values})
+                    del values
             if shard == 0:
-                pieces += form.write(stream, file, 0, _replicated(spec))
+                pieces += form.write(stream, file, 0, _replicated(spec, rows))
         files[file] = stream.checksum.entry()
     index, content = form.index(pieces)
     with checkpoint.open_new(index) as raw:
@@ -83,13 +81,13 @@ def make_run(
     return spec
 
 
-def _replicated(spec: ModelSpec) -> dict[str, torch.Tensor]:
+def _replicated(spec: ModelSpec, rows: Rows) -> dict[str, torch.Tensor]:
     """W2 of each table and the dense layers, by their names in the checkpoint."""
     state = build_dlrm(spec, torch.device("meta")).state_dict()
     found = {}
     for name, tensor in state.items():
         if ".projections." in name:
-            found[name] = random_rows(name.split(".")[-2] + "2", 0, *tensor.shape)
+            found[name] = rows(f"{name.split('.')[-2]}.projection", 0, *tensor.shape)
         elif not name.startswith(TABLES_PREFIX):
             found[name] = tensor.clone()
     return {f"{MODEL_KEY}.{name}": tensor for name, tensor in found.items()}

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from mlet_dist import __version__
 from mlet_dist.errors import UserError
+from mlet_dist.export.joining import join_files
 from mlet_dist.export.manifest import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
 from mlet_dist.export.outputs import Output
 from mlet_dist.export.package import check_fits, served_bytes, write_package
@@ -24,8 +26,7 @@ from mlet_dist.export.work import WorkDirectory
 from mlet_dist.json_text import sealed, to_json
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint.checked_file import CheckedFile
-from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES, Checksum
+from mlet_dist.training.checkpoint.manifest import Checksum
 
 _BYTES_OF_A_FILE = 4096  # what a format puts around the values, its record and the file system's share, about
 
@@ -89,7 +90,7 @@ class Assembly:
                 plan_serving(self.served, output.encoding, self._serving)
         if self._package is not None:
             check_fits(self.served, self._package.encoding)
-        for name, shape in self._dense_shapes().items():
+        for name, shape in self._dense_shapes.items():
             self.source.check_shape(name, shape)
 
     def unfinished(self) -> list[Unit]:
@@ -110,28 +111,14 @@ class Assembly:
         """
         records = [self.work.recorded(unit.name) for unit in self.units if unit.table == table]
         entries = {file: entry for record in records for file, entry in record["files"].items()}
-        buffer = memoryview(bytearray(BLOCK_BYTES))
         pieces: dict[str, Any] = {}
         files: dict[str, Any] = {}
         for output in self.outputs:
             parts = [Piece.from_dict(each) for record in records for each in record["pieces"][output.name]]
-            parts.sort(key=lambda each: each.name)
-            name = f"{table}{output.format.suffix}"
-            path = f"{self.work.export.name}/{output.directory}/{name}"
-            with self.work.new_file(path) as stream:
-                joined = output.format.join(stream, name, parts)
-                for part in parts:
-                    source = f"{self.directories[output.name]}/{part.file}"
-                    with self.work.writing():
-                        raw = (self.work.root / source).open("rb")
-                    file = CheckedFile(str(self.work.root / source), raw, entries[source])
-                    for start in range(0, part.length, len(buffer)):
-                        block = buffer[: part.length - start]
-                        file.read_into(part.start + start, block)
-                        stream.write(block)
-                    file.close()
+            directory = self.directories[output.name]
+            whole = f"{self.work.export.name}/{output.directory}/{table}{output.format.suffix}"
+            joined, files[whole] = join_files(self.work, output.format, directory, parts, entries, whole)
             pieces[output.name] = [piece.to_dict() for piece in joined]
-            files[path] = stream.checksum.entry()
         self.work.record(_joined(table), {"files": files, "pieces": pieces})
         for file in entries:
             (self.work.root / file).unlink(missing_ok=True)
@@ -189,7 +176,7 @@ class Assembly:
         if self.gather:  # what is joined lies there twice until it is done
             sizes = [self.source.tables[name].num_embeddings * row_bytes[name] + around for name in self.unjoined()]
             needed += sum(sorted(sizes)[-world_size:])
-        dense = sum(4 * torch.Size(shape).numel() for shape in self._dense_shapes().values())
+        dense = sum(4 * torch.Size(shape).numel() for shape in self._dense_shapes.values())
         if self._package is not None:
             needed += 2 * served_bytes(self.served, self._package.encoding)
         return needed + (dense + around) * len(self.outputs)
@@ -259,13 +246,14 @@ class Assembly:
             for table in self.source.tables.values()
         ]
 
+    @cached_property
     def _dense_shapes(self) -> dict[str, tuple[int, ...]]:
         tables = {table.state_name for table in self.source.tables.values()}
         state = build_dlrm(self.served, torch.device("meta")).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tables}
 
     def _load_dense(self) -> dict[str, torch.Tensor]:
-        dense = {name: self.source.load_dense(name) for name in self._dense_shapes()}
+        dense = {name: self.source.load_dense(name) for name in self._dense_shapes}
         for name, tensor in dense.items():
             if not bool(tensor.isfinite().all()):
                 raise UserError(f"{self.source.files.location}: {name!r} holds values that are not finite")

@@ -61,8 +61,8 @@ def verify_export(
         described = _check_outputs(directory, manifest)
         outputs = {}
         for name, entry in described.items():
-            if entry["format"] in ("safetensors", "torchscript"):  # others are checked as they are read
-                directory.check_files(name, manifest)
+            # The files of torch.distributed.checkpoint are checked as they are read, but for their index.
+            directory.check_files(name, manifest, ".metadata" if entry["format"] == "distcp" else "*")
             if name != PACKAGE:
                 files = open_output(*directory.output(name, manifest), entry["format"])
                 held.callback(files.close)

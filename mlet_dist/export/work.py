@@ -101,6 +101,8 @@ class WorkDirectory:
             path = self.root / _JOB
             before = path.read_text(encoding="utf-8") if path.exists() else None
             if before == text and self.export.is_dir():
+                for left in self.root.rglob(".*.tmp"):
+                    left.unlink()
                 print(f"{self.root}: going on from {len(self.finished())} finished pieces of work", file=sys.stderr)
                 return
             if before is not None and before != text:

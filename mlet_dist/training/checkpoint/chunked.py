@@ -1,7 +1,10 @@
 """Tensors that lie in rectangles in files, read by ranges of rows."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Self
 
 import torch
@@ -43,6 +46,7 @@ class ChunkedTensors(ABC):
         self.location = location
         self.tensors: dict[str, StoredTensor] = {}
         self._chunks: dict[str, list[Chunk]] = {}
+        self._by_rows: dict[str, tuple[list[Chunk], list[int]]] = {}
 
     def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill ``out`` ``(rows, columns)`` of the tensor's dtype, contiguous, on the CPU, with rows from ``start`` on.
@@ -51,7 +55,7 @@ class ChunkedTensors(ABC):
             UserError: there is no such tensor, or a file is missing or damaged.
         """
         stop, covered = start + len(out), 0
-        for chunk in self._chunks_of(name):
+        for chunk in self._chunks_over(name, start, stop):
             first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
             if first >= last or not chunk.sizes[1]:
                 continue
@@ -97,6 +101,18 @@ class ChunkedTensors(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _chunks_over(self, name: str, start: int, stop: int) -> Iterator[Chunk]:
+        """Those that may hold rows of a range: a reader of ranges need not look at thousands of others each time."""
+        if name not in self._by_rows:
+            chunks = sorted(self._chunks_of(name), key=lambda chunk: chunk.offsets)
+            ends = accumulate((chunk.offsets[0] + chunk.sizes[0] for chunk in chunks), max)
+            self._by_rows[name] = chunks, list(ends)
+        chunks, last_rows = self._by_rows[name]
+        for chunk in islice(chunks, bisect_right(last_rows, start), None):
+            if chunk.offsets[0] >= stop:
+                return
+            yield chunk
 
     def _chunks_of(self, name: str) -> list[Chunk]:
         if name not in self._chunks:
