@@ -41,9 +41,13 @@ from mlet_dist.training.checkpoint.staging import staged
 from mlet_dist.training.checkpoint.store import CheckpointStore
 from mlet_dist.training.checkpoint.writing import write_checkpoint
 from mlet_dist.training.distributed import Worker, join_ranks
+from mlet_dist.training.guards import Guard
+from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.pipeline import take_steps
 from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.state import Training
+from mlet_dist.training.timing import StepTimer
 
 TABLES, DENSE = 26, 13
 WAYS = ("none", "async", "sync")
@@ -122,10 +126,11 @@ def bandwidths(state: dict[str, Any], folder: Path, rounds: int) -> dict[str, An
 
 
 def step_times(
-    model: Any, optimizer: Any, state: Callable[[], dict[str, Any]], arguments: argparse.Namespace, folder: Path
+    training: Training, state: Callable[[], dict[str, Any]], arguments: argparse.Namespace, folder: Path, worker: Worker
 ) -> dict[str, Any]:
     """Seconds of a step in each way, and its ratio to that without checkpoints."""
-    worker_device = torch.device("cpu")
+    guard = Guard(training, worker.device, "stop", 0)
+    timer = StepTimer(training.model, worker.device, arguments.local_batch_size)
     spent: dict[str, list[float]] = {way: [] for way in WAYS}
     batch = _batch(arguments)
     stalls: list[float] = []
@@ -135,7 +140,8 @@ def step_times(
 
                 def run(way: str = way) -> None:
                     batches = iter([batch] * arguments.every)
-                    for step, _ in enumerate(take_steps(model, optimizer, batches, worker_device, pipelined=False)):
+                    steps = take_steps(training, batches, worker.device, guard, timer, pipelined=False)
+                    for step, _ in enumerate(steps):
                         if step == 0 and way != "none":
                             started = time.perf_counter()
                             saver.save(1, state(), {})
@@ -183,7 +189,8 @@ def measure(arguments: argparse.Namespace, worker: Worker) -> dict[str, Any]:
 
     try:
         found = bandwidths(state(), folder, arguments.rounds)
-        found |= step_times(sharded, optimizer, state, arguments, folder)
+        training = Training(sharded, optimizer, BinaryMetrics(worker.device), steps=1, batches_per_epoch=1)
+        found |= step_times(training, state, arguments, folder, worker)
     finally:
         dist.barrier()
         if worker.is_first:

@@ -7,8 +7,10 @@ One rank, one pass over the training split, everything in the file system's cach
 medians of the rounds. A way's time is that from its files to its last batch, so for TorchRec it includes reading its
 ``.npy`` files, uncompressed, to which the same rows are written before. ``pyarrow`` decodes the same row groups in one
 thread and makes nothing of them. ``over_torchrec`` is ``in_order`` / ``torchrec``: InMemoryBinaryCriteoIterDataPipe as
-it comes. ``shuffled_over_torchrec`` is of both mixing rows: ours in a window, TorchRec's by a permutation of the whole.
-The profile is of one thread: what a row costs where.
+it comes, copying from the cache to its memory and from there to batches. ``over_torchrec_from_disk`` is of one epoch
+from the disk, with the hashing that TorchRec's pipeline does and ours need not (``loader_from_disk.py``).
+``shuffled_over_torchrec`` is of both mixing rows: ours in a window, TorchRec's by a permutation of the whole. The
+profile is of one thread: what a row costs where.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from loader_from_disk import ARRAYS, from_disk
 from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 
 from mlet_dist.data.jagged import JaggedBuilder
@@ -57,7 +60,7 @@ def ours(data: Path, args: argparse.Namespace, shuffle: Shuffle | None) -> Itera
 
 def torchrecs(arrays: Path, args: argparse.Namespace, shuffled: bool) -> Iterable[Any]:
     """TorchRec's own, in its default way or mixing all rows."""
-    files = [[str(arrays / f"{name}.npy")] for name in ("dense", "sparse", "labels")]
+    files = [[str(arrays / f"{name}.npy")] for name in ARRAYS]
     return InMemoryBinaryCriteoIterDataPipe(
         "train", *files, args.batch_size, 0, 1, drop_last=True, shuffle_training_set=shuffled
     )
@@ -99,7 +102,8 @@ def consume(batches: Callable[[], Iterable[Any]]) -> Callable[[], int]:
 def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
     """Nanoseconds a row of each stage of the loader, in one thread."""
     schema = DatasetSchema.load(data)
-    parts = SplitRows(data, schema, schema.parts["train"], schema.dense, tuple(schema.num_embeddings))
+    features = schema.parts["train"], schema.dense, tuple(schema.num_embeddings)
+    parts, by_row = (SplitRows(data, schema, *features, by_row=shuffled) for shuffled in (False, True))
     found: dict[str, float] = {}
 
     def timed(stage: str, rows: int, work: Callable[[], Any]) -> Any:
@@ -114,7 +118,10 @@ def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
     groups = range(min(PROFILED_GROUPS, len(parts.group_rows)))
     rows = int(parts.group_rows[: len(groups)].sum())
     tables = timed("decode", rows, lambda: [parts.read(group) for group in groups])
-    pieces = timed("check and convert", rows, lambda: [parts.convert(group, tables[group]) for group in groups])
+    in_order = timed("check and lay out", rows, lambda: [parts.convert(group, tables[group]) for group in groups])
+    jagged = JaggedBuilder(tuple(schema.num_embeddings), len(in_order[0]), weighted=parts.weighted)
+    timed("KeyedJaggedTensor", rows, lambda: [jagged.build(piece) for piece in in_order])
+    pieces = timed("lay out by row", rows, lambda: [by_row.convert(group, tables[group]) for group in groups])
     window = timed("join", rows, lambda: pieces[0].join(pieces[1:]))
     shuffle = Shuffle(0, rows)
     order = Order(
@@ -127,9 +134,7 @@ def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
     )
     first = next(order.windows(0, 0))
     picks = timed("order of a shuffled window", rows, lambda: list(order.picks(0, first)))
-    batches = timed("take shuffled rows", rows, lambda: [window.take(pick) for pick in picks])
-    jagged = JaggedBuilder(tuple(schema.num_embeddings), len(batches[0]), weighted=parts.weighted)
-    timed("KeyedJaggedTensor", rows, lambda: [jagged.build(batch) for batch in batches])
+    timed("take shuffled rows", rows, lambda: [window.take(pick) for pick in picks])
     return found
 
 
@@ -165,10 +170,20 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, take in ways.items():
                 rates[name].append(rows_per_second(take))
+        disk: dict[str, list[dict[str, float]]] = {"ours": [], "torchrec": []}
+        for _ in range(args.rounds):
+            for way, runs in disk.items():
+                runs.append(from_disk(way, data, Path(temporary), args.batch_size, args.threads))
         stages = profile(data, args)
     medians = {name: statistics.median(each) for name, each in rates.items()}
     for name, rate in medians.items():
         print(f"{name:18} {rate:14,.0f} rows/s   {min(rates[name]):14,.0f} … {max(rates[name]):,.0f}")
+    from_disks = {
+        f"{way}_from_disk_{name}": statistics.median(run[name] for run in runs)
+        for way, runs in disk.items()
+        for name in runs[0]
+    }
+    print("from disk: " + ", ".join(f"{name} {value:,.0f}" for name, value in from_disks.items()))
     print("one thread, ns a row: " + ", ".join(f"{stage} {cost:.0f}" for stage, cost in stages.items()))
     if args.json:
         result = {
@@ -176,8 +191,13 @@ def main() -> None:
             "threads": args.threads,
             "cores": len(os.sched_getaffinity(0)),
             **{f"{name}_rows_per_s": round(rate) for name, rate in medians.items()},
+            **{name: round(value) for name, value in from_disks.items()},
+            "load_average": os.getloadavg()[0],
             "ns_per_row": {stage: round(cost, 1) for stage, cost in stages.items()},
             "shuffled_over_torchrec": medians["shuffled"] / medians["torchrec_shuffled"],
+            "over_torchrec_from_disk": (
+                from_disks["ours_from_disk_rows_per_s"] / from_disks["torchrec_from_disk_rows_per_s"]
+            ),
             "rows_per_s": round(medians["in_order"]),
             "over_torchrec": medians["in_order"] / medians["torchrec"],
         }

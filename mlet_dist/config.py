@@ -261,7 +261,7 @@ class Config:
         if self.data.shuffle and self.data.shuffle_buffer < 2 * self.data.batch_size:
             found.append(
                 f"data.shuffle_buffer {self.data.shuffle_buffer} holds fewer than two batches of data.batch_size "
-                f"{self.data.batch_size}: row groups come in random order, but the rows of one stay together; use "
+                f"{self.data.batch_size}: two are mixed all the same, which leaves neighbours nearly together; use "
                 f"{2 * self.data.batch_size} or more, best over {16 * self.data.batch_size}"
             )
         return found

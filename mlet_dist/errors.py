@@ -4,12 +4,16 @@
 class UserError(Exception):
     """A mistake in a config, a file or an argument, which the user can mend; exit code 2.
 
-    The message names the file, key, table or rank, the value found and what would be right, in one line.
+    The message names the file, key, table or rank, the value found and what would be right, in one line: what raw data
+    brings into it cannot break the line or steer the terminal.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class Interrupted(Exception):
-    """A run that was told to stop has saved itself, and goes on when it is started again; exit code 75."""
+    """A run that was told to stop has saved itself if it could, and goes on when it is started again; exit code 75."""
 
     EXIT_CODE = 75
     """sysexits.h: EX_TEMPFAIL, try again."""
@@ -17,3 +21,15 @@ class Interrupted(Exception):
 
 class RanksLost(Exception):
     """Other ranks do not answer any more; exit code 1."""
+
+
+class ConnectionLost(RanksLost):
+    """Another rank has ended, and why is for that one to say; exit code 1."""
+
+
+def one_line(text: str) -> str:
+    """The text with spaces for line ends, and other characters that are not printable escaped as in Python."""
+    shown = " ".join(text.splitlines())
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

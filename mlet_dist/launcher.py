@@ -1,9 +1,11 @@
 """`--nproc N`: the same command again in N local ranks, through torch elastic."""
 
+import hashlib
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import uuid
@@ -16,10 +18,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mlet_dist.errors import Interrupted, RanksLost, UserError
+from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
 
 _SECONDS_TO_SAVE = 600
-_ONE_LINE = {kind.__name__: kind for kind in (UserError, Interrupted, RanksLost)}
+_ONE_LINE: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (UserError, Interrupted, ConnectionLost, RanksLost)
+}
 
 
 def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
@@ -62,8 +66,31 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
 def record_failure(error: BaseException) -> None:
     """Write an error to the file from which torch elastic's agent of this rank takes it."""
     kind = next((kind for kind in _ONE_LINE.values() if isinstance(error, kind)), None)
-    # The file holds the name of a class, and `_as_ours` knows these alone.
-    ErrorHandler().record_exception(error if kind is None else kind(str(error)).with_traceback(error.__traceback__))
+    if kind is None:
+        ErrorHandler().record_exception(error)
+        return
+    try:  # The file holds the name of a class, and `_as_ours` knows these alone.
+        raise kind(str(error)) from None
+    except kind as short:  # without the traceback, which torchrun would show
+        ErrorHandler().record_exception(short)
+
+
+def said_by_another_rank(error: BaseException) -> bool:
+    """Whether another rank that the same torchrun started on this host has shown this error, and so need not this one.
+
+    The ranks' error files lie in a directory of torchrun's, ``…/attempt_0/RANK/error.json``.
+    """
+    folder = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent
+    if folder.name != os.environ.get("LOCAL_RANK") or not folder.parent.name.startswith("attempt_"):
+        return False
+    said = hashlib.sha256(f"{type(error).__name__}: {error}".encode()).hexdigest()
+    try:
+        (folder.parent / f"said-{said}").touch(exist_ok=False)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _as_ours(failed: ChildFailedError) -> Exception:
@@ -73,12 +100,17 @@ def _as_ours(failed: ChildFailedError) -> Exception:
     error = _of_one_line(said)
     if error is not None:
         return error
+    where = f"rank {rank} on {socket.gethostname()}"
     if failure.exitcode < 0:
         why = "; was there enough memory? (`dmesg` tells)" if failure.exitcode == -signal.SIGKILL else ""
-        return ChildProcessError(f"rank {rank} was killed by signal {-failure.exitcode} ({failure.signal_name()}){why}")
+        signalled = f"signal {-failure.exitcode} ({failure.signal_name()})"
+        return ChildProcessError(f"{where} was killed by {signalled}{why}")
     if isinstance(failure.message, dict):
         print(failure.message["extraInfo"]["py_callstack"], end="", file=sys.stderr)
-    return ChildProcessError(f"rank {rank} failed (exit code {failure.exitcode}): {said}")
+        said = f": {said.removesuffix(': ')}"
+    else:
+        said = " without a word"
+    return ChildProcessError(f"{where} failed with exit code {failure.exitcode}{said}")
 
 
 def _what_ranks_said(logs: Path) -> Exception | None:
@@ -86,7 +118,7 @@ def _what_ranks_said(logs: Path) -> Exception | None:
     for path in sorted(logs.rglob("error.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             error = _of_one_line(json.loads(path.read_text(encoding="utf-8"))["message"]["message"])
-            if error is not None:
+            if error is not None and not isinstance(error, ConnectionLost):
                 return error
     return None
 
@@ -99,10 +131,13 @@ def _of_one_line(said: str) -> Exception | None:
 
 def _consequence(failure: ProcessFailure) -> int:
     """How likely it is that another rank's failure brought this one about."""
-    if _of_one_line(_said(failure)) is not None:
+    error = _of_one_line(_said(failure))
+    if isinstance(error, ConnectionLost):
+        return 3
+    if error is not None:
         return 0
     if failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT):
-        return 3
+        return 4
     return 1 if failure.exitcode < 0 else 2
 
 

@@ -223,7 +223,7 @@ def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]
 
 def test_results_without_json_are_aligned_lines(capsys: pytest.CaptureFixture[str]) -> None:
     show({"rows": {"train": 12345}, "positive_rate": 0.25, "ok": True}, as_json=False)
-    assert capsys.readouterr().out == "rows           train 12,345\npositive_rate  0.25\nok             True\n"
+    assert capsys.readouterr().out == "rows.train     12,345\npositive_rate  0.25\nok             True\n"
 
 
 def test_both_ways_to_start_are_the_same_program() -> None:

@@ -15,8 +15,9 @@ EPILOG = """\
   mlet prepare table ratings.csv --schema configs/tables/movielens.yaml --out data/movielens
   mlet prepare --check data/criteo
 
-The same command goes on from what an interrupted one has finished, which is kept in .NAME.prepare beside DIR. Several
-machines that share a file system do one pass after the other, with the same arguments everywhere:
+The same command goes on from what an interrupted one has finished, which is kept in .NAME.prepare beside DIR. With
+other arguments it takes what these do not change: another --max-malformed, --min-count or --split reads nothing again.
+Several machines that share a file system do one pass after the other, with the same arguments everywhere:
 
   mlet prepare criteo day_*.gz --out data/1tb --pass read --shard I/N     # on machine I of N
   mlet prepare criteo day_*.gz --out data/1tb --pass count --shard I/N

@@ -4,7 +4,6 @@ import argparse
 import os
 import signal
 import sys
-from typing import NoReturn
 
 from mlet_dist.errors import UserError
 
@@ -31,23 +30,18 @@ def rank_of(args: argparse.Namespace) -> int | None:
 
 
 def die_with_parent() -> None:
-    """In a process that another `mlet` started: end when that one ends, be it by kill -9."""
+    """In a process that another `mlet` or torchrun started: end when that one ends, be it by kill -9."""
     parent = os.environ.pop(_PARENT, None)
-    if parent is None:
-        return
-    if sys.platform == "linux":
+    if sys.platform == "linux" and (parent is not None or "TORCHELASTIC_RUN_ID" in os.environ):
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if parent is None:
+        return
     if os.getppid() != int(parent):  # gone before that
         sys.exit(1)
     if launched():  # torch elastic ends its ranks by SIGTERM or SIGINT: at once, and without a word
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def unwind(number: int, _: object) -> NoReturn:
-    """Let SIGTERM do what Ctrl-C does, so that temporary directories are removed."""
-    raise KeyboardInterrupt(number)
 
 
 def launched() -> bool:
@@ -56,13 +50,13 @@ def launched() -> bool:
 
 
 def handed_to_launcher(error: BaseException) -> bool:
-    """Whether the launcher of this rank will show the error, in place of it; torchrun is told too, for its report."""
+    """Whether this rank's launcher, or under torchrun another rank, shows the error; torchrun's report has it, too."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return False
-    from mlet_dist.launcher import record_failure
+    from mlet_dist.launcher import record_failure, said_by_another_rank
 
     record_failure(error)
-    return launched()
+    return launched() or said_by_another_rank(error)
 
 
 def before_torch() -> None:

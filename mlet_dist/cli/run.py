@@ -2,13 +2,15 @@
 
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Sequence
 
 from mlet_dist.cli.output import print_error, show
 from mlet_dist.cli.parsing import parse
-from mlet_dist.cli.process import die_with_parent, handed_to_launcher, rank_of, unwind
+from mlet_dist.cli.process import die_with_parent, handed_to_launcher, rank_of
+from mlet_dist.cli.signals import answering_signals
 from mlet_dist.errors import Interrupted, RanksLost, UserError
 
 
@@ -25,9 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with_parent()
         args = parse(arguments)
         rank = rank_of(args)
-        if rank is None:
-            signal.signal(signal.SIGTERM, unwind)
-        result, ok = args.command(args, arguments)
+        with answering_signals(args, rank):
+            result, ok = args.command(args, arguments)
         if result is not None and not rank:
             show(result, args.json)
         return 0 if ok else 1
@@ -48,9 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
+        if arguments[:1] == ["train"] and number != signal.SIGINT:
+            from mlet_dist.training.interruption import not_saved
+
+            print(f"mlet: {not_saved(number)}", file=sys.stderr)
+            return Interrupted.EXIT_CODE
         print("mlet: interrupted" if number == signal.SIGINT else "mlet: terminated", file=sys.stderr)
         return 128 + int(number)
     except Exception as error:
         if not handed_to_launcher(error):
             traceback.print_exc()
+            if "RANK" in os.environ:
+                where = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+                print_error(f"{where} failed: {type(error).__name__}: {error}")
         return 1

@@ -20,10 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
-    from mlet_dist.training.attempt import for_this_attempt
+    from mlet_dist.training.attempt import finished_before, for_this_attempt
     from mlet_dist.training.run_directory import RunDirectory
 
     config = load_checked(args)
+    if (summary := finished_before(config)) is not None:
+        return summary, True
     if not launched():
         RunDirectory(Path(config.run.dir)).check_free(for_this_attempt(config))
     if args.nproc is not None:

@@ -13,7 +13,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class OneValued:
-    """Neighbouring features of one id a row: ids (rows, features) int32, by row since shuffling takes whole rows."""
+    """Neighbouring features of one id a row: ids (rows, features) int32, in memory by row or by column."""
 
     ids: npt.NDArray[np.int32]
 

@@ -14,7 +14,7 @@ from mlet_dist.data.chunks import LABEL, dense_column, sparse_column, values_and
 from mlet_dist.data.counting import Moments
 from mlet_dist.data.groups import Group
 from mlet_dist.data.hashing import hash_texts
-from mlet_dist.data.parts import PARQUET_OPTIONS, ROW_GROUP_ROWS, sha256_of
+from mlet_dist.data.parts import ROW_GROUP_ROWS, parquet_writer, required, sha256_of
 from mlet_dist.data.schema import SPLITS, Part
 from mlet_dist.data.splits import Splitter
 from mlet_dist.data.table import SparseColumn, TableSpec
@@ -29,12 +29,12 @@ class Encoder:
 
     Attributes:
         spec: the table's.
-        vocabulary: directory of the lookups.
+        vocabularies: directory of each lookup, by feature.
         moments: of the training split, by the name of a dense feature that is standardised.
     """
 
     spec: TableSpec
-    vocabulary: Path
+    vocabularies: Mapping[str, Path]
     moments: Mapping[str, Moments]
 
     def write(
@@ -44,7 +44,7 @@ class Encoder:
 
         Returns the parts that have rows.
         """
-        lookups = {s.name: Lookup(self.vocabulary, s.name) for s in self.spec.sparse if s.encoding == "vocabulary"}
+        lookups = {name: Lookup(directory, name) for name, directory in self.vocabularies.items()}
         # Not under one name: a shard that is started twice would write into the other's file.
         temporary = scratch / f"{group.number:06}.{uuid4().hex}"
         writers = {s: _PartWriter(directory / name, temporary.with_suffix(f".{s}")) for s, name in names.items()}
@@ -115,7 +115,7 @@ class _PartWriter:
     def _flush(self, rows: int) -> None:
         table = pa.concat_tables(self._pending)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._temporary, table.schema, **PARQUET_OPTIONS)
-        self._writer.write_table(table.slice(0, rows), row_group_size=ROW_GROUP_ROWS)
+            self._writer = parquet_writer(self._temporary, table.schema)
+        self._writer.write_table(required(table.slice(0, rows)), row_group_size=ROW_GROUP_ROWS)
         rest = table.slice(rows)
         self._pending, self._pending_rows = ([rest] if rest.num_rows else []), rest.num_rows

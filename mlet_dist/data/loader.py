@@ -1,9 +1,9 @@
 """Batches of a prepared data set, each rank's share of them; ``order.py`` says which rows those are."""
 
+import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torchrec.streamable import Pipelineable
 
 from mlet_dist.data.columns import Rows
 from mlet_dist.data.jagged import JaggedBuilder
+from mlet_dist.data.location import DataPath
 from mlet_dist.data.order import Order, Shuffle
 from mlet_dist.data.read_ahead import iterate_ahead
 from mlet_dist.data.row_groups import SplitRows
@@ -22,6 +23,8 @@ from mlet_dist.data.window_reader import read_windows
 from mlet_dist.errors import UserError
 
 BATCHES_AHEAD = 4
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +74,7 @@ class DataLoader:
     exhausted, closed or collected.
 
     Args:
-        path: the data set's directory.
+        path: the data set's directory, or the URL of one (``data_set_path``).
         split: ``train``, ``valid`` or ``test``.
         batch_size: rows of a global batch; a multiple of ``world_size``.
         rank, world_size: whose share to read.
@@ -90,7 +93,7 @@ class DataLoader:
 
     def __init__(
         self,
-        path: Path,
+        path: DataPath,
         split: str,
         *,
         batch_size: int,
@@ -112,7 +115,8 @@ class DataLoader:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
         dense = _choose(path, "dense", dense_features, schema.dense)
         sparse = _choose(path, "sparse", sparse_features, tuple(schema.num_embeddings))
-        self._parts = SplitRows(path, schema, schema.parts[split], dense, sparse)
+        by_row = shuffle is not None
+        self._parts = SplitRows(path, schema, schema.parts[split], dense, sparse, by_row=by_row)
         self._order = Order(
             self._parts.group_rows,
             batch_size=batch_size,
@@ -123,6 +127,12 @@ class DataLoader:
         )
         if not self._order.batches:
             raise UserError(f"{path}: {split} has {self._order.rows} rows, fewer than one global batch of {batch_size}")
+        if shuffle is not None and not self._order.mixes and not rank:
+            _logger.warning(
+                "%s: %s: its %d rows are one row group and make one batch of %d, the same in each epoch; shuffle has "
+                "no effect",
+                *(path, split, self._order.rows, batch_size),
+            )
         self._where, self._batch_size, self._shuffle = f"{path}: {split}", batch_size, shuffle
         self._vocabulary_id = schema.vocabulary_id
         self._local_size = batch_size // world_size
@@ -205,7 +215,7 @@ class DataLoader:
         return batch.pin_memory() if self._pin_memory else batch
 
 
-def _choose(path: Path, kind: str, wanted: Sequence[str] | None, offered: Sequence[str]) -> tuple[str, ...]:
+def _choose(path: DataPath, kind: str, wanted: Sequence[str] | None, offered: Sequence[str]) -> tuple[str, ...]:
     for name in wanted or ():
         if name not in offered:
             raise UserError(f"{path}: no {kind} feature {name!r}; it has {', '.join(offered)}")

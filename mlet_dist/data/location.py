@@ -44,8 +44,11 @@ class RemotePath:
             return cast(IO[bytes], filesystem.open(path, "rb", **how))
 
 
-def data_set_path(text: str) -> Path:
-    """The data set at a path or URL; of a URL that is not local, a ``RemotePath`` in the role of a ``Path``.
+DataPath = Path | RemotePath
+
+
+def data_set_path(text: str) -> DataPath:
+    """The data set at a path or URL.
 
     Raises:
         UserError: fsspec does not know the URL's kind, or lacks the package for it.
@@ -56,7 +59,7 @@ def data_set_path(text: str) -> Path:
         filesystem, path = fsspec.core.url_to_fs(text)
     except (ValueError, ImportError) as error:
         raise UserError(f"{text}: cannot be opened: {error}") from None
-    return Path(path) if isinstance(filesystem, LocalFileSystem) else cast(Path, RemotePath(text))
+    return Path(path) if isinstance(filesystem, LocalFileSystem) else RemotePath(text)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,8 @@ def assemble(passes: Passes) -> DatasetSchema:
     data, spec = passes.data, passes.spec
     schema = _schema(passes)  # before anything is touched: whatever pass is missing is named
     (data / VOCABULARY).mkdir(exist_ok=True)
-    for sparse in spec.sparse:
-        made = passes.work.of("vocabulary") / f"{sparse.name}.parquet"
-        if made.exists():  # not moved by a merge that was interrupted
-            made.rename(data / VOCABULARY / made.name)
+    for made in passes.vocabularies:
+        shutil.copyfile(made, data / VOCABULARY / made.name)  # not moved: other arguments may need it yet
     lines = [
         json.dumps({"file": file.path, **dataclasses.asdict(example)})
         for file, read in zip(passes.files, passes.reads, strict=True)

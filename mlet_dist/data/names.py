@@ -17,13 +17,16 @@ MODULE_ATTRIBUTES = frozenset({
 })  # fmt: skip
 
 # Names are parts of file names and of the names of a model's tensors.
-NAME_RULE = "text without dots and slashes"
+MAX_NAME_BYTES = 200  # file systems take 255, and a name's ending and the marks of unfinished files come on top
+NAME_RULE = f"printable text of 1 to {MAX_NAME_BYTES} bytes without dots and slashes"
 TABLE_NAME_RULE = f"{NAME_RULE} that does not begin with _ and is no attribute of a torch module (type, items, …)"
 
 
 def is_name(value: Any) -> bool:
     """Whether a column may have this name."""
-    return isinstance(value, str) and value.isprintable() and value != "" and not set(value) & set("./")
+    if not (isinstance(value, str) and value.isprintable()) or set(value) & set("./"):
+        return False
+    return 0 < len(value.encode()) <= MAX_NAME_BYTES
 
 
 def is_table_name(value: Any) -> bool:

@@ -4,9 +4,10 @@ Without shuffling, global batch g is rows [g·B, (g+1)·B) of the split in file 
 [r·b, (r+1)·b) of it, b = B/R.
 
 With shuffling, the split's row groups are permuted, and their rows, one group after another, are cut into windows of
-m·B rows, m as the buffer allows. A window makes m batches: its rows [p·m, (p+1)·m) are dealt one to each batch, all to
-position p, in random order. So rank r's part of a window is the contiguous rows [r·b·m, (r+1)·b·m), and a rank decodes
-no row group of another rank but those on its borders.
+m·B rows, m as the buffer allows, but 2 at least: in a window of one batch there would be nothing to mix. A window makes
+m batches: its rows [p·m, (p+1)·m) are dealt one to each batch, all to position p, in random order. So rank r's part of
+a window is the contiguous rows [r·b·m, (r+1)·b·m), and a rank decodes no row group of another rank but those on its
+borders.
 
 Everything follows from seed, epoch and position by hashing: any rank of any world size computes its own part alone, and
 no list is longer than the row groups or a rank's part of a window.
@@ -27,7 +28,7 @@ _GROUPS, _ROWS = range(2)
 
 @dataclass(frozen=True)
 class Shuffle:
-    """Permute row groups, and rows within windows of about ``buffer_rows`` rows of all ranks together."""
+    """Permute row groups, and rows within windows of ``buffer_rows`` rows of all ranks, two batches at least."""
 
     seed: int
     buffer_rows: int
@@ -62,6 +63,7 @@ class Order:
     Attributes:
         rows: of the split.
         batches: of an epoch, the same on every rank.
+        mixes: whether epochs differ in the rows of their batches; not so with one batch from one row group.
         window_rows: most rows that a window holds on this rank.
     """
 
@@ -79,12 +81,13 @@ class Order:
             raise ValueError("rows are shuffled only where the incomplete last batch is dropped")
         self.rows = int(group_rows.sum())
         self.batches = self.rows // batch_size if drop_last else -(-self.rows // batch_size)
+        self.mixes = shuffle is not None and (self.batches > 1 or np.count_nonzero(group_rows) > 1)
         self._group_rows, self._shuffle = group_rows, shuffle
         self._batch_size, self._local_size = batch_size, batch_size // world_size
         self._first = rank * self._local_size
         self._batches_a_window = 1
         if shuffle is not None:
-            self._batches_a_window = max(1, min(shuffle.buffer_rows // batch_size, self.batches))
+            self._batches_a_window = max(1, min(max(2, shuffle.buffer_rows // batch_size), self.batches))
         self.window_rows = self._batches_a_window * self._local_size
 
     def groups(self, epoch: int) -> IntArray:

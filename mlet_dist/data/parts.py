@@ -14,7 +14,7 @@ from mlet_dist.errors import UserError
 PART_ROWS = 1 << 20
 # Small, so that a rank can pass over the rows of the other ranks without decoding them.
 ROW_GROUP_ROWS = 1 << 14
-PARQUET_OPTIONS = {"compression": "zstd", "write_page_checksum": True}
+PART_VERSION = 2  # of how a part is encoded; no reader depends on it
 MIN_ROWS = 10
 
 
@@ -82,4 +82,37 @@ def sha256_of(path: Path) -> str:
 
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write one Parquet file with small row groups and page checksums."""
-    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, **PARQUET_OPTIONS)
+    with parquet_writer(path, table.schema) as writer:
+        writer.write_table(required(table), row_group_size=ROW_GROUP_ROWS)
+
+
+def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Writes ``required`` tables in the encodings that decode fastest for their size, with page checksums.
+
+    Bytes of ids are split by significance (BYTE_STREAM_SPLIT), where most planes are zeros or runs, and all is LZ4:
+    decoding took half the time of zstd and dictionaries, for 1.1 to 1.2 times the bytes of Criteo's columns.
+    """
+    ids = [field.name for field in schema if field.type == pa.int32()]
+    others = [_leaf(field) for field in schema if field.name not in ids]
+    return pq.ParquetWriter(
+        path,
+        _required(schema),
+        compression="lz4",
+        use_dictionary=others,
+        column_encoding=dict.fromkeys(ids, "BYTE_STREAM_SPLIT"),
+        write_page_checksum=True,
+    )
+
+
+def required(table: pa.Table) -> pa.Table:
+    """The same columns, declared to have no nulls, which then need not be looked for value by value."""
+    return table.cast(_required(table.schema))
+
+
+def _required(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field.with_nullable(False) for field in schema])
+
+
+def _leaf(field: pa.Field) -> str:
+    """Parquet's name of the column that holds the values."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else str(field.name)

@@ -15,10 +15,11 @@ from mlet_dist.data.blocks import examine
 from mlet_dist.data.formats import criteo
 from mlet_dist.data.manifest import assemble
 from mlet_dist.data.passes import Passes, Shard
+from mlet_dist.data.repeated import refuse_repeated
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.data.table import MAX_MIN_COUNT, TableSpec
 from mlet_dist.data.work import WorkDirectory
-from mlet_dist.data.workers import Workers
+from mlet_dist.data.workers import Workers, refuse_main_import
 from mlet_dist.errors import UserError
 from mlet_dist.staging import check_free
 
@@ -73,8 +74,10 @@ def prepare(
 ) -> DatasetSchema | None:
     """Make the data set ``out`` from raw files, taken in the order given.
 
-    Finished work is kept in ``.<name>.prepare`` beside ``out`` until the data set is whole; the same call goes on from
-    it.
+    Finished work is kept in ``.<name>.prepare`` beside ``out`` until the data set is whole. The same call goes on from
+    it, and so does one with other arguments from whatever these do not change (``keys.py``).
+
+    It starts processes, which import the script that calls it: the call belongs under ``if __name__ == "__main__":``.
 
     Args:
         spec: what the files hold and what becomes of it.
@@ -88,7 +91,8 @@ def prepare(
         The data set's schema; None after a pass that does not finish it.
 
     Raises:
-        UserError: ``out`` is taken, a file is unusable, a split is empty, or what a pass needs is not there.
+        UserError: ``out`` is taken, a file is unusable or given twice, a split is empty, or what a pass needs is not
+            there.
         WorkerKilledError: a process was killed.
     """
     resources = resources or Resources()
@@ -106,6 +110,8 @@ def prepare(
         if not 1 <= sparse.min_count <= MAX_MIN_COUNT:
             raise UserError(f"min_count is {sparse.min_count}; it must be at least 1 and at most {MAX_MIN_COUNT}")
     out = Path(os.path.realpath(out))
+    refuse_main_import()
+    refuse_repeated([str(path) for path in raw])
     # All of them first: a missing last file should not cost an hour.
     files = [examine(str(path), spec.text, spec.used_columns) for path in raw]
     processes = resources.workers(sum(file.size for file in files))
@@ -124,7 +130,7 @@ def prepare(
         Workers(processes) as workers,
     ):
         if only in (None, "read"):
-            passes.work.drop_stale()
+            passes.drop_stale()
             passes.read(workers, shard or Shard())
         if only in (None, "count"):
             passes.count(workers, shard or Shard())

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlet_dist.data.columns import MultiValued, OneValued, Rows
-from mlet_dist.data.location import RemotePath
+from mlet_dist.data.location import DataPath, RemotePath
 from mlet_dist.data.read_ahead import map_ahead
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
@@ -25,6 +24,13 @@ _FOOTERS_KEPT = 32  # one of a part of 2^20 rows takes a millisecond to parse an
 class SplitRows:
     """Where the row groups of a split lie, and how one is decoded and checked.
 
+    Args:
+        path: the data set's directory or URL.
+        schema, parts: its content, and the split's.
+        dense, sparse: the features to read, in order.
+        by_row: lay one-valued ids out by row, from which single rows are taken seven times as fast; False lays them out
+            by column, as they come and as a KeyedJaggedTensor wants them.
+
     Attributes:
         group_rows: (G,) int64, rows of each row group in file order.
         weighted: whether some feature has weights.
@@ -34,10 +40,17 @@ class SplitRows:
     """
 
     def __init__(
-        self, path: Path, schema: DatasetSchema, parts: Sequence[Part], dense: Sequence[str], sparse: Sequence[str]
+        self,
+        path: DataPath,
+        schema: DatasetSchema,
+        parts: Sequence[Part],
+        dense: Sequence[str],
+        sparse: Sequence[str],
+        *,
+        by_row: bool,
     ) -> None:
         features = {feature.name: feature for feature in schema.sparse}
-        self._path, self._label, self._dense = path, schema.label, dense
+        self._path, self._label, self._dense, self._by_row = path, schema.label, dense, by_row
         self._sparse = [features[name] for name in sparse]
         self.weighted = any(feature.weighted for feature in self._sparse)
         self._types = {self._label: pa.int8()} | dict.fromkeys(dense, pa.float32())
@@ -46,7 +59,7 @@ class SplitRows:
             if feature.weighted:
                 self._types[_weight(feature)] = pa.list_(pa.float32())
         self._footer = lru_cache(_FOOTERS_KEPT)(self._read_footer)
-        self._groups: list[tuple[Path, int]] = []
+        self._groups: list[tuple[DataPath, int]] = []
         group_rows: list[int] = []
         files = [path / part.path for part in parts]
         footers = map_ahead(self._checked_group_rows, zip(files, parts, strict=True), threads=_FOOTER_THREADS, ahead=64)
@@ -90,12 +103,12 @@ class SplitRows:
         """
         return self._converted(self._groups[index][0], table)
 
-    def _read_footer(self, file: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+    def _read_footer(self, file: DataPath) -> tuple[pq.FileMetaData, pa.Schema]:
         with _opened(file, block_bytes=0) as source, pq.ParquetFile(source) as parquet:
             # Not the footer's own `schema`, because of which pyarrow 26 would never free it.
             return parquet.metadata, parquet.schema_arrow
 
-    def _checked_group_rows(self, file_and_part: tuple[Path, Part]) -> list[int]:
+    def _checked_group_rows(self, file_and_part: tuple[DataPath, Part]) -> list[int]:
         file, part = file_and_part
         with _reading(file, "not a whole Parquet file"):
             footer, found = self._footer(file)
@@ -108,7 +121,7 @@ class SplitRows:
                 raise UserError(f"{file}: column {name} is {actual} instead of {_type_name(expected)}")
         return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
 
-    def _converted(self, file: Path, table: pa.Table) -> Rows:
+    def _converted(self, file: DataPath, table: pa.Table) -> Rows:
         labels = _values(file, table, self._label)
         wrong_labels = labels[(labels < 0) | (labels > 1)]
         if wrong_labels.size:
@@ -127,12 +140,12 @@ class SplitRows:
             if multi_valued:
                 sparse += [_multi_valued(file, table, feature) for feature in features]
             else:
-                sparse.append(_one_valued(file, table, list(features)))
+                sparse.append(_one_valued(file, table, list(features), self._by_row))
         return Rows(labels.astype(np.float32), dense, tuple(sparse))
 
 
-def _one_valued(file: Path, table: pa.Table, features: list[SparseFeature]) -> OneValued:
-    ids = np.empty((table.num_rows, len(features)), dtype=np.int32)
+def _one_valued(file: DataPath, table: pa.Table, features: list[SparseFeature], by_row: bool) -> OneValued:
+    ids = np.empty((table.num_rows, len(features)), dtype=np.int32, order="C" if by_row else "F")
     for index, feature in enumerate(features):
         column = _values(file, table, feature.name)
         _check_ids(file, feature, column)
@@ -140,7 +153,7 @@ def _one_valued(file: Path, table: pa.Table, features: list[SparseFeature]) -> O
     return OneValued(ids)
 
 
-def _multi_valued(file: Path, table: pa.Table, feature: SparseFeature) -> MultiValued:
+def _multi_valued(file: DataPath, table: pa.Table, feature: SparseFeature) -> MultiValued:
     offsets, ids = _lists(file, table, feature.name)
     _check_ids(file, feature, ids)
     if not feature.weighted:
@@ -157,7 +170,7 @@ def _multi_valued(file: Path, table: pa.Table, feature: SparseFeature) -> MultiV
     return MultiValued(offsets, ids, weights)
 
 
-def _check_ids(file: Path, feature: SparseFeature, ids: npt.NDArray[np.int32]) -> None:
+def _check_ids(file: DataPath, feature: SparseFeature, ids: npt.NDArray[np.int32]) -> None:
     limit = feature.num_embeddings
     if ids.size and (ids.min() < 0 or ids.max() >= limit):
         wrong = ids[(ids < 0) | (ids >= limit)]
@@ -167,13 +180,13 @@ def _check_ids(file: Path, feature: SparseFeature, ids: npt.NDArray[np.int32]) -
         )
 
 
-def _values(file: Path, table: pa.Table, name: str) -> npt.NDArray[Any]:
+def _values(file: DataPath, table: pa.Table, name: str) -> npt.NDArray[Any]:
     column = table[name]
     _check_complete(file, name, column.null_count)
     return column.to_numpy()
 
 
-def _lists(file: Path, table: pa.Table, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+def _lists(file: DataPath, table: pa.Table, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
     """Offsets (rows + 1,) from 0 on and the values of all rows' lists."""
     column = table[name].combine_chunks()
     values = column.flatten()
@@ -182,7 +195,7 @@ def _lists(file: Path, table: pa.Table, name: str) -> tuple[npt.NDArray[np.int64
     return offsets - offsets[0], values.to_numpy()
 
 
-def _check_complete(file: Path, name: str, missing: int) -> None:
+def _check_complete(file: DataPath, name: str, missing: int) -> None:
     if missing:
         raise UserError(f"{file}: column {name} has {missing} missing values; none are allowed")
 
@@ -205,13 +218,13 @@ def _compressed_bytes(group: pq.RowGroupMetaData) -> int:
     return sum(group.column(index).total_compressed_size for index in range(group.num_columns))
 
 
-def _opened(file: Path, block_bytes: int) -> AbstractContextManager[Any]:
+def _opened(file: DataPath, block_bytes: int) -> AbstractContextManager[Any]:
     """What Arrow opens: a local file by its path; a remote one in requests of at least ``block_bytes``."""
     return file.open(block_bytes) if isinstance(file, RemotePath) else nullcontext(file)
 
 
 @contextmanager
-def _reading(file: Path, problem: str) -> Iterator[None]:
+def _reading(file: DataPath, problem: str) -> Iterator[None]:
     # A remote store's own errors come through Arrow as they are.
     errors = (Exception,) if isinstance(file, RemotePath) else (OSError, pa.ArrowException)
     try:

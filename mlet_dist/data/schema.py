@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlet_dist.data.location import DataPath
 from mlet_dist.data.names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.errors import UserError
 
@@ -117,7 +118,7 @@ class DatasetSchema:
         (directory / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path) -> "DatasetSchema":
+    def load(cls, directory: DataPath) -> "DatasetSchema":
         """Read ``directory/schema.json``.
 
         Raises:
@@ -142,7 +143,7 @@ class DatasetSchema:
         return cls._parse(path, content)
 
     @classmethod
-    def _parse(cls, path: Path, content: Any) -> "DatasetSchema":
+    def _parse(cls, path: DataPath, content: Any) -> "DatasetSchema":
         if not isinstance(content, dict):
             raise UserError(f"{path}: holds a JSON {type(content).__name__} instead of an object")
         version = content.get("format_version")
@@ -204,7 +205,7 @@ class DatasetSchema:
 
 
 def _take(
-    path: Path, holder: dict[str, Any], key: str, is_right: Callable[[Any], bool], expected: str, within: str = ""
+    path: DataPath, holder: dict[str, Any], key: str, is_right: Callable[[Any], bool], expected: str, within: str = ""
 ) -> Any:
     """The value of ``key``, which lies at ``within + key`` of the file; a UserError unless it is right."""
     if key not in holder:

@@ -1,15 +1,14 @@
 """The directory beside a data set in the making, where finished pieces of work are kept until all are done.
 
-Names hold a digest of what a piece was made from (the file's size and time, the arguments, the sizes of blocks), so
-that nothing made from something else can be taken for it. A file is there when it is whole.
+Pieces of a kind lie under a digest of what they were made from (``keys.py``), so that nothing made from something else
+can be taken for them. A file is there when it is whole.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,15 @@ from mlet_dist.errors import UserError
 
 
 class WorkDirectory:
-    """Pieces of work for the data set ``out``, in ``.<name>.prepare`` beside it.
+    """Pieces of work for the data set ``out``, an absolute path, in ``.<name>.prepare`` beside it."""
 
-    Args:
-        out: an absolute path.
-        files: keys of the raw files.
-        job: key of all of them together.
-    """
-
-    def __init__(self, out: Path, files: Collection[str], job: str) -> None:
+    def __init__(self, out: Path) -> None:
         self.root = out.parent / f".{out.name}.prepare"
         self._removed = self.root.with_name(f"{self.root.name}.removed")
-        self._files, self._job = files, job
 
-    def raw(self, key: str) -> Path:
-        """Where the chunks of a raw file are."""
-        return self.root / "read" / key
-
-    def of(self, name: str) -> Path:
-        """A directory of pieces that all files together decide about."""
-        return self.root / "job" / self._job / name
+    def of(self, kind: str, key: str) -> Path:
+        """The directory of the pieces of a kind that were made from what ``key`` says."""
+        return self.root / kind / key
 
     @contextmanager
     def locked(self, shared: bool) -> Iterator[None]:
@@ -58,11 +46,11 @@ class WorkDirectory:
         finally:
             os.close(handle)
 
-    def drop_stale(self) -> None:
-        """Remove what other arguments or another state of the files have left."""
-        for directory, kept in ((self.root / "read", self._files), (self.root / "job", (self._job,))):
-            if directory.is_dir():
-                for path in directory.iterdir():
+    def drop_stale(self, keys: Mapping[str, Collection[str]]) -> None:
+        """Remove what other arguments or another state of the files have left; ``keys`` are those to keep, by kind."""
+        for kind, kept in keys.items():
+            if (self.root / kind).is_dir():
+                for path in (self.root / kind).iterdir():
                     if path.name not in kept:
                         shutil.rmtree(path, ignore_errors=True)  # shards that start together all do this
 
@@ -94,8 +82,3 @@ def load_json(path: Path) -> Any:
     with suppress(FileNotFoundError):
         return json.loads(path.read_text(encoding="utf-8"))
     return None
-
-
-def key_of(*parts: object) -> str:
-    """A digest of the parts' representations."""
-    return hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest()[:24]

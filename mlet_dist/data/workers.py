@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.synchronize import Event
 from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,8 +20,20 @@ from mlet_dist.errors import UserError
 Result = TypeVar("Result")
 
 
+_UNGUARDED = (
+    'a script that calls prepare is imported by its processes: have it do so under `if __name__ == "__main__":` only'
+)
+
+
 class WorkerKilledError(UserError):
-    """A process was killed, which the system does when memory is short."""
+    """A process was killed, which the system does when memory is short, or could not start."""
+
+
+def refuse_main_import() -> None:
+    """Raise UserError in a process that has not come further than importing the script which started it."""
+    # As multiprocessing itself asks, which has no public way to.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(_UNGUARDED)
 
 
 class Workers:
@@ -32,7 +45,10 @@ class Workers:
         if processes > 1:
             # Not fork: pyarrow's threads do not survive it.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start)
+            self._started = context.Event()
+            self._pool = ProcessPoolExecutor(
+                processes, mp_context=context, initializer=_start, initargs=(self._started,)
+            )
 
     def map(
         self, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]], *, at_once: int | None = None
@@ -42,7 +58,7 @@ class Workers:
         Few more calls than ``at_once`` (all processes) are taken before the first one is done.
 
         Raises:
-            WorkerKilledError: a process was killed.
+            WorkerKilledError: a process was killed, or none could start.
         """
         if self._pool is None:
             for call in calls:
@@ -59,6 +75,8 @@ class Workers:
         except BrokenProcessPool:
             raise WorkerKilledError(
                 "a process of mlet prepare was killed, as happens when memory is short; give a smaller --memory"
+                if self._started.is_set()
+                else f"no process of mlet prepare could start; {_UNGUARDED}"
             ) from None
         finally:
             for future in waiting:
@@ -74,7 +92,7 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start() -> None:
+def _start(started: Event) -> None:
     """In a new process: leave Ctrl-C to the parent, and end when that one ends, be it by kill -9.
 
     One thread is enough for Arrow: processes are what runs side by side.
@@ -90,3 +108,4 @@ def _start() -> None:
         os._exit(1)
 
     Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
+    started.set()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.manifest import ExportDirectory
@@ -17,7 +18,9 @@ from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.sharding import shard_model
 
 
-def evaluate_path(target: Path, data: Path, split: str, batch_size: int = 8192, device: str = "auto") -> dict[str, Any]:
+def evaluate_path(
+    target: Path, data: DataPath, split: str, batch_size: int = 8192, device: str = "auto"
+) -> dict[str, Any]:
     """``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export over a split of a data set.
 
     Raises:

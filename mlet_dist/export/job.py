@@ -97,14 +97,14 @@ def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -
                 result.update(assembly.finish())
             work.publish()
 
-        on_first(begin, None)
+        on_first(begin, f"{work.out}: cannot be written", None)
         with _full_disk_explained(assembly, worker):
             _do_units(assembly, worker, threads)
             if options.gather:
                 for table in assembly.unjoined()[worker.rank :: worker.world_size]:
                     assembly.join(table)
                 dist.barrier()
-        on_first(finish, None)
+        on_first(finish, f"{work.out}: cannot be written", None)
     return {"out": str(out), **result}
 
 

@@ -39,7 +39,7 @@ def example_request(spec: ModelSpec) -> Request:
         for number, (feature, counts) in enumerate(zip(spec.sparse, lengths, strict=True), start=1)
         for row in range(sum(counts))
     ]
-    dense = torch.arange(rows * len(spec.dense), dtype=torch.float32).view(rows, -1) / 10
+    dense = torch.arange(rows * len(spec.dense), dtype=torch.float32).view(rows, len(spec.dense)) / 10
     weighted = [[feature.weighted] * sum(counts) for feature, counts in zip(spec.sparse, lengths, strict=True)]
     flat = torch.tensor([each for flags in weighted for each in flags])
     return Request(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mlet_dist.data.loader import Batch
+from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.candidates import candidate, factorised, packaged
@@ -28,7 +29,7 @@ _ALONE = Worker(rank=0, world_size=1, local_world_size=1, device=torch.device("c
 
 
 def verify_export(
-    export: Path, run: Path, data: Path, split: str = "test", tolerances: Tolerances = DEFAULT_TOLERANCES
+    export: Path, run: Path, data: DataPath, split: str = "test", tolerances: Tolerances = DEFAULT_TOLERANCES
 ) -> dict[str, Any]:
     """Compare the factorised model of a run with every model of its export, on every row of a split.
 
@@ -60,8 +61,8 @@ def verify_export(
         described = _check_outputs(directory, manifest)
         outputs = {}
         for name, entry in described.items():
-            if entry["format"] in ("safetensors", "torchscript"):  # others are checked as they are read
-                directory.check_files(name, manifest)
+            # The files of torch.distributed.checkpoint are checked as they are read, but for their index.
+            directory.check_files(name, manifest, ".metadata" if entry["format"] == "distcp" else "*")
             if name != PACKAGE:
                 files = open_output(*directory.output(name, manifest), entry["format"])
                 held.callback(files.close)

@@ -62,8 +62,8 @@ class ModelSpec:
         """Ids a bag of each table, on average over the training split of the data set that the model is of."""
         return {feature.name: feature.pooling_factor for feature in self.sparse}
 
-    def check_data(self, schema: DatasetSchema, path: Path) -> None:
-        """Raise UserError unless the data set holds this model's inputs, with ids that its tables have."""
+    def check_data(self, schema: DatasetSchema, path: object) -> None:
+        """Raise UserError unless the data set at ``path`` holds this model's inputs, with ids that its tables have."""
         for name in self.dense:
             if name not in schema.dense:
                 raise UserError(f"{path}: the model takes the dense column {name!r}, which this data set lacks")

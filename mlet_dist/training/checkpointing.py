@@ -7,9 +7,11 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
 from mlet_dist.config import TrainConfig
+from mlet_dist.embeddings.agreement import Agreement
 from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint.saver import CheckpointSaver
 from mlet_dist.training.guards import Guard
@@ -17,11 +19,13 @@ from mlet_dist.training.interruption import StopSignal, interrupted
 from mlet_dist.training.snapshot import tensors_of
 from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
-from mlet_dist.training.vote import Vote
 
 
 class Checkpointing:
     """Saves after the steps after which it is due, the same ones on every rank.
+
+    Clocks and signals differ between ranks. So the ranks agree on what they know after one step behind the next one,
+    and all know it after that, without waiting. The group is gloo's: a device does not wait either.
 
     Args:
         saver: writes.
@@ -48,7 +52,8 @@ class Checkpointing:
         timer: StepTimer,
     ) -> None:
         self._config, self._saver, self._stop, self._describe = config, saver, stop, describe
-        self._vote = Vote(3, timedelta(seconds=config.collective_timeout_s))
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.collective_timeout_s))
+        self._agree(signal=0, due=False, failed=False)
         self._saved_step, self._saved_at = saved_step, time.monotonic()
         self._guard, self._timer = guard, timer
         self.seconds, self.saved, self.failed = 0.0, 0, 0
@@ -61,7 +66,8 @@ class Checkpointing:
             UserError: a checkpoint could not be written.
             NonFinite: a loss or gradient is not finite; nothing is saved.
         """
-        signal, due, failed = self._vote.cast([self._stop.number, int(self._is_time()), int(self._saver.has_failed)])
+        signal, due, failed = self._agreed.read()
+        self._agree(self._stop.number, self._is_time(), self._saver.has_failed)
         if failed:
             self.settle()
         if signal and not training.is_done:
@@ -85,7 +91,7 @@ class Checkpointing:
         Raises:
             UserError: it cannot be written.
         """
-        self._vote.result()
+        self._agreed.read()
         self.settle()
         if self._saved_step != training.step:
             self._save(training)
@@ -109,6 +115,9 @@ class Checkpointing:
             if dist.get_rank() == 0:
                 with suppress(OSError):
                     print(f"mlet: warning: {error}", file=sys.stderr, flush=True)
+
+    def _agree(self, signal: int, due: bool, failed: bool) -> None:
+        self._agreed = Agreement(torch.tensor([signal, due, failed], dtype=torch.int64), self._group)
 
     def _is_time(self) -> bool:
         minutes = self._config.checkpoint_minutes

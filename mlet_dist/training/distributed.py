@@ -1,6 +1,7 @@
 """Where this process stands among the ranks, and the process group that joins them."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,20 +10,21 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from mlet_dist.errors import RanksLost, UserError
-from mlet_dist.training.roll_call import RollCall, fresh_store, timed_out
+from mlet_dist.errors import ConnectionLost, RanksLost, UserError
+from mlet_dist.training.roll_call import RollCall, connection_lost, fresh_store, timed_out
 
 _TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One rank of the job: its number, how many there are, and its device."""
+    """One rank of the job: its number, how many there are, its device, and how long it waits for the others."""
 
     rank: int
     world_size: int
     local_world_size: int
     device: torch.device
+    timeout: timedelta = _TIMEOUT
 
     @property
     def is_first(self) -> bool:
@@ -41,6 +43,7 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
     Raises:
         UserError: cuda is asked for where there is none.
         RanksLost: within the block, a gloo collective timed out; it names the ranks that did not take part.
+        ConnectionLost: within the block, another rank ended.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -62,7 +65,8 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
         roll = RollCall(dist.HashStore(), 0, 1)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Worker(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), target)
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        yield Worker(dist.get_rank(), dist.get_world_size(), local_world_size, target, timeout)
     except BaseException as error:
         missing = roll.missing() if timed_out(error) else []
         if backend == "gloo":  # nccl would wait here for ranks that are stuck in a collective
@@ -72,5 +76,7 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
                 f"{' and '.join(missing)} took no part in a collective for {timeout.total_seconds():g} s "
                 "(train.collective_timeout_s): stuck or dead; the others stop"
             ) from error
+        if connection_lost(error):
+            raise ConnectionLost(f"{socket.gethostname()}: another rank has ended; its own error says why") from error
         raise
     dist.destroy_process_group()

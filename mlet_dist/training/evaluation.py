@@ -1,12 +1,12 @@
 """Predictions and metrics over a split, every row exactly once."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
@@ -14,7 +14,7 @@ from mlet_dist.training.distributed import Worker
 from mlet_dist.training.metrics import BinaryMetrics
 
 
-def evaluation_loader(path: Path, split: str, spec: ModelSpec, batch_size: int, worker: Worker) -> DataLoader:
+def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: int, worker: Worker) -> DataLoader:
     """A loader of every row of a split, in batches no larger than it, rounded up to a multiple of the ranks."""
     batch_size = max(1, min(batch_size, DatasetSchema.load(path).rows.get(split, batch_size)))
     return DataLoader(

@@ -1,6 +1,7 @@
 """The step of training (forward, backward, update), plainly or with the next batch's ids already on their way."""
 
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -56,24 +57,24 @@ class _Step:
     """The parts of a step, as both loops call them; to TorchRec's pipeline it is the optimizer."""
 
     def __init__(self, training: Training, guard: Guard, timer: StepTimer) -> None:
-        self.training, self._guard, self._timer = training, guard, timer
+        self.training, self.timer, self._guard = training, timer, guard
 
     def zero_grad(self) -> None:
         self.training.optimizer.zero_grad()
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Predicted | Finding]:
         """The loss for backward, and what the step yields."""
-        with self._timer.phase("forward"):
+        with self.timer.phase("forward"):
             logits = self.training.model(batch.dense, batch.sparse).squeeze(-1)
             loss = functional.binary_cross_entropy_with_logits(logits, batch.labels)
-            with self._timer.phase("exchange"):
+            with self.timer.phase("exchange"):
                 loss = self._guard.admit(loss)
         return loss, self._guard.refused or (logits.detach(), batch.labels)
 
     def step(self) -> None:
-        self._timer.backward_done()
+        self.timer.backward_done()
         if self._guard.refused is None:
-            with self._timer.phase("update"):
+            with self.timer.phase("update"):
                 self._guard.look_at_gradients()
                 self.training.optimizer.step()
 
@@ -94,10 +95,27 @@ def _plain(step: _Step, batches: Iterator[Batch], device: torch.device) -> Gener
         yield outcome
 
 
+class _Pipeline(TrainPipelineSparseDist):
+    """TorchRec's, which tells how long the ids that go ahead take the host."""
+
+    def __init__(self, timer: StepTimer, *arguments: Any, **named: Any) -> None:
+        self._timer = timer
+        super().__init__(*arguments, **named)
+
+    def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
+        with self._timer.phase("ids"):
+            super().start_sparse_data_dist(batch, context)
+
+    def wait_sparse_data_dist(self, context: Any) -> None:
+        with self._timer.phase("ids"):
+            super().wait_sparse_data_dist(context)
+
+
 def _pipelined(
     step: _Step, batches: Iterator[Batch], device: torch.device
 ) -> Generator[Predicted | Finding, None, None]:
-    pipeline = TrainPipelineSparseDist(
+    pipeline = _Pipeline(
+        step.timer,
         step.training.model,
         step,
         device,

@@ -80,9 +80,10 @@ class TrainingReport:
     def go_back(self, training: Training, finding: Finding, state: dict[str, Any]) -> None:
         """Training has gone back; ``state`` is that of ``state_dict`` there."""
         self.load_state_dict(state)
-        self._recorder.record(
-            "rollback", finding.step, {"to_step": training.step, "rollbacks": len(training.passed_over)}
-        )
+        # All that the run is to pass over from here on: records of earlier returns to this step are dropped with it.
+        for count, step in enumerate(sorted(training.passed_over), start=1):
+            if step > training.step:
+                self._recorder.record("rollback", training.step, {"batch_of_step": step, "rollbacks": count})
         self._progress.say(f"warning: {finding}; back to step {training.step}, and on without that batch")
 
     def summary(self, training: Training) -> dict[str, Any]:

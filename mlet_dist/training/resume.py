@@ -59,17 +59,38 @@ def find_start(config: Config, store: CheckpointStore, identity: Mapping[str, An
         check_same(
             without_rates(about["identity"]), without_rates(identity), str(checkpoint), "begin from another checkpoint"
         )
+    _check_left(config, start.found)
     ranks = f"{about['world_size']} rank{'s' if about['world_size'] > 1 else ''}"
     _say(f"goes on from {checkpoint}, saved on {ranks} after step {start.found.manifest.step:,}")
     return start
 
 
+def _check_left(config: Config, found: Found) -> None:
+    """Raise UserError where the checkpoint is beyond the end of the run."""
+    step, cursor = found.manifest.step, found.manifest.about["data"]
+    ends = {"train.max_steps": step, "train.epochs": cursor["epoch"] + (cursor["row"] > 0)}
+    for key, reached in ends.items():
+        wanted = getattr(config.train, key.removeprefix("train."))
+        if wanted is not None and wanted < reached:
+            raise UserError(
+                f"{found.checkpoint} was saved after step {step:,}, and {key} is {wanted}; use {reached} or more, "
+                "or begin from another checkpoint"
+            )
+
+
 def drop_later(store: CheckpointStore, start: Start | None) -> None:
-    """Remove what a run's store holds that is not of the run as it goes on; called by the first rank alone."""
+    """Remove what a run's store holds that is not of the run as it goes on; called by the first rank alone.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
     first = start.found.checkpoint.step if start is not None and start.is_own else -1
     for checkpoint in store.checkpoints():
         if checkpoint.step > first or checkpoint.is_being_written:
-            checkpoint.remove()
+            try:
+                checkpoint.remove()
+            except Exception as error:  # each store has errors of its own
+                raise UserError(f"{checkpoint}: cannot be removed: {error or type(error).__name__}") from None
 
 
 def _of_path(path: str, own: CheckpointStore) -> Start:
@@ -90,7 +111,7 @@ def _of_path(path: str, own: CheckpointStore) -> Start:
 def _is_of(path: str, store: CheckpointStore) -> bool:
     """Whether a path is that of a single checkpoint of ``store``."""
     single = Checkpoint.at(path)
-    return single is not None and single.store.is_local == store.is_local and single.store.root == store.root
+    return single is not None and single.store.place == store.place
 
 
 def _say(text: str) -> None:

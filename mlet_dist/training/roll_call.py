@@ -10,6 +10,7 @@ from torch import distributed as dist
 
 _START = timedelta(minutes=30)
 _PATIENCE_SECONDS = 10.0
+_ENDED = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
@@ -74,6 +75,12 @@ def timed_out(error: BaseException) -> bool:
     """Whether this is how gloo says that a rank took no part in a collective."""
     said = str(error).lower()
     return isinstance(error, RuntimeError) and ("timed out" in said or "timeout" in said)
+
+
+def connection_lost(error: BaseException) -> bool:
+    """Whether this is how gloo or nccl says that a rank has ended while others waited for it."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(each in said for each in _ENDED)
 
 
 def _wait(deadline: float) -> None:

@@ -31,6 +31,8 @@ def go_back(training: Training, store: CheckpointStore, error: NonFinite, limit:
     found = newest_whole(store)
     if found is None:
         raise NonFinite(error.finding, f"{store} holds no checkpoint to go back to") from None
+    # The checkpoint knows of none that were found after it was saved.
+    passed_over = training.passed_over | {error.finding.step}
     restore(training, found)
-    training.passed_over.add(error.finding.step)
+    training.passed_over = passed_over
     return found.manifest.about

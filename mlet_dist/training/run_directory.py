@@ -1,6 +1,5 @@
 """The layout of a run on disk: resolved config, model, metrics, checkpoints, summary."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.json_text import to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.training.lock import locked
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class RunDirectory:
         """
         overwrite = config.run.overwrite
         try:
-            entries = list(self.path.iterdir())
+            entries = set(self.path.iterdir())
         except FileNotFoundError:
             return
         except NotADirectoryError:
@@ -92,7 +92,7 @@ class RunDirectory:
             )
         if entries and not self.marker.exists():
             raise UserError(f"run.dir {self.path} holds files that are not a run's; choose an empty or new directory")
-        if entries and config.train.resume == "never" and not overwrite:
+        if entries - {self.marker} and config.train.resume == "never" and not overwrite:
             raise UserError(
                 f"run.dir {self.path} holds a run that did not finish, and train.resume is never; go on with "
                 "train.resume=auto, choose another, or replace it with run.overwrite=true"
@@ -100,36 +100,30 @@ class RunDirectory:
 
     @contextmanager
     def hold(self, config: Config) -> Iterator[None]:
-        """Keep other jobs out within the block.
+        """Keep other jobs out within the block: of the directory, and of ``train.checkpoint_dir`` unless it is a URL.
 
         Raises:
-            UserError: training may not begin here, another job is here, or the directory cannot be written.
+            UserError: training may not begin here, another job is here, or a directory cannot be written.
         """
         self.check_free(config)
+        store = self.checkpoint_store(config)
         with ExitStack() as held:
-            with self._writing():
-                self.path.mkdir(parents=True, exist_ok=True)
-                try:
-                    marker = held.enter_context(self.marker.open("a"))
-                    fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"run.dir {self.path}: another job is training into it; choose another") from None
+            held.enter_context(locked(self.marker, f"run.dir {self.path}"))
+            if config.train.checkpoint_dir is not None and store.is_local:
+                held.enter_context(locked(Path(store.root) / ".mlet-lock", f"train.checkpoint_dir {store}"))
             yield
 
-    def start(self, config: Config, spec: ModelSpec, step: int | None = None) -> None:
-        """Drop what an earlier job left, but what it recorded up to ``step``; write config and model.
-
-        Args:
-            step: from which the run goes on; None where it begins anew.
+    def start(self, config: Config, spec: ModelSpec, *, goes_on: bool = False) -> None:
+        """Drop what an earlier job left, but its checkpoints and records where the run goes on; write config and model.
 
         Raises:
             UserError: the directory cannot be written.
         """
         with self._writing():
-            if step is None:
+            for left in (self.summary, self._partial_summary):
+                left.unlink(missing_ok=True)
+            if not goes_on:
                 self._empty()
-            else:
-                self._keep_records(step)
             save_config(config, self.config)
             spec.save(self.model)
 
@@ -140,26 +134,8 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be written: {error.strerror or error}") from None
 
-    def _keep_records(self, step: int) -> None:
-        """Drop what was recorded of steps after ``step``, and of evaluations, which follow the last one."""
-        for left in (self.summary, self._partial_summary):
-            left.unlink(missing_ok=True)
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                if record["step"] <= step and record["split"] == "train":
-                    kept.append(f"{line}\n")
-            except (ValueError, KeyError, TypeError):  # cut short when the job was killed
-                continue
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.metrics)
-
     def _empty(self) -> None:
-        for left in (self.summary, self._partial_summary, self.metrics, self.model, self.plan):
+        for left in (self.metrics, self.model, self.plan):
             left.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
             if folder.exists():

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.comm import intra_and_cross_node_pg
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import CacheParams
+from torchrec.distributed.types import CacheParams, ShardingType
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.config import ShardingConfig
@@ -111,6 +113,10 @@ def shard_model(
         # ranks in another order: a run that goes on would not train the same bits as one that was never stopped.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
+    if any(each["sharding_type"] == ShardingType.TABLE_ROW_WISE.value for each in planned.entries()):
+        # TorchRec has made groups of a node's ranks, and of one of each node, with torch's 30 minutes.
+        for group in intra_and_cross_node_pg(worker.device):
+            _set_pg_timeout(worker.timeout, group)
     return sharded, planned
 
 

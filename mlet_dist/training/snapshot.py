@@ -66,6 +66,7 @@ def restore(training: Training, found: Found) -> None:
     if alike:
         _set_random_state(state[_RANDOM_KEY])
     training.step, training.skipped = found.manifest.step, about["skipped"]
+    training.passed_over = set(about["passed_over"])
 
 
 def about_ranks(training: Training) -> dict[str, Any]:

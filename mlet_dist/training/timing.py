@@ -19,9 +19,9 @@ from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollectio
 from mlet_dist.training.stopwatch import Stopwatch
 
 _Item = TypeVar("_Item")
-_PARTS = ("step", "data_wait", "forward", "exchange", "backward", "checkpoint")
+_PARTS = ("data_wait", "forward", "exchange", "backward", "checkpoint")
 # What a rank tells the others: seconds since the last report, the last by its own work alone.
-_TOLD = (*_PARTS, "own")
+_TOLD = ("step", *_PARTS, "other", "own")
 
 
 class StepTimer:
@@ -31,11 +31,12 @@ class StepTimer:
     - ``data_wait``: until the loader has a batch.
     - ``exchange``: forward from entering the embeddings to the arrival of their output, without the lookups: ids and
       vectors of other ranks, with the waiting for them and what is done to them on the way, such as W2's projection;
-      and under ``train.on_non_finite: skip`` the ranks' losses.
+      in the pipeline the next batch's ids, which go ahead; and under ``train.on_non_finite: skip`` the ranks' losses.
     - ``forward``: the rest of forward: lookups, dense layers, the loss.
     - ``backward``: backward and the update. The exchange of gradients is inside autograd's functions: it is in here,
       and so is the waiting for ranks that enter backward later.
     - ``checkpoint``: what saving holds up.
+    - ``other``: what is left of the step: the caller's metrics and records, copies of batches, and Python between.
 
     Ranks take their steps together. What tells a slow one is its own time, which no other rank prolongs: data_wait,
     forward and the update.
@@ -86,12 +87,14 @@ class StepTimer:
             yield batch
 
     @contextmanager
-    def phase(self, name: Literal["forward", "exchange", "update"]) -> Iterator[None]:
-        """Count the block; ``exchange`` is inside ``forward``."""
+    def phase(self, name: Literal["forward", "exchange", "ids", "update"]) -> Iterator[None]:
+        """Count the block; ``exchange`` is inside ``forward``, and ``ids`` is exchange anywhere else."""
         started = self._watch.now()
         yield
         ended = self._watch.now()
         self._watch.add(name, started, ended)
+        if name == "ids" and self._forward_ended is not None:
+            self._watch.add("ids before backward", started, ended)
         if name == "forward":
             self._forward_ended = ended
 
@@ -109,10 +112,11 @@ class StepTimer:
         """Of the steps since the last report; a collective call, which on CUDA waits for the device.
 
         Returns:
-            ``step_ms``, ``data_wait_ms``, ``forward_ms``, ``exchange_ms``, ``backward_ms``, ``checkpoint_ms``: of one
-            step, means over ranks. ``rank_samples_per_s_min``, ``…_median`` and ``…_max``: a rank's rows by its own
-            time. ``slowest_rank``, ``slowest_host``: the rank with the fewest. ``peak_memory_bytes``: since the start,
-            of the rank with the most.
+            ``step_ms`` and its parts, ``data_wait_ms``, ``forward_ms``, ``exchange_ms``, ``backward_ms``,
+            ``checkpoint_ms`` and ``other_ms``: of one step, means over ranks. ``rank_samples_per_s``: a list by rank of
+            its rows by its own time, and of these ``…_min``, ``…_median`` and ``…_max``. ``slowest_rank``,
+            ``slowest_host``: the rank with the fewest. ``rank_data_wait_ms``: a list, of one step.
+            ``rank_peak_memory_bytes``: a list, since the start, and its largest as ``peak_memory_bytes``.
         """
         seconds, self._memory = self._tell()
         steps, self._steps = self._steps, 0
@@ -121,17 +125,10 @@ class StepTimer:
         return self._describe(seconds / steps)
 
     def summary(self) -> dict[str, Any]:
-        """As a report, of all steps that were reported, with lists by rank in ``ranks``; empty where there was none."""
+        """As a report, of all steps that were reported, and ``rank_hosts``; empty where there was none."""
         if not self._all_steps:
             return {}
-        seconds = self._seconds / self._all_steps
-        ranks = {
-            "host": self._hosts,
-            "samples_per_s": self._rates(seconds).tolist(),
-            "data_wait_ms": (seconds[:, _TOLD.index("data_wait")] * 1e3).tolist(),
-            "peak_memory_bytes": self._memory.long().tolist(),
-        }
-        return self._describe(seconds) | {"ranks": ranks}
+        return self._describe(self._seconds / self._all_steps) | {"rank_hosts": self._hosts}
 
     def _tell(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Seconds of every rank since the last report, ``(ranks, len(_TOLD))``, and peaks of memory, ``(ranks,)``."""
@@ -139,7 +136,9 @@ class StepTimer:
         found = defaultdict(float, self._watch.take())
         found["step"], self._started = now - self._started, now
         found["forward"] -= found["exchange"]
-        found["backward"] += found["update"]
+        found["exchange"] += found["ids"]
+        found["backward"] += found["update"] - found["ids before backward"]
+        found["other"] = found["step"] - sum(found[name] for name in _PARTS)
         found["own"] = found["data_wait"] + found["forward"] + found["update"]
         numbers = [found[name] for name in _TOLD] + [self._peak_memory()]
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
@@ -153,13 +152,16 @@ class StepTimer:
         means = dict(zip(_TOLD, (seconds.mean(dim=0) * 1e3).tolist(), strict=True))
         rates = self._rates(seconds)
         slowest = int(rates.argmin())
-        return {f"{name}_ms": means[name] for name in _PARTS} | {
+        return {f"{name}_ms": means[name] for name in ("step", *_PARTS, "other")} | {
             "rank_samples_per_s_min": float(rates.min()),
             "rank_samples_per_s_median": float(rates.median()),
             "rank_samples_per_s_max": float(rates.max()),
             "slowest_rank": slowest,
             "slowest_host": self._hosts[slowest],
             "peak_memory_bytes": int(self._memory.max()),
+            "rank_samples_per_s": rates.tolist(),
+            "rank_data_wait_ms": (seconds[:, _TOLD.index("data_wait")] * 1e3).tolist(),
+            "rank_peak_memory_bytes": self._memory.long().tolist(),
         }
 
     def _rates(self, seconds: torch.Tensor) -> torch.Tensor:

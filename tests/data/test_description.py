@@ -390,7 +390,8 @@ def test_numbers_and_dates_in_one_time_column(
         with pytest.raises(UserError) as caught:
             prepare(spec, raw, tmp_path / "out", only="count")
         assert message.format(raw[0], one, raw[0], 3, other, raw[1], 3) in str(caught.value)
-    assert make(tmp_path / "good", description, dates, dates).malformed == 2
+    more = write_raw(dates.read_bytes(), "e.csv")
+    assert make(tmp_path / "good", description, dates, more).malformed == 2
 
 
 def _with_times(numbers: int, dates: int) -> bytes:
@@ -413,6 +414,12 @@ def test_columns_of_one_name_that_nobody_uses(tmp_path: Path, write_raw: Write) 
     assert sorted(values) == sorted(f"v{i}" for i in range(24))
 
 
+def test_the_longest_name(tmp_path: Path, write_raw: Write) -> None:
+    path = write_raw(("y,x\n" + "".join(f"{i % 2},v{i % 9}\n" for i in range(60))).encode(), "a.csv")
+    schema = make(tmp_path / "out", PLAIN | {"sparse": [{"column": "x", "name": 100 * "é"}]}, path)
+    assert schema.num_embeddings == {100 * "é": 10}
+
+
 def test_hashed_features_need_no_vocabulary(tmp_path: Path, write_raw: Write) -> None:
     path = write_raw(("y,x\n" + "".join(f"{i % 2},v{i % 9}\n" for i in range(60))).encode(), "a.csv")
     hashed = PLAIN | {"sparse": [{"column": "x", "encoding": "hash", "num_embeddings": 5}]}
@@ -423,6 +430,9 @@ def test_hashed_features_need_no_vocabulary(tmp_path: Path, write_raw: Write) ->
     assert list((tmp_path / "a/vocabulary").iterdir()) == []
     other = make(tmp_path / "b", PLAIN | {"sparse": [{"column": "x", "encoding": "hash", "num_embeddings": 6}]}, path)
     assert other.vocabulary_id != schema.vocabulary_id
+
+
+NAMES = "printable text of 1 to 200 bytes without dots and slashes"
 
 
 @pytest.mark.parametrize(
@@ -437,8 +447,11 @@ def test_hashed_features_need_no_vocabulary(tmp_path: Path, write_raw: Write) ->
         ({"header": False}, "key 'columns' is missing"),
         ({"header": False, "columns": ["y", "z"]}, "columns must name 'x' once, which the description uses"),
         ({"sparse": []}, "sparse is []; it must be a list of one entry or more"),
-        ({"sparse": [{"column": "items"}]}, "sparse[0].name is 'items'; it must be text without dots and slashes that"),
-        ({"sparse": [{"column": "a.b"}]}, "sparse[0].name is 'a.b'; it must be text without dots and slashes that"),
+        ({"sparse": [{"column": "items"}]}, f"sparse[0].name is 'items'; it must be {NAMES} that"),
+        ({"sparse": [{"column": "a.b"}]}, f"sparse[0].name is 'a.b'; it must be {NAMES} that"),
+        ({"sparse": [{"column": 300 * "x"}]}, f"sparse[0].name is '{79 * 'x'}; it must be {NAMES} that"),
+        ({"dense": [{"column": "d", "name": 101 * "é"}]}, f"dense[0].name is '{79 * 'é'}; it must be {NAMES}; say"),
+        ({"dense": [{"column": "a\tb"}]}, f"dense[0].name is 'a\\tb'; it must be {NAMES}; say another"),
         ({"sparse": [{"column": "x"}, {"column": "x"}]}, "two features are named 'x'; give one another `name`"),
         ({"sparse": [{"column": "y", "name": "label"}]}, "two features are named 'label'"),
         ({"sparse": [{"column": "x", "encoding": "hash"}]}, "key 'sparse[0].num_embeddings' is missing"),

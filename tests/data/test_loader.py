@@ -393,3 +393,16 @@ def test_several_parts_are_one_sequence(broken: Path) -> None:
     batches = list(make_loader(broken, batch_size=3600))
     assert len(batches) == len(expected) == 10
     assert all(torch.equal(as_rows(a), as_rows(b)) for a, b in zip(batches, expected, strict=True))
+
+
+@pytest.mark.parametrize(("batch_size", "rank", "warnings"), [(4000, 0, 1), (4000, 1, 0), (2000, 0, 0)])
+def test_shuffling_that_has_no_effect_is_a_warning(
+    dataset: Path, batch_size: int, rank: int, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """4,500 rows of one row group are one batch of 4,000, or two of 2,000, which a buffer of one row mixes."""
+    changes = {"batch_size": batch_size, "rank": rank, "world_size": 2, "shuffle": Shuffle(0, 1)}
+    loader = make_loader(dataset, "valid", **changes)
+    message = f"{dataset}: valid: its 4500 rows are one row group and make one batch of 4000, the same in each epoch; "
+    assert caplog.messages == warnings * [message + "shuffle has no effect"]
+    first, second = ([as_rows(batch) for batch in loader] for _ in range(2))
+    assert torch.equal(torch.cat(first), torch.cat(second)) == (batch_size == 4000)

@@ -175,7 +175,7 @@ def test_rows_of_a_slice_have_their_own_lists(mixed: tuple[Path, dict[str, list[
     """Arrow's lists may begin in the middle of their values."""
     path, _ = mixed
     schema = DatasetSchema.load(path)
-    parts = row_groups.SplitRows(path, schema, schema.parts["train"], DENSE, SPARSE)
+    parts = row_groups.SplitRows(path, schema, schema.parts["train"], DENSE, SPARSE, by_row=True)
     sliced = parts.convert(0, parts.read(0).slice(7, 20))
     builder = JaggedBuilder(SPARSE, 20, weighted=True)
     found, expected = builder.build(sliced), builder.build(parts.decode(0).slice(7, 27))

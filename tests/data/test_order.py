@@ -152,3 +152,25 @@ def test_the_order_of_an_epoch_stays_what_it_was() -> None:
 def test_an_incomplete_batch_is_not_shuffled() -> None:
     with pytest.raises(ValueError, match="incomplete last batch"):
         make_order([10], drop_last=False, shuffle=Shuffle(0, 10))
+
+
+@pytest.mark.parametrize("buffer_rows", [1, 12, 23])
+@pytest.mark.parametrize("batches", [2, 3, 10])
+def test_a_buffer_of_less_than_two_batches_still_mixes_two(buffer_rows: int, batches: int) -> None:
+    """In one row group too, where no permutation of row groups helps."""
+    groups, shuffle = [12 * batches], Shuffle(3, buffer_rows)
+    epochs = [global_batches(groups, 2, epoch, shuffle=shuffle) for epoch in (0, 1)]
+    assert make_order(groups, shuffle=shuffle).mixes
+    for found in epochs:
+        for number, batch in enumerate(found[: batches // 2 * 2]):
+            first = number // 2 * 24
+            assert [row // 2 for row in batch] == list(range(first // 2, first // 2 + 12))
+    assert epochs[0][:2] != epochs[1][:2] != [list(range(12)), list(range(12, 24))] != epochs[0][:2]
+
+
+def test_where_nothing_can_be_mixed() -> None:
+    for groups, mixes in (([17], False), ([0, 17, 0], False), ([9, 8], True), ([24], True)):
+        assert make_order(groups, shuffle=Shuffle(0, 100)).mixes == mixes
+        differ = len({str(global_batches(groups, 1, epoch, shuffle=Shuffle(0, 100))) for epoch in range(8)}) > 1
+        assert differ == mixes
+    assert not make_order([24]).mixes

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlet_dist.data import blocks, encoding, groups, passes, prepare
+from mlet_dist.data import blocks, encoding, groups, prepare, reading
 from mlet_dist.data.formats import criteo
 from mlet_dist.data.prepare import Resources, prepare_criteo
 from mlet_dist.data.schema import DatasetSchema
@@ -244,7 +244,7 @@ def test_malformed_lines_count_and_take_no_part(
 
 def test_few_examples_are_kept(tmp_path: Path, write_raw: Write) -> None:
     prepare_criteo([write_raw(raw_bytes(LINES) + 10 * b"bad\n")], tmp_path / "out")
-    assert len((tmp_path / "out/quarantine.jsonl").read_text().splitlines()) == passes.MAX_EXAMPLES
+    assert len((tmp_path / "out/quarantine.jsonl").read_text().splitlines()) == reading.MAX_EXAMPLES
 
 
 def test_up_to_a_tenth_malformed_is_tolerated(tmp_path: Path, write_raw: Write) -> None:
@@ -271,7 +271,7 @@ def test_malformed_lines_may_all_be_at_the_beginning(
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 5_000)
     good, bad = raw_bytes(make_raw_lines(180)), b"bad\n"
     assert prepare_criteo([write_raw(20 * bad + good)], tmp_path / "a").malformed == 20
-    monkeypatch.setattr(passes, "EXPECTED_LINES", 150)
+    monkeypatch.setattr(reading, "EXPECTED_LINES", 150)
     with pytest.raises(UserError, match=r"20 of the first [3-5][0-9] lines are malformed, e\.g\. line 1: 1 fields"):
         prepare_criteo([write_raw(20 * bad + good)], tmp_path / "b")
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlet_dist.data import blocks, encoding, groups, passes
+from mlet_dist.data import blocks, encoding, groups, passes, reading
 from mlet_dist.data.check import check
 from mlet_dist.data.description import load_table
 from mlet_dist.data.formats import criteo
@@ -98,9 +98,9 @@ def test_finished_files_are_not_read_again(tmp_path: Path, write_raw: Write, mon
         str(caught.value),
     )
     broken.write_bytes(whole)
-    read = passes.text_blocks
+    read = reading.text_blocks
     asked = []
-    monkeypatch.setattr(passes, "text_blocks", lambda raw, *args: asked.append(raw.path) or read(raw, *args))
+    monkeypatch.setattr(reading, "text_blocks", lambda raw, *args: asked.append(raw.path) or read(raw, *args))
     prepare_criteo([good, broken], tmp_path / "out")
     assert asked == [str(broken)]
     prepare_criteo([good, broken], tmp_path / "expected")
@@ -152,8 +152,8 @@ def test_killed_while_the_work_is_removed(tmp_path: Path, write_raw: Write, monk
     rmtree = shutil.rmtree
 
     def kill(path: Path, **_: object) -> None:
-        if (path / "job").is_dir():
-            rmtree(path / "job")
+        if (path / "count").is_dir():
+            rmtree(path / "count")
             next(path.glob("read/*/*.arrow")).unlink()
             raise KeyboardInterrupt
 
@@ -173,19 +173,19 @@ def test_a_shard_that_fails_leaves_the_work_of_others(
     """Shard 0 meets a file that cannot be used while shard 1 is in the middle of its own."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
     raw = [write_raw(20 * b"bad\n", "bad.tsv"), write_raw(raw_bytes(LINES), "good.tsv")]
-    read_block = passes._read_block
+    read_block = reading._read_block
 
     def fail_beside(*args: Any) -> object:
-        monkeypatch.setattr(passes, "_read_block", read_block)
+        monkeypatch.setattr(reading, "_read_block", read_block)
         info = read_block(*args)
         with pytest.raises(UserError, match=r"bad\.tsv: 20 of 20 lines are malformed, e\.g\. line 1: [^(]*$"):
             prepare(criteo(), raw, tmp_path / "out", only="read", shard=Shard(0, 2))
         return info
 
-    monkeypatch.setattr(passes, "_read_block", fail_beside)
+    monkeypatch.setattr(reading, "_read_block", fail_beside)
     prepare(criteo(), raw, tmp_path / "out", only="read", shard=Shard(1, 2))
     raw[0].write_bytes(raw_bytes(LINES[:50]))
-    monkeypatch.setattr(passes, "text_blocks", lambda raw, *args: pytest.fail(f"{raw.path} is read again"))
+    monkeypatch.setattr(reading, "text_blocks", lambda raw, *args: pytest.fail(f"{raw.path} is read again"))
     with pytest.raises(UserError, match=r"bad\.tsv: is not read yet"):
         prepare(criteo(), raw, tmp_path / "out", only="count")
 
@@ -309,9 +309,33 @@ def test_killed_worker() -> None:
         list(workers.map(os._exit, [(1,)]))
 
 
+@pytest.mark.parametrize("guarded", [True, False])
+def test_called_from_a_script(tmp_path: Path, write_raw: Write, guarded: bool) -> None:
+    """Its processes import the script again: without a guard each would prepare, and start processes of its own."""
+    raw, script = write_raw(raw_bytes(LINES)), tmp_path / "raw/script.py"
+    guard = "if __name__ == '__main__': " if guarded else ""
+    script.write_text(
+        "import pathlib\nfrom mlet_dist.data.formats import criteo\nfrom mlet_dist.data.prepare import *\n"
+        f"{guard}prepare(criteo(), [{str(raw)!r}], pathlib.Path({str(tmp_path / 'out')!r}), "
+        "resources=Resources(processes=2))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    advice = "a script that calls prepare is imported by its processes: have it do so under "
+    advice += '`if __name__ == "__main__":` only'
+    if guarded:
+        assert (done.returncode, (tmp_path / "out").is_dir()) == (0, True), done.stderr
+    else:
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].endswith(f"no process of mlet prepare could start; {advice}")
+        assert f"mlet_dist.errors.UserError: {advice}" in done.stderr  # of a child
+        assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
 def test_several_files_at_once(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that threads read side by side give the same as one after the other; a broken one stops them all."""
-    monkeypatch.setattr(passes, "PROCESSES_OF_A_FILE", 1)
+    monkeypatch.setattr(reading, "PROCESSES_OF_A_FILE", 1)
     files = [write_raw(raw_bytes(make_raw_lines(200, i)), f"{i}.tsv.gz") for i in range(4)]
     prepare(criteo(), files, tmp_path / "expected")
     prepare(criteo(), files, tmp_path / "out", resources=Resources(processes=2))
@@ -441,6 +465,7 @@ class TestFailures:
             (b"y,z\n", r"line 1: the header has no column 'x'; it has y, z"),
             (b"y,x,x\n", r"line 1: the header has more than one column 'x'; it has y, x, x"),
             (b"1,2\n", r"line 1: the header has no column 'y'; it has 1, 2"),
+            (b"\x1b[2J\a,\xe2\x80\xae2\n", r"line 1: the header has no column 'y'; it has \\x1b\[2J\\x07, \\u202e2"),
             (b"y,\xff\n", r"line 1: the header is not UTF-8 text"),
             (b"y,x\r1,2\r\n", r"line 1: the header is 'y,x\\r1,2', no line of column names: new-line .*"),
             (
@@ -523,7 +548,7 @@ def test_interrupt_keeps_what_is_finished(tmp_path: Path, write_raw: Write, monk
         with pytest.raises(KeyboardInterrupt):
             prepare_criteo([raw], tmp_path / "out")
     assert (tmp_path / ".out.prepare").is_dir()
-    monkeypatch.setattr(passes, "parse_block", interrupt)  # nothing is read again
+    monkeypatch.setattr(reading, "parse_block", interrupt)  # nothing is read again
     prepare_criteo([raw], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
 

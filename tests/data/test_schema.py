@@ -117,7 +117,7 @@ def part(**changes: object) -> dict[str, object]:
         (
             "dense",
             ["I1", "a/b"],
-            'dense is ["I1", "a/b"]; it must be a list of columns\' names: text without dots and slashes',
+            'dense is ["I1", "a/b"]; it must be a list of columns\' names: printable text of 1 to 200 bytes',
         ),
         ("dense", ["I1", "I1"], "dense names 'I1', which dense names already"),
         ("dense", ["label"], "dense names 'label', which label names already"),
@@ -130,7 +130,7 @@ def part(**changes: object) -> dict[str, object]:
         (
             "sparse",
             [sparse("C1"), sparse("C.2")],
-            'sparse[1].name is "C.2"; it must be a table\'s name: text without dots',
+            'sparse[1].name is "C.2"; it must be a table\'s name: printable text',
         ),
         ("sparse", [sparse("../C1")], 'sparse[0].name is "../C1"; it must be'),
         ("sparse", [sparse("C1", "many")], 'sparse[0].num_embeddings is "many"; it must be a whole number from 1 to'),
@@ -142,7 +142,7 @@ def part(**changes: object) -> dict[str, object]:
         (
             "sparse",
             [sparse("items")],
-            'sparse[0].name is "items"; it must be a table\'s name: text',
+            'sparse[0].name is "items"; it must be a table\'s name: printable text',
         ),
         ("sparse", [sparse("_C")], 'sparse[0].name is "_C"; it must be a table\'s name'),
         ("sparse", [sparse("C1", multi_valued=1)], "sparse[0].multi_valued is 1; it must be true or false"),

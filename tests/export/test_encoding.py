@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.inference.modules import quantize_embeddings, quantize_inference_model
+from torchrec.modules.embedding_configs import DataType
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantisedEmbeddingBagCollection
 from torchrec.quant.embedding_modules import quant_prep_enable_quant_state_dict_split_scale_bias_for_types
 from torchrec.tensor_types import UInt4Tensor
 
@@ -106,3 +108,20 @@ def test_a_value_that_float16_cannot_hold_is_named(name: str, values: list[float
     with pytest.raises(RowOverflow, match=rf"row 3 holds .*{name}") as raised:
         ENCODINGS[name].encode(table)
     assert raised.value.row == 3
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
+def test_decoded_rows_are_what_torchrec_looks_up(name: str) -> None:
+    encoding, rows = ENCODINGS[name], torch.randn(30, 12) * torch.logspace(-3, 2, 30).unsqueeze(1)
+    parts = encoding.encode(rows)
+    config = EmbeddingBagConfig(
+        name="t", num_embeddings=30, embedding_dim=12, feature_names=["f"], data_type=DataType(name.upper())
+    )
+    model = QuantisedEmbeddingBagCollection(
+        [config], False, torch.device("cpu"), quant_state_dict_split_scale_bias=True
+    )
+    for key, tensor in model.state_dict().items():
+        raw = tensor.view(torch.uint8) if isinstance(tensor, UInt4Tensor) else tensor
+        raw.copy_(parts[key.removeprefix("embedding_bags.t.weight")])
+    bags = KeyedJaggedTensor(["f"], torch.arange(30), lengths=torch.ones(30, dtype=torch.int64))
+    torch.testing.assert_close(encoding.decode(parts), model(bags).values(), rtol=1e-6, atol=1e-6)

@@ -23,7 +23,7 @@ from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.timing import StepTimer
 from tests.command import ROOT, mlet
 from tests.ranks import RankPool
-from tests.training.in_ranks import records, train_in_ranks
+from tests.training.in_ranks import records, stopped_after, train_in_ranks
 from tests.training.small_run import SETTINGS, loader, local, training_of
 
 Ranks = Callable[[int], RankPool]
@@ -229,16 +229,25 @@ def test_skipping_and_going_back_end_in_the_same_weights_and_are_counted(
     for policy in ("skip", "rollback"):
         run = tmp_path / policy
         settings = (*small_model[1:], f"data.path={data_that_overflows}", "train.max_steps=16", "train.log_every=4")
-        settings += ("train.checkpoint_every=6", f"train.on_non_finite={policy}", f"run.dir={run}")
-        result = results[policy] = train_in_ranks(ranks, 2, *settings, "optimizer.name=adagrad")
+        settings += ("train.checkpoint_every=6", "train.keep_last=9", f"train.on_non_finite={policy}")
+        result = results[policy] = train_in_ranks(ranks, 2, *settings, "optimizer.name=adagrad", f"run.dir={run}")
         found = records(run)
         (skipped,) = (record for record in found if record["split"] == "skipped")
         assert skipped["step"] == 11
         assert skipped["skipped_batches"] == result["skipped_batches"] == 1
         assert skipped.get("rank") == (1 if policy == "skip" else None)
         back = [record for record in found if record["split"] == "rollback"]
-        assert [(each["step"], each["to_step"]) for each in back] == ([(11, 6)] if policy == "rollback" else [])
+        assert [(each["step"], each["batch_of_step"]) for each in back] == ([(6, 11)] if policy == "rollback" else [])
         assert result["rollbacks"] == len(back)
+        assert [record["step"] for record in found if record["split"] == "train"] == [4, 8, 12, 16]
+        # Killed after the batch was left out; or, of a run that went back, while it trained the steps since 6 again.
+        for step in (6, 12) if policy == "rollback" else (12,):
+            killed = stopped_after(step, run, tmp_path / f"{policy} killed after {step}")
+            again = train_in_ranks(ranks, 2, *settings, "optimizer.name=adagrad", f"run.dir={killed}")
+            assert again["first_step"] == step
+            assert (again["rollbacks"], again["skipped_batches"]) == (len(back), 1)
+            assert again["weights_sha256"] == result["weights_sha256"]
+            assert records(killed) == found
     assert results["skip"]["weights_sha256"] == results["rollback"]["weights_sha256"]
 
 

@@ -131,7 +131,7 @@ def check(run: Path, whole: TrainedRun, fingerprint: bool = True) -> None:
 
 @contextmanager
 def torchrun(run: Path, name: str, settings: Sequence[str], *arguments: str) -> "Iterator[subprocess.Popen[str]]":
-    """An agent that trains; what it says goes to ``name`` beside the run. Its ranks do not outlive the block."""
+    """An agent that trains; what it says goes to ``name`` beside the run. At the block's end it is killed alone."""
     command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", *arguments, "-m", "mlet_dist"]
     command += ["train", str(CONFIG), *settings, f"run.dir={run}", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -142,9 +142,17 @@ def torchrun(run: Path, name: str, settings: Sequence[str], *arguments: str) -> 
         try:
             yield agent
         finally:
-            for pid in (*children(agent.pid), agent.pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            ranks = children(agent.pid)
+            agent.kill()
+            agent.wait()
+            deadline = time.monotonic() + 20
+            while left := [pid for pid in ranks if Path(f"/proc/{pid}/cmdline").exists()]:
+                if time.monotonic() > deadline:
+                    for pid in left:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    raise AssertionError(f"ranks {left} outlive torchrun")
+                time.sleep(0.05)
 
 
 def wait_for_a_checkpoint(run: Path, *agents: "subprocess.Popen[str]") -> None:

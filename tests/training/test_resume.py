@@ -2,13 +2,24 @@
 
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
 
+from mlet_dist.config import Config, load_config
+from mlet_dist.training.checkpoint.choosing import newest_whole
+from mlet_dist.training.checkpoint.saver import CheckpointSaver
+from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.training.snapshot import about_ranks, restore, tensors_of
+from tests.command import ROOT
 from tests.ranks import RankFailed
 from tests.training.in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
+from tests.training.small_run import SETTINGS, training_of
+
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 
 pytestmark = pytest.mark.multirank
 
@@ -79,6 +90,34 @@ def test_the_same_bits_with_every_optimizer(
     assert again["first_step"] == 42
     assert again["weights_sha256"] == once["weights_sha256"]
     assert records(run) == records(tmp_path / "once")
+
+
+def _draw_before_and_after_restoring(config: Config, location: str) -> tuple[list[float], list[float]]:
+    """Random numbers after a checkpoint was saved, and after it was loaded."""
+    training, _ = training_of(config, 10)
+    torch.manual_seed(100 + dist.get_rank())
+    torch.rand(3)
+    store = CheckpointStore(location)
+    with CheckpointSaver(store, timedelta(seconds=60), 1, None) as saver:
+        saver.save(1, tensors_of(training), {**about_ranks(training), "skipped": 4, "passed_over": [2]})
+        saver.wait()
+    drawn = torch.rand(5).tolist()
+    torch.manual_seed(0)
+    found = newest_whole(store)
+    assert found is not None
+    restore(training, found)
+    assert (training.step, training.skipped, training.passed_over) == (1, 4, {2})
+    return drawn, torch.rand(5).tolist()
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """Nothing trained on a CPU depends on them: the bits of a run do not tell."""
+    config = load_config(CONFIG, (f"data.path={small_data}", f"run.dir={tmp_path}", *SETTINGS))
+    (before, after), (other_before, other_after) = ranks(2).run(
+        _draw_before_and_after_restoring, config, str(tmp_path / "store")
+    )
+    assert after == before
+    assert other_after == other_before != before
 
 
 def test_on_other_ranks_the_same_rows_and_weights(ranks: Ranks, settings: tuple[str, ...], tmp_path: Path) -> None:
@@ -154,6 +193,8 @@ def test_a_run_with_other_settings_is_refused_and_from_a_path_learning_rates_may
     assert "step-00000042 was saved with other settings: " in message
     assert "model.hidden_dim was 12, is 16; optimizer.learning_rate was 0.05, is 0.01; " in message
     assert "run.overwrite=true" in message
+    with_less = (*settings, f"run.dir={run}", "train.max_steps=41")
+    assert "was saved after step 42, and train.max_steps is 41; use 42 or more" in refusal(ranks, 1, *with_less)
     other = (f"run.dir={tmp_path / 'other'}", f"train.resume={run}", "optimizer.learning_rate=0.01")
     assert train_in_ranks(ranks, 1, *settings, *other)["first_step"] == 42
     assert not (run / "summary.json").exists()
@@ -173,8 +214,9 @@ def test_a_path_is_where_a_run_begins_that_has_nothing_of_its_own(
     assert again["weights_sha256"] == first["weights_sha256"]
     # A checkpoint of the run's own is gone back to, and what came after it is dropped.
     (run / "summary.json").unlink()
+    (tmp_path / "link").symlink_to(run)
     back = train_in_ranks(
-        ranks, 1, *settings, f"run.dir={run}", f"train.resume={run / 'checkpoints' / 'step-00000028'}"
+        ranks, 1, *settings, f"run.dir={run}", f"train.resume={tmp_path / 'link' / 'checkpoints' / 'step-00000028'}"
     )
     assert back["first_step"] == 28
     assert back["weights_sha256"] == first["weights_sha256"]

@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +92,20 @@ def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> N
     assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json"}
 
 
-def test_a_run_that_goes_on_keeps_what_was_recorded_up_to_its_step(run: RunDirectory) -> None:
+def test_a_run_that_goes_on_keeps_its_checkpoints_and_records(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
-    records = [{"step": step, "split": "train"} for step in (10, 20, 30)] + [{"step": 20, "split": "valid"}]
-    lines = [json.dumps(record) for record in records]
-    run.metrics.write_text("\n".join([*lines, '{"step": 4']))  # killed while it was writing
+    (run.path / "summary.partial").write_text("{")  # stopped while it was finishing
     with run.hold(config_of(run)):
-        run.start(config_of(run), SPEC, step=20)
-    assert run.metrics.read_text().splitlines() == lines[:2]
+        run.start(config_of(run), SPEC, goes_on=True)
+    assert run.metrics.read_text() == "{}\n"
     assert (run.checkpoints / "step-00000099" / "old").exists()
+    assert not (run.path / "summary.partial").exists()
 
 
 def test_never_wants_an_empty_directory(run: RunDirectory) -> None:
     never = TrainConfig(seed=3, resume="never")
+    with run.hold(dataclasses.replace(config_of(run), train=never)):
+        pass  # a job that found a mistake before it began
     start(run, dataclasses.replace(config_of(run), train=never), SPEC)
     with pytest.raises(UserError, match=r"train\.resume is never; go on with train\.resume=auto"):
         start(run, dataclasses.replace(config_of(run), train=never), SPEC)
@@ -184,11 +188,29 @@ def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> 
 def test_a_second_job_is_kept_out_until_the_first_has_ended(run: RunDirectory) -> None:
     with run.hold(config_of(run)):
         run.metrics.write_text("of the first")
-        with pytest.raises(UserError, match="another job is training into it"), run.hold(config_of(run)):
+        holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}"
+        with pytest.raises(UserError, match=rf"first: another job is .*\({holder}\)"), run.hold(config_of(run)):
             pass
         assert run.metrics.read_text() == "of the first"
     start(run, config_of(run), SPEC)
     assert not run.metrics.exists()
+
+
+def test_two_runs_do_not_share_a_directory_of_checkpoints(run: RunDirectory, tmp_path: Path) -> None:
+    def config(run: RunDirectory, where: str) -> Config:
+        return dataclasses.replace(config_of(run), train=TrainConfig(seed=3, checkpoint_dir=where))
+
+    shared, other = tmp_path / "shared", RunDirectory(tmp_path / "other")
+    with run.hold(config(run, f"file://{shared}")):
+        with pytest.raises(UserError, match=rf"^train\.checkpoint_dir {shared}: another job "):
+            start(other, config(other, str(shared)), SPEC)
+        assert not other.config.exists()
+        with other.hold(config(other, "memory://elsewhere")):
+            pass
+    start(other, config(other, str(shared)), SPEC)
+    (shared / "file").touch()
+    with pytest.raises(UserError, match=rf"^train\.checkpoint_dir {shared}/file cannot be written: "):
+        start(other, config(other, str(shared / "file")), SPEC)
 
 
 def test_a_directory_with_a_config_of_the_users_own_is_no_run(run: RunDirectory) -> None:

@@ -29,7 +29,7 @@ DEVICE = torch.device("cpu")
 STEPS = 6
 # Far above what a step of this model takes on a busy machine: the tests compare no times but this one with the rest.
 SLEEP = 0.2
-PARTS = ("data_wait_ms", "forward_ms", "exchange_ms", "backward_ms", "checkpoint_ms")
+PARTS = ("data_wait_ms", "forward_ms", "exchange_ms", "backward_ms", "checkpoint_ms", "other_ms")
 
 
 def _run(config: Config, pipelined: bool, slow: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -52,12 +52,17 @@ def _run(config: Config, pipelined: bool, slow: str) -> tuple[dict[str, Any], di
         over_arch.register_forward_hook(sleep)
     if slow == "lookup":
         embeddings._lookups[0].register_forward_hook(sleep)
+    if slow == "ids":
+        send_ids = embeddings.input_dist
+        embeddings.input_dist = lambda *batch: (sleep(), send_ids(*batch))[1]
     training.model.train()
     guard = Guard(training, DEVICE, "stop", 0)
     with StepTimer(training.model, DEVICE, local_batch_size=10) as timer:
         for _ in take_steps(training, batches(), DEVICE, guard, timer, pipelined=pipelined):
             if slow == "checkpoint":
                 timer.saved_for(SLEEP)
+            if slow == "caller":
+                sleep()
             if training.step == STEPS // 2:
                 timer.report()
         return timer.report(), timer.summary()
@@ -79,24 +84,29 @@ def test_the_rank_that_sleeps_is_named_with_what_it_sleeps_in(ranks: Ranks, smal
             assert found["slowest_host"] == socket.gethostname()
             assert found["rank_samples_per_s_min"] <= found["rank_samples_per_s_median"]
             assert found["peak_memory_bytes"] > 50e6
-            assert sum(found[part] for part in PARTS) <= found["step_ms"]
+            assert sum(found[part] for part in PARTS) == pytest.approx(found["step_ms"])
+            assert all(found[part] >= 0 for part in PARTS)
         # In the pipeline the batches of the reported steps were fetched in those before.
         part = "data_wait_ms" if slow == "data" else "forward_ms"
         for found in (summary,) if pipelined and slow == "data" else (summary, report):
             assert found["rank_samples_per_s_min"] < 10 / SLEEP < found["rank_samples_per_s_max"]
             assert found["step_ms"] >= 1e3 * SLEEP
             assert found[part] >= 1e3 * SLEEP / 2  # the mean of both ranks
-        assert summary["ranks"]["host"] == [socket.gethostname()] * 2
-        assert summary["ranks"]["samples_per_s"][1] == summary["rank_samples_per_s_min"]
-        assert max(summary["ranks"]["peak_memory_bytes"]) == summary["peak_memory_bytes"]
+            assert found["rank_samples_per_s"][1] == found["rank_samples_per_s_min"]
+            assert max(found["rank_peak_memory_bytes"]) == found["peak_memory_bytes"]
+            assert sum(found["rank_data_wait_ms"]) / 2 == pytest.approx(found["data_wait_ms"])
+        assert summary["rank_hosts"] == [socket.gethostname()] * 2
 
 
 @pytest.mark.multirank
 def test_the_rank_that_is_waited_for_is_in_the_others_exchange(ranks: Ranks, small_model: tuple[str, ...]) -> None:
     config = load_config(CONFIG, [*small_model, *SETTINGS, "run.dir=unused"])
-    ((lookup, _), (checkpoint, _)), _ = ranks(2).run(_run_each, config, [(False, "lookup"), (False, "checkpoint")])
+    cases = [(False, "lookup"), (False, "checkpoint"), (True, "ids"), (True, "caller")]
+    ((lookup, _), (checkpoint, _), (_, ids), (caller, _)), _ = ranks(2).run(_run_each, config, cases)
     assert lookup["exchange_ms"] >= 1e3 * SLEEP / 2 * 0.9
     assert checkpoint["checkpoint_ms"] == pytest.approx(1e3 * SLEEP)
+    assert ids["exchange_ms"] >= 1e3 * SLEEP / 2  # sent ahead, outside forward
+    assert caller["other_ms"] >= 1e3 * SLEEP / 2
 
 
 def test_a_stopwatch_adds_up_what_it_is_told_and_begins_anew() -> None:
@@ -114,7 +124,8 @@ def test_a_run_says_where_its_time_went(trained: TrainedRun) -> None:
     timings = [record for record in records if record["split"] == "timing"]
     assert [record["step"] for record in timings] == [20, 40, 57]
     for found in (*timings, trained.result["timing"]):
-        assert all(found[part] > 0 for part in PARTS[:4])
+        assert all(found[part] > 0 for part in (*PARTS[:4], "other_ms"))
+        assert sum(found[part] for part in PARTS) == pytest.approx(found["step_ms"])
         assert found["slowest_host"] == socket.gethostname()
-    assert len(trained.result["timing"]["ranks"]["peak_memory_bytes"]) == 2
+        assert [len(found[f"rank_{each}"]) for each in ("samples_per_s", "peak_memory_bytes")] == [2, 2]
     assert (trained.result["skipped_batches"], trained.result["rollbacks"]) == (0, 0)

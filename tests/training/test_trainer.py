@@ -108,6 +108,16 @@ def test_a_finished_run_is_replaced_only_when_asked_to(trained: TrainedRun, tmp_
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_an_attempt_after_the_one_that_finished_shows_the_summary(
+    trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", CONFIG, *trained.overrides, f"run.dir={trained.path}"]
+    assert "holds a finished run" in error_line(*arguments)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert mlet_json(*arguments) == trained.result
+    assert "holds a finished run" in error_line(*arguments, "train.seed=7")
+
+
 def test_an_id_outside_its_table_is_named_once_by_all_ranks(trained: TrainedRun, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlet_dist.errors import UserError
 from mlet_dist.json_text import to_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 BLOCK_BYTES = 1 << 24
 """How much of a file one checksum is of, so that whoever needs a part of it need not read it all."""
@@ -75,7 +76,8 @@ class Manifest:
         """Read what ``render`` wrote, to the last bit.
 
         Raises:
-            ManifestError: any byte is another one, or another version of mlet_dist wrote it.
+            ManifestError: any byte is another one.
+            UserError: another version of mlet_dist wrote it.
         """
         try:
             content = json.loads(data)["content"]
@@ -83,7 +85,11 @@ class Manifest:
                 raise ValueError("its checksum is wrong")
             found = content["format_version"]
             if found != FORMAT_VERSION:
-                raise ManifestError(f"{where}: format_version is {found}, this version reads {FORMAT_VERSION}")
+                # To go back to an older checkpoint would be to drop what is whole.
+                raise UserError(
+                    f"{where}: format_version is {found}, and this version of mlet_dist reads {FORMAT_VERSION}; use "
+                    "the one that wrote it"
+                )
             return cls(content["step"], content["files"], content["about"])
         except (ValueError, KeyError, TypeError) as error:
             raise ManifestError(f"{where} is damaged: {' '.join(str(error).split())}") from None

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -76,7 +77,8 @@ class CheckpointSaver:
         try:
             write_checkpoint(checkpoint, state, about, self._group)
             self.saved = checkpoint
-            on_first(lambda: drop_old(self._store, self._keep_last, self._keep_every), self._group)
+            drop = partial(drop_old, self._store, self._keep_last, self._keep_every)
+            on_first(drop, f"{self._store}: older checkpoints cannot be removed", self._group)
         except BaseException as error:
             self._error = error
 

@@ -40,6 +40,11 @@ class CheckpointStore:
     def __str__(self) -> str:
         return self._location
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """What two stores share that are the same, by whatever path or URL they were opened."""
+        return type(self.filesystem).__name__, os.path.realpath(self.root) if self.is_local else self.root
+
     def checkpoints(self) -> list["Checkpoint"]:
         """All that is there, whole or not, by step."""
         self.filesystem.invalidate_cache()
@@ -100,14 +105,15 @@ class Checkpoint:
 
     @property
     def is_being_written(self) -> bool:
-        """Whether its writer, alive or dead, has not come to the end."""
-        return not self._exists(MANIFEST) and self._exists(INCOMPLETE)
+        """Whether its writer, or whoever removed it, alive or dead, has not come to the end."""
+        names = self._names()
+        return MANIFEST not in names and (INCOMPLETE in names or not names)
 
     def manifest(self) -> Manifest:
         """What it says of itself; the files are not looked at.
 
         Raises:
-            ManifestError: it is missing or damaged, so the checkpoint is not whole.
+            ManifestError: it is missing, damaged or of another step, so the checkpoint is not whole.
         """
         try:
             data = self.store.filesystem.cat_file(f"{self.path}/{MANIFEST}")
@@ -115,7 +121,10 @@ class Checkpoint:
             raise ManifestError(f"{self}: {MANIFEST} is missing") from None
         except Exception as error:  # each store has errors of its own
             raise ManifestError(f"{self}: {MANIFEST} cannot be read: {error or type(error).__name__}") from None
-        return Manifest.parse(data, f"{self}: {MANIFEST}")
+        manifest = Manifest.parse(data, f"{self}: {MANIFEST}")
+        if manifest.step != self.step:
+            raise ManifestError(f"{self}: {MANIFEST} is that of step {manifest.step}: the directory was renamed")
+        return manifest
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file that is there, by name."""
@@ -143,13 +152,17 @@ class Checkpoint:
         self.store.filesystem.rm_file(f"{self.path}/{INCOMPLETE}")
 
     def remove(self) -> None:
-        """Take it away: first what marks it whole, so that half of it never looks whole."""
-        if not self.store.filesystem.exists(self.path):
-            return
-        if self._exists(MANIFEST):
-            if not self._exists(INCOMPLETE):
+        """Take it away: what marks it whole first, and the mark of what is not whole last.
+
+        Whoever is killed meanwhile leaves something that looks neither whole nor damaged, and is removed later.
+        """
+        names = self._names()
+        if MANIFEST in names:
+            if INCOMPLETE not in names:
                 self.store.filesystem.pipe_file(f"{self.path}/{INCOMPLETE}", b"")
-            self.store.filesystem.rm_file(f"{self.path}/{MANIFEST}")
+            self.store.filesystem.rm(f"{self.path}/{MANIFEST}", recursive=True)
+        if files := names - {MANIFEST, INCOMPLETE}:
+            self.store.filesystem.rm([f"{self.path}/{name}" for name in sorted(files)], recursive=True)
         with suppress(FileNotFoundError):
             self.store.filesystem.rm(self.path, recursive=True)
 
@@ -167,8 +180,13 @@ class Checkpoint:
         arguments: dict[str, Any] = {} if self.store.is_local else {"cache_type": "readahead"}
         return cast(IO[bytes], self.store.filesystem.open(f"{self.path}/{name}", "rb", **arguments))
 
-    def _exists(self, name: str) -> bool:
-        return bool(self.store.filesystem.exists(f"{self.path}/{name}"))
+    def _names(self) -> set[str]:
+        self.store.filesystem.invalidate_cache(self.path)
+        try:
+            paths = self.store.filesystem.ls(self.path, detail=False)
+        except FileNotFoundError:
+            return set()
+        return {path.rstrip("/").rpartition("/")[2] for path in paths}
 
 
 def _sync_directory(path: str) -> None:

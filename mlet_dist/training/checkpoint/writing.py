@@ -36,18 +36,20 @@ def write_checkpoint(
     """
     rank = dist.get_rank()
     needed = _total(staged_bytes(state, rank), group)
-    on_first(lambda: _begin(checkpoint, needed), group)
+    on_first(lambda: _begin(checkpoint, needed), f"{checkpoint} cannot be written", group)
     writer = _Writer(checkpoint)
     try:
         # torch.save would sum up each tensor once more, for a checksum that torch.load does not look at.
         with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             dcp.save(state, storage_writer=writer, process_group=group)
     except CheckpointException as failed:
-        on_first(partial(_clear, checkpoint, needed, failed), group)  # it raises, on every rank
+        clear = partial(_clear, checkpoint, needed, failed)
+        on_first(clear, f"{checkpoint} cannot be removed", group)  # it raises, on every rank
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, writer.files, group=group)
     files = {name: entry for each in found for name, entry in each.items()}
-    on_first(lambda: checkpoint.finish(Manifest(checkpoint.step, files, about)), group)
+    whole = Manifest(checkpoint.step, files, about)
+    on_first(lambda: checkpoint.finish(whole), f"{checkpoint} cannot be written", group)
 
 
 def _begin(checkpoint: Checkpoint, needed: int) -> None:
@@ -87,8 +89,8 @@ def _total(count: int, group: dist.ProcessGroup | None) -> int:
     return sum(counts)
 
 
-def on_first(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
-    """Have the first rank do something, and every rank raise what it raises."""
+def on_first(action: Callable[[], None], failure: str, group: dist.ProcessGroup | None) -> None:
+    """Have the first rank do something, and every rank raise what it raises, after the words of ``failure``."""
     said: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -96,7 +98,7 @@ def on_first(action: Callable[[], None], group: dist.ProcessGroup | None) -> Non
         except UserError as error:
             said = [str(error)]
         except Exception as error:  # each store has errors of its own; the other ranks wait
-            said = [f"cannot write a checkpoint: {first_cause(error)}"]
+            said = [f"{failure}: {first_cause(error)}"]
     dist.broadcast_object_list(said, src=0, group=group)
     if said[0] is not None:
         raise UserError(said[0])
@@ -123,7 +125,10 @@ class _Files(FileSystemBase):
         name = PurePosixPath(path).name
         with self._checkpoint.open_new(name) as file:
             stream = SummedStream(file)
-            yield stream
+            try:
+                yield stream
+            except Exception as error:  # torch.save's own says nothing of what the file said
+                raise stream.error or error from None
             self._sums[name] = stream.checksum.entry()
 
     def concat_path(self, path: Any, suffix: str) -> str:
@@ -151,13 +156,22 @@ class _Files(FileSystemBase):
 
 
 class SummedStream(io.RawIOBase):
-    """A file that is written from its beginning to its end; closing it leaves the file open."""
+    """A file that is written from its beginning to its end; closing it leaves the file open.
+
+    Attributes:
+        error: the first that the file raised.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.checksum = file, Checksum()
+        self.error: Exception | None = None
 
     def write(self, data: Any) -> int:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except Exception as error:
+            self.error = self.error or error
+            raise
         before = self.checksum.size
         self.checksum.update(data)
         return self.checksum.size - before

@@ -1,0 +1,130 @@
+"""What a job is given: its data, the run directory it holds, and where the run begins."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from mlet_dist.config import Config
+from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.location import DataPath, data_set_path
+from mlet_dist.data.order import Shuffle
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.training.distributed import Worker
+from mlet_dist.training.evaluation import evaluation_loader
+from mlet_dist.training.identity import identity_of
+from mlet_dist.training.resume import Start, drop_later, find_start
+from mlet_dist.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a run, on this rank.
+
+    Attributes:
+        loader: of the rows to train on, at the batch that comes first.
+        split_loaders: of the rows to evaluate on, by split.
+        run: the run's directory, held by this job.
+        store: of the run's checkpoints.
+        identity: of ``identity_of``.
+        start: the checkpoint to begin from; None where the run begins anew.
+    """
+
+    config: Config
+    worker: Worker
+    spec: ModelSpec
+    loader: DataLoader
+    split_loaders: Mapping[str, DataLoader]
+    run: RunDirectory
+    store: CheckpointStore
+    identity: Mapping[str, Any]
+    start: Start | None
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        steps = len(self.loader) * self.config.train.epochs
+        return steps if self.config.train.max_steps is None else min(steps, self.config.train.max_steps)
+
+    @property
+    def first_step(self) -> int:
+        """Steps taken by the jobs before this one."""
+        return 0 if self.start is None else self.start.found.manifest.step
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it begins from a checkpoint of this very run."""
+        return self.start is not None and self.start.is_own
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Of metrics.jsonl, up to which it holds the steps before the first of this job."""
+        return self.start.found.manifest.about["records"] if self.start is not None and self.start.is_own else 0
+
+    @property
+    def local_batch_size(self) -> int:
+        """Rows of a batch on one rank."""
+        return self.config.data.batch_size // self.worker.world_size
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Print lines on stderr, on the first rank."""
+        if self.worker.is_first:
+            with suppress(OSError):  # a log that nobody reads any more
+                for line in lines:
+                    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def open_job(config: Config, worker: Worker) -> Iterator[Job]:
+    """Open the data set, keep other jobs out of the run directory and make it ready. A collective call.
+
+    Whatever can be wrong with the data, the directory or the checkpoint is found before an earlier run is dropped.
+
+    Raises:
+        UserError: one of them is not as it must be.
+    """
+    config.check_world_size(worker.world_size)
+    config.check_device(worker.device.type)
+    data, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
+    spec = ModelSpec.of(config, DatasetSchema.load(data))
+    loader = _training_loader(config, data, spec, worker)
+    split_loaders = {
+        split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker) for split in ("valid", "test")
+    }
+    with run.hold(config) if worker.is_first else nullcontext():
+        dist.barrier()
+        store, identity = run.checkpoint_store(config), identity_of(config, spec)
+        start = find_start(config, store, identity)
+        if start is not None:
+            loader.load_state_dict(start.found.manifest.about["data"])
+        job = Job(config, worker, spec, loader, split_loaders, run, store, identity, start)
+        if worker.is_first:
+            run.start(config, spec, goes_on=job.goes_on)
+            drop_later(store, start)
+        dist.barrier()
+        if not run.config.exists():
+            raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
+        yield job
+
+
+def _training_loader(config: Config, path: DataPath, spec: ModelSpec, worker: Worker) -> DataLoader:
+    return DataLoader(
+        path,
+        "train",
+        batch_size=config.data.batch_size,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        dense_features=spec.dense,
+        sparse_features=[feature.name for feature in spec.sparse],
+        drop_last=True,
+        shuffle=Shuffle(config.train.seed, config.data.shuffle_buffer) if config.data.shuffle else None,
+        threads=config.data.reader_threads,
+        pin_memory=worker.device.type == "cuda",
+    )

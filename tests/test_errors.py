@@ -1,0 +1,24 @@
+"""Tests of mlet_dist.errors."""
+
+import pickle
+
+import pytest
+
+from mlet_dist.errors import UserError, one_line
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("day.tsv: line 3: é 'x\\n' …", "day.tsv: line 3: é 'x\\n' …"),
+        ("a\nb\r\nc", "a b c"),
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("1\t2\x00", "1\\t2\\x00"),
+        ("left\u202eright", "left\\u202eright"),
+        ("day\udcff", "day\\udcff"),  # a file's name that is not UTF-8
+    ],
+)
+def test_a_message_is_one_line_that_steers_no_terminal(text: str, shown: str) -> None:
+    error = UserError(text)
+    assert one_line(text) == str(error) == str(pickle.loads(pickle.dumps(error))) == shown
+    assert one_line(shown) == shown
