@@ -76,7 +76,7 @@ def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -
     if not out.parts:  # Path("") is Path(".")
         raise UserError("--out is empty or the current directory; name a directory that does not exist yet")
     work = WorkDirectory(Path(os.path.realpath(out)))
-    source = Source.of_run(run)
+    source = Source.open(run)
     package = None if options.package is None else OUTPUTS[options.package]
     assembly = Assembly(source, options.written, options.gather, work, package, options.serving)
     threads = _threads(assembly, options.memory)

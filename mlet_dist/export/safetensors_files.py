@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MOST_OPEN = 2  # each may hold a block in memory
 _LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100_000_000  # the format's own limit
 
 
@@ -30,17 +32,20 @@ class SafetensorsFiles(ChunkedTensors):
     """The tensors of safetensors files (format: 8 bytes of length, a JSON header, the values).
 
     A tensor may lie in parts in several files, where their headers say at which offsets, as torch's
-    HuggingFaceStorageWriter notes it (``DCP_SHARDING_INFO``). What is read is checked by nothing: there are no sums.
+    HuggingFaceStorageWriter notes it (``DCP_SHARDING_INFO``).
 
     Args:
-        path: a ``.safetensors`` file, a directory of them, or a ``.safetensors.index.json``.
+        path: a ``.safetensors`` file, a ``.safetensors.index.json``, or a directory of them; only an index tells
+            that a file is missing.
+        files: name -> the manifest's entry, by which what is read is checked; None where there is no manifest.
 
     Raises:
         UserError: a file is missing or no safetensors file, or two files hold the same tensor.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Mapping[str, Any] | None = None) -> None:
         super().__init__(path)
+        self._files = files
         self._opened: dict[str, CheckedFile] = {}
         for file in _files_of(path):
             self._add(file)
@@ -52,12 +57,7 @@ class SafetensorsFiles(ChunkedTensors):
         self._opened.clear()
 
     def _add(self, path: Path) -> None:
-        try:
-            file = self._opened[str(path)] = CheckedFile(str(path), path.open("rb"))
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        file = self._file(str(path))
         try:
             header, data = _header(file)
             extra = header.pop("__metadata__", {})
@@ -95,17 +95,36 @@ class SafetensorsFiles(ChunkedTensors):
 
     def _read(self, chunk: Chunk, offset: int, out: torch.Tensor) -> None:
         target = out.view(-1).view(torch.uint8).numpy().data
-        self._opened[chunk.file].read_into(chunk.start + offset, target)
+        self._file(chunk.file).read_into(chunk.start + offset, target)
+
+    def _file(self, name: str) -> CheckedFile:
+        if name in self._opened:
+            self._opened[name] = self._opened.pop(name)  # the last one used is the last one
+            return self._opened[name]
+        while len(self._opened) >= _MOST_OPEN:
+            self._opened.pop(next(iter(self._opened))).close()
+        path = Path(name)
+        if self._files is not None and path.name not in self._files:
+            raise UserError(f"{path}: the manifest does not know this file")
+        try:
+            raw = path.open("rb")
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        self._opened[name] = CheckedFile(name, raw, None if self._files is None else self._files[path.name])
+        return self._opened[name]
 
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-        if not found:
-            raise UserError(f"{path}: holds no .safetensors file")
-        return found
-    if path.suffix != ".json":
-        return [path]
+        named = {file for index in path.glob("*.safetensors.index.json") for file in _named_by(index)}
+        return sorted(named | set(path.glob("*.safetensors")))
+    return _named_by(path) if path.suffix == ".json" else [path]
+
+
+def _named_by(path: Path) -> list[Path]:
+    """The files that an index names."""
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

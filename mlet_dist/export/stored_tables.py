@@ -15,13 +15,13 @@ from mlet_dist.training.checkpoint.tensor_files import TensorFiles
 def open_output(directory: Path, files: Mapping[str, Any], format: str) -> ChunkedTensors:
     """The tensors of an output; ``files`` and ``format`` as the manifest has them.
 
-    What is read of torch.distributed.checkpoint's files is checked by ``files``, what is read of others is not.
+    What is read is checked as it is read.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     if format == "safetensors":
-        return SafetensorsFiles(directory)
+        return SafetensorsFiles(directory, files)
     return TensorFiles(directory, lambda name: (directory / name).open("rb"), files)
 
 
