@@ -1,6 +1,7 @@
 """`mlet factorize`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from mlet_dist.cli.options import positive
@@ -21,6 +22,8 @@ torch.save wrote, or safetensors: a file, a directory of them or an index. Table
 The factors are balanced, W1ᵀW1 = W2W2ᵀ, so W2 is as large as W1: for a table of many rows W2ᵀW2, by which SGD's
 learning rate of the table is multiplied, may be far above the 1 of our own recipe (it is printed as mean_gain). Lower
 the learning rate by as much, or choose --gain 1."""
+
+_MOST_GAIN = 4.0  # kσ² of the paper's recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +59,13 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
         table_pattern=args.table_pattern,
         tables_only=args.tables_only,
     )
+    gain = result["mean_gain"]["max"]
+    if gain > _MOST_GAIN:
+        print(
+            f"mlet: warning: the mean of W2ᵀW2 is up to {gain:,.0f}, by which SGD's learning rate "
+            "of these tables will be multiplied; lower it, or choose --gain 1",
+            file=sys.stderr,
+        )
     return result, True
 
 

@@ -81,12 +81,17 @@ def test_a_state_dict_that_torch_saved(tmp_path: Path, named: Callable[[str], st
 
 def test_rows_of_a_view_are_its_own(tmp_path: Path) -> None:
     whole = torch.arange(60.0).reshape(6, 10)
-    torch.save({"columns": whole[:, 3:7], "turned": whole.T, "rows": whole[2:5]}, tmp_path / "views.pt")
+    views = {"columns": whole[:, 3:7], "rows": whole[2:5], "alike": whole[:1].expand(5, 10)}
+    torch.save(views, tmp_path / "views.pt")
     with open_existing(tmp_path / "views.pt") as existing:
         found = _all(existing)
-    assert torch.equal(found["columns"], whole[:, 3:7])
-    assert torch.equal(found["turned"], whole.T)
-    assert torch.equal(found["rows"], whole[2:5])
+    assert all(torch.equal(found[name], view) for name, view in views.items())
+    torch.save({"turned": whole.T}, tmp_path / "turned.pt")
+    with (
+        open_existing(tmp_path / "turned.pt") as existing,
+        pytest.raises(UserError, match="'turned' does not lie there row by row"),
+    ):
+        _all(existing)
 
 
 def test_safetensors_in_one_file_in_many_and_in_parts(tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def _write(path: Path, content: object) -> Path:
     [
         ("x.pt", {"a": torch.ones(3)}, None, r"'a' is \(3,\) of torch.float32; a table has rows and columns"),
         ("x.pt", {"a": torch.ones(3, 3, dtype=torch.int64)}, None, "'a' is .* of torch.int64"),
-        ("x.pt", {"a": torch.ones(0, 3)}, None, "'a' is .0, 3."),
+        ("x.pt", {"a": torch.ones(0, 3), "b": torch.ones(2, 3)}, None, "'a' is .0, 3."),
         ("x.pt", {}, None, "It holds no tensors"),
         ("x.pt", {"a.b.c": torch.ones(2, 2)}, None, "which of its tensors are tables is not clear.* It holds 'a.b.c'"),
         ("x.pt", {"a": torch.ones(2, 2)}, "b(?P<table>.)", "which of its tensors are tables is not clear"),
