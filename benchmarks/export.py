@@ -12,6 +12,7 @@ it. Then, in turn, each in a process of its own that says how long it took witho
 
 warm, with the files in the page cache, and cold, after they were dropped from it (POSIX_FADV_DONTNEED; what lies below
 a virtual machine's disk may still hold them). Ratios are medians over rounds of the times of one round.
+The three figures at the end are cold, which is what a job that reads more than a machine's memory sees.
 """
 
 import argparse
@@ -90,10 +91,10 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
     """One of the ways, in this process."""
     out = Path(arguments.out)
     action = {"read": read, "collapse": collapse, "load_all": load_all}[arguments.child](out / "run", out / "made")
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     action()
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+    return spent | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def in_child(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All ways, warm and cold, in turn."""
     run = Path(arguments.out) / "run"
     found: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in ("warm", "cold")}
-    peaks = dict.fromkeys(WAYS, 0)
+    peaks, cpu = dict.fromkeys(WAYS, 0), {way: [] for way in WAYS}
     for _ in range(arguments.rounds):
         for kind, times in found.items():
             for way in WAYS:
@@ -127,6 +128,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     read(run, run)()
                 said = in_child(way, arguments)
                 times[way].append(said["seconds"])
+                cpu[way].append(said["cpu_seconds"])
                 peaks[way] = max(peaks[way], said["peak_rss_bytes"])
     size = sum(path.stat().st_size for path in checkpoint_files(run))
     result: dict[str, Any] = {"rows": arguments.rows, "bytes": size, "rounds": arguments.rounds}
@@ -135,6 +137,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for above, name in (("read", "collapse_over_read"), ("load_all", "load_all_over_collapse")):
             pairs = zip(times[above], times["collapse"], strict=True)
             result[f"{kind}_{name}"] = statistics.median(other / ours for other, ours in pairs)
+    result |= {f"{way}_cpu_seconds": min(times) for way, times in cpu.items()}
     result["load_all_peak_rss_bytes"] = peaks["load_all"]
     for name in ("collapse_over_read", "load_all_over_collapse"):
         result[name] = result[f"cold_{name}"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mlet_dist.config import Config, DataConfig, ModelConfig, RunConfig, save_config
+from mlet_dist.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, save_config
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.export.dcp_format import DcpFormat
 from mlet_dist.export.pieces import Piece
@@ -34,12 +34,14 @@ def make_run(
     shards: int,
     rows_dtype: torch.dtype = torch.float32,
     rows: Rows = random_rows,
+    checkpoint_dir: str | None = None,
 ) -> ModelSpec:
     """Write a finished run of one checkpoint, as ``shards`` ranks would; one shard of one table is in memory at a time.
 
     Args:
         tables: rows by name.
         rows: gives each shard of W1, and each W2 as the table ``<name>.projection``.
+        checkpoint_dir: a directory or URL for the checkpoint; by default, in the run.
     """
     spec = ModelSpec(
         model,
@@ -48,7 +50,12 @@ def make_run(
         seed=0,
     )
     run = RunDirectory(path)
-    config = Config(data=DataConfig(path="nowhere"), model=model, run=RunConfig(dir=str(path)))
+    config = Config(
+        data=DataConfig(path="nowhere"),
+        model=model,
+        train=TrainConfig(checkpoint_dir=checkpoint_dir),
+        run=RunConfig(dir=str(path)),
+    )
     path.mkdir(parents=True)
     save_config(config, run.config)
     spec.save(run.model)

@@ -5,6 +5,7 @@ multi-valued list<int32>; the weights of a weighted feature in ``<name>.weight``
 value and no list is null, a list may be empty.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -90,6 +91,11 @@ class DatasetSchema:
     def rows(self) -> dict[str, int]:
         """Number of rows of each split."""
         return {split: sum(part.rows for part in parts) for split, parts in self.parts.items()}
+
+    def content_id(self, split: str) -> str:
+        """Fingerprint of a split's files, in order: 16 hexadecimal digits."""
+        sums = "".join(part.sha256 for part in self.parts.get(split, ()))
+        return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
     @property
     def positive_rate(self) -> dict[str, float]:

@@ -25,6 +25,7 @@ from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.metrics import BinaryMetrics
 
+_UNCHECKED = {"distcp": ".metadata", "safetensors": "*.json"}
 _ALONE = Worker(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
 
@@ -61,8 +62,8 @@ def verify_export(
         described = _check_outputs(directory, manifest)
         outputs = {}
         for name, entry in described.items():
-            # The files of torch.distributed.checkpoint are checked as they are read, but for their index.
-            directory.check_files(name, manifest, ".metadata" if entry["format"] == "distcp" else "*")
+            # Files of tables are checked as they are read, but for their index.
+            directory.check_files(name, manifest, _UNCHECKED.get(entry["format"], "*"))
             if name != PACKAGE:
                 files = open_output(*directory.output(name, manifest), entry["format"])
                 held.callback(files.close)

@@ -9,11 +9,14 @@ from mlet_dist.json_text import to_json
 from mlet_dist.models.spec import ModelSpec
 
 
-def identity_of(config: Config, spec: ModelSpec) -> dict[str, Any]:
+def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, Any]:
     """Setting -> plain value, of all settings that decide which weights a run ends with.
 
     What is not among them may change between two jobs of a run: ranks, devices, sharding, exchanges and their
     precision, cadences, places. The number of steps is among them where learning rates fall towards the last one.
+
+    Args:
+        content_id: of the training split, ``DatasetSchema.content_id``.
     """
     plain = config.to_dict()
     found = {f"model.{key}": value for key, value in plain["model"].items()}
@@ -26,6 +29,7 @@ def identity_of(config: Config, spec: ModelSpec) -> dict[str, Any]:
         "data.dense_features": list(spec.dense),
         "data.sparse_features": [feature.name for feature in spec.sparse],
         "the data set's vocabulary_id": spec.vocabulary_id,
+        "the training split's files, by fingerprint,": content_id,
     }
     if config.data.shuffle:
         found["data.shuffle_buffer"] = config.data.shuffle_buffer

@@ -96,14 +96,15 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     config.check_world_size(worker.world_size)
     config.check_device(worker.device.type)
     data, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
-    spec = ModelSpec.of(config, DatasetSchema.load(data))
+    schema = DatasetSchema.load(data)
+    spec = ModelSpec.of(config, schema)
     loader = _training_loader(config, data, spec, worker)
     split_loaders = {
         split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker) for split in ("valid", "test")
     }
     with run.hold(config) if worker.is_first else nullcontext():
         dist.barrier()
-        store, identity = run.checkpoint_store(config), identity_of(config, spec)
+        store, identity = run.checkpoint_store(config), identity_of(config, spec, schema.content_id("train"))
         start = find_start(config, store, identity)
         if start is not None:
             loader.load_state_dict(start.found.manifest.about["data"])

@@ -45,6 +45,15 @@ def test_derived_values() -> None:
     assert math.isnan(dataclasses.replace(SCHEMA, parts=SCHEMA.parts | {"test": ()}).positive_rate["test"])
 
 
+def test_a_split_is_known_by_its_files_in_order() -> None:
+    first, second = SCHEMA.parts["train"]
+    others = [(second, first), (first,), (first, dataclasses.replace(second, sha256=64 * "e"))]
+    found = {dataclasses.replace(SCHEMA, parts=SCHEMA.parts | {"train": parts}).content_id("train") for parts in others}
+    assert len(found | {SCHEMA.content_id("train")}) == 4
+    without_test = dataclasses.replace(SCHEMA, parts=SCHEMA.parts | {"test": ()})
+    assert without_test.content_id("train") == SCHEMA.content_id("train")
+
+
 def test_no_table_may_have_the_name_of_a_module_s_attribute() -> None:
     """What torch refuses, and what it would silently replace, as the names of tables."""
     attributes = {*dir(torch.nn.ModuleDict()), *dir(torch.nn.ParameterDict())}

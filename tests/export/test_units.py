@@ -22,14 +22,14 @@ from tests.ranks import RankPool
 
 ALL = ("dcp", "safetensors", "fp16", "int8", "int4")
 TABLES = {"one": 1, "odd": 1_003, "even": 512}
+MODEL = ModelConfig(embedding_dim=8, hidden_dim=36, bottom_mlp=(16,), top_mlp=(16,))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three tables, of which one has fewer rows than the three ranks that are said to have trained it."""
     path = tmp_path_factory.mktemp("made") / "run"
-    model = ModelConfig(embedding_dim=8, hidden_dim=36, bottom_mlp=(16,), top_mlp=(16,))
-    make_run(path, TABLES, model, shards=3)
+    make_run(path, TABLES, MODEL, shards=3)
     return path
 
 
@@ -93,6 +93,14 @@ def test_half_precision_and_single_layers(tmp_path: Path) -> None:
                 expected = rows.double() @ random_rows(f"{name}.projection", 0, hidden_dim, 12).double()
                 torch.testing.assert_close(table.double(), expected, rtol=1e-5, atol=1e-5)
             assert table.dtype == torch.float32
+
+
+def test_a_checkpoint_may_lie_at_a_url(made: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", TABLES, MODEL, shards=3, checkpoint_dir="memory://collapsed/checkpoints")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    export(tmp_path / "run", tmp_path / "remote")
+    export(made, tmp_path / "local")
+    assert contents(tmp_path / "remote" / "model") == contents(tmp_path / "local" / "model")
 
 
 def test_memory_bounds_how_much_is_done_at_a_time(made: Path, tmp_path: Path) -> None:

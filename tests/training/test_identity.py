@@ -12,10 +12,10 @@ from mlet_dist.training.identity import check_same, identity_of, without_rates
 from tests.command import ROOT
 
 
-def identity(*overrides: str, rows: int = 9, vocabulary_id: str | None = "v") -> dict[str, Any]:
+def identity(*overrides: str, rows: int = 9, vocabulary_id: str = "v", content_id: str = "c") -> dict[str, Any]:
     config = load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides)
     spec = ModelSpec(config.model, ("I1",), (SparseFeature("C1", rows),), config.train.seed, vocabulary_id)
-    return identity_of(config, spec)
+    return identity_of(config, spec, content_id)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,8 @@ def test_what_changes_the_weights_is_named(override: str, key: str) -> None:
 def test_other_tables_and_vocabularies_are_named() -> None:
     with pytest.raises(UserError, match=r"rows of table C1 was 9, is 8; the data set.s vocabulary_id was .v., is .w."):
         check_same(identity(), identity(rows=8, vocabulary_id="w"), "here", "go")
+    with pytest.raises(UserError, match=r"the training split's files, by fingerprint, was .c., is .d."):
+        check_same(identity(), identity(content_id="d"), "here", "go")
 
 
 def test_the_number_of_steps_counts_where_learning_rates_fall() -> None:
