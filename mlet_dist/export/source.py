@@ -154,6 +154,8 @@ class Source(Tables):
         """
         if ExportDirectory(path).manifest.exists():
             raise UserError(f"{path}: an export already; name the run that it is of")
+        if not path.is_dir():
+            raise UserError(f"{path}: no such directory; expected a run made by `mlet train`")
         found = Tables.open(path)
         if not isinstance(found, Source):
             raise UserError(

@@ -98,9 +98,9 @@ def _projection(table: TableSource) -> Any:
 
 
 def _recipe_gain(source: Tables) -> float | None:
-    """kσ², what SGD's learning rate of the tables was multiplied by at the start; None where nobody knows."""
+    """kσ², what SGD's learning rate of the tables was multiplied by at the start; None where W2 was not drawn."""
     model = source.config.get("model")
-    if model is None or model["hidden_dim"] is None:
+    if model is None or model["hidden_dim"] is None or source.config["train"].get("initial_weights") is not None:
         return None
     deviation = model["projection_init_std"]
     return 1.0 if deviation is None else float(model["hidden_dim"] * deviation**2)

@@ -47,7 +47,7 @@ def page(result: dict[str, Any]) -> str:
 <body><h1>{title}</h1>
 <p class="note">{html.escape(NOTE)}</p>
 <p>Each plot shows the singular values of W over the largest of them, on a logarithmic scale; a hollow
-point is of a value below it, and what is below {result["floor"]:.0e} cannot be told from zero. {weighted} The
+point is of a value below the scale, and what is below {result["floor"]:.0e} cannot be told from zero. {weighted} The
 numbers are <a href="#numbers">below the plots</a>. {"" if gain is None else f"kσ² of the recipe: {gain:.4g}."}</p>
 <p class="key">{keys}</p>
 <div class="plots">

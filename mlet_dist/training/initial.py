@@ -59,6 +59,8 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     if path is None:
         return None
     found = checkpoint_at(path, "train.initial_weights")
+    for line in found.damage:
+        _say(f"warning: {line}; the one before it is taken")
     location, about = found.checkpoint.location, found.manifest.about
     metadata = read_metadata(location)
     held = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}

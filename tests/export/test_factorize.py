@@ -68,6 +68,22 @@ def test_the_product_is_the_export_and_dense_layers_are_the_same_bits(
     assert not made
 
 
+def test_factors_that_came_with_their_model_are_exported_to_the_same_tables(
+    exported: Path, factors: Path, tmp_path: Path
+) -> None:
+    export_run(factors, tmp_path / "again")
+    before = _by_torch(exported / "model", tmp_path / "before.pt")
+    after = _by_torch(tmp_path / "again" / "model", tmp_path / "after.pt")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if name.startswith(TABLES_PREFIX):
+            assert float((after[name].double() - tensor.double()).norm() / tensor.double().norm()) < 1e-7
+        else:
+            assert torch.equal(after[name], tensor)
+    with pytest.raises(UserError, match="an export already; name the run that it is of"):
+        Source.open(exported)
+
+
 def _overrides(trained: TrainedRun, run: Path, *more: str) -> tuple[str, ...]:
     return (*trained.overrides, "model.hidden_dim=16", f"run.dir={run}", *more)
 
