@@ -10,7 +10,7 @@ import pytest
 from mlet_dist import __version__
 from mlet_dist.cli import main
 from mlet_dist.cli.checked_config import load_checked
-from mlet_dist.cli.options import without_nproc
+from mlet_dist.cli.nodes import without_launch
 from mlet_dist.cli.output import show
 from mlet_dist.cli.parsing import parse
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
@@ -151,7 +151,7 @@ def test_only_overrides_that_were_understood_train(config: Path, capsys: pytest.
 def test_every_nproc_is_taken_out_of_what_the_ranks_run() -> None:
     given = ["train", "--nproc", "3", "c.yaml", "--nproc=4", "a.b=1", "--json", "--nproc", "2", "a.c=2"]
     assert parse(given).nproc == 2
-    assert without_nproc(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
+    assert without_launch(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
 
 
 def test_a_warning_is_one_line_and_does_not_stop_the_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
