@@ -69,7 +69,8 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
                 shutil.rmtree(export)
         _run_command("export", str(run), "--out", str(export))
         verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path)
-        arms[arm] = trained | verified
+        largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
+        arms[arm] = trained | {"ok": verified["ok"], "max_abs_logit_diff": largest}
     result = {"ok": all(arm["ok"] for arm in arms.values()), "run": str(base), "arms": arms}
     with _writing(base):
         (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")

@@ -201,6 +201,11 @@ class TrainConfig:
         "or a checkpoint, a run or a directory of checkpoints, from which a run without any of its own begins",
         "auto",
     )
+    initial_weights: str | None = _setting(
+        "what `mlet factorize` made, or a checkpoint, a run or a directory of checkpoints, whose tables, and dense "
+        "layers where it has them, a run takes in place of random ones at step 0",
+        None,
+    )
     checkpoint_every: int | None = _setting(
         "steps between two checkpoints; null saves by the clock, and at the end", None, at_least=1
     )
@@ -423,9 +428,15 @@ def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> 
         ("run.dir", config.run.dir),
         ("train.resume", config.train.resume),
         ("train.checkpoint_dir", config.train.checkpoint_dir or "null"),
+        ("train.initial_weights", "null" if config.train.initial_weights is None else config.train.initial_weights),
     ):
         if not text.strip():
             raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")
+    if config.train.initial_weights is not None and config.train.resume not in ("auto", "never"):
+        raise UserError(
+            f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights} "
+            f"and train.resume {config.train.resume}: a run begins from one of them; leave train.resume at auto"
+        )
 
 
 def _plain(value: Any) -> Any:

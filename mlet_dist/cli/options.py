@@ -5,6 +5,8 @@ from typing import Any, NoReturn
 
 from mlet_dist.errors import UserError
 
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose mistakes are UserErrors of one line, and whose options are not abbreviated."""
@@ -46,3 +48,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def byte_size(text: str) -> int:
+    """The type of an option: bytes, with K, M, G or T behind the number for powers of 1,024."""
+    number, unit = text.rstrip("BbIi"), 1
+    if number and number[-1].upper() in _UNITS:
+        number, unit = number[:-1], _UNITS[number[-1].upper()]
+    try:
+        return int(float(number) * unit)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 4G or 512M") from None

@@ -3,7 +3,7 @@
 import argparse
 from typing import Protocol
 
-from mlet_dist.cli import compare, doctor, evaluate, export, plan, prepare, synth, train, verify
+from mlet_dist.cli import compare, doctor, evaluate, export, factorize, plan, prepare, spectrum, synth, train, verify
 from mlet_dist.cli.nodes import check_options
 from mlet_dist.cli.options import Parser
 from mlet_dist.cli.output import Result
@@ -24,7 +24,9 @@ class _Command(Protocol):
     def run(self, args: argparse.Namespace, arguments: list[str], /) -> tuple[Result | None, bool]: ...
 
 
-_COMMANDS: tuple[_Command, ...] = (prepare, synth, train, compare, plan, evaluate, export, verify, doctor)
+_COMMANDS: tuple[_Command, ...] = (
+    prepare, synth, train, compare, plan, evaluate, export, verify, factorize, spectrum, doctor,
+)  # fmt: skip
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mlet_dist.cli.options import positive
+from mlet_dist.cli.options import byte_size, positive
 from mlet_dist.cli.output import Result
 from mlet_dist.errors import UserError
 
@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "read and of 10 million lines. Ten may be malformed whatever SHARE is, 0 too, unless all are (default 0.1)",
     )  # fmt: skip
     parser.add_argument(
-        "--memory", metavar="SIZE", help="of all processes, such as 16G (default: half of the machine's)"
+        "--memory",
+        type=byte_size,
+        metavar="SIZE",
+        help="of all processes, such as 16G (default: half of the machine's)",
     )
     parser.add_argument("--processes", type=positive, metavar="N", help="at most N (default: all cores)")
     parser.add_argument(

@@ -10,6 +10,7 @@ from mlet_dist.config import Config
 from mlet_dist.errors import UserError
 
 _LAUNCHED = "MLET_LAUNCHED"
+_TOGETHER = ("train", "evaluate", "export")
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
 
 
@@ -18,7 +19,7 @@ def rank_of(args: argparse.Namespace) -> int | None:
 
     Only these commands run together: Kubeflow sets RANK for every command.
     """
-    together = args.name in ("train", "evaluate") or (args.name == "doctor" and args.distributed)
+    together = args.name in _TOGETHER or (args.name == "doctor" and args.distributed)
     if "RANK" not in os.environ or not together or args.nproc is not None:
         return None
     for name in ("RANK", "WORLD_SIZE"):
@@ -73,6 +74,7 @@ def before_torch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The libraries' start-up chatter; errors still show.
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    logging.getLogger("torch._export").setLevel(logging.ERROR)
     logging.getLogger("torchrec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec|fbgemm_gpu|torchmetrics)\b")

@@ -2,13 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mlet_dist.cli.options import add_data
-from mlet_dist.cli.output import Result
+from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch
 
-TEXT = "Compare factorised and collapsed predictions, row by row; exit code 1 if they differ."
+TEXT = "Compare the factorised model with every model of its export; exit code 1 if one differs by more than it may."
 EPILOG = None
+_ENCODINGS = ("fp16", "int8", "int4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,15 +19,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, help="the run it was exported from")
     add_data(parser)
     parser.add_argument(
-        "--tolerance", type=float, default=1e-5, help="largest difference between two logits (default %(default)s)"
-    )
+        "--tolerance", type=float, default=1e-5,
+        help="of float32 tables: largest difference between two logits, and in a table between two values as a share "
+        "of its largest (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--auc-tolerance", type=_of_encoding, nargs="+", default=[], metavar="int8=0.001",
+        help="of quantised tables: largest change of AUC (default fp16=0.0005 int8=0.0005 int4=0.002)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
     before_torch()
     from mlet_dist.data.location import data_set_path
+    from mlet_dist.export.comparison import DEFAULT_TOLERANCES, Tolerances
     from mlet_dist.export.verify import verify_export
 
-    result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, args.tolerance)
-    return result, result["ok"]
+    tolerances = Tolerances(args.tolerance, {**DEFAULT_TOLERANCES.auc, **dict(args.auc_tolerance)})
+    result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, tolerances)
+    if args.json:
+        return result, result["ok"]
+    write(_table(result))
+    return None, result["ok"]
+
+
+def _of_encoding(text: str) -> tuple[str, float]:
+    name, _, most = text.partition("=")
+    try:
+        if name not in _ENCODINGS or not 0 <= float(most) <= 1:
+            raise ValueError
+        return name, float(most)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of {', '.join(_ENCODINGS)} and a change of AUC, as in int8=0.001"
+        ) from None
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        ("", "tables", "AUC", "change", "LogLoss", "change", "largest difference", "largest table error", ""),
+        ("factorised", "", f"{result['auc_run']:.6f}", "", f"{result['logloss_run']:.6f}", "", "", "", ""),
+    ]
+    for name, found in result["outputs"].items():
+        unit = "logit" if "max_abs_logit_diff" in found else "probability"
+        table, error = max(found["tables"].items(), key=lambda each: each[1]["relative_error"])
+        lines.append(
+            (
+                name,
+                found["encoding"],
+                f"{found['auc']:.6f}",
+                f"{found['auc_change']:+.1e}",
+                f"{found['logloss']:.6f}",
+                f"{found['logloss_change']:+.1e}",
+                f"{found[f'max_abs_{unit}_diff']:.1e} ({unit}, row {found['worst_row']:,})",
+                f"{error['relative_error']:.1e} of {table}",
+                "ok" if found["ok"] else "FAILED",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([f"{result['rows']:,} rows of {result['split']}", *shown])

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mlet_dist.data.manifest import MANIFEST, SEAL, VOCABULARY, sealed
+from mlet_dist.data.manifest import MANIFEST, VOCABULARY
 from mlet_dist.data.parts import sha256_of
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
+from mlet_dist.json_text import SEAL, sealed
 from mlet_dist.progress import Progress
 
 

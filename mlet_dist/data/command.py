@@ -15,8 +15,6 @@ from mlet_dist.errors import UserError
 
 MIN_COUNT = 2
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
 
 def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
     """Run ``prepare`` as the command line says."""
@@ -30,7 +28,7 @@ def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
         _spec(args),
         args.raw,
         Path(args.out),
-        resources=Resources(None if args.memory is None else _bytes(args.memory), args.processes),
+        resources=Resources(args.memory, args.processes),
         only=args.only,
         shard=None if args.shard is None else _shard(args.shard),
     )
@@ -67,17 +65,6 @@ def _split(args: argparse.Namespace) -> SplitRule | None:
     if args.split == "rows" or (args.split is None and args.format == "criteo"):
         return SplitRule("rows")
     return replace(PAPER_AVAZU, seed=seed)
-
-
-def _bytes(text: str) -> int:
-    number, unit = text.rstrip("BbIi"), 1
-    if number and number[-1].upper() in _UNITS:
-        number, unit = number[:-1], _UNITS[number[-1].upper()]
-    try:
-        size = int(float(number) * unit)
-    except (ValueError, OverflowError):
-        raise UserError(f"--memory {text!r} is not a number of bytes such as 4G or 512M") from None
-    return size
 
 
 def _shard(text: str) -> Shard:

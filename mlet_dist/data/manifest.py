@@ -13,9 +13,9 @@ from mlet_dist.data.parts import sha256_of
 from mlet_dist.data.passes import Passes
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, SparseFeature
 from mlet_dist.data.work import save_json
+from mlet_dist.json_text import sealed
 
 MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabulary"
-SEAL = "sha256"  # key of the manifest's own checksum
 
 
 def assemble(passes: Passes) -> DatasetSchema:
@@ -69,13 +69,6 @@ def assemble(passes: Passes) -> DatasetSchema:
         ),
     )
     return schema
-
-
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with its own checksum: SHA-256 of all other keys as JSON, sorted and without spaces."""
-    rest = {key: value for key, value in content.items() if key != SEAL}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return rest | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _schema(passes: Passes) -> DatasetSchema:

@@ -28,7 +28,8 @@ def evaluate_path(
     """
     export, run = ExportDirectory(target), RunDirectory(target)
     if export.manifest.exists():
-        spec, _ = export.load()
+        spec, manifest = export.load()
+        served, _ = export.output("dcp", manifest)
         store = None
     elif run.config.exists():
         config, spec, _ = run.load()
@@ -46,7 +47,7 @@ def evaluate_path(
             pooling_factors=spec.pooling_factors,
         )
         if store is None:
-            load_model(model, export.model, key=None)
+            load_model(model, served, key=None)
         else:
             load_model(model, newest_checkpoint(store).location)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)

@@ -1,100 +1,143 @@
-"""The proof that an export serves what was trained: the same rows through both models, logit by logit."""
+"""The proof that an export serves what was trained: the same rows through all its models, and all of its tables."""
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mlet_dist.data.loader import Batch
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.export.manifest import ExportDirectory, describe_tensor
-from mlet_dist.models.dlrm import build_dlrm, build_plain_dlrm
+from mlet_dist.export.candidates import candidate, factorised, packaged
+from mlet_dist.export.comparison import DEFAULT_TOLERANCES, Comparison, Tolerances
+from mlet_dist.export.encoding import ENCODINGS
+from mlet_dist.export.manifest import PACKAGE, ExportDirectory
+from mlet_dist.export.seen_rows import SeenRows, renumber
+from mlet_dist.export.source import Source
+from mlet_dist.export.stored_tables import open_output
+from mlet_dist.export.table_check import CheckedTable, StoredOutput, check_table
 from mlet_dist.progress import Progress
-from mlet_dist.training.checkpoint.choosing import newest_checkpoint
-from mlet_dist.training.checkpoint.loading import load_model
 from mlet_dist.training.distributed import Worker
-from mlet_dist.training.evaluation import evaluation_loader, predict
+from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.metrics import BinaryMetrics
-from mlet_dist.training.run_directory import RunDirectory
 
+_UNCHECKED = {"distcp": ".metadata", "safetensors": "*.json"}
 _ALONE = Worker(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
 
 def verify_export(
-    export: Path, run: Path, data: DataPath, split: str = "test", tolerance: float = 1e-5
+    export: Path, run: Path, data: DataPath, split: str = "test", tolerances: Tolerances = DEFAULT_TOLERANCES
 ) -> dict[str, Any]:
-    """Compare the factorised model of a run with the plain TorchRec model of its export, on every row of a split.
+    """Compare the factorised model of a run with every model of its export, on every row of a split.
 
-    One process, on the CPU, both models unsharded.
+    One process, on the CPU. It reads all files of the export and of the run's checkpoint, and holds of their tables the
+    rows that the split looks up; a package is loaded whole, and in one process at that.
 
     Returns:
-        ``ok`` (no logit differs by more than ``tolerance``), ``max_abs_logit_diff``, ``worst_row`` (its number in the
-        split), ``rows``, ``auc_run``, ``auc_export``, ``logloss_run``, ``logloss_export``.
+        ``ok``, ``split``, ``rows``, ``auc_run``, ``logloss_run``, and ``outputs``: by name ``ok``, ``encoding``,
+        ``max_abs_logit_diff`` (of a package ``max_abs_probability_diff``), ``worst_row`` (its number in the split),
+        ``auc``, ``auc_change``, ``logloss``, ``logloss_change``, ``tolerance``, and ``tables``: by name
+        ``max_abs_error`` of a value against W1·W2, ``worst_row`` (of the table) and ``relative_error``. A package's
+        tables are those of the output that it was made of.
 
     Raises:
-        UserError: a directory is not what it should be, the two do not belong together, or a checksum is wrong.
+        UserError: a directory is not what it should be, the two do not belong together, or a file is damaged.
     """
-    config, trained, _ = RunDirectory(run).load()
-    served, manifest = ExportDirectory(export).load()
-    if (served.dense, served.sparse) != (trained.dense, trained.sparse):
-        raise UserError(f"{export}: its inputs or table sizes are not those of {run}; it was exported from another run")
-    schema = DatasetSchema.load(data)
-    trained.check_data(schema, data)
+    directory = ExportDirectory(export)
+    with ExitStack() as held:
+        source = Source.of_run(run)
+        held.enter_context(source.files)
+        served, manifest = directory.load()
+        trained = source.spec
+        if (served.dense, served.sparse) != (trained.dense, trained.sparse):
+            raise UserError(
+                f"{export}: its inputs or table sizes are not those of {run}; it was exported from another run"
+            )
+        schema = DatasetSchema.load(data)
+        trained.check_data(schema, data)
+        described = _check_outputs(directory, manifest)
+        outputs = {}
+        for name, entry in described.items():
+            # Files of tables are checked as they are read, but for their index.
+            directory.check_files(name, manifest, _UNCHECKED.get(entry["format"], "*"))
+            if name != PACKAGE:
+                files = open_output(*directory.output(name, manifest), entry["format"])
+                held.callback(files.close)
+                outputs[name] = StoredOutput(name, ENCODINGS[entry["encoding"]], files)
 
-    factorised = build_dlrm(trained, tables_device=torch.device("cpu"))
-    load_model(factorised, newest_checkpoint(RunDirectory(run).checkpoint_store(config)).location)
-    plain = build_plain_dlrm(served)
-    load_model(plain, ExportDirectory(export).model, key=None)
-    _check_sums(plain, manifest, export)
+        def batches() -> Iterator[Batch]:
+            batch_size = int(source.config["data"]["eval_batch_size"])
+            return iter(evaluation_loader(data, split, trained, batch_size, _ALONE))
 
-    batch_size = config.data.eval_batch_size
-    pairs = zip(
-        predict(factorised, evaluation_loader(data, split, trained, batch_size, _ALONE), _ALONE),
-        predict(plain, evaluation_loader(data, split, trained, batch_size, _ALONE), _ALONE),
-        strict=True,
-    )
-    of_run, of_export = BinaryMetrics(_ALONE.device), BinaryMetrics(_ALONE.device)
-    worst, worst_row, rows = -1.0, -1, 0
-    with Progress("verify", schema.rows[split], "rows") as progress:
-        for (logits_run, labels), (logits_export, _) in pairs:
-            # NaN counts as infinitely far, so that a broken table cannot pass.
-            difference = (logits_run.double() - logits_export.double()).abs().nan_to_num(nan=math.inf)
-            largest, index = difference.max(dim=0)
-            if float(largest) > worst:
-                worst, worst_row = float(largest), rows + int(index)
-            rows += len(labels)
-            of_run.update(logits_run, labels)
-            of_export.update(logits_export, labels)
-            progress.update(len(labels))
-    found_run, found_export = of_run.compute(), of_export.compute()
+        rows = _seen_rows(batches(), [feature.name for feature in trained.sparse], schema.rows[split])
+        tables = _check_tables(source, outputs, rows)
+        logits_of = factorised(source, tables)
+        candidates = {name: candidate(served, source, output, tables) for name, output in outputs.items()}
+        if PACKAGE in described:
+            candidates |= packaged(export / PACKAGE, described[PACKAGE]["encoding"], outputs)
+
+        of_run = BinaryMetrics(_ALONE.device)
+        comparisons = {name: Comparison(each) for name, each in candidates.items()}
+        with Progress("verify", schema.rows[split], "rows") as progress, torch.inference_mode():
+            for batch in batches():
+                bags = renumber(batch.sparse, rows)
+                labels = batch.labels[: batch.num_rows]
+                logits = logits_of(batch, bags)
+                of_run.update(logits, labels)
+                for comparison in comparisons.values():
+                    comparison.add(logits, comparison.candidate.predict(batch, bags), labels)
+                progress.update(len(labels))
+    found = of_run.compute()
+    if math.isnan(found["auc"]) and any(each.encoding != "fp32" for each in candidates.values()):
+        raise UserError(f"{data}: all rows of {split} have one label, so that quantised tables have no AUC to lose")
+    results = {
+        name: each.result(
+            found,
+            {table: checked.errors[each.candidate.of_tables] for table, checked in tables.items()},
+            tolerances,
+        )
+        for name, each in comparisons.items()
+    }
     return {
-        "ok": worst <= tolerance,
-        "max_abs_logit_diff": worst,
-        "tolerance": tolerance,
-        "worst_row": worst_row,
-        "rows": rows,
-        "auc_run": found_run["auc"],
-        "auc_export": found_export["auc"],
-        "logloss_run": found_run["logloss"],
-        "logloss_export": found_export["logloss"],
+        "ok": all(result["ok"] for result in results.values()),
+        "split": split,
+        "rows": int(found["rows"]),
+        "auc_run": found["auc"],
+        "logloss_run": found["logloss"],
+        "outputs": results,
     }
 
 
-def _check_sums(model: torch.nn.Module, manifest: dict[str, Any], export: Path) -> None:
-    state = model.state_dict()
+def _check_outputs(directory: ExportDirectory, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's outputs, which it describes in full."""
     try:
-        sums = {entry["state_name"]: entry["sha256"] for entry in [*manifest["tables"], *manifest["dense"]]}
+        outputs = dict(manifest["outputs"])
+        for name, entry in outputs.items():
+            if not {"directory", "format", "files"} <= set(entry) or entry["encoding"] not in ENCODINGS:
+                raise KeyError(name)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{export}: broken manifest: {error!r}; export again") from None
-    if set(sums) != set(state):
-        name = min(set(sums) ^ set(state))
-        raise UserError(f"{export}: the manifest and the model disagree about {name!r}; export again")
-    for name, expected in sums.items():
-        found = describe_tensor(name, state[name])["sha256"]
-        if found != expected:
-            raise UserError(
-                f"{export}: {name} has checksum {found[:12]}…, the manifest says {expected[:12]}…: "
-                "the export is damaged; export again"
-            )
+        raise UserError(f"{directory.path}: broken manifest: {error!r}; export again") from None
+    return outputs
+
+
+def _seen_rows(batches: Iterator[Batch], features: list[str], total: int) -> dict[str, torch.Tensor]:
+    seen = SeenRows(features)
+    with Progress("ids", total, "rows") as progress:
+        for batch in batches:
+            seen.add(batch.sparse)
+            progress.update(batch.num_rows)
+    return seen.rows()
+
+
+def _check_tables(
+    source: Source, outputs: Mapping[str, StoredOutput], rows: Mapping[str, torch.Tensor]
+) -> dict[str, CheckedTable]:
+    checked = {}
+    with Progress("tables", sum(table.num_embeddings for table in source.tables.values()), "rows") as progress:
+        for name, table in source.tables.items():
+            checked[name] = check_table(table, outputs, rows[name], progress.update)
+    return checked

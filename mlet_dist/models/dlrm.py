@@ -7,6 +7,7 @@ import torch
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantisedEmbeddingBagCollection
 
 from mlet_dist.config import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
@@ -40,6 +41,29 @@ def build_plain_dlrm(spec: ModelSpec) -> DLRM:
     return _around(EmbeddingBagCollection(tables, spec.is_weighted), spec)
 
 
+def build_quantised_dlrm(spec: ModelSpec, data_type: DataType, device: torch.device) -> DLRM:
+    """The model that serves quantised tables: TorchRec's DLRM around its quantised collection, all zeros.
+
+    Scales and biases have names of their own in its state, as in what TorchRec's inference sharders make of it.
+
+    Args:
+        data_type: FP32, FP16, INT8 or INT4, of all tables; vectors come out in float32.
+        device: of the tables; on ``meta`` they take no memory.
+    """
+    tables = [table.plain_config() for table in _table_configs(spec)]
+    for table in tables:
+        table.data_type = data_type
+    embeddings = QuantisedEmbeddingBagCollection(
+        tables,
+        spec.is_weighted,
+        device,
+        register_tbes=True,
+        quant_state_dict_split_scale_bias=True,
+        row_alignment=1,  # bytes; GPUs want 16, which makes rows of 16 int8 values 32 bytes instead of 20
+    )
+    return _around(embeddings, spec).requires_grad_(False).eval()
+
+
 def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32") -> tuple[int, int]:
     """Bytes of all tables: (W1 in ``rows_dtype`` and W2 in float32 in training, W in float32 when served)."""
     meta = torch.device("meta")
@@ -66,7 +90,7 @@ def dense_cost(
     )
 
 
-def _around(embeddings: EmbeddingBagCollection, spec: ModelSpec) -> DLRM:
+def _around(embeddings: EmbeddingBagCollection | QuantisedEmbeddingBagCollection, spec: ModelSpec) -> DLRM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         return DLRM(

@@ -1,10 +1,10 @@
 """A plan as text and as a picture."""
 
 import html
-from collections.abc import Sequence
 from typing import Any
 
 from mlet_dist.embeddings.costs import gigabytes
+from mlet_dist.text_table import text_table
 
 _KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
 _LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60
@@ -47,10 +47,10 @@ def report(plan: dict[str, Any]) -> str:
             *(f"plan  {line}" for line in plan["summary"]),
             "",
             "GB on a rank (10^9 bytes); one line for ranks that hold the same tables and within 1 % the same",
-            *_columns(["ranks", "tables", "rows", *kinds], ranks, left=1),
+            *text_table(["ranks", "tables", "rows", *kinds], ranks, left=1),
             "",
             "a step of the slowest rank, at the hardware's peak rates, one part after another",
-            *_columns(
+            *text_table(
                 ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute"]
                 + (["host link"] if hosted else [])
                 + ["bound by"],
@@ -97,19 +97,6 @@ def picture(plan: dict[str, Any]) -> str:
         + "\n".join(parts)
         + f"\n</svg>\n<pre>{html.escape(report(plan))}</pre></body></html>\n"
     )
-
-
-def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -> list[str]:
-    """Lines of aligned columns; the first ``left`` begin at the left, the others end at the right."""
-    table = [list(map(str, row)) for row in [names, *rows]]
-    widths = [max(len(row[index]) for row in table) for index in range(len(names))]
-    return [
-        "  ".join(
-            text.ljust(width) if index < left else text.rjust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
 
 
 def _short(ranks: str, most: int = _SHOWN_RANKS) -> str:

@@ -33,7 +33,7 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
 
 
 def begin_training(job: Job, model: DistributedModelParallel) -> Training:
-    """The run as this job takes it up: from the beginning, or from its checkpoint. A collective call.
+    """The run as this job takes it up: from the beginning, on given weights, or from its checkpoint. A collective call.
 
     Raises:
         UserError: the checkpoint does not fit the model, or cannot be read.
@@ -48,4 +48,6 @@ def begin_training(job: Job, model: DistributedModelParallel) -> Training:
     )
     if job.start is not None:
         restore(training, job.start.found)
+    elif job.initial is not None:
+        job.initial.load(model)
     return training

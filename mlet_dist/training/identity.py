@@ -23,6 +23,7 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
     found |= {f"optimizer.{key}": value for key, value in plain["optimizer"].items()}
     found |= {
         "train.seed": config.train.seed,
+        "train.initial_weights": config.train.initial_weights,
         "data.batch_size": config.data.batch_size,
         "data.shuffle": config.data.shuffle,
         "data.dense_features": list(spec.dense),
@@ -57,8 +58,8 @@ def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint: 
 
 
 def without_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity less learning rates and their schedule, which a run may take up with others if asked."""
-    free = ("train.epochs", "train.max_steps")
+    """An identity less learning rates, their schedule and where a run began, all of which may be others if asked."""
+    free = ("train.epochs", "train.max_steps", "train.initial_weights")
     return {
         key: value
         for key, value in identity.items()

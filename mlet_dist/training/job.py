@@ -20,6 +20,7 @@ from mlet_dist.training.checkpoint.store import CheckpointStore
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.identity import identity_of
+from mlet_dist.training.initial import InitialWeights, find_initial_weights
 from mlet_dist.training.resume import Start, drop_later, find_start
 from mlet_dist.training.run_directory import RunDirectory
 
@@ -35,6 +36,7 @@ class Job:
         store: of the run's checkpoints.
         identity: of ``identity_of``.
         start: the checkpoint to begin from; None where the run begins anew.
+        initial: weights that a run which begins anew takes in place of random ones.
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Job:
     store: CheckpointStore
     identity: Mapping[str, Any]
     start: Start | None
+    initial: InitialWeights | None
 
     @property
     def steps(self) -> int:
@@ -105,7 +108,8 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
         start = find_start(config, store, identity)
         if start is not None:
             loader.load_state_dict(start.found.manifest.about["data"])
-        job = Job(config, worker, spec, loader, split_loaders, run, store, identity, start)
+        initial = find_initial_weights(config, spec) if start is None else None
+        job = Job(config, worker, spec, loader, split_loaders, run, store, identity, start, initial)
         if worker.is_first:
             run.start(config, spec, goes_on=job.goes_on)
             drop_later(store, start)

@@ -48,7 +48,10 @@ def find_start(config: Config, store: CheckpointStore, identity: Mapping[str, An
     own = None if config.run.overwrite or _is_of(resume, store) else newest_whole(store)
     if own is None and resume == "auto":
         return None
-    start = Start(own, is_own=True) if own is not None else _of_path(resume, store)
+    if own is not None:
+        start = Start(own, is_own=True)
+    else:
+        start = Start(checkpoint_at(resume, "train.resume"), is_own=_is_of(resume, store))
     for line in start.found.damage:
         _say(f"warning: {line}; the one before it is taken")
     checkpoint, about = start.found.checkpoint, start.found.manifest.about
@@ -93,8 +96,12 @@ def drop_later(store: CheckpointStore, start: Start | None) -> None:
                 raise UserError(f"{checkpoint}: cannot be removed: {error or type(error).__name__}") from None
 
 
-def _of_path(path: str, own: CheckpointStore) -> Start:
-    """What ``train.resume`` names: a checkpoint, a run, or a directory of checkpoints."""
+def checkpoint_at(path: str, setting: str) -> Found:
+    """The newest whole one of what a path names: a checkpoint, a run, or a directory of checkpoints. A collective call.
+
+    Raises:
+        UserError: there is none; the message names ``setting``.
+    """
     single = Checkpoint.at(path)
     found: Found | None
     if single is not None:
@@ -104,8 +111,8 @@ def _of_path(path: str, own: CheckpointStore) -> Start:
     else:
         found = newest_whole(CheckpointStore(path))
     if found is None:
-        raise UserError(f"train.resume {path}: no whole checkpoint is there; it must be one, or a run that has one")
-    return Start(found, is_own=_is_of(path, own))
+        raise UserError(f"{setting} {path}: no whole checkpoint is there; it must be one, or a run that has one")
+    return found
 
 
 def _is_of(path: str, store: CheckpointStore) -> bool:

@@ -16,11 +16,11 @@ import yaml
 
 from mlet_dist.data.check import check
 from mlet_dist.data.description import load_table
-from mlet_dist.data.manifest import sealed
 from mlet_dist.data.parts import sha256_of
 from mlet_dist.data.prepare import prepare
 from mlet_dist.data.schema import DatasetSchema, Part
 from mlet_dist.errors import UserError
+from mlet_dist.json_text import sealed
 
 PART = "train/part-00000.parquet"
 

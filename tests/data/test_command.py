@@ -67,7 +67,10 @@ def test_pass_by_pass(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFi
         (["avazu", "day.csv", "--out", "x", "--seed", "-1"], "--seed -1 is negative"),
         (["criteo", "day.tsv", "--out", "x", "--split", "time"], "argument --split: invalid choice: 'time'"),
         (["criteo", "day.tsv", "--out", "x", "--max-malformed", "2"], "--max-malformed 2.0 is not a share from 0 to 1"),
-        (["criteo", "day.tsv", "--out", "x", "--memory", "lots"], "--memory 'lots' is not a number of bytes such as"),
+        (
+            ["criteo", "day.tsv", "--out", "x", "--memory", "lots"],
+            "argument --memory: 'lots' is not a number of bytes",
+        ),
         (["criteo", "day.tsv", "--out", "x", "--shard", "2/2"], "--shard '2/2' is not i/N with i from 0 to N-1"),
         (
             ["criteo", "day.tsv", "--out", "x", "--shard", "0/2"],

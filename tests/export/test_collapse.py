@@ -3,21 +3,19 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.collapse import export_run
+from mlet_dist.export.job import export_run
 from mlet_dist.export.manifest import ExportDirectory
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from tests.command import error_line
 from tests.conftest import TrainedRun
+from tests.export.small_units import contents
 from tests.training.sealing import seal
 
 
@@ -51,63 +49,9 @@ def test_tables_are_the_float64_product_and_dense_layers_the_same_bits(
     }
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_plain_torchrec_serves_the_same_logits_without_mlet_dist(
-    trained: TrainedRun, exported: Path, tmp_path: Path, world_size: int
-) -> None:
-    part = trained.data / "test" / "part-00000.parquet"
-    out = tmp_path / "logits.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    program = [str(Path(__file__).with_name("plain_server.py")), str(exported), str(part), str(out)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(command + program, cwd=tmp_path, check=True, timeout=180, env=environment, capture_output=True)
-    logits = torch.load(out)
-
-    run = _all_tensors(trained.path / "checkpoints" / "step-00000057", tmp_path / "run.pt")["model"]
-    expected = _dlrm_in_float64(run, pq.read_table(part))
-    assert len(logits) == 601
-    assert expected.std() > 0.05
-    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
-
-
-def _dlrm_in_float64(state: dict[str, torch.Tensor], rows: "pq.Table") -> torch.Tensor:
-    """DLRM of this test's sizes, written out: the factorised weights, no TorchRec, float64."""
-    weights = {name: tensor.double() for name, tensor in state.items()}
-
-    def linear(values: torch.Tensor, layer: str) -> torch.Tensor:
-        return values @ weights[f"{layer}.weight"].T + weights[f"{layer}.bias"]
-
-    dense = torch.tensor([rows[f"I{i}"].to_pylist() for i in range(1, 14)], dtype=torch.float64).T
-    for layer in ("0", "1"):
-        dense = linear(dense, f"dense_arch.model._mlp.{layer}._linear").relu()
-    vectors = [dense]
-    for i in range(1, 27):
-        found = weights[f"{TABLES_PREFIX}embedding_bags.C{i}.weight"][rows[f"C{i}"].to_pylist()]
-        vectors.append(found @ weights[f"{TABLES_PREFIX}projections.C{i}.weight"])
-    stacked = torch.stack(vectors, dim=1)
-    products = stacked @ stacked.transpose(1, 2)
-    above = torch.triu_indices(27, 27, offset=1)
-    hidden = linear(
-        torch.cat([dense, products[:, above[0], above[1]]], dim=1), "over_arch.model.0._mlp.0._linear"
-    ).relu()
-    return linear(hidden, "over_arch.model.1").squeeze(1)
-
-
 def test_an_export_is_the_same_bits_every_time(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
     export_run(trained.path, tmp_path / "again")
-    sums = []
-    for path in (exported, tmp_path / "again"):
-        manifest = json.loads((path / "manifest.json").read_text())
-        sums.append([entry["sha256"] for entry in [*manifest["tables"], *manifest["dense"]]])
-    assert sums[0] == sums[1]
-
-
-def test_an_export_that_exists_is_not_overwritten(trained: TrainedRun, exported: Path) -> None:
-    before = (exported / "manifest.json").read_bytes()
-    with pytest.raises(UserError, match="exists and is not empty"):
-        export_run(trained.path, exported)
-    assert (exported / "manifest.json").read_bytes() == before
+    assert contents(tmp_path / "again" / "model") == contents(exported / "model")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +81,7 @@ def test_a_run_that_is_not_whole_is_refused_and_nothing_is_left(
 
 @pytest.mark.e2e
 def test_a_run_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
-    assert "no such directory" in error_line("export", tmp_path / "nothing", "--out", tmp_path / "export")
+    assert "no such directory" in error_line("export", tmp_path / "nothing", "--out", tmp_path / "export", "--nproc", 2)
     assert not (tmp_path / "export").exists()
 
 
@@ -168,18 +112,3 @@ def test_a_checkpoint_of_two_widths_names_the_table(trained: TrainedRun, tmp_pat
     table = name.split(".")[-2]
     assert line == f"mlet: error: {checkpoint}: table {table!r}: W1 has 12 columns and W2 has 8 rows"
     assert not (tmp_path / "export").exists()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_a_full_disk_is_one_error_and_leaves_nothing(trained: TrainedRun, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], check=False)
-    if mounted.returncode:
-        pytest.skip("this machine lets nobody mount")
-    try:
-        with pytest.raises(UserError, match="No space left"):
-            export_run(trained.path, small / "export")
-        assert not list(small.iterdir())
-    finally:
-        subprocess.run(["umount", small], check=True)

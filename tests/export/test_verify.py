@@ -7,24 +7,38 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.distributed import checkpoint as dcp
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.manifest import describe_tensor
 from mlet_dist.export.verify import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
-from tests.command import ROOT, mlet, mlet_json
+from tests.command import ROOT, error_line, mlet, mlet_json
 from tests.conftest import TrainedRun
+from tests.export.tampering import reseal, tamper
 
 
 @pytest.mark.e2e
-def test_verify_finds_the_run_and_its_export_equal(trained: TrainedRun, exported: Path) -> None:
-    result = mlet_json("verify", exported, "--run", trained.path, "--data", trained.data)
+def test_verify_finds_the_run_and_all_of_its_export_equal(trained: TrainedRun, exported: Path) -> None:
+    result = mlet_json(
+        "verify", exported, "--run", trained.path, "--data", trained.data, "--auc-tolerance", "int4=0.01"
+    )
     assert result["ok"] is True
     assert result["rows"] == 601
-    assert result["max_abs_logit_diff"] < 1e-5
     assert result["auc_run"] == pytest.approx(trained.result["test_auc"], abs=1e-6)
-    assert result["auc_export"] == pytest.approx(trained.result["test_auc"], abs=1e-6)
+    assert result["logloss_run"] == pytest.approx(trained.result["test_logloss"], abs=1e-6)
+    outputs = result["outputs"]
+    assert list(outputs) == ["dcp", "safetensors", "fp16", "int8", "int4", "package/model.pt", "package/model.pt2"]
+    relative = {name: max(t["relative_error"] for t in found["tables"].values()) for name, found in outputs.items()}
+    for name in ("dcp", "safetensors"):
+        assert outputs[name]["max_abs_logit_diff"] < 1e-5
+        assert outputs[name]["auc"] == pytest.approx(result["auc_run"], abs=1e-6)
+        assert relative[name] < 1e-6
+    assert 1e-5 < relative["fp16"] < 1e-3 < relative["int8"] < 0.02 < relative["int4"] < 0.3
+    assert 0 < outputs["fp16"]["max_abs_logit_diff"] < outputs["int8"]["max_abs_logit_diff"]
+    assert outputs["int8"]["max_abs_logit_diff"] < outputs["int4"]["max_abs_logit_diff"]
+    for name in ("package/model.pt", "package/model.pt2"):
+        assert outputs[name]["encoding"] == "int8"
+        assert outputs[name]["auc"] == pytest.approx(outputs["int8"]["auc"], abs=1e-4)
+        assert outputs[name]["logloss"] == pytest.approx(outputs["int8"]["logloss"], abs=1e-6)
 
 
 @pytest.mark.e2e
@@ -59,66 +73,86 @@ def test_a_run_in_half_precision_is_exported_and_verified(trained: TrainedRun, t
         assert found["logloss"] == pytest.approx(result["test_logloss"], abs=1e-4)
 
 
-def _tamper(export: Path, table: str, row: int, mend_manifest: bool) -> None:
-    """Change one row of a served table, and its checksum with it where asked."""
-    manifest = json.loads((export / "manifest.json").read_text())
-    name = f"{TABLES_PREFIX}embedding_bags.{table}.weight"
-    entries = [*manifest["tables"], *manifest["dense"]]
-    state = {entry["state_name"]: torch.empty(entry["shape"]) for entry in entries}
-    dcp.load(state, checkpoint_id=export / "model", no_dist=True)
-    state[name][row] += 1.0
-    shutil.rmtree(export / "model")
-    dcp.save(state, checkpoint_id=export / "model", no_dist=True)
-    if mend_manifest:
-        for entry in entries:
-            entry |= describe_tensor(entry["state_name"], state[entry["state_name"]])
-        (export / "manifest.json").write_text(json.dumps(manifest))
+def _table(name: str) -> str:
+    return f"{TABLES_PREFIX}embedding_bags.{name}.weight"
 
 
 @pytest.mark.e2e
-def test_a_table_that_differs_in_one_row_fails_and_the_row_is_named(
-    trained: TrainedRun, exported: Path, tmp_path: Path
-) -> None:
+def test_a_row_that_differs_fails_and_is_named(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
     ids = pq.read_table(trained.data / "test")["C3"].to_pylist()
     row = next(i for i, each in enumerate(ids) if ids.count(each) == 1)
-    export = tmp_path / "export"
-    shutil.copytree(exported, export)
-    _tamper(export, "C3", ids[row], mend_manifest=True)
-    result = json.loads(
-        mlet("verify", export, "--run", trained.path, "--data", trained.data, "--json", expect=1).stdout.splitlines()[
-            -1
-        ]
-    )
+    export = shutil.copytree(exported, tmp_path / "export")
+    tamper(export, "dcp", _table("C3"), lambda table: table[ids[row]].add_(1.0))
+    result = mlet_json("verify", export, "--run", trained.path, "--data", trained.data, expect=1)
     assert result["ok"] is False
-    assert result["worst_row"] == row
-    assert result["max_abs_logit_diff"] > 1e-3
+    assert {name for name, found in result["outputs"].items() if not found["ok"]} == {"dcp"}
+    found = result["outputs"]["dcp"]
+    assert found["worst_row"] == row
+    assert found["max_abs_logit_diff"] > 1e-3
+    assert found["tables"]["C3"]["worst_row"] == ids[row]
+    assert found["tables"]["C3"]["max_abs_error"] == pytest.approx(1.0, abs=1e-4)
+    assert found["tables"]["C4"]["max_abs_error"] < 1e-6
 
 
-def test_a_damaged_export_is_refused_by_its_checksum(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
-    export = tmp_path / "export"
-    shutil.copytree(exported, export)
-    _tamper(export, "C3", 0, mend_manifest=False)
-    with pytest.raises(UserError, match=r"C3\.weight has checksum"):
+def test_a_row_that_differs_fails_though_nobody_looks_it_up(
+    trained: TrainedRun, exported: Path, tmp_path: Path
+) -> None:
+    seen = set(pq.read_table(trained.data / "test")["C3"].to_pylist())
+    row = next(each for each in range(300) if each not in seen)
+    export = shutil.copytree(exported, tmp_path / "export")
+    tamper(export, "dcp", _table("C3"), lambda table: table[row].add_(1.0))
+    found = verify_export(export, trained.path, trained.data)["outputs"]["dcp"]
+    assert found["max_abs_logit_diff"] < 1e-5
+    assert found["tables"]["C3"]["worst_row"] == row
+    assert found["ok"] is False
+
+
+def test_quantised_tables_fail_by_their_auc(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
+    export = shutil.copytree(exported, tmp_path / "export")
+    # The same values in other rows.
+    tamper(export, "int8", _table("C1"), lambda table: table.copy_(table.flip(0).clone()))
+    result = verify_export(export, trained.path, trained.data)
+    found = result["outputs"]["int8"]
+    assert result["ok"] is found["ok"] is False
+    assert abs(found["auc_change"]) > 5e-4
+    assert found["tables"]["C1"]["relative_error"] > 0.1
+    # The package was made before.
+    assert result["outputs"]["package/model.pt"]["max_abs_probability_diff"] < 0.05
+
+
+@pytest.mark.e2e
+def test_tolerances_are_settings(trained: TrainedRun, exported: Path) -> None:
+    arguments = ("verify", exported, "--run", trained.path, "--data", trained.data)
+    shown = mlet(*arguments, "--auc-tolerance", "int4=0", "int8=1", expect=1).stdout.splitlines()
+    assert [line.split()[0] for line in shown if line.endswith("FAILED")] == ["int4"]
+    assert shown[0] == "601 rows of test"
+    assert len(shown) == 3 + 7
+    line = error_line(*arguments, "--auc-tolerance", "int5=1")
+    assert "'int5=1' is not one of fp16, int8, int4 and a change of AUC" in line
+
+
+@pytest.mark.parametrize(
+    "file", ["model/C3-*", "fp16/.metadata", "safetensors/C3-*", "int8/_dense*", "package/model.pt2"]
+)
+def test_a_flipped_bit_is_named(trained: TrainedRun, exported: Path, tmp_path: Path, file: str) -> None:
+    export = shutil.copytree(exported, tmp_path / "export")
+    path = next(export.glob(file))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name}.* is damaged: the block at byte 0 has checksum"):
         verify_export(export, trained.path, trained.data)
 
 
-def test_a_table_of_nan_does_not_pass(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
-    export = tmp_path / "export"
-    shutil.copytree(exported, export)
-    _tamper(export, "C9", 0, mend_manifest=True)
-    manifest = json.loads((export / "manifest.json").read_text())
-    state = {entry["state_name"]: torch.empty(entry["shape"]) for entry in [*manifest["tables"], *manifest["dense"]]}
-    dcp.load(state, checkpoint_id=export / "model", no_dist=True)
-    name = f"{TABLES_PREFIX}embedding_bags.C9.weight"
-    state[name][:] = torch.nan
-    shutil.rmtree(export / "model")
-    dcp.save(state, checkpoint_id=export / "model", no_dist=True)
-    for entry in manifest["tables"]:
-        entry |= describe_tensor(entry["state_name"], state[entry["state_name"]])
-    (export / "manifest.json").write_text(json.dumps(manifest))
-    result = verify_export(export, trained.path, trained.data)
-    assert result["ok"] is False
-    assert result["max_abs_logit_diff"] == float("inf")
+@pytest.mark.parametrize("output", ["dcp", "fp16"])
+def test_a_table_of_nan_does_not_pass(trained: TrainedRun, exported: Path, tmp_path: Path, output: str) -> None:
+    export = shutil.copytree(exported, tmp_path / "export")
+    # All bits of a float16 that is NaN.
+    tamper(export, output, _table("C9"), lambda table: table.fill_(torch.nan if output == "dcp" else 255))
+    found = verify_export(export, trained.path, trained.data)["outputs"][output]
+    assert found["ok"] is False
+    assert found["max_abs_logit_diff"] == float("inf")
+    assert found["tables"]["C9"]["max_abs_error"] == float("inf")
 
 
 def test_directories_of_the_wrong_kind_are_named(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
@@ -132,14 +166,16 @@ def test_directories_of_the_wrong_kind_are_named(trained: TrainedRun, exported: 
         verify_export(tmp_path / "nothing", trained.path, trained.data)
 
 
-@pytest.mark.parametrize("emptied", [{"tables": [], "dense": []}, {"tables": 5}, {"dense": [{"state_name": "x"}]}])
-def test_a_manifest_that_does_not_cover_the_model_is_refused(
-    trained: TrainedRun, exported: Path, tmp_path: Path, emptied: dict[str, object]
+@pytest.mark.parametrize(
+    "changed", [{"outputs": 5}, {"outputs": {"dcp": {"directory": "model"}}}, {"outputs": {"dcp": {"encoding": "x"}}}]
+)
+def test_a_manifest_that_does_not_describe_its_outputs_is_refused(
+    trained: TrainedRun, exported: Path, tmp_path: Path, changed: dict[str, object]
 ) -> None:
     export = tmp_path / "export"
-    shutil.copytree(exported, export)
-    manifest = json.loads((export / "manifest.json").read_text())
-    (export / "manifest.json").write_text(json.dumps(manifest | emptied))
+    export.mkdir()
+    shutil.copy(exported / "manifest.json", export)
+    reseal(export, lambda manifest: manifest.update(changed))
     with pytest.raises(UserError, match="export again"):
         verify_export(export, trained.path, trained.data)
 

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -127,3 +128,68 @@ def test_every_block_is_checked_once_and_wherever_reading_begins(
                     file.read_into(start, memoryview(out))
                     assert out == content[start:stop]
             file.close()
+
+
+def test_what_is_streamed_is_read_once_and_damage_is_known_at_the_latest_when_it_settles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr("mlet_dist.training.checkpoint.checked_file.BLOCK_BYTES", 64)
+    chance = random.Random(2)
+    content = chance.randbytes(1_000)
+    checksum = Checksum()
+    checksum.update(content)
+    path = tmp_path / "file"
+
+    def stream(start: int, stop: int) -> bytes:
+        """From start to stop in steps of any size, with a leap back in the midst."""
+        file = CheckedFile("file", path.open("rb"), checksum.entry())
+        try:
+            found, position = bytearray(), start
+            while position < stop:
+                out = bytearray(min(chance.randrange(1, 150), stop - position))
+                file.stream_into(position, memoryview(out))
+                found += out
+                position += len(out)
+                if chance.randrange(10) == 0:
+                    other = bytearray(min(30, position))
+                    file.stream_into(position - len(other), memoryview(other))
+                    assert other in content or broken != content
+            file.settle()
+            return bytes(found)
+        finally:
+            file.close()
+
+    broken = bytearray(content)
+    path.write_bytes(content)
+    for _ in range(200):
+        start, stop = sorted(chance.choices(range(1_001), k=2))
+        assert stream(start, stop) == content[start:stop]
+    for damaged in range(0, 1_000, 7):
+        broken = bytearray(content)
+        broken[damaged] ^= 4
+        path.write_bytes(broken)
+        for start, stop in [(0, 1_000), (damaged, damaged + 1), (max(0, damaged - 90), min(1_000, damaged + 90))]:
+            with pytest.raises(UserError, match=f"^file is damaged: the block at byte {damaged // 64 * 64:,} has"):
+                stream(start, stop)
+
+    # From a block's beginning on, exactly what is asked for is read; the rest of the last block when it settles.
+    path.write_bytes(content)
+    read: list[int] = []
+    file = CheckedFile("file", path.open("rb"), checksum.entry())
+    monkeypatch.setattr(file, "_read", lambda start, out, real=file._read: (read.append(len(out)), real(start, out)))
+    for position in range(64, 264, 20):
+        file.stream_into(position, memoryview(bytearray(20)))
+    assert sum(read) == 200
+    file.settle()
+    assert sum(read) == 256
+    file.close()
+
+
+def test_checksums_are_those_that_every_zlib_gives() -> None:
+    content = random.Random(3).randbytes(BLOCK_BYTES + 1_000)
+    checksum = Checksum()
+    for start in range(0, len(content), 5_000_001):
+        checksum.update(content[start : start + 5_000_001])
+    expected = [f"{zlib.crc32(content[:BLOCK_BYTES]):08x}", f"{zlib.crc32(content[BLOCK_BYTES:]):08x}"]
+    assert checksum.entry() == {"bytes": len(content), "crc32": expected}

@@ -66,18 +66,25 @@ def newest_checkpoint(store: CheckpointStore) -> Checkpoint:
 
 
 def newest_finished(store: CheckpointStore) -> tuple[Checkpoint, Manifest]:
-    """The last checkpoint and what it says of itself; its files are to be checked by whoever reads them.
+    """The last checkpoint and what it says of itself; what is in its files is to be checked by whoever reads them.
 
     Raises:
-        UserError: there is none, or its manifest is damaged.
+        UserError: there is none, its manifest is damaged, or a file is missing or of another size.
     """
     finished = [each for each in store.checkpoints() if not each.is_being_written]
     if not finished:
         raise UserError(f"{store}: no whole checkpoint; the run never finished")
+    newest = finished[-1]
     try:
-        return finished[-1], finished[-1].manifest()
+        manifest = newest.manifest()
     except ManifestError as error:
         raise UserError(f"the run's last checkpoint is damaged: {error}") from None
+    sizes = newest.sizes()
+    for name, expected in sorted(manifest.files.items()):
+        found = f"has {sizes[name]:,} bytes instead of {expected['bytes']:,}" if name in sizes else "is missing"
+        if sizes.get(name) != expected["bytes"]:
+            raise UserError(f"the run's last checkpoint is damaged: {newest}: {name} {found}")
+    return newest, manifest
 
 
 def _examine(checkpoint: Checkpoint) -> tuple[Manifest | None, list[str]]:

@@ -126,6 +126,11 @@ class Checkpoint:
             raise ManifestError(f"{self}: {MANIFEST} is that of step {manifest.step}: the directory was renamed")
         return manifest
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that is there, by name."""
+        found = self.store.filesystem.ls(self.path, detail=True)
+        return {each["name"].rpartition("/")[2]: each["size"] for each in found if each["type"] == "file"}
+
     def begin(self) -> None:
         """Take away what is there of this step, and mark what will be as not whole yet."""
         self.remove()

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
 from typing import IO, Any, cast
 
 import torch
@@ -11,32 +11,14 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint.checked_file import CheckedFile, FilePart
+from mlet_dist.training.checkpoint.chunked import Chunk, ChunkedTensors, StoredTensor
 from mlet_dist.training.checkpoint.loading import Location, read_metadata
 
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """What a checkpoint says of a tensor: shape and dtype of the whole."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+_MOST_OPEN = 2  # each may hold a block in memory
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """A rectangle of a tensor, and the bytes of a file that torch.save wrote of it."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
-class TensorFiles:
-    """The tensors of what torch.distributed.checkpoint wrote; as a context manager it closes the files.
-
-    A reader of ``rows`` needs memory for those rows, whatever the size of the tensor or of the shards it was saved in.
+class TensorFiles(ChunkedTensors):
+    """The tensors of what torch.distributed.checkpoint wrote.
 
     Args:
         location: directory or URL.
@@ -47,10 +29,9 @@ class TensorFiles:
     def __init__(
         self, location: Location, open_file: Callable[[str], IO[bytes]], files: Mapping[str, Any] | None = None
     ) -> None:
-        self.location, self._open_file, self._files = location, open_file, files
+        super().__init__(location)
+        self._open_file, self._files = open_file, files
         metadata = read_metadata(location)
-        self.tensors: dict[str, StoredTensor] = {}
-        self._chunks: dict[str, list[_Chunk]] = {}
         for name, found in metadata.state_dict_metadata.items():
             if isinstance(found, TensorStorageMetadata):
                 self.tensors[name] = StoredTensor(tuple(found.size), found.properties.dtype)
@@ -59,46 +40,26 @@ class TensorFiles:
                     for each in found.chunks
                 ]
         self._opened: dict[str, CheckedFile] = {}
-        self._data_starts: dict[_Chunk, int] = {}
+        self._streams = False
+        self._data_starts: dict[Chunk, int] = {}
 
-    def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill ``out`` ``(rows, columns)`` of the tensor's dtype, contiguous, on the CPU, with rows from ``start`` on.
+    def streaming(self) -> "TensorFiles":
+        """The same tensors through files of its own, for one thread that reads row after row.
+
+        What it gives counts only once ``settle`` has returned: blocks are checked when all of them have been read.
+        """
+        other = copy(self)
+        other._opened, other._streams = {}, True
+        return other
+
+    def settle(self) -> None:
+        """Check all that was given.
 
         Raises:
-            UserError: there is no such tensor, or a file is missing or damaged.
+            UserError: a file is damaged.
         """
-        stop, covered = start + len(out), 0
-        for chunk in self._chunks_of(name):
-            first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
-            if first >= last:
-                continue
-            columns = slice(chunk.offsets[1], chunk.offsets[1] + chunk.sizes[1])
-            rows = out[first - start : last - start, columns]
-            part = rows if rows.is_contiguous() else torch.empty_like(rows, memory_format=torch.contiguous_format)
-            row_bytes = chunk.sizes[1] * out.element_size()
-            self._read(chunk, (first - chunk.offsets[0]) * row_bytes, part)
-            if part is not rows:
-                rows.copy_(part)
-            covered += part.numel()
-        if covered != out.numel():
-            raise UserError(f"{self.location}: holds {covered:,} of {out.numel():,} values of rows of {name!r}")
-
-    def load(self, name: str) -> torch.Tensor:
-        """One whole tensor, for small ones.
-
-        Raises:
-            UserError: as ``read_rows``.
-        """
-        chunks = self._chunks_of(name)
-        found = self.tensors[name]
-        tensor = torch.empty(found.shape, dtype=found.dtype)
-        if tensor.dim() == 2:
-            self.read_rows(name, 0, tensor)
-        elif len(chunks) == 1 and chunks[0].sizes == found.shape:
-            self._read(chunks[0], 0, tensor)
-        else:
-            raise UserError(f"{self.location}: {name!r} has {tensor.dim()} dimensions and {len(chunks)} parts")
-        return tensor
+        for file in self._opened.values():
+            file.settle()
 
     def close(self) -> None:
         """Close all files."""
@@ -106,36 +67,22 @@ class TensorFiles:
             file.close()
         self._opened.clear()
 
-    def __enter__(self) -> "TensorFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _chunks_of(self, name: str) -> list[_Chunk]:
-        if name not in self._chunks:
-            raise UserError(f"{self.location}: holds no tensor {name!r}")
-        return self._chunks[name]
-
     def _chunk(
         self, storage: Mapping[MetadataIndex, Any], name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
-    ) -> _Chunk:
+    ) -> Chunk:
         found = storage.get(MetadataIndex(name, torch.Size(offsets)))
         if found is None:
             raise UserError(f"{self.location}: says nothing of where the part of {name!r} at {offsets} lies")
-        return _Chunk(offsets, sizes, found.relative_path, found.offset, found.length)
+        return Chunk(offsets, sizes, found.relative_path, found.offset, found.length)
 
-    def _read(self, chunk: _Chunk, offset: int, out: torch.Tensor) -> None:
-        """Fill ``out`` with the bytes of a chunk's data from ``offset`` on."""
-        if out.numel() == 0:
-            return
+    def _read(self, chunk: Chunk, offset: int, out: torch.Tensor) -> None:
         file = self._file(chunk.file)
         if chunk not in self._data_starts:
             self._data_starts[chunk] = chunk.start + self._find_data(file, chunk, out.dtype)
         target = out.view(-1).view(torch.uint8).numpy().data
-        file.read_into(self._data_starts[chunk] + offset, target)
+        (file.stream_into if self._streams else file.read_into)(self._data_starts[chunk] + offset, target)
 
-    def _find_data(self, file: CheckedFile, chunk: _Chunk, dtype: torch.dtype) -> int:
+    def _find_data(self, file: CheckedFile, chunk: Chunk, dtype: torch.dtype) -> int:
         """Where in what torch.save wrote of a chunk its values begin."""
         with self._reading(chunk):
             # torch.load reads the index alone, and notes where in the file each storage lies.
@@ -146,7 +93,13 @@ class TensorFiles:
             return int(saved.untyped_storage()._checkpoint_offset) + saved.storage_offset() * saved.element_size()
 
     def _file(self, name: str) -> CheckedFile:
-        if name not in self._opened:
+        if name in self._opened:
+            self._opened[name] = self._opened.pop(name)  # the last one used is the last one
+        else:
+            while len(self._opened) >= _MOST_OPEN:
+                last = self._opened.pop(next(iter(self._opened)))
+                last.settle()
+                last.close()
             path = f"{str(self.location).rstrip('/')}/{name}"
             expected = None
             if self._files is not None:
@@ -163,7 +116,7 @@ class TensorFiles:
         return self._opened[name]
 
     @contextmanager
-    def _reading(self, chunk: _Chunk) -> Iterator[None]:
+    def _reading(self, chunk: Chunk) -> Iterator[None]:
         try:
             yield
         except UserError:

@@ -124,7 +124,7 @@ class _Files(FileSystemBase):
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         name = PurePosixPath(path).name
         with self._checkpoint.open_new(name) as file:
-            stream = _SummedStream(file)
+            stream = SummedStream(file)
             try:
                 yield stream
             except Exception as error:  # torch.save's own says nothing of what the file said
@@ -155,7 +155,7 @@ class _Files(FileSystemBase):
         self._checkpoint.store.filesystem.rm_file(path)
 
 
-class _SummedStream(io.RawIOBase):
+class SummedStream(io.RawIOBase):
     """A file that is written from its beginning to its end; closing it leaves the file open.
 
     Attributes:

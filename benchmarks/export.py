@@ -1,0 +1,177 @@
+"""`mlet export` of a large table beside a plain read of its W1, and beside loading all, multiplying and saving.
+
+    .venv/bin/python benchmarks/export.py --out DIR               # DIR: the disk to measure; 10 million rows, 6 GB
+    .venv/bin/python benchmarks/export.py --out DIR --rows 500000 --rounds 1 --json     # a quick look; last line: JSON
+
+A run is made in DIR by a process of its own: one table, W1 --rows × 128 float32, as --shards ranks would have written
+it. Then, in turn, each in a process of its own that says how long it took without its imports, and its peak memory:
+
+  read       the checkpoint's files from beginning to end, one thread, into one buffer of 16 MiB
+  collapse   the export, as `mlet export` does it
+  load_all   W1 by dcp.load, one product, dcp.save
+
+warm, with the files in the page cache, and cold, after they were dropped from it (POSIX_FADV_DONTNEED; what lies below
+a virtual machine's disk may still hold them). Ratios are medians over rounds of the times of one round, and also
+those of the fastest times: where other jobs want the cores, the plain read, which needs little of one, loses least. The
+three figures at the end are medians, cold, which is what a job that reads more than a machine's memory sees.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WAYS = ("read", "collapse", "load_all")
+TABLE, HIDDEN_DIM, EMBEDDING_DIM = "C1", 128, 16
+
+
+def checkpoint_files(run: Path) -> list[Path]:
+    """What a run's checkpoint consists of."""
+    return sorted((run / "checkpoints").glob("*/*.distcp"))
+
+
+def read(run: Path, _: Path) -> Callable[[], None]:
+    """A plain sequential read."""
+
+    def action() -> None:
+        buffer = bytearray(1 << 24)
+        for path in checkpoint_files(run):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    return action
+
+
+def collapse(run: Path, out: Path) -> Callable[[], None]:
+    """The export."""
+    from mlet_dist.export.job import export_run
+
+    return lambda: export_run(run, out) and None
+
+
+def load_all(run: Path, out: Path) -> Callable[[], None]:
+    """What a short script would do."""
+    import torch
+    from torch.distributed import checkpoint as dcp
+
+    from mlet_dist.models.dlrm import TABLES_PREFIX
+
+    def action() -> None:
+        metadata = dcp.FileSystemReader(checkpoint_files(run)[0].parent).read_metadata().state_dict_metadata
+        state = {name: torch.empty(found.size) for name, found in metadata.items()}
+        dcp.load(state, checkpoint_id=checkpoint_files(run)[0].parent, no_dist=True)
+        prefix = f"model.{TABLES_PREFIX}"
+        rows = state.pop(f"{prefix}embedding_bags.{TABLE}.weight")
+        state[f"{prefix}embedding_bags.{TABLE}.weight"] = rows @ state.pop(f"{prefix}projections.{TABLE}.weight")
+        dcp.save(state, checkpoint_id=out, no_dist=True)
+
+    return action
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """The run."""
+    from made_run import make_run
+
+    from mlet_dist.config import ModelConfig
+
+    model = ModelConfig(embedding_dim=EMBEDDING_DIM, hidden_dim=HIDDEN_DIM, bottom_mlp=(16,), top_mlp=(16,))
+    make_run(Path(arguments.out) / "run", {TABLE: arguments.rows}, model, arguments.shards)
+
+
+def child(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One of the ways, in this process."""
+    out = Path(arguments.out)
+    action = {"read": read, "collapse": collapse, "load_all": load_all}[arguments.child](out / "run", out / "made")
+    started, cpu = time.perf_counter(), time.process_time()
+    action()
+    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+    return spent | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def in_child(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run this program again for one of the ways; what it wrote is taken away."""
+    command = [sys.executable, __file__, "--child", way, "--out", arguments.out]
+    command += ["--rows", str(arguments.rows), "--shards", str(arguments.shards)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    shutil.rmtree(Path(arguments.out) / "made", ignore_errors=True)
+    os.sync()
+    return json.loads(output.splitlines()[-1]) if output else {}
+
+
+def drop(run: Path) -> None:
+    """Have the next reads of the checkpoint come from the disk."""
+    for path in checkpoint_files(run):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All ways, warm and cold, in turn."""
+    run = Path(arguments.out) / "run"
+    found: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in ("warm", "cold")}
+    peaks, cpu = dict.fromkeys(WAYS, 0), {way: [] for way in WAYS}
+    for _ in range(arguments.rounds):
+        for kind, times in found.items():
+            for way in WAYS:
+                if kind == "cold":
+                    drop(run)
+                else:
+                    read(run, run)()
+                said = in_child(way, arguments)
+                times[way].append(said["seconds"])
+                cpu[way].append(said["cpu_seconds"])
+                peaks[way] = max(peaks[way], said["peak_rss_bytes"])
+    size = sum(path.stat().st_size for path in checkpoint_files(run))
+    result: dict[str, Any] = {"rows": arguments.rows, "bytes": size, "rounds": arguments.rounds}
+    for kind, times in found.items():
+        result |= {f"{kind}_{way}_gb_per_s": size / 1e9 / statistics.median(times[way]) for way in WAYS}
+        for above, name in (("read", "collapse_over_read"), ("load_all", "load_all_over_collapse")):
+            pairs = zip(times[above], times["collapse"], strict=True)
+            result[f"{kind}_{name}"] = statistics.median(other / ours for other, ours in pairs)
+            result[f"{kind}_{name}_fastest"] = min(times[above]) / min(times["collapse"])
+    result |= {f"{way}_cpu_seconds": min(times) for way, times in cpu.items()}
+    result["load_all_peak_rss_bytes"] = peaks["load_all"]
+    for name in ("collapse_over_read", "load_all_over_collapse"):
+        result[name] = result[f"cold_{name}"]
+    return result | {"peak_rss_bytes": peaks["collapse"]}
+
+
+def main() -> None:
+    """Make the run, measure, clean up, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="an existing directory, on the disk to measure")
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--shards", type=int, default=8, help="ranks that trained; a shard is made in memory")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--child", choices=["make", *WAYS], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if arguments.child == "make":
+        make(arguments)
+        return
+    if arguments.child is not None:
+        print(json.dumps(child(arguments)))
+        return
+    arguments.out = str(Path(arguments.out) / "benchmark-export")
+    Path(arguments.out).mkdir()
+    try:
+        in_child("make", arguments)
+        found = measure(arguments)
+    finally:
+        shutil.rmtree(arguments.out)
+    print(json.dumps(found) if arguments.json else "\n".join(f"{key:28} {value}" for key, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()

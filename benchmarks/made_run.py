@@ -1,0 +1,100 @@
+"""A finished run on disk without training: for benchmarks and tests of what reads checkpoints."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from mlet_dist.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, save_config
+from mlet_dist.data.schema import SparseFeature
+from mlet_dist.export.dcp_format import DcpFormat
+from mlet_dist.export.pieces import Piece
+from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.checkpoint.loading import MODEL_KEY
+from mlet_dist.training.checkpoint.manifest import Manifest
+from mlet_dist.training.checkpoint.writing import SummedStream
+from mlet_dist.training.run_directory import RunDirectory
+
+Rows = Callable[[str, int, int, int], torch.Tensor]
+"""From the name of a table, the first row, and the numbers of rows and columns."""
+
+
+def random_rows(name: str, start: int, rows: int, columns: int) -> torch.Tensor:
+    """Normal values that depend on all arguments, and on nothing else."""
+    seed = zlib.crc32(f"{name} {start} {rows} {columns}".encode())
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def make_run(
+    path: Path,
+    tables: Mapping[str, int],
+    model: ModelConfig,
+    shards: int,
+    rows_dtype: torch.dtype = torch.float32,
+    rows: Rows = random_rows,
+    checkpoint_dir: str | None = None,
+) -> ModelSpec:
+    """Write a finished run of one checkpoint, as ``shards`` ranks would; one shard of one table is in memory at a time.
+
+    Args:
+        tables: rows by name.
+        rows: gives each shard of W1, and each W2 as the table ``<name>.projection``.
+        checkpoint_dir: a directory or URL for the checkpoint; by default, in the run.
+    """
+    spec = ModelSpec(
+        model,
+        tuple(f"I{index}" for index in range(1, 14)),
+        tuple(SparseFeature(name, rows) for name, rows in tables.items()),
+        seed=0,
+    )
+    run = RunDirectory(path)
+    config = Config(
+        data=DataConfig(path="nowhere"),
+        model=model,
+        train=TrainConfig(checkpoint_dir=checkpoint_dir),
+        run=RunConfig(dir=str(path)),
+    )
+    path.mkdir(parents=True)
+    save_config(config, run.config)
+    spec.save(run.model)
+    checkpoint = run.checkpoint_store(config).checkpoint(1)
+    checkpoint.begin()
+    form, pieces, files = DcpFormat(), list[Piece](), {}
+    for shard in range(shards):
+        file = f"__{shard}_0.distcp"
+        with checkpoint.open_new(file) as raw:
+            stream = SummedStream(raw)
+            for name, total in tables.items():
+                size = -(-total // shards)
+                start, stop = min(shard * size, total), min((shard + 1) * size, total)
+                if start < stop:
+                    columns = model.hidden_dim or model.embedding_dim
+                    state = f"{MODEL_KEY}.{TABLES_PREFIX}embedding_bags.{name}.weight"
+                    values = rows(name, start, stop - start, columns).to(rows_dtype)
+                    pieces += form.write(stream, file, start, {state: values})
+                    del values
+            if shard == 0:
+                pieces += form.write(stream, file, 0, _replicated(spec, rows))
+        files[file] = stream.checksum.entry()
+    index, content = form.index(pieces)
+    with checkpoint.open_new(index) as raw:
+        stream = SummedStream(raw)
+        stream.write(content)
+    files[index] = stream.checksum.entry()
+    checkpoint.finish(Manifest(checkpoint.step, files, {}))
+    run.finish({"test_auc": 0.5, "test_logloss": 0.7, "test_rows": 1})
+    return spec
+
+
+def _replicated(spec: ModelSpec, rows: Rows) -> dict[str, torch.Tensor]:
+    """W2 of each table and the dense layers, by their names in the checkpoint."""
+    state = build_dlrm(spec, torch.device("meta")).state_dict()
+    found = {}
+    for name, tensor in state.items():
+        if ".projections." in name:
+            found[name] = rows(f"{name.split('.')[-2]}.projection", 0, *tensor.shape)
+        elif not name.startswith(TABLES_PREFIX):
+            found[name] = tensor.clone()
+    return {f"{MODEL_KEY}.{name}": tensor for name, tensor in found.items()}

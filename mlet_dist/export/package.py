@@ -1,0 +1,173 @@
+"""The serving package: one scripted model with its tables inside, an example, and programs that run it."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fbgemm_gpu
+import torch
+from torch import fx, nn
+from torchrec.distributed.types import BoundsCheckMode
+from torchrec.fx import Tracer
+from torchrec.pt2.utils import deregister_fake_classes, register_fake_classes
+
+from mlet_dist import __version__
+from mlet_dist.errors import UserError
+from mlet_dist.export.encoding import Encoding
+from mlet_dist.export.predictor import ExportedPredictor, Predictor
+from mlet_dist.export.quantised import build_served, load_dense, table_tensors
+from mlet_dist.export.request import Request, example_request
+from mlet_dist.export.stored_tables import read_parts
+from mlet_dist.json_text import to_json
+from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.checkpoint.chunked import ChunkedTensors
+
+SCRIPTED, EXPORTED = "model.pt", "model.pt2"
+_BLOCK_ROWS = 1 << 16
+_PROGRAMS = Path(__file__).parent / "package_files"
+_TABLES = "IntNBitTableBatchedEmbeddingBagsCodegen"
+
+
+class Package:
+    """A serving package in the making. It holds all tables, encoded, in memory.
+
+    ::
+
+        model.pt               TorchScript: dense, ids, lengths (and weights) in, probabilities out
+        model.pt2              the same by torch.export
+        example_request.json   a request and its answer
+        signature.json         names, sizes and kinds of inputs; versions
+        README.md, serve.py, serve.cpp
+
+    Args:
+        spec: of the plain model.
+        encoding: of its tables.
+    """
+
+    def __init__(self, spec: ModelSpec, encoding: Encoding) -> None:
+        self._spec, self._encoding = spec, encoding
+        self._model = build_served(spec, encoding)
+        self._tables = table_tensors(self._model)
+
+    def write_rows(self, state_name: str, start: int, parts: Mapping[str, torch.Tensor]) -> None:
+        """Put rows from ``start`` on into a table, as ``Encoding.encode`` gave them."""
+        for suffix, rows in parts.items():
+            table = self._tables[state_name + suffix]
+            table[start : start + len(rows)] = rows.view(table.dtype)
+
+    def save(self, directory: Path, dense: Mapping[str, torch.Tensor]) -> None:
+        """Write the files.
+
+        Args:
+            directory: exists.
+            dense: all that is no table, by state name.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        load_dense(self._model, dense)
+        # Views of the tables by name, of which torch.export would save copies.
+        self._model.sparse_arch.embedding_bag_collection.embedding_bags = nn.ModuleDict()
+        for module in self._model.modules():
+            if type(module).__name__ == _TABLES:
+                # By default fbgemm would look up row 0 for an id that is wrong; Predictor lets none pass.
+                module.bounds_check_mode_int = BoundsCheckMode.NONE.value
+        request = example_request(self._spec)
+        try:
+            torch.jit.save(_script(self._model, self._spec), directory / SCRIPTED)
+            torch.export.save(_export(self._model, self._spec, request), directory / EXPORTED)
+        except RuntimeError as error:  # torch's writers know no OSError
+            raise UserError(f"{directory}: cannot be written: {' '.join(str(error).split())[:200]}") from None
+        answer = torch.jit.load(directory / SCRIPTED)(*request.tensors())
+        _write(directory / "example_request.json", request.to_dict() | {"probability": answer.tolist()})
+        _write(directory / "signature.json", self._signature())
+        for program in sorted(_PROGRAMS.iterdir()):
+            if program.is_file():
+                shutil.copyfile(program, directory / program.name)
+
+    def _signature(self) -> dict[str, Any]:
+        keys = ("name", "num_embeddings", "multi_valued", "weighted")
+        return {
+            "dense": list(self._spec.dense),
+            "features": [{key: getattr(feature, key) for key in keys} for feature in self._spec.sparse],
+            "vocabulary_id": self._spec.vocabulary_id,
+            "tables": self._encoding.name,
+            "versions": {
+                "mlet_dist": __version__,
+                "torch": torch.__version__,
+                "fbgemm_gpu": fbgemm_gpu.__version__,
+                "torchrec": version("torchrec"),
+            },
+        }
+
+
+def write_package(
+    directory: Path, spec: ModelSpec, encoding: Encoding, stored: ChunkedTensors, dense: Mapping[str, torch.Tensor]
+) -> None:
+    """Make the package of an output that has been written.
+
+    Args:
+        directory: exists, and is empty.
+        spec: of the plain model.
+        encoding: of the output.
+        stored: the output's files.
+        dense: all that is no table, by state name.
+
+    Raises:
+        UserError: a file cannot be read or written, or is damaged.
+    """
+    package, columns = Package(spec, encoding), spec.model.embedding_dim
+    for feature in spec.sparse:
+        name = f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"
+        for start in range(0, feature.num_embeddings, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, feature.num_embeddings)
+            package.write_rows(name, start, read_parts(stored, encoding, name, start, stop, columns))
+    package.save(directory, dense)
+
+
+def served_bytes(spec: ModelSpec, encoding: Encoding) -> int:
+    """Of all tables, without what files and models put around them; also the memory that a package takes for them."""
+    return sum(feature.num_embeddings for feature in spec.sparse) * encoding.row_bytes(spec.model.embedding_dim)
+
+
+def check_fits(spec: ModelSpec, encoding: Encoding) -> None:
+    """Raise UserError where this machine's memory does not hold a package's tables."""
+    needed = served_bytes(spec, encoding)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"a package holds all tables in one process: in {encoding.name} they take {needed:,} bytes, and this "
+            f"machine has {memory:,}; leave the package out, and serve the {encoding.name} output sharded"
+        )
+
+
+def _script(model: nn.Module, spec: ModelSpec) -> torch.jit.ScriptModule:
+    traced = fx.GraphModule(model, Tracer(leaf_modules=[_TABLES]).trace(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of annotations in TorchRec
+        return torch.jit.script(Predictor(traced, spec).eval())
+
+
+def _export(model: nn.Module, spec: ModelSpec, request: Request) -> torch.export.ExportedProgram:
+    rows, ids = torch.export.Dim("rows"), torch.export.Dim("ids")
+    shapes = [{0: rows}, {0: ids}, {1: rows}, {0: ids}]
+    tensors = request.tensors()
+    register_fake_classes()  # torch.export asks for stand-ins of fbgemm's classes
+    try:
+        return torch.export.export(
+            ExportedPredictor(model, spec).eval(),
+            tensors,
+            dynamic_shapes=tuple(shapes[: len(tensors)]),
+            strict=False,
+        )
+    finally:
+        deregister_fake_classes()
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(to_json(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,52 @@
+"""Answers a request in plain Python: torch and fbgemm_gpu are all that it needs.
+
+    python serve.py                # the example, compared with the answer that it had when the package was made
+    python serve.py request.json   # prints {"probability": [...]}
+
+A request is laid out as example_request.json is; README.md says how.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import fbgemm_gpu  # noqa: F401  # registers the operators that the model calls
+import torch
+
+PACKAGE = Path(__file__).parent
+
+
+def predict(model: torch.jit.ScriptModule, request: dict) -> torch.Tensor:
+    """The probabilities ``(rows,)`` float32; torch.jit.Error where the request is wrong."""
+    tensors = [
+        torch.tensor(request["dense"], dtype=torch.float32),
+        torch.tensor(request["ids"], dtype=torch.int64),
+        torch.tensor(request["lengths"], dtype=torch.int64),
+    ]
+    if "weights" in request:
+        tensors.append(torch.tensor(request["weights"], dtype=torch.float32))
+    with torch.inference_mode():
+        return model(*tensors)
+
+
+def main() -> int:
+    """0, or 1 where the example's answer is another one or the request is wrong."""
+    model = torch.jit.load(PACKAGE / "model.pt")
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE / "example_request.json"
+    request = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = predict(model, request)
+    except torch.jit.Error as error:
+        print(str(error).strip().splitlines()[-1], file=sys.stderr)
+        return 1
+    print(json.dumps({"probability": found.tolist()}))
+    if len(sys.argv) > 1:
+        return 0
+    expected = torch.tensor(request["probability"])
+    difference = float((found - expected).abs().max())
+    print(f"largest difference from the example's answer: {difference:.1e}", file=sys.stderr)
+    return 0 if difference <= 1e-6 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

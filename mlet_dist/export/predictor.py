@@ -1,0 +1,116 @@
+"""What a serving package runs: a request in plain tensors in, probabilities out; nothing wrong with it passes."""
+
+import torch
+from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mlet_dist.models.spec import ModelSpec
+
+
+class Predictor(nn.Module):
+    """A DLRM behind a check of its input; TorchScript compiles it.
+
+    ``forward(dense, ids, lengths, weights)`` for B rows, D dense columns and F features gives (B,) float32:
+
+    - ``dense`` (B, D) float32, transformed as the training data were;
+    - ``lengths`` (F, B) int64: how many ids each row has of each feature;
+    - ``ids`` (lengths.sum(),) int64: those of the first feature, row after row, then those of the second, and so on;
+    - ``weights`` float32, one an id, where the model has a weighted feature (others weigh 1); else None.
+
+    Raises:
+        ValueError: a shape or a type is another one; a value or a weight is not finite; a length is negative or, of a
+            feature with one id a row, not 1; an id is not in its table.
+
+    Args:
+        logits: DLRM or its trace, ``(dense, KeyedJaggedTensor) -> (B, 1)``.
+        spec: names, sizes and kinds of its inputs.
+    """
+
+    rows: torch.Tensor
+    one_id_a_row: torch.Tensor
+
+    def __init__(self, logits: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.logits = logits
+        self.features = [feature.name for feature in spec.sparse]
+        self.dense_columns = len(spec.dense)
+        self.weighted = spec.is_weighted
+        self.register_buffer("rows", torch.tensor([feature.num_embeddings for feature in spec.sparse]))
+        self.register_buffer("one_id_a_row", torch.tensor([[not feature.multi_valued] for feature in spec.sparse]))
+
+    def forward(
+        self, dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        self.check_shapes(dense, ids, lengths)
+        self.check_weights(ids, weights)
+        self.check_lengths(ids, lengths)
+        self.check_ids(ids, lengths)
+        bags = KeyedJaggedTensor(self.features, ids, weights, lengths.flatten())
+        return torch.sigmoid(self.logits(dense, bags).squeeze(1))
+
+    def check_shapes(self, dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Raise ValueError unless these three are as the class says."""
+        if dense.dtype != torch.float32 or ids.dtype != torch.int64 or lengths.dtype != torch.int64:
+            raise ValueError("dense must be float32, ids and lengths int64")
+        if dense.dim() != 2 or dense.size(1) != self.dense_columns:
+            raise ValueError(f"dense is {list(dense.size())}; it must be [rows, {self.dense_columns}]")
+        expected = [len(self.features), dense.size(0)]
+        if list(lengths.size()) != expected:
+            raise ValueError(f"lengths is {list(lengths.size())}; it must be [features, rows]: {expected}")
+        if ids.dim() != 1:
+            raise ValueError(f"ids is {list(ids.size())}; it must have one dimension")
+        if not bool(torch.isfinite(dense).all()):
+            raise ValueError("dense holds a value that is not finite")
+
+    def check_weights(self, ids: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Raise ValueError unless they are there where they must be, one an id, and finite."""
+        if weights is None:
+            if self.weighted:
+                raise ValueError("weights is missing: the model has a weighted feature")
+        else:
+            if not self.weighted:
+                raise ValueError("weights is given, but the model has no weighted feature")
+            if weights.dtype != torch.float32 or weights.size() != ids.size():
+                raise ValueError(f"weights is {list(weights.size())}; it must be {list(ids.size())} float32, one an id")
+            if not bool(torch.isfinite(weights).all()):
+                raise ValueError("weights holds a value that is not finite")
+
+    def check_lengths(self, ids: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Raise ValueError unless they share out the ids, one a row where a feature has one."""
+        if bool((lengths < 0).any()):
+            raise ValueError("lengths holds a number below 0")
+        if int(lengths.sum()) != ids.size(0):
+            raise ValueError(f"lengths sums up to {int(lengths.sum())}, but there are {ids.size(0)} ids")
+        wrong = torch.logical_and(self.one_id_a_row, lengths != 1).any(1)
+        if bool(wrong.any()):
+            name = self.features[int(wrong.nonzero()[0, 0])]
+            raise ValueError(f"lengths of {name} must all be 1: it has one id a row")
+
+    def check_ids(self, ids: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Raise ValueError unless each is a row of its table."""
+        counts = lengths.sum(1)
+        wrong = torch.logical_or(ids < 0, ids >= torch.repeat_interleave(self.rows, counts))
+        if bool(wrong.any()):
+            position = int(wrong.nonzero()[0, 0])
+            feature = int((counts.cumsum(0) <= position).sum())
+            name, rows = self.features[feature], int(self.rows[feature])
+            raise ValueError(f"id {int(ids[position])} of {name} is not in [0, {rows})")
+
+
+class ExportedPredictor(Predictor):
+    """The same for torch.export, whose graph has no branches: its checks are assertions in it, and guards of shapes."""
+
+    def forward(
+        self, dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        torch._assert_async(torch.isfinite(dense).all(), "dense holds a value that is not finite")
+        if weights is not None:
+            torch._assert_async(torch.isfinite(weights).all(), "weights holds a value that is not finite")
+        torch._assert_async((lengths >= 0).all(), "lengths holds a number below 0")
+        torch._assert_async(lengths.sum() == ids.size(0), "lengths does not sum up to the number of ids")
+        wrong = torch.logical_and(self.one_id_a_row, lengths != 1)
+        torch._assert_async(torch.logical_not(wrong.any()), "a feature with one id a row has another length")
+        limits = torch.repeat_interleave(self.rows, lengths.sum(1), output_size=ids.size(0))
+        torch._assert_async(torch.logical_and(ids >= 0, ids < limits).all(), "an id is not in its table")
+        bags = KeyedJaggedTensor(self.features, ids, weights, lengths.flatten())
+        return torch.sigmoid(self.logits(dense, bags).squeeze(1))

@@ -1,0 +1,110 @@
+"""An export's tables against W1·W2, block by block, and the rows of both that are to be looked up."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mlet_dist.embeddings.collapse import collapse_rows
+from mlet_dist.export.encoding import Encoding
+from mlet_dist.export.source import TableSource
+from mlet_dist.export.stored_tables import read_parts
+from mlet_dist.training.checkpoint.chunked import ChunkedTensors
+
+_BLOCK_BYTES = 1 << 25  # of the widest rows
+
+
+@dataclass
+class TableError:
+    """How far the rows of an output are from W; a value that is not finite is infinitely far.
+
+    Attributes:
+        max_abs_error: of a value.
+        worst_row: where it is.
+        largest: absolute value in W.
+        squares, of_error: sums over all values of W², and of the squared errors.
+    """
+
+    max_abs_error: float = 0.0
+    worst_row: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+    of_error: float = 0.0
+
+    def add(self, start: int, expected: torch.Tensor, found: torch.Tensor) -> None:
+        """Count rows from ``start`` on in."""
+        error = (found - expected).abs().nan_to_num(nan=math.inf).double()
+        of_row, row = error.amax(dim=1).max(dim=0)
+        if float(of_row) > self.max_abs_error:
+            self.max_abs_error, self.worst_row = float(of_row), start + int(row)
+        self.largest = max(self.largest, float(expected.abs().max()))
+        self.squares += float(expected.double().square().sum())
+        self.of_error += float(error.square().sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """``max_abs_error``, ``worst_row`` and ``relative_error``, which is |error| / |W| (Frobenius)."""
+        relative = 0.0 if not self.of_error else math.sqrt(self.of_error / self.squares) if self.squares else math.inf
+        return {"max_abs_error": self.max_abs_error, "worst_row": self.worst_row, "relative_error": relative}
+
+
+@dataclass(frozen=True)
+class StoredOutput:
+    """An output of an export, open for reading."""
+
+    name: str
+    encoding: Encoding
+    files: ChunkedTensors
+
+
+@dataclass
+class CheckedTable:
+    """A table, read through.
+
+    Attributes:
+        stored: the wanted rows of W1 (or of W), float32.
+        parts: the wanted rows of each output, by output and suffix.
+        errors: of each output.
+    """
+
+    stored: torch.Tensor
+    parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    errors: dict[str, TableError] = field(default_factory=dict)
+
+
+def check_table(
+    table: TableSource, outputs: Mapping[str, StoredOutput], wanted: torch.Tensor, done: Callable[[int], None]
+) -> CheckedTable:
+    """Read a table of a run and of an export's outputs, a block of rows at a time.
+
+    Args:
+        wanted: ascending int64, the rows to keep.
+        done: is told how many rows are read, as they are.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    columns = table.hidden_dim or table.embedding_dim
+    step = max(1, _BLOCK_BYTES // (4 * max(columns, table.embedding_dim)))
+    checked = CheckedTable(torch.empty(len(wanted), columns))
+    for name, output in outputs.items():
+        parts = output.encoding.parts(table.embedding_dim)
+        checked.parts[name] = {
+            suffix: torch.empty(len(wanted), part.columns, dtype=part.dtype) for suffix, part in parts.items()
+        }
+        checked.errors[name] = TableError()
+    for start in range(0, table.num_embeddings, step):
+        stop = min(start + step, table.num_embeddings)
+        stored = table.read_stored(start, stop).float()
+        first, last = torch.searchsorted(wanted, torch.tensor([start, stop])).tolist()
+        within = wanted[first:last] - start
+        checked.stored[first:last] = stored[within]
+        expected = stored if table.projection is None else collapse_rows(stored, table.projection)
+        for name, output in outputs.items():
+            parts_here = read_parts(output.files, output.encoding, table.state_name, start, stop, table.embedding_dim)
+            checked.errors[name].add(start, expected, output.encoding.decode(parts_here))
+            for suffix, rows in parts_here.items():
+                checked.parts[name][suffix][first:last] = rows[within]
+        done(stop - start)
+    return checked

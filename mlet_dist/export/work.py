@@ -1,0 +1,208 @@
+"""An export in the making: ``.<name>.partial`` beside it, where finished pieces of work are kept until all are done."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.errors import UserError
+from mlet_dist.export.manifest import MANIFEST
+from mlet_dist.json_text import to_json
+from mlet_dist.staging import check_free
+from mlet_dist.training.checkpoint.writing import SummedStream
+
+_JOB, _RECORDS, _EXPORT = "job.json", "records", "export"
+
+
+class DiskFull(UserError):
+    """There is no room for a file."""
+
+
+@dataclass(frozen=True)
+class WorkDirectory:
+    """Files of the export ``out``, and a record of each piece of work that is finished.
+
+    ::
+
+        job.json          what the export is made from; another job begins anew
+        records/          a JSON file for each piece of work, there once its files are on the disk
+        parts/            files that are still to be joined
+        export/           what will be the export
+
+    Args:
+        out: an absolute path.
+    """
+
+    out: Path
+
+    @property
+    def root(self) -> Path:
+        return self.out.parent / f".{self.out.name}.partial"
+
+    @property
+    def export(self) -> Path:
+        return self.root / _EXPORT
+
+    @property
+    def _replaced(self) -> Path:
+        return self.out.parent / f".{self.out.name}.replaced"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory, which is made if it is not there; one that holds no finished work goes at the end.
+
+        Raises:
+            UserError: another process holds it, or it cannot be written.
+        """
+        with self.writing():
+            missing = [parent for parent in self.out.parents if not parent.exists()]
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.root, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.root}: another `mlet export` is at work on the same export") from None
+            try:
+                yield
+            finally:
+                if self.root.exists() and not self.finished():
+                    shutil.rmtree(self.root, ignore_errors=True)
+                    for parent in missing:
+                        with suppress(OSError):
+                            parent.rmdir()
+        finally:
+            os.close(handle)
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raise UserError unless the export may take its name: nothing is there, or an export and ``overwrite``."""
+        with self.writing():
+            if self._replaced.exists() and not self.out.exists():  # killed between the two renames of `publish`
+                self._replaced.rename(self.out)
+            if (self.out / MANIFEST).exists():
+                if not overwrite:
+                    raise UserError(f"{self.out}: exists and is not empty; it is replaced with --overwrite alone")
+                with suppress(ValueError, TypeError, KeyError):
+                    if "format_version" in json.loads((self.out / MANIFEST).read_text(encoding="utf-8")):
+                        return
+            check_free(self.out)
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Keep what is there if the same job left it, and drop it otherwise; say which."""
+        text = to_json(job, indent=1)
+        with self.writing():
+            path = self.root / _JOB
+            before = path.read_text(encoding="utf-8") if path.exists() else None
+            if before == text and self.export.is_dir():
+                for left in self.root.rglob(".*.tmp"):
+                    left.unlink()
+                print(f"{self.root}: going on from {len(self.finished())} finished pieces of work", file=sys.stderr)
+                return
+            if before is not None and before != text:
+                said = "dropped: an export of another run, or in another way, was stopped there"
+                print(f"mlet: warning: {self.root}: {said}", file=sys.stderr)
+            for left in self.root.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            (self.root / _RECORDS).mkdir()
+            self.export.mkdir()
+            with self.new_file(_JOB) as stream:
+                stream.write(text.encode())
+
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[SummedStream]:
+        """A file below the directory that has its name once it is whole and on the disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = self.root / name
+        temporary = path.with_name(f".{path.name}.tmp")
+        with self.writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("wb") as file:
+                    yield SummedStream(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.rename(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def record(self, name: str, content: Mapping[str, Any]) -> None:
+        """Note that a piece of work is finished; its files must be there."""
+        with self.writing():
+            for directory in {(self.root / file).parent for file in content["files"]}:
+                _sync(directory)
+            with self.new_file(f"{_RECORDS}/{name}.json") as stream:
+                stream.write(to_json(content).encode())
+            _sync(self.root / _RECORDS)
+
+    def finished(self) -> set[str]:
+        """The names of all records."""
+        with suppress(FileNotFoundError):
+            return {path.stem for path in (self.root / _RECORDS).iterdir() if path.suffix == ".json"}
+        return set()
+
+    def recorded(self, name: str) -> dict[str, Any]:
+        """What ``record`` noted.
+
+        Raises:
+            UserError: it is not there: some rank writes elsewhere.
+        """
+        try:
+            content: dict[str, Any] = json.loads((self.root / _RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.root}: nothing says that {name} is finished; --out must be on storage that all ranks share"
+            ) from None
+        return content
+
+    def publish(self) -> None:
+        """Give the export its name; one that had it before goes."""
+        with self.writing():
+            _sync(self.export)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            if self.out.exists():
+                self.out.rename(self._replaced)
+            self.export.rename(self.out)
+            _sync(self.out.parent)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            shutil.rmtree(self.root)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn errors of the file system into a UserError; a full disk is said to be one."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            cause = _os_error(error)
+            if cause is None:
+                raise
+            kind = DiskFull if cause.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+            raise kind(f"{self.out}: cannot be written: {cause.strerror or cause}") from None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
