@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(USABLE)' 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test soak demo lint types imports check format clean
+.PHONY: help setup test soak slurm demo lint types imports check format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ test: $(STAMP) ## run the tests
 
 soak: $(STAMP) ## kill training 20 times at random moments: it must end with the same bits
 	@MLET_SOAK_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_kills.py $(ARGS)
+
+slurm: $(STAMP) ## install Slurm if it is missing (Debian, as root), and train on two nodes of one that runs here
+	@tests/launch/install_slurm.sh
+	@$(BIN)/python -m pytest -m slurm $(ARGS)
 
 demo: $(STAMP) ## train MLET and its baselines on synthetic data, from raw files to a comparison, in demo/
 	rm -rf demo

@@ -24,7 +24,12 @@ class RanksLost(Exception):
 
 
 class ConnectionLost(RanksLost):
-    """Another rank has ended, and why is for that one to say; exit code 1."""
+    """Another rank has ended, and why is for that one to say; the exit code is that of ``Interrupted``.
+
+    Nothing is wrong with a rank that lost another: a scheduler is to start it again, and not to count it.
+    """
+
+    EXIT_CODE = Interrupted.EXIT_CODE
 
 
 def one_line(text: str) -> str:

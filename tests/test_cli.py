@@ -10,7 +10,7 @@ import pytest
 from mlet_dist import __version__
 from mlet_dist.cli import main
 from mlet_dist.cli.checked_config import load_checked
-from mlet_dist.cli.options import without_nproc
+from mlet_dist.cli.nodes import without_launch
 from mlet_dist.cli.output import show
 from mlet_dist.cli.parsing import parse
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
@@ -112,7 +112,7 @@ def test_a_run_that_would_be_destroyed_is_found_before_torch_is_imported(config:
         (["tarin"], "argument COMMAND: invalid choice: 'tarin'"),
         (["train"], "the following arguments are required: CONFIG (see `mlet train --help`)"),
         (["train", "no\nsuch.yaml"], "no such.yaml: cannot read the config: No such file or directory"),
-        (["export", "no/such", "--out", "x"], "no/such: no such directory; expected a run made by `mlet train`"),
+        (["export", "no/such", "--out", "x"], "no/such: no such directory; expected what `mlet train` or"),
         (["evaluate", "x", "--data", "y", "a.b=1"], "unknown argument 'a.b=1' (see `mlet evaluate --help`)"),
     ],
     ids=["command", "no config", "two lines", "torch", "no overrides here"],
@@ -151,7 +151,7 @@ def test_only_overrides_that_were_understood_train(config: Path, capsys: pytest.
 def test_every_nproc_is_taken_out_of_what_the_ranks_run() -> None:
     given = ["train", "--nproc", "3", "c.yaml", "--nproc=4", "a.b=1", "--json", "--nproc", "2", "a.c=2"]
     assert parse(given).nproc == 2
-    assert without_nproc(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
+    assert without_launch(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
 
 
 def test_a_warning_is_one_line_and_does_not_stop_the_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

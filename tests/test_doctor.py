@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlet_dist import doctor
-from mlet_dist.doctor import Check, Probe, report
+from mlet_dist.doctor import machine, software
+from mlet_dist.doctor.check import Check, report
+from mlet_dist.doctor.software import Probe
 
 GIB = 1 << 30
 CHECK_NAMES = ["python", "versions", "fbgemm build", "imports", "devices", "cores", "memory", "/dev/shm", "disk"]
@@ -40,7 +41,7 @@ def versions(
     ("version", "status"), [((3, 10), "fail"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "fail"), ((4, 11), "fail")]
 )
 def test_python(version: tuple[int, int], status: str) -> None:
-    assert doctor.judge_python(version).status == status
+    assert software.judge_python(version).status == status
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_python(version: tuple[int, int], status: str) -> None:
     ],
 )
 def test_partner_of_torch(torch: str, partner: tuple[int, int] | None) -> None:
-    assert doctor.partner_of(torch) == partner
+    assert software.partner_of(torch) == partner
 
 
 @pytest.mark.parametrize(
@@ -77,15 +78,15 @@ def test_partner_of_torch(torch: str, partner: tuple[int, int] | None) -> None:
     ],
 )
 def test_versions(installed: dict[str, str | None], status: str, said: str) -> None:
-    check = doctor.judge_versions(installed, has_driver=False)
+    check = software.judge_versions(installed, has_driver=False)
     assert check.status == status
     assert said in check.found
-    assert check.advice == ("" if status == "ok" else doctor.INSTALL_CPU)
+    assert check.advice == ("" if status == "ok" else software.INSTALL_CPU)
 
 
 def test_wrong_versions_beside_a_driver_are_mended_with_the_cuda_set() -> None:
-    check = doctor.judge_versions(versions("2.13.0", "1.7.0", cuda="1.8.0"), has_driver=True)
-    assert check.advice == doctor.INSTALL_CUDA
+    check = software.judge_versions(versions("2.13.0", "1.7.0", cuda="1.8.0"), has_driver=True)
+    assert check.advice == software.INSTALL_CUDA
 
 
 @pytest.mark.parametrize(
@@ -93,41 +94,41 @@ def test_wrong_versions_beside_a_driver_are_mended_with_the_cuda_set() -> None:
     [
         ("1.8.0", None, True, "ok", ""),
         (None, "1.8.0", False, "ok", ""),
-        ("1.8.0", None, False, "fail", doctor.INSTALL_CPU),
-        (None, "1.8.0", True, "warn", doctor.INSTALL_CUDA),
-        ("1.8.0", "1.8.0", False, "fail", doctor.INSTALL_CPU),
-        ("1.8.0", "1.8.0", True, "fail", doctor.INSTALL_CUDA),
-        (None, None, False, "fail", doctor.INSTALL_CPU),
+        ("1.8.0", None, False, "fail", software.INSTALL_CPU),
+        (None, "1.8.0", True, "warn", software.INSTALL_CUDA),
+        ("1.8.0", "1.8.0", False, "fail", software.INSTALL_CPU),
+        ("1.8.0", "1.8.0", True, "fail", software.INSTALL_CUDA),
+        (None, None, False, "fail", software.INSTALL_CPU),
     ],
 )
 def test_fbgemm_build(cuda: str | None, cpu: str | None, has_driver: bool, status: str, advice: str) -> None:
-    check = doctor.judge_fbgemm_build(versions("2.13.0", "1.8.0", cuda=cuda, cpu=cpu), has_driver)
+    check = software.judge_fbgemm_build(versions("2.13.0", "1.8.0", cuda=cuda, cpu=cpu), has_driver)
     assert (check.status, check.advice) == (status, advice)
 
 
 def test_advice_removes_both_builds_and_installs_one() -> None:
     for command, build, other in (
-        (doctor.INSTALL_CUDA, "fbgemm-gpu==", "fbgemm-gpu-cpu=="),
-        (doctor.INSTALL_CPU, "fbgemm-gpu-cpu==", "fbgemm-gpu=="),
+        (software.INSTALL_CUDA, "fbgemm-gpu==", "fbgemm-gpu-cpu=="),
+        (software.INSTALL_CPU, "fbgemm-gpu-cpu==", "fbgemm-gpu=="),
     ):
         removal, installs = command.split(" && ", 1)
         assert removal.endswith("pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu")
         assert build in installs
         assert other not in installs
         assert command.startswith(sys.executable)
-    assert "--no-deps torchrec==" in doctor.INSTALL_CPU
+    assert "--no-deps torchrec==" in software.INSTALL_CPU
 
 
 @pytest.mark.parametrize(
     ("stderr", "has_driver", "found", "advice"),
     [
-        (WRONG_PAIR, False, "undefined symbol: _ZNR5torch7Library4_def", doctor.INSTALL_CPU),
-        (WRONG_PAIR, True, "undefined symbol: _ZNR5torch7Library4_def", doctor.INSTALL_CUDA),
+        (WRONG_PAIR, False, "undefined symbol: _ZNR5torch7Library4_def", software.INSTALL_CPU),
+        (WRONG_PAIR, True, "undefined symbol: _ZNR5torch7Library4_def", software.INSTALL_CUDA),
         (
             "OSError: libnvidia-ml.so.1: cannot open shared object file: No such file or directory",
             False,
             "a CUDA build without an NVIDIA driver",
-            doctor.INSTALL_CPU,
+            software.INSTALL_CPU,
         ),
         (
             "OSError: libtorch_cuda.so: cannot open shared object file: No such file or directory",
@@ -135,23 +136,23 @@ def test_advice_removes_both_builds_and_installs_one() -> None:
             "fbgemm is a CUDA build, torch is not",
             "uninstall -y torch",
         ),
-        ("ModuleNotFoundError: No module named 'torchrec.modules'", False, "torchrec", doctor.INSTALL_CPU),
+        ("ModuleNotFoundError: No module named 'torchrec.modules'", False, "torchrec", software.INSTALL_CPU),
         ("ModuleNotFoundError: No module named 'pyre_extensions'", False, "pyre", "-m pip install pyre-extensions"),
         ("some.odd.CustomError: nobody knows", False, "nobody knows", "import torch, fbgemm_gpu, torchrec"),
         ("", False, "no error message", "import torch, fbgemm_gpu, torchrec"),
     ],
 )
 def test_failed_import_names_its_cause_and_what_to_type(stderr: str, has_driver: bool, found: str, advice: str) -> None:
-    check = doctor.judge_imports(Probe(1, stderr, {}), has_driver)
+    check = software.judge_imports(Probe(1, stderr, {}), has_driver)
     assert check.status == "fail"
     assert found in check.found
     assert advice in check.advice
 
 
 def test_import_that_kills_or_hangs_the_interpreter() -> None:
-    assert "SIGILL" in doctor.judge_imports(Probe(-4, "", {}), False).found
-    assert "not imported after" in doctor.judge_imports(Probe(None, "", {}), False).found
-    assert doctor.judge_imports(Probe(0, "a warning", REPORT), False).status == "ok"
+    assert "SIGILL" in software.judge_imports(Probe(-4, "", {}), False).found
+    assert "not imported after" in software.judge_imports(Probe(None, "", {}), False).found
+    assert software.judge_imports(Probe(0, "a warning", REPORT), False).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -166,15 +167,15 @@ def test_import_that_kills_or_hangs_the_interpreter() -> None:
     ],
 )
 def test_devices(report: dict[str, object], has_driver: bool, status: str, said: str) -> None:
-    check = doctor.judge_devices(report, has_driver)
+    check = software.judge_devices(report, has_driver)
     assert check.status == status
     assert said in check.found
     assert bool(check.advice) == (status != "ok")
 
 
 def test_gpu_idle_because_torch_is_a_cpu_build_or_hidden() -> None:
-    assert "uninstall -y torch" in doctor.judge_devices(REPORT, has_driver=True).advice
-    assert "CUDA_VISIBLE_DEVICES" in doctor.judge_devices(REPORT | {"cuda_build": "13.0"}, has_driver=True).advice
+    assert "uninstall -y torch" in software.judge_devices(REPORT, has_driver=True).advice
+    assert "CUDA_VISIBLE_DEVICES" in software.judge_devices(REPORT | {"cuda_build": "13.0"}, has_driver=True).advice
 
 
 @pytest.mark.parametrize(
@@ -188,20 +189,20 @@ def test_gpu_idle_because_torch_is_a_cpu_build_or_hidden() -> None:
     ],
 )
 def test_cores(affinity: int, quota: float | None, found: str, status: str) -> None:
-    check = doctor.judge_cores(affinity, 64, quota)
+    check = machine.judge_cores(affinity, 64, quota)
     assert check.found.startswith(found)
     assert check.status == status
 
 
 def test_memory_shm_and_disk_warn_when_short() -> None:
-    assert doctor.judge_memory(8 * GIB, 4 * GIB).status == "ok"
-    assert doctor.judge_memory(8 * GIB, 4 * GIB - 1).status == "warn"
-    assert doctor.judge_disk("/here", 5 * GIB).status == "ok"
-    assert doctor.judge_disk("/here", 5 * GIB - 1) == doctor.Check(
+    assert machine.judge_memory(8 * GIB, 4 * GIB).status == "ok"
+    assert machine.judge_memory(8 * GIB, 4 * GIB - 1).status == "warn"
+    assert machine.judge_disk("/here", 5 * GIB).status == "ok"
+    assert machine.judge_disk("/here", 5 * GIB - 1) == Check(
         "disk", "warn", "5.0 GiB free in /here", "make room (df -h .), or point data.path and run.dir at a larger disk"
     )
-    assert doctor.judge_shm(GIB, GIB).status == "ok"
-    small, full = doctor.judge_shm(64 << 20, 64 << 20), doctor.judge_shm(8 * GIB, 0)
+    assert machine.judge_shm(GIB, GIB).status == "ok"
+    small, full = machine.judge_shm(64 << 20, 64 << 20), machine.judge_shm(8 * GIB, 0)
     assert (small.status, full.status) == ("warn", "warn")
     assert "--shm-size" in small.advice
     assert "medium: Memory" in small.advice
@@ -234,8 +235,8 @@ def test_limits_of_control_groups_version_2_hold_from_every_level(tmp_path: Path
             "sys/fs/cgroup/pod/memory.stat": f"anon 7\ninactive_file {2 * GIB}\n",
         },
     )
-    assert doctor.cpu_quota(root) == 1.5
-    assert doctor.memory(root) == (4 * GIB, 3 * GIB)
+    assert machine.cpu_quota(root) == 1.5
+    assert machine.memory(root) == (4 * GIB, 3 * GIB)
 
 
 def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
@@ -253,14 +254,14 @@ def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
             "sys/fs/cgroup/memory/box/memory.stat": f"inactive_file 5\ntotal_inactive_file {GIB // 2}\n",
         },
     )
-    assert doctor.cpu_quota(root) == 0.5
-    assert doctor.memory(root) == (2 * GIB, GIB + GIB // 2)
+    assert machine.cpu_quota(root) == 0.5
+    assert machine.memory(root) == (2 * GIB, GIB + GIB // 2)
 
 
 def test_no_control_group_no_limit(tmp_path: Path) -> None:
     root = tree(tmp_path, {"proc/meminfo": MEMINFO})
-    assert doctor.cpu_quota(root) is None
-    assert doctor.memory(root) == (16 * GIB, 12 * GIB)
+    assert machine.cpu_quota(root) is None
+    assert machine.memory(root) == (16 * GIB, 12 * GIB)
 
 
 def test_this_environment_in_full() -> None:
@@ -281,7 +282,7 @@ def test_this_environment_in_full() -> None:
 
 
 def test_import_that_takes_too_long_is_cut_off() -> None:
-    assert doctor.try_imports(timeout=0.01) == Probe(None, "", {})
+    assert software.try_imports(timeout=0.01) == Probe(None, "", {})
 
 
 def test_report_shows_every_check_and_what_to_type() -> None:

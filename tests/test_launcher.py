@@ -15,7 +15,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from mlet_dist.errors import ConnectionLost, UserError
-from mlet_dist.launcher import _as_ours, record_failure, said_by_another_rank
+from mlet_dist.launcher.elastic import _as_ours, record_failure, said_by_another_rank
 from tests.command import ROOT
 
 pytestmark = pytest.mark.e2e

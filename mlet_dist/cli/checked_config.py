@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mlet_dist.cli.nodes import node_count
 from mlet_dist.cli.process import launched, rank_of
 from mlet_dist.config import Config, load_config
 
@@ -16,7 +17,7 @@ def load_checked(args: argparse.Namespace) -> Config:
     config = load_config(Path(args.config), args.overrides)
     schema = DatasetSchema.load(data_set_path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
-    config.check_world_size(args.nproc or 1)
+    config.check_world_size((args.nproc or 1) * node_count(args))
     if not rank_of(args) and not launched():
         warn(config)
     return config

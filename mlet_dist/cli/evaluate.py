@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
     if args.nproc is not None:
-        return in_ranks(args, arguments)
+        return in_ranks(args, arguments, lambda: None)
     before_torch()
     from mlet_dist.data.location import data_set_path
     from mlet_dist.export.evaluate import evaluate_path

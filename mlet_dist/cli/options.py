@@ -59,10 +59,3 @@ def byte_size(text: str) -> int:
         return int(float(number) * unit)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 4G or 512M") from None
-
-
-def without_nproc(arguments: list[str]) -> list[str]:
-    """The command line that each rank gets."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_nproc(parser)
-    return parser.parse_known_args(arguments)[1]

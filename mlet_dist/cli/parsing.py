@@ -4,6 +4,7 @@ import argparse
 from typing import Protocol
 
 from mlet_dist.cli import compare, doctor, evaluate, export, factorize, plan, prepare, spectrum, synth, train, verify
+from mlet_dist.cli.nodes import check_options
 from mlet_dist.cli.options import Parser
 from mlet_dist.cli.output import Result
 from mlet_dist.errors import UserError
@@ -43,6 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         rest = [word for word in rest if word not in overrides]
     if rest:
         raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
+    check_options(args)
     return args
 
 

@@ -4,7 +4,9 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 
+from mlet_dist.config import Config
 from mlet_dist.errors import UserError
 
 _LAUNCHED = "MLET_LAUNCHED"
@@ -15,9 +17,10 @@ _PARENT = "MLET_PARENT"  # the process that this one must not outlive
 def rank_of(args: argparse.Namespace) -> int | None:
     """The number of this process among those that run the command together; None where it runs alone.
 
-    Only some commands run together: Kubeflow sets RANK for every command.
+    Only these commands run together: Kubeflow sets RANK for every command.
     """
-    if "RANK" not in os.environ or args.name not in _TOGETHER or args.nproc is not None:
+    together = args.name in _TOGETHER or (args.name == "doctor" and args.distributed)
+    if "RANK" not in os.environ or not together or args.nproc is not None:
         return None
     for name in ("RANK", "WORLD_SIZE"):
         value = os.environ.get(name)
@@ -51,9 +54,10 @@ def launched() -> bool:
 
 def handed_to_launcher(error: BaseException) -> bool:
     """Whether this rank's launcher, or under torchrun another rank, shows the error; torchrun's report has it, too."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+    # TorchX sets the file for whole nodes, too, and would show the traceback beside our line.
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ or "RANK" not in os.environ:
         return False
-    from mlet_dist.launcher import record_failure, said_by_another_rank
+    from mlet_dist.launcher.elastic import record_failure, said_by_another_rank
 
     record_failure(error)
     return launched() or said_by_another_rank(error)
@@ -81,12 +85,22 @@ def tie_children() -> None:
     os.environ[_PARENT] = str(os.getpid())
 
 
-def in_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[None, bool]:
-    """Run the same command line as `args.nproc` local ranks."""
-    from mlet_dist.cli.options import without_nproc
-    from mlet_dist.launcher import run_ranks
+def in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[], Config | None]) -> tuple[None, bool]:
+    """Run the same command line as `args.nproc` local ranks, on this node or on each of several.
 
+    Args:
+        check: what the command will run with; raises what is wrong with it on this node.
+    """
+    from mlet_dist.cli.nodes import nodes_of, without_launch
+
+    rest = without_launch(arguments)
+    nodes, job = nodes_of(args, rest)
+    if nodes is None or nodes.is_elastic:
+        config = check()  # before torch is imported
+        check = lambda: config  # noqa: E731
     os.environ[_LAUNCHED] = "1"
     tie_children()
-    run_ranks(args.nproc, without_nproc(arguments))
+    from mlet_dist.launcher.command import launch
+
+    launch(args.nproc, rest, nodes, job, check)
     return None, True

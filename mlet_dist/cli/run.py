@@ -11,14 +11,14 @@ from mlet_dist.cli.output import print_error, show
 from mlet_dist.cli.parsing import parse
 from mlet_dist.cli.process import die_with_parent, handed_to_launcher, rank_of
 from mlet_dist.cli.signals import answering_signals
-from mlet_dist.errors import Interrupted, RanksLost, UserError
+from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    0 on success, 2 for a user's mistake, 75 for a run that was told to stop and is to be started again, 130 and 143
-    when interrupted or terminated, else 1.
+    0 on success, 2 for a user's mistake, 75 for a run that is to be started again since it was told to stop or another
+    node has gone, 130 and 143 when interrupted or terminated, else 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stderr is None:  # closed by `2>&-`; print would take stdout in its place
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RanksLost as error:
         if not handed_to_launcher(error):
             print_error(error)
-        return 1
+        return ConnectionLost.EXIT_CODE if isinstance(error, ConnectionLost) else 1
     except ChildProcessError as error:  # which has shown its own traceback, if it could
         print_error(error)
         return 1

@@ -155,7 +155,7 @@ class Source(Tables):
         if ExportDirectory(path).manifest.exists():
             raise UserError(f"{path}: an export already; name the run that it is of")
         if not path.is_dir():
-            raise UserError(f"{path}: no such directory; expected a run made by `mlet train`")
+            raise UserError(f"{path}: no such directory; expected what `mlet train` or `mlet factorize` made")
         found = Tables.open(path)
         if not isinstance(found, Source):
             raise UserError(

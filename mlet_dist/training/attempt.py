@@ -17,14 +17,17 @@ def for_this_attempt(config: Config) -> Config:
     return replace(config, run=replace(config.run, overwrite=False), train=replace(config.train, resume=resume))
 
 
-def finished_before(config: Config) -> dict[str, Any] | None:
+def finished_before(config: Config, *, by_any: bool = False) -> dict[str, Any] | None:
     """The summary of a run that an earlier attempt has finished, but did not live to show; None where there is none.
+
+    Args:
+        by_any: whether any earlier job counts as an attempt, and not those of this torch elastic alone.
 
     Raises:
         UserError: it cannot be read.
     """
     run = RunDirectory(Path(config.run.dir))
-    if not _is_restart() or not run.summary.exists():
+    if not (by_any or _is_restart()) or not run.summary.exists():
         return None
     saved, _, summary = run.load()
     return summary if for_this_attempt(saved) == for_this_attempt(config) else None

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from mlet_dist.errors import ConnectionLost, RanksLost, UserError
 from mlet_dist.training.roll_call import RollCall, connection_lost, fresh_store, timed_out
 
-_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT, _START = timedelta(minutes=10), timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,17 @@ class Worker:
 
 
 @contextmanager
-def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[Worker]:
+def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT, start: timedelta = _START) -> Iterator[Worker]:
     """Join the process group that torchrun's environment describes, or a group of one without it.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``; cuda takes nccl, cpu takes gloo.
         timeout: in which every rank must take part in a collective.
+        start: in which all ranks must come.
 
     Raises:
         UserError: cuda is asked for where there is none.
+        RanksLost: not all ranks came.
         RanksLost: within the block, a gloo collective timed out; it names the ranks that did not take part.
         ConnectionLost: within the block, another rank ended.
     """
@@ -56,13 +58,19 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
         torch.cuda.set_device(target)
     backend = "nccl" if on_cuda else "gloo"
     if "RANK" in os.environ:
-        store, rank, world_size = next(iter(dist.rendezvous("env://")))
-        store = fresh_store(dist.PrefixStore("mlet", store), rank, world_size)
         # Ranks may start minutes apart, and `timeout` is for what comes after.
-        roll = RollCall(store, rank, world_size)
+        try:
+            store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=start)))
+            store = fresh_store(dist.PrefixStore("mlet", store), rank, world_size, start)
+            roll = RollCall(store, rank, world_size, start)
+        except (RuntimeError, ValueError) as error:
+            raise RanksLost(
+                f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks came "
+                f"to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {start.total_seconds():g} s"
+            ) from error
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        roll = RollCall(dist.HashStore(), 0, 1)
+        rank, roll = 0, RollCall(dist.HashStore(), 0, 1)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -8,13 +8,12 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
-_START = timedelta(minutes=30)
 _PATIENCE_SECONDS = 10.0
 _ENDED = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
 
 
-def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of ``store`` that no earlier attempt of the same job has written to.
+def fresh_store(store: dist.Store, rank: int, world_size: int, patience: timedelta) -> dist.Store:
+    """A part of ``store`` that no earlier attempt of the same job has written to; ``patience`` is for all to come.
 
     torch elastic keeps its store when it restarts the ranks, and with it the addresses of ranks that have gone. The
     restart's number does not help: an agent that joins later counts from 0. So every rank says a word of its own, and
@@ -23,7 +22,7 @@ def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     Raises:
         RuntimeError: a rank did not come.
     """
-    word, deadline = uuid.uuid4().hex, time.monotonic() + _START.total_seconds()
+    word, deadline = uuid.uuid4().hex, time.monotonic() + patience.total_seconds()
     store.set(f"word/{rank}", word)
     if rank != 0:
         while True:
@@ -50,12 +49,13 @@ class RollCall:
     Args:
         store: of all ranks, in which nothing of an earlier attempt is.
         rank, world_size: of this process, and of all.
+        patience: for all ranks to come.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int, patience: timedelta = timedelta(0)) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         store.set(f"host/{rank}", socket.gethostname())
-        store.wait([f"host/{each}" for each in range(world_size)], _START)
+        store.wait([f"host/{each}" for each in range(world_size)], patience)
 
     def missing(self) -> list[str]:
         """The ranks, with hosts, that do not notice soon that a collective has timed out; none if nobody can tell."""
@@ -85,5 +85,5 @@ def connection_lost(error: BaseException) -> bool:
 
 def _wait(deadline: float) -> None:
     if time.monotonic() > deadline:
-        raise RuntimeError(f"not all ranks have started within {_START}")
+        raise RuntimeError("not all ranks have started")
     time.sleep(0.05)

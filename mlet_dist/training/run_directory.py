@@ -15,6 +15,8 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.store import CheckpointStore
 from mlet_dist.training.lock import locked
 
+_PREFLIGHT = ".mlet-preflight-"  # files by which the nodes of a job find out that they share storage
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -77,7 +79,7 @@ class RunDirectory:
         """
         overwrite = config.run.overwrite
         try:
-            entries = set(self.path.iterdir())
+            entries = {entry for entry in self.path.iterdir() if not entry.name.startswith(_PREFLIGHT)}
         except FileNotFoundError:
             return
         except NotADirectoryError:

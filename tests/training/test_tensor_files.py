@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import zlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -183,3 +184,12 @@ def test_what_is_streamed_is_read_once_and_damage_is_known_at_the_latest_when_it
     file.settle()
     assert sum(read) == 256
     file.close()
+
+
+def test_checksums_are_those_that_every_zlib_gives() -> None:
+    content = random.Random(3).randbytes(BLOCK_BYTES + 1_000)
+    checksum = Checksum()
+    for start in range(0, len(content), 5_000_001):
+        checksum.update(content[start : start + 5_000_001])
+    expected = [f"{zlib.crc32(content[:BLOCK_BYTES]):08x}", f"{zlib.crc32(content[BLOCK_BYTES:]):08x}"]
+    assert checksum.entry() == {"bytes": len(content), "crc32": expected}

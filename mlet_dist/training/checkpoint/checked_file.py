@@ -1,9 +1,10 @@
 """Parts of a file, each block of which is checked when it is first read."""
 
 import io
-import zlib
 from collections.abc import Callable, Mapping
 from typing import IO, Any
+
+from isal.isal_zlib import crc32
 
 from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES, block_damage
@@ -83,7 +84,7 @@ class CheckedFile:
             return
         block = out if len(out) == length else self._buffer()[:length]
         self._read(begin, block)
-        self._check(number, zlib.crc32(block))
+        self._check(number, crc32(block))
         if block is not out:
             self._held = number, block
             out[:] = block[within : within + len(out)]
@@ -97,7 +98,7 @@ class CheckedFile:
             self._read_block(number, within, out)
             return
         self._read(number * BLOCK_BYTES + within, out)
-        found = zlib.crc32(out, self._begun[2] if self._begun is not None else 0)
+        found = crc32(out, self._begun[2] if self._begun is not None else 0)
         self._begun = number, within + len(out), found
         if within + len(out) == self._length(number):
             self._begun = None

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import zlib
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from isal.isal_zlib import crc32  # zlib's, at ten times the speed
 
 from mlet_dist.errors import UserError
 from mlet_dist.json_text import to_json
@@ -38,7 +39,7 @@ class Checksum:
             part = view[: BLOCK_BYTES - begun]
             if begun == 0:
                 self._sums.append(0)
-            self._sums[-1] = zlib.crc32(part, self._sums[-1])
+            self._sums[-1] = crc32(part, self._sums[-1])
             self.size += len(part)
             view = view[len(part) :]
 

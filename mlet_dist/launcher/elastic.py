@@ -1,4 +1,4 @@
-"""`--nproc N`: the same command again in N local ranks, through torch elastic."""
+"""`--nproc N`: the same command again in N ranks of this node, through torch elastic."""
 
 import hashlib
 import json
@@ -12,27 +12,35 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
+from mlet_dist.launcher.nodes import Nodes
 
 _SECONDS_TO_SAVE = 600
+_ELASTIC_RESTARTS = 10
 _ONE_LINE: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (UserError, Interrupted, ConnectionLost, RanksLost)
 }
 
 
-def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
-    """Run ``python -m mlet_dist ARGUMENTS`` in ``nproc`` ranks on this host and wait for all of them.
+def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, job: str = "") -> None:
+    """Run ``python -m mlet_dist ARGUMENTS`` in ``nproc`` ranks on this node and wait for all of them.
+
+    Args:
+        nodes: of an elastic job, or such as have met (``MetNodes`` is registered); None where this is the only one.
+        job: the nodes' name for it.
 
     Raises:
         UserError: a rank found a user's mistake.
         Interrupted: the ranks were told to stop, and have saved what they did.
-        RanksLost: a rank found that others do not answer.
+        RanksLost: a rank found that others do not answer, or too few nodes came.
         ChildProcessError: a rank failed otherwise; its traceback has been printed.
         KeyboardInterrupt: this process was told to stop, by the signal that the exception holds.
     """
@@ -42,18 +50,12 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="mlet-", ignore_cleanup_errors=True) as logs:
             config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
                 nproc_per_node=nproc,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                local_addr="localhost",
-                max_restarts=0,
                 monitor_interval=0.1,
                 signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # which the ranks get too
                 shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SECONDS_TO_SAVE)),
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
+                **_rendezvous(nodes, job),
             )
             try:
                 elastic_launch(config, sys.executable)("-m", "mlet_dist", *arguments)
@@ -61,6 +63,37 @@ def run_ranks(nproc: int, arguments: Sequence[str]) -> None:
                 raise _what_ranks_said(Path(logs)) or KeyboardInterrupt(stopped.sigval) from None
     except ChildFailedError as failed:
         raise _as_ours(failed) from None
+    except RendezvousError as error:
+        if nodes is None:
+            raise
+        raise RanksLost(
+            f"fewer than {nodes.fewest} nodes came to {nodes.endpoint} in time (--wait, "
+            f"{type(error).__name__}): do all run the same command, and can they reach this host?"
+        ) from None
+
+
+def _rendezvous(nodes: Nodes | None, job: str) -> dict[str, Any]:
+    if nodes is None:
+        return {
+            "min_nodes": 1,
+            "max_nodes": 1,
+            "run_id": uuid.uuid4().hex,
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "local_addr": "localhost",
+            "max_restarts": 0,
+        }
+    found = {"min_nodes": nodes.fewest, "max_nodes": nodes.count, "run_id": job, "rdzv_endpoint": nodes.endpoint}
+    if nodes.is_elastic:
+        # Nodes that come after the last call join, too: the others are then started again with them.
+        how = {
+            "is_host": nodes.rank == 0,
+            "read_timeout": min(int(nodes.wait), 60),
+            "join_timeout": max(int(nodes.wait), 50),  # a node that has gone is missed for 15 s, and then the last call
+            "last_call_timeout": min(int(nodes.wait), 15),
+        }
+        return found | {"rdzv_backend": "c10d", "rdzv_configs": how, "max_restarts": _ELASTIC_RESTARTS}
+    return found | {"rdzv_backend": "mlet", "max_restarts": 0}
 
 
 def record_failure(error: BaseException) -> None:

