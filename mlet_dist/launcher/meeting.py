@@ -148,7 +148,8 @@ def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.
     server = dist.TCPStore(nodes.master, nodes.port, None, False, patience)
     store = dist.PrefixStore(job, server)
     store.set(f"facts/{nodes.rank}", json.dumps(facts))
-    if _wait_for(store, ["roster"], deadline + _ANSWER_SECONDS if store.check(["facts/0"]) else deadline):
+    judging = 2 * _ANSWER_SECONDS if store.check(["facts/0"]) else 0  # node 0 is there, and may wait for storage
+    if _wait_for(store, ["roster"], deadline + judging):
         return None
     roster = json.loads(store.get("roster"))
     if roster["words"].get(str(nodes.rank)) != facts["word"]:
