@@ -22,6 +22,10 @@ _POLL_SECONDS = 0.05
 _PORT_SECONDS = 10.0  # in which an earlier job may give up the port
 _ANSWER_SECONDS = 10.0
 _STORE_TIMEOUT = timedelta(minutes=5)
+_STRANGER = (
+    "what answers at {endpoint} is not node 0 of this job: another job has the port, or was node 0 given another "
+    "command? It must be the same on all nodes, but for --node-rank"
+)
 
 Facts = dict[str, Any]
 
@@ -111,15 +115,12 @@ def _join(nodes: Nodes, job: str, facts: Facts) -> dist.TCPStore:
         reason = _unreachable(nodes)
         if not reason:
             try:
-                store = _read_roster(nodes, job, facts, deadline)
+                found = _read_roster(nodes, job, facts, deadline)
             except (OSError, RuntimeError):  # node 0 has gone, and may come back
-                store = None
-            if store is not None:
-                return store
-            reason = (
-                f"what answers at {nodes.endpoint} is not node 0 of this job: another job has the port, or was "
-                "node 0 given another command? It must be the same on all nodes, but for --node-rank"
-            )
+                found = _STRANGER
+            if not isinstance(found, str):
+                return found
+            reason = found.format(endpoint=nodes.endpoint)
         time.sleep(0.5)
     raise _gave_up(nodes, reason)
 
@@ -142,18 +143,20 @@ def _unreachable(nodes: Nodes) -> str:
     return ""
 
 
-def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.TCPStore | None:
-    """The store, once node 0 has taken this node; None where the roster is not for it."""
+def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.TCPStore | str:
+    """The store, once node 0 has taken this node; why not, where the roster is not for it."""
     patience = timedelta(seconds=max(1.0, min(_ANSWER_SECONDS, deadline - time.monotonic())))
     server = dist.TCPStore(nodes.master, nodes.port, None, False, patience)
     store = dist.PrefixStore(job, server)
     store.set(f"facts/{nodes.rank}", json.dumps(facts))
-    judging = 2 * _ANSWER_SECONDS if store.check(["facts/0"]) else 0  # node 0 is there, and may wait for storage
-    if _wait_for(store, ["roster"], deadline + judging):
-        return None
+    if _wait_for(store, ["facts/0"], deadline):
+        return _STRANGER
+    # Node 0 is there. It may give up waiting for others a little later than this node would, or look for storage.
+    if _wait_for(store, ["roster"], deadline + 2 * _ANSWER_SECONDS):
+        return "node 0 is at {endpoint}, and waits longer than this node for others; give all the same --wait"
     roster = json.loads(store.get("roster"))
     if roster["words"].get(str(nodes.rank)) != facts["word"]:
-        return None
+        return _STRANGER
     store.set(f"read/{nodes.rank}", "")
     if "lost" in roster:
         raise RanksLost(roster["lost"])
