@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.existing_tables import open_existing
+from mlet_dist.export.factorize.existing_tables import open_existing
 from mlet_dist.export.source import Tables
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun

@@ -17,8 +17,8 @@ import torch
 from benchmarks.made_run import make_run, random_rows
 from mlet_dist.config import ModelConfig
 from mlet_dist.errors import UserError
+from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.manifest import ExportDirectory
-from mlet_dist.export.work import WorkDirectory
 from tests.command import ROOT
 from tests.export.small_units import contents, export
 

@@ -19,13 +19,13 @@ from PIL import Image
 from mlet_dist.data.id_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.export.factorize import factorize_tables
+from mlet_dist.export.factorize.job import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import Tables
-from mlet_dist.export.spectrum import Spectrum, balance, suggest_dim
-from mlet_dist.export.spectrum_job import spectrum_of
-from mlet_dist.export.spectrum_page import page
-from mlet_dist.export.spectrum_text import NOTE
+from mlet_dist.export.spectrum.job import spectrum_of
+from mlet_dist.export.spectrum.page import page
+from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_dim
+from mlet_dist.export.spectrum.text import NOTE
 from tests.command import mlet
 from tests.conftest import TrainedRun
 

@@ -11,10 +11,10 @@ from benchmarks.made_run import make_run, random_rows
 from mlet_dist.config import ModelConfig
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.errors import UserError
-from mlet_dist.export.job import ExportOptions, export_run
+from mlet_dist.export.collapse.job import ExportOptions, export_run
+from mlet_dist.export.collapse.unit_work import worker_bytes
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.source import Source
-from mlet_dist.export.unit_work import worker_bytes
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun
 from tests.export.small_units import contents, export, export_in_rank

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.verify import verify_export
+from mlet_dist.export.verify.job import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.command import ROOT, error_line, mlet, mlet_json
 from tests.conftest import TrainedRun

@@ -14,13 +14,13 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.assembly import Assembly
+from mlet_dist.export.collapse.assembly import Assembly
+from mlet_dist.export.collapse.unit_work import UnitWorker, worker_bytes
+from mlet_dist.export.collapse.units import Unit
+from mlet_dist.export.collapse.work_directory import DiskFull, WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS, Output
-from mlet_dist.export.serving_plan import Serving
+from mlet_dist.export.serving.plan import Serving
 from mlet_dist.export.source import Source
-from mlet_dist.export.unit_work import UnitWorker, worker_bytes
-from mlet_dist.export.units import Unit
-from mlet_dist.export.work import DiskFull, WorkDirectory
 from mlet_dist.progress import Progress
 from mlet_dist.training.checkpoint.writing import on_first
 from mlet_dist.training.distributed import Worker, join_ranks

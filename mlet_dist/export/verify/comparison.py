@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mlet_dist.export.candidates import Candidate
-from mlet_dist.export.table_check import TableError
+from mlet_dist.export.verify.candidates import Candidate
+from mlet_dist.export.verify.table_check import TableError
 from mlet_dist.training.metrics import BinaryMetrics
 
 

@@ -12,14 +12,14 @@ from mlet_dist.data.loader import Batch
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.export.candidates import candidate, factorised, packaged
-from mlet_dist.export.comparison import DEFAULT_TOLERANCES, Comparison, Tolerances
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.manifest import PACKAGE, ExportDirectory
-from mlet_dist.export.seen_rows import SeenRows, renumber
 from mlet_dist.export.source import Source
 from mlet_dist.export.stored_tables import open_output
-from mlet_dist.export.table_check import CheckedTable, StoredOutput, check_table
+from mlet_dist.export.verify.candidates import candidate, factorised, packaged
+from mlet_dist.export.verify.comparison import DEFAULT_TOLERANCES, Comparison, Tolerances
+from mlet_dist.export.verify.seen_rows import SeenRows, renumber
+from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, check_table
 from mlet_dist.progress import Progress
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluation_loader

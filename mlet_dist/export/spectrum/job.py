@@ -11,9 +11,9 @@ from mlet_dist.embeddings.factorize import FLOOR
 from mlet_dist.errors import UserError
 from mlet_dist.export.row_blocks import sum_grams
 from mlet_dist.export.source import Tables, TableSource
-from mlet_dist.export.spectrum import Spectrum, balance, suggest_dim
-from mlet_dist.export.spectrum_page import page
-from mlet_dist.export.spectrum_text import NOTE
+from mlet_dist.export.spectrum.page import page
+from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_dim
+from mlet_dist.export.spectrum.text import NOTE
 from mlet_dist.json_text import to_json
 from mlet_dist.progress import Progress
 from mlet_dist.staging import check_free, staged_directory

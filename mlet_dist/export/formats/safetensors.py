@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mlet_dist.export.pieces import Piece, whole_shapes
+from mlet_dist.export.formats.pieces import Piece, whole_shapes
 from mlet_dist.training.checkpoint.writing import SummedStream
 
 _DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int64": "I64"}
