@@ -79,6 +79,12 @@ def test_a_state_dict_that_torch_saved(tmp_path: Path, named: Callable[[str], st
             _check(tmp_path / "nested.pt", r"model\.(?P<table>.)\.weight")
 
 
+def test_a_file_of_the_format_before_zip_is_named(tmp_path: Path) -> None:
+    torch.save(TABLES, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"old\.pt: is in torch\.save's format before 1\.6; torch\.load it and"):
+        open_existing(tmp_path / "old.pt")
+
+
 def test_rows_of_a_view_are_its_own(tmp_path: Path) -> None:
     whole = torch.arange(60.0).reshape(6, 10)
     views = {"columns": whole[:, 3:7], "rows": whole[2:5], "alike": whole[:1].expand(5, 10)}

@@ -21,7 +21,7 @@ class TorchFile(ChunkedTensors):
         path: written by torch.save in its format since 1.6.
 
     Raises:
-        UserError: the file is missing, damaged, or holds more than plain data.
+        UserError: the file is missing, damaged, of the format before that, or holds more than plain data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,8 +39,11 @@ class TorchFile(ChunkedTensors):
                 raise UserError(f"{path}: holds a {type(state).__name__}; save a state dict, of tensors by name")
             for name, tensor in _flat(state, ""):
                 self._stored[name] = tensor
-                start = (tensor.untyped_storage()._checkpoint_offset or 0) + tensor.storage_offset() * tensor.itemsize
-                chunk = Chunk((0,) * tensor.dim(), tuple(tensor.shape), name, int(start), tensor.nbytes)
+                begin = tensor.untyped_storage()._checkpoint_offset
+                if begin is None:
+                    raise UserError(f"{path}: is in torch.save's format before 1.6; torch.load it and save it again")
+                start = int(begin) + int(tensor.storage_offset()) * tensor.itemsize
+                chunk = Chunk((0,) * tensor.dim(), tuple(tensor.shape), name, start, tensor.nbytes)
                 self.tensors[name], self._chunks[name] = StoredTensor(chunk.sizes, tensor.dtype), [chunk]
         except UserError:
             self.close()
