@@ -13,6 +13,7 @@ from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.job import ExportOptions, export_run
 from mlet_dist.export.collapse.unit_work import worker_bytes
+from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.source import Source
 from mlet_dist.models.dlrm import TABLES_PREFIX
@@ -93,6 +94,15 @@ def test_half_precision_and_single_layers(tmp_path: Path) -> None:
                 expected = rows.double() @ random_rows(f"{name}.projection", 0, hidden_dim, 12).double()
                 torch.testing.assert_close(table.double(), expected, rtol=1e-5, atol=1e-5)
             assert table.dtype == torch.float32
+
+
+def test_what_is_finished_is_not_looked_up_after_every_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run", {"long": 12_800}, MODEL, shards=1)
+    finished, looks = WorkDirectory.finished, []
+    monkeypatch.setattr(WorkDirectory, "finished", lambda self: (looks.append(1), finished(self))[1])
+    export(tmp_path / "run", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "model").glob("long-*"))) == 100
+    assert 2 <= len(looks) < 50
 
 
 def test_a_checkpoint_may_lie_at_a_url(made: Path, tmp_path: Path) -> None:

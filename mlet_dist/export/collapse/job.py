@@ -1,6 +1,7 @@
 """The export job: every rank collapses its share of a run's tables, and the first puts the export together."""
 
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from mlet_dist.training.distributed import Worker, join_ranks
 
 MEMORY = 512 << 20
 _OTHERS_MAY_TAKE = timedelta(hours=6)
+_LOOK_SECONDS = 2.0  # between two looks at what is finished
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,14 @@ def _do_units(assembly: Assembly, worker: Worker, threads: int) -> None:
         progress = held.enter_context(Progress("export", total, "rows", disable=not worker.is_first, done=done))
         pool = ThreadPoolExecutor(max(1, threads))
         held.callback(pool.shutdown, cancel_futures=True)
-        shown = done
+        shown, looked = done, time.monotonic()
         for future in as_completed([pool.submit(do, unit) for unit in own]):
             future.result()
-            now = total - sum(unit.rows for unit in assembly.unfinished())
-            progress.update(now - shown)
-            shown = now
+            # What the other ranks have done shows in the directory alone, which may be long.
+            if worker.is_first and time.monotonic() - looked > _LOOK_SECONDS:
+                now = total - sum(unit.rows for unit in assembly.unfinished())
+                progress.update(now - shown)
+                shown, looked = now, time.monotonic()
         dist.barrier()
         progress.update(total - shown)
 

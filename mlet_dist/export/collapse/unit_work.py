@@ -42,8 +42,8 @@ class UnitWorker:
         self._stored = torch.empty(max(stored for stored, _ in sizes), dtype=torch.uint8)
         self._table = torch.empty(max(table for _, table in sizes), dtype=torch.uint8)
 
-    def do(self, unit: Unit) -> int:
-        """Collapse, encode and write the rows of a unit, and record that it is finished; returns how many rows.
+    def do(self, unit: Unit) -> None:
+        """Collapse, encode and write the rows of a unit, and record that it is finished.
 
         Raises:
             UserError: a file is damaged or missing, a value is not finite, or a file cannot be written.
@@ -66,7 +66,6 @@ class UnitWorker:
             pieces[output.name] = [piece.to_dict() for piece in written]
             files[path] = stream.checksum.entry()
         self._work.record(unit.name, {"files": files, "pieces": pieces})
-        return unit.rows
 
     def collapse(self, unit: Unit) -> torch.Tensor:
         """W of a unit's rows, float32, in memory that the next call uses again."""
