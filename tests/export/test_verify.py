@@ -180,6 +180,15 @@ def test_a_manifest_that_does_not_describe_its_outputs_is_refused(
         verify_export(export, trained.path, trained.data)
 
 
+def test_an_export_of_another_checkpoint_is_refused(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    export.mkdir()
+    shutil.copy(exported / "manifest.json", export)
+    reseal(export, lambda manifest: manifest["run"].update(checkpoint="step-00000040", checkpoint_sha256="0"))
+    with pytest.raises(UserError, match=r"exported from step-00000040 of .*, which is not what step-00000057 of"):
+        verify_export(export, trained.path, trained.data)
+
+
 def test_data_whose_ids_mean_something_else_is_refused(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     mlet("synth", "--out", other, "--rows", 6001, "--num-embeddings", 300, "--seed", 5)

@@ -57,6 +57,12 @@ def verify_export(
             raise UserError(
                 f"{export}: its inputs or table sizes are not those of {run}; it was exported from another run"
             )
+        exported = manifest["run"]
+        if exported["checkpoint_sha256"] != source.digest:
+            raise UserError(
+                f"{export}: was exported from {exported['checkpoint']} of {exported['path']}, which is not what "
+                f"{source.checkpoint} of {run} holds; name that run, or export again"
+            )
         schema = DatasetSchema.load(data)
         trained.check_data(schema, data)
         described = _check_outputs(directory, manifest)
