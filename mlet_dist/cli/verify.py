@@ -7,6 +7,7 @@ from typing import Any
 from mlet_dist.cli.options import add_data
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch
+from mlet_dist.text_table import text_table
 
 TEXT = "Compare the factorised model with every model of its export; exit code 1 if one differs by more than it may."
 EPILOG = None
@@ -57,10 +58,8 @@ def _of_encoding(text: str) -> tuple[str, float]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [
-        ("", "tables", "AUC", "change", "LogLoss", "change", "largest difference", "largest table error", ""),
-        ("factorised", "", f"{result['auc_run']:.6f}", "", f"{result['logloss_run']:.6f}", "", "", "", ""),
-    ]
+    names = ("", "tables", "AUC", "change", "LogLoss", "change", "largest difference", "largest table error", "")
+    lines = [("factorised", "", f"{result['auc_run']:.6f}", "", f"{result['logloss_run']:.6f}", "", "", "", "")]
     for name, found in result["outputs"].items():
         unit = "logit" if "max_abs_logit_diff" in found else "probability"
         table, error = max(found["tables"].items(), key=lambda each: each[1]["relative_error"])
@@ -77,6 +76,4 @@ def _table(result: dict[str, Any]) -> str:
                 "ok" if found["ok"] else "FAILED",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([f"{result['rows']:,} rows of {result['split']}", *shown])
+    return "\n".join([f"{result['rows']:,} rows of {result['split']}", *text_table(names, lines, left=len(names))])
