@@ -59,6 +59,15 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out}: exists and is not empty; name another directory or remove this one")
 
 
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def _held(directory: Path) -> Iterator[None]:
     """Lock a directory; OSError where another process holds it. The lock ends with its process, however that ends."""

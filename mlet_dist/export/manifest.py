@@ -42,8 +42,12 @@ class ExportDirectory:
         return self.path / MANIFEST
 
     @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def is_there(self) -> bool:
+        """Whether an export of any version lies there, whole or not: what may be replaced by another."""
+        try:
+            return {"format_version", "tables", "dense"} <= set(json.loads(self.manifest.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return False
 
     def load(self) -> tuple[ModelSpec, dict[str, Any]]:
         """The plain model that the export holds, and its manifest.

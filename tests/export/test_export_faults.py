@@ -139,7 +139,7 @@ def test_an_export_is_replaced_only_with_overwrite(made: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     # What is no export is never replaced.
-    for content in ("{}", "[", None):
+    for content in ("{}", "[", '{"format_version": 2, "packages": []}', None):
         shutil.rmtree(out)
         out.mkdir()
         (out / "notes.txt").write_text("mine")

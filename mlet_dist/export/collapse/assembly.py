@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import fbgemm_gpu
 import torch
 
 from mlet_dist import __version__
@@ -275,7 +276,12 @@ def _joined(table: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"mlet_dist": __version__, "torch": torch.__version__, "torchrec": version("torchrec")}
+    return {
+        "mlet_dist": __version__,
+        "torch": torch.__version__,
+        "torchrec": version("torchrec"),
+        "fbgemm_gpu": fbgemm_gpu.__version__,
+    }
 
 
 def _metrics(summary: Any) -> dict[str, Any]:
