@@ -12,7 +12,7 @@ from mlet_dist.config import ModelConfig
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.job import ExportOptions, export_run
-from mlet_dist.export.collapse.unit_work import worker_bytes
+from mlet_dist.export.collapse.unit_work import UnitWorker, worker_bytes
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.source import Source
@@ -113,12 +113,17 @@ def test_a_checkpoint_may_lie_at_a_url(made: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "remote" / "model") == contents(tmp_path / "local" / "model")
 
 
-def test_memory_bounds_how_much_is_done_at_a_time(made: Path, tmp_path: Path) -> None:
+def test_memory_bounds_how_much_is_done_at_a_time(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_workers, begin = [], UnitWorker.__init__
+    monkeypatch.setattr(UnitWorker, "__init__", lambda self, *args: (made_workers.append(1), begin(self, *args))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     source = Source.of_run(made)
     least = worker_bytes(source, [OUTPUTS["dcp"]])
     source.files.close()
-    export_run(made, tmp_path / "least", ExportOptions(memory=least))
+    export_run(made, tmp_path / "least", ExportOptions(memory=2 * least - 1))
+    assert len(made_workers) == 1
     export_run(made, tmp_path / "much", ExportOptions(memory=100 * least))
+    assert len(made_workers) == 1 + len(TABLES)  # there is a unit a table
     assert contents(tmp_path / "least") == contents(tmp_path / "much")
     with pytest.raises(UserError, match=f"it takes {least:,} at least"):
         export_run(made, tmp_path / "less", ExportOptions(memory=least - 1))
