@@ -1,5 +1,7 @@
 """Which rank does which rows in how much memory decides about no bit of an export."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +11,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from benchmarks.made_run import make_run, random_rows
 from mlet_dist.config import ModelConfig
-from mlet_dist.embeddings.collapse import collapse_rows
+from mlet_dist.embeddings.collapse import block_rows, collapse_rows
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.job import ExportOptions, export_run
-from mlet_dist.export.collapse.unit_work import UnitWorker, worker_bytes
+from mlet_dist.export.collapse.unit_work import UnitWorker, read_rows, worker_bytes
+from mlet_dist.export.collapse.units import units_of
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.source import Source
@@ -78,6 +81,18 @@ def test_the_tables_are_the_product_whatever_a_unit_holds(made: Path, tmp_path: 
         bound = 36 * 2.0**-23 * (stored.double().abs() @ projection.double().abs())
         for way in found.values():
             assert bool(((way[name].double() - stored.double() @ projection.double()).abs() <= bound).all())
+
+
+def test_units_and_reads_begin_where_products_do(made: Path) -> None:
+    """A product's last bit may depend on where a matrix is cut, though on this machine it does not for these."""
+    with Source.of_run(made) as source:
+        for rows, wide in itertools.product((1, 1_003, 10_000_000), (36, 128, 1_000)):
+            table = dataclasses.replace(source.tables["odd"], num_embeddings=rows, hidden_dim=wide)
+            block = block_rows(wide, table.embedding_dim)
+            found = units_of([table])
+            assert {unit.start % block for unit in found} == {0}
+            assert read_rows(table) % block == 0
+            assert [unit.stop for unit in found] == [*(unit.start for unit in found[1:]), rows]
 
 
 def test_half_precision_and_single_layers(tmp_path: Path) -> None:

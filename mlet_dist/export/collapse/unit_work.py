@@ -71,7 +71,7 @@ class UnitWorker:
         """W of a unit's rows, float32, in memory that the next call uses again."""
         table = self._tables[unit.table]
         found = _view(self._table, torch.float32, unit.rows, table.embedding_dim)
-        step = _read_rows(table)
+        step = read_rows(table)
         for start in range(unit.start, unit.stop, step):
             stop = min(start + step, unit.stop)
             stored = _view(self._stored, table.rows_dtype, stop - start, table.hidden_dim or table.embedding_dim)
@@ -104,11 +104,11 @@ def worker_bytes(source: Source, outputs: Sequence[Output]) -> int:
 
 def _buffer_sizes(table: TableSource) -> tuple[int, int]:
     """Bytes of W1 and of W that a worker holds of a table."""
-    stored = min(_read_rows(table), table.num_embeddings) * table.row_bytes
+    stored = min(read_rows(table), table.num_embeddings) * table.row_bytes
     return stored, min(unit_rows(table), table.num_embeddings) * 4 * table.embedding_dim
 
 
-def _read_rows(table: TableSource) -> int:
+def read_rows(table: TableSource) -> int:
     """Rows to read at a time, a multiple of those that are multiplied at a time."""
     block = block_rows(table.hidden_dim or 1, table.embedding_dim)
     return min(unit_rows(table), max(1, _READ_BYTES // (table.row_bytes * block)) * block)
