@@ -207,7 +207,9 @@ def test_a_flipped_bit_is_named_and_what_was_read_of_it_is_done_again(
     assert len(_records(tmp_path / ".out.partial")) == 7_502 // 128  # those before it
     shard.write_bytes(content)
     export(run, tmp_path / "out", outputs=("dcp", "int8"))
-    assert contents(tmp_path / "out") == whole[False]
+    found = contents(tmp_path / "out")
+    assert found.keys() == whole[False].keys()
+    assert {name for name, content in found.items() if content != whole[False][name]} == {"manifest.json"}  # of a copy
     shard.unlink()
     with pytest.raises(UserError, match=r"step-00000001: __1_0\.distcp is missing"):
         export(run, tmp_path / "other")
