@@ -1,6 +1,7 @@
 """`mlet verify`."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, help="the run it was exported from")
     add_data(parser)
     parser.add_argument(
-        "--tolerance", type=float, default=1e-5,
+        "--tolerance", type=_difference, default=1e-5,
         help="of float32 tables: largest difference between two logits, and in a table between two values as a share "
         "of its largest (default %(default)s)",
     )  # fmt: skip
@@ -43,6 +44,16 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
         return result, result["ok"]
     write(_table(result))
     return None, result["ok"]
+
+
+def _difference(text: str) -> float:
+    try:
+        most = float(text)
+    except ValueError:
+        most = math.nan
+    if not 0 <= most < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return most
 
 
 def _of_encoding(text: str) -> tuple[str, float]:

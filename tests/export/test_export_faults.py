@@ -19,6 +19,7 @@ from mlet_dist.config import ModelConfig
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.manifest import ExportDirectory
+from mlet_dist.staging import exchange
 from tests.command import ROOT
 from tests.export.small_units import contents, export
 
@@ -139,7 +140,7 @@ def test_an_export_is_replaced_only_with_overwrite(made: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     # What is no export is never replaced.
-    for content in ("{}", "[", '{"format_version": 2, "packages": []}', None):
+    for content in ("{}", "[", "[1]", '{"format_version": 2, "packages": []}', None):
         shutil.rmtree(out)
         out.mkdir()
         (out / "notes.txt").write_text("mine")
@@ -148,6 +149,45 @@ def test_an_export_is_replaced_only_with_overwrite(made: Path, tmp_path: Path) -
         with pytest.raises(UserError, match="exists and is not empty; name another directory or remove this one"):
             export(made, out, overwrite=True)
         assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_export_has_the_name_whenever_its_replacement_is_killed(
+    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    out = tmp_path / "out"
+    export(made, out, outputs=("safetensors",))
+    old = contents(out)
+
+    class Killed(Exception):
+        pass
+
+    def exchange_and_die(one: Path, other: Path) -> bool:
+        assert contents(out) == old
+        if moment == "after":
+            assert exchange(one, other)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlet_dist.export.collapse.work_directory.exchange", exchange_and_die)
+        with pytest.raises(UserError, match="cannot be written"):
+            export(made, out, outputs=("dcp", "int8"), overwrite=True)
+    assert contents(out) == (old if moment == "before" else whole[False])
+
+    # What is left there is not taken for finished work: it may be the old export.
+    export(made, out, outputs=("dcp", "int8"), overwrite=True)
+    assert contents(out) == whole[False]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_names_cannot_be_exchanged_the_old_export_is_moved_aside(
+    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(made, tmp_path / "out", outputs=("safetensors",))
+    monkeypatch.setattr("mlet_dist.export.collapse.work_directory.exchange", lambda one, other: False)
+    export(made, tmp_path / "out", outputs=("dcp", "int8"), overwrite=True)
+    assert contents(tmp_path / "out") == whole[False]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,8 @@ def test_what_is_no_source_is_named(factors: Path, tmp_path: Path) -> None:
         Tables.open(tmp_path / "gone")
     with pytest.raises(UserError, match="neither a run, an export nor factors"):
         Tables.open(tmp_path)
+    with pytest.raises(UserError, match="step-00000000: neither a run, an export nor factors"):  # has a manifest, too
+        Tables.open(factors / "step-00000000")
     copy = shutil.copytree(factors, tmp_path / "copy")
     (copy / "step-00000000" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"step-00000000: manifest\.json is damaged"):

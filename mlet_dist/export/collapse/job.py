@@ -86,9 +86,9 @@ def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -
     with source.files, ExitStack() as held:
 
         def begin() -> None:
+            held.enter_context(work.locked())
             work.check_free(options.overwrite)
             assembly.check()
-            held.enter_context(work.locked())
             work.begin(assembly.job(worker.device))
             missing = assembly.missing(worker.world_size)
             if missing is not None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.errors import UserError, os_error
-from mlet_dist.export.manifest import MANIFEST, ExportDirectory
+from mlet_dist.export.manifest import MANIFEST
 from mlet_dist.json_text import to_json
-from mlet_dist.staging import check_free, sync_directory
+from mlet_dist.staging import check_free, exchange, sync_directory
 from mlet_dist.training.checkpoint.writing import SummedStream
 
 _JOB, _RECORDS, _EXPORT = "job.json", "records", "export"
@@ -89,8 +89,11 @@ class WorkDirectory:
             if (self.out / MANIFEST).exists():
                 if not overwrite:
                     raise UserError(f"{self.out}: exists and is not empty; it is replaced with --overwrite alone")
-                if ExportDirectory(self.out).is_there:
-                    return
+                with suppress(ValueError, AttributeError):
+                    if {"format_version", "model"} <= json.loads(
+                        (self.out / MANIFEST).read_text(encoding="utf-8")
+                    ).keys():
+                        return
             check_free(self.out)
 
     def begin(self, job: Mapping[str, Any]) -> None:
@@ -165,13 +168,20 @@ class WorkDirectory:
         return content
 
     def publish(self) -> None:
-        """Give the export its name; one that had it before goes."""
+        """Give the export its name; one that had it before goes.
+
+        Where the file system can exchange two names, one of the two exports has the name at every moment.
+        """
         with self.writing():
             sync_directory(self.export)
             shutil.rmtree(self._replaced, ignore_errors=True)
-            if self.out.exists():
+            # Killed below, this may hold the old export, from which nobody must go on.
+            (self.root / _JOB).unlink()
+            if not self.out.exists():
+                self.export.rename(self.out)
+            elif not exchange(self.export, self.out):
                 self.out.rename(self._replaced)
-            self.export.rename(self.out)
+                self.export.rename(self.out)
             sync_directory(self.out.parent)
             shutil.rmtree(self._replaced, ignore_errors=True)
             shutil.rmtree(self.root)

@@ -32,7 +32,7 @@ def open_existing(path: Path, pattern: str | None = None) -> Tables:
         UserError: nothing of these is there, or no tensor, or one that cannot be a table, goes by the rule; or tables
             are in two layers already.
     """
-    if ExportDirectory(path).manifest.exists() or RunDirectory(path).config.exists():
+    if ExportDirectory(path).is_there() or RunDirectory(path).config.exists():
         found = Tables.open(path)
         if any(table.projection is not None for table in found.tables.values()):
             raise UserError(f"{path}: its tables are in two layers already; export it first")
@@ -52,6 +52,10 @@ def open_existing(path: Path, pattern: str | None = None) -> Tables:
     tables: dict[str, TableSource] = {}
     for name, match in matches.items():
         table = match["table"]
+        if not table:
+            raise UserError(
+                f"--table-pattern {pattern!r}: its group 'table' takes nothing of {name!r}; it must be a name"
+            )
         if table in tables:
             raise UserError(f"{path}: {tables[table].stored_name!r} and {name!r} would both be table {table!r}")
         tables[table] = _table(path, table, name, files)

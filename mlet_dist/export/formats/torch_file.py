@@ -50,8 +50,11 @@ class TorchFile(ChunkedTensors):
             raise
         except Exception as error:  # a damaged file raises anything
             self.close()
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{path}: not a state dict that torch.save wrote: {said[:200]}") from None
+            said = " ".join(str(error).split(". ")[0].split())
+            raise UserError(
+                f"{path}: not a state dict that torch.save wrote, or damaged, or of more than plain tensors: "
+                f"{type(error).__name__}: {said[:200]}"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
