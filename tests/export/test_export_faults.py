@@ -158,6 +158,7 @@ def test_an_export_has_the_name_whenever_its_replacement_is_killed(
     out = tmp_path / "out"
     export(made, out, outputs=("safetensors",))
     old = contents(out)
+    partial, left = tmp_path / ".out.partial", tmp_path / "left"
 
     class Killed(Exception):
         pass
@@ -166,6 +167,7 @@ def test_an_export_has_the_name_whenever_its_replacement_is_killed(
         assert contents(out) == old
         if moment == "after":
             assert exchange(one, other)
+        shutil.copytree(partial, left)  # a process that is killed does not clear up
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -175,6 +177,11 @@ def test_an_export_has_the_name_whenever_its_replacement_is_killed(
     assert contents(out) == (old if moment == "before" else whole[False])
 
     # What is left there is not taken for finished work: it may be the old export.
+    shutil.copytree(left, partial)
+    with pytest.raises(UserError, match="it is replaced with --overwrite alone"):
+        export(made, out, outputs=("dcp", "int8"))
+    assert not partial.exists()
+    left.rename(partial)
     export(made, out, outputs=("dcp", "int8"), overwrite=True)
     assert contents(out) == whole[False]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -197,6 +197,18 @@ def test_a_manifest_that_does_not_describe_its_outputs_is_refused(
         verify_export(export, trained.path, trained.data)
 
 
+@pytest.mark.parametrize(("key", "value"), [("embedding_dim", 8), ("top_mlp", [4]), ("pooling", "mean")])
+def test_a_model_of_other_sizes_is_refused(
+    trained: TrainedRun, exported: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    export = tmp_path / "export"
+    export.mkdir()
+    shutil.copy(exported / "manifest.json", export)
+    reseal(export, lambda manifest: manifest["model"]["model"].update({key: value}))
+    with pytest.raises(UserError, match="its inputs or the sizes of its tables or layers are not those of"):
+        verify_export(export, trained.path, trained.data)
+
+
 def test_data_whose_ids_mean_something_else_is_refused(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     mlet("synth", "--out", other, "--rows", 6001, "--num-embeddings", 300, "--seed", 5)

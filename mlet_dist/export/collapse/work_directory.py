@@ -148,8 +148,9 @@ class WorkDirectory:
             sync_directory(self.root / _RECORDS)
 
     def finished(self) -> set[str]:
-        """The names of all records."""
+        """The names of all records; none where nothing says what they are records of."""
         with suppress(FileNotFoundError):
+            (self.root / _JOB).stat()
             return {path.stem for path in (self.root / _RECORDS).iterdir() if path.suffix == ".json"}
         return set()
 

@@ -1,5 +1,6 @@
 """Tensors of a state dict that torch.save wrote, read from its file by ranges of rows."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class TorchFile(ChunkedTensors):
             raise UserError(f"{path} {said}") from None
         self._file = CheckedFile(str(path), raw)
         try:
-            state = torch.load(path, map_location="meta", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a scripted model is an error below
+                state = torch.load(path, map_location="meta", weights_only=True)
             if not isinstance(state, Mapping):
                 raise UserError(f"{path}: holds a {type(state).__name__}; save a state dict, of tensors by name")
             for name, tensor in _flat(state, ""):

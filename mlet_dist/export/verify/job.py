@@ -21,6 +21,7 @@ from mlet_dist.export.verify.candidates import candidate, factorised, packaged
 from mlet_dist.export.verify.comparison import DEFAULT_TOLERANCES, Comparison, Tolerances
 from mlet_dist.export.verify.seen_rows import SeenRows, renumber
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, check_table
+from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluation_loader
@@ -54,9 +55,10 @@ def verify_export(
         held.enter_context(source.files)
         served, manifest = directory.load()
         trained = source.spec
-        if (served.dense, served.sparse) != (trained.dense, trained.sparse):
+        if _shapes(served) != _shapes(trained):
             raise UserError(
-                f"{export}: its inputs or table sizes are not those of {run}; it was exported from another run"
+                f"{export}: its inputs or the sizes of its tables or layers are not those of {run}; it was exported "
+                "from another run"
             )
         if manifest["run"]["checkpoint_sha256"] != source.digest:
             said = f"{export} was made of another checkpoint than {source.checkpoint} of {run}"
@@ -114,6 +116,12 @@ def verify_export(
         "logloss_run": found["logloss"],
         "outputs": results,
     }
+
+
+def _shapes(spec: ModelSpec) -> tuple[object, ...]:
+    """What two models must share for their predictions to be compared."""
+    model = spec.model
+    return spec.dense, spec.sparse, model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
 
 
 def _check_outputs(directory: ExportDirectory, manifest: Mapping[str, Any]) -> dict[str, Any]:
