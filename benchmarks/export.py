@@ -54,7 +54,7 @@ def read(run: Path, _: Path) -> Callable[[], None]:
 
 def collapse(run: Path, out: Path) -> Callable[[], None]:
     """The export."""
-    from mlet_dist.export.job import export_run
+    from mlet_dist.export.collapse.job import export_run
 
     return lambda: export_run(run, out) and None
 

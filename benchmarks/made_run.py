@@ -8,8 +8,8 @@ import torch
 
 from mlet_dist.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, save_config
 from mlet_dist.data.schema import SparseFeature
-from mlet_dist.export.dcp_format import DcpFormat
-from mlet_dist.export.pieces import Piece
+from mlet_dist.export.formats.dcp import DcpFormat
+from mlet_dist.export.formats.pieces import Piece
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.loading import MODEL_KEY

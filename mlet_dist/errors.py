@@ -38,3 +38,12 @@ def one_line(text: str) -> str:
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The first OSError in a chain of causes; torch's own errors say nothing of a full disk."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

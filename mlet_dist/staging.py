@@ -1,5 +1,6 @@
 """All or nothing: a directory is filled under a temporary name and takes its real one when complete."""
 
+import ctypes
 import fcntl
 import glob
 import os
@@ -11,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlet_dist.errors import UserError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextmanager
@@ -57,6 +60,23 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out}: is a mount point, which nothing can be renamed to; name a directory inside it")
     if any(out.iterdir()):
         raise UserError(f"{out}: exists and is not empty; name another directory or remove this one")
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Give two directories each other's names in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
 @contextmanager

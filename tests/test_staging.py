@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlet_dist.errors import UserError
-from mlet_dist.staging import staged_directory
+from mlet_dist.staging import exchange, staged_directory
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,3 +52,15 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out: cannot be written: No space left on device"):
         fill()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_directories_exchange_their_names(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / name).mkdir(parents=True)
+    assert exchange(tmp_path / "a", tmp_path / "b")
+    assert {path.name: [each.name for each in path.iterdir()] for path in tmp_path.iterdir()} == {
+        "a": ["b"],
+        "b": ["a"],
+    }
+    assert not exchange(tmp_path / "a", tmp_path / "gone")
+    assert (tmp_path / "a" / "b").exists()

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
     if args.nproc is not None:
         return in_ranks(args, arguments, lambda: None)
     before_torch()
-    from mlet_dist.export.job import ExportOptions, export_run
-    from mlet_dist.export.serving_plan import Serving
+    from mlet_dist.export.collapse.job import ExportOptions, export_run
+    from mlet_dist.export.serving.plan import Serving
 
     options = ExportOptions(
         outputs=tuple(name for name in args.outputs if name != "package"),

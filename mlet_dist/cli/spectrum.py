@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
     before_torch()
-    from mlet_dist.export.spectrum_job import spectrum_of
-    from mlet_dist.export.spectrum_text import report
+    from mlet_dist.export.spectrum.job import spectrum_of
+    from mlet_dist.export.spectrum.text import report
 
     result = spectrum_of(Path(args.source), args.data, None if args.out is None else Path(args.out))
     if not args.json:

@@ -1,12 +1,14 @@
 """`mlet verify`."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from mlet_dist.cli.options import add_data
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch
+from mlet_dist.text_table import text_table
 
 TEXT = "Compare the factorised model with every model of its export; exit code 1 if one differs by more than it may."
 EPILOG = None
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, help="the run it was exported from")
     add_data(parser)
     parser.add_argument(
-        "--tolerance", type=float, default=1e-5,
+        "--tolerance", type=_difference, default=1e-5,
         help="of float32 tables: largest difference between two logits, and in a table between two values as a share "
         "of its largest (default %(default)s)",
     )  # fmt: skip
@@ -33,8 +35,8 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
     before_torch()
     from mlet_dist.data.location import data_set_path
-    from mlet_dist.export.comparison import DEFAULT_TOLERANCES, Tolerances
-    from mlet_dist.export.verify import verify_export
+    from mlet_dist.export.verify.comparison import DEFAULT_TOLERANCES, Tolerances
+    from mlet_dist.export.verify.job import verify_export
 
     tolerances = Tolerances(args.tolerance, {**DEFAULT_TOLERANCES.auc, **dict(args.auc_tolerance)})
     result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, tolerances)
@@ -42,6 +44,16 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
         return result, result["ok"]
     write(_table(result))
     return None, result["ok"]
+
+
+def _difference(text: str) -> float:
+    try:
+        most = float(text)
+    except ValueError:
+        most = math.nan
+    if not 0 <= most < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return most
 
 
 def _of_encoding(text: str) -> tuple[str, float]:
@@ -57,10 +69,8 @@ def _of_encoding(text: str) -> tuple[str, float]:
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [
-        ("", "tables", "AUC", "change", "LogLoss", "change", "largest difference", "largest table error", ""),
-        ("factorised", "", f"{result['auc_run']:.6f}", "", f"{result['logloss_run']:.6f}", "", "", "", ""),
-    ]
+    names = ("", "tables", "AUC", "change", "LogLoss", "change", "largest difference", "largest table error", "")
+    lines = [("factorised", "", f"{result['auc_run']:.6f}", "", f"{result['logloss_run']:.6f}", "", "", "", "")]
     for name, found in result["outputs"].items():
         unit = "logit" if "max_abs_logit_diff" in found else "probability"
         table, error = max(found["tables"].items(), key=lambda each: each[1]["relative_error"])
@@ -77,6 +87,4 @@ def _table(result: dict[str, Any]) -> str:
                 "ok" if found["ok"] else "FAILED",
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([f"{result['rows']:,} rows of {result['split']}", *shown])
+    return "\n".join([f"{result['rows']:,} rows of {result['split']}", *text_table(names, lines, left=len(names))])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
@@ -12,7 +13,7 @@ from mlet_dist.export.manifest import ExportDirectory
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.training.checkpoint.choosing import newest_checkpoint
 from mlet_dist.training.checkpoint.loading import load_model
-from mlet_dist.training.distributed import join_ranks
+from mlet_dist.training.distributed import Worker, join_ranks
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.sharding import shard_model
@@ -24,10 +25,10 @@ def evaluate_path(
     """``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export over a split of a data set.
 
     Raises:
-        UserError: ``target`` is neither, or the data set does not fit the model.
+        UserError: ``target`` is neither or is damaged, or the data set does not fit the model.
     """
     export, run = ExportDirectory(target), RunDirectory(target)
-    if export.manifest.exists():
+    if export.is_there():
         spec, manifest = export.load()
         served, _ = export.output("dcp", manifest)
         store = None
@@ -39,6 +40,8 @@ def evaluate_path(
         raise UserError(f"{target}: {missing}; expected what `mlet train` or `mlet export` made")
     spec.check_data(DatasetSchema.load(data), data)
     with join_ranks(device) as worker:
+        if store is None:
+            _check_files(export, manifest, worker)
         local_batch_size = -(-batch_size // worker.world_size)
         model, _ = shard_model(
             build_dlrm(spec, tables_device=torch.device("meta")),
@@ -52,3 +55,17 @@ def evaluate_path(
             load_model(model, newest_checkpoint(store).location)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
     return {"target": str(target), "split": split, **found}
+
+
+def _check_files(export: ExportDirectory, manifest: dict[str, Any], worker: Worker) -> None:
+    """Read all files through, each rank a share of them; what one finds is raised on all."""
+    own = None
+    try:
+        export.check_files("dcp", manifest, share=slice(worker.rank, None, worker.world_size))
+    except UserError as error:
+        own = str(error)
+    found: list[str | None] = [None] * worker.world_size
+    dist.all_gather_object(found, own)
+    damage = next(filter(None, found), None)
+    if damage is not None:
+        raise UserError(damage)

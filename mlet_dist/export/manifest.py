@@ -41,9 +41,15 @@ class ExportDirectory:
     def manifest(self) -> Path:
         return self.path / MANIFEST
 
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def is_there(self) -> bool:
+        """Whether an export is here, whole or not. Checkpoints and data sets have a manifest.json too."""
+        try:
+            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, ValueError):  # of an export that is damaged, as far as anybody can tell
+            return True
+        return isinstance(content, dict) and {"format_version", "model"} <= content.keys()
 
     def load(self) -> tuple[ModelSpec, dict[str, Any]]:
         """The plain model that the export holds, and its manifest.
@@ -53,8 +59,9 @@ class ExportDirectory:
         """
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such directory; expected an export made by `mlet export`")
-        if not self.manifest.exists():
-            raise UserError(f"{self.path}: not an export of `mlet export`: it has no {self.manifest.name}")
+        if not self.is_there():
+            said = "is not one's" if self.manifest.exists() else "is missing"
+            raise UserError(f"{self.path}: not an export of `mlet export`: its {self.manifest.name} {said}")
         try:
             content = json.loads(self.manifest.read_text(encoding="utf-8"))
             found = content["format_version"]
@@ -79,11 +86,11 @@ class ExportDirectory:
             )
         return self.path / outputs[name]["directory"], outputs[name]["files"]
 
-    def check_files(self, name: str, manifest: dict[str, Any], pattern: str = "*") -> None:
+    def check_files(self, name: str, manifest: dict[str, Any], pattern: str = "*", share: slice = slice(None)) -> None:
         """Read an output's files, or some, through, and raise UserError unless they are what was written."""
         directory, files = self.output(name, manifest)
         entries = Manifest(step=0, files=files, about={})
-        for file in fnmatch.filter(files, pattern):
+        for file in fnmatch.filter(sorted(files), pattern)[share]:
             damage = entries.find_damage(file, lambda each: (directory / each).open("rb"))
             if damage is not None:
                 raise UserError(f"{directory}: {damage}: the export is damaged; export again")

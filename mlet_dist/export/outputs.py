@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from mlet_dist.export.dcp_format import DcpFormat
 from mlet_dist.export.encoding import ENCODINGS, Encoding
-from mlet_dist.export.pieces import Format
-from mlet_dist.export.safetensors_format import SafetensorsFormat
+from mlet_dist.export.formats.dcp import DcpFormat
+from mlet_dist.export.formats.pieces import Format
+from mlet_dist.export.formats.safetensors import SafetensorsFormat
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Tables:
             UserError: none of them is there, it is not whole, or a tensor is missing or of another shape than its
                 model's.
         """
-        if ExportDirectory(path).manifest.exists():
+        if ExportDirectory(path).is_there():
             return _of_export(path)
         run = RunDirectory(path)
         if run.config.exists() or run.marker.exists():
@@ -152,7 +152,7 @@ class Source(Tables):
         Raises:
             UserError: neither is there, or as ``Tables.open``.
         """
-        if ExportDirectory(path).manifest.exists():
+        if ExportDirectory(path).is_there():
             raise UserError(f"{path}: an export already; name the run that it is of")
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; expected what `mlet train` or `mlet factorize` made")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mlet_dist.export.encoding import Encoding
-from mlet_dist.export.safetensors_files import SafetensorsFiles
+from mlet_dist.export.formats.safetensors_files import SafetensorsFiles
 from mlet_dist.training.checkpoint.chunked import ChunkedTensors
 from mlet_dist.training.checkpoint.tensor_files import TensorFiles
 

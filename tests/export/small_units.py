@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.embeddings import collapse
-from mlet_dist.export import units
-from mlet_dist.export.job import ExportOptions, collapse_run, export_run
+from mlet_dist.export.collapse import units
+from mlet_dist.export.collapse.job import ExportOptions, collapse_run, export_run
 from tests.training.small_run import this_worker
 
 

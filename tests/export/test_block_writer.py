@@ -10,7 +10,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.block_writer import BlockWriter
+from mlet_dist.export.factorize.block_writer import BlockWriter
 from mlet_dist.training.checkpoint.choosing import newest_finished
 from mlet_dist.training.checkpoint.manifest import Manifest
 from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.job import export_run
+from mlet_dist.export.collapse.job import export_run
 from mlet_dist.export.manifest import ExportDirectory
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from tests.command import error_line

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.existing_tables import open_existing
+from mlet_dist.export.factorize.existing_tables import open_existing
 from mlet_dist.export.source import Tables
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun
@@ -77,6 +77,12 @@ def test_a_state_dict_that_torch_saved(tmp_path: Path, named: Callable[[str], st
             with pytest.raises(UserError, match=r"nested\.pt: which of its tensors are tables .* 'model\.a\.weight'"):
                 open_existing(tmp_path / "nested.pt")
             _check(tmp_path / "nested.pt", r"model\.(?P<table>.)\.weight")
+
+
+def test_a_file_of_the_format_before_zip_is_named(tmp_path: Path) -> None:
+    torch.save(TABLES, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"old\.pt: is in torch\.save's format before 1\.6; torch\.load it and"):
+        open_existing(tmp_path / "old.pt")
 
 
 def test_rows_of_a_view_are_its_own(tmp_path: Path) -> None:
@@ -184,7 +190,13 @@ def _write(path: Path, content: object) -> Path:
         ("x.pt", {"a": torch.ones(2, 2)}, "(a", r"--table-pattern '\(a': not a regular expression"),
         ("x.pt", {"a": torch.ones(2, 2)}, "(a)", r"--table-pattern '\(a\)': lacks a group \(\?P<table>"),
         ("x.pt", {"a": torch.ones(2, 2), "a.weight": torch.ones(2, 2)}, None, "'a' and 'a.weight' would both be table"),
-        ("x.pt", {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, "(?P<table>)[ab]", "would both be table ''"),
+        ("x.pt", {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, "(?P<table>)[ab]", "takes nothing of 'a'"),
+        (
+            "x.pt",
+            {"a": torch.ones(2, 2)},
+            "(?P<table>b)?a",
+            "its group 'table' takes nothing of 'a'; it must be a name",
+        ),
         ("x.pt", [1, 2], None, "holds a list; save a state dict"),
         ("x.pt", {"a": Path("x")}, None, "not a state dict that torch.save wrote"),
         ("x.pt", b"abc", None, "not a state dict that torch.save wrote"),

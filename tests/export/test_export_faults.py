@@ -17,8 +17,9 @@ import torch
 from benchmarks.made_run import make_run, random_rows
 from mlet_dist.config import ModelConfig
 from mlet_dist.errors import UserError
+from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.manifest import ExportDirectory
-from mlet_dist.export.work import WorkDirectory
+from mlet_dist.staging import exchange
 from tests.command import ROOT
 from tests.export.small_units import contents, export
 
@@ -139,7 +140,7 @@ def test_an_export_is_replaced_only_with_overwrite(made: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
     # What is no export is never replaced.
-    for content in ("{}", "[", None):
+    for content in ("{}", "[", "[1]", '{"format_version": 2, "packages": []}', None):
         shutil.rmtree(out)
         out.mkdir()
         (out / "notes.txt").write_text("mine")
@@ -148,6 +149,52 @@ def test_an_export_is_replaced_only_with_overwrite(made: Path, tmp_path: Path) -
         with pytest.raises(UserError, match="exists and is not empty; name another directory or remove this one"):
             export(made, out, overwrite=True)
         assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_export_has_the_name_whenever_its_replacement_is_killed(
+    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    out = tmp_path / "out"
+    export(made, out, outputs=("safetensors",))
+    old = contents(out)
+    partial, left = tmp_path / ".out.partial", tmp_path / "left"
+
+    class Killed(Exception):
+        pass
+
+    def exchange_and_die(one: Path, other: Path) -> bool:
+        assert contents(out) == old
+        if moment == "after":
+            assert exchange(one, other)
+        shutil.copytree(partial, left)  # a process that is killed does not clear up
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlet_dist.export.collapse.work_directory.exchange", exchange_and_die)
+        with pytest.raises(UserError, match="cannot be written"):
+            export(made, out, outputs=("dcp", "int8"), overwrite=True)
+    assert contents(out) == (old if moment == "before" else whole[False])
+
+    # What is left there is not taken for finished work: it may be the old export.
+    shutil.copytree(left, partial)
+    with pytest.raises(UserError, match="it is replaced with --overwrite alone"):
+        export(made, out, outputs=("dcp", "int8"))
+    assert not partial.exists()
+    left.rename(partial)
+    export(made, out, outputs=("dcp", "int8"), overwrite=True)
+    assert contents(out) == whole[False]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_names_cannot_be_exchanged_the_old_export_is_moved_aside(
+    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(made, tmp_path / "out", outputs=("safetensors",))
+    monkeypatch.setattr("mlet_dist.export.collapse.work_directory.exchange", lambda one, other: False)
+    export(made, tmp_path / "out", outputs=("dcp", "int8"), overwrite=True)
+    assert contents(tmp_path / "out") == whole[False]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -189,21 +236,31 @@ def test_a_value_that_half_precision_cannot_hold_is_named(tmp_path: Path) -> Non
     export(tmp_path / "run", tmp_path / "out")
 
 
-def test_a_flipped_bit_is_named_wherever_it_is(made: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(made, tmp_path / "run")
+def test_a_flipped_bit_is_named_and_what_was_read_of_it_is_done_again(
+    whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A shard of several blocks: the first of a file is checked at once, where its tensors' places are looked up.
+    for module in ("manifest", "checked_file"):
+        monkeypatch.setattr(f"mlet_dist.training.checkpoint.{module}.BLOCK_BYTES", 1 << 16)
+    run = tmp_path / "run"
+    make_run(run, TABLES, MODEL, shards=2)
     (shard,) = run.glob("checkpoints/*/__1_0.distcp")
     content = shard.read_bytes()
-    position = content.find(random_rows("a", 7_502, 7_501, 16).numpy().tobytes()) + 64 * 2_000 + 3
+    position = content.find(random_rows("a", 7_502, 7_501, 16).numpy().tobytes()) + 64 * 1_020 + 3
     # A sign; and all bits of the exponent, so that the product is not finite before the checksum is known.
     for value in (0x80, (content[position] ^ 0xFF) & 0x7F):
         changed = bytearray(content)
         changed[position] ^= value
         changed[position - 1] |= 0x80 if value != 0x80 else 0
         shard.write_bytes(changed)
-        with pytest.raises(UserError, match=r"__1_0\.distcp is damaged: the block at byte 0 has checksum"):
-            export(run, tmp_path / "out")
+        with pytest.raises(UserError, match=r"__1_0\.distcp is damaged: the block at byte 65,536 has checksum"):
+            export(run, tmp_path / "out", outputs=("dcp", "int8"), memory=40 << 20)  # a unit at a time
+    assert len(_records(tmp_path / ".out.partial")) == (7_502 + 1_020) // 128  # those before it
     shard.write_bytes(content)
-    export(run, tmp_path / "out")
+    export(run, tmp_path / "out", outputs=("dcp", "int8"))
+    found = contents(tmp_path / "out")
+    assert found.keys() == whole[False].keys()
+    assert {name for name, content in found.items() if content != whole[False][name]} == {"manifest.json"}  # of a copy
     shard.unlink()
     with pytest.raises(UserError, match=r"step-00000001: __1_0\.distcp is missing"):
         export(run, tmp_path / "other")

@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from mlet_dist.config import load_config
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.export.factorize import factorize_tables
-from mlet_dist.export.job import export_run
+from mlet_dist.export.collapse.job import export_run
+from mlet_dist.export.factorize.job import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import Source, Tables
-from mlet_dist.export.verify import verify_export
+from mlet_dist.export.verify.job import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.manifest import Manifest
@@ -241,6 +241,8 @@ def test_what_is_no_source_is_named(factors: Path, tmp_path: Path) -> None:
         Tables.open(tmp_path / "gone")
     with pytest.raises(UserError, match="neither a run, an export nor factors"):
         Tables.open(tmp_path)
+    with pytest.raises(UserError, match="step-00000000: neither a run, an export nor factors"):  # has a manifest, too
+        Tables.open(factors / "step-00000000")
     copy = shutil.copytree(factors, tmp_path / "copy")
     (copy / "step-00000000" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match=r"step-00000000: manifest\.json is damaged"):

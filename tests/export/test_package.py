@@ -17,8 +17,8 @@ from mlet_dist.config import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
-from mlet_dist.export.package import Package
-from mlet_dist.export.request import Request
+from mlet_dist.export.serving.package import Package
+from mlet_dist.export.serving.request import Request
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
 

@@ -23,8 +23,8 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.manifest import ExportDirectory
-from mlet_dist.export.package import check_fits
-from mlet_dist.export.serving_plan import Serving, plan_serving
+from mlet_dist.export.serving.package import check_fits
+from mlet_dist.export.serving.plan import Serving, plan_serving
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.checkpoint.loading import load_model

@@ -3,8 +3,8 @@
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mlet_dist.export import seen_rows
-from mlet_dist.export.seen_rows import SeenRows, renumber
+from mlet_dist.export.verify import seen_rows
+from mlet_dist.export.verify.seen_rows import SeenRows, renumber
 
 
 def _bags(ids: list[list[int]], lengths: list[list[int]]) -> KeyedJaggedTensor:

@@ -19,13 +19,13 @@ from PIL import Image
 from mlet_dist.data.id_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.export.factorize import factorize_tables
+from mlet_dist.export.factorize.job import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import Tables
-from mlet_dist.export.spectrum import Spectrum, balance, suggest_dim
-from mlet_dist.export.spectrum_job import spectrum_of
-from mlet_dist.export.spectrum_page import page
-from mlet_dist.export.spectrum_text import NOTE
+from mlet_dist.export.spectrum.job import spectrum_of
+from mlet_dist.export.spectrum.page import page
+from mlet_dist.export.spectrum.singular_values import Spectrum, balance, smaller, suggest_dim
+from mlet_dist.export.spectrum.text import NOTE
 from tests.command import mlet
 from tests.conftest import TrainedRun
 
@@ -96,6 +96,14 @@ def test_the_loss_is_that_of_the_best_smaller_table() -> None:
     assert suggest_dim(_spectrum(table), 12) == wanted < 12
     assert suggest_dim(_spectrum(torch.eye(12)), 12) == 12
     assert suggest_dim(_spectrum(_random(9, 3)), 3) == 3
+
+
+def test_a_smaller_table_is_suggested_by_the_rows_that_are_seen() -> None:
+    narrow, wide = _spectrum(torch.diag(torch.tensor([1.0] * 4 + [0.01] * 8))), _spectrum(torch.eye(12))
+    assert smaller(wide, None, 12) == {"embedding_dim": 12, "loss": 0, "weighted_loss": None}
+    losses = {"loss": pytest.approx(math.sqrt(8 / 12)), "weighted_loss": pytest.approx(math.sqrt(8e-4 / 4.0008))}
+    assert smaller(wide, narrow, 12) == {"embedding_dim": 4, **losses}
+    assert smaller(narrow, wide, 12) == {"embedding_dim": 12, "loss": 0, "weighted_loss": 0}
 
 
 def test_the_balance_is_the_distance_of_the_layers() -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from mlet_dist.export import table_check
 from mlet_dist.export.encoding import ENCODINGS
-from mlet_dist.export.table_check import StoredOutput, TableError, check_table
+from mlet_dist.export.verify import table_check
+from mlet_dist.export.verify.table_check import StoredOutput, TableError, check_table
 
 
 @dataclass

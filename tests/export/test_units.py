@@ -1,5 +1,7 @@
 """Which rank does which rows in how much memory decides about no bit of an export."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +11,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from benchmarks.made_run import make_run, random_rows
 from mlet_dist.config import ModelConfig
-from mlet_dist.embeddings.collapse import collapse_rows
+from mlet_dist.embeddings.collapse import block_rows, collapse_rows
 from mlet_dist.errors import UserError
-from mlet_dist.export.job import ExportOptions, export_run
+from mlet_dist.export.collapse.job import ExportOptions, export_run
+from mlet_dist.export.collapse.unit_work import UnitWorker, read_rows, worker_bytes
+from mlet_dist.export.collapse.units import units_of
+from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.source import Source
-from mlet_dist.export.unit_work import worker_bytes
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun
 from tests.export.small_units import contents, export, export_in_rank
@@ -79,6 +83,18 @@ def test_the_tables_are_the_product_whatever_a_unit_holds(made: Path, tmp_path: 
             assert bool(((way[name].double() - stored.double() @ projection.double()).abs() <= bound).all())
 
 
+def test_units_and_reads_begin_where_products_do(made: Path) -> None:
+    """A product's last bit may depend on where a matrix is cut, though on this machine it does not for these."""
+    with Source.of_run(made) as source:
+        for rows, wide in itertools.product((1, 1_003, 10_000_000), (36, 128, 1_000)):
+            table = dataclasses.replace(source.tables["odd"], num_embeddings=rows, hidden_dim=wide)
+            block = block_rows(wide, table.embedding_dim)
+            found = units_of([table])
+            assert {unit.start % block for unit in found} == {0}
+            assert read_rows(table) % block == 0
+            assert [unit.stop for unit in found] == [*(unit.start for unit in found[1:]), rows]
+
+
 def test_half_precision_and_single_layers(tmp_path: Path) -> None:
     for hidden_dim in (24, None):
         run, out = tmp_path / f"run-{hidden_dim}", tmp_path / f"out-{hidden_dim}"
@@ -95,6 +111,15 @@ def test_half_precision_and_single_layers(tmp_path: Path) -> None:
             assert table.dtype == torch.float32
 
 
+def test_what_is_finished_is_not_looked_up_after_every_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run", {"long": 12_800}, MODEL, shards=1)
+    finished, looks = WorkDirectory.finished, []
+    monkeypatch.setattr(WorkDirectory, "finished", lambda self: (looks.append(1), finished(self))[1])
+    export(tmp_path / "run", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "model").glob("long-*"))) == 100
+    assert 2 <= len(looks) < 50
+
+
 def test_a_checkpoint_may_lie_at_a_url(made: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", TABLES, MODEL, shards=3, checkpoint_dir="memory://collapsed/checkpoints")
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -103,12 +128,17 @@ def test_a_checkpoint_may_lie_at_a_url(made: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "remote" / "model") == contents(tmp_path / "local" / "model")
 
 
-def test_memory_bounds_how_much_is_done_at_a_time(made: Path, tmp_path: Path) -> None:
+def test_memory_bounds_how_much_is_done_at_a_time(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_workers, begin = [], UnitWorker.__init__
+    monkeypatch.setattr(UnitWorker, "__init__", lambda self, *args: (made_workers.append(1), begin(self, *args))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     source = Source.of_run(made)
     least = worker_bytes(source, [OUTPUTS["dcp"]])
     source.files.close()
-    export_run(made, tmp_path / "least", ExportOptions(memory=least))
+    export_run(made, tmp_path / "least", ExportOptions(memory=2 * least - 1))
+    assert len(made_workers) == 1
     export_run(made, tmp_path / "much", ExportOptions(memory=100 * least))
+    assert len(made_workers) == 1 + len(TABLES)  # there is a unit a table
     assert contents(tmp_path / "least") == contents(tmp_path / "much")
     with pytest.raises(UserError, match=f"it takes {least:,} at least"):
         export_run(made, tmp_path / "less", ExportOptions(memory=least - 1))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.verify import verify_export
+from mlet_dist.export.evaluate import evaluate_path
+from mlet_dist.export.verify.job import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.command import ROOT, error_line, mlet, mlet_json
 from tests.conftest import TrainedRun
@@ -129,6 +130,8 @@ def test_tolerances_are_settings(trained: TrainedRun, exported: Path) -> None:
     assert len(shown) == 3 + 7
     line = error_line(*arguments, "--auc-tolerance", "int5=1")
     assert "'int5=1' is not one of fp16, int8, int4 and a change of AUC" in line
+    for tolerance in ("nan", "-1", "inf", "much"):
+        assert f"{tolerance!r} is not a number of at least 0" in error_line(*arguments, f"--tolerance={tolerance}")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,20 @@ def test_a_flipped_bit_is_named(trained: TrainedRun, exported: Path, tmp_path: P
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"{path.name}.* is damaged: the block at byte 0 has checksum"):
         verify_export(export, trained.path, trained.data)
+    if path.parent.name == "model":
+        with pytest.raises(UserError, match=f"{path.name} is damaged: the block at byte 0 has checksum"):
+            evaluate_path(export, trained.data, "test")
+
+
+def test_another_checkpoint_than_that_of_the_export_is_said(
+    trained: TrainedRun, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = shutil.copytree(exported, tmp_path / "export")
+    verify_export(export, trained.path, trained.data)
+    assert "warning" not in capsys.readouterr().err
+    reseal(export, lambda manifest: manifest["run"].update(checkpoint_sha256="0" * 64))
+    verify_export(export, trained.path, trained.data)
+    assert f"mlet: warning: {export} was made of another checkpoint than step-" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["dcp", "fp16"])
@@ -177,6 +194,18 @@ def test_a_manifest_that_does_not_describe_its_outputs_is_refused(
     shutil.copy(exported / "manifest.json", export)
     reseal(export, lambda manifest: manifest.update(changed))
     with pytest.raises(UserError, match="export again"):
+        verify_export(export, trained.path, trained.data)
+
+
+@pytest.mark.parametrize(("key", "value"), [("embedding_dim", 8), ("top_mlp", [4]), ("pooling", "mean")])
+def test_a_model_of_other_sizes_is_refused(
+    trained: TrainedRun, exported: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    export = tmp_path / "export"
+    export.mkdir()
+    shutil.copy(exported / "manifest.json", export)
+    reseal(export, lambda manifest: manifest["model"]["model"].update({key: value}))
+    with pytest.raises(UserError, match="its inputs or the sizes of its tables or layers are not those of"):
         verify_export(export, trained.path, trained.data)
 
 

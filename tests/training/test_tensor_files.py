@@ -100,6 +100,22 @@ def test_what_is_not_there_or_damaged_is_named(saved: Path, tmp_path: Path) -> N
     with _open(copy) as files, pytest.raises(UserError, match=r"__1_0\.distcp is missing"):
         files.read_rows(name, 400, out[:1])
 
+    index = path.with_name(".metadata")
+    flipped = bytearray(index.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    index.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"step-00000001: \.metadata is damaged: the block at byte 0 has checksum"):
+        _open(copy)
+
+    copy = shutil.copytree(saved, tmp_path / "cut")
+    path = copy / "step-00000001" / "__1_0.distcp"
+    path.write_bytes(content[:row])
+    with (
+        _open(copy, checked=False) as files,
+        pytest.raises(UserError, match=r"__1_0\.distcp ends at byte [\d,]+, before"),
+    ):
+        files.read_rows(name, 400, out[:1])
+
 
 def test_every_block_is_checked_once_and_wherever_reading_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

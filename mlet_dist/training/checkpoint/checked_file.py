@@ -58,14 +58,18 @@ class CheckedFile:
             self._stream_block(number, within, part)
             within += len(part)
 
+    def check_holds(self, stop: int) -> None:
+        """Raise UserError where the file ends before position ``stop``."""
+        if stop > self.size:
+            raise UserError(f"{self._name} ends at byte {self.size:,}, before {stop:,}: it is damaged")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
         self._held = None
 
     def _by_blocks(self, start: int, out: memoryview, fill: Callable[[int, int, memoryview], None]) -> None:
-        if start + len(out) > self.size:
-            raise UserError(f"{self._name} ends at byte {self.size:,}, before {start + len(out):,}: it is damaged")
+        self.check_holds(start + len(out))
         done = 0
         while done < len(out):
             number, within = divmod(start + done, BLOCK_BYTES)

@@ -13,6 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mlet_dist.errors import UserError
+from mlet_dist.staging import sync_directory
 from mlet_dist.training.checkpoint.manifest import Manifest, ManifestError
 
 MANIFEST, INCOMPLETE = "manifest.json", ".incomplete"
@@ -143,10 +144,10 @@ class Checkpoint:
         if self.store.is_local:
             with self.open_new(f"{MANIFEST}.tmp") as file:
                 file.write(manifest.render())
-            _sync_directory(self.path)
+            sync_directory(Path(self.path))
             os.replace(f"{target}.tmp", target)
-            _sync_directory(self.path)
-            _sync_directory(self.store.root)
+            sync_directory(Path(self.path))
+            sync_directory(Path(self.store.root))
         else:  # an object appears as a whole
             self.store.filesystem.pipe_file(target, manifest.render())
         self.store.filesystem.rm_file(f"{self.path}/{INCOMPLETE}")
@@ -187,11 +188,3 @@ class Checkpoint:
         except FileNotFoundError:
             return set()
         return {path.rstrip("/").rpartition("/")[2] for path in paths}
-
-
-def _sync_directory(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

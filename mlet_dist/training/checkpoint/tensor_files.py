@@ -13,6 +13,10 @@ from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint.checked_file import CheckedFile, FilePart
 from mlet_dist.training.checkpoint.chunked import Chunk, ChunkedTensors, StoredTensor
 from mlet_dist.training.checkpoint.loading import Location, read_metadata
+from mlet_dist.training.checkpoint.manifest import Manifest
+
+INDEX = ".metadata"
+"""The file by which torch.distributed.checkpoint finds all tensors."""
 
 _MOST_OPEN = 2  # each may hold a block in memory
 
@@ -24,6 +28,9 @@ class TensorFiles(ChunkedTensors):
         location: directory or URL.
         open_file: opens one of its files by name.
         files: name -> the manifest's entry, by which what is read is checked; None where there is no manifest.
+
+    Raises:
+        UserError: the index is missing or damaged.
     """
 
     def __init__(
@@ -31,6 +38,10 @@ class TensorFiles(ChunkedTensors):
     ) -> None:
         super().__init__(location)
         self._open_file, self._files = open_file, files
+        if files is not None:
+            damage = Manifest(step=0, files=files, about={}).find_damage(INDEX, open_file)
+            if damage is not None:
+                raise UserError(f"{location}: {damage}")
         metadata = read_metadata(location)
         for name, found in metadata.state_dict_metadata.items():
             if isinstance(found, TensorStorageMetadata):
@@ -84,6 +95,7 @@ class TensorFiles(ChunkedTensors):
 
     def _find_data(self, file: CheckedFile, chunk: Chunk, dtype: torch.dtype) -> int:
         """Where in what torch.save wrote of a chunk its values begin."""
+        file.check_holds(chunk.start + chunk.length)
         with self._reading(chunk):
             # torch.load reads the index alone, and notes where in the file each storage lies.
             part = cast(IO[bytes], FilePart(file, chunk.start, chunk.length))

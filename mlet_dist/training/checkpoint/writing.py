@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.utils.serialization import config as serialization
 
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, os_error
 from mlet_dist.training.checkpoint.loading import first_cause
 from mlet_dist.training.checkpoint.manifest import Checksum, Manifest
 from mlet_dist.training.checkpoint.staging import staged_bytes
@@ -65,7 +65,8 @@ def _clear(checkpoint: Checkpoint, needed: int, failed: CheckpointException) -> 
         checkpoint.remove()
     said = f"{checkpoint}: rank {rank} cannot write it: {first_cause(error)}"
     free = checkpoint.store.free_bytes()
-    if free is not None and _errno(error) in (errno.ENOSPC, errno.EDQUOT):
+    cause = os_error(error)
+    if free is not None and cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         said += f"; {_missing(needed, free)}"
     raise UserError(said)
 
@@ -73,14 +74,6 @@ def _clear(checkpoint: Checkpoint, needed: int, failed: CheckpointException) -> 
 def _missing(needed: int, free: int) -> str:
     missing = f"{needed - free:,} bytes are missing" if needed > free else "which was less while it was written"
     return f"it needs {needed:,} bytes and {free:,} are free: {missing}"
-
-
-def _errno(error: BaseException | None) -> int | None:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _total(count: int, group: dist.ProcessGroup | None) -> int:

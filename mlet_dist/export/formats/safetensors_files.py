@@ -12,7 +12,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.training.checkpoint.checked_file import CheckedFile
 from mlet_dist.training.checkpoint.chunked import Chunk, ChunkedTensors, StoredTensor
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -24,6 +24,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""By the format's name; what a table or a dense layer may be of."""
 _MOST_OPEN = 2  # each may hold a block in memory
 _LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100_000_000  # the format's own limit
 
@@ -47,6 +48,7 @@ class SafetensorsFiles(ChunkedTensors):
         super().__init__(path)
         self._files = files
         self._opened: dict[str, CheckedFile] = {}
+        self._placed: set[tuple[str, tuple[int, ...]]] = set()
         for file in _files_of(path):
             self._add(file)
 
@@ -63,7 +65,7 @@ class SafetensorsFiles(ChunkedTensors):
             extra = header.pop("__metadata__", {})
             offsets_of = json.loads(extra.get("DCP_SHARDING_INFO", "{}"))
             entries = [
-                (name, _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), *entry["data_offsets"])
+                (name, DTYPES.get(entry["dtype"]), tuple(entry["shape"]), *entry["data_offsets"])
                 for name, entry in header.items()
             ]
             offsets = {
@@ -85,11 +87,10 @@ class SafetensorsFiles(ChunkedTensors):
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
         before = self.tensors.get(name)
         if before is not None:
-            if before.dtype != dtype or len(before.shape) != len(ends) or chunk.offsets in (
-                each.offsets for each in self._chunks[name]
-            ):  # fmt: skip
+            if before.dtype != dtype or len(before.shape) != len(ends) or (name, chunk.offsets) in self._placed:
                 raise UserError(f"{path}: holds {name!r}, as another file of {self.location} does")
             ends = [max(pair) for pair in zip(ends, before.shape, strict=True)]
+        self._placed.add((name, chunk.offsets))
         self.tensors[name] = StoredTensor(tuple(ends), dtype)
         self._chunks.setdefault(name, []).append(chunk)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.dcp_format import DcpFormat
-from mlet_dist.export.pieces import Piece
+from mlet_dist.export.formats.dcp import DcpFormat
+from mlet_dist.export.formats.pieces import Piece
 from mlet_dist.training.checkpoint.loading import MODEL_KEY, first_cause
 from mlet_dist.training.checkpoint.manifest import Manifest
 from mlet_dist.training.checkpoint.store import Checkpoint

@@ -9,20 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import fbgemm_gpu
 import torch
 
 from mlet_dist import __version__
 from mlet_dist.errors import UserError
-from mlet_dist.export.joining import join_files
+from mlet_dist.export.collapse.joining import join_files
+from mlet_dist.export.collapse.units import UNIT_BYTES, Unit, units_of
+from mlet_dist.export.collapse.work_directory import WorkDirectory
+from mlet_dist.export.formats.pieces import Piece
 from mlet_dist.export.manifest import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
 from mlet_dist.export.outputs import Output
-from mlet_dist.export.package import check_fits, served_bytes, write_package
-from mlet_dist.export.pieces import Piece
-from mlet_dist.export.serving_plan import Serving, plan_serving
+from mlet_dist.export.serving.package import check_fits, served_bytes, write_package
+from mlet_dist.export.serving.plan import Serving, plan_serving
 from mlet_dist.export.source import Source
 from mlet_dist.export.stored_tables import open_output
-from mlet_dist.export.units import UNIT_BYTES, Unit, units_of
-from mlet_dist.export.work import WorkDirectory
 from mlet_dist.json_text import sealed, to_json
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
@@ -275,7 +276,12 @@ def _joined(table: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"mlet_dist": __version__, "torch": torch.__version__, "torchrec": version("torchrec")}
+    return {
+        "mlet_dist": __version__,
+        "torch": torch.__version__,
+        "torchrec": version("torchrec"),
+        "fbgemm_gpu": fbgemm_gpu.__version__,
+    }
 
 
 def _metrics(summary: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,6 +67,19 @@ def suggest_dim(spectrum: Spectrum, embedding_dim: int) -> int:
         if spectrum.loss(dims) <= _SUGGESTED_LOSS:
             return dims
     return embedding_dim
+
+
+def smaller(plain: Spectrum, weighted: Spectrum | None, embedding_dim: int) -> dict[str, Any]:
+    """``embedding_dim``, the suggested one by the rows as they are seen if that is known, and its two losses.
+
+    ``loss`` and ``weighted_loss`` are the least possible ones, each under a projection of its own.
+    """
+    dims = suggest_dim(plain if weighted is None else weighted, embedding_dim)
+    return {
+        "embedding_dim": dims,
+        "loss": plain.loss(dims),
+        "weighted_loss": None if weighted is None else weighted.loss(dims),
+    }
 
 
 def balance(rows_gram: torch.Tensor, projection: torch.Tensor) -> dict[str, float]:

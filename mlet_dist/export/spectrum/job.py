@@ -11,9 +11,9 @@ from mlet_dist.embeddings.factorize import FLOOR
 from mlet_dist.errors import UserError
 from mlet_dist.export.row_blocks import sum_grams
 from mlet_dist.export.source import Tables, TableSource
-from mlet_dist.export.spectrum import Spectrum, balance, suggest_dim
-from mlet_dist.export.spectrum_page import page
-from mlet_dist.export.spectrum_text import NOTE
+from mlet_dist.export.spectrum.page import page
+from mlet_dist.export.spectrum.singular_values import Spectrum, balance, smaller
+from mlet_dist.export.spectrum.text import NOTE
 from mlet_dist.json_text import to_json
 from mlet_dist.progress import Progress
 from mlet_dist.staging import check_free, staged_directory
@@ -73,7 +73,6 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
 
 
 def _described(table: TableSource, plain: Spectrum, weighted: Spectrum | None) -> dict[str, Any]:
-    dims = suggest_dim(plain if weighted is None else weighted, table.embedding_dim)
     return {
         "name": table.name,
         "num_embeddings": table.num_embeddings,
@@ -81,11 +80,7 @@ def _described(table: TableSource, plain: Spectrum, weighted: Spectrum | None) -
         "embedding_dim": table.embedding_dim,
         "plain": dataclasses.asdict(plain),
         "weighted": None if weighted is None else dataclasses.asdict(weighted),
-        "suggested": {
-            "embedding_dim": dims,
-            "loss": plain.loss(dims),
-            "weighted_loss": None if weighted is None else weighted.loss(dims),
-        },
+        "suggested": smaller(plain, weighted, table.embedding_dim),
         "mean_gain": None
         if table.projection is None
         else float(table.projection.double().square().sum()) / table.embedding_dim,

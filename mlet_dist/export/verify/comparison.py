@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mlet_dist.export.candidates import Candidate
-from mlet_dist.export.table_check import TableError
+from mlet_dist.export.verify.candidates import Candidate
+from mlet_dist.export.verify.table_check import TableError
 from mlet_dist.training.metrics import BinaryMetrics
 
 
@@ -47,7 +47,7 @@ class Comparison:
         if float(largest) > self._worst:
             self._worst, self._worst_row = float(largest), self._rows + int(index)
         self._rows += len(labels)
-        self._metrics.update(found if is_logit else found.double().logit(), labels)
+        self._metrics.update(found if is_logit else _logits(found), labels)
 
     def result(
         self, of_run: Mapping[str, float], errors: Mapping[str, TableError], tolerances: Tolerances
@@ -75,3 +75,8 @@ class Comparison:
             "tolerance": tolerance,
             "tables": {name: error.to_dict() for name, error in errors.items()},
         }
+
+
+def _logits(probabilities: torch.Tensor) -> torch.Tensor:
+    """Of float32 probabilities, in float64; one that float32 rounds to 0 or 1 is the nearest other, so finite."""
+    return probabilities.double().clamp(torch.finfo(torch.float32).tiny, 1 - 2.0**-24).logit()

@@ -7,11 +7,11 @@ import torch
 
 from mlet_dist.embeddings.collapse import block_rows, collapse_rows
 from mlet_dist.errors import UserError
+from mlet_dist.export.collapse.units import Unit, unit_rows
+from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.encoding import RowOverflow
 from mlet_dist.export.outputs import Output
 from mlet_dist.export.source import Source, TableSource
-from mlet_dist.export.units import Unit, unit_rows
-from mlet_dist.export.work import WorkDirectory
 from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES
 
 _READ_BYTES = 1 << 22  # of W1, at a time: they stay in a cache until they are multiplied
@@ -42,8 +42,8 @@ class UnitWorker:
         self._stored = torch.empty(max(stored for stored, _ in sizes), dtype=torch.uint8)
         self._table = torch.empty(max(table for _, table in sizes), dtype=torch.uint8)
 
-    def do(self, unit: Unit) -> int:
-        """Collapse, encode and write the rows of a unit, and record that it is finished; returns how many rows.
+    def do(self, unit: Unit) -> None:
+        """Collapse, encode and write the rows of a unit, and record that it is finished.
 
         Raises:
             UserError: a file is damaged or missing, a value is not finite, or a file cannot be written.
@@ -66,13 +66,12 @@ class UnitWorker:
             pieces[output.name] = [piece.to_dict() for piece in written]
             files[path] = stream.checksum.entry()
         self._work.record(unit.name, {"files": files, "pieces": pieces})
-        return unit.rows
 
     def collapse(self, unit: Unit) -> torch.Tensor:
         """W of a unit's rows, float32, in memory that the next call uses again."""
         table = self._tables[unit.table]
         found = _view(self._table, torch.float32, unit.rows, table.embedding_dim)
-        step = _read_rows(table)
+        step = read_rows(table)
         for start in range(unit.start, unit.stop, step):
             stop = min(start + step, unit.stop)
             stored = _view(self._stored, table.rows_dtype, stop - start, table.hidden_dim or table.embedding_dim)
@@ -105,11 +104,11 @@ def worker_bytes(source: Source, outputs: Sequence[Output]) -> int:
 
 def _buffer_sizes(table: TableSource) -> tuple[int, int]:
     """Bytes of W1 and of W that a worker holds of a table."""
-    stored = min(_read_rows(table), table.num_embeddings) * table.row_bytes
+    stored = min(read_rows(table), table.num_embeddings) * table.row_bytes
     return stored, min(unit_rows(table), table.num_embeddings) * 4 * table.embedding_dim
 
 
-def _read_rows(table: TableSource) -> int:
+def read_rows(table: TableSource) -> int:
     """Rows to read at a time, a multiple of those that are multiplied at a time."""
     block = block_rows(table.hidden_dim or 1, table.embedding_dim)
     return min(unit_rows(table), max(1, _READ_BYTES // (table.row_bytes * block)) * block)

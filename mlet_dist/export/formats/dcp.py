@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.utils.serialization import config as serialization
 
-from mlet_dist.export.pieces import Piece, whole_shapes
+from mlet_dist.export.formats.pieces import Piece, whole_shapes
 from mlet_dist.training.checkpoint.writing import SummedStream
 
 

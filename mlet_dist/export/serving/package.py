@@ -18,9 +18,9 @@ from torchrec.pt2.utils import deregister_fake_classes, register_fake_classes
 from mlet_dist import __version__
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
-from mlet_dist.export.predictor import ExportedPredictor, Predictor
-from mlet_dist.export.quantised import build_served, load_dense, table_tensors
-from mlet_dist.export.request import Request, example_request
+from mlet_dist.export.serving.predictor import ExportedPredictor, Predictor
+from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
+from mlet_dist.export.serving.request import Request, example_request
 from mlet_dist.export.stored_tables import read_parts
 from mlet_dist.json_text import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX

@@ -1,5 +1,6 @@
 """Tensors of a state dict that torch.save wrote, read from its file by ranges of rows."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class TorchFile(ChunkedTensors):
         path: written by torch.save in its format since 1.6.
 
     Raises:
-        UserError: the file is missing, damaged, or holds more than plain data.
+        UserError: the file is missing, damaged, of the format before that, or holds more than plain data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,21 +35,29 @@ class TorchFile(ChunkedTensors):
             raise UserError(f"{path} {said}") from None
         self._file = CheckedFile(str(path), raw)
         try:
-            state = torch.load(path, map_location="meta", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a scripted model is an error below
+                state = torch.load(path, map_location="meta", weights_only=True)
             if not isinstance(state, Mapping):
                 raise UserError(f"{path}: holds a {type(state).__name__}; save a state dict, of tensors by name")
             for name, tensor in _flat(state, ""):
                 self._stored[name] = tensor
-                start = (tensor.untyped_storage()._checkpoint_offset or 0) + tensor.storage_offset() * tensor.itemsize
-                chunk = Chunk((0,) * tensor.dim(), tuple(tensor.shape), name, int(start), tensor.nbytes)
+                begin = tensor.untyped_storage()._checkpoint_offset
+                if begin is None:
+                    raise UserError(f"{path}: is in torch.save's format before 1.6; torch.load it and save it again")
+                start = int(begin) + int(tensor.storage_offset()) * tensor.itemsize
+                chunk = Chunk((0,) * tensor.dim(), tuple(tensor.shape), name, start, tensor.nbytes)
                 self.tensors[name], self._chunks[name] = StoredTensor(chunk.sizes, tensor.dtype), [chunk]
         except UserError:
             self.close()
             raise
         except Exception as error:  # a damaged file raises anything
             self.close()
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{path}: not a state dict that torch.save wrote: {said[:200]}") from None
+            said = " ".join(str(error).split(". ")[0].split())
+            raise UserError(
+                f"{path}: not a state dict that torch.save wrote, or damaged, or of more than plain tensors: "
+                f"{type(error).__name__}: {said[:200]}"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.export.pieces import Format, Piece
-from mlet_dist.export.work import WorkDirectory
+from mlet_dist.export.collapse.work_directory import WorkDirectory
+from mlet_dist.export.formats.pieces import Format, Piece
 from mlet_dist.training.checkpoint.checked_file import CheckedFile
 from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES
 

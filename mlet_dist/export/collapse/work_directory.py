@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, os_error
 from mlet_dist.export.manifest import MANIFEST
 from mlet_dist.json_text import to_json
-from mlet_dist.staging import check_free
+from mlet_dist.staging import check_free, exchange, sync_directory
 from mlet_dist.training.checkpoint.writing import SummedStream
 
 _JOB, _RECORDS, _EXPORT = "job.json", "records", "export"
@@ -89,8 +89,10 @@ class WorkDirectory:
             if (self.out / MANIFEST).exists():
                 if not overwrite:
                     raise UserError(f"{self.out}: exists and is not empty; it is replaced with --overwrite alone")
-                with suppress(ValueError, TypeError, KeyError):
-                    if "format_version" in json.loads((self.out / MANIFEST).read_text(encoding="utf-8")):
+                with suppress(ValueError, AttributeError):
+                    if {"format_version", "model"} <= json.loads(
+                        (self.out / MANIFEST).read_text(encoding="utf-8")
+                    ).keys():
                         return
             check_free(self.out)
 
@@ -140,14 +142,15 @@ class WorkDirectory:
         """Note that a piece of work is finished; its files must be there."""
         with self.writing():
             for directory in {(self.root / file).parent for file in content["files"]}:
-                _sync(directory)
+                sync_directory(directory)
             with self.new_file(f"{_RECORDS}/{name}.json") as stream:
                 stream.write(to_json(content).encode())
-            _sync(self.root / _RECORDS)
+            sync_directory(self.root / _RECORDS)
 
     def finished(self) -> set[str]:
-        """The names of all records."""
+        """The names of all records; none where nothing says what they are records of."""
         with suppress(FileNotFoundError):
+            (self.root / _JOB).stat()
             return {path.stem for path in (self.root / _RECORDS).iterdir() if path.suffix == ".json"}
         return set()
 
@@ -166,14 +169,21 @@ class WorkDirectory:
         return content
 
     def publish(self) -> None:
-        """Give the export its name; one that had it before goes."""
+        """Give the export its name; one that had it before goes.
+
+        Where the file system can exchange two names, one of the two exports has the name at every moment.
+        """
         with self.writing():
-            _sync(self.export)
+            sync_directory(self.export)
             shutil.rmtree(self._replaced, ignore_errors=True)
-            if self.out.exists():
+            # Killed below, this may hold the old export, from which nobody must go on.
+            (self.root / _JOB).unlink()
+            if not self.out.exists():
+                self.export.rename(self.out)
+            elif not exchange(self.export, self.out):
                 self.out.rename(self._replaced)
-            self.export.rename(self.out)
-            _sync(self.out.parent)
+                self.export.rename(self.out)
+            sync_directory(self.out.parent)
             shutil.rmtree(self._replaced, ignore_errors=True)
             shutil.rmtree(self.root)
 
@@ -185,24 +195,8 @@ class WorkDirectory:
         except UserError:
             raise
         except Exception as error:
-            cause = _os_error(error)
+            cause = os_error(error)
             if cause is None:
                 raise
             kind = DiskFull if cause.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
             raise kind(f"{self.out}: cannot be written: {cause.strerror or cause}") from None
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

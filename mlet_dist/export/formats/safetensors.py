@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from mlet_dist.export.pieces import Piece, whole_shapes
+from mlet_dist.export.formats.pieces import Piece, whole_shapes
+from mlet_dist.export.formats.safetensors_files import DTYPES
 from mlet_dist.training.checkpoint.writing import SummedStream
 
-_DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int64": "I64"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64
 
 
@@ -69,7 +70,7 @@ def _begin(stream: SummedStream, pieces: Sequence[Piece]) -> list[Piece]:
     position = 0
     for piece in pieces:
         place = [position, position + piece.length]
-        header[piece.name] = {"dtype": _DTYPES[piece.dtype], "shape": piece.sizes, "data_offsets": place}
+        header[piece.name] = {"dtype": _NAMES[piece.torch_dtype], "shape": piece.sizes, "data_offsets": place}
         position += piece.length
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)

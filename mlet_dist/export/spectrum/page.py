@@ -4,7 +4,7 @@ import html
 import math
 from typing import Any
 
-from mlet_dist.export.spectrum_text import NOTE, summary, weighting
+from mlet_dist.export.spectrum.text import NOTE, summary, weighting
 
 _WIDTH, _HEIGHT = 300, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 8, 26

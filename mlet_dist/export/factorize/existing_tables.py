@@ -5,10 +5,10 @@ from pathlib import Path
 
 from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
+from mlet_dist.export.formats.safetensors_files import SafetensorsFiles
+from mlet_dist.export.formats.torch_file import TorchFile
 from mlet_dist.export.manifest import ExportDirectory
-from mlet_dist.export.safetensors_files import SafetensorsFiles
 from mlet_dist.export.source import Tables, TableSource
-from mlet_dist.export.torch_file import TorchFile
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.checkpoint.chunked import ChunkedTensors
 from mlet_dist.training.checkpoint.tensor_files import TensorFiles
@@ -32,7 +32,7 @@ def open_existing(path: Path, pattern: str | None = None) -> Tables:
         UserError: nothing of these is there, or no tensor, or one that cannot be a table, goes by the rule; or tables
             are in two layers already.
     """
-    if ExportDirectory(path).manifest.exists() or RunDirectory(path).config.exists():
+    if ExportDirectory(path).is_there() or RunDirectory(path).config.exists():
         found = Tables.open(path)
         if any(table.projection is not None for table in found.tables.values()):
             raise UserError(f"{path}: its tables are in two layers already; export it first")
@@ -52,6 +52,10 @@ def open_existing(path: Path, pattern: str | None = None) -> Tables:
     tables: dict[str, TableSource] = {}
     for name, match in matches.items():
         table = match["table"]
+        if not table:
+            raise UserError(
+                f"--table-pattern {pattern!r}: its group 'table' takes nothing of {name!r}; it must be a name"
+            )
         if table in tables:
             raise UserError(f"{path}: {tables[table].stored_name!r} and {name!r} would both be table {table!r}")
         tables[table] = _table(path, table, name, files)

@@ -1,6 +1,7 @@
 """The export job: every rank collapses its share of a run's tables, and the first puts the export together."""
 
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -14,19 +15,20 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.assembly import Assembly
+from mlet_dist.export.collapse.assembly import Assembly
+from mlet_dist.export.collapse.unit_work import UnitWorker, worker_bytes
+from mlet_dist.export.collapse.units import Unit
+from mlet_dist.export.collapse.work_directory import DiskFull, WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS, Output
-from mlet_dist.export.serving_plan import Serving
+from mlet_dist.export.serving.plan import Serving
 from mlet_dist.export.source import Source
-from mlet_dist.export.unit_work import UnitWorker, worker_bytes
-from mlet_dist.export.units import Unit
-from mlet_dist.export.work import DiskFull, WorkDirectory
 from mlet_dist.progress import Progress
 from mlet_dist.training.checkpoint.writing import on_first
 from mlet_dist.training.distributed import Worker, join_ranks
 
 MEMORY = 512 << 20
 _OTHERS_MAY_TAKE = timedelta(hours=6)
+_LOOK_SECONDS = 2.0  # between two looks at what is finished
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -
     with source.files, ExitStack() as held:
 
         def begin() -> None:
+            held.enter_context(work.locked())
             work.check_free(options.overwrite)
             assembly.check()
-            held.enter_context(work.locked())
             work.begin(assembly.job(worker.device))
             missing = assembly.missing(worker.world_size)
             if missing is not None:
@@ -140,12 +142,14 @@ def _do_units(assembly: Assembly, worker: Worker, threads: int) -> None:
         progress = held.enter_context(Progress("export", total, "rows", disable=not worker.is_first, done=done))
         pool = ThreadPoolExecutor(max(1, threads))
         held.callback(pool.shutdown, cancel_futures=True)
-        shown = done
+        shown, looked = done, time.monotonic()
         for future in as_completed([pool.submit(do, unit) for unit in own]):
             future.result()
-            now = total - sum(unit.rows for unit in assembly.unfinished())
-            progress.update(now - shown)
-            shown = now
+            # What the other ranks have done shows in the directory alone, which may be long.
+            if worker.is_first and time.monotonic() - looked > _LOOK_SECONDS:
+                now = total - sum(unit.rows for unit in assembly.unfinished())
+                progress.update(now - shown)
+                shown, looked = now, time.monotonic()
         dist.barrier()
         progress.update(total - shown)
 

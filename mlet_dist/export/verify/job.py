@@ -1,6 +1,7 @@
 """The proof that an export serves what was trained: the same rows through all its models, and all of its tables."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,14 +13,15 @@ from mlet_dist.data.loader import Batch
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.export.candidates import candidate, factorised, packaged
-from mlet_dist.export.comparison import DEFAULT_TOLERANCES, Comparison, Tolerances
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.manifest import PACKAGE, ExportDirectory
-from mlet_dist.export.seen_rows import SeenRows, renumber
 from mlet_dist.export.source import Source
 from mlet_dist.export.stored_tables import open_output
-from mlet_dist.export.table_check import CheckedTable, StoredOutput, check_table
+from mlet_dist.export.verify.candidates import candidate, factorised, packaged
+from mlet_dist.export.verify.comparison import DEFAULT_TOLERANCES, Comparison, Tolerances
+from mlet_dist.export.verify.seen_rows import SeenRows, renumber
+from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, check_table
+from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
 from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluation_loader
@@ -53,10 +55,14 @@ def verify_export(
         held.enter_context(source.files)
         served, manifest = directory.load()
         trained = source.spec
-        if (served.dense, served.sparse) != (trained.dense, trained.sparse):
+        if _shapes(served) != _shapes(trained):
             raise UserError(
-                f"{export}: its inputs or table sizes are not those of {run}; it was exported from another run"
+                f"{export}: its inputs or the sizes of its tables or layers are not those of {run}; it was exported "
+                "from another run"
             )
+        if manifest["run"]["checkpoint_sha256"] != source.digest:
+            said = f"{export} was made of another checkpoint than {source.checkpoint} of {run}"
+            print(f"mlet: warning: {said}; export again, or name its run", file=sys.stderr)
         schema = DatasetSchema.load(data)
         trained.check_data(schema, data)
         described = _check_outputs(directory, manifest)
@@ -110,6 +116,12 @@ def verify_export(
         "logloss_run": found["logloss"],
         "outputs": results,
     }
+
+
+def _shapes(spec: ModelSpec) -> tuple[object, ...]:
+    """What two models must share for their predictions to be compared."""
+    model = spec.model
+    return spec.dense, spec.sparse, model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
 
 
 def _check_outputs(directory: ExportDirectory, manifest: Mapping[str, Any]) -> dict[str, Any]:

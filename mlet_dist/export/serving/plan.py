@@ -16,7 +16,7 @@ from torchrec.inference.modules import shard_quant_model
 
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
-from mlet_dist.export.quantised import build_served
+from mlet_dist.export.serving.quantised import build_served
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 

@@ -10,8 +10,8 @@ import torch
 
 from mlet_dist.embeddings.factorize import Factors, factors_of
 from mlet_dist.errors import UserError
-from mlet_dist.export.block_writer import BlockWriter
-from mlet_dist.export.existing_tables import open_existing
+from mlet_dist.export.factorize.block_writer import BlockWriter
+from mlet_dist.export.factorize.existing_tables import open_existing
 from mlet_dist.export.row_blocks import read_blocks, sum_grams
 from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX

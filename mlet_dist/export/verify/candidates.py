@@ -11,10 +11,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist.data.loader import Batch
 from mlet_dist.export.manifest import PACKAGE
-from mlet_dist.export.package import EXPORTED, SCRIPTED
-from mlet_dist.export.quantised import build_served, load_dense, table_tensors
+from mlet_dist.export.serving.package import EXPORTED, SCRIPTED
+from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
 from mlet_dist.export.source import Source
-from mlet_dist.export.table_check import CheckedTable, StoredOutput
+from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
 
