@@ -83,9 +83,10 @@ def _listen(nodes: Nodes) -> dist.TCPStore:
             return dist.TCPStore("localhost", nodes.port, None, True, _STORE_TIMEOUT, wait_for_workers=False)
         except (OSError, RuntimeError) as error:
             if "in use" not in str(error) or time.monotonic() > deadline:
-                said = "is taken" if "in use" in str(error) else f"cannot be listened on ({_first_line(error)})"
+                taken = "is taken: by another job, or what is left of one?"
+                said = taken if "in use" in str(error) else f"cannot be listened on ({_first_line(error)})."
                 raise UserError(
-                    f"port {nodes.port} of {socket.gethostname()} {said}: by another job, or what is left of one? "
+                    f"port {nodes.port} of {socket.gethostname()} {said} "
                     "Give this one another --master-port, the same on all nodes"
                 ) from None
         time.sleep(0.5)
@@ -111,17 +112,21 @@ def _join(nodes: Nodes, job: str, facts: Facts) -> dist.TCPStore:
         reason = _unreachable(nodes)
         if not reason:
             try:
-                store = _read_roster(nodes, job, facts, deadline)
+                found = _read_roster(nodes, job, facts, deadline)
             except (OSError, RuntimeError):  # node 0 has gone, and may come back
-                store = None
-            if store is not None:
-                return store
-            reason = (
-                f"what answers at {nodes.endpoint} is not node 0 of this job: another job has the port, or was "
-                "node 0 given another command? It must be the same on all nodes, but for --node-rank"
-            )
+                found = _is_a_stranger(nodes)
+            if not isinstance(found, str):
+                return found
+            reason = found
         time.sleep(0.5)
     raise _gave_up(nodes, reason)
+
+
+def _is_a_stranger(nodes: Nodes) -> str:
+    return (
+        f"what answers at {nodes.endpoint} is not node 0 of this job: another job has the port, or was node 0 given "
+        "another command? It must be the same on all nodes, but for --node-rank"
+    )
 
 
 def _gave_up(nodes: Nodes, reason: str) -> RanksLost:
@@ -142,17 +147,21 @@ def _unreachable(nodes: Nodes) -> str:
     return ""
 
 
-def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.TCPStore | None:
-    """The store, once node 0 has taken this node; None where the roster is not for it."""
+def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.TCPStore | str:
+    """The store, once node 0 has taken this node; or why it has not."""
     patience = timedelta(seconds=max(1.0, min(_ANSWER_SECONDS, deadline - time.monotonic())))
     server = dist.TCPStore(nodes.master, nodes.port, None, False, patience)
     store = dist.PrefixStore(job, server)
     store.set(f"facts/{nodes.rank}", json.dumps(facts))
-    if _wait_for(store, ["roster"], deadline + _ANSWER_SECONDS if store.check(["facts/0"]) else deadline):
-        return None
+    is_first = store.check(["facts/0"])
+    if _wait_for(store, ["roster"], deadline + _ANSWER_SECONDS if is_first else deadline):
+        return f"node 0 waits at {nodes.endpoint} for other nodes" if is_first else _is_a_stranger(nodes)
     roster = json.loads(store.get("roster"))
     if roster["words"].get(str(nodes.rank)) != facts["word"]:
-        return None
+        return (
+            f"node 0 has begun without this node: has another one --node-rank {nodes.rank}, too, or has it not noticed "
+            "yet that its last attempt is over?"
+        )
     store.set(f"read/{nodes.rank}", "")
     if "lost" in roster:
         raise RanksLost(roster["lost"])

@@ -2,8 +2,9 @@
 
 import json
 import socket
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,15 @@ def port() -> int:
         free.bind(("localhost", 0))
         found: int = free.getsockname()[1]
         return found
+
+
+def knock(port: int) -> socket.socket:
+    """A connection, once somebody listens."""
+    while True:
+        try:
+            return socket.create_connection(("localhost", port))
+        except ConnectionRefusedError:
+            time.sleep(0.05)
 
 
 def nothing_wrong(told: Sequence[dict[str, Any]]) -> str:
@@ -81,6 +91,41 @@ def test_what_is_left_of_an_earlier_attempt_is_not_joined(port: int) -> None:
         first = meet(nodes(0, port), "job", {}, nothing_wrong)
         first.set("attempt", "new")
         assert [other.result().get("attempt") for other in others] == [b"new", b"new"]
+
+
+def test_two_nodes_of_one_number_are_told_so(port: int) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        met = [pool.submit(meet, nodes(rank, port, wait=4), "job", {}, nothing_wrong) for rank in (1, 1, 2, 0)]
+        wait(met)
+    assert [each.exception() for each in met[2:]] == [None, None]
+    (line,) = [str(each.exception()) for each in met[:2] if each.exception() is not None]
+    assert "node 0 has begun without this node: has another one --node-rank 1, too" in line
+
+
+def test_who_waits_less_long_than_node_0_is_told_that_it_waits(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlet_dist.launcher.meeting._ANSWER_SECONDS", 0.5)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, nodes(0, port, wait=4), "job", {}, nothing_wrong)
+        knock(port).close()
+        with pytest.raises(RanksLost, match=f"node 0 waits at localhost:{port} for other nodes"):
+            meet(nodes(1, port, wait=1), "job", {}, nothing_wrong)
+        assert "node 2 of 3 did not come" in str(first.exception())
+
+
+def test_strangers_on_the_port_are_not_heeded(port: int) -> None:
+    """Port scanners, health checks, browsers."""
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, nodes(0, port), "job", {}, nothing_wrong)
+        strangers = []
+        for said in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096), b"\xff" * 4096, b"\x16\x03\x01" * 99):
+            strangers.append(knock(port))
+            strangers[-1].sendall(said)
+        strangers[1].close()
+        others = [pool.submit(meet, nodes(rank, port), "job", {}, nothing_wrong) for rank in (1, 2)]
+        first.result().set("attempt", "this")
+        assert [other.result().get("attempt") for other in others] == [b"this", b"this"]
+    for stranger in strangers:
+        stranger.close()
 
 
 def test_a_job_is_its_command() -> None:
