@@ -1,20 +1,24 @@
 """Nodes find the node 0 of their own attempt, whatever else answers on its port."""
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import distributed as dist
 
+from mlet_dist import __version__
 from mlet_dist.errors import RanksLost, UserError
 from mlet_dist.launcher.meeting import meet
 from mlet_dist.launcher.nodes import Nodes, job_of, parse_count, port_of
-from mlet_dist.preflight.facts import judge
+from mlet_dist.preflight.facts import digest_of_code, facts_of, judge
+from tests.command import ROOT
 
 
 def nodes(rank: int, port: int, wait: float = 30) -> Nodes:
@@ -166,3 +170,13 @@ def test_judgement_names_who_and_what() -> None:
     assert judge([facts("node 0", problems=[full]), facts("node 1", problems=[full])]) == [
         "node 0 and 1 more: no space"
     ]
+
+
+def test_another_commit_is_another_version(tmp_path: Path) -> None:
+    with facts_of("node 0", None, "", on_cuda=False) as here:
+        assert here["versions"]["mlet-dist"] == f"{__version__}+{digest_of_code(ROOT / 'mlet_dist')}"
+    copy = shutil.copytree(ROOT / "mlet_dist", tmp_path / "installed")  # launch/ is no link there
+    assert digest_of_code(copy) == digest_of_code(ROOT / "mlet_dist")
+    changed = copy / "embeddings" / "exchange.py"
+    changed.write_text(changed.read_text() + "\n")
+    assert digest_of_code(copy) != digest_of_code(ROOT / "mlet_dist")
