@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ K8S = ROOT / "k8s"
 RENDERED = sorted(
     str(path.parent.relative_to(K8S))
     for path in K8S.rglob("kustomization.yaml")
-    if "components" not in path.parts and path.parent.name != "base"
+    if path.relative_to(K8S).parts[0] not in ("base", "components")
 )
 TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data")]
 KUBECTL = shutil.which("kubectl")
@@ -38,19 +37,12 @@ def render(name: str) -> list[Object]:
     return [thing for thing in yaml.safe_load_all(done.stdout) if thing is not None]
 
 
-def with_component(kind: str, component: str) -> str:
-    """Render a kind of job with a component; the name under which ``render`` remembers it."""
-    overlay = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": [f"../{kind}"],
-        "components": [f"../components/{component}"],
-    }
-    with tempfile.TemporaryDirectory(dir=K8S, prefix=".test-") as folder:
-        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
-        name = os.path.basename(folder)
-        render(name)
-    return name
+def overlay(folder: Path, kind: str, **more: Any) -> str:
+    """The name of a kustomization of one's own around k8s/KIND."""
+    kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", **more}
+    kustomization["resources"] = [os.path.relpath(K8S / kind, folder)]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return str(folder)
 
 
 def of_kind(name: str, kind: str) -> list[Object]:
@@ -283,9 +275,10 @@ def test_a_running_job_keeps_its_config(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
-def test_an_object_store_reaches_every_command(kind: str) -> None:
+def test_an_object_store_reaches_every_command(kind: str, tmp_path: Path) -> None:
+    name = overlay(tmp_path, kind, components=[os.path.relpath(K8S / "components" / "object-store", tmp_path)])
     commands, secrets = [], []
-    for thing in render(with_component(kind, "object-store")):
+    for thing in render(name):
         check(thing)
         for _, template in templates(thing):
             for container in template["spec"]["containers"]:
@@ -314,8 +307,8 @@ def test_kueue_only_adds_its_label(kind: str) -> None:
 @pytest.mark.parametrize(
     ("component", "resource"), [("efa", "vpc.amazonaws.com/efa"), ("infiniband", "rdma/rdma_shared_device_a")]
 )
-def test_networks_reach_every_kind(kind: str, component: str, resource: str) -> None:
-    name = with_component(kind, component)
+def test_networks_reach_every_kind(kind: str, component: str, resource: str, tmp_path: Path) -> None:
+    name = overlay(tmp_path, kind, components=[os.path.relpath(K8S / "components" / component, tmp_path)])
     for thing in render(name):
         check(thing)
     container = training_container(name)
@@ -328,21 +321,12 @@ def test_networks_reach_every_kind(kind: str, component: str, resource: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
-def test_one_image_is_set_everywhere(kind: str) -> None:
-    overlay = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": [f"../{kind}"],
-        "images": [{"name": "mlet-dist", "newName": "elsewhere/mine", "newTag": "7"}],
-    }
-    overlay["configurations"] = ["image.yaml"] if kind == "trainjob" else []
-    with tempfile.TemporaryDirectory(dir=K8S, prefix=".test-") as folder:
-        (Path(folder) / "kustomization.yaml").write_text(
-            yaml.safe_dump(overlay).replace("../trainjob/image.yaml", "image.yaml")
-        )
-        shutil.copy(K8S / "trainjob" / "image.yaml", folder)
-        images = {value for thing in render(os.path.basename(folder)) for key, value in fields(thing) if key == "image"}
-    assert images - {"mlet-dist-cpu:0.1.0"} == {"elsewhere/mine:7"}
+def test_one_image_is_set_everywhere(kind: str, tmp_path: Path) -> None:
+    shutil.copy(K8S / "trainjob" / "image.yaml", tmp_path)
+    images = [{"name": "mlet-dist", "newName": "elsewhere/mine", "newTag": "7"}]
+    name = overlay(tmp_path, kind, images=images, configurations=["image.yaml"])
+    found = {value for thing in render(name) for key, value in fields(thing) if key == "image"}
+    assert found - {"mlet-dist-cpu:0.1.0"} == {"elsewhere/mine:7"}
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,12 @@ def test_two_jobs_on_one_port(settings: tuple[str, ...]) -> None:
     with socket.socket() as taken:
         taken.bind(("", int(port[1])))
         taken.listen()
-        assert f"port {port[1]} of {socket.gethostname()} is taken: by another job" in end(node(0, *settings, *port), 2)
+        assert f"port {port[1]} of {socket.gethostname()} is taken: by another job" in end(
+            node(0, *settings[:-1], "2", *port), 2
+        )
     first = node(0, *settings, *port)
     try:
-        stranger = node(1, *settings[:-1], "8", *port, "train.seed=7")
+        stranger = node(1, *settings[:-1], "6", *port, "train.seed=7")
         assert "is not node 0 of this job: another job has the port" in end(stranger, 1)
     finally:
         first.kill()
