@@ -153,10 +153,10 @@ def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.
     server = dist.TCPStore(nodes.master, nodes.port, None, False, patience)
     store = dist.PrefixStore(job, server)
     store.set(f"facts/{nodes.rank}", json.dumps(facts))
-    is_first = store.check(["facts/0"])
-    judging = 2 * _ANSWER_SECONDS if is_first else 0  # node 0 is there, and may wait for storage
-    if _wait_for(store, ["roster"], deadline + judging):
-        return f"node 0 waits at {nodes.endpoint} for other nodes" if is_first else _is_a_stranger(nodes)
+    if _wait_for(store, ["facts/0"], deadline):
+        return _is_a_stranger(nodes)
+    if _wait_for(store, ["roster"], deadline + 2 * _ANSWER_SECONDS):  # node 0 is there, and may wait for storage
+        return f"node 0 waits at {nodes.endpoint} for other nodes"
     roster = json.loads(store.get("roster"))
     if roster["words"].get(str(nodes.rank)) != facts["word"]:
         return (

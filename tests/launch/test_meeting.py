@@ -3,7 +3,6 @@
 import json
 import shutil
 import socket
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -19,6 +18,7 @@ from mlet_dist.launcher.meeting import meet
 from mlet_dist.launcher.nodes import Nodes, job_of, parse_count, port_of
 from mlet_dist.preflight.facts import digest_of_code, facts_of, judge
 from tests.command import ROOT
+from tests.launch.test_wrong_launch import knock
 
 
 def nodes(rank: int, port: int, wait: float = 30) -> Nodes:
@@ -31,15 +31,6 @@ def port() -> int:
         free.bind(("localhost", 0))
         found: int = free.getsockname()[1]
         return found
-
-
-def knock(port: int) -> socket.socket:
-    """A connection, once somebody listens."""
-    while True:
-        try:
-            return socket.create_connection(("localhost", port))
-        except ConnectionRefusedError:
-            time.sleep(0.05)
 
 
 def nothing_wrong(told: Sequence[dict[str, Any]]) -> str:
