@@ -22,6 +22,14 @@ _POLL_SECONDS = 0.05
 _PORT_SECONDS = 10.0  # in which an earlier job may give up the port
 _ANSWER_SECONDS = 10.0
 _STORE_TIMEOUT = timedelta(minutes=5)
+_STRANGER = (
+    "what answers at {endpoint} is not node 0 of this job: another job has the port, or was node 0 given another "
+    "command? It must be the same on all nodes, but for --node-rank"
+)
+_BEGUN = (
+    "node 0 has begun without this node: has another one --node-rank {rank}, too, or has it not noticed yet that its "
+    "last attempt is over?"
+)
 
 Facts = dict[str, Any]
 
@@ -114,19 +122,12 @@ def _join(nodes: Nodes, job: str, facts: Facts) -> dist.TCPStore:
             try:
                 found = _read_roster(nodes, job, facts, deadline)
             except (OSError, RuntimeError):  # node 0 has gone, and may come back
-                found = _is_a_stranger(nodes)
+                found = _STRANGER
             if not isinstance(found, str):
                 return found
-            reason = found
+            reason = found.format(endpoint=nodes.endpoint, rank=nodes.rank)
         time.sleep(0.5)
     raise _gave_up(nodes, reason)
-
-
-def _is_a_stranger(nodes: Nodes) -> str:
-    return (
-        f"what answers at {nodes.endpoint} is not node 0 of this job: another job has the port, or was node 0 given "
-        "another command? It must be the same on all nodes, but for --node-rank"
-    )
 
 
 def _gave_up(nodes: Nodes, reason: str) -> RanksLost:
@@ -148,21 +149,19 @@ def _unreachable(nodes: Nodes) -> str:
 
 
 def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.TCPStore | str:
-    """The store, once node 0 has taken this node; or why it has not."""
+    """The store, once node 0 has taken this node; why not, where the roster is not for it."""
     patience = timedelta(seconds=max(1.0, min(_ANSWER_SECONDS, deadline - time.monotonic())))
     server = dist.TCPStore(nodes.master, nodes.port, None, False, patience)
     store = dist.PrefixStore(job, server)
     store.set(f"facts/{nodes.rank}", json.dumps(facts))
     if _wait_for(store, ["facts/0"], deadline):
-        return _is_a_stranger(nodes)
-    if _wait_for(store, ["roster"], deadline + 2 * _ANSWER_SECONDS):  # node 0 is there, and may wait for storage
-        return f"node 0 waits at {nodes.endpoint} for other nodes"
+        return _STRANGER
+    # Node 0 is there. It may give up waiting for others a little later than this node would, or look for storage.
+    if _wait_for(store, ["roster"], deadline + 2 * _ANSWER_SECONDS):
+        return "node 0 is at {endpoint}, and waits longer than this node for others; give all the same --wait"
     roster = json.loads(store.get("roster"))
     if roster["words"].get(str(nodes.rank)) != facts["word"]:
-        return (
-            f"node 0 has begun without this node: has another one --node-rank {nodes.rank}, too, or has it not noticed "
-            "yet that its last attempt is over?"
-        )
+        return _BEGUN
     store.set(f"read/{nodes.rank}", "")
     if "lost" in roster:
         raise RanksLost(roster["lost"])

@@ -102,7 +102,7 @@ def test_who_waits_less_long_than_node_0_is_told_that_it_waits(port: int, monkey
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(meet, nodes(0, port, wait=4), "job", {}, nothing_wrong)
         knock(port).close()
-        with pytest.raises(RanksLost, match=f"node 0 waits at localhost:{port} for other nodes"):
+        with pytest.raises(RanksLost, match=f"node 0 is at localhost:{port}, and waits longer than this node"):
             meet(nodes(1, port, wait=1), "job", {}, nothing_wrong)
         assert "node 2 of 3 did not come" in str(first.exception())
 
