@@ -7,6 +7,8 @@ from mlet_dist.cli.options import add_nproc, positive
 from mlet_dist.errors import UserError
 from mlet_dist.launcher.nodes import Nodes, job_of, parse_count, port_of
 
+_LAST_PORT = 65_535
+
 
 def add_nodes(parser: argparse.ArgumentParser) -> None:
     """Nodes of the job."""
@@ -34,6 +36,8 @@ def nodes_of(args: argparse.Namespace, arguments: Sequence[str]) -> tuple[Nodes 
     if count > 1 and args.master_addr is None:
         raise UserError("--master-addr is not set; it must be the name or address of node 0, the same on all nodes")
     job = job_of(arguments, args.nproc, args.nnodes)
+    if args.master_port is not None and args.master_port > _LAST_PORT:
+        raise UserError(f"--master-port is {args.master_port}; it must be from 1 to {_LAST_PORT}")
     master, port = args.master_addr or "localhost", args.master_port or port_of(job)
     return Nodes(fewest, count, args.node_rank, master, port, args.wait), job
 

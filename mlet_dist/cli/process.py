@@ -100,6 +100,7 @@ def in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[],
         check = lambda: config  # noqa: E731
     os.environ[_LAUNCHED] = "1"
     tie_children()
+    before_torch()
     from mlet_dist.launcher.command import launch
 
     launch(args.nproc, rest, nodes, job, check)

@@ -26,6 +26,10 @@ _STRANGER = (
     "what answers at {endpoint} is not node 0 of this job: another job has the port, or was node 0 given another "
     "command? It must be the same on all nodes, but for --node-rank"
 )
+_BEGUN = (
+    "node 0 has begun without this node: has another one --node-rank {rank}, too, or has it not noticed yet that its "
+    "last attempt is over?"
+)
 
 Facts = dict[str, Any]
 
@@ -87,9 +91,10 @@ def _listen(nodes: Nodes) -> dist.TCPStore:
             return dist.TCPStore("localhost", nodes.port, None, True, _STORE_TIMEOUT, wait_for_workers=False)
         except (OSError, RuntimeError) as error:
             if "in use" not in str(error) or time.monotonic() > deadline:
-                said = "is taken" if "in use" in str(error) else f"cannot be listened on ({_first_line(error)})"
+                taken = "is taken: by another job, or what is left of one?"
+                said = taken if "in use" in str(error) else f"cannot be listened on ({_first_line(error)})."
                 raise UserError(
-                    f"port {nodes.port} of {socket.gethostname()} {said}: by another job, or what is left of one? "
+                    f"port {nodes.port} of {socket.gethostname()} {said} "
                     "Give this one another --master-port, the same on all nodes"
                 ) from None
         time.sleep(0.5)
@@ -120,7 +125,7 @@ def _join(nodes: Nodes, job: str, facts: Facts) -> dist.TCPStore:
                 found = _STRANGER
             if not isinstance(found, str):
                 return found
-            reason = found.format(endpoint=nodes.endpoint)
+            reason = found.format(endpoint=nodes.endpoint, rank=nodes.rank)
         time.sleep(0.5)
     raise _gave_up(nodes, reason)
 
@@ -156,7 +161,7 @@ def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.
         return "node 0 is at {endpoint}, and waits longer than this node for others; give all the same --wait"
     roster = json.loads(store.get("roster"))
     if roster["words"].get(str(nodes.rank)) != facts["word"]:
-        return _STRANGER
+        return _BEGUN
     store.set(f"read/{nodes.rank}", "")
     if "lost" in roster:
         raise RanksLost(roster["lost"])

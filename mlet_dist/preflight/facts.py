@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from mlet_dist import __version__
@@ -101,7 +102,18 @@ def _shared_memory(on_cuda: bool) -> list[str]:
 
 def _versions() -> dict[str, str]:
     found = {name: version for name, version in installed_versions().items() if version}
-    return {"python": ".".join(platform.python_version_tuple()[:2]), "mlet-dist": __version__} | found
+    ours = f"{__version__}+{digest_of_code(Path(__file__).parents[1])}"
+    return {"python": ".".join(platform.python_version_tuple()[:2]), "mlet-dist": ours} | found
+
+
+def digest_of_code(package: Path) -> str:
+    """Of a package's files: two clones are of one version, and not always of one code."""
+    digest = hashlib.sha256()
+    for name in sorted(path.relative_to(package).as_posix() for path in package.rglob("*.*")):
+        # launch/ is a link in a clone, and a folder where mlet_dist is installed.
+        if name.endswith((".py", ".yaml")) and not name.startswith("launch/"):
+            digest.update(f"{name}\0".encode() + (package / name).read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _differing_versions(told: Sequence[Facts]) -> list[str]:

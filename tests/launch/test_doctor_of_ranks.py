@@ -69,6 +69,23 @@ def test_what_is_wrong_is_one_line_beside_the_table(small_model: tuple[str, ...]
         ),
         (("train", CONFIG, "--nproc", 2, "--nnodes", 2, "--node-rank", 2), "--node-rank is 2"),
         (("train", CONFIG, "--nproc", 2, "--nnodes", 2, "--node-rank", 1), "--master-addr is not set"),
+        (
+            (
+                "train",
+                CONFIG,
+                "--nproc",
+                2,
+                "--nnodes",
+                2,
+                "--node-rank",
+                1,
+                "--master-addr",
+                "a",
+                "--master-port",
+                70000,
+            ),
+            "--master-port is 70000; it must be from 1 to 65535",
+        ),
         (("train", CONFIG, "--nproc", 2, "--nnodes", "x", "--node-rank", 1), "--nnodes x: must be a number of nodes"),
     ],
 )

@@ -1,19 +1,24 @@
 """Nodes find the node 0 of their own attempt, whatever else answers on its port."""
 
 import json
+import shutil
 import socket
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import distributed as dist
 
+from mlet_dist import __version__
 from mlet_dist.errors import RanksLost, UserError
 from mlet_dist.launcher.meeting import meet
 from mlet_dist.launcher.nodes import Nodes, job_of, parse_count, port_of
-from mlet_dist.preflight.facts import judge
+from mlet_dist.preflight.facts import digest_of_code, facts_of, judge
+from tests.command import ROOT
+from tests.launch.test_wrong_launch import knock
 
 
 def nodes(rank: int, port: int, wait: float = 30) -> Nodes:
@@ -83,6 +88,41 @@ def test_what_is_left_of_an_earlier_attempt_is_not_joined(port: int) -> None:
         assert [other.result().get("attempt") for other in others] == [b"new", b"new"]
 
 
+def test_two_nodes_of_one_number_are_told_so(port: int) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        met = [pool.submit(meet, nodes(rank, port, wait=4), "job", {}, nothing_wrong) for rank in (1, 1, 2, 0)]
+        wait(met)
+    assert [each.exception() for each in met[2:]] == [None, None]
+    (line,) = [str(each.exception()) for each in met[:2] if each.exception() is not None]
+    assert "node 0 has begun without this node: has another one --node-rank 1, too" in line
+
+
+def test_who_waits_less_long_than_node_0_is_told_that_it_waits(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlet_dist.launcher.meeting._ANSWER_SECONDS", 0.5)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, nodes(0, port, wait=4), "job", {}, nothing_wrong)
+        knock(port).close()
+        with pytest.raises(RanksLost, match=f"node 0 is at localhost:{port}, and waits longer than this node"):
+            meet(nodes(1, port, wait=1), "job", {}, nothing_wrong)
+        assert "node 2 of 3 did not come" in str(first.exception())
+
+
+def test_strangers_on_the_port_are_not_heeded(port: int) -> None:
+    """Port scanners, health checks, browsers."""
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, nodes(0, port), "job", {}, nothing_wrong)
+        strangers = []
+        for said in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096), b"\xff" * 4096, b"\x16\x03\x01" * 99):
+            strangers.append(knock(port))
+            strangers[-1].sendall(said)
+        strangers[1].close()
+        others = [pool.submit(meet, nodes(rank, port), "job", {}, nothing_wrong) for rank in (1, 2)]
+        first.result().set("attempt", "this")
+        assert [other.result().get("attempt") for other in others] == [b"this", b"this"]
+    for stranger in strangers:
+        stranger.close()
+
+
 def test_a_job_is_its_command() -> None:
     job = job_of(["train", "a.yaml", "run.dir=x"], 8, "2")
     assert job == job_of(["train", "a.yaml", "run.dir=x"], 8, "2")
@@ -121,3 +161,13 @@ def test_judgement_names_who_and_what() -> None:
     assert judge([facts("node 0", problems=[full]), facts("node 1", problems=[full])]) == [
         "node 0 and 1 more: no space"
     ]
+
+
+def test_another_commit_is_another_version(tmp_path: Path) -> None:
+    with facts_of("node 0", None, "", on_cuda=False) as here:
+        assert here["versions"]["mlet-dist"] == f"{__version__}+{digest_of_code(ROOT / 'mlet_dist')}"
+    copy = shutil.copytree(ROOT / "mlet_dist", tmp_path / "installed")  # launch/ is no link there
+    assert digest_of_code(copy) == digest_of_code(ROOT / "mlet_dist")
+    changed = copy / "embeddings" / "exchange.py"
+    changed.write_text(changed.read_text() + "\n")
+    assert digest_of_code(copy) != digest_of_code(ROOT / "mlet_dist")

@@ -3,8 +3,10 @@
 import os
 import shlex
 import socket
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tests.command import ROOT
 pytestmark = pytest.mark.e2e
 
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+_TORCHS_MAGIC = 0x3C85F7CE  # what a client says first to a TCPStore
 
 
 def free_port() -> int:
@@ -21,6 +24,15 @@ def free_port() -> int:
         free.bind(("localhost", 0))
         port: int = free.getsockname()[1]
         return port
+
+
+def knock(port: int) -> socket.socket:
+    """A connection, once somebody listens."""
+    while True:
+        try:
+            return socket.create_connection(("localhost", port))
+        except ConnectionRefusedError:
+            time.sleep(0.05)
 
 
 def node(
@@ -70,6 +82,8 @@ def test_unreachable_master(settings: tuple[str, ...]) -> None:
     unknown = node(1, *settings[:-1], "2", "--master-addr", "no-such-host.invalid")
     nobody = free_port()
     closed = node(1, *settings[:-1], "2", "--master-port", str(nobody))
+    with knock(port) as stranger:  # torch would tell of it, with a trace
+        stranger.sendall(b"\0" + struct.pack("<I", _TORCHS_MAGIC) + b"\1" + b"\xff" * 8)
     assert "no-such-host.invalid is no host name that is known here; --master-addr" in end(unknown, 1)
     assert f"nothing listens on localhost:{nobody}: is --master-addr that of node 0" in end(closed, 1)
     assert f"node 1 of 2 did not come to localhost:{port} within 4 s (--wait)" in end(lonely, 1)
