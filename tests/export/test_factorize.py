@@ -114,7 +114,7 @@ def test_a_run_that_was_killed_goes_on_without_the_tables_it_began_with(
     identities = []
     for path in (own, "null"):
         config = load_config(tmp_path / "run" / "config.yaml", [f"train.initial_weights={path}"])
-        identities.append(identity_of(config, ModelSpec.load(tmp_path / "run" / "model.json")))
+        identities.append(identity_of(config, ModelSpec.load(tmp_path / "run" / "model.json"), "content"))
     with pytest.raises(UserError, match=r"train\.initial_weights was .*, is null"):
         check_same(*identities, "step-1", "begin anew")
     for index, setting in enumerate(("train.resume", "train.initial_weights")):
