@@ -135,7 +135,9 @@ def _check_export(export: Path, replace: bool) -> None:
     try:
         if not export.exists() or not any(export.iterdir()):
             return
-        json.loads((export / "manifest.json").read_text(encoding="utf-8"))["format_version"]
+        content = json.loads((export / "manifest.json").read_text(encoding="utf-8"))
+        if not {"format_version", "model"} <= set(content):  # checkpoints and data sets have a manifest.json too
+            raise KeyError("model")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{export} is not an export of `mlet export`; move it away") from None
     if not replace:
