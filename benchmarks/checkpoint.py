@@ -201,7 +201,7 @@ def measure(arguments: argparse.Namespace, worker: Worker) -> dict[str, Any]:
 def main() -> None:
     """Parse, start ranks if asked to, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="an existing directory, on the disk to measure")
+    parser.add_argument("--out", default=".", help="an existing directory, on the disk to measure (default: this one)")
     parser.add_argument("--ranks", type=int, help="start so many gloo ranks here; else those of torchrun, or one")
     parser.add_argument("--num-embeddings", type=int, default=20_000, help="rows of each of 26 tables of 64 columns")
     parser.add_argument("--local-batch-size", type=int, default=2048)

@@ -149,7 +149,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Make the run, measure, clean up, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="an existing directory, on the disk to measure")
+    parser.add_argument("--out", default=".", help="an existing directory, on the disk to measure (default: this one)")
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--shards", type=int, default=8, help="ranks that trained; a shard is made in memory")
     parser.add_argument("--rounds", type=int, default=5)
