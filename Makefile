@@ -49,7 +49,7 @@ soak: $(STAMP) ## kill training 20 times at random moments: it must end with the
 	@MLET_SOAK_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_kills.py $(ARGS)
 
 slurm: $(STAMP) ## install Slurm if it is missing (Debian, as root), and train on two nodes of one that runs here
-	@tests/launch/install_slurm.sh
+	@tests/helpers/install_slurm.sh
 	@$(BIN)/python -m pytest -m slurm $(ARGS)
 
 demo: $(STAMP) ## train MLET and its baselines on synthetic data, from raw files to a comparison, in demo/

@@ -54,7 +54,7 @@ def read(run: Path, _: Path) -> Callable[[], None]:
 
 def collapse(run: Path, out: Path) -> Callable[[], None]:
     """The export."""
-    from mlet_dist.export.collapse.job import export_run
+    from mlet_dist.export.collapse.run_collapse import export_run
 
     return lambda: export_run(run, out) and None
 
@@ -82,7 +82,7 @@ def make(arguments: argparse.Namespace) -> None:
     """The run."""
     from made_run import make_run
 
-    from mlet_dist.config import ModelConfig
+    from mlet_dist.config.sections import ModelConfig
 
     model = ModelConfig(embedding_dim=EMBEDDING_DIM, hidden_dim=HIDDEN_DIM, bottom_mlp=(16,), top_mlp=(16,))
     make_run(Path(arguments.out) / "run", {TABLE: arguments.rows}, model, arguments.shards)

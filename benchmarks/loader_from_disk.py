@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 
-from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.data.schema import DatasetSchema
 
 ARRAYS = ("dense", "sparse", "labels")

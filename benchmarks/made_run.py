@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from mlet_dist.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, save_config
+from mlet_dist.checkpoint.load import MODEL_KEY
+from mlet_dist.checkpoint.manifest import Manifest
+from mlet_dist.checkpoint.writer import SummedStream
+from mlet_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, save_config
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.pieces import Piece
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint.loading import MODEL_KEY
-from mlet_dist.training.checkpoint.manifest import Manifest
-from mlet_dist.training.checkpoint.writing import SummedStream
 from mlet_dist.training.run_directory import RunDirectory
 
 Rows = Callable[[str, int, int, int], torch.Tensor]

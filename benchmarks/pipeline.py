@@ -29,19 +29,19 @@ import torch
 from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
-from mlet_dist.config import ModelConfig, OptimizerConfig, ShardingConfig
-from mlet_dist.data.loader import BATCHES_AHEAD, Batch, DataLoader
+from mlet_dist.config.sections import ModelConfig, OptimizerConfig, ShardingConfig
+from mlet_dist.data.loading.loader import BATCHES_AHEAD, Batch, DataLoader
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
-from mlet_dist.embeddings.exchange import EXCHANGES
+from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.distributed import Worker, join_ranks
-from mlet_dist.training.guards import Finding, Guard
+from mlet_dist.training.guard import Finding, Guard
 from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
-from mlet_dist.training.pipeline import Predicted, take_steps
+from mlet_dist.training.process_group import Worker, join_ranks
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.state import Training
+from mlet_dist.training.step import Predicted, take_steps
 from mlet_dist.training.timing import StepTimer
 
 WAYS = {"plain": False, "pipelined": True}

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.command import mlet_json
-from tests.ranks import RankPool
+from tests.helpers.mlet_command import mlet_json
+from tests.helpers.ranks import RankPool
 
 
 @pytest.fixture(scope="session")

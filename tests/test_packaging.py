@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlet_dist.doctor import software
+from mlet_dist.cluster import software_checks
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -64,23 +64,23 @@ def test_each_extra_names_exactly_its_own_fbgemm_build() -> None:
     assert not {"fbgemm-gpu", "torchrec"} & set(CPU)
 
 
-@pytest.mark.parametrize("extra", [CUDA, {**CPU, "torchrec": software.TORCHREC}], ids=["cuda", "cpu"])
+@pytest.mark.parametrize("extra", [CUDA, {**CPU, "torchrec": software_checks.TORCHREC}], ids=["cuda", "cpu"])
 def test_pinned_versions_fit_together(extra: dict[str, str]) -> None:
-    versions = {name: (CORE | extra).get(name) for name in software.PACKAGES}
-    assert software.judge_versions(versions, has_driver=False).status == "ok"
+    versions = {name: (CORE | extra).get(name) for name in software_checks.PACKAGES}
+    assert software_checks.judge_versions(versions, has_driver=False).status == "ok"
 
 
 def test_doctor_tells_people_to_install_the_pinned_versions() -> None:
-    assert software.TORCH == CORE["torch"]
-    assert software.FBGEMM == CUDA["fbgemm-gpu"] == CPU["fbgemm-gpu-cpu"]
-    assert software.TORCHREC == CUDA["torchrec"]
+    assert software_checks.TORCH == CORE["torch"]
+    assert software_checks.FBGEMM == CUDA["fbgemm-gpu"] == CPU["fbgemm-gpu-cpu"]
+    assert software_checks.TORCHREC == CUDA["torchrec"]
     for name, version in CPU.items():
-        assert f"{name}=={version}" * bool(version) in software.INSTALL_CPU
-        assert name in software.INSTALL_CPU
+        assert f"{name}=={version}" * bool(version) in software_checks.INSTALL_CPU
+        assert name in software_checks.INSTALL_CPU
 
 
 def test_doctor_accepts_the_pythons_the_package_accepts() -> None:
-    low, high = software.PYTHONS[0], software.PYTHONS[-1]
+    low, high = software_checks.PYTHONS[0], software_checks.PYTHONS[-1]
     assert PROJECT["requires-python"] == f">={low[0]}.{low[1]},<{high[0]}.{high[1] + 1}"
 
 

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
 from mlet_dist.cli import main
-from tests.command import ROOT
+from tests.helpers.mlet_command import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

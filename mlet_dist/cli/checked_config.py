@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlet_dist.cli.nodes import node_count
 from mlet_dist.cli.process import launched, rank_of
-from mlet_dist.config import Config, load_config
+from mlet_dist.config.sections import Config, load_config
 
 
 def load_checked(args: argparse.Namespace) -> Config:

@@ -6,7 +6,7 @@ from mlet_dist.cli.checked_config import load_checked
 from mlet_dist.cli.options import add_config
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import tie_children
-from mlet_dist.config import describe_settings
+from mlet_dist.config.sections import describe_settings
 
 TEXT = "Train, export and verify the single layer, MLET, and the single layer at MLET's effective learning rate."
 EPILOG = f"settings, as section.key=value or in the YAML file:\n{describe_settings()}"
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
-    from mlet_dist.compare import compare, comparison_table
+    from mlet_dist.comparison import compare, comparison_table
 
     config = load_checked(args)
     tie_children()

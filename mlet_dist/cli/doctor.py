@@ -8,7 +8,7 @@ from mlet_dist.cli.options import add_nproc
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch, in_ranks, rank_of
 from mlet_dist.errors import UserError
-from mlet_dist.json_text import to_json
+from mlet_dist.formatting import to_json
 
 TEXT = "Check this machine: versions, devices, memory; says what to type when something is off."
 EPILOG = """\
@@ -32,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
-    from mlet_dist.doctor.check import report
+    from mlet_dist.cluster.check import report
 
     if args.distributed:
         return _of_ranks(args, arguments)
     for name in ("config", "nproc", "nnodes"):
         if getattr(args, name) is not None:
             raise UserError(f"`mlet doctor` looks at this machine; {name} is for --distributed")
-    from mlet_dist.doctor import run_doctor
+    from mlet_dist.cluster.diagnose import run_doctor
 
     result = run_doctor()
     if not args.json:
@@ -52,8 +52,8 @@ def _of_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | 
     if args.nproc is not None:
         return in_ranks(args, arguments, lambda: None)
     before_torch()
-    from mlet_dist.doctor.check import report
-    from mlet_dist.preflight.ranks import examine
+    from mlet_dist.cluster.check import report
+    from mlet_dist.cluster.rank_checks import examine
 
     result = examine(None if args.config is None else lambda: load_checked(args))
     if not rank_of(args):

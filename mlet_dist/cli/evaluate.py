@@ -24,6 +24,6 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         return in_ranks(args, arguments, lambda: None)
     before_torch()
     from mlet_dist.data.location import data_set_path
-    from mlet_dist.export.evaluate import evaluate_path
+    from mlet_dist.export.run_evaluate import evaluate_path
 
     return evaluate_path(Path(args.target), data_set_path(args.data), args.split), True

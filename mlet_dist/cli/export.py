@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
     if args.nproc is not None:
         return in_ranks(args, arguments, lambda: None)
     before_torch()
-    from mlet_dist.export.collapse.job import ExportOptions, export_run
+    from mlet_dist.export.collapse.run_collapse import ExportOptions, export_run
     from mlet_dist.export.serving.plan import Serving
 
     options = ExportOptions(

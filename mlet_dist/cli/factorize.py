@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: it must be from 0 to 2^63 - 1")
     before_torch()
-    from mlet_dist.export.factorize.job import factorize_tables
+    from mlet_dist.export.factorize.run_factorize import factorize_tables
 
     result = factorize_tables(
         Path(args.tables),

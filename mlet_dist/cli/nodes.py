@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from mlet_dist.cli.options import add_nproc, positive
+from mlet_dist.cluster.nodes import Nodes, job_of, parse_count, port_of
 from mlet_dist.errors import UserError
-from mlet_dist.launcher.nodes import Nodes, job_of, parse_count, port_of
 
 _LAST_PORT = 65_535
 

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from mlet_dist.errors import one_line
-from mlet_dist.json_text import to_json
+from mlet_dist.formatting import to_json
 
 Result = dict[str, Any]
 

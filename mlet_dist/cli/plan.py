@@ -7,7 +7,7 @@ from mlet_dist.cli.checked_config import warn
 from mlet_dist.cli.options import add_settings, positive
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch
-from mlet_dist.config import load_config
+from mlet_dist.config.sections import load_config
 from mlet_dist.errors import UserError
 
 TEXT = "Memory, bytes sent and step time of a run, for hardware that need not be here."
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
     from mlet_dist.planner.hardware import load_hardware
-    from mlet_dist.planner.tables import load_tables
+    from mlet_dist.planner.plan_inputs import load_tables
 
     if args.out is not None and Path(args.out).suffix not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: the picture is a page; name a file that ends in .html")
@@ -77,9 +77,9 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     spec, pooling_factors = load_tables(config, None if args.tables is None else Path(args.tables))
     warn(config)
     before_torch()
-    from mlet_dist.embeddings.step_time import Device
-    from mlet_dist.planner.command import make_plan
-    from mlet_dist.planner.report import picture, report
+    from mlet_dist.embeddings.planning.step_time import Device
+    from mlet_dist.planner.plan_report import picture, report
+    from mlet_dist.planner.run_plan import make_plan
 
     plan = make_plan(config, spec, pooling_factors, Device(**hardware), args.world_size, args.local_world_size)
     if args.out is not None:

@@ -66,11 +66,11 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     if args.check is not None:
         if args.format is not None or args.out is not None:
             raise UserError("--check stands alone; it takes the directory of a data set")
-        from mlet_dist.data.check import check
+        from mlet_dist.data.prepare.dataset_check import check
 
         schema = check(Path(args.check))
         return {"checked": args.check, "rows": schema.rows, "positive_rate": schema.positive_rate, "ok": True}, True
-    from mlet_dist.data.command import prepare_from
+    from mlet_dist.data.prepare.command import prepare_from
 
     prepared = prepare_from(args)
     if prepared is None:

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from mlet_dist.config import Config
+from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 
 _LAUNCHED = "MLET_LAUNCHED"
@@ -57,7 +57,7 @@ def handed_to_launcher(error: BaseException) -> bool:
     # TorchX sets the file for whole nodes, too, and would show the traceback beside our line.
     if "TORCHELASTIC_ERROR_FILE" not in os.environ or "RANK" not in os.environ:
         return False
-    from mlet_dist.launcher.elastic import record_failure, said_by_another_rank
+    from mlet_dist.cluster.launcher import record_failure, said_by_another_rank
 
     record_failure(error)
     return launched() or said_by_another_rank(error)
@@ -101,7 +101,7 @@ def in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[],
     os.environ[_LAUNCHED] = "1"
     tie_children()
     before_torch()
-    from mlet_dist.launcher.command import launch
+    from mlet_dist.cluster.command import launch
 
     launch(args.nproc, rest, nodes, job, check)
     return None, True

@@ -7,8 +7,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from mlet_dist.cli.main import parse
 from mlet_dist.cli.output import print_error, show
-from mlet_dist.cli.parsing import parse
 from mlet_dist.cli.process import die_with_parent, handed_to_launcher, rank_of
 from mlet_dist.cli.signals import answering_signals
 from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         if arguments[:1] == ["train"] and number != signal.SIGINT:
-            from mlet_dist.training.interruption import not_saved
+            from mlet_dist.training.signals import not_saved
 
             print(f"mlet: {not_saved(number)}", file=sys.stderr)
             return Interrupted.EXIT_CODE

@@ -12,7 +12,7 @@ from mlet_dist.cli.process import launched
 @contextmanager
 def answering_signals(args: argparse.Namespace, rank: int | None) -> Iterator[None]:
     """What SIGTERM does, and for `train` SIGUSR1, until training answers them itself."""
-    from mlet_dist.training.interruption import STOP_SIGNALS, exiting_when_told
+    from mlet_dist.training.signals import STOP_SIGNALS, exiting_when_told
 
     if args.name == "train" and args.nproc is None and not launched():  # of such ranks, the launcher tells
         with exiting_when_told():

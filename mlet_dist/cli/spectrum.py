@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
     before_torch()
-    from mlet_dist.export.spectrum.job import spectrum_of
+    from mlet_dist.export.spectrum.run_spectrum import spectrum_of
     from mlet_dist.export.spectrum.text import report
 
     result = spectrum_of(Path(args.source), args.data, None if args.out is None else Path(args.out))

@@ -11,7 +11,7 @@ from mlet_dist.cli.nodes import add_nodes
 from mlet_dist.cli.options import add_config
 from mlet_dist.cli.output import Result, show
 from mlet_dist.cli.process import before_torch, in_ranks, launched, rank_of
-from mlet_dist.config import Config, describe_settings, load_config
+from mlet_dist.config.sections import Config, describe_settings, load_config
 from mlet_dist.errors import UserError
 
 TEXT = "Train a model and evaluate it, on one machine or as one of several."

@@ -35,8 +35,8 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
     before_torch()
     from mlet_dist.data.location import data_set_path
-    from mlet_dist.export.verify.comparison import DEFAULT_TOLERANCES, Tolerances
-    from mlet_dist.export.verify.job import verify_export
+    from mlet_dist.export.verify.run_verify import verify_export
+    from mlet_dist.export.verify.tolerances import DEFAULT_TOLERANCES, Tolerances
 
     tolerances = Tolerances(args.tolerance, {**DEFAULT_TOLERANCES.auc, **dict(args.auc_tolerance)})
     result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, tolerances)

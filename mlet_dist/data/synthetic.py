@@ -12,17 +12,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from mlet_dist.data.columns import MultiValued
-from mlet_dist.data.formats import CRITEO_DENSE as DENSE
-from mlet_dist.data.formats import CRITEO_SPARSE as SPARSE
-from mlet_dist.data.parts import PartWriter, split_bounds
-from mlet_dist.data.planted import CHUNK_ROWS, FloatArray, Ids, Lists, PlantedModel, PlantedRows
-from mlet_dist.data.read_ahead import map_ahead
+from mlet_dist.atomic_directory import staged_directory
+from mlet_dist.data.loading.prefetch import map_ahead
+from mlet_dist.data.loading.windows import MultiValued
+from mlet_dist.data.parquet_parts import PartWriter, split_bounds
+from mlet_dist.data.prepare.formats import CRITEO_DENSE as DENSE
+from mlet_dist.data.prepare.formats import CRITEO_SPARSE as SPARSE
+from mlet_dist.data.prepare.raw_formats import LABEL
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
-from mlet_dist.data.table import LABEL
+from mlet_dist.data.synthetic_model import CHUNK_ROWS, FloatArray, Ids, Lists, PlantedModel, PlantedRows
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
-from mlet_dist.staging import staged_directory
 
 # Distinct values of C1-C26 in Criteo-Kaggle; the tables keep their order of sizes.
 CRITEO_VALUES = (

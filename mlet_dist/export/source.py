@@ -8,18 +8,18 @@ from typing import Any, Self
 
 import torch
 
-from mlet_dist.embeddings.multi_layer import check_layers_fit
+from mlet_dist.checkpoint.choosing import newest_finished
+from mlet_dist.checkpoint.chunked import ChunkedTensors
+from mlet_dist.checkpoint.load import MODEL_KEY
+from mlet_dist.checkpoint.manifest import Manifest
+from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
+from mlet_dist.checkpoint.tensor_ranges import TensorFiles
+from mlet_dist.embeddings.collection import check_layers_fit
 from mlet_dist.errors import UserError
-from mlet_dist.export.manifest import ExportDirectory
+from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.stored_tables import open_output
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint.choosing import newest_finished
-from mlet_dist.training.checkpoint.chunked import ChunkedTensors
-from mlet_dist.training.checkpoint.loading import MODEL_KEY
-from mlet_dist.training.checkpoint.manifest import Manifest
-from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.training.checkpoint.tensor_files import TensorFiles
 from mlet_dist.training.run_directory import RunDirectory
 
 _IN_CHECKPOINTS = f"{MODEL_KEY}."

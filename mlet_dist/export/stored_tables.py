@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from mlet_dist.checkpoint.chunked import ChunkedTensors
+from mlet_dist.checkpoint.tensor_ranges import TensorFiles
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.formats.safetensors_files import SafetensorsFiles
-from mlet_dist.training.checkpoint.chunked import ChunkedTensors
-from mlet_dist.training.checkpoint.tensor_files import TensorFiles
 
 
 def open_output(directory: Path, files: Mapping[str, Any], format: str) -> ChunkedTensors:

@@ -9,10 +9,10 @@ from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantisedEmbeddingBagCollection
 
-from mlet_dist.config import RowsDtype
+from mlet_dist.config.sections import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.costs import Optimizer
-from mlet_dist.embeddings.model_cost import DenseCost
+from mlet_dist.embeddings.planning.cost_model import Optimizer
+from mlet_dist.embeddings.planning.model_cost import DenseCost
 from mlet_dist.models.spec import ModelSpec
 
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."

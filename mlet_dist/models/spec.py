@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config import Config, ModelConfig
+from mlet_dist.config.parser import parse_section
+from mlet_dist.config.sections import Config, ModelConfig
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
-from mlet_dist.settings import parse_section
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.errors import UserError
-from mlet_dist.strict_yaml import load_yaml
 
 _FIELDS = {
     "memory_gb": ("memory", 1e9),

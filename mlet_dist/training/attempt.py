@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config import Config
+from mlet_dist.config.sections import Config
 from mlet_dist.training.run_directory import RunDirectory
 
 

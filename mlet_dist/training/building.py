@@ -6,8 +6,8 @@ from torchrec.distributed import DistributedModelParallel
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.training.job import Job
 from mlet_dist.training.metrics import BinaryMetrics
+from mlet_dist.training.model_plan import ModelPlan, describe_plan
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
-from mlet_dist.training.plan import ModelPlan, describe_plan
 from mlet_dist.training.schedule import schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.snapshot import restore

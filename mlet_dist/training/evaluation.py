@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
-from mlet_dist.training.distributed import Worker
 from mlet_dist.training.metrics import BinaryMetrics
+from mlet_dist.training.process_group import Worker
 
 
 def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: int, worker: Worker) -> DataLoader:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mlet_dist.config import Config
+from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
-from mlet_dist.json_text import to_json
+from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
 
 

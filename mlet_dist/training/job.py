@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import distributed as dist
 
-from mlet_dist.config import Config
-from mlet_dist.data.loader import DataLoader
+from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.config.sections import Config
+from mlet_dist.data.loading.loader import DataLoader
+from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.location import DataPath, data_set_path
-from mlet_dist.data.order import Shuffle
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint.store import CheckpointStore
-from mlet_dist.training.distributed import Worker
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.identity import identity_of
-from mlet_dist.training.initial import InitialWeights, find_initial_weights
+from mlet_dist.training.process_group import Worker
 from mlet_dist.training.resume import Start, drop_later, find_start
 from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.warm_start import InitialWeights, find_initial_weights
 
 
 @dataclass(frozen=True)

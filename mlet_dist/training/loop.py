@@ -6,10 +6,10 @@ from itertools import chain, islice, repeat
 
 import torch
 
-from mlet_dist.data.loader import DataLoader
-from mlet_dist.training.guards import Finding, Guard
-from mlet_dist.training.pipeline import take_steps
+from mlet_dist.data.loading.loader import DataLoader
+from mlet_dist.training.guard import Finding, Guard
 from mlet_dist.training.state import AfterStep, Training
+from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer
 
 

@@ -14,7 +14,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from mlet_dist.config import OptimizerConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.models.dlrm import TABLES_PREFIX
 

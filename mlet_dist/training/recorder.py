@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from mlet_dist.errors import UserError
-from mlet_dist.json_text import to_json
+from mlet_dist.formatting import to_json
 from mlet_dist.training.run_directory import RunDirectory
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import distributed as dist
 
-from mlet_dist.config import Config, load_config
+from mlet_dist.checkpoint.choosing import Found, newest_whole, whole
+from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
+from mlet_dist.config.sections import Config, load_config
 from mlet_dist.errors import UserError
-from mlet_dist.training.checkpoint.choosing import Found, newest_whole, whole
-from mlet_dist.training.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.training.identity import check_same, without_rates
 from mlet_dist.training.run_directory import RunDirectory
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mlet_dist.training.checkpoint.choosing import newest_whole
-from mlet_dist.training.checkpoint.store import CheckpointStore
-from mlet_dist.training.guards import NonFinite
+from mlet_dist.checkpoint.choosing import newest_whole
+from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.training.guard import NonFinite
 from mlet_dist.training.snapshot import restore
 from mlet_dist.training.state import Training
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config import Config, load_config, save_config
+from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.config.sections import Config, load_config, save_config
 from mlet_dist.errors import UserError
-from mlet_dist.json_text import to_json
+from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint.store import CheckpointStore
 from mlet_dist.training.lock import locked
 
 _PREFLIGHT = ".mlet-preflight-"  # files by which the nodes of a job find out that they share storage

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from mlet_dist.config import OptimizerConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.training.state import Training
 
 

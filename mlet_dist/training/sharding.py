@@ -16,13 +16,13 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingType
 from torchrec.models.dlrm import DLRM
 
-from mlet_dist.config import ShardingConfig
+from mlet_dist.config.sections import ShardingConfig
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.codecs import exchange_codecs
-from mlet_dist.embeddings.step_time import Device
+from mlet_dist.embeddings.planning.step_time import Device
+from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.errors import UserError
-from mlet_dist.training.distributed import Worker
-from mlet_dist.training.plan import ModelPlan, plan_model
+from mlet_dist.training.model_plan import ModelPlan, plan_model
+from mlet_dist.training.process_group import Worker
 
 _AS_BY_DEFAULT = ShardingConfig()
 

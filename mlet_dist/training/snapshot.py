@@ -9,8 +9,8 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist import __version__
-from mlet_dist.training.checkpoint.choosing import Found
-from mlet_dist.training.checkpoint.loading import MODEL_KEY, OPTIMIZER_KEY, load_model, load_state
+from mlet_dist.checkpoint.choosing import Found
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_model, load_state
 from mlet_dist.training.optimizers import optimizer_state
 from mlet_dist.training.state import Training
 

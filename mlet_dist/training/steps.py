@@ -3,21 +3,21 @@
 from functools import partial
 from typing import Any
 
+from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.progress import Progress
-from mlet_dist.training.checkpoint.saver import CheckpointSaver
-from mlet_dist.training.checkpointing import Checkpointing
-from mlet_dist.training.guards import Guard, NonFinite
-from mlet_dist.training.interruption import StopSignal
+from mlet_dist.training.checkpoint_schedule import Checkpointing
+from mlet_dist.training.guard import Guard, NonFinite
 from mlet_dist.training.job import Job
 from mlet_dist.training.loop import take_all_steps
-from mlet_dist.training.pipeline import pipeline_pays
-from mlet_dist.training.plan import ModelPlan
+from mlet_dist.training.model_plan import ModelPlan
 from mlet_dist.training.recorder import Recorder
-from mlet_dist.training.report import TrainingReport
+from mlet_dist.training.reporting import TrainingReport
 from mlet_dist.training.rollback import go_back
 from mlet_dist.training.schedule import LearningRates
+from mlet_dist.training.signals import StopSignal
 from mlet_dist.training.snapshot import about_ranks, now, versions
 from mlet_dist.training.state import AfterStep, Training
+from mlet_dist.training.step import pipeline_pays
 from mlet_dist.training.timing import StepTimer
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torchrec.distributed.types import LazyAwaitable
 
-from mlet_dist.embeddings.sharding import ShardedMultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
 from mlet_dist.training.stopwatch import Stopwatch
 
 _Item = TypeVar("_Item")

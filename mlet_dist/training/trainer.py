@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import distributed as dist
 
-from mlet_dist.config import Config, RowsDtype
+from mlet_dist.config.sections import Config, RowsDtype
 from mlet_dist.models.dlrm import table_bytes
 from mlet_dist.training.attempt import for_this_attempt
 from mlet_dist.training.building import begin_training, build_model
-from mlet_dist.training.distributed import join_ranks
 from mlet_dist.training.evaluation import evaluate
-from mlet_dist.training.interruption import StopSignal
 from mlet_dist.training.job import Job, open_job
-from mlet_dist.training.plan import ModelPlan
+from mlet_dist.training.model_plan import ModelPlan
+from mlet_dist.training.process_group import join_ranks
 from mlet_dist.training.recorder import Recorder
+from mlet_dist.training.signals import StopSignal
 from mlet_dist.training.state import Training
 from mlet_dist.training.steps import train_steps
 from mlet_dist.training.weights import weights_sha256

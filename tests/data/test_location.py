@@ -10,12 +10,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from mlet_dist.data.loader import DataLoader
+from mlet_dist.data.loading.loader import DataLoader
+from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.location import RemotePath, data_set_path
-from mlet_dist.data.order import Shuffle
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from tests.data.mixed import GROUP_ROWS, PART_ROWS, write_mixed
+from tests.helpers.mixed_dataset import GROUP_ROWS, PART_ROWS, write_mixed
 
 
 class LostConnection(Exception):

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from mlet_dist.data import parts
-from mlet_dist.data.planted import CHUNK_ROWS
-from mlet_dist.data.prepare import prepare_criteo
+from mlet_dist.data import parquet_parts
+from mlet_dist.data.prepare.pipeline import prepare_criteo
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.data.synthetic import CRITEO_VALUES, _StreamingAuc, synthesize
+from mlet_dist.data.synthetic_model import CHUNK_ROWS
 from mlet_dist.errors import UserError
 
 
@@ -247,7 +247,7 @@ def test_disk_error_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(parts, "write_parquet", fail)
+    monkeypatch.setattr(parquet_parts, "write_parquet", fail)
     with pytest.raises(UserError, match="out: cannot be written: No space left on device"):
         synthesize(tmp_path / "out", rows=100)
     assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import mlet_json
 from tests.conftest import TrainedRun
+from tests.helpers.mlet_command import mlet_json
 
 
 @pytest.fixture(scope="session")

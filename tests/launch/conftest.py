@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.torchx_cli import registered
+from tests.helpers.torchx_cli import registered
 
 
 @pytest.fixture(scope="session")

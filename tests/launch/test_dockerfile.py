@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.command import ROOT
+from tests.helpers.mlet_command import ROOT
 
 TEXT = (ROOT / "Dockerfile").read_text()
 

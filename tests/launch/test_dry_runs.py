@@ -10,11 +10,11 @@ import yaml
 from botocore.session import get_session
 from botocore.validate import ParamValidator
 
+from mlet_dist.cli.main import parse
 from mlet_dist.cli.nodes import without_launch
-from mlet_dist.cli.parsing import parse
-from mlet_dist.launcher.nodes import job_of
-from tests.launch.schemas import check
-from tests.launch.torchx_cli import COMPONENTS, run_torchx
+from mlet_dist.cluster.nodes import job_of
+from tests.helpers.kubernetes_schemas import check
+from tests.helpers.torchx_cli import COMPONENTS, run_torchx
 
 pytestmark = pytest.mark.e2e
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT
 from tests.conftest import TrainedRun
-from tests.launch.torchx_cli import COMPONENTS, last_json, torchx
+from tests.helpers.mlet_command import ROOT
+from tests.helpers.torchx_cli import COMPONENTS, last_json, torchx
 
 pytestmark = pytest.mark.e2e
 

@@ -13,10 +13,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from mlet_dist.cli.parsing import parse
-from mlet_dist.config import load_config
-from tests.command import ROOT
-from tests.launch.schemas import Object, check, fields, jobs, templates
+from mlet_dist.cli.main import parse
+from mlet_dist.config.sections import load_config
+from tests.helpers.kubernetes_schemas import Object, check, fields, jobs, templates
+from tests.helpers.mlet_command import ROOT
 
 K8S = ROOT / "k8s"
 RENDERED = sorted(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT
 from tests.conftest import TrainedRun
-from tests.launch.slurm_cluster import SlurmCluster, missing
+from tests.helpers.mlet_command import ROOT
+from tests.helpers.slurm_cluster import SlurmCluster, missing
+from tests.helpers.torchx_cli import COMPONENTS, torchx
 from tests.launch.test_local import checkpoints, command_line
-from tests.launch.torchx_cli import COMPONENTS, torchx
 
 pytestmark = [
     pytest.mark.e2e,

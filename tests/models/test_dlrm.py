@@ -5,7 +5,7 @@ import torch
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM
 
-from mlet_dist.config import ModelConfig
+from mlet_dist.config.sections import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm, table_bytes

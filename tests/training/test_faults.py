@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, mlet_json
+from tests.helpers.mlet_command import ROOT, mlet_json
 from tests.training.test_kills import children
 
 pytestmark = pytest.mark.e2e

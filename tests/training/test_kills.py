@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, mlet_json
 from tests.conftest import TrainedRun
-from tests.training.in_ranks import records
+from tests.helpers.mlet_command import ROOT, mlet_json
+from tests.helpers.train_in_ranks import records
 
 pytestmark = pytest.mark.e2e
 

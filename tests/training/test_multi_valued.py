@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import ROOT, mlet_json
+from tests.helpers.mlet_command import ROOT, mlet_json
 
 pytestmark = pytest.mark.e2e
 

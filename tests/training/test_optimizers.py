@@ -14,25 +14,25 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from mlet_dist.config import ModelConfig, OptimizerConfig, ShardingConfig, TableShardingConfig
+from mlet_dist.checkpoint.choosing import newest_checkpoint
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_model, load_state
+from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.checkpoint.writer import write_checkpoint
+from mlet_dist.config.sections import ModelConfig, OptimizerConfig, ShardingConfig, TableShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.step_count import fused_kernels
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint.choosing import newest_checkpoint
-from mlet_dist.training.checkpoint.loading import MODEL_KEY, OPTIMIZER_KEY, load_model, load_state
-from mlet_dist.training.checkpoint.store import CheckpointStore
-from mlet_dist.training.checkpoint.writing import write_checkpoint
-from mlet_dist.training.distributed import Worker
 from mlet_dist.training.optimizers import (
     build_optimizer,
     fuse_row_optimizer,
     optimizer_state,
 )
+from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
-from tests.command import ROOT, mlet_json
-from tests.ranks import RankPool, whole
+from tests.helpers.mlet_command import ROOT, mlet_json
+from tests.helpers.ranks import RankPool, whole
 
 Ranks = Callable[..., RankPool]
 OPTIMIZERS = ["sgd", "adagrad", "rowwise_adagrad", "adam"]

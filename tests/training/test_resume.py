@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from mlet_dist.config import Config, load_config
-from mlet_dist.training.checkpoint.choosing import newest_whole
-from mlet_dist.training.checkpoint.saver import CheckpointSaver
-from mlet_dist.training.checkpoint.store import CheckpointStore
+from mlet_dist.checkpoint.choosing import newest_whole
+from mlet_dist.checkpoint.saver import CheckpointSaver
+from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.config.sections import Config, load_config
 from mlet_dist.training.snapshot import about_ranks, restore, tensors_of
-from tests.command import ROOT
-from tests.ranks import RankFailed
-from tests.training.in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
-from tests.training.small_run import SETTINGS, training_of
+from tests.helpers.mlet_command import ROOT
+from tests.helpers.ranks import RankFailed
+from tests.helpers.small_run import SETTINGS, training_of
+from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
 
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mlet_dist.config import OptimizerConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.training.schedule import learning_rate_factor, schedule_warnings
 
 

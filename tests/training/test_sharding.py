@@ -8,16 +8,16 @@ import torch
 from torch import distributed as dist
 from torchrec.distributed import comm
 
-from mlet_dist.config import ModelConfig, OptimizerConfig, ShardingConfig
+from mlet_dist.config.sections import ModelConfig, OptimizerConfig, ShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.distributed import Worker
 from mlet_dist.training.optimizers import fuse_row_optimizer
+from mlet_dist.training.process_group import Worker
 from mlet_dist.training.roll_call import timed_out
 from mlet_dist.training.sharding import shard_model
-from tests.ranks import RankPool
+from tests.helpers.ranks import RankPool
 
 pytestmark = pytest.mark.multirank
 

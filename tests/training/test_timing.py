@@ -12,16 +12,16 @@ import torch
 from torch import distributed as dist
 from torchrec.models.dlrm import OverArch
 
-from mlet_dist.config import Config, load_config
-from mlet_dist.data.loader import Batch
-from mlet_dist.training.guards import Guard
-from mlet_dist.training.pipeline import take_steps
+from mlet_dist.config.sections import Config, load_config
+from mlet_dist.data.loading.loader import Batch
+from mlet_dist.training.guard import Guard
+from mlet_dist.training.step import take_steps
 from mlet_dist.training.stopwatch import Stopwatch
 from mlet_dist.training.timing import StepTimer
-from tests.command import ROOT
 from tests.conftest import TrainedRun
-from tests.ranks import RankPool
-from tests.training.small_run import SETTINGS, loader, training_of
+from tests.helpers.mlet_command import ROOT
+from tests.helpers.ranks import RankPool
+from tests.helpers.small_run import SETTINGS, loader, training_of
 
 Ranks = Callable[[int], RankPool]
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command import ROOT, error_line, mlet, mlet_json
 from tests.conftest import TrainedRun
+from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 
 pytestmark = pytest.mark.e2e
 

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlet_dist.checkpoint.checked_file import CheckedFile
+from mlet_dist.checkpoint.manifest import BLOCK_BYTES
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.formats.pieces import Format, Piece
-from mlet_dist.training.checkpoint.checked_file import CheckedFile
-from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES
 
 
 def join_files(

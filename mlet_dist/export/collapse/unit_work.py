@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mlet_dist.checkpoint.manifest import BLOCK_BYTES
 from mlet_dist.embeddings.collapse import block_rows, collapse_rows
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.units import Unit, unit_rows
@@ -12,7 +13,6 @@ from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.encoding import RowOverflow
 from mlet_dist.export.outputs import Output
 from mlet_dist.export.source import Source, TableSource
-from mlet_dist.training.checkpoint.manifest import BLOCK_BYTES
 
 _READ_BYTES = 1 << 22  # of W1, at a time: they stay in a cache until they are multiplied
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlet_dist.atomic_directory import check_free, exchange, sync_directory
+from mlet_dist.checkpoint.writer import SummedStream
 from mlet_dist.errors import UserError, os_error
-from mlet_dist.export.manifest import MANIFEST
-from mlet_dist.json_text import to_json
-from mlet_dist.staging import check_free, exchange, sync_directory
-from mlet_dist.training.checkpoint.writing import SummedStream
+from mlet_dist.export.export_directory import MANIFEST
+from mlet_dist.formatting import to_json
 
 _JOB, _RECORDS, _EXPORT = "job.json", "records", "export"
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from mlet_dist.checkpoint.load import MODEL_KEY, first_cause
+from mlet_dist.checkpoint.manifest import Manifest
+from mlet_dist.checkpoint.store import Checkpoint
+from mlet_dist.checkpoint.writer import SummedStream
 from mlet_dist.errors import UserError
 from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.pieces import Piece
-from mlet_dist.training.checkpoint.loading import MODEL_KEY, first_cause
-from mlet_dist.training.checkpoint.manifest import Manifest
-from mlet_dist.training.checkpoint.store import Checkpoint
-from mlet_dist.training.checkpoint.writing import SummedStream
 
 
 class BlockWriter:

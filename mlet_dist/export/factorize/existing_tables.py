@@ -3,15 +3,15 @@
 import re
 from pathlib import Path
 
-from mlet_dist.embeddings.multi_layer import MultiLayerEmbeddingBagConfig
+from mlet_dist.checkpoint.chunked import ChunkedTensors
+from mlet_dist.checkpoint.tensor_ranges import TensorFiles
+from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
+from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.formats.safetensors_files import SafetensorsFiles
 from mlet_dist.export.formats.torch_file import TorchFile
-from mlet_dist.export.manifest import ExportDirectory
 from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.training.checkpoint.chunked import ChunkedTensors
-from mlet_dist.training.checkpoint.tensor_files import TensorFiles
 from mlet_dist.training.run_directory import RunDirectory
 
 _TORCHREC = re.compile(r"(?P<prefix>(?:.*\.)?)(?:embedding_bags|embeddings)\.(?P<table>[^.]+)\.weight")

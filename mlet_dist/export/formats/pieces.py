@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mlet_dist.training.checkpoint.writing import SummedStream
+from mlet_dist.checkpoint.writer import SummedStream
 
 
 @dataclass(frozen=True)

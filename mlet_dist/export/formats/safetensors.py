@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from mlet_dist.checkpoint.writer import SummedStream
 from mlet_dist.export.formats.pieces import Piece, whole_shapes
 from mlet_dist.export.formats.safetensors_files import DTYPES
-from mlet_dist.training.checkpoint.writing import SummedStream
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 64

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from mlet_dist.checkpoint.checked_file import CheckedFile
+from mlet_dist.checkpoint.chunked import Chunk, ChunkedTensors, StoredTensor
 from mlet_dist.errors import UserError
-from mlet_dist.training.checkpoint.checked_file import CheckedFile
-from mlet_dist.training.checkpoint.chunked import Chunk, ChunkedTensors, StoredTensor
 
 DTYPES = {
     "F64": torch.float64,

@@ -16,16 +16,16 @@ from torchrec.fx import Tracer
 from torchrec.pt2.utils import deregister_fake_classes, register_fake_classes
 
 from mlet_dist import __version__
+from mlet_dist.checkpoint.chunked import ChunkedTensors
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.serving.predictor import ExportedPredictor, Predictor
 from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
 from mlet_dist.export.serving.request import Request, example_request
 from mlet_dist.export.stored_tables import read_parts
-from mlet_dist.json_text import to_json
+from mlet_dist.formatting import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.checkpoint.chunked import ChunkedTensors
 
 SCRIPTED, EXPORTED = "model.pt", "model.pt2"
 _BLOCK_ROWS = 1 << 16

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mlet_dist.embeddings.factorize import FLOOR
+from mlet_dist.embeddings.factors import FLOOR
 
 _LEVELS = (0.1, 0.01, 0.001)
 _ENERGIES = (0.9, 0.99)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from mlet_dist.checkpoint.chunked import ChunkedTensors
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.source import TableSource
 from mlet_dist.export.stored_tables import read_parts
-from mlet_dist.training.checkpoint.chunked import ChunkedTensors
 
 _BLOCK_BYTES = 1 << 25  # of the widest rows
 

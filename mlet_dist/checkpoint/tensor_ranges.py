@@ -1,0 +1,139 @@
+"""Tensors of a checkpoint by ranges of rows, from its files as they lie: no model, no process group."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from typing import IO, Any, cast
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from mlet_dist.checkpoint.checked_file import CheckedFile, FilePart
+from mlet_dist.checkpoint.chunked import Chunk, ChunkedTensors, StoredTensor
+from mlet_dist.checkpoint.load import Location, read_metadata
+from mlet_dist.checkpoint.manifest import Manifest
+from mlet_dist.errors import UserError
+
+INDEX = ".metadata"
+"""The file by which torch.distributed.checkpoint finds all tensors."""
+
+_MOST_OPEN = 2  # each may hold a block in memory
+
+
+class TensorFiles(ChunkedTensors):
+    """The tensors of what torch.distributed.checkpoint wrote.
+
+    Args:
+        location: directory or URL.
+        open_file: opens one of its files by name.
+        files: name -> the manifest's entry, by which what is read is checked; None where there is no manifest.
+
+    Raises:
+        UserError: the index is missing or damaged.
+    """
+
+    def __init__(
+        self, location: Location, open_file: Callable[[str], IO[bytes]], files: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(location)
+        self._open_file, self._files = open_file, files
+        if files is not None:
+            damage = Manifest(step=0, files=files, about={}).find_damage(INDEX, open_file)
+            if damage is not None:
+                raise UserError(f"{location}: {damage}")
+        metadata = read_metadata(location)
+        for name, found in metadata.state_dict_metadata.items():
+            if isinstance(found, TensorStorageMetadata):
+                self.tensors[name] = StoredTensor(tuple(found.size), found.properties.dtype)
+                self._chunks[name] = [
+                    self._chunk(metadata.storage_data, name, tuple(each.offsets), tuple(each.sizes))
+                    for each in found.chunks
+                ]
+        self._opened: dict[str, CheckedFile] = {}
+        self._streams = False
+        self._data_starts: dict[Chunk, int] = {}
+
+    def streaming(self) -> "TensorFiles":
+        """The same tensors through files of its own, for one thread that reads row after row.
+
+        What it gives counts only once ``settle`` has returned: blocks are checked when all of them have been read.
+        """
+        other = copy(self)
+        other._opened, other._streams = {}, True
+        return other
+
+    def settle(self) -> None:
+        """Check all that was given.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for file in self._opened.values():
+            file.settle()
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
+
+    def _chunk(
+        self, storage: Mapping[MetadataIndex, Any], name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> Chunk:
+        found = storage.get(MetadataIndex(name, torch.Size(offsets)))
+        if found is None:
+            raise UserError(f"{self.location}: says nothing of where the part of {name!r} at {offsets} lies")
+        return Chunk(offsets, sizes, found.relative_path, found.offset, found.length)
+
+    def _read(self, chunk: Chunk, offset: int, out: torch.Tensor) -> None:
+        file = self._file(chunk.file)
+        if chunk not in self._data_starts:
+            self._data_starts[chunk] = chunk.start + self._find_data(file, chunk, out.dtype)
+        target = out.view(-1).view(torch.uint8).numpy().data
+        (file.stream_into if self._streams else file.read_into)(self._data_starts[chunk] + offset, target)
+
+    def _find_data(self, file: CheckedFile, chunk: Chunk, dtype: torch.dtype) -> int:
+        """Where in what torch.save wrote of a chunk its values begin."""
+        file.check_holds(chunk.start + chunk.length)
+        with self._reading(chunk):
+            # torch.load reads the index alone, and notes where in the file each storage lies.
+            part = cast(IO[bytes], FilePart(file, chunk.start, chunk.length))
+            saved = torch.load(part, map_location="meta", weights_only=True)
+            if tuple(saved.shape) != chunk.sizes or saved.dtype != dtype or not saved.is_contiguous():
+                raise ValueError(f"it is {tuple(saved.shape)} of {saved.dtype}, not {chunk.sizes} of {dtype}")
+            return int(saved.untyped_storage()._checkpoint_offset) + saved.storage_offset() * saved.element_size()
+
+    def _file(self, name: str) -> CheckedFile:
+        if name in self._opened:
+            self._opened[name] = self._opened.pop(name)  # the last one used is the last one
+        else:
+            while len(self._opened) >= _MOST_OPEN:
+                last = self._opened.pop(next(iter(self._opened)))
+                last.settle()
+                last.close()
+            path = f"{str(self.location).rstrip('/')}/{name}"
+            expected = None
+            if self._files is not None:
+                if name not in self._files:
+                    raise UserError(f"{path}: the manifest does not know this file")
+                expected = self._files[name]
+            try:
+                file = self._open_file(name)
+            except FileNotFoundError:
+                raise UserError(f"{path} is missing") from None
+            except Exception as error:  # each store has errors of its own
+                raise UserError(f"{path} cannot be read: {error or type(error).__name__}") from None
+            self._opened[name] = CheckedFile(path, file, expected)
+        return self._opened[name]
+
+    @contextmanager
+    def _reading(self, chunk: Chunk) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file raises anything
+            said = " ".join(str(error).split()) or type(error).__name__
+            where = f"{os.fspath(self.location)}/{chunk.file}"
+            raise UserError(f"{where}: what lies at byte {chunk.start:,} is no saved tensor: {said[:200]}") from None

@@ -1,0 +1,208 @@
+"""Whether Python, torch, fbgemm and TorchRec are there and fit together, and what to type where they do not.
+
+torch is only ever imported in a subprocess, because a set that does not fit together can take the interpreter down
+with it.
+"""
+
+import ctypes
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from mlet_dist.cluster.check import Check
+
+TORCH, FBGEMM, TORCHREC = "2.13.0", "1.8.0", "1.8.0"
+PYTHONS = ((3, 11), (3, 12))
+PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
+
+PIP = f"{shlex.quote(sys.executable)} -m pip"
+_REMOVE = f"{PIP} uninstall -y fbgemm-gpu fbgemm-gpu-cpu"
+INSTALL_CUDA = f"{_REMOVE} && {PIP} install torch=={TORCH} fbgemm-gpu=={FBGEMM} torchrec=={TORCHREC}"
+INSTALL_ALL_CUDA = f"{PIP} uninstall -y torch, and then, where pip finds torch's CUDA builds: {INSTALL_CUDA}"
+INSTALL_CPU = (
+    f"{_REMOVE} && {PIP} install torch=={TORCH} fbgemm-gpu-cpu=={FBGEMM} torchmetrics==1.0.3 tensordict pyre-extensions"
+    f" && {PIP} install --no-deps torchrec=={TORCHREC}"
+)
+
+IMPORT_TIMEOUT = 120.0
+
+_PROBE = """
+import json, torch, fbgemm_gpu, torchrec
+from torch import distributed
+devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+try:
+    lengths = torch.ones(2, dtype=torch.int64, device="cuda" if devices else "cpu")
+    torch.ops.fbgemm.asynchronous_complete_cumsum(lengths).tolist()
+    kernel_error = ""
+except Exception as error:
+    kernel_error = str(error).splitlines()[0]
+print(json.dumps({
+    "cuda_build": torch.version.cuda or "",
+    "devices": devices,
+    "nccl": distributed.is_available() and distributed.is_nccl_available(),
+    "gloo": distributed.is_available() and distributed.is_gloo_available(),
+    "kernel_error": kernel_error,
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How importing torch, fbgemm_gpu and torchrec went in a subprocess.
+
+    Attributes:
+        returncode: its exit status, negative for a signal; None when it ran out of time.
+        stderr: all it wrote there.
+        report: what a successful one said of its devices, backends and kernels; else empty.
+    """
+
+    returncode: int | None
+    stderr: str
+    report: dict[str, Any]
+
+
+def judge_python(version: tuple[int, int]) -> Check:
+    """Python must be one that mlet_dist supports."""
+    found = ".".join(map(str, version))
+    if version in PYTHONS:
+        return Check("python", "ok", found)
+    return Check("python", "fail", found, "make a virtual environment with Python 3.11 or 3.12 and install into that")
+
+
+def judge_versions(versions: Mapping[str, str | None], has_driver: bool) -> Check:
+    """torch 2.X goes with fbgemm 1.(X-5) and torchrec 1.(X-5), and with nothing else."""
+    mend = INSTALL_CUDA if has_driver else INSTALL_CPU
+    fbgemms = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if versions[name]]
+    missing = [name for name in ("torch", "torchrec") if not versions[name]] + ["fbgemm-gpu or -cpu"] * (not fbgemms)
+    if missing:
+        return Check("versions", "fail", f"not installed: {', '.join(missing)}", mend)
+    found = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    partner = partner_of(versions["torch"] or "")
+    if partner is None:
+        return Check("versions", "fail", f"{found}: no fbgemm or torchrec is known to go with this torch", mend)
+    strangers = [name for name in ("torchrec", *fbgemms) if _minor(versions[name] or "") != partner]
+    if strangers:
+        wanted = f"{partner[0]}.{partner[1]}"
+        return Check("versions", "fail", f"{found}: this torch needs {' and '.join(strangers)} {wanted}", mend)
+    if _minor(versions["torch"] or "") != _minor(TORCH):
+        return Check("versions", "warn", f"{found}: a set that fits, but mlet_dist is tested with torch {TORCH}", mend)
+    return Check("versions", "ok", found)
+
+
+def partner_of(torch_version: str) -> tuple[int, int] | None:
+    """The (major, minor) of fbgemm and torchrec that go with this torch; None where there is none."""
+    minor = _minor(torch_version)
+    return (1, minor[1] - 5) if minor is not None and minor[0] == 2 and minor[1] >= 5 else None
+
+
+def judge_fbgemm_build(versions: Mapping[str, str | None], has_driver: bool) -> Check:
+    """Exactly one fbgemm build, and the one for this machine: both write the same ``fbgemm_gpu`` folder."""
+    cuda, cpu = bool(versions["fbgemm-gpu"]), bool(versions["fbgemm-gpu-cpu"])
+    driver = "an NVIDIA driver" if has_driver else "no NVIDIA driver"
+    mend = INSTALL_CUDA if has_driver else INSTALL_CPU
+    if cuda and cpu:
+        return Check("fbgemm build", "fail", "fbgemm-gpu and fbgemm-gpu-cpu overwrite each other's files", mend)
+    if not cuda and not cpu:
+        return Check("fbgemm build", "fail", "neither fbgemm-gpu nor fbgemm-gpu-cpu", mend)
+    found = f"{'fbgemm-gpu (CUDA)' if cuda else 'fbgemm-gpu-cpu'}, {driver}"
+    if cuda and not has_driver:
+        return Check("fbgemm build", "fail", f"{found}: the CUDA build cannot be imported", INSTALL_CPU)
+    if cpu and has_driver:
+        return Check("fbgemm build", "warn", f"{found}: embeddings cannot use the GPU", INSTALL_CUDA)
+    return Check("fbgemm build", "ok", found)
+
+
+def judge_imports(probe: Probe, has_driver: bool) -> Check:
+    """torch, fbgemm_gpu and torchrec must import together; where not, name the root cause, not the last error."""
+    mend = INSTALL_CUDA if has_driver else INSTALL_CPU
+    if probe.report:
+        return Check("imports", "ok", "torch, fbgemm_gpu and torchrec import together")
+    retry = f"{shlex.quote(sys.executable)} -X faulthandler -c 'import torch, fbgemm_gpu, torchrec'"
+    if probe.returncode is None:
+        return Check("imports", "fail", f"not imported after {IMPORT_TIMEOUT:.0f} s", f"see where it hangs: {retry}")
+    if probe.returncode < 0:
+        name = signal.Signals(-probe.returncode).name
+        return Check("imports", "fail", f"the interpreter died of {name} while importing", f"see where: {retry}")
+    found = root_cause(probe.stderr)
+    module = re.search(r"No module named '([\w.]+)'", found)
+    if module and module[1].partition(".")[0] not in ("torch", "torchrec", "fbgemm_gpu"):
+        return Check("imports", "fail", found, f"{PIP} install {module[1].partition('.')[0].replace('_', '-')}")
+    if re.search(r"libnvidia-ml|libcuda\.so", found) and not has_driver:
+        return Check("imports", "fail", f"{found} (a CUDA build without an NVIDIA driver)", INSTALL_CPU)
+    if re.search(r"lib(torch|c10)_cuda", found):
+        found = f"{found} (fbgemm is a CUDA build, torch is not)"
+        return Check("imports", "fail", found, INSTALL_ALL_CUDA if has_driver else INSTALL_CPU)
+    if module or re.search(r"undefined symbol|\.so\b", found):
+        return Check("imports", "fail", f"{found} (builds that do not belong together)", mend)
+    return Check("imports", "fail", found, f"see all of it: {retry}")
+
+
+def root_cause(stderr: str) -> str:
+    """The first error of a chain of tracebacks: Python prints the cause before what it led to."""
+    errors = re.findall(r"^(?:[\w.]+\.)?\w*(?:Error|Exception): .+", stderr, flags=re.MULTILINE)
+    lines = errors or [line for line in stderr.splitlines() if line.strip()][-1:]
+    return lines[0].strip()[:300] if lines else "no error message"
+
+
+def judge_devices(report: Mapping[str, Any], has_driver: bool) -> Check:
+    """A GPU needs NCCL and fbgemm's CUDA kernels; without one, gloo must be there."""
+    devices: list[str] = report["devices"]
+    backend = "nccl" if devices else "gloo"
+    counted = ", ".join(f"{devices.count(name)} x {name}" for name in dict.fromkeys(devices)) or "no CUDA device"
+    build = f"torch for CUDA {report['cuda_build']}" if report["cuda_build"] else "torch without CUDA"
+    found = f"{counted}, {build}"
+    mend = INSTALL_CUDA if has_driver else INSTALL_CPU
+    if report["kernel_error"]:
+        return Check("devices", "fail", f"{found}; fbgemm's kernels fail: {report['kernel_error']}", mend)
+    if not report[backend]:
+        return Check("devices", "fail", f"{found}; this torch was built without {backend}", mend)
+    if has_driver and not devices:
+        advice = "look at nvidia-smi and CUDA_VISIBLE_DEVICES; for Docker, add --gpus all"
+        if not report["cuda_build"]:
+            advice = INSTALL_ALL_CUDA
+        return Check("devices", "warn", f"{found}, yet an NVIDIA driver; will run on cpu + gloo", advice)
+    return Check("devices", "ok", f"{found}; will run on {'cuda' if devices else 'cpu'} + {backend}")
+
+
+def installed_versions() -> dict[str, str | None]:
+    """What pip's records say is installed of the packages that must fit together; None where not installed."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def has_nvidia_driver() -> bool:
+    """Whether the driver's management library, which fbgemm's CUDA build links to, can be loaded."""
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def try_imports(timeout: float = IMPORT_TIMEOUT) -> Probe:
+    """Import torch, fbgemm_gpu and torchrec in a fresh interpreter like this one, and ask what they can use."""
+    try:
+        # -P: a folder named torch where the user happens to stand must not be taken for the package.
+        command = [sys.executable, "-P", "-c", _PROBE]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return Probe(None, "", {})
+    report = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+    return Probe(done.returncode, done.stderr, report)
+
+
+def _minor(version: str) -> tuple[int, int] | None:
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else None

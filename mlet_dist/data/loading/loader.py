@@ -1,0 +1,222 @@
+"""Batches of a prepared data set, each rank's share of them; ``order.py`` says which rows those are."""
+
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx._symbolic_trace import PHWithMeta
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from mlet_dist.data.loading.jagged import JaggedBuilder
+from mlet_dist.data.loading.order import Order, Shuffle
+from mlet_dist.data.loading.prefetch import iterate_ahead
+from mlet_dist.data.loading.row_groups import SplitRows
+from mlet_dist.data.loading.window_reader import read_windows
+from mlet_dist.data.loading.windows import Rows
+from mlet_dist.data.location import DataPath
+from mlet_dist.data.schema import SPLITS, DatasetSchema
+from mlet_dist.errors import UserError
+
+BATCHES_AHEAD = 4
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Batch(Pipelineable):
+    """One rank's rows of a global batch; TorchRec's pipelines take it.
+
+    Attributes:
+        dense: (b, num_dense) float32.
+        sparse: int64 values, stride b; float32 weights where a feature has some; a padding row's bags are empty.
+        labels: (b,) float32.
+        num_rows: rows ``[num_rows:]`` are padding, which only the last batch of an evaluation pass has.
+    """
+
+    dense: torch.Tensor
+    sparse: KeyedJaggedTensor
+    labels: torch.Tensor
+    num_rows: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        """The same batch on ``device``."""
+        return Batch(
+            dense=self.dense.to(device, non_blocking=non_blocking),
+            sparse=self.sparse.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            num_rows=self.num_rows,
+        )
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return Batch(self.dense.pin_memory(), self.sparse.pin_memory(), self.labels.pin_memory(), self.num_rows)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that ``stream`` uses this batch."""
+        self.dense.record_stream(stream)
+        self.sparse.record_stream(stream)
+        self.labels.record_stream(stream)
+
+    def to_proxy_tuple(self, model: torch.nn.Module) -> tuple[PHWithMeta, PHWithMeta]:
+        """Which attributes are ``dense_features`` and ``sparse_features`` of TorchRec's models, for its pipelines."""
+        return PHWithMeta("dense"), PHWithMeta("sparse")
+
+
+class DataLoader:
+    """Iterates over one rank's batches of a split; background threads read, decode and check ahead.
+
+    An iterator ends with its epoch, and the next one is of the next epoch. Threads end with their iterator: when it is
+    exhausted, closed or collected.
+
+    Args:
+        path: the data set's directory, or the URL of one (``data_set_path``).
+        split: ``train``, ``valid`` or ``test``.
+        batch_size: rows of a global batch; a multiple of ``world_size``.
+        rank, world_size: whose share to read.
+        dense_features, sparse_features: which columns and in which order; all of the schema where None.
+        drop_last: True drops an incomplete last global batch (training); False pads it, so that every row comes
+            exactly once and all ranks make the same number of batches of the same shape (evaluation).
+        shuffle: how rows are mixed anew in each epoch (training); None keeps the order of the files.
+        threads: how many decode; one more puts batches together.
+        pin_memory: put batches into page-locked memory, from which a copy to CUDA need not be waited for.
+
+    Raises:
+        UserError: the data set, the split, a feature or the batch size does not fit; or, while iterating, a part is
+            unreadable or holds a label other than 0 and 1, a dense value or a weight that is not finite, an id outside
+            its table, or a missing value.
+    """
+
+    def __init__(
+        self,
+        path: DataPath,
+        split: str,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        dense_features: Sequence[str] | None,
+        sparse_features: Sequence[str] | None,
+        drop_last: bool,
+        shuffle: Shuffle | None = None,
+        threads: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        schema = DatasetSchema.load(path)
+        if split not in SPLITS:
+            raise UserError(f"{path}: split {split!r} does not exist; the splits are {', '.join(SPLITS)}")
+        if batch_size < 1 or batch_size % world_size:
+            raise UserError(f"batch_size {batch_size} is not a positive multiple of the world size {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in [0, {world_size})")
+        dense = _choose(path, "dense", dense_features, schema.dense)
+        sparse = _choose(path, "sparse", sparse_features, tuple(schema.num_embeddings))
+        by_row = shuffle is not None
+        self._parts = SplitRows(path, schema, schema.parts[split], dense, sparse, by_row=by_row)
+        self._order = Order(
+            self._parts.group_rows,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+            shuffle=shuffle,
+        )
+        if not self._order.batches:
+            raise UserError(f"{path}: {split} has {self._order.rows} rows, fewer than one global batch of {batch_size}")
+        if shuffle is not None and not self._order.mixes and not rank:
+            _logger.warning(
+                "%s: %s: its %d rows are one row group and make one batch of %d, the same in each epoch; shuffle has "
+                "no effect",
+                *(path, split, self._order.rows, batch_size),
+            )
+        self._where, self._batch_size, self._shuffle = f"{path}: {split}", batch_size, shuffle
+        self._vocabulary_id = schema.vocabulary_id
+        self._local_size = batch_size // world_size
+        self._jagged = JaggedBuilder(sparse, self._local_size, weighted=self._parts.weighted)
+        self._threads, self._pin_memory = threads, pin_memory
+        self._position = 0  # batches, over all epochs, before the first of the next iterator
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch, the same on every rank."""
+        return self._order.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, first_batch = divmod(self._position, len(self))
+        yield from iterate_ahead(self._batches(epoch, first_batch), BATCHES_AHEAD)
+        self._position = (epoch + 1) * len(self)
+
+    def state_dict(self, consumed: int) -> dict[str, int | str | None]:
+        """Where training stands once it has taken ``consumed`` batches in all epochs together.
+
+        The loader cannot know: a pipeline takes batches ahead. It holds for every number of ranks.
+        """
+        epoch, batch = divmod(consumed, len(self))
+        return {"epoch": epoch, "row": batch * self._batch_size, **self._fixed()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> int:
+        """Have the next iterator begin where ``state`` was taken, on any number of ranks.
+
+        Returns:
+            How many batches training had consumed.
+
+        Raises:
+            UserError: it was taken with another seed, shuffle buffer, batch size, number of rows or vocabulary, or
+                names no first row of a batch.
+        """
+        for key, expected in self._fixed().items():
+            if state.get(key) != expected:
+                raise UserError(
+                    f"{self._where}: cannot go on where the run stopped: {key} was {state.get(key, 'not saved')} and "
+                    f"is {expected}; with another one the next batch would hold other rows or ids"
+                )
+        last = (len(self) - 1) * self._batch_size
+        epoch = self._whole(state, "epoch", None, 1, "0 or more")
+        row = self._whole(state, "row", last, self._batch_size, f"a multiple of {self._batch_size} from 0 to {last}")
+        self._position = epoch * len(self) + row // self._batch_size
+        return self._position
+
+    def _whole(self, state: Mapping[str, Any], key: str, most: int | None, step: int, right: str) -> int:
+        value = state.get(key)
+        # A bool is an int to isinstance.
+        if type(value) is not int or value < 0 or (most is not None and value > most) or value % step:
+            raise UserError(
+                f"{self._where}: cannot go on where the run stopped: {key} is {value!r:.80}; it must be a whole "
+                f"number, {right}"
+            )
+        return value
+
+    def _fixed(self) -> dict[str, int | str | None]:
+        """What the order of rows depends on, besides the files, and what their ids mean."""
+        seed, buffer = (None, None) if self._shuffle is None else (self._shuffle.seed, self._shuffle.buffer_rows)
+        return {
+            "seed": seed,
+            "shuffle_buffer": buffer,
+            "batch_size": self._batch_size,
+            "rows": self._order.rows,
+            "vocabulary_id": self._vocabulary_id,
+        }
+
+    def _batches(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
+        with closing(read_windows(self._parts, self._order, epoch, first_batch, self._threads)) as windows:
+            for window, rows in windows:
+                for pick in self._order.picks(epoch, window):
+                    yield self._batch(rows if pick is None else rows.take(pick))
+
+    def _batch(self, rows: Rows) -> Batch:
+        dense = np.zeros((self._local_size, rows.dense.shape[1]), dtype=np.float32)
+        dense[: len(rows)] = rows.dense
+        labels = np.zeros(self._local_size, dtype=np.float32)
+        labels[: len(rows)] = rows.labels
+        batch = Batch(torch.from_numpy(dense), self._jagged.build(rows), torch.from_numpy(labels), len(rows))
+        return batch.pin_memory() if self._pin_memory else batch
+
+
+def _choose(path: DataPath, kind: str, wanted: Sequence[str] | None, offered: Sequence[str]) -> tuple[str, ...]:
+    for name in wanted or ():
+        if name not in offered:
+            raise UserError(f"{path}: no {kind} feature {name!r}; it has {', '.join(offered)}")
+    return tuple(offered if wanted is None else wanted)

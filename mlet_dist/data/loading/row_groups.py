@@ -1,0 +1,236 @@
+"""Random access to a split's rows through Parquet row groups; every value is checked as it is decoded."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlet_dist.data.loading.prefetch import map_ahead
+from mlet_dist.data.loading.windows import MultiValued, OneValued, Rows
+from mlet_dist.data.location import DataPath, RemotePath
+from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
+from mlet_dist.errors import UserError
+
+_FOOTER_THREADS = 8
+_FOOTERS_KEPT = 32  # one of a part of 2^20 rows takes a millisecond to parse and about 2 MB
+
+
+class SplitRows:
+    """Where the row groups of a split lie, and how one is decoded and checked.
+
+    Args:
+        path: the data set's directory or URL.
+        schema, parts: its content, and the split's.
+        dense, sparse: the features to read, in order.
+        by_row: lay one-valued ids out by row, from which single rows are taken seven times as fast; False lays them out
+            by column, as they come and as a KeyedJaggedTensor wants them.
+
+    Attributes:
+        group_rows: (G,) int64, rows of each row group in file order.
+        weighted: whether some feature has weights.
+
+    Raises:
+        UserError: a part is missing, not Parquet, lacks a column or has another number of rows than the schema says.
+    """
+
+    def __init__(
+        self,
+        path: DataPath,
+        schema: DatasetSchema,
+        parts: Sequence[Part],
+        dense: Sequence[str],
+        sparse: Sequence[str],
+        *,
+        by_row: bool,
+    ) -> None:
+        features = {feature.name: feature for feature in schema.sparse}
+        self._path, self._label, self._dense, self._by_row = path, schema.label, dense, by_row
+        self._sparse = [features[name] for name in sparse]
+        self.weighted = any(feature.weighted for feature in self._sparse)
+        self._types = {self._label: pa.int8()} | dict.fromkeys(dense, pa.float32())
+        for feature in self._sparse:
+            self._types[feature.name] = pa.list_(pa.int32()) if feature.multi_valued else pa.int32()
+            if feature.weighted:
+                self._types[_weight(feature)] = pa.list_(pa.float32())
+        self._footer = lru_cache(_FOOTERS_KEPT)(self._read_footer)
+        self._groups: list[tuple[DataPath, int]] = []
+        group_rows: list[int] = []
+        files = [path / part.path for part in parts]
+        footers = map_ahead(self._checked_group_rows, zip(files, parts, strict=True), threads=_FOOTER_THREADS, ahead=64)
+        for file, found in zip(files, footers, strict=True):
+            self._groups += [(file, group) for group in range(len(found))]
+            group_rows += found
+        self.group_rows: npt.NDArray[np.int64] = np.array(group_rows, dtype=np.int64)
+
+    def empty(self) -> Rows:
+        """No rows, with all columns."""
+        return self._converted(self._path, pa.schema(self._types.items()).empty_table())
+
+    def decode(self, index: int) -> Rows:
+        """The rows of a row group, every value checked.
+
+        Raises:
+            UserError: it cannot be read, or a value is missing or out of range.
+        """
+        return self.convert(index, self.read(index))
+
+    def read(self, index: int) -> pa.Table:
+        """The columns of a row group as they are in its file.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        file, group = self._groups[index]
+        with _reading(file, f"row group {group} cannot be read"):
+            footer, _ = self._footer(file)
+            with (
+                _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
+                pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as parquet,
+            ):
+                return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
+
+    def convert(self, index: int, table: pa.Table) -> Rows:
+        """Check what ``read`` returned, and lay it out as ``Rows``.
+
+        Raises:
+            UserError: a value is missing or out of range.
+        """
+        return self._converted(self._groups[index][0], table)
+
+    def _read_footer(self, file: DataPath) -> tuple[pq.FileMetaData, pa.Schema]:
+        with _opened(file, block_bytes=0) as source, pq.ParquetFile(source) as parquet:
+            # Not the footer's own `schema`, because of which pyarrow 26 would never free it.
+            return parquet.metadata, parquet.schema_arrow
+
+    def _checked_group_rows(self, file_and_part: tuple[DataPath, Part]) -> list[int]:
+        file, part = file_and_part
+        with _reading(file, "not a whole Parquet file"):
+            footer, found = self._footer(file)
+        if footer.num_rows != part.rows:
+            raise UserError(f"{file}: has {footer.num_rows} rows, but schema.json says {part.rows}")
+        for name, expected in self._types.items():
+            index = found.get_field_index(name)
+            if index < 0 or not _is_type(found.field(index).type, expected):
+                actual = "missing" if index < 0 else _type_name(found.field(index).type)
+                raise UserError(f"{file}: column {name} is {actual} instead of {_type_name(expected)}")
+        return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+
+    def _converted(self, file: DataPath, table: pa.Table) -> Rows:
+        labels = _values(file, table, self._label)
+        wrong_labels = labels[(labels < 0) | (labels > 1)]
+        if wrong_labels.size:
+            raise UserError(f"{file}: column {self._label} holds {wrong_labels[0]}; a label is 0 or 1")
+        dense = np.empty((table.num_rows, len(self._dense)), dtype=np.float32)
+        for i, name in enumerate(self._dense):
+            dense[:, i] = _values(file, table, name)
+        finite = np.isfinite(dense)
+        if not finite.all():
+            row, index = np.argwhere(~finite)[0]
+            raise UserError(
+                f"{file}: column {self._dense[index]} holds {dense[row, index]}; it must be a finite number"
+            )
+        sparse: list[OneValued | MultiValued] = []
+        for multi_valued, features in groupby(self._sparse, key=lambda feature: feature.multi_valued):
+            if multi_valued:
+                sparse += [_multi_valued(file, table, feature) for feature in features]
+            else:
+                sparse.append(_one_valued(file, table, list(features), self._by_row))
+        return Rows(labels.astype(np.float32), dense, tuple(sparse))
+
+
+def _one_valued(file: DataPath, table: pa.Table, features: list[SparseFeature], by_row: bool) -> OneValued:
+    ids = np.empty((table.num_rows, len(features)), dtype=np.int32, order="C" if by_row else "F")
+    for index, feature in enumerate(features):
+        column = _values(file, table, feature.name)
+        _check_ids(file, feature, column)
+        ids[:, index] = column
+    return OneValued(ids)
+
+
+def _multi_valued(file: DataPath, table: pa.Table, feature: SparseFeature) -> MultiValued:
+    offsets, ids = _lists(file, table, feature.name)
+    _check_ids(file, feature, ids)
+    if not feature.weighted:
+        return MultiValued(offsets, ids, None)
+    weight_offsets, weights = _lists(file, table, _weight(feature))
+    if not np.array_equal(offsets, weight_offsets):
+        raise UserError(
+            f"{file}: a list of column {_weight(feature)} has another length than that of column {feature.name}"
+        )
+    finite = np.isfinite(weights)
+    if not finite.all():
+        wrong = weights[~finite][0]
+        raise UserError(f"{file}: column {_weight(feature)} holds {wrong}; it must be a finite number")
+    return MultiValued(offsets, ids, weights)
+
+
+def _check_ids(file: DataPath, feature: SparseFeature, ids: npt.NDArray[np.int32]) -> None:
+    limit = feature.num_embeddings
+    if ids.size and (ids.min() < 0 or ids.max() >= limit):
+        wrong = ids[(ids < 0) | (ids >= limit)]
+        raise UserError(
+            f"{file}: column {feature.name} holds id {wrong[0]}, outside [0, {limit}): its table has "
+            f"num_embeddings {limit}"
+        )
+
+
+def _values(file: DataPath, table: pa.Table, name: str) -> npt.NDArray[Any]:
+    column = table[name]
+    _check_complete(file, name, column.null_count)
+    return column.to_numpy()
+
+
+def _lists(file: DataPath, table: pa.Table, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """Offsets (rows + 1,) from 0 on and the values of all rows' lists."""
+    column = table[name].combine_chunks()
+    values = column.flatten()
+    _check_complete(file, name, column.null_count + values.null_count)
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0], values.to_numpy()
+
+
+def _check_complete(file: DataPath, name: str, missing: int) -> None:
+    if missing:
+        raise UserError(f"{file}: column {name} has {missing} missing values; none are allowed")
+
+
+def _weight(feature: SparseFeature) -> str:
+    return f"{feature.name}.weight"
+
+
+def _is_type(found: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_list(expected):  # whatever its items are called
+        return pa.types.is_list(found) and found.value_type == expected.value_type
+    return bool(found == expected)
+
+
+def _type_name(kind: pa.DataType) -> str:
+    return f"list<{kind.value_type}>" if pa.types.is_list(kind) else str(kind)
+
+
+def _compressed_bytes(group: pq.RowGroupMetaData) -> int:
+    return sum(group.column(index).total_compressed_size for index in range(group.num_columns))
+
+
+def _opened(file: DataPath, block_bytes: int) -> AbstractContextManager[Any]:
+    """What Arrow opens: a local file by its path; a remote one in requests of at least ``block_bytes``."""
+    return file.open(block_bytes) if isinstance(file, RemotePath) else nullcontext(file)
+
+
+@contextmanager
+def _reading(file: DataPath, problem: str) -> Iterator[None]:
+    # A remote store's own errors come through Arrow as they are.
+    errors = (Exception,) if isinstance(file, RemotePath) else (OSError, pa.ArrowException)
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing, though the data set's schema.json names it") from None
+    except errors as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"{file}: {problem}: {first_line}") from error

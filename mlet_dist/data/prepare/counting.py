@@ -1,0 +1,160 @@
+"""Counts a group's values of the training split: a run, sorted by hash, that the vocabulary is merged from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mlet_dist.data.hashing import hash_texts
+from mlet_dist.data.prepare.chunks import dense_column, sparse_column, values_and_indices
+from mlet_dist.data.prepare.groups import Group
+from mlet_dist.data.prepare.raw_formats import TableSpec
+from mlet_dist.data.prepare.splits import Codes, Splitter
+from mlet_dist.data.schema import SPLITS
+
+_METADATA = b"mlet"
+_TRAIN = SPLITS.index("train")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean and sum of squared differences from the mean of a column's numbers."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def __add__(self, other: "Moments") -> "Moments":
+        if not self.count or not other.count:  # the other's mean as it is, not rounded
+            return other if not self.count else self
+        count = self.count + other.count
+        gap = other.mean - self.mean
+        mean = self.mean + gap * other.count / count
+        return Moments(count, mean, self.squares + other.squares + gap * gap * self.count * other.count / count)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the numbers; 1 where they are all the same, so that they can be divided by it."""
+        return float(np.sqrt(self.squares / self.count)) if self.count and self.squares > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """What is known of a group once it is counted.
+
+    Attributes:
+        rows: of each split.
+        values: of each multi-valued feature in the training split.
+        moments: of each dense column that is standardised, in the training split.
+    """
+
+    rows: dict[str, int]
+    values: dict[str, int]
+    moments: dict[str, Moments]
+
+
+def count_group(spec: TableSpec, splitter: Splitter, group: Group, run: Path) -> GroupCounts:
+    """Count the group's training rows; the counts of each value go to the file ``run``."""
+    rows = np.zeros(len(SPLITS), np.int64)
+    values = {sparse.name: 0 for sparse in spec.sparse if sparse.multi_valued}
+    moments = {dense.name: Moments() for dense in spec.dense if dense.transform == "standardise"}
+    counted: dict[str, list[pa.Table]] = {s.name: [] for s in spec.sparse if s.encoding == "vocabulary"}
+    columns = [*(dense_column(name) for name in moments), *(sparse_column(sparse.name) for sparse in spec.sparse)]
+    for table, codes in group.read(splitter, columns):
+        rows += np.bincount(codes, minlength=len(SPLITS))
+        train = codes == _TRAIN
+        for name in moments:
+            moments[name] += _moments(table[dense_column(name)], train)
+        for sparse in spec.sparse:
+            texts, indices, offsets = values_and_indices(table[sparse_column(sparse.name)])
+            chosen = indices if train.all() else indices[_of_values(train, offsets)]
+            if sparse.name in values:
+                values[sparse.name] += len(chosen)
+            if sparse.name in counted and len(chosen):
+                counts = np.bincount(chosen, minlength=len(texts))
+                seen = np.flatnonzero(counts)
+                counted[sparse.name].append(pa.table({"value": texts.take(pa.array(seen)), "count": counts[seen]}))
+    _save_run(run, counted)
+    return GroupCounts(dict(zip(SPLITS, rows.tolist(), strict=True)), values, moments)
+
+
+class Run:
+    """The counts of a group, mapped into memory: of each feature value and count, sorted by the value's hash."""
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source)
+            self._bounds: dict[str, list[int]] = json.loads(reader.schema.metadata[_METADATA])
+            self._table = reader.read_all()
+
+    def size(self, feature: str) -> int:
+        """Number of the feature's values."""
+        start, stop = self._bounds[feature]
+        return stop - start
+
+    def part(self, feature: str, low: int, high: int) -> pa.Table:
+        """Value and count of the feature's values whose hash is in ``[low, high)``."""
+        start, stop = self._bounds[feature]
+        rows = self._table.slice(start, stop - start)
+        if not rows.num_rows:
+            return rows.select(["value", "count"])
+        hashes = rows["hash"].chunk(0).to_numpy()
+        first = int(np.searchsorted(hashes, np.uint64(low)))
+        last = len(hashes) if high >= 2**64 else int(np.searchsorted(hashes, np.uint64(high)))
+        return rows.select(["value", "count"]).slice(first, last - first)
+
+
+def sum_counts(tables: list[pa.Table]) -> pa.Table:
+    """One row a value, with the sum of its counts, in no order."""
+    summed = pa.concat_tables(tables).group_by("value", use_threads=False).aggregate([("count", "sum")])
+    return summed.rename_columns({"count_sum": "count"}).select(["value", "count"])
+
+
+def _save_run(path: Path, counted: dict[str, list[pa.Table]]) -> None:
+    kind = pa.schema([("hash", pa.uint64()), ("value", pa.string()), ("count", pa.int64())])
+    bounds: dict[str, tuple[int, int]] = {}
+    tables, position = [kind.empty_table()], 0
+    for name, pieces in counted.items():
+        if pieces:
+            summed = sum_counts(pieces).combine_chunks()
+            hashes = hash_texts(_one(summed["value"]), name)
+            order = pa.array(np.argsort(hashes, kind="stable"))
+            tables.append(pa.table([pa.array(hashes), *summed.columns], schema=kind).take(order))
+        size = tables[-1].num_rows if pieces else 0
+        bounds[name] = (position, position + size)
+        position += size
+    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
+    schema = kind.with_metadata({_METADATA: json.dumps(bounds).encode()})
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in pa.concat_tables(tables).combine_chunks().to_batches():
+            writer.write_batch(batch)
+    temporary.rename(path)
+
+
+def _one(column: pa.ChunkedArray) -> pa.StringArray:
+    return column.chunk(0) if column.num_chunks else pa.array([], pa.string())
+
+
+def _of_values(train: npt.NDArray[np.bool_], offsets: pa.Int32Array | None) -> npt.NDArray[np.bool_]:
+    return train if offsets is None else np.repeat(train, np.diff(offsets.to_numpy()))
+
+
+def _moments(column: pa.ChunkedArray, train: Codes | npt.NDArray[np.bool_]) -> Moments:
+    numbers = column.filter(pa.array(train)).drop_null().to_numpy()
+    if not numbers.size:
+        return Moments()
+    # Of one number that comes again and again, the sum is rounded: its deviation would be tiny in place of 0.
+    mean = float(numbers[0] if numbers.min() == numbers.max() else numbers.mean())
+    return Moments(numbers.size, mean, float(np.square(numbers - mean).sum()))
+
+
+def moments_of(values: list[GroupCounts], name: str) -> Moments:
+    """The moments of a dense column over groups, added up in the order given."""
+    total = Moments()
+    for each in values:
+        total += each.moments[name]
+    return total

@@ -1,0 +1,187 @@
+"""`mlet prepare --check`: whether a data set is what its schema and manifest say, to the last byte and the last id."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mlet_dist.data.parquet_parts import sha256_of
+from mlet_dist.data.prepare.dataset_manifest import MANIFEST, VOCABULARY
+from mlet_dist.data.schema import FILE_NAME, DatasetSchema, Part, SparseFeature
+from mlet_dist.errors import UserError
+from mlet_dist.formatting import SEAL, sealed
+from mlet_dist.progress import Progress
+
+
+def check(directory: Path) -> DatasetSchema:
+    """Verify a data set.
+
+    Read are all files: sizes and checksums; types, labels, dense values and ids of every row; the rows and positives of
+    every part; that each id of the training split comes as often as its vocabulary says; pooling factors; and that no
+    file is there which nobody names.
+
+    Raises:
+        UserError: the first thing that is wrong, with its file.
+    """
+    schema = DatasetSchema.load(directory)
+    manifest = _load_manifest(directory)
+    named = {MANIFEST}
+    for name, expected in manifest["files"].items():
+        _check_file(directory / name, expected["bytes"], expected["sha256"])
+        named.add(name)
+    for key in ("rows", "positive_rate", "malformed", "num_embeddings"):
+        if manifest[key] != getattr(schema, key):
+            raise UserError(
+                f"{directory / MANIFEST}: {key} is {manifest[key]}, but {FILE_NAME} says {getattr(schema, key)}"
+            )
+    with Progress("check", sum(schema.rows.values()), "rows") as progress:
+        for split, parts in schema.parts.items():
+            counted = {f.name: _Counts(directory, f) for f in schema.sparse if split == "train"}
+            for part in parts:
+                named.add(part.path)
+                _check_file(directory / part.path, part.bytes, part.sha256)
+                _check_part(directory / part.path, schema, part, counted)
+                progress.update(part.rows)
+            if split == "train":
+                for feature in schema.sparse:
+                    _check_counts(directory, feature, counted[feature.name], schema.rows["train"])
+    for path in sorted(directory.rglob("*")):
+        if not path.is_dir() and str(path.relative_to(directory)) not in named:
+            raise UserError(f"{path}: neither {FILE_NAME} nor {MANIFEST} names this file")
+    return schema
+
+
+def _load_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = content["files"]
+        if not all(isinstance(e["bytes"], int) and isinstance(e["sha256"], str) for e in files.values()):
+            raise KeyError("files")
+        _ = [content[key] for key in ("rows", "positive_rate", "malformed", "num_embeddings", SEAL)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; `mlet prepare` writes it with the data") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is not a manifest: {error!r}") from error
+    right: dict[str, Any] = sealed(content)
+    if content[SEAL] != right[SEAL]:
+        raise UserError(f"{path}: the SHA-256 of its content is {right[SEAL]} instead of {content[SEAL]}")
+    return right
+
+
+def _check_file(path: Path, size: int, sha256: str) -> None:
+    try:
+        found = path.stat().st_size
+        digest = sha256_of(path) if found == size else ""
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if found != size:
+        raise UserError(f"{path}: has {found} bytes instead of {size}")
+    if digest != sha256:
+        raise UserError(f"{path}: its SHA-256 is {digest} instead of {sha256}")
+
+
+class _Counts:
+    """How often each id of a feature comes; of one that is hashed, whose table may have 2^31 rows, how many come."""
+
+    def __init__(self, directory: Path, feature: SparseFeature) -> None:
+        self.vocabulary = directory / VOCABULARY / f"{feature.name}.parquet"
+        self.total = 0
+        # A hashed feature has no vocabulary; one that is missing is missed among the manifest's files.
+        self.of_id = np.zeros(feature.num_embeddings, np.int64) if self.vocabulary.exists() else None
+
+    def add(self, ids: npt.NDArray[np.int32]) -> None:
+        self.total += ids.size
+        if self.of_id is not None:
+            np.add.at(self.of_id, ids, 1)  # bincount would go through the whole table for each row group
+
+
+def _check_part(path: Path, schema: DatasetSchema, part: Part, counted: dict[str, _Counts]) -> None:
+    rows = positives = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_columns(path, schema, file.schema_arrow)
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, use_threads=False)
+                rows += table.num_rows
+                positives += _check_rows(path, schema, table, counted)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a whole Parquet file: {str(error).partition(chr(10))[0]}") from error
+    for name, found, expected in (("rows", rows, part.rows), ("positives", positives, part.positives)):
+        if found != expected:
+            raise UserError(f"{path}: has {found} {name}, but {FILE_NAME} says {expected}")
+
+
+def _check_columns(path: Path, schema: DatasetSchema, found: pa.Schema) -> None:
+    expected: dict[str, pa.DataType] = {schema.label: pa.int8()} | dict.fromkeys(schema.dense, pa.float32())
+    for feature in schema.sparse:
+        expected[feature.name] = pa.list_(pa.int32()) if feature.multi_valued else pa.int32()
+        if feature.weighted:
+            expected[f"{feature.name}.weight"] = pa.list_(pa.float32())
+    if found.names != list(expected):
+        raise UserError(f"{path}: has the columns {', '.join(found.names):.300}, not those of {FILE_NAME}")
+    for name, kind in expected.items():
+        actual = found.field(name).type
+        same = actual.value_type == kind.value_type if _both_lists(actual, kind) else actual == kind
+        if not same:
+            raise UserError(f"{path}: column {name} is {actual} instead of {kind}")
+
+
+def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dict[str, _Counts]) -> int:
+    """Check the values of a row group, and count the ids; returns the number of positives."""
+    for name in table.column_names:
+        column = table[name]
+        inner = pc.list_flatten(column).null_count if pa.types.is_list(column.type) else 0
+        if column.null_count + inner:
+            raise UserError(f"{path}: column {name} has {column.null_count + inner} missing values; none are allowed")
+    labels = table[schema.label].to_numpy()
+    if ((labels != 0) & (labels != 1)).any():
+        raise UserError(f"{path}: column {schema.label} holds {labels[(labels != 0) & (labels != 1)][0]}, not 0 or 1")
+    weights = [f"{feature.name}.weight" for feature in schema.sparse if feature.weighted]
+    for name in (*schema.dense, *weights):
+        column = pc.list_flatten(table[name]) if name in weights else table[name]
+        if not np.isfinite(column.to_numpy()).all():
+            raise UserError(f"{path}: column {name} holds a number that is not finite")
+    for feature in schema.sparse:
+        column = table[feature.name]
+        ids = (pc.list_flatten(column) if feature.multi_valued else column).to_numpy()
+        if ids.size and (ids.min() < 0 or ids.max() >= feature.num_embeddings):
+            wrong = ids[(ids < 0) | (ids >= feature.num_embeddings)][0]
+            raise UserError(f"{path}: column {feature.name} holds id {wrong}, outside [0, {feature.num_embeddings})")
+        if feature.weighted:
+            lengths = (pc.list_value_length(each) for each in (column, table[f"{feature.name}.weight"]))
+            if not pc.all(pc.equal(*lengths), min_count=0).as_py():
+                raise UserError(f"{path}: {feature.name}.weight has lists of other lengths than {feature.name}")
+        if feature.name in counted:
+            counted[feature.name].add(ids)
+    return int(labels.sum())
+
+
+def _check_counts(directory: Path, feature: SparseFeature, counts: _Counts, rows: int) -> None:
+    pooling = counts.total / rows if rows else 0.0
+    if not np.isclose(pooling, feature.pooling_factor, rtol=1e-9):
+        raise UserError(
+            f"{directory / FILE_NAME}: pooling_factor of {feature.name} is {feature.pooling_factor}, but the training "
+            f"split has {pooling} ids a row"
+        )
+    path = counts.vocabulary
+    if counts.of_id is None:
+        return
+    expected = pq.read_table(path, columns=["count"])["count"].to_numpy()
+    if len(expected) + 1 != feature.num_embeddings:
+        raise UserError(f"{path}: has {len(expected)} values, but {FILE_NAME} has {feature.num_embeddings} ids")
+    different = np.flatnonzero(counts.of_id[1:] != expected)
+    if different.size:
+        row = int(different[0])
+        raise UserError(
+            f"{path}: value {row} comes {expected[row]} times, but its id {counts.of_id[row + 1]} times in train"
+        )
+
+
+def _both_lists(one: pa.DataType, other: pa.DataType) -> bool:
+    return pa.types.is_list(one) and pa.types.is_list(other)

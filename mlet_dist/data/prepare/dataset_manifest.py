@@ -1,0 +1,102 @@
+"""What a data set was made from and consists of: ``manifest.json``, and the malformed lines' ``quarantine.jsonl``."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from mlet_dist import __version__
+from mlet_dist.data.parquet_parts import sha256_of
+from mlet_dist.data.prepare.passes import Passes
+from mlet_dist.data.prepare.work_files import save_json
+from mlet_dist.data.schema import FILE_NAME, DatasetSchema, SparseFeature
+from mlet_dist.formatting import sealed
+
+MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabulary"
+
+
+def assemble(passes: Passes) -> DatasetSchema:
+    """Complete the data directory of finished passes: vocabularies, quarantine, schema and manifest.
+
+    Raises:
+        UserError: a pass is not finished.
+    """
+    data, spec = passes.data, passes.spec
+    schema = _schema(passes)  # before anything is touched: whatever pass is missing is named
+    (data / VOCABULARY).mkdir(exist_ok=True)
+    for made in passes.vocabularies:
+        shutil.copyfile(made, data / VOCABULARY / made.name)  # not moved: other arguments may need it yet
+    lines = [
+        json.dumps({"file": file.path, **dataclasses.asdict(example)})
+        for file, read in zip(passes.files, passes.reads, strict=True)
+        for example in read.examples
+    ]
+    (data / QUARANTINE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    schema.save(data)
+    others = [FILE_NAME, QUARANTINE, *sorted(f"{VOCABULARY}/{path.name}" for path in (data / VOCABULARY).iterdir())]
+    save_json(
+        data / MANIFEST,
+        sealed(
+            {
+                "mlet_dist": __version__,
+                "source": spec.source,
+                "arguments": _plain(dataclasses.asdict(spec)),
+                "inputs": [
+                    {
+                        "path": file.path,
+                        "bytes": file.size,
+                        "lines": read.lines,
+                        "rows": sum(read.chunk_rows),
+                        "malformed": read.malformed,
+                    }
+                    for file, read in zip(passes.files, passes.reads, strict=True)
+                ],
+                "rows": schema.rows,
+                "positive_rate": schema.positive_rate,
+                "malformed": schema.malformed,
+                "num_embeddings": schema.num_embeddings,
+                "standardised": {
+                    name: {"mean": moments.mean, "deviation": moments.deviation}
+                    for name, moments in passes.moments.items()
+                },
+                "files": {
+                    name: {"bytes": (data / name).stat().st_size, "sha256": sha256_of(data / name)} for name in others
+                },
+            }
+        ),
+    )
+    return schema
+
+
+def _schema(passes: Passes) -> DatasetSchema:
+    spec, parts = passes.spec, passes.parts
+    train = sum(counts.rows["train"] for counts in passes.counts)
+    features = []
+    digest = hashlib.sha256()
+    for sparse in spec.sparse:
+        digest.update(f"{sparse.name} {passes.fingerprint(sparse.name)}\n".encode())
+        pooling = 1.0
+        if sparse.multi_valued:
+            pooling = sum(counts.values[sparse.name] for counts in passes.counts) / train
+        size = passes.num_embeddings(sparse.name)
+        features.append(SparseFeature(sparse.name, size, sparse.multi_valued, sparse.weights is not None, pooling))
+    return DatasetSchema(
+        source=spec.source,
+        label="label",
+        dense=tuple(dense.name for dense in spec.dense),
+        sparse=tuple(features),
+        malformed=sum(read.malformed for read in passes.reads),
+        parts=parts,
+        vocabulary_id=digest.hexdigest(),
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Fraction | Path) else value

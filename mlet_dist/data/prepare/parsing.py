@@ -1,0 +1,141 @@
+"""Turns a block of lines, or a Parquet row group, into a chunk: typed columns, and the rows that do not fit named."""
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+
+from mlet_dist.data.prepare.chunks import (
+    LABEL,
+    TIME,
+    ChunkInfo,
+    Rejected,
+    dense_column,
+    sparse_column,
+    weight_column,
+)
+from mlet_dist.data.prepare.lines import Lines, examine_lines, plain_lines
+from mlet_dist.data.prepare.raw_blocks import Block, open_parquet
+from mlet_dist.data.prepare.raw_formats import TableSpec
+from mlet_dist.data.prepare.typed_columns import (
+    Typed,
+    TypedTimes,
+    dense_values,
+    label_values,
+    list_values,
+    time_values,
+    value_texts,
+    weight_lists,
+)
+
+MAX_EXAMPLES = 5
+SHOWN_CHARACTERS = 200
+WHOLE_NUMBERS, DATES = "whole numbers", "dates or times"  # kinds of time
+
+_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
+
+
+def parse_block(spec: TableSpec, columns: tuple[str, ...], block: Block) -> tuple[pa.Table, ChunkInfo]:
+    """Read and type a block; ``columns`` are those of its file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if spec.text is None:
+        return _parse_rows(spec, block)
+    data = block.read()
+    skip_first = spec.text.header and block.index == 0
+    lines = None if skip_first else plain_lines(data, spec.text.quote)
+    try:
+        raw = None if lines is None else _fields(spec, columns, lines)
+    except pa.ArrowInvalid:  # a line with another number of fields, which is to be named
+        raw = None
+    if lines is None or raw is None:
+        lines = examine_lines(data, len(columns), spec.text.delimiter, spec.text.quote, skip_first)
+        raw = _fields(spec, columns, lines)
+    table, wrong, kinds = _typed(spec, raw)
+    times = {kind: int(lines.numbers[row]) + 1 for kind, row in kinds.items()}
+    reasons = lines.malformed | {int(lines.numbers[row]): reason for row, reason in wrong.items()}
+    if not reasons:
+        return table, ChunkInfo(table.num_rows, lines.count, lines.passed, 0, (), times)
+    shown = data.split(b"\n")
+    examples = tuple(
+        Rejected(row + 1, reasons[row], shown[row][:SHOWN_CHARACTERS].decode(errors="backslashreplace"))
+        for row in sorted(reasons)[:MAX_EXAMPLES]
+    )
+    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, len(reasons), examples, times)
+
+
+def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str, pa.Array]:
+    """The used columns, each as a dictionary of texts."""
+    assert spec.text is not None
+    if not lines.text:
+        return {name: pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [""]) for name in spec.used_columns}
+    # Columns that nobody uses may have any name, or the same; no name holds a line end.
+    names = [name if name in spec.used_columns else f"\n{i}" for i, name in enumerate(columns)]
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(lines.text),
+        # One block a call: each column is one array, with one dictionary.
+        read_options=pyarrow.csv.ReadOptions(column_names=names, block_size=len(lines.text) + 1, use_threads=False),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=spec.text.delimiter, quote_char=spec.text.quote or False, escape_char=False
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(spec.used_columns, _DICTIONARY),
+            include_columns=spec.used_columns,
+            strings_can_be_null=False,
+            check_utf8=False,  # that is known already, and would be looked at value by value
+        ),
+    )
+    return {name: table[name].combine_chunks() for name in table.column_names}
+
+
+def _parse_rows(spec: TableSpec, block: Block) -> tuple[pa.Table, ChunkInfo]:
+    with open_parquet(block.path) as file:
+        raw = file.read_row_group(block.index, columns=list(spec.used_columns), use_threads=False)
+        raw.validate(full=True)  # texts that are not UTF-8
+    table, wrong, kinds = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
+    examples = tuple(
+        Rejected(row + 1, wrong[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])
+        for row in sorted(wrong)[:MAX_EXAMPLES]
+    )
+    times = {kind: row + 1 for kind, row in kinds.items()}
+    return table, ChunkInfo(table.num_rows, raw.num_rows, raw.num_rows, len(wrong), examples, times)
+
+
+def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[int, str], dict[str, int]]:
+    """The rows that are right, as a chunk's columns; why each other is wrong; the first right row of each time kind."""
+    typed: dict[str, Typed] = {LABEL: label_values(raw[spec.label.column], spec.label)}
+    if spec.split.column is not None:
+        typed[TIME] = time_values(raw[spec.split.column], spec.split.column)
+    for dense in spec.dense:
+        typed[dense_column(dense.name)] = dense_values(raw[dense.column], dense)
+    for sparse in spec.sparse:
+        if not sparse.multi_valued:
+            typed[sparse_column(sparse.name)] = value_texts(raw[sparse.column], sparse)
+            continue
+        typed[sparse_column(sparse.name)] = lists = list_values(raw[sparse.column], sparse)
+        if sparse.weights is not None:
+            typed[weight_column(sparse.name)] = weight_lists(raw[sparse.weights], sparse, lists)
+    wrong: dict[int, str] = {}
+    for each in typed.values():
+        for row, reason in each.wrong.items():
+            wrong.setdefault(row, reason)
+    table = pa.table({name: each.values for name, each in typed.items()})
+    kept = _kept(table.num_rows, wrong)
+    times = typed.get(TIME)
+    kinds = _kinds(times.whole, kept) if isinstance(times, TypedTimes) else {}
+    if wrong:
+        table = table.filter(pa.array(kept)).combine_chunks()
+    return table, wrong, kinds
+
+
+def _kinds(whole: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]) -> dict[str, int]:
+    of_kind = {WHOLE_NUMBERS: whole & kept, DATES: ~whole & kept}
+    return {kind: int(rows.argmax()) for kind, rows in of_kind.items() if rows.any()}
+
+
+def _kept(rows: int, wrong: dict[int, str]) -> npt.NDArray[np.bool_]:
+    kept = np.ones(rows, dtype=bool)
+    kept[list(wrong)] = False
+    return kept

@@ -1,0 +1,200 @@
+"""The reading pass: raw files become chunks, a file's malformed lines are judged, and its times are of one kind."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from mlet_dist.data.prepare.chunks import ChunkInfo, Rejected, load_info, save_chunk
+from mlet_dist.data.prepare.fingerprints import spec_to_read
+from mlet_dist.data.prepare.parsing import MAX_EXAMPLES, parse_block
+from mlet_dist.data.prepare.raw_blocks import Block, RawFile, parquet_blocks, text_blocks
+from mlet_dist.data.prepare.raw_formats import TableSpec
+from mlet_dist.data.prepare.work_files import load_json, save_json
+from mlet_dist.data.prepare.worker_pool import Workers
+from mlet_dist.errors import UserError, one_line
+from mlet_dist.progress import Progress
+
+TOLERATED_LINES = 10  # malformed ones that are never an error, unless there are no others
+EXPECTED_LINES = 10_000_000  # what a file is taken to have at least, until its end is seen
+SHOWN_EXAMPLES = 3
+PROCESSES_OF_A_FILE = 6  # as many parse what one thread decompresses
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileRead:
+    """What is known of a raw file once it is read.
+
+    Attributes:
+        chunk_rows: rows of each chunk.
+        lines: lines in all, blank ones not counted.
+        malformed: how many were skipped.
+        examples: the first of them.
+        times: the kinds of time in the split's column, each with the first line that has it.
+    """
+
+    chunk_rows: tuple[int, ...]
+    lines: int
+    malformed: int
+    examples: tuple[Rejected, ...]
+    times: dict[str, int]
+
+
+class Reading:
+    """The chunks of ``files``.
+
+    Args:
+        spec: the table's.
+        files: in order.
+        directories: of each file's chunks.
+    """
+
+    def __init__(self, spec: TableSpec, files: Sequence[RawFile], directories: Sequence[Path]) -> None:
+        self._spec, self._max_malformed = spec_to_read(spec), spec.max_malformed
+        self._files, self._directories = files, directories
+
+    def run(self, workers: Workers, numbers: Sequence[int]) -> None:
+        """Read the files of these numbers, those that are not read yet.
+
+        Raises:
+            UserError: a file cannot be read or holds too many malformed lines.
+        """
+        left = []
+        for number in numbers:
+            found = self._found(number)
+            if found is None:
+                left.append(number)
+            else:
+                self._judge(number, found)
+        with Progress("read", sum(self._files[number].size for number in left), "bytes") as progress:
+            # Text that is compressed is read by a thread of this process, one a file.
+            threads = max(1, min(len(left), workers.processes // PROCESSES_OF_A_FILE))
+            stopped = Event()
+            with ThreadPoolExecutor(threads) as pool:
+                reads = [pool.submit(self._read, workers, number, progress, threads, stopped) for number in left]
+                try:
+                    for read in as_completed(reads):
+                        read.result()
+                finally:
+                    stopped.set()
+
+    @cached_property
+    def reads(self) -> list[FileRead]:
+        """What is known of each file.
+
+        Raises:
+            UserError: a file is not read yet, or holds too many malformed lines.
+        """
+        reads = []
+        for number, file in enumerate(self._files):
+            found = self._found(number)
+            if found is None:
+                raise UserError(f"{file.path}: is not read yet; run `--pass read` for all shards first")
+            self._refuse(number, found)
+            reads.append(found)
+        return reads
+
+    def chunk(self, number: int, index: int) -> Path:
+        """The file of a chunk."""
+        return self._directories[number] / f"{index:06}.arrow"
+
+    def check_times(self) -> None:
+        """Raise UserError where the files' times are of two kinds."""
+        self._one_kind_of_time([(file.path, read.times) for file, read in zip(self._files, self.reads, strict=True)])
+
+    def _found(self, number: int) -> FileRead | None:
+        content: dict[str, Any] | None = load_json(self._directories[number] / "done.json")
+        if content is None:
+            return None
+        examples = tuple(Rejected(**each) for each in content.pop("examples"))
+        return FileRead(tuple(content.pop("chunk_rows")), **content, examples=examples)
+
+    def _read(self, workers: Workers, number: int, progress: Progress, files_at_once: int, stopped: Event) -> None:
+        raw = self._files[number]
+        self._directories[number].mkdir(parents=True, exist_ok=True)
+        infos: list[ChunkInfo] = []
+        examples: list[Rejected] = []
+        times: dict[str, int] = {}
+        lines = malformed = passed = 0
+        calls = self._calls(number, progress.update, workers.processes > 1)
+        for info in workers.map(_read_block, calls, at_once=-(-workers.processes // files_at_once)):
+            if stopped.is_set():  # by an interrupt, or what is wrong with another file
+                return
+            infos.append(info)
+            room = MAX_EXAMPLES - len(examples)
+            examples += [Rejected(passed + each.line, each.reason, each.text) for each in info.examples[:room]]
+            times = {kind: passed + line for kind, line in info.times.items()} | times
+            self._one_kind_of_time([(raw.path, times)])
+            lines, malformed, passed = lines + info.count, malformed + info.malformed, passed + info.passed
+            # Bad lines at the beginning are no reason, but a file of another format need not be read to its end.
+            if malformed > self._tolerated(max(lines, EXPECTED_LINES)):
+                raise _too_malformed(raw.path, malformed, lines, examples, "the first ")
+        if not lines:
+            raise UserError(f"{raw.path}: holds no lines; raw data is expected")
+        if malformed == lines:
+            raise _too_malformed(raw.path, malformed, lines, examples)
+        found = FileRead(tuple(info.rows for info in infos), lines, malformed, tuple(examples), times)
+        # Before it is judged: who then tolerates more need not read it again.
+        save_json(self._directories[number] / "done.json", asdict(found))
+        self._judge(number, found)
+
+    def _judge(self, number: int, found: FileRead) -> None:
+        self._refuse(number, found)
+        if found.malformed:
+            shown = "; ".join(f"line {each.line}: {each.reason}" for each in found.examples[:SHOWN_EXAMPLES])
+            _logger.warning(
+                "%s: skipped %d malformed of %d lines, e.g. %s",
+                *(one_line(self._files[number].path), found.malformed, found.lines, one_line(shown)),
+            )
+
+    def _refuse(self, number: int, found: FileRead) -> None:
+        if found.malformed > self._tolerated(found.lines):
+            raise _too_malformed(self._files[number].path, found.malformed, found.lines, found.examples)
+
+    def _tolerated(self, lines: int) -> float:
+        return max(TOLERATED_LINES, self._max_malformed * lines)
+
+    def _calls(self, number: int, update: Callable[[int], None], aside: bool) -> Iterator[tuple[Any, ...]]:
+        raw = self._files[number]
+        blocks = text_blocks if self._spec.text is not None else parquet_blocks
+        for block in blocks(raw, update):
+            path = self.chunk(number, block.index)
+            if path.exists():
+                yield self._spec, raw.columns, None, path
+            else:
+                yield self._spec, raw.columns, block.put_aside(path.with_suffix(".text")) if aside else block, path
+
+    def _one_kind_of_time(self, found: Sequence[tuple[str, dict[str, int]]]) -> None:
+        """Refuse times of two kinds, which have no order, over files and the first line of each kind in them."""
+        first: dict[str, str] = {}
+        for path, times in found:
+            for kind, line in times.items():
+                first.setdefault(kind, f"{kind} ({path}: line {line})")
+        if len(first) > 1:
+            raise UserError(
+                f"{found[0][0]}: {self._spec.split.column} must hold times of one kind in all files, but holds "
+                f"{' and '.join(first.values())}"
+            )
+
+
+def _too_malformed(path: str, malformed: int, lines: int, examples: Sequence[Rejected], which: str = "") -> UserError:
+    first = examples[0]
+    return UserError(
+        f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}"
+    )
+
+
+def _read_block(spec: TableSpec, columns: tuple[str, ...], block: Block | None, path: Path) -> ChunkInfo:
+    if block is None:
+        info = load_info(path)
+        assert info is not None
+        return info
+    table, info = parse_block(spec, columns, block)
+    save_chunk(path, table, info)
+    return info

@@ -1,0 +1,117 @@
+"""Which value is which id: merged from runs, saved as Parquet for people and sorted by hash for looking values up.
+
+Runs are merged in ranges of hashes, so that memory holds a range of all values and the values that are kept.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlet_dist.data.hashing import hash_texts
+from mlet_dist.data.parquet_parts import write_parquet
+from mlet_dist.data.prepare.counting import Run, sum_counts
+from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS
+from mlet_dist.errors import UserError
+
+MAX_BYTES = 2**31 - 1  # of one Arrow array of texts
+
+_BATCH = 1 << 18
+
+
+def merge_runs(feature: str, runs: Sequence[Path], min_count: int, range_values: int) -> pa.Table:
+    """Columns value and count of the values seen ``min_count`` times, by descending count, ties by value.
+
+    Row i is id i + 1. About ``range_values`` counts are held at a time, and what is kept.
+
+    Raises:
+        UserError: there are more values than ids.
+    """
+    values = sum(Run(path).size(feature) for path in runs)
+    ranges = 1 + values // range_values
+    bounds = [2**64 * index // ranges for index in range(ranges + 1)]
+    kept = []
+    for low, high in pairwise(bounds):
+        summed = sum_counts([Run(path).part(feature, low, high) for path in runs])
+        kept.append(summed.filter(pc.greater_equal(summed["count"], min_count)))
+    table = pa.concat_tables(kept)
+    size = pc.sum(pc.binary_length(table["value"])).as_py() or 0
+    if table.num_rows >= MAX_NUM_EMBEDDINGS or size > MAX_BYTES:
+        raise UserError(
+            f"feature {feature}: {table.num_rows} values of {size} bytes are more than a vocabulary holds; raise its "
+            "min_count or take `encoding: hash`"
+        )
+    return table.sort_by([("count", "descending"), ("value", "ascending")]).combine_chunks()
+
+
+def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> None:
+    """Write ``<feature>.parquet`` and ``<feature>.lookup``; both are there when they are whole, the lookup last."""
+    temporary = directory / f"{feature}.{uuid4().hex}.tmp"
+    write_parquet(table, temporary)
+    temporary.rename(directory / f"{feature}.parquet")
+    texts = table["value"].chunk(0) if table.num_rows else pa.array([], pa.string())
+    hashes = hash_texts(texts, feature)
+    order = np.argsort(hashes, kind="stable")
+    lookup = pa.table(
+        {
+            "hash": hashes[order],
+            "id": (order + 1).astype(np.int32),
+            "value": texts.take(pa.array(order)),
+        }
+    )
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, lookup.schema) as writer:
+        for batch in lookup.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    temporary.rename(directory / f"{feature}.lookup")
+
+
+class Lookup:
+    """Ids of a feature's texts by its vocabulary, which stays on disk, mapped into memory and shared by processes."""
+
+    def __init__(self, directory: Path, feature: str) -> None:
+        with pa.memory_map(str(directory / f"{feature}.lookup")) as source:
+            table = pa.ipc.open_file(source).read_all()
+        self._feature = feature
+        self.num_embeddings = 1 + table.num_rows
+        if table.num_rows:
+            self._hashes = table["hash"].chunk(0).to_numpy()
+            self._ids = table["id"].chunk(0).to_numpy()
+            self._values = table["value"].chunk(0)
+
+    def ids(self, texts: pa.StringArray) -> npt.NDArray[np.int32]:
+        """(len(texts),): the id of each text, 0 where it is not in the vocabulary."""
+        ids = np.zeros(len(texts), np.int32)
+        if self.num_embeddings == 1 or not len(texts):
+            return ids
+        hashes = hash_texts(texts, self._feature)
+        positions = np.searchsorted(self._hashes, hashes)
+        rows = np.arange(len(texts))
+        # Several values may have one hash, so go on while the hash is the same and the value another.
+        while rows.size:
+            inside = positions < len(self._hashes)
+            rows, positions = rows[inside], positions[inside]
+            same_hash = self._hashes[positions] == hashes[rows]
+            rows, positions = rows[same_hash], positions[same_hash]
+            same = pc.equal(self._values.take(pa.array(positions)), texts.take(pa.array(rows)))
+            found = same.to_numpy(zero_copy_only=False)
+            ids[rows[found]] = self._ids[positions[found]]
+            rows, positions = rows[~found], positions[~found] + 1
+        return ids
+
+
+def fingerprint_of(feature: str, values: pa.ChunkedArray) -> bytes:
+    """SHA-256 of a vocabulary's values in the order of their ids."""
+    digest = hashlib.sha256(f"{feature} {len(values)}\n".encode())
+    for start in range(0, len(values), _BATCH):
+        # Lengths and bytes, so that no two lists of values look the same.
+        texts = pa.concat_arrays(values.slice(start, _BATCH).chunks)
+        digest.update(pc.binary_length(texts).to_numpy().astype("<i8").tobytes())
+        offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset :]
+        digest.update(memoryview(texts.buffers()[2] or b"")[offsets[0] : offsets[len(texts)]])
+    return digest.digest()

@@ -1,0 +1,121 @@
+"""Writes a group's rows as parts of the data set: texts become ids, dense columns are standardised, splits part."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mlet_dist.data.hashing import hash_texts
+from mlet_dist.data.parquet_parts import ROW_GROUP_ROWS, parquet_writer, required, sha256_of
+from mlet_dist.data.prepare.chunks import LABEL, dense_column, sparse_column, values_and_indices, weight_column
+from mlet_dist.data.prepare.counting import Moments
+from mlet_dist.data.prepare.groups import Group
+from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
+from mlet_dist.data.prepare.splits import Splitter
+from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
+from mlet_dist.data.prepare.vocabulary import Lookup
+from mlet_dist.data.schema import SPLITS, Part
+from mlet_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """All that turns chunks into rows of the data set.
+
+    Attributes:
+        spec: the table's.
+        vocabularies: directory of each lookup, by feature.
+        moments: of the training split, by the name of a dense feature that is standardised.
+    """
+
+    spec: TableSpec
+    vocabularies: Mapping[str, Path]
+    moments: Mapping[str, Moments]
+
+    def write(
+        self, splitter: Splitter, group: Group, directory: Path, names: Mapping[str, str], scratch: Path
+    ) -> dict[str, Part]:
+        """Write a group's rows to one part a split; whole ones go from ``scratch`` to ``names`` in ``directory``.
+
+        Returns the parts that have rows.
+        """
+        lookups = {name: Lookup(directory, name) for name, directory in self.vocabularies.items()}
+        # Not under one name: a shard that is started twice would write into the other's file.
+        temporary = scratch / f"{group.number:06}.{uuid4().hex}"
+        writers = {s: _PartWriter(directory / name, temporary.with_suffix(f".{s}")) for s, name in names.items()}
+        for chunk, codes in group.read(splitter):
+            table = self._encode(chunk, lookups)
+            for code in np.unique(codes):
+                of_split = codes == code
+                rows = table if of_split.all() else table.filter(pa.array(of_split))
+                writers[SPLITS[code]].write(rows)
+        return {split: part for split, writer in writers.items() if (part := writer.close(names[split])) is not None}
+
+    def _encode(self, chunk: pa.Table, lookups: Mapping[str, Lookup]) -> pa.Table:
+        columns = {LABEL: chunk[LABEL]}
+        for dense in self.spec.dense:
+            column = chunk[dense_column(dense.name)]
+            if dense.name in self.moments:
+                moments = self.moments[dense.name]
+                numbers = column.fill_null(moments.mean).to_numpy()
+                scaled = (numbers - moments.mean) / moments.deviation
+                if not (np.abs(scaled) <= FLOAT32_MAX).all():
+                    raise UserError(
+                        f"dense feature {dense.name}: {numbers[np.abs(scaled).argmax()]} is too many deviations "
+                        f"({moments.deviation}) from the training split's mean {moments.mean}; take another transform"
+                    )
+                column = pa.array(scaled.astype(np.float32))
+            columns[dense.name] = column
+        for sparse in self.spec.sparse:
+            texts, indices, offsets = values_and_indices(chunk[sparse_column(sparse.name)])
+            ids = pa.array(self._ids(sparse, texts, lookups)[indices])
+            columns[sparse.name] = ids if offsets is None else pa.ListArray.from_arrays(offsets, ids)
+            if sparse.weights is not None:
+                columns[f"{sparse.name}.weight"] = chunk[weight_column(sparse.name)]
+        return pa.table(columns)
+
+    def _ids(self, sparse: SparseColumn, texts: pa.StringArray, lookups: Mapping[str, Lookup]) -> np.ndarray:
+        if sparse.num_embeddings is None:
+            return lookups[sparse.name].ids(texts)
+        return (hash_texts(texts, sparse.name) % np.uint64(sparse.num_embeddings)).astype(np.int32)
+
+
+class _PartWriter:
+    """Appends rows to a Parquet file in whole row groups; it is there when it is whole, and only if it has rows."""
+
+    def __init__(self, path: Path, temporary: Path) -> None:
+        self._path, self._temporary = path, temporary
+        self._writer: pq.ParquetWriter | None = None
+        self._pending: list[pa.Table] = []
+        self._pending_rows = self._rows = self._positives = 0
+
+    def write(self, table: pa.Table) -> None:
+        self._rows += table.num_rows
+        self._positives += pc.sum(table[LABEL]).as_py() or 0
+        self._pending.append(table)
+        self._pending_rows += table.num_rows
+        if self._pending_rows >= ROW_GROUP_ROWS:
+            self._flush(self._pending_rows // ROW_GROUP_ROWS * ROW_GROUP_ROWS)
+
+    def close(self, name: str) -> Part | None:
+        if not self._rows:
+            return None
+        if self._pending:
+            self._flush(self._pending_rows)
+        assert self._writer is not None
+        self._writer.close()
+        self._temporary.rename(self._path)
+        return Part(name, self._rows, self._positives, self._path.stat().st_size, sha256_of(self._path))
+
+    def _flush(self, rows: int) -> None:
+        table = pa.concat_tables(self._pending)
+        if self._writer is None:
+            self._writer = parquet_writer(self._temporary, table.schema)
+        self._writer.write_table(required(table.slice(0, rows)), row_group_size=ROW_GROUP_ROWS)
+        rest = table.slice(rows)
+        self._pending, self._pending_rows = ([rest] if rest.num_rows else []), rest.num_rows

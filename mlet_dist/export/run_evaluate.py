@@ -1,0 +1,71 @@
+"""Metrics of a run or of an export, on any number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from mlet_dist.checkpoint.choosing import newest_checkpoint
+from mlet_dist.checkpoint.load import load_model
+from mlet_dist.data.location import DataPath
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
+from mlet_dist.export.export_directory import ExportDirectory
+from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.training.evaluation import evaluate, evaluation_loader
+from mlet_dist.training.process_group import Worker, join_ranks
+from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.sharding import shard_model
+
+
+def evaluate_path(
+    target: Path, data: DataPath, split: str, batch_size: int = 8192, device: str = "auto"
+) -> dict[str, Any]:
+    """``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export over a split of a data set.
+
+    Raises:
+        UserError: ``target`` is neither or is damaged, or the data set does not fit the model.
+    """
+    export, run = ExportDirectory(target), RunDirectory(target)
+    if export.is_there():
+        spec, manifest = export.load()
+        served, _ = export.output("dcp", manifest)
+        store = None
+    elif run.config.exists():
+        config, spec, _ = run.load()
+        store = run.checkpoint_store(config)
+    else:
+        missing = "no such directory" if not target.exists() else "neither a run nor an export"
+        raise UserError(f"{target}: {missing}; expected what `mlet train` or `mlet export` made")
+    spec.check_data(DatasetSchema.load(data), data)
+    with join_ranks(device) as worker:
+        if store is None:
+            _check_files(export, manifest, worker)
+        local_batch_size = -(-batch_size // worker.world_size)
+        model, _ = shard_model(
+            build_dlrm(spec, tables_device=torch.device("meta")),
+            worker,
+            local_batch_size,
+            pooling_factors=spec.pooling_factors,
+        )
+        if store is None:
+            load_model(model, served, key=None)
+        else:
+            load_model(model, newest_checkpoint(store).location)
+        found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
+    return {"target": str(target), "split": split, **found}
+
+
+def _check_files(export: ExportDirectory, manifest: dict[str, Any], worker: Worker) -> None:
+    """Read all files through, each rank a share of them; what one finds is raised on all."""
+    own = None
+    try:
+        export.check_files("dcp", manifest, share=slice(worker.rank, None, worker.world_size))
+    except UserError as error:
+        own = str(error)
+    found: list[str | None] = [None] * worker.world_size
+    dist.all_gather_object(found, own)
+    damage = next(filter(None, found), None)
+    if damage is not None:
+        raise UserError(damage)

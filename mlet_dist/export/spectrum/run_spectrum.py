@@ -1,0 +1,131 @@
+"""`mlet spectrum`: the singular values of every table of a run, an export or factors."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.atomic_directory import check_free, staged_directory
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.embeddings.factors import FLOOR
+from mlet_dist.errors import UserError
+from mlet_dist.export.row_blocks import sum_grams
+from mlet_dist.export.source import Tables, TableSource
+from mlet_dist.export.spectrum.id_counts import count_ids
+from mlet_dist.export.spectrum.singular_values import Spectrum, balance, smaller
+from mlet_dist.export.spectrum.spectrum_report import page
+from mlet_dist.export.spectrum.text import NOTE
+from mlet_dist.formatting import to_json
+from mlet_dist.progress import Progress
+
+
+def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) -> dict[str, Any]:
+    """Read all tables through once, by blocks; memory is a few blocks, Gram matrices, and 8 bytes a row of one table.
+
+    Args:
+        data: the data set whose training split says how often rows are seen; None takes the run's where it is there.
+        out: directory for ``spectrum.json`` and ``spectrum.html``; must not exist or be empty.
+
+    Returns:
+        Plain data: ``tables``, and how they were read. ``plain`` and ``weighted`` are ``Spectrum``s: of W, and of
+        D^½·W with D how often each row was seen, so that sum(s²) is that of all vectors looked up.
+
+    Raises:
+        UserError: what is at ``path`` cannot be read, or ``data`` is not of these tables.
+    """
+    if out is not None:
+        check_free(out)
+    with Tables.open(path) as source:
+        counted, schema, missing = _data_set(source, data)
+        features = {} if schema is None else {feature.name: feature for feature in schema.sparse}
+        tables = []
+        with Progress("spectrum", sum(each.num_embeddings for each in source.tables.values()), "rows") as progress:
+            for table in source.tables.values():
+                counts = None
+                if schema is not None:
+                    counts = count_ids(data_set_path(str(counted)), schema, features[table.name])
+                grams = sum_grams(table, counts, progress)
+                plain = Spectrum.of_gram(grams.table, table.num_embeddings)
+                weighted = None
+                if counts is not None and grams.weighted is not None:
+                    weighted = Spectrum.of_gram(grams.weighted, table.num_embeddings)
+                tables.append(
+                    _described(table, plain, weighted)
+                    | {
+                        "rows_seen": None if counts is None else int((counts > 0).sum()),
+                        "balance": None if grams.rows is None else balance(grams.rows, _projection(table)),
+                    }
+                )
+    result = {
+        "note": NOTE,
+        "source": str(path),
+        "data": counted,
+        "not_weighted": missing,
+        "floor": FLOOR,
+        "recipe_gain": _recipe_gain(source),
+        "tables": tables,
+    }
+    if out is not None:
+        with staged_directory(out) as staging:
+            (staging / "spectrum.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
+            (staging / "spectrum.html").write_text(page(result), encoding="utf-8")
+    return result
+
+
+def _described(table: TableSource, plain: Spectrum, weighted: Spectrum | None) -> dict[str, Any]:
+    return {
+        "name": table.name,
+        "num_embeddings": table.num_embeddings,
+        "hidden_dim": table.hidden_dim,
+        "embedding_dim": table.embedding_dim,
+        "plain": dataclasses.asdict(plain),
+        "weighted": None if weighted is None else dataclasses.asdict(weighted),
+        "suggested": smaller(plain, weighted, table.embedding_dim),
+        "mean_gain": None
+        if table.projection is None
+        else float(table.projection.double().square().sum()) / table.embedding_dim,
+    }
+
+
+def _projection(table: TableSource) -> Any:
+    assert table.projection is not None  # it has a Gram matrix of W1
+    return table.projection
+
+
+def _recipe_gain(source: Tables) -> float | None:
+    """kσ², what SGD's learning rate of the tables was multiplied by at the start; None where W2 was not drawn."""
+    model = source.config.get("model")
+    if model is None or model["hidden_dim"] is None or source.config["train"].get("initial_weights") is not None:
+        return None
+    deviation = model["projection_init_std"]
+    return 1.0 if deviation is None else float(model["hidden_dim"] * deviation**2)
+
+
+def _data_set(source: Tables, data: str | None) -> tuple[str | None, DatasetSchema | None, str | None]:
+    """Path and schema of the data set that says how often rows are seen; or why there is none."""
+    config = source.config.get("data")
+    path = data if data is not None else None if config is None else str(config["path"])
+    if path is None:
+        return None, None, "no --data was given, and the tables do not say what they were trained on"
+    try:
+        schema = DatasetSchema.load(data_set_path(path))
+        _check(source, schema, path)
+    except UserError as error:
+        if data is not None:
+            raise
+        return None, None, f"the run's data set cannot be used ({error}); name another by --data"
+    return path, schema, None
+
+
+def _check(source: Tables, schema: DatasetSchema, path: str) -> None:
+    if source.spec is not None:
+        source.spec.check_data(schema, data_set_path(path))
+    for table in source.tables.values():
+        found = schema.num_embeddings.get(table.name)
+        if found is None:
+            raise UserError(f"{path}: has no feature {table.name!r}, of which {source.path} has a table")
+        if found != table.num_embeddings:
+            raise UserError(
+                f"{path}: feature {table.name!r} has {found:,} ids and its table in {source.path} "
+                f"{table.num_embeddings:,} rows"
+            )

@@ -1,0 +1,121 @@
+"""The models of a run and of its export, with the rows of their tables that a split looks up."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import fbgemm_gpu  # noqa: F401  # the operators of a package's model
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mlet_dist.data.loading.loader import Batch
+from mlet_dist.export.export_directory import PACKAGE
+from mlet_dist.export.serving.package import EXPORTED, SCRIPTED
+from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
+from mlet_dist.export.source import Source
+from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput
+from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm
+from mlet_dist.models.spec import ModelSpec
+
+Predict = Callable[[Batch, KeyedJaggedTensor], torch.Tensor]
+"""(batch, its bags renumbered by the rows that were kept) -> (rows,) float32, padding left out."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model of an export.
+
+    Attributes:
+        encoding: of its tables.
+        of_tables: the output that holds them.
+        unit: ``logit`` or ``probability``, what ``predict`` gives.
+    """
+
+    encoding: str
+    of_tables: str
+    unit: str
+    predict: Predict
+
+
+def factorised(source: Source, tables: Mapping[str, CheckedTable]) -> Predict:
+    """The logits of the model that was trained."""
+    model = build_dlrm(_with_rows(source.spec, tables), tables_device=torch.device("cpu"))
+    state = {name: source.load_dense(name) for name in source.dense}
+    for name, table in source.tables.items():
+        state[table.state_name] = _padded(tables[name].stored)
+        if table.projection is not None:
+            state[f"{TABLES_PREFIX}projections.{name}.weight"] = table.projection
+    model.load_state_dict(state)
+    return _logits(model)
+
+
+def candidate(served: ModelSpec, source: Source, output: StoredOutput, tables: Mapping[str, CheckedTable]) -> Candidate:
+    """The model that an output is for: TorchRec's plain one, or its quantised one."""
+    spec = _with_rows(served, tables)
+    dense = {name: output.files.load(name) for name in source.dense}
+    rows = {
+        f"{source.tables[name].state_name}{suffix}": _padded(part)
+        for name, checked in tables.items()
+        for suffix, part in checked.parts[output.name].items()
+    }
+    if output.encoding.is_quantised:
+        model = build_served(spec, output.encoding)
+        load_dense(model, dense)
+        for name, tensor in table_tensors(model).items():
+            tensor.copy_(rows[name])
+    else:
+        model = build_plain_dlrm(spec)
+        model.load_state_dict(rows | dense)
+    return Candidate(output.encoding.name, output.name, "logit", _logits(model))
+
+
+def packaged(path: Path, encoding: str, outputs: Mapping[str, StoredOutput]) -> dict[str, Candidate]:
+    """The models of a package that is known to be whole, loaded with all of their tables.
+
+    Args:
+        path: of the package.
+        encoding: of its tables.
+        outputs: all others.
+    """
+    of_tables = next(name for name, output in outputs.items() if output.encoding.name == encoding)
+    models = {SCRIPTED: torch.jit.load(path / SCRIPTED), EXPORTED: torch.export.load(path / EXPORTED).module()}
+    return {
+        f"{PACKAGE}/{name}": Candidate(encoding, of_tables, "probability", _probabilities(model))
+        for name, model in models.items()
+    }
+
+
+def _logits(model: torch.nn.Module) -> Predict:
+    model.eval()
+
+    def predict(batch: Batch, bags: KeyedJaggedTensor) -> torch.Tensor:
+        logits: torch.Tensor = model(batch.dense, bags).squeeze(-1)
+        return logits[: batch.num_rows]
+
+    return predict
+
+
+def _probabilities(model: Callable[..., torch.Tensor]) -> Predict:
+    def predict(batch: Batch, _: KeyedJaggedTensor) -> torch.Tensor:
+        # Padding rows have no ids.
+        lengths = batch.sparse.lengths().view(len(batch.sparse.keys()), -1)[:, : batch.num_rows].contiguous()
+        request = [batch.dense[: batch.num_rows], batch.sparse.values(), lengths]
+        weights = batch.sparse.weights_or_none()
+        return model(*request) if weights is None else model(*request, weights)
+
+    return predict
+
+
+def _with_rows(spec: ModelSpec, tables: Mapping[str, CheckedTable]) -> ModelSpec:
+    """The model whose tables hold the rows that were kept, and one at least."""
+    return dataclasses.replace(
+        spec,
+        sparse=tuple(
+            dataclasses.replace(each, num_embeddings=max(1, len(tables[each.name].stored))) for each in spec.sparse
+        ),
+    )
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    return rows if len(rows) else rows.new_zeros(1, rows.shape[1])

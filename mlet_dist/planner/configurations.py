@@ -1,0 +1,162 @@
+"""What is planned, and what it costs: by TorchRec's planner, or by formulas alone, hundreds in a second."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchrec.distributed.planner import Topology
+from torchrec.models.dlrm import DLRM
+
+from mlet_dist.config.sections import Config
+from mlet_dist.embeddings.planning.cost_model import Memory, total_memory
+from mlet_dist.embeddings.planning.model_cost import DenseCost, Tables
+from mlet_dist.embeddings.planning.plan_cost import Ranks, load_factor, table_cost
+from mlet_dist.embeddings.planning.search_space import evenest, table_constraints
+from mlet_dist.embeddings.planning.step_time import Device
+from mlet_dist.models.dlrm import build_dlrm, dense_cost
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.model_plan import DoesNotFit, ModelPlan
+from mlet_dist.training.optimizers import fuse_row_optimizer
+from mlet_dist.training.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is planned.
+
+    Attributes:
+        config: its sections model, optimizer, sharding and data.
+        spec: tables and layers.
+        pooling_factors: ids a bag by table.
+        ranks: how many.
+        device: hardware of a rank.
+    """
+
+    config: Config
+    spec: ModelSpec
+    pooling_factors: dict[str, float]
+    ranks: Ranks
+    device: Device
+
+    @property
+    def local_batch_size(self) -> int:
+        return max(1, self.config.data.batch_size // self.ranks.world_size)
+
+    def with_settings(self, section: str, **settings: Any) -> "Case":
+        """The same with other settings of a section of the config."""
+        changed = dataclasses.replace(getattr(self.config, section), **settings)
+        config = dataclasses.replace(self.config, **{section: changed})
+        return dataclasses.replace(self, config=config, spec=dataclasses.replace(self.spec, model=config.model))
+
+    def with_ranks(self, world_size: int) -> "Case":
+        """The same on another number of ranks."""
+        return dataclasses.replace(self, ranks=dataclasses.replace(self.ranks, world_size=world_size))
+
+    def model(self) -> DLRM:
+        """On the meta device."""
+        names = [feature.name for feature in self.spec.sparse]
+        model = build_dlrm(self.spec, torch.device("meta"), self.config.sharding.rows_dtypes(names))
+        fuse_row_optimizer(model, self.config.optimizer)
+        return model
+
+    def sharding(self, model: DLRM) -> Sharding:
+        """What the config asks."""
+        return Sharding.of(self.config.sharding, model, self.local_batch_size, self.pooling_factors)
+
+    def dense(self, model: DLRM) -> DenseCost:
+        """Of the layers beside the tables."""
+        ranks = self.ranks
+        return dense_cost(
+            model, self.local_batch_size, self.config.optimizer.name, ranks.world_size, ranks.local_world_size
+        )
+
+    def topology(self) -> Topology:
+        """The hardware in TorchRec's words."""
+        device, on_cpu = self.device, self.ranks.on_cpu
+        return Topology(
+            world_size=self.ranks.world_size,
+            local_world_size=self.ranks.local_world_size,
+            compute_device=device.kind,
+            hbm_cap=int(device.memory),
+            ddr_cap=int(device.memory if on_cpu else device.host_memory),
+            hbm_mem_bw=device.memory_bandwidth / 1e3,
+            ddr_mem_bw=device.memory_bandwidth / 1e3,
+            intra_host_bw=device.node_bandwidth / 1e3,
+            inter_host_bw=device.network_bandwidth / 1e3,
+        )
+
+    def plan(self) -> ModelPlan:
+        """By TorchRec's planner.
+
+        Raises:
+            UserError: as ``plan_model``.
+        """
+        model = self.model()
+        return self.sharding(model).plan(model, self.topology(), self.device)
+
+    def plan_or_evenest(self) -> ModelPlan:
+        """``plan``, or where nothing fits the plan that spreads rows most evenly."""
+        try:
+            return self.plan()
+        except DoesNotFit as error:
+            return error.planned
+
+    def with_torchrec_exchange(self) -> "Case":
+        """The same with vectors of k columns on the network, for every table."""
+        tables = {name: dataclasses.replace(own, exchange=None) for name, own in self.config.sharding.tables.items()}
+        return self.with_settings("sharding", exchange="after", tables=tables)
+
+
+def even_memory(case: Case) -> Memory:
+    """Bytes of the fullest rank where rows are spread as evenly as the config allows: what no plan is below."""
+    model = case.model()
+    sharding = case.sharding(model)
+    tables = model.sparse_arch.embedding_bag_collection
+    configs = tables.embedding_bag_configs()
+    limited = table_constraints(configs, case.ranks, sharding.sharder, sharding.constraints, sharding.replicated_bytes)
+    parts = []
+    for table in configs:
+        own = evenest(limited[table.name])
+        (kind,), (kernel,) = own.sharding_types or [""], own.compute_kernels or [""]
+        weight = tables.embedding_bags[table.name].weight
+        cost = table_cost(table, weight, sharding.sharder, case.ranks, kind, kernel, load_factor(own.cache_params))
+        blocks = 1 if cost.exchange is None else cost.holders
+        held = cost.held_memory(-(-table.num_embeddings // blocks))
+        parts.append(cost.home_memory() + held.times(cost.holders / case.ranks.world_size))
+    found = total_memory(parts)
+    return found + case.dense(model).memory(found.buffers)
+
+
+def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, DenseCost]]:
+    """What the plan is compared with: single layers and MLET, with TorchRec's exchange and ours.
+
+    What has TorchRec's exchange has a plan of its own: where vectors are wide, other sharding types send least.
+    """
+    d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
+    asked, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
+    composed = case.with_torchrec_exchange()
+    alone = composed.with_settings("model", hidden_dim=None).plan_or_evenest()
+    found = [
+        (f"single layer d = {d}, TorchRec's exchange", alone.tables, alone.dense),
+        (f"single layer d = {d}, {asked}", single, planned.dense),
+    ]
+    if k is not None:
+        naive = composed.plan_or_evenest()
+        wide = case.dense(case.with_settings("model", hidden_dim=None, embedding_dim=k).model())
+        found += [
+            (f"single layer d = {k}, TorchRec's exchange", _single_layers(naive.tables, k), wide),
+            (f"MLET k = {k}, after the exchange", naive.tables, naive.dense),
+            (f"MLET k = {k}, {asked}", planned.tables, planned.dense),
+        ]
+    return found
+
+
+def _single_layers(tables: Tables, embedding_dim: int) -> Tables:
+    """Of this width, where the tables lie."""
+    found = {}
+    for name, (cost, rows) in tables.items():
+        traffic = dataclasses.replace(cost.traffic, embedding_dim=embedding_dim)
+        changed = dataclasses.replace(cost, traffic=traffic, row_width=embedding_dim, projected=False)
+        found[name] = (changed, rows)
+    return found

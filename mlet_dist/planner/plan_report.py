@@ -1,0 +1,103 @@
+"""A plan as text and as a picture."""
+
+import html
+from typing import Any
+
+from mlet_dist.embeddings.planning.cost_model import gigabytes
+from mlet_dist.text_table import text_table
+
+_KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
+_LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60
+_SHOWN_RANKS, _LABEL = 40, 18  # characters, in the text and in the picture
+
+
+def report(plan: dict[str, Any]) -> str:
+    """The tables that `mlet plan` prints."""
+    device = plan["device"]
+    # Rows in the host's memory are the exception.
+    hosted = any(each["host"] for each in plan["ranks"])
+    kinds, parts = [*_KINDS, "total"], ["step_s", "network_s", "memory_s", "compute_s"]
+    if hosted:
+        kinds.append("host")
+        parts.append("host_s")
+    ranks = [
+        [_short(each["ranks"]), each["tables"], f"{each['rows']:,}", *(f"{each[kind] / 1e9:.3f}" for kind in kinds)]
+        for each in plan["ranks"]
+    ]
+    configurations = [
+        [
+            each["name"],
+            f"{each['memory'] / 1e9:.2f}" + ("" if each["fits"] else " (too much)"),
+            f"{each['sent_bytes'] / 1e6:,.2f}",
+            *(f"{1e3 * each[part]:.3f}" for part in parts),
+            each["bound"],
+        ]
+        for each in plan["configurations"]
+    ]
+    head = (
+        f"{plan['world_size']:,} ranks of {device['name']}, {plan['local_world_size']} a node, global batch "
+        f"{plan['batch_size']:,}; {gigabytes(device['usable_memory'])} of {gigabytes(device['memory'])} a rank are for "
+        "the model"
+    )
+    return "\n".join(
+        [
+            head,
+            *([] if plan["shortage"] is None else [f"does not fit: {plan['shortage']}"]),
+            "",
+            *(f"plan  {line}" for line in plan["summary"]),
+            "",
+            "GB on a rank (10^9 bytes); one line for ranks that hold the same tables and within 1 % the same",
+            *text_table(["ranks", "tables", "rows", *kinds], ranks, left=1),
+            "",
+            "a step of the slowest rank, at the hardware's peak rates, one part after another",
+            *text_table(
+                ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute"]
+                + (["host link"] if hosted else [])
+                + ["bound by"],
+                configurations,
+                left=1,
+            ),
+        ]
+    )
+
+
+def picture(plan: dict[str, Any]) -> str:
+    """A page of its own: stacked bars of memory by kind, a bar for ranks that are alike."""
+    device, ranks = plan["device"], plan["ranks"]
+    scale = (_WIDTH - _LEFT - 190) / max(device["memory"], *(each["total"] for each in ranks))
+    height = _TOP + _BAR * len(ranks) + 40
+    parts = []
+    for index, each in enumerate(ranks):
+        x, y = float(_LEFT), _TOP + index * _BAR
+        label = html.escape(f"{_short(each['ranks'], _LABEL)} ({each['count']})")
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 15}" text-anchor="end">{label}</text>')
+        for kind, colour in _KINDS.items():
+            width = each[kind] * scale
+            title = f"<title>{kind}: {gigabytes(each[kind])}</title>"
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.2f}" height="{_BAR - 6}" fill="{colour}">{title}</rect>'
+            )
+            x += width
+        host = f" + {gigabytes(each['host'])} on the host" if each["host"] else ""
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{gigabytes(each["total"])}{host}</text>')
+    for share, text in (("usable_memory", "for the model"), ("memory", "device")):
+        x = _LEFT + device[share] * scale
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 8}" y2="{height - 34}" stroke="#c44e52"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 18 if share == "memory" else height - 4}" text-anchor="middle">')
+        parts.append(f"{text}: {gigabytes(device[share])}</text>")
+    for index, (kind, colour) in enumerate(_KINDS.items()):
+        x = _LEFT + 130 * index
+        parts.append(f'<rect x="{x}" y="16" width="14" height="14" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 20}" y="28">{kind}</text>')
+    title = html.escape(f"Memory by rank: {plan['world_size']:,} x {device['name']}")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>\n'
+        f'<body style="font-family: sans-serif"><h1 style="font-size: 18px">{title}</h1>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-size="12">\n'
+        + "\n".join(parts)
+        + f"\n</svg>\n<pre>{html.escape(report(plan))}</pre></body></html>\n"
+    )
+
+
+def _short(ranks: str, most: int = _SHOWN_RANKS) -> str:
+    return ranks if len(ranks) <= most else ranks[:most].rpartition(",")[0] + ", …"

@@ -1,0 +1,123 @@
+"""`mlet plan`: TorchRec's plan, and what it costs, for hardware that need not be there."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from mlet_dist.config.sections import Config
+from mlet_dist.embeddings.planning.cost_model import Memory
+from mlet_dist.embeddings.planning.model_cost import (
+    DenseCost,
+    Tables,
+    alike,
+    fullest_memory,
+    memory_of_rank,
+    slowest_step,
+)
+from mlet_dist.embeddings.planning.plan_cost import Ranks
+from mlet_dist.embeddings.planning.step_time import Device
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.planner.configurations import Case, configurations
+from mlet_dist.planner.suggestions import ways_out
+from mlet_dist.training.model_plan import DoesNotFit, ModelPlan, describe_plan
+
+_ALIKE = 0.01
+
+
+def make_plan(
+    config: Config,
+    spec: ModelSpec,
+    pooling_factors: dict[str, float],
+    device: Device,
+    world_size: int,
+    local_world_size: int,
+) -> dict[str, Any]:
+    """Plan one run; needs neither the hardware nor a process group.
+
+    Returns:
+        Plain data: ``tables`` (as in a run's plan.json), ``ranks`` (ranks that hold much the same, in one entry),
+        ``configurations``, ``summary`` (lines as at the start of a run) and the device. ``shortage`` is null, or where
+        the tables do not fit, which one, by how much, and what would make them fit; the plan is then the evenest.
+
+    Raises:
+        UserError: what the config asks of a table cannot be.
+    """
+    case = Case(config, spec, pooling_factors, Ranks(world_size, local_world_size, device.kind == "cpu"), device)
+    shortage = None
+    try:
+        case.model()
+    except ValueError as error:
+        raise UserError(f"--tables: {error}") from None
+    try:
+        planned = case.plan()
+    except DoesNotFit as error:
+        planned = error.planned
+        numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways_out(case), 1))
+        shortage = f"{error}; what fits: {numbered or 'nothing that was tried'}"
+    return {
+        "world_size": world_size,
+        "local_world_size": local_world_size,
+        "batch_size": config.data.batch_size,
+        "device": {**dataclasses.asdict(device), "usable_memory": device.usable_memory},
+        "shortage": shortage,
+        "summary": describe_plan(planned),
+        "ranks": _folded(planned),
+        "configurations": [_configuration(*each, device) for each in configurations(case, planned)],
+        "tables": planned.entries(),
+    }
+
+
+def _folded(planned: ModelPlan) -> list[dict[str, Any]]:
+    """Ranks of the same tables and, within 1 %, of the same memory in one entry: the fullest of them."""
+    found: list[tuple[frozenset[str], Memory, int, list[int]]] = []
+    groups = [(memory_of_rank(planned.tables, planned.dense, group[0]), group) for group in alike(planned.tables)]
+    for memory, group in sorted(groups, key=lambda each: -each[0].total):
+        held = {name: rows[group[0]] for name, (_, rows) in planned.tables.items() if rows[group[0]]}
+        for tables, fullest, _, ranks in found:
+            if tables == held.keys() and fullest.total - memory.total <= _ALIKE * fullest.total:
+                ranks.extend(group)
+                break
+        else:
+            found.append((frozenset(held), memory, sum(held.values()), list(group)))
+    return [
+        {
+            "ranks": _ranges(ranks),
+            "count": len(ranks),
+            "tables": len(tables),
+            "rows": rows,
+            **dataclasses.asdict(memory),
+            "total": memory.total,
+        }
+        for tables, memory, rows, ranks in found
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-6, 8``."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _configuration(name: str, tables: Tables, dense: DenseCost, device: Device) -> dict[str, Any]:
+    memory = fullest_memory(tables, dense)
+    step, time = slowest_step(tables, dense, device)
+    return {
+        "name": name,
+        "memory": memory.total,
+        "host_memory": memory.host,
+        "fits": memory.total <= device.usable_memory and memory.host <= device.usable_host_memory,
+        **dataclasses.asdict(step),
+        "sent_bytes": step.sent_bytes,
+        "network_s": time.network,
+        "memory_s": time.memory,
+        "host_s": time.host,
+        "compute_s": time.compute,
+        "step_s": time.total,
+        "bound": time.bound,
+    }

@@ -1,0 +1,119 @@
+"""What to change when tables do not fit, cheapest first, each with the memory and the time that it then takes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from mlet_dist.embeddings.planning.cost_model import Memory, gigabytes
+from mlet_dist.embeddings.planning.model_cost import fullest_memory, slowest_step
+from mlet_dist.embeddings.planning.step_time import Device, milliseconds
+from mlet_dist.errors import UserError
+from mlet_dist.planner.configurations import Case, even_memory
+from mlet_dist.planner.hardware import presets
+from mlet_dist.training.model_plan import DoesNotFit
+
+_MOST_NODES = 4096
+_MOST_PLANS = 3  # of one way, where the formulas promise room that the planner does not find
+
+
+def ways_out(case: Case, most: int = 3) -> list[str]:
+    """Up to ``most`` settings with which the planner finds a plan, a few words each."""
+    found: list[str] = []
+    for way in _WAYS:
+        tried = 0
+        for text, changed in way(case):
+            if not _has_room(even_memory(changed), changed.device):
+                continue
+            tried += 1
+            try:
+                planned = changed.plan()
+            except DoesNotFit:
+                if tried == _MOST_PLANS:
+                    break
+                continue
+            except UserError:  # it cannot be, for another reason
+                break
+            needed = fullest_memory(planned.tables, planned.dense)
+            _, time = slowest_step(planned.tables, planned.dense, changed.device)
+            host = f" and {gigabytes(needed.host)} of its host" if needed.host else ""
+            found.append(
+                f"{text}: {gigabytes(needed.total)} of {gigabytes(changed.device.usable_memory)} a rank{host}, "
+                f"{milliseconds(time)} a step"
+            )
+            break
+        if len(found) == most:
+            break
+    return found
+
+
+def _has_room(memory: Memory, device: Device) -> bool:
+    return memory.total <= device.usable_memory and memory.host <= device.usable_host_memory
+
+
+def _any_sharding_type(case: Case) -> Iterator[tuple[str, Case]]:
+    sharding = case.config.sharding
+    own = {name: table for name, table in sharding.tables.items() if table.sharding_types is not None}
+    keys = ["sharding.sharding_types"] if sharding.sharding_types is not None else []
+    keys += [f"sharding.tables.{name}.sharding_types" for name in own]
+    if keys:
+        free = {name: dataclasses.replace(table, sharding_types=None) for name, table in own.items()}
+        freed = case.with_settings("sharding", sharding_types=None, tables=sharding.tables | free)
+        yield " ".join(f"{key}=null" for key in keys), freed
+
+
+def _rowwise_state(case: Case) -> Iterator[tuple[str, Case]]:
+    if case.config.optimizer.name in ("adagrad", "adam"):
+        yield "optimizer.name=rowwise_adagrad", case.with_settings("optimizer", name="rowwise_adagrad")
+
+
+def _half_rows(case: Case) -> Iterator[tuple[str, Case]]:
+    fused_adam = not case.ranks.on_cpu or case.config.optimizer.name != "adam"
+    if case.config.sharding.rows_dtype == "fp32" and fused_adam:
+        yield "sharding.rows_dtype=fp16", case.with_settings("sharding", rows_dtype="fp16")
+
+
+def _host_rows(case: Case) -> Iterator[tuple[str, Case]]:
+    if not case.ranks.on_cpu and case.config.sharding.compute_kernels == ("fused",):
+        kernels = ("fused", "fused_uvm_caching")
+        text = f"sharding.compute_kernels=[{','.join(kernels)}]"
+        yield text, case.with_settings("sharding", compute_kernels=kernels)
+
+
+def _smaller_k(case: Case) -> Iterator[tuple[str, Case]]:
+    k, d = case.spec.model.hidden_dim, case.spec.model.embedding_dim
+    for smaller in range((k or d) - 4, d - 1, -4):
+        yield f"model.hidden_dim={smaller}", case.with_settings("model", hidden_dim=smaller)
+
+
+def _more_ranks(case: Case) -> Iterator[tuple[str, Case]]:
+    local = case.ranks.local_world_size
+    for nodes in range(case.ranks.world_size // local + 1, _MOST_NODES + 1):
+        if case.config.data.batch_size % (nodes * local) == 0:
+            yield f"--world-size {nodes * local}", case.with_ranks(nodes * local)
+
+
+def _smaller_batch(case: Case) -> Iterator[tuple[str, Case]]:
+    batch = case.config.data.batch_size // 2
+    while batch >= case.ranks.world_size and batch % case.ranks.world_size == 0:
+        yield f"data.batch_size={batch}", case.with_settings("data", batch_size=batch)
+        batch //= 2
+
+
+def _larger_device(case: Case) -> Iterator[tuple[str, Case]]:
+    devices = [Device(**each) for each in presets().values()]
+    larger = [device for device in devices if device.kind == case.device.kind]
+    for device in sorted(larger, key=lambda each: each.memory):
+        if device.memory > case.device.memory:
+            yield f"--device {device.name}", dataclasses.replace(case, device=device)
+
+
+# Cheapest first: what costs neither hardware nor columns, a smaller model, hardware.
+_WAYS: tuple[Callable[[Case], Iterator[tuple[str, Case]]], ...] = (
+    _any_sharding_type,
+    _rowwise_state,
+    _half_rows,
+    _host_rows,
+    _smaller_k,
+    _more_ranks,
+    _smaller_batch,
+    _larger_device,
+)

@@ -1,0 +1,75 @@
+"""How the nodes of a job end when one of them is told to stop, or dies: schedulers go by their exit codes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TrainedRun
+from tests.helpers.mlet_command import ROOT, error_line, mlet_json
+from tests.launch.test_local import checkpoints
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+
+
+@contextmanager
+def two_nodes(settings: list[str]) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Both nodes of a job, once it has saved; they are told apart by their rank alone."""
+    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *settings, "--nproc", "1", "--nnodes", "2"]
+    command += ["--master-addr", "localhost", "--once", "--node-rank"]
+    run = Path(next(each for each in settings if each.startswith("run.dir=")).partition("=")[2])
+    before = checkpoints(run)
+    nodes = [
+        subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    try:
+        deadline = time.monotonic() + 120
+        while checkpoints(run) <= before:
+            assert time.monotonic() < deadline
+            assert all(node.poll() is None for node in nodes)
+            time.sleep(0.02)
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()
+
+
+def last_line(node: "subprocess.Popen[str]") -> str:
+    return node.communicate(timeout=60)[1].splitlines()[-1]
+
+
+def test_exit_codes_say_whose_fault_it_is(trained: TrainedRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = [*trained.overrides, f"run.dir={run}", "train.checkpoint_every=5"]
+    endless = [*settings, "train.max_steps=null", "train.epochs=100000"]
+    with two_nodes(endless) as nodes:  # evicted: all save, and none is to blame
+        nodes[1].send_signal(signal.SIGTERM)
+        lines = [last_line(node) for node in nodes]
+        assert [node.returncode for node in nodes] == [75, 75]
+        assert lines[0] == lines[1]
+        assert re.fullmatch(r"mlet: SIGTERM: saved \S+; the same command goes on from there", lines[0])
+    with two_nodes(endless) as nodes:  # a machine is gone: whoever lost it is not to blame
+        os.kill(nodes[1].pid, signal.SIGKILL)
+        assert "another rank has ended" in last_line(nodes[0])
+        assert nodes[0].wait() == 75
+
+
+def test_once_is_content_with_this_run_and_no_other(trained: TrainedRun) -> None:
+    """Without a rank: a pod that comes anew when all is done must end well."""
+    given = [*trained.overrides, f"run.dir={trained.path}"]
+    result = mlet_json("train", CONFIG, *given, "--once", "--nproc", 1, "--nnodes", 2, "--node-rank", 1,
+                       "--master-addr", "localhost")  # fmt: skip
+    assert result["weights_sha256"] == trained.result["weights_sha256"]
+    for other in (["train.seed=9", "--once"], []):
+        assert "holds a finished run; choose another" in error_line("train", CONFIG, *given, *other)

@@ -1,0 +1,218 @@
+"""How `mlet train --nproc` ends when it, or one of its ranks, is stopped from outside."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from mlet_dist.cluster.launcher import _as_ours, record_failure, said_by_another_rank
+from mlet_dist.errors import ConnectionLost, UserError
+from tests.helpers.mlet_command import ROOT
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def training(small_model: tuple[str, ...], folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """`mlet train --nproc 2` with hours of work, and its ranks' process ids, once they train."""
+    (folder / "tmp").mkdir()
+    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, "--nproc", "2"]
+    command += ["train.epochs=100000", "train.max_steps=null", f"run.dir={folder / 'run'}"]
+    environment = os.environ | {"TMPDIR": str(folder / "tmp")}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as parent:
+        ranks: list[int] = []
+        try:
+            metrics = folder / "run" / "metrics.jsonl"
+            wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or parent.poll() is not None)
+            ranks = children(parent.pid)
+            assert len(ranks) == 2
+            yield parent, ranks
+        finally:
+            for pid in filter(alive, [parent.pid, *ranks]):
+                os.kill(pid, signal.SIGKILL)
+
+
+def said(parent: subprocess.Popen[str]) -> list[str]:
+    """The lines of stderr that are neither the plan nor progress."""
+    return [
+        line for line in parent.communicate(timeout=40)[1].splitlines() if not re.match("plan |train |mlet: w", line)
+    ]
+
+
+def left_over(folder: Path) -> list[Path]:
+    """Temporary directories, less the cache that torch keeps there."""
+    return [path for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
+
+
+def test_ranks_do_not_outlive_a_killed_parent(small_model: tuple[str, ...], tmp_path: Path) -> None:
+    with training(small_model, tmp_path) as (parent, ranks):
+        parent.kill()
+        parent.wait()
+        wait_until(lambda: not any(map(alive, ranks)), 5)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (
+            signal.SIGTERM,
+            75,
+            r"mlet: SIGTERM: saved .*/checkpoints/step-\d{8}; the same command goes on from there",
+        ),
+        (
+            signal.SIGUSR1,
+            75,
+            r"mlet: SIGUSR1: saved .*/checkpoints/step-\d{8}; the same command goes on from there",
+        ),
+        (signal.SIGINT, 130, "mlet: interrupted"),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "SIGINT"],
+)
+def test_a_signal_ends_all_with_one_line(
+    number: int, code: int, line: str, small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    with training(small_model, tmp_path) as (parent, ranks):
+        parent.send_signal(number)
+        (found,) = said(parent)
+        assert re.fullmatch(line, found)
+        assert parent.returncode == code
+        assert not any(map(alive, ranks))
+    assert left_over(tmp_path) == []
+
+
+def test_a_killed_rank_is_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:
+    with training(small_model, tmp_path) as (parent, ranks):
+        os.kill(ranks[1], signal.SIGKILL)
+        (line,) = said(parent)
+        assert re.match(rf"mlet: error: rank 1 on {socket.gethostname()} was killed by signal 9 \(SIGKILL\)", line)
+        assert parent.returncode == 1
+        assert not any(map(alive, ranks))
+    assert left_over(tmp_path) == []
+
+
+def test_a_mistake_that_the_ranks_find_is_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, "--nproc", "2"]
+    command += ["optimizer.learning_rate=1e20", f"run.dir={tmp_path / 'run'}"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as parent:
+        (line,) = said(parent)
+    assert line.startswith("mlet: error: the training loss of step ")
+    assert parent.returncode == 2
+    assert left_over(tmp_path) == []
+
+
+def test_sigterm_leaves_no_temporary_directory(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlet_dist", "synth", "--out", str(tmp_path / "data"), "--rows", "100000000"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as synth:
+        wait_until(lambda: list(tmp_path.iterdir()) or synth.poll() is not None)
+        synth.terminate()
+        assert synth.communicate(timeout=40)[1].splitlines()[-1] == "mlet: terminated"
+    assert synth.returncode == 143
+    assert not list(tmp_path.iterdir())
+
+
+def failure_of(rank: int, error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ProcessFailure:
+    """What torch elastic learns of a rank that ends with an error; the rank of that number of ``folder`` says so."""
+    file = folder / "attempt_0" / str(rank) / "error.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    try:
+        raise error
+    except Exception as raised:
+        record_failure(raised)
+    return ProcessFailure(rank, 1, 1, str(file))
+
+
+def test_the_rank_that_failed_is_shown_and_not_those_that_lost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = failure_of(0, ConnectionLost("another rank has ended"), tmp_path, monkeypatch)
+    failed = failure_of(1, KeyError("boom"), tmp_path, monkeypatch)
+    error = _as_ours(ChildFailedError("mlet", {0: lost, 1: failed}))
+    assert str(error) == f"rank 1 on {socket.gethostname()} failed with exit code 1: KeyError: 'boom'"
+    assert capsys.readouterr().err.endswith("KeyError: 'boom'\n")
+    assert isinstance(_as_ours(ChildFailedError("mlet", {0: lost})), ConnectionLost)
+    mistake = failure_of(2, UserError("no such file"), tmp_path, monkeypatch)
+    error = _as_ours(ChildFailedError("mlet", {0: lost, 1: failed, 2: mistake}))
+    assert (type(error), str(error)) == (UserError, "no such file")
+
+
+def test_ranks_of_a_host_say_the_same_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    for rank, text in enumerate(("one", "one", "two")):
+        failure_of(rank, UserError(text), tmp_path, monkeypatch)
+        said.append(said_by_another_rank(UserError(text)))
+    assert said == [False, True, False]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "termination-log"))  # not torchrun's
+    assert not said_by_another_rank(UserError("one"))
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt_0"]
+
+
+NOTHING_SAVED = "stopped without saving; the same command goes on from the last checkpoint, or begins"
+
+
+def test_a_job_that_is_stopped_before_it_trains_asks_to_be_started_again(
+    small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The ranks of `--nproc` import torch; a rank that a cluster started waits for another one, in C++."""
+    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, f"run.dir={tmp_path / 'run'}"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    of_two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with (
+        subprocess.Popen([*command, "--nproc", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | of_two, stderr=subprocess.PIPE, text=True) as waiting,
+    ):
+        try:
+            wait_until(lambda: len(children(launcher.pid)) == 2)
+            launcher.send_signal(signal.SIGUSR1)
+            wait_until(lambda: listens(port))
+            waiting.send_signal(signal.SIGTERM)
+            assert said(launcher) == [f"mlet: SIGUSR1: {NOTHING_SAVED}"]
+            assert said(waiting) == [f"mlet: SIGTERM: {NOTHING_SAVED}"]
+        finally:
+            launcher.kill()
+            waiting.kill()
+    assert (launcher.returncode, waiting.returncode) == (75, 75)
+    assert not (tmp_path / "run").exists()
+
+
+def children(process: int) -> list[int]:
+    try:
+        found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return [pid for pid in map(int, found) if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0

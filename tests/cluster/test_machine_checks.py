@@ -1,0 +1,297 @@
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from mlet_dist.cluster import machine_checks, software_checks
+from mlet_dist.cluster.check import Check, report
+from mlet_dist.cluster.software_checks import Probe
+
+GIB = 1 << 30
+CHECK_NAMES = ["python", "versions", "fbgemm build", "imports", "devices", "cores", "memory", "/dev/shm", "disk"]
+REPORT = {"cuda_build": "", "devices": [], "nccl": False, "gloo": True, "kernel_error": ""}
+GPU_REPORT = {"cuda_build": "13.0", "devices": ["H100", "H100"], "nccl": True, "gloo": True, "kernel_error": ""}
+
+# What torch 2.13 wrote when fbgemm-gpu-cpu 1.6 was imported: the telling error is the cause, not the last.
+WRONG_PAIR = """\
+ERROR:root:Could not load the library 'fbgemm_gpu_config.so'!
+Traceback (most recent call last):
+  File "torch/_ops.py", line 1516, in load_library
+    ctypes.CDLL(path)
+OSError: fbgemm_gpu/fbgemm_gpu_config.so: undefined symbol: _ZNR5torch7Library4_def
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "<string>", line 1, in <module>
+OSError: Could not load this library: fbgemm_gpu/fbgemm_gpu_config.so
+"""
+
+
+def versions(
+    torch: str | None, torchrec: str | None, *, cuda: str | None = None, cpu: str | None = None
+) -> dict[str, str | None]:
+    return {"torch": torch, "torchrec": torchrec, "fbgemm-gpu": cuda, "fbgemm-gpu-cpu": cpu}
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [((3, 10), "fail"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "fail"), ((4, 11), "fail")]
+)
+def test_python(version: tuple[int, int], status: str) -> None:
+    assert software_checks.judge_python(version).status == status
+
+
+@pytest.mark.parametrize(
+    ("torch", "partner"),
+    [
+        ("2.13.0", (1, 8)),
+        ("2.13.0+cu130", (1, 8)),
+        ("2.11.1", (1, 6)),
+        ("2.5.0", (1, 0)),
+        ("2.4.1", None),
+        ("1.13.0", None),
+        ("3.6.0", None),
+        ("unknown", None),
+    ],
+)
+def test_partner_of_torch(torch: str, partner: tuple[int, int] | None) -> None:
+    assert software_checks.partner_of(torch) == partner
+
+
+@pytest.mark.parametrize(
+    ("installed", "status", "said"),
+    [
+        (versions("2.13.0+cpu", "1.8.0", cpu="1.8.0"), "ok", "torch 2.13.0+cpu"),
+        (versions("2.13.0", "1.8.0", cuda="1.8.0"), "ok", "fbgemm-gpu 1.8.0"),
+        (versions("2.11.0", "1.6.0", cpu="1.6.0"), "warn", "tested with torch 2.13.0"),
+        (versions("2.13.0", "1.8.0", cpu="1.6.0"), "fail", "needs fbgemm-gpu-cpu 1.8"),
+        (versions("2.13.0", "1.7.0", cpu="1.8.0"), "fail", "needs torchrec 1.8"),
+        (versions("2.14.1", "1.8.0", cuda="1.8.0"), "fail", "needs torchrec and fbgemm-gpu 1.9"),
+        (versions("2.13.0", "1.8.0", cpu="1.8.0", cuda="1.7.0"), "fail", "needs fbgemm-gpu 1.8"),
+        (versions("2.13.0", "1.18.0", cpu="1.8.0"), "fail", "needs torchrec 1.8"),
+        (versions("1.13.1", "1.8.0", cpu="1.8.0"), "fail", "no fbgemm or torchrec is known"),
+        (versions(None, "1.8.0", cpu="1.8.0"), "fail", "not installed: torch"),
+        (versions("2.13.0", None), "fail", "not installed: torchrec, fbgemm-gpu or -cpu"),
+    ],
+)
+def test_versions(installed: dict[str, str | None], status: str, said: str) -> None:
+    check = software_checks.judge_versions(installed, has_driver=False)
+    assert check.status == status
+    assert said in check.found
+    assert check.advice == ("" if status == "ok" else software_checks.INSTALL_CPU)
+
+
+def test_wrong_versions_beside_a_driver_are_mended_with_the_cuda_set() -> None:
+    check = software_checks.judge_versions(versions("2.13.0", "1.7.0", cuda="1.8.0"), has_driver=True)
+    assert check.advice == software_checks.INSTALL_CUDA
+
+
+@pytest.mark.parametrize(
+    ("cuda", "cpu", "has_driver", "status", "advice"),
+    [
+        ("1.8.0", None, True, "ok", ""),
+        (None, "1.8.0", False, "ok", ""),
+        ("1.8.0", None, False, "fail", software_checks.INSTALL_CPU),
+        (None, "1.8.0", True, "warn", software_checks.INSTALL_CUDA),
+        ("1.8.0", "1.8.0", False, "fail", software_checks.INSTALL_CPU),
+        ("1.8.0", "1.8.0", True, "fail", software_checks.INSTALL_CUDA),
+        (None, None, False, "fail", software_checks.INSTALL_CPU),
+    ],
+)
+def test_fbgemm_build(cuda: str | None, cpu: str | None, has_driver: bool, status: str, advice: str) -> None:
+    check = software_checks.judge_fbgemm_build(versions("2.13.0", "1.8.0", cuda=cuda, cpu=cpu), has_driver)
+    assert (check.status, check.advice) == (status, advice)
+
+
+def test_advice_removes_both_builds_and_installs_one() -> None:
+    for command, build, other in (
+        (software_checks.INSTALL_CUDA, "fbgemm-gpu==", "fbgemm-gpu-cpu=="),
+        (software_checks.INSTALL_CPU, "fbgemm-gpu-cpu==", "fbgemm-gpu=="),
+    ):
+        removal, installs = command.split(" && ", 1)
+        assert removal.endswith("pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu")
+        assert build in installs
+        assert other not in installs
+        assert command.startswith(sys.executable)
+    assert "--no-deps torchrec==" in software_checks.INSTALL_CPU
+
+
+@pytest.mark.parametrize(
+    ("stderr", "has_driver", "found", "advice"),
+    [
+        (WRONG_PAIR, False, "undefined symbol: _ZNR5torch7Library4_def", software_checks.INSTALL_CPU),
+        (WRONG_PAIR, True, "undefined symbol: _ZNR5torch7Library4_def", software_checks.INSTALL_CUDA),
+        (
+            "OSError: libnvidia-ml.so.1: cannot open shared object file: No such file or directory",
+            False,
+            "a CUDA build without an NVIDIA driver",
+            software_checks.INSTALL_CPU,
+        ),
+        (
+            "OSError: libtorch_cuda.so: cannot open shared object file: No such file or directory",
+            True,
+            "fbgemm is a CUDA build, torch is not",
+            "uninstall -y torch",
+        ),
+        ("ModuleNotFoundError: No module named 'torchrec.modules'", False, "torchrec", software_checks.INSTALL_CPU),
+        ("ModuleNotFoundError: No module named 'pyre_extensions'", False, "pyre", "-m pip install pyre-extensions"),
+        ("some.odd.CustomError: nobody knows", False, "nobody knows", "import torch, fbgemm_gpu, torchrec"),
+        ("", False, "no error message", "import torch, fbgemm_gpu, torchrec"),
+    ],
+)
+def test_failed_import_names_its_cause_and_what_to_type(stderr: str, has_driver: bool, found: str, advice: str) -> None:
+    check = software_checks.judge_imports(Probe(1, stderr, {}), has_driver)
+    assert check.status == "fail"
+    assert found in check.found
+    assert advice in check.advice
+
+
+def test_import_that_kills_or_hangs_the_interpreter() -> None:
+    assert "SIGILL" in software_checks.judge_imports(Probe(-4, "", {}), False).found
+    assert "not imported after" in software_checks.judge_imports(Probe(None, "", {}), False).found
+    assert software_checks.judge_imports(Probe(0, "a warning", REPORT), False).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("report", "has_driver", "status", "said"),
+    [
+        (REPORT, False, "ok", "cpu + gloo"),
+        (GPU_REPORT, True, "ok", "2 x H100, torch for CUDA 13.0; will run on cuda + nccl"),
+        (GPU_REPORT | {"nccl": False}, True, "fail", "without nccl"),
+        (REPORT | {"gloo": False}, False, "fail", "without gloo"),
+        (REPORT | {"cuda_build": "13.0"}, True, "warn", "yet an NVIDIA driver"),
+        (GPU_REPORT | {"kernel_error": "Could not run"}, True, "fail", "fbgemm's kernels fail: Could not run"),
+    ],
+)
+def test_devices(report: dict[str, object], has_driver: bool, status: str, said: str) -> None:
+    check = software_checks.judge_devices(report, has_driver)
+    assert check.status == status
+    assert said in check.found
+    assert bool(check.advice) == (status != "ok")
+
+
+def test_gpu_idle_because_torch_is_a_cpu_build_or_hidden() -> None:
+    assert "uninstall -y torch" in software_checks.judge_devices(REPORT, has_driver=True).advice
+    assert (
+        "CUDA_VISIBLE_DEVICES" in software_checks.judge_devices(REPORT | {"cuda_build": "13.0"}, has_driver=True).advice
+    )
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "found", "status"),
+    [
+        (8, None, "8 of", "ok"),
+        (8, 2.5, "2.5 of", "ok"),
+        (2, 4.0, "2 of", "ok"),
+        (1, None, "1 of", "warn"),
+        (8, 0.5, "0.5 of", "warn"),
+    ],
+)
+def test_cores(affinity: int, quota: float | None, found: str, status: str) -> None:
+    check = machine_checks.judge_cores(affinity, 64, quota)
+    assert check.found.startswith(found)
+    assert check.status == status
+
+
+def test_memory_shm_and_disk_warn_when_short() -> None:
+    assert machine_checks.judge_memory(8 * GIB, 4 * GIB).status == "ok"
+    assert machine_checks.judge_memory(8 * GIB, 4 * GIB - 1).status == "warn"
+    assert machine_checks.judge_disk("/here", 5 * GIB).status == "ok"
+    assert machine_checks.judge_disk("/here", 5 * GIB - 1) == Check(
+        "disk", "warn", "5.0 GiB free in /here", "make room (df -h .), or point data.path and run.dir at a larger disk"
+    )
+    assert machine_checks.judge_shm(GIB, GIB).status == "ok"
+    small, full = machine_checks.judge_shm(64 << 20, 64 << 20), machine_checks.judge_shm(8 * GIB, 0)
+    assert (small.status, full.status) == ("warn", "warn")
+    assert "--shm-size" in small.advice
+    assert "medium: Memory" in small.advice
+    assert "--shm-size" not in full.advice
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = f"MemTotal:       {16 * GIB >> 10} kB\nMemFree:  1 kB\nMemAvailable:   {12 * GIB >> 10} kB\n"
+
+
+def test_limits_of_control_groups_version_2_hold_from_every_level(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "proc/meminfo": MEMINFO,
+            "proc/self/cgroup": "0::/pod/box\n",
+            "sys/fs/cgroup/pod/box/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/pod/cpu.max": "150000 100000\n",
+            "sys/fs/cgroup/pod/box/memory.max": "max\n",
+            "sys/fs/cgroup/pod/box/memory.current": "1\n",
+            "sys/fs/cgroup/pod/memory.max": f"{4 * GIB}\n",
+            "sys/fs/cgroup/pod/memory.current": f"{3 * GIB}\n",
+            "sys/fs/cgroup/pod/memory.stat": f"anon 7\ninactive_file {2 * GIB}\n",
+        },
+    )
+    assert machine_checks.cpu_quota(root) == 1.5
+    assert machine_checks.memory(root) == (4 * GIB, 3 * GIB)
+
+
+def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "proc/meminfo": MEMINFO,
+            "proc/self/cgroup": "5:memory:/box\n4:cpu,cpuacct:/box\n1:name=systemd:/\n0::/\n",
+            "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "50000\n",
+            "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/memory/box/memory.limit_in_bytes": f"{2 * GIB}\n",
+            "sys/fs/cgroup/memory/box/memory.usage_in_bytes": f"{GIB}\n",
+            "sys/fs/cgroup/memory/box/memory.stat": f"inactive_file 5\ntotal_inactive_file {GIB // 2}\n",
+        },
+    )
+    assert machine_checks.cpu_quota(root) == 0.5
+    assert machine_checks.memory(root) == (2 * GIB, GIB + GIB // 2)
+
+
+def test_no_control_group_no_limit(tmp_path: Path) -> None:
+    root = tree(tmp_path, {"proc/meminfo": MEMINFO})
+    assert machine_checks.cpu_quota(root) is None
+    assert machine_checks.memory(root) == (16 * GIB, 12 * GIB)
+
+
+def test_this_environment_in_full() -> None:
+    """The one real run; what it says of devices, cores and memory depends on the machine."""
+    code = """if True:
+        import json, sys
+        from mlet_dist.cluster.diagnose import run_doctor
+        print(json.dumps([run_doctor(), "torch" in sys.modules]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result, torch_imported = json.loads(done.stdout)
+    assert not torch_imported
+    checks = {check["name"]: check for check in result["checks"]}
+    assert list(checks) == CHECK_NAMES
+    for name in ("python", "versions", "imports"):
+        assert checks[name]["status"] == "ok", checks[name]
+    assert result["ok"] == all(check["status"] != "fail" for check in checks.values())
+
+
+def test_import_that_takes_too_long_is_cut_off() -> None:
+    assert software_checks.try_imports(timeout=0.01) == Probe(None, "", {})
+
+
+def test_report_shows_every_check_and_what_to_type() -> None:
+    checks = [asdict(Check("memory", "ok", "20 GiB")), asdict(Check("imports", "fail", "undefined symbol", "a\nb"))]
+    lines = report({"ok": False, "checks": checks}).splitlines()
+    assert lines[0].split() == ["ok", "memory", "20", "GiB"]
+    assert lines[1].split() == ["fail", "imports", "undefined", "symbol"]
+    assert [line.strip() for line in lines[2:4]] == ["a", "b"]
+    assert "fail" in lines[4]
+    assert report({"ok": True, "checks": checks[:1]}).splitlines()[-1] == "all in order"

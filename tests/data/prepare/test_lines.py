@@ -1,0 +1,58 @@
+"""Tests of mlet_dist.data.prepare.lines: the same as looking at one line after the other."""
+
+import csv
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlet_dist.data.prepare.lines import examine_lines, plain_lines
+
+# A field without quotes, or one in quotes in which quotes are doubled.
+FIELD = r'(?:[^",]*|"(?:[^"]|"")*")'
+
+
+def one_by_one(line: bytes, quoted: bool) -> int | None:
+    """Number of fields of a line; None where it cannot be parsed."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        return None
+    if "\r" in text or "\0" in text:
+        return None
+    if not quoted:
+        return text.count(",") + 1
+    if re.fullmatch(f"{FIELD}(?:,{FIELD})*", text) is None:
+        return None
+    return len(next(csv.reader([text]), [""]))
+
+
+PIECES = st.sampled_from([b"a", b",", b'"', b'""', b'","', b"\xff", b"\r", b"\0", "é".encode(), b" "])
+LINES = st.lists(PIECES, max_size=9).map(b"".join)
+
+
+@given(lines=st.lists(LINES, max_size=8), quoted=st.booleans(), fields=st.integers(1, 4), skip=st.booleans())
+def test_any_lines(lines: list[bytes], quoted: bool, fields: int, skip: bool) -> None:
+    lines = [line.rstrip(b"\r") for line in lines]  # with the line end it would be one of two characters
+    block = b"".join(line + b"\n" for line in lines) or b"\n"
+    lines = lines or [b""]
+    found = examine_lines(block, fields, ",", '"' if quoted else None, skip)
+    first = 1 if skip else 0
+    good = [i for i, line in enumerate(lines) if i >= first and line and one_by_one(line, quoted) == fields]
+    bad = [i for i, line in enumerate(lines) if i >= first and line and i not in good]
+    assert found.numbers.tolist() == good
+    assert sorted(found.malformed) == bad
+    assert found.text == b"".join(lines[i] + b"\n" for i in good)
+    assert (found.count, found.passed) == (len(good) + len(bad), len(lines))
+
+
+@given(lines=st.lists(LINES, min_size=1, max_size=4), quoted=st.booleans())
+def test_plain_lines_are_those_of_which_only_the_fields_can_be_wrong(lines: list[bytes], quoted: bool) -> None:
+    block = b"".join(line + b"\n" for line in lines)
+    found = plain_lines(block, '"' if quoted else None)
+    wanted = all(line and one_by_one(line, False) is not None and not (quoted and b'"' in line) for line in lines)
+    assert (found is not None) == wanted
+    if found is not None:
+        assert (found.text, found.numbers.tolist()) == (block, list(range(len(lines))))
+        assert (found.count, found.passed, found.malformed) == (len(lines), len(lines), {})
+    assert plain_lines(b"x" * (1 << 20) + b"\n", None) is None

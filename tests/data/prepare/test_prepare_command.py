@@ -1,0 +1,118 @@
+"""Tests of `mlet prepare` as it is typed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlet_dist import cli
+from mlet_dist.data.schema import DatasetSchema
+from tests.helpers.raw_logs import make_raw_lines, raw_bytes
+
+Write = Callable[..., Path]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
+    assert cli.main(["prepare", *map(str, arguments), "--json"]) == 0
+    result: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def test_criteo_then_check(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_raw(raw_bytes(make_raw_lines(100)) + b"bad\n")
+    made = run(capsys, "criteo", raw, "--out", tmp_path / "out", "--memory", "1G", "--processes", 1)
+    schema = DatasetSchema.load(tmp_path / "out")
+    assert made == {
+        "out": str(tmp_path / "out"),
+        "rows": {"train": 80, "valid": 10, "test": 10},
+        "positive_rate": schema.positive_rate,
+        "malformed": 1,
+        "tables": 26,
+        "num_embeddings": sum(schema.num_embeddings.values()),
+    }
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["arguments"]["sparse"][0]["min_count"] == 2
+    assert manifest["inputs"] == [
+        {"path": str(raw), "bytes": raw.stat().st_size, "lines": 101, "rows": 100, "malformed": 1}
+    ]
+    assert run(capsys, "--check", tmp_path / "out")["ok"] is True
+    (tmp_path / "out/train/part-00000.parquet").write_bytes(b"")
+    assert cli.main(["prepare", "--check", str(tmp_path / "out")]) == 2
+    assert "part-00000.parquet: has 0 bytes instead of" in capsys.readouterr().err
+
+
+def test_pass_by_pass(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    days = [write_raw(raw_bytes(make_raw_lines(20, seed)), f"day_{seed}") for seed in range(3)]
+    arguments = ("criteo", *days, "--split", "paper", "--out", tmp_path / "out")
+    for name in ("read", "count", "vocabulary", "write"):
+        for shard in (("--shard", "0/2"), ("--shard", "1/2")) if name != "vocabulary" else ((),):
+            expected = {"out": str(tmp_path / "out"), "pass": name, "shard": shard[1] if shard else "0/1"}
+            assert run(capsys, *arguments, "--pass", name, *shard) == expected
+    assert run(capsys, *arguments, "--pass", "merge")["rows"] == {"train": 40, "valid": 10, "test": 10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the format is missing; it is criteo, avazu or table"),
+        (["day.tsv"], "argument format: invalid choice: 'day.tsv'"),
+        (["criteo"], "no raw file was given"),
+        (["criteo", "day.tsv"], "--out is missing"),
+        (["criteo", "day.tsv", "--out", "x"], "day.tsv: cannot be read: No such file or directory"),
+        (["criteo", "s3x://bucket/day.tsv", "--out", "x"], "s3x://bucket/day.tsv: cannot be read: Protocol not known"),
+        (["criteo", "day.tsv", "--out", "x", "--schema", "y"], "--schema goes with `mlet prepare table`"),
+        (["criteo", "day.tsv", "--out", "x", "--min-count", "0"], "min_count is 0; it must be at least 1"),
+        (["criteo", "day.tsv", "--out", "x", "--seed", "1"], "--seed goes with --split random"),
+        (["avazu", "day.csv", "--out", "x", "--seed", "-1"], "--seed -1 is negative"),
+        (["criteo", "day.tsv", "--out", "x", "--split", "time"], "argument --split: invalid choice: 'time'"),
+        (["criteo", "day.tsv", "--out", "x", "--max-malformed", "2"], "--max-malformed 2.0 is not a share from 0 to 1"),
+        (
+            ["criteo", "day.tsv", "--out", "x", "--memory", "lots"],
+            "argument --memory: 'lots' is not a number of bytes",
+        ),
+        (["criteo", "day.tsv", "--out", "x", "--shard", "2/2"], "--shard '2/2' is not i/N with i from 0 to N-1"),
+        (
+            ["criteo", "day.tsv", "--out", "x", "--shard", "0/2"],
+            "a shard goes with one of the passes read, count",
+        ),
+        (["criteo", "day.tsv", "--out", "x", "--pass", "sort"], "argument --pass: invalid choice: 'sort'"),
+        (["table", "a.csv", "--out", "x"], "--schema is missing; `mlet prepare table` needs a YAML description"),
+        (
+            ["table", "a.csv", "--out", "x", "--schema", "y", "--min-count", "2"],
+            "--min-count goes with criteo and",
+        ),
+        (["table", "a.csv", "--out", "x", "--schema", "nowhere.yaml"], "nowhere.yaml: cannot read the description"),
+        (["criteo", "--check", "x"], "--check stands alone"),
+        (["--check", "nowhere"], "nowhere: no such data set"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mlet: error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_remote_paths(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    """What fsspec opens is read like a file: here its store in memory, and a file by URL."""
+    import fsspec
+
+    text = raw_bytes(make_raw_lines(100))
+    with fsspec.open("memory://logs/day.tsv", "wb") as file:
+        file.write(text[: len(text) // 2])
+    rest = write_raw(text[len(text) // 2 :], "rest.tsv.gz")
+    cut = write_raw(text[: len(text) // 2], "cut.tsv")
+    max_malformed = ("--max-malformed", 1)  # the line that is cut in two
+    run(capsys, "criteo", "memory://logs/day.tsv", f"file://{rest}", "--out", tmp_path / "remote", *max_malformed)
+    run(capsys, "criteo", cut, rest, "--out", tmp_path / "local", *max_malformed)
+    schemas = [DatasetSchema.load(tmp_path / name) for name in ("remote", "local")]
+    assert schemas[0] == schemas[1]
+    assert schemas[0].malformed == 2

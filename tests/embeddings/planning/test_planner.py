@@ -1,0 +1,373 @@
+"""Estimates against what sharded models hold and send."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+from torchrec import KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import QuantizedCommCodecs
+from torchrec.models.dlrm import DLRM
+from torchrec.optim.keyed import CombinedOptimizer
+
+from benchmarks.traffic import count_traffic
+from mlet_dist.config.sections import ModelConfig, OptimizerConfig, RowsDtype
+from mlet_dist.data.schema import SparseFeature
+from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings.planning.cost_model import Memory, Step, all_reduced, rows_of_rank, total_memory, total_step
+from mlet_dist.embeddings.planning.model_cost import DenseCost, fullest_memory, memory_of_rank
+from mlet_dist.embeddings.planning.plan_cost import optimizer_of
+from mlet_dist.embeddings.planning.planner import multi_layer_planner
+from mlet_dist.embeddings.planning.step_time import Device, step_time
+from mlet_dist.embeddings.planning.table_cost import TableCost
+from mlet_dist.embeddings.sharded.collectives import exchange_codecs
+from mlet_dist.embeddings.sharded.exchange_choice import TableTraffic
+from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.model_plan import ModelPlan, plan_model
+from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
+from tests.helpers.ranks import RankPool
+
+Ranks = Callable[..., RankPool]
+SIZES = (20_000, 20_000, 15_001, 9_999, 1)  # the last has too few rows to be sharded
+K, D, LOCAL_BATCH = 64, 16, 1024
+WAYS = [  # sharding type of all tables, or of each in turn; exchange; ranks, and ranks of a node
+    *(
+        ("row_wise", exchange, size, size)
+        for exchange in ("after", "reduce_scatter", "unique_rows")
+        for size in (1, 2, 4)
+    ),
+    *(("table_wise", exchange, size, size) for exchange in ("after", "reduce_scatter") for size in (1, 2, 4)),
+    *(("table_row_wise", exchange, 4, 2) for exchange in ("after", "reduce_scatter")),
+    *(("data_parallel", "auto", size, size) for size in (1, 2, 4)),
+    ("mixed", "auto", 2, 2),
+    ("mixed", "auto", 4, 2),
+]
+MIXED = ("row_wise", "table_wise", "table_row_wise", "data_parallel", "table_wise")
+CPU = torch.device("cpu")
+
+
+def _model(optimizer: str = "sgd", rows_dtype: RowsDtype = "fp32") -> DLRM:
+    layers = ModelConfig(embedding_dim=D, hidden_dim=K, bottom_mlp=(64,), top_mlp=(64,))
+    features = tuple(SparseFeature(f"C{index}", rows) for index, rows in enumerate(SIZES))
+    model = build_dlrm(ModelSpec(layers, ("I1", "I2"), features, 0), torch.device("meta"), rows_dtype)
+    fuse_row_optimizer(model, OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
+    return model
+
+
+def _planned(
+    model: DLRM,
+    kind: str,
+    exchange: Any,
+    world_size: int,
+    local_world_size: int,
+    ids_a_bag: int = 1,
+    codecs: dict[str, QuantizedCommCodecs] | None = None,
+) -> ModelPlan:
+    factors = {f"C{index}": float(ids_a_bag) for index in range(len(SIZES))}
+    sharder = MultiLayerEmbeddingBagCollectionSharder(
+        exchange=exchange, pooling_factors=factors, local_batch_size=LOCAL_BATCH, qcomm_codecs_registry=codecs
+    )
+    topology = Topology(world_size, "cpu", ddr_cap=1 << 33, local_world_size=local_world_size)
+    kinds = MIXED if kind == "mixed" else [kind] * len(SIZES)
+    constraints = {
+        f"C{index}": ParameterConstraints(sharding_types=[each])
+        for index, each in enumerate(kinds)
+        if SIZES[index] >= 4 or each in ("table_wise", "data_parallel")
+    }
+    return plan_model(model, sharder, topology, constraints=constraints)
+
+
+def _batch(generator: torch.Generator, ids_a_bag: int) -> KeyedJaggedTensor:
+    ids = [torch.randint(0, rows, (LOCAL_BATCH * ids_a_bag,), generator=generator) for rows in SIZES]
+    lengths = torch.full((len(SIZES) * LOCAL_BATCH,), ids_a_bag, dtype=torch.int32)
+    return KeyedJaggedTensor([f"C{index}" for index in range(len(SIZES))], torch.cat(ids), lengths=lengths)
+
+
+def _local_world_size() -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def _sharded(
+    optimizer: str, kind: str, exchange: str, ids_a_bag: int, precision: RowsDtype
+) -> tuple[DistributedModelParallel, CombinedOptimizer, ModelPlan, Callable[[], None]]:
+    model = _model(optimizer, precision)
+    codecs = exchange_codecs(precision, precision)
+    planned = _planned(model, kind, exchange, dist.get_world_size(), _local_world_size(), ids_a_bag, codecs)
+    sharded = DistributedModelParallel(model, device=CPU, plan=planned.plan, sharders=[planned.sharder])
+    stepper = build_optimizer(sharded, OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def step() -> None:
+        stepper.zero_grad()
+        logits = sharded(torch.rand(LOCAL_BATCH, 2), _batch(generator, ids_a_bag)).squeeze(-1)
+        functional.binary_cross_entropy_with_logits(logits, torch.ones(LOCAL_BATCH)).backward()
+        stepper.step()
+
+    step()
+    return sharded, stepper, planned, step
+
+
+def _held_bytes(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> int:
+    """Of the storages of weights, gradients and optimizer states, without their step counters."""
+    tensors = list(model.parameters())
+    tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for _, part in optimizer.optimizers:
+        for states in part.state_dict()["state"].values():
+            for name, state in states.items():
+                if name.rpartition(".")[2] != "step":
+                    is_sharded = hasattr(state, "local_shards")
+                    tensors += [shard.tensor for shard in state.local_shards()] if is_sharded else [state]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def _peak_bytes(step: Callable[[], None]) -> int:
+    """What torch's CPU allocator holds at a step's peak beyond what it held before.
+
+    The profiler misses what gloo's threads free, in about every second step; a step counts if what it allocated and
+    what it freed balance.
+    """
+    peaks: list[int] = []
+    for _ in range(60):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+        assert profiler.profiler is not None
+        events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda each: each.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        if abs(held) < 1 << 15:
+            peaks.append(peak)
+        fewest = torch.tensor(len(peaks))
+        dist.all_reduce(fewest, dist.ReduceOp.MIN)
+        if int(fewest) >= 3:
+            return max(peaks)
+    raise AssertionError(f"of 60 steps only {len(peaks)} balance")
+
+
+def _memory(
+    optimizer: str, kind: str, exchange: str, ids_a_bag: int, precision: RowsDtype = "fp32"
+) -> tuple[int, int, Memory]:
+    sharded, stepper, planned, step = _sharded(optimizer, kind, exchange, ids_a_bag, precision)
+    estimate = memory_of_rank(planned.tables, planned.dense, dist.get_rank())
+    return _held_bytes(sharded, stepper), _peak_bytes(step), estimate
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("kind", "exchange", "world_size", "local_world_size"), WAYS)
+@pytest.mark.parametrize(("optimizer", "ids_a_bag"), [("sgd", 1), ("adagrad", 1), ("rowwise_adagrad", 10)])
+def test_memory_is_what_a_rank_holds(
+    ranks: Ranks,
+    kind: str,
+    exchange: str,
+    world_size: int,
+    local_world_size: int,
+    optimizer: str,
+    ids_a_bag: int,
+) -> None:
+    found = ranks(world_size, local_world_size).run(_memory, optimizer, kind, exchange, ids_a_bag)
+    for held, peak, estimate in found:
+        assert estimate.weights + estimate.optimizer + estimate.dense == held
+        assert held + peak <= estimate.total <= 1.25 * (held + peak)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_adam_without_a_fused_kernel_holds_a_dense_gradient(ranks: Ranks, world_size: int) -> None:
+    for held, _, estimate in ranks(world_size).run(_memory, "adam", "row_wise", "after", 1):
+        assert estimate.weights + estimate.optimizer + estimate.dense == held
+
+
+@pytest.mark.multirank
+def test_memory_in_half_precision(ranks: Ranks) -> None:
+    for held, peak, estimate in ranks(4, 2).run(_memory, "adagrad", "mixed", "auto", 1, "fp16"):
+        assert estimate.weights + estimate.optimizer + estimate.dense == held
+        assert held + peak <= estimate.total <= 1.25 * (held + peak)
+
+
+def _traffic(kind: str, exchange: str, ids_a_bag: int, forward: Any, backward: Any) -> tuple[int, int, Step]:
+    """(bytes of vectors, bytes of all-reduced weights of W2, the estimate with the distinct ids of the batch)."""
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    model = _model()
+    codecs = exchange_codecs(forward, backward)
+    planned = _planned(model, kind, exchange, world_size, _local_world_size(), ids_a_bag, codecs)
+    sharded = DistributedModelParallel(model, device=CPU, plan=planned.plan, sharders=[planned.sharder])
+    embeddings = sharded.module.sparse_arch.embedding_bag_collection
+    batch = _batch(torch.Generator().manual_seed(rank), ids_a_bag)
+    embeddings(batch).values()  # the first forward pass also builds what is built lazily
+    with count_traffic() as sent:
+        embeddings(batch).values().sum().backward()
+    steps = []
+    for name, (cost, rows) in planned.tables.items():
+        if cost.exchange == "unique_rows":
+            spec = planned.plan.plan["sparse_arch.embedding_bag_collection"][name].sharding_spec
+            own = next(shard for shard in spec.shards if shard.placement.rank() == rank)
+            ids = batch[name].values().unique()
+            first = own.shard_offsets[0]
+            away = int(((ids < first) | (ids >= first + own.shard_sizes[0])).sum())
+            # Of u ids spread evenly, u·(R-1)/R lie on other ranks.
+            cost = dataclasses.replace(cost, distinct_ids=away * world_size / (world_size - 1))
+        steps.append(cost.step(holds=rows[rank] > 0))
+    return sent.vector_bytes, sent.weight_bytes, total_step(steps)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("forward", "backward", "ids_a_bag"), [("fp32", "fp32", 1), ("fp16", "fp32", 10)])
+@pytest.mark.parametrize(("kind", "exchange", "world_size", "local_world_size"), [way for way in WAYS if way[2] > 1])
+def test_bytes_are_what_collectives_carry(
+    ranks: Ranks,
+    kind: str,
+    exchange: str,
+    world_size: int,
+    local_world_size: int,
+    ids_a_bag: int,
+    forward: str,
+    backward: str,
+) -> None:
+    found = ranks(world_size, local_world_size).run(_traffic, kind, exchange, ids_a_bag, forward, backward)
+    projections = len(SIZES) * K * D * 4
+    kinds = MIXED if kind == "mixed" else [kind] * len(SIZES)
+    replicated = sum(
+        rows
+        for each, rows in zip(kinds, SIZES, strict=True)
+        if each == "data_parallel" or rows == each.endswith("row_wise")
+    )
+    for _, weight_bytes, estimate in found:
+        assert weight_bytes == projections
+        # DDP's all-reduce is not torch.distributed's.
+        assert estimate.weight_bytes == projections + replicated * K * 4
+    if exchange != "unique_rows" and kind != "mixed":
+        assert all(vector_bytes == estimate.vector_bytes for vector_bytes, _, estimate in found)
+    # A rank sends the rows that others ask for and the gradients of those that it asked for.
+    total = sum(estimate.vector_bytes for *_, estimate in found)
+    assert sum(vector_bytes for vector_bytes, *_ in found) == pytest.approx(total, abs=1e-3)
+
+
+def _cost(**changes: Any) -> TableCost:
+    traffic = TableTraffic(1000, 4, 1.0, 1, 8)
+    cost = TableCost("t", 16, True, traffic, "adagrad", "row_wise", "reduce_scatter", 4, 2)
+    return dataclasses.replace(cost, **changes)
+
+
+def test_by_hand() -> None:
+    memory = _cost().memory(250)
+    assert (memory.weights, memory.optimizer) == (250 * 16 * 4, 250 * 16 * 4)
+    assert memory.dense == 3 * 16 * 4 * 4  # W2, its gradient and sum
+    assert _cost(optimizer="rowwise_adagrad").memory(250).optimizer == 250 * 4
+    assert _cost(optimizer="adam").memory(250).optimizer == 2 * 250 * 16 * 4
+    assert _cost(projected=False).memory(250).dense == 0
+    assert _cost(row_bytes=2).memory(250).weights == 250 * 16 * 2
+    step = _cost().step()
+    assert step.vector_bytes == 2 * 8 * 3 * 4 * 4
+    assert step.flops == 6 * 8 * 4 * 16 * 4  # each rank projects the partial sums of all ranks' bags
+    assert _cost(exchange="after").step().vector_bytes == 2 * 8 * 3 * 16 * 4
+    assert _cost(exchange="unique_rows", distinct_ids=6).step().vector_bytes == 2 * 6 * 0.75 * 4 * 4
+    assert _cost(value_bytes=(2, 4)).step().vector_bytes == (2 + 4) * 8 * 3 * 4
+    assert _cost(sharding_type="data_parallel", exchange=None).step().weight_bytes == (1000 * 16 + 16 * 4) * 4
+    assert [rows_of_rank(rows, 16, 4, on_cpu=True) for rows in (3, 4, 5, 8, 1000)] == [None, 1, None, 2, 250]
+    assert [rows_of_rank(500_000, width, 1024, on_cpu=False) for width in (8, 512)] == [None, 489]
+    assert total_memory([Memory(1, 2, 3, 4), Memory(1, 1, 1, 1)]).total == 14
+
+
+def test_one_rank_s_tables_by_hand() -> None:
+    owned = _cost(sharding_type="table_wise", exchange="all_to_all")
+    holder, other = owned.step(), owned.step(holds=False)
+    vectors = 8 * 4 * 4  # of a rank's bags
+    assert (holder.vector_bytes, other.vector_bytes) == (3 * vectors, vectors)  # one's vectors, another's gradients
+    assert (holder.flops, other.flops) == (6 * 8 * 4 * 16 * 4, 0)
+    ids = 8 * 8 + 8 * 4
+    assert holder.index_bytes == 0
+    assert other.index_bytes == ids
+    # One other rank is in the node, two are not; W2's gradients go 2·3/4 times inside and 2·1/2/2 times between.
+    weights = 16 * 4 * 4
+    assert holder.node_held == 2 * vectors + ids + 1.5 * weights
+    assert holder.network_held == pytest.approx(2 * (2 * vectors + ids) + 0.5 * weights)
+    assert owned.memory(0).weights == 0
+    assert owned.memory(0).dense == owned.memory(1000).dense
+
+
+def test_one_node_s_tables_by_hand() -> None:
+    cost = _cost(sharding_type="table_row_wise")
+    vectors = 8 * 4 * 4
+    assert cost.holders == 2
+    # To the other rank of the node go two nodes' vectors and gradients; to the other node vectors alone.
+    assert cost.step().vector_bytes == 2 * 2 * vectors + vectors
+    assert cost.step(holds=False).vector_bytes == vectors
+    assert cost.step().flops == 6 * 8 * 4 * 16 * 4
+
+
+def test_rows_in_the_host_s_memory_by_hand() -> None:
+    row = 16 * 4
+    whole = _cost(kernel="fused_uvm", exchange="unique_rows", distinct_ids=6, optimizer="sgd")
+    memory = whole.held_memory(250)
+    assert (memory.weights, memory.optimizer, memory.host) == (0, 0, 250 * row)
+    owned = TableTraffic(1000, 4, 1.0, 1, 8).distinct_ids(4) / 4
+    rows = min(owned, 6)
+    assert whole.step().host_bytes == pytest.approx(2 * rows * row)  # looked up, and once more to be updated
+    cached = dataclasses.replace(whole, kernel="fused_uvm_caching", cache_load_factor=0.2)
+    memory = cached.held_memory(250)
+    assert memory.weights == 64 * (row + 16) + 250 * 4  # 50 rows in sets of 32
+    assert cached.step().host_bytes == pytest.approx(0.8 * rows * row)
+    # fbgemm keeps one number a row on the device, and as many as columns beside the rows.
+    one, many = (dataclasses.replace(cached, optimizer=name) for name in ("rowwise_adagrad", "adagrad"))
+    assert (one.held_memory(250).optimizer, one.held_memory(250).host) == (250 * 4, 250 * row)
+    assert (many.held_memory(250).optimizer, many.held_memory(250).host) == (0, 2 * 250 * row)
+    assert many.step().host_bytes == pytest.approx(1.8 * rows * row)
+
+
+def test_the_fullest_host_need_not_be_the_fullest_device_s() -> None:
+    dense = DenseCost(0, (1,), 1, 4, 8, "sgd", 2, 2)
+    owned = _cost(sharding_type="table_wise", exchange="all_to_all", world_size=2, optimizer="sgd")
+    hosted = dataclasses.replace(owned, kernel="fused_uvm")
+    memory = fullest_memory({"device": (owned, [1000, 0]), "host": (hosted, [0, 1000])}, dense)
+    assert (memory.weights, memory.host) == (1000 * 16 * 4, 1000 * 16 * 4)
+
+
+def test_time_by_hand() -> None:
+    device = Device("toy", "cuda", 1e9, memory_bandwidth=100, flops=1000, node_bandwidth=30, network_bandwidth=10)
+    step = Step(node_held=60, node_home=90, network_held=200, network_home=10, memory_bytes=200, flops=500)
+    time = step_time(step, device)
+    # Both directions of a link work at once, and both links do.
+    assert (time.network, time.memory, time.host, time.compute, time.bound) == (20.0, 2.0, 0.0, 0.5, "network")
+    hosted = step_time(Step(host_bytes=40), dataclasses.replace(device, host_bandwidth=8))
+    assert (hosted.host, hosted.bound) == (5.0, "host link")
+    reduced = step_time(all_reduced(100, world_size=4, local_world_size=2), device)
+    assert reduced.network == pytest.approx(max(2 * 100 * 3 / 4 / 30, 2 * 100 / 2 / 2 / 10))
+
+
+def test_the_planner_uses_these_numbers() -> None:
+    planned = _planned(_model("adagrad"), "row_wise", "auto", 4, 4)
+    needed = [memory_of_rank(planned.tables, planned.dense, rank) for rank in range(4)]
+    enough = int(max(each.total for each in needed) / 0.85) + len(SIZES)
+    sharder, model = planned.sharder, _model("adagrad")
+    tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
+    held = total_memory(cost.memory(rows[0]) for cost, rows in planned.tables.values())
+    dense = planned.dense.memory(held.buffers).total
+    row_wise = {f"C{index}": ParameterConstraints(sharding_types=["row_wise"]) for index in range(4)}
+
+    def plan(memory: int) -> None:
+        topology = Topology(4, "cpu", ddr_cap=memory, local_world_size=4)
+        planner = multi_layer_planner(tables, topology, sharder, dense_bytes=dense, constraints=row_wise)
+        planner.plan(model, [sharder])
+
+    plan(enough)
+    with pytest.raises(PlannerError):
+        plan(int(enough * 0.98))
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    assert optimizer_of(weight) == "sgd"
+    weight._optimizer_classes = [torch.optim.RMSprop]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="optimizer RMSprop of the rows"):
+        optimizer_of(weight)

@@ -1,0 +1,51 @@
+import pytest
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.modules.embedding_configs import DataType, PoolingType
+
+from mlet_dist.embeddings.sharded.row_lookup import group_for_rows
+
+
+def _group(*widths: int) -> GroupedEmbeddingConfig:
+    tables = [
+        ShardedEmbeddingTable(
+            name=f"t{index}",
+            num_embeddings=1000,
+            embedding_dim=width,
+            local_rows=500,
+            local_cols=width,
+            feature_names=["a", "b"],
+            embedding_names=["a", "b"],
+        )
+        for index, width in enumerate(widths)
+    ]
+    return GroupedEmbeddingConfig(
+        DataType.FP32, PoolingType.SUM, True, False, EmbeddingComputeKernel.FUSED, tables, {"learning_rate": 0.1}
+    )
+
+
+@pytest.mark.parametrize(
+    ("expected", "kernels"),
+    [
+        ([1, 2, 3], [["t0", "t1", "t2"]]),
+        ([1024, 1, 1025], [["t0", "t1"], ["t2"]]),  # 1024 rows of 64 float32 are 256 KB
+        ([9999, 1, 9999], [["t1"], ["t0"], ["t2"]]),
+        ([9999, 9999, 9999], [["t0"], ["t1"], ["t2"]]),
+    ],
+)
+def test_tables_of_many_rows_have_a_kernel_each(expected: list[float], kernels: list[list[str]]) -> None:
+    rows = {f"t{index}": float(count) for index, count in enumerate(expected)}
+    found = group_for_rows([_group(64, 64, 64)], rows, unpooled=False)
+    assert [kernel.table_names() for kernel in found] == kernels
+    assert all(kernel.pooling == PoolingType.SUM and not kernel.is_weighted for kernel in found)
+    assert all(kernel.fused_params == {"learning_rate": 0.1} for kernel in found)
+
+
+def test_cuda_has_one_unpooled_kernel_a_group() -> None:
+    found = group_for_rows([_group(64, 64), _group(8)], {"t0": 1e9, "t1": 1.0}, unpooled=True)
+    assert [kernel.table_names() for kernel in found] == [["t0", "t1"], ["t0"]]
+    assert all(kernel.pooling == PoolingType.NONE for kernel in found)
+
+
+def test_ids_of_a_table_with_two_features_are_looked_up_once() -> None:
+    (kernel,) = group_for_rows([_group(64)], {"t0": 1.0}, unpooled=False)
+    assert kernel.feature_names() == ["a"]

@@ -1,0 +1,114 @@
+"""An export holds W1·W2 by the names of a plain TorchRec model, and serves without mlet_dist."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+
+from mlet_dist.errors import UserError
+from mlet_dist.export.collapse.run_collapse import export_run
+from mlet_dist.export.export_directory import ExportDirectory
+from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
+from tests.conftest import TrainedRun
+from tests.helpers.export_units import contents
+from tests.helpers.mlet_command import error_line
+from tests.helpers.sealed_checkpoint import seal
+
+
+def _all_tensors(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    """A whole checkpoint by PyTorch's own conversion, which shares no code with ours."""
+    dcp_to_torch_save(checkpoint, scratch)
+    tensors: dict[str, torch.Tensor] = torch.load(scratch, weights_only=False)
+    return tensors
+
+
+def test_tables_are_the_float64_product_and_dense_layers_the_same_bits(
+    trained: TrainedRun, exported: Path, tmp_path: Path
+) -> None:
+    run = _all_tensors(trained.path / "checkpoints" / "step-00000057", tmp_path / "run.pt")["model"]
+    served = _all_tensors(exported / "model", tmp_path / "export.pt")
+    spec, manifest = ExportDirectory(exported).load()
+    assert set(served) == set(build_plain_dlrm(spec).state_dict())
+    tables = 0
+    for name, tensor in served.items():
+        if name.startswith(TABLES_PREFIX):
+            table = name.split(".")[-2]
+            expected = run[name].double() @ run[f"{TABLES_PREFIX}projections.{table}.weight"].double()
+            torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+            tables += 1
+        else:
+            assert torch.equal(tensor, run[name])
+    assert tables == len(manifest["tables"]) == 26
+    described = {entry["state_name"]: entry for entry in [*manifest["tables"], *manifest["dense"]]}
+    assert {name: list(tensor.shape) for name, tensor in served.items()} == {
+        name: entry["shape"] for name, entry in described.items()
+    }
+
+
+def test_an_export_is_the_same_bits_every_time(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
+    export_run(trained.path, tmp_path / "again")
+    assert contents(tmp_path / "again" / "model") == contents(exported / "model")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "summary.json").unlink(), "never finished"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "never finished"),
+        (lambda run: (run / "config.yaml").unlink(), "not a run"),
+        (lambda run: (run / "model.json").write_text("{"), "model.json"),
+        (lambda run: next(run.glob("checkpoints/*/*.distcp")).unlink(), "distcp is missing"),
+        (lambda run: os.truncate(max(run.glob("checkpoints/*/*.distcp")), 100), "distcp has 100 bytes instead of"),
+        (lambda run: os.truncate(next(run.glob("checkpoints/*/.metadata")), 10), r"\.metadata has 10 bytes instead of"),
+    ],
+)
+def test_a_run_that_is_not_whole_is_refused_and_nothing_is_left(
+    trained: TrainedRun, tmp_path: Path, damage: object, message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    assert callable(damage)
+    damage(run)
+    with pytest.raises(UserError, match=message) as raised:
+        export_run(run, tmp_path / "out" / "export")
+    assert str(run) in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.e2e
+def test_a_run_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    assert "no such directory" in error_line("export", tmp_path / "nothing", "--out", tmp_path / "export", "--nproc", 2)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_model_that_is_not_the_checkpoints_is_refused(trained: TrainedRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    for change in ({"hidden_dim": None}, {"hidden_dim": 16}, {"top_mlp": [8]}):
+        model = json.loads((trained.path / "model.json").read_text())
+        (run / "model.json").write_text(json.dumps(model | {"model": model["model"] | change}))
+        with pytest.raises(UserError, match=r"step-00000057: .*in the model"):
+            export_run(run, tmp_path / "export")
+        assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.e2e
+def test_a_checkpoint_of_two_widths_names_the_table(trained: TrainedRun, tmp_path: Path) -> None:
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step-00000057"
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    name = next(name for name in whole["model"] if ".projections." in name)
+    whole["model"][name] = whole["model"][name][:8]
+    torch.save(whole, tmp_path / "whole.pt")
+    shutil.rmtree(checkpoint)
+    torch_save_to_dcp(tmp_path / "whole.pt", checkpoint)
+    seal(checkpoint)
+    line = error_line("export", run, "--out", tmp_path / "export")
+    table = name.split(".")[-2]
+    assert line == f"mlet: error: {checkpoint}: table {table!r}: W1 has 12 columns and W2 has 8 rows"
+    assert not (tmp_path / "export").exists()

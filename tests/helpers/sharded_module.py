@@ -1,0 +1,124 @@
+"""What tests of the sharded module share: making one in a rank, its optimizers, batches for it, its whole weights."""
+
+import os
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import QuantizedCommCodecs
+from torchrec.optim import Adam
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from mlet_dist.embeddings import (
+    LazyAdam,
+    MultiLayerEmbeddingBagCollection,
+    MultiLayerEmbeddingBagCollectionSharder,
+)
+from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
+from tests.helpers.dense_reference import Bags, Table
+from tests.helpers.ranks import whole
+
+OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+_SGD, _ADAGRAD = torch.optim.SGD, torch.optim.Adagrad
+_FUSED = dict(zip(OPTIMIZERS, (_SGD, _ADAGRAD, RowWiseAdagrad, Adam), strict=True))
+_ROWS = dict(zip(OPTIMIZERS, (_SGD, _ADAGRAD, RowWiseAdagrad, LazyAdam), strict=True))
+_DENSE = dict(zip(OPTIMIZERS, (_SGD, _ADAGRAD, _ADAGRAD, torch.optim.Adam), strict=True))
+
+
+def make_positive(module: MultiLayerEmbeddingBagCollection) -> MultiLayerEmbeddingBagCollection:
+    """The same module with positive weights, for which no gradient of ``toy_loss`` cancels."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.abs_().mul_(0.3).add_(0.05)
+    return module
+
+
+def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
+    """The tables of an unsharded module, for the dense reference."""
+    state = module.state_dict()
+    return [
+        Table(
+            table.name,
+            state[f"embedding_bags.{table.name}.weight"],
+            state.get(f"projections.{table.name}.weight"),
+            table.pooling.value.lower(),
+            table.feature_names,
+        )
+        for table in module.embedding_bag_configs()
+    ]
+
+
+def shard(
+    embeddings: MultiLayerEmbeddingBagCollection,
+    optimizer: str = "sgd",
+    rate: float = 0.05,
+    exchange: ExchangeChoice = "after",
+    around: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Sequential,
+    codecs: dict[str, QuantizedCommCodecs] | None = None,
+    sharding_types: Mapping[str, str] = MappingProxyType({}),
+) -> DistributedModelParallel:
+    """The collection inside ``around``, its W1 updated inside backward, on all ranks; row_wise but for some tables."""
+    arguments = {"lr": rate, **_eps(optimizer)}
+    apply_optimizer_in_backward(_FUSED[optimizer], embeddings.embedding_bags.parameters(), arguments)
+    sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange, qcomm_codecs_registry=codecs)]
+    model = around(embeddings)
+    plan = planner(embeddings, sharding_types).collective_plan(model, sharders, dist.group.WORLD)
+    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+
+
+def planner(
+    embeddings: EmbeddingBagCollection, sharding_types: Mapping[str, str] = MappingProxyType({})
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner for all ranks; tables are row_wise where ``sharding_types`` does not say."""
+    topology = Topology(
+        world_size=dist.get_world_size(), local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]), compute_device="cpu"
+    )
+    constraints = {
+        table.name: ParameterConstraints(sharding_types=[sharding_types.get(table.name, "row_wise")])
+        for table in embeddings.embedding_bag_configs()
+    }
+    return EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+
+
+def optimizer_of(model: DistributedModelParallel, name: str, rates: dict[str, float]) -> CombinedOptimizer:
+    """The fused optimizer, that of rows without a fused kernel, and that of W2."""
+    rows, projections = {}, {}
+    for key, parameter in in_backward_optimizer_filter(model.named_parameters()):
+        (projections if "projections" in key else rows)[key] = parameter
+    forms = [(_ROWS[name], rows, rates["rows"]), (_DENSE[name], projections, rates["projections"])]
+    steppers = [
+        KeyedOptimizerWrapper(parameters, lambda each, kind=kind, rate=rate: kind(each, lr=rate, **_eps(name)))
+        for kind, parameters, rate in forms
+        if parameters
+    ]
+    return CombinedOptimizer([model.fused_optimizer, *steppers])
+
+
+def _eps(optimizer: str) -> dict[str, Any]:
+    return {} if optimizer == "sgd" else {"eps": 1e-8}
+
+
+def to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJaggedTensor:
+    """Rows ``first`` to ``last`` of the bags."""
+    entries = [each for rows in bags.values() for ids in rows[first:last] for each in ids]
+    lengths = [len(ids) for rows in bags.values() for ids in rows[first:last]]
+    return KeyedJaggedTensor(
+        keys=list(bags),
+        values=torch.tensor([each for each, _ in entries], dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int32),
+        weights=torch.tensor([weight for _, weight in entries]) if weighted else None,
+    )
+
+
+def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of the state, whole, on every rank."""
+    return {name.removeprefix("0."): whole(tensor) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,68 @@
+"""The pieces of a small run, as `mlet train` builds them, for functions that run in ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from mlet_dist.config.sections import Config
+from mlet_dist.data.loading.loader import DataLoader
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
+from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.metrics import BinaryMetrics
+from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
+from mlet_dist.training.process_group import Worker
+from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.state import Training
+
+BATCHES_AN_EPOCH = 10
+SETTINGS = (
+    "data.batch_size=480",
+    "train.epochs=3",
+    "train.log_every=4",
+    "optimizer.warmup_steps=5",
+    "optimizer.decay=linear",
+)
+
+
+def this_worker() -> Worker:
+    """This process among the gloo ranks."""
+    return Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
+
+
+def training_of(config: Config, steps: int) -> tuple[Training, torch.nn.Module]:
+    """A run that has not begun, and the sharded collection within its model."""
+    spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
+    model = build_dlrm(spec, torch.device("meta"))
+    fuse_row_optimizer(model, config.optimizer)
+    local_batch_size = config.data.batch_size // dist.get_world_size()
+    sharded, _ = shard_model(model, this_worker(), local_batch_size, config.sharding)
+    (embeddings,) = (each for each in sharded.modules() if isinstance(each, ShardedMultiLayerEmbeddingBagCollection))
+    optimizer, metrics = build_optimizer(sharded, config.optimizer), BinaryMetrics(this_worker().device)
+    return Training(sharded, optimizer, metrics, steps=steps, batches_per_epoch=BATCHES_AN_EPOCH), embeddings
+
+
+def loader(config: Config) -> DataLoader:
+    """This rank's batches of an epoch."""
+    worker = this_worker()
+    return DataLoader(
+        Path(config.data.path),
+        "train",
+        batch_size=config.data.batch_size,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        dense_features=None,
+        sparse_features=None,
+        drop_last=True,
+    )
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """What this rank holds of a tensor, copied. Of a table that is on one rank alone, only that one has the states."""
+    if not isinstance(tensor, ShardedTensor):
+        return tensor.detach().clone()
+    return torch.cat([shard.tensor.detach().flatten() for shard in tensor.local_shards()] or [torch.empty(0)])

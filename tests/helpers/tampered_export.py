@@ -1,0 +1,42 @@
+"""Exports that somebody changed, with a manifest that knows."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.distributed import checkpoint as dcp
+
+from mlet_dist.checkpoint.manifest import Checksum
+from mlet_dist.formatting import sealed
+
+
+def reseal(export: Path, change: Callable[[dict], None]) -> None:
+    """Change an export's manifest and give it the checksum that it then has."""
+    path = export / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(sealed(manifest)))
+
+
+def tamper(export: Path, output: str, name: str, change: Callable[[torch.Tensor], None]) -> None:
+    """Change a tensor of an output, one of torch.distributed.checkpoint's, and the manifest with it."""
+    manifest = json.loads((export / "manifest.json").read_text())
+    directory = export / manifest["outputs"][output]["directory"]
+    found = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    state = {key: torch.empty(each.size, dtype=each.properties.dtype) for key, each in found.items()}
+    dcp.load(state, checkpoint_id=directory, no_dist=True)
+    change(state[name])
+    shutil.rmtree(directory)
+    dcp.save(state, checkpoint_id=directory, no_dist=True)
+
+    def describe(content: dict) -> None:
+        files = {}
+        for path in directory.iterdir():
+            checksum = Checksum()
+            checksum.update(path.read_bytes())
+            files[path.name] = checksum.entry()
+        content["outputs"][output]["files"] = files
+
+    reseal(export, describe)

@@ -1,0 +1,84 @@
+"""`mlet train` within the tests' own ranks: a run costs a second, not ten."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torchrec.distributed import comm
+
+from tests.helpers.mlet_command import ROOT
+from tests.helpers.ranks import RankPool
+
+Ranks = Callable[..., RankPool]
+
+
+def train_in_ranks(ranks: Ranks, world_size: int | tuple[int, ...], *overrides: str) -> dict[str, Any]:
+    """The summary of a run of as many ranks, with ``weights_sha256``; (4, 2) are 4 ranks on 2 "nodes"."""
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("localhost", 0))
+        other.bind(("localhost", 0))
+        ports = one.getsockname()[1], other.getsockname()[1]
+    pool = ranks(*world_size) if isinstance(world_size, tuple) else ranks(world_size)
+    result: dict[str, Any] = pool.run(_train, overrides, ports)[0]
+    return result
+
+
+def _train(overrides: Sequence[str], ports: tuple[int, int]) -> dict[str, Any]:
+    from mlet_dist.config.sections import load_config
+    from mlet_dist.training.trainer import train
+
+    _leave_group()  # training joins ranks itself
+    os.environ["MASTER_PORT"] = str(ports[0])
+    try:
+        return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides), fingerprint=True)
+    finally:
+        _leave_group()
+        os.environ["MASTER_PORT"] = str(ports[1])
+        dist.init_process_group("gloo")
+
+
+def _leave_group() -> None:
+    # TorchRec keeps the groups of nodes for as long as the process lives, and those of another world are of no use.
+    comm._INTRA_PG = comm._CROSS_PG = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def stopped_after(step: int, run: Path, copy: Path) -> Path:
+    """What would be there of ``run``, had it been killed soon after it was saved at ``step``."""
+    copy.mkdir()
+    for name in (".mlet-run", "config.yaml", "model.json", "metrics.jsonl"):
+        (copy / name).write_bytes((run / name).read_bytes())
+    source = run / "checkpoints" / f"step-{step:08d}"
+    target = copy / "checkpoints" / source.name
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says, less what is of time."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["split"] != "timing"]
+    return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in kept]
+
+
+def tensors(run: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
+    """All of a checkpoint's model and optimizer, by PyTorch's own conversion, which shares no code with ours."""
+    file = scratch / f"{run.name}.pt"
+    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", file)
+    found = torch.load(file, weights_only=False)
+    return dict(_flat({key: found.get(key, {}) for key in ("model", "optimizer")}, ""))
+
+
+def _flat(state: Any, name: str) -> list[tuple[str, torch.Tensor]]:
+    if not isinstance(state, dict):
+        return [(name, state)]
+    return [each for key, value in state.items() for each in _flat(value, f"{name}/{key}")]

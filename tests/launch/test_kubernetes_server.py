@@ -1,0 +1,60 @@
+"""On a real Kubernetes: what an API server says of every manifest, and a submission through TorchX.
+
+They run where KUBECONFIG is set. Objects are only tried, but for one Volcano Job, which is removed again.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from tests.helpers.torchx_cli import COMPONENTS, run_torchx
+from tests.launch.test_manifests import K8S, RENDERED, render
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="KUBECONFIG is not set: no Kubernetes to ask"),
+    pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here"),
+]
+
+
+def kubectl(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["kubectl", *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def need(*definitions: str) -> None:
+    """Skip where the cluster does not know these custom resources."""
+    for definition in definitions:
+        if kubectl("get", "crd", definition).returncode:
+            pytest.skip(f"the cluster has no {definition}: kubectl apply --server-side -f ../shared/crds")
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_server_takes_every_manifest(name: str) -> None:
+    known = {
+        "JobSet": "jobsets.jobset.x-k8s.io",
+        "Queue": "queues.scheduling.volcano.sh",
+        "TrainJob": "trainjobs.trainer.kubeflow.org",
+        "TrainingRuntime": "trainingruntimes.trainer.kubeflow.org",
+    }
+    need(*sorted({known[thing["kind"]] for thing in render(name) if thing["kind"] in known}))
+    done = kubectl("apply", "--dry-run=server", "--validate=strict", "-k", str(K8S / name))
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"\(server dry run\)$", done.stdout, flags=re.MULTILINE)) == len(render(name))
+
+
+def test_submission_through_torchx(torchx_environment: dict[str, str]) -> None:
+    need("jobs.batch.volcano.sh")
+    arguments = ["run", "-s", "kubernetes", "--workspace=", "-cfg", "queue=default,namespace=default"]
+    arguments += [f"{COMPONENTS}:train", "--config", "/opt/mlet/configs/demo.yaml", "--data", "/storage/data"]
+    arguments += ["--run", "/storage/runs/x", "-j", "2x1", "--image", "mlet-dist-cpu:0.1.0", "--port", "29500"]
+    said = "".join(run_torchx(torchx_environment, *arguments))
+    submitted = re.search(r"kubernetes://torchx/default:(mlet-train-\w+)", said)
+    assert submitted, said
+    try:
+        found = kubectl("get", "jobs.batch.volcano.sh", submitted[1], "-o", "jsonpath={.spec.tasks[*].name}")
+        assert found.stdout == "train-0 train-1", found.stderr
+    finally:
+        kubectl("delete", "jobs.batch.volcano.sh", submitted[1])

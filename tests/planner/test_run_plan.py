@@ -1,0 +1,342 @@
+"""`mlet plan`: what it prints, what it refuses, and plan.json of a run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from mlet_dist.cli import main
+from mlet_dist.planner.hardware import presets
+from mlet_dist.planner.run_plan import _ranges
+from tests.cli.test_cli import watch_imports
+from tests.conftest import TrainedRun
+from tests.helpers.mlet_command import ROOT, error_line
+
+CONFIG = ROOT / "configs" / "criteo_kaggle_adagrad.yaml"
+# The sizes of Criteo-1TB, to a few rows: 26 tables, 180 million rows.
+ROWS = (
+    45_000_000, 36_000, 17_000, 7_400, 20_000, 3, 7_100, 1_500, 63, 38_000_000, 2_900_000, 400_000, 10, 2_200, 12_000,
+    155, 4, 970, 14, 40_000_000, 16_000_000, 37_000_000, 580_000, 12_900, 108, 36,
+)  # fmt: skip
+LARGE = ("model.hidden_dim=256", "model.embedding_dim=32", "data.batch_size=65536")
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    path = tmp_path / "tables.yaml"
+    path.write_text("".join(f"C{index}: {rows}\n" for index, rows in enumerate(ROWS, 1)))
+    return path
+
+
+def _plan(capsys: pytest.CaptureFixture[str], tables: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["plan", str(CONFIG), "--tables", str(tables), *arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_criteo_1tb_on_64_gpus(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(capsys, tables, "--world-size", "64", *LARGE)
+    assert sum(each["count"] for each in plan["ranks"]) == 64
+    fullest = plan["ranks"][0]
+    types = {each["table"]: each["sharding_type"] for each in plan["tables"]}
+    assert set(types.values()) == {"row_wise", "data_parallel"}
+    blocks = [rows if types[f"C{index}"] == "data_parallel" else -(-rows // 64) for index, rows in enumerate(ROWS, 1)]
+    assert fullest["weights"] == sum(blocks) * 256 * 4
+    assert fullest["total"] == sum(fullest[kind] for kind in ("weights", "optimizer", "buffers", "dense"))
+    single, spread, wide, naive, here = plan["configurations"]
+    assert [each["name"] for each in plan["configurations"]] == [
+        "single layer d = 32, TorchRec's exchange",
+        "single layer d = 32, auto",
+        "single layer d = 256, TorchRec's exchange",
+        "MLET k = 256, after the exchange",
+        "MLET k = 256, auto",
+    ]
+    assert spread["sent_bytes"] <= here["sent_bytes"] < single["sent_bytes"] < wide["sent_bytes"]
+    assert here["memory"] == fullest["total"]
+    assert naive["bound"] == "network"
+    # What MLET is compared with has a plan of its own: the one that it gets where it is asked for.
+    composed = _plan(capsys, tables, "--world-size", "64", *LARGE, "sharding.exchange=after")
+    assert naive["step_s"] == composed["configurations"][-1]["step_s"]
+    assert "row_wise" not in {each["sharding_type"] for each in composed["tables"]}
+    alone = _plan(capsys, tables, "--world-size", "64", *LARGE, "sharding.exchange=after", "model.hidden_dim=null")
+    assert single["step_s"] == alone["configurations"][-1]["step_s"]
+    assert here["step_s"] == pytest.approx(here["network_s"] + here["memory_s"] + here["compute_s"])
+    tables_of = {each["table"]: each for each in plan["tables"]}
+    assert (tables_of["C1"]["sharding_type"], tables_of["C1"]["exchange"]) == ("row_wise", "unique_rows")
+    assert tables_of["C1"]["rows_per_rank"] == [[0, 63, 703_125]]
+    assert re.fullmatch(
+        r"[\d.]+ ms a step on each of 64 ranks, table_\w+ [\d.]+ ms a step on (one rank|each of 8 ranks)",
+        tables_of["C1"]["reason"],
+    )
+    assert (tables_of["C6"]["sharding_type"], tables_of["C6"]["exchange"]) == ("data_parallel", None)
+    assert len(plan["summary"]) <= 4
+
+
+def test_tables_as_text_and_as_a_picture(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.html"
+    command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "16", *LARGE, "--out", str(out)]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("16 ranks of h100, 8 a node, global batch 65,536; 68 GB of 80 GB a rank are for the model\n")
+    assert "\nranks  tables " in text
+    assert "\nMLET k = 256, auto " in text
+    page = out.read_text()
+    assert not re.search(r"(?:src|href)=|url\(|<script|@import", page)
+    svg = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    bars = svg.findall("{http://www.w3.org/2000/svg}rect")
+    assert len([bar for bar in bars if len(bar)]) >= 4  # weights, optimizer, buffers and dense, with their bytes
+
+
+def test_sizes_of_the_data_set(small_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(CONFIG), f"data.path={small_data}", "--world-size", "2", "--local-world-size", "2"]
+    assert main([*arguments, "--device", "cpu", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["tables"]) == 26
+
+
+def test_a_longer_bag_sends_more(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = _plan(capsys, tables, "--world-size", "8", *LARGE)
+    tables.write_text(tables.read_text().replace("C1: 45000000", "C1: {num_embeddings: 45000000, pooling_factor: 20}"))
+    long = _plan(capsys, tables, "--world-size", "8", *LARGE)
+    assert long["configurations"][-1]["sent_bytes"] > short["configurations"][-1]["sent_bytes"]
+    exchanges = {each["table"]: each["exchange"] for each in long["tables"]}
+    assert (exchanges["C1"], exchanges["C20"]) == ("reduce_scatter", "unique_rows")
+
+
+def test_a_plan_that_does_not_fit_says_what_would(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--tables", tables, "--world-size", "8", "--device", "a100-40", *LARGE]
+    line = error_line("plan", CONFIG, *command)
+    assert re.search(
+        r"the tables do not fit 8 ranks on cuda: rank \d needs [\d.]+ GB of the 34 GB that are left of 40 GB, "
+        r"[\d.]+ GB short; the largest there is table 'C1': 5,625,000 rows of 256, 11\.[56] GB; what fits: ",
+        line,
+    )
+    ways = dict(re.findall(r"\(\d\) (\S+ ?\d*): ([\d.]+) GB of 34 GB a rank", line))
+    assert list(ways)[:2] == ["optimizer.name=rowwise_adagrad", "sharding.compute_kernels=[fused,fused_uvm_caching]"]
+    assert len(ways) == 3
+    assert "a rank and 21.8 GB of its host, " in line
+    # What it proposes is true.
+    for way, needed in ways.items():
+        plan = _plan(capsys, *command[1:], way)
+        assert f"{plan['ranks'][0]['total'] / 1e9:.3g}" == needed
+
+
+def test_types_that_were_asked_for_are_the_first_to_go(tables: Path) -> None:
+    asked = ["sharding.sharding_types=[data_parallel]", "sharding.tables.C1.sharding_types=[table_wise]"]
+    line = error_line("plan", CONFIG, "--tables", tables, "--world-size", "8", *LARGE, *asked)
+    assert "; what fits: (1) sharding.sharding_types=null sharding.tables.C1.sharding_types=null: " in line
+
+
+def test_a_plan_that_does_not_fit_is_drawn(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.html"
+    command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", "a100-40", *LARGE]
+    assert main([*command, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mlet: error: the tables do not fit 8 ranks on cuda: ")
+    page = out.read_text()
+    assert "does not fit: the tables do not fit 8 ranks" in page
+    svg = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    names = "{http://www.w3.org/2000/svg}"
+    bars = [bar for bar in svg.findall(f"{names}rect") if len(bar)]
+    limit = min(float(line.attrib["x1"]) for line in svg.findall(f"{names}line"))
+    assert max(float(bar.attrib["x"]) + float(bar.attrib["width"]) for bar in bars) > limit
+
+
+def test_rows_on_the_host(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = "sharding.tables.C1.compute_kernels=[fused_uvm_caching]"
+    arguments = [tables, "--world-size", "8", *LARGE, kernels]
+    plan = _plan(capsys, *arguments)
+    assert [each["table"] for each in plan["tables"] if each["compute_kernel"] == "fused_uvm_caching"] == ["C1"]
+    rows, row = 5_625_000, 256 * 4
+    assert plan["ranks"][0]["host"] == 2 * rows * row
+    assert any("C1 (45,000,000 rows)" in line and "fused_uvm_caching" in line for line in plan["summary"])
+    smaller = _plan(capsys, *arguments, "sharding.cache_load_factor=0.1")
+    freed = plan["ranks"][0]["weights"] - smaller["ranks"][0]["weights"]
+    assert freed == pytest.approx(0.1 * rows * (row + 16), rel=1e-4)
+    assert smaller["configurations"][-1]["host_s"] > plan["configurations"][-1]["host_s"]
+
+
+def test_each_table_s_own_settings(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(
+        capsys,
+        tables,
+        "--world-size",
+        "16",
+        *LARGE,
+        "sharding.tables={C2: {sharding_types: [table_wise]}, C3: {sharding_types: [table_row_wise]}}",
+        "sharding.tables.C4.exchange=after",
+        "sharding.tables.C5.rows_dtype=fp16",
+        "sharding.data_parallel_up_to_mb=0",
+    )
+    entries = {each["table"]: each for each in plan["tables"]}
+    assert (entries["C2"]["sharding_type"], entries["C2"]["exchange"]) == ("table_wise", "all_to_all")
+    assert [last - first + 1 for first, last, _ in entries["C2"]["rows_per_rank"]] == [1]
+    assert entries["C3"]["rows_per_rank"] in ([[0, 7, 2125]], [[8, 15, 2125]])
+    assert entries["C4"]["exchange"] == "after"
+    assert entries["C2"]["reason"].endswith(" a step on one rank; no other type was asked for")
+    assert entries["C2"]["exchange_reason"] == "sums are projected before they cross the network"
+    assert "data_parallel" not in {each["sharding_type"] for each in plan["tables"]}
+    plain = _plan(capsys, tables, "--world-size", "16", *LARGE, "sharding.sharding_types=[row_wise, data_parallel]")
+    half = _plan(
+        capsys, tables, "--world-size", "16", *LARGE, "sharding.sharding_types=[row_wise, data_parallel]",
+        "sharding.rows_dtype=fp16", "sharding.forward_comm=fp16", "sharding.backward_comm=fp16",
+    )  # fmt: skip
+    weights, vectors = (
+        [each["configurations"][-1][key] for each in (half, plain)] for key in ("memory", "vector_bytes")
+    )
+    assert weights[0] < weights[1]
+    assert vectors[0] == pytest.approx(vectors[1] / 2, rel=0.01)
+    assert half["ranks"][0]["optimizer"] == plain["ranks"][0]["optimizer"]
+
+
+def test_what_was_asked_for_is_the_reason(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_type = "sharding.tables={C2: {sharding_types: [table_wise]}, C3: {sharding_types: [data_parallel]}}"
+    for hidden_dim, said in (("null", "sums cross the network"), ("64", "sums are projected before they cross the ne")):
+        plan = _plan(capsys, tables, "--world-size", "8", one_type, f"model.hidden_dim={hidden_dim}")
+        entries = {each["table"]: each for each in plan["tables"]}
+        assert entries["C2"]["exchange_reason"].startswith(said)
+        # 17,000 rows are enough for 8 ranks.
+        assert entries["C3"]["reason"].endswith(" a step on each of 8 ranks; no other type was asked for")
+
+
+MISTAKES = {
+    "preset": (
+        ["--device", "h1000"],
+        "--device h1000: no such preset; there are a100-40, a100-80, h100, h200, b200, cpu",
+    ),
+    "nodes": (
+        ["--world-size", "12"],
+        "--world-size 12 is not a multiple of --local-world-size 8: every node holds as many ranks; use "
+        "--world-size 16, or --local-world-size 6",
+    ),
+    "large nodes": (["--world-size=256", "--local-world-size=256"], "--local-world-size 256: torch counts up to 128 "),
+    "no picture": (
+        ["--out", "tables.yaml"],
+        "--out tables.yaml: the picture is a page; name a file that ends in .html",
+    ),
+    "batch": (["--world-size", "24"], "data.batch_size 128 is not a multiple of the 24 ranks"),
+    "table": (["data.sparse_features=[C1,X9]"], "data.sparse_features: "),
+    "its own table": (
+        ["sharding.tables.C77.exchange=after"],
+        "sharding.tables: the model has no table 'C77' (did you mean ",
+    ),
+    "no file": (["--tables", "no.yaml"], "no.yaml: cannot read the tables: No such file or directory"),
+    "no hardware": (["--device", "no.yaml"], "no.yaml: cannot read the hardware: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_before_torch_is_imported(mistake: str, tables: Path) -> None:
+    arguments, message = MISTAKES[mistake]
+    out, err = watch_imports("plan", CONFIG, "--tables", tables, "--world-size", 8, *arguments)
+    assert out == ["2 False"]
+    assert len(err) == 1
+    assert err[0].startswith(f"mlet: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("C1: many", "table 'C1': num_embeddings is 'many', it must be a whole number from 1 to 2147483647"),
+        ("C1: {rows: 3}", "table 'C1': expected num_embeddings and pooling_factor, found rows"),
+        (
+            "C1: {num_embeddings: 3, pooling_factor: 0}",
+            "table 'C1': pooling_factor is 0, it must be a number above 0, at most 2147483647",
+        ),
+        (
+            "C1: {num_embeddings: 3, pooling_factor: 1.0e+300}",
+            "table 'C1': pooling_factor is 1e+300, it must be a number above 0, at most 2147483647",
+        ),
+        ("C1: {1: 3}", "table 'C1': expected num_embeddings and pooling_factor, found 1"),
+        ("C1: 10\nC1: 2000000", "not valid YAML in line 2: key 'C1' is given twice"),
+        ("1: 10\n'1': 2000000", "table '1' is given twice"),
+        ("null: 10", "table None: a table's name must be text; put it in quotes"),
+        ("- C1", "expected a line a table, such as `C1: 45000000`"),
+    ],
+)
+def test_a_wrong_line_of_the_tables(line: str, message: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables.write_text(line)
+    assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8"]) == 2
+    assert capsys.readouterr().err == f"mlet: error: {tables}: {message}\n"
+
+
+def test_a_k_below_d_is_warned_of(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "model.hidden_dim=8"]
+    assert main(command) == 0
+    assert capsys.readouterr().err.startswith("mlet: warning: model.hidden_dim 8 is below model.embedding_dim 16: ")
+
+
+@pytest.mark.parametrize("name", ["a.b", "type", ""])
+def test_a_name_that_torch_cannot_have(name: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables.write_text(f"{name!r}: 100")
+    assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8"]) == 2
+    assert capsys.readouterr().err.startswith(f"mlet: error: --tables: table {name!r}: no module of torch can have ")
+
+
+def test_hardware_of_ones_own(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "own.yaml"
+    entry = "kind: cuda, memory_gb: 64, memory_bandwidth_gbs: 1000, fp32_tflops: 10, node_gbs: 100, host_memory_gb: 100"
+    entry += ", host_link_gbs: 20"
+    own.write_text(f"mine: {{{entry}, network_gbs: 10}}")
+    plan = _plan(capsys, tables, "--world-size", "16", "--device", str(own), *LARGE)
+    assert (plan["device"]["name"], plan["device"]["memory"]) == ("mine", 64e9)
+    own.write_text(f"mine: {{{entry}}}")
+    assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", str(own)]) == 2
+    assert "mine: expected the keys kind, memory_gb" in capsys.readouterr().err
+    own.write_text(f"mine: {{{entry.replace('memory_gb: 64', 'memory_gb: 1.0e+300')}, network_gbs: 10}}")
+    assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", str(own)]) == 2
+    assert "mine.memory_gb is 1e+300, it must be a number above 0, at most 1e+09" in capsys.readouterr().err
+
+
+WRONG_TABLES = {
+    "sharding.tables.C6.sharding_types=[row_wise]": "table 'C6' cannot be row_wise: with 3 rows, some of 8 ranks would "
+    "hold none; it can be table_wise, data_parallel",
+    "sharding.sharding_types=[row_wise]": "table 'C6' cannot be row_wise: with 3 rows, some of 8 ranks would hold ",
+    "sharding.tables={C1: {exchange: unique_rows, sharding_types: [table_wise]}}": "table 'C1' cannot be table_wise: "
+    "exchange 'unique_rows' does not serve that; it can be row_wise, data_parallel",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG_TABLES)
+def test_what_a_table_cannot_be(setting: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", setting]) == 2
+    assert capsys.readouterr().err.startswith(f"mlet: error: sharding: {WRONG_TABLES[setting]}")
+
+
+def test_a_cpu_has_no_kernels_of_the_host(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", "cpu"]
+    assert main([*command, "sharding.tables.C1.compute_kernels=[fused_uvm]"]) == 2
+    assert capsys.readouterr().err.startswith("mlet: error: sharding.tables.C1.compute_kernels names fused_uvm, ")
+
+
+def test_presets_are_in_order_of_their_numbers() -> None:
+    found = presets()
+    assert list(found) == ["a100-40", "a100-80", "h100", "h200", "b200", "cpu"]
+    assert found["h100"]["memory_bandwidth"] == 3.35e12
+    for device in found.values():
+        assert device["node_bandwidth"] > device["network_bandwidth"]
+
+
+def test_ranges_of_ranks() -> None:
+    assert _ranges([5, 0, 1, 2, 7, 8]) == "0-2, 5, 7-8"
+
+
+@pytest.mark.e2e
+def test_a_run_keeps_its_plan(trained: TrainedRun) -> None:
+    plan = json.loads((trained.path / "plan.json").read_text())
+    sizes = {
+        each["name"]: each["num_embeddings"] for each in json.loads((trained.path / "model.json").read_text())["sparse"]
+    }
+    assert plan["world_size"] == 2
+    assert {each["table"] for each in plan["tables"]} == set(sizes)
+    for each in plan["tables"]:
+        total = sum((last - first + 1) * rows for first, last, rows in each["rows_per_rank"])
+        copies = 2 if each["sharding_type"] == "data_parallel" else 1
+        assert total == copies * sizes[each["table"]]
+        assert (each["exchange"] is None) == (copies == 2)
+        if each["exchange"] == "unique_rows":
+            assert "bytes a bag" in each["exchange_reason"]
+        assert "ms a step on " in each["reason"]

@@ -1,0 +1,169 @@
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlet_dist import comparison as compare_module
+from mlet_dist.comparison import compare, comparison_table
+from mlet_dist.config.sections import Config, load_config
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.run_directory import RunDirectory
+from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+
+
+def test_three_arms_are_trained_exported_and_verified(small_model: tuple[str, ...], tmp_path: Path) -> None:
+    base = tmp_path / "comparison"
+    overrides = [*small_model, "train.max_steps=5", "optimizer.learning_rate=0.1", f"run.dir={base}"]
+    result = mlet_json("compare", CONFIG, *overrides)
+    assert result["ok"] is True
+    assert list(result["arms"]) == ["single", "mlet", "control"]
+    arms = result["arms"]
+    # k = 12 and σ = 0.25: kσ² = 0.75, σ√k = 0.866.
+    control = yaml.safe_load((base / "control.yaml").read_text())
+    assert control["optimizer"]["rows_learning_rate"] == pytest.approx(0.1 * 0.75)
+    assert control["model"]["rows_init_gain"] == pytest.approx(0.75**0.5)
+    assert control["model"]["hidden_dim"] is None
+    assert yaml.safe_load((base / "mlet.yaml").read_text())["model"]["hidden_dim"] == 12
+    assert arms["single"]["trained_table_bytes"] == arms["control"]["trained_table_bytes"]
+    assert arms["mlet"]["trained_table_bytes"] > 3 * arms["single"]["trained_table_bytes"]
+    assert len({arm["served_table_bytes"] for arm in arms.values()}) == 1
+    assert len({arm["weights_sha256"] for arm in arms.values()}) == 3
+    assert all(arm["max_abs_logit_diff"] < 1e-5 for arm in arms.values())
+    assert json.loads((base / "comparison.json").read_text()) == result
+
+    table = (base / "comparison.md").read_text()
+    assert table.strip() == comparison_table(result)
+    assert f"{arms['mlet']['test_auc']:.4f}" in table
+    # With other settings it replaces what is there only when told to.
+    assert "run.overwrite=true" in error_line("compare", CONFIG, *overrides, "train.seed=1")
+    again = mlet("compare", CONFIG, *overrides, "run.overwrite=true").stdout
+    assert again.startswith(table.strip())
+
+
+class Commands:
+    """Stands in for the commands: leaves what they would leave, and stops before the one named in ``stop``."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[str, str]] = []
+        self.stop: tuple[str, str] | None = None
+
+    def __call__(self, command: str, target: str, *rest: str) -> dict[str, Any]:
+        done = (command, Path(target).stem)
+        if done == self.stop:
+            raise KeyboardInterrupt
+        self.ran.append(done)
+        if command == "train":
+            config = load_config(Path(target))
+            run = RunDirectory(Path(config.run.dir))
+            schema = DatasetSchema.load(Path(config.data.path))
+            with run.hold(config):
+                run.start(config, ModelSpec.of(config, schema))
+                run.finish(ARM)
+        if command == "export":
+            out = Path(rest[-1])
+            out.mkdir()
+            (out / "manifest.json").write_text('{"format_version": 2, "model": {}}')
+        verified = {"ok": True, "outputs": {"dcp": {"max_abs_logit_diff": 0.0}}}
+        return verified if command == "verify" else ARM
+
+
+ARM = {"trained_table_bytes": 1, "served_table_bytes": 1, "test_auc": 0.5, "test_logloss": 0.25}
+ALL = [(command, arm) for arm in ("single", "mlet", "control") for command in ("train", "export", "verify")]
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    commands = Commands()
+    monkeypatch.setattr(
+        compare_module, "_run_command", lambda *words: commands(words[0], words[1].removesuffix("-export"), *words[2:])
+    )
+    return commands
+
+
+@pytest.fixture
+def settings(small_model: tuple[str, ...], tmp_path: Path) -> Callable[..., Config]:
+    return lambda *more: load_config(CONFIG, [*small_model, f"run.dir={tmp_path / 'base'}", *more])
+
+
+def test_a_comparison_that_was_stopped_goes_on(commands: Commands, settings: Callable[..., Config]) -> None:
+    commands.stop = ("train", "control")
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings("run.overwrite=true"), 1)
+    assert commands.ran == ALL[:6]
+    commands.ran, commands.stop = [], None
+    result = compare(settings(), 1)
+    assert commands.ran == [each for each in ALL if each not in (("train", "single"), ("train", "mlet"))]
+    assert list(result["arms"]) == ["single", "mlet", "control"]
+    commands.ran = []
+    assert compare(settings("run.overwrite=true"), 1) == result
+    assert commands.ran == ALL
+
+
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+@pytest.mark.parametrize("folder", ["control", "control-export"])
+def test_files_of_others_stop_it_before_anything_is_trained(
+    folder: str, overwrite: str, commands: Commands, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    holiday = tmp_path / "base" / folder / "holiday.jpg"
+    holiday.parent.mkdir(parents=True)
+    holiday.touch()
+    with pytest.raises(UserError, match=str(holiday.parent)):
+        compare(settings(f"run.overwrite={overwrite}"), 1)
+    assert holiday.exists()
+    assert commands.ran == []
+
+
+def test_an_arm_of_other_settings_stops_it_before_anything_is_trained(
+    commands: Commands, settings: Callable[..., Config]
+) -> None:
+    compare(settings(), 1)
+    commands.ran = []
+    with pytest.raises(UserError, match=r"run\.overwrite=true"):
+        compare(settings("train.seed=1"), 1)
+    assert commands.ran == []
+
+
+def test_a_full_disk_is_a_mistake(
+    commands: Commands, settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compare_module, "save_config", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        compare(settings(), 1)
+
+
+def test_nothing_to_compare_without_a_hidden_dim(small_model: tuple[str, ...], tmp_path: Path) -> None:
+    message = error_line("compare", CONFIG, *small_model, "model.hidden_dim=null", f"run.dir={tmp_path / 'run'}")
+    assert "model.hidden_dim" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_undefined_auc_is_shown_as_such() -> None:
+    arm = {
+        "trained_table_bytes": 3_200_000_000,
+        "served_table_bytes": 100_000,
+        "test_auc": None,
+        "test_logloss": 0.25,
+        "max_abs_logit_diff": 0.0,
+    }
+    row = comparison_table({"arms": {"mlet": arm}}).splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "MLET",
+        "3.2 GB",
+        "0.1 MB",
+        "undefined",
+        "0.2500",
+        "none, bit for bit",
+    ]

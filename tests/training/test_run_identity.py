@@ -1,0 +1,74 @@
+"""Which settings may change between two jobs of a run, and which are refused by name."""
+
+from typing import Any
+
+import pytest
+
+from mlet_dist.config.sections import load_config
+from mlet_dist.data.schema import SparseFeature
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.identity import check_same, identity_of, without_rates
+from tests.helpers.mlet_command import ROOT
+
+
+def identity(*overrides: str, rows: int = 9, vocabulary_id: str = "v", content_id: str = "c") -> dict[str, Any]:
+    config = load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides)
+    spec = ModelSpec(config.model, ("I1",), (SparseFeature("C1", rows),), config.train.seed, vocabulary_id)
+    return identity_of(config, spec, content_id)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sharding.exchange=reduce_scatter",
+        "sharding.sharding_types=[table_wise]",
+        "sharding.forward_comm=fp16",
+        "data.eval_batch_size=7",
+        "data.path=elsewhere",
+        "data.reader_threads=3",
+        "data.shuffle_buffer=77",  # of no consequence unless rows are shuffled
+        "train.device=cpu",
+        "train.pipelined=false",
+        "train.log_every=3",
+        "train.checkpoint_every=3",
+        "train.epochs=3",
+        "train.max_steps=5",
+        "run.dir=elsewhere",
+    ],
+)
+def test_what_does_not_change_the_weights_may_change(override: str) -> None:
+    assert identity(override) == identity()
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.embedding_dim=8", "model.embedding_dim was 16, is 8"),
+        ("model.hidden_dim=null", "model.hidden_dim was 64, is null"),
+        ("model.top_mlp=[8]", r"model.top_mlp was \[512, 256\], is \[8\]"),
+        ("optimizer.name=adam", 'optimizer.name was "sgd", is "adam"'),
+        ("optimizer.learning_rate=0.3", "optimizer.learning_rate was 0.2, is 0.3"),
+        ("data.batch_size=64", "data.batch_size was 128, is 64"),
+        ("data.shuffle=true", "data.shuffle was false, is true"),
+        ("train.seed=1", "train.seed was 0, is 1"),
+        ("sharding.rows_dtype=fp16", 'rows_dtype of table C1 was "fp32", is "fp16"'),
+    ],
+)
+def test_what_changes_the_weights_is_named(override: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"^here was saved with other settings: .*{key}.*; set them back, or go$"):
+        check_same(identity(), identity(override), "here", "go")
+
+
+def test_other_tables_and_vocabularies_are_named() -> None:
+    with pytest.raises(UserError, match=r"rows of table C1 was 9, is 8; the data set.s vocabulary_id was .v., is .w."):
+        check_same(identity(), identity(rows=8, vocabulary_id="w"), "here", "go")
+    with pytest.raises(UserError, match=r"the training split's files, by fingerprint, was .c., is .d."):
+        check_same(identity(), identity(content_id="d"), "here", "go")
+
+
+def test_the_number_of_steps_counts_where_learning_rates_fall() -> None:
+    falling = ("optimizer.decay=linear",)
+    assert identity(*falling, "train.epochs=2") != identity(*falling)
+    assert without_rates(identity(*falling, "train.epochs=2")) == without_rates(identity())
+    assert without_rates(identity("optimizer.name=adam")) != without_rates(identity())
