@@ -1,7 +1,8 @@
-"""MLET beside the single layer, and beside the control that tells its gain from a larger learning rate."""
+"""MLET beside the single layer, and beside the control that separates its gain from a larger learning rate."""
 
 import dataclasses
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config.sections import Config, RunConfig, load_config, save_config
+from mlet_dist.config.sections import Config, ModelConfig, RunConfig, load_config, save_config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.training.run_directory import RunDirectory
@@ -102,7 +103,7 @@ def comparison_table(result: dict[str, Any]) -> str:
 
 
 def _arm_configs(config: Config) -> dict[str, Config]:
-    from mlet_dist.control import single_layer_control
+    from mlet_dist.comparison import single_layer_control
 
     def arm(name: str, **changes: Any) -> Config:
         run = RunConfig(str(Path(config.run.dir) / name), config.run.overwrite)
@@ -186,3 +187,24 @@ def _difference(value: float | None) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
+
+
+def single_layer_control(model: ModelConfig, optimizer: str) -> tuple[ModelConfig, float]:
+    """The single layer at MLET's initial scale, and the factor on the rows' learning rate that makes them equal.
+
+    At initialisation E[W2ᵀW2] = kσ²I. MLET draws its rows σ√k times larger. Under SGD it steps W kσ² times further for
+    the same gradient g. Under Adagrad a first step moves W1 by its learning rate times sign(g·W2ᵀ), and so W by kσ/√d
+    times what a single layer moves along g, on average over Gaussian W2 and g.
+
+    Args:
+        model: the MLET model.
+        optimizer: ``sgd`` or ``adagrad``.
+    """
+    if model.hidden_dim is None:
+        return model, 1.0
+    std = 1 / math.sqrt(model.hidden_dim) if model.projection_init_std is None else model.projection_init_std
+    gain = std * math.sqrt(model.hidden_dim)
+    control = dataclasses.replace(model, hidden_dim=None, rows_init_gain=model.rows_init_gain * gain)
+    if optimizer == "sgd":
+        return control, gain * gain
+    return control, gain * math.sqrt(model.hidden_dim / model.embedding_dim)

@@ -1,9 +1,24 @@
-"""JSON that every reader takes: a number that is not finite becomes null. And objects that hold their own checksum."""
+"""What commands print and files hold: text tables for people, JSON that every reader takes, objects with their own checksum."""
 
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
+
+
+def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -> list[str]:
+    """Lines of aligned columns; the first ``left`` begin at the left, the others end at the right."""
+    table = [list(map(str, row)) for row in [names, *rows]]
+    widths = [max(len(row[index]) for row in table) for index in range(len(names))]
+    return [
+        "  ".join(
+            text.ljust(width) if index < left else text.rjust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
 
 SEAL = "sha256"
 """The key of a sealed object's own checksum."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
+from mlet_dist.comparison import single_layer_control
 from mlet_dist.config.sections import ModelConfig
-from mlet_dist.control import single_layer_control
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
 from mlet_dist.models.dlrm import build_dlrm

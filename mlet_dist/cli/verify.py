@@ -8,7 +8,7 @@ from typing import Any
 from mlet_dist.cli.options import add_data
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch
-from mlet_dist.text_table import text_table
+from mlet_dist.formatting import text_table
 
 TEXT = "Compare the factorised model with every model of its export; exit code 1 if one differs by more than it may."
 EPILOG = None

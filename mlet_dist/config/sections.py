@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from mlet_dist.config.parser import closest, multiples, parse_section, section_type, show
+from mlet_dist.config.parser import closest, load_yaml, multiples, parse_section, parse_yaml, section_type, show
 from mlet_dist.config.parser import setting as _setting
-from mlet_dist.config.strict_yaml import load_yaml, parse_yaml
 from mlet_dist.errors import UserError
 
 _COMMAND_LINE = "command line"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config.strict_yaml import load_yaml
+from mlet_dist.config.parser import load_yaml
 from mlet_dist.errors import UserError
 
 _FIELDS = {

@@ -4,7 +4,7 @@ import html
 from typing import Any
 
 from mlet_dist.embeddings.planning.cost_model import gigabytes
-from mlet_dist.text_table import text_table
+from mlet_dist.formatting import text_table
 
 _KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
 _LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60

@@ -5,7 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config.strict_yaml import load_yaml
+from mlet_dist.config.parser import load_yaml
 from mlet_dist.data.names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.data.prepare.raw_formats import (
     LABEL,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlet_dist.text_table import text_table
+from mlet_dist.formatting import text_table
 
 NOTE = (
     "Low rank is a diagnostic, not a goal: singular values say how a table uses its columns, not how well the model "
