@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     spec, pooling_factors = load_tables(config, None if args.tables is None else Path(args.tables))
     warn(config)
     before_torch()
-    from mlet_dist.embeddings.planning.step_time import Device
+    from mlet_dist.embeddings.planning.cost_model import Device
     from mlet_dist.planner.plan_report import picture, report
     from mlet_dist.planner.run_plan import make_plan
 

@@ -1,11 +1,10 @@
 """Multi-layer embedding tables on TorchRec: usable alone, with your own model and trainer."""
 
-from mlet_dist.embeddings.adam import LazyAdam
+from mlet_dist.embeddings.adam import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.planning.planner import multi_layer_planner
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.step_count import StepCountingOptimizer
 
 __all__ = [
     "LazyAdam",

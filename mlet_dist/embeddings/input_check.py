@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mlet_dist.embeddings.sharded.agreement import Agreement
+from mlet_dist.embeddings.sharded.collectives import Agreement
 
 SmallestTables = Mapping[str, tuple[str, int]]
 """Feature -> the smallest of its tables and that table's number of rows, which the feature's ids must stay below."""

@@ -12,7 +12,7 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as Quantised
 from mlet_dist.config.sections import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.planning.cost_model import Optimizer
-from mlet_dist.embeddings.planning.model_cost import DenseCost
+from mlet_dist.embeddings.planning.plan_cost import DenseCost
 from mlet_dist.models.spec import ModelSpec
 
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."

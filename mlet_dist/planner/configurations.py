@@ -9,11 +9,9 @@ from torchrec.distributed.planner import Topology
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.config.sections import Config
-from mlet_dist.embeddings.planning.cost_model import Memory, total_memory
-from mlet_dist.embeddings.planning.model_cost import DenseCost, Tables
-from mlet_dist.embeddings.planning.plan_cost import Ranks, load_factor, table_cost
+from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memory
+from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import evenest, table_constraints
-from mlet_dist.embeddings.planning.step_time import Device
 from mlet_dist.models.dlrm import build_dlrm, dense_cost
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.model_plan import DoesNotFit, ModelPlan

@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlet_dist.config.sections import Config
-from mlet_dist.embeddings.planning.cost_model import Memory
-from mlet_dist.embeddings.planning.model_cost import (
+from mlet_dist.embeddings.planning.cost_model import Device, Memory
+from mlet_dist.embeddings.planning.plan_cost import (
     DenseCost,
+    Ranks,
     Tables,
     alike,
     fullest_memory,
     memory_of_rank,
     slowest_step,
 )
-from mlet_dist.embeddings.planning.plan_cost import Ranks
-from mlet_dist.embeddings.planning.step_time import Device
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.planner.configurations import Case, configurations

@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from mlet_dist.embeddings.planning.cost_model import Memory, gigabytes
-from mlet_dist.embeddings.planning.model_cost import fullest_memory, slowest_step
-from mlet_dist.embeddings.planning.step_time import Device, milliseconds
+from mlet_dist.embeddings.planning.cost_model import Device, Memory, gigabytes, milliseconds
+from mlet_dist.embeddings.planning.plan_cost import fullest_memory, slowest_step
 from mlet_dist.errors import UserError
 from mlet_dist.planner.configurations import Case, even_memory
 from mlet_dist.planner.hardware import presets

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.sections import TrainConfig
-from mlet_dist.embeddings.sharded.agreement import Agreement
+from mlet_dist.embeddings.sharded.collectives import Agreement
 from mlet_dist.errors import UserError
 from mlet_dist.training.guard import Guard
 from mlet_dist.training.signals import StopSignal, interrupted

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.nn.utils import get_total_norm
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from mlet_dist.embeddings.sharded.agreement import Agreement
+from mlet_dist.embeddings.sharded.collectives import Agreement
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.state import Training

@@ -13,13 +13,19 @@ from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.planning.cost_model import REPLICATED_BYTES
+from mlet_dist.embeddings.planning.cost_model import REPLICATED_BYTES, Device
 from mlet_dist.embeddings.planning.explanation import sharding_reasons
-from mlet_dist.embeddings.planning.model_cost import DenseCost, alike, memory_of_rank, shortage
-from mlet_dist.embeddings.planning.plan_cost import Ranks, optimizer_of, table_costs
+from mlet_dist.embeddings.planning.plan_cost import (
+    DenseCost,
+    Ranks,
+    alike,
+    memory_of_rank,
+    optimizer_of,
+    shortage,
+    table_costs,
+)
 from mlet_dist.embeddings.planning.planner import device_of, home_memory, multi_layer_planner
 from mlet_dist.embeddings.planning.search_space import Constraints, evenest, table_constraints
-from mlet_dist.embeddings.planning.step_time import Device
 from mlet_dist.embeddings.planning.table_cost import UVM, UVM_CACHING, TableCost
 from mlet_dist.embeddings.sharded.collectives import codecs_of
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS

@@ -18,7 +18,7 @@ from torchrec.models.dlrm import DLRM
 
 from mlet_dist.config.sections import ShardingConfig
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.planning.step_time import Device
+from mlet_dist.embeddings.planning.cost_model import Device
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.errors import UserError
 from mlet_dist.training.model_plan import ModelPlan, plan_model

@@ -21,7 +21,7 @@ from mlet_dist.checkpoint.writer import write_checkpoint
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig, ShardingConfig, TableShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
-from mlet_dist.embeddings.step_count import fused_kernels
+from mlet_dist.embeddings.adam import fused_kernels
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.optimizers import (

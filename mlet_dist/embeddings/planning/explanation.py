@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.planning.cost_model import Device, milliseconds, step_time
 from mlet_dist.embeddings.planning.plan_cost import Ranks, table_cost
-from mlet_dist.embeddings.planning.step_time import Device, milliseconds, step_time
 from mlet_dist.embeddings.planning.table_cost import DATA_PARALLEL, UVM, UVM_CACHING, TableCost
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
 

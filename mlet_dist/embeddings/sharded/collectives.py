@@ -1,14 +1,49 @@
-"""What vectors and their gradients are rounded to on the network: TorchRec's quantised communication."""
+"""Collectives of the sharded module: agreement between ranks, the all-to-all of rows, W2's gradients, and codecs."""
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 import torch
 from fbgemm_gpu.quantize_comm import QuantizationContext
 from fbgemm_gpu.quantize_comm import QuantizedCommCodec as FbgemmCodec
 from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.types import CommOp, QuantizedCommCodec, QuantizedCommCodecs
+
+
+class Agreement:
+    """The largest code that a rank has, of each kind. A collective call; it is waited for when it is read.
+
+    Args:
+        codes: ``(n,)`` int64, overwritten; on the device of the process group.
+        process_group: the ranks.
+    """
+
+    def __init__(self, codes: torch.Tensor, process_group: dist.ProcessGroup | None) -> None:
+        self._codes = codes
+        self._work = self._copied = None
+        if dist.get_world_size(process_group) > 1:
+            self._work = dist.all_reduce(codes, dist.ReduceOp.MAX, group=process_group, async_op=True)
+        if codes.is_cuda:
+            # The copy is ordered behind the all-reduce here, so that reading it waits for no other stream's work.
+            if self._work is not None:
+                self._work.wait()
+            self._work = None
+            self._codes = torch.empty_like(codes, device="cpu", pin_memory=True).copy_(codes, non_blocking=True)
+            self._copied = torch.cuda.current_stream(codes.device).record_event()
+
+    def read(self) -> list[int]:
+        """The codes, once the other ranks' have come; other work of a device is not waited for."""
+        if self._work is not None:
+            self._work.wait()
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._work = self._copied = None
+        return self._codes.tolist()
+
 
 CommPrecision = Literal["fp32", "fp16", "bf16"]
 
@@ -73,3 +108,48 @@ def _dtype(codec: QuantizedCommCodec) -> torch.dtype:
     # A property of codecs; of TorchRec's that changes nothing, a method.
     dtype = codec.quantized_dtype
     return dtype() if callable(dtype) else dtype
+
+
+def with_combined_gradients(
+    weights: Mapping[str, torch.Tensor], partial: Collection[str], process_group: dist.ProcessGroup | None
+) -> dict[str, torch.Tensor]:
+    """The same weights by the same names, whose gradients arrive on every rank as those of the mean of the losses.
+
+    A weight that is applied after an exchange has on each rank the gradient of the rank's own loss: they are averaged,
+    as by DDP. DDP itself serves only models whose ``forward`` returns tensors, and TorchRec's collections return a
+    LazyAwaitable. All gradients go in one all-reduce; every rank must run backward through it.
+
+    Args:
+        weights: W2 by table.
+        partial: tables whose weight is applied before an exchange. There a rank sees the bags' gradients from all
+            ranks, but only of its own rows: they are summed.
+        process_group: the ranks.
+    """
+    if not weights or not torch.is_grad_enabled() or dist.get_world_size(process_group) == 1:
+        return dict(weights)
+    mean, of_partial = 1 / dist.get_world_size(process_group), _partial_factor(process_group)
+    factors = [of_partial if name in partial else mean for name in weights]
+    return dict(zip(weights, _CombinedGradients.apply(process_group, factors, *weights.values()), strict=True))
+
+
+def _partial_factor(process_group: dist.ProcessGroup | None) -> float:
+    # TorchRec divides gradients by the world size on their way to the rows (comm_ops.GRADIENT_DIVISION).
+    return 1.0 if get_gradient_division() else 1 / dist.get_world_size(process_group)
+
+
+class _CombinedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, process_group: dist.ProcessGroup | None, factors: list[float], *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.process_group, ctx.factors = process_group, factors
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [gradient.reshape(-1) * factor for gradient, factor in zip(gradients, ctx.factors, strict=True)]
+        flat = torch.cat(scaled)
+        dist.all_reduce(flat, group=ctx.process_group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        return None, None, *(part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True))

@@ -1,4 +1,4 @@
-"""Sharding of W1 and replication of W2, through TorchRec's planner and DistributedModelParallel."""
+"""The sharded module: TorchRec's sharded collection over W1, with W2 applied where each table's exchange says."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import DataType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
@@ -38,13 +38,16 @@ from mlet_dist.embeddings.collection import (
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.input_check import BatchChecker, Verdict, smallest_tables
 from mlet_dist.embeddings.projection import project
+from mlet_dist.embeddings.sharded.collectives import with_combined_gradients
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange, ExchangedShardingInfo, ProjectsBefore
 from mlet_dist.embeddings.sharded.placement import check_widths, first_row
-from mlet_dist.embeddings.sharded.pooled import NodeReduceSharding, PaddedTableRowWiseSharding
-from mlet_dist.embeddings.sharded.pooling import bag_sizes, divide, mean_keys
-from mlet_dist.embeddings.sharded.reduce_scatter import PaddedRowWiseSharding, ReduceScatterSharding
-from mlet_dist.embeddings.sharded.replicated import with_combined_gradients
-from mlet_dist.embeddings.sharded.table_wise import AllToAllSharding
+from mlet_dist.embeddings.sharded.pooled import (
+    AllToAllSharding,
+    NodeReduceSharding,
+    PaddedRowWiseSharding,
+    PaddedTableRowWiseSharding,
+    ReduceScatterSharding,
+)
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
 
 
@@ -291,3 +294,43 @@ _SHARDINGS: dict[tuple[str, Exchange], Callable[..., EmbeddingSharding]] = {
 def _raise_mistake(ctx: CheckedContext) -> None:
     if ctx.verdict is not None:
         ctx.verdict.raise_mistake()
+
+
+def mean_keys(tables: list[MultiLayerEmbeddingBagConfig]) -> dict[str, str]:
+    """The keys of the output KeyedTensor that are pooled by mean, and the feature of each."""
+    return {
+        key: feature
+        for table, keys in zip(tables, get_embedding_names_by_table(tables), strict=True)
+        if table.pooling == PoolingType.MEAN
+        for key, feature in zip(keys, table.feature_names, strict=True)
+    }
+
+
+@torch.no_grad()
+def bag_sizes(features: KeyedJaggedTensor, keys: Mapping[str, str]) -> torch.Tensor:
+    """What mean pooling divides by, ``(len(keys), B)`` float32, 1 for an empty bag.
+
+    As in TorchRec's row-wise sharding, a bag with per-sample weights is divided by their sum.
+    """
+    weights = features.weights_or_none()
+    if weights is None:
+        sizes = features.lengths().float()
+    else:
+        sizes = torch.ops.fbgemm.segment_sum_csr(1, features.offsets().int(), weights).float()
+    of_feature = dict(zip(features.keys(), sizes.split(features.stride_per_key()), strict=True))
+    if features.variable_stride_per_key():
+        names, inverse = features.inverse_indices()
+        of_feature = {name: of_feature[name][row] for name, row in zip(names, inverse, strict=True)}
+    found = torch.stack([of_feature[feature] for feature in keys.values()])
+    return torch.where(found == 0, torch.ones_like(found), found)
+
+
+def divide(pooled: KeyedTensor, keys: Mapping[str, str], sizes: torch.Tensor) -> KeyedTensor:
+    """Divide the vectors of ``keys`` by ``sizes`` ``(len(keys), B)``; the others stay as they are."""
+    names, widths = pooled.keys(), pooled.length_per_key()
+    row = {key: index for index, key in enumerate(keys)}
+    parts = [
+        part / sizes[row[name]].unsqueeze(1).to(part.dtype) if name in row else part
+        for name, part in zip(names, pooled.values().split(widths, dim=1), strict=True)
+    ]
+    return KeyedTensor(keys=names, length_per_key=widths, values=torch.cat(parts, dim=1), key_dim=1)

@@ -30,7 +30,7 @@ from mlet_dist.embeddings.sharded.exchange_choice import (
     ProjectsBefore,
 )
 from mlet_dist.embeddings.sharded.placement import ranks_of_blocks
-from mlet_dist.embeddings.sharded.projected_sums import ExchangedDims, tables_by_feature
+from mlet_dist.embeddings.sharded.pooled import ExchangedDims, tables_by_feature
 from mlet_dist.embeddings.sharded.row_lookup import RowLookup, group_for_rows
 
 

@@ -3,7 +3,7 @@
 import torch
 from torchrec.distributed.planner.types import Perf, Shard, ShardingOption, Storage
 
-from mlet_dist.embeddings.planning.enumerator import worthwhile
+from mlet_dist.embeddings.planning.search_space import worthwhile
 
 KINDS = {"row_wise": "uniform", "data_parallel": "uniform", "table_wise": "device", "table_row_wise": "host"}
 

@@ -22,11 +22,18 @@ from benchmarks.traffic import count_traffic
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig, RowsDtype
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.planning.cost_model import Memory, Step, all_reduced, rows_of_rank, total_memory, total_step
-from mlet_dist.embeddings.planning.model_cost import DenseCost, fullest_memory, memory_of_rank
-from mlet_dist.embeddings.planning.plan_cost import optimizer_of
+from mlet_dist.embeddings.planning.cost_model import (
+    Device,
+    Memory,
+    Step,
+    all_reduced,
+    rows_of_rank,
+    step_time,
+    total_memory,
+    total_step,
+)
+from mlet_dist.embeddings.planning.plan_cost import DenseCost, fullest_memory, memory_of_rank, optimizer_of
 from mlet_dist.embeddings.planning.planner import multi_layer_planner
-from mlet_dist.embeddings.planning.step_time import Device, step_time
 from mlet_dist.embeddings.planning.table_cost import TableCost
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.sharded.exchange_choice import TableTraffic

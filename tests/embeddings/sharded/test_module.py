@@ -15,7 +15,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig, projection
-from mlet_dist.embeddings.sharded import replicated, row_lookup, unique_rows
+from mlet_dist.embeddings.sharded import collectives, row_lookup, unique_rows
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, Exchange
 from mlet_dist.embeddings.sharded.row_lookup import group_for_rows
 from tests.helpers.dense_reference import Bags, DenseReference, toy_loss
@@ -167,7 +167,9 @@ def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
 
 
 def _train_averaging_partial_gradients(exchange: Exchange) -> dict[str, Any]:
-    with mock.patch.object(replicated, "_partial_factor", lambda process_group: 1 / dist.get_world_size(process_group)):
+    with mock.patch.object(
+        collectives, "_partial_factor", lambda process_group: 1 / dist.get_world_size(process_group)
+    ):
         return _train_sharded("sgd", False, exchange)
 
 

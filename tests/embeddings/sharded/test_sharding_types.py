@@ -13,7 +13,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.sharded import replicated
+from mlet_dist.embeddings.sharded import collectives
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from tests.helpers.dense_reference import Bags, DenseReference, toy_loss
 from tests.helpers.ranks import RankPool
@@ -245,7 +245,9 @@ def test_ranks_without_tables_take_part(ranks: Ranks, nodes: tuple[int, int]) ->
 
 
 def _train_averaging_partial_gradients() -> dict[str, Any]:
-    with mock.patch.object(replicated, "_partial_factor", lambda process_group: 1 / dist.get_world_size(process_group)):
+    with mock.patch.object(
+        collectives, "_partial_factor", lambda process_group: 1 / dist.get_world_size(process_group)
+    ):
         return _train("sgd", "auto")
 
 
