@@ -29,10 +29,8 @@ import torch
 from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
-from mlet_dist.checkpoint.choosing import newest_whole
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_state
-from mlet_dist.checkpoint.saver import CheckpointSaver
-from mlet_dist.checkpoint.staging import staged
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_state, newest_whole
+from mlet_dist.checkpoint.saver import CheckpointSaver, staged
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig
@@ -40,8 +38,8 @@ from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.evaluation import BinaryMetrics
 from mlet_dist.training.guard import Guard
-from mlet_dist.training.metrics import BinaryMetrics
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.process_group import Worker, join_ranks
 from mlet_dist.training.sharding import shard_model

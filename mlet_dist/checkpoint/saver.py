@@ -1,4 +1,4 @@
-"""Saving behind training: the copy is taken at once, a thread writes it."""
+"""Saving behind training: a copy is taken at once, a thread writes it, and checkpoints beyond the retention go."""
 
 import os
 import sys
@@ -10,12 +10,66 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import distributed as dist
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
-from mlet_dist.checkpoint.retention import drop_old
-from mlet_dist.checkpoint.staging import staged
+from mlet_dist.checkpoint.manifest import ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.writer import on_first, write_checkpoint
+
+
+def staged(state: Any) -> Any:
+    """The same nested dicts, of tensors copied to memory of their own on the CPU; the copy is done on return."""
+    if isinstance(state, dict):
+        return {key: staged(value) for key, value in state.items()}
+    if isinstance(state, ShardedTensor):
+        shards = state.local_shards()
+        if any(shard.tensor.device.type != "cpu" for shard in shards):
+            return state.cpu()
+        copies = [Shard(shard.tensor.detach().clone(), shard.metadata) for shard in shards]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            copies, state.metadata(), process_group=state._process_group
+        )
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    return state
+
+
+def staged_bytes(state: Any, rank: int) -> int:
+    """Bytes that this rank adds to a checkpoint: of what all ranks hold, the first writes the only copy."""
+    if isinstance(state, dict):
+        return sum(staged_bytes(value, rank) for value in state.values())
+    if isinstance(state, ShardedTensor):
+        return sum(_written(shard.tensor) for shard in state.local_shards())
+    if isinstance(state, torch.Tensor):
+        return _written(state) if rank == 0 else 0
+    return 0
+
+
+_BYTES_OF_A_RECORD = 2048  # what torch.save puts around a tensor, at most
+
+
+def _written(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size() + _BYTES_OF_A_RECORD
+
+
+def drop_old(store: CheckpointStore, keep_last: int, keep_every: int | None) -> None:
+    """Remove whole checkpoints but the last ``keep_last`` and those whose step is a multiple of ``keep_every``.
+
+    Those that are not whole are left alone: one may be being written.
+    """
+    whole = []
+    for checkpoint in store.checkpoints():
+        try:
+            checkpoint.manifest()
+        except ManifestError:
+            continue
+        whole.append(checkpoint)
+    for checkpoint in whole[:-keep_last]:
+        if keep_every is None or checkpoint.step % keep_every:
+            checkpoint.remove()
+
 
 _PATIENCE_SECONDS = 30.0
 _NICENESS = 10

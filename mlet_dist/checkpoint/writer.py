@@ -16,7 +16,7 @@ from torch.utils.serialization import config as serialization
 
 from mlet_dist.checkpoint.load import first_cause
 from mlet_dist.checkpoint.manifest import Checksum, Manifest
-from mlet_dist.checkpoint.staging import staged_bytes
+from mlet_dist.checkpoint.saver import staged_bytes
 from mlet_dist.checkpoint.store import Checkpoint
 from mlet_dist.errors import UserError, os_error
 

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
     """The summary; None where a rank has shown it."""
-    from mlet_dist.training.attempt import finished_before, for_this_attempt
+    from mlet_dist.training.job import finished_before, for_this_attempt
     from mlet_dist.training.run_directory import RunDirectory
 
     done = finished_before(load_config(Path(args.config), args.overrides), by_any=args.once)

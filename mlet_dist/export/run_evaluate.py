@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.choosing import newest_checkpoint
-from mlet_dist.checkpoint.load import load_model
+from mlet_dist.checkpoint.load import load_model, newest_checkpoint
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError

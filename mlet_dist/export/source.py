@@ -8,12 +8,10 @@ from typing import Any, Self
 
 import torch
 
-from mlet_dist.checkpoint.choosing import newest_finished
-from mlet_dist.checkpoint.chunked import ChunkedTensors
-from mlet_dist.checkpoint.load import MODEL_KEY
+from mlet_dist.checkpoint.load import MODEL_KEY, newest_finished
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.checkpoint.tensor_ranges import TensorFiles
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
 from mlet_dist.embeddings.collection import check_layers_fit
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory

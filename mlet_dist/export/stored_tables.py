@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from mlet_dist.checkpoint.chunked import ChunkedTensors
-from mlet_dist.checkpoint.tensor_ranges import TensorFiles
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.formats.safetensors_files import SafetensorsFiles
 

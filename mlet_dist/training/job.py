@@ -1,9 +1,10 @@
-"""What a job is given: its data, the run directory it holds, and where the run begins."""
+"""A job of a run: its data, the run directory it holds, and where it begins."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,38 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import evaluation_loader
-from mlet_dist.training.identity import identity_of
 from mlet_dist.training.process_group import Worker
-from mlet_dist.training.resume import Start, drop_later, find_start
+from mlet_dist.training.resume import Start, drop_later, find_start, identity_of
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.warm_start import InitialWeights, find_initial_weights
+
+
+def for_this_attempt(config: Config) -> Config:
+    """The config, of which torch elastic's restarts take no second `run.overwrite` or `never`: they go on."""
+    if not _is_restart():
+        return config
+    resume = "auto" if config.train.resume == "never" else config.train.resume
+    return replace(config, run=replace(config.run, overwrite=False), train=replace(config.train, resume=resume))
+
+
+def finished_before(config: Config, *, by_any: bool = False) -> dict[str, Any] | None:
+    """The summary of a run that an earlier attempt has finished, but did not live to show; None where there is none.
+
+    Args:
+        by_any: whether any earlier job counts as an attempt, and not those of this torch elastic alone.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    run = RunDirectory(Path(config.run.dir))
+    if not (by_any or _is_restart()) or not run.summary.exists():
+        return None
+    saved, _, summary = run.load()
+    return summary if for_this_attempt(saved) == for_this_attempt(config) else None
+
+
+def _is_restart() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 @dataclass(frozen=True)

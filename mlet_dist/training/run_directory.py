@@ -1,7 +1,10 @@
-"""The layout of a run on disk: resolved config, model, metrics, checkpoints, summary."""
+"""The layout of a run on disk: resolved config, model, metrics, checkpoints, summary; and the lock on it."""
 
+import fcntl
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +16,37 @@ from mlet_dist.config.sections import Config, load_config, save_config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.lock import locked
+
+
+@contextmanager
+def locked(file: Path, name: str) -> Iterator[None]:
+    """Hold ``file``, made with its directory if need be, for as long as the block and its process last.
+
+    Args:
+        name: what the directory is called in messages.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read(500).strip() or "another one"
+            raise UserError(f"{name}: another job is training into it ({holder}); choose another") from None
+        except OSError as error:
+            raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
+        yield
+
 
 _PREFLIGHT = ".mlet-preflight-"  # files by which the nodes of a job find out that they share storage
 

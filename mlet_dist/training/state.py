@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mlet_dist.training.metrics import BinaryMetrics
+from mlet_dist.training.evaluation import BinaryMetrics
 
 
 @dataclass

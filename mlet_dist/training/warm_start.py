@@ -10,8 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from mlet_dist.checkpoint.choosing import Found
-from mlet_dist.checkpoint.load import MODEL_KEY, check_shapes, load_state, read_metadata
+from mlet_dist.checkpoint.load import MODEL_KEY, Found, check_shapes, load_state, read_metadata
 from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm

@@ -14,11 +14,9 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint import manifest
-from mlet_dist.checkpoint.choosing import newest_checkpoint, newest_whole
-from mlet_dist.checkpoint.load import load_state
+from mlet_dist.checkpoint.load import load_state, newest_checkpoint, newest_whole
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, Checksum, Manifest, ManifestError
-from mlet_dist.checkpoint.retention import drop_old
-from mlet_dist.checkpoint.saver import CheckpointSaver
+from mlet_dist.checkpoint.saver import CheckpointSaver, drop_old
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.errors import UserError
 from mlet_dist.training.resume import Start, drop_later

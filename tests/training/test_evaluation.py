@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed as dist
 
-from mlet_dist.training.metrics import BinaryMetrics
+from mlet_dist.training.evaluation import BinaryMetrics
 from tests.helpers.ranks import RankPool
 
 CPU = torch.device("cpu")

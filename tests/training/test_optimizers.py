@@ -14,8 +14,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from mlet_dist.checkpoint.choosing import newest_checkpoint
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_model, load_state
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_model, load_state, newest_checkpoint
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig, ShardingConfig, TableShardingConfig

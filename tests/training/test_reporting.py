@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mlet_dist.training.recorder import Recorder
+from mlet_dist.training.reporting import Recorder
 from mlet_dist.training.run_directory import RunDirectory
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.choosing import newest_whole
+from mlet_dist.checkpoint.load import newest_whole
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.sections import Config, load_config

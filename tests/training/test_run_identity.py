@@ -8,7 +8,7 @@ from mlet_dist.config.sections import load_config
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.identity import check_same, identity_of, without_rates
+from mlet_dist.training.resume import check_same, identity_of, without_rates
 from tests.helpers.mlet_command import ROOT
 
 

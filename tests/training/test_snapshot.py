@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.choosing import newest_checkpoint
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_model
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_model, newest_checkpoint
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig
@@ -20,7 +19,7 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
-from mlet_dist.training.weights import weights_sha256
+from mlet_dist.training.snapshot import weights_sha256
 from tests.helpers.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.multirank
@@ -39,9 +38,9 @@ def _worker() -> Worker:
 
 
 def _fingerprint(spec: ModelSpec, block_bytes: int) -> str:
-    import mlet_dist.training.weights
+    import mlet_dist.training.snapshot
 
-    mlet_dist.training.weights._BLOCK_BYTES = block_bytes
+    mlet_dist.training.snapshot._BLOCK_BYTES = block_bytes
     model = build_dlrm(spec, tables_device=torch.device("meta"))
     fuse_row_optimizer(model, OptimizerConfig())
     return weights_sha256(shard_model(model, _worker(), 8)[0], torch.device("cpu"))

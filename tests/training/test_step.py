@@ -19,14 +19,12 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.guard import Guard
-from mlet_dist.training.loop import take_all_steps
 from mlet_dist.training.optimizers import optimizer_state
 from mlet_dist.training.process_group import Worker
-from mlet_dist.training.recorder import Recorder
-from mlet_dist.training.reporting import TrainingReport
+from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import LearningRates
-from mlet_dist.training.step import pipeline_pays, take_steps
+from mlet_dist.training.step import pipeline_pays, take_all_steps, take_steps
 from mlet_dist.training.timing import StepTimer
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT, mlet, mlet_json

@@ -16,8 +16,7 @@ from mlet_dist.config.sections import Config, load_config
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.guard import Guard
 from mlet_dist.training.step import take_steps
-from mlet_dist.training.stopwatch import Stopwatch
-from mlet_dist.training.timing import StepTimer
+from mlet_dist.training.timing import StepTimer, Stopwatch
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT
 from tests.helpers.ranks import RankPool

@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from mlet_dist.checkpoint.chunked import ChunkedTensors
-from mlet_dist.checkpoint.tensor_ranges import TensorFiles
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory

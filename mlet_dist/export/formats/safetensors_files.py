@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mlet_dist.checkpoint.checked_file import CheckedFile
-from mlet_dist.checkpoint.chunked import Chunk, ChunkedTensors, StoredTensor
+from mlet_dist.checkpoint.tensor_ranges import Chunk, ChunkedTensors, StoredTensor
 from mlet_dist.errors import UserError
 
 DTYPES = {

@@ -16,7 +16,7 @@ from torchrec.fx import Tracer
 from torchrec.pt2.utils import deregister_fake_classes, register_fake_classes
 
 from mlet_dist import __version__
-from mlet_dist.checkpoint.chunked import ChunkedTensors
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.serving.predictor import ExportedPredictor, Predictor

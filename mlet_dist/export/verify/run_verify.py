@@ -23,8 +23,7 @@ from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, chec
 from mlet_dist.export.verify.tolerances import DEFAULT_TOLERANCES, Comparison, Tolerances
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
-from mlet_dist.training.evaluation import evaluation_loader
-from mlet_dist.training.metrics import BinaryMetrics
+from mlet_dist.training.evaluation import BinaryMetrics, evaluation_loader
 from mlet_dist.training.process_group import Worker
 
 _UNCHECKED = {"distcp": ".metadata", "safetensors": "*.json"}

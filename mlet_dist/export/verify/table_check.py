@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mlet_dist.checkpoint.chunked import ChunkedTensors
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.source import TableSource

@@ -9,7 +9,7 @@ import torch
 
 from mlet_dist.export.verify.compared_models import Candidate
 from mlet_dist.export.verify.table_check import TableError
-from mlet_dist.training.metrics import BinaryMetrics
+from mlet_dist.training.evaluation import BinaryMetrics
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from mlet_dist.checkpoint.choosing import newest_finished
+from mlet_dist.checkpoint.load import newest_finished
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import TensorFiles

@@ -20,7 +20,7 @@ from mlet_dist.export.source import Source, Tables
 from mlet_dist.export.verify.run_verify import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.identity import check_same, identity_of
+from mlet_dist.training.resume import check_same, identity_of
 from mlet_dist.training.warm_start import find_initial_weights
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
