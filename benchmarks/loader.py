@@ -32,8 +32,7 @@ import torch
 from loader_from_disk import ARRAYS, from_disk
 from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 
-from mlet_dist.data.loading.jagged import JaggedBuilder
-from mlet_dist.data.loading.loader import DataLoader
+from mlet_dist.data.loading.loader import DataLoader, JaggedBuilder
 from mlet_dist.data.loading.order import Order, Shuffle
 from mlet_dist.data.loading.row_groups import SplitRows
 from mlet_dist.data.schema import DatasetSchema

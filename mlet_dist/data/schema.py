@@ -1,9 +1,4 @@
-"""What a prepared data set holds: its features, their vocabularies' sizes, its splits and its parts.
-
-Columns of a part: the label int8 (0 or 1); a dense feature float32, finite; a sparse feature int32, or where it is
-multi-valued list<int32>; the weights of a weighted feature in ``<name>.weight``, list<float32> of the same lengths. No
-value and no list is null, a list may be empty.
-"""
+"""What a prepared data set holds: its features, their vocabularies' sizes, its splits and its parts."""
 
 import hashlib
 import json
@@ -16,8 +11,39 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlet_dist.data.location import DataPath
-from mlet_dist.data.names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.errors import UserError
+
+# Tables live in torch's ModuleDict and ParameterDict, where an attribute of theirs cannot be the name of another thing.
+MODULE_ATTRIBUTES = frozenset({
+    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear",
+    "compile", "copy", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward",
+    "fromkeys", "get", "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "items",
+    "keys", "load_state_dict", "modules", "mtia", "named_buffers", "named_children", "named_modules",
+    "named_parameters", "parameters", "pop", "popitem", "register_backward_hook", "register_buffer",
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+    "register_full_backward_pre_hook", "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook",
+    "register_module", "register_parameter", "register_state_dict_post_hook", "register_state_dict_pre_hook",
+    "requires_grad_", "set_extra_state", "set_submodule", "setdefault", "share_memory", "state_dict", "to",
+    "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
+})  # fmt: skip
+
+# Names are parts of file names and of the names of a model's tensors.
+MAX_NAME_BYTES = 200  # file systems take 255, and a name's ending and the marks of unfinished files come on top
+NAME_RULE = f"printable text of 1 to {MAX_NAME_BYTES} bytes without dots and slashes"
+TABLE_NAME_RULE = f"{NAME_RULE} that does not begin with _ and is no attribute of a torch module (type, items, …)"
+
+
+def is_name(value: Any) -> bool:
+    """Whether a column may have this name."""
+    if not (isinstance(value, str) and value.isprintable()) or set(value) & set("./"):
+        return False
+    return 0 < len(value.encode()) <= MAX_NAME_BYTES
+
+
+def is_table_name(value: Any) -> bool:
+    """Whether a sparse feature, and so its table, may have this name."""
+    return is_name(value) and not value.startswith("_") and value not in MODULE_ATTRIBUTES
+
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "valid", "test")

@@ -16,8 +16,8 @@ from mlet_dist.atomic_directory import staged_directory
 from mlet_dist.data.loading.prefetch import map_ahead
 from mlet_dist.data.loading.windows import MultiValued
 from mlet_dist.data.parquet_parts import PartWriter, split_bounds
-from mlet_dist.data.prepare.formats import CRITEO_DENSE as DENSE
-from mlet_dist.data.prepare.formats import CRITEO_SPARSE as SPARSE
+from mlet_dist.data.prepare.raw_formats import CRITEO_DENSE as DENSE
+from mlet_dist.data.prepare.raw_formats import CRITEO_SPARSE as SPARSE
 from mlet_dist.data.prepare.raw_formats import LABEL
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
 from mlet_dist.data.synthetic_model import CHUNK_ROWS, FloatArray, Ids, Lists, PlantedModel, PlantedRows

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlet_dist.data.names import MODULE_ATTRIBUTES
-from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
+from mlet_dist.data.schema import MODULE_ATTRIBUTES, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 
 SCHEMA = DatasetSchema(

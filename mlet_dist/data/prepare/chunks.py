@@ -1,13 +1,7 @@
-"""A chunk: the valid rows of a block, typed, as a file of the work directory.
-
-Columns: ``label`` int8; ``time`` int64 where the split asks for it; ``dense.<name>`` float32, and float64 with nulls
-where the training split's mean is still to come; ``sparse.<name>`` the values as a dictionary of this chunk's texts, or
-a list of them; ``weight.<name>`` list<float32>. Whatever depends on a value alone is done on the dictionary, once a
-chunk.
-"""
+"""Chunks, the valid rows of a block as a typed file, and groups, the consecutive chunks that later passes work on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -15,6 +9,8 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from mlet_dist.data.prepare.splits import Codes, Splitter
 
 LABEL, TIME = "label", "time"
 CHUNK_VERSION = 2  # of the files: one that another version of this module has left is not taken for its own
@@ -122,3 +118,50 @@ def values_and_indices(column: pa.ChunkedArray) -> tuple[pa.StringArray, npt.NDA
     first, last = offsets[0].as_py(), offsets[-1].as_py()
     flat = array.values.slice(first, last - first)
     return flat.dictionary, flat.indices.to_numpy(), pa.array(offsets.to_numpy() - first)
+
+
+GROUP_ROWS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Group:
+    """Chunks of a file.
+
+    Attributes:
+        number: among all groups of all files, in row order.
+        file: number of the file.
+        chunks: their files, in row order.
+        start: the file's rows before them.
+        rows: how many rows they hold.
+    """
+
+    number: int
+    file: int
+    chunks: tuple[Path, ...]
+    start: int
+    rows: int
+
+    def read(self, splitter: Splitter, columns: Sequence[str] | None = None) -> Iterator[tuple[pa.Table, Codes]]:
+        """Yield each chunk's rows, or these columns of them, and the splits that the rows belong to."""
+        start = self.start
+        for path in self.chunks:
+            table = load_chunk(path, columns)
+            times: npt.NDArray[np.int64] | None = None
+            if splitter.rule.by == "time":
+                times = table[TIME].to_numpy() if TIME in table.column_names else load_times(path)
+            yield table, splitter.codes(self.file, start, table.num_rows, times)
+            start += table.num_rows
+
+
+def make_groups(files: Sequence[Sequence[tuple[Path, int]]]) -> list[Group]:
+    """The groups of files whose chunks, with the rows of each, are given."""
+    groups: list[Group] = []
+    for number, chunks in enumerate(files):
+        start, pending, rows = 0, [], 0
+        for index, (path, count) in enumerate(chunks):
+            pending.append(path)
+            rows += count
+            if rows >= GROUP_ROWS or index == len(chunks) - 1:
+                groups.append(Group(len(groups), number, tuple(pending), start, rows))
+                start, pending, rows = start + rows, [], 0
+    return groups

@@ -10,8 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mlet_dist.data.hashing import hash_texts
-from mlet_dist.data.prepare.chunks import dense_column, sparse_column, values_and_indices
-from mlet_dist.data.prepare.groups import Group
+from mlet_dist.data.prepare.chunks import Group, dense_column, sparse_column, values_and_indices
 from mlet_dist.data.prepare.raw_formats import TableSpec
 from mlet_dist.data.prepare.splits import Codes, Splitter
 from mlet_dist.data.schema import SPLITS

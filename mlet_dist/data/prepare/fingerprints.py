@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mlet_dist.data.parquet_parts import PART_VERSION, ROW_GROUP_ROWS
-from mlet_dist.data.prepare import groups, raw_blocks
+from mlet_dist.data.prepare import raw_blocks
 from mlet_dist.data.prepare.chunks import CHUNK_VERSION
 from mlet_dist.data.prepare.raw_blocks import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
@@ -43,7 +43,7 @@ def chunks_key(spec: TableSpec, file: RawFile) -> str:
 
 def counts_key(spec: TableSpec, chunks: Sequence[str]) -> str:
     """Of the counts, from the keys of all files' chunks in order."""
-    return key_of(COUNT_VERSION, groups.GROUP_ROWS, spec_to_count(spec), *chunks)
+    return key_of(COUNT_VERSION, chunks.GROUP_ROWS, spec_to_count(spec), *chunks)
 
 
 def vocabulary_key(sparse: SparseColumn, counts: str) -> str:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.data.prepare.chunks import load_times
+from mlet_dist.data.prepare.chunks import Group, load_times, make_groups
 from mlet_dist.data.prepare.counting import GroupCounts, Moments, count_group, moments_of
 from mlet_dist.data.prepare.fingerprints import (
     chunks_key,
@@ -22,7 +22,6 @@ from mlet_dist.data.prepare.fingerprints import (
     spec_to_write,
     vocabulary_key,
 )
-from mlet_dist.data.prepare.groups import Group, make_groups
 from mlet_dist.data.prepare.raw_blocks import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.reading import FileRead, Reading

@@ -1,23 +1,22 @@
-"""Raw data becomes a data set: read, count, vocabulary, write, and merge, which puts it together under its name.
+"""Raw data becomes a data set: read, count, vocabulary, write and merge, each of them restartable."""
 
-Memory is bounded by a setting and the vocabulary, not by the number of rows; an interrupted run goes on where it was.
-"""
-
+import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from mlet_dist.atomic_directory import check_free
 from mlet_dist.data.prepare.dataset_manifest import assemble
-from mlet_dist.data.prepare.formats import criteo
 from mlet_dist.data.prepare.passes import Passes, Shard
 from mlet_dist.data.prepare.raw_blocks import examine
-from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, TableSpec
-from mlet_dist.data.prepare.repeated import refuse_repeated
+from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, TableSpec, avazu, criteo
+from mlet_dist.data.prepare.reading import refuse_repeated
+from mlet_dist.data.prepare.splits import PAPER_AVAZU, PAPER_CRITEO_FILES, PAPER_CRITEO_ROWS, SplitRule
+from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.prepare.work_files import WorkDirectory
 from mlet_dist.data.prepare.worker_pool import Workers, refuse_main_import
 from mlet_dist.data.schema import DatasetSchema
@@ -200,3 +199,64 @@ def _arrow_threads(count: int) -> Iterator[None]:
         yield
     finally:
         pa.set_cpu_count(before)
+
+
+MIN_COUNT = 2
+
+
+def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
+    """Run ``prepare`` as the command line says."""
+    if args.format is None:
+        raise UserError("the format is missing; it is criteo, avazu or table (see `mlet prepare --help`)")
+    if not args.raw:
+        raise UserError("no raw file was given; name at least one (see `mlet prepare --help`)")
+    if args.out is None:
+        raise UserError("--out is missing; name the directory for the data set (see `mlet prepare --help`)")
+    return prepare(
+        _spec(args),
+        args.raw,
+        Path(args.out),
+        resources=Resources(args.memory, args.processes),
+        only=args.only,
+        shard=None if args.shard is None else _shard(args.shard),
+    )
+
+
+def _spec(args: argparse.Namespace) -> TableSpec:
+    if args.format == "table":
+        if args.schema is None:
+            raise UserError("--schema is missing; `mlet prepare table` needs a YAML description of the columns")
+        for name, value in (("--min-count", args.min_count), ("--split", args.split), ("--seed", args.seed)):
+            if value is not None:
+                raise UserError(f"{name} goes with criteo and avazu; of a table, {args.schema} says it")
+        spec = load_table(Path(args.schema))
+    else:
+        if args.schema is not None:
+            raise UserError(f"--schema goes with `mlet prepare table`; the columns of {args.format} are known")
+        known = criteo if args.format == "criteo" else avazu
+        spec = known(MIN_COUNT if args.min_count is None else args.min_count, _split(args))
+    if args.max_malformed is not None:
+        if not 0 <= args.max_malformed <= 1:
+            raise UserError(f"--max-malformed {args.max_malformed} is not a share from 0 to 1")
+        spec = replace(spec, max_malformed=args.max_malformed)
+    return spec
+
+
+def _split(args: argparse.Namespace) -> SplitRule | None:
+    if args.seed is not None and args.split != "random" and not (args.format == "avazu" and args.split != "rows"):
+        raise UserError("--seed goes with --split random")
+    seed = 0 if args.seed is None else args.seed
+    if seed < 0:
+        raise UserError(f"--seed {seed} is negative; it must be a whole number, 0 or more")
+    if args.split == "paper" and args.format == "criteo":
+        return PAPER_CRITEO_ROWS if len(args.raw) == 1 else PAPER_CRITEO_FILES
+    if args.split == "rows" or (args.split is None and args.format == "criteo"):
+        return SplitRule("rows")
+    return replace(PAPER_AVAZU, seed=seed)
+
+
+def _shard(text: str) -> Shard:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"--shard {text!r} is not i/N with i from 0 to N-1, such as 0/8")
+    return Shard(int(index), int(count))

@@ -1,13 +1,17 @@
 """The reading pass: raw files become chunks, a file's malformed lines are judged, and its times are of one kind."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Event
 from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from mlet_dist.data.prepare.chunks import ChunkInfo, Rejected, load_info, save_chunk
 from mlet_dist.data.prepare.fingerprints import spec_to_read
@@ -18,6 +22,34 @@ from mlet_dist.data.prepare.work_files import load_json, save_json
 from mlet_dist.data.prepare.worker_pool import Workers
 from mlet_dist.errors import UserError, one_line
 from mlet_dist.progress import Progress
+
+
+def refuse_repeated(paths: Sequence[str]) -> None:
+    """Compare what paths and URLs lead to; what cannot be looked at is left to those who open it.
+
+    Raises:
+        UserError: two of them lead to one file, be it by links.
+    """
+    seen: dict[Hashable, str] = {}
+    for path in paths:
+        try:
+            identity = _identity(path)
+        except (OSError, ImportError, ValueError):
+            continue
+        if identity in seen:
+            also = "" if path == seen[identity] else f", also as {seen[identity]}"
+            raise UserError(f"{path}: is given twice{also}; give each raw file once")
+        seen[identity] = path
+
+
+def _identity(path: str) -> Hashable:
+    if "://" in path:
+        filesystem, path = fsspec.core.url_to_fs(path)
+        if not isinstance(filesystem, LocalFileSystem):
+            return filesystem, path
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
 
 TOLERATED_LINES = 10  # malformed ones that are never an error, unless there are no others
 EXPECTED_LINES = 10_000_000  # what a file is taken to have at least, until its end is seen

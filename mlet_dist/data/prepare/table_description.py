@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.config.parser import load_yaml
-from mlet_dist.data.names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.data.prepare.raw_formats import (
     LABEL,
     MAX_MIN_COUNT,
@@ -18,7 +17,7 @@ from mlet_dist.data.prepare.raw_formats import (
 )
 from mlet_dist.data.prepare.splits import EIGHTY_TEN_TEN, HALVES, SplitRule
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
-from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, SPLITS
+from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, NAME_RULE, SPLITS, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.errors import UserError
 
 

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.parquet_parts import ROW_GROUP_ROWS, parquet_writer, required, sha256_of
-from mlet_dist.data.prepare.chunks import LABEL, dense_column, sparse_column, values_and_indices, weight_column
+from mlet_dist.data.prepare.chunks import LABEL, Group, dense_column, sparse_column, values_and_indices, weight_column
 from mlet_dist.data.prepare.counting import Moments
-from mlet_dist.data.prepare.groups import Group
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.splits import Splitter
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX

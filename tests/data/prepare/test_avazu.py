@@ -13,8 +13,8 @@ import pytest
 
 from mlet_dist.data.hashing import hash_counters
 from mlet_dist.data.prepare.dataset_check import check
-from mlet_dist.data.prepare.formats import AVAZU_COLUMNS, AVAZU_SPARSE, avazu
 from mlet_dist.data.prepare.pipeline import prepare
+from mlet_dist.data.prepare.raw_formats import AVAZU_COLUMNS, AVAZU_SPARSE, avazu
 from mlet_dist.errors import UserError
 
 Write = Callable[..., Path]

@@ -1,4 +1,4 @@
-"""Tests of mlet_dist.data.prepare.lines: the same as looking at one line after the other."""
+"""Tests of mlet_dist.data.prepare.parsing: the same as looking at one line after the other."""
 
 import csv
 import re
@@ -6,7 +6,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlet_dist.data.prepare.lines import examine_lines, plain_lines
+from mlet_dist.data.prepare.parsing import examine_lines, plain_lines
 
 # A field without quotes, or one in quotes in which quotes are doubled.
 FIELD = r'(?:[^",]*|"(?:[^"]|"")*")'

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 from mlet_dist.data.prepare import raw_blocks
 from mlet_dist.data.prepare.chunks import Rejected
-from mlet_dist.data.prepare.formats import CRITEO_COLUMNS as COLUMNS
-from mlet_dist.data.prepare.formats import CRITEO_DENSE as DENSE
-from mlet_dist.data.prepare.formats import CRITEO_SPARSE as SPARSE
-from mlet_dist.data.prepare.formats import criteo
 from mlet_dist.data.prepare.parsing import parse_block
 from mlet_dist.data.prepare.raw_blocks import RawFile, examine, text_blocks
-from mlet_dist.data.prepare.raw_formats import LABEL
+from mlet_dist.data.prepare.raw_formats import CRITEO_COLUMNS as COLUMNS
+from mlet_dist.data.prepare.raw_formats import CRITEO_DENSE as DENSE
+from mlet_dist.data.prepare.raw_formats import CRITEO_SPARSE as SPARSE
+from mlet_dist.data.prepare.raw_formats import LABEL, criteo
 from mlet_dist.errors import UserError
 from tests.helpers.raw_logs import make_raw_lines, raw_bytes
 

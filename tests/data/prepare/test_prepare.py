@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlet_dist.data.prepare import groups, pipeline, raw_blocks, reading, writing
-from mlet_dist.data.prepare.formats import criteo
+from mlet_dist.data.prepare import chunks, pipeline, raw_blocks, reading, writing
 from mlet_dist.data.prepare.pipeline import Resources, prepare_criteo
+from mlet_dist.data.prepare.raw_formats import criteo
 from mlet_dist.data.prepare.splits import PAPER_CRITEO_FILES, PAPER_CRITEO_ROWS, SplitRule
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
@@ -94,7 +94,7 @@ def test_random_file_row_for_row(tmp_path: Path, write_raw: Write, min_count: in
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes so small that everything which happens only to large data happens."""
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(groups, "GROUP_ROWS", 150)
+    monkeypatch.setattr(chunks, "GROUP_ROWS", 150)
     monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 40)
     monkeypatch.setattr(pipeline, "RANGE_VALUE_BYTES", 1 << 30)
 

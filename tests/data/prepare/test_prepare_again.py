@@ -9,9 +9,8 @@ import fsspec
 import pytest
 
 from mlet_dist.data.prepare.dataset_check import check
-from mlet_dist.data.prepare.formats import criteo
 from mlet_dist.data.prepare.pipeline import PASSES, prepare
-from mlet_dist.data.prepare.raw_formats import TableSpec
+from mlet_dist.data.prepare.raw_formats import TableSpec, criteo
 from mlet_dist.data.prepare.splits import PAPER_CRITEO_ROWS, SplitRule
 from mlet_dist.errors import UserError
 from tests.helpers.raw_logs import make_raw_lines, raw_bytes

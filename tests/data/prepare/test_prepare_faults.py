@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlet_dist.data.prepare import groups, passes, raw_blocks, reading, writing
+from mlet_dist.data.prepare import chunks, passes, raw_blocks, reading, writing
 from mlet_dist.data.prepare.dataset_check import check
-from mlet_dist.data.prepare.formats import criteo
 from mlet_dist.data.prepare.passes import Shard
 from mlet_dist.data.prepare.pipeline import PASSES, SHARDED, Resources, prepare, prepare_criteo
+from mlet_dist.data.prepare.raw_formats import criteo
 from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.prepare.work_files import WorkDirectory
 from mlet_dist.data.prepare.worker_pool import WorkerKilledError, Workers
@@ -67,7 +67,7 @@ def test_killed_at_any_point_and_run_again_gives_the_same(
 ) -> None:
     """Kill -9 comes again and again, each time a few finished pieces later, until a run gets through."""
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(groups, "GROUP_ROWS", 40)
+    monkeypatch.setattr(chunks, "GROUP_ROWS", 40)
     raw = [write_raw(raw_bytes(LINES[:60]), "a.tsv.gz"), write_raw(raw_bytes(LINES[60:]), "b.tsv")]
     prepare_criteo(raw, tmp_path / "expected", min_count=2)
     runs = 0
@@ -216,7 +216,7 @@ def test_a_shard_that_runs_twice_at_once(tmp_path: Path, write_raw: Write, monke
 
 def test_shards_make_the_same_data_set(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(groups, "GROUP_ROWS", 40)
+    monkeypatch.setattr(chunks, "GROUP_ROWS", 40)
     raw = [write_raw(raw_bytes(LINES[i : i + 25]), f"{i}.tsv") for i in range(0, 100, 25)]
     prepare(criteo(2), raw, tmp_path / "expected")
     for name in PASSES:
@@ -316,7 +316,7 @@ def test_called_from_a_script(tmp_path: Path, write_raw: Write, guarded: bool) -
     guard = "if __name__ == '__main__': " if guarded else ""
     script.write_text(
         "import pathlib\n"
-        "from mlet_dist.data.prepare.formats import criteo\n"
+        "from mlet_dist.data.prepare.raw_formats import criteo\n"
         "from mlet_dist.data.prepare.pipeline import *\n"
         f"{guard}prepare(criteo(), [{str(raw)!r}], pathlib.Path({str(tmp_path / 'out')!r}), "
         "resources=Resources(processes=2))\n"

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlet_dist.data.hashing import hash_texts
-from mlet_dist.data.prepare import groups, raw_blocks
+from mlet_dist.data.prepare import chunks, raw_blocks
 from mlet_dist.data.prepare.dataset_check import check
 from mlet_dist.data.prepare.pipeline import prepare
 from mlet_dist.data.prepare.raw_formats import LabelColumn, SparseColumn, TableSpec, TextFormat
@@ -532,7 +532,7 @@ def test_any_table_comes_back(
     sparse = [{"column": "x"}, {"column": "l", "separator": "|"}]
     with monkeypatch.context() as patch:
         patch.setattr(raw_blocks, "BLOCK_BYTES", block)
-        patch.setattr(groups, "GROUP_ROWS", 7)
+        patch.setattr(chunks, "GROUP_ROWS", 7)
         schema = make(folder / "out", PLAIN | {"sparse": sparse}, folder / "a.csv")
     assert schema.malformed == bad
     names = {n: pq.read_table(folder / f"out/vocabulary/{n}.parquet")["value"].to_pylist() for n in ("x", "l")}
