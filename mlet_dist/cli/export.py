@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         return in_ranks(args, arguments, lambda: None)
     before_torch()
     from mlet_dist.export.collapse.run_collapse import ExportOptions, export_run
-    from mlet_dist.export.serving.plan import Serving
+    from mlet_dist.export.serving.quantised import Serving
 
     options = ExportOptions(
         outputs=tuple(name for name in args.outputs if name != "package"),

@@ -53,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
-    from mlet_dist.planner.hardware import load_hardware
-    from mlet_dist.planner.plan_inputs import load_tables
+    from mlet_dist.planner.plan_inputs import load_hardware, load_tables
 
     if args.out is not None and Path(args.out).suffix not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: the picture is a page; name a file that ends in .html")

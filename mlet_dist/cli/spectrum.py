@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
     before_torch()
     from mlet_dist.export.spectrum.run_spectrum import spectrum_of
-    from mlet_dist.export.spectrum.text import report
+    from mlet_dist.export.spectrum.spectrum_report import report
 
     result = spectrum_of(Path(args.source), args.data, None if args.out is None else Path(args.out))
     if not args.json:

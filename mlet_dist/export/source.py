@@ -15,7 +15,7 @@ from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
 from mlet_dist.embeddings.collection import check_layers_fit
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
-from mlet_dist.export.stored_tables import open_output
+from mlet_dist.export.outputs import open_output
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory

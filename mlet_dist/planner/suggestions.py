@@ -7,7 +7,7 @@ from mlet_dist.embeddings.planning.cost_model import Device, Memory, gigabytes, 
 from mlet_dist.embeddings.planning.plan_cost import fullest_memory, slowest_step
 from mlet_dist.errors import UserError
 from mlet_dist.planner.configurations import Case, even_memory
-from mlet_dist.planner.hardware import presets
+from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.training.model_plan import DoesNotFit
 
 _MOST_NODES = 4096

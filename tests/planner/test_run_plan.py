@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mlet_dist.cli import main
-from mlet_dist.planner.hardware import presets
+from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.planner.run_plan import _ranges
 from tests.cli.test_cli import watch_imports
 from tests.conftest import TrainedRun

@@ -15,16 +15,14 @@ import torch
 from mlet_dist import __version__
 from mlet_dist.checkpoint.manifest import Checksum
 from mlet_dist.errors import UserError
-from mlet_dist.export.collapse.joining import join_files
 from mlet_dist.export.collapse.units import UNIT_BYTES, Unit, units_of
-from mlet_dist.export.collapse.work_directory import WorkDirectory
+from mlet_dist.export.collapse.work_directory import WorkDirectory, join_files
 from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
 from mlet_dist.export.formats.pieces import Piece
-from mlet_dist.export.outputs import Output
+from mlet_dist.export.outputs import Output, open_output
 from mlet_dist.export.serving.package import check_fits, served_bytes, write_package
-from mlet_dist.export.serving.plan import Serving, plan_serving
+from mlet_dist.export.serving.quantised import Serving, plan_serving
 from mlet_dist.export.source import Source
-from mlet_dist.export.stored_tables import open_output
 from mlet_dist.formatting import sealed, to_json
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec

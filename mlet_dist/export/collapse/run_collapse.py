@@ -17,11 +17,10 @@ from torch import distributed as dist
 from mlet_dist.checkpoint.writer import on_first
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.assembly import Assembly
-from mlet_dist.export.collapse.unit_work import UnitWorker, worker_bytes
-from mlet_dist.export.collapse.units import Unit
+from mlet_dist.export.collapse.units import Unit, UnitWorker, worker_bytes
 from mlet_dist.export.collapse.work_directory import DiskFull, WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS, Output
-from mlet_dist.export.serving.plan import Serving
+from mlet_dist.export.serving.quantised import Serving
 from mlet_dist.export.source import Source
 from mlet_dist.progress import Progress
 from mlet_dist.training.process_group import Worker, join_ranks

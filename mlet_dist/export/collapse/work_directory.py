@@ -1,4 +1,4 @@
-"""An export in the making: ``.<name>.partial`` beside it, where finished pieces of work are kept until all are done."""
+"""The directory in which an export keeps finished units, and where they are joined."""
 
 import errno
 import fcntl
@@ -6,16 +6,19 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlet_dist.atomic_directory import check_free, exchange, sync_directory
+from mlet_dist.checkpoint.checked_file import CheckedFile
+from mlet_dist.checkpoint.manifest import BLOCK_BYTES
 from mlet_dist.checkpoint.writer import SummedStream
 from mlet_dist.errors import UserError, os_error
 from mlet_dist.export.export_directory import MANIFEST
+from mlet_dist.export.formats.pieces import Format, Piece
 from mlet_dist.formatting import to_json
 
 _JOB, _RECORDS, _EXPORT = "job.json", "records", "export"
@@ -200,3 +203,48 @@ class WorkDirectory:
                 raise
             kind = DiskFull if cause.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
             raise kind(f"{self.out}: cannot be written: {cause.strerror or cause}") from None
+
+
+def join_files(
+    work: WorkDirectory,
+    form: Format,
+    directory: str,
+    pieces: Sequence[Piece],
+    entries: Mapping[str, Mapping[str, Any]],
+    whole: str,
+) -> tuple[list[Piece], dict[str, Any]]:
+    """Copy pieces of tensors, in order of tensors and rows, to one new file; a block is in memory at a time.
+
+    Args:
+        directory: that the pieces' files are in, within ``work``.
+        entries: what was noted of each file when it was written, by its name within ``work``.
+        whole: name of the new file within ``work``.
+
+    Returns:
+        The pieces that the new file consists of, and its ``bytes`` and ``crc32``.
+
+    Raises:
+        UserError: a file is damaged, or cannot be read or written.
+    """
+    pieces = sorted(pieces, key=lambda piece: (piece.name, piece.offsets))
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    with work.new_file(whole) as stream:
+        joined = form.join(stream, Path(whole).name, pieces)
+        for piece in pieces:
+            name = f"{directory}/{piece.file}"
+            with _opened(work.root / name, entries[name]) as file:
+                for start in range(0, piece.length, len(buffer)):
+                    block = buffer[: piece.length - start]
+                    file.read_into(piece.start + start, block)
+                    stream.write(block)
+    return joined, stream.checksum.entry()
+
+
+@contextmanager
+def _opened(path: Path, entry: Mapping[str, Any]) -> Iterator[CheckedFile]:
+    with path.open("rb") as raw:
+        file = CheckedFile(str(path), raw, entry)
+        try:
+            yield file
+        finally:
+            file.close()

@@ -7,7 +7,7 @@ from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
-from mlet_dist.export.formats.safetensors_files import SafetensorsFiles
+from mlet_dist.export.formats.safetensors import SafetensorsFiles
 from mlet_dist.export.formats.torch_file import TorchFile
 from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX

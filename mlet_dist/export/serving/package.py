@@ -19,10 +19,9 @@ from mlet_dist import __version__
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
-from mlet_dist.export.serving.predictor import ExportedPredictor, Predictor
+from mlet_dist.export.outputs import read_parts
+from mlet_dist.export.serving.predictor import ExportedPredictor, Predictor, Request, example_request
 from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
-from mlet_dist.export.serving.request import Request, example_request
-from mlet_dist.export.stored_tables import read_parts
 from mlet_dist.formatting import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec

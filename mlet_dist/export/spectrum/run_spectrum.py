@@ -13,8 +13,7 @@ from mlet_dist.export.row_blocks import sum_grams
 from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.export.spectrum.id_counts import count_ids
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, smaller
-from mlet_dist.export.spectrum.spectrum_report import page
-from mlet_dist.export.spectrum.text import NOTE
+from mlet_dist.export.spectrum.spectrum_report import NOTE, page
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
 

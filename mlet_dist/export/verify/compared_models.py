@@ -1,7 +1,7 @@
-"""The models of a run and of its export, with the rows of their tables that a split looks up."""
+"""The models that are compared: the run's and its export's, with the rows of their tables that a split looks up."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,44 @@ from mlet_dist.export.source import Source
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
+
+_BUFFERED = 1 << 22  # ids of a table, before duplicates are dropped
+
+
+class SeenRows:
+    """Distinct ids by feature, gathered batch by batch in memory for the distinct ones."""
+
+    def __init__(self, features: Sequence[str]) -> None:
+        self._ids: dict[str, list[torch.Tensor]] = {name: [] for name in features}
+        self._buffered = dict.fromkeys(features, 0)
+
+    def add(self, bags: KeyedJaggedTensor) -> None:
+        """Count the ids of a batch in."""
+        for name, ids in _by_feature(bags).items():
+            self._ids[name].append(ids.unique())
+            self._buffered[name] += len(self._ids[name][-1])
+            if self._buffered[name] > _BUFFERED:
+                self._ids[name] = [torch.cat(self._ids[name]).unique()]
+                self._buffered[name] = 0
+
+    def rows(self) -> dict[str, torch.Tensor]:
+        """By feature, ascending int64."""
+        none = torch.empty(0, dtype=torch.int64)
+        return {name: torch.cat([none, *ids]).unique() for name, ids in self._ids.items()}
+
+
+def renumber(bags: KeyedJaggedTensor, rows: Mapping[str, torch.Tensor]) -> KeyedJaggedTensor:
+    """The same bags for tables that hold ``rows`` alone: each id becomes its position among them."""
+    values = [torch.searchsorted(rows[name], ids) for name, ids in _by_feature(bags).items()]
+    return KeyedJaggedTensor(
+        bags.keys(), torch.cat(values), bags.weights_or_none(), bags.lengths(), stride=bags.stride()
+    )
+
+
+def _by_feature(bags: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+    ends = bags.offset_per_key()
+    return {name: bags.values()[ends[i] : ends[i + 1]] for i, name in enumerate(bags.keys())}
+
 
 Predict = Callable[[Batch, KeyedJaggedTensor], torch.Tensor]
 """(batch, its bags renumbered by the rows that were kept) -> (rows,) float32, padding left out."""

@@ -15,10 +15,9 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import PACKAGE, ExportDirectory
+from mlet_dist.export.outputs import open_output
 from mlet_dist.export.source import Source
-from mlet_dist.export.stored_tables import open_output
-from mlet_dist.export.verify.compared_models import candidate, factorised, packaged
-from mlet_dist.export.verify.seen_rows import SeenRows, renumber
+from mlet_dist.export.verify.compared_models import SeenRows, candidate, factorised, packaged, renumber
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, check_table
 from mlet_dist.export.verify.tolerances import DEFAULT_TOLERANCES, Comparison, Tolerances
 from mlet_dist.models.spec import ModelSpec

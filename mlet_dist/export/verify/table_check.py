@@ -10,8 +10,8 @@ import torch
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.export.encoding import Encoding
+from mlet_dist.export.outputs import read_parts
 from mlet_dist.export.source import TableSource
-from mlet_dist.export.stored_tables import read_parts
 
 _BLOCK_BYTES = 1 << 25  # of the widest rows
 

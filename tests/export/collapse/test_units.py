@@ -14,8 +14,7 @@ from mlet_dist.config.sections import ModelConfig
 from mlet_dist.embeddings.collapse import block_rows, collapse_rows
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.run_collapse import ExportOptions, export_run
-from mlet_dist.export.collapse.unit_work import UnitWorker, read_rows, worker_bytes
-from mlet_dist.export.collapse.units import units_of
+from mlet_dist.export.collapse.units import UnitWorker, read_rows, units_of, worker_bytes
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.source import Source

@@ -14,7 +14,7 @@ from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import TensorFiles
 from mlet_dist.errors import UserError
-from mlet_dist.export.factorize.block_writer import BlockWriter
+from mlet_dist.export.factorize.run_factorize import BlockWriter
 
 TABLE = torch.arange(70.0).reshape(14, 5)
 REST = {"a.bias": torch.arange(3), "a.scalar": torch.tensor(2.5), "half": torch.ones(2, 2, dtype=torch.float16)}

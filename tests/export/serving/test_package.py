@@ -18,7 +18,7 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.serving.package import Package
-from mlet_dist.export.serving.request import Request
+from mlet_dist.export.serving.predictor import Request
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
 

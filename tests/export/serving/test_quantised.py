@@ -25,7 +25,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.serving.package import check_fits
-from mlet_dist.export.serving.plan import Serving, plan_serving
+from mlet_dist.export.serving.quantised import Serving, plan_serving
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
 from tests.conftest import TrainedRun

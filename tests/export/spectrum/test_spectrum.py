@@ -24,8 +24,7 @@ from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.id_counts import count_ids
 from mlet_dist.export.spectrum.run_spectrum import spectrum_of
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, smaller, suggest_dim
-from mlet_dist.export.spectrum.spectrum_report import page
-from mlet_dist.export.spectrum.text import NOTE
+from mlet_dist.export.spectrum.spectrum_report import NOTE, page
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import mlet
 
