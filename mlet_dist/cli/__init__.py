@@ -1,5 +1,5 @@
 """The `mlet` command."""
 
-from mlet_dist.cli.run import main
+from mlet_dist.cli.main import main
 
 __all__ = ["main"]

@@ -2,8 +2,7 @@
 
 import argparse
 
-from mlet_dist.cli.checked_config import load_checked
-from mlet_dist.cli.options import add_config
+from mlet_dist.cli.options import add_config, load_checked
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import tie_children
 from mlet_dist.config.sections import describe_settings

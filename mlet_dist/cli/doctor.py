@@ -2,9 +2,7 @@
 
 import argparse
 
-from mlet_dist.cli.checked_config import load_checked
-from mlet_dist.cli.nodes import add_nodes
-from mlet_dist.cli.options import add_nproc
+from mlet_dist.cli.options import add_nodes, add_nproc, load_checked
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch, in_ranks, rank_of
 from mlet_dist.errors import UserError
@@ -32,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
-    from mlet_dist.cluster.check import report
+    from mlet_dist.cluster.software_checks import report
 
     if args.distributed:
         return _of_ranks(args, arguments)
     for name in ("config", "nproc", "nnodes"):
         if getattr(args, name) is not None:
             raise UserError(f"`mlet doctor` looks at this machine; {name} is for --distributed")
-    from mlet_dist.cluster.diagnose import run_doctor
+    from mlet_dist.cluster.machine_checks import run_doctor
 
     result = run_doctor()
     if not args.json:
@@ -52,8 +50,8 @@ def _of_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | 
     if args.nproc is not None:
         return in_ranks(args, arguments, lambda: None)
     before_torch()
-    from mlet_dist.cluster.check import report
     from mlet_dist.cluster.rank_checks import examine
+    from mlet_dist.cluster.software_checks import report
 
     result = examine(None if args.config is None else lambda: load_checked(args))
     if not rank_of(args):

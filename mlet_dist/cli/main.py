@@ -1,13 +1,43 @@
-"""The command line as a whole: all commands, and settings wherever they stand."""
+"""The `mlet` command: parses the command line, runs one command, and turns errors and signals into exit codes."""
 
 import argparse
-from typing import Protocol
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, Protocol
 
 from mlet_dist.cli import compare, doctor, evaluate, export, factorize, plan, prepare, spectrum, synth, train, verify
-from mlet_dist.cli.nodes import check_options
-from mlet_dist.cli.options import Parser
-from mlet_dist.cli.output import Result
-from mlet_dist.errors import UserError
+from mlet_dist.cli.options import Parser, check_options
+from mlet_dist.cli.output import Result, print_error, show
+from mlet_dist.cli.process import die_with_parent, handed_to_launcher, launched, rank_of
+from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
+
+
+@contextmanager
+def answering_signals(args: argparse.Namespace, rank: int | None) -> Iterator[None]:
+    """What SIGTERM does, and for `train` SIGUSR1, until training answers them itself."""
+    from mlet_dist.training.signals import STOP_SIGNALS, exiting_when_told
+
+    if args.name == "train" and args.nproc is None and not launched():  # of such ranks, the launcher tells
+        with exiting_when_told():
+            yield
+        return
+    numbers = STOP_SIGNALS if args.name == "train" else (signal.SIGTERM,)
+    before = {number: signal.signal(number, _unwind) for number in numbers if rank is None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unwind(number: int, _: object) -> NoReturn:
+    """Let a signal do what Ctrl-C does, so that temporary directories are removed."""
+    raise KeyboardInterrupt(number)
 
 
 class _Command(Protocol):
@@ -68,3 +98,54 @@ def _build_parser() -> Parser:
         sub.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line")
         command.add_arguments(sub)
     return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    0 on success, 2 for a user's mistake, 75 for a run that is to be started again since it was told to stop or another
+    node has gone, 130 and 143 when interrupted or terminated, else 1.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed by `2>&-`; print would take stdout in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        die_with_parent()
+        args = parse(arguments)
+        rank = rank_of(args)
+        with answering_signals(args, rank):
+            result, ok = args.command(args, arguments)
+        if result is not None and not rank:
+            show(result, args.json)
+        return 0 if ok else 1
+    except UserError as error:
+        if not handed_to_launcher(error):
+            print_error(error)
+        return 2
+    except Interrupted as stopped:
+        if not handed_to_launcher(stopped):
+            print(f"mlet: {stopped}", file=sys.stderr)
+        return Interrupted.EXIT_CODE
+    except RanksLost as error:
+        if not handed_to_launcher(error):
+            print_error(error)
+        return ConnectionLost.EXIT_CODE if isinstance(error, ConnectionLost) else 1
+    except ChildProcessError as error:  # which has shown its own traceback, if it could
+        print_error(error)
+        return 1
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        if arguments[:1] == ["train"] and number != signal.SIGINT:
+            from mlet_dist.training.signals import not_saved
+
+            print(f"mlet: {not_saved(number)}", file=sys.stderr)
+            return Interrupted.EXIT_CODE
+        print("mlet: interrupted" if number == signal.SIGINT else "mlet: terminated", file=sys.stderr)
+        return 128 + int(number)
+    except Exception as error:
+        if not handed_to_launcher(error):
+            traceback.print_exc()
+            if "RANK" in os.environ:
+                where = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+                print_error(f"{where} failed: {type(error).__name__}: {error}")
+        return 1

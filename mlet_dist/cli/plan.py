@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mlet_dist.cli.checked_config import warn
-from mlet_dist.cli.options import add_settings, positive
+from mlet_dist.cli.options import add_settings, positive, warn
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch
 from mlet_dist.config.sections import load_config

@@ -91,7 +91,7 @@ def in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[],
     Args:
         check: what the command will run with; raises what is wrong with it on this node.
     """
-    from mlet_dist.cli.nodes import nodes_of, without_launch
+    from mlet_dist.cli.options import nodes_of, without_launch
 
     rest = without_launch(arguments)
     nodes, job = nodes_of(args, rest)
@@ -101,7 +101,7 @@ def in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[],
     os.environ[_LAUNCHED] = "1"
     tie_children()
     before_torch()
-    from mlet_dist.cluster.command import launch
+    from mlet_dist.cluster.launcher import launch
 
     launch(args.nproc, rest, nodes, job, check)
     return None, True

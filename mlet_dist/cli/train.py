@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlet_dist.cli.checked_config import load_checked
-from mlet_dist.cli.nodes import add_nodes
-from mlet_dist.cli.options import add_config
+from mlet_dist.cli.options import add_config, add_nodes, load_checked
 from mlet_dist.cli.output import Result, show
 from mlet_dist.cli.process import before_torch, in_ranks, launched, rank_of
 from mlet_dist.config.sections import Config, describe_settings, load_config

@@ -1,4 +1,4 @@
-"""`--nproc N`: the same command again in N ranks of this node, through torch elastic."""
+"""Starts the ranks of this node with torch elastic, as one node or as one of several."""
 
 import hashlib
 import json
@@ -9,11 +9,13 @@ import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
@@ -21,6 +23,9 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.preflight import facts_of, judge
+from mlet_dist.cluster.rendezvous import MetNodes, meet, wait_for_first
+from mlet_dist.config.sections import Config
 from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
 
 _SECONDS_TO_SAVE = 600
@@ -177,3 +182,55 @@ def _consequence(failure: ProcessFailure) -> int:
 def _said(failure: ProcessFailure) -> str:
     """What ``record_failure`` wrote, or torch elastic's own words where the rank died without a word."""
     return failure.message["message"] if isinstance(failure.message, dict) else failure.message
+
+
+def launch(
+    nproc: int, arguments: Sequence[str], nodes: Nodes | None, job: str, check: Callable[[], Config | None]
+) -> None:
+    """Run the ranks of this node, once all nodes are there and nothing is wrong on any.
+
+    Args:
+        check: what the command will run with; raises what is wrong with it on this node.
+
+    Raises:
+        UserError: here or on another node something is wrong; with a fixed number of nodes all of them say so.
+        Exception: as ``run_ranks``.
+    """
+    if nodes is None or nodes.is_elastic:  # the nodes of an elastic job come one by one
+        config = check()
+        _check_devices(nproc, config)
+        if nodes is not None and nodes.rank > 0:
+            wait_for_first(nodes)
+        run_ranks(nproc, arguments, nodes, job)
+        return
+    store = _meet(nproc, nodes, job, check)
+    MetNodes(nodes, job, store).register()
+    run_ranks(nproc, arguments, nodes, job)
+
+
+def _meet(nproc: int, nodes: Nodes, job: str, check: Callable[[], Config | None]) -> dist.TCPStore:
+    config, problem = None, ""
+    try:
+        config = check()
+        _check_devices(nproc, config)
+    except UserError as error:
+        problem = str(error)
+    with facts_of(f"node {nodes.rank}", config, problem, _on_cuda(config)) as facts:
+        try:
+            return meet(nodes, job, facts, lambda told: "; ".join(judge(told)))
+        except RanksLost as lost:
+            # Others may never learn of what is wrong here, but whoever reads this log does.
+            for mine in facts["problems"]:
+                raise UserError(mine) from lost
+            raise
+
+
+def _on_cuda(config: Config | None) -> bool:
+    return (config is None or config.train.device != "cpu") and torch.cuda.is_available()
+
+
+def _check_devices(nproc: int, config: Config | None) -> None:
+    if _on_cuda(config) and nproc > torch.cuda.device_count():
+        raise UserError(
+            f"--nproc {nproc}: this node has {torch.cuda.device_count()} CUDA devices, and a rank takes one"
+        )

@@ -1,10 +1,25 @@
-"""What a machine, or the container on it, has: cores, memory, shared memory, disk."""
+"""`mlet doctor`: what a machine, or the container on it, has, and everything that is checked before a run."""
 
+import os
 import re
+import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from mlet_dist.cluster.check import Check
+from mlet_dist.cluster.software_checks import (
+    Check,
+    has_nvidia_driver,
+    installed_versions,
+    judge_devices,
+    judge_fbgemm_build,
+    judge_imports,
+    judge_python,
+    judge_versions,
+    try_imports,
+)
 
 MEMORY_NEEDED, SHM_NEEDED, DISK_NEEDED = 4 << 30, 1 << 30, 5 << 30
 
@@ -94,3 +109,34 @@ def _read(path: Path) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / (1 << 30):.1f} GiB"
+
+
+def run_doctor() -> dict[str, Any]:
+    """Examine this machine; return ``{"ok": no check failed, "checks": [each Check as a dict]}``."""
+    checks = diagnose()
+    return {"ok": all(check.status != "fail" for check in checks), "checks": [asdict(check) for check in checks]}
+
+
+def diagnose() -> list[Check]:
+    """Every check on this machine, in the order in which to mend what is wrong. Takes a few seconds."""
+    if sys.platform != "linux":
+        return [Check("system", "fail", sys.platform, "run mlet_dist on Linux; a container will do")]
+    versions, has_driver = installed_versions(), has_nvidia_driver()
+    probe = try_imports()
+    checks = [
+        judge_python(sys.version_info[:2]),
+        judge_versions(versions, has_driver),
+        judge_fbgemm_build(versions, has_driver),
+        judge_imports(probe, has_driver),
+    ]
+    if probe.report:
+        checks.append(judge_devices(probe.report, has_driver))
+    total, available = memory()
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    return [
+        *checks,
+        judge_cores(len(os.sched_getaffinity(0)), os.cpu_count() or 1, cpu_quota()),
+        judge_memory(total, available),
+        judge_shm(shm.total if shm else 0, shm.free if shm else 0),
+        judge_disk(os.getcwd(), shutil.disk_usage(".").free),
+    ]

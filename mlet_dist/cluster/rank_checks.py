@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from mlet_dist.cluster.check import Check
 from mlet_dist.cluster.preflight import Facts, facts_of, judge
+from mlet_dist.cluster.software_checks import Check
 from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 from mlet_dist.training.process_group import Worker, join_ranks

@@ -1,8 +1,4 @@
-"""Whether Python, torch, fbgemm and TorchRec are there and fit together, and what to type where they do not.
-
-torch is only ever imported in a subprocess, because a set that does not fit together can take the interpreter down
-with it.
-"""
+"""Whether Python, torch, fbgemm and TorchRec are installed and fit together; each check with its fix."""
 
 import ctypes
 import json
@@ -14,9 +10,39 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
-from mlet_dist.cluster.check import Check
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at.
+
+    Attributes:
+        name: what was looked at, e.g. ``memory``.
+        status: ``ok``; ``warn``: it works, worse than it could; ``fail``: mlet_dist cannot run.
+        found: what is there, in one line.
+        advice: what to type or change; empty when the status is ``ok``.
+    """
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """What ``run_doctor`` found, for people: a line a check, and what to type below those that need it."""
+    width = max(len(check["name"]) for check in result["checks"])
+    lines = []
+    for check in result["checks"]:
+        lines.append(f"{check['status']:4}  {check['name']:{width}}  {check['found']}")
+        if check["advice"]:
+            lines += [f"{'':{width + 8}}{line}" for line in check["advice"].splitlines()]
+    lines.append("all in order" if result["ok"] else "something is wrong: see the lines marked fail")
+    return "\n".join(lines)
+
 
 TORCH, FBGEMM, TORCHREC = "2.13.0", "1.8.0", "1.8.0"
 PYTHONS = ((3, 11), (3, 12))

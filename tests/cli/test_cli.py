@@ -9,9 +9,8 @@ import pytest
 
 from mlet_dist import __version__
 from mlet_dist.cli import main
-from mlet_dist.cli.checked_config import load_checked
 from mlet_dist.cli.main import parse
-from mlet_dist.cli.nodes import without_launch
+from mlet_dist.cli.options import load_checked, without_launch
 from mlet_dist.cli.output import show
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from tests.helpers.mlet_command import ROOT, error_line

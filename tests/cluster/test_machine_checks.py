@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlet_dist.cluster import machine_checks, software_checks
-from mlet_dist.cluster.check import Check, report
-from mlet_dist.cluster.software_checks import Probe
+from mlet_dist.cluster.software_checks import Check, Probe, report
 
 GIB = 1 << 30
 CHECK_NAMES = ["python", "versions", "fbgemm build", "imports", "devices", "cores", "memory", "/dev/shm", "disk"]
@@ -270,7 +269,7 @@ def test_this_environment_in_full() -> None:
     """The one real run; what it says of devices, cores and memory depends on the machine."""
     code = """if True:
         import json, sys
-        from mlet_dist.cluster.diagnose import run_doctor
+        from mlet_dist.cluster.machine_checks import run_doctor
         print(json.dumps([run_doctor(), "torch" in sys.modules]))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,9 +13,9 @@ import pytest
 from torch import distributed as dist
 
 from mlet_dist import __version__
-from mlet_dist.cluster.meeting import meet
 from mlet_dist.cluster.nodes import Nodes, job_of, parse_count, port_of
 from mlet_dist.cluster.preflight import digest_of_code, facts_of, judge
+from mlet_dist.cluster.rendezvous import meet
 from mlet_dist.errors import RanksLost, UserError
 from tests.cluster.test_wrong_launch import knock
 from tests.helpers.mlet_command import ROOT
@@ -98,7 +98,7 @@ def test_two_nodes_of_one_number_are_told_so(port: int) -> None:
 
 
 def test_who_waits_less_long_than_node_0_is_told_that_it_waits(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlet_dist.cluster.meeting._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("mlet_dist.cluster.rendezvous._ANSWER_SECONDS", 0.5)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(meet, nodes(0, port, wait=4), "job", {}, nothing_wrong)
         knock(port).close()

@@ -11,7 +11,7 @@ from botocore.session import get_session
 from botocore.validate import ParamValidator
 
 from mlet_dist.cli.main import parse
-from mlet_dist.cli.nodes import without_launch
+from mlet_dist.cli.options import without_launch
 from mlet_dist.cluster.nodes import job_of
 from tests.helpers.kubernetes_schemas import check
 from tests.helpers.torchx_cli import COMPONENTS, run_torchx
