@@ -41,9 +41,9 @@ def chunks_key(spec: TableSpec, file: RawFile) -> str:
     return key_of(CHUNK_VERSION, raw_blocks.BLOCK_BYTES, spec_to_read(spec), file)
 
 
-def counts_key(spec: TableSpec, chunks: Sequence[str]) -> str:
+def counts_key(spec: TableSpec, chunk_keys: Sequence[str]) -> str:
     """Of the counts, from the keys of all files' chunks in order."""
-    return key_of(COUNT_VERSION, chunks.GROUP_ROWS, spec_to_count(spec), *chunks)
+    return key_of(COUNT_VERSION, chunks.GROUP_ROWS, spec_to_count(spec), *chunk_keys)
 
 
 def vocabulary_key(sparse: SparseColumn, counts: str) -> str:

@@ -37,9 +37,9 @@ ROOT = Path(__file__).parents[3]
 # `mlet prepare criteo` with blocks so small that a hundred rows have many, and which dies at its N-th finished piece.
 KILLED = """
 import os, pathlib, signal, sys
-from mlet_dist.data.prepare import groups, raw_blocks
+from mlet_dist.data.prepare import chunks, raw_blocks
 from mlet_dist.data.prepare.pipeline import prepare_criteo
-raw_blocks.BLOCK_BYTES, groups.GROUP_ROWS = 3000, 40
+raw_blocks.BLOCK_BYTES, chunks.GROUP_ROWS = 3000, 40
 *raw, out, left = sys.argv[1:]
 rename, left = pathlib.Path.rename, int(left)
 def count(self, target):
