@@ -9,7 +9,8 @@ import torch
 from mlet_dist.checkpoint.load import MODEL_KEY
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.writer import SummedStream
-from mlet_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig, save_config
+from mlet_dist.config.config_file import save_config
+from mlet_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.pieces import Piece

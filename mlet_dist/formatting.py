@@ -1,4 +1,4 @@
-"""What commands print and files hold: text tables for people, JSON that every reader takes, objects with their own checksum."""
+"""Results as text tables for people, as JSON without NaN, and as objects that hold their own checksum."""
 
 import hashlib
 import json

@@ -5,7 +5,7 @@ import argparse
 from mlet_dist.cli.options import add_config, load_checked
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import tie_children
-from mlet_dist.config.sections import describe_settings
+from mlet_dist.config.config_file import describe_settings
 
 TEXT = "Train, export and verify the single layer, MLET, and the single layer at MLET's effective learning rate."
 EPILOG = f"settings, as section.key=value or in the YAML file:\n{describe_settings()}"

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from mlet_dist.cli.process import launched, rank_of
 from mlet_dist.cluster.nodes import Nodes, job_of, parse_count, port_of
-from mlet_dist.config.sections import Config, load_config
+from mlet_dist.config.config_file import load_config
+from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -6,7 +6,7 @@ from pathlib import Path
 from mlet_dist.cli.options import add_settings, positive, warn
 from mlet_dist.cli.output import Result, write
 from mlet_dist.cli.process import before_torch
-from mlet_dist.config.sections import load_config
+from mlet_dist.config.config_file import load_config
 from mlet_dist.errors import UserError
 
 TEXT = "Memory, bytes sent and step time of a run, for hardware that need not be here."

@@ -9,7 +9,8 @@ from pathlib import Path
 from mlet_dist.cli.options import add_config, add_nodes, load_checked
 from mlet_dist.cli.output import Result, show
 from mlet_dist.cli.process import before_torch, in_ranks, launched, rank_of
-from mlet_dist.config.sections import Config, describe_settings, load_config
+from mlet_dist.config.config_file import describe_settings, load_config
+from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 
 TEXT = "Train a model and evaluate it, on one machine or as one of several."

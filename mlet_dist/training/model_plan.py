@@ -13,7 +13,7 @@ from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.planning.cost_model import REPLICATED_BYTES, Device
+from mlet_dist.embeddings.planning.cost_model import Device
 from mlet_dist.embeddings.planning.explanation import sharding_reasons
 from mlet_dist.embeddings.planning.plan_cost import (
     DenseCost,
@@ -29,6 +29,7 @@ from mlet_dist.embeddings.planning.search_space import Constraints, evenest, tab
 from mlet_dist.embeddings.planning.table_cost import UVM, UVM_CACHING, TableCost
 from mlet_dist.embeddings.sharded.collectives import codecs_of
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
+from mlet_dist.embeddings.sharded.placement import REPLICATED_BYTES
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX, dense_cost
 

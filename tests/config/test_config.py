@@ -6,6 +6,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlet_dist.config.config_file import load_config, save_config
 from mlet_dist.config.sections import (
     Config,
     DataConfig,
@@ -15,8 +16,6 @@ from mlet_dist.config.sections import (
     ShardingConfig,
     TableShardingConfig,
     TrainConfig,
-    load_config,
-    save_config,
 )
 from mlet_dist.errors import UserError
 

@@ -30,7 +30,7 @@ def train_in_ranks(ranks: Ranks, world_size: int | tuple[int, ...], *overrides: 
 
 
 def _train(overrides: Sequence[str], ports: tuple[int, int]) -> dict[str, Any]:
-    from mlet_dist.config.sections import load_config
+    from mlet_dist.config.config_file import load_config
     from mlet_dist.training.trainer import train
 
     _leave_group()  # training joins ranks itself

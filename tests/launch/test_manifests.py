@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mlet_dist.cli.main import parse
-from mlet_dist.config.sections import load_config
+from mlet_dist.config.config_file import load_config
 from tests.helpers.kubernetes_schemas import Object, check, fields, jobs, templates
 from tests.helpers.mlet_command import ROOT
 

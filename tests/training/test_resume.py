@@ -12,7 +12,8 @@ from torch import distributed as dist
 from mlet_dist.checkpoint.load import newest_whole
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.config.sections import Config, load_config
+from mlet_dist.config.config_file import load_config
+from mlet_dist.config.sections import Config
 from mlet_dist.training.snapshot import about_ranks, restore, tensors_of
 from tests.helpers.mlet_command import ROOT
 from tests.helpers.ranks import RankFailed

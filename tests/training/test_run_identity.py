@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mlet_dist.config.sections import load_config
+from mlet_dist.config.config_file import load_config
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec

@@ -9,8 +9,6 @@ Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
 FLOAT, INDEX, LENGTH = 4, 8, 4
 RESERVED_SHARE = 0.15
 """Of a device's memory: for CUDA's context, NCCL and the allocator's gaps. TorchRec's own default."""
-REPLICATED_BYTES = 16e6
-"""Of W1: up to this the planner may hold a table on every rank, where nobody says otherwise."""
 
 
 class _Summable:
@@ -105,18 +103,6 @@ def replicated_bytes(elements: int, optimizer: Optimizer) -> int:
     """Weights, gradients and optimizer state of what every rank holds; rowwise_adagrad is adagrad there."""
     states = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[optimizer]
     return FLOAT * elements * (2 + states)
-
-
-def rows_of_rank(num_embeddings: int, row_width: int, blocks: int, *, on_cpu: bool) -> int | None:
-    """Rows of the fullest rank of a table split into ``blocks``; None where the sharder replicates it.
-
-    That is where some rank would hold no row and the kernel cannot take that (on the CPU) or holding the table whole
-    costs little. With a thousand ranks a table of a million rows may leave the last without.
-    """
-    block = -(-num_embeddings // blocks)
-    all_hold_rows = block * (blocks - 1) < num_embeddings
-    cheap = FLOAT * num_embeddings * row_width <= REPLICATED_BYTES
-    return None if not all_hold_rows and (on_cpu or cheap) else block
 
 
 def total_memory(parts: Iterable[Memory]) -> Memory:

@@ -23,7 +23,6 @@ from mlet_dist.embeddings.planning.cost_model import (
     all_reduced,
     gigabytes,
     replicated_bytes,
-    rows_of_rank,
     step_time,
     total_memory,
     total_step,
@@ -38,6 +37,7 @@ from mlet_dist.embeddings.planning.table_cost import (
 )
 from mlet_dist.embeddings.sharded.collectives import codecs_of, each_way_bytes
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
+from mlet_dist.embeddings.sharded.placement import rows_of_rank
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
 
 # Of fbgemm's optimizers, by the name of the class that apply_optimizer_in_backward was given.

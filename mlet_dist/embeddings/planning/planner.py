@@ -16,17 +16,11 @@ from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.types import Perf, ShardEstimator, ShardingOption, Storage, StorageReservation
 
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.planning.cost_model import (
-    REPLICATED_BYTES,
-    RESERVED_SHARE,
-    Device,
-    Memory,
-    step_time,
-    total_memory,
-)
+from mlet_dist.embeddings.planning.cost_model import RESERVED_SHARE, Device, Memory, step_time, total_memory
 from mlet_dist.embeddings.planning.plan_cost import Ranks, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import Constraints, WorthwhileEnumerator, table_constraints
 from mlet_dist.embeddings.planning.table_cost import TableCost
+from mlet_dist.embeddings.sharded.placement import REPLICATED_BYTES
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
 
 # float32 operations a second, where nobody says: an A100's and a few cores'.

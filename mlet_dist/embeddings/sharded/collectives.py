@@ -153,3 +153,48 @@ class _CombinedGradients(torch.autograd.Function):
         dist.all_reduce(flat, group=ctx.process_group)
         parts = flat.split([gradient.numel() for gradient in gradients])
         return None, None, *(part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True))
+
+
+class AllToAllRows(torch.autograd.Function):
+    """Send rows ``(sum of send, d)`` by rank, receive ``(sum of received, d)``; backward sends gradients back.
+
+    Both travel as ``codecs`` encode them. Backward divides by the world size where TorchRec does
+    (``comm_ops.GRADIENT_DIVISION``), so that the rows' owners sum up the gradient of the mean loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        send: list[int],
+        receive: list[int],
+        process_group: dist.ProcessGroup,
+        codecs: QuantizedCommCodecs,
+    ) -> torch.Tensor:
+        ctx.send, ctx.receive, ctx.process_group, ctx.codec = send, receive, process_group, codecs.backward
+        return _all_to_all(rows, send, receive, process_group, codecs.forward)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        returned = _all_to_all(gradient, ctx.receive, ctx.send, ctx.process_group, ctx.codec)
+        if get_gradient_division():
+            returned /= dist.get_world_size(ctx.process_group)
+        return returned, None, None, None, None
+
+
+def _all_to_all(
+    rows: torch.Tensor,
+    send: list[int],
+    receive: list[int],
+    process_group: dist.ProcessGroup,
+    codec: QuantizedCommCodec,
+) -> torch.Tensor:
+    width, context = rows.shape[1], codec.create_context()
+    encoded = codec.encode(rows.reshape(-1), context)
+    sent, expected = (
+        [codec.calc_quantized_size(count * width, context) for count in counts] for counts in (send, receive)
+    )
+    received = encoded.new_empty(sum(expected))
+    dist.all_to_all_single(received, encoded, expected, sent, group=process_group)
+    return codec.decode(received, context).view(sum(receive), width)

@@ -1,15 +1,10 @@
 """How vectors cross the network under each sharding type, and which way is the cheapest for a table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import distributed as dist
-from torch.autograd.function import once_differentiable
-from torchrec.distributed.comm_ops import get_gradient_division
-from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
-from torchrec.distributed.types import CommOp, QuantizedCommCodec, QuantizedCommCodecs, ShardingType
+from torchrec.distributed.types import CommOp, ShardingType
 
 Exchange = Literal["after", "reduce_scatter", "all_to_all", "unique_rows"]
 """Where W2 is applied: to what arrives, to sums before they leave a rank, or to distinct rows before they do."""
@@ -32,30 +27,6 @@ COMM_OPS: dict[Exchange, CommOp] = {
     "unique_rows": CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL,
 }
 """By which name TorchRec's ``qcomm_codecs_registry`` knows the collective of each exchange."""
-
-ProjectionsOf = Callable[[Sequence[str]], dict[str, torch.Tensor]]
-"""Tables -> W2 of those that have one, for this forward pass."""
-
-
-class ProjectsBefore:
-    """A TorchRec output dist that applies W2 itself; the sharded module says where W2 is."""
-
-    projections_of: ProjectionsOf
-
-
-@dataclass
-class ExchangedShardingInfo(EmbeddingShardingInfo):
-    """TorchRec's sharding info of one table, with its exchange and what that needs to know.
-
-    Attributes:
-        exchange: any but after.
-        exchanged_dim: the width d that is sent.
-        expected_rows: distinct rows that a batch asks of one rank, for unique_rows.
-    """
-
-    exchange: Exchange = "after"
-    exchanged_dim: int = 0
-    expected_rows: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,48 +82,3 @@ def choose_exchange(
     unique = table.distinct_ids() * others / world_size * (vector["unique_rows"] + 8)
     text = f"up to {unique / bags:,.0f} bytes a bag as unique rows, {scatter / bags:,.0f} reduce-scattered"
     return ("unique_rows" if unique <= scatter else "reduce_scatter"), text
-
-
-class AllToAllRows(torch.autograd.Function):
-    """Send rows ``(sum of send, d)`` by rank, receive ``(sum of received, d)``; backward sends gradients back.
-
-    Both travel as ``codecs`` encode them. Backward divides by the world size where TorchRec does
-    (``comm_ops.GRADIENT_DIVISION``), so that the rows' owners sum up the gradient of the mean loss.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        send: list[int],
-        receive: list[int],
-        process_group: dist.ProcessGroup,
-        codecs: QuantizedCommCodecs,
-    ) -> torch.Tensor:
-        ctx.send, ctx.receive, ctx.process_group, ctx.codec = send, receive, process_group, codecs.backward
-        return _all_to_all(rows, send, receive, process_group, codecs.forward)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        returned = _all_to_all(gradient, ctx.receive, ctx.send, ctx.process_group, ctx.codec)
-        if get_gradient_division():
-            returned /= dist.get_world_size(ctx.process_group)
-        return returned, None, None, None, None
-
-
-def _all_to_all(
-    rows: torch.Tensor,
-    send: list[int],
-    receive: list[int],
-    process_group: dist.ProcessGroup,
-    codec: QuantizedCommCodec,
-) -> torch.Tensor:
-    width, context = rows.shape[1], codec.create_context()
-    encoded = codec.encode(rows.reshape(-1), context)
-    sent, expected = (
-        [codec.calc_quantized_size(count * width, context) for count in counts] for counts in (send, receive)
-    )
-    received = encoded.new_empty(sum(expected))
-    dist.all_to_all_single(received, encoded, expected, sent, group=process_group)
-    return codec.decode(received, context).view(sum(receive), width)

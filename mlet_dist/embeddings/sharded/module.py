@@ -36,16 +36,19 @@ from mlet_dist.embeddings.collection import (
     table_of_key,
 )
 from mlet_dist.embeddings.initializers import RowInitializer
-from mlet_dist.embeddings.input_check import BatchChecker, Verdict, smallest_tables
+from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
+from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, Verdict
 from mlet_dist.embeddings.sharded.collectives import with_combined_gradients
-from mlet_dist.embeddings.sharded.exchange_choice import Exchange, ExchangedShardingInfo, ProjectsBefore
+from mlet_dist.embeddings.sharded.exchange_choice import Exchange
 from mlet_dist.embeddings.sharded.placement import check_widths, first_row
 from mlet_dist.embeddings.sharded.pooled import (
     AllToAllSharding,
+    ExchangedShardingInfo,
     NodeReduceSharding,
     PaddedRowWiseSharding,
     PaddedTableRowWiseSharding,
+    ProjectsBefore,
     ReduceScatterSharding,
 )
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding

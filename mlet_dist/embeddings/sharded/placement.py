@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch.distributed._shard.metadata import ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import DataType
 
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.planning.cost_model import rows_of_rank
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, EXCHANGES_OF, ExchangeChoice
+
+REPLICATED_BYTES = 16e6
+"""Of W1: up to this the planner may hold a table on every rank, where nobody says otherwise."""
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
 
@@ -160,3 +163,15 @@ def keep_gradients_dense(shardings: Sequence[ParameterSharding]) -> None:
     """Have tables leave a dense gradient, as large as a rank's rows, instead of using fused kernels, in place."""
     for sharding in shardings:
         sharding.compute_kernel = _DENSE
+
+
+def rows_of_rank(num_embeddings: int, row_width: int, blocks: int, *, on_cpu: bool) -> int | None:
+    """Rows of the fullest rank of a table split into ``blocks``; None where the sharder replicates it.
+
+    That is where some rank would hold no row and the kernel cannot take that (on the CPU) or holding the table whole
+    costs little. With a thousand ranks a table of a million rows may leave the last without.
+    """
+    block = -(-num_embeddings // blocks)
+    all_hold_rows = block * (blocks - 1) < num_embeddings
+    cheap = torch.float32.itemsize * num_embeddings * row_width <= REPLICATED_BYTES
+    return None if not all_hold_rows and (on_cpu or cheap) else block

@@ -1,12 +1,13 @@
 """Exchanges of pooled vectors: W2 is applied to partial sums before TorchRec's reduce-scatter or all-to-all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch.nn import functional
-from torchrec.distributed.embedding_sharding import EmbeddingShardingContext
+from torchrec.distributed.embedding_sharding import EmbeddingShardingContext, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist, RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingDist, TwPooledEmbeddingSharding
@@ -14,7 +15,31 @@ from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingDist,
 from torchrec.distributed.types import Awaitable
 
 from mlet_dist.embeddings.projection import project_columns
-from mlet_dist.embeddings.sharded.exchange_choice import ExchangedShardingInfo, ProjectsBefore
+from mlet_dist.embeddings.sharded.exchange_choice import Exchange
+
+ProjectionsOf = Callable[[Sequence[str]], dict[str, torch.Tensor]]
+"""Tables -> W2 of those that have one, for this forward pass."""
+
+
+class ProjectsBefore:
+    """A TorchRec output dist that applies W2 itself; the sharded module says where W2 is."""
+
+    projections_of: ProjectionsOf
+
+
+@dataclass
+class ExchangedShardingInfo(EmbeddingShardingInfo):
+    """TorchRec's sharding info of one table, with its exchange and what that needs to know.
+
+    Attributes:
+        exchange: any but after.
+        exchanged_dim: the width d that is sent.
+        expected_rows: distinct rows that a batch asks of one rank, for unique_rows.
+    """
+
+    exchange: Exchange = "after"
+    exchanged_dim: int = 0
+    expected_rows: float = 0.0
 
 
 class ExchangedDims:

@@ -22,15 +22,10 @@ from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist.embeddings.projection import project_rows
-from mlet_dist.embeddings.sharded.collectives import codecs_of
-from mlet_dist.embeddings.sharded.exchange_choice import (
-    COMM_OPS,
-    AllToAllRows,
-    ExchangedShardingInfo,
-    ProjectsBefore,
-)
+from mlet_dist.embeddings.sharded.collectives import AllToAllRows, codecs_of
+from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
 from mlet_dist.embeddings.sharded.placement import ranks_of_blocks
-from mlet_dist.embeddings.sharded.pooled import ExchangedDims, tables_by_feature
+from mlet_dist.embeddings.sharded.pooled import ExchangedDims, ExchangedShardingInfo, ProjectsBefore, tables_by_feature
 from mlet_dist.embeddings.sharded.row_lookup import RowLookup, group_for_rows
 
 

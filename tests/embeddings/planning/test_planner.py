@@ -27,7 +27,6 @@ from mlet_dist.embeddings.planning.cost_model import (
     Memory,
     Step,
     all_reduced,
-    rows_of_rank,
     step_time,
     total_memory,
     total_step,
@@ -37,6 +36,7 @@ from mlet_dist.embeddings.planning.planner import multi_layer_planner
 from mlet_dist.embeddings.planning.table_cost import TableCost
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.sharded.exchange_choice import TableTraffic
+from mlet_dist.embeddings.sharded.placement import rows_of_rank
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.model_plan import ModelPlan, plan_model

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mlet_dist.checkpoint.manifest import Manifest
-from mlet_dist.config.sections import load_config
+from mlet_dist.config.config_file import load_config
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.run_collapse import export_run
