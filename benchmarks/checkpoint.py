@@ -30,9 +30,9 @@ from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
 from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_state, newest_whole
-from mlet_dist.checkpoint.saver import CheckpointSaver, staged
+from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.checkpoint.writer import write_checkpoint
+from mlet_dist.checkpoint.writer import staged, write_checkpoint
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature

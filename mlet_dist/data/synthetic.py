@@ -14,7 +14,7 @@ import pyarrow.csv
 
 from mlet_dist.atomic_directory import staged_directory
 from mlet_dist.data.loading.prefetch import map_ahead
-from mlet_dist.data.loading.windows import MultiValued
+from mlet_dist.data.loading.rows import MultiValued
 from mlet_dist.data.parquet_parts import PartWriter, split_bounds
 from mlet_dist.data.prepare.raw_formats import CRITEO_DENSE as DENSE
 from mlet_dist.data.prepare.raw_formats import CRITEO_SPARSE as SPARSE

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mlet_dist.data.loading.windows import MultiValued
+from mlet_dist.data.loading.rows import MultiValued
 
 FloatArray = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int32] | MultiValued

@@ -20,7 +20,7 @@ from mlet_dist.data.loading import row_groups
 from mlet_dist.data.loading.loader import BATCHES_AHEAD, Batch, DataLoader
 from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.loading.prefetch import THREAD_NAME
-from mlet_dist.data.loading.windows import Rows
+from mlet_dist.data.loading.rows import Rows
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from mlet_dist.data.loading import row_groups
-from mlet_dist.data.loading.loader import Batch, DataLoader, JaggedBuilder
+from mlet_dist.data.loading.loader import Batch, DataLoader
 from mlet_dist.data.loading.order import Shuffle
-from mlet_dist.data.loading.windows import Rows
+from mlet_dist.data.loading.rows import JaggedBuilder, Rows
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from tests.helpers.mixed_dataset import DENSE, GROUP_ROWS, SIZES, SPARSE, write_mixed

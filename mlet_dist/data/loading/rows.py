@@ -1,18 +1,14 @@
-"""A rank's rows by column: row groups are decoded ahead in several threads, and batches are cut from them."""
+"""Rows in memory by column, and the KeyedJaggedTensors of a batch made from them; no loop over rows."""
 
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from mlet_dist.data.loading.order import Order, Window
-from mlet_dist.data.loading.prefetch import map_ahead
-from mlet_dist.data.loading.row_groups import SplitRows
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 IntArray = npt.NDArray[np.int64]
 
@@ -104,48 +100,65 @@ class Rows:
         )
 
 
-def read_windows(
-    parts: SplitRows, order: Order, epoch: int, first_batch: int, threads: int
-) -> Generator[tuple[Window, Rows], None, None]:
-    """Each window of ``order`` with its rows, from the window of ``first_batch`` on.
+class JaggedBuilder:
+    """Makes KeyedJaggedTensors of ``size`` bags a feature; bags beyond the rows given are empty.
 
-    Row groups of one window are decoded ahead, so that they are there when the batches of the one before are taken.
+    Args:
+        keys: the features, in order.
+        size: stride of the result.
+        weighted: whether some feature has weights; the others then weigh 1, since a KeyedJaggedTensor has weights for
+            all of its ids or for none.
     """
-    groups = order.groups(epoch)
-    starts = np.concatenate([[0], np.cumsum(parts.group_rows[groups])]).tolist()
 
-    def touched(window: Window) -> range:
-        """Places of its row groups in the epoch's sequence of them."""
-        if window.start == window.stop:
-            return range(0)
-        return range(bisect_right(starts, window.start) - 1, bisect_right(starts, window.stop - 1))
+    def __init__(self, keys: Sequence[str], size: int, *, weighted: bool) -> None:
+        self._keys, self._size, self._weighted = list(keys), size, weighted
+        # The same in every whole batch of one id a bag; never written to.
+        self._ones = torch.ones(len(keys) * size, dtype=torch.int64)
+        self._steps = torch.arange(len(keys) * size + 1)
 
-    def needed() -> Iterator[int]:
-        following = 0  # windows ascend; two of them may share the row group on their border
-        for window in order.windows(epoch, first_batch):
-            for place in touched(window):
-                if place >= following:
-                    following = place + 1
-                    yield place
+    def build(self, rows: Rows) -> KeyedJaggedTensor:
+        """Values int64, lengths int64, weights float32 or none."""
+        if len(rows) == self._size and all(isinstance(column, OneValued) for column in rows.sparse):
+            counts, lengths, offsets = [self._size] * len(self._keys), self._ones, self._steps
+        else:
+            counts, lengths = self._lengths(rows)
+            offsets = None
+        ends = [0, *accumulate(counts)]
+        values = np.empty(ends[-1], dtype=np.int64)
+        weights = np.ones(ends[-1], dtype=np.float32) if self._weighted else None
+        feature = 0
+        for column in rows.sparse:
+            start = ends[feature]
+            if isinstance(column, OneValued):
+                features = column.ids.shape[1]
+                feature += features
+                values[start : ends[feature]].reshape(features, -1)[:] = column.ids.T
+            else:
+                feature += 1
+                values[start : ends[feature]] = column.own(column.ids)
+                if weights is not None and column.weights is not None:
+                    weights[start : ends[feature]] = column.own(column.weights)
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=torch.from_numpy(values),
+            weights=None if weights is None else torch.from_numpy(weights),
+            lengths=lengths,
+            offsets=offsets,
+            stride=self._size,
+            # Known here; otherwise TorchRec has to copy the lengths back from the device to learn them.
+            length_per_key=counts,
+            offset_per_key=ends,
+        )
 
-    def decode(place: int) -> tuple[int, Rows]:
-        return place, parts.decode(groups[place])
-
-    ahead = threads + 1 + order.window_rows * len(groups) // max(1, order.rows)
-    decoded = map_ahead(decode, needed(), threads=threads, ahead=ahead)
-    held: deque[tuple[int, Rows]] = deque()
-    try:
-        for window in order.windows(epoch, first_batch):
-            places = touched(window)
-            while places and held and held[0][0] < places[0]:
-                held.popleft()
-            while places and (not held or held[-1][0] < places[-1]):
-                held.append(next(decoded))
-            pieces = [
-                rows.slice(max(0, window.start - starts[place]), min(len(rows), window.stop - starts[place]))
-                for place, rows in held
-                if place in places
-            ]
-            yield window, pieces[0].join(pieces[1:]) if pieces else parts.empty()
-    finally:
-        decoded.close()
+    def _lengths(self, rows: Rows) -> tuple[list[int], torch.Tensor]:
+        lengths = np.zeros((len(self._keys), self._size), dtype=np.int64)
+        feature = 0
+        for column in rows.sparse:
+            if isinstance(column, OneValued):
+                features = column.ids.shape[1]
+                lengths[feature : feature + features, : len(rows)] = 1
+                feature += features
+            else:
+                lengths[feature, : len(rows)] = np.diff(column.offsets)
+                feature += 1
+        return lengths.sum(axis=1).tolist(), torch.from_numpy(lengths).flatten()
