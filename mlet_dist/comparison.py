@@ -50,7 +50,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     finished = {arm for arm in configs if _finished(configs[arm])}
     for arm in configs:
         if arm not in finished:
-            RunDirectory(base / arm).check_free(configs[arm])
+            RunDirectory(base / arm).check_available(configs[arm])
         _check_export(base / f"{arm}-export", config.run.overwrite or arm in finished)
     with _writing(base):
         base.mkdir(parents=True, exist_ok=True)

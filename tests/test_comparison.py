@@ -67,8 +67,8 @@ class Commands:
             config = load_config(Path(target))
             run = RunDirectory(Path(config.run.dir))
             schema = DatasetSchema.load(Path(config.data.path))
-            with run.hold(config):
-                run.start(config, ModelSpec.of(config, schema))
+            with run.lock(config):
+                run.prepare(config, ModelSpec.of(config, schema))
                 run.finish(ARM)
         if command == "export":
             out = Path(rest[-1])

@@ -20,10 +20,10 @@ from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
 @contextmanager
 def answering_signals(args: argparse.Namespace, rank: int | None) -> Iterator[None]:
     """What SIGTERM does, and for `train` SIGUSR1, until training answers them itself."""
-    from mlet_dist.training.signals import STOP_SIGNALS, exiting_when_told
+    from mlet_dist.training.signals import STOP_SIGNALS, exit_on_stop_signal
 
     if args.name == "train" and args.nproc is None and not launched():  # of such ranks, the launcher tells
-        with exiting_when_told():
+        with exit_on_stop_signal():
             yield
         return
     numbers = STOP_SIGNALS if args.name == "train" else (signal.SIGTERM,)
@@ -136,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         if arguments[:1] == ["train"] and number != signal.SIGINT:
-            from mlet_dist.training.signals import not_saved
+            from mlet_dist.training.signals import interrupted_unsaved
 
-            print(f"mlet: {not_saved(number)}", file=sys.stderr)
+            print(f"mlet: {interrupted_unsaved(number)}", file=sys.stderr)
             return Interrupted.EXIT_CODE
         print("mlet: interrupted" if number == signal.SIGINT else "mlet: terminated", file=sys.stderr)
         return 128 + int(number)

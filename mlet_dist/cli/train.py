@@ -41,17 +41,17 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
     """The summary; None where a rank has shown it."""
-    from mlet_dist.training.job import finished_before, for_this_attempt
+    from mlet_dist.training.job import config_of_attempt, finished_summary
     from mlet_dist.training.run_directory import RunDirectory
 
-    done = finished_before(load_config(Path(args.config), args.overrides), by_any=args.once)
+    done = finished_summary(load_config(Path(args.config), args.overrides), by_any=args.once)
     if done is not None:
         return done
 
     def check() -> Config:
         config = load_checked(args)
         if not launched() and not args.node_rank:  # the first node's ranks write there while others' come
-            RunDirectory(Path(config.run.dir)).check_free(for_this_attempt(config))
+            RunDirectory(Path(config.run.dir)).check_available(config_of_attempt(config))
         return config
 
     if args.nproc is not None:

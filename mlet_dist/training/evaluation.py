@@ -19,14 +19,15 @@ _LOGIT_LIMIT = 30.0
 
 
 class BinaryMetrics:
-    """Counts labels by logit, from which AUC follows, and sums the log loss.
+    """AUC and LogLoss over any number of rows, the same for any number of ranks.
 
-    Logits are counted in equal bins over [-30, 30] (what lies outside counts at the edge); pairs within one bin count
-    as ties, half. With the default 2^20 bins a tie is a difference in logit below 6e-5.
+    Labels are counted by logit in equal bins over [-30, 30]; logits outside count in the outermost bins. AUC follows
+    from the counts: pairs within one bin are ties and count half. With the default 2^20 bins, logits that differ by
+    less than 6e-5 may tie. LogLoss is summed in float64.
 
     Args:
-        device: where the counts are kept.
-        bins: how many.
+        device: the device of the counts.
+        bins: the number of bins.
     """
 
     def __init__(self, device: torch.device, bins: int = 1 << 20) -> None:
@@ -38,7 +39,7 @@ class BinaryMetrics:
     def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count rows; ``logits`` ``(b,)`` float, ``labels`` ``(b,)`` 0 or 1."""
         wide = logits.double()
-        binned = wide.nan_to_num()  # a NaN shows in the loss
+        binned = wide.nan_to_num()  # a NaN is visible in the loss
         scaled = (binned.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT) + _LOGIT_LIMIT) * (self._bins / (2 * _LOGIT_LIMIT))
         bin_of_row = scaled.long().clamp_(max=self._bins - 1)
         flat = bin_of_row + labels.long() * self._bins
@@ -46,7 +47,7 @@ class BinaryMetrics:
         self._loss += functional.binary_cross_entropy_with_logits(wide, labels.double(), reduction="sum")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What was counted: ``counts`` ``(2, bins)`` int64 of all, ``loss`` ``(R,)`` float64 by rank. Collective."""
+        """Return ``counts`` ``(2, bins)`` int64 of all ranks, and ``loss`` ``(R,)`` float64 by rank. Collective."""
         counts = self._counts.clone()
         losses = [self._loss.clone()]
         if dist.is_initialized():
@@ -56,15 +57,15 @@ class BinaryMetrics:
         return {"counts": counts, "loss": torch.stack(losses)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on counting from there on any number of ranks; on as many as then, the sums are the same to the bit."""
+        """Continue from a state on any number of ranks; on the same number, sums are bitwise identical."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._counts.copy_(state["counts"] if rank == 0 else torch.zeros_like(self._counts))
         self._loss.copy_(state["loss"][rank::world_size].sum())
 
     def compute(self, process_group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """``auc``, ``logloss``, ``rows`` and ``positive_rate`` over all ranks of the group; NaN where undefined.
+        """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` over all ranks; NaN where undefined.
 
-        A collective call: every rank of the group makes it.
+        A collective call of all ranks of the group.
         """
         counts, loss = self._counts.clone(), self._loss.clone()
         if dist.is_initialized():
@@ -85,7 +86,7 @@ class BinaryMetrics:
 
 
 def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: int, worker: Worker) -> DataLoader:
-    """A loader of every row of a split, in batches no larger than it, rounded up to a multiple of the ranks."""
+    """Return a loader of every row of a split; a batch is at most the split, rounded up to a multiple of the ranks."""
     batch_size = max(1, min(batch_size, DatasetSchema.load(path).rows.get(split, batch_size)))
     return DataLoader(
         path,
@@ -102,9 +103,9 @@ def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: i
 
 @torch.no_grad()
 def predict(model: nn.Module, loader: DataLoader, worker: Worker) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits and labels, each ``(rows,)`` float32, batch by batch; padding is left out.
+    """Yield logits and labels of each batch, each ``(rows,)`` float32, without padding.
 
-    Every rank must take all batches: the model's exchange is collective.
+    Every rank must take all batches, since the model's exchange is collective.
     """
     model.eval()
     for batch in loader:
@@ -114,7 +115,7 @@ def predict(model: nn.Module, loader: DataLoader, worker: Worker) -> Iterator[tu
 
 
 def evaluate(model: nn.Module, loader: DataLoader, worker: Worker, description: str) -> dict[str, float]:
-    """``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a model over a loader's rows, on all ranks."""
+    """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` over a loader's rows. A collective call."""
     metrics = BinaryMetrics(worker.device)
     with Progress(f"evaluate {description}", len(loader), "batches", disable=not worker.is_first) as progress:
         for logits, labels in predict(model, loader, worker):

@@ -1,4 +1,8 @@
-"""Batches whose loss or gradient is not finite: every rank hears of them, and a batch to be skipped trains nothing."""
+"""Finds batches whose loss or gradient is not finite, on all ranks at the same step, and skips them if asked to.
+
+Ranks agree on their findings in an asynchronous all-reduce (``Agreement``) that is read one step later, so that neither
+a rank nor a device waits for it; only the policy ``skip`` waits in every step.
+"""
 
 from collections import deque
 from dataclasses import dataclass
@@ -21,12 +25,12 @@ _ADVICE = "lower optimizer.learning_rate or the initial values"
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a batch.
+    """A batch that was found not to be finite.
 
     Attributes:
-        step: its place among the batches of the run, from 1.
-        what: ``loss`` or ``gradient``; ``earlier`` is a batch that was found before the run went back.
-        rank: the last rank with such a loss; None for a gradient, which is that of all ranks.
+        step: the step that trained on it, counted from 1 over the whole run.
+        what: ``loss`` or ``gradient``; ``earlier`` for a batch that was found before the run was rolled back.
+        rank: the highest rank with such a loss; None for a gradient, which is combined over all ranks.
     """
 
     step: int
@@ -35,13 +39,13 @@ class Finding:
 
     def __str__(self) -> str:
         if self.what == "earlier":
-            return f"the batch of step {self.step} was not finite before the run went back"
+            return f"the batch of step {self.step} was not finite before the run was rolled back"
         where = "" if self.rank is None else f" on rank {self.rank}"
         return f"the training {self.what} of step {self.step} is not finite{where}"
 
 
 class NonFinite(UserError):
-    """A loss or gradient is not finite and weights may be spoiled; raised by every rank, between the same two steps."""
+    """A loss or gradient is not finite, and weights may be spoiled; all ranks raise it between the same two steps."""
 
     def __init__(self, finding: Finding, advice: str = _ADVICE) -> None:
         super().__init__(f"{finding}; {advice}")
@@ -49,104 +53,108 @@ class NonFinite(UserError):
 
 
 class Guard:
-    """Looks at every loss before backward, and at the gradients after it.
+    """Checks every loss before backward, and the gradients after it.
 
-    Rows are updated inside backward, so a batch can be skipped only for its loss, and only where every rank has heard
-    of it before: under ``skip`` each step waits for that. Under the other policies a loss is known of
-    after the step that follows, and a gradient one later: neither a rank nor a device is waited for. Before weights are
-    saved, ``settle``.
+    W1's rows are updated inside backward. A batch can therefore be skipped only because of its loss, and only if every
+    rank knows about it before backward: the policy ``skip`` waits for that in every step. Under the other policies a
+    loss is known after the following step and a gradient one step later, and nothing waits. Call ``flush`` before
+    weights are saved or measured.
 
-    The gradients are those of W2 and of the dense layers, combined over ranks. W1's are never at hand; one that is not
-    finite has come through those layers. Their norm counts: where it overflows, Adagrad's squares do, too.
-    Under ``stop`` only ``settle`` looks at them, since the next step's losses show it as well.
+    The gradients checked are those of W2 and of the dense layers, combined over ranks. W1's gradients are never
+    materialized, but one that is not finite has passed through those layers. The norm of the gradients is checked,
+    because where it overflows Adagrad's squares overflow, too. Under ``stop`` only ``flush`` checks gradients, since
+    the next step's losses reveal them as well.
 
     Args:
-        training: the run.
-        device: of the losses.
-        policy: ``skip`` skips batches for their loss; whatever else is found is raised, under every policy.
-        limit: batches of a run that may be skipped; one more is raised.
+        training: the state of the run.
+        device: the device of the losses.
+        policy: ``skip`` skips batches because of their loss; everything else that is found raises, under every policy.
+        limit: the number of batches of a run that may be skipped; one more raises.
 
     Attributes:
-        refused: why the batch whose loss was admitted last is skipped, or None.
+        skip_reason: why the batch whose loss was checked last is skipped, or None.
     """
 
     def __init__(self, training: Training, device: torch.device, policy: OnNonFinite, limit: int) -> None:
-        self.refused: Finding | None = None
+        self.skip_reason: Finding | None = None
         self._training, self._policy, self._limit = training, policy, limit
         self._parameters = [
             parameter
             for name, parameter in in_backward_optimizer_filter(training.model.named_parameters())
             if not name.startswith(f"{TABLES_PREFIX}embedding_bags.")
         ]
-        self._code = dist.get_rank() + 1
-        self._well = torch.zeros((), dtype=torch.bool, device=device)
-        self.forget()
+        self._rank_code = dist.get_rank() + 1
+        self._no_failure = torch.zeros((), dtype=torch.bool, device=device)
+        self.reset()
 
-    def forget(self) -> None:
-        """Drop what was found: the run goes back."""
-        self._gradient = self._well
-        self._asked: deque[tuple[int, Agreement]] = deque()
-        self._found: deque[Finding] = deque()
+    def reset(self) -> None:
+        """Drop all findings and pending agreements: the run is rolled back."""
+        self._gradient = self._no_failure
+        self._pending: deque[tuple[int, Agreement]] = deque()
+        self._findings: deque[Finding] = deque()
 
-    def admit(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss for backward; of a batch then ``refused``, one that leads to no weight. A collective call."""
-        step, self.refused = self._training.step + 1, None
-        if step in self._training.passed_over:
-            self.refused = Finding(step, "earlier")
-            self._ask(step, self._well)
+    def check_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss for backward; for a skipped batch, one that is connected to no weight. A collective call."""
+        step, self.skip_reason = self._training.step + 1, None
+        if step in self._training.excluded_steps:
+            self.skip_reason = Finding(step, "earlier")
+            self._start_agreement(step, self._no_failure)
         else:
-            self._ask(step, ~loss.detach().isfinite())
+            self._start_agreement(step, ~loss.detach().isfinite())
             if self._policy == "skip":
-                self._hear_of(step)
-                if self._found and self._found[-1].what == "loss":
-                    self.refused = self._found.pop()
-        return loss if self.refused is None else torch.zeros_like(loss, requires_grad=True)
+                self._read_until(step)
+                if self._findings and self._findings[-1].what == "loss":
+                    self.skip_reason = self._findings.pop()
+        return loss if self.skip_reason is None else torch.zeros_like(loss, requires_grad=True)
 
-    def look_at_gradients(self) -> None:
-        """Between backward and the optimizer's step; waits for nothing."""
-        if self._policy != "stop":  # there the loss that follows tells as much, for nothing
-            self._look()
+    def check_gradients(self) -> None:
+        """Check the gradients between backward and the optimizer step, without waiting for the result."""
+        if self._policy != "stop":  # under stop the next loss reveals as much, at no cost
+            self._check_gradient_norm()
 
     def check(self) -> None:
-        """After a step, before it is counted: what is known of the steps before it.
+        """Raise what is known about earlier steps; called after each step, before it is counted.
 
         Raises:
             NonFinite: a loss or gradient was not finite, or too many batches were skipped; on every rank.
         """
-        self._hear_of(self._training.step)
-        if self._found:
-            raise NonFinite(self._found[0])
-        if self.refused is not None and self._training.skipped >= self._limit:
-            raise NonFinite(self.refused, f"{self._limit} batches were skipped before it, as many as may be; {_ADVICE}")
+        self._read_until(self._training.step)
+        if self._findings:
+            raise NonFinite(self._findings[0])
+        if self.skip_reason is not None and self._training.skipped >= self._limit:
+            raise NonFinite(
+                self.skip_reason,
+                f"{self._limit} batches were skipped before it, and train.non_finite_limit allows no more; {_ADVICE}",
+            )
 
-    def settle(self) -> None:
-        """Before weights are saved or measured: what is wrong with any step so far. A collective call.
+    def flush(self) -> None:
+        """Wait for the findings of every step so far; called before weights are saved or measured. A collective call.
 
         Raises:
             NonFinite: a loss or gradient was not finite; on every rank.
         """
-        following = self._training.step + 1
-        self._look()
-        self._ask(following, self._well)
-        self._hear_of(following)
-        if self._found:
-            raise NonFinite(self._found[0])
+        next_step = self._training.step + 1
+        self._check_gradient_norm()
+        self._start_agreement(next_step, self._no_failure)
+        self._read_until(next_step)
+        if self._findings:
+            raise NonFinite(self._findings[0])
 
-    def _look(self) -> None:
+    def _check_gradient_norm(self) -> None:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._gradient = ~get_total_norm(gradients).isfinite()
 
-    def _ask(self, step: int, loss: torch.Tensor) -> None:
-        """Agree on the loss of a step and on the gradient of the step before it."""
-        codes = torch.stack([self._gradient, loss]).long() * self._code
-        self._gradient = self._well
-        self._asked.append((step, Agreement(codes, None)))
+    def _start_agreement(self, step: int, loss: torch.Tensor) -> None:
+        """Start to agree on the loss of ``step`` and on the gradient of the step before it; True is not finite."""
+        codes = torch.stack([self._gradient, loss]).long() * self._rank_code
+        self._gradient = self._no_failure
+        self._pending.append((step, Agreement(codes, None)))
 
-    def _hear_of(self, step: int) -> None:
-        while self._asked and self._asked[0][0] <= step:
-            asked, agreement = self._asked.popleft()
+    def _read_until(self, step: int) -> None:
+        while self._pending and self._pending[0][0] <= step:
+            of_step, agreement = self._pending.popleft()
             gradient, loss = agreement.read()
             if gradient:
-                self._found.append(Finding(asked - 1, "gradient"))
+                self._findings.append(Finding(of_step - 1, "gradient"))
             if loss:
-                self._found.append(Finding(asked, "loss", loss - 1))
+                self._findings.append(Finding(of_step, "loss", loss - 1))

@@ -1,4 +1,7 @@
-"""A job of a run: its data, the run directory it holds, and where it begins."""
+"""A job of a run: its data, the run directory that it locks, and the checkpoint that it starts from.
+
+A run is what ``run.dir`` holds; every process group that trains it, first or after an interruption, is a job.
+"""
 
 import os
 import sys
@@ -20,33 +23,34 @@ from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
-from mlet_dist.training.resume import Start, drop_later, find_start, identity_of
+from mlet_dist.training.resume import ResumePoint, drop_later_checkpoints, find_resume_point, identity_of
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.warm_start import InitialWeights, find_initial_weights
 
 
-def for_this_attempt(config: Config) -> Config:
-    """The config, of which torch elastic's restarts take no second `run.overwrite` or `never`: they go on."""
+def config_of_attempt(config: Config) -> Config:
+    """Return the config without ``run.overwrite`` and ``train.resume: never`` if torch elastic restarted this job."""
     if not _is_restart():
         return config
     resume = "auto" if config.train.resume == "never" else config.train.resume
     return replace(config, run=replace(config.run, overwrite=False), train=replace(config.train, resume=resume))
 
 
-def finished_before(config: Config, *, by_any: bool = False) -> dict[str, Any] | None:
-    """The summary of a run that an earlier attempt has finished, but did not live to show; None where there is none.
+def finished_summary(config: Config, *, by_any: bool = False) -> dict[str, Any] | None:
+    """Return the summary of a run that an earlier attempt of this job finished without printing it, or None.
 
     Args:
-        by_any: whether any earlier job counts as an attempt, and not those of this torch elastic alone.
+        config: the resolved settings; a run with other settings is not considered.
+        by_any: whether any earlier job counts as an attempt, and not only those restarted by torch elastic.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the summary cannot be read.
     """
     run = RunDirectory(Path(config.run.dir))
     if not (by_any or _is_restart()) or not run.summary.exists():
         return None
     saved, _, summary = run.load()
-    return summary if for_this_attempt(saved) == for_this_attempt(config) else None
+    return summary if config_of_attempt(saved) == config_of_attempt(config) else None
 
 
 def _is_restart() -> bool:
@@ -58,13 +62,16 @@ class Job:
     """One job of a run, on this rank.
 
     Attributes:
-        loader: of the rows to train on, at the batch that comes first.
-        split_loaders: of the rows to evaluate on, by split.
-        run: the run's directory, held by this job.
-        store: of the run's checkpoints.
-        identity: of ``identity_of``.
-        start: the checkpoint to begin from; None where the run begins anew.
-        initial: weights that a run which begins anew takes in place of random ones.
+        config: the resolved settings.
+        worker: this rank.
+        spec: the model to build.
+        loader: the training rows, positioned at the first batch to train on.
+        split_loaders: the rows to evaluate on, by split.
+        run: the run directory, locked by this job.
+        store: the run's checkpoints.
+        identity: the settings that make two jobs the same run, from ``identity_of``.
+        resume_point: the checkpoint to start from; None for a new run.
+        initial: weights for a new run instead of random ones, if any.
     """
 
     config: Config
@@ -75,51 +82,55 @@ class Job:
     run: RunDirectory
     store: CheckpointStore
     identity: Mapping[str, Any]
-    start: Start | None
+    resume_point: ResumePoint | None
     initial: InitialWeights | None
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """The number of steps of the whole run."""
         steps = len(self.loader) * self.config.train.epochs
         return steps if self.config.train.max_steps is None else min(steps, self.config.train.max_steps)
 
     @property
     def first_step(self) -> int:
         """Steps taken by the jobs before this one."""
-        return 0 if self.start is None else self.start.found.manifest.step
+        return 0 if self.resume_point is None else self.resume_point.found.manifest.step
 
     @property
-    def goes_on(self) -> bool:
-        """Whether it begins from a checkpoint of this very run."""
-        return self.start is not None and self.start.is_own
+    def resumes(self) -> bool:
+        """Whether the job resumes from a checkpoint of its own run."""
+        return self.resume_point is not None and self.resume_point.is_own
 
     @property
     def recorded_bytes(self) -> int:
-        """Of metrics.jsonl, up to which it holds the steps before the first of this job."""
-        return self.start.found.manifest.about["records"] if self.start is not None and self.start.is_own else 0
+        """The size of metrics.jsonl that holds the steps before this job's first, in bytes."""
+        return (
+            self.resume_point.found.manifest.about["records"]
+            if self.resume_point is not None and self.resume_point.is_own
+            else 0
+        )
 
     @property
     def local_batch_size(self) -> int:
-        """Rows of a batch on one rank."""
+        """The number of rows of a training batch on one rank."""
         return self.config.data.batch_size // self.worker.world_size
 
-    def say(self, lines: Iterable[str]) -> None:
-        """Print lines on stderr, on the first rank."""
+    def log(self, lines: Iterable[str]) -> None:
+        """Print lines to stderr, on rank 0."""
         if self.worker.is_first:
-            with suppress(OSError):  # a log that nobody reads any more
+            with suppress(OSError):  # stderr may be closed
                 for line in lines:
                     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def open_job(config: Config, worker: Worker) -> Iterator[Job]:
-    """Open the data set, keep other jobs out of the run directory and make it ready. A collective call.
+    """Open the data set, lock and prepare the run directory, and find where to start. A collective call.
 
-    Whatever can be wrong with the data, the directory or the checkpoint is found before an earlier run is dropped.
+    Errors in the data, the directory or the checkpoint are all raised before an earlier run is overwritten.
 
     Raises:
-        UserError: one of them is not as it must be.
+        UserError: the data set, the run directory, a checkpoint or the initial weights are invalid.
     """
     config.check_world_size(worker.world_size)
     config.check_device(worker.device.type)
@@ -130,20 +141,22 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     split_loaders = {
         split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker) for split in ("valid", "test")
     }
-    with run.hold(config) if worker.is_first else nullcontext():
+    with run.lock(config) if worker.is_first else nullcontext():
         dist.barrier()
         store, identity = run.checkpoint_store(config), identity_of(config, spec, schema.content_id("train"))
-        start = find_start(config, store, identity)
-        if start is not None:
-            loader.load_state_dict(start.found.manifest.about["data"])
-        initial = find_initial_weights(config, spec) if start is None else None
-        job = Job(config, worker, spec, loader, split_loaders, run, store, identity, start, initial)
+        resume_point = find_resume_point(config, store, identity)
+        if resume_point is not None:
+            loader.load_state_dict(resume_point.found.manifest.about["data"])
+        initial = find_initial_weights(config, spec) if resume_point is None else None
+        job = Job(config, worker, spec, loader, split_loaders, run, store, identity, resume_point, initial)
         if worker.is_first:
-            run.start(config, spec, goes_on=job.goes_on)
-            drop_later(store, start)
+            run.prepare(config, spec, resumes=job.resumes)
+            drop_later_checkpoints(store, resume_point)
         dist.barrier()
         if not run.config.exists():
-            raise UserError(f"rank {worker.rank} does not see {run.config}: run.dir must be one storage for all hosts")
+            raise UserError(
+                f"rank {worker.rank} does not see {run.config}: run.dir must be on storage that all hosts share"
+            )
         yield job
 
 

@@ -1,4 +1,4 @@
-"""A model's plan: TorchRec's, as it will run, what it costs, and why."""
+"""A model's sharding plan, with the cost of each table and the reasons for its sharding type."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,13 +39,13 @@ _DENSE = EmbeddingComputeKernel.DENSE.value
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """TorchRec's plan as it will run, and what it costs.
+    """TorchRec's plan, adjusted to what will run, and its cost.
 
     Attributes:
-        plan: for DistributedModelParallel.
-        sharder: with which it was made.
-        tables: each table's cost and its rows by rank.
-        dense: the layers beside the tables.
+        plan: the plan for DistributedModelParallel.
+        sharder: the sharder that the plan was made with.
+        tables: each table's cost, and its number of rows on each rank.
+        dense: the cost of the dense layers.
         reasons: why each table has its sharding type.
     """
 
@@ -56,7 +56,7 @@ class ModelPlan:
     reasons: dict[str, str]
 
     def entries(self) -> list[dict[str, Any]]:
-        """A record a table; ``rows_per_rank`` are [first rank, last rank, rows of each], without ranks of no rows."""
+        """Return a record per table; ``rows_per_rank`` lists [first rank, last rank, rows] of ranks with rows."""
         return [
             {
                 "table": name,
@@ -72,7 +72,7 @@ class ModelPlan:
 
 
 class DoesNotFit(UserError):
-    """No plan fits; ``planned`` is the one that spreads tables most evenly."""
+    """No plan fits; ``planned`` is the one that distributes the tables most evenly."""
 
     def __init__(self, message: str, planned: ModelPlan) -> None:
         super().__init__(message)
@@ -87,21 +87,23 @@ def plan_model(
     constraints: Constraints | None = None,
     replicated_bytes: float = REPLICATED_BYTES,
 ) -> ModelPlan:
-    """Plan with TorchRec's planner and the estimates of ``embeddings.planning``; in one process, without a group.
+    """Plan with TorchRec's planner and the estimates of ``embeddings.planning``, without a process group.
 
     Args:
-        model: tables on the meta device, whose rows know their optimizer.
-        device: hardware of a rank; None takes the topology's.
-        constraints: TorchRec's, by table; they win over ``table_constraints``.
-        replicated_bytes: of a table's rows, up to which it may be data_parallel.
+        model: a model with tables on the meta device and a fused optimizer on its rows.
+        sharder: the sharder to plan for.
+        topology: ranks, and their memory.
+        device: the hardware of a rank; by default that of the topology.
+        constraints: TorchRec's constraints by table, which override ``table_constraints``.
+        replicated_bytes: the largest W1, in bytes, that may be data_parallel.
 
     Raises:
-        DoesNotFit: the planner finds no plan that fits; it says which table and how much is missing.
-        UserError: the constraints cannot be met, or the plan that they ask for is one that cannot run.
+        DoesNotFit: no plan fits; the message names the table and the missing bytes.
+        UserError: the constraints cannot be met, or only by a plan that cannot run.
     """
     tables = model.sparse_arch.embedding_bag_collection
     configs, ranks, device = tables.embedding_bag_configs(), Ranks.of(topology), device or device_of(topology)
-    asked = constraints or {}
+    requested = constraints or {}
     optimizer = optimizer_of(next(iter(tables.embedding_bags.values())).weight)
     dense = dense_cost(model, sharder.local_batch_size, optimizer, ranks.world_size, ranks.local_world_size)
     try:
@@ -127,11 +129,11 @@ def plan_model(
         except ValueError as error:
             raise UserError(str(error)) from None
         costs = table_costs(tables, params, sharder, ranks)
-        reasons = sharding_reasons(tables, costs, asked, limited, sharder, ranks, device)
+        reasons = sharding_reasons(tables, costs, requested, limited, sharder, ranks, device)
         return ModelPlan(plan, sharder, costs, dense, reasons)
 
     try:
-        # Buffers of rows are not known yet; they leave less to the activations, so this is enough.
+        # The buffers of owned rows are not known yet. They only reduce what the activations add, so this suffices.
         reserved = dense.memory(home_memory(tables, sharder, ranks).buffers)
         return settled(topology, limited, reserved.total)
     except PlannerError:
@@ -151,31 +153,31 @@ def plan_model(
 
 
 def fits(planned: ModelPlan, device: Device) -> bool:
-    """Whether every rank's device and host have the room."""
+    """Return whether the plan fits the memory of every rank's device and host."""
     memories = [memory_of_rank(planned.tables, planned.dense, ranks[0]) for ranks in alike(planned.tables)]
     return all(each.total <= device.usable_memory and each.host <= device.usable_host_memory for each in memories)
 
 
 def describe_plan(planned: ModelPlan) -> list[str]:
-    """A line for each way in which tables are kept, with the reasons for the largest."""
+    """Return a line for each sharding type, exchange and kernel in use, with the reasons for its largest table."""
     entries = {each["table"]: each for each in planned.entries()}
-    ways: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name, entry in entries.items():
         kernel = entry["compute_kernel"] if entry["compute_kernel"] in (UVM, UVM_CACHING) else None
-        way = ", ".join(filter(None, (entry["sharding_type"], entry["exchange"], kernel)))
-        ways.setdefault(way, []).append(name)
-    lines = [_describe_way(way, names, planned, entries) for way, names in ways.items()]
+        group = ", ".join(filter(None, (entry["sharding_type"], entry["exchange"], kernel)))
+        groups.setdefault(group, []).append(name)
+    lines = [_describe_group(group, names, planned, entries) for group, names in groups.items()]
     codecs = planned.sharder.qcomm_codecs_registry
     if codecs and planned.sharder.chosen:
         lines.append(_describe_codecs(codecs_of(codecs, COMM_OPS["unique_rows"])))
     if {entry["compute_kernel"] for entry in entries.values()} == {_DENSE} and planned.sharder.chosen:
-        lines.append("all rows leave a dense gradient: fbgemm has this optimizer's fused kernel for CUDA alone")
+        lines.append("all rows have dense gradients: fbgemm has a fused kernel for this optimizer only on CUDA")
     return lines
 
 
 @contextmanager
 def _without_false_warnings() -> Iterator[None]:
-    """TorchRec warns of each data_parallel table that its sharding spec is missing; such tables have none."""
+    """Suppress TorchRec's warning that a data_parallel table has no sharding spec; such tables have none."""
     logging.getLogger().addFilter(_is_wanted)
     try:
         yield
@@ -187,28 +189,30 @@ def _is_wanted(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Sharding spec not found")
 
 
-def _describe_way(way: str, names: Sequence[str], planned: ModelPlan, entries: Mapping[str, Mapping[str, Any]]) -> str:
+def _describe_group(
+    group: str, names: Sequence[str], planned: ModelPlan, entries: Mapping[str, Mapping[str, Any]]
+) -> str:
     sizes = {name: planned.tables[name][0].traffic.num_embeddings for name in names}
     largest = max(names, key=lambda name: sizes[name])
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     reasons = [entries[largest]["reason"], entries[largest]["exchange_reason"]]
-    said = "; ".join(dict.fromkeys(filter(None, reasons)))
-    return f"{way}: {largest} ({sizes[largest]:,} rows){others}; {said}"
+    reason = "; ".join(dict.fromkeys(filter(None, reasons)))
+    return f"{group}: {largest} ({sizes[largest]:,} rows){others}; {reason}"
 
 
 def _describe_codecs(codecs: QuantizedCommCodecs) -> str:
     forward, backward = (
         str(codec.quantized_dtype).removeprefix("torch.") for codec in (codecs.forward, codecs.backward)
     )
-    return f"vectors cross the network as {forward}, their gradients as {backward}"
+    return f"vectors are sent as {forward}, their gradients as {backward}"
 
 
 def _runs(rows: Sequence[int]) -> list[list[int]]:
-    """[first rank, last rank, rows of each] of ranks in a row that hold as many."""
+    """Return [first rank, last rank, rows of each] for runs of ranks with the same number of rows."""
     runs: list[list[int]] = []
-    for rank, held in enumerate(rows):
-        if runs and runs[-1][1] == rank - 1 and runs[-1][2] == held:
+    for rank, count in enumerate(rows):
+        if runs and runs[-1][1] == rank - 1 and runs[-1][2] == count:
             runs[-1][1] = rank
-        elif held:
-            runs.append([rank, rank, held])
+        elif count:
+            runs.append([rank, rank, count])
     return runs

@@ -1,4 +1,8 @@
-"""One optimizer in several forms: fused into backward for the sharded rows, an ordinary one for everything else."""
+"""The optimizer of a run, in three forms.
+
+W1's sharded rows are updated inside backward by fbgemm's fused kernels (``fuse_row_optimizer``). Rows without a fused
+kernel, W2 and the dense layers have ordinary torch optimizers (``build_optimizer``).
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +32,7 @@ _Form = tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]
 
 @dataclass(frozen=True)
 class _Rule:
-    """Three forms of an optimizer: in backward, for rows without a fused kernel, and for W2 and dense layers."""
+    """An optimizer in three forms: fused in backward, for rows without a fused kernel, for W2 and dense layers."""
 
     fused: _Form
     rows: _Form
@@ -41,7 +45,7 @@ _RULES = {
     "sgd": _Rule(_SGD, _SGD, _SGD),
     "adagrad": _Rule(_ADAGRAD, _ADAGRAD, _ADAGRAD),
     "rowwise_adagrad": _Rule((RowWiseAdagrad, _EPS), (RowWiseAdagrad, _EPS), _ADAGRAD),
-    # The fused kernel takes beta1 and beta2; TorchRec hands it what it does not know, such as torch's `betas`, as well.
+    # The fused kernel takes beta1 and beta2; TorchRec also passes on arguments it does not know, as torch's `betas`.
     "adam": _Rule(
         (FusedAdam, {**_EPS, "beta1": _BETA1, "beta2": _BETA2}), (LazyAdam, _ADAM), (torch.optim.Adam, _ADAM)
     ),
@@ -49,17 +53,17 @@ _RULES = {
 
 
 def fuse_row_optimizer(model: DLRM, config: OptimizerConfig) -> None:
-    """Have every W1 updated inside backward, where fbgemm has such a kernel; call it before sharding."""
+    """Have fbgemm update every W1 inside backward, where it has a kernel for that; call this before sharding."""
     kind, arguments = _RULES[config.name].fused
     rows = model.sparse_arch.embedding_bag_collection.embedding_bags.parameters()
     apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _or_common(config.rows_learning_rate, config)})
 
 
 def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) -> CombinedOptimizer:
-    """All optimizers of a sharded model as one, with state keyed by parameter name.
+    """Return all optimizers of a sharded model as one, with state keyed by parameter name.
 
-    Rows that have no fused kernel, such as those of tables too small to be sharded, are stepped here by the same rule
-    and at the same rate. Call ``zero_grad`` before the forward pass.
+    Rows without a fused kernel, such as those of tables too small to be sharded, are updated here by the same rule and
+    at the same learning rate. Call ``zero_grad`` before the forward pass, where fused kernels read their learning rate.
     """
     rule = _RULES[config.name]
     rows: dict[str, torch.Tensor] = {}
@@ -92,20 +96,20 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
 
 
 def optimizer_state(optimizer: CombinedOptimizer) -> dict[str, dict[str, Any]]:
-    """Parameter name -> state name -> tensor: the same names and shapes whether a table is sharded or replicated.
+    """Return parameter name -> state name -> tensor, with names and shapes that do not depend on the sharding.
 
-    ``sum`` for Adagrad, of shape ``(n,)`` for rows of the row-wise one; ``exp_avg``, ``exp_avg_sq`` and ``step`` for
-    Adam; nothing for SGD. The tensors are the optimizer's own: what is loaded into them is loaded into it. Learning
-    rates are not among them; they are the config's. A collective call.
+    The states are ``sum`` for Adagrad, of shape ``(n,)`` for rows under row-wise Adagrad; ``exp_avg``, ``exp_avg_sq``
+    and ``step`` for Adam; none for SGD. The tensors are the optimizer's own, so loading into them restores it. Learning
+    rates come from the config and are not included. A collective call.
     """
     named: dict[str, dict[str, Any]] = {}
     for _, part in optimizer.optimizers:
         for parameter, states in part.state_dict()["state"].items():
-            # fbgemm says `<table>.momentum1`, torch says `sum`.
+            # fbgemm calls it `<table>.momentum1`, torch calls it `sum`.
             found = {name.rpartition(".")[2]: tensor for name, tensor in states.items()}
             if "momentum1" in found:
                 found["exp_avg" if "exp_avg_sq" in found else "sum"] = found.pop("momentum1")
-            # The step of Adagrad, which only torch counts, does not change its update.
+            # Only torch counts the steps of Adagrad, and they do not change its update.
             kept = ("exp_avg", "exp_avg_sq", "step") if "exp_avg" in found else ("sum",)
             found = {name: tensor for name, tensor in found.items() if name in kept}
             if isinstance(part, _RowsOptimizer):
@@ -116,7 +120,7 @@ def optimizer_state(optimizer: CombinedOptimizer) -> dict[str, dict[str, Any]]:
 
 
 class _RowsOptimizer(KeyedOptimizerWrapper):
-    """Rows that are stepped after backward, with their state as the fused kernels would hold it."""
+    """The optimizer of rows that are updated after backward, with state in the layout of fused kernels."""
 
     def __init__(
         self,
@@ -128,7 +132,7 @@ class _RowsOptimizer(KeyedOptimizerWrapper):
         self._sharded = sharded
 
     def as_fused(self, parameter: str, state: torch.Tensor) -> Any:
-        """A state by row ``(n,)`` instead of torchrec's ``(n, 1)``, and sharded as its weight is."""
+        """Return a per-row state as ``(n,)`` instead of torchrec's ``(n, 1)``, sharded as its weight is."""
         if state.dim() == 2 and state.shape[1] == 1:
             state = state.view(-1)
         weight = self._sharded.get(parameter)
@@ -144,7 +148,7 @@ def _factory(form: _Form, rate: float) -> Callable[[list[torch.Tensor]], torch.o
 
 
 def _make_state(optimizer: KeyedOptimizer) -> None:
-    """Make the state that torch's Adam makes in its first step: a checkpoint is loaded into what is there."""
+    """Create the state that torch's Adam creates in its first step, so that a checkpoint can be loaded into it."""
     optimizer.init_state()
     for states in optimizer.state.values():
         states["step"].zero_()

@@ -1,4 +1,4 @@
-"""The process group: ranks join it, and later find out which of them no longer take part."""
+"""Joins the process group, and finds out which ranks no longer take part when a collective fails."""
 
 import json
 import os
@@ -15,93 +15,96 @@ from torch import distributed as dist
 
 from mlet_dist.errors import ConnectionLost, RanksLost, UserError
 
-_PATIENCE_SECONDS = 10.0
-_ENDED = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+_TIMEOUT, _START_TIMEOUT = timedelta(minutes=10), timedelta(minutes=30)
+_NOTICE_SECONDS = 10.0
+_PEER_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
 
 
-def fresh_store(store: dist.Store, rank: int, world_size: int, patience: timedelta) -> dist.Store:
-    """A part of ``store`` that no earlier attempt of the same job has written to; ``patience`` is for all to come.
+def attempt_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Return a part of ``store`` that no earlier attempt of the same job has written to.
 
-    torch elastic keeps its store when it restarts the ranks, and with it the addresses of ranks that have gone. The
-    restart's number does not help: an agent that joins later counts from 0. So every rank says a word of its own, and
-    the first rank lists the words it finds, anew until each rank has found its own in the list.
+    torch elastic keeps its store when it restarts the ranks, and with it the addresses of ranks that have ended. The
+    restart count does not tell attempts apart, since an agent that joins later counts from 0. So every rank publishes a
+    random token, and rank 0 publishes a roster of the tokens it reads until each rank has found its own in it.
+
+    Args:
+        store: the store of all attempts.
+        rank, world_size: this process, and the number of all.
+        timeout: for all ranks to join.
 
     Raises:
-        RuntimeError: a rank did not come.
+        RuntimeError: a rank did not join in time.
     """
-    word, deadline = uuid.uuid4().hex, time.monotonic() + patience.total_seconds()
-    store.set(f"word/{rank}", word)
+    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    store.set(f"token/{rank}", token)
     if rank != 0:
         while True:
             roster = json.loads(store.get("roster"))
-            if roster["words"].get(str(rank)) == word:
+            if roster["tokens"].get(str(rank)) == token:
                 break
-            _wait(deadline)
-        found = dist.PrefixStore(roster["attempt"], store)
-        found.set(f"here/{rank}", "")
-        return found
-    found = dist.PrefixStore(word, store)
+            _sleep_until(deadline)
+        attempt = dist.PrefixStore(roster["attempt"], store)
+        attempt.set(f"joined/{rank}", "")
+        return attempt
+    attempt = dist.PrefixStore(token, store)
     others = range(1, world_size)
     while True:
-        words = {str(each): store.get(f"word/{each}").decode() for each in others if store.check([f"word/{each}"])}
-        store.set("roster", json.dumps({"attempt": word, "words": words}))
-        if all(found.check([f"here/{each}"]) for each in others):
-            return found
-        _wait(deadline)
+        tokens = {str(each): store.get(f"token/{each}").decode() for each in others if store.check([f"token/{each}"])}
+        store.set("roster", json.dumps({"attempt": token, "tokens": tokens}))
+        if all(attempt.check([f"joined/{each}"]) for each in others):
+            return attempt
+        _sleep_until(deadline)
 
 
-class RollCall:
-    """The ranks' hosts.
+def _sleep_until(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise RuntimeError("not all ranks have started")
+    time.sleep(0.05)
+
+
+class RankRegistry:
+    """The hosts of all ranks, and which of them have noticed that a collective timed out.
 
     Args:
-        store: of all ranks, in which nothing of an earlier attempt is.
-        rank, world_size: of this process, and of all.
-        patience: for all ranks to come.
+        store: a store of all ranks, without entries of an earlier attempt.
+        rank, world_size: this process, and the number of all.
+        timeout: for all ranks to register.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, patience: timedelta = timedelta(0)) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta = timedelta(0)) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         store.set(f"host/{rank}", socket.gethostname())
-        store.wait([f"host/{each}" for each in range(world_size)], patience)
+        store.wait([f"host/{each}" for each in range(world_size)], timeout)
 
     def missing(self) -> list[str]:
-        """The ranks, with hosts, that do not notice soon that a collective has timed out; none if nobody can tell."""
+        """Return ranks with hosts that do not notice within 10 s that a collective timed out; [] if unknown."""
         others = set(range(self._world_size)) - {self._rank}
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + _NOTICE_SECONDS
         try:
             self._store.set(f"noticed/{self._rank}", "")
             while others and time.monotonic() < deadline:
                 time.sleep(0.1)
                 others = {each for each in others if not self._store.check([f"noticed/{each}"])}
             return [f"rank {each} on {self._store.get(f'host/{each}').decode()}" for each in sorted(others)]
-        except RuntimeError:  # the store has gone with the rank that held it
+        except RuntimeError:  # the store ended with the process that served it
             return []
 
 
 def timed_out(error: BaseException) -> bool:
-    """Whether this is how gloo says that a rank took no part in a collective."""
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and ("timed out" in said or "timeout" in said)
+    """Return whether this is gloo's error for a rank that took no part in a collective."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("timed out" in text or "timeout" in text)
 
 
 def connection_lost(error: BaseException) -> bool:
-    """Whether this is how gloo or nccl says that a rank has ended while others waited for it."""
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(each in said for each in _ENDED)
-
-
-def _wait(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise RuntimeError("not all ranks have started")
-    time.sleep(0.05)
-
-
-_TIMEOUT, _START = timedelta(minutes=10), timedelta(minutes=30)
+    """Return whether this is gloo's or nccl's error for a rank that ended while others waited for it."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(each in text for each in _PEER_GONE)
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One rank of the job: its number, how many there are, its device, and how long it waits for the others."""
+    """One rank of a job: its number, the world size, its device, and the timeout of its collectives."""
 
     rank: int
     world_size: int
@@ -111,23 +114,25 @@ class Worker:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Whether this is rank 0, which logs and writes for all ranks."""
         return self.rank == 0
 
 
 @contextmanager
-def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT, start: timedelta = _START) -> Iterator[Worker]:
+def join_ranks(
+    device: str = "auto", timeout: timedelta = _TIMEOUT, start: timedelta = _START_TIMEOUT
+) -> Iterator[Worker]:
     """Join the process group that torchrun's environment describes, or a group of one without it.
 
     Args:
-        device: ``auto``, ``cpu`` or ``cuda``; cuda takes nccl, cpu takes gloo.
-        timeout: in which every rank must take part in a collective.
-        start: in which all ranks must come.
+        device: ``auto``, ``cpu`` or ``cuda``; the backend is nccl on cuda and gloo on cpu.
+        timeout: the time in which every rank must take part in a collective.
+        start: the time in which all ranks must join.
 
     Raises:
-        UserError: cuda is asked for where there is none.
-        RanksLost: not all ranks came.
-        RanksLost: within the block, a gloo collective timed out; it names the ranks that did not take part.
+        UserError: ``device`` is cuda and there is no CUDA device.
+        RanksLost: not all ranks joined; or, within the block, a gloo collective timed out; the message names the ranks
+            that did not take part.
         ConnectionLost: within the block, another rank ended.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -141,33 +146,36 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT, start: timed
         torch.cuda.set_device(target)
     backend = "nccl" if on_cuda else "gloo"
     if "RANK" in os.environ:
-        # Ranks may start minutes apart, and `timeout` is for what comes after.
+        # Ranks may start minutes apart; `timeout` applies to collectives only.
         try:
             store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=start)))
-            store = fresh_store(dist.PrefixStore("mlet", store), rank, world_size, start)
-            roll = RollCall(store, rank, world_size, start)
+            store = attempt_store(dist.PrefixStore("mlet", store), rank, world_size, start)
+            registry = RankRegistry(store, rank, world_size, start)
         except (RuntimeError, ValueError) as error:
             raise RanksLost(
-                f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks came "
-                f"to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {start.total_seconds():g} s"
+                f"rank {os.environ['RANK']} on {socket.gethostname()}: not all {os.environ['WORLD_SIZE']} ranks "
+                f"connected to {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+                f"{start.total_seconds():g} s"
             ) from error
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
-        rank, roll = 0, RollCall(dist.HashStore(), 0, 1)
+        rank, registry = 0, RankRegistry(dist.HashStore(), 0, 1)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         yield Worker(dist.get_rank(), dist.get_world_size(), local_world_size, target, timeout)
     except BaseException as error:
-        missing = roll.missing() if timed_out(error) else []
-        if backend == "gloo":  # nccl would wait here for ranks that are stuck in a collective
+        missing = registry.missing() if timed_out(error) else []
+        if backend == "gloo":  # nccl would wait here for ranks that hang in a collective
             dist.destroy_process_group()
         if missing:
             raise RanksLost(
                 f"{' and '.join(missing)} took no part in a collective for {timeout.total_seconds():g} s "
-                "(train.collective_timeout_s): stuck or dead; the others stop"
+                "(train.collective_timeout_s): it hangs or has ended; the other ranks stop"
             ) from error
         if connection_lost(error):
-            raise ConnectionLost(f"{socket.gethostname()}: another rank has ended; its own error says why") from error
+            raise ConnectionLost(
+                f"{socket.gethostname()}: another rank has ended; see that rank's error for the reason"
+            ) from error
         raise
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: the progress line, metrics.jsonl and TensorBoard."""
+"""Reports of a run while it trains: the progress line, metrics.jsonl and TensorBoard."""
 
 import errno
 import math
@@ -23,11 +23,12 @@ from mlet_dist.training.timing import StepTimer
 
 
 class Recorder:
-    """Writes records of one run, on the first rank; on the others it does nothing.
+    """Writes the records of a run to metrics.jsonl and TensorBoard, on rank 0; on other ranks it does nothing.
 
     Args:
-        enabled: whether this is the first rank.
-        step, size: where the run is taken up, as ``go_back``.
+        run: the run directory.
+        enabled: whether this is rank 0.
+        step, size: the position to resume from, as in ``roll_back``.
     """
 
     def __init__(self, run: RunDirectory, enabled: bool, step: int = 0, size: int = 0) -> None:
@@ -36,11 +37,11 @@ class Recorder:
 
     @property
     def size(self) -> int:
-        """Bytes of metrics.jsonl; a checkpoint keeps it, so that a run that goes on from there has each step once."""
+        """Bytes of metrics.jsonl. Checkpoints save it, so that a resumed run records each step once."""
         return self._lines.tell() if self._enabled else 0
 
     def record(self, split: str, step: int, values: Mapping[str, float | str | Sequence[float]]) -> None:
-        """Write one line, and to TensorBoard a point a number and a histogram a list, under ``split/name``.
+        """Write one line, and to TensorBoard a scalar for each number and a histogram for each list, as ``split/name``.
 
         Raises:
             UserError: they cannot be written.
@@ -57,8 +58,8 @@ class Recorder:
                 elif not isinstance(value, str):
                     self._tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
 
-    def go_back(self, step: int, size: int) -> None:
-        """Drop what was recorded since there were ``size`` bytes, after ``step``; the steps that follow come again."""
+    def roll_back(self, step: int, size: int) -> None:
+        """Truncate metrics.jsonl to ``size`` bytes and drop TensorBoard's records after ``step``."""
         self._close()
         self._open(step, size)
 
@@ -69,9 +70,9 @@ class Recorder:
             metrics = self._run.metrics
             kept = metrics.read_bytes()[:size] if metrics.exists() else b""
             self._lines = metrics.open("ab", buffering=0)
-            self._lines.truncate(kept.rfind(b"\n") + 1)  # a machine that went down may have lost the end
+            self._lines.truncate(kept.rfind(b"\n") + 1)  # a machine that crashed may have lost the end
             self._lines.seek(0, 2)
-            # TensorBoard drops what older files say of these steps.
+            # TensorBoard ignores these steps in older files.
             self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
 
     def _close(self) -> None:
@@ -85,8 +86,8 @@ class Recorder:
         try:
             yield
         except OSError as error:
-            said = f"run.dir {self._run.path}: no record can be written: {error.strerror or error}"
-            raise UserError(said) from None
+            message = f"run.dir {self._run.path}: metrics cannot be written: {error.strerror or error}"
+            raise UserError(message) from None
 
     def __enter__(self) -> "Recorder":
         return self
@@ -97,22 +98,23 @@ class Recorder:
         try:
             self._close()
         except UserError:
-            if error is None:  # which else says more
+            if error is None:  # an earlier error explains more
                 raise
 
 
-_WORTH_SAYING = 0.1
+_SHOWN_DATA_WAIT = 0.1  # share of a step
 
 
 class TrainingReport:
-    """Every ``log_every`` steps: loss since the last time, AUC since the run's start, speed since this job's start.
+    """Reports every ``log_every`` steps: loss since the last report, AUC of the run, throughput of this job.
 
     Args:
-        training: as this job takes it up.
+        config: the resolved settings.
+        training: the state that this job starts from.
         progress: the bar or lines on stderr.
         recorder: metrics.jsonl and TensorBoard.
-        guard: settled before anything is said.
-        timer: where the time went, since the last time.
+        guard: flushed before anything is reported.
+        timer: the times of the steps since the last report.
     """
 
     def __init__(
@@ -133,62 +135,62 @@ class TrainingReport:
         self._waits_for_data = False
 
     def state_dict(self) -> dict[str, float]:
-        """What the loss since the last time is counted from."""
+        """Return the totals that the loss since the last report is computed from."""
         return {"rows": self._rows, "loss_sum": self._loss_sum}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count from where another job did."""
+        """Continue from another job's totals."""
         self._rows, self._loss_sum = state["rows"], state["loss_sum"]
 
     def __call__(self, training: Training) -> None:
-        """After a step.
+        """Report a step; called after each step.
 
         Raises:
             NonFinite: a loss or gradient is not finite.
         """
         step, fields = training.step, {}
-        if self._guard.refused is not None:
-            self._say_skipped(training, self._guard.refused)
+        if self._guard.skip_reason is not None:
+            self._report_skipped(training, self._guard.skip_reason)
         if step % self._config.train.log_every == 0 or training.is_done:
-            self._guard.settle()
-            found, timing = self._values(training), self._timer.report()
-            self._recorder.record("train", step, found)
+            self._guard.flush()
+            values, timing = self._values(training), self._timer.report()
+            self._recorder.record("train", step, values)
             self._recorder.record("timing", step, timing)
             fields = {
-                "loss": f"{found['loss']:.4f}",
-                "AUC": f"{found['auc']:.4f}",
-                "samples/s": f"{found['samples_per_s']:,.0f}",
+                "loss": f"{values['loss']:.4f}",
+                "AUC": f"{values['auc']:.4f}",
+                "samples/s": f"{values['samples_per_s']:,.0f}",
             }
             share = timing["data_wait_ms"] / timing["step_ms"]
-            self._waits_for_data |= share > _WORTH_SAYING
+            self._waits_for_data |= share > _SHOWN_DATA_WAIT
             if self._waits_for_data:
                 fields["data wait"] = f"{share:.0%}"
         self._progress.update(step - self._shown_step, **fields)
         self._shown_step = step
 
-    def go_back(self, training: Training, finding: Finding, state: dict[str, Any]) -> None:
-        """Training has gone back; ``state`` is that of ``state_dict`` there."""
+    def roll_back(self, training: Training, finding: Finding, state: dict[str, Any]) -> None:
+        """Continue after a rollback; ``state`` is that of ``state_dict`` in the checkpoint."""
         self.load_state_dict(state)
-        # All that the run is to pass over from here on: records of earlier returns to this step are dropped with it.
-        for count, step in enumerate(sorted(training.passed_over), start=1):
+        # The records of earlier rollbacks to this step were dropped with the step, so all of them are written again.
+        for count, step in enumerate(sorted(training.excluded_steps), start=1):
             if step > training.step:
                 self._recorder.record("rollback", training.step, {"batch_of_step": step, "rollbacks": count})
-        self._progress.say(f"warning: {finding}; back to step {training.step}, and on without that batch")
+        self._progress.say(f"warning: {finding}; rolled back to step {training.step}, continuing without that batch")
 
     def summary(self, training: Training) -> dict[str, Any]:
-        """What a run's summary says of this job's steps."""
+        """Return what the run's summary says about this job's steps."""
         return {
             "samples_per_s": self._samples_per_s(training),
             "skipped_batches": training.skipped,
-            "rollbacks": len(training.passed_over),
+            "rollbacks": len(training.excluded_steps),
             "timing": self._timer.summary(),
         }
 
-    def _say_skipped(self, training: Training, finding: Finding) -> None:
-        found = {"skipped_batches": training.skipped}
+    def _report_skipped(self, training: Training, finding: Finding) -> None:
+        values = {"skipped_batches": training.skipped}
         if finding.rank is not None:
-            found["rank"] = finding.rank
-        self._recorder.record("skipped", training.step, found)
+            values["rank"] = finding.rank
+        self._recorder.record("skipped", training.step, values)
         self._progress.say(f"warning: {finding}; the batch was skipped, {training.skipped} so far")
 
     def _values(self, training: Training) -> dict[str, float]:

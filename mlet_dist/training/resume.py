@@ -1,4 +1,4 @@
-"""Where a run begins: at its beginning, or at a checkpoint of the same run; and what makes two runs the same."""
+"""Finds the checkpoint that a run resumes from, and checks that it belongs to the same run."""
 
 import sys
 from collections.abc import Mapping
@@ -20,18 +20,20 @@ from mlet_dist.training.run_directory import RunDirectory
 
 
 def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, Any]:
-    """Setting -> plain value, of all settings that decide which weights a run ends with.
+    """Return setting -> plain value for all settings that determine the weights a run ends with.
 
-    What is not among them may change between two jobs of a run: ranks, devices, sharding, exchanges and their
-    precision, cadences, places. The number of steps is among them where learning rates fall towards the last one.
+    The other settings may change between two jobs of a run: ranks, devices, sharding, exchanges and their precision,
+    intervals, paths. The number of steps is included where learning rates decay towards the last step.
 
     Args:
-        content_id: of the training split, ``DatasetSchema.content_id``.
+        config: the resolved settings.
+        spec: the model.
+        content_id: ``DatasetSchema.content_id`` of the training split.
     """
     plain = config.to_dict()
-    found = {f"model.{key}": value for key, value in plain["model"].items()}
-    found |= {f"optimizer.{key}": value for key, value in plain["optimizer"].items()}
-    found |= {
+    identity = {f"model.{key}": value for key, value in plain["model"].items()}
+    identity |= {f"optimizer.{key}": value for key, value in plain["optimizer"].items()}
+    identity |= {
         "train.seed": config.train.seed,
         "train.initial_weights": config.train.initial_weights,
         "data.batch_size": config.data.batch_size,
@@ -42,20 +44,21 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         "the training split's files, by fingerprint,": content_id,
     }
     if config.data.shuffle:
-        found["data.shuffle_buffer"] = config.data.shuffle_buffer
+        identity["data.shuffle_buffer"] = config.data.shuffle_buffer
     if config.optimizer.decay != "constant":
-        found |= {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
+        identity |= {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
     dtypes = config.sharding.rows_dtypes([feature.name for feature in spec.sparse])
-    found |= {f"rows of table {feature.name}": feature.num_embeddings for feature in spec.sparse}
-    return found | {f"rows_dtype of table {name}": dtype for name, dtype in dtypes.items()}
+    identity |= {f"rows of table {feature.name}": feature.num_embeddings for feature in spec.sparse}
+    return identity | {f"rows_dtype of table {name}": dtype for name, dtype in dtypes.items()}
 
 
-def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint: str, way_out: str) -> None:
-    """Raise UserError, which names the settings, unless both are the same run's.
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint: str, alternative: str) -> None:
+    """Raise UserError naming the settings that differ, unless both identities are of the same run.
 
     Args:
-        saved, wanted: of ``identity_of``.
-        way_out: what the user may do instead of changing the settings back.
+        saved, wanted: results of ``identity_of``.
+        checkpoint: what was saved, for the message.
+        alternative: what the user can do instead of changing the settings back.
     """
     differing = []
     for key in sorted(saved.keys() | wanted.keys()):
@@ -64,11 +67,11 @@ def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoint: 
             differing.append(f"{key} was {to_json(before)}, is {to_json(now)}")
     if differing:
         shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
-        raise UserError(f"{checkpoint} was saved with other settings: {shown}; set them back, or {way_out}")
+        raise UserError(f"{checkpoint} was saved with other settings: {shown}; change them back, or {alternative}")
 
 
-def without_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity less learning rates, their schedule and where a run began, all of which may be others if asked."""
+def without_learning_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without learning rates, schedule and initial weights, for ``train.resume: PATH``."""
     free = ("train.epochs", "train.max_steps", "train.initial_weights")
     return {
         key: value
@@ -78,27 +81,28 @@ def without_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Start:
-    """A checkpoint to begin from.
+class ResumePoint:
+    """A checkpoint to resume from.
 
     Attributes:
-        found: whole.
-        is_own: whether it is one of this run's own, and not of ``train.resume``'s path.
+        found: the complete checkpoint.
+        is_own: whether it belongs to this run, rather than to the path in ``train.resume``.
     """
 
     found: Found
     is_own: bool
 
 
-def find_start(config: Config, store: CheckpointStore, identity: Mapping[str, Any]) -> Start | None:
-    """The checkpoint from which the run is to begin; None where it begins anew. A collective call.
+def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[str, Any]) -> ResumePoint | None:
+    """Return the checkpoint to resume from, or None for a new run. A collective call.
 
     Args:
+        config: the resolved settings.
         store: the run's own checkpoints.
-        identity: of ``identity_of``.
+        identity: the run's settings, from ``identity_of``.
 
     Raises:
-        UserError: no checkpoint is whole where there should be one, or it is of a run with other settings.
+        UserError: no complete checkpoint exists where there must be one, or it was saved with other settings.
     """
     resume = config.train.resume
     if resume == "never" and not config.run.overwrite and store.checkpoints():
@@ -109,27 +113,30 @@ def find_start(config: Config, store: CheckpointStore, identity: Mapping[str, An
     if own is None and resume == "auto":
         return None
     if own is not None:
-        start = Start(own, is_own=True)
+        point = ResumePoint(own, is_own=True)
     else:
-        start = Start(checkpoint_at(resume, "train.resume"), is_own=_is_of(resume, store))
-    for line in start.found.damage:
-        _say(f"warning: {line}; the one before it is taken")
-    checkpoint, about = start.found.checkpoint, start.found.manifest.about
+        point = ResumePoint(checkpoint_at(resume, "train.resume"), is_own=_is_of(resume, store))
+    for line in point.found.damage:
+        _log(f"warning: {line}; using the one before it")
+    checkpoint, about = point.found.checkpoint, point.found.manifest.about
     if resume == "auto":
-        way_out = "choose another run.dir, or begin anew with run.overwrite=true"
-        check_same(about["identity"], identity, str(checkpoint), way_out)
+        alternative = "choose another run.dir, or start over with run.overwrite=true"
+        check_same_run(about["identity"], identity, str(checkpoint), alternative)
     else:
-        check_same(
-            without_rates(about["identity"]), without_rates(identity), str(checkpoint), "begin from another checkpoint"
+        check_same_run(
+            without_learning_rates(about["identity"]),
+            without_learning_rates(identity),
+            str(checkpoint),
+            "resume from another checkpoint",
         )
-    _check_left(config, start.found)
+    _check_steps_left(config, point.found)
     ranks = f"{about['world_size']} rank{'s' if about['world_size'] > 1 else ''}"
-    _say(f"goes on from {checkpoint}, saved on {ranks} after step {start.found.manifest.step:,}")
-    return start
+    _log(f"resuming from {checkpoint}, saved on {ranks} after step {point.found.manifest.step:,}")
+    return point
 
 
-def _check_left(config: Config, found: Found) -> None:
-    """Raise UserError where the checkpoint is beyond the end of the run."""
+def _check_steps_left(config: Config, found: Found) -> None:
+    """Raise UserError if the checkpoint is beyond the end of the run."""
     step, cursor = found.manifest.step, found.manifest.about["data"]
     ends = {"train.max_steps": step, "train.epochs": cursor["epoch"] + (cursor["row"] > 0)}
     for key, reached in ends.items():
@@ -137,17 +144,17 @@ def _check_left(config: Config, found: Found) -> None:
         if wanted is not None and wanted < reached:
             raise UserError(
                 f"{found.checkpoint} was saved after step {step:,}, and {key} is {wanted}; use {reached} or more, "
-                "or begin from another checkpoint"
+                "or resume from another checkpoint"
             )
 
 
-def drop_later(store: CheckpointStore, start: Start | None) -> None:
-    """Remove what a run's store holds that is not of the run as it goes on; called by the first rank alone.
+def drop_later_checkpoints(store: CheckpointStore, resume_point: ResumePoint | None) -> None:
+    """Remove incomplete checkpoints, and those later than the resume point; called on rank 0 only.
 
     Raises:
-        UserError: it cannot be removed.
+        UserError: a checkpoint cannot be removed.
     """
-    first = start.found.checkpoint.step if start is not None and start.is_own else -1
+    first = resume_point.found.checkpoint.step if resume_point is not None and resume_point.is_own else -1
     for checkpoint in store.checkpoints():
         if checkpoint.step > first or checkpoint.is_being_written:
             try:
@@ -157,10 +164,10 @@ def drop_later(store: CheckpointStore, start: Start | None) -> None:
 
 
 def checkpoint_at(path: str, setting: str) -> Found:
-    """The newest whole one of what a path names: a checkpoint, a run, or a directory of checkpoints. A collective call.
+    """Return the latest complete checkpoint at a path: a checkpoint, a run or a directory of them. A collective call.
 
     Raises:
-        UserError: there is none; the message names ``setting``.
+        UserError: there is none; the message names ``setting``, such as ``train.resume``.
     """
     single = Checkpoint.at(path)
     found: Found | None
@@ -171,17 +178,19 @@ def checkpoint_at(path: str, setting: str) -> Found:
     else:
         found = newest_whole(CheckpointStore(path))
     if found is None:
-        raise UserError(f"{setting} {path}: no whole checkpoint is there; it must be one, or a run that has one")
+        raise UserError(
+            f"{setting} {path}: no complete checkpoint is there; it must be a checkpoint, or a run that has one"
+        )
     return found
 
 
 def _is_of(path: str, store: CheckpointStore) -> bool:
-    """Whether a path is that of a single checkpoint of ``store``."""
+    """Return whether a path is a single checkpoint of ``store``."""
     single = Checkpoint.at(path)
     return single is not None and single.store.place == store.place
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     if dist.get_rank() == 0:
         with suppress(OSError):
             print(f"mlet: {text}", file=sys.stderr, flush=True)

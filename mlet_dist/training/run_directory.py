@@ -1,4 +1,4 @@
-"""The layout of a run on disk: resolved config, model, metrics, checkpoints, summary; and the lock on it."""
+"""The run directory: its layout on disk, and the lock that keeps other jobs out of it."""
 
 import fcntl
 import json
@@ -18,52 +18,21 @@ from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
 
-
-@contextmanager
-def locked(file: Path, name: str) -> Iterator[None]:
-    """Hold ``file``, made with its directory if need be, for as long as the block and its process last.
-
-    Args:
-        name: what the directory is called in messages.
-
-    Raises:
-        UserError: another process holds it, or it cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            handle.flush()
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read(500).strip() or "another one"
-            raise UserError(f"{name}: another job is training into it ({holder}); choose another") from None
-        except OSError as error:
-            raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
-        yield
-
-
-_PREFLIGHT = ".mlet-preflight-"  # files by which the nodes of a job find out that they share storage
+_PREFLIGHT = ".mlet-preflight-"  # files with which nodes check that they share storage
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths inside a run.
+    """The paths inside a run directory.
 
     ::
 
-        .mlet-run         marks the directory as a run's, and is locked by the job that trains into it
-        config.yaml       the resolved config; `mlet train` takes it as it is
+        .mlet-run         marks a run directory, and is locked by the job that trains into it
+        config.yaml       the resolved config, which `mlet train` accepts as it is
         model.json        sizes and inputs of the model
-        plan.json         each table's sharding type, kernel and exchange, the reasons, and its rows by rank
-        metrics.jsonl     one record a line: training and its timing every few steps, and then one a split
-        tensorboard/      the same for TensorBoard
+        plan.json         sharding type, kernel, exchange, reasons and rows per rank of each table
+        metrics.jsonl     one record a line: training and timing every few steps, then one for each split
+        tensorboard/      the same records for TensorBoard
         checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint; or in `train.checkpoint_dir`
         summary.json      the result, written last: a run without it has not finished
     """
@@ -106,10 +75,11 @@ class RunDirectory:
     def _partial_summary(self) -> Path:
         return self.path / "summary.partial"
 
-    def check_free(self, config: Config) -> None:
-        """Raise UserError where training may not begin here, by ``run.overwrite`` and ``train.resume``.
+    def check_available(self, config: Config) -> None:
+        """Raise UserError unless ``run.overwrite`` and ``train.resume`` allow training into this directory.
 
-        That is in a finished run, in something that is no run, and, for ``never``, in anything at all.
+        A finished run must not be replaced by default, nor files that are not a run's; with ``train.resume: never``
+        the directory must be empty.
         """
         overwrite = config.run.overwrite
         try:
@@ -118,7 +88,7 @@ class RunDirectory:
             return
         except NotADirectoryError:
             raise UserError(
-                f"run.dir {self.path} is a file or below one; it must be a directory, or not exist"
+                f"run.dir {self.path} is a file or lies below one; it must be a directory, or not exist"
             ) from None
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be read: {error.strerror}") from None
@@ -130,27 +100,27 @@ class RunDirectory:
             raise UserError(f"run.dir {self.path} holds files that are not a run's; choose an empty or new directory")
         if entries - {self.marker} and config.train.resume == "never" and not overwrite:
             raise UserError(
-                f"run.dir {self.path} holds a run that did not finish, and train.resume is never; go on with "
-                "train.resume=auto, choose another, or replace it with run.overwrite=true"
+                f"run.dir {self.path} holds a run that did not finish, and train.resume is never; resume it "
+                "with train.resume=auto, choose another, or replace it with run.overwrite=true"
             )
 
     @contextmanager
-    def hold(self, config: Config) -> Iterator[None]:
-        """Keep other jobs out within the block: of the directory, and of ``train.checkpoint_dir`` unless it is a URL.
+    def lock(self, config: Config) -> Iterator[None]:
+        """Lock the directory within the block, and ``train.checkpoint_dir`` unless that is a URL.
 
         Raises:
-            UserError: training may not begin here, another job is here, or a directory cannot be written.
+            UserError: training into it is not allowed, another job holds it, or a directory cannot be written.
         """
-        self.check_free(config)
+        self.check_available(config)
         store = self.checkpoint_store(config)
-        with ExitStack() as held:
-            held.enter_context(locked(self.marker, f"run.dir {self.path}"))
+        with ExitStack() as stack:
+            stack.enter_context(lock_file(self.marker, f"run.dir {self.path}"))
             if config.train.checkpoint_dir is not None and store.is_local:
-                held.enter_context(locked(Path(store.root) / ".mlet-lock", f"train.checkpoint_dir {store}"))
+                stack.enter_context(lock_file(Path(store.root) / ".mlet-lock", f"train.checkpoint_dir {store}"))
             yield
 
-    def start(self, config: Config, spec: ModelSpec, *, goes_on: bool = False) -> None:
-        """Drop what an earlier job left, but its checkpoints and records where the run goes on; write config and model.
+    def prepare(self, config: Config, spec: ModelSpec, *, resumes: bool = False) -> None:
+        """Write config and model, and remove an earlier run's files; a resumed run keeps its checkpoints and records.
 
         Raises:
             UserError: the directory cannot be written.
@@ -158,7 +128,7 @@ class RunDirectory:
         with self._writing():
             for left in (self.summary, self._partial_summary):
                 left.unlink(missing_ok=True)
-            if not goes_on:
+            if not resumes:
                 self._empty()
             save_config(config, self.config)
             spec.save(self.model)
@@ -178,25 +148,25 @@ class RunDirectory:
                 shutil.rmtree(folder)
 
     def save_plan(self, tables: list[dict[str, Any]], world_size: int) -> None:
-        """Write how each table is kept, a line a table."""
+        """Write the plan, one line for each table."""
         lines = ",\n  ".join(to_json(table) for table in tables)
         text = f'{{"world_size": {world_size}, "tables": [\n  {lines}\n]}}\n'
         self.plan.write_text(text, encoding="utf-8")
 
     def checkpoint_store(self, config: Config) -> CheckpointStore:
-        """Where the run's checkpoints lie."""
+        """Return the store of the run's checkpoints."""
         return CheckpointStore(config.train.checkpoint_dir or self.checkpoints)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary, whole or not at all."""
+        """Write the summary atomically."""
         self._partial_summary.write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
         self._partial_summary.replace(self.summary)
 
     def load(self) -> tuple[Config, ModelSpec, dict[str, Any]]:
-        """Config, model and summary of a finished run.
+        """Return config, model and summary of a finished run.
 
         Raises:
-            UserError: it is no run, or has not finished.
+            UserError: the directory is not a run, or the run has not finished.
         """
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such directory; expected a run made by `mlet train`")
@@ -213,3 +183,36 @@ class RunDirectory:
         if not isinstance(summary, dict):
             raise UserError(f"{self.summary}: holds a JSON {type(summary).__name__} instead of an object")
         return load_config(self.config), ModelSpec.load(self.model), summary
+
+
+@contextmanager
+def lock_file(file: Path, name: str) -> Iterator[None]:
+    """Lock ``file`` within the block, and create it and its directory if they do not exist.
+
+    The lock ends with the process at the latest.
+
+    Args:
+        file: the file to lock; it names the process that holds the lock.
+        name: the name of the directory in messages.
+
+    Raises:
+        UserError: another process holds the lock, or the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read(500).strip() or "unknown process"
+            raise UserError(f"{name}: another job is training into it ({owner}); choose another") from None
+        except OSError as error:
+            raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
+        yield

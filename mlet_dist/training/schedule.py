@@ -1,4 +1,4 @@
-"""How the learning rates change over a run."""
+"""Learning rate schedules: linear warm-up, then constant, linear or cosine decay."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,14 @@ from mlet_dist.training.state import Training
 
 
 def learning_rate_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """The factor on all learning rates in the step that follows ``done`` steps, as a function of ``done`` alone.
+    """Return a function from the number of steps done to the factor on all learning rates in the next step.
 
-    It rises linearly over ``warmup_steps``, from 1/warmup_steps to 1, stays there until ``decay_start`` and falls from
-    then on, so that it would be 0 in the step after the run's last.
+    The factor rises linearly from 1/warmup_steps to 1 over ``warmup_steps``, stays at 1 until ``decay_start``, and then
+    decays so that it would reach 0 in the step after the last.
 
     Args:
-        steps: of the whole run.
+        config: the ``optimizer`` section.
+        steps: the number of steps of the whole run.
     """
     start = config.warmup_steps if config.decay_start is None else config.decay_start
 
@@ -30,10 +31,11 @@ def learning_rate_factor(config: OptimizerConfig, steps: int) -> Callable[[int],
 
 
 class LearningRates:
-    """Sets all learning rates, each by its initial value, for the step that follows.
+    """Sets the learning rate of every parameter group for the next step, relative to its initial value.
 
     Args:
-        training: as it is taken up.
+        config: the ``optimizer`` section.
+        training: the state that the job starts from.
     """
 
     def __init__(self, config: OptimizerConfig, training: Training) -> None:
@@ -42,17 +44,19 @@ class LearningRates:
         self(training)
 
     def __call__(self, training: Training) -> None:
-        """After a step."""
+        """Set the rates; called after each step."""
         factor = self._factor(training.updates)
         for group, initial in self._groups:
             group["lr"] = initial * factor
 
 
 def schedule_warnings(config: OptimizerConfig, steps: int) -> list[str]:
-    """Settings that a run of ``steps`` steps does not reach, one line each."""
-    found = []
+    """Return a warning for each setting of the schedule that a run of ``steps`` steps does not reach."""
+    warnings = []
     if config.warmup_steps >= steps:
-        found.append(f"optimizer.warmup_steps {config.warmup_steps} is not over within the run's {steps} steps")
+        warnings.append(
+            f"optimizer.warmup_steps {config.warmup_steps}: the warm-up does not end within the run's {steps} steps"
+        )
     elif config.decay_start is not None and config.decay_start >= steps:
-        found.append(f"optimizer.decay_start {config.decay_start} is not reached within the run's {steps} steps")
-    return found
+        warnings.append(f"optimizer.decay_start {config.decay_start} is not reached within the run's {steps} steps")
+    return warnings

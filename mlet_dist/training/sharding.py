@@ -1,4 +1,4 @@
-"""From a DLRM whose tables are on the meta device to TorchRec's DistributedModelParallel."""
+"""Plans and shards a DLRM whose tables are on the meta device, as TorchRec's DistributedModelParallel."""
 
 import os
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ _AS_BY_DEFAULT = ShardingConfig()
 
 @dataclass(frozen=True)
 class Sharding:
-    """What a config asks, in TorchRec's words.
+    """The ``sharding`` section of a config as TorchRec's objects.
 
     Attributes:
-        sharder: with exchanges, codecs and what is known of batches.
-        constraints: of each table, for the planner.
-        replicated_bytes: of a table's rows, up to which it may be data_parallel.
+        sharder: the sharder, with exchanges, codecs and the batches' sizes.
+        constraints: the planner's constraints, by table.
+        replicated_bytes: the largest W1, in bytes, that may be data_parallel.
     """
 
     sharder: MultiLayerEmbeddingBagCollectionSharder
@@ -49,10 +49,10 @@ class Sharding:
         local_batch_size: int,
         pooling_factors: Mapping[str, float] | None = None,
     ) -> "Sharding":
-        """From the ``sharding`` section, for the tables of ``model``."""
+        """Build from the ``sharding`` section, for the tables of ``model``."""
         names = [table.name for table in model.sparse_arch.embedding_bag_collection.embedding_bag_configs()]
-        asked = {name: config.of_table(name) for name in names}
-        exchanges = {name: own.exchange for name, own in asked.items() if own.exchange is not None}
+        settings = {name: config.of_table(name) for name in names}
+        exchanges = {name: own.exchange for name, own in settings.items() if own.exchange is not None}
         sharder = MultiLayerEmbeddingBagCollectionSharder(
             exchange=exchanges,
             pooling_factors=pooling_factors,
@@ -65,12 +65,12 @@ class Sharding:
                 compute_kernels=list(own.compute_kernels or ()),
                 cache_params=CacheParams(load_factor=own.cache_load_factor),
             )
-            for name, own in asked.items()
+            for name, own in settings.items()
         }
         return cls(sharder, constraints, config.data_parallel_up_to_mb * 1e6)
 
     def plan(self, model: DLRM, topology: Topology, device: Device | None = None) -> ModelPlan:
-        """As ``plan_model``."""
+        """Plan the model; see ``plan_model``."""
         return plan_model(model, self.sharder, topology, device, self.constraints, self.replicated_bytes)
 
 
@@ -81,16 +81,18 @@ def shard_model(
     config: ShardingConfig = _AS_BY_DEFAULT,
     pooling_factors: Mapping[str, float] | None = None,
 ) -> tuple[DistributedModelParallel, ModelPlan]:
-    """Plan, shard every W1 and wrap what is replicated in DDP. A collective call.
+    """Plan the model, shard every W1 and wrap replicated parameters in DDP. A collective call.
 
     Args:
+        model: the model, with tables on the meta device.
+        worker: this rank.
         local_batch_size: rows of a batch on one rank.
-        config: what is asked of tables and exchanges.
-        pooling_factors: ids a bag of each table, on average; 1 where none is given.
+        config: the ``sharding`` section.
+        pooling_factors: average ids per bag of each table; 1 for a table without an entry.
 
     Raises:
-        UserError: no plan fits the memory of the device, none is what was asked, or nodes differ in their number of
-            ranks; on every rank.
+        UserError: no plan fits the device's memory, none meets the constraints, or nodes have different numbers of
+            ranks; raised on every rank.
     """
     _check_nodes(worker)
     sharding = Sharding.of(config, model, local_batch_size, pooling_factors)
@@ -99,48 +101,48 @@ def shard_model(
         world_size=worker.world_size,
         local_world_size=worker.local_world_size,
         compute_device=worker.device.type,
-        # TorchRec's defaults are those of one kind of host: 32 GB a GPU, 128 GB a rank.
+        # TorchRec's defaults describe one kind of host: 32 GB per GPU and 128 GB per rank.
         hbm_cap=torch.cuda.get_device_properties(worker.device).total_memory if on_cuda else None,
         ddr_cap=_host_memory() // worker.local_world_size,
     )
-    planned = _plan_on_first(model, sharding, topology, worker)
+    planned = _plan_on_rank_0(model, sharding, topology, worker)
     sharded = DistributedModelParallel(
         model,
         device=worker.device,
         plan=planned.plan,
         sharders=[sharding.sharder],
-        # DDP otherwise puts gradients into other buckets after a job's first step, and then adds up three and more
-        # ranks in another order: a run that goes on would not train the same bits as one that was never stopped.
+        # By default DDP rearranges its buckets after a job's first step, and then sums the gradients of three and more
+        # ranks in another order: a resumed run would not be bitwise identical to an uninterrupted one.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
     if any(each["sharding_type"] == ShardingType.TABLE_ROW_WISE.value for each in planned.entries()):
-        # TorchRec has made groups of a node's ranks, and of one of each node, with torch's 30 minutes.
+        # TorchRec created the process groups within and across nodes with torch's default timeout of 30 minutes.
         for group in intra_and_cross_node_pg(worker.device):
             _set_pg_timeout(worker.timeout, group)
     return sharded, planned
 
 
-def _plan_on_first(model: DLRM, sharding: Sharding, topology: Topology, worker: Worker) -> ModelPlan:
-    """The first rank plans, by its own memory; what it finds, or why there is none, is every rank's."""
-    found: list[Any] = [None, None]
+def _plan_on_rank_0(model: DLRM, sharding: Sharding, topology: Topology, worker: Worker) -> ModelPlan:
+    """Plan on rank 0, by its memory, and broadcast the plan or the error to all ranks."""
+    result: list[Any] = [None, None]
     if worker.is_first:
         try:
             planned = sharding.plan(model, topology)
-            found = [
+            result = [
                 (planned.plan, planned.tables, planned.dense, planned.reasons, sharding.sharder.chosen),
                 None,
             ]
         except UserError as error:
-            found = [None, str(error)]
-    dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise UserError(found[1])
-    plan, tables, dense, reasons, sharding.sharder.chosen = found[0]
+            result = [None, str(error)]
+    dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise UserError(result[1])
+    plan, tables, dense, reasons, sharding.sharder.chosen = result[0]
     return ModelPlan(plan, sharding.sharder, tables, dense, reasons)
 
 
 def _check_nodes(worker: Worker) -> None:
-    """TorchRec counts nodes by each rank's own LOCAL_WORLD_SIZE, and ranks that disagree form other groups."""
+    """Raise UserError unless all nodes have as many ranks, since TorchRec forms groups by LOCAL_WORLD_SIZE."""
     sizes: list[Any] = [None] * worker.world_size
     dist.all_gather_object(sizes, worker.local_world_size)
     for rank, size in enumerate(sizes):

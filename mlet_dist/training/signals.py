@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, as from Kubernetes or torchrun, and SIGUSR1, as from Slurm."""
+"""Stop signals: SIGTERM, sent by Kubernetes and torchrun, and SIGUSR1, sent by Slurm."""
 
 import os
 import signal
@@ -15,45 +15,45 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def exiting_when_told() -> Iterator[None]:
-    """Within the block, but in a StopSignal's, a signal that asks to stop ends this process at once, with code 75.
+def exit_on_stop_signal() -> Iterator[None]:
+    """End this process at once with exit code 75 when a stop signal arrives, except within a ``StopSignal`` block.
 
-    A thread does so. Python's handlers run only when the main thread comes back from what it waits for, and it waits
-    in C++, for minutes, for ranks that start later. After a StopSignal's block the signals are ignored: it is over.
+    A thread ends the process. Python's signal handlers run only when the main thread returns from C++, and it can wait
+    there for minutes for ranks that start later. After a ``StopSignal`` block the signals are ignored.
     """
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    threading.Thread(target=_exit_when_told, args=(told,), daemon=True).start()
-    before = {number: signal.signal(number, _hear) for number in STOP_SIGNALS}
-    signal.set_wakeup_fd(tell)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    threading.Thread(target=_exit_on_signal, args=(read_end,), daemon=True).start()
+    before = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
+    signal.set_wakeup_fd(write_end)
     try:
         yield
     finally:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(tell)
+        os.close(write_end)
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
-    """Without a handler in Python no signal comes to the wakeup file."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing: signals reach the wakeup file descriptor only if they have a Python handler."""
 
 
-def _exit_when_told(told: int) -> None:
-    with os.fdopen(told, "rb", buffering=0) as file:
-        while said := file.read(1):
-            if said[0] in STOP_SIGNALS:
+def _exit_on_signal(read_end: int) -> None:
+    with os.fdopen(read_end, "rb", buffering=0) as file:
+        while number := file.read(1):
+            if number[0] in STOP_SIGNALS:
                 if os.environ.get("RANK", "0") == "0":
-                    with suppress(OSError):  # a log that nobody reads any more
-                        print(f"mlet: {not_saved(said[0])}", file=sys.stderr, flush=True)
+                    with suppress(OSError):  # stderr may be closed
+                        print(f"mlet: {interrupted_unsaved(number[0])}", file=sys.stderr, flush=True)
                 os._exit(Interrupted.EXIT_CODE)
 
 
 class StopSignal:
-    """Within the block, a signal that asks to stop is noted; whoever looks at ``number`` answers it.
+    """Notes stop signals within its block; ``CheckpointSchedule`` reads ``number``, saves the run and ends it.
 
     Attributes:
-        number: of the first signal that came; 0 while there was none.
+        number: the number of the first signal that arrived, or 0.
     """
 
     def __init__(self) -> None:
@@ -61,11 +61,11 @@ class StopSignal:
         self._saved_as: str | None = None
         self._before: dict[int, Any] = {}
 
-    def leave_at_once(self, saved_as: str) -> None:
-        """From now on a signal ends the command: nothing is left to be saved.
+    def exit_immediately(self, saved_as: str) -> None:
+        """End the command on a signal from now on, because the run is saved.
 
         Raises:
-            Interrupted: one has come already; later, whenever one comes.
+            Interrupted: a signal has arrived; after this call, whenever one arrives.
         """
         self._saved_as = saved_as
         if self.number:
@@ -90,13 +90,13 @@ class StopSignal:
 
 
 def interrupted(number: int, saved_as: str) -> Interrupted:
-    """What a run says that leaves because of a signal."""
-    return Interrupted(f"{signal.Signals(number).name}: saved {saved_as}; the same command goes on from there")
+    """Return the exception of a run that was saved and ends because of a signal."""
+    return Interrupted(f"{signal.Signals(number).name}: saved {saved_as}; run the same command again to resume from it")
 
 
-def not_saved(number: int) -> Interrupted:
-    """What a run says that a signal ends while it cannot be saved, above all before its first step."""
+def interrupted_unsaved(number: int) -> Interrupted:
+    """Return the exception of a run that a signal ends before it can be saved, mainly before its first step."""
     return Interrupted(
-        f"{signal.Signals(number).name}: stopped without saving; the same command goes on from the last checkpoint, or "
-        "begins"
+        f"{signal.Signals(number).name}: stopped without saving; run the same command again to resume from the last "
+        "checkpoint, or to start"
     )

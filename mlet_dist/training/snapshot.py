@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, how a run is restored or rolled back from it, and a hash of its weights."""
+"""What a checkpoint of a run holds, how a run is restored or rolled back from it, and a hash of its weights."""
 
 import hashlib
 import platform
@@ -16,14 +16,18 @@ from mlet_dist import __version__
 from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, Found, load_model, load_state, newest_whole
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.training.guard import NonFinite
+from mlet_dist.training.job import Job
+from mlet_dist.training.model_plan import ModelPlan
 from mlet_dist.training.optimizers import optimizer_state
+from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.state import Training
 
 _METRICS_KEY, _RANDOM_KEY = "metrics", "rng"
+_BLOCK_BYTES = 64 << 20
 
 
-def tensors_of(training: Training) -> dict[str, Any]:
-    """All tensors of a run, by name, as they are: ``model``, ``optimizer``, ``metrics``, ``rng``. A collective call."""
+def state_to_save(training: Training) -> dict[str, Any]:
+    """Return all tensors of a run, not copied: ``model``, ``optimizer``, ``metrics``, ``rng``. A collective call."""
     state = {
         MODEL_KEY: training.model.state_dict(),
         OPTIMIZER_KEY: optimizer_state(training.optimizer),
@@ -33,8 +37,27 @@ def tensors_of(training: Training) -> dict[str, Any]:
     return {key: value for key, value in state.items() if value}  # SGD has no state
 
 
+def manifest_fields(
+    job: Job, plan: ModelPlan, recorder: Recorder, report: TrainingReport, training: Training
+) -> dict[str, Any]:
+    """Return what a checkpoint's manifest holds beside the list of files."""
+    return {
+        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **rank_info(training),
+        "skipped": training.skipped,
+        "passed_over": sorted(training.excluded_steps),
+        "data": job.loader.state_dict(training.step),
+        "records": recorder.size,
+        "report": report.state_dict(),
+        "identity": job.identity,
+        "config": job.config.to_dict(),
+        "plan": plan.entries(),
+    }
+
+
 def versions() -> dict[str, str]:
-    """Of what the bits of a run depend on."""
+    """Return the versions of the software that a run's exact results depend on."""
     return {
         "mlet_dist": __version__,
         "python": platform.python_version(),
@@ -43,39 +66,34 @@ def versions() -> dict[str, str]:
     }
 
 
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def restore(training: Training, found: Found) -> None:
-    """Fill ``training`` from a whole checkpoint, in any sharding, on any number of ranks. A collective call.
+    """Load a complete checkpoint into ``training``, in any sharding, on any number of ranks. A collective call.
 
-    Random numbers go on only on as many ranks of the same kind: nothing that is trained depends on them but rows in
-    half precision on CUDA, which are rounded stochastically.
+    Random states are restored only on the same number of ranks and the same kind of device. Training depends on them
+    only for half-precision rows on CUDA, which are rounded stochastically.
 
     Raises:
-        UserError: a tensor is missing, of another shape, or cannot be read.
+        UserError: a tensor is missing, has another shape, or cannot be read.
     """
     location = found.checkpoint.location
     load_model(training.model, location)
-    state = tensors_of(training)
+    state = state_to_save(training)
     del state[MODEL_KEY]
     about = found.manifest.about
-    alike = about["world_size"] == dist.get_world_size() and about["device"] == _device(training)
-    if not alike:
+    same_ranks = about["world_size"] == dist.get_world_size() and about["device"] == _device(training)
+    if not same_ranks:
         del state[_RANDOM_KEY]
     state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
     load_state(state, location)
     training.metrics.load_state_dict(state[_METRICS_KEY])
-    if alike:
+    if same_ranks:
         _set_random_state(state[_RANDOM_KEY])
     training.step, training.skipped = found.manifest.step, about["skipped"]
-    training.passed_over = set(about["passed_over"])
+    training.excluded_steps = set(about["passed_over"])
 
 
-def about_ranks(training: Training) -> dict[str, Any]:
-    """How many ranks write a checkpoint, and on what."""
+def rank_info(training: Training) -> dict[str, Any]:
+    """Return the world size and the device type that a checkpoint is written on."""
     return {"world_size": dist.get_world_size(), "device": _device(training)}
 
 
@@ -98,53 +116,54 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state[f"cuda.{rank}"])
 
 
-def go_back(training: Training, store: CheckpointStore, error: NonFinite, limit: int) -> Mapping[str, Any]:
-    """Take up the newest whole checkpoint; the batch of ``error`` is passed over from now on. A collective call.
+def roll_back(training: Training, store: CheckpointStore, error: NonFinite, limit: int) -> Mapping[str, Any]:
+    """Restore the latest complete checkpoint, and exclude the batch of ``error`` from now on. A collective call.
 
-    The batches between are trained again: the result is that of a run in which the one batch never came.
+    The batches in between are trained again: the result is that of a run that never saw the excluded batch.
 
     Args:
-        store: of this run, which saves nothing before its guard is settled.
-        limit: how often a run may go back.
+        training: the state to roll back.
+        store: the run's checkpoints; none was saved after the batch, because the guard is flushed before saving.
+        error: what was found.
+        limit: how often a run may be rolled back.
 
     Returns:
-        What the checkpoint's manifest says of the run.
+        The fields of the checkpoint's manifest.
 
     Raises:
-        NonFinite: the run has gone back as often as it may, or there is no checkpoint.
-        UserError: each checkpoint is damaged.
+        NonFinite: the run was rolled back ``limit`` times already, or there is no checkpoint.
+        UserError: every checkpoint is damaged.
     """
-    if len(training.passed_over) >= limit:
-        raise NonFinite(error.finding, f"the run has gone back {limit} times, as often as it may") from None
+    if len(training.excluded_steps) >= limit:
+        raise NonFinite(
+            error.finding, f"the run was rolled back {limit} times, and train.non_finite_limit allows no more"
+        ) from None
     found = newest_whole(store)
     if found is None:
-        raise NonFinite(error.finding, f"{store} holds no checkpoint to go back to") from None
-    # The checkpoint knows of none that were found after it was saved.
-    passed_over = training.passed_over | {error.finding.step}
+        raise NonFinite(error.finding, f"{store} holds no checkpoint to roll back to") from None
+    # The checkpoint does not hold steps that were excluded after it was saved.
+    excluded_steps = training.excluded_steps | {error.finding.step}
     restore(training, found)
-    training.passed_over = passed_over
+    training.excluded_steps = excluded_steps
     return found.manifest.about
 
 
-_BLOCK_BYTES = 64 << 20
-
-
 def weights_sha256(model: nn.Module, device: torch.device) -> str:
-    """SHA-256 over the names, dtypes, shapes and values of all full tensors, in name order; empty but on rank 0.
+    """Return the SHA-256 of the names, dtypes, shapes and values of all full tensors in name order; "" on other ranks.
 
-    Rank 0 receives the shards of the others in blocks of at most 64 MiB and never holds a whole table. A collective
-    call, as long as it takes to send the model to one rank.
+    The hash does not depend on the sharding. Rank 0 receives the shards of the other ranks in blocks of at most 64 MiB
+    and never holds a full table. A collective call, which takes as long as sending the model to one rank.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for block in _blocks_on_first_rank(tensor, device):
+        for block in _blocks_on_rank_0(tensor, device):
             digest.update(block.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest() if dist.get_rank() == 0 else ""
 
 
-def _blocks_on_first_rank(tensor: torch.Tensor | ShardedTensor, device: torch.device) -> Iterator[torch.Tensor]:
-    """The rows of a tensor in order, in blocks; the other ranks send theirs and get nothing."""
+def _blocks_on_rank_0(tensor: torch.Tensor | ShardedTensor, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield the rows of a tensor in order, in blocks, on rank 0; the other ranks send theirs and yield nothing."""
     rank = dist.get_rank()
     if not isinstance(tensor, ShardedTensor):
         if rank == 0:

@@ -1,4 +1,4 @@
-"""What changes with every step of training, and so what a checkpoint holds."""
+"""The state that changes with every step of training, and that a checkpoint therefore holds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from mlet_dist.training.evaluation import BinaryMetrics
 
 @dataclass
 class Training:
-    """A run between two steps.
+    """The state of a run between two steps.
 
     Attributes:
-        model: sharded.
-        optimizer: of all its parameters.
-        metrics: of all rows trained on.
-        steps: how many the run takes in all.
+        model: the sharded model.
+        optimizer: the optimizer of all its parameters.
+        metrics: metrics of all rows trained on.
+        steps: the number of steps of the whole run.
         batches_per_epoch: global batches in one pass over the data.
-        step: steps taken, by this job and those before it; batch ``step`` of all epochs comes next.
-        skipped: those of them whose batch trained nothing; learning rates move with the others alone.
-        passed_over: steps whose batch is to train nothing, whatever it holds: the run went back behind it.
+        step: steps taken, by this job and those before it; batch ``step``, counted over all epochs, comes next.
+        skipped: steps whose batch was skipped; the learning rates advance with the other steps alone.
+        excluded_steps: steps whose batch is skipped whatever it holds, because the run was rolled back because of it.
     """
 
     model: DistributedModelParallel
@@ -31,21 +31,21 @@ class Training:
     batches_per_epoch: int
     step: int = 0
     skipped: int = 0
-    passed_over: set[int] = field(default_factory=set)
+    excluded_steps: set[int] = field(default_factory=set)
 
     @property
     def epoch(self) -> int:
-        """The pass over the data that the next batch is of, from 0."""
+        """The epoch of the next batch, from 0."""
         return self.step // self.batches_per_epoch
 
     @property
     def batch_in_epoch(self) -> int:
-        """The next batch's number in its epoch, from 0."""
+        """The next batch's position in its epoch, from 0."""
         return self.step % self.batches_per_epoch
 
     @property
     def updates(self) -> int:
-        """Steps that moved weights: where the learning rates' schedule stands."""
+        """Steps that updated weights: the position in the learning rate schedule."""
         return self.step - self.skipped
 
     @property
@@ -55,4 +55,4 @@ class Training:
 
 
 AfterStep = Callable[[Training], None]
-"""Done after each step, by all ranks, in the same order: it may call collectives."""
+"""Called after each step by all ranks, in the same order, so that it may call collectives."""

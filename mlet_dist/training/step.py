@@ -1,59 +1,31 @@
-"""The step of training: forward, backward and update, in a plain loop or in TorchRec's pipeline."""
+"""One step of training: forward, backward and update, in a plain loop or in TorchRec's pipeline.
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
-from itertools import chain, islice, repeat
+``TrainStep`` holds the parts of a step. Two loops drive it, ``_plain_steps`` and ``_pipelined_steps``, and both train
+bitwise identical weights: zero_grad, forward, backward, optimizer step, in this order. W1 is updated inside backward by
+fbgemm's fused kernels (``optimizers.fuse_row_optimizer``); W2 and the dense layers are updated in the optimizer step.
+"""
+
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from mlet_dist.data.loading.loader import Batch, DataLoader
+from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.guard import Finding, Guard
 from mlet_dist.training.process_group import Worker
-from mlet_dist.training.state import AfterStep, Training
+from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
-
-
-def take_all_steps(
-    training: Training,
-    loader: DataLoader,
-    device: torch.device,
-    guard: Guard,
-    timer: StepTimer,
-    after_step: Sequence[AfterStep],
-    *,
-    pipelined: bool,
-) -> None:
-    """Take the steps that are left, from the loader's position on.
-
-    Args:
-        guard, timer, pipelined: as ``take_steps``.
-        after_step: what is done after each step, in this order.
-
-    Raises:
-        NonFinite: a loss or gradient is not finite; the run can be taken up again from a checkpoint.
-    """
-    training.model.train()
-    # One iterator over all epochs: whoever takes batches ahead neither stops between two nor goes beyond the last.
-    batches = islice(chain.from_iterable(repeat(loader)), max(0, training.steps - training.step))
-    with closing(take_steps(training, batches, device, guard, timer, pipelined=pipelined)) as outcomes:
-        for outcome in outcomes:
-            if not isinstance(outcome, Finding):
-                training.metrics.update(*outcome)
-            for done in after_step:
-                done(training)
-
 
 Predicted = tuple[torch.Tensor, torch.Tensor]
 """Logits and labels of a batch, each ``(b,)`` float32."""
 
 
-def pipeline_pays(worker: Worker) -> bool:
-    """Whether the pipeline is the faster of the two, as far as measured (``benchmarks/results``).
+def pipeline_is_faster(worker: Worker) -> bool:
+    """Return whether the pipeline is faster than the plain loop, as measured in ``benchmarks/results``.
 
-    On one CPU rank there is nothing to copy and nothing to exchange: the pipeline is then only longer.
+    On a single CPU rank there is nothing to copy and nothing to exchange, so the pipeline only adds work.
     """
     return worker.device.type == "cuda" or worker.world_size > 1
 
@@ -67,27 +39,27 @@ def take_steps(
     *,
     pipelined: bool,
 ) -> Generator[Predicted | Finding, None, None]:
-    """Train on all batches of one iterator; yields what was predicted for each, after the optimizer's step on it.
+    """Train on every batch of one iterator, and yield after each step what was predicted for its batch.
 
-    For a batch that was skipped it yields the reason. ``training`` counts both. Between two batches the caller may
-    change learning rates: forward has not begun on the next one. Both ways train the same bits. Taken to its end or
-    closed, it leaves the model as it was found, ready for evaluation or for another iterator.
+    For a skipped batch it yields the reason instead. ``training`` counts both. Between two steps the caller may change
+    learning rates, since forward of the next batch has not begun. When it is exhausted or closed, the model is as it
+    was before, ready for evaluation or for another iterator.
 
     Args:
-        guard: which batches train nothing.
-        timer: told where the time goes.
-        pipelined: TorchRec's TrainPipelineSparseDist, which takes up to two batches ahead: it copies one to the device
-            and exchanges the ids of the other behind the compute of the current one.
+        guard: decides which batches are skipped.
+        timer: measures the parts of the step.
+        pipelined: whether to use TorchRec's TrainPipelineSparseDist, which works up to two batches ahead: while batch i
+            is computed, the ids of batch i+1 are exchanged and batch i+2 is copied to the device.
 
     Raises:
-        NonFinite: as ``guard.check``; the model's modules are as they were found.
+        NonFinite: as in ``guard.check``; the model's modules are as they were before.
     """
-    step = _Step(training, guard, timer)
-    return (_pipelined if pipelined else _plain)(step, timer.fetch(batches), device)
+    step = TrainStep(training, guard, timer)
+    return (_pipelined_steps if pipelined else _plain_steps)(step, timer.fetch(batches), device)
 
 
-class _Step:
-    """The parts of a step, as both loops call them; to TorchRec's pipeline it is the optimizer."""
+class TrainStep:
+    """The parts of one step, called by both loops. TorchRec's pipeline takes this object as its optimizer."""
 
     def __init__(self, training: Training, guard: Guard, timer: StepTimer) -> None:
         self.training, self.timer, self._guard = training, timer, guard
@@ -96,58 +68,45 @@ class _Step:
         self.training.optimizer.zero_grad()
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Predicted | Finding]:
-        """The loss for backward, and what the step yields."""
+        """Return the loss for backward, and what the step yields."""
         with self.timer.phase("forward"):
             logits = self.training.model(batch.dense, batch.sparse).squeeze(-1)
             loss = functional.binary_cross_entropy_with_logits(logits, batch.labels)
             with self.timer.phase("exchange"):
-                loss = self._guard.admit(loss)
-        return loss, self._guard.refused or (logits.detach(), batch.labels)
+                loss = self._guard.check_loss(loss)
+        return loss, self._guard.skip_reason or (logits.detach(), batch.labels)
 
     def step(self) -> None:
-        self.timer.backward_done()
-        if self._guard.refused is None:
+        """Update W2, the dense layers and rows without a fused kernel, unless the batch is skipped."""
+        self.timer.end_backward()
+        if self._guard.skip_reason is None:
             with self.timer.phase("update"):
-                self._guard.look_at_gradients()
+                self._guard.check_gradients()
                 self.training.optimizer.step()
 
-    def done(self) -> None:
+    def finish(self) -> None:
         """Count the step; raises NonFinite."""
         self._guard.check()
         self.training.step += 1
-        self.training.skipped += self._guard.refused is not None
+        self.training.skipped += self._guard.skip_reason is not None
 
 
-def _plain(step: _Step, batches: Iterator[Batch], device: torch.device) -> Generator[Predicted | Finding, None, None]:
+def _plain_steps(
+    step: TrainStep, batches: Iterator[Batch], device: torch.device
+) -> Generator[Predicted | Finding, None, None]:
     for batch in batches:
         step.zero_grad()
         loss, outcome = step.forward(batch.to(device))
         loss.backward()
         step.step()
-        step.done()
+        step.finish()
         yield outcome
 
 
-class _Pipeline(TrainPipelineSparseDist):
-    """TorchRec's, which tells how long the ids that go ahead take the host."""
-
-    def __init__(self, timer: StepTimer, *arguments: Any, **named: Any) -> None:
-        self._timer = timer
-        super().__init__(*arguments, **named)
-
-    def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
-        with self._timer.phase("ids"):
-            super().start_sparse_data_dist(batch, context)
-
-    def wait_sparse_data_dist(self, context: Any) -> None:
-        with self._timer.phase("ids"):
-            super().wait_sparse_data_dist(context)
-
-
-def _pipelined(
-    step: _Step, batches: Iterator[Batch], device: torch.device
+def _pipelined_steps(
+    step: TrainStep, batches: Iterator[Batch], device: torch.device
 ) -> Generator[Predicted | Finding, None, None]:
-    pipeline = _Pipeline(
+    pipeline = _TimedPipeline(
         step.timer,
         step.training.model,
         step,
@@ -162,9 +121,25 @@ def _pipelined(
         except StopIteration:
             break
         try:
-            step.done()
+            step.finish()
             yield outcome
-        except BaseException:  # it came between two steps: the modules are whole
+        except BaseException:  # raised between two steps, when the modules can be restored
             pipeline.detach()
             raise
     pipeline.detach()
+
+
+class _TimedPipeline(TrainPipelineSparseDist):
+    """TorchRec's pipeline, with the host's time for exchanging the next batch's ids measured."""
+
+    def __init__(self, timer: StepTimer, *arguments: Any, **named: Any) -> None:
+        self._timer = timer
+        super().__init__(*arguments, **named)
+
+    def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
+        with self._timer.phase("ids"):
+            super().start_sparse_data_dist(batch, context)
+
+    def wait_sparse_data_dist(self, context: Any) -> None:
+        with self._timer.phase("ids"):
+            super().wait_sparse_data_dist(context)

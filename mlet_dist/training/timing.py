@@ -18,13 +18,17 @@ from torchrec.distributed.types import LazyAwaitable
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
 
 _UNREAD_EVENTS = 4096
+_Item = TypeVar("_Item")
+_PARTS = ("data_wait", "forward", "exchange", "backward", "checkpoint")
+# What ranks gather: seconds since the last report; the last column is the rank's own work, without waiting for others.
+_GATHERED = ("step", *_PARTS, "other", "own")
 
 
 class Stopwatch:
-    """Adds up intervals by name. On CUDA they lie between events of the current stream, read when they have passed.
+    """Adds up intervals by name; on CUDA, intervals between events of the current stream, without waiting for them.
 
     Args:
-        device: whose time is taken.
+        device: the device whose time is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,34 +38,34 @@ class Stopwatch:
 
     @property
     def is_host(self) -> bool:
-        """Whether the host's time is taken."""
+        """Whether the host's time is measured."""
         return self._device.type != "cuda"
 
     def now(self) -> Any:
-        """This moment."""
+        """Return the current time, or on CUDA an event."""
         if self.is_host:
             return time.perf_counter()
         return torch.cuda.current_stream(self._device).record_event(torch.cuda.Event(enable_timing=True))
 
     def add(self, name: str, start: Any, end: Any) -> None:
-        """Count the time between two moments."""
+        """Add the time between two results of ``now``."""
         if self.is_host:
             self.add_seconds(name, end - start)
             return
         self._unread.append((name, start, end))
-        while len(self._unread) > _UNREAD_EVENTS:  # of long ago: nothing is waited for
+        while len(self._unread) > _UNREAD_EVENTS:  # the oldest have long passed: this does not wait
             self._read()
 
     def add_seconds(self, name: str, seconds: float) -> None:
-        """Count what was measured otherwise."""
+        """Add seconds that were measured elsewhere."""
         self._sums[name] = self._sums.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """Seconds by name since the last call. On CUDA it waits for the last interval."""
+        """Return seconds by name since the last call. On CUDA this waits for the last interval."""
         while self._unread:
             self._read()
-        found, self._sums = self._sums, {}
-        return found
+        sums, self._sums = self._sums, {}
+        return sums
 
     def _read(self) -> None:
         name, start, end = self._unread.popleft()
@@ -69,34 +73,29 @@ class Stopwatch:
         self.add_seconds(name, start.elapsed_time(end) / 1e3)
 
 
-_Item = TypeVar("_Item")
-_PARTS = ("data_wait", "forward", "exchange", "backward", "checkpoint")
-# What a rank tells the others: seconds since the last report, the last by its own work alone.
-_TOLD = ("step", *_PARTS, "other", "own")
-
-
 class StepTimer:
-    """Times the steps of this rank; a report tells all ranks how long those of each took.
+    """Measures the parts of this rank's steps, and reports those of all ranks.
 
-    - ``step``: from one step to the next, the caller's work between them included.
-    - ``data_wait``: until the loader has a batch.
-    - ``exchange``: forward from entering the embeddings to the arrival of their output, without the lookups: ids and
-      vectors of other ranks, with the waiting for them and what is done to them on the way, such as W2's projection;
-      in the pipeline the next batch's ids, which go ahead; and under ``train.on_non_finite: skip`` the ranks' losses.
+    - ``step``: the time from one step to the next, including the caller's work between them.
+    - ``data_wait``: the time until the loader has a batch.
+    - ``exchange``: the time from entering the embeddings in forward to the arrival of their output, without the
+      lookups: exchanging ids and vectors with other ranks, waiting for them, and processing them, such as W2's
+      projection; in the pipeline also exchanging the next batch's ids, and under ``train.on_non_finite: skip`` the
+      agreement on losses.
     - ``forward``: the rest of forward: lookups, dense layers, the loss.
-    - ``backward``: backward and the update. The exchange of gradients is inside autograd's functions: it is in here,
-      and so is the waiting for ranks that enter backward later.
-    - ``checkpoint``: what saving holds up.
-    - ``other``: what is left of the step: the caller's metrics and records, copies of batches, and Python between.
+    - ``backward``: backward and the update. The exchange of gradients happens inside autograd functions, so it is
+      included here, as is the waiting for ranks that enter backward later.
+    - ``checkpoint``: the time that saving blocks training.
+    - ``other``: the remaining time of the step: metrics, records, copies of batches, and Python in between.
 
-    Ranks take their steps together. What tells a slow one is its own time, which no other rank prolongs: data_wait,
-    forward and the update.
+    Ranks take their steps together, so the step time does not tell which rank is slow. The time that no other rank
+    prolongs does: data_wait, forward and the update.
 
-    On CUDA, forward, exchange and backward are times of the stream between events; the others are the host's.
+    On CUDA, forward, exchange and backward are measured on the stream between events, and the rest on the host.
 
     Args:
-        model: sharded; hooks stay on its embeddings within the block.
-        device: where it runs.
+        model: the sharded model; hooks are registered on its embeddings until the context exits.
+        device: the device of the model.
         local_batch_size: rows of a batch on this rank.
     """
 
@@ -109,7 +108,7 @@ class StepTimer:
         self._hosts = [""] * dist.get_world_size()
         dist.all_gather_object(self._hosts, socket.gethostname())
         self._steps, self._all_steps = 0, 0
-        self._seconds = torch.zeros(len(self._hosts), len(_TOLD), dtype=torch.float64)
+        self._seconds = torch.zeros(len(self._hosts), len(_GATHERED), dtype=torch.float64)
         self._memory = torch.zeros(len(self._hosts), dtype=torch.float64)
         self._forward_ended: Any = None
         self._started = time.perf_counter()
@@ -124,7 +123,7 @@ class StepTimer:
             hook.remove()
 
     def fetch(self, batches: Iterator[_Item]) -> Iterator[_Item]:
-        """The same batches, whose waiting for is counted as ``data_wait``."""
+        """Yield the same batches, and count the time spent waiting for them as ``data_wait``."""
         while True:
             started = time.perf_counter()
             try:
@@ -139,7 +138,7 @@ class StepTimer:
 
     @contextmanager
     def phase(self, name: Literal["forward", "exchange", "ids", "update"]) -> Iterator[None]:
-        """Count the block; ``exchange`` is inside ``forward``, and ``ids`` is exchange anywhere else."""
+        """Measure the block; ``exchange`` is nested in ``forward``, and ``ids`` is exchange anywhere else."""
         started = self._watch.now()
         yield
         ended = self._watch.now()
@@ -149,58 +148,59 @@ class StepTimer:
         if name == "forward":
             self._forward_ended = ended
 
-    def saved_for(self, seconds: float) -> None:
-        """Count seconds as ``checkpoint``."""
+    def add_checkpoint_seconds(self, seconds: float) -> None:
+        """Add seconds to ``checkpoint``."""
         self._watch.add_seconds("checkpoint", seconds)
 
-    def backward_done(self) -> None:
-        """All of a step is over but its update."""
+    def end_backward(self) -> None:
+        """Mark the end of backward; only the step's update is left."""
         self._watch.add("backward", self._forward_ended, self._watch.now())
         self._forward_ended = None
         self._steps += 1
 
     def report(self) -> dict[str, Any]:
-        """Of the steps since the last report; a collective call, which on CUDA waits for the device.
+        """Return times of the steps since the last report. A collective call, which on CUDA waits for the device.
 
         Returns:
-            ``step_ms`` and its parts, ``data_wait_ms``, ``forward_ms``, ``exchange_ms``, ``backward_ms``,
-            ``checkpoint_ms`` and ``other_ms``: of one step, means over ranks. ``rank_samples_per_s``: a list by rank of
-            its rows by its own time, and of these ``…_min``, ``…_median`` and ``…_max``. ``slowest_rank``,
-            ``slowest_host``: the rank with the fewest. ``rank_data_wait_ms``: a list, of one step.
-            ``rank_peak_memory_bytes``: a list, since the start, and its largest as ``peak_memory_bytes``.
+            ``step_ms`` and its parts ``data_wait_ms``, ``forward_ms``, ``exchange_ms``, ``backward_ms``,
+            ``checkpoint_ms`` and ``other_ms``: milliseconds of one step, means over ranks. ``rank_samples_per_s``: a
+            list with each rank's rows per second of its own time, and their ``…_min``, ``…_median`` and ``…_max``.
+            ``slowest_rank``, ``slowest_host``: the rank with the lowest rate. ``rank_data_wait_ms``: a list,
+            milliseconds of one step. ``rank_peak_memory_bytes``: a list of peaks since the start, and their maximum as
+            ``peak_memory_bytes``.
         """
-        seconds, self._memory = self._tell()
+        seconds, self._memory = self._gather()
         steps, self._steps = self._steps, 0
         self._seconds += seconds
         self._all_steps += steps
         return self._describe(seconds / steps)
 
     def summary(self) -> dict[str, Any]:
-        """As a report, of all steps that were reported, and ``rank_hosts``; empty where there was none."""
+        """Return a report on all steps reported so far, with ``rank_hosts``; empty if there were none."""
         if not self._all_steps:
             return {}
         return self._describe(self._seconds / self._all_steps) | {"rank_hosts": self._hosts}
 
-    def _tell(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Seconds of every rank since the last report, ``(ranks, len(_TOLD))``, and peaks of memory, ``(ranks,)``."""
+    def _gather(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each rank's seconds since the last report, ``(R, len(_GATHERED))``, and peak memory, ``(R,)``."""
         now = time.perf_counter()
-        found = defaultdict(float, self._watch.take())
-        found["step"], self._started = now - self._started, now
-        found["forward"] -= found["exchange"]
-        found["exchange"] += found["ids"]
-        found["backward"] += found["update"] - found["ids before backward"]
-        found["other"] = found["step"] - sum(found[name] for name in _PARTS)
-        found["own"] = found["data_wait"] + found["forward"] + found["update"]
-        numbers = [found[name] for name in _TOLD] + [self._peak_memory()]
+        taken = defaultdict(float, self._watch.take())
+        taken["step"], self._started = now - self._started, now
+        taken["forward"] -= taken["exchange"]
+        taken["exchange"] += taken["ids"]
+        taken["backward"] += taken["update"] - taken["ids before backward"]
+        taken["other"] = taken["step"] - sum(taken[name] for name in _PARTS)
+        taken["own"] = taken["data_wait"] + taken["forward"] + taken["update"]
+        numbers = [taken[name] for name in _GATHERED] + [self._peak_memory()]
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         every = [torch.empty_like(mine) for _ in self._hosts]
         dist.all_gather(every, mine)
-        told = torch.stack(every).cpu()
-        return told[:, :-1], told[:, -1]
+        gathered = torch.stack(every).cpu()
+        return gathered[:, :-1], gathered[:, -1]
 
     def _describe(self, seconds: torch.Tensor) -> dict[str, Any]:
-        """The fields of a report from seconds a step ``(ranks, len(_TOLD))``."""
-        means = dict(zip(_TOLD, (seconds.mean(dim=0) * 1e3).tolist(), strict=True))
+        """Return the fields of a report from the seconds of a step, ``(R, len(_GATHERED))``."""
+        means = dict(zip(_GATHERED, (seconds.mean(dim=0) * 1e3).tolist(), strict=True))
         rates = self._rates(seconds)
         slowest = int(rates.argmin())
         return {f"{name}_ms": means[name] for name in ("step", *_PARTS, "other")} | {
@@ -211,23 +211,23 @@ class StepTimer:
             "slowest_host": self._hosts[slowest],
             "peak_memory_bytes": int(self._memory.max()),
             "rank_samples_per_s": rates.tolist(),
-            "rank_data_wait_ms": (seconds[:, _TOLD.index("data_wait")] * 1e3).tolist(),
+            "rank_data_wait_ms": (seconds[:, _GATHERED.index("data_wait")] * 1e3).tolist(),
             "rank_peak_memory_bytes": self._memory.long().tolist(),
         }
 
     def _rates(self, seconds: torch.Tensor) -> torch.Tensor:
-        """Rows a second of each rank's own time."""
-        return self._rows / seconds[:, _TOLD.index("own")]
+        """Return each rank's rows per second of its own time, ``(R,)``."""
+        return self._rows / seconds[:, _GATHERED.index("own")]
 
     def _peak_memory(self) -> int:
-        """Bytes, since the start: of tensors on CUDA, of the process on a CPU."""
+        """Return the peak since the start in bytes: of tensors on CUDA, of the process on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _hooks_on_exchange(module: ShardedMultiLayerEmbeddingBagCollection, watch: Stopwatch) -> list[RemovableHandle]:
-    """Count as ``exchange`` all of a forward pass between two lookups, and until the output is there."""
+    """Count all of a forward pass between lookups, and until the output has arrived, as ``exchange``."""
     left: list[Any] = []
 
     def leave(*_: Any) -> None:

@@ -1,8 +1,14 @@
-"""Training, from a config to a checkpoint and a summary."""
+"""Training, from a config to a checkpoint and a summary.
 
-from contextlib import ExitStack
+This is the file to read first. ``train`` is a whole run, ``train_steps`` its loop with everything that happens between
+two steps, and ``mlet_dist/training/step.py`` is one step: forward, backward and update.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from functools import partial
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -11,12 +17,13 @@ from torchrec.distributed import DistributedModelParallel
 
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.sections import Config, RowsDtype
+from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress
-from mlet_dist.training.checkpoint_schedule import Checkpointing
+from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate
-from mlet_dist.training.guard import Guard, NonFinite
-from mlet_dist.training.job import Job, for_this_attempt, open_job
+from mlet_dist.training.guard import Finding, Guard, NonFinite
+from mlet_dist.training.job import Job, config_of_attempt, open_job
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.process_group import join_ranks
@@ -24,46 +31,47 @@ from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.signals import StopSignal
-from mlet_dist.training.snapshot import about_ranks, go_back, now, restore, versions, weights_sha256
+from mlet_dist.training.snapshot import manifest_fields, restore, roll_back, weights_sha256
 from mlet_dist.training.state import AfterStep, Training
-from mlet_dist.training.step import pipeline_pays, take_all_steps
+from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
+
+_PROGRESS_BINS = 1 << 16
 
 
 def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
-    """Train, checkpoint and evaluate; the same call on every rank.
+    """Train, checkpoint and evaluate; every rank makes the same call.
 
     Args:
         config: the resolved settings.
-        fingerprint: also compute ``weights_sha256``, which sends the whole model through the first rank.
+        fingerprint: also compute ``weights_sha256``, which sends the whole model through rank 0.
 
     Returns:
         The summary that is written into the run directory.
 
     Raises:
-        UserError: a setting, the data set, the run directory or a checkpoint is not as it must be, or the loss is not
-            finite.
-        Interrupted: a signal asked to stop; the run is saved.
-        RanksLost: other ranks did not take part in a collective in time.
+        UserError: a setting, the data set, the run directory or a checkpoint is invalid, or the loss is not finite.
+        Interrupted: a signal asked the run to stop, and its state is saved.
+        RanksLost: other ranks did not take part in a collective within the timeout.
     """
-    config = for_this_attempt(config)
+    config = config_of_attempt(config)
     timeout = timedelta(seconds=config.train.collective_timeout_s)
-    with join_ranks(config.train.device, timeout) as worker, ExitStack() as held:
-        job = held.enter_context(open_job(config, worker))
+    with join_ranks(config.train.device, timeout) as worker, ExitStack() as stack:
+        job = stack.enter_context(open_job(config, worker))
         model, plan = build_model(job)
         training = begin_training(job, model)
-        stop = held.enter_context(StopSignal())
-        recorder = held.enter_context(Recorder(job.run, worker.is_first, job.first_step, job.recorded_bytes))
+        stop = stack.enter_context(StopSignal())
+        recorder = stack.enter_context(Recorder(job.run, worker.is_first, job.first_step, job.recorded_bytes))
 
-        of_steps = train_steps(job, training, plan, recorder, stop)
+        steps_summary = train_steps(job, training, plan, recorder, stop)
         checkpoint = str(job.store.checkpoint(training.step))
-        stop.leave_at_once(checkpoint)
+        stop.exit_immediately(checkpoint)
 
         summary = {"run": str(job.run.path), "steps": training.step, "checkpoint": checkpoint}
-        summary |= _evaluate(job, training, recorder) | _about_model(job, plan) | of_steps
+        summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
         if worker.is_first:
             job.run.finish(summary)
-        if fingerprint:  # after the run has finished, which it must not put at risk
+        if fingerprint:  # after the run has finished, so that a failure here cannot cost the run
             summary["weights_sha256"] = weights_sha256(model, worker.device)
             if worker.is_first:
                 job.run.finish(summary)
@@ -71,55 +79,30 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any]:
-    """Metrics of the splits that were not trained on. A collective call."""
-    summary: dict[str, Any] = {}
-    for split, loader in job.split_loaders.items():
-        found = evaluate(training.model, loader, job.worker, split)
-        recorder.record(split, training.step, found)
-        summary |= {f"{split}_{name}": found[name] for name in ("auc", "logloss", "rows")}
-    return summary
-
-
-def _about_model(job: Job, plan: ModelPlan) -> dict[str, Any]:
-    stored: dict[str, RowsDtype] = {
-        name: "fp16" if cost.row_bytes == 2 else "fp32" for name, (cost, _) in plan.tables.items()
-    }
-    trained, served = table_bytes(job.spec, stored)
-    return {
-        "trained_table_bytes": trained,
-        "served_table_bytes": served,
-        "world_size": job.worker.world_size,
-        "device": job.worker.device.type,
-    }
-
-
-_PROGRESS_BINS = 1 << 16
-
-
 def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
-    """The model over all ranks, with initial values, and the plan, which is shown and saved. A collective call.
+    """Build the model with initial values, sharded over all ranks; log and save its plan. A collective call.
 
     Raises:
-        UserError: no plan fits, or none is what was asked.
+        UserError: no plan fits, or none meets the constraints of the config.
     """
-    rows_dtypes = job.config.sharding.rows_dtypes([feature.name for feature in job.spec.sparse])
+    config = job.config
+    rows_dtypes = config.sharding.rows_dtypes([feature.name for feature in job.spec.sparse])
     model = build_dlrm(job.spec, torch.device("meta"), rows_dtypes)
-    fuse_row_optimizer(model, job.config.optimizer)
-    sharded, plan = shard_model(model, job.worker, job.local_batch_size, job.config.sharding, job.spec.pooling_factors)
+    fuse_row_optimizer(model, config.optimizer)
+    sharded, plan = shard_model(model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors)
     if job.worker.is_first:
         job.run.save_plan(plan.entries(), job.worker.world_size)
-    job.say(f"plan  {line}" for line in describe_plan(plan))
+    job.log(f"plan  {line}" for line in describe_plan(plan))
     return sharded, plan
 
 
 def begin_training(job: Job, model: DistributedModelParallel) -> Training:
-    """The run as this job takes it up: from the beginning, on given weights, or from its checkpoint. A collective call.
+    """Return the state that this job starts from: initial values, given weights, or a checkpoint. A collective call.
 
     Raises:
         UserError: the checkpoint does not fit the model, or cannot be read.
     """
-    job.say(f"warning: {warning}" for warning in schedule_warnings(job.config.optimizer, job.steps))
+    job.log(f"warning: {warning}" for warning in schedule_warnings(job.config.optimizer, job.steps))
     training = Training(
         model,
         build_optimizer(model, job.config.optimizer),
@@ -127,22 +110,22 @@ def begin_training(job: Job, model: DistributedModelParallel) -> Training:
         steps=job.steps,
         batches_per_epoch=len(job.loader),
     )
-    if job.start is not None:
-        restore(training, job.start.found)
+    if job.resume_point is not None:
+        restore(training, job.resume_point.found)
     elif job.initial is not None:
         job.initial.load(model)
     return training
 
 
 def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorder, stop: StopSignal) -> dict[str, Any]:
-    """Take the steps that are left, record them, and save the run after the last one. A collective call.
+    """Take the remaining steps of the run, record them, and save the run after the last one. A collective call.
 
     Returns:
-        What the summary says of this job's steps.
+        What the summary says about this job's steps.
 
     Raises:
-        Interrupted: a signal asked to stop; the run is saved.
-        UserError: a checkpoint or record cannot be written, a batch is bad, or a loss or gradient is not finite.
+        Interrupted: a signal asked the run to stop, and its state is saved.
+        UserError: a checkpoint or record cannot be written, a batch is invalid, or a loss or gradient is not finite.
     """
     config, worker = job.config.train, job.worker
     guard = Guard(training, worker.device, config.on_non_finite, config.non_finite_limit)
@@ -152,53 +135,89 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             StepTimer(training.model, worker.device, job.local_batch_size) as timer,
         ):
             report = TrainingReport(job.config, training, progress, recorder, guard, timer)
-            if job.start is not None:
-                report.load_state_dict(job.start.found.manifest.about["report"])
-            rates = LearningRates(job.config.optimizer, training)
-            describe = partial(_describe, job, plan, recorder, report)
-            saved_step = job.first_step if job.goes_on else None
-            checkpointing = Checkpointing(config, saver, stop, describe, saved_step, guard, timer)
+            if job.resume_point is not None:
+                report.load_state_dict(job.resume_point.found.manifest.about["report"])
+            learning_rates = LearningRates(job.config.optimizer, training)
+            fields = partial(manifest_fields, job, plan, recorder, report)
+            saved_step = job.first_step if job.resumes else None
+            checkpoints = CheckpointSchedule(config, saver, stop, fields, saved_step, guard, timer)
             if config.on_non_finite == "rollback":
-                checkpointing.begin(training)
-            after_step: list[AfterStep] = [rates, report, checkpointing]
-            pipelined = pipeline_pays(worker) if config.pipelined is None else config.pipelined
+                checkpoints.save_first(training)
+            after_step: list[AfterStep] = [learning_rates, report, checkpoints]
+            pipelined = pipeline_is_faster(worker) if config.pipelined is None else config.pipelined
             while not training.is_done:
                 try:
                     take_all_steps(training, job.loader, worker.device, guard, timer, after_step, pipelined=pipelined)
                 except NonFinite as error:
                     if config.on_non_finite != "rollback":
                         raise
-                    checkpointing.settle()
-                    about = go_back(training, job.store, error, config.non_finite_limit)
+                    checkpoints.wait()
+                    about = roll_back(training, job.store, error, config.non_finite_limit)
                     job.loader.load_state_dict(about["data"])
-                    recorder.go_back(training.step, about["records"])
-                    report.go_back(training, error.finding, about["report"])
-                    guard.forget()
-                    rates(training)
-        checkpointing.finish(training)
+                    recorder.roll_back(training.step, about["records"])
+                    report.roll_back(training, error.finding, about["report"])
+                    guard.reset()
+                    learning_rates(training)
+        checkpoints.save_last(training)
     return {
         **report.summary(training),
         "first_step": job.first_step,
-        "checkpoints": checkpointing.saved,
-        "checkpoints_failed": checkpointing.failed,
-        "checkpoint_seconds": checkpointing.seconds,
+        "checkpoints": checkpoints.saved,
+        "checkpoints_failed": checkpoints.failed,
+        "checkpoint_seconds": checkpoints.seconds,
     }
 
 
-def _describe(
-    job: Job, plan: ModelPlan, recorder: Recorder, report: TrainingReport, training: Training
-) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run."""
+def take_all_steps(
+    training: Training,
+    loader: DataLoader,
+    device: torch.device,
+    guard: Guard,
+    timer: StepTimer,
+    after_step: Sequence[AfterStep],
+    *,
+    pipelined: bool,
+) -> None:
+    """Take the remaining steps, starting at the loader's position.
+
+    Args:
+        guard, timer, pipelined: as in ``take_steps``.
+        after_step: called after each step, in this order.
+
+    Raises:
+        NonFinite: a loss or gradient is not finite; the run can be rolled back to a checkpoint.
+    """
+    training.model.train()
+    # One iterator over all epochs, of exactly the remaining steps: a pipeline that fetches ahead neither pauses between
+    # two epochs nor fetches beyond the last step.
+    batches = islice(chain.from_iterable(repeat(loader)), max(0, training.steps - training.step))
+    with closing(take_steps(training, batches, device, guard, timer, pipelined=pipelined)) as outcomes:
+        for outcome in outcomes:
+            if not isinstance(outcome, Finding):
+                training.metrics.update(*outcome)
+            for call in after_step:
+                call(training)
+
+
+def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any]:
+    """Return the metrics of the splits that were not trained on. A collective call."""
+    summary: dict[str, Any] = {}
+    for split, loader in job.split_loaders.items():
+        metrics = evaluate(training.model, loader, job.worker, split)
+        recorder.record(split, training.step, metrics)
+        summary |= {f"{split}_{name}": metrics[name] for name in ("auc", "logloss", "rows")}
+    return summary
+
+
+def _model_summary(job: Job, plan: ModelPlan) -> dict[str, Any]:
+    """Return the bytes of the tables in training and in serving, and what the run was trained on."""
+    stored: dict[str, RowsDtype] = {
+        name: "fp16" if cost.row_bytes == 2 else "fp32" for name, (cost, _) in plan.tables.items()
+    }
+    trained, served = table_bytes(job.spec, stored)
     return {
-        "saved": now(),
-        "versions": versions(),
-        **about_ranks(training),
-        "skipped": training.skipped,
-        "passed_over": sorted(training.passed_over),
-        "data": job.loader.state_dict(training.step),
-        "records": recorder.size,
-        "report": report.state_dict(),
-        "identity": job.identity,
-        "config": job.config.to_dict(),
-        "plan": plan.entries(),
+        "trained_table_bytes": trained,
+        "served_table_bytes": served,
+        "world_size": job.worker.world_size,
+        "device": job.worker.device.type,
     }

@@ -19,7 +19,7 @@ from mlet_dist.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, Checksum,
 from mlet_dist.checkpoint.saver import CheckpointSaver, drop_old
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.errors import UserError
-from mlet_dist.training.resume import Start, drop_later
+from mlet_dist.training.resume import ResumePoint, drop_later_checkpoints
 from tests.helpers.ranks import RankFailed
 from tests.helpers.train_in_ranks import Ranks
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_named(tmp_path: Path) ->
     assert found is not None
     assert found.checkpoint.step == 1
     assert found.damage == [f"{tmp_path}/step-00000009: manifest.json is that of step 2: the directory was renamed"]
-    drop_later(store, Start(found, is_own=True))
+    drop_later_checkpoints(store, ResumePoint(found, is_own=True))
     assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -276,7 +276,7 @@ def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
     if files_gone:
         assert newest_whole(store) is None
         assert checkpoint.is_being_written
-        drop_later(store, None)
+        drop_later_checkpoints(store, None)
         assert list(tmp_path.iterdir()) == []
 
 

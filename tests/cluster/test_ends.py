@@ -58,7 +58,7 @@ def test_exit_codes_say_whose_fault_it_is(trained: TrainedRun, tmp_path: Path) -
         lines = [last_line(node) for node in nodes]
         assert [node.returncode for node in nodes] == [75, 75]
         assert lines[0] == lines[1]
-        assert re.fullmatch(r"mlet: SIGTERM: saved \S+; the same command goes on from there", lines[0])
+        assert re.fullmatch(r"mlet: SIGTERM: saved \S+; the same command resuming from there", lines[0])
     with two_nodes(endless) as nodes:  # a machine is gone: whoever lost it is not to blame
         os.kill(nodes[1].pid, signal.SIGKILL)
         assert "another rank has ended" in last_line(nodes[0])

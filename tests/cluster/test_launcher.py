@@ -82,12 +82,12 @@ def test_ranks_do_not_outlive_a_killed_parent(small_model: tuple[str, ...], tmp_
         (
             signal.SIGTERM,
             75,
-            r"mlet: SIGTERM: saved .*/checkpoints/step-\d{8}; the same command goes on from there",
+            r"mlet: SIGTERM: saved .*/checkpoints/step-\d{8}; the same command resuming from there",
         ),
         (
             signal.SIGUSR1,
             75,
-            r"mlet: SIGUSR1: saved .*/checkpoints/step-\d{8}; the same command goes on from there",
+            r"mlet: SIGUSR1: saved .*/checkpoints/step-\d{8}; the same command resuming from there",
         ),
         (signal.SIGINT, 130, "mlet: interrupted"),
     ],
@@ -175,7 +175,7 @@ def test_ranks_of_a_host_say_the_same_once(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["attempt_0"]
 
 
-NOTHING_SAVED = "stopped without saving; the same command goes on from the last checkpoint, or begins"
+NOTHING_SAVED = "stopped without saving; the same command resuming from the last checkpoint, or begins"
 
 
 def test_a_job_that_is_stopped_before_it_trains_asks_to_be_started_again(

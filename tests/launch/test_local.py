@@ -95,7 +95,7 @@ def test_killed_worker_and_killed_agent_leave_no_trace_in_the_result(
         assert not (run / "summary.json").exists(), "it was faster than the killer"
         said = log.read_text()
         assert "Job finished: FAILED" in said
-        assert "another rank has ended; its own error says why" in said
+        assert "another rank has ended; see that rank's error for the reason" in said
         assert "Traceback" not in said
         return said
 
@@ -104,7 +104,7 @@ def test_killed_worker_and_killed_agent_leave_no_trace_in_the_result(
     with launched(torchx_environment, tmp_path / "last", *job) as torchx_run:
         assert torchx_run.wait(180) == 0, (tmp_path / "last").read_text()
     said = (tmp_path / "last").read_text()
-    assert "goes on from" in said
+    assert "resuming from" in said
     summary = last_json(said, "weights_sha256")
     assert summary["weights_sha256"] == trained.result["weights_sha256"]
     assert summary["first_step"] > 0

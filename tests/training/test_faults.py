@@ -84,6 +84,6 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(small_model: tuple[str, .
     errors = [line for line in lines if line.startswith("mlet: error: ")]
     assert errors == [
         f"mlet: error: rank 1 on {socket.gethostname()} took no part in a collective for 5 s "
-        "(train.collective_timeout_s): stuck or dead; the others stop"
+        "(train.collective_timeout_s): it hangs or has ended; the other ranks stop"
     ]
     assert job.returncode == 1

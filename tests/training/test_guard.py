@@ -63,7 +63,7 @@ def _train(case: Case) -> dict[str, Any]:
     """Outcomes and the error, if any; then the weights and states that are left, and whether the model is in order."""
     training, embeddings = training_of(case.config, STEPS)
     model = training.model.train()
-    training.passed_over = set(case.passed_over)
+    training.excluded_steps = set(case.passed_over)
     rates = LearningRates(case.config.optimizer, training)
     guard = Guard(training, DEVICE, case.policy, case.limit)
     used: list[float] = []
@@ -84,7 +84,7 @@ def _train(case: Case) -> dict[str, Any]:
                     used.append(rate)
                 rates(training)
                 rate = training.optimizer.param_groups[-1]["lr"]
-            guard.settle()
+            guard.flush()
         except NonFinite as found:
             error = found
     assert embeddings.forward == own_forward

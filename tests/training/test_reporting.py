@@ -32,7 +32,7 @@ def test_steps_that_come_again_are_there_once(run: RunDirectory) -> None:
         recorder.record("train", 1, {"loss": 1.5, "host": "a"})
         size = recorder.size
         recorder.record("train", 2, {"loss": 2.5})
-        recorder.go_back(1, size)
+        recorder.roll_back(1, size)
         assert losses(run) == [(1, 1.5)]
         recorder.record("train", 2, {"loss": 2.25})
         recorder.record("train", 3, {"loss": 3.5})
@@ -60,5 +60,5 @@ def test_a_line_that_was_cut_short_is_dropped(run: RunDirectory) -> None:
 def test_other_ranks_write_nothing(run: RunDirectory) -> None:
     with Recorder(run, enabled=False) as recorder:
         recorder.record("train", 1, {"loss": 1.5})
-        recorder.go_back(0, recorder.size)
+        recorder.roll_back(0, recorder.size)
     assert not list(run.path.iterdir())

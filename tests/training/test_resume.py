@@ -14,7 +14,7 @@ from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.config_file import load_config
 from mlet_dist.config.sections import Config
-from mlet_dist.training.snapshot import about_ranks, restore, tensors_of
+from mlet_dist.training.snapshot import rank_info, restore, state_to_save
 from tests.helpers.mlet_command import ROOT
 from tests.helpers.ranks import RankFailed
 from tests.helpers.small_run import SETTINGS, training_of
@@ -100,14 +100,14 @@ def _draw_before_and_after_restoring(config: Config, location: str) -> tuple[lis
     torch.rand(3)
     store = CheckpointStore(location)
     with CheckpointSaver(store, timedelta(seconds=60), 1, None) as saver:
-        saver.save(1, tensors_of(training), {**about_ranks(training), "skipped": 4, "passed_over": [2]})
+        saver.save(1, state_to_save(training), {**rank_info(training), "skipped": 4, "passed_over": [2]})
         saver.wait()
     drawn = torch.rand(5).tolist()
     torch.manual_seed(0)
     found = newest_whole(store)
     assert found is not None
     restore(training, found)
-    assert (training.step, training.skipped, training.passed_over) == (1, 4, {2})
+    assert (training.step, training.skipped, training.excluded_steps) == (1, 4, {2})
     return drawn, torch.rand(5).tolist()
 
 
@@ -222,7 +222,7 @@ def test_a_path_is_where_a_run_begins_that_has_nothing_of_its_own(
     assert back["first_step"] == 28
     assert back["weights_sha256"] == first["weights_sha256"]
     assert records(run) == records(later)
-    assert "no whole checkpoint is there" in refusal(
+    assert "no complete checkpoint is there" in refusal(
         ranks, 1, *settings, f"run.dir={tmp_path / 'x'}", f"train.resume={tmp_path}"
     )
 

@@ -24,8 +24,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def start(run: RunDirectory, config: Config, spec: ModelSpec) -> None:
-    with run.hold(config):
-        run.start(config, spec)
+    with run.lock(config):
+        run.prepare(config, spec)
 
 
 def config_of(run: RunDirectory, **changes: Any) -> Config:
@@ -66,7 +66,7 @@ def test_a_new_run_holds_its_config_and_model(run: RunDirectory) -> None:
 
 def test_an_empty_directory_is_taken(run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
-    run.check_free(config_of(run))
+    run.check_available(config_of(run))
     start(run, config_of(run), SPEC)
     assert run.config.exists()
 
@@ -95,8 +95,8 @@ def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> N
 def test_a_run_that_goes_on_keeps_its_checkpoints_and_records(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
     (run.path / "summary.partial").write_text("{")  # stopped while it was finishing
-    with run.hold(config_of(run)):
-        run.start(config_of(run), SPEC, goes_on=True)
+    with run.lock(config_of(run)):
+        run.prepare(config_of(run), SPEC, resumes=True)
     assert run.metrics.read_text() == "{}\n"
     assert (run.checkpoints / "step-00000099" / "old").exists()
     assert not (run.path / "summary.partial").exists()
@@ -104,10 +104,10 @@ def test_a_run_that_goes_on_keeps_its_checkpoints_and_records(run: RunDirectory)
 
 def test_never_wants_an_empty_directory(run: RunDirectory) -> None:
     never = TrainConfig(seed=3, resume="never")
-    with run.hold(dataclasses.replace(config_of(run), train=never)):
+    with run.lock(dataclasses.replace(config_of(run), train=never)):
         pass  # a job that found a mistake before it began
     start(run, dataclasses.replace(config_of(run), train=never), SPEC)
-    with pytest.raises(UserError, match=r"train\.resume is never; go on with train\.resume=auto"):
+    with pytest.raises(UserError, match=r"train\.resume is never; resume it with train\.resume=auto"):
         start(run, dataclasses.replace(config_of(run), train=never), SPEC)
     start(run, dataclasses.replace(config_of(run, overwrite=True), train=never), SPEC)
 
@@ -134,7 +134,7 @@ def test_a_file_and_a_path_below_a_file_are_refused(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_is_a_users_mistake(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 300)
     with pytest.raises(UserError) as caught:
-        RunDirectory(path).check_free(config_of(RunDirectory(path)))
+        RunDirectory(path).check_available(config_of(RunDirectory(path)))
     assert str(caught.value) == f"run.dir {path} cannot be read: File name too long"
 
 
@@ -186,10 +186,10 @@ def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> 
 
 
 def test_a_second_job_is_kept_out_until_the_first_has_ended(run: RunDirectory) -> None:
-    with run.hold(config_of(run)):
+    with run.lock(config_of(run)):
         run.metrics.write_text("of the first")
         holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}"
-        with pytest.raises(UserError, match=rf"first: another job is .*\({holder}\)"), run.hold(config_of(run)):
+        with pytest.raises(UserError, match=rf"first: another job is .*\({holder}\)"), run.lock(config_of(run)):
             pass
         assert run.metrics.read_text() == "of the first"
     start(run, config_of(run), SPEC)
@@ -201,11 +201,11 @@ def test_two_runs_do_not_share_a_directory_of_checkpoints(run: RunDirectory, tmp
         return dataclasses.replace(config_of(run), train=TrainConfig(seed=3, checkpoint_dir=where))
 
     shared, other = tmp_path / "shared", RunDirectory(tmp_path / "other")
-    with run.hold(config(run, f"file://{shared}")):
+    with run.lock(config(run, f"file://{shared}")):
         with pytest.raises(UserError, match=rf"^train\.checkpoint_dir {shared}: another job "):
             start(other, config(other, str(shared)), SPEC)
         assert not other.config.exists()
-        with other.hold(config(other, "memory://elsewhere")):
+        with other.lock(config(other, "memory://elsewhere")):
             pass
     start(other, config(other, str(shared)), SPEC)
     (shared / "file").touch()

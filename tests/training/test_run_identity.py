@@ -8,7 +8,7 @@ from mlet_dist.config.config_file import load_config
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.resume import check_same, identity_of, without_rates
+from mlet_dist.training.resume import check_same_run, identity_of, without_learning_rates
 from tests.helpers.mlet_command import ROOT
 
 
@@ -56,19 +56,19 @@ def test_what_does_not_change_the_weights_may_change(override: str) -> None:
     ],
 )
 def test_what_changes_the_weights_is_named(override: str, key: str) -> None:
-    with pytest.raises(UserError, match=rf"^here was saved with other settings: .*{key}.*; set them back, or go$"):
-        check_same(identity(), identity(override), "here", "go")
+    with pytest.raises(UserError, match=rf"^here was saved with other settings: .*{key}.*; change them back, or go$"):
+        check_same_run(identity(), identity(override), "here", "go")
 
 
 def test_other_tables_and_vocabularies_are_named() -> None:
     with pytest.raises(UserError, match=r"rows of table C1 was 9, is 8; the data set.s vocabulary_id was .v., is .w."):
-        check_same(identity(), identity(rows=8, vocabulary_id="w"), "here", "go")
+        check_same_run(identity(), identity(rows=8, vocabulary_id="w"), "here", "go")
     with pytest.raises(UserError, match=r"the training split's files, by fingerprint, was .c., is .d."):
-        check_same(identity(), identity(content_id="d"), "here", "go")
+        check_same_run(identity(), identity(content_id="d"), "here", "go")
 
 
 def test_the_number_of_steps_counts_where_learning_rates_fall() -> None:
     falling = ("optimizer.decay=linear",)
     assert identity(*falling, "train.epochs=2") != identity(*falling)
-    assert without_rates(identity(*falling, "train.epochs=2")) == without_rates(identity())
-    assert without_rates(identity("optimizer.name=adam")) != without_rates(identity())
+    assert without_learning_rates(identity(*falling, "train.epochs=2")) == without_learning_rates(identity())
+    assert without_learning_rates(identity("optimizer.name=adam")) != without_learning_rates(identity())

@@ -47,7 +47,7 @@ def test_a_run_that_ends_before_its_decay_keeps_the_full_rate(decay: str) -> Non
     ("settings", "said"),
     [
         ({"warmup_steps": 99}, []),
-        ({"warmup_steps": 100}, ["optimizer.warmup_steps 100 is not over within the run's 100 steps"]),
+        ({"warmup_steps": 100}, ["optimizer.warmup_steps 100: the warm-up does not end within the run's 100 steps"]),
         ({"decay": "linear", "decay_start": 99}, []),
         (
             {"decay": "linear", "decay_start": 100},

@@ -122,5 +122,5 @@ def test_a_checkpoint_that_was_cut_short_does_not_count(ranks: Ranks, tmp_path: 
     for name in (".incomplete", ".metadata", "__0_0.distcp"):
         (cut_short / name).touch()
     assert newest_checkpoint(CheckpointStore(tmp_path)).name == "step-00000007"
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         newest_checkpoint(CheckpointStore(cut_short))

@@ -25,8 +25,9 @@ from mlet_dist.training.process_group import Worker
 from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import LearningRates
-from mlet_dist.training.step import pipeline_pays, take_all_steps, take_steps
+from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
+from mlet_dist.training.trainer import take_all_steps
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT, mlet, mlet_json
 from tests.helpers.ranks import RankPool
@@ -163,7 +164,7 @@ def test_a_bad_batch_stops_both_loops_before_the_same_step(
     ("device", "world_size", "expected"), [("cpu", 1, False), ("cpu", 2, True), ("cuda", 1, True), ("cuda", 8, True)]
 )
 def test_only_a_single_rank_on_a_cpu_has_nothing_to_do_ahead(device: str, world_size: int, expected: bool) -> None:
-    assert pipeline_pays(Worker(0, world_size, world_size, torch.device(device))) is expected
+    assert pipeline_is_faster(Worker(0, world_size, world_size, torch.device(device))) is expected
 
 
 @pytest.mark.e2e

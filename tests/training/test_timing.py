@@ -60,7 +60,7 @@ def _run(config: Config, pipelined: bool, slow: str) -> tuple[dict[str, Any], di
     with StepTimer(training.model, DEVICE, local_batch_size=10) as timer:
         for _ in take_steps(training, batches(), DEVICE, guard, timer, pipelined=pipelined):
             if slow == "checkpoint":
-                timer.saved_for(SLEEP)
+                timer.add_checkpoint_seconds(SLEEP)
             if slow == "caller":
                 sleep()
             if training.step == STEPS // 2:

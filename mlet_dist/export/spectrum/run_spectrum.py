@@ -1,4 +1,4 @@
-"""`mlet spectrum`: the singular values of every table of a run, an export or factors, weighted by how often rows are seen."""
+"""`mlet spectrum`: the singular values of each table of a run, an export or factors, weighted by row frequency too."""
 
 import dataclasses
 from pathlib import Path

@@ -63,7 +63,7 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
     writer = BlockWriter(CheckpointStore(tmp_path / "store").checkpoint(0))
     with writer.file("table") as file:
         file.add("t", [TABLE])
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         newest_finished(CheckpointStore(tmp_path / "store"))
 
 

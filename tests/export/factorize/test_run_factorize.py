@@ -20,7 +20,7 @@ from mlet_dist.export.source import Source, Tables
 from mlet_dist.export.verify.run_verify import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.resume import check_same, identity_of
+from mlet_dist.training.resume import check_same_run, identity_of
 from mlet_dist.training.warm_start import find_initial_weights
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
@@ -132,7 +132,7 @@ def test_a_run_that_was_killed_goes_on_without_the_tables_it_began_with(
         config = load_config(tmp_path / "run" / "config.yaml", [f"train.initial_weights={path}"])
         identities.append(identity_of(config, ModelSpec.load(tmp_path / "run" / "model.json"), "the same"))
     with pytest.raises(UserError, match=r"train\.initial_weights was .*, is null"):
-        check_same(*identities, "step-1", "begin anew")
+        check_same_run(*identities, "step-1", "begin anew")
     for index, setting in enumerate(("train.resume", "train.initial_weights")):
         begun = tmp_path / f"begun-{index}"
         overrides = _overrides(trained, begun, "train.max_steps=41", f"{setting}={tmp_path / 'run'}")
@@ -178,7 +178,7 @@ def test_what_does_not_fit_the_model_is_refused_by_name(
         ("table 'C1' is in two layers there and in one", factors, "model.hidden_dim=null"),
         (r"over_arch\..* is \(\d+, \d+\) there and", factors, "model.top_mlp=[24]"),
         (r"holds no tensor '.*embedding_bags\.C7\.weight', which the model has", tmp_path / "missing", ""),
-        ("train.initial_weights .*gone: no whole checkpoint is there", tmp_path / "gone", ""),
+        ("train.initial_weights .*gone: no complete checkpoint is there", tmp_path / "gone", ""),
         (r"table-3\.distcp is damaged", tmp_path / "damaged", ""),
         ("its rows are of other values than the ids of", tmp_path / "strange", ""),
     ]
