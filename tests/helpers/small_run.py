@@ -30,12 +30,12 @@ SETTINGS = (
 
 
 def this_worker() -> Worker:
-    """This process among the gloo ranks."""
+    """Return this rank of the gloo process group."""
     return Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
 
 
 def training_of(config: Config, steps: int) -> tuple[Training, torch.nn.Module]:
-    """A run that has not begun, and the sharded collection within its model."""
+    """Return the state of a new run, and the sharded collection within its model."""
     spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
     model = build_dlrm(spec, torch.device("meta"))
     fuse_row_optimizer(model, config.optimizer)
@@ -47,7 +47,7 @@ def training_of(config: Config, steps: int) -> tuple[Training, torch.nn.Module]:
 
 
 def loader(config: Config) -> DataLoader:
-    """This rank's batches of an epoch."""
+    """Return this rank's batches of an epoch."""
     worker = this_worker()
     return DataLoader(
         Path(config.data.path),
@@ -62,7 +62,7 @@ def loader(config: Config) -> DataLoader:
 
 
 def local(tensor: Any) -> torch.Tensor:
-    """What this rank holds of a tensor, copied. Of a table that is on one rank alone, only that one has the states."""
+    """Return a copy of this rank's part of a tensor. Only the owner rank of a table_wise table has its states."""
     if not isinstance(tensor, ShardedTensor):
         return tensor.detach().clone()
     return torch.cat([shard.tensor.detach().flatten() for shard in tensor.local_shards()] or [torch.empty(0)])

@@ -1,4 +1,4 @@
-"""`mlet train` within the tests' own ranks: a run costs a second, not ten."""
+"""Runs `mlet train` within the tests' ranks, where a run takes one second instead of ten."""
 
 import json
 import os
@@ -19,7 +19,7 @@ Ranks = Callable[..., RankPool]
 
 
 def train_in_ranks(ranks: Ranks, world_size: int | tuple[int, ...], *overrides: str) -> dict[str, Any]:
-    """The summary of a run of as many ranks, with ``weights_sha256``; (4, 2) are 4 ranks on 2 "nodes"."""
+    """Return the summary of a run of as many ranks, with ``weights_sha256``; (4, 2) are 4 ranks on 2 "nodes"."""
     with socket.socket() as one, socket.socket() as other:
         one.bind(("localhost", 0))
         other.bind(("localhost", 0))
@@ -51,7 +51,7 @@ def _leave_group() -> None:
 
 
 def stopped_after(step: int, run: Path, copy: Path) -> Path:
-    """What would be there of ``run``, had it been killed soon after it was saved at ``step``."""
+    """Return a copy of ``run`` as if it had been killed soon after it was saved at ``step``."""
     copy.mkdir()
     for name in (".mlet-run", "config.yaml", "model.json", "metrics.jsonl"):
         (copy / name).write_bytes((run / name).read_bytes())
@@ -64,14 +64,14 @@ def stopped_after(step: int, run: Path, copy: Path) -> Path:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says, less what is of time."""
+    """Return the records of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [line for line in lines if line["split"] != "timing"]
     return [{key: value for key, value in line.items() if key != "samples_per_s"} for line in kept]
 
 
 def tensors(run: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
-    """All of a checkpoint's model and optimizer, by PyTorch's own conversion, which shares no code with ours."""
+    """Return all of a checkpoint's model and optimizer, by PyTorch's own conversion, which shares no code with ours."""
     file = scratch / f"{run.name}.pt"
     dcp_to_torch_save(run / "checkpoints" / f"step-{step:08d}", file)
     found = torch.load(file, weights_only=False)

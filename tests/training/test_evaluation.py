@@ -27,7 +27,7 @@ def metrics_of(logits: list[float], labels: list[float], chunks: int = 1) -> dic
 
 
 def pairwise_auc(logits: list[float], labels: list[float]) -> float:
-    """Share of pairs of a positive and a negative that are in the right order; ties count half."""
+    """Return the share of pairs of a positive and a negative that are in the right order; ties count half."""
     positive = [logit for logit, label in zip(logits, labels, strict=True) if label]
     negative = [logit for logit, label in zip(logits, labels, strict=True) if not label]
     wins = sum((p > n) + (p == n) / 2 for p in positive for n in negative)
@@ -59,7 +59,7 @@ def test_auc_by_hand() -> None:
     assert found["positive_rate"] == 0.5
 
 
-def test_close_logits_are_told_apart() -> None:
+def test_close_logits_are_distinguished() -> None:
     draw = torch.Generator().manual_seed(0)
     labels = (torch.rand(1000, generator=draw) < 0.3).float()
     logits = torch.randn(1000, generator=draw) + labels
@@ -76,7 +76,7 @@ def test_one_class_has_no_auc_but_a_logloss(label: float) -> None:
     assert found["positive_rate"] == label
 
 
-def test_no_rows_at_all_are_nan_and_zero_rows() -> None:
+def test_metrics_of_no_rows_are_nan() -> None:
     found = BinaryMetrics(CPU).compute()
     assert found["rows"] == 0
     assert all(math.isnan(found[name]) for name in ("auc", "logloss", "positive_rate"))
@@ -99,7 +99,7 @@ def test_nan_logits_show_in_the_loss() -> None:
     assert math.isnan(metrics_of([math.inf, math.nan], [1, 0])["logloss"])
 
 
-def test_computing_does_not_end_the_counting() -> None:
+def test_rows_can_be_added_after_computing() -> None:
     metrics = BinaryMetrics(CPU)
     metrics.update(torch.tensor([1.0, -1.0]), torch.tensor([1, 0]))
     assert metrics.compute() == metrics.compute()
@@ -108,7 +108,7 @@ def test_computing_does_not_end_the_counting() -> None:
     assert metrics.compute()["rows"] == 3
 
 
-def test_half_precision_logits_and_whole_number_labels_are_taken() -> None:
+def test_half_precision_logits_and_integer_labels_are_accepted() -> None:
     metrics = BinaryMetrics(CPU)
     metrics.update(torch.tensor([1.5, -0.5], dtype=torch.bfloat16), torch.tensor([0, 1], dtype=torch.int8))
     assert metrics.compute()["logloss"] == pytest.approx(float64_logloss([1.5, -0.5], [0, 1]), rel=1e-12)
@@ -121,7 +121,7 @@ def _global_rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _metrics_of_a_share(empty_rank: int) -> list[dict[str, float]]:
-    """Every rank takes rows of its own, none on ``empty_rank``; the metrics are computed twice."""
+    """Compute metrics twice, from different rows on every rank and none on ``empty_rank``."""
     logits, labels = _global_rows()
     active = [rank for rank in range(dist.get_world_size()) if rank != empty_rank]
     metrics = BinaryMetrics(CPU)
@@ -133,7 +133,7 @@ def _metrics_of_a_share(empty_rank: int) -> list[dict[str, float]]:
 
 @pytest.mark.multirank
 @pytest.mark.parametrize(("world_size", "empty_rank"), [(1, -1), (2, -1), (3, -1), (3, 1)])
-def test_ranks_together_find_what_one_process_finds(
+def test_metrics_over_ranks_equal_those_of_one_process(
     ranks: Callable[[int], RankPool], world_size: int, empty_rank: int
 ) -> None:
     logits, labels = _global_rows()

@@ -28,7 +28,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
 
 
 @pytest.mark.parametrize("failure", ["stop", "continue"])
-def test_a_full_disk_leaves_the_older_checkpoint_and_says_what_is_missing(
+def test_a_full_disk_keeps_the_older_checkpoint_and_reports_the_missing_bytes(
     small_model: tuple[str, ...], tmp_path: Path, failure: str
 ) -> None:
     """A file system of 2 MB in a mount namespace of our own: the first checkpoint fits, the second does not."""

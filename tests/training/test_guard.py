@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite, met by one rank of two: what all ranks then do, in both loops."""
+"""A loss or gradient that is not finite on one rank of two: both ranks stop, skip or roll back, in both loops."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ STEPS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A run whose second rank meets something that is not finite at ``step``, from 1."""
+    """A run whose second rank has a value that is not finite at ``step``, counted from 1."""
 
     config: Config
     pipelined: bool
@@ -60,7 +60,7 @@ def _batches(case: Case) -> Iterator[Batch]:
 
 
 def _train(case: Case) -> dict[str, Any]:
-    """Outcomes and the error, if any; then the weights and states that are left, and whether the model is in order."""
+    """Return outcomes and the error, if any; then weights and states, and whether the model was restored."""
     training, embeddings = training_of(case.config, STEPS)
     model = training.model.train()
     training.excluded_steps = set(case.passed_over)
@@ -140,7 +140,7 @@ def _with_optimizer(config: Config, name: str, exchange: str = "auto") -> Config
         ("rowwise_adagrad", "unique_rows", STEPS, "label"),
     ],
 )
-def test_a_skipped_batch_leaves_the_bits_of_a_run_in_which_it_never_came(
+def test_skipping_a_batch_is_bitwise_identical_to_a_run_without_it(
     ranks: Ranks, config: Config, optimizer: str, exchange: str, step: int, where: str
 ) -> None:
     config = _with_optimizer(config, optimizer, exchange)
@@ -158,7 +158,7 @@ def test_a_skipped_batch_leaves_the_bits_of_a_run_in_which_it_never_came(
 
 
 @pytest.mark.multirank
-def test_what_is_not_finite_stops_both_loops_on_every_rank_after_the_same_step(ranks: Ranks, config: Config) -> None:
+def test_a_non_finite_value_stops_both_loops_on_every_rank_after_the_same_step(ranks: Ranks, config: Config) -> None:
     found = [("label", 4), ("feature", 1), ("gradient", 4), ("gradient", STEPS), ("label", STEPS)]
     cases = [
         Case(config, pipelined, policy, step, where)
@@ -194,9 +194,7 @@ def test_a_gradient_that_is_not_finite_is_not_skipped(ranks: Ranks, config: Conf
 
 
 @pytest.mark.multirank
-def test_going_back_and_passing_over_the_batch_leaves_the_bits_of_a_run_in_which_it_never_came(
-    ranks: Ranks, config: Config
-) -> None:
+def test_rolling_back_is_bitwise_identical_to_a_run_without_the_batch(ranks: Ranks, config: Config) -> None:
     config = _with_optimizer(config, "adam")
     again = [Case(config, pipelined, "rollback", 5, "label", passed_over=(5,)) for pipelined in (False, True)]
     expected = Case(config, pipelined=False, step=5, where="nowhere", left_out=(5,))
@@ -223,7 +221,7 @@ def data_that_overflows(small_data: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.multirank
-def test_skipping_and_going_back_end_in_the_same_weights_and_are_counted(
+def test_skipping_and_rolling_back_end_in_the_same_weights_and_are_counted(
     ranks: Ranks, data_that_overflows: Path, small_model: tuple[str, ...], tmp_path: Path
 ) -> None:
     results = {}
@@ -241,7 +239,7 @@ def test_skipping_and_going_back_end_in_the_same_weights_and_are_counted(
         assert [(each["step"], each["batch_of_step"]) for each in back] == ([(6, 11)] if policy == "rollback" else [])
         assert result["rollbacks"] == len(back)
         assert [record["step"] for record in found if record["split"] == "train"] == [4, 8, 12, 16]
-        # Killed after the batch was left out; or, of a run that went back, while it trained the steps since 6 again.
+        # Killed after the batch was excluded, or after a rollback while the steps since 6 were repeated.
         for step in (6, 12) if policy == "rollback" else (12,):
             killed = stopped_after(step, run, tmp_path / f"{policy} killed after {step}")
             again = train_in_ranks(ranks, 2, *settings, "optimizer.name=adagrad", f"run.dir={killed}")
@@ -253,7 +251,7 @@ def test_skipping_and_going_back_end_in_the_same_weights_and_are_counted(
 
 
 @pytest.mark.e2e
-def test_a_run_that_stops_says_why_in_one_line(
+def test_a_run_that_stops_reports_the_reason_in_one_line(
     data_that_overflows: Path, small_model: tuple[str, ...], tmp_path: Path
 ) -> None:
     settings = (*small_model[1:], f"data.path={data_that_overflows}", "train.max_steps=16", "train.checkpoint_every=11")

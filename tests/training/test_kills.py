@@ -1,4 +1,4 @@
-"""Runs that lose a rank, a node or all end as if they had not; `make soak` kills more of them at random."""
+"""Runs that lose a rank, a node or all ranks end as if uninterrupted; `make soak` kills more at random moments."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WAYS = ("job", "rank", "saving", "SIGTERM")
 
 @pytest.fixture(scope="module")
 def settings(small_model: tuple[str, ...]) -> tuple[str, ...]:
-    """A run of some ten seconds that is always about to save."""
+    """Return the settings of a run of about ten seconds that saves very often."""
     return (
         *small_model,
         "optimizer.name=adagrad",
@@ -57,24 +57,24 @@ def children(process: int) -> list[int]:
         return []
 
 
-def kill(job: "subprocess.Popen[str]", way: str, run: Path, dice: random.Random) -> None:
-    """Strike a job in one of these ways, at a random moment."""
+def kill(job: "subprocess.Popen[str]", method: str, run: Path, dice: random.Random) -> None:
+    """Interrupt a job by one of these methods, at a random moment."""
     ranks = children(job.pid)
-    if way == "saving":
+    if method == "saving":
         deadline = time.monotonic() + 5
         while job.poll() is None and time.monotonic() < deadline:
             if any((run / "checkpoints").glob("*/.incomplete")):
                 break
-    if way == "SIGTERM":
+    if method == "SIGTERM":
         job.terminate()
-    elif way == "rank" and ranks:
+    elif method == "rank" and ranks:
         os.kill(dice.choice(ranks), signal.SIGKILL)
     else:
         job.kill()
 
 
 def train(arguments: Sequence[str], run: Path, strike: str | None, dice: random.Random) -> int:
-    """Run `mlet train`, struck soon after it began to train; its exit code."""
+    """Run `mlet train`, interrupt it soon after training began, and return its exit code."""
     command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *arguments, f"run.dir={run}"]
     command += ["--nproc", "2", "--json"]
     log = run.parent / "stderr"
@@ -92,7 +92,7 @@ def train(arguments: Sequence[str], run: Path, strike: str | None, dice: random.
 
 
 def newest(run: Path) -> str:
-    """The last checkpoint that is whole."""
+    """Return the last complete checkpoint."""
     return max((path.parent.name for path in (run / "checkpoints").glob("*/manifest.json")), default="")
 
 
@@ -103,21 +103,21 @@ def test_random_kills_change_nothing(settings: tuple[str, ...], whole: TrainedRu
     kills, runs = 0, 0
     while kills < KILLS:
         run = tmp_path / f"run {runs}"
-        way = WAYS[kills % len(WAYS)]
-        code = train(settings, run, way, dice)
+        method = WAYS[kills % len(WAYS)]
+        code = train(settings, run, method, dice)
         if (run / "summary.json").exists():  # it was faster than the killer
             check(run, whole, fingerprint=code == 0)
             runs += 1
             continue
         kills += 1
-        assert code == {"SIGTERM": 75, "rank": 1}.get(way, -9), (way, (tmp_path / "stderr").read_text()[-2000:])
+        assert code == {"SIGTERM": 75, "rank": 1}.get(method, -9), (method, (tmp_path / "stderr").read_text()[-2000:])
     if (run / "config.yaml").exists() and not (run / "summary.json").exists():
         assert train(settings, run, None, dice) == 0, (tmp_path / "stderr").read_text()[-2000:]
         check(run, whole)
 
 
 def check(run: Path, whole: TrainedRun, fingerprint: bool = True) -> None:
-    """That a run ended with the same bits, and counted the rows of the same steps once each.
+    """Check that a run ended with bitwise identical weights, and counted the rows of the same steps once each.
 
     The fingerprint is missing where the run was killed after it had finished.
     """
@@ -131,7 +131,7 @@ def check(run: Path, whole: TrainedRun, fingerprint: bool = True) -> None:
 
 @contextmanager
 def torchrun(run: Path, name: str, settings: Sequence[str], *arguments: str) -> "Iterator[subprocess.Popen[str]]":
-    """An agent that trains; what it says goes to ``name`` beside the run. At the block's end it is killed alone."""
+    """Run an agent that trains, with its output in ``name`` beside the run; at the end of the block it is killed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", *arguments, "-m", "mlet_dist"]
     command += ["train", str(CONFIG), *settings, f"run.dir={run}", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -173,9 +173,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(settings: tuple[str, ...], who
     check(run, whole)
 
 
-def test_torchrun_goes_on_with_the_nodes_that_are_left(
-    settings: tuple[str, ...], whole: TrainedRun, tmp_path: Path
-) -> None:
+def test_torchrun_resumes_on_the_remaining_nodes(settings: tuple[str, ...], whole: TrainedRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -10,7 +10,7 @@ from tests.helpers.mlet_command import ROOT, mlet_json
 pytestmark = pytest.mark.e2e
 
 
-def test_lists_and_shuffled_rows_train_alike_on_one_and_two_ranks(tmp_path: Path) -> None:
+def test_lists_and_shuffled_rows_train_the_same_model_on_one_and_two_ranks(tmp_path: Path) -> None:
     data = tmp_path / "data"
     lists = ["--multi-valued", "C3=6", "C9=0.5", "--weighted", "C3"]
     mlet_json("synth", "--out", data, "--rows", 3001, "--num-embeddings", 300, *lists)

@@ -1,4 +1,4 @@
-"""Each optimizer in its fused form and beside it: the same rule, the same state, on any number of ranks."""
+"""Every optimizer, fused and unfused: the same update rule and the same state on any number of ranks."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def _train(
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_row_that_is_not_looked_up_stands_still(ranks: Ranks, name: str) -> None:
+def test_a_row_that_is_not_looked_up_does_not_change(ranks: Ranks, name: str) -> None:
     (first, _), (later, _) = (ranks(4).run(_train, name, range(steps))[0] for steps in (1, 4))
     for table, rows in SIZES.items():
         key = next(each for each in first if each.endswith(f"embedding_bags.{table}.weight"))
@@ -158,7 +158,7 @@ def test_state_has_the_same_names_and_shapes_on_any_number_of_ranks(ranks: Ranks
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_from_a_checkpoint_of_other_ranks(ranks: Ranks, tmp_path: Path, name: str) -> None:
+def test_training_resumes_from_a_checkpoint_of_another_number_of_ranks(ranks: Ranks, tmp_path: Path, name: str) -> None:
     """With another number of ranks other tables are replicated, and then another optimizer steps them."""
     expected, expected_state = ranks(4).run(_train, name, range(6))[0]
     _, saved = ranks(4).run(_train, name, range(2), tmp_path / "4")[0]
@@ -178,7 +178,7 @@ def test_training_goes_on_from_a_checkpoint_of_other_ranks(ranks: Ranks, tmp_pat
 @pytest.mark.multirank
 @pytest.mark.parametrize("kind", ["table_wise", "table_row_wise", "data_parallel"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_from_a_checkpoint_of_another_sharding_type(
+def test_training_resumes_from_a_checkpoint_of_another_sharding_type(
     ranks: Ranks, tmp_path: Path, name: str, kind: str
 ) -> None:
     """2 nodes of 2, from and to row_wise tables of one rank."""
@@ -265,7 +265,7 @@ def _rates(config: OptimizerConfig) -> list[tuple[dict[str, float], set[float]]]
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_rows_projections_and_dense_layers_have_rates_of_their_own(ranks: Ranks, name: str) -> None:
+def test_rows_projections_and_dense_layers_have_separate_learning_rates(ranks: Ranks, name: str) -> None:
     config = OptimizerConfig(name, 0.125, rows_learning_rate=0.5, projections_learning_rate=0.25)  # type: ignore[arg-type]
     for world_size in (1, 4):
         for step, (rates, fused) in enumerate(ranks(world_size).run(_rates, config)[0]):
@@ -301,7 +301,7 @@ def test_lazy_adam_is_adam_where_every_row_has_a_gradient() -> None:
     torch.testing.assert_close(lazy, adam, rtol=1e-12, atol=1e-12)
 
 
-def test_lazy_adam_counts_the_steps_in_which_a_row_stood_still() -> None:
+def test_lazy_adam_counts_the_steps_in_which_a_row_did_not_change() -> None:
     gradients = list(_gradients())
     gradients[0][1] = gradients[1][1] = gradients[3][1] = 0
     weight = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4)[1]
@@ -356,7 +356,7 @@ def test_the_schedule_of_a_run_is_in_its_records(small_model: tuple[str, ...], t
 
 
 @pytest.mark.e2e
-def test_the_first_step_of_a_run_takes_the_rate_of_its_schedule(small_model: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_first_step_of_a_run_uses_the_rate_of_its_schedule(small_model: tuple[str, ...], tmp_path: Path) -> None:
     prints = {
         mlet_json(
             "train",

@@ -1,4 +1,4 @@
-"""What a run records: each step once, however often it is taken."""
+"""A run records each step once, however often the step is repeated."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def points(run: RunDirectory, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_steps_that_come_again_are_there_once(run: RunDirectory) -> None:
+def test_repeated_steps_are_recorded_once(run: RunDirectory) -> None:
     with Recorder(run, enabled=True) as recorder:
         recorder.record("train", 1, {"loss": 1.5, "host": "a"})
         size = recorder.size

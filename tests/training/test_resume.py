@@ -1,4 +1,4 @@
-"""A run that goes on: the same bits; on other ranks the same rows; in any sharding the same state."""
+"""A resumed run is bitwise identical on as many ranks; on others it sees the same rows; state loads in any sharding."""
 
 import json
 import math
@@ -30,7 +30,7 @@ _ONLY_TINY = ("sharding.data_parallel_up_to_mb=0",)  # tables of fewer rows than
 
 @pytest.fixture(scope="module")
 def settings(small_model: tuple[str, ...]) -> tuple[str, ...]:
-    """Two epochs of 50 batches less some; checkpoints on both sides of the border."""
+    """Return settings of nearly two epochs of 50 batches, with checkpoints in both."""
     return (
         *small_model,
         "data.batch_size=96",
@@ -60,7 +60,7 @@ def fingerprint(run: Path) -> str:
 
 @pytest.mark.parametrize("step", [14, 42])
 @pytest.mark.parametrize("pipelined", ["true", "false"])
-def test_the_same_bits_in_both_loops(
+def test_a_resumed_run_is_bitwise_identical_in_both_loops(
     ranks: Ranks, settings: tuple[str, ...], whole: Path, tmp_path: Path, step: int, pipelined: str
 ) -> None:
     run = stopped_after(step, whole, tmp_path / "run")
@@ -82,7 +82,7 @@ def test_the_same_bits_in_both_loops(
     ],
     ids=["sgd", "adam", "rowwise_adagrad of 4", "data_parallel of 4"],
 )
-def test_the_same_bits_with_every_optimizer(
+def test_a_resumed_run_is_bitwise_identical_with_every_optimizer(
     ranks: Ranks, settings: tuple[str, ...], tmp_path: Path, world_size: int, changes: tuple[str, ...]
 ) -> None:
     once = train_in_ranks(ranks, world_size, *settings, *changes, f"run.dir={tmp_path / 'once'}")
@@ -111,8 +111,8 @@ def _draw_before_and_after_restoring(config: Config, location: str) -> tuple[lis
     return drawn, torch.rand(5).tolist()
 
 
-def test_each_rank_goes_on_with_its_own_random_numbers(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
-    """Nothing trained on a CPU depends on them: the bits of a run do not tell."""
+def test_each_rank_restores_its_random_state(ranks: Ranks, small_data: Path, tmp_path: Path) -> None:
+    """Training on a CPU does not depend on the random state, so weights cannot show it."""
     config = load_config(CONFIG, (f"data.path={small_data}", f"run.dir={tmp_path}", *SETTINGS))
     (before, after), (other_before, other_after) = ranks(2).run(
         _draw_before_and_after_restoring, config, str(tmp_path / "store")
@@ -121,7 +121,9 @@ def test_each_rank_goes_on_with_its_own_random_numbers(ranks: Ranks, small_data:
     assert other_after == other_before != before
 
 
-def test_on_other_ranks_the_same_rows_and_weights(ranks: Ranks, settings: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_run_resumed_on_other_ranks_sees_the_same_rows(
+    ranks: Ranks, settings: tuple[str, ...], tmp_path: Path
+) -> None:
     settings = (*settings, "optimizer.name=sgd")  # Adagrad makes a step of any gradient, be it a rounding error
     whole = tmp_path / "whole"
     train_in_ranks(ranks, 2, *settings, f"run.dir={whole}")
@@ -160,7 +162,7 @@ def saved_on_four(ranks: Ranks, settings: tuple[str, ...], tmp_path_factory: pyt
     ],
     ids=["1", "2 reduce_scatter", "3 table_wise", "4 table_row_wise", "4 data_parallel"],
 )
-def test_any_sharding_takes_weights_and_optimizer_state_as_they_were(
+def test_weights_and_optimizer_state_load_unchanged_in_any_sharding(
     ranks: Ranks, settings: tuple[str, ...], tmp_path: Path, world_size: tuple[int, ...], changes: tuple[str, ...],
     kind: str | None, saved_on_four: Path,
 ) -> None:  # fmt: skip
@@ -201,7 +203,7 @@ def test_a_run_with_other_settings_is_refused_and_from_a_path_learning_rates_may
     assert not (run / "summary.json").exists()
 
 
-def test_a_path_is_where_a_run_begins_that_has_nothing_of_its_own(
+def test_a_resume_path_is_used_until_the_run_has_its_own_checkpoints(
     ranks: Ranks, settings: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:
     checkpoint = whole / "checkpoints" / "step-00000014"
@@ -227,7 +229,7 @@ def test_a_path_is_where_a_run_begins_that_has_nothing_of_its_own(
     )
 
 
-def test_never_wants_nothing_and_overwrite_begins_anew(
+def test_never_requires_an_empty_directory_and_overwrite_starts_over(
     ranks: Ranks, settings: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:
     run = stopped_after(42, whole, tmp_path / "run")
@@ -238,7 +240,7 @@ def test_never_wants_nothing_and_overwrite_begins_anew(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
     ranks: Ranks, settings: tuple[str, ...], whole: Path, tmp_path: Path
 ) -> None:
     run = stopped_after(28, whole, tmp_path / "run")

@@ -33,7 +33,7 @@ def config_of(run: RunDirectory, **changes: Any) -> Config:
 
 
 def refusal_of(run: RunDirectory, **changes: Any) -> str:
-    """What starting says; it must not change a thing."""
+    """Return the error of starting a run, which must not change anything."""
     before = snapshot(run.path)
     with pytest.raises(UserError) as caught:
         start(run, config_of(run, **changes), SPEC)
@@ -64,7 +64,7 @@ def test_a_new_run_holds_its_config_and_model(run: RunDirectory) -> None:
     assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json", "summary.json"}
 
 
-def test_an_empty_directory_is_taken(run: RunDirectory) -> None:
+def test_an_empty_directory_is_accepted(run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
     run.check_available(config_of(run))
     start(run, config_of(run), SPEC)
@@ -92,7 +92,7 @@ def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> N
     assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json"}
 
 
-def test_a_run_that_goes_on_keeps_its_checkpoints_and_records(run: RunDirectory) -> None:
+def test_a_resumed_run_keeps_its_checkpoints_and_records(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
     (run.path / "summary.partial").write_text("{")  # stopped while it was finishing
     with run.lock(config_of(run)):
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_keeps_its_checkpoints_and_records(run: RunDirectory)
     assert not (run.path / "summary.partial").exists()
 
 
-def test_never_wants_an_empty_directory(run: RunDirectory) -> None:
+def test_never_requires_an_empty_directory(run: RunDirectory) -> None:
     never = TrainConfig(seed=3, resume="never")
     with run.lock(dataclasses.replace(config_of(run), train=never)):
         pass  # a job that found a mistake before it began
@@ -113,7 +113,7 @@ def test_never_wants_an_empty_directory(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_no_run_is_never_touched(overwrite: bool, run: RunDirectory) -> None:
+def test_a_directory_that_is_not_a_run_is_never_changed(overwrite: bool, run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
     (run.path / "holiday.jpg").write_bytes(b"sea")
     assert refusal_of(run, overwrite=overwrite) == (
@@ -131,7 +131,7 @@ def test_a_file_and_a_path_below_a_file_are_refused(tmp_path: Path) -> None:
     assert file.read_text() == "text"
 
 
-def test_a_path_that_cannot_be_is_a_users_mistake(tmp_path: Path) -> None:
+def test_an_impossible_path_is_a_user_error(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 300)
     with pytest.raises(UserError) as caught:
         RunDirectory(path).check_available(config_of(RunDirectory(path)))
@@ -156,7 +156,7 @@ def load_error_of(run: RunDirectory) -> str:
     return message
 
 
-def test_loading_what_is_no_finished_run_says_why(run: RunDirectory) -> None:
+def test_loading_an_unfinished_run_reports_the_reason(run: RunDirectory) -> None:
     path = run.path
     assert load_error_of(run) == f"{path}: no such directory; expected a run made by `mlet train`"
     path.mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_loading_what_is_no_finished_run_says_why(run: RunDirectory) -> None:
     assert load_error_of(run) == f"{run.summary}: holds a JSON list instead of an object"
 
 
-def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> None:
+def test_a_broken_model_or_config_file_is_named(run: RunDirectory) -> None:
     start(run, config_of(run), SPEC)
     run.finish(SUMMARY)
     model, config = run.model.read_text(), run.config.read_text()
@@ -185,7 +185,7 @@ def test_a_run_whose_model_or_config_is_broken_says_which(run: RunDirectory) -> 
     assert load_error_of(run).startswith(f"{run.config}: model.hiden_dim: unknown key")
 
 
-def test_a_second_job_is_kept_out_until_the_first_has_ended(run: RunDirectory) -> None:
+def test_a_second_job_is_refused_until_the_first_has_ended(run: RunDirectory) -> None:
     with run.lock(config_of(run)):
         run.metrics.write_text("of the first")
         holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}"
@@ -213,7 +213,7 @@ def test_two_runs_do_not_share_a_directory_of_checkpoints(run: RunDirectory, tmp
         start(other, config(other, str(shared / "file")), SPEC)
 
 
-def test_a_directory_with_a_config_of_the_users_own_is_no_run(run: RunDirectory) -> None:
+def test_a_directory_with_only_a_config_is_not_a_run(run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
     for name in ("config.yaml", "model.json", "notes.txt"):
         (run.path / name).write_text("precious")

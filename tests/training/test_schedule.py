@@ -23,7 +23,7 @@ def test_warmup_rises_from_its_first_step_to_its_last() -> None:
     assert factors(2, warmup_steps=4) == [0.25, 0.5, 0.75]
 
 
-def test_linear_decay_begins_after_warmup_or_where_told_and_ends_with_the_run() -> None:
+def test_linear_decay_begins_after_warmup_or_at_decay_start_and_ends_with_the_run() -> None:
     assert factors(6, warmup_steps=2, decay="linear") == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert factors(6, warmup_steps=1, decay="linear", decay_start=4) == [1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0]
     assert factors(4, decay="linear") == [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -44,7 +44,7 @@ def test_a_run_that_ends_before_its_decay_keeps_the_full_rate(decay: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "warnings"),
     [
         ({"warmup_steps": 99}, []),
         ({"warmup_steps": 100}, ["optimizer.warmup_steps 100: the warm-up does not end within the run's 100 steps"]),
@@ -55,5 +55,5 @@ def test_a_run_that_ends_before_its_decay_keeps_the_full_rate(decay: str) -> Non
         ),
     ],
 )
-def test_what_a_short_run_does_not_reach_is_said(settings: dict[str, Any], said: list[str]) -> None:
-    assert schedule_warnings(OptimizerConfig(**settings), 100) == said
+def test_a_run_too_short_for_its_schedule_warns(settings: dict[str, Any], warnings: list[str]) -> None:
+    assert schedule_warnings(OptimizerConfig(**settings), 100) == warnings

@@ -1,4 +1,4 @@
-"""What a job must be for its model to be sharded."""
+"""Requirements of sharding a model: nodes of equal size, and timeouts in every process group."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -44,7 +44,7 @@ def test_nodes_of_different_sizes_are_refused_on_every_rank(ranks: Callable[[int
 
 
 def _wait_in_the_groups_of_nodes() -> list[bool]:
-    """Whether a rank that is alone in a collective of the node, and of one rank of each, is told so after a second."""
+    """Check that a rank alone in a collective within or across nodes gets an error after a second."""
     comm._INTRA_PG = comm._CROSS_PG = None  # of other tests
     try:
         by_rows = ShardingConfig(sharding_types=("table_row_wise",), data_parallel_up_to_mb=0)

@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_shape_names_the_tensor(ranks: Ranks, tmp_path: 
         ranks(2).run(_load, tmp_path, _spec(sizes=renamed))
 
 
-def test_a_checkpoint_that_was_cut_short_does_not_count(ranks: Ranks, tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_ignored(ranks: Ranks, tmp_path: Path) -> None:
     ranks(2).run(_save, tmp_path)
     cut_short = tmp_path / "step-00000008"
     cut_short.mkdir()

@@ -1,4 +1,4 @@
-"""TorchRec's pipeline against the plain loop: the same bits, the same records, the same errors."""
+"""TorchRec's pipeline and the plain loop: bitwise identical weights, the same records, the same errors."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ SETTINGS = (*SMALL, f"train.max_steps={STEPS}")
 
 
 class _Watch(Recorder):
-    """A recorder that also notes whether the embeddings stand rewritten, in the middle of training."""
+    """A recorder that also notes whether the pipeline has rewritten the embeddings during training."""
 
     def __init__(self, run: RunDirectory, enabled: bool, embeddings: torch.nn.Module) -> None:
         super().__init__(run, enabled)
@@ -59,7 +59,7 @@ def _is_rewritten(embeddings: torch.nn.Module) -> bool:
 
 
 def _run(config: Config, directory: Path, pipelined: bool) -> dict[str, Any]:
-    """What the trainer's loop leaves: weights, optimizer states, records and what an evaluation then finds."""
+    """Return weights, optimizer states and records after the trainer's loop, and the metrics of an evaluation."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, pipelined=pipelined))
     run, worker = RunDirectory(directory / f"pipelined {pipelined}"), this_worker()
     run.path.mkdir(exist_ok=True)
@@ -104,7 +104,7 @@ def _run_both(config: Config, directory: Path) -> list[dict[str, Any]]:
         (4, "rowwise_adagrad", "unique_rows"),
     ],
 )
-def test_both_loops_train_the_same_bits_over_epochs(
+def test_both_loops_train_bitwise_identical_weights_over_epochs(
     ranks: Ranks, small_model: tuple[str, ...], tmp_path: Path, world_size: int, optimizer: str, exchange: str
 ) -> None:
     overrides = (*small_model, *SETTINGS, f"optimizer.name={optimizer}", f"sharding.exchange={exchange}")
@@ -127,7 +127,7 @@ def test_both_loops_train_the_same_bits_over_epochs(
 
 
 def _meet_a_bad_batch(config: Config, bad_step: int, pipelined: bool) -> tuple[int, str]:
-    """Steps taken before the error, and what it said."""
+    """Return the number of steps before the error, and its message."""
 
     def batches() -> Iterator[Batch]:
         for index, batch in enumerate(loader(config)):
@@ -163,7 +163,7 @@ def test_a_bad_batch_stops_both_loops_before_the_same_step(
 @pytest.mark.parametrize(
     ("device", "world_size", "expected"), [("cpu", 1, False), ("cpu", 2, True), ("cuda", 1, True), ("cuda", 8, True)]
 )
-def test_only_a_single_rank_on_a_cpu_has_nothing_to_do_ahead(device: str, world_size: int, expected: bool) -> None:
+def test_the_pipeline_is_faster_except_on_a_single_cpu_rank(device: str, world_size: int, expected: bool) -> None:
     assert pipeline_is_faster(Worker(0, world_size, world_size, torch.device(device))) is expected
 
 

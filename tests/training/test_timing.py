@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a rank of two that is slow is named, in both loops, with what it is slow in."""
+"""Timing of the parts of a step: the slower of two ranks is named, in both loops, with the slow part."""
 
 import json
 import socket
@@ -99,7 +99,7 @@ def test_the_rank_that_sleeps_is_named_with_what_it_sleeps_in(ranks: Ranks, smal
 
 
 @pytest.mark.multirank
-def test_the_rank_that_is_waited_for_is_in_the_others_exchange(ranks: Ranks, small_model: tuple[str, ...]) -> None:
+def test_waiting_for_a_slow_rank_counts_as_exchange_on_the_other(ranks: Ranks, small_model: tuple[str, ...]) -> None:
     config = load_config(CONFIG, [*small_model, *SETTINGS, "run.dir=unused"])
     cases = [(False, "lookup"), (False, "checkpoint"), (True, "ids"), (True, "caller")]
     ((lookup, _), (checkpoint, _), (_, ids), (caller, _)), _ = ranks(2).run(_run_each, config, cases)
@@ -109,7 +109,7 @@ def test_the_rank_that_is_waited_for_is_in_the_others_exchange(ranks: Ranks, sma
     assert caller["other_ms"] >= 1e3 * SLEEP / 2
 
 
-def test_a_stopwatch_adds_up_what_it_is_told_and_begins_anew() -> None:
+def test_a_stopwatch_adds_up_intervals_and_resets() -> None:
     watch = Stopwatch(DEVICE)
     watch.add("a", 1.0, 1.5)
     watch.add("a", 3.0, 3.25)
@@ -119,7 +119,7 @@ def test_a_stopwatch_adds_up_what_it_is_told_and_begins_anew() -> None:
 
 
 @pytest.mark.e2e
-def test_a_run_says_where_its_time_went(trained: TrainedRun) -> None:
+def test_a_run_records_the_times_of_its_parts(trained: TrainedRun) -> None:
     records = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
     timings = [record for record in records if record["split"] == "timing"]
     assert [record["step"] for record in timings] == [20, 40, 57]

@@ -1,4 +1,4 @@
-"""Training as a user starts it: on one and on several ranks, and on what is wrong."""
+"""Training as a user starts it, on one and on several ranks, and its errors."""
 
 import json
 import os
