@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -70,13 +69,3 @@ def test_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         assert left.value.code == 0
         assert command in capsys.readouterr().out
-
-
-def test_architecture_names_files_that_exist() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    package = ROOT / "mlet_dist"
-    for path in re.findall(r"`((?:[\w]+/)+\w+\.py)`", text):
-        assert (ROOT / path).exists() or (package / path).exists(), path
-    for room in ("data", "embeddings", "models", "training", "export"):
-        assert Path(package, room).is_dir()
-        assert room in text
