@@ -29,13 +29,13 @@ def test_every_block_is_the_product_within_float32_rounding(
         (512, 64, torch.float32),
     ],
 )
-def test_parts_that_begin_at_blocks_have_the_bits_of_the_whole(
+def test_parts_that_begin_at_blocks_are_bitwise_identical_to_the_full_product(
     hidden_dim: int, embedding_dim: int, dtype: torch.dtype
 ) -> None:
     step = block_rows(hidden_dim, embedding_dim)
     assert step & (step - 1) == 0
     generator = torch.Generator().manual_seed(hidden_dim)
-    # Beyond a block by 1 row, and by so many that a kernel for whole tiles is left.
+    # One row beyond a block, and as many rows that a matrix kernel has a remainder.
     for count in (1, step + 1, 2 * step + 77):
         rows = torch.randn(count, hidden_dim, generator=generator).to(dtype)
         projection = torch.randn(hidden_dim, embedding_dim, generator=generator)

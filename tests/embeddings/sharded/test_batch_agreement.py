@@ -94,13 +94,13 @@ MISTAKES = {
         "table 'small': feature 'f1' is missing from the batch, which has ",
         "table 'small': feature 'f1' is missing from the batch",
     ),
-    "weights": ("the batch has weights, and the collection is not weighted",) * 2,
-    "no weights": ("the batch has no weights, and the collection is weighted",) * 2,
+    "weights": ("the batch has weights, but the collection is not weighted",) * 2,
+    "no weights": ("the batch has no weights, but the collection is weighted",) * 2,
     "varying": ("the batch size varies by feature, which ",) * 2,
-    "lengths": ("the batch has lengths of", "the batch's ids, lengths and weights do not fit one another"),
+    "lengths": ("the batch has lengths of", "the batch's ids, lengths and weights are inconsistent"),
     "a length below 0": (
         "the batch has negative lengths",
-        "the batch's ids, lengths and weights do not fit one another",
+        "the batch's ids, lengths and weights are inconsistent",
     ),
 }
 """Mistake -> what the rank that made it says, and what the others say after "rank r: "."""
@@ -166,7 +166,7 @@ def test_every_mistake_is_named_on_every_rank_and_training_goes_on(
 def test_a_weighted_collection_wants_weights_on_every_rank(ranks: Ranks, exchange: ExchangeChoice) -> None:
     said = ranks(2).run(_train_between_mistakes, exchange, ["weights", "negative"], [1], True)
     # "weights" takes them away here.
-    assert said[1][0][0] == "table 't0': the batch has no weights, and the collection is weighted"
+    assert said[1][0][0] == "table 't0': the batch has no weights, but the collection is weighted"
     assert said[0][0][0] == f"rank 1: {said[1][0][0]}"
     assert said[0][0][1] == "rank 1: table 't0': feature 'f0': an id is outside [0, 100)"
     assert all(same for _, same in said)

@@ -72,13 +72,13 @@ def _shard_by(kind: str, exchange: ExchangeChoice) -> str | bool:
 def test_a_plan_that_an_exchange_cannot_serve_is_refused(ranks: Ranks, exchange: ExchangeChoice) -> None:
     expected: str | bool = True
     if exchange == "unique_rows":
-        serves = "serves row_wise tables; 'auto', 'after' and 'reduce_scatter' serve all"
-        expected = f"table 't0': the plan says table_wise, and exchange 'unique_rows' {serves}"
+        requires = "requires row_wise; use 'auto', 'after' or 'reduce_scatter'"
+        expected = f"table 't0': the plan is table_wise, but exchange 'unique_rows' {requires}"
     assert ranks(2).run(_shard_by, "table_wise", exchange) == [expected] * 2
-    columns = "table 't0': the plan says column_wise; multi-layer tables are not split by columns"
+    columns = "table 't0': the plan is column_wise; multi-layer tables cannot be split by columns"
     assert ranks(2).run(_shard_by, "column_wise", exchange) == [columns] * 2
     # TorchRec's own routing would look up other rows, silently.
-    starts = "row shards start at rows [0, 30]; 2 ranks take blocks of 50 rows"
+    starts = "row shards start at rows [0, 30]; with 2 ranks they must be blocks of 50 rows"
     assert ranks(2).run(_shard_by, "uneven", exchange) == [f"table 't0': the plan's {starts}"] * 2
     # The sharder puts blocks where the exchange wants them, so that a plan may be used again.
     assert ranks(2).run(_shard_by, "swapped", exchange) == [True] * 2
