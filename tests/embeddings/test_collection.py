@@ -48,14 +48,14 @@ def features(weighted: bool = False) -> KeyedJaggedTensor:
 def expected_output(module: MultiLayerEmbeddingBagCollection, key: str, weighted: bool, mean: bool) -> torch.Tensor:
     feature, _, name = key.partition("@")
     state = {name: value.double() for name, value in module.state_dict().items()}
-    whole = state[f"embedding_bags.{name}.weight"]
+    product = state[f"embedding_bags.{name}.weight"]
     if f"projections.{name}.weight" in state:
-        whole = whole @ state[f"projections.{name}.weight"]
+        product = product @ state[f"projections.{name}.weight"]
     vectors = []
     for ids, factors in zip(IDS[feature], SAMPLE_WEIGHTS[feature], strict=True):
-        total = torch.zeros(whole.shape[1], dtype=torch.float64)
+        total = torch.zeros(product.shape[1], dtype=torch.float64)
         for each, factor in zip(ids, factors, strict=True):
-            total += whole[each] * (factor if weighted else 1)
+            total += product[each] * (factor if weighted else 1)
         vectors.append(total / len(ids) if mean and ids else total)
     return torch.stack(vectors)
 

@@ -68,9 +68,9 @@ def test_other_names_and_seeds_draw_other_values(change: dict[str, Any]) -> None
 
 
 def test_blocks_and_rows_differ_from_one_another() -> None:
-    whole = WHOLE["normal"]
-    assert whole.unique(dim=0).shape[0] == ROWS
-    assert not torch.equal(whole[:700], whole[BLOCK : BLOCK + 700])
+    full = WHOLE["normal"]
+    assert full.unique(dim=0).shape[0] == ROWS
+    assert not torch.equal(full[:700], full[BLOCK : BLOCK + 700])
 
 
 @pytest.mark.parametrize(("scale", "center"), [(0.5, 0.0), (2.0, 0.0), (0.25, 3.0)])

@@ -46,7 +46,7 @@ def reference(
 
 
 def assert_within_rounding(found: torch.Tensor | None, expected: torch.Tensor) -> None:
-    """Allow a few float32 roundings of the largest element, because a small element may be a difference of large terms."""
+    """Allow a few float32 roundings of the largest element: a small element may be a difference of large terms."""
     assert found is not None
     scale = float(expected.abs().max())
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * scale + 1e-6)
@@ -150,7 +150,7 @@ def test_rows_of_several_tables_against_float64(method: RowsProjected, counts: l
     upstream = torch.randn(sum(counts), 4, generator=draw)
     found.backward(upstream)
     exact.backward(upstream.double())
-    for gradient, wanted in ((rows.grad, exact_rows.grad), (weights.grad, exact_weights.grad)):
+    for gradient, expected in ((rows.grad, exact_rows.grad), (weights.grad, exact_weights.grad)):
         assert gradient is not None
-        assert wanted is not None
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+        assert expected is not None
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)

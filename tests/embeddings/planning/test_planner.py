@@ -123,7 +123,7 @@ def _sharded(
     return sharded, stepper, planned, step
 
 
-def _held_bytes(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> int:
+def _resident_bytes(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> int:
     """Return the bytes of the storages of weights, gradients and optimizer states, without step counters."""
     tensors = list(model.parameters())
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -149,11 +149,11 @@ def _peak_bytes(step: Callable[[], None]) -> int:
             step()
         assert profiler.profiler is not None
         events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-        held = peak = 0
+        allocated = peak = 0
         for event in sorted(events, key=lambda each: each.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        if abs(held) < 1 << 15:
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+        if abs(allocated) < 1 << 15:
             peaks.append(peak)
         fewest = torch.tensor(len(peaks))
         dist.all_reduce(fewest, dist.ReduceOp.MIN)
@@ -167,7 +167,7 @@ def _memory(
 ) -> tuple[int, int, Memory]:
     sharded, stepper, planned, step = _sharded(optimizer, kind, exchange, ids_a_bag, precision)
     estimate = memory_of_rank(planned.tables, planned.dense, dist.get_rank())
-    return _held_bytes(sharded, stepper), _peak_bytes(step), estimate
+    return _resident_bytes(sharded, stepper), _peak_bytes(step), estimate
 
 
 @pytest.mark.multirank
@@ -183,23 +183,23 @@ def test_estimated_memory_is_that_of_a_rank(
     ids_a_bag: int,
 ) -> None:
     found = ranks(world_size, local_world_size).run(_memory, optimizer, kind, exchange, ids_a_bag)
-    for held, peak, estimate in found:
-        assert estimate.weights + estimate.optimizer + estimate.dense == held
-        assert held + peak <= estimate.total <= 1.25 * (held + peak)
+    for resident, peak, estimate in found:
+        assert estimate.weights + estimate.optimizer + estimate.dense == resident
+        assert resident + peak <= estimate.total <= 1.25 * (resident + peak)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_adam_without_a_fused_kernel_needs_a_dense_gradient(ranks: Ranks, world_size: int) -> None:
-    for held, _, estimate in ranks(world_size).run(_memory, "adam", "row_wise", "after", 1):
-        assert estimate.weights + estimate.optimizer + estimate.dense == held
+    for resident, _, estimate in ranks(world_size).run(_memory, "adam", "row_wise", "after", 1):
+        assert estimate.weights + estimate.optimizer + estimate.dense == resident
 
 
 @pytest.mark.multirank
 def test_memory_in_half_precision(ranks: Ranks) -> None:
-    for held, peak, estimate in ranks(4, 2).run(_memory, "adagrad", "mixed", "auto", 1, "fp16"):
-        assert estimate.weights + estimate.optimizer + estimate.dense == held
-        assert held + peak <= estimate.total <= 1.25 * (held + peak)
+    for resident, peak, estimate in ranks(4, 2).run(_memory, "adagrad", "mixed", "auto", 1, "fp16"):
+        assert estimate.weights + estimate.optimizer + estimate.dense == resident
+        assert resident + peak <= estimate.total <= 1.25 * (resident + peak)
 
 
 def _traffic(kind: str, exchange: str, ids_a_bag: int, forward: Any, backward: Any) -> tuple[int, int, Step]:
@@ -368,8 +368,8 @@ def test_the_planner_uses_these_estimates() -> None:
     enough = int(max(each.total for each in needed) / 0.85) + len(SIZES)
     sharder, model = planned.sharder, _model("adagrad")
     tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
-    held = total_memory(cost.memory(rows[0]) for cost, rows in planned.tables.values())
-    dense = planned.dense.memory(held.buffers).total
+    of_tables = total_memory(cost.memory(rows[0]) for cost, rows in planned.tables.values())
+    dense = planned.dense.memory(of_tables.buffers).total
     row_wise = {f"C{index}": ParameterConstraints(sharding_types=["row_wise"]) for index in range(4)}
 
     def plan(memory: int) -> None:

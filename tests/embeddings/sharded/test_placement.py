@@ -14,7 +14,7 @@ from mlet_dist.embeddings.sharded.placement import (
 
 
 def _plan(num_embeddings: int, world_size: int, width: int = 8) -> ParameterSharding:
-    """What TorchRec's planner makes: block r on rank r."""
+    """Return a plan as TorchRec's planner makes it: block r is on rank r."""
     block = -(-num_embeddings // world_size)
     starts = [min(block * rank, num_embeddings) for rank in range(world_size)]
     shards = [
@@ -25,14 +25,14 @@ def _plan(num_embeddings: int, world_size: int, width: int = 8) -> ParameterShar
 
 
 def _first_rows(sharding: ParameterSharding) -> list[int]:
-    """The first row on each rank."""
+    """Return the first row on each rank."""
     assert sharding.sharding_spec is not None
     shards = sharding.sharding_spec.shards
     assert [shard.placement.rank() for shard in shards] == list(range(len(shards)))
     return [shard.shard_offsets[0] for shard in shards]
 
 
-def test_first_blocks_lie_on_different_ranks() -> None:
+def test_first_blocks_are_on_different_ranks() -> None:
     plans = [_plan(100, 4), _plan(10, 4), _plan(8, 4), _plan(8, 4), _plan(8, 4)]
     stagger_blocks(plans)
     assert [_first_rows(plan) for plan in plans] == [
@@ -46,13 +46,13 @@ def test_first_blocks_lie_on_different_ranks() -> None:
     assert [shard.shard_sizes for shard in plans[1].sharding_spec.shards] == [[1, 8], [3, 8], [3, 8], [3, 8]]
 
 
-def test_few_tables_are_spread_over_all_ranks() -> None:
+def test_the_first_blocks_of_few_tables_are_spread_over_all_ranks() -> None:
     plans = [_plan(64, 8) for _ in range(3)]
     stagger_blocks(plans)
     assert [_first_rows(plan).index(0) for plan in plans] == [0, 2, 4]
 
 
-def test_a_plan_that_is_used_again_stays_as_it_is() -> None:
+def test_staggering_twice_equals_staggering_once() -> None:
     plans = [_plan(64, 4) for _ in range(3)]
     stagger_blocks(plans)
     once = [_first_rows(plan) for plan in plans]
@@ -60,7 +60,7 @@ def test_a_plan_that_is_used_again_stays_as_it_is() -> None:
     assert [_first_rows(plan) for plan in plans] == once
 
 
-def test_blocks_are_found_again() -> None:
+def test_ranks_of_staggered_blocks() -> None:
     plans = [_plan(10, 4) for _ in range(4)]
     stagger_blocks(plans)
     for index, plan in enumerate(plans):
@@ -75,10 +75,10 @@ def test_uneven_shards_are_refused() -> None:
         ranks_of_blocks(shards, 10)
 
 
-def test_the_last_ranks_of_many_may_hold_no_row() -> None:
+def test_the_last_of_many_ranks_may_own_no_rows() -> None:
     table = MultiLayerEmbeddingBagConfig(name="t", num_embeddings=10_000, embedding_dim=8, hidden_dim=512)
     for on_cpu in (False, True):
-        plan = _plan(table.num_embeddings, 300, width=512)  # 20 MB, too much to hold on every rank; blocks of 34 rows
+        plan = _plan(table.num_embeddings, 300, width=512)  # 20 MB, too large to be replicated; blocks of 34 rows
         assert plan.sharding_spec is not None
         assert plan.sharding_spec.shards[-1].shard_sizes[0] == 0
         replicate_if_too_small(table, plan, 300, on_cpu)
