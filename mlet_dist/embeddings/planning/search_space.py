@@ -53,6 +53,13 @@ def table_constraints(
     If ``given`` requests several types for a table, the same limits apply among them; a single requested type is used
     without these limits as long as it is possible.
 
+    Args:
+        tables: the tables to plan.
+        ranks: the ranks.
+        sharder: the sharder, for the requested exchanges.
+        given: the user's constraints by table; they take precedence.
+        replicated_bytes: the limit for data_parallel.
+
     Raises:
         ValueError: ``given`` names an unknown table, or requests what is not possible.
     """

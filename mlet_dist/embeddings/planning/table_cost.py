@@ -99,7 +99,7 @@ class TableCost:
         cached = 0.0
         if self.kernel == UVM_CACHING:
             slots = -(-int(rows * self.cache_load_factor) // _CACHE_WAYS) * _CACHE_WAYS
-            # As in TorchRec's estimate: also the state and time stamp of each slot, and the slot of each row.
+            # As in TorchRec's estimate: also the state and time stamp of each slot, and the table index of each row.
             cached = slots * (self.row_width * self.row_bytes + 2 * INDEX) + rows * FLOAT
         # fbgemm keeps rowwise_adagrad's state, one number per row, on the device, and other states with the rows.
         on_device = self.optimizer == "rowwise_adagrad"

@@ -1,7 +1,8 @@
 """The sharded module: TorchRec's sharded collection over W1, with W2 applied before or after each table's exchange.
 
-Per step, on each rank: ``input_dist`` sends ids to the owner ranks, ``compute`` looks up rows of W1 and pools them,
-``output_dist`` exchanges vectors and applies W2. The output is a KeyedTensor with values ``(b, sum of d)``.
+In each step ``input_dist`` checks the batch and sends ids to the owner ranks, ``compute`` looks up rows of W1, and
+``output_dist`` exchanges vectors and applies W2. ``compute`` also pools, except under unique_rows, where pooling is
+part of ``output_dist``. The output is a KeyedTensor with values ``(b, sum of d)``.
 """
 
 from collections import defaultdict

@@ -2,9 +2,9 @@
 
 TorchRec's row_wise, table_row_wise and table_wise shardings are extended in two respects:
 
-- ``Padded…``: ranks may have batches of different sizes. They are padded to the largest for the reduce-scatter, because
+- ``Padded*``: ranks may have batches of different sizes. They are padded to the largest for the reduce-scatter, because
   gloo requires equal sizes.
-- ``Projected…``: W2 is applied to the (partial) sums before TorchRec's reduce-scatter or all-to-all, so d instead of k
+- ``Projected*``: W2 is applied to the (partial) sums before TorchRec's reduce-scatter or all-to-all, so d instead of k
   columns are exchanged.
 
 All exchanges sum. Mean pooling is applied to the result by ``normalize_by_bag_size``.
