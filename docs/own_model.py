@@ -1,8 +1,9 @@
-"""Multi-layer tables in a model and a training loop of your own: a two-tower recommender, from planning to serving.
+"""Multi-layer tables in your own model and training loop: a two-tower recommender, from planning to serving.
 
     torchrun --nproc-per-node 2 docs/own_model.py
 
-Of mlet_dist it uses `mlet_dist.embeddings` alone; what differs from plain TorchRec is marked MLET.
+The script uses only the package `mlet_dist.embeddings` of mlet_dist. Comments that begin with MLET mark what differs
+from plain TorchRec.
 """
 
 import argparse
@@ -49,7 +50,7 @@ TABLES = [
 
 
 class TwoTower(nn.Module):
-    """Would this user take this item? Takes any collection of the features user, item and history."""
+    """Predicts whether a user takes an item; works with any collection for the features user, item and history."""
 
     def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()
@@ -57,14 +58,14 @@ class TwoTower(nn.Module):
         self.user_tower = nn.Sequential(nn.Linear(2 * DIM, 32), nn.ReLU(), nn.Linear(32, DIM))
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
-        """Logits ``(B,)``."""
+        """Return logits ``(B,)``."""
         vectors = self.embeddings(features)
         user = self.user_tower(torch.cat([vectors["user"], vectors["history"]], dim=1))
         return (user * vectors["item"]).sum(dim=1)
 
 
 def make_batch(size: int, seed: int) -> tuple[KeyedJaggedTensor, torch.Tensor]:
-    """Users of 10 kinds take items of their own kind, and have taken up to HISTORY of them before."""
+    """Draw a batch and its labels: users of 10 kinds take items of their own kind, with up to HISTORY earlier ones."""
     draw = torch.Generator().manual_seed(seed)
     user = torch.randint(0, USERS, (size,), generator=draw)
     taken = torch.rand(size, generator=draw) < 0.5
@@ -81,15 +82,15 @@ def make_batch(size: int, seed: int) -> tuple[KeyedJaggedTensor, torch.Tensor]:
 
 
 def shard(model: TwoTower, device: torch.device, rows_rate: float, local_batch_size: int) -> DistributedModelParallel:
-    """Plan, shard, and fuse the rows' optimizer into backward."""
+    """Fuse the rows' optimizer into backward, plan, and shard the model."""
     rows = model.embeddings.embedding_bags.parameters()
     apply_optimizer_in_backward(RowWiseAdagrad, rows, {"lr": rows_rate, "eps": 1e-8})
-    # MLET: the sharder. It chooses how each table crosses the network by what a batch asks of it.
+    # MLET: the sharder. It chooses each table's exchange by the expected number of ids per batch.
     sharder = MultiLayerEmbeddingBagCollectionSharder(
         pooling_factors={"item_table": (1 + HISTORY / 2) / 2}, local_batch_size=local_batch_size
     )
     topology = Topology(world_size=dist.get_world_size(), compute_device=device.type)
-    # MLET: TorchRec's planner with estimates that know of W2.
+    # MLET: TorchRec's planner with estimates that take W2 into account.
     planner = multi_layer_planner(model.embeddings.embedding_bag_configs(), topology, sharder)
     plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=[sharder])
@@ -100,17 +101,17 @@ def shard(model: TwoTower, device: torch.device, rows_rate: float, local_batch_s
 
 
 def build_optimizer(model: DistributedModelParallel, rows_rate: float, rate: float) -> CombinedOptimizer:
-    """The fused optimizer, and torch's for what it does not step: the towers, W2, tables too small to be sharded."""
+    """Combine the fused optimizer with torch's for all other parameters: the towers, W2, and data_parallel tables."""
     rest = dict(in_backward_optimizer_filter(model.named_parameters()))
     rows = {name: parameter for name, parameter in rest.items() if ".embedding_bags." in name}
-    # MLET: W2 is an ordinary parameter, `….projections.<table>.weight`; it may have a rate of its own.
+    # MLET: W2 is an ordinary parameter, `….projections.<table>.weight`; it may have its own learning rate.
     others = {name: parameter for name, parameter in rest.items() if name not in rows}
     optimizers = [
         model.fused_optimizer,
         KeyedOptimizerWrapper(others, lambda parameters: torch.optim.Adagrad(parameters, lr=rate, eps=1e-8)),
     ]
     if rows:
-        # The dense form of the rows' rule: SGD, Adagrad, RowWiseAdagrad, or for Adam mlet_dist's LazyAdam.
+        # The dense counterpart of the fused optimizer: SGD, Adagrad, RowWiseAdagrad, or for Adam mlet_dist's LazyAdam.
         optimizers.append(
             KeyedOptimizerWrapper(rows, lambda parameters: RowWiseAdagrad(parameters, lr=rows_rate, eps=1e-8))
         )
@@ -118,7 +119,7 @@ def build_optimizer(model: DistributedModelParallel, rows_rate: float, rate: flo
 
 
 def serve(checkpoint: str, features: KeyedJaggedTensor) -> torch.Tensor:
-    """What a server does, after W1·W2 has been formed: no mlet_dist in the model."""
+    """Load a checkpoint, collapse W1·W2, and compute logits with a model that contains no mlet_dist module."""
     trained = TwoTower(MultiLayerEmbeddingBagCollection(TABLES))
     dcp.load(trained.state_dict(), checkpoint_id=checkpoint, no_dist=True)
     served = TwoTower(trained.embeddings.collapse())  # MLET: a plain EmbeddingBagCollection of width d
@@ -128,10 +129,10 @@ def serve(checkpoint: str, features: KeyedJaggedTensor) -> torch.Tensor:
 
 
 def main() -> None:
-    """Train, report, and compare what is served with what was trained."""
+    """Train, print losses, and compare the served model's logits with the trained model's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=256, help="rows of a batch on one rank")
+    parser.add_argument("--batch", type=int, default=256, help="batch size of one rank")
     parser.add_argument("--rows-rate", type=float, default=0.1)
     parser.add_argument("--rate", type=float, default=0.05)
     args = parser.parse_args()
@@ -150,7 +151,7 @@ def main() -> None:
     schedule = LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 20))
     for step in range(args.steps):
         features, labels = make_batch(args.batch, seed=step * world_size + rank)
-        optimizer.zero_grad()  # before forward, where fused kernels take their learning rate
+        optimizer.zero_grad()  # call it before forward: it passes the learning rate to the fused kernels
         logits = model(features.to(device))
         loss = functional.binary_cross_entropy_with_logits(logits, labels.to(device))
         loss.backward()
@@ -164,7 +165,7 @@ def main() -> None:
         expected = model(features.to(device)).cpu()
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = [directory]
-        dist.broadcast_object_list(checkpoint)  # that of rank 0
+        dist.broadcast_object_list(checkpoint)  # all ranks use the directory of rank 0
         dcp.save(model.state_dict(), checkpoint_id=checkpoint[0])
         if rank == 0:
             difference = (serve(directory, features) - expected).abs().max().item()

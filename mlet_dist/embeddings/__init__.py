@@ -1,4 +1,17 @@
-"""Multi-layer embedding tables on TorchRec: usable alone, with your own model and trainer."""
+"""Multi-layer embedding tables for TorchRec. This package can be used alone, with any model and trainer.
+
+Modules:
+
+- ``collection``: the unsharded module, a drop-in for TorchRec's EmbeddingBagCollection, and its table config.
+- ``projection``: the second layer W2 and its application to pooled vectors or to rows.
+- ``initializers``: initial values that depend on seed, table and row only.
+- ``collapse``: the product W1·W2 in blocks of rows.
+- ``factors``: the reverse, exact factors W1 and W2 of an existing table.
+- ``adam``: row-wise lazy Adam, and the step count of fbgemm's fused Adam.
+- ``input_check``: checks of a batch before its lookup.
+- ``sharded``: the sharded module, its sharder and its exchanges.
+- ``planning``: TorchRec's planner with cost estimates for multi-layer tables.
+"""
 
 from mlet_dist.embeddings.adam import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig

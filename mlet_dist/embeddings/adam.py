@@ -1,4 +1,8 @@
-"""Adam for rows, as fbgemm fuses it: on dense gradients where no kernel does, and with steps counted where one does."""
+"""Adam for embedding rows by fbgemm's formula.
+
+``LazyAdam`` applies it to dense gradients where there is no fused kernel (on a CPU, and for replicated tables).
+``StepCountingOptimizer`` passes the number of steps to the fused kernels.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,20 +15,21 @@ from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
 
 class LazyAdam(torch.optim.Optimizer):
-    """Adam that steps only the rows with a gradient, by the formula of fbgemm's ``OptimType.ADAM``.
+    """Adam that updates only rows with a nonzero gradient, by the formula of fbgemm's ``OptimType.ADAM``.
 
     m = β1·m + (1-β1)·g, v = β2·v + (1-β2)·g², w = w - lr·(m/(1-β1ᵗ)) / (sqrt(v/(1-β2ᵗ)) + eps), where t counts all
-    steps, also those in which a row stood still; fbgemm counts forward passes, evaluation's too. A row whose gradient
-    is zero throughout counts as not looked up.
-    State: ``step`` (), ``exp_avg`` and ``exp_avg_sq`` ``(n, k)``, made at once, so that a checkpoint can be loaded. For
-    sharded rows on a CPU they are plain tensors of this rank's rows: torch.distributed.checkpoint, given them under the
-    parameter's name on several ranks, keeps one rank's.
+    steps, including those that do not update the row. (fbgemm counts forward passes, including those of evaluation.) A
+    row whose gradient is zero in every column is treated as not looked up.
+
+    The state is ``step`` ``()``, ``exp_avg`` and ``exp_avg_sq`` ``(n, k)``. It is created with the optimizer, so that a
+    checkpoint can be loaded into it. For sharded rows on a CPU the state is a plain tensor of this rank's rows; note
+    that torch.distributed.checkpoint stores only one rank's tensor if several ranks pass it under the same name.
 
     Args:
-        params: weights ``(n, k)`` with a dense gradient.
+        params: weights ``(n, k)`` with dense gradients.
         lr: learning rate.
         betas: β1 and β2.
-        eps: added to the root of v.
+        eps: added to the square root of v.
     """
 
     def __init__(
@@ -45,7 +50,7 @@ class LazyAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every weight once; returns what ``closure``, which computes the gradients again, returns."""
+        """Update every weight once and return the loss of ``closure``, which recomputes the gradients, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,11 +78,12 @@ def _step_rows(weight: torch.Tensor, gradient: torch.Tensor, state: dict[str, An
 
 
 class StepCountingOptimizer(OptimizerWrapper):
-    """TorchRec's fused optimizer, whose kernels know how many steps were taken; call ``zero_grad`` before forward.
+    """TorchRec's fused optimizer with a step count that is saved and restored; call ``zero_grad`` before forward.
 
-    Adam corrects its bias by that number. fbgemm counts forward passes instead, those of evaluation too, and TorchRec
-    neither saves the count nor can set it once a batch has passed (``set_optimizer_step`` changes ``iter``, which is
-    read while ``iter_cpu`` is 0). The count is the state ``step`` of every parameter.
+    Adam's bias correction needs the number of steps. fbgemm counts forward passes instead, including those of
+    evaluation. TorchRec does not save that count and cannot set it after the first batch: its ``set_optimizer_step``
+    writes ``iter``, which the kernel reads only while ``iter_cpu`` is 0. Here the count is the state ``step`` of every
+    parameter, and ``zero_grad`` writes it to the kernels.
 
     Args:
         optimizer: ``model.fused_optimizer``.
@@ -92,20 +98,20 @@ class StepCountingOptimizer(OptimizerWrapper):
             states["step"] = self.steps
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Set the kernels' learning rate and count for the forward pass that follows."""
+        """Pass the learning rate and the step count to the kernels, for the next forward pass."""
         super().zero_grad(set_to_none)
         for kernel in self._kernels:
             kernel.iter.fill_(int(self.steps))
             kernel.iter_cpu.fill_(int(self.steps))
 
     def step(self, closure: Any = None) -> None:
-        """Count the step, which backward has taken."""
+        """Increment the step count; backward has updated the rows already."""
         super().step(closure)
         self.steps += 1
 
 
 def fused_kernels(model: nn.Module) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
-    """fbgemm's kernels that update rows inside backward."""
+    """Return the fbgemm kernels of ``model`` that update rows in backward."""
     return [
         kernel
         for collection in model.modules()

@@ -1,4 +1,9 @@
-"""Multi-layer embedding tables: a drop-in for TorchRec's EmbeddingBagCollection (MLET, arXiv:2006.05623)."""
+"""The unsharded multi-layer embedding module (MLET, arXiv:2006.05623), a drop-in for TorchRec's EmbeddingBagCollection.
+
+A table W ``(n, d)`` is trained as the product of two layers, W1 ``(n, k)`` and W2 ``(k, d)``, with k >= d as a rule.
+Pooling is linear, so W2 is applied to the pooled rows: ``pool(W1[ids]) · W2``. After training ``collapse`` returns the
+plain table W = W1·W2 for serving.
+"""
 
 import dataclasses
 import math
@@ -22,19 +27,19 @@ from mlet_dist.embeddings.projection import Projection, project
 
 @dataclass
 class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
-    """TorchRec's EmbeddingBagConfig, with the width of the layer that training puts in front of the table.
+    """TorchRec's EmbeddingBagConfig with the width k of the first layer.
 
-    ``embedding_dim`` stays d, what the model sees. ``data_type`` FP16 stores W1, and the table that is served, in half
-    precision (W2 stays float32). W1 is drawn uniformly from TorchRec's ``weight_init_min`` …
-    ``weight_init_max`` (by default ±1/sqrt(num_embeddings)), or by ``init_fn`` where one is given.
+    ``embedding_dim`` stays d, the width that the model receives. With ``data_type`` FP16 both W1 and the served table
+    are stored in half precision; W2 stays float32. W1 is drawn uniformly from [``weight_init_min``,
+    ``weight_init_max``), by default ±1/sqrt(num_embeddings), or by ``init_fn`` if one is given.
 
     Args:
-        hidden_dim: k, the width of W1; None trains the plain single-layer table.
-        rows_init_std: draw W1 from N(0, rows_init_std^2) instead.
+        hidden_dim: k, the width of W1; None trains a plain single-layer table.
+        rows_init_std: if given, W1 is drawn from N(0, rows_init_std^2) instead.
         projection_init_std: standard deviation of W2's initial values; None means 1/sqrt(k), which has unit gain.
 
     Raises:
-        ValueError: a dimension below 1, or a data_type that is not trained, naming the table.
+        ValueError: a dimension is below 1, or ``data_type`` is neither FP32 nor FP16. The message names the table.
     """
 
     hidden_dim: int | None = None
@@ -51,11 +56,11 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
 
     @property
     def row_width(self) -> int:
-        """Columns of the table that is trained: k, or d for a single layer."""
+        """The columns of W1: k, or d for a single-layer table."""
         return self.hidden_dim if self.hidden_dim is not None else self.embedding_dim
 
     def rows_config(self, seed: int) -> EmbeddingBagConfig:
-        """The plain TorchRec config of W1: ``row_width`` columns, initial values fixed by seed, table and row."""
+        """Return the TorchRec config of W1: ``row_width`` columns, initial values fixed by seed, table and row."""
         plain = self.plain_config()
         plain.embedding_dim = self.row_width
         if self.init_fn is not None:
@@ -70,26 +75,27 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         return plain
 
     def plain_config(self) -> EmbeddingBagConfig:
-        """The plain TorchRec config of the d-dimensional table that is served."""
+        """Return the TorchRec config of the served table, which has d columns."""
         names = [field.name for field in fields(EmbeddingBagConfig) if field.init]
         return EmbeddingBagConfig(**{name: getattr(self, name) for name in names})
 
 
 class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
-    """EmbeddingBagCollection whose tables are trained as W = W1·W2, with W1 (n×k) and W2 (k×d).
+    """An EmbeddingBagCollection whose tables are trained as W = W1·W2, with W1 ``(n, k)`` and W2 ``(k, d)``.
 
-    Takes a KeyedJaggedTensor and returns a KeyedTensor of d-dimensional vectors, and ``embedding_bag_configs()``
-    reports d, so TorchRec's models take it unchanged. State names: W1 ``embedding_bags.<table>.weight``, W2
+    It maps a KeyedJaggedTensor to a KeyedTensor of d-dimensional vectors, and ``embedding_bag_configs()`` reports d, so
+    TorchRec's models accept it unchanged. In the state dict W1 is ``embedding_bags.<table>.weight`` and W2 is
     ``projections.<table>.weight``.
 
     Args:
-        tables: one config a table; TorchRec's own EmbeddingBagConfig counts as a single-layer table.
+        tables: one config per table. TorchRec's own EmbeddingBagConfig is treated as a single-layer table.
         is_weighted: whether the KeyedJaggedTensor carries per-sample weights.
-        device: where the parameters live; ``meta`` allocates nothing.
-        seed: fixes, with table and row, the initial values.
+        device: device of the parameters; ``meta`` allocates nothing.
+        seed: with table and row it determines the initial values.
 
     Raises:
-        ValueError: two tables of one name, a name that torch's ModuleDict cannot take, or a dimension below 1.
+        ValueError: two tables have the same name, a name is not a valid key of torch's ModuleDict, or a dimension is
+            below 1.
 
     Example::
 
@@ -119,37 +125,43 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         self.register_load_state_dict_pre_hook(_check_before_load)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Look up, pool and project: values ``(B, sum of d)`` float32.
+        """Look up, pool and project.
+
+        Returns:
+            KeyedTensor with values ``(B, sum of d)`` float32.
 
         Raises:
-            ValueError: the batch has a mistake (``batch_check.check_batch``), or comes with per-sample weights for rows
-                in half precision, naming the table.
+            ValueError: the batch is invalid (see ``input_check.check_batch``), or it has per-sample weights and a table
+                has FP16 rows. The message names the table.
         """
         features = maybe_td_to_kjt(features, None)
         half = [table.name for table in self._tables if table.data_type == DataType.FP16]
         if half and self.is_weighted():
-            raise ValueError(f"table {half[0]!r}: unsharded, torch pools rows in FP16 without weights alone; use FP32")
+            raise ValueError(
+                f"table {half[0]!r}: torch cannot pool FP16 rows with per-sample weights in an unsharded module; "
+                "use FP32"
+            )
         if not torch.compiler.is_compiling():
             check_batch(features, self._smallest_tables, self.is_weighted())
         weights = projection_weights(self.projections)
         return project(super().forward(features), by_key(weights, self._table_of_key))
 
     def reset_parameters(self) -> None:
-        """Draw the initial values of both layers again (nothing on the meta device)."""
+        """Draw the initial values of both layers again; does nothing on the meta device."""
         super().reset_parameters()
-        # TorchRec's constructor calls this before there are projections, and a projection draws its values itself.
+        # TorchRec's constructor calls this before the projections exist; each projection then draws its own values.
         for projection in getattr(self, "projections", {}).values():
             projection.reset_parameters()
 
     def embedding_bag_configs(self) -> list[MultiLayerEmbeddingBagConfig]:
-        """The tables as the model sees them: ``embedding_dim`` is d."""
+        """Return the tables' configs, whose ``embedding_dim`` is d, as the model expects."""
         return list(self._tables)
 
     def rows(self) -> EmbeddingBagCollection:
-        """The first layer alone: a plain k-dimensional collection over the same parameters, pooled by sum.
+        """Return the first layer alone: a plain collection of W1 over the same parameters, with sum pooling.
 
-        TorchRec's row-wise mean pooling is wrong where tables of several kinds share a collection or a feature
-        (docs/architecture.md), so the sharded module divides by itself.
+        TorchRec's row-wise mean pooling is wrong where tables of several sharding types share a collection or a
+        feature, so the sharded module applies the mean itself.
         """
         tables = [dataclasses.replace(table, pooling=PoolingType.SUM) for table in self._embedding_bag_configs]
         rows = EmbeddingBagCollection(tables, self.is_weighted(), torch.device("meta"))
@@ -158,9 +170,9 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
 
     @torch.no_grad()
     def collapse(self) -> EmbeddingBagCollection:
-        """The plain EmbeddingBagCollection with W = W1·W2: what is served (paper, section 2).
+        """Return the plain EmbeddingBagCollection with W = W1·W2 for serving (MLET paper, section 2).
 
-        On the meta device only the shapes are made.
+        On the meta device only shapes are computed.
         """
         tables = [table.plain_config() for table in self._tables]
         device = next(self.parameters()).device
@@ -177,7 +189,7 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
 def build_projections(
     tables: list[MultiLayerEmbeddingBagConfig], seed: int, device: torch.device | None
 ) -> nn.ModuleDict:
-    """One Projection a multi-layer table, by table name; single-layer tables have none."""
+    """Build one Projection for each multi-layer table, keyed by table name. Single-layer tables have none."""
     return nn.ModuleDict(
         {
             table.name: Projection(
@@ -195,26 +207,26 @@ def build_projections(
 
 
 def projection_weights(projections: nn.ModuleDict) -> dict[str, torch.Tensor]:
-    """W2 by table."""
+    """Return W2 ``(k, d)`` by table name."""
     return {table: projection.get_parameter("weight") for table, projection in projections.items()}
 
 
 def table_of_key(tables: list[MultiLayerEmbeddingBagConfig]) -> dict[str, str]:
-    """Which table each key of the output KeyedTensor comes from (TorchRec's ``feature`` or ``feature@table``)."""
+    """Return the table of each key of the output KeyedTensor (TorchRec names keys ``feature`` or ``feature@table``)."""
     names = get_embedding_names_by_table(tables)
     return {key: table.name for table, keys in zip(tables, names, strict=True) for key in keys}
 
 
 def by_key(weights: Mapping[str, torch.Tensor], table_of_key: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Weights by table -> weights by key of the output KeyedTensor, for the keys that have one."""
+    """Turn weights by table into weights by key of the output KeyedTensor, for the keys that have one."""
     return {key: weights[table] for key, table in table_of_key.items() if table in weights}
 
 
 def check_loaded_shapes(tables: Sequence[MultiLayerEmbeddingBagConfig], state: Mapping[str, Any], prefix: str) -> None:
-    """Compare both layers in a state dict with each other and with the tables; a name that is missing is passed over.
+    """Check the shapes of W1 and W2 in a state dict; names that are missing are skipped.
 
     Raises:
-        ValueError: W1 has not as many columns as W2 has rows, or one of them another shape than the table's.
+        ValueError: W1's columns differ from W2's rows, or the shape of either differs from the table's.
     """
     for table in tables:
         rows = state.get(f"{prefix}embedding_bags.{table.name}.weight")
@@ -254,7 +266,7 @@ def _as_multi_layer(config: EmbeddingBagConfig) -> MultiLayerEmbeddingBagConfig:
             and not table.init_fn.args
             and table.init_fn.keywords == limits
         ):
-            table.init_fn = None  # TorchRec's default, which draws other values on every rank
+            table.init_fn = None  # TorchRec's default, which draws different values on every rank
     if not table.feature_names:
         table.feature_names = [table.name]
     return table

@@ -1,4 +1,4 @@
-"""W = W1·W2 backwards: any table enters multi-layer training, exactly."""
+"""Exact factors W1·W2 of an existing table W, with which multi-layer training can start from it."""
 
 import math
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ import torch
 from mlet_dist.embeddings.initializers import RowInitializer
 
 FLOOR = 1e-7
-"""Singular values below this share of the largest count as unused: from a Gram matrix in float64, which holds their
-squares to 2e-16 of the largest, they are known to no better than about 2e-8 of the largest."""
+"""Singular values below this share of the largest are treated as zero. A float64 Gram matrix holds their squares to
+2e-16 of the largest square, so the values themselves are known to about 2e-8 of the largest value at best."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """How the rows of a table become W1, and the W2 that goes with it.
+    """W2 of a table W, and the matrix that maps W to W1.
 
     Attributes:
-        to_rows: (d, k) float64; W1 = W · to_rows.
-        projection: W2 (k, d) float32.
-        singular_values: (d,) float64 of W, descending.
-        rank: how many of them are above ``FLOOR`` of the largest; in these directions the factors are balanced.
+        to_rows: ``(d, k)`` float64; W1 = W · to_rows.
+        projection: W2 ``(k, d)`` float32.
+        singular_values: those of W in descending order, ``(d,)`` float64.
+        rank: the number of singular values above ``FLOOR`` times the largest.
     """
 
     to_rows: torch.Tensor
@@ -30,31 +30,35 @@ class Factors:
 
 
 def factors_of(gram: torch.Tensor, hidden_dim: int, name: str, seed: int, gain: float | None = None) -> Factors:
-    """Exact factors of a table W from its Gram matrix alone (MLET paper, arXiv:2006.05623, Theorem 2.1, backwards).
+    """Compute exact factors of a table W from its Gram matrix (the converse of the MLET paper's Theorem 2.1).
 
-    With W = U·S·Vᵀ and k >= d there are W1 (n, k) and W2 (k, d) with W1·W2 = W. Of all pairs this is the balanced one,
-    W1ᵀW1 = W2W2ᵀ = S, which gradient flow keeps::
+    For W = U·S·Vᵀ and k >= d the factors W1 ``(n, k)`` and W2 ``(k, d)`` satisfy W1·W2 = W. Of all such pairs this
+    function returns the balanced one, W1ᵀW1 = W2W2ᵀ = S, a property that gradient flow preserves::
 
         WᵀW = V·S²·Vᵀ      W2 = [S^½·Vᵀ; N(0, 1/k)]      W1 = W·V·[S^-½, 0]
 
-    W·V·Vᵀ = W whatever S is, so the product is exact to the rounding of float32 however ill-conditioned W is. Where W
-    has nothing (unused directions, down to a table of zeros) S^½ is replaced by sqrt(d/k), the length of a random row
-    of W2: W1 is zero there, and W2 is not, so that W1 learns from the first step. The same holds for the k - d
-    columns beyond: with both layers zero they would never move.
+    W·V·Vᵀ = W for any S, so the product is exact up to float32 rounding even if W is ill-conditioned. In directions
+    where the singular value of W is zero, S^½ is replaced by sqrt(d/k), the expected length of a random row of W2.
+    There W1 is zero and W2 is not, so W1 gets a gradient from the first step. The same holds for the other k - d
+    columns of W1; if both layers were zero there, they would never change.
 
     Args:
-        gram: WᵀW, (d, d) float64.
+        gram: WᵀW, ``(d, d)`` float64.
         hidden_dim: k, at least d.
-        name, seed: of the table and the run; they fix the random rows.
-        gain: G gives W2ᵀW2 the mean G, the used directions and the random rows each their share, d/k and (k-d)/k, by
-            multiplying W1 and dividing W2; the factors are then as our own recipe's (G = kσ²), and not balanced.
+        name: the table's name; with ``seed`` it determines the random rows of W2.
+        seed: the run's seed.
+        gain: if given, W1 and W2 are rescaled so that the mean of the diagonal of W2ᵀW2 is this G, of which the nonzero
+            directions get d/k and the random rows (k-d)/k. G = kσ² equals the gain of a randomly initialized W2; the
+            factors are then not balanced.
 
     Raises:
-        ValueError: k < d, which only tables of rank k reach, or the Gram matrix is not finite.
+        ValueError: k < d, for which only a table of rank k has exact factors, or the Gram matrix is not finite.
     """
     d, k = len(gram), hidden_dim
     if k < d:
-        raise ValueError(f"table {name!r}: hidden_dim {k} is below its {d} columns; no exact factors of it have fewer")
+        raise ValueError(
+            f"table {name!r}: hidden_dim is {k} and the table has {d} columns; exact factors need hidden_dim >= {d}"
+        )
     if not gram.isfinite().all():
         raise ValueError(f"table {name!r}: holds values that are not finite, or too large to be squared")
     squares, vectors = torch.linalg.eigh(gram)

@@ -1,4 +1,4 @@
-"""Initial values that depend on seed, table and row only, so that any number of ranks starts from the same model."""
+"""Initial values that depend on seed, table and row only, so any number of ranks starts from the same model."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ _BLOCK_ROWS = 8192
 
 @dataclass(frozen=True)
 class RowInitializer:
-    """Fills rows of one weight; a TorchRec ``init_fn`` that also knows how to fill a row-wise shard.
+    """A TorchRec ``init_fn`` that can also fill a row-wise shard of a weight.
 
-    The weight is drawn in blocks of rows, each from a generator of its own, on the CPU and in float32, whatever the
-    device and dtype of the target: a shard draws only the blocks that it overlaps.
+    The weight is drawn in blocks of 8,192 rows on the CPU in float32, each block from its own generator, whatever the
+    device and dtype of the target. A shard draws only the blocks that it overlaps.
 
     Args:
-        name: the weight's name; two names draw different values.
-        num_rows: rows of the whole weight.
-        distribution: ``uniform`` over [-scale, scale), or ``normal`` with standard deviation ``scale``.
+        name: the weight's name; weights of different names get different values.
+        num_rows: rows of the complete weight.
+        distribution: ``uniform`` over [center - scale, center + scale), or ``normal`` with mean ``center`` and
+            standard deviation ``scale``.
         scale: half-width or standard deviation.
         seed: the run's seed.
-        center: the middle of the distribution.
-        dtype: what the values are rounded to, even where they are stored wider.
+        center: mean of the distribution.
+        dtype: dtype to which values are rounded, even if they are stored in a wider one.
     """
 
     name: str
@@ -35,15 +36,15 @@ class RowInitializer:
     dtype: torch.dtype = torch.float32
 
     def __call__(self, weight: torch.Tensor) -> None:
-        """Fill the whole weight, ``(num_rows, dim)``."""
+        """Fill the complete weight ``(num_rows, dim)``."""
         self.fill(weight, first_row=0)
 
     @torch.no_grad()
     def fill(self, weight: torch.Tensor, first_row: int) -> None:
-        """Fill a shard ``(rows, dim)`` with rows ``first_row`` … ``first_row + rows - 1`` of the whole weight.
+        """Fill a shard ``(rows, dim)`` with rows [first_row, first_row + rows) of the weight.
 
         Raises:
-            ValueError: the shard does not lie inside the weight.
+            ValueError: the shard reaches beyond the weight.
         """
         rows = weight.shape[0] if weight.numel() else 0
         last_row = first_row + rows

@@ -1,4 +1,7 @@
-"""The second layer of an MLET table: W2, and how many of them are applied at once."""
+"""The second layer of a multi-layer table: W2 ``(k, d)``, and its application to pooled vectors or to rows.
+
+The products of several tables are batched where their k and d are equal.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -11,17 +14,20 @@ from torchrec.sparse.jagged_tensor import KeyedTensor, _pin_and_move
 
 from mlet_dist.embeddings.initializers import RowInitializer
 
+# On CUDA rows are padded to one batched product if that makes at most this many times as many rows.
+_MAX_PADDING_FACTOR = 4
+
 
 class Projection(nn.Module):
-    """W2 of one table: ``weight`` ``(k, d)`` float32, initialised N(0, std^2).
+    """W2 of one table: ``weight`` ``(k, d)`` float32, initialized from N(0, init_std^2).
 
     Args:
-        table: the table's name, which with ``seed`` fixes the initial values.
+        table: the table's name; with ``seed`` it determines the initial values.
         hidden_dim: k.
         embedding_dim: d.
-        init_std: standard deviation of the initial values; the MLET paper uses 0.25, 1/sqrt(k) has unit gain.
+        init_std: standard deviation of the initial values. The MLET paper uses 0.25; 1/sqrt(k) has unit gain.
         seed: the run's seed.
-        device: where the weight lives; ``meta`` allocates nothing.
+        device: device of the weight; ``meta`` allocates nothing.
     """
 
     def __init__(
@@ -39,7 +45,7 @@ class Projection(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial values again (nothing on the meta device)."""
+        """Draw the initial values again; does nothing on the meta device."""
         if self.weight.device.type != "meta":
             self._initializer(self.weight)
 
@@ -47,14 +53,14 @@ class Projection(nn.Module):
 def project(pooled: KeyedTensor, weights: Mapping[str, torch.Tensor]) -> KeyedTensor:
     """Apply each key's W2 to its pooled vectors: pool(W1[ids]) · W2.
 
-    Neighbouring keys of equal k and d share one batched product.
+    Neighboring keys with equal k and d share one batched product.
 
     Args:
-        pooled: values ``(B, sum of k)``; keys without a projection have their d already.
-        weights: key -> W2 ``(k, d)``; a key that is missing passes through unchanged (a single-layer table).
+        pooled: KeyedTensor with values ``(B, sum of k)``; a key without a W2 has its final width already.
+        weights: W2 ``(k, d)`` by key. A key that is missing, that of a single-layer table, passes through unchanged.
 
     Returns:
-        KeyedTensor of the same keys, values ``(B, sum of d)``.
+        KeyedTensor with the same keys and values ``(B, sum of d)``.
     """
     if not weights:
         return pooled
@@ -83,44 +89,42 @@ def project(pooled: KeyedTensor, weights: Mapping[str, torch.Tensor]) -> KeyedTe
 def project_columns(
     values: torch.Tensor, tables: Sequence[str], widths: Sequence[int], weights: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Apply W2 to sums of bags, feature beside feature: ``(B, sum of k)`` -> ``(B, sum of d)``.
+    """Apply W2 to the pooled sums of several features: ``(B, sum of k)`` -> ``(B, sum of d)``.
 
-    Ranks combine the gradients of W2 in one collective, in which each of them must take part: backward reaches
-    ``weights`` also where none of them is of ``tables``.
+    All ranks must take part in the collective that combines W2's gradients. The result therefore depends on
+    ``weights`` even if none of them belongs to ``tables``, so that backward reaches the collective on every rank.
 
     Args:
-        tables: the table of each feature; one may serve several.
-        widths: columns of each feature.
-        weights: table -> W2 of those that have one, on any rank.
+        values: sums of the features, side by side.
+        tables: the table of each feature; a table may serve several features.
+        widths: the columns of each feature.
+        weights: W2 by table, for all multi-layer tables on any rank.
     """
     if weights and not set(tables) & weights.keys():
         no_columns = next(iter(weights.values()))[:1, :0]
         return torch.cat([values, no_columns.expand(values.shape[0], 0)], dim=1)
-    keys = [str(index) for index in range(len(tables))]  # positions stand for features
+    keys = [str(index) for index in range(len(tables))]  # each feature's position serves as its key
     pooled = KeyedTensor(keys=keys, length_per_key=list(widths), values=values, key_dim=1)
     by_key = {key: weights[table] for key, table in zip(keys, tables, strict=True) if table in weights}
     return project(pooled, by_key).values()
 
 
 def project_rows(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-    """Apply to each table's rows its W2: ``(U, k)`` -> ``(U, d)``.
+    """Apply each table's W2 to its rows: ``(U, k)`` -> ``(U, d)``.
 
     Args:
-        rows: rows of T tables, one table after another.
-        counts: how many of them are each table's, U in all.
-        weights: W2 of each table, ``(T, k, d)``.
+        rows: rows of T tables, concatenated table by table.
+        counts: the number of rows of each table; their sum is U.
+        weights: W2 of the tables, ``(T, k, d)``.
     """
     padded = len(counts) * max(counts)
-    if rows.is_cuda and padded <= _MOST_PADDING * rows.shape[0]:
+    if rows.is_cuda and padded <= _MAX_PADDING_FACTOR * rows.shape[0]:
         return _project_padded(rows, counts, weights)
     return _ProjectedRows.apply(rows, counts, weights)
 
 
-_MOST_PADDING = 4
-
-
 class _ProjectedRows(torch.autograd.Function):
-    """A product a table, each written in place: on a CPU faster than the padding that one batched product needs."""
+    """One product per table, written into the output; on a CPU this is faster than padding for a batched product."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
@@ -144,7 +148,7 @@ class _ProjectedRows(torch.autograd.Function):
 
 
 def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-    """One batched product over tables padded to the longest: no launch a table."""
+    """Compute one batched product over tables padded to the longest, to avoid a kernel launch per table."""
     (tables, width), longest = weights.shape[:2], max(counts)
     sizes = _pin_and_move(torch.tensor(counts), rows.device)
     table = torch.repeat_interleave(sizes, output_size=rows.shape[0])
@@ -159,5 +163,5 @@ def _project_run(block: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.
     stacked = torch.stack(list(weights))
     groups, hidden_dim, embedding_dim = stacked.shape
     by_group = block.reshape(-1, groups, hidden_dim).transpose(0, 1)
-    # Autocast returns a lower precision, and ranks that have nothing to project would exchange another one.
+    # Autocast lowers the precision; ranks without a projection would then exchange a different dtype.
     return torch.bmm(by_group, stacked).transpose(0, 1).reshape(-1, groups * embedding_dim).to(block.dtype)

@@ -1,4 +1,4 @@
-"""TorchRec's DLRM around multi-layer tables, or around plain ones, from a config."""
+"""TorchRec's DLRM, built from a ModelSpec around multi-layer, plain or quantised tables."""
 
 import math
 from collections.abc import Mapping
@@ -16,39 +16,41 @@ from mlet_dist.embeddings.planning.plan_cost import DenseCost
 from mlet_dist.models.spec import ModelSpec
 
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
-"""What precedes ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the model's state names."""
+"""The prefix of ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the model's state dict."""
 
 
 def build_dlrm(
     spec: ModelSpec, tables_device: torch.device, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32"
 ) -> DLRM:
-    """The model that is trained: DLRM around a MultiLayerEmbeddingBagCollection.
+    """Build the model for training: DLRM around a MultiLayerEmbeddingBagCollection.
 
-    The dense layers are drawn on the CPU from the seed, so they start the same on any number of ranks.
+    The dense layers are drawn on the CPU from the seed, so their initial values are the same on any number of ranks.
 
     Args:
-        tables_device: ``meta`` when the tables are to be sharded.
-        rows_dtype: of all tables, or by table; an export and its verification know fp32 alone.
+        spec: sizes, inputs and seed.
+        tables_device: device of the tables; ``meta`` if they will be sharded.
+        rows_dtype: dtype of W1, for all tables or by table. Export and verification support fp32 only.
     """
     tables = _table_configs(spec, rows_dtype)
     embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, device=tables_device, seed=spec.seed)
-    return _around(embeddings, spec)
+    return _build_around(embeddings, spec)
 
 
 def build_plain_dlrm(spec: ModelSpec) -> DLRM:
-    """The model that is served: TorchRec's DLRM around TorchRec's EmbeddingBagCollection, unsharded on the CPU."""
+    """Build the model for serving: DLRM around TorchRec's EmbeddingBagCollection, unsharded on the CPU."""
     tables = [table.plain_config() for table in _table_configs(spec)]
-    return _around(EmbeddingBagCollection(tables, spec.is_weighted), spec)
+    return _build_around(EmbeddingBagCollection(tables, spec.is_weighted), spec)
 
 
 def build_quantised_dlrm(spec: ModelSpec, data_type: DataType, device: torch.device) -> DLRM:
-    """The model that serves quantised tables: TorchRec's DLRM around its quantised collection, all zeros.
+    """Build the model for serving quantised tables: DLRM around TorchRec's quantised collection, filled with zeros.
 
-    Scales and biases have names of their own in its state, as in what TorchRec's inference sharders make of it.
+    Scales and biases have their own names in the state dict, as in TorchRec's sharded inference modules.
 
     Args:
-        data_type: FP32, FP16, INT8 or INT4, of all tables; vectors come out in float32.
-        device: of the tables; on ``meta`` they take no memory.
+        spec: sizes and inputs.
+        data_type: FP32, FP16, INT8 or INT4, for all tables; lookups return float32.
+        device: device of the tables; ``meta`` allocates nothing.
     """
     tables = [table.plain_config() for table in _table_configs(spec)]
     for table in tables:
@@ -59,13 +61,13 @@ def build_quantised_dlrm(spec: ModelSpec, data_type: DataType, device: torch.dev
         device,
         register_tbes=True,
         quant_state_dict_split_scale_bias=True,
-        row_alignment=1,  # bytes; GPUs want 16, which makes rows of 16 int8 values 32 bytes instead of 20
+        row_alignment=1,  # bytes; GPUs need 16, with which a row of 16 int8 values takes 32 bytes instead of 20
     )
-    return _around(embeddings, spec).requires_grad_(False).eval()
+    return _build_around(embeddings, spec).requires_grad_(False).eval()
 
 
 def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32") -> tuple[int, int]:
-    """Bytes of all tables: (W1 in ``rows_dtype`` and W2 in float32 in training, W in float32 when served)."""
+    """Return the bytes of all tables in training (W1 in ``rows_dtype``, W2 float32) and in serving (W float32)."""
     meta = torch.device("meta")
     trained = build_dlrm(spec, meta, rows_dtype).sparse_arch.embedding_bag_collection
     served = build_dlrm(spec, meta).sparse_arch.embedding_bag_collection.collapse()
@@ -75,7 +77,7 @@ def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype]
 def dense_cost(
     model: DLRM, local_batch_size: int, optimizer: Optimizer, world_size: int, local_world_size: int
 ) -> DenseCost:
-    """What the layers beside the tables cost a rank."""
+    """Return the cost of the layers other than tables for one rank."""
     tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     return DenseCost(
@@ -90,7 +92,7 @@ def dense_cost(
     )
 
 
-def _around(embeddings: EmbeddingBagCollection | QuantisedEmbeddingBagCollection, spec: ModelSpec) -> DLRM:
+def _build_around(embeddings: EmbeddingBagCollection | QuantisedEmbeddingBagCollection, spec: ModelSpec) -> DLRM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         return DLRM(
@@ -120,7 +122,7 @@ def _table_configs(
                 embedding_dim=model.embedding_dim,
                 hidden_dim=model.hidden_dim,
                 feature_names=[feature.name],
-                # Of one id the mean is the sum, which takes less work.
+                # For a single id the mean equals the sum, which is cheaper.
                 pooling=PoolingType.MEAN if model.pooling == "mean" and feature.multi_valued else PoolingType.SUM,
                 data_type=DataType(dtypes[feature.name].upper()),
                 weight_init_min=-bound,

@@ -1,4 +1,4 @@
-"""What a model was built from: enough to build it again without its data set."""
+"""The description of a model, from which it is built again without its data set; checkpoints and exports store it."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ class ModelSpec:
         dense: names of the dense inputs, in order.
         sparse: categorical inputs, in order; each has a table of its own name.
         seed: fixes the initial values.
-        vocabulary_id: of the data set; what the ids mean.
+        vocabulary_id: identifies the data set's vocabulary, which gives the ids their meaning.
     """
 
     model: ModelConfig
@@ -32,11 +32,11 @@ class ModelSpec:
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
-        """The model that ``config`` asks for on the data set ``schema``.
+        """Return the spec of the model that ``config`` describes for a data set with ``schema``.
 
         Raises:
-            UserError: a feature that is asked for is not in the data set, or has weights and is to be pooled by mean;
-                or ``sharding.tables`` names another table.
+            UserError: a requested feature is not in the data set, or has weights although pooling is mean, or
+                ``sharding.tables`` names an unknown table.
         """
         features = {feature.name: feature for feature in schema.sparse}
         config.check_features(schema.dense, list(features))
@@ -47,8 +47,7 @@ class ModelSpec:
         weighted = [feature.name for feature in sparse if feature.weighted]
         if weighted and config.model.pooling == "mean":
             raise UserError(
-                f"model.pooling is mean, but feature {weighted[0]!r} has weights, by which vectors are added up; "
-                "use sum"
+                f"model.pooling is mean, but feature {weighted[0]!r} has weights, which need sum pooling; use sum"
             )
         return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id)
 
@@ -59,11 +58,19 @@ class ModelSpec:
 
     @property
     def pooling_factors(self) -> dict[str, float]:
-        """Ids a bag of each table, on average over the training split of the data set that the model is of."""
+        """The average number of ids per bag of each table, over the training split of the model's data set."""
         return {feature.name: feature.pooling_factor for feature in self.sparse}
 
     def check_data(self, schema: DatasetSchema, path: object) -> None:
-        """Raise UserError unless the data set at ``path`` holds this model's inputs, with ids that its tables have."""
+        """Check that a data set has the inputs of this model, with the same vocabulary.
+
+        Args:
+            schema: the data set's schema.
+            path: its location, for messages.
+
+        Raises:
+            UserError: an input is missing or of another kind, or ids have another meaning.
+        """
         for name in self.dense:
             if name not in schema.dense:
                 raise UserError(f"{path}: the model takes the dense column {name!r}, which this data set lacks")
@@ -73,20 +80,20 @@ class ModelSpec:
                 raise UserError(f"{path}: the model takes the feature {feature.name!r}, which this data set lacks")
             if found.num_embeddings != feature.num_embeddings:
                 raise UserError(
-                    f"{path}: feature {feature.name!r} has {found.num_embeddings:,} ids here and the model's table "
-                    f"{feature.num_embeddings:,} rows; use the data set that the model was trained on, or one with the "
-                    "same vocabulary"
+                    f"{path}: feature {feature.name!r} has {found.num_embeddings:,} ids here, but the model's table "
+                    f"has {feature.num_embeddings:,} rows; use the data set that the model was trained on, or one with "
+                    "the same vocabulary"
                 )
             if (found.multi_valued, found.weighted) != (feature.multi_valued, feature.weighted):
                 raise UserError(
                     f"{path}: feature {feature.name!r} holds {_bag(found)} here and {_bag(feature)} in the model's "
-                    "data set; prepare both alike"
+                    "data set; prepare both data sets in the same way"
                 )
 
         if schema.vocabulary_id != self.vocabulary_id:
             raise UserError(
-                f"{path}: its ids mean other values than those of the model's data set; prepare both with the same "
-                "vocabulary"
+                f"{path}: its ids belong to another vocabulary than those of the model's data set; prepare both data "
+                "sets with the same vocabulary"
             )
 
     def save(self, path: Path) -> None:
@@ -94,16 +101,16 @@ class ModelSpec:
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the spec as plain data for JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return plain
 
     @classmethod
     def load(cls, path: Path) -> "ModelSpec":
-        """Read what ``save`` wrote.
+        """Read a spec that ``save`` wrote.
 
         Raises:
-            UserError: the file is missing or broken.
+            UserError: the file is missing or invalid.
         """
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
@@ -112,7 +119,11 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any], source: str) -> "ModelSpec":
-        """Take back what ``to_dict`` gave; ``source`` is the file named in errors."""
+        """Build a spec from the result of ``to_dict``; ``source`` is the file to name in messages.
+
+        Raises:
+            UserError: ``plain`` is not a valid spec.
+        """
         try:
             features = tuple(
                 SparseFeature(

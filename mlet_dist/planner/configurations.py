@@ -11,7 +11,7 @@ from torchrec.models.dlrm import DLRM
 from mlet_dist.config.sections import Config
 from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memory
 from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
-from mlet_dist.embeddings.planning.search_space import evenest, table_constraints
+from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints
 from mlet_dist.models.dlrm import build_dlrm, dense_cost
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.model_plan import DoesNotFit, ModelPlan
@@ -115,13 +115,13 @@ def even_memory(case: Case) -> Memory:
     limited = table_constraints(configs, case.ranks, sharding.sharder, sharding.constraints, sharding.replicated_bytes)
     parts = []
     for table in configs:
-        own = evenest(limited[table.name])
+        own = most_even_constraints(limited[table.name])
         (kind,), (kernel,) = own.sharding_types or [""], own.compute_kernels or [""]
         weight = tables.embedding_bags[table.name].weight
         cost = table_cost(table, weight, sharding.sharder, case.ranks, kind, kernel, load_factor(own.cache_params))
-        blocks = 1 if cost.exchange is None else cost.holders
-        held = cost.held_memory(-(-table.num_embeddings // blocks))
-        parts.append(cost.home_memory() + held.times(cost.holders / case.ranks.world_size))
+        blocks = 1 if cost.exchange is None else cost.num_owners
+        held = cost.owner_memory(-(-table.num_embeddings // blocks))
+        parts.append(cost.requester_memory() + held.times(cost.num_owners / case.ranks.world_size))
     found = total_memory(parts)
     return found + case.dense(model).memory(found.buffers)
 

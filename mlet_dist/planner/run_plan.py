@@ -10,8 +10,8 @@ from mlet_dist.embeddings.planning.plan_cost import (
     DenseCost,
     Ranks,
     Tables,
-    alike,
     fullest_memory,
+    group_identical_ranks,
     memory_of_rank,
     slowest_step,
 )
@@ -70,7 +70,10 @@ def make_plan(
 def _folded(planned: ModelPlan) -> list[dict[str, Any]]:
     """Ranks of the same tables and, within 1 %, of the same memory in one entry: the fullest of them."""
     found: list[tuple[frozenset[str], Memory, int, list[int]]] = []
-    groups = [(memory_of_rank(planned.tables, planned.dense, group[0]), group) for group in alike(planned.tables)]
+    groups = [
+        (memory_of_rank(planned.tables, planned.dense, group[0]), group)
+        for group in group_identical_ranks(planned.tables)
+    ]
     for memory, group in sorted(groups, key=lambda each: -each[0].total):
         held = {name: rows[group[0]] for name, (_, rows) in planned.tables.items() if rows[group[0]]}
         for tables, fullest, _, ranks in found:

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.sections import TrainConfig
-from mlet_dist.embeddings.sharded.collectives import Agreement
+from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
 from mlet_dist.errors import UserError
 from mlet_dist.training.guard import Guard
 from mlet_dist.training.signals import StopSignal, interrupted
@@ -118,7 +118,7 @@ class CheckpointSchedule:
                     print(f"mlet: warning: {error}", file=sys.stderr, flush=True)
 
     def _start_agreement(self, signal: int, due: bool, failed: bool) -> None:
-        self._agreement = Agreement(torch.tensor([signal, due, failed], dtype=torch.int64), self._group)
+        self._agreement = AsyncAllReduceMax(torch.tensor([signal, due, failed], dtype=torch.int64), self._group)
 
     def _is_due(self) -> bool:
         minutes = self._config.checkpoint_minutes

@@ -1,7 +1,7 @@
 """Finds batches whose loss or gradient is not finite, on all ranks at the same step, and skips them if asked to.
 
-Ranks agree on their findings in an asynchronous all-reduce (``Agreement``) that is read one step later, so that neither
-a rank nor a device waits for it; only the policy ``skip`` waits in every step.
+Ranks agree on their findings in an asynchronous all-reduce (``AsyncAllReduceMax``) that is read one step later, so
+that neither a rank nor a device waits for it; only the policy ``skip`` waits in every step.
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.nn.utils import get_total_norm
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from mlet_dist.embeddings.sharded.collectives import Agreement
+from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.state import Training
@@ -90,7 +90,7 @@ class Guard:
     def reset(self) -> None:
         """Drop all findings and pending agreements: the run is rolled back."""
         self._gradient = self._no_failure
-        self._pending: deque[tuple[int, Agreement]] = deque()
+        self._pending: deque[tuple[int, AsyncAllReduceMax]] = deque()
         self._findings: deque[Finding] = deque()
 
     def check_loss(self, loss: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ class Guard:
         """Start to agree on the loss of ``step`` and on the gradient of the step before it; True is not finite."""
         codes = torch.stack([self._gradient, loss]).long() * self._rank_code
         self._gradient = self._no_failure
-        self._pending.append((step, Agreement(codes, None)))
+        self._pending.append((step, AsyncAllReduceMax(codes, None)))
 
     def _read_until(self, step: int) -> None:
         while self._pending and self._pending[0][0] <= step:

@@ -18,14 +18,14 @@ from mlet_dist.embeddings.planning.explanation import sharding_reasons
 from mlet_dist.embeddings.planning.plan_cost import (
     DenseCost,
     Ranks,
-    alike,
+    group_identical_ranks,
     memory_of_rank,
     optimizer_of,
     shortage,
     table_costs,
 )
-from mlet_dist.embeddings.planning.planner import device_of, home_memory, multi_layer_planner
-from mlet_dist.embeddings.planning.search_space import Constraints, evenest, table_constraints
+from mlet_dist.embeddings.planning.planner import device_of, multi_layer_planner, requester_memory
+from mlet_dist.embeddings.planning.search_space import Constraints, most_even_constraints, table_constraints
 from mlet_dist.embeddings.planning.table_cost import UVM, UVM_CACHING, TableCost
 from mlet_dist.embeddings.sharded.collectives import codecs_of
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
@@ -125,7 +125,7 @@ def plan_model(
             plan = planner.plan(model, [sharder])
         params = plan.plan[TABLES_PREFIX.rstrip(".")]
         try:
-            sharder.settle(tables, params, ranks.world_size, on_cpu=ranks.on_cpu)
+            sharder.finalize_plan(tables, params, ranks.world_size, on_cpu=ranks.on_cpu)
         except ValueError as error:
             raise UserError(str(error)) from None
         costs = table_costs(tables, params, sharder, ranks)
@@ -134,7 +134,7 @@ def plan_model(
 
     try:
         # The buffers of owned rows are not known yet. They only reduce what the activations add, so this suffices.
-        reserved = dense.memory(home_memory(tables, sharder, ranks).buffers)
+        reserved = dense.memory(requester_memory(tables, sharder, ranks).buffers)
         return settled(topology, limited, reserved.total)
     except PlannerError:
         unlimited = Topology(
@@ -144,7 +144,7 @@ def plan_model(
             ddr_cap=_UNLIMITED,
             local_world_size=topology.local_world_size,
         )
-        found = settled(unlimited, {name: evenest(each) for name, each in limited.items()}, 0)
+        found = settled(unlimited, {name: most_even_constraints(each) for name, each in limited.items()}, 0)
     if fits(found, device):
         return found
     missing = shortage(found.tables, dense, device.memory, device.host_memory)
@@ -154,7 +154,9 @@ def plan_model(
 
 def fits(planned: ModelPlan, device: Device) -> bool:
     """Return whether the plan fits the memory of every rank's device and host."""
-    memories = [memory_of_rank(planned.tables, planned.dense, ranks[0]) for ranks in alike(planned.tables)]
+    memories = [
+        memory_of_rank(planned.tables, planned.dense, ranks[0]) for ranks in group_identical_ranks(planned.tables)
+    ]
     return all(each.total <= device.usable_memory and each.host <= device.usable_host_memory for each in memories)
 
 

@@ -29,23 +29,23 @@ def test_every_block_is_the_product_within_float32_rounding(
         (512, 64, torch.float32),
     ],
 )
-def test_parts_that_begin_at_blocks_have_the_bits_of_the_whole(
+def test_parts_that_begin_at_blocks_are_bitwise_identical_to_the_full_product(
     hidden_dim: int, embedding_dim: int, dtype: torch.dtype
 ) -> None:
     step = block_rows(hidden_dim, embedding_dim)
     assert step & (step - 1) == 0
     generator = torch.Generator().manual_seed(hidden_dim)
-    # Beyond a block by 1 row, and by so many that a kernel for whole tiles is left.
+    # One row beyond a block, and as many rows that a matrix kernel has a remainder.
     for count in (1, step + 1, 2 * step + 77):
         rows = torch.randn(count, hidden_dim, generator=generator).to(dtype)
         projection = torch.randn(hidden_dim, embedding_dim, generator=generator)
-        whole = collapse_rows(rows, projection)
+        full = collapse_rows(rows, projection)
         for start in range(0, count, step):
             part = rows[start : start + step].clone()
-            assert torch.equal(collapse_rows(part, projection), whole[start : start + step])
+            assert torch.equal(collapse_rows(part, projection), full[start : start + step])
         out = torch.empty(count, embedding_dim)
         assert collapse_rows(rows, projection, out=out) is out
-        assert torch.equal(out, whole)
+        assert torch.equal(out, full)
 
 
 def test_half_precision_rows_are_multiplied_in_float32() -> None:

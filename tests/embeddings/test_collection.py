@@ -21,7 +21,7 @@ def table(name: str = "t", n: int = 5, d: int = 3, k: int | None = 7, **more: An
 
 
 def tables(pooling: PoolingType = PoolingType.SUM) -> list[EmbeddingBagConfig]:
-    """f1 in three tables, f2 in two; one table is a single layer, one is TorchRec's own config."""
+    """Return tables with f1 in three of them and f2 in two; one is single-layer, one has TorchRec's own config."""
     return [
         table("wide", feature_names=["f1", "f2"], pooling=pooling),
         table("narrow", d=2, k=1, feature_names=["f1"], pooling=pooling),
@@ -48,14 +48,14 @@ def features(weighted: bool = False) -> KeyedJaggedTensor:
 def expected_output(module: MultiLayerEmbeddingBagCollection, key: str, weighted: bool, mean: bool) -> torch.Tensor:
     feature, _, name = key.partition("@")
     state = {name: value.double() for name, value in module.state_dict().items()}
-    whole = state[f"embedding_bags.{name}.weight"]
+    product = state[f"embedding_bags.{name}.weight"]
     if f"projections.{name}.weight" in state:
-        whole = whole @ state[f"projections.{name}.weight"]
+        product = product @ state[f"projections.{name}.weight"]
     vectors = []
     for ids, factors in zip(IDS[feature], SAMPLE_WEIGHTS[feature], strict=True):
-        total = torch.zeros(whole.shape[1], dtype=torch.float64)
+        total = torch.zeros(product.shape[1], dtype=torch.float64)
         for each, factor in zip(ids, factors, strict=True):
-            total += whole[each] * (factor if weighted else 1)
+            total += product[each] * (factor if weighted else 1)
         vectors.append(total / len(ids) if mean and ids else total)
     return torch.stack(vectors)
 
@@ -63,7 +63,7 @@ def expected_output(module: MultiLayerEmbeddingBagCollection, key: str, weighted
 @pytest.mark.parametrize(
     ("pooling", "weighted"), [(PoolingType.SUM, False), (PoolingType.SUM, True), (PoolingType.MEAN, False)]
 )
-def test_it_computes_and_collapses_to_what_the_product_says(pooling: PoolingType, weighted: bool) -> None:
+def test_forward_and_collapse_equal_the_product_in_float64(pooling: PoolingType, weighted: bool) -> None:
     module = MultiLayerEmbeddingBagCollection(tables(pooling), is_weighted=weighted, seed=3)
     collapsed = module.collapse()
     assert collapsed.is_weighted() == weighted
@@ -77,7 +77,7 @@ def test_it_computes_and_collapses_to_what_the_product_says(pooling: PoolingType
         torch.testing.assert_close(served[key].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_sees_d_columns() -> None:
+def test_configs_report_d_columns() -> None:
     configs = MultiLayerEmbeddingBagCollection(tables(), device=META).embedding_bag_configs()
     assert [(each.name, each.embedding_dim) for each in configs] == [
         ("wide", 3), ("narrow", 2), ("single", 4), ("plain", 2)
@@ -201,6 +201,6 @@ def test_a_table_without_features_takes_the_feature_of_its_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["items", "type", "a.b", ""])
-def test_a_name_that_no_module_can_have_is_refused(name: str) -> None:
+def test_a_name_that_no_torch_module_can_have_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"table {name!r}: no module of torch can have this name"):
         MultiLayerEmbeddingBagCollection([table(name)], device=META)

@@ -55,7 +55,7 @@ def test_the_product_is_the_table_to_the_rounding_of_float32(name: str, wider: i
     assert factors.projection.shape == (d + wider, d)
     product = rows.double() @ factors.projection.double()
     assert _relative(product, table) < 1e-7
-    for row, expected in zip(product, table, strict=True):  # also of rows that are small beside the others
+    for row, expected in zip(product, table, strict=True):  # including rows that are small compared with others
         assert _relative(row, expected) < 1e-6
 
 
@@ -69,7 +69,7 @@ def test_balanced_where_the_table_is_and_able_to_learn_elsewhere(name: str) -> N
     assert _relative(one, other) < 1e-6
     expected = torch.linalg.svdvals(table.double())[:rank]
     torch.testing.assert_close(other.diagonal(), expected, rtol=1e-6, atol=0)
-    # Where the table has nothing W1 has nothing, and its gradient g·W2ᵀ is that of a row of our own recipe.
+    # Where the table's singular value is zero, W1 is zero, and W2 has the scale of random initialization.
     assert rows[:, d:].abs().max() == 0
     lengths = factors.projection[rank:].norm(dim=1)
     assert math.sqrt(d / k) / 3 < lengths.min()
@@ -103,7 +103,9 @@ def test_the_same_seed_and_name_draw_the_same_rows() -> None:
 
 
 def test_what_has_no_exact_factors_is_refused() -> None:
-    with pytest.raises(ValueError, match="table 't': hidden_dim 11 is below its 12 columns"):
+    with pytest.raises(
+        ValueError, match="table 't': hidden_dim is 11 and the table has 12 columns; exact factors need"
+    ):
         factors_of(torch.eye(12, dtype=torch.float64), 11, "t", 0)
     for wrong in (math.nan, math.inf):
         with pytest.raises(ValueError, match="table 't': holds values that are not finite"):

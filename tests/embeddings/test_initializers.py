@@ -24,7 +24,7 @@ def drawn(dim: int = DIM, dtype: torch.dtype = torch.float32, **changes: Any) ->
 
 
 WHOLE = {distribution: drawn(distribution=distribution) for distribution in ("normal", "uniform")}
-# Any row, and often one beside the border of a block.
+# Any row, and often one next to the boundary of a block.
 row = st.integers(0, ROWS) | st.sampled_from(
     [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, ROWS - 1, ROWS]
 )
@@ -32,7 +32,7 @@ row = st.integers(0, ROWS) | st.sampled_from(
 
 @given(first=row, last=row, distribution=st.sampled_from(["normal", "uniform"]))
 @settings(max_examples=80, deadline=None)
-def test_a_shard_holds_the_rows_of_the_whole(first: int, last: int, distribution: str) -> None:
+def test_a_shard_has_the_rows_of_the_full_weight(first: int, last: int, distribution: str) -> None:
     first, last = min(first, last), max(first, last)
     shard = torch.full((last - first, DIM), math.nan)
     initializer(distribution=distribution).fill(shard, first_row=first)
@@ -40,7 +40,7 @@ def test_a_shard_holds_the_rows_of_the_whole(first: int, last: int, distribution
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
-def test_shards_of_any_number_of_ranks_make_up_the_whole(world_size: int) -> None:
+def test_shards_of_any_number_of_ranks_make_up_the_full_weight(world_size: int) -> None:
     share = -(-ROWS // world_size)
     shards = []
     for first in range(0, ROWS, share):
@@ -49,7 +49,7 @@ def test_shards_of_any_number_of_ranks_make_up_the_whole(world_size: int) -> Non
     assert torch.equal(torch.cat(shards), WHOLE["normal"])
 
 
-def test_the_same_rows_every_time_whatever_else_is_drawn() -> None:
+def test_rows_do_not_depend_on_the_global_generator() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     again = drawn()
@@ -68,13 +68,13 @@ def test_other_names_and_seeds_draw_other_values(change: dict[str, Any]) -> None
 
 
 def test_blocks_and_rows_differ_from_one_another() -> None:
-    whole = WHOLE["normal"]
-    assert whole.unique(dim=0).shape[0] == ROWS
-    assert not torch.equal(whole[:700], whole[BLOCK : BLOCK + 700])
+    full = WHOLE["normal"]
+    assert full.unique(dim=0).shape[0] == ROWS
+    assert not torch.equal(full[:700], full[BLOCK : BLOCK + 700])
 
 
 @pytest.mark.parametrize(("scale", "center"), [(0.5, 0.0), (2.0, 0.0), (0.25, 3.0)])
-def test_normal_has_the_mean_and_deviation_asked_for(scale: float, center: float) -> None:
+def test_normal_has_the_given_mean_and_deviation(scale: float, center: float) -> None:
     values = drawn(scale=scale, center=center).double()
     standard_error = scale / math.sqrt(values.numel())
     assert float(values.mean()) == pytest.approx(center, abs=5 * standard_error)
@@ -116,7 +116,7 @@ def test_a_parameter_is_filled_without_a_gradient() -> None:
     assert parameter.grad_fn is None
 
 
-def test_a_shard_that_is_a_view_leaves_the_rest_alone() -> None:
+def test_filling_a_view_does_not_change_the_rest() -> None:
     buffer = torch.zeros(30, DIM)
     initializer().fill(buffer[10:20], first_row=BLOCK - 5)
     assert torch.equal(buffer[10:20], WHOLE["normal"][BLOCK - 5 : BLOCK + 5])

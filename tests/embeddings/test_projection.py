@@ -31,7 +31,7 @@ def pooled(layout: Layout, values: torch.Tensor) -> KeyedTensor:
 def reference(
     layout: Layout, values: torch.Tensor, weights: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
-    """Outputs by key, and the gradients of the sum of their cubes, one key at a time in float64."""
+    """Return outputs by key, and the gradients of the sum of their cubes, computed key by key in float64."""
     values = values.double().requires_grad_()
     weights = {key: weight.double().requires_grad_() for key, weight in weights.items()}
     outputs, start = {}, 0
@@ -46,7 +46,7 @@ def reference(
 
 
 def assert_within_rounding(found: torch.Tensor | None, expected: torch.Tensor) -> None:
-    """A few float32 roundings of the largest element: sums cancel, so a small element has the error of large terms."""
+    """Allow a few float32 roundings of the largest element: a small element may be a difference of large terms."""
     assert found is not None
     scale = float(expected.abs().max())
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * scale + 1e-6)
@@ -54,7 +54,7 @@ def assert_within_rounding(found: torch.Tensor | None, expected: torch.Tensor) -
 
 @given(layout=layouts, rows=st.integers(1, 5), seed=st.integers(0, 2**32))
 @settings(max_examples=80, deadline=None)
-def test_outputs_and_gradients_equal_one_product_a_key(layout: Layout, rows: int, seed: int) -> None:
+def test_outputs_and_gradients_equal_one_product_per_key(layout: Layout, rows: int, seed: int) -> None:
     values, weights = make_inputs(layout, rows, seed)
     expected, values_grad, weight_grads = reference(layout, values, weights)
     values.requires_grad_()
@@ -72,7 +72,7 @@ def test_outputs_and_gradients_equal_one_product_a_key(layout: Layout, rows: int
         assert_within_rounding(weight.grad, weight_grads[key])
 
 
-def test_by_hand() -> None:
+def test_project_by_hand() -> None:
     values = torch.tensor([[1.0, 2.0, 7.0, 3.0]])
     weights = {"a": torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]]), "c": torch.tensor([[5.0]])}
     found = project(KeyedTensor(["a", "b", "c"], [2, 1, 1], values), weights)
@@ -87,7 +87,7 @@ def test_an_empty_batch_keeps_its_widths() -> None:
     assert project(pooled(layout, values), weights).values().shape == (0, 4 + 4 + 3)
 
 
-def test_one_weight_under_two_keys_collects_both_gradients() -> None:
+def test_one_weight_under_two_keys_accumulates_both_gradients() -> None:
     values, weights = make_inputs([(3, 2), (3, 2)], 4, seed=2)
     shared = weights["f0"].requires_grad_()
     project(pooled([(3, 2), (3, 2)], values), {"f0": shared, "f1": shared}).values().sum().backward()
@@ -95,7 +95,7 @@ def test_one_weight_under_two_keys_collects_both_gradients() -> None:
     torch.testing.assert_close(shared.grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_without_weights_the_same_tensor_comes_back() -> None:
+def test_without_weights_the_input_is_returned() -> None:
     values, _ = make_inputs([(4, None), (1, None)], 3, seed=3)
     given_tensor = pooled([(4, None), (1, None)], values)
     assert project(given_tensor, {}) is given_tensor
@@ -135,22 +135,22 @@ def test_a_projection_can_be_reset_and_put_on_meta() -> None:
     assert meta.weight.is_meta
 
 
-@pytest.mark.parametrize("way", [project_rows, projection_module._project_padded])
+@pytest.mark.parametrize("method", [project_rows, projection_module._project_padded])
 @settings(deadline=None, max_examples=40)
 @given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 2**31))
-def test_rows_of_several_tables_against_float64(way: RowsProjected, counts: list[int], seed: int) -> None:
+def test_rows_of_several_tables_against_float64(method: RowsProjected, counts: list[int], seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randn(sum(counts), 8, generator=draw).requires_grad_()
     weights = torch.randn(len(counts), 8, 4, generator=draw).requires_grad_()
     exact_rows, exact_weights = (each.detach().double().requires_grad_() for each in (rows, weights))
     exact = torch.cat([part @ weight for part, weight in zip(exact_rows.split(counts), exact_weights, strict=True)])
-    found = way(rows, counts, weights)
+    found = method(rows, counts, weights)
     assert found.shape == (sum(counts), 4)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(sum(counts), 4, generator=draw)
     found.backward(upstream)
     exact.backward(upstream.double())
-    for gradient, wanted in ((rows.grad, exact_rows.grad), (weights.grad, exact_weights.grad)):
+    for gradient, expected in ((rows.grad, exact_rows.grad), (weights.grad, exact_weights.grad)):
         assert gradient is not None
-        assert wanted is not None
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+        assert expected is not None
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What multi-layer tables must compute, written plainly: dense, float64, one process, no TorchRec."""
+"""A dense float64 reference of multi-layer tables and their optimizers, in one process and without TorchRec."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ Bags = dict[str, list[list[tuple[int, float]]]]
 
 @dataclass
 class Table:
-    """``rows`` (n, k or d), ``projection`` (k, d) or None; pooled by ``pooling`` for each of ``features``."""
+    """A table: ``rows`` is W1 ``(n, k)``, ``projection`` W2 ``(k, d)`` or None, ``pooling`` sum or mean."""
 
     name: str
     rows: torch.Tensor
@@ -20,9 +20,9 @@ class Table:
 
 @dataclass
 class DenseReference:
-    """Trains tables on bags: ``bags[feature]`` holds, for each row of the global batch, a list of (id, weight).
+    """Trains tables on bags: ``bags[feature]`` has a list of (id, weight) for each row of the global batch.
 
-    ``optimizer`` is sgd, adagrad, rowwise_adagrad (of W2: adagrad) or adam (of W1: only rows that the batch looks up).
+    ``optimizer`` is sgd, adagrad, rowwise_adagrad (W2: adagrad) or adam (W1: only rows that the batch looks up).
     """
 
     tables: list[Table]
@@ -38,17 +38,17 @@ class DenseReference:
                 table.projection = table.projection.double().clone().requires_grad_()
 
     def forward(self, bags: Bags) -> dict[str, torch.Tensor]:
-        """Feature -> pooled vectors ``(B, d)``; ``feature@table`` where several tables serve one feature."""
+        """Return pooled vectors ``(B, d)`` by feature, or by ``feature@table`` if several tables have the feature."""
         outputs = {}
         served = [feature for table in self.tables for feature in table.features]
         for table in self.tables:
-            whole = table.rows if table.projection is None else table.rows @ table.projection
+            product = table.rows if table.projection is None else table.rows @ table.projection
             for feature in table.features:
                 vectors = []
                 for ids in bags[feature]:
-                    total = 0 * whole[0]  # an empty bag still has a gradient, of zero
+                    total = 0 * product[0]  # an empty bag has a gradient of zero
                     for each, weight in ids:
-                        total = total + weight * whole[each]
+                        total = total + weight * product[each]
                     size = sum(weight for _, weight in ids)
                     vectors.append(total / size if ids and table.pooling == "mean" else total)
                 key = feature if served.count(feature) == 1 else f"{feature}@{table.name}"
@@ -56,7 +56,7 @@ class DenseReference:
         return outputs
 
     def step(self, bags: Bags, factor: float = 1.0) -> dict[str, torch.Tensor]:
-        """One step on ``toy_loss`` of the whole global batch, at ``factor`` times the rates; the outputs before it."""
+        """Train one step on ``toy_loss`` of the global batch at ``factor`` times the rates; return the outputs."""
         outputs = self.forward(bags)
         toy_loss(outputs).backward()
         self._steps += 1
@@ -79,9 +79,9 @@ class DenseReference:
         before, states = rows.clone(), [state.clone() for state in self._state(name, rows)]
         self._update(name, rows, rate)
         if self.optimizer == "adam":
-            still = [row for row in range(len(rows)) if row not in looked_up]
+            unused = [row for row in range(len(rows)) if row not in looked_up]
             for changed, kept in zip((rows, *self._state(name, rows)), (before, *states), strict=True):
-                changed[still] = kept[still]
+                changed[unused] = kept[unused]
 
     def _update(self, name: str, weight: torch.Tensor, rate: float) -> None:
         gradient = weight.grad
@@ -104,10 +104,10 @@ class DenseReference:
 
 
 def toy_loss(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A mean over rows in which every feature and column counts, differently, and gradients depend on values.
+    """Return a mean over rows in which each feature and column has its own factor and gradients depend on values.
 
-    With positive weights all gradients are positive: nothing cancels, so float32 must follow float64 closely, also
-    through Adagrad, which blows up the rounding of a gradient near zero.
+    With positive weights all gradients are positive, so nothing cancels. float32 then stays close to float64, even with
+    Adagrad, which amplifies the rounding error of a gradient near zero.
     """
     total: torch.Tensor | float = 0.0
     for index, name in enumerate(sorted(outputs)):

@@ -1,4 +1,4 @@
-"""A few tables of all kinds, trained on the same bags sharded and densely: for tests of precision."""
+"""A few tables of all kinds, trained on the same bags in sharded and in dense form, for tests of precision."""
 
 import random
 from typing import Any
@@ -19,7 +19,7 @@ HALF_TABLES = ("wide", "single_layer", "averaged", "tiny")
 
 
 def small_tables(rows: DataType = DataType.FP32) -> list[MultiLayerEmbeddingBagConfig]:
-    """``wide``, ``single_layer``, ``averaged`` and ``tiny``, replicated on 4 ranks, in ``rows``; ``full`` in FP32."""
+    """Return tables with rows of dtype ``rows``, of which ``tiny`` is replicated on 4 ranks, and ``full`` in FP32."""
 
     def table(name: str, n: int, k: int | None, **settings: Any) -> MultiLayerEmbeddingBagConfig:
         return MultiLayerEmbeddingBagConfig(
@@ -36,7 +36,7 @@ def small_tables(rows: DataType = DataType.FP32) -> list[MultiLayerEmbeddingBagC
 
 
 def small_bags(seed: int, longest: int = 5) -> Bags:
-    """Bags of 0 to ``longest`` ids with repeats."""
+    """Draw bags of 0 to ``longest`` ids with repeats."""
     draw = random.Random(seed)
     return {
         table.feature_names[0]: [
@@ -48,7 +48,7 @@ def small_bags(seed: int, longest: int = 5) -> Bags:
 
 
 def small_module(rows: DataType = DataType.FP32) -> MultiLayerEmbeddingBagCollection:
-    """With positive values, those of FP16 rows rounded to it."""
+    """Return a module with positive values; those of FP16 rows are rounded to FP16."""
     return make_positive(MultiLayerEmbeddingBagCollection(small_tables(rows), seed=11))
 
 
@@ -61,10 +61,10 @@ def train_small(
     only_rank: int | None = None,
     kind: str = "row_wise",
 ) -> dict[str, Any]:
-    """Train on all ranks: ``outputs`` of this rank's share by step, whole ``weights``, dtypes of all that is kept.
+    """Train on all ranks; return this rank's ``outputs`` by step, full ``weights``, and dtypes of weights and states.
 
     Args:
-        only_rank: the one that gets a batch; the others' are empty.
+        only_rank: the rank that gets the batch; the others' batches are empty.
         kind: sharding type of all tables.
     """
     types = {table.name: kind for table in small_tables()}
@@ -93,7 +93,7 @@ def train_small(
 
 
 def small_reference(optimizer: str, rows: DataType = DataType.FP32) -> DenseReference:
-    """The dense float64 model of the same initial values."""
+    """Return the dense float64 model with the same initial values."""
     return DenseReference(
         dense_tables(small_module(rows)),
         optimizer,
@@ -102,6 +102,6 @@ def small_reference(optimizer: str, rows: DataType = DataType.FP32) -> DenseRefe
 
 
 def largest_relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Where zero is expected, zero must be found."""
+    """Return the largest relative error; where zero is expected, only zero counts as no error."""
     error = (found.double() - expected).abs() / expected.abs()
     return float(torch.where((found == 0) & (expected == 0), torch.zeros_like(error), error).max())

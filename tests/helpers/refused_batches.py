@@ -1,4 +1,4 @@
-"""A few tables of every kind, batches for them, and a sharded model: for tests of what is refused."""
+"""A few tables of every kind, batches for them, and a sharded model, for tests of refused batches and plans."""
 
 import random
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ LIMITS = {"f0": 100, "f1": 60, "f2": 1, "f3": 50, "unused": 10}
 
 
 def tables_of_every_kind() -> list[EmbeddingBagConfig]:
-    """f1 is served by two tables, of 90 and of 60 rows; with 2 ranks the one of a single row is replicated."""
+    """Return tables: f1 is in two of them, of 90 and 60 rows; with 2 ranks the one with a single row is replicated."""
 
     def table(name: str, n: int, features: list[str], k: int | None = 8, **more: Any) -> MultiLayerEmbeddingBagConfig:
         return MultiLayerEmbeddingBagConfig(
@@ -45,7 +45,7 @@ def tables_of_every_kind() -> list[EmbeddingBagConfig]:
 
 
 def make_bags(step: int, rank: int, rows: int = SHARE) -> Bags:
-    """Keys in an order that changes from step to step, with a feature that no table serves and whose ids are any."""
+    """Draw bags with keys in a different order in each step, and with an unused feature whose ids are arbitrary."""
     draw = random.Random(100 * step + rank)
     names = list(LIMITS)
     draw.shuffle(names)

@@ -1,4 +1,4 @@
-"""What tests of the sharded module share: making one in a rank, its optimizers, batches for it, its whole weights."""
+"""Helpers for tests of the sharded module: building one on each rank, its optimizers, its batches, its full weights."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ _DENSE = dict(zip(OPTIMIZERS, (_SGD, _ADAGRAD, _ADAGRAD, torch.optim.Adam), stri
 
 
 def make_positive(module: MultiLayerEmbeddingBagCollection) -> MultiLayerEmbeddingBagCollection:
-    """The same module with positive weights, for which no gradient of ``toy_loss`` cancels."""
+    """Make a module's weights positive, so that no gradient of ``toy_loss`` cancels, and return it."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.abs_().mul_(0.3).add_(0.05)
@@ -43,7 +43,7 @@ def make_positive(module: MultiLayerEmbeddingBagCollection) -> MultiLayerEmbeddi
 
 
 def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
-    """The tables of an unsharded module, for the dense reference."""
+    """Return the tables of an unsharded module for the dense reference."""
     state = module.state_dict()
     return [
         Table(
@@ -66,7 +66,7 @@ def shard(
     codecs: dict[str, QuantizedCommCodecs] | None = None,
     sharding_types: Mapping[str, str] = MappingProxyType({}),
 ) -> DistributedModelParallel:
-    """The collection inside ``around``, its W1 updated inside backward, on all ranks; row_wise but for some tables."""
+    """Shard the collection, wrapped by ``around``, with W1's optimizer in backward; row_wise unless given otherwise."""
     arguments = {"lr": rate, **_eps(optimizer)}
     apply_optimizer_in_backward(_FUSED[optimizer], embeddings.embedding_bags.parameters(), arguments)
     sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange, qcomm_codecs_registry=codecs)]
@@ -78,7 +78,7 @@ def shard(
 def planner(
     embeddings: EmbeddingBagCollection, sharding_types: Mapping[str, str] = MappingProxyType({})
 ) -> EmbeddingShardingPlanner:
-    """TorchRec's planner for all ranks; tables are row_wise where ``sharding_types`` does not say."""
+    """Return TorchRec's planner for all ranks; tables missing from ``sharding_types`` are row_wise."""
     topology = Topology(
         world_size=dist.get_world_size(), local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]), compute_device="cpu"
     )
@@ -90,7 +90,7 @@ def planner(
 
 
 def optimizer_of(model: DistributedModelParallel, name: str, rates: dict[str, float]) -> CombinedOptimizer:
-    """The fused optimizer, that of rows without a fused kernel, and that of W2."""
+    """Combine the fused optimizer, that of rows without a fused kernel, and that of W2."""
     rows, projections = {}, {}
     for key, parameter in in_backward_optimizer_filter(model.named_parameters()):
         (projections if "projections" in key else rows)[key] = parameter
@@ -108,7 +108,7 @@ def _eps(optimizer: str) -> dict[str, Any]:
 
 
 def to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJaggedTensor:
-    """Rows ``first`` to ``last`` of the bags."""
+    """Return rows [first, last) of the bags as a KeyedJaggedTensor."""
     entries = [each for rows in bags.values() for ids in rows[first:last] for each in ids]
     lengths = [len(ids) for rows in bags.values() for ids in rows[first:last]]
     return KeyedJaggedTensor(
@@ -120,5 +120,5 @@ def to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJa
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor of the state, whole, on every rank."""
+    """Return the full tensors of the state dict, on every rank."""
     return {name.removeprefix("0."): whole(tensor) for name, tensor in model.state_dict().items()}

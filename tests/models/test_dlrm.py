@@ -36,7 +36,7 @@ def dense_layers(model: DLRM) -> dict[str, torch.Tensor]:
 
 
 def logits_in_float64(spec: ModelSpec, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    """DLRM written plainly: MLP of the dense inputs, products of all pairs of vectors, MLP of both; ReLU between."""
+    """Compute a DLRM in plain torch: an MLP of the dense inputs, products of all pairs of vectors, an MLP of both."""
     state = {name: value.double() for name, value in state.items()}
     dense, sparse = inputs()
 
@@ -48,10 +48,10 @@ def logits_in_float64(spec: ModelSpec, state: dict[str, torch.Tensor]) -> torch.
         bottom = linear("dense_arch.model._mlp", layer, bottom).relu()
     vectors = [bottom]
     for feature in spec.sparse:
-        whole = state[f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"]
+        product = state[f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"]
         if spec.model.hidden_dim is not None:
-            whole = whole @ state[f"{TABLES_PREFIX}projections.{feature.name}.weight"]
-        vectors.append(whole[sparse[feature.name].values()])
+            product = product @ state[f"{TABLES_PREFIX}projections.{feature.name}.weight"]
+        vectors.append(product[sparse[feature.name].values()])
     pairs = [(vectors[i] * vectors[j]).sum(dim=1) for i, j in ((0, 1), (0, 2), (1, 2))]
     top = torch.cat([bottom, torch.stack(pairs, dim=1)], dim=1)
     for layer in range(len(spec.model.top_mlp)):
@@ -61,7 +61,7 @@ def logits_in_float64(spec: ModelSpec, state: dict[str, torch.Tensor]) -> torch.
 
 
 @pytest.mark.parametrize("spec", [SPEC, SINGLE], ids=["mlet", "single"])
-def test_logits_equal_a_dlrm_written_plainly(spec: ModelSpec) -> None:
+def test_logits_equal_a_plain_torch_dlrm_in_float64(spec: ModelSpec) -> None:
     model = build_dlrm(spec, CPU)
     logits = model(*inputs())
     assert logits.shape == (ROWS, 1)
@@ -79,7 +79,7 @@ def test_the_plain_model_with_collapsed_tables_gives_the_same_logits() -> None:
 
 
 @pytest.mark.parametrize("tables_device", [CPU, META], ids=str)
-def test_dense_layers_depend_on_the_seed_alone(tables_device: torch.device) -> None:
+def test_dense_layers_depend_on_the_seed_only(tables_device: torch.device) -> None:
     torch.manual_seed(12345)
     first = dense_layers(build_dlrm(SPEC, tables_device))
     torch.manual_seed(54321)
@@ -91,13 +91,13 @@ def test_dense_layers_depend_on_the_seed_alone(tables_device: torch.device) -> N
     assert not any(torch.equal(reseeded[name], value) for name, value in first.items())
 
 
-def test_building_on_meta_leaves_the_random_numbers_of_others_alone() -> None:
+def test_building_on_meta_does_not_change_the_global_generator() -> None:
     before = torch.get_rng_state()
     build_dlrm(SPEC, META)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_without_hidden_layers_below_works() -> None:
+def test_a_model_without_hidden_layers_in_the_bottom_mlp_works() -> None:
     spec = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, bottom_mlp=(), top_mlp=(1,)))
     model = build_dlrm(spec, CPU)
     torch.testing.assert_close(model(*inputs()).double(), logits_in_float64(spec, model.state_dict()))
@@ -146,16 +146,16 @@ LISTS = (SparseFeature("C1", 10), SparseFeature("tags", 7, multi_valued=True))
 
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
-def test_lists_are_pooled_as_the_config_says(pooling: str) -> None:
+def test_lists_are_pooled_as_configured(pooling: str) -> None:
     model = build_dlrm(dataclasses.replace(SPEC, sparse=LISTS, model=dataclasses.replace(MODEL, pooling=pooling)), CPU)
     tables = tables_of(model)
     batch = KeyedJaggedTensor(["C1", "tags"], torch.tensor([3, 4, 5, 6, 1]), lengths=torch.tensor([1, 1, 3, 0]))
     vectors = tables(batch).to_dict()
-    whole = tables.collapse()
-    rows = whole.embedding_bags["tags"].weight[[5, 6, 1]]
+    collapsed = tables.collapse()
+    rows = collapsed.embedding_bags["tags"].weight[[5, 6, 1]]
     expected = rows.sum(dim=0) if pooling == "sum" else rows.mean(dim=0)
     torch.testing.assert_close(vectors["tags"], torch.stack([expected, torch.zeros(4)]))
-    torch.testing.assert_close(vectors["C1"], whole.embedding_bags["C1"].weight[[3, 4]])
+    torch.testing.assert_close(vectors["C1"], collapsed.embedding_bags["C1"].weight[[3, 4]])
 
 
 def test_a_weighted_feature_makes_both_models_weighted() -> None:

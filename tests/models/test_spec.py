@@ -38,14 +38,14 @@ def message_of(call: Any, *arguments: Any) -> str:
     return str(caught.value)
 
 
-def test_it_takes_all_features_or_those_asked_for_in_that_order() -> None:
+def test_it_has_all_features_or_those_requested_in_their_order() -> None:
     found = ModelSpec.of(config(), schema(C1=9, C2=1_234))
     assert (found.dense, found.sparse) == (("I1", "I2", "I3"), (SparseFeature("C1", 9), SparseFeature("C2", 1_234)))
     found = ModelSpec.of(config(dense_features=("I2", "I1"), sparse_features=("C2", "C1")), schema(C1=9, C2=1_234))
     assert found == SPEC
 
 
-def test_a_feature_that_is_asked_for_but_missing_is_named() -> None:
+def test_a_requested_feature_that_is_missing_is_named() -> None:
     message = message_of(ModelSpec.of, config(sparse_features=("C1", "X")), schema(C1=9, C2=5))
     assert message == "data.sparse_features: logs has no column 'X'; it has C1, C2"
 
@@ -61,7 +61,7 @@ names = st.lists(st.text(min_size=1), min_size=1, unique=True)
     std=st.none() | st.floats(min_value=1e-300, max_value=1e300),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_any_spec_survives_json(
+def test_any_spec_is_restored_from_json(
     dense: list[str], sparse: list[str], size: int, hidden_dim: int | None, std: float | None, seed: int
 ) -> None:
     model = ModelConfig(hidden_dim=hidden_dim, projection_init_std=std)
@@ -96,7 +96,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         ({"model": 8}, "here: model: expected a section of keys, found 8"),
     ],
 )
-def test_what_is_no_spec_is_told_with_its_source(change: dict[str, Any], expected: str) -> None:
+def test_an_invalid_spec_is_refused_with_its_source(change: dict[str, Any], expected: str) -> None:
     assert message_of(ModelSpec.from_dict, SPEC.to_dict() | change, "here").startswith(expected)
 
 
@@ -107,7 +107,7 @@ def test_a_spec_that_lacks_a_key_names_it(key: str) -> None:
     assert message_of(ModelSpec.from_dict, [plain], "here").startswith("here: not a model description: TypeError")
 
 
-def test_a_data_set_with_more_than_the_model_takes_fits() -> None:
+def test_a_data_set_with_more_columns_than_the_model_is_accepted() -> None:
     SPEC.check_data(schema(C0=5, C1=9, C2=1_234, C3=7), HERE)
 
 
@@ -121,14 +121,14 @@ def test_a_data_set_with_more_than_the_model_takes_fits() -> None:
         (schema(C2=1_234), "some/data: the model takes the feature 'C1', which this data set lacks"),
         (
             schema(C1=9, C2=1_235),
-            "some/data: feature 'C2' has 1,235 ids here and the model's table 1,234 rows; use the data set that the "
-            "model was trained on, or one with the same vocabulary",
+            "some/data: feature 'C2' has 1,235 ids here, but the model's table has 1,234 rows; use the data set that "
+            "the model was trained on, or one with the same vocabulary",
         ),
-        (schema(C1=8, C2=1_234), "some/data: feature 'C1' has 8 ids here and the model's table 9 rows; "),
+        (schema(C1=8, C2=1_234), "some/data: feature 'C1' has 8 ids here, but the model's table has 9 rows; "),
     ],
     ids=["dense", "sparse", "more ids", "fewer ids"],
 )
-def test_a_data_set_that_does_not_fit_is_told(found: DatasetSchema, expected: str) -> None:
+def test_a_data_set_that_does_not_fit_is_refused(found: DatasetSchema, expected: str) -> None:
     assert message_of(SPEC.check_data, found, HERE).startswith(expected)
 
 
@@ -145,7 +145,7 @@ def with_lists() -> DatasetSchema:
     return dataclasses.replace(schema(C1=9), sparse=(SparseFeature("C1", 9), LISTS, WEIGHTED))
 
 
-def test_lists_and_weights_are_the_data_sets() -> None:
+def test_lists_and_weights_are_those_of_the_data_set() -> None:
     spec = ModelSpec.of(config(), with_lists())
     assert spec.sparse == (SparseFeature("C1", 9), LISTS, WEIGHTED)
     assert spec.is_weighted
@@ -154,7 +154,7 @@ def test_lists_and_weights_are_the_data_sets() -> None:
     assert not ModelSpec.of(config(sparse_features=("genres", "C1")), with_lists()).is_weighted
 
 
-def test_a_weighted_feature_is_not_averaged() -> None:
+def test_mean_pooling_of_a_weighted_feature_is_refused() -> None:
     averaging = dataclasses.replace(config(), model=ModelConfig(pooling="mean"))
     message = message_of(ModelSpec.of, averaging, with_lists())
     assert message.startswith("model.pooling is mean, but feature 'tags' has weights")

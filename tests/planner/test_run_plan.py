@@ -110,8 +110,8 @@ def test_a_plan_that_does_not_fit_says_what_would(tables: Path, capsys: pytest.C
     command = ["--tables", tables, "--world-size", "8", "--device", "a100-40", *LARGE]
     line = error_line("plan", CONFIG, *command)
     assert re.search(
-        r"the tables do not fit 8 ranks on cuda: rank \d needs [\d.]+ GB of the 34 GB that are left of 40 GB, "
-        r"[\d.]+ GB short; the largest there is table 'C1': 5,625,000 rows of 256, 11\.[56] GB; what fits: ",
+        r"the tables do not fit 8 ranks on cuda: rank \d needs [\d.]+ GB, but only 34 GB of 40 GB are usable, "
+        r"[\d.]+ GB short; its largest table is 'C1': 5,625,000 rows of 256 columns, 11\.[56] GB; what fits: ",
         line,
     )
     ways = dict(re.findall(r"\(\d\) (\S+ ?\d*): ([\d.]+) GB of 34 GB a rank", line))
@@ -296,7 +296,7 @@ WRONG_TABLES = {
     "hold none; it can be table_wise, data_parallel",
     "sharding.sharding_types=[row_wise]": "table 'C6' cannot be row_wise: with 3 rows, some of 8 ranks would hold ",
     "sharding.tables={C1: {exchange: unique_rows, sharding_types: [table_wise]}}": "table 'C1' cannot be table_wise: "
-    "exchange 'unique_rows' does not serve that; it can be row_wise, data_parallel",
+    "exchange 'unique_rows' does not support that; it can be row_wise, data_parallel",
 }
 
 

@@ -1,4 +1,4 @@
-"""Bytes, flops and time: the arithmetic that tables and dense layers share, and a step's time at peak rates."""
+"""Bytes, flops and time of one rank, common to tables and dense layers, and the time of a step at peak rates."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -8,28 +8,31 @@ Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
 
 FLOAT, INDEX, LENGTH = 4, 8, 4
 RESERVED_SHARE = 0.15
-"""Of a device's memory: for CUDA's context, NCCL and the allocator's gaps. TorchRec's own default."""
+"""The share of a device's memory reserved for the CUDA context, NCCL and fragmentation. TorchRec's default."""
 
 
 class _Summable:
+    """A dataclass of numbers that can be added and scaled."""
+
     def __add__(self, other: Self) -> Self:
         pairs = {each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)}  # type: ignore[arg-type]
         return type(self)(**pairs)
 
     def times(self, share: float) -> Self:
+        """Return the numbers multiplied by ``share``."""
         return type(self)(**{each.name: getattr(self, each.name) * share for each in fields(self)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Memory(_Summable):
-    """Bytes of one rank, by kind; all but ``host`` on the device that computes.
+    """Memory of one rank in bytes, by kind; all but ``host`` is memory of the device that computes.
 
     Attributes:
-        weights: W1's rows of this rank, or the cache of those that lie in the host's memory.
-        optimizer: their optimizer's state, and a dense gradient where there is one.
-        buffers: what a step holds at its peak beyond what stays, activations of the dense layers included.
-        dense: what every rank holds: W2 and the dense layers, with gradients and optimizer state.
-        host: rows and state of UVM kernels, in the memory of the host.
+        weights: this rank's rows of W1, or, for rows in host memory, their cache.
+        optimizer: the optimizer state of these rows, and their dense gradient if there is one.
+        buffers: temporary memory at the peak of a step, including the activations of the dense layers.
+        dense: replicated weights: W2 and the dense layers, with gradients and optimizer state.
+        host: rows and optimizer state of UVM kernels in host memory.
     """
 
     weights: float = 0
@@ -40,37 +43,38 @@ class Memory(_Summable):
 
     @property
     def total(self) -> float:
-        """On the device."""
+        """Bytes on the device."""
         return self.weights + self.optimizer + self.buffers + self.dense
 
 
 @dataclass(frozen=True)
 class Step(_Summable):
-    """What one rank does in a training step, forward and backward.
+    """The work of one rank in a training step, forward and backward.
 
-    Links carry both directions at once. In each pass vectors flow one way between those that hold rows and those at
-    home that look them up, and gradients the other way; so a rank's time is that of the larger of its two roles.
+    A rank has two roles: it owns rows that other ranks request, and it requests rows for its own batch. Links are full
+    duplex. Vectors flow from owner to requester in forward, and gradients from requester to owner in backward, so the
+    time on a link is determined by the role with more bytes.
 
     Attributes:
-        vector_bytes: vectors and their gradients sent to other ranks (``benchmarks/traffic.py``).
+        vector_bytes: vectors and their gradients sent to other ranks (``benchmarks/traffic.py`` measures them).
         index_bytes: ids and lengths sent to other ranks.
         weight_bytes: gradients that are all-reduced, counted once.
-        node_held: of all these, over the rank's link inside its node, as a holder of rows.
-        node_home: the same, for the rank's own batch.
-        network_held: as a holder of rows, over the link to other nodes.
-        network_home: for the rank's own batch, over the link to other nodes.
-        memory_bytes: read from and written to the device's memory.
-        host_bytes: rows and state from the host's memory to the device; as much goes back meanwhile.
-        flops: of W2 and the dense layers.
+        node_owner_bytes: bytes over the link inside the node, as an owner of rows.
+        node_requester_bytes: bytes over the link inside the node, for the rank's own batch.
+        network_owner_bytes: bytes over the link to other nodes, as an owner of rows.
+        network_requester_bytes: bytes over the link to other nodes, for the rank's own batch.
+        memory_bytes: bytes read from and written to the device's memory.
+        host_bytes: rows and state copied from host memory to the device; as many bytes go back at the same time.
+        flops: floating-point operations of W2 and the dense layers.
     """
 
     vector_bytes: float = 0
     index_bytes: float = 0
     weight_bytes: float = 0
-    node_held: float = 0
-    node_home: float = 0
-    network_held: float = 0
-    network_home: float = 0
+    node_owner_bytes: float = 0
+    node_requester_bytes: float = 0
+    network_owner_bytes: float = 0
+    network_requester_bytes: float = 0
     memory_bytes: float = 0
     host_bytes: float = 0
     flops: float = 0
@@ -80,53 +84,20 @@ class Step(_Summable):
         return self.vector_bytes + self.index_bytes + self.weight_bytes
 
 
-def all_reduced(size: float, world_size: int, local_world_size: int) -> Step:
-    """An all-reduce of ``size`` bytes.
-
-    It sends 2·(R-1)/R of its bytes over the links of a node; between N nodes, whose ranks share it, 2·(N-1)/N of them
-    over a node's network cards.
-    """
-    if world_size == 1:
-        return Step()
-    nodes = -(-world_size // local_world_size)
-    within = 2 * size * (world_size - 1) / world_size
-    between = 2 * size * (nodes - 1) / nodes / local_world_size
-    return Step(weight_bytes=size, node_held=within, node_home=within, network_held=between, network_home=between)
-
-
-def row_state_bytes(optimizer: Optimizer, width: int) -> int:
-    """Of one row in fbgemm's kernels and in their dense forms alike; float32 whatever the rows are."""
-    return {"sgd": 0, "adagrad": FLOAT * width, "rowwise_adagrad": FLOAT, "adam": 2 * FLOAT * width}[optimizer]
-
-
-def replicated_bytes(elements: int, optimizer: Optimizer) -> int:
-    """Weights, gradients and optimizer state of what every rank holds; rowwise_adagrad is adagrad there."""
-    states = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[optimizer]
-    return FLOAT * elements * (2 + states)
-
-
-def total_memory(parts: Iterable[Memory]) -> Memory:
-    """The sum."""
-    return sum(parts, Memory())
-
-
-def total_step(parts: Iterable[Step]) -> Step:
-    """The sum."""
-    return sum(parts, Step())
-
-
-def gigabytes(size: float) -> str:
-    """In 10^9 bytes, three digits."""
-    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e9:,.0f} GB"
-
-
 @dataclass(frozen=True)
 class Device:
-    """One rank's hardware; bytes, bytes a second in one direction, and float32 operations a second.
+    """The hardware of one rank.
 
     Attributes:
-        host_memory: a rank's share of its host's; 0 for a CPU, whose ``memory`` that is.
-        host_bandwidth: between host and device, one direction.
+        name: a name for reports.
+        kind: cuda or cpu.
+        memory: bytes of the device's memory.
+        memory_bandwidth: bytes per second.
+        flops: float32 operations per second.
+        node_bandwidth: bytes per second and direction, to ranks of the same node.
+        network_bandwidth: bytes per second and direction, to other nodes.
+        host_memory: this rank's share of the host's memory in bytes; 0 for a CPU, for which ``memory`` is host memory.
+        host_bandwidth: bytes per second and direction, between host and device.
     """
 
     name: str
@@ -141,18 +112,18 @@ class Device:
 
     @property
     def usable_memory(self) -> float:
-        """Without ``RESERVED_SHARE``."""
+        """``memory`` without ``RESERVED_SHARE``."""
         return self.memory * (1 - RESERVED_SHARE)
 
     @property
     def usable_host_memory(self) -> float:
-        """Without ``RESERVED_SHARE``."""
+        """``host_memory`` without ``RESERVED_SHARE``."""
         return self.host_memory * (1 - RESERVED_SHARE)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, one part after another: launches and waiting are not in them."""
+    """Seconds of a step by part. The parts are assumed not to overlap; kernel launches and waiting are not included."""
 
     network: float
     memory: float
@@ -165,7 +136,7 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """The largest part."""
+        """The name of the longest part."""
         parts = {
             "network": self.network,
             "memory bandwidth": self.memory,
@@ -176,8 +147,9 @@ class StepTime:
 
 
 def step_time(step: Step, device: Device) -> StepTime:
-    """The links inside the node and to other nodes work at the same time, and both ways."""
-    node, network = max(step.node_held, step.node_home), max(step.network_held, step.network_home)
+    """Return the time of a step at peak rates; links inside and between nodes are full duplex and work in parallel."""
+    node = max(step.node_owner_bytes, step.node_requester_bytes)
+    network = max(step.network_owner_bytes, step.network_requester_bytes)
     return StepTime(
         network=max(node / device.node_bandwidth, network / device.network_bandwidth),
         memory=step.memory_bytes / device.memory_bandwidth,
@@ -186,7 +158,53 @@ def step_time(step: Step, device: Device) -> StepTime:
     )
 
 
+def all_reduce_step(size: float, world_size: int, local_world_size: int) -> Step:
+    """Return the traffic of an all-reduce of ``size`` bytes.
+
+    Each of R ranks sends 2·(R-1)/R of the bytes over its link inside the node. Between N nodes, each node sends
+    2·(N-1)/N of the bytes, a load that its ranks share.
+    """
+    if world_size == 1:
+        return Step()
+    nodes = -(-world_size // local_world_size)
+    within = 2 * size * (world_size - 1) / world_size
+    between = 2 * size * (nodes - 1) / nodes / local_world_size
+    return Step(
+        weight_bytes=size,
+        node_owner_bytes=within,
+        node_requester_bytes=within,
+        network_owner_bytes=between,
+        network_requester_bytes=between,
+    )
+
+
+def row_state_bytes(optimizer: Optimizer, width: int) -> int:
+    """Return the bytes of one row's optimizer state, float32 for any dtype of the rows, in fused and dense kernels."""
+    return {"sgd": 0, "adagrad": FLOAT * width, "rowwise_adagrad": FLOAT, "adam": 2 * FLOAT * width}[optimizer]
+
+
+def replicated_bytes(elements: int, optimizer: Optimizer) -> int:
+    """Return the bytes of replicated weights, gradients and optimizer state; rowwise_adagrad is adagrad for these."""
+    states = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[optimizer]
+    return FLOAT * elements * (2 + states)
+
+
+def total_memory(parts: Iterable[Memory]) -> Memory:
+    """Return the sum of ``parts``."""
+    return sum(parts, Memory())
+
+
+def total_step(parts: Iterable[Step]) -> Step:
+    """Return the sum of ``parts``."""
+    return sum(parts, Step())
+
+
+def gigabytes(size: float) -> str:
+    """Format a size in units of 10^9 bytes, with three digits."""
+    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e9:,.0f} GB"
+
+
 def milliseconds(time: StepTime) -> str:
-    """In words, two digits."""
+    """Format the total in milliseconds, with two digits."""
     found = 1e3 * time.total
     return f"{found:.2g} ms" if found < 100 else f"{found:,.0f} ms"

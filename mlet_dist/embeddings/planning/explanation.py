@@ -1,4 +1,4 @@
-"""Why a table has its sharding type: what that type and the best other one cost in a step."""
+"""The reason for each table's sharding type: its cost per step beside that of the best alternative."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,18 +14,21 @@ from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectio
 def sharding_reasons(
     module: MultiLayerEmbeddingBagCollection,
     tables: Mapping[str, tuple[TableCost, Sequence[int]]],
-    asked: Mapping[str, ParameterConstraints],
+    requested: Mapping[str, ParameterConstraints],
     constraints: Mapping[str, ParameterConstraints],
     sharder: MultiLayerEmbeddingBagCollectionSharder,
     ranks: Ranks,
     device: Device,
 ) -> dict[str, str]:
-    """A few words for each table of a plan.
+    """Return the reason for each table's sharding type in a few words.
 
     Args:
-        tables: costs and rows of the plan.
-        asked: constraints that were given.
-        constraints: what the planner could choose from (``table_constraints``).
+        module: the unsharded collection.
+        tables: cost of each table in the plan, and its rows by rank.
+        requested: the constraints that the user requested.
+        constraints: the constraints of the planner (``table_constraints``).
+        sharder: the sharder of the plan.
+        ranks: the ranks of the plan.
         device: hardware of a rank.
     """
     found = {}
@@ -40,22 +43,22 @@ def sharding_reasons(
         ]
         reason = _cost_of(chosen, device)
         if others:
-            best = min(others, key=lambda cost: step_time(cost.held_step(), device).total)
+            best = min(others, key=lambda cost: step_time(cost.owner_step(), device).total)
             reason += f", {best.sharding_type} {_cost_of(best, device)}"
-            if chosen.holders < best.holders:
-                reason += "; other ranks are left to other tables"
-        elif table.name in asked and asked[table.name].sharding_types == [chosen.sharding_type]:
+            if chosen.num_owners < best.num_owners:
+                reason += "; the other ranks are free for other tables"
+        elif table.name in requested and requested[table.name].sharding_types == [chosen.sharding_type]:
             reason += "; no other type was asked for"
         elif chosen.sharding_type == DATA_PARALLEL:
-            reason += "; its rows are too few for a share on every rank"
+            reason += "; it has too few rows to give every rank some"
         elif ranks.world_size == 1:
             reason = "one rank"
         if chosen.kernel in (UVM, UVM_CACHING):
-            reason += "; rows in the host's memory"
+            reason += "; rows in host memory"
         found[table.name] = reason
     return found
 
 
 def _cost_of(cost: TableCost, device: Device) -> str:
-    holders = "one rank" if cost.holders == 1 else f"each of {cost.holders:,} ranks"
-    return f"{milliseconds(step_time(cost.held_step(), device))} a step on {holders}"
+    owners = "one rank" if cost.num_owners == 1 else f"each of {cost.num_owners:,} ranks"
+    return f"{milliseconds(step_time(cost.owner_step(), device))} a step on {owners}"

@@ -1,4 +1,4 @@
-"""The cost of a whole plan: of each table as TorchRec has sharded it, and of a rank with all its tables."""
+"""The cost of a complete plan: of each table as it is sharded, of the dense layers, and of a rank with all of them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from mlet_dist.embeddings.planning.cost_model import (
     Optimizer,
     Step,
     StepTime,
-    all_reduced,
+    all_reduce_step,
     gigabytes,
     replicated_bytes,
     step_time,
@@ -35,12 +35,12 @@ from mlet_dist.embeddings.planning.table_cost import (
     TABLE_WISE,
     TableCost,
 )
-from mlet_dist.embeddings.sharded.collectives import codecs_of, each_way_bytes
+from mlet_dist.embeddings.sharded.collectives import codecs_of, forward_backward_bytes
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
-from mlet_dist.embeddings.sharded.placement import rows_of_rank
+from mlet_dist.embeddings.sharded.placement import max_rows_per_rank
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
 
-# Of fbgemm's optimizers, by the name of the class that apply_optimizer_in_backward was given.
+# By the name of the class that was passed to apply_optimizer_in_backward.
 _OPTIMIZERS: dict[str, Optimizer] = {
     "SGD": "sgd",
     "Adagrad": "adagrad",
@@ -48,10 +48,13 @@ _OPTIMIZERS: dict[str, Optimizer] = {
     "Adam": "adam",
 }
 
+Tables = Mapping[str, tuple[TableCost, Sequence[int]]]
+"""The cost of each table, and its number of rows on each rank."""
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many ranks there are, R, how many in a node, L, and whether they compute on a CPU."""
+    """The number of ranks R, that of ranks per node L, and whether they compute on a CPU."""
 
     world_size: int
     local_world_size: int
@@ -59,20 +62,20 @@ class Ranks:
 
     @classmethod
     def of(cls, topology: Topology) -> "Ranks":
-        """Those of TorchRec's topology, whose pods are nodes here: ranks with fast links to one another."""
+        """Return the ranks of TorchRec's topology. A pod counts as a node, because its ranks have fast links."""
         return cls(topology.world_size, topology.intra_group_size, topology.compute_device == "cpu")
 
-    def holders(self, sharding_type: str) -> int:
-        """Ranks over which a table is split."""
+    def num_owners(self, sharding_type: str) -> int:
+        """Return H, the number of ranks over which a table is split."""
         return {TABLE_WISE: 1, TABLE_ROW_WISE: self.local_world_size}.get(sharding_type, self.world_size)
 
 
-def serves(table: MultiLayerEmbeddingBagConfig, sharding_type: str, ranks: Ranks) -> bool:
-    """False where the sharder would make a table by blocks data_parallel, because it has too few rows."""
+def has_enough_rows(table: MultiLayerEmbeddingBagConfig, sharding_type: str, ranks: Ranks) -> bool:
+    """Return False if the sharder would replace a sharding by blocks by data_parallel because of too few rows."""
     if sharding_type not in (ROW_WISE, TABLE_ROW_WISE):
         return True
-    blocks = ranks.holders(sharding_type)
-    return rows_of_rank(table.num_embeddings, table.row_width, blocks, on_cpu=ranks.on_cpu) is not None
+    blocks = ranks.num_owners(sharding_type)
+    return max_rows_per_rank(table.num_embeddings, table.row_width, blocks, on_cpu=ranks.on_cpu) is not None
 
 
 def table_cost(
@@ -84,19 +87,25 @@ def table_cost(
     kernel: str = EmbeddingComputeKernel.FUSED.value,
     cache_load_factor: float = CACHE_LOAD_FACTOR,
 ) -> TableCost:
-    """The cost of a table under a sharding type; data_parallel where that leaves ranks without rows.
+    """Return the cost of a table under a sharding type, or under data_parallel if the sharder would replace it.
 
     Args:
-        rows: W1, on any device, which knows its optimizer (``apply_optimizer_in_backward``).
+        table: the table's config.
+        rows: W1 on any device, with the optimizer that ``apply_optimizer_in_backward`` set.
+        sharder: the sharder, for the exchange and the batch.
+        ranks: the ranks.
+        sharding_type: TorchRec's sharding type.
+        kernel: TorchRec's compute kernel.
+        cache_load_factor: the share of rows in the cache of fused_uvm_caching.
     """
-    if not serves(table, sharding_type, ranks):
+    if not has_enough_rows(table, sharding_type, ranks):
         sharding_type = DATA_PARALLEL
     replicated = sharding_type == DATA_PARALLEL
-    exchange = None if replicated else sharder.choose(table, sharding_type, ranks.world_size)[0]
+    exchange = None if replicated else sharder.exchange_for(table, sharding_type, ranks.world_size)[0]
     value_bytes = FLOAT, FLOAT
     if exchange is not None and ranks.world_size > 1:
         operation = COMM_OPS["all_to_all" if sharding_type == TABLE_WISE else exchange]
-        value_bytes = each_way_bytes(codecs_of(sharder.qcomm_codecs_registry, operation))
+        value_bytes = forward_backward_bytes(codecs_of(sharder.qcomm_codecs_registry, operation))
     return TableCost(
         name=table.name,
         row_width=table.row_width,
@@ -109,7 +118,7 @@ def table_cost(
         local_world_size=ranks.local_world_size,
         kernel=EmbeddingComputeKernel.DENSE.value if replicated else kernel,
         cache_load_factor=cache_load_factor,
-        # Replicated rows stay float32 (sharding.py).
+        # The sharded module keeps replicated rows in float32.
         row_bytes=2 if table.data_type == DataType.FP16 and not replicated else FLOAT,
         value_bytes=value_bytes,
         on_cpu=ranks.on_cpu,
@@ -122,7 +131,7 @@ def table_costs(
     sharder: MultiLayerEmbeddingBagCollectionSharder,
     ranks: Ranks,
 ) -> dict[str, tuple[TableCost, list[int]]]:
-    """Each table's cost and its rows by rank, in a plan that ``sharder.settle`` has settled."""
+    """Return the cost of each table and its rows by rank, in a plan after ``sharder.finalize_plan``."""
     found = {}
     for table in module.embedding_bag_configs():
         sharding = params[table.name]
@@ -144,40 +153,38 @@ def table_costs(
 
 
 def load_factor(cache: CacheParams | None) -> float:
-    """The share of rows in a cache; fbgemm's default where nothing is said."""
+    """Return the share of rows in a cache, by default fbgemm's."""
     return CACHE_LOAD_FACTOR if cache is None or cache.load_factor is None else cache.load_factor
 
 
 def optimizer_of(rows: torch.Tensor) -> Optimizer:
-    """The optimizer that ``apply_optimizer_in_backward`` gave to W1; SGD where it gave none.
+    """Return the optimizer that ``apply_optimizer_in_backward`` set on W1, or sgd if there is none.
 
     Raises:
-        ValueError: the state of this optimizer is not known.
+        ValueError: the optimizer is not one of those whose state size is known.
     """
     kinds: list[Callable[..., Any]] = getattr(rows, "_optimizer_classes", [])
     if not kinds:
         return "sgd"
     name = getattr(kinds[0], "__name__", str(kinds[0]))
     if name not in _OPTIMIZERS:
-        raise ValueError(f"optimizer {name} of the rows: its state is not known; known are {', '.join(_OPTIMIZERS)}")
+        raise ValueError(
+            f"optimizer {name} of the rows: the size of its state is unknown; use one of {', '.join(_OPTIMIZERS)}"
+        )
     return _OPTIMIZERS[name]
-
-
-Tables = Mapping[str, tuple[TableCost, Sequence[int]]]
-"""Each table's cost and its rows by rank."""
 
 
 @dataclass(frozen=True)
 class DenseCost:
-    """The layers that every rank holds beside the tables.
+    """The cost of the replicated dense layers of a DLRM.
 
     Args:
-        parameters: numbers in them.
-        widths: outputs of each layer.
-        features: vectors that interact, the dense one included.
+        parameters: the number of elements of their weights.
+        widths: the number of outputs of each layer.
+        features: the number of vectors that interact, including the dense one.
         embedding_dim: d.
         local_batch_size: b.
-        optimizer: of the run.
+        optimizer: the optimizer of the dense layers.
         world_size: R.
         local_world_size: L.
     """
@@ -192,85 +199,87 @@ class DenseCost:
     local_world_size: int
 
     def memory(self, table_buffers: float = 0) -> Memory:
-        """Weights, gradients and state; and activations beyond the tables' buffers.
+        """Return the memory of weights, gradients, optimizer state, and activations beyond the tables' buffers.
 
         Args:
-            table_buffers: bytes of all tables' buffers, half of which, the gradients, are free while activations are
+            table_buffers: bytes of all tables' buffers. Half of them, for gradients, are free when the activations are
                 at their peak.
         """
         buffers = max(0, self.activation_bytes() - table_buffers / 2)
         return Memory(dense=replicated_bytes(self.parameters, self.optimizer), buffers=buffers)
 
     def activation_bytes(self) -> float:
-        """Outputs of the layers, the gradient of the widest, the vectors that interact and their products."""
+        """Return the bytes of the layers' outputs, the widest layer's gradient, and the interaction's vectors and
+        products."""
         layers = sum(self.widths) + max(self.widths)
         interaction = 2 * self.features * self.embedding_dim + 2 * self.features**2
         return FLOAT * self.local_batch_size * (layers + interaction)
 
     def step(self) -> Step:
-        """Matrix products and the interaction; every weight is read thrice and updated."""
+        """Return the work of the matrix products and the interaction; every weight is read three times and updated."""
         flops = 6 * self.local_batch_size * (self.parameters + self.features**2 * self.embedding_dim)
         moved = 3 * self.activation_bytes() + 8 * FLOAT * self.parameters
-        reduced = all_reduced(FLOAT * self.parameters, self.world_size, self.local_world_size)
+        reduced = all_reduce_step(FLOAT * self.parameters, self.world_size, self.local_world_size)
         return reduced + Step(memory_bytes=moved, flops=flops)
 
 
 def memory_of_rank(tables: Tables, dense: DenseCost, rank: int) -> Memory:
-    """Everything that one rank holds."""
-    held = total_memory(cost.memory(rows[rank]) for cost, rows in tables.values())
-    return held + dense.memory(held.buffers)
+    """Return the memory of one rank for all tables and dense layers."""
+    of_tables = total_memory(cost.memory(rows[rank]) for cost, rows in tables.values())
+    return of_tables + dense.memory(of_tables.buffers)
 
 
 def step_of_rank(tables: Tables, dense: DenseCost, rank: int) -> Step:
-    """Everything that one rank does in a step."""
-    return total_step([*(cost.step(holds=_holds(cost, rows[rank])) for cost, rows in tables.values()), dense.step()])
+    """Return the work of one rank in a step."""
+    of_tables = (cost.step(owns_rows=_owns_rows(cost, rows[rank])) for cost, rows in tables.values())
+    return total_step([*of_tables, dense.step()])
 
 
 def slowest_step(tables: Tables, dense: DenseCost, device: Device) -> tuple[Step, StepTime]:
-    """The step of the rank that takes longest."""
-    steps = [step_of_rank(tables, dense, rank) for rank, *_ in alike(tables)]
+    """Return the work and the time of the rank that takes longest."""
+    steps = [step_of_rank(tables, dense, rank) for rank, *_ in group_identical_ranks(tables)]
     return max(((step, step_time(step, device)) for step in steps), key=lambda each: each[1].total)
 
 
 def fullest_memory(tables: Tables, dense: DenseCost) -> Memory:
-    """That of the rank whose device holds most; ``host`` is the most that any rank's host holds."""
-    memories = [memory_of_rank(tables, dense, rank) for rank, *_ in alike(tables)]
+    """Return the memory of the rank with the fullest device; ``host`` is the maximum over all ranks."""
+    memories = [memory_of_rank(tables, dense, rank) for rank, *_ in group_identical_ranks(tables)]
     fullest = max(memories, key=lambda each: each.total)
     return dataclasses.replace(fullest, host=max(each.host for each in memories))
 
 
 def shortage(tables: Tables, dense: DenseCost, memory: float, host_memory: float = 0) -> str:
-    """Which table, on which rank, and how many bytes are missing there, on the device or else on the host."""
-    memories = {rank: memory_of_rank(tables, dense, rank) for rank, *_ in alike(tables)}
+    """Describe which rank lacks how much memory, on the device or else on its host, and its largest table."""
+    memories = {rank: memory_of_rank(tables, dense, rank) for rank, *_ in group_identical_ranks(tables)}
     rank = max(memories, key=lambda each: memories[each].total)
     needed, given, where = memories[rank].total, memory, ""
     if needed <= given * (1 - RESERVED_SHARE):
         host_rank = max(memories, key=lambda each: memories[each].host)
         if memories[host_rank].host > host_memory * (1 - RESERVED_SHARE):
-            rank, needed, given, where = host_rank, memories[host_rank].host, host_memory, " of its host"
+            rank, needed, given, where = host_rank, memories[host_rank].host, host_memory, " on its host"
     usable = given * (1 - RESERVED_SHARE)
 
     def of_table(name: str) -> float:
         cost, rows = tables[name]
-        held = cost.memory(rows[rank])
-        return held.host if where else held.total
+        of_rank = cost.memory(rows[rank])
+        return of_rank.host if where else of_rank.total
 
     name = max(tables, key=of_table)
     cost, rows = tables[name]
     return (
-        f"rank {rank} needs {gigabytes(needed)}{where} of the {gigabytes(usable)} that are left of "
-        f"{gigabytes(given)}, {gigabytes(needed - usable)} short; the largest there is table {name!r}: "
-        f"{rows[rank]:,} rows of {cost.row_width}, {gigabytes(of_table(name))}"
+        f"rank {rank} needs {gigabytes(needed)}{where}, but only {gigabytes(usable)} of {gigabytes(given)} are usable, "
+        f"{gigabytes(needed - usable)} short; its largest table is {name!r}: {rows[rank]:,} rows of {cost.row_width} "
+        f"columns, {gigabytes(of_table(name))}"
     )
 
 
-def _holds(cost: TableCost, rows: int) -> bool:
-    return rows > 0 or cost.holders == cost.world_size
+def _owns_rows(cost: TableCost, rows: int) -> bool:
+    return rows > 0 or cost.num_owners == cost.world_size
 
 
-def alike(tables: Tables) -> list[list[int]]:
-    """Ranks that hold the same numbers of rows, together."""
+def group_identical_ranks(tables: Tables) -> list[list[int]]:
+    """Group the ranks that own equal numbers of rows of every table."""
     found: dict[tuple[int, ...], list[int]] = {}
-    for rank, held in enumerate(zip(*(rows for _, rows in tables.values()), strict=True)):
-        found.setdefault(held, []).append(rank)
+    for rank, owned in enumerate(zip(*(rows for _, rows in tables.values()), strict=True)):
+        found.setdefault(owned, []).append(rank)
     return list(found.values())

@@ -1,7 +1,8 @@
-"""TorchRec's planner with estimates that are true for multi-layer tables; the numbers are in ``table_cost.py``.
+"""TorchRec's planner with estimates for multi-layer tables, which are computed in ``table_cost``.
 
-TorchRec's own estimators see W1's k columns and let them cross the network. These know of W2, of each table's exchange
-and of what every rank holds besides. Collections that are not multi-layer are left to TorchRec's.
+TorchRec's own estimators would assume that W1's k columns are exchanged. The estimators here take W2 and each table's
+exchange into account, and reserve the memory that every rank needs wherever the rows are. Collections that are not
+multi-layer are left to TorchRec's estimators.
 """
 
 import copy
@@ -18,17 +19,59 @@ from torchrec.distributed.planner.types import Perf, ShardEstimator, ShardingOpt
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.planning.cost_model import RESERVED_SHARE, Device, Memory, step_time, total_memory
 from mlet_dist.embeddings.planning.plan_cost import Ranks, load_factor, table_cost
-from mlet_dist.embeddings.planning.search_space import Constraints, WorthwhileEnumerator, table_constraints
+from mlet_dist.embeddings.planning.search_space import Constraints, PruningEnumerator, table_constraints
 from mlet_dist.embeddings.planning.table_cost import TableCost
 from mlet_dist.embeddings.sharded.placement import REPLICATED_BYTES
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
 
-# float32 operations a second, where nobody says: an A100's and a few cores'.
+# Default float32 operations per second: those of an A100, and of a few CPU cores.
 _FLOPS = {"cuda": 19.5e12, "cpu": 1e11}
 
 
+def multi_layer_planner(
+    tables: Sequence[MultiLayerEmbeddingBagConfig],
+    topology: Topology,
+    sharder: MultiLayerEmbeddingBagCollectionSharder,
+    *,
+    dense_bytes: float = 0,
+    device: Device | None = None,
+    constraints: Constraints | None = None,
+    replicated_bytes: float = REPLICATED_BYTES,
+) -> EmbeddingShardingPlanner:
+    """Build TorchRec's planner with the estimators of this module; proposers and partitioner are TorchRec's.
+
+    Args:
+        tables: the tables to plan.
+        topology: ranks, memory and bandwidths.
+        sharder: the sharder that will shard the model, with its pooling factors and local batch size.
+        dense_bytes: memory of the layers other than tables, on every rank.
+        device: hardware of a rank, for the predicted times; by default taken from ``topology``.
+        constraints: TorchRec's constraints by table; ``table_constraints`` fills in what they leave open.
+        replicated_bytes: the limit on a table's rows in bytes up to which it may be data_parallel.
+
+    Raises:
+        ValueError: the constraints cannot be met, or name an unknown table.
+    """
+    limited = table_constraints(tables, Ranks.of(topology), sharder, constraints, replicated_bytes)
+    estimators = [
+        MultiLayerPerfEstimator(topology, sharder, device, limited),
+        MultiLayerStorageEstimator(topology, sharder, limited),
+    ]
+    # TorchRec's default proposers without the grid search, which tries up to 10,000 plans.
+    proposers: list[Proposer] = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=sharder.local_batch_size,
+        enumerator=PruningEnumerator(topology, sharder.local_batch_size, limited, estimators),
+        storage_reservation=ReplicatedStorageReservation(dense_bytes, sharder),
+        proposer=proposers,
+        stats=NoopEmbeddingStats(),
+        constraints=limited,
+    )
+
+
 class _Estimator(ShardEstimator):
-    """Finds a table's cost; hands tables that are not multi-layer to TorchRec's estimator."""
+    """Computes the cost of multi-layer tables; leaves other tables to TorchRec's estimator."""
 
     def __init__(
         self,
@@ -39,7 +82,7 @@ class _Estimator(ShardEstimator):
         self._ranks, self._sharder, self._torchrec = Ranks.of(topology), sharder, torchrec_estimator
 
     def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any = None) -> None:
-        """Fill in storage or perf of every shard, in place."""
+        """Set the storage or the perf of every shard, in place."""
         others = []
         tables: dict[int, dict[str, MultiLayerEmbeddingBagConfig]] = {}
         for option in sharding_options:
@@ -67,14 +110,14 @@ class _Estimator(ShardEstimator):
 
 
 class MultiLayerStorageEstimator(_Estimator):
-    """Bytes of each shard: rows, their optimizer's state and the buffers of a step, on the device and on its host.
+    """Estimates the bytes of each shard: rows, their optimizer state and a step's buffers, on device and host.
 
-    What every rank holds, wherever rows are, is reserved (``ReplicatedStorageReservation``).
+    Memory that every rank needs wherever the rows are is handled by ``ReplicatedStorageReservation``.
 
     Args:
         topology: ranks and their memory.
-        sharder: knows exchanges and batches.
-        constraints: for tables that are left to TorchRec's estimator.
+        sharder: the sharder, for exchanges and batch sizes.
+        constraints: passed to TorchRec's estimator for tables that are left to it.
     """
 
     def __init__(
@@ -86,24 +129,24 @@ class MultiLayerStorageEstimator(_Estimator):
         super().__init__(topology, sharder, EmbeddingStorageEstimator(topology=topology, constraints=constraints))
 
     def _fill(self, option: ShardingOption, cost: TableCost) -> None:
-        by_rows: dict[int, Storage] = {}  # of a thousand shards most are alike
+        by_rows: dict[int, Storage] = {}  # most of a thousand shards have equal numbers of rows
         for shard in option.shards:
             rows = shard.size[0] if cost.exchange is not None else option.tensor.shape[0]
             if rows not in by_rows:
-                memory = cost.held_memory(rows)
+                memory = cost.owner_memory(rows)
                 device, host = round(memory.total), round(memory.host)
                 by_rows[rows] = Storage(hbm=0, ddr=device) if self._ranks.on_cpu else Storage(hbm=device, ddr=host)
             shard.storage = by_rows[rows]
 
 
 class MultiLayerPerfEstimator(_Estimator):
-    """Milliseconds of each shard by ``step_time``; the ranks that hold a table share its work evenly.
+    """Estimates the milliseconds of each shard by ``step_time``; a table's owner ranks share its work evenly.
 
     Args:
-        topology: ranks, and bandwidths where no device is given.
-        sharder: knows exchanges and batches.
+        topology: ranks, and their bandwidths if no device is given.
+        sharder: the sharder, for exchanges and batch sizes.
         device: hardware of a rank.
-        constraints: for tables that are left to TorchRec's estimator.
+        constraints: passed to TorchRec's estimator for tables that are left to it.
     """
 
     def __init__(
@@ -117,9 +160,9 @@ class MultiLayerPerfEstimator(_Estimator):
         self._device = device or device_of(topology)
 
     def _fill(self, option: ShardingOption, cost: TableCost) -> None:
-        time = step_time(cost.held_step(), self._device)
+        time = step_time(cost.owner_step(), self._device)
         on_device, sending = 1e3 * (time.memory + time.host + time.compute), 1e3 * time.network
-        # Backward computes two gradients, of rows and of W2, and sends what forward sent.
+        # Backward computes two gradients, those of rows and of W2, and sends as much as forward.
         perf = Perf(
             fwd_compute=on_device / 3, fwd_comms=sending / 2, bwd_compute=on_device * 2 / 3, bwd_comms=sending / 2
         )
@@ -128,12 +171,12 @@ class MultiLayerPerfEstimator(_Estimator):
 
 
 class ReplicatedStorageReservation(StorageReservation):
-    """Keeps free on every rank what does not depend on where rows are, and ``RESERVED_SHARE`` of the memory.
+    """Reserves the memory that every rank needs wherever the rows are, and ``RESERVED_SHARE`` of all memory.
 
     Args:
-        dense_bytes: the layers beside the tables, with gradients, state and activations. W2 and the vectors of a rank's
-            batch are added from the model.
-        sharder: of the tables.
+        dense_bytes: memory of the layers other than tables, with gradients, optimizer state and activations. W2 and the
+            vectors of a rank's batch are added from the model.
+        sharder: the sharder of the tables.
     """
 
     def __init__(self, dense_bytes: float, sharder: MultiLayerEmbeddingBagCollectionSharder) -> None:
@@ -149,11 +192,11 @@ class ReplicatedStorageReservation(StorageReservation):
         sharders: Any,
         constraints: Constraints | None = None,
     ) -> Topology:
-        """A topology with as much memory as is left for tables."""
+        """Return a topology with the memory that remains for tables."""
         taken = self._dense_bytes
         for each in module.modules():
             if isinstance(each, MultiLayerEmbeddingBagCollection):
-                taken += home_memory(each, self._sharder, Ranks.of(topology)).total
+                taken += requester_memory(each, self._sharder, Ranks.of(topology)).total
         self._reserved = copy.deepcopy(topology)
         for device in self._reserved.devices:
             storage = device.storage
@@ -169,60 +212,18 @@ class ReplicatedStorageReservation(StorageReservation):
         return copy.deepcopy(self._reserved)
 
 
-def multi_layer_planner(
-    tables: Sequence[MultiLayerEmbeddingBagConfig],
-    topology: Topology,
-    sharder: MultiLayerEmbeddingBagCollectionSharder,
-    *,
-    dense_bytes: float = 0,
-    device: Device | None = None,
-    constraints: Constraints | None = None,
-    replicated_bytes: float = REPLICATED_BYTES,
-) -> EmbeddingShardingPlanner:
-    """TorchRec's planner with the estimates of this module; its proposers and partitioner stay.
-
-    Args:
-        tables: those that will be planned.
-        topology: ranks, memory and bandwidths.
-        sharder: the one that will shard; give it the pooling factors and the local batch.
-        dense_bytes: of the layers beside the tables, on every rank.
-        device: hardware of a rank, for predicted times.
-        constraints: TorchRec's, by table; where they say nothing, ``table_constraints`` does.
-        replicated_bytes: of a table's rows, up to which it may be data_parallel.
-
-    Raises:
-        ValueError: the constraints cannot be met, or name a table that is not there.
-    """
-    limited = table_constraints(tables, Ranks.of(topology), sharder, constraints, replicated_bytes)
-    estimators = [
-        MultiLayerPerfEstimator(topology, sharder, device, limited),
-        MultiLayerStorageEstimator(topology, sharder, limited),
-    ]
-    # TorchRec's default, but its grid search, which tries up to 10,000 plans.
-    proposers: list[Proposer] = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
-    return EmbeddingShardingPlanner(
-        topology=topology,
-        batch_size=sharder.local_batch_size,
-        enumerator=WorthwhileEnumerator(topology, sharder.local_batch_size, limited, estimators),
-        storage_reservation=ReplicatedStorageReservation(dense_bytes, sharder),
-        proposer=proposers,
-        stats=NoopEmbeddingStats(),
-        constraints=limited,
-    )
-
-
-def home_memory(
+def requester_memory(
     module: MultiLayerEmbeddingBagCollection, sharder: MultiLayerEmbeddingBagCollectionSharder, ranks: Ranks
 ) -> Memory:
-    """What every rank holds for W2 and for the vectors of its batch, wherever rows are."""
+    """Return the memory of W2 and of a batch's vectors, which every rank needs wherever the rows are."""
     return total_memory(
-        table_cost(table, module.embedding_bags[table.name].weight, sharder, ranks).home_memory()
+        table_cost(table, module.embedding_bags[table.name].weight, sharder, ranks).requester_memory()
         for table in module.embedding_bag_configs()
     )
 
 
 def device_of(topology: Topology) -> Device:
-    """TorchRec's bandwidths, which are bytes a millisecond, and memory of the first rank."""
+    """Convert TorchRec's bandwidths, in bytes per millisecond, and the memory of the first rank to a Device."""
     kind = topology.compute_device
     storage = topology.devices[0].storage
     on_cpu = kind == "cpu"

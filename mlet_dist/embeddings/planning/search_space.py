@@ -1,4 +1,4 @@
-"""What TorchRec's planner may try: sharding types and kernels for each table, without options that cannot pay."""
+"""The search space of TorchRec's planner: each table's sharding types and kernels, without unpromising options."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from torchrec.distributed.types import ModuleSharder
 
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT
-from mlet_dist.embeddings.planning.plan_cost import Ranks, serves
+from mlet_dist.embeddings.planning.plan_cost import Ranks, has_enough_rows
 from mlet_dist.embeddings.planning.table_cost import (
     DATA_PARALLEL,
     ROW_WISE,
@@ -26,8 +26,12 @@ from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES_OF
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
 
 Constraints = Mapping[str, ParameterConstraints]
+"""TorchRec's constraints by table."""
 
 _FUSED, _DENSE = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value
+
+# An uneven option must save at least this share of the work of the best even option.
+_MIN_SAVED_SHARE = 0.5
 
 
 def table_constraints(
@@ -37,15 +41,27 @@ def table_constraints(
     given: Constraints | None = None,
     replicated_bytes: float = 0,
 ) -> dict[str, ParameterConstraints]:
-    """TorchRec's constraints of every table; what ``given`` says wins.
+    """Return TorchRec's constraints of every table.
 
-    Without it a table may have every sharding type that serves it, and the kernel fused, which holds rows on the
-    device. By blocks of rows it may be sharded where all ranks get rows; over the ranks of a node where there are
-    several nodes; on one rank where there are several; on every rank up to ``replicated_bytes`` of float32 rows, or if
-    nothing else serves. Those limits hold among several types that are asked for, too; one alone is what it is.
+    By default a table may have every sharding type that is useful for it, and the kernel fused, whose rows are on the
+    device:
+
+    - row_wise and table_row_wise if all owner ranks get rows, table_row_wise only with several nodes;
+    - table_wise with several ranks;
+    - data_parallel if the table has at most ``replicated_bytes`` of float32 rows, or if nothing else is possible.
+
+    If ``given`` requests several types for a table, the same limits apply among them; a single requested type is used
+    without these limits as long as it is possible.
+
+    Args:
+        tables: the tables to plan.
+        ranks: the ranks.
+        sharder: the sharder, for the requested exchanges.
+        given: the user's constraints by table; they take precedence.
+        replicated_bytes: the limit for data_parallel.
 
     Raises:
-        ValueError: ``given`` names a table that is not there, or asks what cannot be.
+        ValueError: ``given`` names an unknown table, or requests what is not possible.
     """
     given = given or {}
     names = [table.name for table in tables]
@@ -53,7 +69,7 @@ def table_constraints(
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"constraints: there is no table {name!r}{hint}; there are {', '.join(names)}")
+            raise ValueError(f"constraints: no table {name!r}{hint}; the tables are {', '.join(names)}")
     found = {}
     for table in tables:
         own = given.get(table.name) or ParameterConstraints()
@@ -65,8 +81,8 @@ def table_constraints(
     return found
 
 
-def evenest(constraints: ParameterConstraints) -> ParameterConstraints:
-    """Of ``table_constraints``, the one sharding type and kernel that leave most room on the fullest device."""
+def most_even_constraints(constraints: ParameterConstraints) -> ParameterConstraints:
+    """Reduce constraints to the sharding type and kernel that need the least memory on the fullest device."""
     types, kernels = constraints.sharding_types or [], constraints.compute_kernels or []
     kind = next(each for each in (ROW_WISE, TABLE_ROW_WISE, TABLE_WISE, DATA_PARALLEL) if each in types)
     kernel = next((each for each in (UVM, UVM_CACHING) if each in kernels), _FUSED)
@@ -77,73 +93,70 @@ def _sharding_types(
     table: MultiLayerEmbeddingBagConfig,
     ranks: Ranks,
     sharder: MultiLayerEmbeddingBagCollectionSharder,
-    asked: Sequence[str] | None,
+    requested: Sequence[str] | None,
     replicated_bytes: float,
 ) -> list[str]:
     device = "cpu" if ranks.on_cpu else "cuda"
-    exchange = sharder.asked(table.name)
+    exchange = sharder.requested_exchange(table.name)
     known = [
         kind
         for kind in sharder.sharding_types(device)
         if exchange != "unique_rows" or kind == DATA_PARALLEL or exchange in EXCHANGES_OF[kind]
     ]
-    serving = [kind for kind in known if serves(table, kind, ranks)]
-    found = [kind for kind in serving if not asked or kind in asked]
+    possible = [kind for kind in known if has_enough_rows(table, kind, ranks)]
+    found = [kind for kind in possible if not requested or kind in requested]
     if not found:
-        assert asked is not None
-        why = f"exchange {exchange!r} does not serve that"
-        blocks = min((ranks.holders(kind) for kind in asked if kind in known), default=0)
+        assert requested is not None
+        why = f"exchange {exchange!r} does not support that"
+        blocks = min((ranks.num_owners(kind) for kind in requested if kind in known), default=0)
         if blocks:
-            why = f"with {table.num_embeddings:,} rows, some of {blocks:,} ranks would hold none"
+            why = f"with {table.num_embeddings:,} rows, some of {blocks:,} ranks would have none"
         raise ValueError(
-            f"table {table.name!r} cannot be {' or '.join(asked)}: {why}; it can be {', '.join(serving)}: name one of "
-            "them, too, for such tables"
+            f"table {table.name!r} cannot be {' or '.join(requested)}: {why}; it can be {', '.join(possible)}: add one "
+            "of these types for such tables"
         )
     small = FLOAT * table.num_embeddings * table.row_width <= replicated_bytes
     ruled_out = set() if small else {DATA_PARALLEL}
     if ranks.world_size == ranks.local_world_size:
-        ruled_out.add(TABLE_ROW_WISE)  # which is row_wise on one node
+        ruled_out.add(TABLE_ROW_WISE)  # on a single node it is the same as row_wise
     if ranks.world_size == 1:
         ruled_out.add(TABLE_WISE)
-    return [kind for kind in found if kind not in ruled_out] or (found if asked else [DATA_PARALLEL])
+    return [kind for kind in found if kind not in ruled_out] or (found if requested else [DATA_PARALLEL])
 
 
-def _kernels(table: MultiLayerEmbeddingBagConfig, ranks: Ranks, asked: Sequence[str] | None) -> list[str]:
-    kernels = list(asked or [_FUSED])
+def _kernels(table: MultiLayerEmbeddingBagConfig, ranks: Ranks, requested: Sequence[str] | None) -> list[str]:
+    kernels = list(requested or [_FUSED])
     for kernel in kernels:
         if ranks.on_cpu and kernel not in (_FUSED, _DENSE):
             raise ValueError(
-                f"table {table.name!r} cannot have kernel {kernel}, which keeps rows of CUDA kernels in the host's "
-                f"memory: on a CPU all rows are there; use {_FUSED}"
+                f"table {table.name!r} cannot have kernel {kernel}, which needs CUDA; on a CPU use {_FUSED}, whose "
+                "rows are in host memory there"
             )
-    return [*kernels, _DENSE]  # of what is data_parallel
+    return [*kernels, _DENSE]  # dense is the kernel of data_parallel
 
 
-# An option that loads some ranks alone must save this share of the work of one that loads all alike.
-_SAVED = 0.5
+class PruningEnumerator(EmbeddingEnumerator):
+    """TorchRec's enumerator with unpromising options of multi-layer tables removed (``prune_options``).
 
-
-class WorthwhileEnumerator(EmbeddingEnumerator):
-    """TorchRec's enumerator, whose options of multi-layer tables are thinned out (``worthwhile``).
-
-    TorchRec's greedy proposers move the largest table to its next option, and never back: where large tables have
-    options that no good plan takes, they are through all of them before a small table is moved.
+    TorchRec's greedy proposers move the largest table to its next option, and never back. Without pruning they exhaust
+    the options of the large tables before they move a small one.
     """
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
-        """Options with estimates, those that are left."""
+        """Return the remaining options, with their estimates."""
         found = super().enumerate(module, sharders)
         own = [each for each in found if isinstance(each.module[1], MultiLayerEmbeddingBagCollection)]
-        dropped = {id(each) for each in own} - {id(each) for each in worthwhile(own)}
+        dropped = {id(each) for each in own} - {id(each) for each in prune_options(own)}
         return [each for each in found if id(each) not in dropped]
 
 
-def worthwhile(options: Sequence[ShardingOption]) -> list[ShardingOption]:
-    """Options of tables, without those that no good plan takes.
+def prune_options(options: Sequence[ShardingOption]) -> list[ShardingOption]:
+    """Return the options of tables without those that no good plan uses.
 
-    Options of a kernel that load all ranks alike are compared by time and memory, and the worse ones dropped. One that
-    loads some ranks alone is dropped if it takes longer there than all tables together in the best even plan, or if its
-    ranks together do not work less than half of what all ranks do otherwise.
+    An even option loads all ranks equally. Of a table's even options with the same kernel the fastest is kept, and
+    slower ones only if they need less memory. An uneven option loads some ranks only. It is dropped if it takes longer
+    on them than all tables together in the best even plan, or if the total work of its ranks is more than half of that
+    of the best even option.
     """
     groups: dict[tuple[str, str], list[ShardingOption]] = defaultdict(list)
     for option in options:
@@ -160,15 +173,15 @@ def worthwhile(options: Sequence[ShardingOption]) -> list[ShardingOption]:
     for key, group in groups.items():
         best = fastest.get(key)
         for option in group:
-            if best is None or option is best or _is_worthwhile(option, best, limit):
+            if best is None or option is best or _is_kept(option, best, limit):
                 kept.append(option)
     return kept
 
 
-def _is_worthwhile(option: ShardingOption, best: ShardingOption, limit: float) -> bool:
+def _is_kept(option: ShardingOption, best: ShardingOption, limit: float) -> bool:
     if _is_even(option):
         return _memory(option) < _memory(best)
-    return _time(option) <= limit and _work(option) <= (1 - _SAVED) * _work(best)
+    return _time(option) <= limit and _work(option) <= (1 - _MIN_SAVED_SHARE) * _work(best)
 
 
 def _is_even(option: ShardingOption) -> bool:

@@ -1,51 +1,40 @@
-"""Batches are checked together: what one rank finds, all ranks raise at the same point."""
+"""The input check of a sharded module: an error in one rank's batch is raised on all ranks at the same point.
+
+A rank that raised alone would leave the others waiting in a collective. Instead, a rank with an invalid batch
+substitutes an empty batch (or, for an id outside its table, id 0) and takes part in the same collectives. All ranks
+raise once they know of the error, before any output is exchanged, so the process group stays usable.
+
+Each rank encodes what it found as one int64, 0 for a valid batch; an all-reduce returns the largest code.
+"""
 
 import torch
 from torch import distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist.embeddings.input_check import (
+    ErrorKind,
+    InputError,
     SmallestTables,
-    _first_outside,
-    _Kind,
-    _Mistake,
-    _of_common_types,
-    _outside,
-    _select,
-    _structural_mistake,
-    _weights_text,
-    _with_values,
+    find_outside_id,
+    find_structural_error,
+    outside_ids,
+    select_features,
+    weights_message,
+    with_common_dtypes,
+    with_values,
 )
-from mlet_dist.embeddings.sharded.collectives import Agreement
-
-
-class Verdict:
-    """What the ranks found in one batch. Others' findings are read without waiting for what else a device does."""
-
-    def __init__(self, checker: "BatchChecker", code: torch.Tensor, mistake: _Mistake | None, batch: KeyedJaggedTensor):
-        self._checker, self._mistake, self._batch = checker, mistake, batch
-        self._agreement = Agreement(code, checker.process_group)
-
-    def raise_mistake(self) -> None:
-        """Wait for the other ranks' findings.
-
-        Raises:
-            ValueError: the batch of some rank is bad: this rank's own mistake, with the value, or else another's.
-        """
-        (code,) = self._agreement.read()
-        if code:
-            raise ValueError(self._checker.describe(code, self._mistake, self._batch))
+from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
 
 
 class BatchChecker:
-    """Checks the batches of a sharded module, together with the other ranks.
+    """Checks the batches of a sharded module on all its ranks.
 
     Args:
-        tables: the smallest table of each feature, in the order in which batches are to have their features.
+        tables: the smallest table of each feature, in the order in which batches must have their features.
         is_weighted: whether batches carry per-sample weights.
         process_group: the ranks that share the module.
-        device: where batches live.
-        refusing: a table that cannot serve a batch size that varies by feature, and why, or None.
+        device: device of the batches.
+        refusing: a table that does not support a batch size that varies by feature, and the reason, or None.
     """
 
     def __init__(
@@ -61,55 +50,59 @@ class BatchChecker:
         self._tables, self._is_weighted, self._refusing = tables, is_weighted, refusing
         self._names = list(tables)
         self._rows = torch.tensor([rows for _, rows in tables.values()], device=device)
-        # TorchRec lays out its output for one of the two by the first batch, and keeps to it.
+        # TorchRec chooses one of the two output layouts by the first batch and keeps it.
         self._varying: bool | None = False if refusing else None
 
-    def check(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Verdict]:
-        """The batch as this rank may send it, in the order of ``tables``, and the verdict to come. A collective call.
+    def check(self, features: KeyedJaggedTensor) -> "tuple[KeyedJaggedTensor, CheckResult]":
+        """Check this rank's batch. A collective call.
+
+        Returns:
+            The batch to send, with its features in the order of ``tables`` and without invalid ids, and the check
+            result, which the caller reads later.
 
         Raises:
-            ValueError: in the first batch, the batch size varies by feature on some ranks only; on every rank.
+            ValueError: in the first batch, the batch size varies by feature on some ranks only; raised on every rank.
         """
         if self._varying is None:
             self._varying = self._agree_on_varying(features.variable_stride_per_key())
-        mistake = _structural_mistake(features, self._tables, self._is_weighted) or self._wrong_variation(features)
+        error = find_structural_error(features, self._tables, self._is_weighted) or self._find_variation_error(features)
         code = torch.zeros(1, dtype=torch.int64, device=self._rows.device)
-        if mistake is not None:
-            code.fill_(self._code(int(mistake.kind), mistake.feature))
-            batch = self._harmless(features)
-            return batch, Verdict(self, code, mistake, batch)
-        features = _select(_of_common_types(features), self._names)
-        outside = _outside(features, self._rows)
+        if error is not None:
+            code.fill_(self._code(int(error.kind), error.feature))
+            batch = self._empty_batch(features)
+            return batch, CheckResult(self, code, error, batch)
+        features = select_features(with_common_dtypes(features), self._names)
+        outside = outside_ids(features, self._rows)
         if not outside.numel() or (not outside.is_cuda and not bool(outside.any())):
-            return features, Verdict(self, code, None, features)
+            return features, CheckResult(self, code, None, features)
         counts = torch.tensor(features.length_per_key(), device=outside.device)
         feature = torch.searchsorted(counts.cumsum(0), outside.int().argmax(), right=True)
-        code = torch.where(outside.any(), self._code(_Kind.OUTSIDE, feature), code)
-        return _with_values(features, features.values().masked_fill(outside, 0)), Verdict(self, code, None, features)
+        code = torch.where(outside.any(), self._code(ErrorKind.OUTSIDE, feature), code)
+        return with_values(features, features.values().masked_fill(outside, 0)), CheckResult(self, code, None, features)
 
-    def describe(self, code: int, own: _Mistake | None, batch: KeyedJaggedTensor) -> str:
-        """The message of a code: of this rank's own mistake where it made one."""
-        mistake = own or _first_outside(batch, self._tables)
-        if mistake is not None:
-            return mistake.text
+    def describe(self, code: int, own: InputError | None, batch: KeyedJaggedTensor) -> str:
+        """Return the message of a nonzero code; if this rank's own batch has an error, its message."""
+        error = own or find_outside_id(batch, self._tables)
+        if error is not None:
+            return error.text
         code, rank = divmod(code - 1, self.world_size)
         kind, feature = divmod(code, len(self._names))
-        return f"rank {rank}: {self._describe(_Kind(kind), feature)}"
+        return f"rank {rank}: {self._describe(ErrorKind(kind), feature)}"
 
     def _code(self, kind: int, feature: "int | torch.Tensor") -> "int | torch.Tensor":
         return (kind * len(self._names) + feature) * self.world_size + self._rank + 1
 
-    def _describe(self, kind: _Kind, feature: int) -> str:
+    def _describe(self, kind: ErrorKind, feature: int) -> str:
         name = self._names[feature]
         table, rows = self._tables[name]
-        if kind is _Kind.OUTSIDE:
+        if kind is ErrorKind.OUTSIDE:
             return f"table {table!r}: feature {name!r}: an id is outside [0, {rows})"
-        if kind is _Kind.MISSING:
+        if kind is ErrorKind.MISSING:
             return f"table {table!r}: feature {name!r} is missing from the batch"
-        if kind is _Kind.WEIGHTS:
-            return _weights_text(table, self._is_weighted)
-        if kind is _Kind.MALFORMED:
-            return f"table {table!r}: the batch's ids, lengths and weights do not fit one another"
+        if kind is ErrorKind.WEIGHTS:
+            return weights_message(table, self._is_weighted)
+        if kind is ErrorKind.MALFORMED:
+            return f"table {table!r}: the batch's ids, lengths and weights are inconsistent"
         if self._refusing:
             refusing, reason = self._refusing
             return f"table {refusing!r}: the batch size varies by feature, which {reason}"
@@ -125,13 +118,13 @@ class BatchChecker:
             raise ValueError(f"table {table!r}: the batch size varies by feature on some ranks and not on others")
         return varying
 
-    def _wrong_variation(self, features: KeyedJaggedTensor) -> _Mistake | None:
+    def _find_variation_error(self, features: KeyedJaggedTensor) -> InputError | None:
         if features.variable_stride_per_key() != self._varying:
-            return _Mistake(_Kind.VARYING, 0, self._describe(_Kind.VARYING, 0))
+            return InputError(ErrorKind.VARYING, 0, self._describe(ErrorKind.VARYING, 0))
         return None
 
-    def _harmless(self, like: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """Empty bags, as many as the batch has."""
+    def _empty_batch(self, like: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """Return a batch of as many bags as ``like``, all empty."""
         device, stride, count = self._rows.device, like.stride(), len(self._names)
         rows = torch.arange(stride, device=device)
         return KeyedJaggedTensor(
@@ -143,3 +136,22 @@ class BatchChecker:
             stride_per_key_per_rank=torch.full((count, 1), stride) if self._varying else None,
             inverse_indices=(self._names, rows.repeat(count, 1)) if self._varying else None,
         )
+
+
+class CheckResult:
+    """The result of checking one batch on all ranks; it is read without waiting for other work of a device."""
+
+    def __init__(self, checker: BatchChecker, code: torch.Tensor, error: InputError | None, batch: KeyedJaggedTensor):
+        self._checker, self._error, self._batch = checker, error, batch
+        self._codes = AsyncAllReduceMax(code, checker.process_group)
+
+    def raise_input_error(self) -> None:
+        """Wait for the results of the other ranks.
+
+        Raises:
+            ValueError: some rank's batch is invalid. The error is this rank's own, with the value found, or else that
+                of another rank.
+        """
+        (code,) = self._codes.read()
+        if code:
+            raise ValueError(self._checker.describe(code, self._error, self._batch))

@@ -1,4 +1,10 @@
-"""Collectives of the sharded module: agreement between ranks, the all-to-all of rows, W2's gradients, and codecs."""
+"""Collectives of the sharded module.
+
+- ``with_combined_gradients``: the all-reduce of W2's gradients in backward.
+- ``AllToAllRows``: the all-to-all of rows in forward, and of their gradients in backward.
+- ``exchange_codecs``: codecs that round vectors and gradients to fp16 or bf16 on the network.
+- ``AsyncAllReduceMax``: an all-reduce of a few integers that the host reads later.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -13,117 +19,31 @@ from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.types import CommOp, QuantizedCommCodec, QuantizedCommCodecs
 
-
-class Agreement:
-    """The largest code that a rank has, of each kind. A collective call; it is waited for when it is read.
-
-    Args:
-        codes: ``(n,)`` int64, overwritten; on the device of the process group.
-        process_group: the ranks.
-    """
-
-    def __init__(self, codes: torch.Tensor, process_group: dist.ProcessGroup | None) -> None:
-        self._codes = codes
-        self._work = self._copied = None
-        if dist.get_world_size(process_group) > 1:
-            self._work = dist.all_reduce(codes, dist.ReduceOp.MAX, group=process_group, async_op=True)
-        if codes.is_cuda:
-            # The copy is ordered behind the all-reduce here, so that reading it waits for no other stream's work.
-            if self._work is not None:
-                self._work.wait()
-            self._work = None
-            self._codes = torch.empty_like(codes, device="cpu", pin_memory=True).copy_(codes, non_blocking=True)
-            self._copied = torch.cuda.current_stream(codes.device).record_event()
-
-    def read(self) -> list[int]:
-        """The codes, once the other ranks' have come; other work of a device is not waited for."""
-        if self._work is not None:
-            self._work.wait()
-        if self._copied is not None:
-            self._copied.synchronize()
-        self._work = self._copied = None
-        return self._codes.tolist()
-
-
 CommPrecision = Literal["fp32", "fp16", "bf16"]
+"""The dtype of vectors or of their gradients on the network."""
 
-_LARGEST_SCALE = 1 << 12
-
-
-def exchange_codecs(
-    forward: CommPrecision, backward: CommPrecision, local_batch_size: int = 1
-) -> dict[str, QuantizedCommCodecs] | None:
-    """A ``qcomm_codecs_registry`` for TorchRec's sharders and ours; None where both are fp32.
-
-    The gradient of the mean loss of b rows is 1/b of a row's own, and fp16 keeps nothing below 6e-8. So fp16 gradients
-    travel multiplied by the largest power of two that is at most b and 4,096; a product beyond ±65,504 is clamped.
-
-    Args:
-        forward: of vectors.
-        backward: of their gradients.
-        local_batch_size: b, rows of a batch on one rank.
-    """
-    # Without a device: on cpu it would turn bf16 into fp16, for the sake of gloos that could not add it up.
-    registry = get_qcomm_codecs_registry(QCommsConfig(CommType(forward), CommType(backward)))
-    if registry is not None and backward == "fp16":
-        scale = 1 << (min(local_batch_size, _LARGEST_SCALE).bit_length() - 1)
-        for codecs in registry.values():
-            codecs.backward = ScaledFp16Codec(scale)
-    return registry
-
-
-class ScaledFp16Codec(FbgemmCodec):
-    """fbgemm's fp16 codec of ``scale`` times the values.
-
-    fbgemm's own ``loss_scale`` divides before it decodes, in fp16, and so loses again what the scale had saved.
-    """
-
-    def __init__(self, scale: float) -> None:
-        super().__init__(SparseType.FP16)
-        self._scale = scale
-
-    def encode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
-        return super().encode(input_tensor * self._scale, ctx)
-
-    def decode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
-        return super().decode(input_tensor, ctx) / self._scale
-
-
-def codecs_of(registry: Mapping[str, QuantizedCommCodecs] | None, operation: CommOp) -> QuantizedCommCodecs:
-    """The codecs of a collective; those that change nothing where the registry has none."""
-    return (registry or {}).get(operation.name) or QuantizedCommCodecs()
-
-
-def value_bytes(codecs: QuantizedCommCodecs) -> int:
-    """Bytes of one value forward and of its gradient backward: 8 in float32."""
-    return sum(each_way_bytes(codecs))
-
-
-def each_way_bytes(codecs: QuantizedCommCodecs) -> tuple[int, int]:
-    """Bytes of one value forward, and of its gradient backward."""
-    return _dtype(codecs.forward).itemsize, _dtype(codecs.backward).itemsize
-
-
-def _dtype(codec: QuantizedCommCodec) -> torch.dtype:
-    # A property of codecs; of TorchRec's that changes nothing, a method.
-    dtype = codec.quantized_dtype
-    return dtype() if callable(dtype) else dtype
+_MAX_SCALE = 1 << 12
 
 
 def with_combined_gradients(
     weights: Mapping[str, torch.Tensor], partial: Collection[str], process_group: dist.ProcessGroup | None
 ) -> dict[str, torch.Tensor]:
-    """The same weights by the same names, whose gradients arrive on every rank as those of the mean of the losses.
+    """Return the weights such that backward leaves the gradient of the mean of the ranks' losses on every rank.
 
-    A weight that is applied after an exchange has on each rank the gradient of the rank's own loss: they are averaged,
-    as by DDP. DDP itself serves only models whose ``forward`` returns tensors, and TorchRec's collections return a
-    LazyAwaitable. All gradients go in one all-reduce; every rank must run backward through it.
+    One all-reduce combines all gradients, so every rank must run backward through the result. DDP cannot do this: it
+    requires a model whose ``forward`` returns tensors, and TorchRec's collections return a LazyAwaitable.
+
+    If W2 is applied after the exchange, each rank has the gradient of its own loss, and the gradients are averaged as
+    by DDP. If W2 is applied before the exchange, each rank has the gradient of all ranks' bags with respect to its own
+    rows (a partial gradient), and the gradients are summed.
 
     Args:
-        weights: W2 by table.
-        partial: tables whose weight is applied before an exchange. There a rank sees the bags' gradients from all
-            ranks, but only of its own rows: they are summed.
+        weights: W2 ``(k, d)`` by table.
+        partial: tables whose W2 is applied before the exchange.
         process_group: the ranks.
+
+    Returns:
+        The weights, with the same keys.
     """
     if not weights or not torch.is_grad_enabled() or dist.get_world_size(process_group) == 1:
         return dict(weights)
@@ -133,11 +53,13 @@ def with_combined_gradients(
 
 
 def _partial_factor(process_group: dist.ProcessGroup | None) -> float:
-    # TorchRec divides gradients by the world size on their way to the rows (comm_ops.GRADIENT_DIVISION).
+    # By default TorchRec divides gradients by the world size in the exchange's backward (comm_ops.GRADIENT_DIVISION).
     return 1.0 if get_gradient_division() else 1 / dist.get_world_size(process_group)
 
 
 class _CombinedGradients(torch.autograd.Function):
+    """Identity in forward; backward all-reduces the scaled gradients in one flat buffer."""
+
     @staticmethod
     def forward(
         ctx: Any, process_group: dist.ProcessGroup | None, factors: list[float], *weights: torch.Tensor
@@ -156,10 +78,11 @@ class _CombinedGradients(torch.autograd.Function):
 
 
 class AllToAllRows(torch.autograd.Function):
-    """Send rows ``(sum of send, d)`` by rank, receive ``(sum of received, d)``; backward sends gradients back.
+    """An all-to-all of rows: ``(sum of send, d)`` -> ``(sum of receive, d)``; backward sends their gradients back.
 
-    Both travel as ``codecs`` encode them. Backward divides by the world size where TorchRec does
-    (``comm_ops.GRADIENT_DIVISION``), so that the rows' owners sum up the gradient of the mean loss.
+    ``send`` and ``receive`` are the numbers of rows by rank. ``codecs`` encode rows and gradients. Backward divides by
+    the world size if TorchRec does (``comm_ops.GRADIENT_DIVISION``), so that the owners sum up the gradient of the mean
+    of the ranks' losses.
     """
 
     @staticmethod
@@ -198,3 +121,95 @@ def _all_to_all(
     received = encoded.new_empty(sum(expected))
     dist.all_to_all_single(received, encoded, expected, sent, group=process_group)
     return codec.decode(received, context).view(sum(receive), width)
+
+
+def exchange_codecs(
+    forward: CommPrecision, backward: CommPrecision, local_batch_size: int = 1
+) -> dict[str, QuantizedCommCodecs] | None:
+    """Return a ``qcomm_codecs_registry`` for TorchRec's sharders and this package's; None if both are fp32.
+
+    The mean over a batch of b scales gradients by 1/b, and fp16 has no positive values below 6e-8. Therefore fp16
+    gradients are multiplied by a loss scale before they are sent and divided by it afterwards: the largest power of two
+    that is at most b and at most 4,096. Scaled values beyond ±65,504 are clamped.
+
+    Args:
+        forward: dtype of vectors.
+        backward: dtype of their gradients.
+        local_batch_size: b, the batch size of one rank.
+    """
+    # No device is passed: for "cpu" TorchRec replaces bf16 by fp16, because older versions of gloo cannot add bf16.
+    registry = get_qcomm_codecs_registry(QCommsConfig(CommType(forward), CommType(backward)))
+    if registry is not None and backward == "fp16":
+        scale = 1 << (min(local_batch_size, _MAX_SCALE).bit_length() - 1)
+        for codecs in registry.values():
+            codecs.backward = ScaledFp16Codec(scale)
+    return registry
+
+
+class ScaledFp16Codec(FbgemmCodec):
+    """fbgemm's fp16 codec with a loss scale, which is removed after decoding to float32.
+
+    fbgemm's own ``loss_scale`` is removed in fp16, before decoding, so small values are rounded to zero after all.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(SparseType.FP16)
+        self._scale = scale
+
+    def encode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
+        return super().encode(input_tensor * self._scale, ctx)
+
+    def decode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
+        return super().decode(input_tensor, ctx) / self._scale
+
+
+def codecs_of(registry: Mapping[str, QuantizedCommCodecs] | None, operation: CommOp) -> QuantizedCommCodecs:
+    """Return the codecs of a collective; if the registry has none, codecs that change nothing."""
+    return (registry or {}).get(operation.name) or QuantizedCommCodecs()
+
+
+def value_bytes(codecs: QuantizedCommCodecs) -> int:
+    """Return the bytes of one value in forward plus its gradient in backward: 8 in float32."""
+    return sum(forward_backward_bytes(codecs))
+
+
+def forward_backward_bytes(codecs: QuantizedCommCodecs) -> tuple[int, int]:
+    """Return the bytes of one value in forward, and of its gradient in backward."""
+    return _dtype(codecs.forward).itemsize, _dtype(codecs.backward).itemsize
+
+
+def _dtype(codec: QuantizedCommCodec) -> torch.dtype:
+    # It is a property of fbgemm's codecs and a method of TorchRec's NoOpQuantizedCommCodec.
+    dtype = codec.quantized_dtype
+    return dtype() if callable(dtype) else dtype
+
+
+class AsyncAllReduceMax:
+    """An asynchronous all-reduce (MAX) of integers that the host reads later. A collective call.
+
+    Args:
+        codes: ``(n,)`` int64 on a device that the process group supports; it is overwritten.
+        process_group: the ranks.
+    """
+
+    def __init__(self, codes: torch.Tensor, process_group: dist.ProcessGroup | None) -> None:
+        self._codes = codes
+        self._work = self._copied = None
+        if dist.get_world_size(process_group) > 1:
+            self._work = dist.all_reduce(codes, dist.ReduceOp.MAX, group=process_group, async_op=True)
+        if codes.is_cuda:
+            # Queue the copy behind the all-reduce now, so that read() waits only for the copy and not for later work.
+            if self._work is not None:
+                self._work.wait()
+            self._work = None
+            self._codes = torch.empty_like(codes, device="cpu", pin_memory=True).copy_(codes, non_blocking=True)
+            self._copied = torch.cuda.current_stream(codes.device).record_event()
+
+    def read(self) -> list[int]:
+        """Return the maxima over all ranks; waits for the all-reduce, but not for other work of the device."""
+        if self._work is not None:
+            self._work.wait()
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._work = self._copied = None
+        return self._codes.tolist()

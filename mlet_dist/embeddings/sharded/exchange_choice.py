@@ -1,4 +1,13 @@
-"""How vectors cross the network under each sharding type, and which way is the cheapest for a table."""
+"""The exchanges of each sharding type, and the choice of the cheapest exchange for a table.
+
+An exchange is the collective that brings a table's vectors from the owner ranks to the rank of their batch, together
+with the place where W2 is applied:
+
+- ``after``: TorchRec's exchange of k-dimensional sums; the receiving rank applies W2.
+- ``reduce_scatter``: the owner ranks apply W2 to partial sums of bags; a reduce-scatter adds up d-dimensional vectors.
+- ``all_to_all``: the same for table_wise tables, whose sums are complete on one rank.
+- ``unique_rows``: the owner rank applies W2 to each distinct row and sends it; the receiving rank pools.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +16,20 @@ from typing import Literal
 from torchrec.distributed.types import CommOp, ShardingType
 
 Exchange = Literal["after", "reduce_scatter", "all_to_all", "unique_rows"]
-"""Where W2 is applied: to what arrives, to sums before they leave a rank, or to distinct rows before they do."""
+"""The exchange of a table."""
 
 ExchangeChoice = Literal["auto", "after", "reduce_scatter", "unique_rows"]
+"""What a user may request for a table."""
+
 EXCHANGES: tuple[Exchange, ...] = ("after", "reduce_scatter", "unique_rows")
-"""Those of row_wise tables, which a user may ask for."""
+"""The exchanges of row_wise tables, which are also those that a user may request."""
 
 EXCHANGES_OF: dict[str, tuple[Exchange, ...]] = {
     ShardingType.ROW_WISE.value: EXCHANGES,
     ShardingType.TABLE_ROW_WISE.value: ("after", "reduce_scatter"),
     ShardingType.TABLE_WISE.value: ("after", "all_to_all"),
 }
-"""What serves tables of each sharding type; data_parallel ones exchange nothing."""
+"""The exchanges of each sharding type; data_parallel tables exchange no vectors."""
 
 COMM_OPS: dict[Exchange, CommOp] = {
     "after": CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER,
@@ -26,19 +37,21 @@ COMM_OPS: dict[Exchange, CommOp] = {
     "all_to_all": CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL,
     "unique_rows": CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL,
 }
-"""By which name TorchRec's ``qcomm_codecs_registry`` knows the collective of each exchange."""
+"""The key of each exchange's collective in TorchRec's ``qcomm_codecs_registry``."""
+
+_FLOAT32_BYTES = {exchange: 8 for exchange in COMM_OPS}
 
 
 @dataclass(frozen=True)
 class TableTraffic:
-    """What decides a table's exchange.
+    """The sizes that determine a table's traffic.
 
     Attributes:
         num_embeddings: n.
-        embedding_dim: d, the width of a vector that is exchanged.
-        pooling_factor: ids a bag, on average.
-        num_features: features that the table serves.
-        local_batch_size: bags a feature on one rank.
+        embedding_dim: d, the width of the exchanged vectors.
+        pooling_factor: the average number of ids per bag.
+        num_features: the number of features that the table serves.
+        local_batch_size: b, the number of bags per feature on one rank.
     """
 
     num_embeddings: int
@@ -48,29 +61,30 @@ class TableTraffic:
     local_batch_size: int
 
     def distinct_ids(self, ranks: int = 1) -> float:
-        """How many of the ids of ``ranks`` batches differ: of m drawn evenly from n, n·(1 - (1 - 1/n)^m).
+        """Return the expected number of distinct ids in the batches of ``ranks`` ranks.
 
-        Of ids drawn unevenly, fewer.
+        Of m ids drawn uniformly from n it is n·(1 - (1 - 1/n)^m). For any other distribution it is lower.
         """
         ids = ranks * self.local_batch_size * self.num_features * self.pooling_factor
         return self.num_embeddings * (1 - (1 - 1 / self.num_embeddings) ** ids)
 
 
-_FLOAT32_BOTH_WAYS = {exchange: 8 for exchange in COMM_OPS}
-
-
 def choose_exchange(
-    table: TableTraffic, world_size: int, value_bytes: Mapping[Exchange, int] = _FLOAT32_BOTH_WAYS
+    table: TableTraffic, world_size: int, value_bytes: Mapping[Exchange, int] = _FLOAT32_BYTES
 ) -> tuple[Exchange, str]:
-    """The exchange that sends fewer bytes, forward and backward, and the reason in a few words.
+    """Choose the exchange of a row_wise table that sends fewer bytes in forward and backward.
 
-    Both ways send vectors of d values twice. The reduce-scatter sends R-1 copies of the rank's bags. The unique-row
-    all-to-all sends each distinct id once, as 8 bytes and as a vector, to the one rank that owns it.
+    Both candidates send d-dimensional vectors forward and their gradients backward. Per bag the reduce-scatter sends
+    R-1 partial sums. The all-to-all of unique rows sends each distinct id (8 bytes) and its vector once, between the
+    requesting rank and the owner rank.
 
     Args:
-        table: what is exchanged.
+        table: sizes of the table and its batch.
         world_size: R.
-        value_bytes: of a value forward and its gradient backward, on each exchange.
+        value_bytes: for each exchange, the bytes of a value in forward plus its gradient in backward.
+
+    Returns:
+        The exchange, and the reason in a few words.
     """
     if world_size == 1:
         return "after", "one rank: nothing crosses the network"

@@ -1,4 +1,9 @@
-"""The sharded module: TorchRec's sharded collection over W1, with W2 applied where each table's exchange says."""
+"""The sharded module: TorchRec's sharded collection over W1, with W2 applied before or after each table's exchange.
+
+In each step ``input_dist`` checks the batch and sends ids to the owner ranks, ``compute`` looks up rows of W1, and
+``output_dist`` exchanges vectors and applies W2. ``compute`` also pools, except under unique_rows, where pooling is
+part of ``output_dist``. The output is a KeyedTensor with values ``(b, sum of d)``.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +26,8 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import DataType, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
@@ -38,7 +43,7 @@ from mlet_dist.embeddings.collection import (
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
-from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, Verdict
+from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
 from mlet_dist.embeddings.sharded.collectives import with_combined_gradients
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange
 from mlet_dist.embeddings.sharded.placement import check_widths, first_row
@@ -48,33 +53,45 @@ from mlet_dist.embeddings.sharded.pooled import (
     NodeReduceSharding,
     PaddedRowWiseSharding,
     PaddedTableRowWiseSharding,
-    ProjectsBefore,
+    ProjectingDist,
     ReduceScatterSharding,
+    bag_sizes,
+    mean_keys,
+    normalize_by_bag_size,
 )
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
 
 
 @dataclass
 class CheckedContext(EmbeddingBagCollectionContext):
-    """TorchRec's per-batch context, with what the ranks found in the batch."""
+    """TorchRec's per-batch context, with the result of the input check."""
 
-    verdict: Verdict | None = None
+    check_result: CheckResult | None = None
 
 
 class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
-    """TorchRec's sharded collection over the k-dimensional W1, with W2 where each table's exchange puts it.
+    """TorchRec's sharded collection over the k-dimensional W1, with W2 applied as each table's exchange requires.
 
-    W1 is updated by the optimizer fused into backward. W2 is an ordinary parameter of every rank, for an optimizer
-    of yours: wherever it is applied, backward leaves the gradient of the mean of the ranks' losses in ``grad``, as
-    DDP does for the dense layers and TorchRec for W1.
+    W1 is updated by the optimizer that is fused into backward. W2 is an ordinary parameter, replicated on every rank,
+    for an optimizer of the user's. Under every exchange backward leaves the gradient of the mean of the ranks' losses
+    in W2's ``grad``, as DDP does for dense layers and TorchRec for W1.
 
-    Initial values depend on seed, table and row only. A source module that is not on the meta device passes its
-    values on instead.
+    If ``module`` is on the meta device, the initial values depend on seed, table and row only; otherwise its values are
+    copied. Rows with ``data_type`` FP16 are stored in half precision and looked up as float32; those of data_parallel
+    tables stay float32.
 
-    Rows with ``data_type`` FP16 are stored in half and looked up as float32; replicated ones stay float32.
+    Args:
+        module: the unsharded module.
+        table_name_to_parameter_sharding: TorchRec's plan of the module.
+        env: TorchRec's sharding environment.
+        device: device of the shards.
+        exchanges: exchange by table, for tables that are not data_parallel; ``after`` if missing.
+        expected_rows: by unique_rows table, the expected number of distinct rows that a global batch requests from one
+            rank.
+        **torchrec_arguments: arguments of TorchRec's sharded collection.
 
     Raises:
-        ValueError: a row's width is not a multiple of 4.
+        ValueError: the row width of a table is not a multiple of 4.
     """
 
     def __init__(
@@ -95,7 +112,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         rows.projected = {table.name for table in tables if table.hidden_dim is not None}
         check_widths(tables)
         for config in rows.embedding_bag_configs():
-            # Replicated rows have a dense gradient and an optimizer of torch, which take the dtype of the weight.
+            # Replicated rows have a dense gradient and a torch optimizer, both of which use the weight's dtype.
             if table_name_to_parameter_sharding[config.name].sharding_type == ShardingType.DATA_PARALLEL.value:
                 config.data_type = DataType.FP32
         super().__init__(
@@ -112,12 +129,12 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             key: table for key, table in table_of_key(tables).items() if self._exchanges.get(table, "after") == "after"
         }
         for output_dist in self._output_dists:
-            if isinstance(output_dist, ProjectsBefore):
+            if isinstance(output_dist, ProjectingDist):
                 output_dist.projections_of = self._projections_of
         self._checker = self._build_checker(tables)
         self._mean_keys = mean_keys(tables)
         self._projected_before = {table for table, exchange in self._exchanges.items() if exchange != "after"}
-        self._applied: dict[str, torch.Tensor] = {}
+        self._combined_weights: dict[str, torch.Tensor] = {}
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
         replicated = [
@@ -129,13 +146,13 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             dist.broadcast(weight.data, group=env.process_group, group_src=0)
 
     def reset_parameters(self) -> None:
-        """Draw this rank's rows of every W1 (TorchRec calls it once the shards are allocated)."""
+        """Draw this rank's rows of every W1. TorchRec calls it after it has allocated the shards."""
         if self._device is not None and self._device.type == "meta":
             return
         for config in self._embedding_bag_configs:
             weight = self.embedding_bags[config.name].weight
             sharding = self.module_sharding_plan[config.name]
-            if weight.numel() == 0:  # rows on other ranks alone
+            if weight.numel() == 0:  # all rows are on other ranks
                 continue
             if isinstance(config.init_fn, RowInitializer):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
@@ -148,67 +165,70 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         return CheckedContext()
 
     def input_dist(self, ctx: CheckedContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
-        """Send ids to the ranks that own their rows; what mean pooling divides by stays here.
+        """Send ids to the ranks that own their rows; the bag sizes for mean pooling stay on this rank.
 
-        A mistake in the batch is raised by ``compute_and_output_dist``, on every rank.
+        An invalid batch is reported by ``compute`` or ``compute_and_output_dist``, on every rank.
         """
-        features, ctx.verdict = self._checker.check(maybe_td_to_kjt(features, None))
+        features, ctx.check_result = self._checker.check(maybe_td_to_kjt(features, None))
         sent = super().input_dist(ctx, features)
-        for index, ids_dist in enumerate(self._input_dists):
-            if isinstance(ids_dist, UniqueRowsInputDist):
+        for index, input_dist in enumerate(self._input_dists):
+            if isinstance(input_dist, UniqueRowsInputDist):
                 ctx.sharding_contexts[index] = UniqueRowsContext(
                     batch_size_per_feature_pre_a2a=ctx.sharding_contexts[index].batch_size_per_feature_pre_a2a,
-                    routing=ids_dist.routing,
+                    routing=input_dist.routing,
                 )
         if self._mean_keys:
             ctx.divisor = bag_sizes(features, self._mean_keys)
         return sent
 
     def compute(self, ctx: CheckedContext, dist_input: KJTList) -> list[torch.Tensor]:
-        """Look up.
+        """Look up the rows of W1.
 
         Raises:
-            ValueError: a rank found a mistake in its batch (``batch_check``); on every rank.
+            ValueError: some rank's batch is invalid (see ``batch_agreement``); raised on every rank.
         """
-        _raise_mistake(ctx)
+        _raise_input_error(ctx)
         return super().compute(ctx, dist_input)
 
     def compute_and_output_dist(self, ctx: CheckedContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
-        """Look up, exchange and project, in the order of each table's exchange: values ``(b, sum of d)``.
+        """Look up the rows of W1, then exchange and project them as each table's exchange requires.
+
+        Returns:
+            KeyedTensor with values ``(b, sum of d)``.
 
         Raises:
-            ValueError: a rank found a mistake in its batch (``batch_check``); on every rank.
+            ValueError: some rank's batch is invalid (see ``batch_agreement``); raised on every rank.
         """
-        _raise_mistake(ctx)
-        self._apply_weights()
+        _raise_input_error(ctx)
+        self._combine_weights()
         return self._project_when_ready(ctx, super().compute_and_output_dist(ctx, input))
 
     def output_dist(self, ctx: CheckedContext, output: list[torch.Tensor]) -> LazyAwaitable[KeyedTensor]:
-        """Exchange and project, in the order of each table's exchange: values ``(b, sum of d)``."""
-        self._apply_weights()
+        """Exchange and project the lookups' output as each table's exchange requires: values ``(b, sum of d)``."""
+        self._combine_weights()
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
 
     @staticmethod
     def _pre_load_state_dict_hook(
         self: "ShardedMultiLayerEmbeddingBagCollection", state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
-        # TorchRec cuts a whole tensor to the shard's columns, which hides that it has more of them.
+        # Check here: TorchRec cuts a full tensor to the shard's columns, which would hide a tensor that is too wide.
         check_loaded_shapes(self._tables, state_dict, prefix)
         ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
     def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:
-        # In the order of the lookups TorchRec need not sort each batch; it does where a feature stands there twice.
+        # If batches have the order of the lookups, TorchRec need not permute them. It does if a feature occurs twice.
         served = [feature for sharding in self._embedding_shardings for feature in sharding.feature_names()]
         limits = smallest_tables(tables)
         if len(set(served)) == len(served):
             limits = {feature: limits[feature] for feature in served}
         device = self._device or torch.device("cpu")
         refused = [
-            (table, f"exchange {exchange!r} cannot serve and 'after' can")
+            (table, f"exchange {exchange!r} does not support; use 'after'")
             for table, exchange in self._exchanges.items()
             if exchange != "after"
         ] + [
-            (table, "a replicated table cannot serve on a CPU")
+            (table, "a data_parallel table does not support on a CPU")
             for table, sharding in self.module_sharding_plan.items()
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value and device.type == "cpu"
         ]
@@ -217,28 +237,28 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def _project_when_ready(
         self, ctx: CheckedContext, pooled: LazyAwaitable[KeyedTensor]
     ) -> LazyAwaitable[KeyedTensor]:
-        sizes, applied = ctx.divisor, self._applied
+        sizes, weights = ctx.divisor, self._combined_weights
 
         def finish(summed: KeyedTensor) -> KeyedTensor:
-            projected = project(summed, by_key(applied, self._table_of_key_after))
-            return projected if sizes is None else divide(projected, self._mean_keys, sizes)
+            projected = project(summed, by_key(weights, self._table_of_key_after))
+            return projected if sizes is None else normalize_by_bag_size(projected, self._mean_keys, sizes)
 
         pooled.callbacks.append(finish)
         return pooled
 
-    def _apply_weights(self) -> None:
-        # Once a forward pass, whatever the exchanges are, so that backward has one all-reduce.
+    def _combine_weights(self) -> None:
+        # Called once per forward pass, for all exchanges together, so that backward has a single all-reduce.
         weights = projection_weights(self.projections)
-        self._applied = with_combined_gradients(weights, self._projected_before, self._env.process_group)
+        self._combined_weights = with_combined_gradients(weights, self._projected_before, self._env.process_group)
 
     def _projections_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {table: self._applied[table] for table in tables if table in self._applied}
+        return {table: self._combined_weights[table] for table in tables if table in self._combined_weights}
 
     @classmethod
     def create_grouped_sharding_infos(
         cls, module: EmbeddingBagCollection, *args: Any, **kwargs: Any
     ) -> dict[str, list[EmbeddingShardingInfo]]:
-        """TorchRec's groups by sharding type, split by exchange."""
+        """Split TorchRec's groups by sharding type further by exchange."""
         grouped: dict[str, list[EmbeddingShardingInfo]] = defaultdict(list)
         for sharding_type, infos in super().create_grouped_sharding_infos(module, *args, **kwargs).items():
             for info in infos:
@@ -248,7 +268,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                     grouped[sharding_type].append(info)
                     continue
                 dim = module.exchanged_dims[table.name]
-                # Unique rows of one collective have one k and d; the others take all tables at once.
+                # A group of unique_rows tables has one k and one d; the other exchanges take all tables together.
                 shape = ""
                 if exchange == "unique_rows":
                     shape = f" {table.embedding_dim}x{dim}" if table.name in module.projected else f" {dim}"
@@ -272,7 +292,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         permute_embeddings: bool = False,
         qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
     ) -> EmbeddingSharding:
-        """The sharding of one group, by its sharding type and exchange."""
+        """Build the sharding of one group from its sharding type and exchange."""
         first = sharding_infos[0]
         exchange = first.exchange if isinstance(first, ExchangedShardingInfo) else "after"
         kind = _SHARDINGS.get((first.param_sharding.sharding_type, exchange))
@@ -283,7 +303,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         return kind(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
 
 
-# What is TorchRec's own is not here.
+# Combinations that are missing here use TorchRec's own shardings.
 _SHARDINGS: dict[tuple[str, Exchange], Callable[..., EmbeddingSharding]] = {
     (ShardingType.ROW_WISE.value, "after"): PaddedRowWiseSharding,
     (ShardingType.ROW_WISE.value, "reduce_scatter"): ReduceScatterSharding,
@@ -294,46 +314,6 @@ _SHARDINGS: dict[tuple[str, Exchange], Callable[..., EmbeddingSharding]] = {
 }
 
 
-def _raise_mistake(ctx: CheckedContext) -> None:
-    if ctx.verdict is not None:
-        ctx.verdict.raise_mistake()
-
-
-def mean_keys(tables: list[MultiLayerEmbeddingBagConfig]) -> dict[str, str]:
-    """The keys of the output KeyedTensor that are pooled by mean, and the feature of each."""
-    return {
-        key: feature
-        for table, keys in zip(tables, get_embedding_names_by_table(tables), strict=True)
-        if table.pooling == PoolingType.MEAN
-        for key, feature in zip(keys, table.feature_names, strict=True)
-    }
-
-
-@torch.no_grad()
-def bag_sizes(features: KeyedJaggedTensor, keys: Mapping[str, str]) -> torch.Tensor:
-    """What mean pooling divides by, ``(len(keys), B)`` float32, 1 for an empty bag.
-
-    As in TorchRec's row-wise sharding, a bag with per-sample weights is divided by their sum.
-    """
-    weights = features.weights_or_none()
-    if weights is None:
-        sizes = features.lengths().float()
-    else:
-        sizes = torch.ops.fbgemm.segment_sum_csr(1, features.offsets().int(), weights).float()
-    of_feature = dict(zip(features.keys(), sizes.split(features.stride_per_key()), strict=True))
-    if features.variable_stride_per_key():
-        names, inverse = features.inverse_indices()
-        of_feature = {name: of_feature[name][row] for name, row in zip(names, inverse, strict=True)}
-    found = torch.stack([of_feature[feature] for feature in keys.values()])
-    return torch.where(found == 0, torch.ones_like(found), found)
-
-
-def divide(pooled: KeyedTensor, keys: Mapping[str, str], sizes: torch.Tensor) -> KeyedTensor:
-    """Divide the vectors of ``keys`` by ``sizes`` ``(len(keys), B)``; the others stay as they are."""
-    names, widths = pooled.keys(), pooled.length_per_key()
-    row = {key: index for index, key in enumerate(keys)}
-    parts = [
-        part / sizes[row[name]].unsqueeze(1).to(part.dtype) if name in row else part
-        for name, part in zip(names, pooled.values().split(widths, dim=1), strict=True)
-    ]
-    return KeyedTensor(keys=names, length_per_key=widths, values=torch.cat(parts, dim=1), key_dim=1)
+def _raise_input_error(ctx: CheckedContext) -> None:
+    if ctx.check_result is not None:
+        ctx.check_result.raise_input_error()

@@ -1,4 +1,4 @@
-"""Rows of distinct ids, table after table, out of fbgemm's kernels with their fused optimizers."""
+"""Lookup of distinct ids, one row per id without pooling, by fbgemm's kernels with fused optimizers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,23 +10,24 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, Sharded
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-# Below this, rows of a table and batch are cheaper to pad than to give a kernel: measured, about what a core caches.
 PADDED_BYTES = 1 << 18
+"""On a CPU, a table with at most this many bytes of rows per batch shares a padded kernel with others. A measured
+value, about the size of a core's cache; above it a kernel of its own is cheaper than padding."""
 
 
 def group_for_rows(
     groups: list[GroupedEmbeddingConfig], expected_rows: Mapping[str, float], *, unpooled: bool
 ) -> list[GroupedEmbeddingConfig]:
-    """Which tables share a kernel of RowLookup.
+    """Regroup tables into the kernels of RowLookup.
 
-    On CUDA an unpooled kernel takes all tables of a group. On the CPU fbgemm's unpooled backward is many times slower
-    than the pooled one, whose output is padded to the longest table. So tables of few expected rows share a pooled
-    kernel there, and each of the others has its own.
+    On CUDA one unpooled kernel serves all tables of a group. On the CPU fbgemm's unpooled backward is many times slower
+    than the pooled one, but a pooled kernel pads the rows of its tables to the longest. There, tables with few expected
+    rows share a pooled kernel, and each other table has its own.
 
     Args:
-        groups: TorchRec's.
-        expected_rows: distinct rows that a batch asks of this rank, by table.
-        unpooled: use the kernel that is fit for CUDA.
+        groups: TorchRec's groups.
+        expected_rows: by table, the expected number of distinct rows that a global batch requests from this rank.
+        unpooled: whether to use unpooled kernels, as on CUDA.
     """
     kernels = []
     for group in groups:
@@ -47,11 +48,11 @@ def group_for_rows(
 
 
 class RowLookup(GroupedPooledEmbeddingsLookup):
-    """TorchRec's lookup returning each id's own row: ids of T tables -> rows ``(U, k)``, unpadded.
+    """TorchRec's lookup without pooling: U ids of T tables -> their rows ``(U, k)``, table by table.
 
     Args:
-        grouped_configs: as ``group_for_rows`` makes them.
-        **torchrec_arguments: as of TorchRec's lookup.
+        grouped_configs: the groups that ``group_for_rows`` returns.
+        **torchrec_arguments: arguments of TorchRec's lookup.
     """
 
     def __init__(self, grouped_configs: list[GroupedEmbeddingConfig], **torchrec_arguments: Any) -> None:
@@ -59,19 +60,19 @@ class RowLookup(GroupedPooledEmbeddingsLookup):
         self._unpooled = grouped_configs[0].pooling == PoolingType.NONE
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
-        """Look up ``sparse_features``: a key a table in the order of the kernels, each of one bag."""
+        """Look up ``sparse_features``, which has one key per table in the order of the kernels, each with one bag."""
         parts = zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True)
         rows = [_look_up(kernel, ids, self._unpooled) for kernel, ids in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _serving_one_feature(table: ShardedEmbeddingTable) -> ShardedEmbeddingTable:
-    # Ids are those of the table, whichever of its features they came from.
+    # The ids are merged over the table's features, so one feature stands for all of them.
     return dataclasses.replace(table, feature_names=table.feature_names[:1], embedding_names=table.embedding_names[:1])
 
 
 def _look_up(kernel: torch.nn.Module, ids: KeyedJaggedTensor, unpooled: bool) -> torch.Tensor:
-    # Bags of one id, also where nothing is pooled: fbgemm's CUDA kernels share out work by bags.
+    # Bags have one id each, even in an unpooled kernel, because fbgemm's CUDA kernels distribute work by bags.
     counts, keys, device = ids.length_per_key(), ids.keys(), ids.device()
     slots = max(counts)
     if len(keys) == 1:

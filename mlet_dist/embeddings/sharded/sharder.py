@@ -1,4 +1,4 @@
-"""From TorchRec's plan to the sharded module: which exchange each table takes, and what of the plan is changed."""
+"""The sharder: it chooses each table's exchange, adapts TorchRec's plan, and builds the sharded module."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,41 +24,44 @@ from mlet_dist.embeddings.sharded.exchange_choice import (
 )
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.sharded.placement import (
-    BY_BLOCKS,
+    BLOCK_SHARDING_TYPES,
     HOST_KERNELS,
-    check_node,
+    check_node_placement,
     check_plan,
     check_rows_dtype,
-    keep_gradients_dense,
-    keep_replicated_if_too_small,
     place_blocks,
-    spread_blocks,
+    replicate_if_too_small,
+    stagger_blocks,
+    use_dense_kernels,
 )
 
 
 class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """Shards a MultiLayerEmbeddingBagCollection: W1 with a fused optimizer, W2 replicated.
+    """Shards a MultiLayerEmbeddingBagCollection: W1 with a fused optimizer, W2 replicated on every rank.
 
-    W1 is row_wise, table_row_wise, table_wise or data_parallel, as the planner says, or its constraints. Whatever it
-    says, a small table of which some rank would hold no row stays data_parallel; on the CPU, for which fbgemm has no
-    fused Adam, W1 with ``torchrec.optim.Adam`` in backward leaves a dense gradient for ``LazyAdam``; and with
-    ``unique_rows`` the tables' first blocks lie on different ranks.
+    W1 is row_wise, table_row_wise, table_wise or data_parallel, as the plan requires, with these exceptions:
+
+    - A small table that would leave some rank without rows becomes data_parallel.
+    - On a CPU fbgemm has no fused Adam. With ``torchrec.optim.Adam`` in backward, W1 gets a dense gradient there, for
+      ``LazyAdam``.
+    - Under ``unique_rows`` the tables' first blocks are placed on different ranks.
 
     Args:
-        exchange: how vectors cross the network, for all tables or by table; ``auto``, also of tables that a mapping
-            lacks, chooses for each (``choose_exchange``). ``reduce_scatter`` projects sums of bags before TorchRec's
-            collective, which of table_wise tables is an all-to-all; ``unique_rows`` serves row_wise tables alone.
-        pooling_factors: ids a bag of each table, on average; 1 where none is given. With ``local_batch_size`` it
-            decides on ``auto``, and on the CPU which tables share a kernel: speed, not results.
-        local_batch_size: bags a feature on one rank.
-        *torchrec_arguments, **torchrec_keywords: as of TorchRec's sharder; ``qcomm_codecs_registry`` is what vectors
-            and their gradients are rounded to on the network, under every exchange (``exchange_codecs``).
+        exchange: the exchange of all tables, or by table. ``auto``, also the default for tables missing from a mapping,
+            chooses one per table (``choose_exchange``). ``reduce_scatter`` projects sums of bags before TorchRec's
+            collective, which for table_wise tables is an all-to-all. ``unique_rows`` supports row_wise tables only.
+        pooling_factors: the average number of ids per bag by table, 1 by default. With ``local_batch_size`` it
+            determines the choice of ``auto`` and, on a CPU, which tables share a kernel. It affects speed, not results.
+        local_batch_size: bags per feature on one rank.
+        *torchrec_arguments: positional arguments of TorchRec's sharder.
+        **torchrec_keywords: keyword arguments of TorchRec's sharder. ``qcomm_codecs_registry`` rounds vectors and their
+            gradients on the network under every exchange (``exchange_codecs``).
 
     Attributes:
-        chosen: exchange and reason of each table that is not replicated, of the collections that it has sharded.
+        chosen: exchange and reason of each table that is not data_parallel, for all collections sharded so far.
 
     Raises:
-        ValueError: an unknown exchange, or ``fused_params`` that have lookups return anything but float32.
+        ValueError: an exchange is unknown, or ``fused_params`` set an output_dtype other than FP32.
     """
 
     def __init__(
@@ -77,8 +80,8 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         output = (self.fused_params or {}).get("output_dtype", SparseType.FP32)
         if output.name != SparseType.FP32.name:
             raise ValueError(
-                f"fused_params: output_dtype is {output.name}; W2 is applied to FP32. Rows are stored in half with "
-                "data_type FP16, and sent in half with qcomm_codecs_registry"
+                f"fused_params: output_dtype is {output.name}; it must be FP32, to which W2 is applied. To store rows "
+                "in half precision use data_type FP16; to send vectors in half precision use qcomm_codecs_registry"
             )
         self._exchange = exchange
         self._pooling_factors = dict(pooling_factors or {})
@@ -93,11 +96,10 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedMultiLayerEmbeddingBagCollection:
-        """Shard ``module`` by ``params``, which is changed in place to the plan that runs (``plan.py``).
+        """Shard ``module`` by the plan ``params``, which is changed in place as ``finalize_plan`` describes.
 
         Raises:
-            ValueError: a table's rows are sharded unevenly or its columns split, its plan is one that the exchange or
-                its dtype rules out, or the ranks are in 2D.
+            ValueError: a table's plan is not supported (see ``placement``), or ``env`` is two-dimensional.
         """
         if isinstance(env, ShardingEnv2D):
             raise ValueError("multi-layer tables cannot be sharded in 2D (DMPCollection); use DistributedModelParallel")
@@ -105,13 +107,13 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             name: each for name, each in params.items() if each.sharding_type == ShardingType.TABLE_ROW_WISE.value
         }
         for name, sharding in by_nodes.items():
-            check_node(name, sharding, get_topology_group_world_size(env.world_size))
-        traffic = self.settle(
+            check_node_placement(name, sharding, get_topology_group_world_size(env.world_size))
+        traffic = self.finalize_plan(
             module,
             params,
             env.world_size,
             on_cpu=device is not None and device.type == "cpu",
-            spread=not env.output_dtensor,  # a DTensor takes rank r to hold the r-th block
+            stagger=not env.output_dtensor,  # a DTensor assumes that rank r has the r-th block
         )
         order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
         return ShardedMultiLayerEmbeddingBagCollection(
@@ -127,68 +129,77 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             **({} if order is None else {"sharded_module_order_overwrite": order}),
         )
 
-    def settle(
+    def finalize_plan(
         self,
         module: MultiLayerEmbeddingBagCollection,
         params: dict[str, ParameterSharding],
         world_size: int,
         *,
         on_cpu: bool,
-        spread: bool = True,
+        stagger: bool = True,
     ) -> dict[str, TableTraffic]:
-        """Change the planner's plan to the one that runs, and choose exchanges (``chosen``); needs no process group.
+        """Adapt the planner's plan, in place, and choose exchanges (``chosen``); needs no process group.
+
+        Args:
+            module: the collection to shard.
+            params: TorchRec's plan by table.
+            world_size: R.
+            on_cpu: whether the ranks compute on a CPU.
+            stagger: whether to place the first blocks of unique_rows tables on different ranks (``stagger_blocks``).
 
         Returns:
-            The traffic of each table that is not replicated.
+            The traffic of each table that is not data_parallel.
 
         Raises:
-            ValueError: as ``shard``.
+            ValueError: a table's plan is not supported.
         """
         tables = {table.name: table for table in module.embedding_bag_configs()}
         for name, table in tables.items():
-            keep_replicated_if_too_small(table, params[name], world_size, on_cpu)
-            check_plan(table, params[name], self.asked(name), on_cpu=on_cpu)
+            replicate_if_too_small(table, params[name], world_size, on_cpu)
+            check_plan(table, params[name], self.requested_exchange(name), on_cpu=on_cpu)
         chosen = {
-            name: self.choose(table, params[name].sharding_type, world_size)
+            name: self.exchange_for(table, params[name].sharding_type, world_size)
             for name, table in tables.items()
             if params[name].sharding_type != ShardingType.DATA_PARALLEL.value
         }
         self.chosen |= chosen
         for sharding in params.values():
-            if sharding.sharding_type in BY_BLOCKS:
+            if sharding.sharding_type in BLOCK_SHARDING_TYPES:
                 place_blocks(sharding)
-        if spread:
-            spread_blocks([params[name] for name, (exchange, _) in chosen.items() if exchange == "unique_rows"])
+        if stagger:
+            stagger_blocks([params[name] for name, (exchange, _) in chosen.items() if exchange == "unique_rows"])
         if on_cpu:
-            keep_gradients_dense([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
+            use_dense_kernels([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
         for name, table in tables.items():
             check_rows_dtype(table, params[name])
             if params[name].compute_kernel != EmbeddingComputeKernel.FUSED_UVM_CACHING.value:
                 params[name].cache_params = None
         return {name: self.traffic(tables[name]) for name in chosen}
 
-    def asked(self, table: str) -> ExchangeChoice:
-        """What was asked for a table."""
+    def requested_exchange(self, table: str) -> ExchangeChoice:
+        """Return the exchange that the user requested for a table."""
         return self._exchange if isinstance(self._exchange, str) else self._exchange.get(table, "auto")
 
-    def choose(self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int) -> tuple[Exchange, str]:
-        """The exchange of a table that is sharded in this way, and why."""
-        asked = self.asked(table.name)
+    def exchange_for(
+        self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int
+    ) -> tuple[Exchange, str]:
+        """Return the exchange of a table under a sharding type, and the reason in a few words."""
+        requested = self.requested_exchange(table.name)
         if sharding_type != ShardingType.ROW_WISE.value:
-            if asked == "after":
+            if requested == "after":
                 return "after", "asked for"
             before = EXCHANGES_OF[sharding_type][-1]
-            if asked == before:
+            if requested == before:
                 return before, "asked for"
             projected = "" if table.hidden_dim is None else "are projected before they "
             return before, f"sums {projected}cross the network"
-        if asked != "auto":
-            return asked, "asked for"
+        if requested != "auto":
+            return requested, "asked for"
         sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
         return choose_exchange(self.traffic(table), world_size, sizes)
 
     def traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:
-        """What the sharder knows of a table's batches."""
+        """Return the sizes of a table and its batch."""
         return TableTraffic(
             num_embeddings=table.num_embeddings,
             embedding_dim=table.embedding_dim,
@@ -198,13 +209,13 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         )
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Those that the exchange serves, on every device; TorchRec's own sharder offers row_wise on CUDA alone."""
+        """Return the sharding types that the exchange supports. TorchRec's sharder offers row_wise on CUDA only."""
         if self._exchange == "unique_rows":
             return [ShardingType.ROW_WISE.value, ShardingType.DATA_PARALLEL.value]
         return [*EXCHANGES_OF, ShardingType.DATA_PARALLEL.value]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Fused kernels, whose rows may lie in the host's memory on CUDA; dense ones for what is replicated."""
+        """Return the fused kernels, on CUDA also those with rows in host memory; the dense one for data_parallel."""
         if sharding_type == ShardingType.DATA_PARALLEL.value:
             return [EmbeddingComputeKernel.DENSE.value]
         fused = [EmbeddingComputeKernel.FUSED.value]
@@ -220,5 +231,5 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
 
 def _is_adam(rows: torch.Tensor) -> bool:
-    # What apply_optimizer_in_backward leaves on a parameter.
+    # apply_optimizer_in_backward sets this attribute on a parameter.
     return any(issubclass(kind, Adam | torch.optim.Adam) for kind in getattr(rows, "_optimizer_classes", []))

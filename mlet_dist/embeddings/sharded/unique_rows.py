@@ -1,4 +1,14 @@
-"""Send each distinct id once to its owner, get its d-dimensional vector back, and pool at home."""
+"""The unique_rows exchange of row_wise tables: each distinct id of a batch is sent to its owner rank once.
+
+For a rank's batch of b rows and F features:
+
+1. The rank finds its distinct ids and sends them to their owner ranks (two all-to-alls: counts, then ids).
+2. Each owner rank merges the requests of all ranks to U distinct rows, looks them up ``(U, k)`` and projects them
+   ``(U, d)``, so every requested row is read and projected once.
+3. The owner ranks send the vectors back (one all-to-all), and the requesting rank pools them: ``(b, F·d)``.
+
+Backward sends the gradients of the vectors the opposite way.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,39 +35,41 @@ from mlet_dist.embeddings.projection import project_rows
 from mlet_dist.embeddings.sharded.collectives import AllToAllRows, codecs_of
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
 from mlet_dist.embeddings.sharded.placement import ranks_of_blocks
-from mlet_dist.embeddings.sharded.pooled import ExchangedDims, ExchangedShardingInfo, ProjectsBefore, tables_by_feature
+from mlet_dist.embeddings.sharded.pooled import ExchangedDims, ExchangedShardingInfo, ProjectingDist, tables_by_feature
 from mlet_dist.embeddings.sharded.row_lookup import RowLookup, group_for_rows
 
 
 @dataclass
 class Routing:
-    """Where a batch's rows come from and go to; made at home, completed at the owners.
+    """Where the rows of one batch are requested from and sent to.
+
+    A rank has two roles: it requests the rows of its own batch, and it serves the rows that it owns.
 
     Attributes:
-        lengths: bag sizes, ``(F·b,)``.
+        lengths: bag sizes of the own batch, ``(F·b,)``.
         weights: per-sample weights of the ids, or None.
-        one_each: every bag holds one id, unweighted.
-        position_of_id: for each id of the batch, its place among this rank's distinct rows.
-        requested: distinct rows that this rank asks of each rank.
-        asked_for: rows that each rank asks of this one.
-        counts: distinct rows that this rank looks up in each table.
-        position_of_request: for each row asked for, its place among those.
+        one_id_per_bag: whether every bag has exactly one id and no weight.
+        position_of_id: position of each id of the batch among this rank's distinct ids.
+        requests_sent: number of rows that this rank requests from each rank.
+        requests_received: number of rows that each rank requests from this rank.
+        rows_per_table: number of distinct rows that this rank looks up in each table; the sum is U.
+        position_of_request: position of each received request among the U rows.
     """
 
     lengths: torch.Tensor
     weights: torch.Tensor | None
-    one_each: bool
+    one_id_per_bag: bool
     position_of_id: torch.Tensor
-    requested: list[int] = field(default_factory=list)
-    asked_for: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
+    requests_sent: list[int] = field(default_factory=list)
+    requests_received: list[int] = field(default_factory=list)
+    rows_per_table: list[int] = field(default_factory=list)
     position_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class UniqueRowsContext(EmbeddingShardingContext):
     """TorchRec's per-batch context of one sharding, with the routing of the batch."""
 
-    # No dataclass: in TorchRec 1.6 the base is none.
+    # Not a dataclass, because the base class is not one in TorchRec 1.6.
     def __init__(self, routing: Routing | None = None, **torchrec_arguments: Any) -> None:
         super().__init__(**torchrec_arguments)
         self.routing = routing
@@ -71,10 +83,7 @@ class UniqueRowsContext(EmbeddingShardingContext):
 
 
 class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
-    """Row-wise sharding of tables of one k and one d, whose distinct rows are exchanged.
-
-    A rank looks up and projects each row that it is asked for once, however many ranks ask for it.
-    """
+    """Row-wise sharding with the unique_rows exchange, for tables with the same k and the same d."""
 
     def __init__(self, sharding_infos: list[ExchangedShardingInfo], *args: Any, **kwargs: Any) -> None:
         super().__init__(sharding_infos, *args, **kwargs)
@@ -116,16 +125,25 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
             codecs_of(self.qcomm_codecs_registry, COMM_OPS["unique_rows"]),
         )
 
-    def _holders(self) -> list[list[GroupedEmbeddingConfig]]:
+    def _owners(self) -> list[list[GroupedEmbeddingConfig]]:
         return [self._grouped_embedding_configs]
 
     def _tables(self) -> list[ShardedEmbeddingTable]:
-        """In the order of the lookup's rows."""
+        """Return the tables in the order of the lookup's rows."""
         return [table for kernel in self._kernels for table in kernel.embedding_tables]
 
 
 class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
-    """Ids of a rank's batch -> the distinct ids that all ranks ask of this one: a key a table, of one bag."""
+    """Maps the ids of a rank's batch to the distinct rows requested from this rank, one key with one bag per table.
+
+    Args:
+        process_group: the ranks.
+        tables: names of the T tables, in the order of the lookup.
+        table_of_feature: for each feature, the index of its table.
+        num_embeddings: rows of each table.
+        ranks: for each table, the owner rank of each block of rows.
+        device: device of the ids.
+    """
 
     def __init__(
         self,
@@ -141,7 +159,8 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         self._world_size = dist.get_world_size(process_group)
         self._tables = tables
         blocks = [-(-rows // self._world_size) for rows in num_embeddings]
-        # key = (owner·T + table)·stride + row at the owner = id + shift of the id's block
+        # Key of an id = (owner·T + table)·stride + row in the owner's shard = id + shift of the id's block, so that
+        # sorted keys are grouped by owner, and by table for each owner.
         self._stride = max(blocks)
         shifts = [
             (owner * len(tables) + table) * self._stride - block * blocks[table]
@@ -161,7 +180,7 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         self.routing: Routing
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> "Awaitable[Awaitable[KeyedJaggedTensor]]":
-        """Find the distinct ids, which must lie inside their tables, and tell each owner how many to expect."""
+        """Find the distinct ids, which must lie inside their tables, and send each owner the number of requests."""
         values = sparse_features.values()
         lengths, weights = sparse_features.lengths(), sparse_features.weights_or_none()
         counts = lengths.view(self._table_of_feature.numel(), -1).sum(dim=1)
@@ -171,54 +190,64 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         self.routing = Routing(
             lengths=lengths,
             weights=weights,
-            one_each=weights is None and lengths.numel() == values.numel() and bool((lengths == 1).all()),
+            one_id_per_bag=weights is None and lengths.numel() == values.numel() and bool((lengths == 1).all()),
             position_of_id=position,
         )
-        requested = torch.searchsorted(distinct, self._first_keys_of_ranks).diff()
-        return _CountsAwaitable(self, requested, distinct % (len(self._tables) * self._stride))
+        requests_sent = torch.searchsorted(distinct, self._first_keys_of_ranks).diff()
+        return _CountsAwaitable(self, requests_sent, distinct % (len(self._tables) * self._stride))
 
-    def lookup_features(self, asked: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
-        """The rows that ranks asked for, found once each, as input of the lookup."""
-        distinct, routing.position_of_request = torch.unique(asked, return_inverse=True)
+    def lookup_features(self, requested_ids: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
+        """Return the distinct rows among the received requests, as input of the lookup."""
+        distinct, routing.position_of_request = torch.unique(requested_ids, return_inverse=True)
         count = torch.searchsorted(distinct, self._first_keys_of_tables).diff()
-        routing.counts = count.tolist()
+        routing.rows_per_table = count.tolist()
         return KeyedJaggedTensor(
-            self._tables, distinct % self._stride, lengths=count, stride=1, length_per_key=routing.counts
+            self._tables, distinct % self._stride, lengths=count, stride=1, length_per_key=routing.rows_per_table
         )
 
 
 class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
-    """How many rows each rank asks for."""
+    """The all-to-all of the numbers of requests; its result is the all-to-all of the ids."""
 
-    def __init__(self, ids_dist: UniqueRowsInputDist, requested: torch.Tensor, ids: torch.Tensor) -> None:
+    def __init__(self, input_dist: UniqueRowsInputDist, requests_sent: torch.Tensor, ids: torch.Tensor) -> None:
         super().__init__()
-        self._dist, self._routing = ids_dist, ids_dist.routing
-        self._requested, self._ids = requested, ids
-        self._asked_for = torch.empty_like(requested)
-        self._work = dist.all_to_all_single(self._asked_for, requested, group=ids_dist.process_group, async_op=True)
+        self._dist, self._routing = input_dist, input_dist.routing
+        self._requests_sent, self._ids = requests_sent, ids
+        self._requests_received = torch.empty_like(requests_sent)
+        self._work = dist.all_to_all_single(
+            self._requests_received, requests_sent, group=input_dist.process_group, async_op=True
+        )
 
     def _wait_impl(self) -> Awaitable[KeyedJaggedTensor]:
         self._work.wait()
-        self._routing.requested, self._routing.asked_for = torch.stack([self._requested, self._asked_for]).tolist()
+        counts = torch.stack([self._requests_sent, self._requests_received])
+        self._routing.requests_sent, self._routing.requests_received = counts.tolist()
         return _IdsAwaitable(self._dist, self._routing, self._ids)
 
 
 class _IdsAwaitable(Awaitable[KeyedJaggedTensor]):
-    def __init__(self, ids_dist: UniqueRowsInputDist, routing: Routing, ids: torch.Tensor) -> None:
+    """The all-to-all of the ids; its result is the input of the lookup."""
+
+    def __init__(self, input_dist: UniqueRowsInputDist, routing: Routing, ids: torch.Tensor) -> None:
         super().__init__()
-        self._dist, self._routing, self._ids = ids_dist, routing, ids
-        self._asked = ids.new_empty(sum(routing.asked_for))
+        self._dist, self._routing, self._ids = input_dist, routing, ids
+        self._requested_ids = ids.new_empty(sum(routing.requests_received))
         self._work = dist.all_to_all_single(
-            self._asked, ids, routing.asked_for, routing.requested, group=ids_dist.process_group, async_op=True
+            self._requested_ids,
+            ids,
+            routing.requests_received,
+            routing.requests_sent,
+            group=input_dist.process_group,
+            async_op=True,
         )
 
     def _wait_impl(self) -> KeyedJaggedTensor:
         self._work.wait()
-        return self._dist.lookup_features(self._asked, self._routing)
+        return self._dist.lookup_features(self._requested_ids, self._routing)
 
 
-class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, torch.Tensor], ProjectsBefore):
-    """Distinct rows ``(U, k)`` at the owners -> pooled vectors ``(b, F·d)`` at home."""
+class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, torch.Tensor], ProjectingDist):
+    """Maps the distinct rows ``(U, k)`` of the owner ranks to the pooled vectors ``(b, F·d)`` of this rank's batch."""
 
     def __init__(
         self, process_group: dist.ProcessGroup, tables: list[str], num_features: int, codecs: QuantizedCommCodecs
@@ -226,33 +255,35 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         super().__init__()
         self._process_group = process_group
         self._tables, self._num_features = tables, num_features
-        # As in TorchRec, what does not leave the rank is not rounded.
+        # As in TorchRec, vectors are not rounded if there is no other rank.
         self._codecs = codecs if dist.get_world_size(process_group) > 1 else QuantizedCommCodecs()
 
     def forward(
         self, local_embs: torch.Tensor, sharding_ctx: UniqueRowsContext | None = None
     ) -> Awaitable[torch.Tensor]:
-        """Project each distinct row once, send it to those who asked, pool there."""
+        """Project each distinct row once, send it to the ranks that requested it, and pool the vectors received."""
         routing = none_throws(none_throws(sharding_ctx).routing)
         weights = self.projections_of(self._tables)
         rows = local_embs
         if weights:
-            rows = project_rows(rows, routing.counts, torch.stack([weights[table] for table in self._tables]))
+            rows = project_rows(rows, routing.rows_per_table, torch.stack([weights[table] for table in self._tables]))
         rows = rows.index_select(0, routing.position_of_request)
-        received = AllToAllRows.apply(rows, routing.asked_for, routing.requested, self._process_group, self._codecs)
+        received = AllToAllRows.apply(
+            rows, routing.requests_received, routing.requests_sent, self._process_group, self._codecs
+        )
         return NoWait(self._pool(received, routing))
 
     def _pool(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
         batch_size, width = routing.lengths.numel() // self._num_features, rows.shape[1]
         shape = (batch_size, self._num_features * width)
-        if routing.one_each:
+        if routing.one_id_per_bag:
             by_row = routing.position_of_id.view(self._num_features, batch_size).t().reshape(-1)
             return rows.index_select(0, by_row).view(shape)
         offsets = torch.zeros(routing.lengths.numel() + 1, dtype=torch.int64, device=rows.device)
         torch.cumsum(routing.lengths, dim=0, out=offsets[1:])
         pooled = functional.embedding_bag(
             routing.position_of_id,
-            # embedding_bag takes no empty table; padding keeps the exchange in this rank's backward.
+            # embedding_bag rejects an empty table; padding it keeps the exchange in this rank's backward.
             rows if rows.shape[0] else functional.pad(rows, (0, 0, 0, 1)),
             offsets,
             mode="sum",

@@ -1,9 +1,9 @@
-"""Which options the planner does not try, by hand-made times and sizes."""
+"""The pruning of the planner's options, with hand-made times and sizes."""
 
 import torch
 from torchrec.distributed.planner.types import Perf, Shard, ShardingOption, Storage
 
-from mlet_dist.embeddings.planning.search_space import worthwhile
+from mlet_dist.embeddings.planning.search_space import prune_options
 
 KINDS = {"row_wise": "uniform", "data_parallel": "uniform", "table_wise": "device", "table_row_wise": "host"}
 
@@ -24,32 +24,32 @@ def _option(table: str, kind: str, ranks: int, time: float, size: int = 1, kerne
 
 
 def _kept(*options: ShardingOption) -> list[tuple[str, str, str]]:
-    return [(each.name, each.sharding_type, each.compute_kernel) for each in worthwhile(options)]
+    return [(each.name, each.sharding_type, each.compute_kernel) for each in prune_options(options)]
 
 
-def test_of_even_options_the_slower_stays_where_it_takes_less_memory() -> None:
+def test_a_slower_even_option_is_kept_if_it_needs_less_memory() -> None:
     rows, copies = _option("a", "row_wise", 4, time=2, size=1), _option("a", "data_parallel", 4, time=1, size=4)
     assert _kept(rows, copies) == [("a", "row_wise", "fused"), ("a", "data_parallel", "fused")]
     slow_copies = _option("a", "data_parallel", 4, time=3, size=4)
     assert _kept(rows, slow_copies) == [("a", "row_wise", "fused")]
 
 
-def test_one_rank_must_save_half_of_the_work() -> None:
+def test_an_uneven_option_must_save_half_of_the_work() -> None:
     rows, other = _option("a", "row_wise", 4, time=2), _option("b", "row_wise", 4, time=9)
     assert ("a", "table_wise", "fused") in _kept(rows, other, _option("a", "table_wise", 1, time=4))
     assert ("a", "table_wise", "fused") not in _kept(rows, other, _option("a", "table_wise", 1, time=4.1))
     assert ("a", "table_row_wise", "fused") in _kept(rows, other, _option("a", "table_row_wise", 2, time=2))
 
 
-def test_nothing_may_take_longer_than_the_best_even_plan() -> None:
+def test_no_option_may_take_longer_than_the_best_even_plan() -> None:
     rows, other = _option("a", "row_wise", 64, time=2), _option("b", "row_wise", 64, time=1)
     assert ("a", "table_wise", "fused") in _kept(rows, other, _option("a", "table_wise", 1, time=3))
     assert ("a", "table_wise", "fused") not in _kept(rows, other, _option("a", "table_wise", 1, time=3.1))
-    # Where a table cannot be even there is no even plan.
+    # If a table has no even option, there is no even plan.
     alone = _option("b", "table_wise", 1, time=1)
     assert ("a", "table_wise", "fused") in _kept(rows, alone, _option("a", "table_wise", 1, time=3.1))
 
 
-def test_kernels_of_the_host_stay_as_they_take_less_of_the_device() -> None:
+def test_slower_kernels_with_rows_in_host_memory_are_kept() -> None:
     fused, cached = _option("a", "row_wise", 2, time=1), _option("a", "row_wise", 2, time=9, kernel="fused_uvm_caching")
     assert _kept(fused, cached) == [("a", "row_wise", "fused"), ("a", "row_wise", "fused_uvm_caching")]

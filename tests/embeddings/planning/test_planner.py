@@ -1,4 +1,4 @@
-"""Estimates against what sharded models hold and send."""
+"""The planner's estimates against the memory and the traffic of sharded models."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ from mlet_dist.embeddings.planning.cost_model import (
     Device,
     Memory,
     Step,
-    all_reduced,
+    all_reduce_step,
     step_time,
     total_memory,
     total_step,
@@ -36,7 +36,7 @@ from mlet_dist.embeddings.planning.planner import multi_layer_planner
 from mlet_dist.embeddings.planning.table_cost import TableCost
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.sharded.exchange_choice import TableTraffic
-from mlet_dist.embeddings.sharded.placement import rows_of_rank
+from mlet_dist.embeddings.sharded.placement import max_rows_per_rank
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.model_plan import ModelPlan, plan_model
@@ -46,7 +46,7 @@ from tests.helpers.ranks import RankPool
 Ranks = Callable[..., RankPool]
 SIZES = (20_000, 20_000, 15_001, 9_999, 1)  # the last has too few rows to be sharded
 K, D, LOCAL_BATCH = 64, 16, 1024
-WAYS = [  # sharding type of all tables, or of each in turn; exchange; ranks, and ranks of a node
+SETTINGS = [  # sharding type of all tables, or "mixed"; exchange; ranks; ranks per node
     *(
         ("row_wise", exchange, size, size)
         for exchange in ("after", "reduce_scatter", "unique_rows")
@@ -123,8 +123,8 @@ def _sharded(
     return sharded, stepper, planned, step
 
 
-def _held_bytes(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> int:
-    """Of the storages of weights, gradients and optimizer states, without their step counters."""
+def _resident_bytes(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> int:
+    """Return the bytes of the storages of weights, gradients and optimizer states, without step counters."""
     tensors = list(model.parameters())
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for _, part in optimizer.optimizers:
@@ -138,10 +138,10 @@ def _held_bytes(model: DistributedModelParallel, optimizer: CombinedOptimizer) -
 
 
 def _peak_bytes(step: Callable[[], None]) -> int:
-    """What torch's CPU allocator holds at a step's peak beyond what it held before.
+    """Return the peak of torch's CPU allocations during a step, beyond those before it.
 
-    The profiler misses what gloo's threads free, in about every second step; a step counts if what it allocated and
-    what it freed balance.
+    In about every second step the profiler misses memory that gloo's threads free. Only steps whose allocations and
+    frees balance are counted.
     """
     peaks: list[int] = []
     for _ in range(60):
@@ -149,17 +149,17 @@ def _peak_bytes(step: Callable[[], None]) -> int:
             step()
         assert profiler.profiler is not None
         events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-        held = peak = 0
+        allocated = peak = 0
         for event in sorted(events, key=lambda each: each.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        if abs(held) < 1 << 15:
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+        if abs(allocated) < 1 << 15:
             peaks.append(peak)
         fewest = torch.tensor(len(peaks))
         dist.all_reduce(fewest, dist.ReduceOp.MIN)
         if int(fewest) >= 3:
             return max(peaks)
-    raise AssertionError(f"of 60 steps only {len(peaks)} balance")
+    raise AssertionError(f"the allocations of only {len(peaks)} of 60 steps balance")
 
 
 def _memory(
@@ -167,13 +167,13 @@ def _memory(
 ) -> tuple[int, int, Memory]:
     sharded, stepper, planned, step = _sharded(optimizer, kind, exchange, ids_a_bag, precision)
     estimate = memory_of_rank(planned.tables, planned.dense, dist.get_rank())
-    return _held_bytes(sharded, stepper), _peak_bytes(step), estimate
+    return _resident_bytes(sharded, stepper), _peak_bytes(step), estimate
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(("kind", "exchange", "world_size", "local_world_size"), WAYS)
+@pytest.mark.parametrize(("kind", "exchange", "world_size", "local_world_size"), SETTINGS)
 @pytest.mark.parametrize(("optimizer", "ids_a_bag"), [("sgd", 1), ("adagrad", 1), ("rowwise_adagrad", 10)])
-def test_memory_is_what_a_rank_holds(
+def test_estimated_memory_is_that_of_a_rank(
     ranks: Ranks,
     kind: str,
     exchange: str,
@@ -183,27 +183,27 @@ def test_memory_is_what_a_rank_holds(
     ids_a_bag: int,
 ) -> None:
     found = ranks(world_size, local_world_size).run(_memory, optimizer, kind, exchange, ids_a_bag)
-    for held, peak, estimate in found:
-        assert estimate.weights + estimate.optimizer + estimate.dense == held
-        assert held + peak <= estimate.total <= 1.25 * (held + peak)
+    for resident, peak, estimate in found:
+        assert estimate.weights + estimate.optimizer + estimate.dense == resident
+        assert resident + peak <= estimate.total <= 1.25 * (resident + peak)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_adam_without_a_fused_kernel_holds_a_dense_gradient(ranks: Ranks, world_size: int) -> None:
-    for held, _, estimate in ranks(world_size).run(_memory, "adam", "row_wise", "after", 1):
-        assert estimate.weights + estimate.optimizer + estimate.dense == held
+def test_adam_without_a_fused_kernel_needs_a_dense_gradient(ranks: Ranks, world_size: int) -> None:
+    for resident, _, estimate in ranks(world_size).run(_memory, "adam", "row_wise", "after", 1):
+        assert estimate.weights + estimate.optimizer + estimate.dense == resident
 
 
 @pytest.mark.multirank
 def test_memory_in_half_precision(ranks: Ranks) -> None:
-    for held, peak, estimate in ranks(4, 2).run(_memory, "adagrad", "mixed", "auto", 1, "fp16"):
-        assert estimate.weights + estimate.optimizer + estimate.dense == held
-        assert held + peak <= estimate.total <= 1.25 * (held + peak)
+    for resident, peak, estimate in ranks(4, 2).run(_memory, "adagrad", "mixed", "auto", 1, "fp16"):
+        assert estimate.weights + estimate.optimizer + estimate.dense == resident
+        assert resident + peak <= estimate.total <= 1.25 * (resident + peak)
 
 
 def _traffic(kind: str, exchange: str, ids_a_bag: int, forward: Any, backward: Any) -> tuple[int, int, Step]:
-    """(bytes of vectors, bytes of all-reduced weights of W2, the estimate with the distinct ids of the batch)."""
+    """Return the bytes of vectors, the all-reduced bytes of W2, and the estimate with the batch's distinct ids."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     model = _model()
     codecs = exchange_codecs(forward, backward)
@@ -211,7 +211,7 @@ def _traffic(kind: str, exchange: str, ids_a_bag: int, forward: Any, backward: A
     sharded = DistributedModelParallel(model, device=CPU, plan=planned.plan, sharders=[planned.sharder])
     embeddings = sharded.module.sparse_arch.embedding_bag_collection
     batch = _batch(torch.Generator().manual_seed(rank), ids_a_bag)
-    embeddings(batch).values()  # the first forward pass also builds what is built lazily
+    embeddings(batch).values()  # the first forward pass includes lazy initialization
     with count_traffic() as sent:
         embeddings(batch).values().sum().backward()
     steps = []
@@ -222,16 +222,18 @@ def _traffic(kind: str, exchange: str, ids_a_bag: int, forward: Any, backward: A
             ids = batch[name].values().unique()
             first = own.shard_offsets[0]
             away = int(((ids < first) | (ids >= first + own.shard_sizes[0])).sum())
-            # Of u ids spread evenly, u·(R-1)/R lie on other ranks.
+            # Of u ids that are spread evenly, u·(R-1)/R are on other ranks.
             cost = dataclasses.replace(cost, distinct_ids=away * world_size / (world_size - 1))
-        steps.append(cost.step(holds=rows[rank] > 0))
+        steps.append(cost.step(owns_rows=rows[rank] > 0))
     return sent.vector_bytes, sent.weight_bytes, total_step(steps)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize(("forward", "backward", "ids_a_bag"), [("fp32", "fp32", 1), ("fp16", "fp32", 10)])
-@pytest.mark.parametrize(("kind", "exchange", "world_size", "local_world_size"), [way for way in WAYS if way[2] > 1])
-def test_bytes_are_what_collectives_carry(
+@pytest.mark.parametrize(
+    ("kind", "exchange", "world_size", "local_world_size"), [each for each in SETTINGS if each[2] > 1]
+)
+def test_estimated_bytes_are_those_of_the_collectives(
     ranks: Ranks,
     kind: str,
     exchange: str,
@@ -251,11 +253,11 @@ def test_bytes_are_what_collectives_carry(
     )
     for _, weight_bytes, estimate in found:
         assert weight_bytes == projections
-        # DDP's all-reduce is not torch.distributed's.
+        # count_traffic does not see DDP's all-reduce, which is not a call of torch.distributed.
         assert estimate.weight_bytes == projections + replicated * K * 4
     if exchange != "unique_rows" and kind != "mixed":
         assert all(vector_bytes == estimate.vector_bytes for vector_bytes, _, estimate in found)
-    # A rank sends the rows that others ask for and the gradients of those that it asked for.
+    # A rank sends the rows that others requested, and the gradients of those that it requested.
     total = sum(estimate.vector_bytes for *_, estimate in found)
     assert sum(vector_bytes for vector_bytes, *_ in found) == pytest.approx(total, abs=1e-3)
 
@@ -266,7 +268,7 @@ def _cost(**changes: Any) -> TableCost:
     return dataclasses.replace(cost, **changes)
 
 
-def test_by_hand() -> None:
+def test_costs_of_row_wise_by_hand() -> None:
     memory = _cost().memory(250)
     assert (memory.weights, memory.optimizer) == (250 * 16 * 4, 250 * 16 * 4)
     assert memory.dense == 3 * 16 * 4 * 4  # W2, its gradient and sum
@@ -281,58 +283,59 @@ def test_by_hand() -> None:
     assert _cost(exchange="unique_rows", distinct_ids=6).step().vector_bytes == 2 * 6 * 0.75 * 4 * 4
     assert _cost(value_bytes=(2, 4)).step().vector_bytes == (2 + 4) * 8 * 3 * 4
     assert _cost(sharding_type="data_parallel", exchange=None).step().weight_bytes == (1000 * 16 + 16 * 4) * 4
-    assert [rows_of_rank(rows, 16, 4, on_cpu=True) for rows in (3, 4, 5, 8, 1000)] == [None, 1, None, 2, 250]
-    assert [rows_of_rank(500_000, width, 1024, on_cpu=False) for width in (8, 512)] == [None, 489]
+    assert [max_rows_per_rank(rows, 16, 4, on_cpu=True) for rows in (3, 4, 5, 8, 1000)] == [None, 1, None, 2, 250]
+    assert [max_rows_per_rank(500_000, width, 1024, on_cpu=False) for width in (8, 512)] == [None, 489]
     assert total_memory([Memory(1, 2, 3, 4), Memory(1, 1, 1, 1)]).total == 14
 
 
-def test_one_rank_s_tables_by_hand() -> None:
+def test_costs_of_table_wise_by_hand() -> None:
     owned = _cost(sharding_type="table_wise", exchange="all_to_all")
-    holder, other = owned.step(), owned.step(holds=False)
+    owner, other = owned.step(), owned.step(owns_rows=False)
     vectors = 8 * 4 * 4  # of a rank's bags
-    assert (holder.vector_bytes, other.vector_bytes) == (3 * vectors, vectors)  # one's vectors, another's gradients
-    assert (holder.flops, other.flops) == (6 * 8 * 4 * 16 * 4, 0)
+    assert (owner.vector_bytes, other.vector_bytes) == (3 * vectors, vectors)  # vectors sent, and gradients sent
+    assert (owner.flops, other.flops) == (6 * 8 * 4 * 16 * 4, 0)
     ids = 8 * 8 + 8 * 4
-    assert holder.index_bytes == 0
+    assert owner.index_bytes == 0
     assert other.index_bytes == ids
-    # One other rank is in the node, two are not; W2's gradients go 2·3/4 times inside and 2·1/2/2 times between.
+    # One other rank is in the same node, two are not. W2's gradients are sent 2·3/4 times in the node and 2·1/2/2 times
+    # between nodes.
     weights = 16 * 4 * 4
-    assert holder.node_held == 2 * vectors + ids + 1.5 * weights
-    assert holder.network_held == pytest.approx(2 * (2 * vectors + ids) + 0.5 * weights)
+    assert owner.node_owner_bytes == 2 * vectors + ids + 1.5 * weights
+    assert owner.network_owner_bytes == pytest.approx(2 * (2 * vectors + ids) + 0.5 * weights)
     assert owned.memory(0).weights == 0
     assert owned.memory(0).dense == owned.memory(1000).dense
 
 
-def test_one_node_s_tables_by_hand() -> None:
+def test_costs_of_table_row_wise_by_hand() -> None:
     cost = _cost(sharding_type="table_row_wise")
     vectors = 8 * 4 * 4
-    assert cost.holders == 2
-    # To the other rank of the node go two nodes' vectors and gradients; to the other node vectors alone.
+    assert cost.num_owners == 2
+    # Sent are two nodes' vectors and gradients to the other rank of the node, and vectors to the other node.
     assert cost.step().vector_bytes == 2 * 2 * vectors + vectors
-    assert cost.step(holds=False).vector_bytes == vectors
+    assert cost.step(owns_rows=False).vector_bytes == vectors
     assert cost.step().flops == 6 * 8 * 4 * 16 * 4
 
 
-def test_rows_in_the_host_s_memory_by_hand() -> None:
+def test_costs_of_rows_in_host_memory_by_hand() -> None:
     row = 16 * 4
-    whole = _cost(kernel="fused_uvm", exchange="unique_rows", distinct_ids=6, optimizer="sgd")
-    memory = whole.held_memory(250)
+    hosted = _cost(kernel="fused_uvm", exchange="unique_rows", distinct_ids=6, optimizer="sgd")
+    memory = hosted.owner_memory(250)
     assert (memory.weights, memory.optimizer, memory.host) == (0, 0, 250 * row)
     owned = TableTraffic(1000, 4, 1.0, 1, 8).distinct_ids(4) / 4
     rows = min(owned, 6)
-    assert whole.step().host_bytes == pytest.approx(2 * rows * row)  # looked up, and once more to be updated
-    cached = dataclasses.replace(whole, kernel="fused_uvm_caching", cache_load_factor=0.2)
-    memory = cached.held_memory(250)
+    assert hosted.step().host_bytes == pytest.approx(2 * rows * row)  # read by the lookup and by the update
+    cached = dataclasses.replace(hosted, kernel="fused_uvm_caching", cache_load_factor=0.2)
+    memory = cached.owner_memory(250)
     assert memory.weights == 64 * (row + 16) + 250 * 4  # 50 rows in sets of 32
     assert cached.step().host_bytes == pytest.approx(0.8 * rows * row)
-    # fbgemm keeps one number a row on the device, and as many as columns beside the rows.
+    # fbgemm keeps a state of one number per row on the device, and one of k numbers per row with the rows.
     one, many = (dataclasses.replace(cached, optimizer=name) for name in ("rowwise_adagrad", "adagrad"))
-    assert (one.held_memory(250).optimizer, one.held_memory(250).host) == (250 * 4, 250 * row)
-    assert (many.held_memory(250).optimizer, many.held_memory(250).host) == (0, 2 * 250 * row)
+    assert (one.owner_memory(250).optimizer, one.owner_memory(250).host) == (250 * 4, 250 * row)
+    assert (many.owner_memory(250).optimizer, many.owner_memory(250).host) == (0, 2 * 250 * row)
     assert many.step().host_bytes == pytest.approx(1.8 * rows * row)
 
 
-def test_the_fullest_host_need_not_be_the_fullest_device_s() -> None:
+def test_the_fullest_host_may_be_that_of_another_rank_than_the_fullest_device() -> None:
     dense = DenseCost(0, (1,), 1, 4, 8, "sgd", 2, 2)
     owned = _cost(sharding_type="table_wise", exchange="all_to_all", world_size=2, optimizer="sgd")
     hosted = dataclasses.replace(owned, kernel="fused_uvm")
@@ -340,26 +343,33 @@ def test_the_fullest_host_need_not_be_the_fullest_device_s() -> None:
     assert (memory.weights, memory.host) == (1000 * 16 * 4, 1000 * 16 * 4)
 
 
-def test_time_by_hand() -> None:
+def test_step_time_by_hand() -> None:
     device = Device("toy", "cuda", 1e9, memory_bandwidth=100, flops=1000, node_bandwidth=30, network_bandwidth=10)
-    step = Step(node_held=60, node_home=90, network_held=200, network_home=10, memory_bytes=200, flops=500)
+    step = Step(
+        node_owner_bytes=60,
+        node_requester_bytes=90,
+        network_owner_bytes=200,
+        network_requester_bytes=10,
+        memory_bytes=200,
+        flops=500,
+    )
     time = step_time(step, device)
-    # Both directions of a link work at once, and both links do.
+    # Both directions of a link work in parallel, and so do both links.
     assert (time.network, time.memory, time.host, time.compute, time.bound) == (20.0, 2.0, 0.0, 0.5, "network")
     hosted = step_time(Step(host_bytes=40), dataclasses.replace(device, host_bandwidth=8))
     assert (hosted.host, hosted.bound) == (5.0, "host link")
-    reduced = step_time(all_reduced(100, world_size=4, local_world_size=2), device)
+    reduced = step_time(all_reduce_step(100, world_size=4, local_world_size=2), device)
     assert reduced.network == pytest.approx(max(2 * 100 * 3 / 4 / 30, 2 * 100 / 2 / 2 / 10))
 
 
-def test_the_planner_uses_these_numbers() -> None:
+def test_the_planner_uses_these_estimates() -> None:
     planned = _planned(_model("adagrad"), "row_wise", "auto", 4, 4)
     needed = [memory_of_rank(planned.tables, planned.dense, rank) for rank in range(4)]
     enough = int(max(each.total for each in needed) / 0.85) + len(SIZES)
     sharder, model = planned.sharder, _model("adagrad")
     tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
-    held = total_memory(cost.memory(rows[0]) for cost, rows in planned.tables.values())
-    dense = planned.dense.memory(held.buffers).total
+    of_tables = total_memory(cost.memory(rows[0]) for cost, rows in planned.tables.values())
+    dense = planned.dense.memory(of_tables.buffers).total
     row_wise = {f"C{index}": ParameterConstraints(sharding_types=["row_wise"]) for index in range(4)}
 
     def plan(memory: int) -> None:

@@ -1,4 +1,4 @@
-"""Quantised communication: what is rounded, by how much at most, and what is not."""
+"""Quantised communication: rounding of vectors and gradients within bounds, and no rounding elsewhere."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from tests.helpers.precision_model import largest_relative_error, small_bags, sm
 from tests.helpers.ranks import RankPool
 
 Ranks = Callable[..., RankPool]
-WAYS: list[tuple[ExchangeChoice, str]] = [
+METHODS: list[tuple[ExchangeChoice, str]] = [
     *((exchange, "row_wise") for exchange in EXCHANGES),
     *((exchange, kind) for exchange in ("after", "auto") for kind in ("table_wise", "table_row_wise")),
 ]
@@ -32,46 +32,46 @@ LARGEST_WEIGHT = 0.35
 
 def _train(
     optimizer: str,
-    way: tuple[ExchangeChoice, str],
+    method: tuple[ExchangeChoice, str],
     forward: CommPrecision,
     backward: CommPrecision,
     only_rank: int | None = None,
 ) -> dict[str, Any]:
     codecs = exchange_codecs(forward, backward, local_batch_size=6)
-    return train_small(optimizer, way[0], STEPS, codecs=codecs, only_rank=only_rank, kind=way[1])
+    return train_small(optimizer, method[0], STEPS, codecs=codecs, only_rank=only_rank, kind=method[1])
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_outputs_are_within_rounding_of_the_dense_reference(
-    ranks: Ranks, world_size: int, precision: CommPrecision, way: tuple[ExchangeChoice, str]
+    ranks: Ranks, world_size: int, precision: CommPrecision, method: tuple[ExchangeChoice, str]
 ) -> None:
-    by_rank = ranks(world_size, 2).run(_train, "sgd", way, precision, precision)
+    by_rank = ranks(world_size, 2).run(_train, "sgd", method, precision, precision)
     reference = small_reference("sgd")
-    # A row and a whole sum are rounded once; each of R partial sums once, and then their R-1 sums. Between two nodes of
-    # two, a node's sum is rounded once more.
+    # A row or a complete sum is rounded once. A reduce-scatter rounds each of R partial sums once, and then R-1 sums of
+    # them. Between two nodes of two ranks, a node's sum is rounded once more.
     reduced = {"row_wise": 2 * world_size - 1, "table_row_wise": 3 + 1}
-    roundings = 1 if way[0] == "unique_rows" else reduced.get(way[1], 1)
+    roundings = 1 if method[0] == "unique_rows" else reduced.get(method[1], 1)
     errors = []
     for name, expected in reference.step(small_bags(0)).items():
         found = torch.cat([each["outputs"][0][name] for each in by_rank])
         errors.append(largest_relative_error(found, expected))
-        if world_size == 4 and name == "f_tiny" and way[1] == "row_wise":  # replicated
+        if world_size == 4 and name == "f_tiny" and method[1] == "row_wise":  # replicated
             assert errors.pop() < FLOAT32
     assert UNIT[precision] / 10 < max(errors) < roundings * UNIT[precision] + FLOAT32
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_weights_are_near_the_reference_and_projections_equal_on_all_ranks(
-    ranks: Ranks, world_size: int, optimizer: str, precision: CommPrecision, way: tuple[ExchangeChoice, str]
+def test_weights_are_near_the_reference_and_equal_on_all_ranks(
+    ranks: Ranks, world_size: int, optimizer: str, precision: CommPrecision, method: tuple[ExchangeChoice, str]
 ) -> None:
-    first, *others = ranks(world_size, 2).run(_train, optimizer, way, precision, precision)
+    first, *others = ranks(world_size, 2).run(_train, optimizer, method, precision, precision)
     reference = small_reference(optimizer)
     for step in range(STEPS):
         reference.step(small_bags(step))
@@ -87,10 +87,10 @@ def test_weights_are_near_the_reference_and_projections_equal_on_all_ranks(
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("way", WAYS)
-def test_forward_and_backward_are_rounded_apart(ranks: Ranks, way: tuple[ExchangeChoice, str]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_and_backward_are_rounded_independently(ranks: Ranks, method: tuple[ExchangeChoice, str]) -> None:
     plain, forward, backward = (
-        ranks(2).run(_train, "sgd", way, *precision)[0]
+        ranks(2).run(_train, "sgd", method, *precision)[0]
         for precision in (("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"))
     )
     name = "f_wide"
@@ -100,38 +100,38 @@ def test_forward_and_backward_are_rounded_apart(ranks: Ranks, way: tuple[Exchang
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("way", WAYS)
-def test_on_one_rank_nothing_is_rounded(ranks: Ranks, way: tuple[ExchangeChoice, str]) -> None:
-    plain, rounded = (ranks(1).run(_train, "sgd", way, each, each)[0] for each in ("fp32", "bf16"))
+@pytest.mark.parametrize("method", METHODS)
+def test_on_one_rank_nothing_is_rounded(ranks: Ranks, method: tuple[ExchangeChoice, str]) -> None:
+    plain, rounded = (ranks(1).run(_train, "sgd", method, each, each)[0] for each in ("fp32", "bf16"))
     for name, tensor in plain["weights"].items():
         assert torch.equal(rounded["weights"][name], tensor), name
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("way", WAYS)
-def test_ranks_without_a_batch_take_part(ranks: Ranks, way: tuple[ExchangeChoice, str]) -> None:
-    by_rank = ranks(2).run(_train, "sgd", way, "fp16", "bf16", 1)
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_without_a_batch_take_part(ranks: Ranks, method: tuple[ExchangeChoice, str]) -> None:
+    by_rank = ranks(2).run(_train, "sgd", method, "fp16", "bf16", 1)
     for name, expected in small_reference("sgd").step(small_bags(0)).items():
         assert by_rank[0]["outputs"][0][name].shape[0] == 0
         assert largest_relative_error(by_rank[1]["outputs"][0][name], expected) < 4 * UNIT["fp16"]
 
 
-def _train_with_torchrecs_own(way: tuple[ExchangeChoice, str]) -> dict[str, Any]:
+def _train_with_torchrecs_own(method: tuple[ExchangeChoice, str]) -> dict[str, Any]:
     config = QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.FP16, backward_loss_scale=16.0)
     codecs = get_qcomm_codecs_registry(config, device=torch.device("cpu"))
-    return train_small("sgd", way[0], STEPS, codecs=codecs, kind=way[1])
+    return train_small("sgd", method[0], STEPS, codecs=codecs, kind=method[1])
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("way", WAYS)
-def test_a_registry_of_torchrecs_own_will_do(ranks: Ranks, way: tuple[ExchangeChoice, str]) -> None:
-    found = ranks(2).run(_train_with_torchrecs_own, way)[0]["weights"]
-    scaled = ranks(2).run(_train, "sgd", way, "fp16", "fp16")[0]["weights"]
+@pytest.mark.parametrize("method", METHODS)
+def test_torchrecs_own_registry_is_accepted(ranks: Ranks, method: tuple[ExchangeChoice, str]) -> None:
+    found = ranks(2).run(_train_with_torchrecs_own, method)[0]["weights"]
+    scaled = ranks(2).run(_train, "sgd", method, "fp16", "fp16")[0]["weights"]
     for name, tensor in scaled.items():
         torch.testing.assert_close(found[name], tensor, rtol=4 * UNIT["fp16"], atol=0)
 
 
-def test_tiny_gradients_arrive() -> None:
+def test_tiny_gradients_are_not_rounded_to_zero() -> None:
     codec = ScaledFp16Codec(4096)
     gradients = torch.tensor([1.5e-8, 1e-7, -3e-6, 0.0, 2.5])
     encoded = codec.encode(gradients)

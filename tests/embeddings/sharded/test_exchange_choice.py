@@ -1,4 +1,4 @@
-"""Bytes on the wire and the automatic choice of an exchange."""
+"""Bytes sent by each exchange, and the automatic choice of an exchange."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ class _RowWise(EmbeddingBagCollectionSharder):
 def _build(
     exchange: str | None, pooling_factor: float = 1.0, precision: tuple[CommPrecision, CommPrecision] = FP32
 ) -> DistributedModelParallel:
-    """TorchRec's own d-dimensional collection for None."""
+    """Build a sharded collection; with exchange None it is TorchRec's own, of d columns."""
     names = [f"t{index}" for index in range(TABLES)]
     common: dict[str, Any] = {"num_embeddings": ROWS, "embedding_dim": D}
     meta = torch.device("meta")
@@ -60,7 +60,7 @@ def _build(
 
 
 def _batch(ids_a_bag: int) -> KeyedJaggedTensor:
-    """Zipf-like ids, other ones on each rank."""
+    """Draw Zipf-like ids, different ones on each rank."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     bags = TABLES * LOCAL_BATCH
     values = (ROWS ** torch.rand(bags * ids_a_bag, generator=generator)).long().clamp(0, ROWS - 1)
@@ -71,9 +71,9 @@ def _batch(ids_a_bag: int) -> KeyedJaggedTensor:
 def _vector_bytes(
     exchange: str | None, ids_a_bag: int = 1, precision: tuple[CommPrecision, CommPrecision] = FP32
 ) -> tuple[int, int, int]:
-    """(bytes of vectors sent forward, bytes of gradients sent backward, distinct ids owned by other ranks)."""
+    """Return the bytes of vectors sent, the bytes of gradients sent, and the distinct ids owned by other ranks."""
     model, batch = _build(exchange, ids_a_bag, precision), _batch(ids_a_bag)
-    model(batch).values()  # the first forward pass also builds what is built lazily
+    model(batch).values()  # the first forward pass includes lazy initialization
     with count_traffic() as forward:
         output = model(batch).values()
     with count_traffic() as backward:
@@ -81,8 +81,8 @@ def _vector_bytes(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     block = -(-ROWS // world_size)
     per_table = [ids.unique() for ids in batch.values().view(TABLES, -1)]
-    asked = sum(int(((ids // block + table) % world_size != rank).sum()) for table, ids in enumerate(per_table))
-    return forward.vector_bytes, backward.vector_bytes, asked
+    requested = sum(int(((ids // block + table) % world_size != rank).sum()) for table, ids in enumerate(per_table))
+    return forward.vector_bytes, backward.vector_bytes, requested
 
 
 @pytest.mark.multirank
@@ -90,7 +90,7 @@ def _vector_bytes(
 def test_mlet_sends_what_a_single_layer_sends_or_less(ranks: Ranks, world_size: int) -> None:
     pool = ranks(world_size)
     single, after, scattered, unique = (
-        pool.run(_vector_bytes, way) for way in (None, "after", "reduce_scatter", "unique_rows")
+        pool.run(_vector_bytes, exchange) for exchange in (None, "after", "reduce_scatter", "unique_rows")
     )
     matrix = LOCAL_BATCH * (world_size - 1) * TABLES * D * 4
     for rank in range(world_size):
@@ -99,10 +99,10 @@ def test_mlet_sends_what_a_single_layer_sends_or_less(ranks: Ranks, world_size: 
         assert after[rank][:2] == (matrix * K // D, matrix * K // D)
         sent = sum(unique[rank][:2])
         assert 0 < sent <= 2 * matrix
-    # Each distinct row goes once to the rank that asked for it, and its gradient comes back once.
-    asked = sum(each[2] for each in unique) * D * 4
-    assert sum(each[0] for each in unique) == asked
-    assert sum(each[1] for each in unique) == asked
+    # Each distinct row is sent once to the rank that requested it, and its gradient is sent back once.
+    requested = sum(each[2] for each in unique) * D * 4
+    assert sum(each[0] for each in unique) == requested
+    assert sum(each[1] for each in unique) == requested
 
 
 @pytest.mark.multirank
@@ -126,14 +126,14 @@ def test_quantised_communication_sends_half_the_bytes(ranks: Ranks, world_size: 
 @pytest.mark.parametrize("ids_a_bag", [1, 50])
 def test_auto_is_the_cheaper_of_the_two(ranks: Ranks, ids_a_bag: int) -> None:
     sent = {
-        way: sum(sum(each[:2]) for each in ranks(4).run(_vector_bytes, way, ids_a_bag))
-        for way in ("auto", "reduce_scatter", "unique_rows")
+        exchange: sum(sum(each[:2]) for each in ranks(4).run(_vector_bytes, exchange, ids_a_bag))
+        for exchange in ("auto", "reduce_scatter", "unique_rows")
     }
     assert sent["auto"] == min(sent["reduce_scatter"], sent["unique_rows"])
     assert sent["reduce_scatter"] != sent["unique_rows"]
 
 
-def test_the_choice_by_hand() -> None:
+def test_choose_exchange_by_hand() -> None:
     def choose(pooling_factor: float, world_size: int, rows: int = 10**6, features: int = 1) -> str:
         return choose_exchange(TableTraffic(rows, 16, pooling_factor, features, 512), world_size)[0]
 
@@ -143,13 +143,14 @@ def test_the_choice_by_hand() -> None:
     assert choose(50, 1024) == "unique_rows"  # 1,023 copies of a bag against 50 ids
     assert choose(50, 2, rows=100) == "unique_rows"  # at most 100 distinct rows, whatever the bags hold
     chosen, reason = choose_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2)
-    # Two vectors of 16 float32 and an id, half of which stay at home; two vectors to one other rank, and half an id.
+    # Unique rows: two vectors of 16 float32 and an id, half of which stay on the local rank. Reduce-scatter: two
+    # vectors to one other rank, and half an id.
     assert (chosen, reason) == ("unique_rows", "up to 68 bytes a bag as unique rows, 132 reduce-scattered")
 
 
-def test_the_choice_knows_what_a_value_takes_on_the_network() -> None:
+def test_choose_exchange_uses_the_bytes_of_a_value_on_the_network() -> None:
     table = TableTraffic(10**6, 4, 5.0, 1, 512)
-    # Per bag: 2.5 ids of 8 bytes and a vector against one vector and 2.5 ids. Ids weigh as much as before.
+    # With half the bytes per value, ids take as many bytes as before.
     assert choose_exchange(table, 4)[0] == "reduce_scatter"
     assert choose_exchange(table, 8)[0] == "unique_rows"
     half: dict[Exchange, int] = {"after": 4, "reduce_scatter": 4, "unique_rows": 4}
@@ -165,7 +166,7 @@ def test_an_unknown_exchange_is_refused() -> None:
         MultiLayerEmbeddingBagCollectionSharder(exchange="fastest")  # type: ignore[arg-type]
 
 
-def test_traffic_counts_what_goes_to_others(ranks: Ranks) -> None:
+def test_count_traffic_counts_bytes_sent_to_other_ranks(ranks: Ranks) -> None:
     found = ranks(2).run(_known_traffic)
     for traffic in found:
         assert traffic.calls == [

@@ -1,4 +1,4 @@
-"""W1 stored in half precision: fp16 rows, everything around them in float32."""
+"""W1 in half precision: rows are fp16, and vectors, W2 and optimizer states are float32."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +51,7 @@ def test_rows_are_within_rounding_of_the_dense_reference(
     for step in range(STEPS):
         for name, expected in reference.step(small_bags(step)).items():
             found = torch.cat([each["outputs"][step][name] for each in by_rank])
-            # The first lookup finds the rows that the reference has, and adds them up in float32.
+            # Before the first update the rows equal those of the reference, and they are summed in float32.
             error, largest = (found.double() - expected).abs().max(), expected.abs().max()
             assert float(error) < (2 * step * UNIT or FLOAT32) * float(largest)
     first, *others = by_rank
@@ -106,7 +106,7 @@ def test_the_unsharded_collection_looks_up_and_collapses() -> None:
     found = module(to_kjt(bags, 0, GLOBAL_BATCH))
     assert found.values().dtype == torch.float32
     for name, values in found.to_dict().items():
-        assert largest_relative_error(values, expected[name]) < 2 * UNIT  # torch rounds the pooled vector, too
+        assert largest_relative_error(values, expected[name]) < 2 * UNIT  # torch also rounds the pooled vector
     for name, weight in module.collapse().state_dict().items():
         table = name.split(".")[1]
         rows = module.embedding_bags[table].weight.double()
@@ -115,7 +115,7 @@ def test_the_unsharded_collection_looks_up_and_collapses() -> None:
         assert largest_relative_error(weight, product) < UNIT + FLOAT32
 
 
-def test_weights_of_ids_need_a_sharded_collection_or_float32() -> None:
+def test_per_sample_weights_need_a_sharded_collection_or_float32() -> None:
     module = MultiLayerEmbeddingBagCollection(small_tables(DataType.FP16), is_weighted=True)
     with pytest.raises(ValueError, match=r"table 'wide': .*FP16.*FP32"):
         module(to_kjt(small_bags(0), 0, 4, weighted=True))
@@ -128,7 +128,7 @@ def test_adam_on_a_cpu_is_refused(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("data_type", [DataType.INT8, DataType.BF16])
-def test_other_types_of_rows_are_refused(data_type: DataType) -> None:
+def test_other_dtypes_of_rows_are_refused(data_type: DataType) -> None:
     settings: dict[str, Any] = {"name": "t", "num_embeddings": 9, "embedding_dim": 4, "data_type": data_type}
     with pytest.raises(ValueError, match=rf"table 't': data_type is {data_type.name}; rows are FP32 or FP16"):
         MultiLayerEmbeddingBagConfig(**settings)
@@ -137,7 +137,7 @@ def test_other_types_of_rows_are_refused(data_type: DataType) -> None:
 
 
 @pytest.mark.parametrize("output", [SparseType.FP16, DataType.BF16])
-def test_lookups_in_half_are_refused(output: SparseType | DataType) -> None:
+def test_lookups_in_half_precision_are_refused(output: SparseType | DataType) -> None:
     with pytest.raises(ValueError, match=rf"output_dtype is {output.name}.*qcomm_codecs_registry"):
         MultiLayerEmbeddingBagCollectionSharder(fused_params={"output_dtype": output})
     MultiLayerEmbeddingBagCollectionSharder(fused_params={"output_dtype": SparseType.FP32})

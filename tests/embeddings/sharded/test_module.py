@@ -52,11 +52,11 @@ def _tables() -> list[EmbeddingBagConfig]:
         table("tiny", 5, 16, ["f1"]),  # the last of 4 ranks would hold no row
         table("two_rows", 2, 16, ["f2"]),  # fewer rows than ranks
         table("single_layer", 50, None, ["f3"]),
-        table("square", 30, 4, ["f10"]),  # of the single layer's width, and with a W2
+        table("square", 30, 4, ["f10"]),  # W1 is as wide as the single layer, but there is a W2
         table("shared", 33, 8, ["f4", "f5"]),
         table("averaged", 40, 8, ["f6"], PoolingType.MEAN),
         table("tiny_averaged", 3, 8, ["f8"], PoolingType.MEAN),  # replicated on 4 ranks
-        # One feature in four tables, pooled in both ways, one of them replicated on 3 and 4 ranks.
+        # One feature in four tables, with sum and mean pooling, one of them replicated on 3 and 4 ranks.
         table("wide", 60, 8, ["f9"]),
         table("wide_too", 60, None, ["f9"]),
         table("deep", 60, 12, ["f9"], PoolingType.MEAN),
@@ -66,9 +66,9 @@ def _tables() -> list[EmbeddingBagConfig]:
 
 
 def _make_bags(seed: int, weighted: bool = False, rows: int = GLOBAL_BATCH) -> Bags:
-    """Bags of 0 to 5 ids with repeats; the first row of every batch has an empty bag in f0 and in f9.
+    """Draw bags of 0 to 5 ids with repeats; the first row of every batch has an empty bag in f0 and in f9.
 
-    Every second batch leaves the last row of every table alone, so that an optimizer must not move it.
+    Every second batch has no id of a table's last row, which the optimizer must then not update.
     """
     draw = random.Random(seed)
     sizes: dict[str, int] = {}
@@ -174,14 +174,14 @@ def _train_averaging_partial_gradients(exchange: Exchange) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("exchange", ["reduce_scatter", "unique_rows"])
-def test_the_reference_tells_a_mean_of_partial_gradients_from_their_sum(ranks: Ranks, exchange: Exchange) -> None:
+def test_the_reference_detects_averaged_partial_gradients(ranks: Ranks, exchange: Exchange) -> None:
     by_rank = ranks(2).run(_train_averaging_partial_gradients, exchange)
     with pytest.raises(AssertionError, match="not close"):
         _assert_equal_reference(by_rank, "sgd", False)
 
 
 def _train_with_kernels_apart(optimizer: str) -> dict[str, Any]:
-    # Of 12 rows a batch, those of the tables of width 4 share a kernel, wider ones have one each.
+    # With 12 rows per batch, the tables of width 4 share a kernel, and each wider one has its own.
     with mock.patch.object(row_lookup, "PADDED_BYTES", 12 * 4 * 4):
         return _train_sharded(optimizer, False, "unique_rows")
 
@@ -192,12 +192,12 @@ def test_a_kernel_for_each_large_table_equals_the_dense_reference(ranks: Ranks, 
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])  # fbgemm's CPU has no fused Adam
-def test_the_kernels_meant_for_cuda_equal_the_dense_reference(ranks: Ranks, optimizer: str) -> None:
+def test_the_unpooled_kernels_used_on_cuda_equal_the_dense_reference(ranks: Ranks, optimizer: str) -> None:
     _assert_equal_reference(ranks(2).run(_train_as_on_cuda, optimizer), optimizer, False)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_schedule_of_learning_rates_reaches_every_weight_in_every_step(ranks: Ranks, optimizer: str) -> None:
+def test_a_learning_rate_schedule_applies_to_every_weight_in_every_step(ranks: Ranks, optimizer: str) -> None:
     factors = (0.25, 1.0, 0.5, 0.75)
     by_rank = ranks(2).run(_train_sharded, optimizer, False, "unique_rows", factors)
     _assert_equal_reference(by_rank, optimizer, False, factors)
@@ -205,7 +205,7 @@ def test_a_schedule_of_learning_rates_reaches_every_weight_in_every_step(ranks: 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_projections_are_bit_identical_on_all_ranks(ranks: Ranks, world_size: int, exchange: Exchange) -> None:
+def test_projections_are_bitwise_identical_on_all_ranks(ranks: Ranks, world_size: int, exchange: Exchange) -> None:
     first, *others = ranks(world_size).run(_train_sharded, "adagrad", False, exchange)
     projections = [name for name in first["weights"] if name.startswith("projections.")]
     assert len(projections) == 10
@@ -243,7 +243,7 @@ def test_tables_with_too_few_rows_stay_data_parallel(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_module_with_values_of_its_own_passes_them_on(ranks: Ranks, world_size: int) -> None:
+def test_the_values_of_a_module_that_is_not_on_meta_are_copied(ranks: Ranks, world_size: int) -> None:
     expected = _positive_module().state_dict()
     for result in ranks(world_size).run(_train_sharded, "sgd"):
         assert set(result["initial"]) == set(expected)
@@ -258,7 +258,7 @@ def _shard_filled_after_meta() -> tuple[dict[str, torch.Tensor], dict[str, torch
     return filled, full_weights(shard(module))
 
 
-def test_a_module_filled_after_it_was_made_on_meta_passes_its_values_on(ranks: Ranks) -> None:
+def test_the_values_of_a_module_filled_after_it_was_built_on_meta_are_copied(ranks: Ranks) -> None:
     expected, found = ranks(2).run(_shard_filled_after_meta)[0]
     assert set(found) == set(expected)
     for name, tensor in expected.items():
@@ -272,7 +272,7 @@ def _loss_and_output(pooled: KeyedTensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Tensors(torch.nn.Module):
-    """Batch -> loss and outputs, as TorchRec's pipelines want a model."""
+    """A model that maps a batch to a loss and outputs, as TorchRec's pipelines require."""
 
     def __init__(self, embeddings: MultiLayerEmbeddingBagCollection) -> None:
         super().__init__()
@@ -302,14 +302,14 @@ def _train_with(pipelined: bool, exchange: Exchange) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_a_pipeline_of_torchrec_trains_the_same_bits(ranks: Ranks, exchange: Exchange) -> None:
+def test_training_in_torchrecs_pipeline_is_bitwise_identical(ranks: Ranks, exchange: Exchange) -> None:
     plain, pipelined = (ranks(2).run(_train_with, each, exchange)[0] for each in (False, True))
     assert len(plain) == 13 + 10
     for name, tensor in plain.items():
         assert torch.equal(pipelined[name], tensor), name
 
 
-def _weights_of_ranks_that_differ() -> dict[str, torch.Tensor]:
+def _weights_from_different_seeds() -> dict[str, torch.Tensor]:
     torch.manual_seed(dist.get_rank())
     tables = [
         MultiLayerEmbeddingBagConfig(
@@ -326,7 +326,7 @@ def _weights_of_ranks_that_differ() -> dict[str, torch.Tensor]:
 
 
 def test_replicated_weights_start_as_those_of_the_first_rank(ranks: Ranks) -> None:
-    first, second = ranks(2).run(_weights_of_ranks_that_differ)
+    first, second = ranks(2).run(_weights_from_different_seeds)
     assert len(first) == 4
     for name, tensor in first.items():
         assert torch.equal(second[name], tensor), name
@@ -339,7 +339,7 @@ def _shard_width(hidden_dim: int | None, embedding_dim: int) -> None:
     shard(MultiLayerEmbeddingBagCollection([table], device=torch.device("meta")))
 
 
-def test_a_width_that_fbgemm_cannot_take_is_refused(ranks: Ranks) -> None:
+def test_a_width_that_fbgemm_does_not_support_is_refused(ranks: Ranks) -> None:
     with pytest.raises(RankFailed, match="table 'odd': hidden_dim is 9"):
         ranks(1).run(_shard_width, 9, 4)
     with pytest.raises(RankFailed, match="table 'odd': embedding_dim is 6"):
@@ -358,7 +358,7 @@ def _outputs_served_and_trained() -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.cat([each[name].detach() for name in expected], dim=1) for each in (expected, found))
 
 
-def test_plain_collection_serves_what_the_sharded_one_computes(ranks: Ranks) -> None:
+def test_the_collapsed_collection_returns_the_vectors_of_the_sharded_one(ranks: Ranks) -> None:
     for expected, found in ranks(2).run(_outputs_served_and_trained):
         assert expected.shape == (GLOBAL_BATCH, 14 * 4)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)

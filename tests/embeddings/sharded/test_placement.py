@@ -5,16 +5,16 @@ from torchrec.distributed.types import ParameterSharding
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.sharded.placement import (
-    check_node,
+    check_node_placement,
     check_plan,
-    keep_replicated_if_too_small,
     ranks_of_blocks,
-    spread_blocks,
+    replicate_if_too_small,
+    stagger_blocks,
 )
 
 
 def _plan(num_embeddings: int, world_size: int, width: int = 8) -> ParameterSharding:
-    """What TorchRec's planner makes: block r on rank r."""
+    """Return a plan as TorchRec's planner makes it: block r is on rank r."""
     block = -(-num_embeddings // world_size)
     starts = [min(block * rank, num_embeddings) for rank in range(world_size)]
     shards = [
@@ -25,16 +25,16 @@ def _plan(num_embeddings: int, world_size: int, width: int = 8) -> ParameterShar
 
 
 def _first_rows(sharding: ParameterSharding) -> list[int]:
-    """The first row on each rank."""
+    """Return the first row on each rank."""
     assert sharding.sharding_spec is not None
     shards = sharding.sharding_spec.shards
     assert [shard.placement.rank() for shard in shards] == list(range(len(shards)))
     return [shard.shard_offsets[0] for shard in shards]
 
 
-def test_first_blocks_lie_on_different_ranks() -> None:
+def test_first_blocks_are_on_different_ranks() -> None:
     plans = [_plan(100, 4), _plan(10, 4), _plan(8, 4), _plan(8, 4), _plan(8, 4)]
-    spread_blocks(plans)
+    stagger_blocks(plans)
     assert [_first_rows(plan) for plan in plans] == [
         [0, 25, 50, 75],
         [9, 0, 3, 6],
@@ -46,23 +46,23 @@ def test_first_blocks_lie_on_different_ranks() -> None:
     assert [shard.shard_sizes for shard in plans[1].sharding_spec.shards] == [[1, 8], [3, 8], [3, 8], [3, 8]]
 
 
-def test_few_tables_are_spread_over_all_ranks() -> None:
+def test_the_first_blocks_of_few_tables_are_spread_over_all_ranks() -> None:
     plans = [_plan(64, 8) for _ in range(3)]
-    spread_blocks(plans)
+    stagger_blocks(plans)
     assert [_first_rows(plan).index(0) for plan in plans] == [0, 2, 4]
 
 
-def test_a_plan_that_is_used_again_stays_as_it_is() -> None:
+def test_staggering_twice_equals_staggering_once() -> None:
     plans = [_plan(64, 4) for _ in range(3)]
-    spread_blocks(plans)
+    stagger_blocks(plans)
     once = [_first_rows(plan) for plan in plans]
-    spread_blocks(plans)
+    stagger_blocks(plans)
     assert [_first_rows(plan) for plan in plans] == once
 
 
-def test_blocks_are_found_again() -> None:
+def test_ranks_of_staggered_blocks() -> None:
     plans = [_plan(10, 4) for _ in range(4)]
-    spread_blocks(plans)
+    stagger_blocks(plans)
     for index, plan in enumerate(plans):
         assert plan.sharding_spec is not None
         ranks = ranks_of_blocks(plan.sharding_spec.shards, 10)
@@ -71,32 +71,34 @@ def test_blocks_are_found_again() -> None:
 
 def test_uneven_shards_are_refused() -> None:
     shards = [ShardMetadata([0, 0], [7, 8], "rank:0/cpu"), ShardMetadata([7, 0], [3, 8], "rank:1/cpu")]
-    with pytest.raises(ValueError, match=r"start at rows \[0, 7\]; 2 ranks take blocks of 5 rows"):
+    with pytest.raises(ValueError, match=r"start at rows \[0, 7\]; with 2 ranks they must be blocks of 5 rows"):
         ranks_of_blocks(shards, 10)
 
 
-def test_the_last_ranks_of_many_may_hold_no_row() -> None:
+def test_the_last_of_many_ranks_may_own_no_rows() -> None:
     table = MultiLayerEmbeddingBagConfig(name="t", num_embeddings=10_000, embedding_dim=8, hidden_dim=512)
     for on_cpu in (False, True):
-        plan = _plan(table.num_embeddings, 300, width=512)  # 20 MB, too much to hold on every rank; blocks of 34 rows
+        plan = _plan(table.num_embeddings, 300, width=512)  # 20 MB, too large to be replicated; blocks of 34 rows
         assert plan.sharding_spec is not None
         assert plan.sharding_spec.shards[-1].shard_sizes[0] == 0
-        keep_replicated_if_too_small(table, plan, 300, on_cpu)
+        replicate_if_too_small(table, plan, 300, on_cpu)
         assert plan.sharding_type == ("data_parallel" if on_cpu else "row_wise")
         if not on_cpu:
             check_plan(table, plan, "unique_rows", on_cpu=False)
-            spread_blocks([plan, plan])
+            stagger_blocks([plan, plan])
             ranks = ranks_of_blocks(plan.sharding_spec.shards, table.num_embeddings)
             assert ranks[:295] == [(block + 150) % 300 for block in range(295)]
     table.hidden_dim = 8
     plan = _plan(table.num_embeddings, 300)
-    keep_replicated_if_too_small(table, plan, 300, on_cpu=False)
+    replicate_if_too_small(table, plan, 300, on_cpu=False)
     assert plan.sharding_type == "data_parallel"
 
 
 def test_a_plan_for_other_nodes_is_refused() -> None:
     plan = _plan(10, 2)
     plan.sharding_type = "table_row_wise"
-    check_node("t", plan, 2)
-    with pytest.raises(ValueError, match=r"table 't': .* on ranks \[0, 1\]; with 4 ranks a node .* on \[0, 1, 2, 3\]"):
-        check_node("t", plan, 4)
+    check_node_placement("t", plan, 2)
+    with pytest.raises(
+        ValueError, match=r"table 't': .* on ranks \[0, 1\]; with 4 ranks per node .* on \[0, 1, 2, 3\]"
+    ):
+        check_node_placement("t", plan, 4)

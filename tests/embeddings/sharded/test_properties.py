@@ -1,4 +1,4 @@
-"""Any tables, bags and ranks under any exchange and optimizer, against the dense float64 reference."""
+"""Random tables, bags, ranks, exchanges and optimizers against the dense float64 reference."""
 
 import random
 from collections.abc import Callable
@@ -32,14 +32,14 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One drawn setting.
+    """One random setting.
 
     Attributes:
-        tables: (num_embeddings, hidden_dim, embedding_dim, pooling, features) of each.
-        local_batch_sizes: rows of each rank, some of which may have none.
-        longest: ids of the longest bag.
-        kinds: sharding types, taken in turn.
-        nodes: into which the ranks are divided, where there are as many or more.
+        tables: (num_embeddings, hidden_dim, embedding_dim, pooling, features) of each table.
+        local_batch_sizes: the batch size of each rank, possibly 0.
+        longest: the number of ids of the longest bag.
+        kinds: sharding types, assigned to the tables in turn.
+        nodes: the number of nodes, at most that of ranks.
     """
 
     tables: tuple[tuple[int, int | None, int, PoolingType, tuple[str, ...]], ...]
@@ -54,13 +54,13 @@ class Case:
 
     @property
     def sharding_types(self) -> dict[str, str]:
-        """By table; unique_rows serves row_wise tables alone."""
+        """The sharding type of each table; unique_rows supports row_wise only."""
         kinds = ("row_wise",) if self.exchange == "unique_rows" else self.kinds
         return {f"t{index}": kinds[index % len(kinds)] for index in range(len(self.tables))}
 
     @property
     def rates(self) -> dict[str, float]:
-        # Weights are to stay positive (see toy_loss), and the gradient of long bags grows with their length squared.
+        # Weights must stay positive (see toy_loss), and the gradient of a bag grows with its length squared.
         damping = (1 + self.longest) ** 2 if self.optimizer == "sgd" else 1
         return {"rows": 0.02 / damping, "projections": 0.01 / damping}
 
@@ -79,7 +79,7 @@ class Case:
         return make_positive(MultiLayerEmbeddingBagCollection(tables, self.weighted, seed=self.seed))
 
     def bags(self, step: int) -> Bags:
-        """Of the global batch: bags of 0 to ``longest`` ids, short ones more often."""
+        """Draw the bags of the global batch, of 0 to ``longest`` ids; short ones are more likely."""
         draw = random.Random(f"{self.seed} {step}")
         limits: dict[str, int] = {}
         for n, _, _, _, features in self.tables:
@@ -133,7 +133,7 @@ def _train(case: Case) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.T
     for step in range(STEPS):
         optimizer.zero_grad()
         found = model(to_kjt(case.bags(step), first, last, case.weighted)).to_dict()
-        # The mean over the global batch, for ranks that average their gradients and have batches of other sizes.
+        # Ranks average their gradients; this factor makes the average that of the global batch.
         share = world_size * (last - first) / sum(case.local_batch_sizes)
         (toy_loss(found) * share if last > first else sum(each.sum() for each in found.values())).backward()
         optimizer.step()

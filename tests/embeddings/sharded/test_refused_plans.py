@@ -1,4 +1,4 @@
-"""Plans that an exchange cannot serve, and states of other widths, are named."""
+"""Unsupported plans and state dicts of other widths are refused, with the table's name."""
 
 from collections.abc import Callable
 
@@ -29,9 +29,9 @@ Ranks = Callable[[int], RankPool]
 
 
 def _plan_of_t0(kind: str, sharder: MultiLayerEmbeddingBagCollectionSharder) -> EmbeddingModuleShardingPlan:
-    ways = {"table_wise": table_wise(rank=1), "column_wise": column_wise(ranks=[0, 1])}
+    shardings = {"table_wise": table_wise(rank=1), "column_wise": column_wise(ranks=[0, 1])}
     module = MultiLayerEmbeddingBagCollection(tables_of_every_kind(), device=torch.device("meta"))
-    every = {table.name: row_wise() for table in tables_of_every_kind()} | {"t0": ways.get(kind, row_wise())}
+    every = {table.name: row_wise() for table in tables_of_every_kind()} | {"t0": shardings.get(kind, row_wise())}
     plan = construct_module_sharding_plan(module, every, sharder, local_size=2, world_size=2, device_type="cpu")
     first, second = plan["t0"].sharding_spec.shards if kind in ("uneven", "swapped") else (None, None)
     if kind == "uneven":
@@ -69,22 +69,22 @@ def _shard_by(kind: str, exchange: ExchangeChoice) -> str | bool:
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("exchange", ["auto", *EXCHANGES])
-def test_a_plan_that_an_exchange_cannot_serve_is_refused(ranks: Ranks, exchange: ExchangeChoice) -> None:
+def test_a_plan_that_an_exchange_does_not_support_is_refused(ranks: Ranks, exchange: ExchangeChoice) -> None:
     expected: str | bool = True
     if exchange == "unique_rows":
-        serves = "serves row_wise tables; 'auto', 'after' and 'reduce_scatter' serve all"
-        expected = f"table 't0': the plan says table_wise, and exchange 'unique_rows' {serves}"
+        requires = "requires row_wise; use 'auto', 'after' or 'reduce_scatter'"
+        expected = f"table 't0': the plan is table_wise, but exchange 'unique_rows' {requires}"
     assert ranks(2).run(_shard_by, "table_wise", exchange) == [expected] * 2
-    columns = "table 't0': the plan says column_wise; multi-layer tables are not split by columns"
+    columns = "table 't0': the plan is column_wise; multi-layer tables cannot be split by columns"
     assert ranks(2).run(_shard_by, "column_wise", exchange) == [columns] * 2
-    # TorchRec's own routing would look up other rows, silently.
-    starts = "row shards start at rows [0, 30]; 2 ranks take blocks of 50 rows"
+    # TorchRec's own routing would look up wrong rows without an error.
+    starts = "row shards start at rows [0, 30]; with 2 ranks they must be blocks of 50 rows"
     assert ranks(2).run(_shard_by, "uneven", exchange) == [f"table 't0': the plan's {starts}"] * 2
-    # The sharder puts blocks where the exchange wants them, so that a plan may be used again.
+    # The sharder places blocks as the exchange requires, so a plan can be used again.
     assert ranks(2).run(_shard_by, "swapped", exchange) == [True] * 2
 
 
-def _load_doctored(name: str) -> list[str]:
+def _load_wrong_shapes(name: str) -> list[str]:
     wide = [
         MultiLayerEmbeddingBagConfig(
             name="t0", num_embeddings=100, embedding_dim=4, hidden_dim=16, feature_names=["f0"]
@@ -92,28 +92,28 @@ def _load_doctored(name: str) -> list[str]:
     ]
     other = MultiLayerEmbeddingBagCollection(wide).state_dict()
     model, _ = build("auto")
-    said = []
+    messages = []
     for module in (model.module.embeddings, positive_module()):
         state = module.state_dict()
         for names in ([name], list(other)):
             with pytest.raises(ValueError, match=r"^table 't0'") as raised:
                 module.load_state_dict(state | {each: other[each] for each in names})
-            said.append(str(raised.value))
+            messages.append(str(raised.value))
         module.load_state_dict(state)
-    return said
+    return messages
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("embedding_bags.t0.weight", "table 't0': W1 has 16 columns and W2 has 8 rows"),
         ("projections.t0.weight", "table 't0': W1 has 8 columns and W2 has 16 rows"),
     ],
 )
-def test_a_state_of_two_widths_names_the_table(ranks: Ranks, name: str, said: str) -> None:
+def test_a_state_dict_of_two_widths_is_refused_with_the_tables_name(ranks: Ranks, name: str, message: str) -> None:
     both = "table 't0': W1 is (100, 16) in the state and (100, 8) in the module"
-    assert ranks(2).run(_load_doctored, name) == [[said, both, said, both]] * 2
+    assert ranks(2).run(_load_wrong_shapes, name) == [[message, both, message, both]] * 2
 
 
 def _load_sharded(world_size: int) -> str:
@@ -137,11 +137,11 @@ def _load_sharded(world_size: int) -> str:
 
 
 @pytest.mark.multirank
-def test_sharded_tensors_of_another_width_name_the_table(ranks: Ranks) -> None:
+def test_sharded_tensors_of_another_width_are_refused_with_the_tables_name(ranks: Ranks) -> None:
     assert ranks(2).run(_load_sharded, 2) == ["table 't0': W1 has 8 columns and W2 has 16 rows"] * 2
 
 
-def test_ranks_in_two_dimensions_are_refused() -> None:
+def test_2d_sharding_is_refused() -> None:
     module = MultiLayerEmbeddingBagCollection(tables_of_every_kind(), device=torch.device("meta"))
     env = ShardingEnv2D.__new__(ShardingEnv2D)
     with pytest.raises(ValueError, match="cannot be sharded in 2D"):

@@ -32,7 +32,7 @@ def _group(*widths: int) -> GroupedEmbeddingConfig:
         ([9999, 9999, 9999], [["t0"], ["t1"], ["t2"]]),
     ],
 )
-def test_tables_of_many_rows_have_a_kernel_each(expected: list[float], kernels: list[list[str]]) -> None:
+def test_each_table_of_many_rows_has_its_own_kernel(expected: list[float], kernels: list[list[str]]) -> None:
     rows = {f"t{index}": float(count) for index, count in enumerate(expected)}
     found = group_for_rows([_group(64, 64, 64)], rows, unpooled=False)
     assert [kernel.table_names() for kernel in found] == kernels
@@ -40,7 +40,7 @@ def test_tables_of_many_rows_have_a_kernel_each(expected: list[float], kernels: 
     assert all(kernel.fused_params == {"learning_rate": 0.1} for kernel in found)
 
 
-def test_cuda_has_one_unpooled_kernel_a_group() -> None:
+def test_cuda_has_one_unpooled_kernel_per_group() -> None:
     found = group_for_rows([_group(64, 64), _group(8)], {"t0": 1e9, "t1": 1.0}, unpooled=True)
     assert [kernel.table_names() for kernel in found] == [["t0", "t1"], ["t0"]]
     assert all(kernel.pooling == PoolingType.NONE for kernel in found)

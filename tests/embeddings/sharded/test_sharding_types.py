@@ -1,4 +1,4 @@
-"""Every sharding type in one model against the dense float64 reference; 4 ranks are 2 nodes of 2."""
+"""All sharding types in one model against the dense float64 reference; 4 ranks are 2 nodes of 2."""
 
 import random
 from collections.abc import Callable
@@ -35,7 +35,7 @@ STEPS, GLOBAL_BATCH = 4, 12
 NODES = [(1, 1), (2, 2), (2, 1), (4, 2), (6, 2)]
 EXCHANGES: tuple[ExchangeChoice, ...] = ("auto", "after", "reduce_scatter")
 
-SIZES = {  # n, k, sharding type; the tables of a type need not be neighbours
+SIZES = {  # n, k, sharding type; tables of the same type need not be adjacent
     "rows": (101, 16, "row_wise"),
     "owned": (80, 16, "table_wise"),
     "node": (61, 16, "table_row_wise"),
@@ -53,7 +53,7 @@ TYPES = {name: kind for name, (_, _, kind) in SIZES.items()}
 
 
 def _tables() -> list[MultiLayerEmbeddingBagConfig]:
-    """One feature a table, and ``both`` in four of them."""
+    """Return tables with one feature each, and the feature ``both`` in four of them."""
     return [
         MultiLayerEmbeddingBagConfig(
             name=name,
@@ -85,7 +85,7 @@ def _bags(step: int, weighted: bool) -> Bags:
 
 
 def _shares(unequal: bool) -> tuple[int, int]:
-    """This rank's rows of the global batch; of unequal shares the first is empty and the last has most."""
+    """Return this rank's range of the global batch; of unequal shares the first is empty and the last the largest."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     share = GLOBAL_BATCH // world_size
     if not unequal:
@@ -108,7 +108,7 @@ def _train(
     for step in range(STEPS):
         stepper.zero_grad()
         found = model(to_kjt(_bags(step, weighted), begin, end, weighted)).to_dict()
-        # The mean of the ranks' losses is that of all rows, whatever their shares.
+        # This factor makes the mean of the ranks' losses that of the global batch.
         loss = toy_loss(found) if begin < end else sum(each.sum() for each in found.values())
         (loss * (end - begin) * dist.get_world_size() / GLOBAL_BATCH).backward()
         stepper.step()
@@ -174,7 +174,7 @@ def _loss_and_output(pooled: KeyedTensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Tensors(torch.nn.Module):
-    """Batch -> loss and outputs, as TorchRec's pipelines want a model."""
+    """A model that maps a batch to a loss and outputs, as TorchRec's pipelines require."""
 
     def __init__(self, embeddings: MultiLayerEmbeddingBagCollection) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def _train_with(pipelined: bool, exchange: ExchangeChoice) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("nodes", [(2, 2), (4, 2)])
-def test_a_pipeline_of_torchrec_trains_the_same_bits(
+def test_training_in_torchrecs_pipeline_is_bitwise_identical(
     ranks: Ranks, nodes: tuple[int, int], exchange: ExchangeChoice
 ) -> None:
     plain, pipelined = (ranks(*nodes).run(_train_with, each, exchange)[0] for each in (False, True))
@@ -225,13 +225,13 @@ def _errors_under_autocast(exchange: ExchangeChoice) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_all_ranks_exchange_float32_under_autocast(ranks: Ranks, exchange: ExchangeChoice) -> None:
-    # A rank whose tables have no W2, or which has no tables, computes nothing that autocast would round.
+    # A rank whose tables have no W2, or that has no tables, computes nothing that autocast would round.
     for errors in ranks(4, 2).run(_errors_under_autocast, exchange):
         assert max(float(error.max()) for error in errors.values()) < 0.02
 
 
 def _owned_by_one(rank: int) -> dict[str, Any]:
-    # Every table lies on one rank: the others apply no W2 before the exchange, and must still combine its gradients.
+    # All tables are on one rank. The others apply no W2 before the exchange, but must take part in its all-reduce.
     with mock.patch.dict(SIZES, {"owned": SIZES["owned"]}, clear=True):
         return _train("sgd", "auto", False, {"owned": "table_wise"})
 
@@ -251,7 +251,7 @@ def _train_averaging_partial_gradients() -> dict[str, Any]:
         return _train("sgd", "auto")
 
 
-def test_the_reference_tells_a_mean_of_partial_gradients_from_their_sum(ranks: Ranks) -> None:
+def test_the_reference_detects_averaged_partial_gradients(ranks: Ranks) -> None:
     by_rank = ranks(4, 2).run(_train_averaging_partial_gradients)
     with pytest.raises(AssertionError, match="not close"):
         _assert_equal_reference(by_rank, "sgd", False)
