@@ -189,7 +189,7 @@ def test_wrong_value(tmp_path: Path, key: str, value: object, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("module", "forbidden"), [("schema", ("torch", "pyarrow")), ("prepare", ("torch",)), ("synthetic", ("torch",))]
+    ("module", "forbidden"), [("schema", ("torch", "pyarrow")), ("prepare.pipeline", ("torch",)), ("synthetic", ("torch",))]
 )
 def test_imports_stay_light(module: str, forbidden: tuple[str, ...]) -> None:
     program = f"import sys, mlet_dist.data.{module}; print(*[m for m in {forbidden} if m in sys.modules])"

@@ -12,10 +12,11 @@ from torch.fx._symbolic_trace import PHWithMeta
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from mlet_dist.data.loading.jagged_tensors import JaggedBuilder
 from mlet_dist.data.loading.order import Order, Shuffle
 from mlet_dist.data.loading.prefetch import iterate_ahead
 from mlet_dist.data.loading.row_groups import SplitRows, read_windows
-from mlet_dist.data.loading.rows import JaggedBuilder, Rows
+from mlet_dist.data.loading.rows import Rows
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError

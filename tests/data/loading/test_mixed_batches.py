@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from mlet_dist.data.loading import row_groups
+from mlet_dist.data.loading.jagged_tensors import JaggedBuilder
 from mlet_dist.data.loading.loader import Batch, DataLoader
 from mlet_dist.data.loading.order import Shuffle
-from mlet_dist.data.loading.rows import JaggedBuilder, Rows
+from mlet_dist.data.loading.rows import Rows
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from tests.helpers.mixed_dataset import DENSE, GROUP_ROWS, SIZES, SPARSE, write_mixed
