@@ -8,7 +8,7 @@ RawLine = list[str]
 
 
 def make_raw_lines(rows: int, seed: int = 0, distinct: int = 40) -> list[RawLine]:
-    """Return lines of 40 fields: integers that are missing, zero, negative or large, and skewed categories, some empty."""
+    """Return lines of 40 fields: missing, zero, negative and large integers, and skewed categories, some empty."""
     rng = random.Random(seed)
     lines = []
     for _ in range(rows):
