@@ -63,7 +63,7 @@ def synthesize(
         ``rows``, ``positive_rate`` and ``auc_ceiling``, the AUC of the true probabilities on all rows.
 
     Raises:
-        UserError: an argument is out of range, or ``out`` is taken.
+        UserError: an argument is out of range, or ``out`` is not empty.
     """
     if rows < 1:
         raise UserError(f"rows is {rows}; it must be at least 1")

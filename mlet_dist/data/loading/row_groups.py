@@ -117,7 +117,7 @@ class SplitRows:
         with _user_errors(file, "not a complete Parquet file"):
             footer, found = self._footer(file)
         if footer.num_rows != part.rows:
-            raise UserError(f"{file}: has {footer.num_rows} rows, but schema.json says {part.rows}")
+            raise UserError(f"{file}: has {footer.num_rows} rows, but schema.json has {part.rows}")
         for name, expected in self._types.items():
             index = found.get_field_index(name)
             if index < 0 or not _is_type(found.field(index).type, expected):

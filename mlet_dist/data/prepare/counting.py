@@ -122,7 +122,7 @@ def sum_counts(tables: list[pa.Table]) -> pa.Table:
 
 
 def _save_run(path: Path, counted: dict[str, list[pa.Table]]) -> None:
-    """Write the sorted run, in which the features' rows follow one another; metadata holds where each feature's lie."""
+    """Write the sorted run: the rows of one feature after another, with each feature's range of rows as metadata."""
     kind = pa.schema([("hash", pa.uint64()), ("value", pa.string()), ("count", pa.int64())])
     bounds: dict[str, tuple[int, int]] = {}
     tables, position = [kind.empty_table()], 0

@@ -182,8 +182,8 @@ def _check_counts(directory: Path, feature: SparseFeature, counts: _Counts, rows
     if different.size:
         row = int(different[0])
         raise UserError(
-            f"{path}: row {row} has count {expected[row]}, but its id {row + 1} occurs {counts.of_id[row + 1]} times in "
-            "the training split"
+            f"{path}: row {row} has count {expected[row]}, but its id {row + 1} occurs {counts.of_id[row + 1]} times "
+            "in the training split"
         )
 
 

@@ -30,8 +30,8 @@ from mlet_dist.data.prepare.typed_columns import (
 )
 
 MAX_LINE_BYTES = 1 << 20  # with the line end
-MAX_EXAMPLES = 5
-SHOWN_CHARACTERS = 200
+MAX_EXAMPLES = 5  # malformed lines to keep per block
+SHOWN_CHARACTERS = 200  # of a malformed line
 WHOLE_NUMBERS, DATES = "whole numbers", "dates or times"  # kinds of times
 
 _DICTIONARY = pa.dictionary(pa.int32(), pa.string())
@@ -95,7 +95,7 @@ def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str
     assert spec.text is not None
     if not lines.text:
         return {name: pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [""]) for name in spec.used_columns}
-    # Unused columns may have equal names, so give them names that no column can have.
+    # Columns that are not used may have equal names; rename them to what no column can be named.
     names = [name if name in spec.used_columns else f"\n{i}" for i, name in enumerate(columns)]
     table = pyarrow.csv.read_csv(
         pa.BufferReader(lines.text),
@@ -108,7 +108,7 @@ def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str
             column_types=dict.fromkeys(spec.used_columns, _DICTIONARY),
             include_columns=spec.used_columns,
             strings_can_be_null=False,
-            check_utf8=False,  # checked before, once for all
+            check_utf8=False,  # checked already, at once for the whole block
         ),
     )
     return {name: table[name].combine_chunks() for name in table.column_names}

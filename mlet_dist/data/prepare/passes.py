@@ -83,7 +83,7 @@ class Passes:
         """Parse the files into chunks.
 
         Raises:
-            UserError: a file cannot be read or holds too many malformed lines.
+            UserError: a file cannot be read or has too many malformed lines.
         """
         self._reading.run(workers, shard.select(range(len(self.files))))
 
@@ -154,7 +154,7 @@ class Passes:
         """The assignment of rows to splits.
 
         Raises:
-            UserError: the files hold no lines, or their times are of two kinds.
+            UserError: the files contain no lines, or their times are of two kinds.
         """
         self._reading.check_times()
         rows = [sum(read.chunk_rows) for read in self.reads]

@@ -14,7 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mlet_dist.data.prepare.chunks import ChunkInfo, Rejected, load_info, save_chunk
-from mlet_dist.data.prepare.fingerprints import spec_to_read
+from mlet_dist.data.prepare.fingerprints import read_spec
 from mlet_dist.data.prepare.parsing import MAX_EXAMPLES, parse_block
 from mlet_dist.data.prepare.raw_blocks import Block, RawFile, parquet_blocks, text_blocks
 from mlet_dist.data.prepare.raw_formats import TableSpec
@@ -60,14 +60,14 @@ class Reading:
     """
 
     def __init__(self, spec: TableSpec, files: Sequence[RawFile], directories: Sequence[Path]) -> None:
-        self._spec, self._max_malformed = spec_to_read(spec), spec.max_malformed
+        self._spec, self._max_malformed = read_spec(spec), spec.max_malformed
         self._files, self._directories = files, directories
 
     def run(self, workers: Workers, numbers: Sequence[int]) -> None:
         """Read the files with these numbers, except those that were read before.
 
         Raises:
-            UserError: a file cannot be read or holds too many malformed lines.
+            UserError: a file cannot be read or has too many malformed lines.
         """
         left = []
         for number in numbers:
@@ -93,7 +93,7 @@ class Reading:
         """The statistics of each file.
 
         Raises:
-            UserError: a file was not read yet, or holds too many malformed lines.
+            UserError: a file was not read yet or has too many malformed lines.
         """
         reads = []
         for number, file in enumerate(self._files):

@@ -350,7 +350,7 @@ def widen_a_column(path: Path) -> None:
         (Path.unlink, r"missing, though .*schema\.json names it"),
         (truncate, "not a complete Parquet file"),
         (lambda path: path.write_bytes(b""), "not a complete Parquet file"),
-        (lose_a_row, r"has 36001 rows, but schema\.json says 36002"),
+        (lose_a_row, r"has 36001 rows, but schema\.json has 36002"),
         (lose_a_column, "column C5 is missing instead of int32"),
         (widen_a_column, "column C1 is int64 instead of int32"),
     ],
