@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlet_dist.data.hashing import hash_counters, hash_texts
@@ -38,6 +38,7 @@ def test_known_hashes() -> None:
     assert hash_counters(7, 2**40, 2).tolist() == KNOWN_COUNTERS
 
 
+@settings(deadline=None)
 @given(texts=st.lists(st.text(max_size=40)), salt=st.text(max_size=5), skipped=st.integers(0, 3))
 def test_hashes_follow_the_docstring(texts: list[str], salt: str, skipped: int) -> None:
     array = pa.array(texts, pa.string())[skipped:]  # an array that starts in the middle of its buffers

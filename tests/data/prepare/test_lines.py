@@ -3,7 +3,7 @@
 import csv
 import re
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlet_dist.data.prepare.parsing import classify_lines, plain_lines
@@ -31,6 +31,7 @@ FRAGMENTS = st.sampled_from([b"a", b",", b'"', b'""', b'","', b"\xff", b"\r", b"
 LINES = st.lists(FRAGMENTS, max_size=9).map(b"".join)
 
 
+@settings(deadline=None)
 @given(lines=st.lists(LINES, max_size=8), quoted=st.booleans(), fields=st.integers(1, 4), skip=st.booleans())
 def test_any_lines(lines: list[bytes], quoted: bool, fields: int, skip: bool) -> None:
     lines = [line.rstrip(b"\r") for line in lines]  # a carriage return before the line end is part of it
@@ -46,6 +47,7 @@ def test_any_lines(lines: list[bytes], quoted: bool, fields: int, skip: bool) ->
     assert (found.count, found.passed) == (len(good) + len(bad), len(lines))
 
 
+@settings(deadline=None)
 @given(lines=st.lists(LINES, min_size=1, max_size=4), quoted=st.booleans())
 def test_plain_lines_can_only_have_a_wrong_number_of_fields(lines: list[bytes], quoted: bool) -> None:
     block = b"".join(line + b"\n" for line in lines)
