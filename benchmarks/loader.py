@@ -32,10 +32,10 @@ import torch
 from loader_from_disk import ARRAYS, from_disk
 from torchrec.datasets.criteo import InMemoryBinaryCriteoIterDataPipe
 
+from mlet_dist.data.loading.jagged_tensors import JaggedBuilder
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.data.loading.order import Order, Shuffle
 from mlet_dist.data.loading.row_groups import SplitRows
-from mlet_dist.data.loading.rows import JaggedBuilder
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.data.synthetic import synthesize
 

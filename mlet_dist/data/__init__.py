@@ -1,1 +1,14 @@
-"""Data: raw click logs become typed, split Parquet data sets, and those become batches for every rank."""
+"""Raw click logs become prepared data sets of typed, split Parquet files, and those become batches for every rank.
+
+Packages:
+    prepare: raw files to a prepared data set (``mlet prepare``).
+    loading: a prepared data set to the batches of each rank.
+
+Modules:
+    schema: ``schema.json``, the description of a prepared data set.
+    location: the path or URL of a data set.
+    hashing: platform-independent hashes of texts and counters.
+    parquet_parts: the Parquet encoding of a data set's files, and a writer that splits rows by position.
+    synthetic: synthetic data sets and raw logs (``mlet synth``).
+    synthetic_model: the distribution that synthetic rows are drawn from.
+"""

@@ -1,4 +1,4 @@
-"""Where a data set lies: a local directory, or a URL that fsspec opens (s3://…, gs://…, https://…, memory://…)."""
+"""The location of a data set: a local directory, or a URL that fsspec opens (s3://…, gs://…, https://…, memory://…)."""
 
 import errno
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from mlet_dist.errors import UserError
 
 @dataclass(frozen=True)
 class RemotePath:
-    """What readers of a data set use of a ``Path``, for a URL. Whatever goes wrong is an OSError."""
+    """The part of ``Path``'s interface that readers of a data set need, for a URL. Every failure raises an OSError."""
 
     url: str
 
@@ -26,32 +26,32 @@ class RemotePath:
         return RemotePath(f"{self.url.rstrip('/')}/{name}")
 
     def is_dir(self) -> bool:
-        """Whether it is known to be a directory; some stores have none."""
+        """Return whether the store reports a directory here; object stores may have no directories."""
         with _as_os_error():
             filesystem, path = fsspec.core.url_to_fs(self.url)
             return bool(filesystem.isdir(path))
 
     def read_text(self, encoding: str) -> str:
-        """The whole file."""
+        """Return the content of the file."""
         with self.open(block_bytes=0) as file, _as_os_error():
             return file.read().decode(encoding)
 
     def open(self, block_bytes: int) -> IO[bytes]:
-        """The file, of which at least ``block_bytes`` are fetched at a time; 0 fetches what is asked for."""
+        """Open the file for reading in requests of at least ``block_bytes``; 0 requests exactly what is read."""
         with _as_os_error():
             filesystem, path = fsspec.core.url_to_fs(self.url)
-            how = {"cache_type": "readahead", "block_size": block_bytes} if block_bytes else {"cache_type": "none"}
-            return cast(IO[bytes], filesystem.open(path, "rb", **how))
+            cache = {"cache_type": "readahead", "block_size": block_bytes} if block_bytes else {"cache_type": "none"}
+            return cast(IO[bytes], filesystem.open(path, "rb", **cache))
 
 
 DataPath = Path | RemotePath
 
 
 def data_set_path(text: str) -> DataPath:
-    """The data set at a path or URL.
+    """Return the location that a path or URL names; a file:// URL becomes a local path.
 
     Raises:
-        UserError: fsspec does not know the URL's kind, or lacks the package for it.
+        UserError: fsspec does not know the URL's protocol, or the package for it is not installed.
     """
     if "://" not in text:
         return Path(text)
@@ -64,7 +64,7 @@ def data_set_path(text: str) -> DataPath:
 
 @contextmanager
 def _as_os_error() -> Iterator[None]:
-    # Each store has errors of its own; those of HTTP, for one, are no OSErrors.
+    # Stores raise exceptions of their own; those of HTTP, for example, are not OSErrors.
     try:
         yield
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""Writes rows that arrive in order as the Parquet parts of the train, valid and test splits."""
+"""The Parquet files (parts) of a data set: their encoding, and a writer that splits rows by position."""
 
 import hashlib
 from itertools import pairwise
@@ -12,30 +12,30 @@ from mlet_dist.data.schema import SPLITS, Part
 from mlet_dist.errors import UserError
 
 PART_ROWS = 1 << 20
-# Small, so that a rank can pass over the rows of the other ranks without decoding them.
+# Small, so that a rank can skip the rows of the other ranks without decoding them.
 ROW_GROUP_ROWS = 1 << 14
-PART_VERSION = 2  # of how a part is encoded; no reader depends on it
+PART_VERSION = 2  # changes when the encoding of parts changes; part of the write pass's fingerprint, not of any file
 MIN_ROWS = 10
 
 
 def split_bounds(rows: int) -> dict[str, tuple[int, int]]:
-    """First row and end row of each split: the first 80% of ``rows``, the next 10%, the last 10%."""
+    """Return each split's range [start, stop) of rows: the first 80% of ``rows``, the next 10%, the last 10%."""
     bounds = (0, rows * 8 // 10, rows * 9 // 10, rows)
     return dict(zip(SPLITS, pairwise(bounds), strict=True))
 
 
 class PartWriter:
-    """Takes the rows of a data set in order and writes them to the split that their position says.
+    """Writes the rows of a data set, which arrive in order, to the split that ``split_bounds`` gives each position.
 
-    Holds at most one part's rows (``PART_ROWS``) in memory.
+    At most one part's rows (``PART_ROWS``) are kept in memory.
 
     Args:
-        directory: the data set's directory.
-        rows: how many rows will come.
+        directory: directory of the data set; the splits' directories are created in it.
+        rows: total number of rows that will be written.
         label: name of the label column.
 
     Raises:
-        UserError: there are too few rows to have three splits.
+        UserError: ``rows`` is too small for three splits.
     """
 
     def __init__(self, directory: Path, rows: int, label: str) -> None:
@@ -53,7 +53,7 @@ class PartWriter:
             (directory / split).mkdir()
 
     def write(self, table: pa.Table) -> None:
-        """Append the next rows."""
+        """Append the next rows of the data set."""
         while table.num_rows:
             split, stop = next((s, stop) for s, (_, stop) in self._bounds.items() if self._position < stop)
             rows = table.slice(0, min(stop - self._position, PART_ROWS - self._pending_rows))
@@ -75,22 +75,23 @@ class PartWriter:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write one Parquet file with small row groups and page checksums."""
+    """Write one Parquet file in row groups of ``ROW_GROUP_ROWS``, with page checksums."""
     with parquet_writer(path, table.schema) as writer:
         writer.write_table(required(table), row_group_size=ROW_GROUP_ROWS)
 
 
 def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Writes ``required`` tables in the encodings that decode fastest for their size, with page checksums.
+    """Open a writer for tables that ``required`` has cast, with page checksums.
 
-    Bytes of ids are split by significance (BYTE_STREAM_SPLIT), where most planes are zeros or runs, and all is LZ4:
-    decoding took half the time of zstd and dictionaries, for 1.1 to 1.2 times the bytes of Criteo's columns.
+    Ids are encoded as BYTE_STREAM_SPLIT, in which most byte planes are zeros or runs; other columns are
+    dictionary-encoded, and everything is compressed with LZ4. On Criteo's columns this decodes in half the time of zstd
+    with dictionaries, for 1.1 to 1.2 times the bytes.
     """
     ids = [field.name for field in schema if field.type == pa.int32()]
     others = [_leaf(field) for field in schema if field.name not in ids]
@@ -105,7 +106,7 @@ def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def required(table: pa.Table) -> pa.Table:
-    """The same columns, declared to have no nulls, which then need not be looked for value by value."""
+    """Return the table with its columns declared non-nullable, which saves readers a null check per value."""
     return table.cast(_required(table.schema))
 
 
@@ -114,5 +115,5 @@ def _required(schema: pa.Schema) -> pa.Schema:
 
 
 def _leaf(field: pa.Field) -> str:
-    """Parquet's name of the column that holds the values."""
+    """Return the Parquet path of the column's values."""
     return f"{field.name}.list.element" if pa.types.is_list(field.type) else str(field.name)

@@ -1,4 +1,4 @@
-"""What a prepared data set holds: its features, their vocabularies' sizes, its splits and its parts."""
+"""``schema.json``, the description of a prepared data set: its features, its tables' sizes, its splits and parts."""
 
 import hashlib
 import json
@@ -13,38 +13,6 @@ from typing import Any
 from mlet_dist.data.location import DataPath
 from mlet_dist.errors import UserError
 
-# Tables live in torch's ModuleDict and ParameterDict, where an attribute of theirs cannot be the name of another thing.
-MODULE_ATTRIBUTES = frozenset({
-    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear",
-    "compile", "copy", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward",
-    "fromkeys", "get", "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "items",
-    "keys", "load_state_dict", "modules", "mtia", "named_buffers", "named_children", "named_modules",
-    "named_parameters", "parameters", "pop", "popitem", "register_backward_hook", "register_buffer",
-    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
-    "register_full_backward_pre_hook", "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook",
-    "register_module", "register_parameter", "register_state_dict_post_hook", "register_state_dict_pre_hook",
-    "requires_grad_", "set_extra_state", "set_submodule", "setdefault", "share_memory", "state_dict", "to",
-    "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
-})  # fmt: skip
-
-# Names are parts of file names and of the names of a model's tensors.
-MAX_NAME_BYTES = 200  # file systems take 255, and a name's ending and the marks of unfinished files come on top
-NAME_RULE = f"printable text of 1 to {MAX_NAME_BYTES} bytes without dots and slashes"
-TABLE_NAME_RULE = f"{NAME_RULE} that does not begin with _ and is no attribute of a torch module (type, items, …)"
-
-
-def is_name(value: Any) -> bool:
-    """Whether a column may have this name."""
-    if not (isinstance(value, str) and value.isprintable()) or set(value) & set("./"):
-        return False
-    return 0 < len(value.encode()) <= MAX_NAME_BYTES
-
-
-def is_table_name(value: Any) -> bool:
-    """Whether a sparse feature, and so its table, may have this name."""
-    return is_name(value) and not value.startswith("_") and value not in MODULE_ATTRIBUTES
-
-
 FORMAT_VERSION = 2
 SPLITS = ("train", "valid", "test")
 FILE_NAME = "schema.json"
@@ -55,14 +23,14 @@ _SHOWN_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class SparseFeature:
-    """A categorical feature whose ids are in ``[0, num_embeddings)``.
+    """A categorical feature with ids in ``[0, num_embeddings)``.
 
     Attributes:
-        name: of the column, of the feature and of its table.
-        num_embeddings: rows of its table.
-        multi_valued: a row holds a list of ids instead of one.
-        weighted: each id of a list has a weight; multi-valued features only.
-        pooling_factor: mean number of ids a row in the training split; 1 where ``multi_valued`` is false.
+        name: name of the column, of the feature and of its embedding table.
+        num_embeddings: number of rows of its table.
+        multi_valued: whether a row holds a list of ids instead of one id.
+        weighted: whether each id of a list has a weight; only multi-valued features can be weighted.
+        pooling_factor: mean number of ids per row in the training split; 1 where ``multi_valued`` is false.
     """
 
     name: str
@@ -77,11 +45,11 @@ class Part:
     """One Parquet file of a split.
 
     Attributes:
-        path: relative to the data set's directory.
-        rows: how many it holds.
-        positives: how many of them have label 1.
+        path: path relative to the data set's directory.
+        rows: number of rows.
+        positives: number of rows with label 1.
         bytes: size of the file.
-        sha256: of the file's content, in hexadecimal.
+        sha256: SHA-256 of the file's content, in hexadecimal.
     """
 
     path: str
@@ -96,13 +64,13 @@ class DatasetSchema:
     """The content of ``schema.json``.
 
     Attributes:
-        source: ``criteo``, ``avazu``, ``table`` or ``synthetic``.
+        source: the raw format, such as ``criteo``, ``avazu`` or ``table``; or ``synthetic``.
         label: name of the label column (int8, 0 or 1).
-        dense: names of the float32 columns, already transformed; there may be none.
-        sparse: the columns of ids.
-        malformed: raw lines that were skipped.
-        parts: the Parquet files in row order, by split.
-        vocabulary_id: fingerprint of what the ids mean; data sets whose ids mean the same have the same one.
+        dense: names of the dense columns (float32), already transformed; there may be none.
+        sparse: the sparse features (int32 ids).
+        malformed: number of raw lines that were skipped.
+        parts: the Parquet files of each split, in row order.
+        vocabulary_id: fingerprint of the mapping from values to ids; equal for data sets with the same mapping.
     """
 
     source: str
@@ -119,7 +87,7 @@ class DatasetSchema:
         return {split: sum(part.rows for part in parts) for split, parts in self.parts.items()}
 
     def content_id(self, split: str) -> str:
-        """Fingerprint of a split's files, in order: 16 hexadecimal digits."""
+        """Return the fingerprint of a split's files in order: 16 hexadecimal digits."""
         sums = "".join(part.sha256 for part in self.parts.get(split, ()))
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
@@ -131,7 +99,7 @@ class DatasetSchema:
 
     @property
     def num_embeddings(self) -> dict[str, int]:
-        """Number of ids of each sparse feature."""
+        """``num_embeddings`` of each sparse feature."""
         return {feature.name: feature.num_embeddings for feature in self.sparse}
 
     def save(self, directory: Path) -> None:
@@ -155,7 +123,7 @@ class DatasetSchema:
 
         Raises:
             UserError: the directory or the file is missing, unreadable, not JSON, of another format version,
-                lacks a key or holds a value that cannot be.
+                lacks a key or holds an invalid value.
         """
         path = directory / FILE_NAME
         try:
@@ -167,7 +135,7 @@ class DatasetSchema:
                 problem = "no such data set; run `mlet prepare` to make one"
             raise UserError(f"{directory}: {problem}") from None
         except NotADirectoryError:
-            raise UserError(f"{directory}: a file, but a data set is a directory made by `mlet prepare`") from None
+            raise UserError(f"{directory}: is a file; a data set is a directory made by `mlet prepare`") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # broken JSON, not UTF-8 or nested too deeply
@@ -196,7 +164,7 @@ class DatasetSchema:
                     take(f, "num_embeddings", *_TABLE_SIZE, within),
                     take(f, "multi_valued", *_FLAG, within),
                     take(f, "weighted", *_FLAG, within),
-                    float(take(f, "pooling_factor", *_FACTOR, within)),
+                    float(take(f, "pooling_factor", *_POOLING_FACTOR, within)),
                 )
                 for within, f in _enumerated("sparse", take(content, "sparse", *_FEATURES))
             ),
@@ -236,47 +204,84 @@ class DatasetSchema:
         return schema
 
 
+# Tables are entries of torch's ModuleDict and ParameterDict, which do not allow their own attributes as keys.
+MODULE_ATTRIBUTES = frozenset({
+    "T_destination", "add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "clear",
+    "compile", "copy", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward",
+    "fromkeys", "get", "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "items",
+    "keys", "load_state_dict", "modules", "mtia", "named_buffers", "named_children", "named_modules",
+    "named_parameters", "parameters", "pop", "popitem", "register_backward_hook", "register_buffer",
+    "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+    "register_full_backward_pre_hook", "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook",
+    "register_module", "register_parameter", "register_state_dict_post_hook", "register_state_dict_pre_hook",
+    "requires_grad_", "set_extra_state", "set_submodule", "setdefault", "share_memory", "state_dict", "to",
+    "to_empty", "train", "training", "type", "update", "values", "xpu", "zero_grad",
+})  # fmt: skip
+
+# A feature's name is part of file names and of the names of a model's tensors.
+MAX_NAME_BYTES = 200  # file systems allow 255, which must also hold suffixes such as .parquet and .<uuid>.tmp
+NAME_RULE = f"printable text of 1 to {MAX_NAME_BYTES} bytes without dots and slashes"
+TABLE_NAME_RULE = f"{NAME_RULE} that does not begin with _ and is no attribute of a torch module (type, items, …)"
+
+
+def is_name(value: Any) -> bool:
+    """Return whether a column may have this name."""
+    if not (isinstance(value, str) and value.isprintable()) or set(value) & set("./"):
+        return False
+    return 0 < len(value.encode()) <= MAX_NAME_BYTES
+
+
+def is_table_name(value: Any) -> bool:
+    """Return whether a sparse feature, and so its embedding table, may have this name."""
+    return is_name(value) and not value.startswith("_") and value not in MODULE_ATTRIBUTES
+
+
 def _take(
-    path: DataPath, holder: dict[str, Any], key: str, is_right: Callable[[Any], bool], expected: str, within: str = ""
+    path: DataPath, content: dict[str, Any], key: str, is_valid: Callable[[Any], bool], expected: str, within: str = ""
 ) -> Any:
-    """The value of ``key``, which lies at ``within + key`` of the file; a UserError unless it is right."""
-    if key not in holder:
+    """Return ``content[key]``; raise a UserError, which names it ``within + key``, where it is missing or invalid."""
+    if key not in content:
         raise UserError(f"{path}: key {within + key!r} is missing; prepare the data set again")
-    value = holder[key]
-    if not is_right(value):
+    value = content[key]
+    if not is_valid(value):
         raise UserError(f"{path}: {within}{key} is {_show(value)}; it must be {expected}")
     return value
 
 
-def _enumerated(key: str, holders: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return [(f"{key}[{index}].", holder) for index, holder in enumerate(holders)]
+def _enumerated(key: str, objects: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return each object of a list with the prefix of its keys in messages."""
+    return [(f"{key}[{index}].", content) for index, content in enumerate(objects)]
 
 
 def _is_inside(value: Any) -> bool:
+    """Return whether the value is a relative path that does not leave its directory."""
     if not (isinstance(value, str) and value.isprintable()):
         return False
     path = PurePosixPath(value)
     return path.parts != () and not path.is_absolute() and ".." not in path.parts
 
 
-def _is_whole(value: Any, least: int, most: float) -> bool:
+def _is_integer(value: Any, least: int, most: float) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _is_list(value: Any, is_right: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(is_right, value))
+def _is_list(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_valid, value))
 
 
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-# What a value must be: the test, and the words for it.
+# The kinds of values: the check, and the description for messages.
 _TEXT = (lambda value: isinstance(value, str), "text")
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
-_COUNT = (lambda value: _is_whole(value, 0, float("inf")), "a whole number, 0 or more")
-_TABLE_SIZE = (lambda value: _is_whole(value, 1, MAX_NUM_EMBEDDINGS), f"a whole number from 1 to {MAX_NUM_EMBEDDINGS}")
-_FACTOR = (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number, 0 or more")
+_COUNT = (lambda value: _is_integer(value, 0, float("inf")), "a whole number, 0 or more")
+_TABLE_SIZE = (
+    lambda value: _is_integer(value, 1, MAX_NUM_EMBEDDINGS),
+    f"a whole number from 1 to {MAX_NUM_EMBEDDINGS}",
+)
+_POOLING_FACTOR = (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number, 0 or more")
 _SHA256 = (
     lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
     "64 hexadecimal digits",

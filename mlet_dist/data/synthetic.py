@@ -1,4 +1,4 @@
-"""Criteo-shaped data with a known best possible AUC, for demonstrations, tests and benchmarks; of any size."""
+"""Synthetic data in the shape of Criteo's logs, of any size and with a known best possible AUC (``mlet synth``)."""
 
 import gzip
 from collections.abc import Collection, Iterator, Mapping
@@ -20,11 +20,11 @@ from mlet_dist.data.prepare.raw_formats import CRITEO_DENSE as DENSE
 from mlet_dist.data.prepare.raw_formats import CRITEO_SPARSE as SPARSE
 from mlet_dist.data.prepare.raw_formats import LABEL
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
-from mlet_dist.data.synthetic_model import CHUNK_ROWS, FloatArray, Ids, Lists, PlantedModel, PlantedRows
+from mlet_dist.data.synthetic_model import CHUNK_ROWS, FloatArray, Ids, ListDistribution, SyntheticModel, SyntheticRows
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
 
-# Distinct values of C1-C26 in Criteo-Kaggle; the tables keep their order of sizes.
+# Numbers of distinct values of C1-C26 in Criteo-Kaggle; the synthetic tables keep their order.
 CRITEO_VALUES = (
     *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194),
     *(27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
@@ -46,24 +46,24 @@ def synthesize(
     weighted: Collection[str] = (),
     format: Literal["parquet", "tsv"] = "parquet",
 ) -> dict[str, Any]:
-    """Write a synthetic data set, or raw logs that ``prepare_criteo`` takes; the same seed gives the same bytes.
+    """Write a synthetic data set, or raw logs for ``prepare_criteo``; the same seed gives the same bytes.
 
     Args:
-        out: the directory to make.
-        rows: how many rows in all splits together.
-        seed: chooses the planted model and the rows.
+        out: directory to create.
+        rows: number of rows of all splits together.
+        seed: seed of the ground-truth model and of the rows.
         num_embeddings: size of the largest table; the others are smaller, roughly as in Criteo.
         alpha: exponent of the power law that the ids follow; 0 is uniform.
-        multi_valued: features of C1-C26 that hold lists of ids, each with the mean length of its lists.
-        weighted: those of them whose ids have weights.
-        format: ``parquet`` writes a prepared data set, whose ids are by rank of popularity and have no vocabulary;
-            ``tsv`` writes ``part-00000.tsv.gz`` in Criteo's raw format, with the same rows.
+        multi_valued: features of C1-C26 that hold lists of ids, with the mean length of each one's lists.
+        weighted: features of ``multi_valued`` whose ids have weights.
+        format: ``parquet`` writes a prepared data set without vocabularies, in which ids are ranks of popularity;
+            ``tsv`` writes the same rows to ``part-00000.tsv.gz`` in Criteo's raw format.
 
     Returns:
-        ``rows``, ``positive_rate`` and ``auc_ceiling``, the AUC of the true probabilities over all rows.
+        ``rows``, ``positive_rate`` and ``auc_ceiling``, the AUC of the true probabilities on all rows.
 
     Raises:
-        UserError: an argument is out of range, or ``out`` is taken.
+        UserError: an argument is out of range, or ``out`` is not empty.
     """
     if rows < 1:
         raise UserError(f"rows is {rows}; it must be at least 1")
@@ -83,7 +83,7 @@ def synthesize(
         raise UserError("format is tsv, which holds one id a row; write multi-valued features as parquet")
     auc = _StreamingAuc()
     with staged_directory(out) as directory, Progress("synthesize", rows, "rows") as progress:
-        model = PlantedModel(seed, len(DENSE), _table_sizes(num_embeddings), alpha, lists)
+        model = SyntheticModel(seed, len(DENSE), _table_sizes(num_embeddings), alpha, lists)
         if format == "parquet":
             _write_data_set(directory, model, lists, rows, auc, progress)
         else:
@@ -92,24 +92,27 @@ def synthesize(
 
 
 def _table_sizes(largest: int) -> tuple[int, ...]:
-    """Criteo's sizes on a logarithmic scale squeezed so that the smallest stays 3 values and the largest fits."""
+    """Return Criteo's table sizes, scaled logarithmically so that the smallest keeps 3 values and the largest fits."""
     scale = np.log(np.array(CRITEO_VALUES) / 3) / np.log(max(CRITEO_VALUES) / 3)
     return tuple(int(size) for size in 1 + np.round(3 * ((largest - 1) / 3) ** scale))
 
 
-def _lists(multi_valued: Mapping[str, float], weighted: Collection[str]) -> dict[int, Lists]:
+def _lists(multi_valued: Mapping[str, float], weighted: Collection[str]) -> dict[int, ListDistribution]:
     for name, mean in multi_valued.items():
         if name not in SPARSE:
             raise UserError(f"multi_valued names {name!r}; the features are {SPARSE[0]} to {SPARSE[-1]}")
         if not 0 < mean <= MAX_MEAN_LENGTH:
-            raise UserError(f"multi_valued: the mean length of {name} is {mean}; it must be above 0, at most 100")
+            raise UserError(
+                f"multi_valued: the mean length of {name} is {mean}; it must be above 0, at most {MAX_MEAN_LENGTH}"
+            )
     for name in weighted:
         if name not in multi_valued:
             raise UserError(f"weighted names {name!r}, which is not multi-valued; give the mean length of its lists")
-    return {SPARSE.index(name): Lists(mean, name in weighted) for name, mean in multi_valued.items()}
+    return {SPARSE.index(name): ListDistribution(mean, name in weighted) for name, mean in multi_valued.items()}
 
 
-def _chunks(model: PlantedModel, rows: int, auc: "_StreamingAuc", progress: Progress) -> Iterator[PlantedRows]:
+def _chunks(model: SyntheticModel, rows: int, auc: "_StreamingAuc", progress: Progress) -> Iterator[SyntheticRows]:
+    """Yield ``rows`` rows chunk by chunk, drawn ahead by threads, and add them to ``auc`` and ``progress``."""
     starts = range(0, rows, CHUNK_ROWS)
     with closing(map_ahead(model.chunk, range(len(starts)), threads=_THREADS, ahead=_THREADS + 1)) as chunks:
         for start, (chunk, probability) in zip(starts, chunks, strict=True):
@@ -121,14 +124,14 @@ def _chunks(model: PlantedModel, rows: int, auc: "_StreamingAuc", progress: Prog
 
 def _write_data_set(
     directory: Path,
-    model: PlantedModel,
-    lists: Mapping[int, Lists],
+    model: SyntheticModel,
+    lists: Mapping[int, ListDistribution],
     rows: int,
     auc: "_StreamingAuc",
     progress: Progress,
 ) -> None:
     writer = PartWriter(directory, rows, LABEL)
-    trained = 0  # rows so far that are of the training split
+    trained = 0  # rows of the training split so far
     train_rows, lengths = split_bounds(rows)["train"][1], dict.fromkeys(lists, 0)
     for chunk in _chunks(model, rows, auc, progress):
         columns = {LABEL: pa.array(chunk.labels)}
@@ -166,7 +169,7 @@ def _columns(name: str, ids: Ids) -> dict[str, pa.Array]:
     return columns
 
 
-def _write_tsv(directory: Path, model: PlantedModel, rows: int, auc: "_StreamingAuc", progress: Progress) -> None:
+def _write_tsv(directory: Path, model: SyntheticModel, rows: int, auc: "_StreamingAuc", progress: Progress) -> None:
     options = pyarrow.csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
     # Multiplying by an odd number permutes the 32-bit integers, so a table's values stay distinct.
     values = [
@@ -175,7 +178,7 @@ def _write_tsv(directory: Path, model: PlantedModel, rows: int, auc: "_Streaming
     ]
     with (
         (directory / "part-00000.tsv.gz").open("wb") as raw,
-        # Neither name nor time in the header: the same seed gives the same bytes.
+        # The gzip header holds neither name nor time, so that the same seed gives the same bytes.
         gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=1, mtime=0) as text,
     ):
         for chunk in _chunks(model, rows, auc, progress):
@@ -188,7 +191,7 @@ def _write_tsv(directory: Path, model: PlantedModel, rows: int, auc: "_Streaming
 
 
 class _StreamingAuc:
-    """AUC over any number of rows from histograms of the probabilities of the positives and the negatives."""
+    """The AUC of any number of rows, from histograms of the positives' and the negatives' probabilities."""
 
     def __init__(self) -> None:
         self._counts = np.zeros((2, AUC_BINS), dtype=np.int64)
@@ -202,7 +205,7 @@ class _StreamingAuc:
         return float(self._counts[1].sum() / self._counts.sum())
 
     def auc(self) -> float:
-        """Probability that a positive ranks above a negative, ties counting half; nan where one kind is absent."""
+        """Return the probability that a positive ranks above a negative (a tie counts half), NaN if one is absent."""
         negatives, positives = self._counts
         pairs = negatives.sum() * positives.sum()
         below = np.cumsum(negatives) - negatives

@@ -1,11 +1,13 @@
-"""The distribution that synthetic rows come from, with the true probability of each label.
+"""The distribution that synthetic rows are drawn from, with the true probability of each label.
 
-Ids follow a power law. A label is drawn from a planted model of the kind that factorisation machines and DLRM learn:
+Ids follow a power law. Labels are drawn from a ground-truth model of the kind that factorisation machines and DLRM
+learn:
 
     logit = bias + 0.5·z(sum_j w_j·dense_j) + 1.2·z(sum_f a_f) + 0.8·z(sum_{f<g} <v_f, v_g>)
 
-where a_f and v_f are those of the feature's id, or the sums over its ids, weighted where it has weights; z scales to
-mean 0 and deviation 1, and rare ids have small a and v: what can be learnt is in the frequent ones.
+a_f and v_f are the effect and the latent vector of feature f's id; for a list of ids they are (weighted) sums. z
+standardises to mean 0 and standard deviation 1. Rare ids have small a and v, so that most of what can be learnt is in
+the frequent ones.
 """
 
 import hashlib
@@ -24,28 +26,28 @@ Ids = npt.NDArray[np.int32] | MultiValued
 POSITIVE_RATE = 0.25
 DENSE_WEIGHT, ID_WEIGHT, INTERACTION_WEIGHT = 0.5, 1.2, 0.8
 LATENT_DIM = 4
-FREQUENT_IDS = 30  # up to about this rank an id's effect is full
+FREQUENT_IDS = 30  # the popularity rank at which an id's effect has fallen to one half
 
-# Fixed, because each chunk has a random stream of its own: other chunks would be other data.
+# Must not change: each chunk has its own random stream, so another chunk size would give other data.
 CHUNK_ROWS = 1 << 16
 _MODEL_STREAM, _PILOT_STREAM, _ROWS_STREAM = range(3)
 
 
 @dataclass(frozen=True)
-class Lists:
-    """How a multi-valued feature is drawn: lengths from Poisson(``mean``), weights even in [0, 2) if ``weighted``."""
+class ListDistribution:
+    """The lists of a multi-valued feature: lengths are Poisson(``mean``); weights, if any, are uniform in [0, 2)."""
 
     mean: float
     weighted: bool
 
 
 @dataclass(frozen=True)
-class PlantedRows:
+class SyntheticRows:
     """A chunk of m rows.
 
     Attributes:
         dense: (m, num_dense) int64, -1 where missing.
-        ids: for each table (m,) int32, or lists; from 1 on.
+        ids: for each table (m,) int32, or the lists of a multi-valued feature; ids start at 1.
         labels: (m,) int8.
     """
 
@@ -55,28 +57,28 @@ class PlantedRows:
 
     @property
     def transformed(self) -> npt.NDArray[np.float32]:
-        """(m, num_dense): log(1 + x), missing = 0, as preparation does."""
+        """``dense`` as ``mlet prepare`` transforms it: log(1 + x), 0 where missing; (m, num_dense) float32."""
         return np.log1p(np.maximum(self.dense, 0)).astype(np.float32)
 
-    def first(self, rows: int) -> "PlantedRows":
-        """The first ``rows`` of them."""
+    def first(self, rows: int) -> "SyntheticRows":
+        """Return the first ``rows`` rows."""
         ids = tuple(each.slice(0, rows) if isinstance(each, MultiValued) else each[:rows] for each in self.ids)
-        return PlantedRows(self.dense[:rows], ids, self.labels[:rows])
+        return SyntheticRows(self.dense[:rows], ids, self.labels[:rows])
 
 
-class PlantedModel:
-    """The distribution of the rows and the true probability of their labels.
+class SyntheticModel:
+    """The distribution of the rows, and the ground-truth probability of their labels.
 
     Args:
-        seed: chooses all of it.
-        num_dense: dense columns.
+        seed: seed of the model and of the rows.
+        num_dense: number of dense columns.
         sizes: num_embeddings of each table.
         alpha: exponent of the ids' power law.
-        lists: which tables have lists of ids, by number.
+        lists: the tables with lists of ids, by table number.
     """
 
     def __init__(
-        self, seed: int, num_dense: int, sizes: tuple[int, ...], alpha: float, lists: Mapping[int, Lists]
+        self, seed: int, num_dense: int, sizes: tuple[int, ...], alpha: float, lists: Mapping[int, ListDistribution]
     ) -> None:
         rng = np.random.default_rng([seed, _MODEL_STREAM])
         self.sizes = sizes
@@ -98,16 +100,16 @@ class PlantedModel:
         self._terms_mean, self._terms_deviation, self._bias = np.zeros(3), np.ones(3), 0.0
         self._calibrate()
 
-    def chunk(self, index: int) -> tuple[PlantedRows, FloatArray]:
-        """Rows ``[index·CHUNK_ROWS, (index+1)·CHUNK_ROWS)`` and the probabilities (CHUNK_ROWS,) of label 1."""
+    def chunk(self, index: int) -> tuple[SyntheticRows, FloatArray]:
+        """Return rows ``[index·CHUNK_ROWS, (index+1)·CHUNK_ROWS)`` and the probability of label 1 of each."""
         return self._draw(np.random.default_rng([self._seed, _ROWS_STREAM, index]))
 
-    def _draw(self, rng: np.random.Generator) -> tuple[PlantedRows, FloatArray]:
+    def _draw(self, rng: np.random.Generator) -> tuple[SyntheticRows, FloatArray]:
         shape = (CHUNK_ROWS, len(self._missing))
         dense = np.floor(np.exp(self._dense_scale * np.abs(rng.normal(size=shape)) / 2)) - 1
         dense[rng.random(shape) < self._missing] = -1
         ids = tuple(self._draw_ids(table, rng) for table in range(len(self.sizes)))
-        rows = PlantedRows(dense.astype(np.int64), ids, np.zeros(CHUNK_ROWS, dtype=np.int8))
+        rows = SyntheticRows(dense.astype(np.int64), ids, np.zeros(CHUNK_ROWS, dtype=np.int8))
         probability = self._probability(self._terms(rows))
         rows.labels[:] = rng.random(CHUNK_ROWS) < probability
         return rows, probability
@@ -124,8 +126,8 @@ class PlantedModel:
     def _power_law(self, table: int, uniform: FloatArray) -> npt.NDArray[np.int32]:
         return (1 + np.searchsorted(self._cumulative[table], uniform, side="right")).astype(np.int32)
 
-    def _terms(self, rows: PlantedRows) -> FloatArray:
-        """(m, 3): the dense, the per-id and the interaction term, standardised once calibrated."""
+    def _terms(self, rows: SyntheticRows) -> FloatArray:
+        """Return the dense, the per-id and the interaction term: (m, 3); standardised once the model is calibrated."""
         total, squares = np.zeros((2, rows.labels.size, LATENT_DIM))
         effect = np.zeros(rows.labels.size)
         for table, ids in enumerate(rows.ids):
@@ -142,7 +144,7 @@ class PlantedModel:
         return 1 / (1 + np.exp(-logit))
 
     def _calibrate(self) -> None:
-        """Standardise the terms and choose the bias on a pilot chunk that is not part of the data."""
+        """Fit the terms' mean and deviation, then the bias, on a pilot chunk that is not part of the data."""
         rows, _ = self._draw(np.random.default_rng([self._seed, _PILOT_STREAM]))
         terms = self._terms(rows)
         self._terms_mean, self._terms_deviation = terms.mean(axis=0), terms.std(axis=0)
@@ -157,7 +159,7 @@ class PlantedModel:
 
 
 def _pooled(values: FloatArray, ids: Ids) -> FloatArray:
-    """A table's values (size - 1, …) at each row's id, or added up over its list of ids: (m, …)."""
+    """Look a table's values (size - 1, …) up at each row's id, or sum them over its list of ids: (m, …)."""
     if not isinstance(ids, MultiValued):
         return values[ids - 1]
     found = values[ids.ids - 1]

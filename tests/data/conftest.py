@@ -1,4 +1,4 @@
-"""Raw Criteo files and prepared data sets for the tests, made from nothing."""
+"""Generated raw Criteo files and prepared data sets for the tests."""
 
 import gzip
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from mlet_dist.data.synthetic import synthesize
 
 @pytest.fixture
 def write_raw(tmp_path: Path) -> Callable[..., Path]:
-    """Writes bytes to a file of a folder of their own, compressed where the name ends in .gz."""
+    """Return a function that writes bytes to a file in ``tmp_path / "raw"``, compressed if the name ends in .gz."""
 
     def write(content: bytes, name: str = "day.tsv") -> Path:
         path = tmp_path / "raw" / name
@@ -25,7 +25,7 @@ def write_raw(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A synthetic data set of 45,003 rows: three row groups in train, odd sizes everywhere. Not to be changed."""
+    """Return a synthetic data set of 45,003 rows, with three row groups in train; tests must not change it."""
     path = tmp_path_factory.mktemp("data") / "synthetic"
     synthesize(path, rows=45_003, seed=3, num_embeddings=500)
     assert DatasetSchema.load(path).rows == {"train": 36_002, "valid": 4_500, "test": 4_501}

@@ -1,4 +1,4 @@
-"""Tests of mlet_dist.data.location, and of the loader on what is not a local directory."""
+"""Tests of mlet_dist.data.location, and of the loader on remote data sets."""
 
 import re
 from collections.abc import Iterator
@@ -19,39 +19,39 @@ from tests.helpers.mixed_dataset import GROUP_ROWS, PART_ROWS, write_mixed
 
 
 class LostConnection(Exception):
-    """Like an HTTP client's errors: no OSError."""
+    """An error like those of HTTP clients, which are not OSErrors."""
 
 
 class RangeFile(AbstractBufferedFile):
-    """Asks its file system for ranges of bytes, as files of stores do."""
+    """A file that requests ranges of bytes from its file system, as files of object stores do."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         RangeFileSystem.requests.append((self.path, start, end))
-        if self.path.endswith(RangeFileSystem.dead):
-            raise LostConnection("the line is dead")
+        if self.path.endswith(RangeFileSystem.unreachable):
+            raise LostConnection("connection down")
         return bytes(self.fs.cat_file(self.path, start, end))
 
 
 class RangeFileSystem(MemoryFileSystem):
-    """The files of memory://, by requests that are noted."""
+    """The files of memory://, read by requests that are recorded."""
 
     protocol = "range"
     requests: ClassVar[list[tuple[str, int, int]]] = []
-    dead: ClassVar[str] = "nothing"
+    unreachable: ClassVar[str] = "nothing"
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.replace("range://", "memory://")))
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **keywords: Any) -> Any:
-        if keywords.get("cache_type") is None:  # cat_file's own
+        if keywords.get("cache_type") is None:  # a call by cat_file
             return super()._open(path, mode)
         return RangeFile(self, path, mode, block_size or 1, cache_type=keywords["cache_type"])
 
 
 @pytest.fixture
 def remote(tmp_path: Path) -> Iterator[str]:
-    """A data set in memory, at memory://store/data; and in ``tmp_path / "data"``."""
+    """Write one data set to memory://store/data and to ``tmp_path / "data"``; return its URL."""
     write_mixed(tmp_path / "data", 1003)
     filesystem = fsspec.filesystem("memory")
     filesystem.put(str(tmp_path / "data"), "/store/data", recursive=True)
@@ -90,12 +90,12 @@ def test_parts_of_a_url_are_urls() -> None:
     )
 
 
-def test_a_kind_of_url_that_is_not_known_is_told() -> None:
+def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(UserError, match=r"^nothing://x/y: cannot be opened: Protocol not known: nothing"):
         data_set_path("nothing://x/y")
 
 
-def test_a_remote_data_set_that_is_not_there_is_told(remote: str) -> None:
+def test_a_missing_remote_data_set_is_named(remote: str) -> None:
     with pytest.raises(UserError, match=r"memory://store/other: no such data set"):
         load(data_set_path("memory://store/other"))
     with pytest.raises(UserError, match=r"memory://store/data/train: no schema\.json in it"):
@@ -106,7 +106,7 @@ def test_a_damaged_remote_part_is_named(remote: str) -> None:
     part = f"{remote}/train/part-00002.parquet"
     content = fsspec.filesystem("memory").cat(part)
     fsspec.filesystem("memory").pipe(part, content[:-100])
-    with pytest.raises(UserError, match=re.escape(f"{part}: not a whole Parquet file")):
+    with pytest.raises(UserError, match=re.escape(f"{part}: not a complete Parquet file")):
         load(data_set_path(remote))
     fsspec.filesystem("memory").rm(part)
     with pytest.raises(UserError, match=re.escape(f"{part}: missing, though")):
@@ -115,9 +115,9 @@ def test_a_damaged_remote_part_is_named(remote: str) -> None:
 
 def test_a_stores_own_errors_name_the_file(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("range", RangeFileSystem, clobber=True)
-    monkeypatch.setattr(RangeFileSystem, "dead", "part-00001.parquet")
+    monkeypatch.setattr(RangeFileSystem, "unreachable", "part-00001.parquet")
     path = data_set_path(remote.replace("memory", "range"))
-    with pytest.raises(UserError, match=r"^range://store/data/train/part-00001\.parquet: not .*: the line is dead$"):
+    with pytest.raises(UserError, match=r"^range://store/data/train/part-00001\.parquet: not .*: connection down$"):
         load(path)
 
 

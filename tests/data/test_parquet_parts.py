@@ -23,7 +23,7 @@ TABLE = pa.table(
 )
 
 
-def test_any_column_comes_back_and_ids_are_split_by_byte(tmp_path: Path) -> None:
+def test_columns_round_trip_and_ids_are_byte_stream_split(tmp_path: Path) -> None:
     write_parquet(TABLE, tmp_path / "a.parquet")
     with pq.ParquetFile(tmp_path / "a.parquet", page_checksum_verification=True) as file:
         assert file.read().equals(required(TABLE))
@@ -38,6 +38,6 @@ def test_any_column_comes_back_and_ids_are_split_by_byte(tmp_path: Path) -> None
     assert found == dict.fromkeys(("label", "d", "l.list.element", "l.weight.list.element", "value"), dictionary)
 
 
-def test_a_null_is_never_written(tmp_path: Path) -> None:
+def test_nulls_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="null"):
         write_parquet(pa.table({"C1": pa.array([1, None], pa.int32())}), tmp_path / "a.parquet")

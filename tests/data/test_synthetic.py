@@ -91,7 +91,7 @@ def test_reported_rates_are_those_of_the_rows(tmp_path: Path) -> None:
 
 
 def test_labels_can_be_learnt_from_frequent_ids(tmp_path: Path) -> None:
-    """Adding up each id's smoothed log-odds, learnt from train, predicts test; shuffled labels would give 0.5."""
+    """The sum of each id's smoothed log-odds, learnt from train, predicts test; shuffled labels would give 0.5."""
     synthesize(tmp_path / "out", rows=60_000, num_embeddings=1000)
     train, test = read(tmp_path / "out", "train"), read(tmp_path / "out", "test")
     labels = train["label"].to_numpy()
@@ -105,7 +105,7 @@ def test_labels_can_be_learnt_from_frequent_ids(tmp_path: Path) -> None:
 
 
 def test_raw_format_holds_the_same_rows(tmp_path: Path) -> None:
-    """Preparing the raw logs gives the labels and dense values of the Parquet form, and ids that stand for its ids."""
+    """Preparing the raw logs gives the labels and dense values of the Parquet form, and ids in one-to-one relation."""
     arguments = {"rows": 5000, "seed": 2, "num_embeddings": 300}
     assert synthesize(tmp_path / "direct", **arguments) == synthesize(tmp_path / "raw", **arguments, format="tsv")
     assert [p.name for p in (tmp_path / "raw").iterdir()] == ["part-00000.tsv.gz"]
@@ -135,7 +135,7 @@ def test_there_is_no_vocabulary(dataset: Path) -> None:
     assert not (dataset / "vocabulary").exists()
 
 
-def test_vocabulary_id_follows_what_fixes_the_meaning_of_ids(tmp_path: Path) -> None:
+def test_vocabulary_id_depends_on_what_fixes_the_meaning_of_ids(tmp_path: Path) -> None:
     def id_of(name: str, **changes: float) -> str:
         arguments = {"rows": 100, "seed": 1, "num_embeddings": 50, "alpha": 1.0} | changes
         synthesize(tmp_path / name, **arguments)
@@ -149,7 +149,7 @@ def test_vocabulary_id_follows_what_fixes_the_meaning_of_ids(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def with_lists(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """More than a chunk of rows; C3 is weighted, C20 is not."""
+    """Return a data set of more than one chunk, in which C3 is weighted and C20 is not, and its report."""
     path = tmp_path_factory.mktemp("lists") / "data"
     report = synthesize(
         path, rows=CHUNK_ROWS + 5000, num_embeddings=1000, multi_valued={"C3": 4, "C20": 0.5}, weighted=["C3"]
@@ -157,7 +157,7 @@ def with_lists(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     return path, report
 
 
-def test_lists_have_the_lengths_asked_for(with_lists: tuple[Path, dict[str, Any]]) -> None:
+def test_lists_have_the_requested_lengths(with_lists: tuple[Path, dict[str, Any]]) -> None:
     path, report = with_lists
     table = read_all(path)
     schema = DatasetSchema.load(path)
@@ -181,7 +181,7 @@ def test_lists_have_the_lengths_asked_for(with_lists: tuple[Path, dict[str, Any]
 
 
 def test_labels_depend_on_the_weighted_ids(with_lists: tuple[Path, dict[str, Any]]) -> None:
-    """The weight of C3's most frequent id in a row says something of its label, given that the id is there."""
+    """Among the rows that hold a frequent id of C3, the label correlates with the weight of the id."""
     path, report = with_lists
     assert 0.78 < report["auc_ceiling"] < 0.86
     table = read_all(path)
@@ -196,7 +196,7 @@ def test_labels_depend_on_the_weighted_ids(with_lists: tuple[Path, dict[str, Any
     assert strongest > 5
 
 
-def test_lists_are_the_same_bytes_again(with_lists: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_data_sets_with_lists_are_reproducible(with_lists: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     synthesize(
         tmp_path / "again",
         rows=CHUNK_ROWS + 5000,

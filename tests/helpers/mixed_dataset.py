@@ -1,4 +1,4 @@
-"""A small prepared data set with one-valued, multi-valued and weighted features, made without the code under test."""
+"""A small prepared data set with single-valued, multi-valued and weighted features, written without mlet_dist."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ PART_ROWS, GROUP_ROWS = 330, 50
 
 
 def mixed_table(rows: int, seed: int = 0) -> pa.Table:
-    """Column ``row`` numbers the rows; a third of the lists is empty."""
+    """Return random rows; column ``row`` holds the row number, and at least a third of the lists are empty."""
     rng = np.random.default_rng(seed)
 
     def lists(size: int, dtype: pa.DataType, values: np.ndarray) -> pa.Array:
@@ -38,7 +38,7 @@ def mixed_table(rows: int, seed: int = 0) -> pa.Table:
 
 
 def write_mixed(directory: Path, rows: int, seed: int = 0) -> dict[str, pa.Table]:
-    """Write train (``rows`` rows in several parts of several row groups), valid and test; returns their tables."""
+    """Write train (``rows`` rows in parts of several row groups), valid and test; return their tables."""
     tables = {"train": mixed_table(rows, seed), "valid": mixed_table(301, seed + 1), "test": mixed_table(75, seed + 2)}
     parts: dict[str, list[dict[str, object]]] = {}
     for split, table in tables.items():

@@ -1,4 +1,4 @@
-"""Makes raw Criteo lines for the tests, from nothing."""
+"""Generated raw Criteo logs for the tests."""
 
 import random
 
@@ -8,7 +8,7 @@ RawLine = list[str]
 
 
 def make_raw_lines(rows: int, seed: int = 0, distinct: int = 40) -> list[RawLine]:
-    """Lines of 40 fields: integers missing, zero, negative or large; categories skewed, some of them empty."""
+    """Return lines of 40 fields: missing, zero, negative and large integers, and skewed categories, some empty."""
     rng = random.Random(seed)
     lines = []
     for _ in range(rows):
@@ -23,5 +23,5 @@ def make_raw_lines(rows: int, seed: int = 0, distinct: int = 40) -> list[RawLine
 
 
 def raw_bytes(lines: list[RawLine]) -> bytes:
-    """The lines as a raw Criteo file."""
+    """Return the lines as the content of a raw Criteo file."""
     return "".join("\t".join(line) + "\n" for line in lines).encode()

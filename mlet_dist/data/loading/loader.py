@@ -1,4 +1,4 @@
-"""Batches of a prepared data set, each rank's share of them; ``order.py`` says which rows those are."""
+"""The data loader: each rank's share of the batches of a prepared data set; ``order`` decides which rows those are."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -12,10 +12,11 @@ from torch.fx._symbolic_trace import PHWithMeta
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from mlet_dist.data.loading.jagged_tensors import JaggedBuilder
 from mlet_dist.data.loading.order import Order, Shuffle
 from mlet_dist.data.loading.prefetch import iterate_ahead
 from mlet_dist.data.loading.row_groups import SplitRows, read_windows
-from mlet_dist.data.loading.rows import JaggedBuilder, Rows
+from mlet_dist.data.loading.rows import Rows
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
@@ -27,11 +28,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Batch(Pipelineable):
-    """One rank's rows of a global batch; TorchRec's pipelines take it.
+    """One rank's rows of a global batch, as TorchRec's train pipelines expect them.
 
     Attributes:
         dense: (b, num_dense) float32.
-        sparse: int64 values, stride b; float32 weights where a feature has some; a padding row's bags are empty.
+        sparse: int64 values, stride b; float32 weights if a feature is weighted; the bags of padding rows are empty.
         labels: (b,) float32.
         num_rows: rows ``[num_rows:]`` are padding, which only the last batch of an evaluation pass has.
     """
@@ -42,7 +43,7 @@ class Batch(Pipelineable):
     num_rows: int
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        """The same batch on ``device``."""
+        """Return the batch on ``device``."""
         return Batch(
             dense=self.dense.to(device, non_blocking=non_blocking),
             sparse=self.sparse.to(device, non_blocking=non_blocking),
@@ -51,42 +52,42 @@ class Batch(Pipelineable):
         )
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory."""
+        """Return the batch in pinned memory."""
         return Batch(self.dense.pin_memory(), self.sparse.pin_memory(), self.labels.pin_memory(), self.num_rows)
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Tell the allocator that ``stream`` uses this batch."""
+        """Record with the CUDA allocator that ``stream`` uses this batch."""
         self.dense.record_stream(stream)
         self.sparse.record_stream(stream)
         self.labels.record_stream(stream)
 
     def to_proxy_tuple(self, model: torch.nn.Module) -> tuple[PHWithMeta, PHWithMeta]:
-        """Which attributes are ``dense_features`` and ``sparse_features`` of TorchRec's models, for its pipelines."""
+        """Name the attributes that TorchRec's pipelines pass to a model as dense_features and sparse_features."""
         return PHWithMeta("dense"), PHWithMeta("sparse")
 
 
 class DataLoader:
-    """Iterates over one rank's batches of a split; background threads read, decode and check ahead.
+    """Iterates over one rank's batches of a split; background threads read, decode and check rows ahead.
 
-    An iterator ends with its epoch, and the next one is of the next epoch. Threads end with their iterator: when it is
-    exhausted, closed or collected.
+    Each iterator covers one epoch, and the next iterator covers the next epoch. Its threads end when it is exhausted,
+    closed or garbage-collected.
 
     Args:
-        path: the data set's directory, or the URL of one (``data_set_path``).
+        path: directory or URL of the data set (see ``data_set_path``).
         split: ``train``, ``valid`` or ``test``.
         batch_size: rows of a global batch; a multiple of ``world_size``.
-        rank, world_size: whose share to read.
-        dense_features, sparse_features: which columns and in which order; all of the schema where None.
-        drop_last: True drops an incomplete last global batch (training); False pads it, so that every row comes
-            exactly once and all ranks make the same number of batches of the same shape (evaluation).
-        shuffle: how rows are mixed anew in each epoch (training); None keeps the order of the files.
-        threads: how many decode; one more puts batches together.
-        pin_memory: put batches into page-locked memory, from which a copy to CUDA need not be waited for.
+        rank, world_size: the rank whose share to read, and the number of ranks.
+        dense_features, sparse_features: the columns to read, in order; None reads all of the schema's.
+        drop_last: True drops an incomplete last global batch (training); False pads it, so that every row is read
+            exactly once and all ranks have the same number of batches of the same shape (evaluation).
+        shuffle: shuffling of rows, different in each epoch (training); None keeps the order of the files.
+        threads: number of decoding threads; one more thread assembles batches.
+        pin_memory: put batches into pinned memory, for asynchronous copies to CUDA devices.
 
     Raises:
-        UserError: the data set, the split, a feature or the batch size does not fit; or, while iterating, a part is
-            unreadable or holds a label other than 0 and 1, a dense value or a weight that is not finite, an id outside
-            its table, or a missing value.
+        UserError: the data set does not exist or is damaged, it lacks the split or a feature, or the batch size does
+            not fit; or, while iterating, a part is unreadable or holds a label other than 0 and 1, a dense value or
+            weight that is not finite, an id outside its table, or a missing value.
     """
 
     def __init__(
@@ -131,15 +132,15 @@ class DataLoader:
                 "no effect",
                 *(path, split, self._order.rows, batch_size),
             )
-        self._where, self._batch_size, self._shuffle = f"{path}: {split}", batch_size, shuffle
+        self._name, self._batch_size, self._shuffle = f"{path}: {split}", batch_size, shuffle
         self._vocabulary_id = schema.vocabulary_id
         self._local_size = batch_size // world_size
         self._jagged = JaggedBuilder(sparse, self._local_size, weighted=self._parts.weighted)
         self._threads, self._pin_memory = threads, pin_memory
-        self._position = 0  # batches, over all epochs, before the first of the next iterator
+        self._position = 0  # number of batches, over all epochs, before the next iterator's first
 
     def __len__(self) -> int:
-        """Number of batches of an epoch, the same on every rank."""
+        """Return the number of batches per epoch, the same on every rank."""
         return self._order.batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -148,47 +149,47 @@ class DataLoader:
         self._position = (epoch + 1) * len(self)
 
     def state_dict(self, consumed: int) -> dict[str, int | str | None]:
-        """Where training stands once it has taken ``consumed`` batches in all epochs together.
+        """Return the position of training after ``consumed`` batches of all epochs together, for any number of ranks.
 
-        The loader cannot know: a pipeline takes batches ahead. It holds for every number of ranks.
+        ``consumed`` is the caller's count, since a pipeline takes batches from the loader ahead of training.
         """
         epoch, batch = divmod(consumed, len(self))
-        return {"epoch": epoch, "row": batch * self._batch_size, **self._fixed()}
+        return {"epoch": epoch, "row": batch * self._batch_size, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> int:
-        """Have the next iterator begin where ``state`` was taken, on any number of ranks.
+        """Let the next iterator start at the position that ``state_dict`` returned, on any number of ranks.
 
         Returns:
-            How many batches training had consumed.
+            The number of batches that training had consumed.
 
         Raises:
-            UserError: it was taken with another seed, shuffle buffer, batch size, number of rows or vocabulary, or
-                names no first row of a batch.
+            UserError: the state was saved with another seed, shuffle buffer, batch size, number of rows or vocabulary,
+                or its row is not the first row of a batch.
         """
-        for key, expected in self._fixed().items():
+        for key, expected in self._identity().items():
             if state.get(key) != expected:
                 raise UserError(
-                    f"{self._where}: cannot go on where the run stopped: {key} was {state.get(key, 'not saved')} and "
-                    f"is {expected}; with another one the next batch would hold other rows or ids"
+                    f"{self._name}: cannot resume where the run stopped: {key} was {state.get(key, 'not saved')} and "
+                    f"is {expected}; with another {key} the next batch would hold other rows or ids"
                 )
         last = (len(self) - 1) * self._batch_size
-        epoch = self._whole(state, "epoch", None, 1, "0 or more")
-        row = self._whole(state, "row", last, self._batch_size, f"a multiple of {self._batch_size} from 0 to {last}")
+        epoch = self._integer(state, "epoch", None, 1, "0 or more")
+        row = self._integer(state, "row", last, self._batch_size, f"a multiple of {self._batch_size} from 0 to {last}")
         self._position = epoch * len(self) + row // self._batch_size
         return self._position
 
-    def _whole(self, state: Mapping[str, Any], key: str, most: int | None, step: int, right: str) -> int:
+    def _integer(self, state: Mapping[str, Any], key: str, most: int | None, step: int, expected: str) -> int:
         value = state.get(key)
-        # A bool is an int to isinstance.
+        # `type`, since isinstance accepts a bool as an int.
         if type(value) is not int or value < 0 or (most is not None and value > most) or value % step:
             raise UserError(
-                f"{self._where}: cannot go on where the run stopped: {key} is {value!r:.80}; it must be a whole "
-                f"number, {right}"
+                f"{self._name}: cannot resume where the run stopped: {key} is {value!r:.80}; it must be a whole "
+                f"number, {expected}"
             )
         return value
 
-    def _fixed(self) -> dict[str, int | str | None]:
-        """What the order of rows depends on, besides the files, and what their ids mean."""
+    def _identity(self) -> dict[str, int | str | None]:
+        """Return what the order of rows depends on besides the files, and the meaning of the ids."""
         seed, buffer = (None, None) if self._shuffle is None else (self._shuffle.seed, self._shuffle.buffer_rows)
         return {
             "seed": seed,

@@ -1,4 +1,4 @@
-"""Iterators that work in background threads, and end them when they are closed."""
+"""Iterators that work ahead in background threads; closing an iterator ends its threads."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -15,7 +15,7 @@ THREAD_NAME = "mlet-loader"
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int) -> Generator[R, None, None]:
-    """``map`` on ``threads`` threads: results in order, at most ``ahead`` of them begun and not yet taken."""
+    """``map`` on ``threads`` threads: yield results in order, with at most ``ahead`` calls started but not yielded."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix=THREAD_NAME)
     pending: deque[Future[R]] = deque()
     try:
@@ -30,7 +30,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], *, threads: int, a
 
 
 def iterate_ahead(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
-    """The items, taken from their generator by a thread that is up to ``ahead`` items in front, and one in hand."""
+    """Yield the items; a thread takes them from their generator, up to ``ahead`` into a queue and one more in hand."""
     queue: Queue[tuple[T | None, BaseException | None]] = Queue(maxsize=ahead)
     abandoned = Event()
 
@@ -42,7 +42,7 @@ def iterate_ahead(items: Generator[T, None, None], ahead: int) -> Generator[T, N
                     if abandoned.is_set():
                         return
             queue.put((None, StopIteration()))
-        except BaseException as error:  # the consumer raises it
+        except BaseException as error:  # raised again by the consumer
             queue.put((None, error))
 
     thread = Thread(target=produce, name=THREAD_NAME, daemon=True)
@@ -57,7 +57,7 @@ def iterate_ahead(items: Generator[T, None, None], ahead: int) -> Generator[T, N
             yield item  # type: ignore[misc]
     finally:
         abandoned.set()
-        try:  # A full queue blocks the thread: make room for what it is about to put.
+        try:  # A full queue blocks the thread: drain it.
             while True:
                 queue.get_nowait()
         except Empty:

@@ -1,4 +1,4 @@
-"""Random access to a split's rows through Parquet row groups; every value is checked as it is decoded."""
+"""Access to a split's rows through Parquet row groups; every value is checked as it is decoded."""
 
 from bisect import bisect_right
 from collections import deque
@@ -15,31 +15,32 @@ import pyarrow.parquet as pq
 
 from mlet_dist.data.loading.order import Order, Window
 from mlet_dist.data.loading.prefetch import map_ahead
-from mlet_dist.data.loading.rows import MultiValued, OneValued, Rows
+from mlet_dist.data.loading.rows import MultiValued, Rows, SingleValued
 from mlet_dist.data.location import DataPath, RemotePath
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 
 _FOOTER_THREADS = 8
-_FOOTERS_KEPT = 32  # one of a part of 2^20 rows takes a millisecond to parse and about 2 MB
+_FOOTERS_KEPT = 32  # the footer of a part of 2^20 rows takes 1 ms to parse and about 2 MB
 
 
 class SplitRows:
-    """Where the row groups of a split lie, and how one is decoded and checked.
+    """The row groups of a split, read, decoded and checked one at a time.
 
     Args:
-        path: the data set's directory or URL.
-        schema, parts: its content, and the split's.
+        path: directory or URL of the data set.
+        schema: the data set's schema.
+        parts: the split's parts.
         dense, sparse: the features to read, in order.
-        by_row: lay one-valued ids out by row, from which single rows are taken seven times as fast; False lays them out
-            by column, as they come and as a KeyedJaggedTensor wants them.
+        by_row: lay single-valued ids out by row, which makes picking rows seven times as fast; False lays them out by
+            column, the layout of Parquet and of a KeyedJaggedTensor.
 
     Attributes:
-        group_rows: (G,) int64, rows of each row group in file order.
-        weighted: whether some feature has weights.
+        group_rows: (G,) int64, number of rows of each row group, in file order.
+        weighted: whether any feature has weights.
 
     Raises:
-        UserError: a part is missing, not Parquet, lacks a column or has another number of rows than the schema says.
+        UserError: a part is missing, is not Parquet, lacks a column or has another number of rows than in the schema.
     """
 
     def __init__(
@@ -72,25 +73,25 @@ class SplitRows:
         self.group_rows: npt.NDArray[np.int64] = np.array(group_rows, dtype=np.int64)
 
     def empty(self) -> Rows:
-        """No rows, with all columns."""
+        """Return zero rows with all columns."""
         return self._converted(self._path, pa.schema(self._types.items()).empty_table())
 
     def decode(self, index: int) -> Rows:
-        """The rows of a row group, every value checked.
+        """Return the rows of row group ``index``; every value is checked.
 
         Raises:
-            UserError: it cannot be read, or a value is missing or out of range.
+            UserError: the row group cannot be read, or a value is missing or out of range.
         """
         return self.convert(index, self.read(index))
 
     def read(self, index: int) -> pa.Table:
-        """The columns of a row group as they are in its file.
+        """Return the columns of row group ``index`` as they are in its file.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the row group cannot be read.
         """
         file, group = self._groups[index]
-        with _reading(file, f"row group {group} cannot be read"):
+        with _user_errors(file, f"row group {group} cannot be read"):
             footer, _ = self._footer(file)
             with (
                 _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
@@ -99,7 +100,7 @@ class SplitRows:
                 return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
 
     def convert(self, index: int, table: pa.Table) -> Rows:
-        """Check what ``read`` returned, and lay it out as ``Rows``.
+        """Check the table that ``read`` returned for row group ``index``, and lay it out as ``Rows``.
 
         Raises:
             UserError: a value is missing or out of range.
@@ -108,15 +109,15 @@ class SplitRows:
 
     def _read_footer(self, file: DataPath) -> tuple[pq.FileMetaData, pa.Schema]:
         with _opened(file, block_bytes=0) as source, pq.ParquetFile(source) as parquet:
-            # Not the footer's own `schema`, because of which pyarrow 26 would never free it.
+            # Not `metadata.schema`: pyarrow 26 would never free the footer.
             return parquet.metadata, parquet.schema_arrow
 
     def _checked_group_rows(self, file_and_part: tuple[DataPath, Part]) -> list[int]:
         file, part = file_and_part
-        with _reading(file, "not a whole Parquet file"):
+        with _user_errors(file, "not a complete Parquet file"):
             footer, found = self._footer(file)
         if footer.num_rows != part.rows:
-            raise UserError(f"{file}: has {footer.num_rows} rows, but schema.json says {part.rows}")
+            raise UserError(f"{file}: has {footer.num_rows} rows, but schema.json has {part.rows}")
         for name, expected in self._types.items():
             index = found.get_field_index(name)
             if index < 0 or not _is_type(found.field(index).type, expected):
@@ -128,7 +129,7 @@ class SplitRows:
         labels = _values(file, table, self._label)
         wrong_labels = labels[(labels < 0) | (labels > 1)]
         if wrong_labels.size:
-            raise UserError(f"{file}: column {self._label} holds {wrong_labels[0]}; a label is 0 or 1")
+            raise UserError(f"{file}: column {self._label} holds {wrong_labels[0]}; a label must be 0 or 1")
         dense = np.empty((table.num_rows, len(self._dense)), dtype=np.float32)
         for i, name in enumerate(self._dense):
             dense[:, i] = _values(file, table, name)
@@ -138,22 +139,70 @@ class SplitRows:
             raise UserError(
                 f"{file}: column {self._dense[index]} holds {dense[row, index]}; it must be a finite number"
             )
-        sparse: list[OneValued | MultiValued] = []
+        sparse: list[SingleValued | MultiValued] = []
         for multi_valued, features in groupby(self._sparse, key=lambda feature: feature.multi_valued):
             if multi_valued:
                 sparse += [_multi_valued(file, table, feature) for feature in features]
             else:
-                sparse.append(_one_valued(file, table, list(features), self._by_row))
+                sparse.append(_single_valued(file, table, list(features), self._by_row))
         return Rows(labels.astype(np.float32), dense, tuple(sparse))
 
 
-def _one_valued(file: DataPath, table: pa.Table, features: list[SparseFeature], by_row: bool) -> OneValued:
+def read_windows(
+    parts: SplitRows, order: Order, epoch: int, first_batch: int, threads: int
+) -> Generator[tuple[Window, Rows], None, None]:
+    """Yield each window of ``order`` with its rows, from the window of ``first_batch`` on.
+
+    Threads decode ahead by the row groups of one window, while the batches of the window before are consumed.
+    """
+    groups = order.groups(epoch)
+    starts = np.concatenate([[0], np.cumsum(parts.group_rows[groups])]).tolist()
+
+    def touched(window: Window) -> range:
+        """Return the positions of the window's row groups in the epoch's sequence of row groups."""
+        if window.start == window.stop:
+            return range(0)
+        return range(bisect_right(starts, window.start) - 1, bisect_right(starts, window.stop - 1))
+
+    def needed() -> Iterator[int]:
+        following = 0  # windows ascend, and two of them may share the row group on their border
+        for window in order.windows(epoch, first_batch):
+            for position in touched(window):
+                if position >= following:
+                    following = position + 1
+                    yield position
+
+    def decode(position: int) -> tuple[int, Rows]:
+        return position, parts.decode(groups[position])
+
+    ahead = threads + 1 + order.window_rows * len(groups) // max(1, order.rows)
+    decoded = map_ahead(decode, needed(), threads=threads, ahead=ahead)
+    window_groups: deque[tuple[int, Rows]] = deque()
+    try:
+        for window in order.windows(epoch, first_batch):
+            # Drop the row groups before the window, and take those up to its end.
+            positions = touched(window)
+            while positions and window_groups and window_groups[0][0] < positions[0]:
+                window_groups.popleft()
+            while positions and (not window_groups or window_groups[-1][0] < positions[-1]):
+                window_groups.append(next(decoded))
+            slices = [
+                rows.slice(max(0, window.start - starts[position]), min(len(rows), window.stop - starts[position]))
+                for position, rows in window_groups
+                if position in positions
+            ]
+            yield window, slices[0].join(slices[1:]) if slices else parts.empty()
+    finally:
+        decoded.close()
+
+
+def _single_valued(file: DataPath, table: pa.Table, features: list[SparseFeature], by_row: bool) -> SingleValued:
     ids = np.empty((table.num_rows, len(features)), dtype=np.int32, order="C" if by_row else "F")
     for index, feature in enumerate(features):
         column = _values(file, table, feature.name)
         _check_ids(file, feature, column)
         ids[:, index] = column
-    return OneValued(ids)
+    return SingleValued(ids)
 
 
 def _multi_valued(file: DataPath, table: pa.Table, feature: SparseFeature) -> MultiValued:
@@ -164,7 +213,7 @@ def _multi_valued(file: DataPath, table: pa.Table, feature: SparseFeature) -> Mu
     weight_offsets, weights = _lists(file, table, _weight(feature))
     if not np.array_equal(offsets, weight_offsets):
         raise UserError(
-            f"{file}: a list of column {_weight(feature)} has another length than that of column {feature.name}"
+            f"{file}: a list of column {_weight(feature)} has another length than the list of column {feature.name}"
         )
     finite = np.isfinite(weights)
     if not finite.all():
@@ -190,7 +239,7 @@ def _values(file: DataPath, table: pa.Table, name: str) -> npt.NDArray[Any]:
 
 
 def _lists(file: DataPath, table: pa.Table, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """Offsets (rows + 1,) from 0 on and the values of all rows' lists."""
+    """Return the offsets (rows + 1,), starting at 0, and the values of all rows' lists."""
     column = table[name].combine_chunks()
     values = column.flatten()
     _check_complete(file, name, column.null_count + values.null_count)
@@ -208,7 +257,7 @@ def _weight(feature: SparseFeature) -> str:
 
 
 def _is_type(found: pa.DataType, expected: pa.DataType) -> bool:
-    if pa.types.is_list(expected):  # whatever its items are called
+    if pa.types.is_list(expected):  # compare without the name of the list's items
         return pa.types.is_list(found) and found.value_type == expected.value_type
     return bool(found == expected)
 
@@ -222,13 +271,14 @@ def _compressed_bytes(group: pq.RowGroupMetaData) -> int:
 
 
 def _opened(file: DataPath, block_bytes: int) -> AbstractContextManager[Any]:
-    """What Arrow opens: a local file by its path; a remote one in requests of at least ``block_bytes``."""
+    """Return what Arrow opens: a local file's path, or a remote file read in requests of at least ``block_bytes``."""
     return file.open(block_bytes) if isinstance(file, RemotePath) else nullcontext(file)
 
 
 @contextmanager
-def _reading(file: DataPath, problem: str) -> Iterator[None]:
-    # A remote store's own errors come through Arrow as they are.
+def _user_errors(file: DataPath, problem: str) -> Iterator[None]:
+    """Turn what reading ``file`` raises into a UserError that names it."""
+    # Arrow passes the exceptions of a remote store on unchanged.
     errors = (Exception,) if isinstance(file, RemotePath) else (OSError, pa.ArrowException)
     try:
         yield
@@ -237,50 +287,3 @@ def _reading(file: DataPath, problem: str) -> Iterator[None]:
     except errors as error:
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{file}: {problem}: {first_line}") from error
-
-
-def read_windows(
-    parts: SplitRows, order: Order, epoch: int, first_batch: int, threads: int
-) -> Generator[tuple[Window, Rows], None, None]:
-    """Each window of ``order`` with its rows, from the window of ``first_batch`` on.
-
-    Row groups of one window are decoded ahead, so that they are there when the batches of the one before are taken.
-    """
-    groups = order.groups(epoch)
-    starts = np.concatenate([[0], np.cumsum(parts.group_rows[groups])]).tolist()
-
-    def touched(window: Window) -> range:
-        """Places of its row groups in the epoch's sequence of them."""
-        if window.start == window.stop:
-            return range(0)
-        return range(bisect_right(starts, window.start) - 1, bisect_right(starts, window.stop - 1))
-
-    def needed() -> Iterator[int]:
-        following = 0  # windows ascend; two of them may share the row group on their border
-        for window in order.windows(epoch, first_batch):
-            for place in touched(window):
-                if place >= following:
-                    following = place + 1
-                    yield place
-
-    def decode(place: int) -> tuple[int, Rows]:
-        return place, parts.decode(groups[place])
-
-    ahead = threads + 1 + order.window_rows * len(groups) // max(1, order.rows)
-    decoded = map_ahead(decode, needed(), threads=threads, ahead=ahead)
-    held: deque[tuple[int, Rows]] = deque()
-    try:
-        for window in order.windows(epoch, first_batch):
-            places = touched(window)
-            while places and held and held[0][0] < places[0]:
-                held.popleft()
-            while places and (not held or held[-1][0] < places[-1]):
-                held.append(next(decoded))
-            pieces = [
-                rows.slice(max(0, window.start - starts[place]), min(len(rows), window.stop - starts[place]))
-                for place, rows in held
-                if place in places
-            ]
-            yield window, pieces[0].join(pieces[1:]) if pieces else parts.empty()
-    finally:
-        decoded.close()

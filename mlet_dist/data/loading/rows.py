@@ -1,4 +1,4 @@
-"""Rows in memory by column, and the KeyedJaggedTensors of a batch made from them; no loop over rows."""
+"""Decoded rows in memory, column by column. ``mlet synth`` uses them, too, so this module does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,36 +7,34 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class OneValued:
-    """Neighbouring features of one id a row: ids (rows, features) int32, in memory by row or by column."""
+class SingleValued:
+    """Consecutive features with one id per row: (rows, features) int32, laid out by row or by column."""
 
     ids: npt.NDArray[np.int32]
 
-    def slice(self, start: int, stop: int) -> "OneValued":
-        return OneValued(self.ids[start:stop])
+    def slice(self, start: int, stop: int) -> "SingleValued":
+        return SingleValued(self.ids[start:stop])
 
-    def take(self, index: IntArray) -> "OneValued":
-        return OneValued(self.ids.take(index, axis=0))
+    def take(self, index: IntArray) -> "SingleValued":
+        return SingleValued(self.ids.take(index, axis=0))
 
-    def join(self, others: Sequence["OneValued"]) -> "OneValued":
-        return OneValued(np.concatenate([self.ids, *(other.ids for other in others)]))
+    def join(self, others: Sequence["SingleValued"]) -> "SingleValued":
+        return SingleValued(np.concatenate([self.ids, *(other.ids for other in others)]))
 
 
 @dataclass(frozen=True)
 class MultiValued:
-    """One feature of any number of ids a row: row i has ids and weights [offsets[i], offsets[i+1]).
+    """One feature with any number of ids per row: row i has the ids and weights [offsets[i], offsets[i + 1]).
 
     Attributes:
         offsets: (rows + 1,) int64; the first need not be 0.
-        ids: int32.
-        weights: float32, or None where the feature has none.
+        ids: (N,) int32.
+        weights: (N,) float32, or None if the feature is not weighted.
     """
 
     offsets: IntArray
@@ -58,38 +56,44 @@ class MultiValued:
         offsets = [part.offsets[:-1] - part.offsets[0] + end for part, end in zip(parts, ends, strict=False)]
         return MultiValued(
             np.concatenate([*offsets, ends[-1:]]),
-            np.concatenate([part.own(part.ids) for part in parts]),
-            None if self.weights is None else np.concatenate([part.own(part.weights) for part in parts]),
+            np.concatenate([part.in_range(part.ids) for part in parts]),
+            None if self.weights is None else np.concatenate([part.in_range(part.weights) for part in parts]),
         )
 
-    def own(self, values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-        """Those of ``ids`` or ``weights`` that are of these rows."""
+    def in_range(self, values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+        """Return the part of ``ids`` or ``weights`` that belongs to these rows."""
         assert values is not None
         return values[self.offsets[0] : self.offsets[-1]]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows: labels (rows,) float32, dense (rows, num_dense) float32, and the sparse columns in KJT order."""
+    """Rows of a split.
+
+    Attributes:
+        labels: (rows,) float32.
+        dense: (rows, num_dense) float32.
+        sparse: the sparse features, in the order of the KeyedJaggedTensor's keys.
+    """
 
     labels: npt.NDArray[np.float32]
     dense: npt.NDArray[np.float32]
-    sparse: tuple[OneValued | MultiValued, ...]
+    sparse: tuple[SingleValued | MultiValued, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def slice(self, start: int, stop: int) -> "Rows":
-        """Rows ``[start, stop)``, not copied."""
+        """Return rows ``[start, stop)`` as a view."""
         return Rows(self.labels[start:stop], self.dense[start:stop], tuple(c.slice(start, stop) for c in self.sparse))
 
     def take(self, index: IntArray) -> "Rows":
-        """The rows with these numbers, in this order."""
+        """Return the rows at these positions, in this order."""
         sparse = tuple(column.take(index) for column in self.sparse)
         return Rows(self.labels[index], self.dense.take(index, axis=0), sparse)
 
     def join(self, others: Sequence["Rows"]) -> "Rows":
-        """These rows, then the others."""
+        """Return these rows followed by the others."""
         if not others:
             return self
         columns = zip(self.sparse, *(other.sparse for other in others), strict=True)
@@ -98,67 +102,3 @@ class Rows:
             np.concatenate([self.dense, *(other.dense for other in others)]),
             tuple(first.join(rest) for first, *rest in columns),
         )
-
-
-class JaggedBuilder:
-    """Makes KeyedJaggedTensors of ``size`` bags a feature; bags beyond the rows given are empty.
-
-    Args:
-        keys: the features, in order.
-        size: stride of the result.
-        weighted: whether some feature has weights; the others then weigh 1, since a KeyedJaggedTensor has weights for
-            all of its ids or for none.
-    """
-
-    def __init__(self, keys: Sequence[str], size: int, *, weighted: bool) -> None:
-        self._keys, self._size, self._weighted = list(keys), size, weighted
-        # The same in every whole batch of one id a bag; never written to.
-        self._ones = torch.ones(len(keys) * size, dtype=torch.int64)
-        self._steps = torch.arange(len(keys) * size + 1)
-
-    def build(self, rows: Rows) -> KeyedJaggedTensor:
-        """Values int64, lengths int64, weights float32 or none."""
-        if len(rows) == self._size and all(isinstance(column, OneValued) for column in rows.sparse):
-            counts, lengths, offsets = [self._size] * len(self._keys), self._ones, self._steps
-        else:
-            counts, lengths = self._lengths(rows)
-            offsets = None
-        ends = [0, *accumulate(counts)]
-        values = np.empty(ends[-1], dtype=np.int64)
-        weights = np.ones(ends[-1], dtype=np.float32) if self._weighted else None
-        feature = 0
-        for column in rows.sparse:
-            start = ends[feature]
-            if isinstance(column, OneValued):
-                features = column.ids.shape[1]
-                feature += features
-                values[start : ends[feature]].reshape(features, -1)[:] = column.ids.T
-            else:
-                feature += 1
-                values[start : ends[feature]] = column.own(column.ids)
-                if weights is not None and column.weights is not None:
-                    weights[start : ends[feature]] = column.own(column.weights)
-        return KeyedJaggedTensor(
-            keys=self._keys,
-            values=torch.from_numpy(values),
-            weights=None if weights is None else torch.from_numpy(weights),
-            lengths=lengths,
-            offsets=offsets,
-            stride=self._size,
-            # Known here; otherwise TorchRec has to copy the lengths back from the device to learn them.
-            length_per_key=counts,
-            offset_per_key=ends,
-        )
-
-    def _lengths(self, rows: Rows) -> tuple[list[int], torch.Tensor]:
-        lengths = np.zeros((len(self._keys), self._size), dtype=np.int64)
-        feature = 0
-        for column in rows.sparse:
-            if isinstance(column, OneValued):
-                features = column.ids.shape[1]
-                lengths[feature : feature + features, : len(rows)] = 1
-                feature += features
-            else:
-                lengths[feature, : len(rows)] = np.diff(column.offsets)
-                feature += 1
-        return lengths.sum(axis=1).tolist(), torch.from_numpy(lengths).flatten()

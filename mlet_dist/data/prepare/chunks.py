@@ -1,4 +1,4 @@
-"""Chunks, the valid rows of a block as a typed file, and groups, the consecutive chunks that later passes work on."""
+"""Chunks (files with the valid, typed rows of one block) and groups of consecutive chunks, the unit of later passes."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,16 @@ import pyarrow as pa
 
 from mlet_dist.data.prepare.splits import Codes, Splitter
 
-LABEL, TIME = "label", "time"
-CHUNK_VERSION = 2  # of the files: one that another version of this module has left is not taken for its own
+LABEL, TIME = "label", "time"  # names of columns
+CHUNK_VERSION = 2  # changes when the chunk files change, so that those of other versions are not used
+GROUP_ROWS = 1 << 18  # a group ends once it has this many rows
 
 _METADATA = b"mlet"
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A line or row that was skipped: where it is in its file (from 1 on), why, and how it begins."""
+    """A malformed line or row that was skipped: its number in the file (from 1 on), the reason, and how it starts."""
 
     line: int
     reason: str
@@ -29,15 +30,17 @@ class Rejected:
 
 @dataclass(frozen=True)
 class ChunkInfo:
-    """What is known of a block once it is parsed.
+    """Statistics of a parsed block.
+
+    Line numbers are relative to the block, since the number of lines before it is not known yet.
 
     Attributes:
-        rows: valid ones.
-        count: lines in all, blank ones not counted.
-        passed: lines in all.
-        malformed: how many were skipped.
-        examples: the first of them; lines are counted from the block's beginning, as the file's is not known yet.
-        times: the kinds of the valid rows' times, each with the first line that has it, counted likewise.
+        rows: number of valid rows.
+        count: number of lines without blank ones.
+        passed: number of all lines.
+        malformed: number of malformed lines, which were skipped.
+        examples: the first malformed lines.
+        times: the kinds of times among the valid rows, each with the number of its first line.
     """
 
     rows: int
@@ -49,35 +52,35 @@ class ChunkInfo:
 
 
 def dense_column(name: str) -> str:
-    """Name of a dense feature's column in a chunk."""
+    """Return the name of a dense feature's column in a chunk."""
     return f"dense.{name}"
 
 
 def sparse_column(name: str) -> str:
-    """Name of a sparse feature's column in a chunk."""
+    """Return the name of a sparse feature's column in a chunk."""
     return f"sparse.{name}"
 
 
 def weight_column(name: str) -> str:
-    """Name of the column of a sparse feature's weights in a chunk."""
+    """Return the name of the column with a sparse feature's weights in a chunk."""
     return f"weight.{name}"
 
 
 def save_chunk(path: Path, table: pa.Table, info: ChunkInfo) -> None:
-    """Write a chunk; its file is there when it is whole."""
+    """Write a chunk, with ``info`` as metadata, to a temporary file and rename it to ``path``."""
     table = pa.table({name: _narrow(table[name]) for name in table.column_names})
     schema = table.schema.with_metadata({_METADATA: json.dumps(asdict(info)).encode()})
     temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
-        # One batch: all rows share one dictionary a column.
+        # A single record batch, so that all rows share one dictionary per column.
         for batch in table.combine_chunks().to_batches():
             writer.write_batch(batch)
     temporary.rename(path)
 
 
 def _narrow(column: pa.ChunkedArray) -> pa.Array:
-    """A dictionary with the smallest indices that do; any other column as it is."""
+    """Return the column with the narrowest dictionary indices that suffice; other columns are unchanged."""
     array = column.combine_chunks()
     if not pa.types.is_dictionary(array.type):
         return array
@@ -87,7 +90,7 @@ def _narrow(column: pa.ChunkedArray) -> pa.Array:
 
 
 def load_info(path: Path) -> ChunkInfo | None:
-    """What ``save_chunk`` was told; None where there is no chunk."""
+    """Return the ``info`` of ``save_chunk``, or None if the chunk does not exist."""
     if not path.exists():
         return None
     with pa.OSFile(str(path)) as source:
@@ -97,7 +100,7 @@ def load_info(path: Path) -> ChunkInfo | None:
 
 
 def load_chunk(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of a chunk; of the columns asked for alone, where they are."""
+    """Return the rows of a chunk, with all columns or with ``columns`` alone."""
     with pa.OSFile(str(path)) as source:
         schema = pa.ipc.open_file(source).schema
         chosen = None if columns is None else [schema.get_field_index(name) for name in columns]
@@ -105,12 +108,12 @@ def load_chunk(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def load_times(path: Path) -> npt.NDArray[np.int64]:
-    """The chunk's time column."""
+    """Return the time column of a chunk."""
     return load_chunk(path, [TIME])[TIME].to_numpy()
 
 
 def values_and_indices(column: pa.ChunkedArray) -> tuple[pa.StringArray, npt.NDArray[np.int32], pa.Int32Array | None]:
-    """A sparse column's distinct texts, the index of each value in row order, and the offsets of its lists, if any."""
+    """Return a sparse column's distinct texts, the index of each value in row order, and the lists' offsets or None."""
     array = column.chunk(0) if column.num_chunks else pa.array([], column.type)
     if not pa.types.is_list(array.type):
         return array.dictionary, array.indices.to_numpy(), None
@@ -120,19 +123,16 @@ def values_and_indices(column: pa.ChunkedArray) -> tuple[pa.StringArray, npt.NDA
     return flat.dictionary, flat.indices.to_numpy(), pa.array(offsets.to_numpy() - first)
 
 
-GROUP_ROWS = 1 << 18
-
-
 @dataclass(frozen=True)
-class Group:
-    """Chunks of a file.
+class ChunkGroup:
+    """Consecutive chunks of a raw file.
 
     Attributes:
-        number: among all groups of all files, in row order.
-        file: number of the file.
-        chunks: their files, in row order.
-        start: the file's rows before them.
-        rows: how many rows they hold.
+        number: number of the group among those of all files, in row order.
+        file: number of the raw file.
+        chunks: the chunk files, in row order.
+        start: number of the raw file's rows before the group.
+        rows: number of rows of the group.
     """
 
     number: int
@@ -142,7 +142,7 @@ class Group:
     rows: int
 
     def read(self, splitter: Splitter, columns: Sequence[str] | None = None) -> Iterator[tuple[pa.Table, Codes]]:
-        """Yield each chunk's rows, or these columns of them, and the splits that the rows belong to."""
+        """Yield the rows of each chunk, with all columns or with ``columns`` alone, and each row's split code."""
         start = self.start
         for path in self.chunks:
             table = load_chunk(path, columns)
@@ -153,15 +153,15 @@ class Group:
             start += table.num_rows
 
 
-def make_groups(files: Sequence[Sequence[tuple[Path, int]]]) -> list[Group]:
-    """The groups of files whose chunks, with the rows of each, are given."""
-    groups: list[Group] = []
+def make_groups(files: Sequence[Sequence[tuple[Path, int]]]) -> list[ChunkGroup]:
+    """Return the groups of all files; ``files`` holds each file's chunks with their numbers of rows."""
+    groups: list[ChunkGroup] = []
     for number, chunks in enumerate(files):
         start, pending, rows = 0, [], 0
         for index, (path, count) in enumerate(chunks):
             pending.append(path)
             rows += count
             if rows >= GROUP_ROWS or index == len(chunks) - 1:
-                groups.append(Group(len(groups), number, tuple(pending), start, rows))
+                groups.append(ChunkGroup(len(groups), number, tuple(pending), start, rows))
                 start, pending, rows = start + rows, [], 0
     return groups

@@ -1,4 +1,4 @@
-"""Counts a group's values of the training split: a run, sorted by hash, that the vocabulary is merged from."""
+"""The count pass of one group: its training values' counts, in a run sorted by hash for merging into vocabularies."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mlet_dist.data.hashing import hash_texts
-from mlet_dist.data.prepare.chunks import Group, dense_column, sparse_column, values_and_indices
+from mlet_dist.data.prepare.chunks import ChunkGroup, dense_column, sparse_column, values_and_indices
 from mlet_dist.data.prepare.raw_formats import TableSpec
 from mlet_dist.data.prepare.splits import Codes, Splitter
 from mlet_dist.data.schema import SPLITS
@@ -21,14 +21,14 @@ _TRAIN = SPLITS.index("train")
 
 @dataclass(frozen=True)
 class Moments:
-    """Number, mean and sum of squared differences from the mean of a column's numbers."""
+    """Number, mean and sum of squared deviations from the mean of a column's numbers."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     def __add__(self, other: "Moments") -> "Moments":
-        if not self.count or not other.count:  # the other's mean as it is, not rounded
+        if not self.count or not other.count:  # return the other's mean without rounding errors
             return other if not self.count else self
         count = self.count + other.count
         gap = other.mean - self.mean
@@ -37,18 +37,18 @@ class Moments:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the numbers; 1 where they are all the same, so that they can be divided by it."""
+        """Standard deviation of the numbers; 1 if they are all the same, since numbers are divided by it."""
         return float(np.sqrt(self.squares / self.count)) if self.count and self.squares > 0 else 1.0
 
 
 @dataclass(frozen=True)
 class GroupCounts:
-    """What is known of a group once it is counted.
+    """Statistics of a group.
 
     Attributes:
-        rows: of each split.
-        values: of each multi-valued feature in the training split.
-        moments: of each dense column that is standardised, in the training split.
+        rows: number of rows of each split.
+        values: number of values of each multi-valued feature in the training split.
+        moments: moments of each dense feature that is standardised, in the training split.
     """
 
     rows: dict[str, int]
@@ -56,8 +56,8 @@ class GroupCounts:
     moments: dict[str, Moments]
 
 
-def count_group(spec: TableSpec, splitter: Splitter, group: Group, run: Path) -> GroupCounts:
-    """Count the group's training rows; the counts of each value go to the file ``run``."""
+def count_group(spec: TableSpec, splitter: Splitter, group: ChunkGroup, run: Path) -> GroupCounts:
+    """Count a group; the counts of each value in its training rows go to the file ``run``."""
     rows = np.zeros(len(SPLITS), np.int64)
     values = {sparse.name: 0 for sparse in spec.sparse if sparse.multi_valued}
     moments = {dense.name: Moments() for dense in spec.dense if dense.transform == "standardise"}
@@ -70,7 +70,7 @@ def count_group(spec: TableSpec, splitter: Splitter, group: Group, run: Path) ->
             moments[name] += _moments(table[dense_column(name)], train)
         for sparse in spec.sparse:
             texts, indices, offsets = values_and_indices(table[sparse_column(sparse.name)])
-            chosen = indices if train.all() else indices[_of_values(train, offsets)]
+            chosen = indices if train.all() else indices[_per_value(train, offsets)]
             if sparse.name in values:
                 values[sparse.name] += len(chosen)
             if sparse.name in counted and len(chosen):
@@ -81,8 +81,16 @@ def count_group(spec: TableSpec, splitter: Splitter, group: Group, run: Path) ->
     return GroupCounts(dict(zip(SPLITS, rows.tolist(), strict=True)), values, moments)
 
 
-class Run:
-    """The counts of a group, mapped into memory: of each feature value and count, sorted by the value's hash."""
+def moments_of(groups: list[GroupCounts], name: str) -> Moments:
+    """Return the moments of a dense feature over all groups, merged in the given order."""
+    total = Moments()
+    for group in groups:
+        total += group.moments[name]
+    return total
+
+
+class SortedRun:
+    """A group's counts, memory-mapped: for each feature, values and counts, sorted by the value's hash."""
 
     def __init__(self, path: Path) -> None:
         with pa.memory_map(str(path)) as source:
@@ -91,12 +99,12 @@ class Run:
             self._table = reader.read_all()
 
     def size(self, feature: str) -> int:
-        """Number of the feature's values."""
+        """Return the number of distinct values of the feature."""
         start, stop = self._bounds[feature]
         return stop - start
 
     def part(self, feature: str, low: int, high: int) -> pa.Table:
-        """Value and count of the feature's values whose hash is in ``[low, high)``."""
+        """Return the columns value and count of the feature's values with a hash in ``[low, high)``."""
         start, stop = self._bounds[feature]
         rows = self._table.slice(start, stop - start)
         if not rows.num_rows:
@@ -108,22 +116,23 @@ class Run:
 
 
 def sum_counts(tables: list[pa.Table]) -> pa.Table:
-    """One row a value, with the sum of its counts, in no order."""
+    """Return one row per value with the sum of its counts, in no particular order."""
     summed = pa.concat_tables(tables).group_by("value", use_threads=False).aggregate([("count", "sum")])
     return summed.rename_columns({"count_sum": "count"}).select(["value", "count"])
 
 
 def _save_run(path: Path, counted: dict[str, list[pa.Table]]) -> None:
+    """Write the sorted run: the rows of one feature after another, with each feature's range of rows as metadata."""
     kind = pa.schema([("hash", pa.uint64()), ("value", pa.string()), ("count", pa.int64())])
     bounds: dict[str, tuple[int, int]] = {}
     tables, position = [kind.empty_table()], 0
-    for name, pieces in counted.items():
-        if pieces:
-            summed = sum_counts(pieces).combine_chunks()
-            hashes = hash_texts(_one(summed["value"]), name)
+    for name, of_chunks in counted.items():
+        if of_chunks:
+            summed = sum_counts(of_chunks).combine_chunks()
+            hashes = hash_texts(_single_chunk(summed["value"]), name)
             order = pa.array(np.argsort(hashes, kind="stable"))
             tables.append(pa.table([pa.array(hashes), *summed.columns], schema=kind).take(order))
-        size = tables[-1].num_rows if pieces else 0
+        size = tables[-1].num_rows if of_chunks else 0
         bounds[name] = (position, position + size)
         position += size
     temporary = path.with_suffix(f".{uuid4().hex}.tmp")
@@ -134,11 +143,11 @@ def _save_run(path: Path, counted: dict[str, list[pa.Table]]) -> None:
     temporary.rename(path)
 
 
-def _one(column: pa.ChunkedArray) -> pa.StringArray:
+def _single_chunk(column: pa.ChunkedArray) -> pa.StringArray:
     return column.chunk(0) if column.num_chunks else pa.array([], pa.string())
 
 
-def _of_values(train: npt.NDArray[np.bool_], offsets: pa.Int32Array | None) -> npt.NDArray[np.bool_]:
+def _per_value(train: npt.NDArray[np.bool_], offsets: pa.Int32Array | None) -> npt.NDArray[np.bool_]:
     return train if offsets is None else np.repeat(train, np.diff(offsets.to_numpy()))
 
 
@@ -146,14 +155,6 @@ def _moments(column: pa.ChunkedArray, train: Codes | npt.NDArray[np.bool_]) -> M
     numbers = column.filter(pa.array(train)).drop_null().to_numpy()
     if not numbers.size:
         return Moments()
-    # Of one number that comes again and again, the sum is rounded: its deviation would be tiny in place of 0.
+    # The mean of equal numbers is rounded, which would give them a tiny deviation instead of 0.
     mean = float(numbers[0] if numbers.min() == numbers.max() else numbers.mean())
     return Moments(numbers.size, mean, float(np.square(numbers - mean).sum()))
-
-
-def moments_of(values: list[GroupCounts], name: str) -> Moments:
-    """The moments of a dense column over groups, added up in the order given."""
-    total = Moments()
-    for each in values:
-        total += each.moments[name]
-    return total

@@ -1,4 +1,4 @@
-"""`mlet prepare --check`: whether a data set is what its schema and manifest say, to the last byte and the last id."""
+"""Verification of a prepared data set against its schema and manifest (``mlet prepare --check``)."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,14 @@ from mlet_dist.progress import Progress
 
 
 def check(directory: Path) -> DatasetSchema:
-    """Verify a data set.
+    """Verify a data set completely.
 
-    Read are all files: sizes and checksums; types, labels, dense values and ids of every row; the rows and positives of
-    every part; that each id of the training split comes as often as its vocabulary says; pooling factors; and that no
-    file is there which nobody names.
+    The check reads every file. It compares sizes and checksums; types, labels, dense values and ids of every row; the
+    numbers of rows and positives of every part; how often each id occurs in the training split with the vocabulary; and
+    pooling factors. There must be no other files.
 
     Raises:
-        UserError: the first thing that is wrong, with its file.
+        UserError: the first error found, with its file.
     """
     schema = DatasetSchema.load(directory)
     manifest = _load_manifest(directory)
@@ -37,7 +37,7 @@ def check(directory: Path) -> DatasetSchema:
     for key in ("rows", "positive_rate", "malformed", "num_embeddings"):
         if manifest[key] != getattr(schema, key):
             raise UserError(
-                f"{directory / MANIFEST}: {key} is {manifest[key]}, but {FILE_NAME} says {getattr(schema, key)}"
+                f"{directory / MANIFEST}: {key} is {manifest[key]}, but {FILE_NAME} has {getattr(schema, key)}"
             )
     with Progress("check", sum(schema.rows.values()), "rows") as progress:
         for split, parts in schema.parts.items():
@@ -52,7 +52,7 @@ def check(directory: Path) -> DatasetSchema:
                     _check_counts(directory, feature, counted[feature.name], schema.rows["train"])
     for path in sorted(directory.rglob("*")):
         if not path.is_dir() and str(path.relative_to(directory)) not in named:
-            raise UserError(f"{path}: neither {FILE_NAME} nor {MANIFEST} names this file")
+            raise UserError(f"{path}: neither {FILE_NAME} nor {MANIFEST} lists this file; remove it")
     return schema
 
 
@@ -68,10 +68,10 @@ def _load_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}; `mlet prepare` writes it with the data") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a manifest: {error!r}") from error
-    right: dict[str, Any] = sealed(content)
-    if content[SEAL] != right[SEAL]:
-        raise UserError(f"{path}: the SHA-256 of its content is {right[SEAL]} instead of {content[SEAL]}")
-    return right
+    expected: dict[str, Any] = sealed(content)
+    if content[SEAL] != expected[SEAL]:
+        raise UserError(f"{path}: the SHA-256 of its content is {expected[SEAL]} instead of {content[SEAL]}")
+    return expected
 
 
 def _check_file(path: Path, size: int, sha256: str) -> None:
@@ -87,18 +87,18 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
 
 
 class _Counts:
-    """How often each id of a feature comes; of one that is hashed, whose table may have 2^31 rows, how many come."""
+    """The occurrences of each id of a feature; for a hashed feature, whose table may have 2^31 rows, only their sum."""
 
     def __init__(self, directory: Path, feature: SparseFeature) -> None:
         self.vocabulary = directory / VOCABULARY / f"{feature.name}.parquet"
         self.total = 0
-        # A hashed feature has no vocabulary; one that is missing is missed among the manifest's files.
+        # A hashed feature has no vocabulary. A missing vocabulary is found with the manifest's files.
         self.of_id = np.zeros(feature.num_embeddings, np.int64) if self.vocabulary.exists() else None
 
     def add(self, ids: npt.NDArray[np.int32]) -> None:
         self.total += ids.size
         if self.of_id is not None:
-            np.add.at(self.of_id, ids, 1)  # bincount would go through the whole table for each row group
+            np.add.at(self.of_id, ids, 1)  # bincount would allocate the whole table for each row group
 
 
 def _check_part(path: Path, schema: DatasetSchema, part: Part, counted: dict[str, _Counts]) -> None:
@@ -111,10 +111,10 @@ def _check_part(path: Path, schema: DatasetSchema, part: Part, counted: dict[str
                 rows += table.num_rows
                 positives += _check_rows(path, schema, table, counted)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a whole Parquet file: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"{path}: not a complete Parquet file: {str(error).partition(chr(10))[0]}") from error
     for name, found, expected in (("rows", rows, part.rows), ("positives", positives, part.positives)):
         if found != expected:
-            raise UserError(f"{path}: has {found} {name}, but {FILE_NAME} says {expected}")
+            raise UserError(f"{path}: has {found} {name}, but {FILE_NAME} has {expected}")
 
 
 def _check_columns(path: Path, schema: DatasetSchema, found: pa.Schema) -> None:
@@ -124,7 +124,7 @@ def _check_columns(path: Path, schema: DatasetSchema, found: pa.Schema) -> None:
         if feature.weighted:
             expected[f"{feature.name}.weight"] = pa.list_(pa.float32())
     if found.names != list(expected):
-        raise UserError(f"{path}: has the columns {', '.join(found.names):.300}, not those of {FILE_NAME}")
+        raise UserError(f"{path}: has the columns {', '.join(found.names):.300} instead of those in {FILE_NAME}")
     for name, kind in expected.items():
         actual = found.field(name).type
         same = actual.value_type == kind.value_type if _both_lists(actual, kind) else actual == kind
@@ -133,7 +133,7 @@ def _check_columns(path: Path, schema: DatasetSchema, found: pa.Schema) -> None:
 
 
 def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dict[str, _Counts]) -> int:
-    """Check the values of a row group, and count the ids; returns the number of positives."""
+    """Check the values of a row group, and add its ids to ``counted``; return the number of positives."""
     for name in table.column_names:
         column = table[name]
         inner = pc.list_flatten(column).null_count if pa.types.is_list(column.type) else 0
@@ -141,12 +141,13 @@ def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dic
             raise UserError(f"{path}: column {name} has {column.null_count + inner} missing values; none are allowed")
     labels = table[schema.label].to_numpy()
     if ((labels != 0) & (labels != 1)).any():
-        raise UserError(f"{path}: column {schema.label} holds {labels[(labels != 0) & (labels != 1)][0]}, not 0 or 1")
+        wrong_label = labels[(labels != 0) & (labels != 1)][0]
+        raise UserError(f"{path}: column {schema.label} holds {wrong_label} instead of 0 or 1")
     weights = [f"{feature.name}.weight" for feature in schema.sparse if feature.weighted]
     for name in (*schema.dense, *weights):
         column = pc.list_flatten(table[name]) if name in weights else table[name]
         if not np.isfinite(column.to_numpy()).all():
-            raise UserError(f"{path}: column {name} holds a number that is not finite")
+            raise UserError(f"{path}: column {name} contains a number that is not finite")
     for feature in schema.sparse:
         column = table[feature.name]
         ids = (pc.list_flatten(column) if feature.multi_valued else column).to_numpy()
@@ -156,7 +157,9 @@ def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dic
         if feature.weighted:
             lengths = (pc.list_value_length(each) for each in (column, table[f"{feature.name}.weight"]))
             if not pc.all(pc.equal(*lengths), min_count=0).as_py():
-                raise UserError(f"{path}: {feature.name}.weight has lists of other lengths than {feature.name}")
+                raise UserError(
+                    f"{path}: lists of {feature.name}.weight have other lengths than those of {feature.name}"
+                )
         if feature.name in counted:
             counted[feature.name].add(ids)
     return int(labels.sum())
@@ -167,7 +170,7 @@ def _check_counts(directory: Path, feature: SparseFeature, counts: _Counts, rows
     if not np.isclose(pooling, feature.pooling_factor, rtol=1e-9):
         raise UserError(
             f"{directory / FILE_NAME}: pooling_factor of {feature.name} is {feature.pooling_factor}, but the training "
-            f"split has {pooling} ids a row"
+            f"split has {pooling} ids per row"
         )
     path = counts.vocabulary
     if counts.of_id is None:
@@ -179,7 +182,8 @@ def _check_counts(directory: Path, feature: SparseFeature, counts: _Counts, rows
     if different.size:
         row = int(different[0])
         raise UserError(
-            f"{path}: value {row} comes {expected[row]} times, but its id {counts.of_id[row + 1]} times in train"
+            f"{path}: row {row} has count {expected[row]}, but its id {row + 1} occurs {counts.of_id[row + 1]} times "
+            "in the training split"
         )
 
 

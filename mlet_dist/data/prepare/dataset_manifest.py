@@ -1,4 +1,7 @@
-"""What a data set was made from and consists of: ``manifest.json``, and the malformed lines' ``quarantine.jsonl``."""
+"""The merge pass: it adds vocabularies, ``quarantine.jsonl``, ``schema.json`` and ``manifest.json`` to the parts.
+
+The manifest records what the data set was made from, and a checksum of each file that the schema does not list.
+"""
 
 import dataclasses
 import hashlib
@@ -19,16 +22,16 @@ MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabul
 
 
 def assemble(passes: Passes) -> DatasetSchema:
-    """Complete the data directory of finished passes: vocabularies, quarantine, schema and manifest.
+    """Complete the data directory of finished passes with vocabularies, quarantine, schema and manifest.
 
     Raises:
         UserError: a pass is not finished.
     """
     data, spec = passes.data, passes.spec
-    schema = _schema(passes)  # before anything is touched: whatever pass is missing is named
+    schema = _schema(passes)  # before any change, since it raises if a pass is not finished
     (data / VOCABULARY).mkdir(exist_ok=True)
     for made in passes.vocabularies:
-        shutil.copyfile(made, data / VOCABULARY / made.name)  # not moved: other arguments may need it yet
+        shutil.copyfile(made, data / VOCABULARY / made.name)  # not moved, since other arguments may reuse it
     lines = [
         json.dumps({"file": file.path, **dataclasses.asdict(example)})
         for file, read in zip(passes.files, passes.reads, strict=True)
@@ -36,7 +39,7 @@ def assemble(passes: Passes) -> DatasetSchema:
     ]
     (data / QUARANTINE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     schema.save(data)
-    others = [FILE_NAME, QUARANTINE, *sorted(f"{VOCABULARY}/{path.name}" for path in (data / VOCABULARY).iterdir())]
+    files = [FILE_NAME, QUARANTINE, *sorted(f"{VOCABULARY}/{path.name}" for path in (data / VOCABULARY).iterdir())]
     save_json(
         data / MANIFEST,
         sealed(
@@ -63,7 +66,7 @@ def assemble(passes: Passes) -> DatasetSchema:
                     for name, moments in passes.moments.items()
                 },
                 "files": {
-                    name: {"bytes": (data / name).stat().st_size, "sha256": sha256_of(data / name)} for name in others
+                    name: {"bytes": (data / name).stat().st_size, "sha256": sha256_of(data / name)} for name in files
                 },
             }
         ),
@@ -77,7 +80,7 @@ def _schema(passes: Passes) -> DatasetSchema:
     features = []
     digest = hashlib.sha256()
     for sparse in spec.sparse:
-        digest.update(f"{sparse.name} {passes.fingerprint(sparse.name)}\n".encode())
+        digest.update(f"{sparse.name} {passes.mapping_fingerprint(sparse.name)}\n".encode())
         pooling = 1.0
         if sparse.multi_valued:
             pooling = sum(counts.values[sparse.name] for counts in passes.counts) / train
@@ -95,6 +98,7 @@ def _schema(passes: Passes) -> DatasetSchema:
 
 
 def _plain(value: Any) -> Any:
+    """Return the value in types that JSON has."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

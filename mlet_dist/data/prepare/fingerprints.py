@@ -1,7 +1,8 @@
-"""What the result of each pass of `mlet prepare` depends on, so that other arguments redo no more than they change.
+"""Fingerprints of what the result of each pass depends on, so that other arguments redo no more than they change.
 
-A pass is given a table's description in which all that it must not depend on has one fixed value, and its pieces are
-kept under a digest of that description: what is not in the digest cannot reach the result either.
+Results are kept under their fingerprint. A pass gets a table description in which everything that it must not depend on
+is replaced by a fixed value, and the same description goes into the fingerprint: what the fingerprint omits cannot
+affect the result.
 """
 
 import hashlib
@@ -16,46 +17,46 @@ from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.splits import SplitRule
 from mlet_dist.data.schema import FORMAT_VERSION
 
-COUNT_VERSION = 1  # of the files that the counting and vocabulary passes leave
+COUNT_VERSION = 1  # changes when the files of the count and vocabulary passes change
 
 
-def spec_to_read(spec: TableSpec) -> TableSpec:
-    """What decides about a file's chunks: all but encodings, the split (its column aside) and the malformed share."""
-    sparse = tuple(replace(column, encoding="vocabulary") for column in spec_to_count(spec).sparse)
-    return replace(spec_to_count(spec), sparse=sparse, split=SplitRule("rows", column=spec.split.column))
+def chunks_fingerprint(spec: TableSpec, file: RawFile) -> str:
+    """Return the fingerprint of a file's chunks."""
+    return fingerprint(CHUNK_VERSION, raw_blocks.BLOCK_BYTES, read_spec(spec), file)
 
 
-def spec_to_count(spec: TableSpec) -> TableSpec:
-    """What decides about the counts: all but the sizes of vocabularies and tables, and the malformed share."""
+def counts_fingerprint(spec: TableSpec, chunk_fingerprints: Sequence[str]) -> str:
+    """Return the fingerprint of the counts, given those of all files' chunks in order."""
+    return fingerprint(COUNT_VERSION, chunks.GROUP_ROWS, count_spec(spec), *chunk_fingerprints)
+
+
+def vocabulary_fingerprint(sparse: SparseColumn, counts: str) -> str:
+    """Return the fingerprint of a feature's vocabulary, given that of the counts."""
+    return fingerprint(COUNT_VERSION, sparse.name, sparse.min_count, counts)
+
+
+def parts_fingerprint(spec: TableSpec, counts: str) -> str:
+    """Return the fingerprint of the parts, given that of the counts."""
+    return fingerprint(FORMAT_VERSION, PART_VERSION, ROW_GROUP_ROWS, write_spec(spec), counts)
+
+
+def fingerprint(*values: object) -> str:
+    """Return a digest of the values' representations: 24 hexadecimal digits."""
+    return hashlib.sha256("\0".join(map(repr, values)).encode()).hexdigest()[:24]
+
+
+def read_spec(spec: TableSpec) -> TableSpec:
+    """Return what chunks depend on: all but encodings, the split (except its column), and what ``count_spec`` omits."""
+    sparse = tuple(replace(column, encoding="vocabulary") for column in count_spec(spec).sparse)
+    return replace(count_spec(spec), sparse=sparse, split=SplitRule("rows", column=spec.split.column))
+
+
+def count_spec(spec: TableSpec) -> TableSpec:
+    """Return what the counts depend on: all but the sizes of vocabularies and tables, and what ``write_spec`` omits."""
     sparse = tuple(replace(column, min_count=1, num_embeddings=None) for column in spec.sparse)
-    return replace(spec_to_write(spec), sparse=sparse)
+    return replace(write_spec(spec), sparse=sparse)
 
 
-def spec_to_write(spec: TableSpec) -> TableSpec:
-    """What decides about the parts: all but the malformed share and the format's name."""
+def write_spec(spec: TableSpec) -> TableSpec:
+    """Return what the parts depend on: all but the format's name and the limit on malformed lines."""
     return replace(spec, source="", max_malformed=0.0)
-
-
-def chunks_key(spec: TableSpec, file: RawFile) -> str:
-    """Of a file's chunks."""
-    return key_of(CHUNK_VERSION, raw_blocks.BLOCK_BYTES, spec_to_read(spec), file)
-
-
-def counts_key(spec: TableSpec, chunk_keys: Sequence[str]) -> str:
-    """Of the counts, from the keys of all files' chunks in order."""
-    return key_of(COUNT_VERSION, chunks.GROUP_ROWS, spec_to_count(spec), *chunk_keys)
-
-
-def vocabulary_key(sparse: SparseColumn, counts: str) -> str:
-    """Of a feature's vocabulary, from the key of the counts."""
-    return key_of(COUNT_VERSION, sparse.name, sparse.min_count, counts)
-
-
-def parts_key(spec: TableSpec, counts: str) -> str:
-    """Of the parts, from the key of the counts."""
-    return key_of(FORMAT_VERSION, PART_VERSION, ROW_GROUP_ROWS, spec_to_write(spec), counts)
-
-
-def key_of(*parts: object) -> str:
-    """A digest of the parts' representations."""
-    return hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""Turns a block of lines, or a Parquet row group, into a chunk: typed columns, and malformed lines with reasons."""
+"""Parsing of a block of lines or a Parquet row group into typed columns, with a reason for each malformed line."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from mlet_dist.data.prepare.chunks import (
 from mlet_dist.data.prepare.raw_blocks import Block, open_parquet
 from mlet_dist.data.prepare.raw_formats import TableSpec
 from mlet_dist.data.prepare.typed_columns import (
-    Typed,
+    TypedColumn,
     TypedTimes,
     dense_values,
     label_values,
@@ -29,8 +29,12 @@ from mlet_dist.data.prepare.typed_columns import (
     weight_lists,
 )
 
-MAX_LINE_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 20  # with the line end
+MAX_EXAMPLES = 5  # malformed lines to keep per block
+SHOWN_CHARACTERS = 200  # of a malformed line
+WHOLE_NUMBERS, DATES = "whole numbers", "dates or times"  # kinds of times
 
+_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 _NEWLINE = ord("\n")
 
 Positions = npt.NDArray[np.int64]
@@ -38,14 +42,14 @@ Positions = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of a block.
+    """The lines of a block, before their fields are parsed.
 
     Attributes:
-        text: those that can be parsed, blank ones left out.
-        numbers: (lines of ``text``,) position of each in the block, from 0 on.
-        count: all lines but blank ones.
-        passed: all lines.
-        malformed: why the others cannot be parsed, by position.
+        text: the lines that can be parsed; no blank ones.
+        numbers: (lines of ``text``,) the position of each in the block, from 0 on.
+        count: number of lines without blank ones.
+        passed: number of all lines.
+        malformed: the reason why each other line cannot be parsed, by position.
     """
 
     text: bytes
@@ -55,10 +59,117 @@ class Lines:
     malformed: dict[int, str]
 
 
-def plain_lines(block: bytes, quote: str | None) -> Lines | None:
-    """The lines of a block in which all that can be wrong is the number of fields, which the parser sees too.
+def parse_block(spec: TableSpec, columns: tuple[str, ...], block: Block) -> tuple[pa.Table, ChunkInfo]:
+    """Parse a block into a chunk's columns; ``columns`` are the names of all columns of its file.
 
-    None where there is more to look at: quotes, carriage returns, blank or long lines, NULs, or what is not UTF-8.
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if spec.text is None:
+        return _parse_row_group(spec, block)
+    data = block.read()
+    skip_first = spec.text.header and block.index == 0
+    lines = None if skip_first else plain_lines(data, spec.text.quote)
+    try:
+        raw = None if lines is None else _fields(spec, columns, lines)
+    except pa.ArrowInvalid:  # a line has another number of fields; classify_lines finds it
+        raw = None
+    if lines is None or raw is None:
+        lines = classify_lines(data, len(columns), spec.text.delimiter, spec.text.quote, skip_first)
+        raw = _fields(spec, columns, lines)
+    table, invalid, kinds = _typed(spec, raw)
+    times = {kind: int(lines.numbers[row]) + 1 for kind, row in kinds.items()}
+    reasons = lines.malformed | {int(lines.numbers[row]): reason for row, reason in invalid.items()}
+    if not reasons:
+        return table, ChunkInfo(table.num_rows, lines.count, lines.passed, 0, (), times)
+    shown = data.split(b"\n")
+    examples = tuple(
+        Rejected(row + 1, reasons[row], shown[row][:SHOWN_CHARACTERS].decode(errors="backslashreplace"))
+        for row in sorted(reasons)[:MAX_EXAMPLES]
+    )
+    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, len(reasons), examples, times)
+
+
+def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str, pa.Array]:
+    """Return the used columns, each as a dictionary of texts."""
+    assert spec.text is not None
+    if not lines.text:
+        return {name: pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [""]) for name in spec.used_columns}
+    # Columns that are not used may have equal names; rename them to what no column can be named.
+    names = [name if name in spec.used_columns else f"\n{i}" for i, name in enumerate(columns)]
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(lines.text),
+        # One block per call, so that each column is one array with one dictionary.
+        read_options=pyarrow.csv.ReadOptions(column_names=names, block_size=len(lines.text) + 1, use_threads=False),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=spec.text.delimiter, quote_char=spec.text.quote or False, escape_char=False
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(spec.used_columns, _DICTIONARY),
+            include_columns=spec.used_columns,
+            strings_can_be_null=False,
+            check_utf8=False,  # checked already, at once for the whole block
+        ),
+    )
+    return {name: table[name].combine_chunks() for name in table.column_names}
+
+
+def _parse_row_group(spec: TableSpec, block: Block) -> tuple[pa.Table, ChunkInfo]:
+    with open_parquet(block.path) as file:
+        raw = file.read_row_group(block.index, columns=list(spec.used_columns), use_threads=False)
+        raw.validate(full=True)  # raises if a text is not UTF-8
+    table, invalid, kinds = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
+    examples = tuple(
+        Rejected(row + 1, invalid[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])
+        for row in sorted(invalid)[:MAX_EXAMPLES]
+    )
+    times = {kind: row + 1 for kind, row in kinds.items()}
+    return table, ChunkInfo(table.num_rows, raw.num_rows, raw.num_rows, len(invalid), examples, times)
+
+
+def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[int, str], dict[str, int]]:
+    """Return the valid rows as a chunk's columns, why others are invalid, and the first row of each kind of time."""
+    typed: dict[str, TypedColumn] = {LABEL: label_values(raw[spec.label.column], spec.label)}
+    if spec.split.column is not None:
+        typed[TIME] = time_values(raw[spec.split.column], spec.split.column)
+    for dense in spec.dense:
+        typed[dense_column(dense.name)] = dense_values(raw[dense.column], dense)
+    for sparse in spec.sparse:
+        if not sparse.multi_valued:
+            typed[sparse_column(sparse.name)] = value_texts(raw[sparse.column], sparse)
+            continue
+        typed[sparse_column(sparse.name)] = lists = list_values(raw[sparse.column], sparse)
+        if sparse.weights is not None:
+            typed[weight_column(sparse.name)] = weight_lists(raw[sparse.weights], sparse, lists)
+    invalid: dict[int, str] = {}
+    for each in typed.values():
+        for row, reason in each.invalid.items():
+            invalid.setdefault(row, reason)
+    table = pa.table({name: each.values for name, each in typed.items()})
+    kept = _kept(table.num_rows, invalid)
+    times = typed.get(TIME)
+    kinds = _first_rows(times.is_integer, kept) if isinstance(times, TypedTimes) else {}
+    if invalid:
+        table = table.filter(pa.array(kept)).combine_chunks()
+    return table, invalid, kinds
+
+
+def _first_rows(is_integer: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]) -> dict[str, int]:
+    """Return the first valid row of each kind of time."""
+    of_kind = {WHOLE_NUMBERS: is_integer & kept, DATES: ~is_integer & kept}
+    return {kind: int(rows.argmax()) for kind, rows in of_kind.items() if rows.any()}
+
+
+def _kept(rows: int, invalid: dict[int, str]) -> npt.NDArray[np.bool_]:
+    kept = np.ones(rows, dtype=bool)
+    kept[list(invalid)] = False
+    return kept
+
+
+def plain_lines(block: bytes, quote: str | None) -> Lines | None:
+    """Return the lines of a block in which the only possible error is the number of fields, which the parser finds.
+
+    Return None for a block with quotes, carriage returns, blank or long lines, NULs or bytes that are not UTF-8.
     """
     if b"\r" in block or b"\0" in block or (quote is not None and quote.encode() in block):
         return None
@@ -72,11 +183,11 @@ def plain_lines(block: bytes, quote: str | None) -> Lines | None:
     return Lines(block, np.arange(len(lengths)), len(lengths), len(lengths), {})
 
 
-def examine_lines(block: bytes, fields: int, delimiter: str, quote: str | None, skip_first: bool) -> Lines:
-    """Sort a block of whole lines; ``skip_first`` leaves out the header.
+def classify_lines(block: bytes, fields: int, delimiter: str, quote: str | None, skip_first: bool) -> Lines:
+    """Sort the lines of a block into those that can be parsed and malformed ones; ``skip_first`` skips a header.
 
-    Malformed are lines that have another number of fields, are not UTF-8, hold a NUL or a stray carriage return, have a
-    quote that does not enclose a whole field, or more than ``MAX_LINE_BYTES``.
+    A line is malformed if it has another number of fields, is not UTF-8, contains a NUL or a stray carriage return, has
+    a quote that does not enclose a whole field, or is longer than ``MAX_LINE_BYTES``.
     """
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
@@ -94,7 +205,7 @@ def examine_lines(block: bytes, fields: int, delimiter: str, quote: str | None, 
     for row in np.flatnonzero((found != fields) & ~blank).tolist():
         malformed.setdefault(row, f"{found[row]} fields instead of {fields}")
     for row in np.flatnonzero(lengths > MAX_LINE_BYTES).tolist():
-        malformed[row] = f"a line of {lengths[row] - 1} bytes; at most {MAX_LINE_BYTES - 1} are taken"
+        malformed[row] = f"a line of {lengths[row] - 1} bytes; at most {MAX_LINE_BYTES - 1} are allowed"
     for byte, name in ((b"\r", "a carriage return"), (b"\0", "a NUL byte")):
         if byte in block:
             for row in np.searchsorted(ends, np.flatnonzero(data == byte[0])).tolist():
@@ -118,135 +229,22 @@ def examine_lines(block: bytes, fields: int, delimiter: str, quote: str | None, 
 def _outside_quotes(
     data: npt.NDArray[np.uint8], ends: Positions, delimiters: Positions, quote: str, malformed: dict[int, str]
 ) -> Positions:
-    """The delimiters that are not within quotes; lines whose quotes are wrong are added to ``malformed``."""
+    """Return the delimiters outside quotes, and add lines with misplaced quotes to ``malformed``."""
     quotes = np.flatnonzero(data == ord(quote))
     line = np.searchsorted(ends, quotes)
     before_line = np.concatenate([[0], np.searchsorted(quotes, ends)])
-    rank = np.arange(len(quotes)) - before_line[line]  # among the quotes of its line
+    rank = np.arange(len(quotes)) - before_line[line]  # position among the quotes of its line
     odd = np.diff(before_line) % 2 == 1
     breaks = data == _NEWLINE
     breaks[delimiters] = True
     padded = np.concatenate([[True], breaks, [True]])
     is_quote = np.concatenate([[False], data == ord(quote), [False]])
     opening = rank % 2 == 0
-    # A quote opens where a field begins and closes where it ends; a doubled one closes and opens again.
-    right = np.where(opening, padded[quotes] | is_quote[quotes], padded[quotes + 2] | is_quote[quotes + 2])
+    # A quote must open at the start of a field and close at its end; a doubled quote closes and opens again.
+    placed = np.where(opening, padded[quotes] | is_quote[quotes], padded[quotes + 2] | is_quote[quotes + 2])
     for row in np.flatnonzero(odd).tolist():
         malformed[row] = "a quote that is not closed on its line"
-    for row in line[~right].tolist():
+    for row in line[~placed].tolist():
         malformed.setdefault(row, "a quote that does not enclose a whole field")
     of_line = before_line[np.searchsorted(ends, delimiters)]
     return delimiters[(np.searchsorted(quotes, delimiters) - of_line) % 2 == 0]
-
-
-MAX_EXAMPLES = 5
-SHOWN_CHARACTERS = 200
-WHOLE_NUMBERS, DATES = "whole numbers", "dates or times"  # kinds of time
-
-_DICTIONARY = pa.dictionary(pa.int32(), pa.string())
-
-
-def parse_block(spec: TableSpec, columns: tuple[str, ...], block: Block) -> tuple[pa.Table, ChunkInfo]:
-    """Read and type a block; ``columns`` are those of its file.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    if spec.text is None:
-        return _parse_rows(spec, block)
-    data = block.read()
-    skip_first = spec.text.header and block.index == 0
-    lines = None if skip_first else plain_lines(data, spec.text.quote)
-    try:
-        raw = None if lines is None else _fields(spec, columns, lines)
-    except pa.ArrowInvalid:  # a line with another number of fields, which is to be named
-        raw = None
-    if lines is None or raw is None:
-        lines = examine_lines(data, len(columns), spec.text.delimiter, spec.text.quote, skip_first)
-        raw = _fields(spec, columns, lines)
-    table, wrong, kinds = _typed(spec, raw)
-    times = {kind: int(lines.numbers[row]) + 1 for kind, row in kinds.items()}
-    reasons = lines.malformed | {int(lines.numbers[row]): reason for row, reason in wrong.items()}
-    if not reasons:
-        return table, ChunkInfo(table.num_rows, lines.count, lines.passed, 0, (), times)
-    shown = data.split(b"\n")
-    examples = tuple(
-        Rejected(row + 1, reasons[row], shown[row][:SHOWN_CHARACTERS].decode(errors="backslashreplace"))
-        for row in sorted(reasons)[:MAX_EXAMPLES]
-    )
-    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, len(reasons), examples, times)
-
-
-def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str, pa.Array]:
-    """The used columns, each as a dictionary of texts."""
-    assert spec.text is not None
-    if not lines.text:
-        return {name: pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [""]) for name in spec.used_columns}
-    # Columns that nobody uses may have any name, or the same; no name holds a line end.
-    names = [name if name in spec.used_columns else f"\n{i}" for i, name in enumerate(columns)]
-    table = pyarrow.csv.read_csv(
-        pa.BufferReader(lines.text),
-        # One block a call: each column is one array, with one dictionary.
-        read_options=pyarrow.csv.ReadOptions(column_names=names, block_size=len(lines.text) + 1, use_threads=False),
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter=spec.text.delimiter, quote_char=spec.text.quote or False, escape_char=False
-        ),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(spec.used_columns, _DICTIONARY),
-            include_columns=spec.used_columns,
-            strings_can_be_null=False,
-            check_utf8=False,  # that is known already, and would be looked at value by value
-        ),
-    )
-    return {name: table[name].combine_chunks() for name in table.column_names}
-
-
-def _parse_rows(spec: TableSpec, block: Block) -> tuple[pa.Table, ChunkInfo]:
-    with open_parquet(block.path) as file:
-        raw = file.read_row_group(block.index, columns=list(spec.used_columns), use_threads=False)
-        raw.validate(full=True)  # texts that are not UTF-8
-    table, wrong, kinds = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
-    examples = tuple(
-        Rejected(row + 1, wrong[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])
-        for row in sorted(wrong)[:MAX_EXAMPLES]
-    )
-    times = {kind: row + 1 for kind, row in kinds.items()}
-    return table, ChunkInfo(table.num_rows, raw.num_rows, raw.num_rows, len(wrong), examples, times)
-
-
-def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[int, str], dict[str, int]]:
-    """The rows that are right, as a chunk's columns; why each other is wrong; the first right row of each time kind."""
-    typed: dict[str, Typed] = {LABEL: label_values(raw[spec.label.column], spec.label)}
-    if spec.split.column is not None:
-        typed[TIME] = time_values(raw[spec.split.column], spec.split.column)
-    for dense in spec.dense:
-        typed[dense_column(dense.name)] = dense_values(raw[dense.column], dense)
-    for sparse in spec.sparse:
-        if not sparse.multi_valued:
-            typed[sparse_column(sparse.name)] = value_texts(raw[sparse.column], sparse)
-            continue
-        typed[sparse_column(sparse.name)] = lists = list_values(raw[sparse.column], sparse)
-        if sparse.weights is not None:
-            typed[weight_column(sparse.name)] = weight_lists(raw[sparse.weights], sparse, lists)
-    wrong: dict[int, str] = {}
-    for each in typed.values():
-        for row, reason in each.wrong.items():
-            wrong.setdefault(row, reason)
-    table = pa.table({name: each.values for name, each in typed.items()})
-    kept = _kept(table.num_rows, wrong)
-    times = typed.get(TIME)
-    kinds = _kinds(times.whole, kept) if isinstance(times, TypedTimes) else {}
-    if wrong:
-        table = table.filter(pa.array(kept)).combine_chunks()
-    return table, wrong, kinds
-
-
-def _kinds(whole: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]) -> dict[str, int]:
-    of_kind = {WHOLE_NUMBERS: whole & kept, DATES: ~whole & kept}
-    return {kind: int(rows.argmax()) for kind, rows in of_kind.items() if rows.any()}
-
-
-def _kept(rows: int, wrong: dict[int, str]) -> npt.NDArray[np.bool_]:
-    kept = np.ones(rows, dtype=bool)
-    kept[list(wrong)] = False
-    return kept

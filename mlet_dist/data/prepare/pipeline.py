@@ -1,4 +1,4 @@
-"""Raw data becomes a data set: read, count, vocabulary, write and merge, each of them restartable."""
+"""Preparation of a data set from raw files, in the resumable passes read, count, vocabulary, write and merge."""
 
 import argparse
 import os
@@ -12,33 +12,32 @@ import pyarrow as pa
 from mlet_dist.atomic_directory import check_free
 from mlet_dist.data.prepare.dataset_manifest import assemble
 from mlet_dist.data.prepare.passes import Passes, Shard
-from mlet_dist.data.prepare.raw_blocks import examine
-from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, TableSpec, avazu, criteo
-from mlet_dist.data.prepare.reading import refuse_repeated
+from mlet_dist.data.prepare.raw_blocks import inspect_file
+from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, RAW_FORMATS, TableSpec, criteo
+from mlet_dist.data.prepare.reading import check_distinct
 from mlet_dist.data.prepare.splits import PAPER_AVAZU, PAPER_CRITEO_FILES, PAPER_CRITEO_ROWS, SplitRule
 from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.prepare.work_files import WorkDirectory
-from mlet_dist.data.prepare.worker_pool import Workers, refuse_main_import
+from mlet_dist.data.prepare.worker_pool import Workers, check_main_guard
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 
 PASSES = ("read", "count", "vocabulary", "write", "merge")
-SHARDED = ("read", "count", "write")
+SHARDED = ("read", "count", "write")  # passes that can be sharded
+DEFAULT_MIN_COUNT = 2  # of the command line
 
-# Below this, starting processes takes longer than the work.
-SMALL_BYTES = 24 << 20
-# What a process holds at most beside the vocabulary: a block as text, as columns and as Parquet.
-PROCESS_BYTES = 512 << 20
-RANGE_VALUE_BYTES = 256  # of a value, its count and the hash table that adds them up
+SMALL_BYTES = 24 << 20  # below this size, starting processes takes longer than preparing in one
+PROCESS_BYTES = 512 << 20  # memory of a process beside vocabularies: a block as text, as columns and as Parquet
+RANGE_VALUE_BYTES = 256  # memory per value while counts are merged: the value, its count and a hash table's entry
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run may use.
+    """Limits on memory and processes.
 
     Attributes:
-        memory: bytes of all processes together, vocabularies aside; None is half of the machine's.
-        processes: at most so many; None is all cores.
+        memory: bytes of all processes together, without vocabularies; None is half of the machine's memory.
+        processes: largest number of processes; None is the number of cores.
     """
 
     memory: int | None = None
@@ -46,13 +45,13 @@ class Resources:
 
     @property
     def bytes(self) -> int:
-        """``memory``, as a number."""
+        """``memory``, or its default."""
         if self.memory is None:
             return max(PROCESS_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
         return self.memory
 
     def workers(self, size: int) -> int:
-        """How many processes read ``size`` bytes of raw data."""
+        """Return the number of processes for ``size`` bytes of raw data."""
         if self.bytes < PROCESS_BYTES:
             raise UserError(f"memory is {self.bytes >> 20} MiB; at least {PROCESS_BYTES >> 20} MiB are needed")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -71,28 +70,28 @@ def prepare(
     only: str | None = None,
     shard: Shard | None = None,
 ) -> DatasetSchema | None:
-    """Make the data set ``out`` from raw files, taken in the order given.
+    """Prepare the data set ``out`` from raw files, in the order given.
 
-    Finished work is kept in ``.<name>.prepare`` beside ``out`` until the data set is whole. The same call goes on from
-    it, and so does one with other arguments from whatever these do not change (``keys.py``).
+    Finished results are kept in ``.<name>.prepare`` beside ``out`` until the data set is complete. The same call
+    resumes from them; a call with other arguments reuses those that they do not affect (module ``fingerprints``).
 
-    It starts processes, which import the script that calls it: the call belongs under ``if __name__ == "__main__":``.
+    Worker processes import the script that calls this function, so call it under ``if __name__ == "__main__":``.
 
     Args:
-        spec: what the files hold and what becomes of it.
+        spec: description of the raw table and of the features to make from it.
         raw: paths, or URLs that fsspec opens.
         out: a directory that does not exist or is empty.
-        resources: what may be used.
-        only: one of ``PASSES``, for work that several machines share; all that is needed before it must be done.
-        shard: this machine's share of the pass.
+        resources: limits on memory and processes.
+        only: run only this one of ``PASSES``, to share the work among machines; the passes before it must be finished.
+        shard: this machine's shard of the pass ``only``.
 
     Returns:
-        The data set's schema; None after a pass that does not finish it.
+        The data set's schema, or None after a pass other than merge.
 
     Raises:
-        UserError: ``out`` is taken, a file is unusable or given twice, a split is empty, or what a pass needs is not
-            there.
-        WorkerKilledError: a process was killed.
+        UserError: ``out`` is not empty, a raw file is unusable or given twice, a split is empty, or the passes before
+            ``only`` are not finished.
+        WorkerKilledError: a worker process was killed.
     """
     resources = resources or Resources()
     if not raw:
@@ -103,21 +102,21 @@ def prepare(
         raise UserError(f"pass {only!r} does not exist; the passes are {', '.join(PASSES)}")
     if shard is not None and only not in SHARDED:
         raise UserError(
-            f"a shard goes with one of the passes {', '.join(SHARDED)}; {only or 'a whole run'} has no shares"
+            f"a shard goes with one of the passes {', '.join(SHARDED)}; {only or 'a whole run'} cannot be sharded"
         )
     for sparse in spec.sparse:
         if not 1 <= sparse.min_count <= MAX_MIN_COUNT:
             raise UserError(f"min_count is {sparse.min_count}; it must be at least 1 and at most {MAX_MIN_COUNT}")
     out = Path(os.path.realpath(out))
-    refuse_main_import()
-    refuse_repeated([str(path) for path in raw])
-    # All of them first: a missing last file should not cost an hour.
-    files = [examine(str(path), spec.text, spec.used_columns) for path in raw]
+    check_main_guard()
+    check_distinct([str(path) for path in raw])
+    # Inspect all files first, so that a missing last file is found before an hour of reading.
+    files = [inspect_file(str(path), spec.text, spec.used_columns) for path in raw]
     processes = resources.workers(sum(file.size for file in files))
     passes = Passes(spec, files, out)
-    if passes.renamed:  # by a run that was killed before it could remove the rest
+    if passes.is_published:  # by a run that was killed before it could remove the work directory
         passes.work.remove()
-    passes.work.drop_removed()
+    passes.work.remove_leftovers()
     with _os_errors(out):
         check_free(out)
     missing = [parent for parent in out.parents if not parent.exists()]
@@ -129,7 +128,7 @@ def prepare(
         Workers(processes) as workers,
     ):
         if only in (None, "read"):
-            passes.drop_stale()
+            passes.remove_stale()
             passes.read(workers, shard or Shard())
         if only in (None, "count"):
             passes.count(workers, shard or Shard())
@@ -141,14 +140,14 @@ def prepare(
             return None
         schema = assemble(passes)
         if out.exists():
-            out.rmdir()  # empty, as check_free saw; a rename over it fails on some file systems
+            out.rmdir()  # it is empty (check_free); renaming over it fails on some file systems
         passes.data.rename(out)
         passes.work.remove()
     return schema
 
 
 def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> DatasetSchema:
-    """``prepare`` of Criteo logs: the first 80% of the rows are train, the next 10% valid, the last 10% test."""
+    """Prepare Criteo logs: the first 80% of the rows are train, the next 10% valid, the last 10% test."""
     schema = prepare(criteo(min_count), raw, out)
     assert schema is not None
     return schema
@@ -156,29 +155,35 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
 
 @contextmanager
 def _kept_work(work: WorkDirectory, missing: Sequence[Path], alone: bool) -> Iterator[None]:
-    """On an error, keep finished work and say so; remove it, with the parents, where there is nothing to go on from.
+    """On an error, keep finished results and name their directory; remove it if a new run could not use any of them.
 
-    Of a file that cannot be used, the blocks before the fault are nothing to go on from: it will be another file. After
-    a full disk, an interrupt or a killed process they are. Other shards may be at work where this one is not ``alone``:
-    then nothing is removed.
+    After an input error (UserError), finished files are worth keeping, but finished blocks of the faulty file are not,
+    since the file will be replaced. After a full disk, an interrupt or a killed worker, finished blocks are, too. If
+    this process is not ``alone``, other shards may be running, and nothing is removed.
+
+    Args:
+        work: the work directory.
+        missing: parents of the data set that did not exist before; they are removed with the work directory.
+        alone: whether no other shard can be running.
     """
     try:
         yield
     except BaseException as error:
-        finished = work.finished(whole_files=type(error) is UserError)
+        finished = work.has_finished_files() if type(error) is UserError else work.has_finished_blocks()
         if alone and not finished:
             work.remove()
             for parent in missing:
                 with suppress(OSError):
                     parent.rmdir()
         if finished and isinstance(error, UserError | OSError):
-            kept = f"(finished work is kept in {work.root}; the same command goes on from it)"
+            kept = f"(finished work is kept in {work.root}; the same command resumes from it)"
             raise type(error)(f"{_reason(error)} {kept}") from error
         raise
 
 
 @contextmanager
 def _os_errors(out: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the data set."""
     try:
         yield
     except OSError as error:
@@ -186,13 +191,13 @@ def _os_errors(out: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    # pyarrow's own words hold the file's position and more.
+    # The system's text, since pyarrow's adds file positions and the like.
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
 
 
 @contextmanager
 def _arrow_threads(count: int) -> Iterator[None]:
-    """Processes are what runs side by side here; Arrow's threads beside them would only wait for one another."""
+    """Limit Arrow's thread pool, since the processes are the parallelism."""
     before = pa.cpu_count()
     pa.set_cpu_count(count)
     try:
@@ -201,13 +206,10 @@ def _arrow_threads(count: int) -> Iterator[None]:
         pa.set_cpu_count(before)
 
 
-MIN_COUNT = 2
-
-
 def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
-    """Run ``prepare`` as the command line says."""
+    """Run ``prepare`` with the command line's arguments."""
     if args.format is None:
-        raise UserError("the format is missing; it is criteo, avazu or table (see `mlet prepare --help`)")
+        raise UserError(f"the format is missing; it is {', '.join(RAW_FORMATS)} or table (see `mlet prepare --help`)")
     if not args.raw:
         raise UserError("no raw file was given; name at least one (see `mlet prepare --help`)")
     if args.out is None:
@@ -228,13 +230,13 @@ def _spec(args: argparse.Namespace) -> TableSpec:
             raise UserError("--schema is missing; `mlet prepare table` needs a YAML description of the columns")
         for name, value in (("--min-count", args.min_count), ("--split", args.split), ("--seed", args.seed)):
             if value is not None:
-                raise UserError(f"{name} goes with criteo and avazu; of a table, {args.schema} says it")
+                raise UserError(f"{name} goes with {' and '.join(RAW_FORMATS)}; for a table, set it in {args.schema}")
         spec = load_table(Path(args.schema))
     else:
         if args.schema is not None:
-            raise UserError(f"--schema goes with `mlet prepare table`; the columns of {args.format} are known")
-        known = criteo if args.format == "criteo" else avazu
-        spec = known(MIN_COUNT if args.min_count is None else args.min_count, _split(args))
+            raise UserError(f"--schema goes with `mlet prepare table`; {args.format} has fixed columns")
+        spec = RAW_FORMATS[args.format](DEFAULT_MIN_COUNT if args.min_count is None else args.min_count)
+        spec = replace(spec, split=_split_rule(args, default=spec.split))
     if args.max_malformed is not None:
         if not 0 <= args.max_malformed <= 1:
             raise UserError(f"--max-malformed {args.max_malformed} is not a share from 0 to 1")
@@ -242,17 +244,24 @@ def _spec(args: argparse.Namespace) -> TableSpec:
     return spec
 
 
-def _split(args: argparse.Namespace) -> SplitRule | None:
-    if args.seed is not None and args.split != "random" and not (args.format == "avazu" and args.split != "rows"):
+def _split_rule(args: argparse.Namespace, default: SplitRule) -> SplitRule:
+    """Return the rule of --split and --seed; ``default`` is the format's own rule."""
+    match args.split, args.format:
+        case None, _:
+            rule = default
+        case "paper", "criteo":
+            rule = PAPER_CRITEO_ROWS if len(args.raw) == 1 else PAPER_CRITEO_FILES
+        case "paper", _:
+            rule = PAPER_AVAZU
+        case by, _:
+            rule = SplitRule(by)
+    if args.seed is None:
+        return rule
+    if rule.by != "random":
         raise UserError("--seed goes with --split random")
-    seed = 0 if args.seed is None else args.seed
-    if seed < 0:
-        raise UserError(f"--seed {seed} is negative; it must be a whole number, 0 or more")
-    if args.split == "paper" and args.format == "criteo":
-        return PAPER_CRITEO_ROWS if len(args.raw) == 1 else PAPER_CRITEO_FILES
-    if args.split == "rows" or (args.split is None and args.format == "criteo"):
-        return SplitRule("rows")
-    return replace(PAPER_AVAZU, seed=seed)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} is negative; it must be a whole number, 0 or more")
+    return replace(rule, seed=args.seed)
 
 
 def _shard(text: str) -> Shard:

@@ -1,7 +1,7 @@
-"""Raw files, plain or gzip, local or remote, cut into blocks that workers parse side by side.
+"""Raw files (plain or gzip text, or Parquet; local or remote), cut into blocks that workers parse in parallel.
 
-The blocks of a file are the same whoever reads it, so that finished ones can be kept. Those of a plain local file are
-ranges of bytes, which a worker reads by itself; what is compressed or remote is read here, and handed over.
+How a file is cut depends on nothing but the file, so that finished blocks can be kept. Blocks of a plain local file are
+byte ranges, which the workers read themselves; compressed or remote text is read here and passed to the workers.
 """
 
 import csv
@@ -23,7 +23,7 @@ from mlet_dist.errors import UserError
 
 BLOCK_BYTES = 16 << 20
 
-_GZIP_BYTES = 1 << 20
+_GZIP_BYTES = 1 << 20  # compressed bytes to read at a time
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -31,13 +31,14 @@ _PARQUET_SUFFIXES = (".parquet", ".pq")
 
 @dataclass(frozen=True)
 class RawFile:
-    """A raw file and what tells it from another of the same name.
+    """A raw file, with what identifies its current content.
 
     Attributes:
-        path: local, or a URL that fsspec opens.
-        size: in bytes.
-        stamp: time of the last change, or what a remote store says in its place.
-        columns: names of a line's fields in order, of this file's own header if it has one; or of a Parquet file.
+        path: local path, or a URL that fsspec opens.
+        size: size in bytes.
+        stamp: time of the last change, or the ETag or time that a remote store reports.
+        columns: names of the fields of a line in order (from the file's header, if it has one), or of a Parquet file's
+            columns.
     """
 
     path: str
@@ -48,14 +49,15 @@ class RawFile:
 
 @dataclass(frozen=True)
 class Block:
-    """A number of whole lines, or a row group of a Parquet file.
+    """Some complete lines of a text file, or a row group of a Parquet file.
 
     Attributes:
-        path: of the file.
-        index: position among the file's blocks.
-        start, stop: range of the file's bytes; where ``data`` is not None, of its text's. Of Parquet: rows.
-        data: the lines themselves, or None where they are to be read.
-        aside: a file of its own that holds the lines, in place of ``data``; it goes when it is read.
+        path: path of the raw file.
+        index: number of the block in the file.
+        start, stop: range of the file's bytes, or of its decompressed text's if ``data`` is given; for Parquet, of its
+            rows.
+        data: the lines, or None if they are still to be read.
+        spill_file: a temporary file with the lines, in place of ``data``; reading removes it.
     """
 
     path: str
@@ -63,51 +65,51 @@ class Block:
     start: int
     stop: int
     data: bytes | None = None
-    aside: Path | None = None
+    spill_file: Path | None = None
 
-    def put_aside(self, path: Path) -> "Block":
-        """The same block with its lines in a file: another process gets them from there faster than through a pipe."""
+    def spill(self, path: Path) -> "Block":
+        """Move ``data`` to a file, from which another process gets it faster than through a pipe."""
         if self.data is None:
             return self
         path.write_bytes(self.data)
-        return replace(self, data=None, aside=path)
+        return replace(self, data=None, spill_file=path)
 
     def read(self) -> bytes:
-        """The lines, each with its line end, without a byte order mark.
+        """Return the lines, each with its line end, without a byte order mark.
 
         Raises:
             UserError: the file cannot be read.
         """
         data = self.data
-        if self.aside is not None:
-            data = self.aside.read_bytes()
-            self.aside.unlink()
+        if self.spill_file is not None:
+            data = self.spill_file.read_bytes()
+            self.spill_file.unlink()
         if data is None:
-            with _errors(self.path), open(self.path, "rb") as file:
+            with _user_errors(self.path), open(self.path, "rb") as file:
                 file.seek(self.start)
                 data = file.read(self.stop - self.start)
             if len(data) != self.stop - self.start:
-                raise UserError(f"{self.path}: became shorter while it was read")
+                raise UserError(f"{self.path}: became shorter while it was read; run again once it is complete")
         if self.index == 0:
             data = data.removeprefix(_BYTE_ORDER_MARK)
         return data if data.endswith(b"\n") else data + b"\n"
 
 
-def examine(path: str, text: TextFormat | None, used: tuple[str, ...]) -> RawFile:
-    """Look at a file before any is read: whether it can be opened and has the columns that are used.
+def inspect_file(path: str, text: TextFormat | None, used: tuple[str, ...]) -> RawFile:
+    """Check that a file can be opened and has the ``used`` columns, without reading it.
 
     Raises:
-        UserError: it cannot be opened, is empty, or lacks a column.
+        UserError: the file cannot be opened, is empty, or lacks a column.
     """
-    with _errors(path), _open(path) as file:
-        size, stamp = _identity(path, file)
+    with _user_errors(path), _open(path) as file:
+        size, stamp = _size_and_stamp(path, file)
         if text is None:
             columns = _parquet_columns(path, file)
         elif text.header:
             columns = _header(path, file, text)
         else:
             columns = text.columns or ()
-            _is_gzip(path, file)
+            _is_gzip(path, file)  # raises if the file is empty or misnamed
         if text is None or text.header:
             for column in used:
                 if columns.count(column) != 1:
@@ -118,49 +120,50 @@ def examine(path: str, text: TextFormat | None, used: tuple[str, ...]) -> RawFil
         return RawFile(path, size, stamp, tuple(columns))
 
 
-def text_blocks(raw: RawFile, read: Callable[[int], object]) -> Iterator[Block]:
-    """Yield a text file's blocks; ``read`` is told how many of the file's bytes were passed since it was last called.
+def text_blocks(raw: RawFile, on_read: Callable[[int], object]) -> Iterator[Block]:
+    """Yield the blocks of a text file; ``on_read`` is called with the number of bytes of each step.
 
     Raises:
-        UserError: the file cannot be read, is a truncated or corrupt .gz, or has a line of more than a block.
+        UserError: the file cannot be read, is a truncated or corrupt .gz, or has a line longer than a block.
     """
-    with _errors(raw.path), _open(raw.path) as file:
+    with _user_errors(raw.path), _open(raw.path) as file:
         if _is_gzip(raw.path, file) or not _is_local(raw.path):
-            yield from _read_blocks(raw.path, file, read)
+            yield from _read_blocks(raw.path, file, on_read)
         else:
-            yield from _ranges(raw, file, read)
+            yield from _ranges(raw, file, on_read)
 
 
-def parquet_blocks(raw: RawFile, read: Callable[[int], object]) -> Iterator[Block]:
-    """Yield a Parquet file's row groups as blocks."""
-    with _errors(raw.path), _open(raw.path) as file:
+def parquet_blocks(raw: RawFile, on_read: Callable[[int], object]) -> Iterator[Block]:
+    """Yield the row groups of a Parquet file as blocks; ``on_read`` as in ``text_blocks``."""
+    with _user_errors(raw.path), _open(raw.path) as file:
         footer = pq.ParquetFile(file).metadata
     start = 0
     for group in range(footer.num_row_groups):
         stop = start + footer.row_group(group).num_rows
         yield Block(raw.path, group, start, stop)
-        read(raw.size // footer.num_row_groups)
+        on_read(raw.size // footer.num_row_groups)
         start = stop
 
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file to read row groups from; UserError where it is broken."""
-    with _errors(path), _open(path) as file:
+    """Open a Parquet file to read row groups from; an error in reading it becomes a UserError."""
+    with _user_errors(path), _open(path) as file:
         yield pq.ParquetFile(file)
 
 
-def _read_blocks(path: str, raw: IO[bytes], read: Callable[[int], object]) -> Iterator[Block]:
+def _read_blocks(path: str, raw: IO[bytes], on_read: Callable[[int], object]) -> Iterator[Block]:
+    """Yield the blocks of a compressed or remote file, with their lines."""
     index, start, rest, position = 0, 0, b"", 0
     compressed = _is_gzip(path, raw)
     for chunk in _gunzipped(raw) if compressed else iter(lambda: raw.read(BLOCK_BYTES), b""):
-        read(raw.tell() - position)
+        on_read(raw.tell() - position)
         position = raw.tell()
         end = chunk.rfind(b"\n") + 1
         if not end:
             rest += chunk
             if len(rest) > BLOCK_BYTES:
-                raise _endless(path, start)
+                raise _line_too_long(path, start)
             continue
         data, rest = rest + chunk[:end], chunk[end:]
         yield Block(path, index, start, start + len(data), data)
@@ -170,21 +173,21 @@ def _read_blocks(path: str, raw: IO[bytes], read: Callable[[int], object]) -> It
 
 
 def _gunzipped(raw: IO[bytes]) -> Iterator[bytes]:
-    """Yield the text of a gzip file in pieces of ``BLOCK_BYTES``, whatever its members; checksums are verified.
+    """Yield the text of a gzip file, of one or more members, in buffers of ``BLOCK_BYTES``; checksums are verified.
 
-    gzip.GzipFile reads in pieces so small that they cost a third more.
+    gzip.GzipFile takes a third longer, since it reads small buffers.
     """
     member, compressed = zlib.decompressobj(wbits=31), raw.read(_GZIP_BYTES)
-    pieces: list[bytes] = []
+    buffers: list[bytes] = []
     size = 0
     while compressed:
-        pieces.append(member.decompress(compressed, BLOCK_BYTES - size))
-        size += len(pieces[-1])
+        buffers.append(member.decompress(compressed, BLOCK_BYTES - size))
+        size += len(buffers[-1])
         if size == BLOCK_BYTES:
-            yield b"".join(pieces)
-            pieces, size = [], 0
+            yield b"".join(buffers)
+            buffers, size = [], 0
         if member.eof:
-            # Another member may follow, after zeros that fill up a block of a tape.
+            # Another member may follow, after zero padding.
             compressed = member.unused_data.lstrip(b"\0")
             while not compressed and (following := raw.read(_GZIP_BYTES)):
                 compressed = following.lstrip(b"\0")
@@ -192,30 +195,31 @@ def _gunzipped(raw: IO[bytes]) -> Iterator[bytes]:
                 member = zlib.decompressobj(wbits=31)
         else:
             compressed = member.unconsumed_tail or raw.read(_GZIP_BYTES)
-    pieces.append(member.flush())  # what had no room when the last input was taken
+    buffers.append(member.flush())  # output that did not fit when the last input was read
     if not member.eof:
         raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-    if rest := b"".join(pieces):
+    if rest := b"".join(buffers):
         yield rest
 
 
-def _ranges(raw: RawFile, file: IO[bytes], read: Callable[[int], object]) -> Iterator[Block]:
+def _ranges(raw: RawFile, file: IO[bytes], on_read: Callable[[int], object]) -> Iterator[Block]:
+    """Yield the blocks of a plain local file as ranges of bytes that end with a line."""
     index, start = 0, 0
     while start < raw.size:
         stop = min(start + BLOCK_BYTES, raw.size)
         if stop < raw.size:
             file.seek(stop - 1)
-            rest = file.readline(BLOCK_BYTES)  # to the end of the line that the block's last byte is in
+            rest = file.readline(BLOCK_BYTES)  # the rest of the line that contains the block's last byte
             stop += len(rest) - 1
             if len(rest) == BLOCK_BYTES and not rest.endswith(b"\n"):
-                raise _endless(raw.path, start)
+                raise _line_too_long(raw.path, start)
         yield Block(raw.path, index, start, stop)
-        read(stop - start)
+        on_read(stop - start)
         index, start = index + 1, stop
 
 
-def _endless(path: str, start: int) -> UserError:
-    return UserError(f"{path}: after byte {start} is a line of more than {BLOCK_BYTES} bytes; text lines are expected")
+def _line_too_long(path: str, start: int) -> UserError:
+    return UserError(f"{path}: after byte {start}, a line has more than {BLOCK_BYTES} bytes; is it a text file?")
 
 
 def _is_local(path: str) -> bool:
@@ -226,7 +230,7 @@ def _open(path: str) -> Any:
     return open(path, "rb") if _is_local(path) else fsspec.open(path, "rb").open()
 
 
-def _identity(path: str, file: IO[bytes]) -> tuple[int, str]:
+def _size_and_stamp(path: str, file: IO[bytes]) -> tuple[int, str]:
     if _is_local(path):
         status = os.fstat(file.fileno())
         return status.st_size, str(status.st_mtime_ns)
@@ -241,9 +245,9 @@ def _is_gzip(path: str, file: IO[bytes]) -> bool:
     magic = file.read(len(_GZIP_MAGIC))
     file.seek(0)
     if not magic:
-        raise UserError(f"{path}: is empty; raw data is expected")
+        raise UserError(f"{path}: is empty")
     if magic != _GZIP_MAGIC and path.endswith(".gz"):
-        raise UserError(f"{path}: is named .gz but is not gzip; rename it or compress it")
+        raise UserError(f"{path}: is named .gz but is not a gzip file; rename it or compress it")
     return magic == _GZIP_MAGIC
 
 
@@ -261,7 +265,7 @@ def _header(path: str, file: IO[bytes], text: TextFormat) -> tuple[str, ...]:
             names = next(csv.reader([decoded], delimiter=text.delimiter, quotechar=text.quote), [])
         except csv.Error as error:
             raise UserError(
-                f"{path}: line 1: the header is {decoded!r:.80}, no line of column names: {error}"
+                f"{path}: line 1: the header {decoded!r:.80} is not a line of column names: {error}"
             ) from None
     if text.columns is not None and tuple(names) != text.columns:
         raise UserError(
@@ -278,14 +282,14 @@ def _parquet_columns(path: str, file: IO[bytes]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _errors(path: str) -> Iterator[None]:
-    """What reading a file may raise becomes a UserError that names it."""
+def _user_errors(path: str) -> Iterator[None]:
+    """Turn what reading a file may raise into a UserError that names it."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: truncated or corrupt gzip file: {error}") from error
     except pa.ArrowException as error:
-        raise UserError(f"{path}: not a whole Parquet file: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"{path}: not a complete Parquet file: {str(error).partition(chr(10))[0]}") from error
     except FileNotFoundError as error:
         raise UserError(f"{path}: cannot be read: No such file or directory") from error
     except (OSError, ImportError, ValueError) as error:

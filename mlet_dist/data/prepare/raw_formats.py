@@ -1,5 +1,12 @@
-"""What a raw table holds and what becomes of its columns; the known formats are Criteo's and Avazu's."""
+"""The description of a raw table and of the features to make from it (``TableSpec``), and those of Criteo and Avazu.
 
+To add a format with fixed columns, write a function like ``criteo``, add it to ``RAW_FORMATS``, and add its name to the
+choices of the argument ``format`` in ``mlet_dist/cli/prepare.py``; ``--split paper`` is mapped to a rule in
+``pipeline``. Files that are neither delimited text nor Parquet also need a function in ``raw_blocks`` that cuts them
+into blocks and one in ``parsing`` that reads a block.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +22,11 @@ class TextFormat:
 
     Attributes:
         delimiter: one character.
-        quote: the character around fields that hold a delimiter, doubled within; None where quotes are ordinary. A
-            quoted field ends on its line.
+        quote: the character around fields that contain a delimiter, doubled within such a field; None makes quotes
+            ordinary characters. A quoted field cannot contain a line end.
         header: whether the first line of each file names the columns.
-        columns: their names in order; where there is a header, None.
+        columns: names of all columns, in order. With a header it is the expected header, or None if each file may have
+            columns of its own.
     """
 
     delimiter: str
@@ -29,7 +37,7 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """The column of 0 and 1, or of numbers of which those from ``positive_from`` on become 1 and the others 0."""
+    """The label column: values 0 and 1, or numbers, of which those >= ``positive_from`` become 1 and the others 0."""
 
     column: str
     positive_from: float | None = None
@@ -40,11 +48,13 @@ class DenseColumn:
     """A column of numbers that becomes a dense feature.
 
     Attributes:
-        transform: ``log1p`` of the number, negative ones taken for 0; ``standardise`` by mean and deviation of the
-            training split; ``raw``.
-        missing: the number in place of one that is missing (before the transform), ``mean`` (of the training split,
-            with standardise only), or ``refuse``: the row is malformed.
-        integer: whether a number with a point is malformed.
+        name: name of the feature.
+        column: name of the raw column.
+        transform: ``log1p`` is log(1 + max(x, 0)); ``standardise`` subtracts the training split's mean and divides by
+            its standard deviation; ``raw`` keeps the number.
+        missing: the number that replaces a missing one, before the transform; ``mean``, the training split's mean (with
+            ``standardise`` only); or ``refuse``, which makes the row malformed.
+        integer: whether numbers that are not integers make a row malformed.
     """
 
     name: str
@@ -56,16 +66,22 @@ class DenseColumn:
 
 @dataclass(frozen=True)
 class SparseColumn:
-    """A column of texts or integers that becomes a sparse feature; missing is the empty text, a value like any other.
+    """A column of texts or integers that becomes a sparse feature. A missing value counts as the empty text.
 
     Attributes:
-        encoding: ``vocabulary``: id 1 is the value that is most frequent in the training split, ties in the order of
-            their UTF-8 bytes; a value seen there fewer than ``min_count`` times has id 0. ``hash``: the id is the
-            value's hash (``mlet_dist.data.hashing``, salted with the feature's name) modulo ``num_embeddings``.
-        multi_valued: a row holds a list: of a Parquet file's list, or in a text the pieces between ``separator``; where
-            it is missing or empty, the empty list.
-        weights: column of the values' weights, a list of the same length.
-        integer: whether other texts than whole numbers are malformed; 7 and 007 are then one value.
+        name: name of the feature and of its embedding table.
+        column: name of the raw column.
+        encoding: with ``vocabulary``, ids are ranks of frequency in the training split: 1 is the most frequent value,
+            ties are ordered by their UTF-8 bytes, and values with fewer than ``min_count`` occurrences have id 0.
+            With ``hash``, the id is the value's hash (``mlet_dist.data.hashing``, salted with the feature's name)
+            modulo ``num_embeddings``.
+        min_count: see ``encoding``.
+        num_embeddings: see ``encoding``; None with ``vocabulary``.
+        multi_valued: whether a row holds a list: a list of a Parquet file, or a text that is split at ``separator``. A
+            missing or empty list has no values.
+        separator: see ``multi_valued``; None in a Parquet file with lists.
+        weights: name of the raw column with the weights of the values, lists of the same lengths; or None.
+        integer: whether texts that are not whole numbers make a row malformed; 7 and 007 are then the same value.
     """
 
     name: str
@@ -81,15 +97,16 @@ class SparseColumn:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """All that the pass over a raw table must know.
+    """The description of a raw table and of the features to make from it.
 
     Attributes:
-        source: ``criteo``, ``avazu`` or ``table``.
-        text: how lines are cut into fields; None for Parquet files.
-        label, dense, sparse, split: what becomes of the columns; the others are not kept.
-        max_malformed: share of malformed lines in a file above which it is an error at the file's end, and before it
-            once they are more than this share of what is read and of 10 million lines. Ten of them are always allowed,
-            with 0 too, unless the file has no other lines.
+        source: name of the format: a key of ``RAW_FORMATS``, or ``table``.
+        text: how lines are split into fields; None for Parquet files.
+        label, dense, sparse: the columns to keep, and the features to make from them.
+        split: the rule by which rows are assigned to splits.
+        max_malformed: largest share of malformed lines in a file. A larger share is an error at the end of the file, or
+            before it once the malformed lines exceed this share of the lines read and of 10 million lines. Ten
+            malformed lines are always allowed, even if it is 0, unless the file has no other lines.
     """
 
     source: str
@@ -102,7 +119,7 @@ class TableSpec:
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """Names of the raw columns that are read, each once."""
+        """The names of the raw columns to read, each once."""
         wanted = [self.label.column, *(d.column for d in self.dense)]
         for feature in self.sparse:
             wanted += [feature.column] if feature.weights is None else [feature.column, feature.weights]
@@ -120,9 +137,9 @@ AVAZU_COLUMNS = ("id", "click", *AVAZU_SPARSE)
 
 
 def criteo(min_count: int = 1, split: SplitRule | None = None, max_malformed: float = 0.1) -> TableSpec:
-    """Criteo-Kaggle, or day-files of Criteo-1TB: tab-separated, without header or quotes, in time order.
+    """Return the description of Criteo-Kaggle and of Criteo-1TB's day files: tab-separated, no header, in time order.
 
-    A line holds a label, 13 integers I1-I13 (log1p; missing is 0) and 26 categorical values C1-C26.
+    A line holds a label, 13 integers I1-I13 (log1p; a missing one is 0) and 26 categorical values C1-C26.
     """
     return TableSpec(
         source="criteo",
@@ -136,7 +153,7 @@ def criteo(min_count: int = 1, split: SplitRule | None = None, max_malformed: fl
 
 
 def avazu(min_count: int = 1, split: SplitRule | None = None, max_malformed: float = 0.1) -> TableSpec:
-    """Avazu: comma-separated with a header; 22 categorical features, ``hour`` (YYMMDDHH) among them, none dense."""
+    """Return the description of Avazu: comma-separated, with a header; 22 categorical features, no dense ones."""
     return TableSpec(
         source="avazu",
         text=TextFormat(delimiter=",", quote=None, header=True, columns=AVAZU_COLUMNS),
@@ -146,3 +163,7 @@ def avazu(min_count: int = 1, split: SplitRule | None = None, max_malformed: flo
         split=split or PAPER_AVAZU,
         max_malformed=max_malformed,
     )
+
+
+# The formats with fixed columns, by their name on the command line; each function takes min_count.
+RAW_FORMATS: Mapping[str, Callable[[int], TableSpec]] = {"criteo": criteo, "avazu": avazu}

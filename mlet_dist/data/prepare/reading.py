@@ -1,4 +1,4 @@
-"""The reading pass: raw files become chunks, a file's malformed lines are judged, and its times are of one kind."""
+"""The read pass: raw files become chunks, within a limit on malformed lines; times must be of one kind."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mlet_dist.data.prepare.chunks import ChunkInfo, Rejected, load_info, save_chunk
-from mlet_dist.data.prepare.fingerprints import spec_to_read
+from mlet_dist.data.prepare.fingerprints import read_spec
 from mlet_dist.data.prepare.parsing import MAX_EXAMPLES, parse_block
 from mlet_dist.data.prepare.raw_blocks import Block, RawFile, parquet_blocks, text_blocks
 from mlet_dist.data.prepare.raw_formats import TableSpec
@@ -23,52 +23,24 @@ from mlet_dist.data.prepare.worker_pool import Workers
 from mlet_dist.errors import UserError, one_line
 from mlet_dist.progress import Progress
 
-
-def refuse_repeated(paths: Sequence[str]) -> None:
-    """Compare what paths and URLs lead to; what cannot be looked at is left to those who open it.
-
-    Raises:
-        UserError: two of them lead to one file, be it by links.
-    """
-    seen: dict[Hashable, str] = {}
-    for path in paths:
-        try:
-            identity = _identity(path)
-        except (OSError, ImportError, ValueError):
-            continue
-        if identity in seen:
-            also = "" if path == seen[identity] else f", also as {seen[identity]}"
-            raise UserError(f"{path}: is given twice{also}; give each raw file once")
-        seen[identity] = path
-
-
-def _identity(path: str) -> Hashable:
-    if "://" in path:
-        filesystem, path = fsspec.core.url_to_fs(path)
-        if not isinstance(filesystem, LocalFileSystem):
-            return filesystem, path
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-TOLERATED_LINES = 10  # malformed ones that are never an error, unless there are no others
-EXPECTED_LINES = 10_000_000  # what a file is taken to have at least, until its end is seen
-SHOWN_EXAMPLES = 3
-PROCESSES_OF_A_FILE = 6  # as many parse what one thread decompresses
+TOLERATED_LINES = 10  # so many malformed lines are never an error, unless a file has no other lines
+EXPECTED_LINES = 10_000_000  # a file is assumed to have at least so many lines until its end is read
+SHOWN_EXAMPLES = 3  # malformed lines in a message
+PROCESSES_PER_FILE = 6  # so many processes parse as fast as one thread decompresses
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FileRead:
-    """What is known of a raw file once it is read.
+    """Statistics of a raw file that was read.
 
     Attributes:
-        chunk_rows: rows of each chunk.
-        lines: lines in all, blank ones not counted.
-        malformed: how many were skipped.
-        examples: the first of them.
-        times: the kinds of time in the split's column, each with the first line that has it.
+        chunk_rows: number of rows of each chunk.
+        lines: number of lines without blank ones.
+        malformed: number of malformed lines, which were skipped.
+        examples: the first malformed lines.
+        times: the kinds of times in the split's column, each with the number of its first line.
     """
 
     chunk_rows: tuple[int, ...]
@@ -79,34 +51,34 @@ class FileRead:
 
 
 class Reading:
-    """The chunks of ``files``.
+    """Reads ``files`` into chunks.
 
     Args:
-        spec: the table's.
-        files: in order.
-        directories: of each file's chunks.
+        spec: description of the table.
+        files: the raw files, in order.
+        directories: the directory of each file's chunks.
     """
 
     def __init__(self, spec: TableSpec, files: Sequence[RawFile], directories: Sequence[Path]) -> None:
-        self._spec, self._max_malformed = spec_to_read(spec), spec.max_malformed
+        self._spec, self._max_malformed = read_spec(spec), spec.max_malformed
         self._files, self._directories = files, directories
 
     def run(self, workers: Workers, numbers: Sequence[int]) -> None:
-        """Read the files of these numbers, those that are not read yet.
+        """Read the files with these numbers, except those that were read before.
 
         Raises:
-            UserError: a file cannot be read or holds too many malformed lines.
+            UserError: a file cannot be read or has too many malformed lines.
         """
         left = []
         for number in numbers:
-            found = self._found(number)
+            found = self._load(number)
             if found is None:
                 left.append(number)
             else:
-                self._judge(number, found)
+                self._report_malformed(number, found)
         with Progress("read", sum(self._files[number].size for number in left), "bytes") as progress:
-            # Text that is compressed is read by a thread of this process, one a file.
-            threads = max(1, min(len(left), workers.processes // PROCESSES_OF_A_FILE))
+            # Compressed and remote text is read by threads of this process, one per file.
+            threads = max(1, min(len(left), workers.processes // PROCESSES_PER_FILE))
             stopped = Event()
             with ThreadPoolExecutor(threads) as pool:
                 reads = [pool.submit(self._read, workers, number, progress, threads, stopped) for number in left]
@@ -118,29 +90,29 @@ class Reading:
 
     @cached_property
     def reads(self) -> list[FileRead]:
-        """What is known of each file.
+        """The statistics of each file.
 
         Raises:
-            UserError: a file is not read yet, or holds too many malformed lines.
+            UserError: a file was not read yet or has too many malformed lines.
         """
         reads = []
         for number, file in enumerate(self._files):
-            found = self._found(number)
+            found = self._load(number)
             if found is None:
                 raise UserError(f"{file.path}: is not read yet; run `--pass read` for all shards first")
-            self._refuse(number, found)
+            self._check_malformed(number, found)
             reads.append(found)
         return reads
 
     def chunk(self, number: int, index: int) -> Path:
-        """The file of a chunk."""
+        """Return the path of chunk ``index`` of file ``number``."""
         return self._directories[number] / f"{index:06}.arrow"
 
     def check_times(self) -> None:
-        """Raise UserError where the files' times are of two kinds."""
-        self._one_kind_of_time([(file.path, read.times) for file, read in zip(self._files, self.reads, strict=True)])
+        """Raise UserError if the times of the files are of two kinds."""
+        self._check_one_kind([(file.path, read.times) for file, read in zip(self._files, self.reads, strict=True)])
 
-    def _found(self, number: int) -> FileRead | None:
+    def _load(self, number: int) -> FileRead | None:
         content: dict[str, Any] | None = load_json(self._directories[number] / "done.json")
         if content is None:
             return None
@@ -156,28 +128,29 @@ class Reading:
         lines = malformed = passed = 0
         calls = self._calls(number, progress.update, workers.processes > 1)
         for info in workers.map(_read_block, calls, at_once=-(-workers.processes // files_at_once)):
-            if stopped.is_set():  # by an interrupt, or what is wrong with another file
+            if stopped.is_set():  # by an interrupt, or by an error in another file
                 return
             infos.append(info)
-            room = MAX_EXAMPLES - len(examples)
-            examples += [Rejected(passed + each.line, each.reason, each.text) for each in info.examples[:room]]
+            missing = MAX_EXAMPLES - len(examples)
+            examples += [Rejected(passed + each.line, each.reason, each.text) for each in info.examples[:missing]]
             times = {kind: passed + line for kind, line in info.times.items()} | times
-            self._one_kind_of_time([(raw.path, times)])
+            self._check_one_kind([(raw.path, times)])
             lines, malformed, passed = lines + info.count, malformed + info.malformed, passed + info.passed
-            # Bad lines at the beginning are no reason, but a file of another format need not be read to its end.
+            # Malformed lines may all be at the start, but a file of another format need not be read to its end.
             if malformed > self._tolerated(max(lines, EXPECTED_LINES)):
                 raise _too_malformed(raw.path, malformed, lines, examples, "the first ")
         if not lines:
-            raise UserError(f"{raw.path}: holds no lines; raw data is expected")
+            raise UserError(f"{raw.path}: contains no lines")
         if malformed == lines:
             raise _too_malformed(raw.path, malformed, lines, examples)
         found = FileRead(tuple(info.rows for info in infos), lines, malformed, tuple(examples), times)
-        # Before it is judged: who then tolerates more need not read it again.
+        # Save before the check, so that a run with a higher limit need not read the file again.
         save_json(self._directories[number] / "done.json", asdict(found))
-        self._judge(number, found)
+        self._report_malformed(number, found)
 
-    def _judge(self, number: int, found: FileRead) -> None:
-        self._refuse(number, found)
+    def _report_malformed(self, number: int, found: FileRead) -> None:
+        """Raise UserError if too many lines of a file are malformed; log a warning if some are."""
+        self._check_malformed(number, found)
         if found.malformed:
             shown = "; ".join(f"line {each.line}: {each.reason}" for each in found.examples[:SHOWN_EXAMPLES])
             _logger.warning(
@@ -185,14 +158,15 @@ class Reading:
                 *(one_line(self._files[number].path), found.malformed, found.lines, one_line(shown)),
             )
 
-    def _refuse(self, number: int, found: FileRead) -> None:
+    def _check_malformed(self, number: int, found: FileRead) -> None:
         if found.malformed > self._tolerated(found.lines):
             raise _too_malformed(self._files[number].path, found.malformed, found.lines, found.examples)
 
     def _tolerated(self, lines: int) -> float:
         return max(TOLERATED_LINES, self._max_malformed * lines)
 
-    def _calls(self, number: int, update: Callable[[int], None], aside: bool) -> Iterator[tuple[Any, ...]]:
+    def _calls(self, number: int, update: Callable[[int], None], spill: bool) -> Iterator[tuple[Any, ...]]:
+        """Yield the arguments of ``_read_block`` for each block of a file; a finished block is not passed on."""
         raw = self._files[number]
         blocks = text_blocks if self._spec.text is not None else parquet_blocks
         for block in blocks(raw, update):
@@ -200,10 +174,10 @@ class Reading:
             if path.exists():
                 yield self._spec, raw.columns, None, path
             else:
-                yield self._spec, raw.columns, block.put_aside(path.with_suffix(".text")) if aside else block, path
+                yield self._spec, raw.columns, block.spill(path.with_suffix(".text")) if spill else block, path
 
-    def _one_kind_of_time(self, found: Sequence[tuple[str, dict[str, int]]]) -> None:
-        """Refuse times of two kinds, which have no order, over files and the first line of each kind in them."""
+    def _check_one_kind(self, found: Sequence[tuple[str, dict[str, int]]]) -> None:
+        """Raise UserError for times of two kinds, which cannot be ordered; ``found`` has each file's ``times``."""
         first: dict[str, str] = {}
         for path, times in found:
             for kind, line in times.items():
@@ -223,6 +197,7 @@ def _too_malformed(path: str, malformed: int, lines: int, examples: Sequence[Rej
 
 
 def _read_block(spec: TableSpec, columns: tuple[str, ...], block: Block | None, path: Path) -> ChunkInfo:
+    """Parse a block into the chunk ``path``; None stands for a block whose chunk is finished."""
     if block is None:
         info = load_info(path)
         assert info is not None
@@ -230,3 +205,31 @@ def _read_block(spec: TableSpec, columns: tuple[str, ...], block: Block | None, 
     table, info = parse_block(spec, columns, block)
     save_chunk(path, table, info)
     return info
+
+
+def check_distinct(paths: Sequence[str]) -> None:
+    """Check that no raw file is given twice, even by links; paths that cannot be examined are skipped.
+
+    Raises:
+        UserError: two of the paths or URLs lead to the same file.
+    """
+    seen: dict[Hashable, str] = {}
+    for path in paths:
+        try:
+            identity = _identity(path)
+        except (OSError, ImportError, ValueError):
+            continue
+        if identity in seen:
+            also = "" if path == seen[identity] else f", also as {seen[identity]}"
+            raise UserError(f"{path}: is given twice{also}; give each raw file once")
+        seen[identity] = path
+
+
+def _identity(path: str) -> Hashable:
+    """Return what tells the file apart from others: device and inode, or a remote store and the path in it."""
+    if "://" in path:
+        filesystem, path = fsspec.core.url_to_fs(path)
+        if not isinstance(filesystem, LocalFileSystem):
+            return filesystem, path
+    status = os.stat(path)
+    return status.st_dev, status.st_ino

@@ -1,6 +1,7 @@
-"""Which split a row belongs to: by its position, by a time column, at random, or by its file.
+"""The assignment of rows to splits: by position, by a time column, at random, or by file.
 
-A rule is resolved once all files are read, when the number of rows, and with it each row's number, is known.
+A ``SplitRule`` becomes a ``Splitter`` once all files are read, when the number of rows, and so each row's number, is
+known.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +24,17 @@ HALVES = {"test": Fraction(1, 2), "valid": Fraction(1, 2)}
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How rows are split.
+    """The rule by which rows are assigned to splits.
 
     Attributes:
-        by: ``rows``: consecutive shares of all rows in the order of the files; ``time``: the same in the order of
-            ``column``, rows of one time never apart, or by the times where a split ``starts``; ``random``: each row by
-            itself, by seed and row number; ``file``: the last file is cut into ``shares``, all others are train.
-        shares: of the splits, in their order; they add up to 1.
-        seed: of ``random``.
-        column: of ``time``.
-        starts: of ``time``, in place of shares: first time of valid and test; what is before both is train.
+        by: ``rows`` cuts all rows, in the order of the files, into consecutive shares. ``time`` does so in the order of
+            ``column``, with rows of equal time in the same split; or it cuts at the times ``starts``. ``random`` draws
+            each row's split from the seed and the row's number. ``file`` cuts the last file into ``shares``; all other
+            files are train.
+        shares: the share of each split, in the order of the splits' rows; they add up to 1.
+        seed: seed of ``random``.
+        column: the raw column with the times, for ``time``.
+        starts: for ``time``, in place of shares: the first time of valid and of test; earlier rows are train.
     """
 
     by: Literal["rows", "time", "random", "file"]
@@ -42,8 +44,8 @@ class SplitRule:
     starts: Mapping[str, int] | None = None
 
 
-# The paper's: Criteo-Kaggle has 7 days in time order and no time column. The last day's first half is the test split,
-# as in the programs that the paper compares with.
+# The splits of the MLET paper. Criteo-Kaggle has 7 days in time order and no time column. The first half of the last
+# day is the test split, as in the code of the paper's baselines.
 PAPER_CRITEO_ROWS = SplitRule("rows", {"train": Fraction(6, 7), "test": Fraction(1, 14), "valid": Fraction(1, 14)})
 PAPER_CRITEO_FILES = SplitRule("file", HALVES)
 PAPER_AVAZU = SplitRule("random")
@@ -51,13 +53,14 @@ PAPER_AVAZU = SplitRule("random")
 
 @dataclass(frozen=True)
 class Splitter:
-    """A rule with all that is known of the rows.
+    """A split rule, applied to files whose numbers of rows are known.
 
     Attributes:
-        rule: what is resolved.
-        file_rows: rows of each file.
-        cuts: of ``time``: a row belongs to ``names[i]`` if ``i`` of them are at or before its time.
-        names: the splits in the order of their shares or starts.
+        rule: the rule.
+        file_rows: number of rows of each file.
+        cuts: for ``time``, the ascending times at which splits start: a row is in ``names[i]`` if i of them are at or
+            before its time.
+        names: for ``time``, the splits in time order.
     """
 
     rule: SplitRule
@@ -66,7 +69,7 @@ class Splitter:
     names: tuple[str, ...] = ()
 
     def codes(self, file: int, start: int, rows: int, times: npt.NDArray[np.int64] | None) -> Codes:
-        """The splits of rows ``[start, start + rows)`` of a file, whose times are given if the rule asks for them."""
+        """Return the split codes of rows ``[start, start + rows)`` of a file; a rule by time needs their ``times``."""
         first = sum(self.file_rows[:file]) + start
         if self.rule.by == "time":
             assert times is not None
@@ -87,8 +90,8 @@ class Splitter:
         return _codes_of(self.rule.shares)[np.searchsorted(np.array(bounds, np.int64), positions, side="right")]
 
 
-def resolve(rule: SplitRule, file_rows: Sequence[int], times: Sequence[npt.NDArray[np.int64]] = ()) -> Splitter:
-    """The splitter of files with so many rows; ``times``, in pieces and any order, if the rule cuts shares of time."""
+def make_splitter(rule: SplitRule, file_rows: Sequence[int], times: Sequence[npt.NDArray[np.int64]] = ()) -> Splitter:
+    """Return the splitter of files with ``file_rows`` rows; shares by time need the ``times``, in any order."""
     if rule.by != "time":
         return Splitter(rule, tuple(file_rows))
     if rule.starts is not None:
@@ -96,22 +99,22 @@ def resolve(rule: SplitRule, file_rows: Sequence[int], times: Sequence[npt.NDArr
         return Splitter(rule, tuple(file_rows), tuple(time for _, time in ordered), ("train", *(n for n, _ in ordered)))
     total = sum(file_rows)
     ranks = [total * share // 1 for share in accumulate(rule.shares.values())][:-1]
-    cuts = tuple(_smallest(times, min(rank, total - 1)) for rank in ranks)
+    cuts = tuple(_order_statistic(times, min(rank, total - 1)) for rank in ranks)
     return Splitter(rule, tuple(file_rows), cuts, tuple(rule.shares))
 
 
-def _smallest(pieces: Sequence[npt.NDArray[np.int64]], rank: int) -> int:
-    """The number that has ``rank`` smaller or equal ones before it in order; memory does not grow with the numbers.
+def _order_statistic(arrays: Sequence[npt.NDArray[np.int64]], rank: int) -> int:
+    """Return the number at position ``rank`` (from 0 on) of all arrays' numbers in ascending order, in constant memory.
 
-    Each look at all of them narrows its range to a part in 2^16: looking is what takes time, as they lie on disk.
+    Each pass over the arrays, which are read from disk, narrows the range of the number to 1 / 2^16.
     """
-    ends = [(int(piece.min()), int(piece.max())) for piece in pieces if piece.size]
+    ends = [(int(array.min()), int(array.max())) for array in arrays if array.size]
     low, high = min(least for least, _ in ends), max(most for _, most in ends)
     while low < high:
         shift = np.uint64(max(0, (high - low).bit_length() - 16))
         counts = np.zeros(1 << 16, np.int64)
-        for piece in pieces:
-            inside = piece[(piece >= low) & (piece <= high)].astype(np.uint64)
+        for array in arrays:
+            inside = array[(array >= low) & (array <= high)].astype(np.uint64)
             # Modulo 2^64, since the range may be wider than int64.
             buckets = (inside - np.uint64(low % 2**64)) >> shift
             counts += np.bincount(buckets.astype(np.int64), minlength=len(counts))

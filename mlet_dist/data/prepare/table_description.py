@@ -1,4 +1,4 @@
-"""Reads the YAML description of a table; configs/tables/movielens.yaml explains its keys."""
+"""The YAML description of a table for ``mlet prepare table``; configs/tables/movielens.yaml explains its keys."""
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -20,12 +20,14 @@ from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, NAME_RULE, SPLITS, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.errors import UserError
 
+_REQUIRED = object()  # the default of a key that has none
+
 
 def load_table(path: Path) -> TableSpec:
     """Read the YAML description of a table; configs/tables/movielens.yaml explains its keys.
 
     Raises:
-        UserError: the file cannot be read, or a key is unknown, missing or has a value that cannot be.
+        UserError: the file cannot be read, or a key is unknown, missing or has an invalid value.
     """
     top = _Section(str(path), "", load_yaml(path, "description of the table"))
     form = top.take("format", _one_of("csv", "parquet"))
@@ -49,12 +51,12 @@ def load_table(path: Path) -> TableSpec:
     names: set[str] = {LABEL}
     for name in (*(d.name for d in spec.dense), *(s.name for s in spec.sparse)):
         if name in names:
-            raise UserError(f"{path}: two features are named {name!r}; give one another `name`, label is taken too")
+            raise UserError(f"{path}: two features are named {name!r} (label is the label's name); change one `name`")
         names.add(name)
     if text is not None and text.columns is not None:
         for column in spec.used_columns:
             if text.columns.count(column) != 1:
-                raise UserError(f"{path}: columns must name {column!r} once, which the description uses")
+                raise UserError(f"{path}: columns must name {column!r} exactly once, since the description uses it")
     return spec
 
 
@@ -69,7 +71,7 @@ def _dense(section: "_Section") -> DenseColumn:
     transform = section.take("transform", _one_of("log1p", "standardise", "raw"), "log1p")
     missing = section.take("missing", _missing, 0.0)
     if missing == "mean" and transform != "standardise":
-        section.fail("missing", missing, "a number or refuse; mean goes with `transform: standardise` alone")
+        section.fail("missing", missing, "a number or refuse; mean goes with `transform: standardise` only")
     name = section.take("name", _name, column)
     dense = DenseColumn(name, column, transform, missing, section.take("integer", _flag, False))
     section.end()
@@ -100,18 +102,15 @@ def _split(section: "_Section") -> SplitRule:
     if starts is None:
         shares = section.take("shares", _shares, shares)
     if by == "file" and set(shares) != {"valid", "test"}:
-        section.fail("shares", sorted(shares), "of valid and test, since the files before the last one are train")
+        section.fail("shares", sorted(shares), "shares of valid and test; all files but the last are train")
     if by != "file" and set(shares) != set(SPLITS):
-        section.fail("shares", sorted(shares), "of train, valid and test")
+        section.fail("shares", sorted(shares), "shares of train, valid and test")
     section.end()
     return SplitRule(by, dict(shares), seed, column, starts)
 
 
-_MISSING = object()
-
-
 class _Section:
-    """A mapping of the YAML file whose keys are taken one by one; ``end`` refuses those that are left."""
+    """A mapping of the YAML file; keys are taken out one by one, and ``end`` raises for any that remain."""
 
     def __init__(self, path: str, key: str, content: Any) -> None:
         if not isinstance(content, dict):
@@ -120,26 +119,30 @@ class _Section:
             )
         self._path, self._key, self._content = path, key, dict(content)
 
-    def take(self, key: str, parse: Callable[[Any], Any], default: Any = _MISSING) -> Any:
-        """The value of ``key``; ``parse`` raises ValueError, with what it must be, where it is wrong."""
+    def take(self, key: str, parse: Callable[[Any], Any], default: Any = _REQUIRED) -> Any:
+        """Return the value of ``key``; ``parse`` raises ValueError with a description of valid values."""
         if key not in self._content:
-            if default is _MISSING:
+            if default is _REQUIRED:
                 raise UserError(f"{self._path}: key {self._within(key)!r} is missing")
             return default if not isinstance(default, str) else self._parsed(key, parse, default)
         return self._parsed(key, parse, self._content.pop(key))
 
-    def section(self, key: str, default: Any = _MISSING) -> "_Section":
+    def section(self, key: str, default: Any = _REQUIRED) -> "_Section":
+        """Return the value of ``key`` as a section."""
         return _Section(self._path, self._within(key), self.take(key, lambda value: value, default))
 
-    def sections(self, key: str, default: Any = _MISSING) -> list["_Section"]:
-        entries = self.take(key, _list if default is _MISSING else _any_list, default)
+    def sections(self, key: str, default: Any = _REQUIRED) -> list["_Section"]:
+        """Return the value of ``key``, a list, as sections; without a default it must not be empty."""
+        entries = self.take(key, _list if default is _REQUIRED else _any_list, default)
         return [_Section(self._path, f"{self._within(key)}[{i}]", entry) for i, entry in enumerate(entries)]
 
     def end(self) -> None:
+        """Raise UserError if a key was not taken."""
         for key in self._content:
-            raise UserError(f"{self._path}: {self._within(str(key))} is not a key that can stand here")
+            raise UserError(f"{self._path}: {self._within(str(key))} is not a valid key here")
 
     def fail(self, key: str, value: Any, expected: str) -> None:
+        """Raise UserError for the value of ``key``."""
         raise UserError(f"{self._path}: {self._within(key)} is {value!r:.80}; it must be {expected}")
 
     def _parsed(self, key: str, parse: Callable[[Any], Any], value: Any) -> Any:
@@ -152,9 +155,11 @@ class _Section:
         return f"{self._key}.{key}" if self._key else key
 
 
-def _check(expected: str, is_right: Callable[[Any], bool]) -> Callable[[Any], Any]:
+def _check(expected: str, is_valid: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """Return a function for ``take`` that returns valid values and raises ValueError for others."""
+
     def parse(value: Any) -> Any:
-        if not is_right(value):
+        if not is_valid(value):
             raise ValueError(expected)
         return value
 
@@ -173,7 +178,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < float("inf")
 
 
-def _is_whole(value: Any, least: int, most: int) -> bool:
+def _is_integer(value: Any, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
@@ -192,9 +197,9 @@ def _shares(value: Any) -> dict[str, Fraction]:
 
 def _starts(value: Any) -> dict[str, int]:
     if not isinstance(value, Mapping) or set(value) != {"valid", "test"}:
-        raise ValueError("the first times of both, such as {valid: 1700000000, test: 1700600000}")
-    if not all(_is_whole(each, -(2**63), 2**63 - 1) for each in value.values()) or value["valid"] == value["test"]:
-        raise ValueError("two different whole numbers, like those of the column; of dates and times microseconds")
+        raise ValueError("the first times of valid and test, such as {valid: 1700000000, test: 1700600000}")
+    if not all(_is_integer(each, -(2**63), 2**63 - 1) for each in value.values()) or value["valid"] == value["test"]:
+        raise ValueError("two different whole numbers, as in the column; microseconds since 1970 for dates and times")
     return dict(value)
 
 
@@ -202,12 +207,12 @@ def _missing(value: Any) -> float | str:
     if value in ("mean", "refuse"):
         return str(value)
     if not _is_number(value) or abs(value) > FLOAT32_MAX:
-        raise ValueError("a number (of float32), mean or refuse")
+        raise ValueError("a number in the range of float32, mean or refuse")
     return float(value)
 
 
 def _is_characters(value: Any, most: int) -> bool:
-    # The delimiter of fields, a quote and a line end are single bytes of the text.
+    # Single bytes, as the parser of lines needs, and no line ends.
     return isinstance(value, str) and 0 < len(value) <= most and value.isascii() and not set(value) & set("\r\n")
 
 
@@ -218,11 +223,13 @@ _texts = _check("a list of names", lambda value: isinstance(value, list) and val
 _flag = _check("true or false", lambda value: isinstance(value, bool))
 _number = _check("a number", _is_number)
 _share = _check("a share from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
-_seed = _check("a whole number, 0 or more", lambda value: _is_whole(value, 0, 2**63 - 1))
-_min_count = _check(f"at least 1 and at most {MAX_MIN_COUNT}", lambda value: _is_whole(value, 1, MAX_MIN_COUNT))
-_table_size = _check(f"from 1 to {MAX_NUM_EMBEDDINGS}", lambda value: _is_whole(value, 1, MAX_NUM_EMBEDDINGS))
-_character = _check('one ASCII character, for a tab "\\t"', lambda value: _is_characters(value, 1))
+_seed = _check("a whole number, 0 or more", lambda value: _is_integer(value, 0, 2**63 - 1))
+_min_count = _check(f"at least 1 and at most {MAX_MIN_COUNT}", lambda value: _is_integer(value, 1, MAX_MIN_COUNT))
+_table_size = _check(f"from 1 to {MAX_NUM_EMBEDDINGS}", lambda value: _is_integer(value, 1, MAX_NUM_EMBEDDINGS))
+_character = _check('one ASCII character ("\\t" for a tab)', lambda value: _is_characters(value, 1))
 _quote = _check("one ASCII character, or null for none", lambda value: value is None or _is_characters(value, 1))
-_separator = _check("ASCII text", lambda value: value is None or _is_characters(value, 8))
-_name = _check(f"{NAME_RULE}; say another `name`", is_name)
-_table_name = _check(f"{TABLE_NAME_RULE}; say another `name`", is_table_name)
+_separator = _check(
+    "1 to 8 ASCII characters without line ends", lambda value: value is None or _is_characters(value, 8)
+)
+_name = _check(f"{NAME_RULE}; choose another `name`", is_name)
+_table_name = _check(f"{TABLE_NAME_RULE}; choose another `name`", is_table_name)

@@ -1,7 +1,7 @@
-"""Raw columns become typed ones: each function takes a column and says which rows are wrong, and why.
+"""Conversion of raw columns to typed columns; each function also returns which rows are invalid, and why.
 
-A raw column is a dictionary of texts (of a text file), or any Arrow array (of a Parquet file). A text is looked at once
-a block, however many rows hold it.
+A raw column is a dictionary of texts (from a text file) or any Arrow array (from a Parquet file). The functions convert
+each distinct text of a dictionary once, however many rows hold it.
 """
 
 from dataclasses import dataclass
@@ -15,184 +15,200 @@ from mlet_dist.data.prepare.raw_formats import DenseColumn, LabelColumn, SparseC
 
 INTEGER = r"^-?[0-9]{1,18}$"
 NUMBER = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
-_ZONED = r":[0-9.]*(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"  # an ISO 8601 time that names its zone
+_ZONED = r":[0-9.]*(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"  # an ISO 8601 time with a time zone
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Typed:
-    """A column, with something in the place of what is wrong, and why that is wrong, by row."""
+class TypedColumn:
+    """A typed column with arbitrary values in invalid rows.
+
+    Attributes:
+        values: (rows,) the values.
+        invalid: the reason why a row is invalid, by row.
+    """
 
     values: pa.Array
-    wrong: dict[int, str]
+    invalid: dict[int, str]
 
 
 @dataclass(frozen=True)
-class TypedTimes(Typed):
-    """Times, and the rows whose time is a whole number; that of the others is a date or a time."""
+class TypedTimes(TypedColumn):
+    """A column of times (int64).
 
-    whole: Flags
+    Attributes:
+        is_integer: (rows,) whether a time was given as a whole number rather than a date or time.
+    """
+
+    is_integer: Flags
 
 
-def label_values(raw: pa.Array, label: LabelColumn) -> Typed:
-    """int8, 0 or 1."""
+def label_values(raw: pa.Array, label: LabelColumn) -> TypedColumn:
+    """Return labels: int8, 0 or 1."""
     if label.positive_from is not None:
-        numbers, absent, shown = _numbers(raw, integer=False)
-        fits, expected = np.isfinite(numbers) & ~absent, "a number"
+        numbers, absent, distinct = _numbers(raw, integer=False)
+        valid, expected = np.isfinite(numbers) & ~absent, "a number"
         values = (numbers >= label.positive_from).astype(np.int8)
     elif pa.types.is_boolean(raw.type):
-        shown, expected = raw, "true or false"
-        fits = ~raw.is_null().to_numpy(zero_copy_only=False)
+        distinct, expected = raw, "true or false"
+        valid = ~raw.is_null().to_numpy(zero_copy_only=False)
         values = raw.fill_null(False).cast(pa.int8()).to_numpy()
     else:
-        numbers, absent, shown = _numbers(raw, integer=True)
-        fits, expected = ((numbers == 0) | (numbers == 1)) & ~absent, "0 or 1"
-        values = np.where(fits, numbers, 0).astype(np.int8)
-    return _result(raw, pa.array(values), fits, shown, label.column, expected)
+        numbers, absent, distinct = _numbers(raw, integer=True)
+        valid, expected = ((numbers == 0) | (numbers == 1)) & ~absent, "0 or 1"
+        values = np.where(valid, numbers, 0).astype(np.int8)
+    return _result(raw, pa.array(values), valid, distinct, label.column, expected)
 
 
 def time_values(raw: pa.Array, name: str) -> TypedTimes:
-    """int64: whole numbers as they are; dates and times, of whatever type, and ISO 8601 texts in microseconds."""
-    shown = _distinct(raw)
-    if _is_text(shown.type):
-        texts = shown.cast(pa.string()).fill_null("")
-        whole = _matches(texts, INTEGER)
+    """Return times: whole numbers unchanged; dates, timestamps and ISO 8601 texts as microseconds since 1970."""
+    distinct = _distinct(raw)
+    if _is_text(distinct.type):
+        texts = distinct.cast(pa.string()).fill_null("")
+        is_integer = _matches(texts, INTEGER)
         values = np.zeros(len(texts), np.int64)
-        values[whole] = texts.filter(pa.array(whole)).cast(pa.int64()).to_numpy()
-        fits = whole.copy()
+        values[is_integer] = texts.filter(pa.array(is_integer)).cast(pa.int64()).to_numpy()
+        valid = is_integer.copy()
         zoned = _matches(texts, _ZONED)
-        for rows, kind in ((~whole & ~zoned, pa.timestamp("us")), (~whole & zoned, pa.timestamp("us", "UTC"))):
-            values[rows], fits[rows] = _cast_times(texts.filter(pa.array(rows)), kind)
-        typed = _result(raw, pa.array(values), fits, shown, name, "a whole number or an ISO 8601 time")
+        for rows, kind in (
+            (~is_integer & ~zoned, pa.timestamp("us")),
+            (~is_integer & zoned, pa.timestamp("us", "UTC")),
+        ):
+            values[rows], valid[rows] = _cast_times(texts.filter(pa.array(rows)), kind)
+        typed = _result(raw, pa.array(values), valid, distinct, name, "a whole number or an ISO 8601 time")
         return TypedTimes(
-            typed.values, typed.wrong, whole[_indices(raw)] if pa.types.is_dictionary(raw.type) else whole
+            typed.values, typed.invalid, is_integer[_indices(raw)] if pa.types.is_dictionary(raw.type) else is_integer
         )
-    whole = np.full(len(raw), pa.types.is_integer(shown.type))
-    if pa.types.is_integer(shown.type) or pa.types.is_timestamp(shown.type) or pa.types.is_date(shown.type):
-        fits = ~shown.is_null().to_numpy(zero_copy_only=False)
-        if pa.types.is_timestamp(shown.type) or pa.types.is_date(shown.type):
-            shown = shown.cast(pa.timestamp("us"), safe=False)  # files may differ in their unit
-        typed = _result(raw, shown.cast(pa.int64(), safe=False).fill_null(0), fits, shown, name, "a time")
+    is_integer = np.full(len(raw), pa.types.is_integer(distinct.type))
+    if pa.types.is_integer(distinct.type) or pa.types.is_timestamp(distinct.type) or pa.types.is_date(distinct.type):
+        valid = ~distinct.is_null().to_numpy(zero_copy_only=False)
+        if pa.types.is_timestamp(distinct.type) or pa.types.is_date(distinct.type):
+            distinct = distinct.cast(pa.timestamp("us"), safe=False)  # the unit may differ between files
+        typed = _result(raw, distinct.cast(pa.int64(), safe=False).fill_null(0), valid, distinct, name, "a time")
     else:
-        typed = _all_wrong(raw, pa.array(np.zeros(len(raw), np.int64)), name, "a whole number or a time")
-    return TypedTimes(typed.values, typed.wrong, whole)
+        typed = _all_invalid(raw, pa.array(np.zeros(len(raw), np.int64)), name, "a whole number or a time")
+    return TypedTimes(typed.values, typed.invalid, is_integer)
 
 
-def dense_values(raw: pa.Array, dense: DenseColumn) -> Typed:
-    """float32, transformed; of a column to standardise float64 as it is, null where the mean is to come."""
-    numbers, absent, shown = _numbers(raw, dense.integer)
+def dense_values(raw: pa.Array, dense: DenseColumn) -> TypedColumn:
+    """Return transformed numbers (float32); for ``standardise`` raw ones (float64), null where the mean goes."""
+    numbers, absent, distinct = _numbers(raw, dense.integer)
     expected = "an integer" if dense.integer else f"a number from {-FLOAT32_MAX:.4g} to {FLOAT32_MAX:.4g}"
-    fits = np.abs(numbers) <= FLOAT32_MAX  # neither NaN nor infinite either
+    valid = np.abs(numbers) <= FLOAT32_MAX  # excludes NaN and infinities
     refuse = dense.missing == "refuse"
-    fits = fits & ~absent if refuse else fits | absent
+    valid = valid & ~absent if refuse else valid | absent
     stand_in = dense.missing if isinstance(dense.missing, float) else 0.0
-    numbers = np.where(absent | ~fits, stand_in, numbers)
+    numbers = np.where(absent | ~valid, stand_in, numbers)
     if dense.transform == "standardise":
         return _result(
-            raw, pa.array(numbers, mask=absent & (dense.missing == "mean")), fits, shown, dense.column, expected
+            raw, pa.array(numbers, mask=absent & (dense.missing == "mean")), valid, distinct, dense.column, expected
         )
     if dense.transform == "log1p":
         numbers = np.log1p(np.maximum(numbers, 0))
-    return _result(raw, pa.array(numbers.astype(np.float32)), fits, shown, dense.column, expected)
+    return _result(raw, pa.array(numbers.astype(np.float32)), valid, distinct, dense.column, expected)
 
 
-def value_texts(raw: pa.Array, sparse: SparseColumn) -> Typed:
-    """A dictionary of texts, int32 indices; integers by their decimal digits, what is missing by the empty text."""
+def value_texts(raw: pa.Array, sparse: SparseColumn) -> TypedColumn:
+    """Return a dictionary of texts with int32 indices; integers as decimal digits, missing values as the empty text."""
     if not _has_texts(raw.type):
         empty = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(raw), np.int32)), [""])
-        return _all_wrong(raw, empty, sparse.column, "a text or a whole number")
-    shown = _distinct(raw)
-    texts = shown.cast(pa.string()).fill_null("")
+        return _all_invalid(raw, empty, sparse.column, "a text or a whole number")
+    distinct = _distinct(raw)
+    texts = distinct.cast(pa.string()).fill_null("")
     if not sparse.integer:
-        return Typed(_encoded(texts, raw), {})
-    texts, fits = _canonical(texts)
-    result = _result(raw, texts, fits, shown, sparse.column, "a whole number")
-    return Typed(result.values.dictionary_encode(), result.wrong)
+        return TypedColumn(_encoded(texts, raw), {})
+    texts, valid = _canonical_integers(texts)
+    result = _result(raw, texts, valid, distinct, sparse.column, "a whole number")
+    return TypedColumn(result.values.dictionary_encode(), result.invalid)
 
 
-def list_values(raw: pa.Array, sparse: SparseColumn) -> Typed:
-    """Lists of a dictionary of texts."""
+def list_values(raw: pa.Array, sparse: SparseColumn) -> TypedColumn:
+    """Return lists of dictionary-encoded texts."""
     if sparse.separator is not None:
-        shown = _distinct(raw)
-        flat, offsets = _pieces(shown, sparse.separator)
+        distinct = _distinct(raw)
+        flat, offsets = _split_texts(distinct, sparse.separator)
     elif pa.types.is_list(raw.type) or pa.types.is_large_list(raw.type):
-        shown = raw
+        distinct = raw
         flat, offsets = raw.flatten(), _offsets(raw.value_lengths().fill_null(0))
         if not _has_texts(flat.type):
-            return _all_wrong(raw, _empty_lists(len(raw)), sparse.column, "a list of texts or whole numbers")
+            return _all_invalid(raw, _empty_lists(len(raw)), sparse.column, "a list of texts or whole numbers")
         flat = (flat.dictionary_decode() if pa.types.is_dictionary(flat.type) else flat).cast(pa.string()).fill_null("")
     else:
-        return _all_wrong(raw, _empty_lists(len(raw)), sparse.column, "a list")
-    fits = np.ones(len(shown), dtype=bool)
+        return _all_invalid(raw, _empty_lists(len(raw)), sparse.column, "a list")
+    valid = np.ones(len(distinct), dtype=bool)
     if sparse.integer:
-        flat, good = _canonical(flat, optional=False)
-        fits[np.searchsorted(offsets, np.flatnonzero(~good), side="right") - 1] = False
+        flat, valid_values = _canonical_integers(flat, optional=False)
+        valid[np.searchsorted(offsets, np.flatnonzero(~valid_values), side="right") - 1] = False
     lists = pa.ListArray.from_arrays(pa.array(offsets), flat.dictionary_encode())
-    return _result(raw, lists, fits, shown, sparse.column, "whole numbers")
+    return _result(raw, lists, valid, distinct, sparse.column, "whole numbers")
 
 
-def weight_lists(raw: pa.Array, sparse: SparseColumn, lists: Typed) -> Typed:
-    """Lists of float32, as long as those of the values."""
+def weight_lists(raw: pa.Array, sparse: SparseColumn, lists: TypedColumn) -> TypedColumn:
+    """Return lists of float32 weights; a row is invalid if its list is not as long as that of ``lists``."""
     assert sparse.weights is not None
     if sparse.separator is not None:
-        shown = _distinct(raw)
-        flat, offsets = _pieces(shown, sparse.separator)
+        distinct = _distinct(raw)
+        flat, offsets = _split_texts(distinct, sparse.separator)
     elif pa.types.is_list(raw.type) or pa.types.is_large_list(raw.type):
-        shown = raw
+        distinct = raw
         flat, offsets = raw.flatten(), _offsets(raw.value_lengths().fill_null(0))
     else:
-        return _all_wrong(raw, _empty_lists(len(raw), pa.float32()), sparse.weights, "a list of numbers")
+        return _all_invalid(raw, _empty_lists(len(raw), pa.float32()), sparse.weights, "a list of numbers")
     numbers, absent, _ = _numbers(flat, integer=False)
-    good = (np.abs(numbers) <= FLOAT32_MAX) & ~absent
-    fits = np.ones(len(shown), dtype=bool)
-    fits[np.searchsorted(offsets, np.flatnonzero(~good), side="right") - 1] = False
-    weights = pa.array(np.where(good, numbers, 0).astype(np.float32))
-    result = _result(raw, pa.ListArray.from_arrays(pa.array(offsets), weights), fits, shown, sparse.weights, "numbers")
+    valid_values = (np.abs(numbers) <= FLOAT32_MAX) & ~absent
+    valid = np.ones(len(distinct), dtype=bool)
+    valid[np.searchsorted(offsets, np.flatnonzero(~valid_values), side="right") - 1] = False
+    weights = pa.array(np.where(valid_values, numbers, 0).astype(np.float32))
+    result = _result(
+        raw, pa.ListArray.from_arrays(pa.array(offsets), weights), valid, distinct, sparse.weights, "numbers"
+    )
     found, wanted = (_lengths(each.values) for each in (result, lists))
-    wrong = dict(result.wrong)
+    invalid = dict(result.invalid)
     for row in np.flatnonzero(found != wanted):
-        wrong.setdefault(
+        invalid.setdefault(
             int(row), f"{sparse.weights} has {found[row]} weights for {wanted[row]} values of {sparse.column}"
         )
-    return Typed(result.values, wrong)
+    return TypedColumn(result.values, invalid)
 
 
 def _cast_times(texts: pa.StringArray, kind: pa.DataType) -> tuple[npt.NDArray[np.int64], Flags]:
-    """The times in microseconds, and which texts are times; all at once, or halved where some are not."""
+    """Return the times in microseconds, and which texts are times; others are found by bisection."""
     try:
         return texts.cast(kind).cast(pa.int64()).to_numpy(), np.ones(len(texts), dtype=bool)
     except pa.ArrowInvalid:
         if len(texts) == 1:
             return np.zeros(1, np.int64), np.zeros(1, dtype=bool)
     halves = texts[: len(texts) // 2], texts[len(texts) // 2 :]
-    values, fits = zip(*(_cast_times(half, kind) for half in halves), strict=True)
-    return np.concatenate(values), np.concatenate(fits)
+    values, valid = zip(*(_cast_times(half, kind) for half in halves), strict=True)
+    return np.concatenate(values), np.concatenate(valid)
 
 
 def _numbers(raw: pa.Array, integer: bool) -> tuple[npt.NDArray[np.float64], Flags, pa.Array]:
-    """The distinct values as float64, NaN where they are no numbers; which are absent; and the values to show."""
-    shown = _distinct(raw)
-    if _is_text(shown.type):
-        texts = shown.cast(pa.string()).fill_null("")
-        fits = _matches(texts, INTEGER if integer else NUMBER)
+    """Return the distinct values as float64 (NaN if not a number), which are missing, and the values themselves."""
+    distinct = _distinct(raw)
+    if _is_text(distinct.type):
+        texts = distinct.cast(pa.string()).fill_null("")
+        valid = _matches(texts, INTEGER if integer else NUMBER)
         numbers = np.full(len(texts), np.nan)
-        numbers[fits] = texts.filter(pa.array(fits)).cast(pa.float64()).to_numpy()
-        return numbers, pc.equal(texts, "").to_numpy(zero_copy_only=False), shown
-    absent = shown.is_null().to_numpy(zero_copy_only=False)
-    if pa.types.is_boolean(shown.type):
-        shown = shown.cast(pa.int8())
-    if not (pa.types.is_integer(shown.type) or pa.types.is_floating(shown.type) or pa.types.is_decimal(shown.type)):
-        return np.full(len(shown), np.nan), np.zeros(len(shown), dtype=bool), shown
-    numbers = shown.cast(pa.float64(), safe=False).fill_null(0).to_numpy()
+        numbers[valid] = texts.filter(pa.array(valid)).cast(pa.float64()).to_numpy()
+        return numbers, pc.equal(texts, "").to_numpy(zero_copy_only=False), distinct
+    absent = distinct.is_null().to_numpy(zero_copy_only=False)
+    if pa.types.is_boolean(distinct.type):
+        distinct = distinct.cast(pa.int8())
+    if not (
+        pa.types.is_integer(distinct.type) or pa.types.is_floating(distinct.type) or pa.types.is_decimal(distinct.type)
+    ):
+        return np.full(len(distinct), np.nan), np.zeros(len(distinct), dtype=bool), distinct
+    numbers = distinct.cast(pa.float64(), safe=False).fill_null(0).to_numpy()
     if integer:
         numbers = np.where(numbers == np.trunc(numbers), numbers, np.nan)
-    return numbers, absent, shown
+    return numbers, absent, distinct
 
 
-def _pieces(texts: pa.Array, separator: str) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
-    """The pieces of all texts, one after the other, and where those of each text begin; an empty text has none."""
+def _split_texts(texts: pa.Array, separator: str) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
+    """Split texts; return all parts, and the offsets of each text's parts. An empty text has no parts."""
     texts = texts.cast(pa.string()).fill_null("")
     lists = pc.split_pattern(texts, separator)
     lengths = lists.value_lengths().to_numpy()
@@ -201,35 +217,39 @@ def _pieces(texts: pa.Array, separator: str) -> tuple[pa.StringArray, npt.NDArra
     return flat, _offsets(np.where(empty, 0, lengths))
 
 
-def _canonical(texts: pa.StringArray, optional: bool = True) -> tuple[pa.StringArray, Flags]:
-    """Whole numbers without leading zeros; the empty text stays where it may."""
-    fits = _matches(texts, INTEGER)
-    whole = pc.if_else(pa.array(fits), texts, "0").cast(pa.int64()).cast(pa.string())
+def _canonical_integers(texts: pa.StringArray, optional: bool = True) -> tuple[pa.StringArray, Flags]:
+    """Return whole numbers without leading zeros, and which texts are valid; ``optional`` keeps empty texts."""
+    valid = _matches(texts, INTEGER)
+    digits = pc.if_else(pa.array(valid), texts, "0").cast(pa.int64()).cast(pa.string())
     if optional:
         empty = pc.equal(texts, "").to_numpy(zero_copy_only=False)
-        whole, fits = pc.if_else(pa.array(empty), "", whole), fits | empty
-    return whole, fits
+        digits, valid = pc.if_else(pa.array(empty), "", digits), valid | empty
+    return digits, valid
 
 
-def _result(raw: pa.Array, values: pa.Array, fits: Flags, shown: pa.Array, name: str, expected: str) -> Typed:
-    """The column of rows, from what is known of each distinct value."""
-    wrong_of_row = ~fits
+def _result(raw: pa.Array, values: pa.Array, valid: Flags, distinct: pa.Array, name: str, expected: str) -> TypedColumn:
+    """Return the typed column of all rows, given the value and validity of each distinct raw value."""
+    invalid_rows = ~valid
     if pa.types.is_dictionary(raw.type):
         rows = _indices(raw)
         values = values.take(pa.array(rows))
-        if fits.all():
-            return Typed(values, {})
-        wrong_of_row = ~fits[rows]
-        return Typed(values, {int(r): _why(name, shown[int(rows[r])], expected) for r in np.flatnonzero(wrong_of_row)})
-    return Typed(values, {int(r): _why(name, shown[int(r)], expected) for r in np.flatnonzero(wrong_of_row)})
+        if valid.all():
+            return TypedColumn(values, {})
+        invalid_rows = ~valid[rows]
+        return TypedColumn(
+            values, {int(r): _reason(name, distinct[int(rows[r])], expected) for r in np.flatnonzero(invalid_rows)}
+        )
+    return TypedColumn(
+        values, {int(r): _reason(name, distinct[int(r)], expected) for r in np.flatnonzero(invalid_rows)}
+    )
 
 
-def _all_wrong(raw: pa.Array, values: pa.Array, name: str, expected: str) -> Typed:
+def _all_invalid(raw: pa.Array, values: pa.Array, name: str, expected: str) -> TypedColumn:
     reason = f"{name} is of type {raw.type} instead of {expected}"
-    return Typed(values, dict.fromkeys(range(len(raw)), reason))
+    return TypedColumn(values, dict.fromkeys(range(len(raw)), reason))
 
 
-def _why(name: str, value: pa.Scalar, expected: str) -> str:
+def _reason(name: str, value: pa.Scalar, expected: str) -> str:
     text = value.as_py()
     shown = repr(text)
     if isinstance(text, str) and len(text) > 20:
@@ -238,13 +258,14 @@ def _why(name: str, value: pa.Scalar, expected: str) -> str:
 
 
 def _distinct(raw: pa.Array) -> pa.Array:
-    """The values of a dictionary, at its end the null that rows without a value stand for; or the column itself."""
+    """Return a dictionary's values, followed by a null if rows are null; or any other column itself."""
     if not pa.types.is_dictionary(raw.type):
         return raw
     return pa.concat_arrays([raw.dictionary, pa.nulls(1, raw.dictionary.type)]) if raw.null_count else raw.dictionary
 
 
 def _indices(raw: pa.DictionaryArray) -> npt.NDArray[np.int64]:
+    """Return each row's index into ``_distinct(raw)``."""
     return raw.indices.cast(pa.int64()).fill_null(len(raw.dictionary)).to_numpy()
 
 

@@ -1,6 +1,7 @@
-"""Which value is which id: merged from runs, saved as Parquet for people and sorted by hash for looking values up.
+"""Vocabularies: the mapping from a feature's values to ids, merged from the sorted runs of all groups.
 
-Runs are merged in ranges of hashes, so that memory holds a range of all values and the values that are kept.
+A vocabulary is saved twice: as Parquet, for people, and as a table sorted by hash, for lookups. Runs are merged in
+ranges of hashes, so that memory holds only one range of all values, and the values that are kept.
 """
 
 import hashlib
@@ -16,42 +17,43 @@ import pyarrow.compute as pc
 
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.parquet_parts import write_parquet
-from mlet_dist.data.prepare.counting import Run, sum_counts
+from mlet_dist.data.prepare.counting import SortedRun, sum_counts
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS
 from mlet_dist.errors import UserError
 
-MAX_BYTES = 2**31 - 1  # of one Arrow array of texts
+MAX_BYTES = 2**31 - 1  # of the texts in one Arrow array
 
-_BATCH = 1 << 18
+_BATCH = 1 << 18  # values to hash at a time
 
 
 def merge_runs(feature: str, runs: Sequence[Path], min_count: int, range_values: int) -> pa.Table:
-    """Columns value and count of the values seen ``min_count`` times, by descending count, ties by value.
+    """Return the columns value and count of the values with at least ``min_count`` occurrences; row i has id i + 1.
 
-    Row i is id i + 1. About ``range_values`` counts are held at a time, and what is kept.
+    Rows are sorted by descending count, ties by value. About ``range_values`` counts are in memory at a time, beside
+    the values that are kept.
 
     Raises:
-        UserError: there are more values than ids.
+        UserError: there are more values than a vocabulary can have.
     """
-    values = sum(Run(path).size(feature) for path in runs)
+    values = sum(SortedRun(path).size(feature) for path in runs)
     ranges = 1 + values // range_values
     bounds = [2**64 * index // ranges for index in range(ranges + 1)]
     kept = []
     for low, high in pairwise(bounds):
-        summed = sum_counts([Run(path).part(feature, low, high) for path in runs])
+        summed = sum_counts([SortedRun(path).part(feature, low, high) for path in runs])
         kept.append(summed.filter(pc.greater_equal(summed["count"], min_count)))
     table = pa.concat_tables(kept)
     size = pc.sum(pc.binary_length(table["value"])).as_py() or 0
     if table.num_rows >= MAX_NUM_EMBEDDINGS or size > MAX_BYTES:
         raise UserError(
-            f"feature {feature}: {table.num_rows} values of {size} bytes are more than a vocabulary holds; raise its "
-            "min_count or take `encoding: hash`"
+            f"feature {feature}: {table.num_rows} values of {size} bytes exceed the limits of a vocabulary "
+            f"({MAX_NUM_EMBEDDINGS - 1} values of {MAX_BYTES} bytes); raise its min_count or use `encoding: hash`"
         )
     return table.sort_by([("count", "descending"), ("value", "ascending")]).combine_chunks()
 
 
 def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> None:
-    """Write ``<feature>.parquet`` and ``<feature>.lookup``; both are there when they are whole, the lookup last."""
+    """Write ``<feature>.parquet``, then ``<feature>.lookup``; each is renamed from a temporary file when complete."""
     temporary = directory / f"{feature}.{uuid4().hex}.tmp"
     write_parquet(table, temporary)
     temporary.rename(directory / f"{feature}.parquet")
@@ -72,7 +74,7 @@ def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> None:
 
 
 class Lookup:
-    """Ids of a feature's texts by its vocabulary, which stays on disk, mapped into memory and shared by processes."""
+    """The ids of a feature's texts, from its vocabulary on disk, memory-mapped and so shared by processes."""
 
     def __init__(self, directory: Path, feature: str) -> None:
         with pa.memory_map(str(directory / f"{feature}.lookup")) as source:
@@ -85,14 +87,14 @@ class Lookup:
             self._values = table["value"].chunk(0)
 
     def ids(self, texts: pa.StringArray) -> npt.NDArray[np.int32]:
-        """(len(texts),): the id of each text, 0 where it is not in the vocabulary."""
+        """Return the id of each text, 0 if the vocabulary does not contain it: (len(texts),) int32."""
         ids = np.zeros(len(texts), np.int32)
         if self.num_embeddings == 1 or not len(texts):
             return ids
         hashes = hash_texts(texts, self._feature)
         positions = np.searchsorted(self._hashes, hashes)
         rows = np.arange(len(texts))
-        # Several values may have one hash, so go on while the hash is the same and the value another.
+        # Several values may share a hash: advance while the hash is equal and the value is not.
         while rows.size:
             inside = positions < len(self._hashes)
             rows, positions = rows[inside], positions[inside]
@@ -105,11 +107,11 @@ class Lookup:
         return ids
 
 
-def fingerprint_of(feature: str, values: pa.ChunkedArray) -> bytes:
-    """SHA-256 of a vocabulary's values in the order of their ids."""
+def values_fingerprint(feature: str, values: pa.ChunkedArray) -> bytes:
+    """Return the SHA-256 of a vocabulary's values in the order of their ids."""
     digest = hashlib.sha256(f"{feature} {len(values)}\n".encode())
     for start in range(0, len(values), _BATCH):
-        # Lengths and bytes, so that no two lists of values look the same.
+        # Lengths and bytes, so that different lists of values cannot have the same digest.
         texts = pa.concat_arrays(values.slice(start, _BATCH).chunks)
         digest.update(pc.binary_length(texts).to_numpy().astype("<i8").tobytes())
         offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset :]

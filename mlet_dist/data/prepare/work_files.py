@@ -1,7 +1,7 @@
-"""The directory beside a data set in the making, where finished pieces of work are kept until all are done.
+"""The work directory beside an unfinished data set, which keeps the finished results of each pass.
 
-Pieces of a kind lie under a digest of what they were made from (``keys.py``), so that nothing made from something else
-can be taken for them. A file is there when it is whole.
+Results lie under the fingerprint of what they depend on (module ``fingerprints``), so that a result for other arguments
+or files is never mistaken for them. Files are written under a temporary name and renamed when they are complete.
 """
 
 import fcntl
@@ -18,22 +18,22 @@ from mlet_dist.errors import UserError
 
 
 class WorkDirectory:
-    """Pieces of work for the data set ``out``, an absolute path, in ``.<name>.prepare`` beside it."""
+    """The work directory ``.<name>.prepare`` beside the data set ``out``, an absolute path."""
 
     def __init__(self, out: Path) -> None:
         self.root = out.parent / f".{out.name}.prepare"
         self._removed = self.root.with_name(f"{self.root.name}.removed")
 
-    def of(self, kind: str, key: str) -> Path:
-        """The directory of the pieces of a kind that were made from what ``key`` says."""
-        return self.root / kind / key
+    def path(self, kind: str, fingerprint: str) -> Path:
+        """Return the directory of a kind of results with this fingerprint."""
+        return self.root / kind / fingerprint
 
     @contextmanager
     def locked(self, shared: bool) -> Iterator[None]:
-        """Hold the directory, which is made if it is not there; other shards may hold it too where ``shared``.
+        """Create the directory if it does not exist, and lock it; ``shared`` lets other shards lock it, too.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process has locked it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.root, os.O_RDONLY)
@@ -41,44 +41,50 @@ class WorkDirectory:
             try:
                 fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.root}: another `mlet prepare` is at work on the same data set") from None
+                raise UserError(
+                    f"{self.root}: another `mlet prepare` is running for this data set; wait until it has finished"
+                ) from None
             yield
         finally:
             os.close(handle)
 
-    def drop_stale(self, keys: Mapping[str, Collection[str]]) -> None:
-        """Remove what other arguments or another state of the files have left; ``keys`` are those to keep, by kind."""
-        for kind, kept in keys.items():
+    def remove_stale(self, kept_fingerprints: Mapping[str, Collection[str]]) -> None:
+        """Remove results for other arguments or other states of the files; keep those with the given fingerprints."""
+        for kind, kept in kept_fingerprints.items():
             if (self.root / kind).is_dir():
                 for path in (self.root / kind).iterdir():
                     if path.name not in kept:
-                        shutil.rmtree(path, ignore_errors=True)  # shards that start together all do this
+                        shutil.rmtree(path, ignore_errors=True)  # shards that start together race for this
 
-    def finished(self, whole_files: bool) -> bool:
-        """Whether a raw file, or where not ``whole_files`` at least a block of one, need not be read again."""
-        return any(self.root.glob("read/*/done.json" if whole_files else "read/*/*.arrow"))
+    def has_finished_files(self) -> bool:
+        """Return whether at least one raw file need not be read again."""
+        return any(self.root.glob("read/*/done.json"))
+
+    def has_finished_blocks(self) -> bool:
+        """Return whether at least one block of a raw file need not be read again."""
+        return any(self.root.glob("read/*/*.arrow"))
 
     def remove(self) -> None:
-        """Remove it with all that is in it; a removal that is killed leaves nothing under its name to go on from."""
-        self.drop_removed()
+        """Remove the directory. It is renamed first, so that a killed removal leaves no partial results."""
+        self.remove_leftovers()
         with suppress(FileNotFoundError):
             self.root.rename(self._removed)
-        self.drop_removed()
+        self.remove_leftovers()
 
-    def drop_removed(self) -> None:
-        """Remove what a removal that was killed has left."""
+    def remove_leftovers(self) -> None:
+        """Remove what a killed removal has left."""
         shutil.rmtree(self._removed, ignore_errors=True)
 
 
 def save_json(path: Path, content: Any) -> None:
-    """Write JSON; the file is there when it is whole."""
+    """Write JSON to a temporary file and rename it to ``path``."""
     temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.rename(path)
 
 
 def load_json(path: Path) -> Any:
-    """What ``save_json`` wrote; None where there is nothing."""
+    """Return what ``save_json`` wrote, or None if the file does not exist."""
     with suppress(FileNotFoundError):
         return json.loads(path.read_text(encoding="utf-8"))
     return None

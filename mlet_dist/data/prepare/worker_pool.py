@@ -1,4 +1,4 @@
-"""Processes that do pieces of work side by side; results come back in order, and few pieces wait at a time."""
+"""A pool of worker processes that returns results in order and keeps only a few calls waiting."""
 
 import multiprocessing
 import os
@@ -19,31 +19,31 @@ from mlet_dist.errors import UserError
 
 Result = TypeVar("Result")
 
-
 _UNGUARDED = (
-    'a script that calls prepare is imported by its processes: have it do so under `if __name__ == "__main__":` only'
+    "prepare was called while a worker process imported the main script; call it only under "
+    '`if __name__ == "__main__":`'
 )
 
 
 class WorkerKilledError(UserError):
-    """A process was killed, which the system does when memory is short, or could not start."""
+    """A worker process was killed, as the system does when memory is short, or none could start."""
 
 
-def refuse_main_import() -> None:
-    """Raise UserError in a process that has not come further than importing the script which started it."""
-    # As multiprocessing itself asks, which has no public way to.
+def check_main_guard() -> None:
+    """Raise UserError in a worker process that is still importing the main script."""
+    # multiprocessing makes the same check; there is no public function for it.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(_UNGUARDED)
 
 
 class Workers:
-    """A pool of processes; with one, this process does the work itself."""
+    """A pool of worker processes. With ``processes`` = 1 there are none, and calls run in this process."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._pool: ProcessPoolExecutor | None = None
         if processes > 1:
-            # Not fork: pyarrow's threads do not survive it.
+            # Not fork, which pyarrow's threads do not survive.
             context = multiprocessing.get_context("spawn")
             self._started = context.Event()
             self._pool = ProcessPoolExecutor(
@@ -55,10 +55,11 @@ class Workers:
     ) -> Iterator[Result]:
         """Yield ``function(*call)`` for each call, in order.
 
-        Few more calls than ``at_once`` (all processes) are taken before the first one is done.
+        At most ``at_once`` + 2 calls (by default the number of processes + 2) are taken before the first result is
+        yielded.
 
         Raises:
-            WorkerKilledError: a process was killed, or none could start.
+            WorkerKilledError: a worker process was killed, or none could start.
         """
         if self._pool is None:
             for call in calls:
@@ -74,9 +75,9 @@ class Workers:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise WorkerKilledError(
-                "a process of mlet prepare was killed, as happens when memory is short; give a smaller --memory"
+                "a worker process of mlet prepare was killed, probably because memory is short; pass a smaller --memory"
                 if self._started.is_set()
-                else f"no process of mlet prepare could start; {_UNGUARDED}"
+                else f"no worker process of mlet prepare could start; {_UNGUARDED}"
             ) from None
         finally:
             for future in waiting:
@@ -93,19 +94,16 @@ class Workers:
 
 
 def _start(started: Event) -> None:
-    """In a new process: leave Ctrl-C to the parent, and end when that one ends, be it by kill -9.
-
-    One thread is enough for Arrow: processes are what runs side by side.
-    """
-    pa.set_cpu_count(1)
+    """Set a new worker process up: it leaves Ctrl-C to its parent, and ends when the parent ends, even by kill -9."""
+    pa.set_cpu_count(1)  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow(sentinel: int) -> None:
+    def exit_with_parent(sentinel: int) -> None:
         wait([sentinel])
         os._exit(1)
 
-    Thread(target=follow, args=(parent.sentinel,), daemon=True).start()
+    Thread(target=exit_with_parent, args=(parent.sentinel,), daemon=True).start()
     started.set()

@@ -1,4 +1,4 @@
-"""Writes a group's rows as parts of the data set: texts become ids, dense columns are standardised, splits part."""
+"""The write pass of one group: texts become ids, dense columns are standardised, and each split gets a part."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,14 @@ import pyarrow.parquet as pq
 
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.parquet_parts import ROW_GROUP_ROWS, parquet_writer, required, sha256_of
-from mlet_dist.data.prepare.chunks import LABEL, Group, dense_column, sparse_column, values_and_indices, weight_column
+from mlet_dist.data.prepare.chunks import (
+    LABEL,
+    ChunkGroup,
+    dense_column,
+    sparse_column,
+    values_and_indices,
+    weight_column,
+)
 from mlet_dist.data.prepare.counting import Moments
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.splits import Splitter
@@ -24,12 +31,12 @@ from mlet_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Encoder:
-    """All that turns chunks into rows of the data set.
+    """Encodes chunks as rows of the data set.
 
     Attributes:
-        spec: the table's.
-        vocabularies: directory of each lookup, by feature.
-        moments: of the training split, by the name of a dense feature that is standardised.
+        spec: description of the table.
+        vocabularies: the directory of each feature's vocabulary.
+        moments: the training split's moments of each dense feature that is standardised.
     """
 
     spec: TableSpec
@@ -37,14 +44,22 @@ class Encoder:
     moments: Mapping[str, Moments]
 
     def write(
-        self, splitter: Splitter, group: Group, directory: Path, names: Mapping[str, str], scratch: Path
+        self, splitter: Splitter, group: ChunkGroup, directory: Path, names: Mapping[str, str], scratch: Path
     ) -> dict[str, Part]:
-        """Write a group's rows to one part a split; whole ones go from ``scratch`` to ``names`` in ``directory``.
+        """Write a group's rows as one part per split.
 
-        Returns the parts that have rows.
+        Args:
+            splitter: the assignment of rows to splits.
+            group: the chunks to write.
+            directory: the data set's directory.
+            names: the path of each split's part in ``directory``.
+            scratch: directory for unfinished parts.
+
+        Returns:
+            The parts that have rows, by split.
         """
         lookups = {name: Lookup(directory, name) for name, directory in self.vocabularies.items()}
-        # Not under one name: a shard that is started twice would write into the other's file.
+        # A unique name, since a shard that is started twice must not write to the same file.
         temporary = scratch / f"{group.number:06}.{uuid4().hex}"
         writers = {s: _PartWriter(directory / name, temporary.with_suffix(f".{s}")) for s, name in names.items()}
         for chunk, codes in group.read(splitter):
@@ -66,7 +81,7 @@ class Encoder:
                 if not (np.abs(scaled) <= FLOAT32_MAX).all():
                     raise UserError(
                         f"dense feature {dense.name}: {numbers[np.abs(scaled).argmax()]} is too many deviations "
-                        f"({moments.deviation}) from the training split's mean {moments.mean}; take another transform"
+                        f"({moments.deviation}) from the training split's mean {moments.mean}; choose another transform"
                     )
                 column = pa.array(scaled.astype(np.float32))
             columns[dense.name] = column
@@ -85,7 +100,7 @@ class Encoder:
 
 
 class _PartWriter:
-    """Appends rows to a Parquet file in whole row groups; it is there when it is whole, and only if it has rows."""
+    """Writes rows in full row groups to a temporary Parquet file, and renames it to ``path`` if it has any rows."""
 
     def __init__(self, path: Path, temporary: Path) -> None:
         self._path, self._temporary = path, temporary
@@ -102,6 +117,7 @@ class _PartWriter:
             self._flush(self._pending_rows // ROW_GROUP_ROWS * ROW_GROUP_ROWS)
 
     def close(self, name: str) -> Part | None:
+        """Complete the file; return its description with the path ``name``, or None if there are no rows."""
         if not self._rows:
             return None
         if self._pending:

@@ -1,4 +1,4 @@
-"""Tests of mlet_dist.data.loading.loader and row_groups."""
+"""Tests of mlet_dist.data.loading.loader, row_groups and jagged_tensors on single-valued features."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ def read_split(path: Path, split: str) -> pa.Table:
 
 
 def as_rows(batch: Batch) -> torch.Tensor:
-    """(num_rows, 1 + num_dense + T) float64: the batch as a table, from its jagged tensors."""
+    """Return the batch as a table (num_rows, 1 + num_dense + T) float64, read from its jagged tensors."""
     columns = []
     for name in batch.sparse.keys():  # noqa: SIM118  (a KeyedJaggedTensor is no mapping)
         jagged = batch.sparse[name]
@@ -112,8 +112,8 @@ def test_evaluation_covers_every_row_once(dataset: Path, split: str, batch_size:
             assert batch.labels[batch.num_rows :].eq(0).all()
 
 
-def test_a_rank_may_hold_nothing_but_padding(dataset: Path) -> None:
-    """test has 4,501 rows: of the second batch of 4,500, rank 0 has one row and rank 1 none."""
+def test_a_rank_s_share_may_be_padding_alone(dataset: Path) -> None:
+    """test has 4,501 rows: of its second batch of 4,500, rank 0 has one row and rank 1 has none."""
     shares = [
         list(make_loader(dataset, "test", batch_size=4500, rank=r, world_size=2, drop_last=False))[1] for r in range(2)
     ]
@@ -124,7 +124,7 @@ def test_a_rank_may_hold_nothing_but_padding(dataset: Path) -> None:
 
 
 def test_torchrec_pools_padding_to_zero(dataset: Path) -> None:
-    """The bags mean to TorchRec what they should: each row's own embedding, zeros for padding."""
+    """TorchRec looks up each row's own embedding, and pools the bags of padding rows to zeros."""
     sizes = DatasetSchema.load(dataset).num_embeddings
     ebc = EmbeddingBagCollection(
         tables=[
@@ -140,7 +140,7 @@ def test_torchrec_pools_padding_to_zero(dataset: Path) -> None:
     assert pooled[501:].eq(0).all()
 
 
-def test_chosen_features_in_the_order_asked(dataset: Path) -> None:
+def test_chosen_features_in_the_requested_order(dataset: Path) -> None:
     batch = next(iter(make_loader(dataset, dense_features=["I9", "I2"], sparse_features=["C20", "C3"])))
     table = read_split(dataset, "train").slice(0, 1200)
     assert batch.sparse.keys() == ["C20", "C3"]
@@ -148,14 +148,14 @@ def test_chosen_features_in_the_order_asked(dataset: Path) -> None:
     assert torch.equal(as_rows(batch), torch.from_numpy(expected))
 
 
-def test_each_iteration_starts_anew(dataset: Path) -> None:
+def test_each_iteration_starts_at_the_first_batch(dataset: Path) -> None:
     loader = make_loader(dataset, "valid", batch_size=100)
     first, second = list(loader), list(loader)
     assert len(first) == len(second) == len(loader) == 45
     assert all(torch.equal(as_rows(a), as_rows(b)) for a, b in zip(first, second, strict=True))
 
 
-def test_going_on_passes_over_without_decoding(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_skips_without_decoding(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = record_decoding(monkeypatch)
     everything = list(make_loader(dataset))
     assert decoded == [0, 1, 2]
@@ -195,7 +195,7 @@ def test_abandoned_iterator_leaves_no_thread(dataset: Path, taken: int) -> None:
     iterator = iter(make_loader(dataset, batch_size=100))
     for _ in range(taken):
         next(iterator)
-    assert len(loader_threads()) >= 2  # one decodes, one puts batches together
+    assert len(loader_threads()) >= 2  # one decodes, one assembles batches
     del iterator
     gc.collect()
     assert loader_threads() == []
@@ -226,8 +226,8 @@ def test_reading_ahead_is_bounded(dataset: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(DataLoader, "_batch", recording)
     iterator = iter(make_loader(dataset, batch_size=100))
     next(iterator)
-    assert enough.wait(30)  # the one taken, a full queue, and the one that waits to be put
-    time.sleep(0.2)  # an unbounded queue would go on
+    assert enough.wait(30)  # the batch taken, a full queue, and the batch that waits for room in it
+    time.sleep(0.2)  # an unbounded queue would keep filling
     assert len(made) == BATCHES_AHEAD + 2
     next(iterator)
     del iterator
@@ -279,7 +279,7 @@ def test_missing_data_set(tmp_path: Path) -> None:
 
 @pytest.fixture
 def broken(dataset: Path, tmp_path: Path) -> Path:
-    """A copy of the data set to break."""
+    """Return a copy of the data set that a test may damage."""
     return Path(shutil.copytree(dataset, tmp_path / "broken"))
 
 
@@ -299,8 +299,8 @@ TRAIN = "train/part-00000.parquet"
     [
         ("C3", 500, r"column C3 holds id 500, outside \[0, 500\): its table has num_embeddings 500"),
         ("C20", -1, r"column C20 holds id -1, outside \[0, 4\): its table has num_embeddings 4"),
-        ("label", 2, "column label holds 2; a label is 0 or 1"),
-        ("label", -1, "column label holds -1; a label is 0 or 1"),
+        ("label", 2, "column label holds 2; a label must be 0 or 1"),
+        ("label", -1, "column label holds -1; a label must be 0 or 1"),
         ("C3", None, "column C3 has 1 missing values"),
         ("I4", None, "column I4 has 1 missing values"),
         ("I4", float("inf"), "column I4 holds inf; it must be a finite number"),
@@ -311,18 +311,18 @@ TRAIN = "train/part-00000.parquet"
 def test_wrong_value_surfaces_in_the_consumer(broken: Path, column: str, value: float | None, message: str) -> None:
     change_value(broken / TRAIN, column, 20_000, value)
     iterator = iter(make_loader(broken))
-    next(iterator)  # the first row group is in order
+    next(iterator)  # the first row group is valid
     with pytest.raises(UserError, match=f"{broken / TRAIN}: {message}"):
         list(iterator)
     assert loader_threads() == []
 
 
-def test_largest_id_is_in_order(broken: Path) -> None:
+def test_largest_id_is_valid(broken: Path) -> None:
     change_value(broken / TRAIN, "C3", 20_000, 499)
     assert len(list(make_loader(broken))) == 30
 
 
-def test_column_that_was_not_asked_for_is_not_read(broken: Path) -> None:
+def test_column_that_was_not_requested_is_not_read(broken: Path) -> None:
     change_value(broken / TRAIN, "C3", 20_000, 500)
     assert len(list(make_loader(broken, sparse_features=["C1"]))) == 30
 
@@ -348,21 +348,21 @@ def widen_a_column(path: Path) -> None:
     ("damage", "message"),
     [
         (Path.unlink, r"missing, though .*schema\.json names it"),
-        (truncate, "not a whole Parquet file"),
-        (lambda path: path.write_bytes(b""), "not a whole Parquet file"),
-        (lose_a_row, r"has 36001 rows, but schema\.json says 36002"),
+        (truncate, "not a complete Parquet file"),
+        (lambda path: path.write_bytes(b""), "not a complete Parquet file"),
+        (lose_a_row, r"has 36001 rows, but schema\.json has 36002"),
         (lose_a_column, "column C5 is missing instead of int32"),
         (widen_a_column, "column C1 is int64 instead of int32"),
     ],
 )
-def test_damaged_part_is_refused_at_once(broken: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_damaged_part_is_an_error_at_once(broken: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(broken / TRAIN)
     with pytest.raises(UserError, match=f"{broken / TRAIN}: {message}"):
         make_loader(broken)
 
 
 @pytest.mark.parametrize("position", [0.1, 0.5, 0.8])
-def test_flipped_bits_are_noticed(broken: Path, position: float) -> None:
+def test_flipped_bits_are_detected(broken: Path, position: float) -> None:
     content = bytearray((broken / TRAIN).read_bytes())
     content[int(len(content) * position)] ^= 0x10
     (broken / TRAIN).write_bytes(content)
@@ -378,7 +378,7 @@ def test_part_that_goes_missing_later(broken: Path) -> None:
 
 
 def test_several_parts_are_one_sequence(broken: Path) -> None:
-    """The same rows cut into three parts of odd sizes make the same batches."""
+    """The same rows in three parts of odd sizes make the same batches."""
     expected = list(make_loader(broken, batch_size=3600))
     table = pq.read_table(broken / TRAIN)
     schema = json.loads((broken / "schema.json").read_text())
@@ -396,10 +396,10 @@ def test_several_parts_are_one_sequence(broken: Path) -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "rank", "warnings"), [(4000, 0, 1), (4000, 1, 0), (2000, 0, 0)])
-def test_shuffling_that_has_no_effect_is_a_warning(
+def test_shuffling_without_effect_logs_a_warning(
     dataset: Path, batch_size: int, rank: int, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """4,500 rows of one row group are one batch of 4,000, or two of 2,000, which a buffer of one row mixes."""
+    """4,500 rows of one row group make one batch of 4,000, or two of 2,000, which a buffer of one row shuffles."""
     changes = {"batch_size": batch_size, "rank": rank, "world_size": 2, "shuffle": Shuffle(0, 1)}
     loader = make_loader(dataset, "valid", **changes)
     message = f"{dataset}: valid: its 4500 rows are one row group and make one batch of 4000, the same in each epoch; "

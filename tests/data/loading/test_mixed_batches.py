@@ -1,4 +1,4 @@
-"""Tests of the loader on multi-valued and weighted features, shuffled, on several ranks and from the middle."""
+"""Tests of the loader on multi-valued and weighted features: shuffled, on several ranks, and resumed."""
 
 import shutil
 from collections.abc import Iterable
@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 from mlet_dist.data.loading import row_groups
+from mlet_dist.data.loading.jagged_tensors import JaggedBuilder
 from mlet_dist.data.loading.loader import Batch, DataLoader
 from mlet_dist.data.loading.order import Shuffle
-from mlet_dist.data.loading.rows import JaggedBuilder, Rows
+from mlet_dist.data.loading.rows import Rows
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from tests.helpers.mixed_dataset import DENSE, GROUP_ROWS, SIZES, SPARSE, write_mixed
@@ -29,14 +30,14 @@ Record = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Record]]]:
-    """The data set, not to be changed, and the rows of its splits as plain Python."""
+    """Return the data set, which tests must not change, and the rows of its splits as plain Python."""
     path = tmp_path_factory.mktemp("mixed") / "data"
     tables = write_mixed(path, ROWS)
     return path, {split: records_of(table) for split, table in tables.items()}
 
 
 def records_of(table: pa.Table) -> list[Record]:
-    """What batches hold of a table, row by row: ids in lists, and a weight for each id."""
+    """Return what batches hold of a table, row by row: lists of ids, and a weight for each id."""
     records = table.to_pylist()
     for record in records:
         for name in SPARSE:
@@ -47,7 +48,7 @@ def records_of(table: pa.Table) -> list[Record]:
 
 
 def unpack(batch: Batch) -> list[Record]:
-    """The same, from a batch; padding is checked and left out."""
+    """Return the records of a batch; padding is checked and left out."""
     assert batch.labels[batch.num_rows :].eq(0).all()
     assert batch.dense[batch.num_rows :].eq(0).all()
     records: list[Record] = [
@@ -117,10 +118,10 @@ def test_shuffled_order_on_any_number_of_ranks(mixed: tuple[Path, dict[str, list
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_run_goes_on_with_the_next_batch_on_other_ranks(
+def test_a_run_resumes_with_the_next_batch_on_other_ranks(
     mixed: tuple[Path, dict[str, list[Record]]], data: st.DataObject
 ) -> None:
-    """Stopped after any batch of two epochs; what a pipeline had taken ahead is taken again."""
+    """A run is stopped after any batch of two epochs; batches that a pipeline had taken ahead are read again."""
     path, _ = mixed
     shuffle = data.draw(st.none() | st.builds(Shuffle, st.integers(0, 9), st.sampled_from([1, 200, 2000])))
     before, after = data.draw(st.sampled_from([1, 2, 3, 4])), data.draw(st.sampled_from([1, 2, 3, 4]))
@@ -154,7 +155,7 @@ def test_evaluation_covers_every_row_once(
 def test_ranks_decode_the_row_groups_of_a_window_once(
     mixed: tuple[Path, dict[str, list[Record]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But those on the borders of two ranks' parts, of which each window has 3 between 4 ranks, or of two windows."""
+    """Except those on the borders of two ranks' parts (3 per window of 4 ranks) or of two windows."""
     path, _ = mixed
     decoded: list[int] = []
     decode = row_groups.SplitRows.decode
@@ -166,12 +167,12 @@ def test_ranks_decode_the_row_groups_of_a_window_once(
     monkeypatch.setattr(row_groups.SplitRows, "decode", recording)
     global_batches(path, 4, batch_size=100, shuffle=Shuffle(0, 500))
     groups = -(-ROWS // GROUP_ROWS)
-    assert set(decoded) <= set(range(groups + 3))  # a part ends with a small one
+    assert set(decoded) <= set(range(groups + 3))  # each part ends with a smaller one
     assert groups <= len(decoded) <= groups + 3 + 2 * 3 + 1
 
 
-def test_rows_of_a_slice_have_their_own_lists(mixed: tuple[Path, dict[str, list[Record]]]) -> None:
-    """Arrow's lists may begin in the middle of their values."""
+def test_a_slice_of_a_table_keeps_its_own_lists(mixed: tuple[Path, dict[str, list[Record]]]) -> None:
+    """The lists of a sliced Arrow array start in the middle of its values."""
     path, _ = mixed
     schema = DatasetSchema.load(path)
     parts = row_groups.SplitRows(path, schema, schema.parts["train"], DENSE, SPARSE, by_row=True)
@@ -183,7 +184,7 @@ def test_rows_of_a_slice_have_their_own_lists(mixed: tuple[Path, dict[str, list[
     assert torch.equal(found.lengths(), expected.lengths())
 
 
-def test_features_in_the_order_asked_and_weights_only_with_a_weighted_one(
+def test_features_in_the_requested_order_and_weights_only_with_a_weighted_one(
     mixed: tuple[Path, dict[str, list[Record]]],
 ) -> None:
     path, expected = mixed
@@ -220,14 +221,17 @@ def test_a_state_of_another_order_is_refused(mixed: tuple[Path, dict[str, list[R
     path, _ = mixed
     loader = make_loader(path, shuffle=Shuffle(1, 100))
     state = loader.state_dict(3)
-    with pytest.raises(UserError, match=rf"train: cannot go on where the run stopped: {key} was 17 and is \d+;"):
+    with pytest.raises(UserError, match=rf"train: cannot resume where the run stopped: {key} was 17 and is \d+;"):
         loader.load_state_dict(state | {key: 17})
 
 
 def test_a_state_of_another_vocabulary_is_refused(mixed: tuple[Path, dict[str, list[Record]]]) -> None:
     loader = make_loader(mixed[0], shuffle=Shuffle(1, 100))
     state = loader.state_dict(3)
-    with pytest.raises(UserError, match=r"stopped: vocabulary_id was other and is mixed; .* other rows or ids$"):
+    with pytest.raises(
+        UserError,
+        match=r"stopped: vocabulary_id was other and is mixed; with another vocabulary_id .* ids$",
+    ):
         loader.load_state_dict(state | {"vocabulary_id": "other"})
     del state["vocabulary_id"]
     with pytest.raises(UserError, match=r"stopped: vocabulary_id was not saved and is mixed;"):
@@ -238,18 +242,16 @@ def test_a_state_of_another_vocabulary_is_refused(mixed: tuple[Path, dict[str, l
     ("key", "value"),
     [*(("epoch", each) for each in (-1, 1.0, "1", True, None)), *(("row", each) for each in (10**9, -1, 3, "0", None))],
 )
-def test_a_state_that_cannot_be_is_refused(
-    mixed: tuple[Path, dict[str, list[Record]]], key: str, value: object
-) -> None:
+def test_an_invalid_state_is_refused(mixed: tuple[Path, dict[str, list[Record]]], key: str, value: object) -> None:
     loader = make_loader(mixed[0], shuffle=Shuffle(1, 100))
     state = loader.state_dict(3)
     size = state["batch_size"]
     assert isinstance(size, int)
     last = (len(loader) - 1) * size
-    right = "0 or more" if key == "epoch" else f"a multiple of {size} from 0 to {last}"
+    expected = "0 or more" if key == "epoch" else f"a multiple of {size} from 0 to {last}"
     with pytest.raises(UserError) as caught:
         loader.load_state_dict(state | {key: value})
-    assert str(caught.value).endswith(f"{key} is {value!r}; it must be a whole number, {right}")
+    assert str(caught.value).endswith(f"{key} is {value!r}; it must be a whole number, {expected}")
     assert loader.load_state_dict(state) == 3
     assert loader.load_state_dict(state | {"row": last}) == len(loader) - 1
     with pytest.raises(UserError, match=f"row is {last + size};"):
@@ -279,8 +281,8 @@ def change_list(path: Path, column: str, values: list[Any] | None) -> None:
         ("genres", [-1], r"column genres holds id -1, outside \[0, 12\)"),
         ("genres", None, "column genres has 1 missing values; none are allowed"),
         ("genres", [1, None], "column genres has 1 missing values; none are allowed"),
-        ("tags.weight", [0.5] * 9, r"a list of column tags\.weight has another length than that of column tags"),
-        ("tags", [1] * 9, r"a list of column tags\.weight has another length than that of column tags"),
+        ("tags.weight", [0.5] * 9, r"a list of column tags\.weight has another length than the list of column tags"),
+        ("tags", [1] * 9, r"a list of column tags\.weight has another length than the list of column tags"),
     ],
 )
 @pytest.mark.parametrize("shuffle", [None, Shuffle(0, 100)])

@@ -22,7 +22,7 @@ def make_order(group_rows: list[int], rank: int = 0, world_size: int = 1, **chan
 
 
 def batches_of(order: Order, group_rows: list[int], epoch: int = 0, first_batch: int = 0) -> list[list[int]]:
-    """The rows of the split that each batch holds, by number in the files."""
+    """Return the rows of each batch, by their number in the files."""
     firsts = np.cumsum([0, *group_rows])
     sequence = np.concatenate([np.arange(firsts[g], firsts[g + 1]) for g in order.groups(epoch)])
     found = []
@@ -79,19 +79,17 @@ def test_evaluation_covers_every_row_once_in_order(groups: list[int], batch_size
 
 @settings(max_examples=60, deadline=None)
 @given(groups=GROUPS, shuffle=SHUFFLES, data=st.data())
-def test_stopped_anywhere_it_goes_on_with_the_next_batch(
-    groups: list[int], shuffle: Shuffle | None, data: st.DataObject
-) -> None:
+def test_an_epoch_resumes_at_any_batch(groups: list[int], shuffle: Shuffle | None, data: st.DataObject) -> None:
     order = make_order(groups, batch_size=4, shuffle=shuffle)
     first = data.draw(st.integers(0, order.batches))
     assert batches_of(order, groups, 1, first) == batches_of(order, groups, 1)[first:]
 
 
-def test_file_order_is_that_of_the_files() -> None:
+def test_file_order() -> None:
     assert global_batches([5, 1, 7], 2, batch_size=6) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     groups = [50] * 8
     orders = [
         global_batches(groups, 1, epoch, batch_size=10, shuffle=Shuffle(seed, 100))
@@ -102,7 +100,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_a_batch_is_a_sample_of_its_window() -> None:
-    """Of 200 batches of a window, each takes one of every 200 neighbours, evenly at random."""
+    """Each of the 200 batches of a window takes one of every 200 neighbours, uniformly at random."""
     groups = [1000] * 20
     found = np.array(batches_of(make_order(groups, batch_size=100, shuffle=Shuffle(3, 20_000)), groups))
     sequence = [
@@ -115,8 +113,8 @@ def test_a_batch_is_a_sample_of_its_window() -> None:
     assert abs(np.corrcoef(within.T)[np.triu_indices(100, 1)]).max() < 5 / np.sqrt(200)
 
 
-def test_row_groups_are_permuted_evenly() -> None:
-    """Over 400 epochs each of 8 row groups comes first about as often."""
+def test_row_groups_are_permuted_uniformly() -> None:
+    """Over 400 epochs each of 8 row groups is first about equally often."""
     order = make_order([10] * 8, shuffle=Shuffle(0, 20))
     firsts = np.bincount([order.groups(epoch)[0] for epoch in range(400)], minlength=8)
     assert abs(firsts - 50).max() < 5 * np.sqrt(50)
@@ -133,8 +131,8 @@ def test_ranks_share_no_rows_of_a_shuffled_window(world_size: int) -> None:
     assert all(before[1] == after[0] for before, after in pairwise(parts))
 
 
-def test_a_billion_rows_cost_no_more_than_their_row_groups() -> None:
-    """A rank of 64 begins in the middle of four billion rows with arrays of its own part of a window alone."""
+def test_memory_of_four_billion_rows_is_that_of_their_row_groups() -> None:
+    """One of 64 ranks starts in the middle of four billion rows, with arrays as long as its part of a window."""
     order = make_order([16_384] * 250_000, 40, 64, batch_size=65_536, shuffle=Shuffle(0, 1 << 20))
     assert order.batches == 62_500
     window = next(order.windows(5, 31_259))
@@ -143,8 +141,8 @@ def test_a_billion_rows_cost_no_more_than_their_row_groups() -> None:
     assert window.stop - window.start == order.window_rows == (1 << 20) // 64
 
 
-def test_the_order_of_an_epoch_stays_what_it_was() -> None:
-    """A run that goes on under another version of NumPy or of mlet_dist must find the same order."""
+def test_the_order_of_an_epoch_never_changes() -> None:
+    """A run that resumes under another version of NumPy or mlet_dist must find the same order."""
     found = global_batches([4] * 4, 1, 2, batch_size=4, shuffle=Shuffle(7, 8))
     assert found == [[1, 2, 8, 10], [0, 3, 9, 11], [4, 7, 12, 15], [5, 6, 13, 14]]
 
@@ -156,8 +154,8 @@ def test_an_incomplete_batch_is_not_shuffled() -> None:
 
 @pytest.mark.parametrize("buffer_rows", [1, 12, 23])
 @pytest.mark.parametrize("batches", [2, 3, 10])
-def test_a_buffer_of_less_than_two_batches_still_mixes_two(buffer_rows: int, batches: int) -> None:
-    """In one row group too, where no permutation of row groups helps."""
+def test_a_buffer_of_less_than_two_batches_still_shuffles_two(buffer_rows: int, batches: int) -> None:
+    """This holds within one row group, too, which no permutation of row groups shuffles."""
     groups, shuffle = [12 * batches], Shuffle(3, buffer_rows)
     epochs = [global_batches(groups, 2, epoch, shuffle=shuffle) for epoch in (0, 1)]
     assert make_order(groups, shuffle=shuffle).mixes
@@ -168,7 +166,7 @@ def test_a_buffer_of_less_than_two_batches_still_mixes_two(buffer_rows: int, bat
     assert epochs[0][:2] != epochs[1][:2] != [list(range(12)), list(range(12, 24))] != epochs[0][:2]
 
 
-def test_where_nothing_can_be_mixed() -> None:
+def test_where_nothing_can_be_shuffled() -> None:
     for groups, mixes in (([17], False), ([0, 17, 0], False), ([9, 8], True), ([24], True)):
         assert make_order(groups, shuffle=Shuffle(0, 100)).mixes == mixes
         differ = len({str(global_batches(groups, 1, epoch, shuffle=Shuffle(0, 100))) for epoch in range(8)}) > 1

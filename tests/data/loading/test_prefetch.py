@@ -22,7 +22,7 @@ def count(stop: int, taken: list[int]) -> Generator[int, None, None]:
         yield number
 
 
-def test_results_come_in_order_whoever_is_first() -> None:
+def test_results_come_in_order_whichever_is_done_first() -> None:
     def slow_at_first(number: int) -> int:
         time.sleep(0.02 * (number % 3 == 0))
         return number * number
@@ -35,21 +35,21 @@ def test_several_threads_work_at_once() -> None:
     assert len(list(map_ahead(lambda _: together.wait(), range(6), threads=3, ahead=3))) == 6
 
 
-def test_no_more_is_begun_than_allowed() -> None:
-    begun: list[int] = []
+def test_no_more_calls_are_started_than_allowed() -> None:
+    started: list[int] = []
 
     def work(number: int) -> int:
-        begun.append(number)
+        started.append(number)
         return number
 
     with closing(map_ahead(work, range(100), threads=2, ahead=5)) as results:
         for number in range(10):
             assert next(results) == number
-            assert len(begun) <= number + 5
+            assert len(started) <= number + 5
 
 
 @pytest.mark.parametrize("failing", [0, 7])
-def test_an_error_comes_in_its_turn_and_ends_the_threads(failing: int) -> None:
+def test_an_error_is_raised_in_order_and_ends_the_threads(failing: int) -> None:
     def work(number: int) -> int:
         if number == failing:
             raise KeyError(number)
@@ -69,11 +69,11 @@ def test_items_are_taken_ahead_and_no_further() -> None:
         while len(taken) < 5 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.05)
-        assert taken == [0, 1, 2, 3, 4]  # the one given out, three waiting and one in hand
+        assert taken == [0, 1, 2, 3, 4]  # the item yielded, three in the queue and one in hand
         assert list(items) == list(range(1, 100))
 
 
-def test_a_consumer_that_fails_ends_the_threads_and_closes_what_it_read() -> None:
+def test_a_consumer_that_fails_ends_the_threads_and_closes_the_source() -> None:
     closed = threading.Event()
 
     def endless() -> Generator[int, None, None]:
@@ -93,7 +93,7 @@ def test_a_consumer_that_fails_ends_the_threads_and_closes_what_it_read() -> Non
     assert closed.is_set()
 
 
-def test_an_error_of_the_source_comes_after_what_was_read() -> None:
+def test_an_error_of_the_source_is_raised_after_its_items() -> None:
     def failing() -> Generator[int, None, None]:
         yield 1
         raise KeyError("gone")

@@ -1,4 +1,4 @@
-"""Tests of `mlet prepare avazu`: everything is computed again by the standard library's csv module."""
+"""Tests of `mlet prepare avazu` against a second computation with the standard library's csv module."""
 
 import csv
 import gzip
@@ -23,11 +23,11 @@ REAL_SAMPLE = Path(__file__).parents[4] / "shared/data/avazu_32k.csv.gz"
 
 
 def assert_as_computed_independently(path: Path, out: Path, min_count: int) -> None:
-    """Counts, vocabularies, rates and every row of the data set ``out`` that was made from the .gz file ``path``."""
+    """Check counts, vocabularies, rates and every row of ``out``, which was prepared from the .gz file ``path``."""
     schema = check(out)
     with gzip.open(path, "rt", newline="") as text:
         rows = list(csv.DictReader(text))
-    # 80% of the 64-bit numbers, then 10%, then 10%: the bits are the same however the file is cut into blocks.
+    # A row's split is where its hash lies in the 64-bit range: 80% train, 10% valid, 10% test.
     names = [
         "train" if bits < 0.8 * 2**64 else "valid" if bits < 0.9 * 2**64 else "test"
         for bits in hash_counters(0, 0, len(rows)).tolist()

@@ -1,4 +1,4 @@
-"""Tests of `mlet prepare --check`: whatever is changed in a data set is found and named."""
+"""Tests of `mlet prepare --check`: every change of a data set is found, and its file named."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ PART = "train/part-00000.parquet"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set with every kind of column. Not to be changed."""
+    """Return a data set with every kind of column; tests must not change it."""
     path = tmp_path_factory.mktemp("check")
     lines = ["y,a,x,l,w,h", *(f"{i % 2},{i},v{i % 7},p{i % 3}|q,{i}|1,{i}" for i in range(100)), "bad"]
     (path / "raw.csv").write_text("\n".join(lines))
@@ -48,12 +48,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changed(whole: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """Return a copy of the data set that a test may change."""
     return shutil.copytree(whole, tmp_path / "data")
 
 
 def rewrite(data: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Change a part's rows and let the schema and the manifest agree with the new file."""
+    """Change a part's rows, and update the schema and the manifest to the new file."""
     table = change(pq.read_table(data / PART))
     pq.write_table(table, data / PART)
     content = (data / PART).stat().st_size, sha256_of(data / PART)
@@ -79,7 +79,7 @@ def first(value: object) -> Callable[[pa.ChunkedArray], pa.ChunkedArray]:
     return lambda column: pa.chunked_array([pa.array([value, *column.to_pylist()[1:]], column.type)])
 
 
-def test_what_prepare_made_is_right(whole: Path) -> None:
+def test_a_prepared_data_set_passes(whole: Path) -> None:
     assert check(whole) == DatasetSchema.load(whole)
     assert [(f.multi_valued, f.weighted, f.pooling_factor) for f in check(whole).sparse][1] == (True, True, 2.0)
 
@@ -107,14 +107,16 @@ def test_missing_and_shortened_files(changed: Path, name: str) -> None:
         check(changed)
 
 
-def test_file_that_nobody_names(changed: Path) -> None:
+def test_file_that_is_not_listed(changed: Path) -> None:
     (changed / "train/part-00009.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"part-00009\.parquet: neither schema\.json nor manifest\.json names"):
+    with pytest.raises(
+        UserError, match=r"part-00009\.parquet: neither schema\.json nor manifest\.json lists this file"
+    ):
         check(changed)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"a": 1}}', '{"files": {}, "rows": 1}'])
-def test_manifest_that_is_none(changed: Path, content: str) -> None:
+def test_file_that_is_not_a_manifest(changed: Path, content: str) -> None:
     (changed / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json: is not a manifest"):
         check(changed)
@@ -123,16 +125,16 @@ def test_manifest_that_is_none(changed: Path, content: str) -> None:
         check(changed)
 
 
-def test_manifest_that_says_something_else(changed: Path) -> None:
+def test_manifest_that_contradicts_the_schema(changed: Path) -> None:
     manifest = json.loads((changed / "manifest.json").read_text())
     (changed / "manifest.json").write_text(json.dumps(sealed(manifest | {"malformed": 7})))
-    with pytest.raises(UserError, match=r"manifest\.json: malformed is 7, but schema\.json says 1"):
+    with pytest.raises(UserError, match=r"manifest\.json: malformed is 7, but schema\.json has 1"):
         check(changed)
 
 
 @pytest.mark.parametrize("key", ["mlet_dist", "source", "arguments", "inputs", "standardised", "sha256", "new"])
 def test_manifest_that_was_changed(changed: Path, key: str) -> None:
-    """What no other file says too is still under a checksum, which is computed here by hand."""
+    """Keys that no other file repeats are covered by the manifest's own checksum, which is recomputed here."""
     manifest = json.loads((changed / "manifest.json").read_text())
     rest = {each: value for each, value in manifest.items() if each != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
@@ -146,18 +148,21 @@ def test_manifest_that_was_changed(changed: Path, key: str) -> None:
 
 
 ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
-    "a row less": (lambda table: table.slice(1), r"has 79 rows, but schema\.json says 80"),
-    "another label": (set_column("label", first(1)), r"has 41 positives, but schema\.json says 40"),
-    "no label": (set_column("label", first(2)), "column label holds 2, not 0 or 1"),
+    "a missing row": (lambda table: table.slice(1), r"has 79 rows, but schema\.json has 80"),
+    "a changed label": (set_column("label", first(1)), r"has 41 positives, but schema\.json has 40"),
+    "a label of 2": (set_column("label", first(2)), "column label holds 2 instead of 0 or 1"),
     "missing": (set_column("a", first(None)), "column a has 1 missing values"),
-    "NaN": (set_column("a", first(float("nan"))), "column a holds a number that is not finite"),
+    "NaN": (set_column("a", first(float("nan"))), "column a contains a number that is not finite"),
     "id too large": (set_column("x", first(8)), r"column x holds id 8, outside \[0, 8\)"),
     "negative id": (set_column("h", first(-1)), r"column h holds id -1, outside \[0, 50\)"),
-    "swapped id": (set_column("x", first(7)), "value 0 comes 12 times, but its id 11 times in train"),
+    "swapped id": (set_column("x", first(7)), "row 0 has count 12, but its id 1 occurs 11 times in the training split"),
     "id in a list": (set_column("l", first([1, 99])), r"column l holds id 99, outside \[0, 5\)"),
     "null in a list": (set_column("l", first([1, None])), "column l has 1 missing values"),
-    "longer list": (set_column("l", first([1, 1, 1])), "l.weight has lists of other lengths than l"),
-    "infinite weight": (set_column("l.weight", first([1, float("inf")])), "column l.weight holds a number that is not"),
+    "longer list": (set_column("l", first([1, 1, 1])), "lists of l.weight have other lengths than those of l"),
+    "infinite weight": (
+        set_column("l.weight", first([1, float("inf")])),
+        "column l.weight contains a number that is not",
+    ),
     "type": (set_column("x", lambda column: pc.cast(column, pa.int64())), "column x is int64 instead of int32"),
     "list for one": (set_column("l", lambda column: column.combine_chunks().value_lengths()), "column l is int32 inst"),
     "order of columns": (lambda table: table.select(table.column_names[::-1]), "has the columns h, l.weight, l, x, a"),
@@ -165,7 +170,7 @@ ROWS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_changed_rows_behind_right_checksums(changed: Path, kind: str) -> None:
+def test_changed_rows_with_matching_checksums(changed: Path, kind: str) -> None:
     change, message = ROWS[kind]
     rewrite(changed, change)
     with pytest.raises(UserError, match=message):

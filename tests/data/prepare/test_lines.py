@@ -1,19 +1,19 @@
-"""Tests of mlet_dist.data.prepare.parsing: the same as looking at one line after the other."""
+"""Tests of the classification of lines in mlet_dist.data.prepare.parsing, against a check of each line by itself."""
 
 import csv
 import re
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlet_dist.data.prepare.parsing import examine_lines, plain_lines
+from mlet_dist.data.prepare.parsing import classify_lines, plain_lines
 
-# A field without quotes, or one in quotes in which quotes are doubled.
+# A field without quotes, or a quoted field in which quotes are doubled.
 FIELD = r'(?:[^",]*|"(?:[^"]|"")*")'
 
 
 def one_by_one(line: bytes, quoted: bool) -> int | None:
-    """Number of fields of a line; None where it cannot be parsed."""
+    """Return the number of fields of a line, or None if it cannot be parsed."""
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -27,16 +27,17 @@ def one_by_one(line: bytes, quoted: bool) -> int | None:
     return len(next(csv.reader([text]), [""]))
 
 
-PIECES = st.sampled_from([b"a", b",", b'"', b'""', b'","', b"\xff", b"\r", b"\0", "é".encode(), b" "])
-LINES = st.lists(PIECES, max_size=9).map(b"".join)
+FRAGMENTS = st.sampled_from([b"a", b",", b'"', b'""', b'","', b"\xff", b"\r", b"\0", "é".encode(), b" "])
+LINES = st.lists(FRAGMENTS, max_size=9).map(b"".join)
 
 
+@settings(deadline=None)
 @given(lines=st.lists(LINES, max_size=8), quoted=st.booleans(), fields=st.integers(1, 4), skip=st.booleans())
 def test_any_lines(lines: list[bytes], quoted: bool, fields: int, skip: bool) -> None:
-    lines = [line.rstrip(b"\r") for line in lines]  # with the line end it would be one of two characters
+    lines = [line.rstrip(b"\r") for line in lines]  # a carriage return before the line end is part of it
     block = b"".join(line + b"\n" for line in lines) or b"\n"
     lines = lines or [b""]
-    found = examine_lines(block, fields, ",", '"' if quoted else None, skip)
+    found = classify_lines(block, fields, ",", '"' if quoted else None, skip)
     first = 1 if skip else 0
     good = [i for i, line in enumerate(lines) if i >= first and line and one_by_one(line, quoted) == fields]
     bad = [i for i, line in enumerate(lines) if i >= first and line and i not in good]
@@ -46,8 +47,9 @@ def test_any_lines(lines: list[bytes], quoted: bool, fields: int, skip: bool) ->
     assert (found.count, found.passed) == (len(good) + len(bad), len(lines))
 
 
+@settings(deadline=None)
 @given(lines=st.lists(LINES, min_size=1, max_size=4), quoted=st.booleans())
-def test_plain_lines_are_those_of_which_only_the_fields_can_be_wrong(lines: list[bytes], quoted: bool) -> None:
+def test_plain_lines_can_only_have_a_wrong_number_of_fields(lines: list[bytes], quoted: bool) -> None:
     block = b"".join(line + b"\n" for line in lines)
     found = plain_lines(block, '"' if quoted else None)
     wanted = all(line and one_by_one(line, False) is not None and not (quoted and b'"' in line) for line in lines)

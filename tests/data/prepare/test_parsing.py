@@ -1,4 +1,4 @@
-"""Tests of mlet_dist.data.prepare.raw_blocks, lines, parse and typed, on raw Criteo logs."""
+"""Tests of mlet_dist.data.prepare.raw_blocks, parsing and typed_columns on raw Criteo logs."""
 
 import gzip
 import math
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlet_dist.data.prepare import raw_blocks
 from mlet_dist.data.prepare.chunks import Rejected
 from mlet_dist.data.prepare.parsing import parse_block
-from mlet_dist.data.prepare.raw_blocks import RawFile, examine, text_blocks
+from mlet_dist.data.prepare.raw_blocks import RawFile, inspect_file, text_blocks
 from mlet_dist.data.prepare.raw_formats import CRITEO_COLUMNS as COLUMNS
 from mlet_dist.data.prepare.raw_formats import CRITEO_DENSE as DENSE
 from mlet_dist.data.prepare.raw_formats import CRITEO_SPARSE as SPARSE
@@ -29,7 +29,7 @@ LINES = make_raw_lines(200)
 
 @dataclass
 class Found:
-    """The valid rows of a file, and what was said of the others; lines are counted from the file's beginning."""
+    """The valid rows of a file, and the reported malformed lines, numbered from the start of the file."""
 
     table: pa.Table
     lines: int
@@ -39,7 +39,7 @@ class Found:
 
 def read(path: Path) -> Found:
     spec = criteo()
-    raw = examine(str(path), spec.text, spec.used_columns)
+    raw = inspect_file(str(path), spec.text, spec.used_columns)
     tables, examples, lines, malformed, passed = [], [], 0, 0, 0
     for block in text_blocks(raw, lambda _: None):
         table, info = parse_block(spec, raw.columns, block)
@@ -147,7 +147,7 @@ def test_line_of_ten_megabytes(write_raw: Write) -> None:
     found = read(write_raw(raw_bytes(LINES[:3]) + long + b"\n" + raw_bytes(LINES[3:])))
     assert found.table.to_pylist() == expected(LINES)
     assert found.examples == [
-        Rejected(4, f"a line of {len(long)} bytes; at most 1048575 are taken", long[:200].decode())
+        Rejected(4, f"a line of {len(long)} bytes; at most 1048575 are allowed", long[:200].decode())
     ]
 
 
@@ -166,7 +166,7 @@ def test_line_number_counts_blank_lines_and_earlier_blocks(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(data=st.data(), block=st.integers(1, 3000), name=st.sampled_from(["day.tsv", "day.tsv.gz"]))
 def test_any_mixture_of_lines_and_any_block_size(write_raw: Write, data: st.DataObject, block: int, name: str) -> None:
-    """The valid lines come out in order however the text is cut into blocks."""
+    """The valid lines are read in order, however the text is cut into blocks."""
     choices = st.one_of(st.integers(0, 199), st.sampled_from([bad for bad, _ in MALFORMED.values()]), st.just(b""))
     chosen = data.draw(st.lists(choices, min_size=1, max_size=12))
     good = [LINES[i] for i in chosen if isinstance(i, int)]
@@ -183,7 +183,7 @@ def test_any_mixture_of_lines_and_any_block_size(write_raw: Write, data: st.Data
 @pytest.mark.parametrize("name", ["day.tsv", "day.tsv.gz"])
 def test_endless_line(write_raw: Write, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 1000)
-    with pytest.raises(UserError, match=rf"{name}: after byte 0 is a line of more than 1000 bytes"):
+    with pytest.raises(UserError, match=rf"{name}: after byte 0, a line has more than 1000 bytes"):
         read(write_raw(b"x" * 5000, name))
 
 
@@ -205,7 +205,7 @@ def test_empty_file(write_raw: Write, name: str) -> None:
 def test_any_gzip_members_and_any_sizes(
     write_raw: Write, members: list[tuple[int, int]], block: int, piece: int, cut: int
 ) -> None:
-    """Members of much and of no text, with zeros after them; and the same file a few bytes short."""
+    """Members with and without text, with zeros after them; and the same file without its last bytes."""
     text = b"".join(size * b"0123456\n" for size, _ in members)
     content = b"".join(gzip.compress(size * b"0123456\n") + zeros * b"\0" for size, zeros in members)
     path = write_raw(b"", "a.gz")
@@ -218,7 +218,7 @@ def test_any_gzip_members_and_any_sizes(
         assert b"".join(each.data or b"" for each in found) == text
         assert all((each.data or b"").endswith(b"\n") and each.stop - each.start <= 2 * block for each in found)
         last = len(gzip.compress(members[-1][0] * b"0123456\n")) + members[-1][1]
-        if members[-1][1] < cut < last - 1:  # of two bytes on, it looks like gzip
+        if members[-1][1] < cut < last - 1:  # from two bytes on, the rest is recognised as gzip
             path.write_bytes(content[:-cut])
             with pytest.raises(UserError, match="truncated or corrupt gzip file"):
                 list(text_blocks(raw, lambda _: None))
@@ -245,7 +245,7 @@ def test_corrupt_gzip(write_raw: Write) -> None:
 def test_named_gz_but_is_not(write_raw: Write) -> None:
     path = write_raw(b"", "day.tsv.gz")
     path.write_bytes(raw_bytes(LINES))
-    with pytest.raises(UserError, match=r"is named \.gz but is not gzip"):
+    with pytest.raises(UserError, match=r"is named \.gz but is not a gzip file"):
         read(path)
 
 

@@ -1,4 +1,4 @@
-"""Tests of mlet_dist.data.prepare.pipeline on Criteo logs: all is computed again with the csv module."""
+"""Tests of mlet_dist.data.prepare.pipeline on Criteo logs, against a second computation with the csv module."""
 
 import csv
 import gzip
@@ -35,7 +35,7 @@ LINES = make_raw_lines(100)
 
 
 def independently(text: str, min_count: int) -> tuple[dict[str, list[Row]], dict[str, list[tuple[str, int]]]]:
-    """What prepare should give, by the standard library alone: the rows of each split and the vocabularies."""
+    """Return the rows of each split and the vocabularies, computed with the standard library alone."""
     lines = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
     first, second = len(lines) * 8 // 10, len(lines) * 9 // 10
     vocabularies, ids = {}, {}
@@ -92,7 +92,7 @@ def test_random_file_row_for_row(tmp_path: Path, write_raw: Write, min_count: in
 
 
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes so small that everything which happens only to large data happens."""
+    """Make blocks, groups and row groups so small that little data has many of them."""
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 10_000)
     monkeypatch.setattr(chunks, "GROUP_ROWS", 150)
     monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 40)
@@ -132,7 +132,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def test_paper_s_split_of_one_file(tmp_path: Path, write_raw: Write) -> None:
-    """Six sevenths, then the first half of the seventh day is test and the second one valid."""
+    """Six sevenths are train; the first half of the seventh day is test, the second half valid."""
     lines = make_raw_lines(71)
     path = write_raw(raw_bytes(lines))
     pipeline.prepare(criteo(1, PAPER_CRITEO_ROWS), [path], tmp_path / "out")
@@ -177,7 +177,7 @@ def test_random_split_does_not_depend_on_blocks_and_processes(
 
 
 def test_ids_by_hand(tmp_path: Path, write_raw: Write) -> None:
-    """Ten rows, eight of them train: C1 is b b a a c c c "" there; valid holds a, test a value never seen."""
+    """Of ten rows, eight are train, with C1 = b b a a c c c ""; valid holds a, test a value that train does not."""
     lines = make_raw_lines(10)
     for line, value in zip(lines, ["b", "b", "a", "a", "c", "c", "c", "", "a", "new"], strict=True):
         line[14] = value
@@ -188,7 +188,7 @@ def test_ids_by_hand(tmp_path: Path, write_raw: Write) -> None:
     assert table.to_pydict() == {"value": ["c", "a", "b", ""], "count": [3, 2, 2, 1]}
 
 
-def test_vocabulary_id_is_that_of_the_vocabularies(
+def test_vocabulary_id_depends_on_the_vocabularies_alone(
     tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def id_of(lines: list[RawLine], min_count: int = 1) -> str:
@@ -212,14 +212,14 @@ def test_min_count_that_no_value_reaches(tmp_path: Path, write_raw: Write) -> No
     assert {row[name] for row in written_rows(tmp_path / "out", "train") for name in SPARSE} == {0}
 
 
-def test_files_are_taken_in_the_order_given(tmp_path: Path, write_raw: Write) -> None:
+def test_files_are_read_in_the_given_order(tmp_path: Path, write_raw: Write) -> None:
     later = write_raw(raw_bytes(LINES[60:]), "a.tsv.gz")
     earlier = write_raw(raw_bytes(LINES[:60]), "b.tsv")
     prepare_criteo([earlier, later], tmp_path / "out")
     assert_as_computed_independently(tmp_path / "out", raw_bytes(LINES).decode(), 1)
 
 
-def test_malformed_lines_count_and_take_no_part(
+def test_malformed_lines_are_counted_and_skipped(
     tmp_path: Path, write_raw: Write, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 5_000)
@@ -267,7 +267,7 @@ def test_up_to_ten_malformed_are_tolerated_in_a_short_file(tmp_path: Path, write
 def test_malformed_lines_may_all_be_at_the_beginning(
     tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The share is that of the whole file, whatever its blocks; it ends early only where much of it is wrong."""
+    """The limit applies to the file, not to its blocks; reading stops early only for very many malformed lines."""
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 5_000)
     good, bad = raw_bytes(make_raw_lines(180)), b"bad\n"
     assert prepare_criteo([write_raw(20 * bad + good)], tmp_path / "a").malformed == 20
@@ -285,7 +285,7 @@ def test_no_share_malformed_still_allows_ten(tmp_path: Path, write_raw: Write) -
         pipeline.prepare(none, [write_raw(good + 11 * bad)], tmp_path / "b")
 
 
-def test_another_kind_of_file(tmp_path: Path, write_raw: Write) -> None:
+def test_a_file_of_another_format(tmp_path: Path, write_raw: Write) -> None:
     with pytest.raises(UserError, match=r"3 of 3 lines are malformed, e\.g\. line 1: 1 fields instead of 40"):
         prepare_criteo([write_raw(b"id,click\n1,0\n2,1\n")], tmp_path / "out")
 

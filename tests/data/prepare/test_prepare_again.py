@@ -1,4 +1,4 @@
-"""`mlet prepare` with other arguments takes what these do not change from the work of an earlier run, and no more."""
+"""`mlet prepare` with other arguments reuses those results of an earlier run that they do not affect, and no others."""
 
 import re
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, int]:
-    """How much each pass says it had to do: bytes read, rows counted, vocabularies made, rows written."""
+    """Return the work that each pass reported: bytes read, rows counted, vocabularies merged, rows written."""
     found = re.findall(r"^(\w+) ([\d,]+)/([\d,]+) ", capsys.readouterr().err, re.MULTILINE)
     assert all(done == total for _, done, total in found)
     return {name: int(total.replace(",", "")) for name, _, total in found}
@@ -60,7 +60,7 @@ HASHED = first_sparse(BASE, encoding="hash", num_embeddings=7, min_count=1)
         *("split", "seed", "column", "transform", "time_column"),
     ],
 )
-def test_only_what_an_argument_changes_is_done_again(
+def test_only_what_an_argument_affects_is_redone(
     tmp_path: Path,
     write_raw: Write,
     capsys: pytest.CaptureFixture[str],
@@ -86,10 +86,10 @@ def _counted(spec: TableSpec) -> list[str]:
     return [sparse.name for sparse in spec.sparse if sparse.encoding == "vocabulary"]
 
 
-def test_malformed_lines_are_judged_by_the_arguments_of_each_run(
+def test_malformed_lines_are_checked_with_the_limit_of_each_run(
     tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who tolerates more need not read again, and who tolerates less is told without reading again."""
+    """A run with a higher or a lower limit on malformed lines does not read the file again."""
     raw = write_raw(20 * b"bad\n" + raw_bytes(LINES))
     strict, lax = criteo(1, max_malformed=0.1), criteo(1, max_malformed=0.2)
     refusal = r"day\.tsv: 20 of 120 lines are malformed, e\.g\. line 1: 1 fields .* \(finished work is kept in "
@@ -108,10 +108,10 @@ def test_malformed_lines_are_judged_by_the_arguments_of_each_run(
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
-def test_a_merge_that_is_cut_short_takes_nothing_from_other_arguments(
+def test_an_interrupted_merge_leaves_nothing_for_other_arguments(
     tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The vocabularies that it has put into its own data set are those of another one, too."""
+    """The vocabularies that it copied belong to its own data set only."""
     raw = write_raw(raw_bytes(LINES))
     for name in PASSES[:-1]:
         prepare(HASHED, [raw], tmp_path / "out", only=name)

@@ -1,4 +1,4 @@
-"""Tests of `mlet prepare` as it is typed."""
+"""Tests of `mlet prepare` on the command line."""
 
 import json
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_pass_by_pass(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFi
         (["--check", "nowhere"], "nowhere: no such data set"),
     ],
 )
-def test_mistakes(
+def test_input_errors(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -102,7 +102,7 @@ def test_mistakes(
 
 
 def test_remote_paths(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    """What fsspec opens is read like a file: here its store in memory, and a file by URL."""
+    """URLs that fsspec opens are read like files: here its store in memory, and a file by URL."""
     import fsspec
 
     text = raw_bytes(make_raw_lines(100))

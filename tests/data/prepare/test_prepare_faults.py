@@ -1,4 +1,4 @@
-"""What may go wrong in mlet_dist.data.prepare: each has one clear error, and nothing that looks complete is left."""
+"""Tests of faults in mlet_dist.data.prepare: each gives one clear error and leaves nothing that looks complete."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ Write = Callable[..., Path]
 LINES = make_raw_lines(100)
 ROOT = Path(__file__).parents[3]
 
-# `mlet prepare criteo` with blocks so small that a hundred rows have many, and which dies at its N-th finished piece.
+# `mlet prepare criteo` with very small blocks, killed when it finishes its N-th result.
 KILLED = """
 import os, pathlib, signal, sys
 from mlet_dist.data.prepare import chunks, raw_blocks
@@ -65,13 +65,13 @@ def killed(raw: list[Path], out: Path, left: int) -> int:
 def test_killed_at_any_point_and_run_again_gives_the_same(
     tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kill -9 comes again and again, each time a few finished pieces later, until a run gets through."""
+    """Runs are killed by kill -9, each a few results later than the one before, until a run completes."""
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 3000)
     monkeypatch.setattr(chunks, "GROUP_ROWS", 40)
     raw = [write_raw(raw_bytes(LINES[:60]), "a.tsv.gz"), write_raw(raw_bytes(LINES[60:]), "b.tsv")]
     prepare_criteo(raw, tmp_path / "expected", min_count=2)
     runs = 0
-    # After the reading pass has got through, which is a piece of work for each block, each run does some more.
+    # Once the read pass, which finishes a result per block, is complete, each run does some more.
     for left in (1, 4, 25, 25, 40, 3, 14, 4, 1000):
         code = killed(raw, tmp_path / "out", left)
         runs += 1
@@ -87,17 +87,17 @@ def test_killed_at_any_point_and_run_again_gives_the_same(
 
 def test_finished_files_are_not_read_again(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     good, broken = write_raw(raw_bytes(LINES[:60]), "a.tsv.gz"), write_raw(raw_bytes(LINES[60:]), "b.tsv.gz")
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:-900])
+    complete = broken.read_bytes()
+    broken.write_bytes(complete[:-900])
     work = tmp_path / ".out.prepare"
     with pytest.raises(UserError) as caught:
         prepare_criteo([good, broken], tmp_path / "out")
     assert re.fullmatch(
-        rf"{broken}: truncated or corrupt gzip file: .* \(finished work is kept in {work}; the same command goes on "
+        rf"{broken}: truncated or corrupt gzip file: .* \(finished work is kept in {work}; the same command resumes "
         r"from it\)",
         str(caught.value),
     )
-    broken.write_bytes(whole)
+    broken.write_bytes(complete)
     read = reading.text_blocks
     asked = []
     monkeypatch.setattr(reading, "text_blocks", lambda raw, *args: asked.append(raw.path) or read(raw, *args))
@@ -108,7 +108,7 @@ def test_finished_files_are_not_read_again(tmp_path: Path, write_raw: Write, mon
     assert not work.exists()
 
 
-def test_other_arguments_or_files_begin_anew(tmp_path: Path, write_raw: Write) -> None:
+def test_other_arguments_or_files_start_over(tmp_path: Path, write_raw: Write) -> None:
     raw, other = write_raw(raw_bytes(LINES)), write_raw(raw_bytes(LINES[:80]), "other.tsv")
     prepare(criteo(2), [raw], tmp_path / "out", only="read")
     prepare(criteo(1), [raw], tmp_path / "out", only="read")
@@ -122,7 +122,7 @@ def test_other_arguments_or_files_begin_anew(tmp_path: Path, write_raw: Write) -
 
 
 def test_killed_after_the_last_rename(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data set is whole then; what is left beside it goes with the next run, which takes nothing from it."""
+    """The data set is complete then; the next run removes what is left beside it, and reuses none of it."""
     raw = write_raw(raw_bytes(LINES))
 
     def kill(_: WorkDirectory) -> None:
@@ -133,7 +133,7 @@ def test_killed_after_the_last_rename(tmp_path: Path, write_raw: Write, monkeypa
             patch.setattr(WorkDirectory, "remove", kill)
             with pytest.raises(KeyboardInterrupt):
                 prepare_criteo([raw], tmp_path / "out")
-        whole = files_of(tmp_path / "out")
+        expected = files_of(tmp_path / "out")
         check(tmp_path / "out")
         if moved:
             (tmp_path / "out").rename(tmp_path / "moved")
@@ -142,12 +142,12 @@ def test_killed_after_the_last_rename(tmp_path: Path, write_raw: Write, monkeypa
             with pytest.raises(UserError, match="out: exists and is not empty"):
                 prepare_criteo([raw], tmp_path / "out")
         assert not (tmp_path / ".out.prepare").exists()
-        assert files_of(tmp_path / "out") == whole
+        assert files_of(tmp_path / "out") == expected
         subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
 
 
 def test_killed_while_the_work_is_removed(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left of the pieces is never taken for all of them."""
+    """A part of the results is never mistaken for all of them."""
     raw = write_raw(raw_bytes(LINES))
     rmtree = shutil.rmtree
 
@@ -170,7 +170,7 @@ def test_killed_while_the_work_is_removed(tmp_path: Path, write_raw: Write, monk
 def test_a_shard_that_fails_leaves_the_work_of_others(
     tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shard 0 meets a file that cannot be used while shard 1 is in the middle of its own."""
+    """Shard 0 fails on an unusable file while shard 1 is in the middle of another."""
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 3000)
     raw = [write_raw(20 * b"bad\n", "bad.tsv"), write_raw(raw_bytes(LINES), "good.tsv")]
     read_block = reading._read_block
@@ -191,7 +191,7 @@ def test_a_shard_that_fails_leaves_the_work_of_others(
 
 
 def test_a_shard_that_runs_twice_at_once(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when a cluster's scheduler starts again what it takes for lost: neither writes into the other's files."""
+    """A scheduler may restart a shard that it takes for lost; neither process writes to the other's files."""
     raw = [write_raw(raw_bytes(LINES))]
     prepare(criteo(), raw, tmp_path / "expected")
 
@@ -228,7 +228,7 @@ def test_shards_make_the_same_data_set(tmp_path: Path, write_raw: Write, monkeyp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["expected", "out", "raw"]
 
 
-def test_a_pass_says_what_it_waits_for(tmp_path: Path, write_raw: Write) -> None:
+def test_a_pass_names_the_missing_pass(tmp_path: Path, write_raw: Write) -> None:
     raw = [write_raw(raw_bytes(LINES[:50]), "a.tsv"), write_raw(raw_bytes(LINES[50:]), "b.tsv")]
 
     def run(name: str, shard: Shard | None = None) -> None:
@@ -240,17 +240,23 @@ def test_a_pass_says_what_it_waits_for(tmp_path: Path, write_raw: Write) -> None
     with pytest.raises(UserError, match=r"b\.tsv: is not read yet; run `--pass read` for all shards first"):
         run("count")
     run("read", Shard(1, 2))
-    with pytest.raises(UserError, match=r"a\.tsv: rows from 0 on wait; run `--pass write` for all shards first"):
+    with pytest.raises(
+        UserError, match=r"a\.tsv: rows from 0 on are not finished; run `--pass write` for all shards first"
+    ):
         run("merge")
     run("count", Shard(0, 2))
-    with pytest.raises(UserError, match=r"b\.tsv: rows from 0 on wait; run `--pass count` for all shards first"):
+    with pytest.raises(
+        UserError, match=r"b\.tsv: rows from 0 on are not finished; run `--pass count` for all shards first"
+    ):
         run("vocabulary")
     run("count", Shard(1, 2))
     with pytest.raises(UserError, match="feature C1 has no vocabulary yet; run `--pass vocabulary` first"):
         run("write")
     run("vocabulary")
     run("write", Shard(0, 2))
-    with pytest.raises(UserError, match=r"b\.tsv: rows from 0 on wait; run `--pass write` for all shards first"):
+    with pytest.raises(
+        UserError, match=r"b\.tsv: rows from 0 on are not finished; run `--pass write` for all shards first"
+    ):
         run("merge")
     with pytest.raises(UserError, match="a shard goes with one of the passes read, count, write"):
         run("merge", Shard(0, 2))
@@ -272,12 +278,14 @@ time.sleep(60)
         holder.stdout.readline()
         try:
             with pytest.raises(
-                UserError, match=r"\.out\.prepare: another `mlet prepare` is at work on the same data set$"
+                UserError,
+                match=r"\.out\.prepare: another `mlet prepare` is running for this data set; wait until it has "
+                r"finished$",
             ):
                 prepare_criteo([raw], tmp_path / "out")
         finally:
             holder.kill()
-    prepare_criteo([raw], tmp_path / "out")  # the lock went with its holder
+    prepare_criteo([raw], tmp_path / "out")  # the lock ended with its process
 
 
 def test_workers_end_with_their_parent() -> None:
@@ -304,14 +312,16 @@ if __name__ == "__main__":
 def test_killed_worker() -> None:
     with (
         Workers(2) as workers,
-        pytest.raises(WorkerKilledError, match="a process of mlet prepare was killed, as happens"),
+        pytest.raises(
+            WorkerKilledError, match="a worker process of mlet prepare was killed, probably because memory is short"
+        ),
     ):
         list(workers.map(os._exit, [(1,)]))
 
 
 @pytest.mark.parametrize("guarded", [True, False])
 def test_called_from_a_script(tmp_path: Path, write_raw: Write, guarded: bool) -> None:
-    """Its processes import the script again: without a guard each would prepare, and start processes of its own."""
+    """Worker processes import the script: without a guard each would call prepare and start workers of its own."""
     raw, script = write_raw(raw_bytes(LINES)), tmp_path / "raw/script.py"
     guard = "if __name__ == '__main__': " if guarded else ""
     script.write_text(
@@ -324,20 +334,20 @@ def test_called_from_a_script(tmp_path: Path, write_raw: Write, guarded: bool) -
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    advice = "a script that calls prepare is imported by its processes: have it do so under "
-    advice += '`if __name__ == "__main__":` only'
+    advice = "prepare was called while a worker process imported the main script; call it only under "
+    advice += '`if __name__ == "__main__":`'
     if guarded:
         assert (done.returncode, (tmp_path / "out").is_dir()) == (0, True), done.stderr
     else:
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].endswith(f"no process of mlet prepare could start; {advice}")
+        assert done.stderr.splitlines()[-1].endswith(f"no worker process of mlet prepare could start; {advice}")
         assert f"mlet_dist.errors.UserError: {advice}" in done.stderr  # of a child
         assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_several_files_at_once(tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that threads read side by side give the same as one after the other; a broken one stops them all."""
-    monkeypatch.setattr(reading, "PROCESSES_OF_A_FILE", 1)
+    """Files read by threads at the same time give the same data set; a broken file stops all threads."""
+    monkeypatch.setattr(reading, "PROCESSES_PER_FILE", 1)
     files = [write_raw(raw_bytes(make_raw_lines(200, i)), f"{i}.tsv.gz") for i in range(4)]
     prepare(criteo(), files, tmp_path / "expected")
     prepare(criteo(), files, tmp_path / "out", resources=Resources(processes=2))
@@ -356,7 +366,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_limit_on_the_size_of_files(tmp_path: Path, write_raw: Write) -> None:
-    """A write that fails, as on a full disk, in the middle of the data: then there is room, and the run goes on."""
+    """A failed write, as on a full disk, is one error message, and nothing is left if no result was finished."""
     raw = write_raw(raw_bytes(make_raw_lines(3000)))
     program = """
 import resource, sys, pathlib
@@ -376,7 +386,7 @@ sys.exit(main(["prepare", "criteo", sys.argv[2], "--out", sys.argv[3]]))
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 KiB."""
+    """Mount a file system of 400 KiB."""
     path = tmp_path / "disk"
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(path)]
@@ -386,7 +396,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-def test_full_disk_and_going_on_when_there_is_room(
+def test_a_full_disk_and_resuming_with_free_space(
     tmp_path: Path, write_raw: Write, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 100_000)
@@ -396,7 +406,7 @@ def test_full_disk_and_going_on_when_there_is_room(
         prepare_criteo([raw], out)
     assert str(caught.value) == (
         f"{out}: cannot be written: No space left on device (finished work is kept in {small_disk}/.out.prepare; the "
-        "same command goes on from it)"
+        "same command resumes from it)"
     )
     assert not out.exists()
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
@@ -407,7 +417,7 @@ def test_full_disk_and_going_on_when_there_is_room(
 
 @pytest.fixture
 def nothing_changes(tmp_path: Path) -> Iterator[None]:
-    """Whatever the test does, the files of tmp_path (raw/ aside) are the same afterwards."""
+    """Check after the test that the files of tmp_path, except raw/, are the same as before."""
 
     def files() -> list[Path]:
         return sorted(p for p in tmp_path.rglob("*") if "raw" not in p.relative_to(tmp_path).parts)
@@ -419,10 +429,10 @@ def nothing_changes(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing_changes")
 class TestFailures:
-    """Each leaves neither ``out`` nor a working directory nor a parent behind."""
+    """Each failure leaves neither ``out`` nor a work directory nor a new parent."""
 
     def test_truncated_gzip(self, tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 2000)  # so that rows are typed before the end is found missing
+        monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 2000)  # so that some blocks are parsed before the error
         path = write_raw(raw_bytes(LINES), "day.tsv.gz")
         path.write_bytes(path.read_bytes()[:-2000])
         with pytest.raises(
@@ -436,7 +446,7 @@ class TestFailures:
         pq.write_table(pa.table({"y": [0, 1] * 50, "x": list(range(100))}), path)
         content = path.read_bytes()
         path.write_bytes(content[: int(kept if kept > 1 else len(content) * kept)])
-        with pytest.raises(UserError, match=rf"{path}: not a whole Parquet file: .*"):
+        with pytest.raises(UserError, match=rf"{path}: not a complete Parquet file: .*"):
             prepare(self.table(path, "format: parquet"), [path], tmp_path / "out")
 
     def test_damaged_parquet(self, tmp_path: Path, write_raw: Write) -> None:
@@ -445,7 +455,7 @@ class TestFailures:
         content = bytearray(path.read_bytes())
         content[4:60] = 56 * b"\xff"
         path.write_bytes(content)
-        with pytest.raises(UserError, match=rf"{path}: (not a whole Parquet file|cannot be read): .*"):
+        with pytest.raises(UserError, match=rf"{path}: (not a complete Parquet file|cannot be read): .*"):
             prepare(self.table(path, "format: parquet"), [path], tmp_path / "out")
 
     def test_parquet_text_that_is_not_utf8(self, tmp_path: Path, write_raw: Write) -> None:
@@ -453,7 +463,7 @@ class TestFailures:
         bytes_of_rows = pa.array([b"a", b"\xff"] * 50)
         texts = pa.StringArray.from_buffers(100, *bytes_of_rows.buffers()[1:])
         pq.write_table(pa.table({"y": [0, 1] * 50, "x": texts}), path)
-        with pytest.raises(UserError, match=rf"{path}: not a whole Parquet file: .*Invalid UTF8"):
+        with pytest.raises(UserError, match=rf"{path}: not a complete Parquet file: .*Invalid UTF8"):
             prepare(self.table(path, "format: parquet"), [path], tmp_path / "out")
 
     def table(self, path: Path, form: str) -> object:
@@ -469,10 +479,10 @@ class TestFailures:
             (b"1,2\n", r"line 1: the header has no column 'y'; it has 1, 2"),
             (b"\x1b[2J\a,\xe2\x80\xae2\n", r"line 1: the header has no column 'y'; it has \\x1b\[2J\\x07, \\u202e2"),
             (b"y,\xff\n", r"line 1: the header is not UTF-8 text"),
-            (b"y,x\r1,2\r\n", r"line 1: the header is 'y,x\\r1,2', no line of column names: new-line .*"),
+            (b"y,x\r1,2\r\n", r"line 1: the header 'y,x\\r1,2' is not a line of column names: new-line .*"),
             (
                 b"y," + 200_000 * b"x" + b"\n",
-                r"line 1: the header is 'y,x{77}, no line of column names: field larger .*",
+                r"line 1: the header 'y,x{77} is not a line of column names: field larger .*",
             ),
         ],
     )
@@ -492,7 +502,7 @@ class TestFailures:
     @pytest.mark.parametrize(("content", "name"), [(b"\n\r\n\n", "day.tsv"), (b"", "day.tsv.gz")])
     def test_no_lines(self, tmp_path: Path, write_raw: Write, content: bytes, name: str) -> None:
         path = write_raw(content, name)
-        with pytest.raises(UserError, match=f"{path}: holds no lines"):
+        with pytest.raises(UserError, match=f"{path}: contains no lines$"):
             prepare_criteo([path], tmp_path / "out")
 
     def test_empty_split(self, tmp_path: Path, write_raw: Write) -> None:
@@ -501,8 +511,8 @@ class TestFailures:
             UserError, match=f"{path}: split valid is empty: none of the 4 rows falls into it"
         ) as caught:
             prepare_criteo([path], tmp_path / "out")
-        assert str(caught.value).endswith("the same command goes on from it)")
-        prepare(criteo(), [path], tmp_path / "out", only="read")  # which would drop what is stale
+        assert str(caught.value).endswith("the same command resumes from it)")
+        prepare(criteo(), [path], tmp_path / "out", only="read")  # which would remove stale results
         subprocess.run(["rm", "-r", str(tmp_path / ".out.prepare")], check=True)
 
     @pytest.mark.parametrize("min_count", [0, 2**63, 10**25])

@@ -1,4 +1,4 @@
-"""Tests of mlet_dist.data.prepare.table_description, and of the data sets that are made with descriptions."""
+"""Tests of mlet_dist.data.prepare.table_description, and of data sets prepared with descriptions."""
 
 import csv
 import io
@@ -54,7 +54,7 @@ def read_all(out: Path) -> list[dict[str, Any]]:
     return [row for split in ("train", "valid", "test") for row in read(out, split)]
 
 
-def test_movielens_example_is_read_as_it_says() -> None:
+def test_movielens_example() -> None:
     assert load_table(MOVIELENS) == TableSpec(
         source="table",
         text=TextFormat(",", '"', True, None),
@@ -72,7 +72,7 @@ def test_movielens_example_is_read_as_it_says() -> None:
 
 
 def test_movielens_example_row_for_row(tmp_path: Path, write_raw: Write) -> None:
-    """Ratings sorted by user, split by time; ids, lists and labels computed again by the csv module and Counter."""
+    """Ratings sorted by user are split by time; ids, lists and labels are recomputed with csv and Counter."""
     rng = random.Random(1)
     genres = ["Drama", "Comedy", "Film-Noir", "Sci-Fi", "(no genres listed)"]
     films = ["|".join(rng.sample(genres, rng.choice([0, 1, 1, 2, 3]))) for _ in range(40)]
@@ -138,7 +138,7 @@ BAD_QUOTES = {
 
 
 @pytest.mark.parametrize("bad", BAD_QUOTES)
-def test_wrong_quotes_spoil_their_own_line_only(tmp_path: Path, write_raw: Write, bad: str) -> None:
+def test_misplaced_quotes_affect_their_own_line_only(tmp_path: Path, write_raw: Write, bad: str) -> None:
     lines = ["x,y", *20 * ["a,1", '"b,c",0'], bad, *20 * ['"b,c",0', "a,1"]]
     schema = make(tmp_path / "out", PLAIN, write_raw("\n".join(lines).encode(), "a.csv"))
     assert schema.malformed == 1
@@ -146,7 +146,7 @@ def test_wrong_quotes_spoil_their_own_line_only(tmp_path: Path, write_raw: Write
     assert [row["label"] for row in read_all(tmp_path / "out")] == 20 * [1, 0] + 20 * [0, 1]
 
 
-def test_every_file_has_its_own_order_of_columns(tmp_path: Path, write_raw: Write) -> None:
+def test_the_order_of_columns_may_differ_between_files(tmp_path: Path, write_raw: Write) -> None:
     files = [write_raw(b"x,y\n" + 10 * b"a,1\n", "a.csv"), write_raw(b"z,y,z,x\n" + 10 * b"0,0,1,b\n", "b.csv.gz")]
     make(tmp_path / "out", PLAIN | {"split": {"by": "random"}}, *files)
     rows = read_all(tmp_path / "out")
@@ -224,7 +224,7 @@ def test_number_that_is_too_far_from_the_mean(tmp_path: Path, write_raw: Write) 
 
 
 def test_one_number_again_and_again_has_no_deviation(tmp_path: Path, write_raw: Write) -> None:
-    """The mean of 24 times 0.1, if it is added up, is not 0.1; what is left is not to be divided by."""
+    """The computed mean of 24 times 0.1 is not 0.1; the tiny deviation must not become a divisor."""
     raw = write_raw(("y,x,a\n" + "".join(f"{i % 2},v,{0.1 if i < 27 else 0.2}\n" for i in range(30))).encode(), "t.csv")
     make(tmp_path / "out", {**PLAIN, "dense": [{"column": "a", "transform": "standardise"}]}, raw)
     assert [row["a"] for row in read_all(tmp_path / "out")] == [*27 * [0.0], *3 * [pytest.approx(0.1)]]
@@ -262,7 +262,7 @@ def parquet(path: Path, columns: dict[str, pa.Array]) -> Path:
 
 
 def test_parquet(tmp_path: Path, write_raw: Write) -> None:
-    """Integers, texts, dictionaries, lists, weights, booleans, decimals and nulls of a Parquet file."""
+    """A Parquet file has integers, texts, dictionaries, lists, weights, booleans, times and nulls."""
     rows = 40
     columns = {
         "y": pa.array([bool(i % 3) for i in range(rows)]),
@@ -327,7 +327,7 @@ def test_wrong_rows_of_a_parquet_file(tmp_path: Path, write_raw: Write) -> None:
     ]
 
 
-def test_column_of_a_type_that_cannot_be(tmp_path: Path, write_raw: Write) -> None:
+def test_column_of_an_unsupported_type(tmp_path: Path, write_raw: Write) -> None:
     path = parquet(write_raw(b"", "a.parquet"), {"y": pa.array([0, 1] * 20), "x": pa.array([1.5] * 40)})
     with pytest.raises(UserError, match=r"40 of 40 lines are malformed, .* x is of type double instead of a text or"):
         make(tmp_path / "out", PLAIN | {"format": "parquet"}, path)
@@ -348,7 +348,7 @@ def test_times_as_iso_texts_and_starts(tmp_path: Path, write_raw: Write) -> None
 
 
 def test_times_with_a_zone_are_times(tmp_path: Path, write_raw: Write) -> None:
-    """01:00 in Berlin is before 00:30 in London; a time without a zone is UTC."""
+    """01:00 in Berlin is before 00:30 in London; a time without a zone is in UTC."""
     times = ["2024-01-01T01:00:00+01:00", "2024-01-01T00:20:00", "2024-01-01T00:30:00Z"]
     starts = [int(datetime.fromisoformat(f"2024-01-01T00:{m}:00+00:00").timestamp() * 10**6) for m in (20, 30)]
     raw = write_raw(("y,x,t\n" + "".join(f"0,{i % 3},{times[i % 3]}\n" for i in range(30))).encode(), "t.csv")
@@ -358,7 +358,7 @@ def test_times_with_a_zone_are_times(tmp_path: Path, write_raw: Write) -> None:
 
 
 def test_parquet_files_with_times_of_different_units(tmp_path: Path, write_raw: Write) -> None:
-    """As different versions of pandas write them; the later file has the earlier times."""
+    """Different versions of pandas write different units; the second file has the earlier times."""
     files = []
     for year, unit in ((2020, "ms"), (2019, "ns")):
         path = write_raw(b"", f"{unit}.parquet")
@@ -372,7 +372,7 @@ def test_parquet_files_with_times_of_different_units(tmp_path: Path, write_raw: 
 def test_numbers_and_dates_in_one_time_column(
     tmp_path: Path, write_raw: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one block, in two blocks and in two files; a wrong row's time does not count."""
+    """The kinds are in one block, two blocks or two files; the time of a malformed row does not count."""
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 200)
     numbers, dates = (write_raw(_with_times(*each), name) for each, name in (((30, 0), "n.csv"), ((0, 30), "d.csv")))
     both, one_block = write_raw(_with_times(30, 30), "b.csv"), write_raw(_with_times(2, 1), "o.csv")
@@ -395,7 +395,7 @@ def test_numbers_and_dates_in_one_time_column(
 
 
 def _with_times(numbers: int, dates: int) -> bytes:
-    """After a header and a line whose label is wrong and whose time is of the other kind."""
+    """Return lines with these times after a header and a malformed line with a time of the other kind."""
     times = [*(str(i) for i in range(numbers)), *(f"2024-01-{i + 1:02}" for i in range(dates))]
     return "\n".join(["y,x,t", f"bad,v,{'7' if not numbers else '2024-01-01'}", *(f"1,v,{t}" for t in times)]).encode()
 
@@ -407,7 +407,7 @@ def test_missing_time_of_a_parquet_file_is_quarantined(tmp_path: Path, write_raw
     assert make(tmp_path / "out", description, path).malformed == 1
 
 
-def test_columns_of_one_name_that_nobody_uses(tmp_path: Path, write_raw: Write) -> None:
+def test_unused_columns_of_equal_names(tmp_path: Path, write_raw: Write) -> None:
     raw = write_raw(("y,a,a,a 1\n" + "".join(f"{i % 2},p,q,v{i}\n" for i in range(30))).encode(), "t.csv")
     make(tmp_path / "out", {**PLAIN, "sparse": [{"column": "a 1"}]}, raw)
     values = pq.read_table(tmp_path / "out/vocabulary/a 1.parquet")["value"].to_pylist()
@@ -441,42 +441,51 @@ NAMES = "printable text of 1 to 200 bytes without dots and slashes"
         ({"format": "json"}, "format is 'json'; it must be csv or parquet"),
         ({"label": None}, "label is None; it must be a section of `key: value` lines"),
         ({"label": {}}, "key 'label.column' is missing"),
-        ({"labels": 1}, "labels is not a key that can stand here"),
-        ({"delimiter": ";;"}, "delimiter is ';;'; it must be one ASCII character, for a tab \"\\t\""),
+        ({"labels": 1}, "labels is not a valid key here"),
+        ({"delimiter": ";;"}, "delimiter is ';;'; it must be one ASCII character (\"\\t\" for a tab)"),
         ({"delimiter": '"'}, "quote is '\"'; it must be another character than the delimiter"),
         ({"header": False}, "key 'columns' is missing"),
-        ({"header": False, "columns": ["y", "z"]}, "columns must name 'x' once, which the description uses"),
+        ({"header": False, "columns": ["y", "z"]}, "columns must name 'x' exactly once, since the description uses it"),
         ({"sparse": []}, "sparse is []; it must be a list of one entry or more"),
         ({"sparse": [{"column": "items"}]}, f"sparse[0].name is 'items'; it must be {NAMES} that"),
         ({"sparse": [{"column": "a.b"}]}, f"sparse[0].name is 'a.b'; it must be {NAMES} that"),
         ({"sparse": [{"column": 300 * "x"}]}, f"sparse[0].name is '{79 * 'x'}; it must be {NAMES} that"),
-        ({"dense": [{"column": "d", "name": 101 * "é"}]}, f"dense[0].name is '{79 * 'é'}; it must be {NAMES}; say"),
-        ({"dense": [{"column": "a\tb"}]}, f"dense[0].name is 'a\\tb'; it must be {NAMES}; say another"),
-        ({"sparse": [{"column": "x"}, {"column": "x"}]}, "two features are named 'x'; give one another `name`"),
+        ({"dense": [{"column": "d", "name": 101 * "é"}]}, f"dense[0].name is '{79 * 'é'}; it must be {NAMES}; choose"),
+        ({"dense": [{"column": "a\tb"}]}, f"dense[0].name is 'a\\tb'; it must be {NAMES}; choose another"),
+        (
+            {"sparse": [{"column": "x"}, {"column": "x"}]},
+            "two features are named 'x' (label is the label's name); change one `name`",
+        ),
         ({"sparse": [{"column": "y", "name": "label"}]}, "two features are named 'label'"),
         ({"sparse": [{"column": "x", "encoding": "hash"}]}, "key 'sparse[0].num_embeddings' is missing"),
-        ({"sparse": [{"column": "x", "num_embeddings": 5}]}, "sparse[0].num_embeddings is not a key that can stand"),
-        ({"sparse": [{"column": "x", "weights": "w"}]}, "sparse[0].weights is not a key that can stand here"),
+        ({"sparse": [{"column": "x", "num_embeddings": 5}]}, "sparse[0].num_embeddings is not a valid key here"),
+        ({"sparse": [{"column": "x", "weights": "w"}]}, "sparse[0].weights is not a valid key here"),
         ({"sparse": [{"column": "x", "min_count": 0}]}, "sparse[0].min_count is 0; it must be at least 1 and at most"),
         ({"dense": [{"column": "x", "transform": "log"}]}, "dense[0].transform is 'log'; it must be log1p or standard"),
         ({"dense": [{"column": "x", "missing": "mean"}]}, "dense[0].missing is 'mean'; it must be a number or refuse"),
         (
             {"dense": [{"column": "x", "missing": math.nan}]},
-            "dense[0].missing is nan; it must be a number (of float32",
+            "dense[0].missing is nan; it must be a number in the range of float32",
         ),
-        ({"dense": [{"column": "x", "missing": 1e39}]}, "dense[0].missing is 1e+39; it must be a number (of float32"),
+        (
+            {"dense": [{"column": "x", "missing": 1e39}]},
+            "dense[0].missing is 1e+39; it must be a number in the range of float32",
+        ),
         ({"split": {"by": "day"}}, "split.by is 'day'; it must be rows or time or random or file"),
         ({"split": {"by": "time"}}, "key 'split.column' is missing"),
-        ({"split": {"by": "rows", "seed": 3}}, "split.seed is not a key that can stand here"),
+        ({"split": {"by": "rows", "seed": 3}}, "split.seed is not a valid key here"),
         (
             {"split": {"by": "rows", "shares": {"train": 0.5, "test": 0.4}}},
             "it must be shares of the splits, such as",
         ),
         (
             {"split": {"by": "rows", "shares": {"train": 0.5, "test": 0.5}}},
-            "split.shares is ['test', 'train']; it",
+            "split.shares is ['test', 'train']; it must be shares of train, valid and test",
         ),
-        ({"split": {"by": "file", "shares": {"train": 0.5, "test": 0.5}}}, "it must be of valid and test, since"),
+        (
+            {"split": {"by": "file", "shares": {"train": 0.5, "test": 0.5}}},
+            "it must be shares of valid and test; all files but the last",
+        ),
         ({"max_malformed": 2}, "max_malformed is 2; it must be a share from 0 to 1"),
     ],
 )
@@ -490,7 +499,7 @@ def test_wrong_description(tmp_path: Path, change: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"a: 1\na: 2", b"\xff", b"- 1", b""])
-def test_description_that_is_no_yaml(tmp_path: Path, content: bytes) -> None:
+def test_description_that_is_not_yaml(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "table.yaml"
     path.write_bytes(content)
     with pytest.raises(
@@ -515,10 +524,10 @@ def test_description_that_is_no_yaml(tmp_path: Path, content: bytes) -> None:
     bad=st.integers(0, 10),
     block=st.integers(300, 3000),
 )
-def test_any_table_comes_back(
+def test_any_table_round_trips(
     rows: list[tuple[str, str, list[str]]], bad: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the csv module writes is what the ids stand for, with malformed lines among it and blocks of any size."""
+    """Ids stand for the values that the csv module wrote, with malformed lines between and blocks of any size."""
     folder = tmp_path / uuid.uuid4().hex
     folder.mkdir()
     text = io.StringIO()
@@ -527,7 +536,7 @@ def test_any_table_comes_back(
     for index, (label, value, values) in enumerate(rows):
         writer.writerow([label, value, "|".join(values)])
         if index == 4:
-            text.write(bad * ("spoilt" + 90 * " " + "\n"))  # whole blocks of them
+            text.write(bad * ("malformed" + 90 * " " + "\n"))  # complete blocks of them
     (folder / "a.csv").write_text(text.getvalue(), encoding="utf-8", newline="")
     sparse = [{"column": "x"}, {"column": "l", "separator": "|"}]
     with monkeypatch.context() as patch:
