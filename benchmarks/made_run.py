@@ -13,7 +13,7 @@ from mlet_dist.config.config_file import save_config
 from mlet_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.export.formats.dcp import DcpFormat
-from mlet_dist.export.formats.pieces import Piece
+from mlet_dist.export.formats.tensor_shards import Piece
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory

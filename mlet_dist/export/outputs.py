@@ -10,8 +10,8 @@ import torch
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
 from mlet_dist.export.encoding import ENCODINGS, Encoding
 from mlet_dist.export.formats.dcp import DcpFormat
-from mlet_dist.export.formats.pieces import Format
 from mlet_dist.export.formats.safetensors import SafetensorsFiles, SafetensorsFormat
+from mlet_dist.export.formats.tensor_shards import Format
 
 
 @dataclass(frozen=True)

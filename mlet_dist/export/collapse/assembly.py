@@ -18,7 +18,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.units import UNIT_BYTES, Unit, units_of
 from mlet_dist.export.collapse.work_directory import WorkDirectory, join_files
 from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
-from mlet_dist.export.formats.pieces import Piece
+from mlet_dist.export.formats.tensor_shards import Piece
 from mlet_dist.export.outputs import Output, open_output
 from mlet_dist.export.serving.package import check_fits, served_bytes, write_package
 from mlet_dist.export.serving.quantised import Serving, plan_serving

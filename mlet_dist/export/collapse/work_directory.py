@@ -18,7 +18,7 @@ from mlet_dist.checkpoint.manifest import BLOCK_BYTES
 from mlet_dist.checkpoint.writer import SummedStream
 from mlet_dist.errors import UserError, os_error
 from mlet_dist.export.export_directory import MANIFEST
-from mlet_dist.export.formats.pieces import Format, Piece
+from mlet_dist.export.formats.tensor_shards import Format, Piece
 from mlet_dist.formatting import to_json
 
 _JOB, _RECORDS, _EXPORT = "job.json", "records", "export"

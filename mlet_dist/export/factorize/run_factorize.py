@@ -18,7 +18,7 @@ from mlet_dist.embeddings.factors import Factors, factors_of
 from mlet_dist.errors import UserError
 from mlet_dist.export.factorize.existing_tables import open_existing
 from mlet_dist.export.formats.dcp import DcpFormat
-from mlet_dist.export.formats.pieces import Piece
+from mlet_dist.export.formats.tensor_shards import Piece
 from mlet_dist.export.row_blocks import read_blocks, sum_grams
 from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.utils.serialization import config as serialization
 
 from mlet_dist.checkpoint.writer import SummedStream
-from mlet_dist.export.formats.pieces import Piece, whole_shapes
+from mlet_dist.export.formats.tensor_shards import Piece, whole_shapes
 
 
 class DcpFormat:

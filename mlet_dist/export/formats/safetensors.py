@@ -12,7 +12,7 @@ from mlet_dist.checkpoint.checked_file import CheckedFile
 from mlet_dist.checkpoint.tensor_ranges import Chunk, ChunkedTensors, StoredTensor
 from mlet_dist.checkpoint.writer import SummedStream
 from mlet_dist.errors import UserError
-from mlet_dist.export.formats.pieces import Piece, whole_shapes
+from mlet_dist.export.formats.tensor_shards import Piece, whole_shapes
 
 DTYPES = {
     "F64": torch.float64,

@@ -14,9 +14,9 @@ from mlet_dist.export.collapse.run_collapse import export_run
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from tests.conftest import TrainedRun
+from tests.helpers.checkpoint_manifest import seal
 from tests.helpers.export_units import contents
 from tests.helpers.mlet_command import error_line
-from tests.helpers.sealed_checkpoint import seal
 
 
 def _all_tensors(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from mlet_dist.export.factorize.existing_tables import open_existing
 from mlet_dist.export.source import Tables
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun
-from tests.helpers import column_wise_tables
+from tests.helpers import sharded_tables
 from tests.helpers.train_in_ranks import Ranks
 
 TABLES = {
@@ -138,12 +138,12 @@ def test_safetensors_in_one_file_in_many_and_in_parts(tmp_path: Path) -> None:
 
 @pytest.mark.multirank
 def test_what_torchrec_sharded_by_columns_by_rows_and_whole(ranks: Ranks, tmp_path: Path) -> None:
-    ranks(2).run(column_wise_tables.save, str(tmp_path / "dcp"))
+    ranks(2).run(sharded_tables.save, str(tmp_path / "dcp"))
     with open_existing(tmp_path / "dcp") as existing:
         found = _all(existing)
         assert existing.spec is None
     assert sorted(found) == ["by_columns", "by_rows", "whole"]
-    assert all(torch.equal(tensor, column_wise_tables.table(name)) for name, tensor in found.items())
+    assert all(torch.equal(tensor, sharded_tables.table(name)) for name, tensor in found.items())
 
 
 def test_dense_layers_are_kept_where_the_tables_lie_as_in_a_dlrm(tmp_path: Path) -> None:
