@@ -13,7 +13,14 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from mlet_dist import __version__
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, Found, load_model, load_state, newest_whole
+from mlet_dist.checkpoint.load import (
+    MODEL_KEY,
+    OPTIMIZER_KEY,
+    CompleteCheckpoint,
+    latest_complete,
+    load_model,
+    load_state,
+)
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.training.guard import NonFinite
 from mlet_dist.training.optimizers import optimizer_state
@@ -48,7 +55,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def restore(training: Training, found: Found) -> None:
+def restore(training: Training, found: CompleteCheckpoint) -> None:
     """Fill ``training`` from a whole checkpoint, in any sharding, on any number of ranks. A collective call.
 
     Random numbers go on only on as many ranks of the same kind: nothing that is trained depends on them but rows in
@@ -116,7 +123,7 @@ def go_back(training: Training, store: CheckpointStore, error: NonFinite, limit:
     """
     if len(training.passed_over) >= limit:
         raise NonFinite(error.finding, f"the run has gone back {limit} times, as often as it may") from None
-    found = newest_whole(store)
+    found = latest_complete(store)
     if found is None:
         raise NonFinite(error.finding, f"{store} holds no checkpoint to go back to") from None
     # The checkpoint knows of none that were found after it was saved.

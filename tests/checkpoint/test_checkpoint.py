@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint import manifest
-from mlet_dist.checkpoint.load import load_state, newest_checkpoint, newest_whole
+from mlet_dist.checkpoint.load import latest_checkpoint, latest_complete, load_state
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, Checksum, Manifest, ManifestError
 from mlet_dist.checkpoint.saver import CheckpointSaver, drop_old
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
@@ -40,7 +40,7 @@ def _save(location: str, steps: tuple[int, ...], keep_last: int = 9, keep_every:
 
 
 def _load(location: str) -> tuple[int, torch.Tensor]:
-    found = newest_whole(CheckpointStore(location))
+    found = latest_complete(CheckpointStore(location))
     assert found is not None
     state = {"tensor": torch.empty(SIZE)}
     load_state(state, found.checkpoint.location)
@@ -109,16 +109,16 @@ def test_damage_to_any_file_is_found_and_named(two: Path, tmp_path: Path, damage
     for name in names:
         copy = shutil.copytree(two, tmp_path / f"copy of {name}")
         damage(copy / "step-00000005" / name)
-        found = newest_whole(CheckpointStore(copy))
+        found = latest_complete(CheckpointStore(copy))
         assert found is not None
         assert found.checkpoint.step == 3
         (line,) = found.damage
         assert f"step-00000005: {name} " in line
         with pytest.raises(UserError, match=f"last checkpoint is damaged: .*step-00000005: {name} "):
-            newest_checkpoint(CheckpointStore(copy))
+            latest_checkpoint(CheckpointStore(copy))
         damage(copy / "step-00000003" / name)
         with pytest.raises(UserError, match=f"no checkpoint is whole: .*-00000005: {name} .*-00000003: {name} "):
-            newest_whole(CheckpointStore(copy))
+            latest_complete(CheckpointStore(copy))
 
 
 def test_every_bit_of_a_manifest_counts() -> None:
@@ -149,7 +149,7 @@ def test_what_another_version_wrote_is_neither_damaged_nor_passed_over(
     with pytest.raises(
         UserError, match=rf"step-00000002: manifest\.json: format_version is {version}, and this .*reads"
     ):
-        newest_whole(store)
+        latest_complete(store)
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_named(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_named(tmp_path: Path) ->
         store.checkpoint(step).begin()
         store.checkpoint(step).finish(Manifest(step, {}, {}))
     (tmp_path / "step-00000002").rename(tmp_path / "step-00000009")
-    found = newest_whole(store)
+    found = latest_complete(store)
     assert found is not None
     assert found.checkpoint.step == 1
     assert found.damage == [f"{tmp_path}/step-00000009: manifest.json is that of step 2: the directory was renamed"]
@@ -190,19 +190,19 @@ def test_a_checkpoint_is_whole_in_one_instant_and_gone_in_one(tmp_path: Path) ->
     checkpoint.begin()
     with checkpoint.open_new("file") as file:
         file.write(b"12")
-    assert checkpoint.is_being_written
-    assert newest_whole(store) is None  # a job that was killed before its first checkpoint was whole
+    assert checkpoint.is_unfinished
+    assert latest_complete(store) is None  # a job that was killed before its first checkpoint was whole
     checksum = Checksum()
     checksum.update(b"12")
     checkpoint.finish(Manifest(4, {"file": checksum.entry()}, {}))
-    assert not checkpoint.is_being_written
-    found = newest_whole(store)
+    assert not checkpoint.is_unfinished
+    found = latest_complete(store)
     assert found is not None
     named = Checkpoint.at(f"{tmp_path}/step-00000004/")
     assert named is not None
     assert found.checkpoint.location == checkpoint.location == named.location
     checkpoint.begin()  # the same step again
-    assert newest_whole(store) is None
+    assert latest_complete(store) is None
     checkpoint.remove()
     assert list(tmp_path.iterdir()) == []
     assert Checkpoint.at(str(tmp_path)) is None
@@ -255,7 +255,7 @@ def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
             file.write(b"1")
         entries[name] = {"bytes": 1, "crc32": ["83dcefb7"]}
     checkpoint.finish(Manifest(4, entries, {}))
-    assert newest_whole(store) is not None
+    assert latest_complete(store) is not None
     gone: list[str] = []
 
     def until_killed(remove: Callable[..., None]) -> Callable[..., None]:
@@ -274,8 +274,8 @@ def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
     monkeypatch.undo()
     assert len(gone) == files_gone
     if files_gone:
-        assert newest_whole(store) is None
-        assert checkpoint.is_being_written
+        assert latest_complete(store) is None
+        assert checkpoint.is_unfinished
         drop_later(store, None)
         assert list(tmp_path.iterdir()) == []
 
@@ -303,7 +303,7 @@ def test_what_cannot_be_written_is_an_error_on_every_rank_and_leaves_nothing(ran
     assert len(lines) == 2
     assert all("step-00000002: rank 1 cannot write it: " in line and "Input/output error" in line for line in lines)
     assert _names(str(tmp_path)) == ["step-00000001"]
-    assert newest_checkpoint(CheckpointStore(tmp_path)).step == 1
+    assert latest_checkpoint(CheckpointStore(tmp_path)).step == 1
 
 
 def _fill_the_disk(location: str) -> None:
@@ -340,4 +340,4 @@ def test_what_the_disk_says_reaches_the_user(ranks: Ranks, tmp_path: Path) -> No
         ranks(1).run(_fail_to_drop, str(kept))
     said = f"UserError: {kept}: older checkpoints cannot be removed: [Errno 13] Permission denied"
     assert said in str(failed.value)
-    assert newest_checkpoint(CheckpointStore(kept)).step == 2
+    assert latest_checkpoint(CheckpointStore(kept)).step == 2

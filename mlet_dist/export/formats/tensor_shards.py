@@ -1,4 +1,4 @@
-"""Rectangles of tensors in files: what an export's formats write, join and index."""
+"""Shards of tensors in files: the interface of the formats that an export is written in."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -6,19 +6,19 @@ from typing import Any, Protocol
 
 import torch
 
-from mlet_dist.checkpoint.writer import SummedStream
+from mlet_dist.checkpoint.writer import ChecksumStream
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of a tensor, and the bytes of a file that hold it.
+class TensorShard:
+    """A rectangle of a tensor, and the position of its bytes in a file.
 
     Attributes:
         name: of the tensor in the state dict.
-        dtype: as torch calls it, without ``torch.``.
+        dtype: as torch names it, without ``torch.``.
         offsets, sizes: of the rectangle.
         file: relative to the format's directory.
-        start, length: of what the format wrote of it, in bytes.
+        start, length: of the bytes that the format wrote for the shard.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Piece:
     length: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> "Piece":
-        """Take back what ``to_dict`` gave."""
+    def from_dict(cls, plain: Mapping[str, Any]) -> "TensorShard":
+        """Return the shard that ``to_dict`` was called on."""
         return cls(**{**plain, "offsets": tuple(plain["offsets"]), "sizes": tuple(plain["sizes"])})
 
     @property
@@ -43,39 +43,39 @@ class Piece:
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 
-    def moved(self, file: str, start: int) -> "Piece":
-        """The same rectangle elsewhere."""
+    def moved(self, file: str, start: int) -> "TensorShard":
+        """Return the same shard at another position."""
         return replace(self, file=file, start=start)
 
 
 class Format(Protocol):
-    """A kind of file that holds pieces of tensors, and the index that goes with many of them."""
+    """A file format for shards of tensors, with an index of many files."""
 
     suffix: str
 
     def write(
-        self, stream: SummedStream, file: str, first_row: int, tensors: Mapping[str, torch.Tensor]
-    ) -> list[Piece]:
-        """Write tensors, by name, to a new file, as the rows from ``first_row`` on.
+        self, stream: ChecksumStream, file: str, first_row: int, tensors: Mapping[str, torch.Tensor]
+    ) -> list[TensorShard]:
+        """Write tensors, by name, to a new file, as the rows from ``first_row`` on; return their shards.
 
-        Each tensor is all of its storage.
+        Each tensor must cover all of its storage.
         """
 
-    def join(self, stream: SummedStream, file: str, pieces: Sequence[Piece]) -> list[Piece]:
-        """Begin a file that will hold the bytes of ``pieces`` in this order; the pieces that it then consists of.
+    def join(self, stream: ChecksumStream, file: str, shards: Sequence[TensorShard]) -> list[TensorShard]:
+        """Start a file to which the caller will append the bytes of ``shards`` in this order; return its shards.
 
-        The pieces are rectangles of rows, and those of one tensor are neighbours and in order.
+        The shards are ranges of rows, those of one tensor are adjacent and in order.
         """
 
-    def index(self, pieces: Sequence[Piece]) -> tuple[str, bytes]:
-        """Name and contents of the file by which readers find all pieces."""
+    def index(self, shards: Sequence[TensorShard]) -> tuple[str, bytes]:
+        """Return name and contents of the file from which readers learn the positions of all shards."""
 
 
-def whole_shapes(pieces: Sequence[Piece]) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that pieces are of, by name."""
+def full_shapes(shards: Sequence[TensorShard]) -> dict[str, tuple[int, ...]]:
+    """Return the full shape of each sharded tensor, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for piece in pieces:
-        ends = tuple(offset + size for offset, size in zip(piece.offsets, piece.sizes, strict=True))
-        before = shapes.get(piece.name, ends)
-        shapes[piece.name] = tuple(map(max, ends, before))
+    for shard in shards:
+        ends = tuple(offset + size for offset, size in zip(shard.offsets, shard.sizes, strict=True))
+        before = shapes.get(shard.name, ends)
+        shapes[shard.name] = tuple(map(max, ends, before))
     return shapes

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from mlet_dist.checkpoint.load import newest_finished
+from mlet_dist.checkpoint.load import latest_finished
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import TensorFiles
@@ -28,7 +28,7 @@ def _write(store: Path) -> tuple[Checkpoint, Manifest]:
         for name, tensor in REST.items():
             file.add(name, [tensor])
     writer.finish({"said": 1})
-    return newest_finished(CheckpointStore(store))
+    return latest_finished(CheckpointStore(store))
 
 
 def test_torch_and_our_own_reader_find_what_was_written(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
     with writer.file("table") as file:
         file.add("t", [TABLE])
     with pytest.raises(UserError, match="no whole checkpoint"):
-        newest_finished(CheckpointStore(tmp_path / "store"))
+        latest_finished(CheckpointStore(tmp_path / "store"))
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
