@@ -29,10 +29,10 @@ import torch
 from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_state, newest_whole
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_complete, load_state
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.checkpoint.writer import staged, write_checkpoint
+from mlet_dist.checkpoint.writer import copy_to_cpu, write_checkpoint
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature
@@ -101,14 +101,14 @@ def bandwidths(state: dict[str, Any], folder: Path, rounds: int) -> dict[str, An
     size, cold = 0, True
     for step in range(rounds):
         checkpoint = store.checkpoint(step)
-        times["stage"].append(seconds(partial(staged, state)))
+        times["stage"].append(seconds(partial(copy_to_cpu, state)))
         times["save"].append(seconds(partial(write_checkpoint, checkpoint, state, {})))
         files = checkpoint.manifest().files
         size = sum(entry["bytes"] for entry in files.values())
         own = sum(entry["bytes"] for name, entry in files.items() if name.startswith(f"__{rank}_"))
         times["write"].append(seconds(partial(write_plain, plain, own)))
         cold = drop_page_cache() and cold
-        times["verify"].append(seconds(partial(newest_whole, store)))
+        times["verify"].append(seconds(partial(latest_complete, store)))
         times["load"].append(times["verify"][-1] + seconds(partial(load_state, state, checkpoint.location)))
         cold = drop_page_cache() and cold
         times["read"].append(seconds(partial(read_plain, plain)))

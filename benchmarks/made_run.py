@@ -8,12 +8,12 @@ import torch
 
 from mlet_dist.checkpoint.load import MODEL_KEY
 from mlet_dist.checkpoint.manifest import Manifest
-from mlet_dist.checkpoint.writer import SummedStream
+from mlet_dist.checkpoint.writer import ChecksumStream
 from mlet_dist.config.config_file import save_config
 from mlet_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.export.formats.dcp import DcpFormat
-from mlet_dist.export.formats.pieces import Piece
+from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
@@ -62,11 +62,11 @@ def make_run(
     spec.save(run.model)
     checkpoint = run.checkpoint_store(config).checkpoint(1)
     checkpoint.begin()
-    form, pieces, files = DcpFormat(), list[Piece](), {}
+    form, shard_entries, files = DcpFormat(), list[TensorShard](), {}
     for shard in range(shards):
         file = f"__{shard}_0.distcp"
         with checkpoint.open_new(file) as raw:
-            stream = SummedStream(raw)
+            stream = ChecksumStream(raw)
             for name, total in tables.items():
                 size = -(-total // shards)
                 start, stop = min(shard * size, total), min((shard + 1) * size, total)
@@ -74,14 +74,14 @@ def make_run(
                     columns = model.hidden_dim or model.embedding_dim
                     state = f"{MODEL_KEY}.{TABLES_PREFIX}embedding_bags.{name}.weight"
                     values = rows(name, start, stop - start, columns).to(rows_dtype)
-                    pieces += form.write(stream, file, start, {state: values})
+                    shard_entries += form.write(stream, file, start, {state: values})
                     del values
             if shard == 0:
-                pieces += form.write(stream, file, 0, _replicated(spec, rows))
+                shard_entries += form.write(stream, file, 0, _replicated(spec, rows))
         files[file] = stream.checksum.entry()
-    index, content = form.index(pieces)
+    index, content = form.index(shard_entries)
     with checkpoint.open_new(index) as raw:
-        stream = SummedStream(raw)
+        stream = ChecksumStream(raw)
         stream.write(content)
     files[index] = stream.checksum.entry()
     checkpoint.finish(Manifest(checkpoint.step, files, {}))

@@ -1,11 +1,20 @@
-"""Checkpoints with torch.distributed.checkpoint: sharded in, resharded out; whole and marked so, or ignored.
+"""Checkpoints in the format of torch.distributed.checkpoint (DCP), saved and loaded under any sharding.
 
 A checkpoint is a directory ``step-00000040`` of a ``CheckpointStore``:
 
-    .incomplete       is there from before the first byte until after the manifest
-    __0_0.distcp …    tensors, a file a rank
-    .metadata         names, shapes, and where in the files they are
-    manifest.json     step, config, data cursor, versions, size and checksum of each file; it marks the checkpoint whole
+    .incomplete       exists from before the first byte is written until after the manifest is written
+    __0_0.distcp …    tensors, one file per rank
+    .metadata         names, shapes and file positions of the tensors
+    manifest.json     step, config, data cursor, versions, size and checksums of each file
 
-Where both .incomplete and manifest.json are missing, the checkpoint is damaged.
+It is complete once ``manifest.json`` exists. With ``.incomplete`` alone it is unfinished and ignored; with neither file
+it is damaged. The modules of this package:
+
+    store.py          where checkpoints are stored: a directory or a URL
+    manifest.py       contents, writing and parsing of ``manifest.json``; checksums
+    saver.py          asynchronous saving in a background thread; retention
+    writer.py         writes one checkpoint from all ranks
+    load.py           finds a complete checkpoint and loads it
+    checked_file.py   reads parts of a file and verifies their checksums
+    tensor_ranges.py  reads ranges of rows without a model or a process group
 """

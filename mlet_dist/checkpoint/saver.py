@@ -1,4 +1,4 @@
-"""Saving behind training: a copy is taken at once, a thread writes it, and checkpoints beyond the retention go."""
+"""Asynchronous saving: the state is copied to host memory, and a background thread writes it and applies retention."""
 
 import os
 import sys
@@ -14,40 +14,25 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint.manifest import ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.checkpoint.writer import on_first, staged, write_checkpoint
+from mlet_dist.checkpoint.writer import copy_to_cpu, on_first_rank, write_checkpoint
 
-
-def drop_old(store: CheckpointStore, keep_last: int, keep_every: int | None) -> None:
-    """Remove whole checkpoints but the last ``keep_last`` and those whose step is a multiple of ``keep_every``.
-
-    Those that are not whole are left alone: one may be being written.
-    """
-    whole = []
-    for checkpoint in store.checkpoints():
-        try:
-            checkpoint.manifest()
-        except ManifestError:
-            continue
-        whole.append(checkpoint)
-    for checkpoint in whole[:-keep_last]:
-        if keep_every is None or checkpoint.step % keep_every:
-            checkpoint.remove()
-
-
-_PATIENCE_SECONDS = 30.0
+_JOIN_SECONDS_ON_ERROR = 30.0
 _NICENESS = 10
 
 
 class CheckpointSaver:
-    """Writes checkpoints of all ranks, one at a time.
+    """Writes checkpoints from all ranks, one at a time.
 
-    The thread that writes is each rank's own, and the threads talk over a process group of their own: they never share
-    one with training. As a context manager it lets a save that is under way come to its end.
+    Each rank has a thread that writes. The threads communicate over a process group of their own, never over that of
+    training. As a context manager, the saver waits at the end for a save in progress.
 
     Args:
-        store: where to.
-        timeout: in which a rank's thread must answer the others.
-        keep_last, keep_every: as ``drop_old``.
+        store: where to save.
+        timeout: of the collectives between the threads.
+        keep_last, keep_every: as in ``apply_retention``.
+
+    Attributes:
+        saved: the last checkpoint that was completed; None before the first.
     """
 
     def __init__(self, store: CheckpointStore, timeout: timedelta, keep_last: int, keep_every: int | None) -> None:
@@ -58,24 +43,24 @@ class CheckpointSaver:
         self.saved: Checkpoint | None = None
 
     def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint; ``state`` may change as soon as this returns. A collective call.
+        """Start to write a checkpoint; ``state`` may change as soon as this returns. A collective call.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self.wait()
-        copy = staged(state)
+        copy = copy_to_cpu(state)
         checkpoint = self._store.checkpoint(step)
         self._thread = threading.Thread(target=self._run, args=(checkpoint, copy, about), daemon=True)
         self._thread.start()
 
     @property
     def has_failed(self) -> bool:
-        """Whether ``wait`` would raise, at once."""
+        """Whether the last save has failed, so that ``wait`` would raise. Does not block."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is whole on all ranks.
+        """Wait until the last checkpoint is complete on all ranks.
 
         Raises:
             UserError: it could not be written.
@@ -88,14 +73,14 @@ class CheckpointSaver:
             raise error
 
     def _run(self, checkpoint: Checkpoint, state: dict[str, Any], about: Mapping[str, Any]) -> None:
-        if sys.platform == "linux":  # there a thread has a priority of its own; training comes first
+        if sys.platform == "linux":  # threads have their own priority there; training comes first
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             write_checkpoint(checkpoint, state, about, self._group)
             self.saved = checkpoint
-            drop = partial(drop_old, self._store, self._keep_last, self._keep_every)
-            on_first(drop, f"{self._store}: older checkpoints cannot be removed", self._group)
+            remove_old = partial(apply_retention, self._store, self._keep_last, self._keep_every)
+            on_first_rank(remove_old, f"{self._store}: older checkpoints cannot be removed", self._group)
         except BaseException as error:
             self._error = error
 
@@ -106,4 +91,21 @@ class CheckpointSaver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._thread is not None:
-            self._thread.join(None if error is None else _PATIENCE_SECONDS)
+            self._thread.join(None if error is None else _JOIN_SECONDS_ON_ERROR)
+
+
+def apply_retention(store: CheckpointStore, keep_last: int, keep_every: int | None) -> None:
+    """Remove finished checkpoints except the last ``keep_last`` and those whose step is a multiple of ``keep_every``.
+
+    Checkpoints without a valid manifest are left alone: one of them may be being written.
+    """
+    finished = []
+    for checkpoint in store.checkpoints():
+        try:
+            checkpoint.manifest()
+        except ManifestError:
+            continue
+        finished.append(checkpoint)
+    for checkpoint in finished[:-keep_last]:
+        if keep_every is None or checkpoint.step % keep_every:
+            checkpoint.remove()

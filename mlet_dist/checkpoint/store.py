@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a directory, or a URL that fsspec opens."""
+"""Where checkpoints are stored: a directory, or a URL that fsspec opens."""
 
 import os
 import re
@@ -12,11 +12,10 @@ from typing import IO, Any, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mlet_dist.atomic_directory import sync_directory
-from mlet_dist.checkpoint.manifest import Manifest, ManifestError
+from mlet_dist.checkpoint.manifest import MANIFEST, Manifest, ManifestError
 from mlet_dist.errors import UserError
 
-MANIFEST, INCOMPLETE = "manifest.json", ".incomplete"
+INCOMPLETE = ".incomplete"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -27,7 +26,7 @@ class CheckpointStore:
         location: a directory or a URL (s3://…, gs://…); it need not exist yet.
 
     Raises:
-        UserError: fsspec does not know the URL's kind, or lacks the package for it.
+        UserError: fsspec does not know the URL's scheme, or the package for it is not installed.
     """
 
     def __init__(self, location: Path | str) -> None:
@@ -42,12 +41,12 @@ class CheckpointStore:
         return self._location
 
     @property
-    def place(self) -> tuple[str, str]:
-        """What two stores share that are the same, by whatever path or URL they were opened."""
+    def identity(self) -> tuple[str, str]:
+        """A value that is equal for two stores in the same place, whatever path or URL they were opened by."""
         return type(self.filesystem).__name__, os.path.realpath(self.root) if self.is_local else self.root
 
     def checkpoints(self) -> list["Checkpoint"]:
-        """All that is there, whole or not, by step."""
+        """All checkpoints in the store, complete or not, in the order of their steps."""
         self.filesystem.invalidate_cache()
         try:
             paths = self.filesystem.ls(self.root, detail=False)
@@ -57,11 +56,11 @@ class CheckpointStore:
         return [self.checkpoint(step) for step in sorted(int(found[1]) for found in steps if found)]
 
     def checkpoint(self, step: int) -> "Checkpoint":
-        """That of a step, which need not exist."""
+        """Return the checkpoint of ``step``, which need not exist."""
         return Checkpoint(self, step)
 
     def free_bytes(self) -> int | None:
-        """What may still be written; None where nobody knows."""
+        """Return the free space of the file system in bytes; None for URLs."""
         if not self.is_local:
             return None
         path = Path(self.root)
@@ -70,14 +69,14 @@ class CheckpointStore:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint of a store, by its files."""
+    """One checkpoint of a store, which need not exist."""
 
     store: CheckpointStore
     step: int
 
     @classmethod
     def at(cls, location: str) -> "Checkpoint | None":
-        """The checkpoint that a path or URL names by its last part, whether it exists or not; None if it names none."""
+        """Return the checkpoint whose directory ``location`` is, by its name alone; None if the name is no step's."""
         parent, _, name = location.rstrip("/").rpartition("/")
         found = _NAME.fullmatch(name)
         return (
@@ -88,39 +87,39 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """The name of the checkpoint's directory."""
         return f"step-{self.step:08d}"
 
     @property
     def path(self) -> str:
-        """As the store's file system names it."""
+        """The directory's path in the store's file system."""
         return f"{self.store.root.rstrip('/')}/{self.name}"
 
     @property
     def location(self) -> str:
-        """A path, or the URL."""
+        """The directory's local path or URL."""
         return self.path if self.store.is_local else str(self.store.filesystem.unstrip_protocol(self.path))
 
     def __str__(self) -> str:
         return self.location
 
     @property
-    def is_being_written(self) -> bool:
-        """Whether its writer, or whoever removed it, alive or dead, has not come to the end."""
+    def is_unfinished(self) -> bool:
+        """Whether writing or removing the checkpoint has started and not finished; the process may still be at it."""
         names = self._names()
         return MANIFEST not in names and (INCOMPLETE in names or not names)
 
     def manifest(self) -> Manifest:
-        """What it says of itself; the files are not looked at.
+        """Read the manifest; the other files are not verified.
 
         Raises:
-            ManifestError: it is missing, damaged or of another step, so the checkpoint is not whole.
+            ManifestError: it is missing, damaged or of another step, so the checkpoint is not complete.
         """
         try:
             data = self.store.filesystem.cat_file(f"{self.path}/{MANIFEST}")
         except FileNotFoundError:
             raise ManifestError(f"{self}: {MANIFEST} is missing") from None
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each fsspec implementation raises its own errors
             raise ManifestError(f"{self}: {MANIFEST} cannot be read: {error or type(error).__name__}") from None
         manifest = Manifest.parse(data, f"{self}: {MANIFEST}")
         if manifest.step != self.step:
@@ -128,34 +127,25 @@ class Checkpoint:
         return manifest
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file that is there, by name."""
+        """Return the size in bytes of each existing file, by name."""
         found = self.store.filesystem.ls(self.path, detail=True)
         return {each["name"].rpartition("/")[2]: each["size"] for each in found if each["type"] == "file"}
 
     def begin(self) -> None:
-        """Take away what is there of this step, and mark what will be as not whole yet."""
+        """Remove an existing checkpoint of this step, and mark the new one as incomplete."""
         self.remove()
         self.store.filesystem.makedirs(self.path, exist_ok=True)
         self.store.filesystem.pipe_file(f"{self.path}/{INCOMPLETE}", b"")
 
     def finish(self, manifest: Manifest) -> None:
-        """Mark it whole, in one instant; all files must be there."""
-        target = f"{self.path}/{MANIFEST}"
-        if self.store.is_local:
-            with self.open_new(f"{MANIFEST}.tmp") as file:
-                file.write(manifest.render())
-            sync_directory(Path(self.path))
-            os.replace(f"{target}.tmp", target)
-            sync_directory(Path(self.path))
-            sync_directory(Path(self.store.root))
-        else:  # an object appears as a whole
-            self.store.filesystem.pipe_file(target, manifest.render())
+        """Complete the checkpoint by writing its manifest; all other files must have been written."""
+        manifest.write(self.store.filesystem, self.path)
         self.store.filesystem.rm_file(f"{self.path}/{INCOMPLETE}")
 
     def remove(self) -> None:
-        """Take it away: what marks it whole first, and the mark of what is not whole last.
+        """Remove the checkpoint's files: the manifest first, the marker ``.incomplete`` last.
 
-        Whoever is killed meanwhile leaves something that looks neither whole nor damaged, and is removed later.
+        If the process is killed in between, the rest counts as unfinished, not as damaged, and is removed later.
         """
         names = self._names()
         if MANIFEST in names:
@@ -169,7 +159,7 @@ class Checkpoint:
 
     @contextmanager
     def open_new(self, name: str) -> Iterator[IO[bytes]]:
-        """A new file of it, which is on the disk when the block ends."""
+        """Open a new file of the checkpoint for writing; it is synced to disk when the context exits."""
         with self.store.filesystem.open(f"{self.path}/{name}", "wb") as file:
             yield file
             if self.store.is_local:
@@ -177,7 +167,7 @@ class Checkpoint:
                 os.fsync(file.fileno())
 
     def open(self, name: str) -> IO[bytes]:
-        """A file of it, to be read from its beginning."""
+        """Open a file of the checkpoint for sequential reading."""
         arguments: dict[str, Any] = {} if self.store.is_local else {"cache_type": "readahead"}
         return cast(IO[bytes], self.store.filesystem.open(f"{self.path}/{name}", "rb", **arguments))
 

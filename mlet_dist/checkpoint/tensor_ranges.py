@@ -1,4 +1,4 @@
-"""Tensors by ranges of rows, straight from files: no model, no process group."""
+"""Read ranges of rows of tensors directly from files, without a model or a process group."""
 
 import os
 from abc import ABC, abstractmethod
@@ -18,10 +18,15 @@ from mlet_dist.checkpoint.load import Location, read_metadata
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.errors import UserError
 
+INDEX = ".metadata"
+"""The file in which torch.distributed.checkpoint records where all tensors are."""
+
+_MAX_OPEN_FILES = 2  # each may cache a block in memory
+
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and dtype of a whole tensor."""
+    """Shape and dtype of a full tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,7 +34,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A rectangle of a tensor, and the bytes of a file that it was saved in."""
+    """A rectangle of a tensor, and the position of its bytes in a file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -39,13 +44,13 @@ class Chunk:
 
 
 class ChunkedTensors(ABC):
-    """The tensors of a checkpoint in some format; as a context manager it closes the files.
+    """The tensors of a checkpoint in some file format. As a context manager, it closes the files.
 
-    A reader of rows needs memory for those rows, whatever the size of the tensor or of the shards it was saved in.
+    Reading rows takes memory for those rows alone, whatever the size of the tensor or of its saved shards.
 
     Attributes:
-        location: as messages call it.
-        tensors: by name.
+        location: path or URL, also in messages.
+        tensors: shape and dtype by name.
     """
 
     def __init__(self, location: Location) -> None:
@@ -55,7 +60,10 @@ class ChunkedTensors(ABC):
         self._by_rows: dict[str, tuple[list[Chunk], list[int]]] = {}
 
     def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill ``out`` ``(rows, columns)`` of the tensor's dtype, contiguous, on the CPU, with rows from ``start`` on.
+        """Fill ``out`` with rows of a tensor from row ``start`` on.
+
+        Args:
+            out: ``(rows, columns)`` of the tensor's dtype, contiguous, on the CPU.
 
         Raises:
             UserError: there is no such tensor, or a file is missing or damaged.
@@ -77,10 +85,10 @@ class ChunkedTensors(ABC):
             raise UserError(f"{self.location}: holds {covered:,} of {out.numel():,} values of rows of {name!r}")
 
     def load(self, name: str) -> torch.Tensor:
-        """One whole tensor, for small ones.
+        """Return a full tensor, meant for small ones.
 
         Raises:
-            UserError: as ``read_rows``.
+            UserError: as for ``read_rows``.
         """
         chunks = self._chunks_of(name)
         found = self.tensors[name]
@@ -109,7 +117,7 @@ class ChunkedTensors(ABC):
         self.close()
 
     def _chunks_over(self, name: str, start: int, stop: int) -> Iterator[Chunk]:
-        """Those that may hold rows of a range: a reader of ranges need not look at thousands of others each time."""
+        """Yield the chunks that may contain rows of a range, without a scan of all chunks of the tensor."""
         if name not in self._by_rows:
             chunks = sorted(self._chunks_of(name), key=lambda chunk: chunk.offsets)
             ends = accumulate((chunk.offsets[0] + chunk.sizes[0] for chunk in chunks), max)
@@ -126,22 +134,16 @@ class ChunkedTensors(ABC):
         return self._chunks[name]
 
 
-INDEX = ".metadata"
-"""The file by which torch.distributed.checkpoint finds all tensors."""
-
-_MOST_OPEN = 2  # each may hold a block in memory
-
-
-class TensorFiles(ChunkedTensors):
-    """The tensors of what torch.distributed.checkpoint wrote.
+class DcpFiles(ChunkedTensors):
+    """The tensors of a directory that torch.distributed.checkpoint wrote.
 
     Args:
         location: directory or URL.
         open_file: opens one of its files by name.
-        files: name -> the manifest's entry, by which what is read is checked; None where there is no manifest.
+        files: name -> the manifest's entry, to verify reads; None if there is no manifest.
 
     Raises:
-        UserError: the index is missing or damaged.
+        UserError: the file ``.metadata`` is missing or damaged.
     """
 
     def __init__(
@@ -165,23 +167,23 @@ class TensorFiles(ChunkedTensors):
         self._streams = False
         self._data_starts: dict[Chunk, int] = {}
 
-    def streaming(self) -> "TensorFiles":
-        """The same tensors through files of its own, for one thread that reads row after row.
+    def streaming(self) -> "DcpFiles":
+        """Return a copy with its own open files, for one thread that reads sequentially.
 
-        What it gives counts only once ``settle`` has returned: blocks are checked when all of them have been read.
+        Its rows are verified only once ``verify_streamed`` has returned: a block is verified after all of it was read.
         """
         other = copy(self)
         other._opened, other._streams = {}, True
         return other
 
-    def settle(self) -> None:
-        """Check all that was given.
+    def verify_streamed(self) -> None:
+        """Verify all rows that a ``streaming`` copy has returned.
 
         Raises:
             UserError: a file is damaged.
         """
         for file in self._opened.values():
-            file.settle()
+            file.verify_streamed()
 
     def close(self) -> None:
         """Close all files."""
@@ -194,7 +196,7 @@ class TensorFiles(ChunkedTensors):
     ) -> Chunk:
         found = storage.get(MetadataIndex(name, torch.Size(offsets)))
         if found is None:
-            raise UserError(f"{self.location}: says nothing of where the part of {name!r} at {offsets} lies")
+            raise UserError(f"{self.location}: {INDEX} has no file position of the part of {name!r} at {offsets}")
         return Chunk(offsets, sizes, found.relative_path, found.offset, found.length)
 
     def _read(self, chunk: Chunk, offset: int, out: torch.Tensor) -> None:
@@ -205,10 +207,10 @@ class TensorFiles(ChunkedTensors):
         (file.stream_into if self._streams else file.read_into)(self._data_starts[chunk] + offset, target)
 
     def _find_data(self, file: CheckedFile, chunk: Chunk, dtype: torch.dtype) -> int:
-        """Where in what torch.save wrote of a chunk its values begin."""
-        file.check_holds(chunk.start + chunk.length)
-        with self._reading(chunk):
-            # torch.load reads the index alone, and notes where in the file each storage lies.
+        """Return the offset of the values within the bytes that torch.save wrote for a chunk."""
+        file.check_contains(chunk.start + chunk.length)
+        with self._unpickling(chunk):
+            # On the meta device torch.load reads the index alone and records each storage's position in the file.
             part = cast(IO[bytes], FilePart(file, chunk.start, chunk.length))
             saved = torch.load(part, map_location="meta", weights_only=True)
             if tuple(saved.shape) != chunk.sizes or saved.dtype != dtype or not saved.is_contiguous():
@@ -217,34 +219,34 @@ class TensorFiles(ChunkedTensors):
 
     def _file(self, name: str) -> CheckedFile:
         if name in self._opened:
-            self._opened[name] = self._opened.pop(name)  # the last one used is the last one
+            self._opened[name] = self._opened.pop(name)  # least recently used first
         else:
-            while len(self._opened) >= _MOST_OPEN:
-                last = self._opened.pop(next(iter(self._opened)))
-                last.settle()
-                last.close()
+            while len(self._opened) >= _MAX_OPEN_FILES:
+                oldest = self._opened.pop(next(iter(self._opened)))
+                oldest.verify_streamed()
+                oldest.close()
             path = f"{str(self.location).rstrip('/')}/{name}"
             expected = None
             if self._files is not None:
                 if name not in self._files:
-                    raise UserError(f"{path}: the manifest does not know this file")
+                    raise UserError(f"{path}: the manifest does not list this file")
                 expected = self._files[name]
             try:
                 file = self._open_file(name)
             except FileNotFoundError:
                 raise UserError(f"{path} is missing") from None
-            except Exception as error:  # each store has errors of its own
+            except Exception as error:  # each fsspec implementation raises its own errors
                 raise UserError(f"{path} cannot be read: {error or type(error).__name__}") from None
             self._opened[name] = CheckedFile(path, file, expected)
         return self._opened[name]
 
     @contextmanager
-    def _reading(self, chunk: Chunk) -> Iterator[None]:
+    def _unpickling(self, chunk: Chunk) -> Iterator[None]:
         try:
             yield
         except UserError:
             raise
-        except Exception as error:  # a damaged file raises anything
-            said = " ".join(str(error).split()) or type(error).__name__
+        except Exception as error:  # unpickling a damaged file can raise anything
+            cause = " ".join(str(error).split()) or type(error).__name__
             where = f"{os.fspath(self.location)}/{chunk.file}"
-            raise UserError(f"{where}: what lies at byte {chunk.start:,} is no saved tensor: {said[:200]}") from None
+            raise UserError(f"{where}: the bytes at {chunk.start:,} are not a saved tensor: {cause[:200]}") from None

@@ -1,4 +1,4 @@
-"""Writing a checkpoint from all ranks."""
+"""Write a checkpoint from all ranks, with checksums."""
 
 import errno
 import io
@@ -21,59 +21,61 @@ from mlet_dist.checkpoint.manifest import Checksum, Manifest
 from mlet_dist.checkpoint.store import Checkpoint
 from mlet_dist.errors import UserError, os_error
 
+_TORCH_SAVE_OVERHEAD_BYTES = 2048  # at most, per tensor
+
 
 def write_checkpoint(
     checkpoint: Checkpoint, state: dict[str, Any], about: Mapping[str, Any], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write ``state`` as ``checkpoint``, and mark it whole once every rank has finished. A collective call.
+    """Write ``state`` as ``checkpoint``, and complete it once every rank has finished. A collective call.
 
     Args:
-        state: nested dicts of tensors, sharded or the same on all ranks.
-        about: goes into the manifest; that of the first rank counts.
-        group: all ranks; on the CPU.
+        state: nested dicts of tensors, sharded or replicated on all ranks.
+        about: further data for the manifest; those of rank 0 are used.
+        group: a CPU process group of all ranks.
 
     Raises:
-        UserError: it cannot be written, for example because the disk is full; nothing is left of it. On every rank.
+        UserError: on every rank: it cannot be written, for example because the disk is full. Its files are removed.
     """
     rank = dist.get_rank()
-    needed = _total(staged_bytes(state, rank), group)
-    on_first(lambda: _begin(checkpoint, needed), f"{checkpoint} cannot be written", group)
-    writer = _Writer(checkpoint)
+    needed = _total(written_bytes(state, rank), group)
+    on_first_rank(lambda: _begin(checkpoint, needed), f"{checkpoint} cannot be written", group)
+    writer = _ChecksumWriter(checkpoint)
     try:
-        # torch.save would sum up each tensor once more, for a checksum that torch.load does not look at.
+        # torch.load ignores the checksums that torch.save would compute.
         with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
             dcp.save(state, storage_writer=writer, process_group=group)
     except CheckpointException as failed:
-        clear = partial(_clear, checkpoint, needed, failed)
-        on_first(clear, f"{checkpoint} cannot be removed", group)  # it raises, on every rank
+        remove = partial(_remove_and_raise, checkpoint, needed, failed)
+        on_first_rank(remove, f"{checkpoint} cannot be removed", group)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, writer.files, group=group)
     files = {name: entry for each in found for name, entry in each.items()}
-    whole = Manifest(checkpoint.step, files, about)
-    on_first(lambda: checkpoint.finish(whole), f"{checkpoint} cannot be written", group)
+    manifest = Manifest(checkpoint.step, files, about)
+    on_first_rank(lambda: checkpoint.finish(manifest), f"{checkpoint} cannot be written", group)
 
 
 def _begin(checkpoint: Checkpoint, needed: int) -> None:
     free = checkpoint.store.free_bytes()
     if free is not None and free < needed:
-        raise UserError(f"{checkpoint}: cannot be written: {_missing(needed, free)}")
+        raise UserError(f"{checkpoint}: cannot be written: {_missing_space(needed, free)}")
     checkpoint.begin()
 
 
-def _clear(checkpoint: Checkpoint, needed: int, failed: CheckpointException) -> None:
+def _remove_and_raise(checkpoint: Checkpoint, needed: int, failed: CheckpointException) -> None:
     rank, (error, _) = next(iter(sorted(failed.failures.items())))
     with suppress(OSError):
         checkpoint.remove()
-    said = f"{checkpoint}: rank {rank} cannot write it: {first_cause(error)}"
+    message = f"{checkpoint}: rank {rank} cannot write it: {first_cause(error)}"
     free = checkpoint.store.free_bytes()
     cause = os_error(error)
     if free is not None and cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        said += f"; {_missing(needed, free)}"
-    raise UserError(said)
+        message += f"; {_missing_space(needed, free)}"
+    raise UserError(message)
 
 
-def _missing(needed: int, free: int) -> str:
-    missing = f"{needed - free:,} bytes are missing" if needed > free else "which was less while it was written"
+def _missing_space(needed: int, free: int) -> str:
+    missing = f"{needed - free:,} bytes are missing" if needed > free else "fewer were free while it was written"
     return f"it needs {needed:,} bytes and {free:,} are free: {missing}"
 
 
@@ -83,60 +85,68 @@ def _total(count: int, group: dist.ProcessGroup | None) -> int:
     return sum(counts)
 
 
-def on_first(action: Callable[[], None], failure: str, group: dist.ProcessGroup | None) -> None:
-    """Have the first rank do something, and every rank raise what it raises, after the words of ``failure``."""
-    said: list[str | None] = [None]
+def on_first_rank(action: Callable[[], None], failure: str, group: dist.ProcessGroup | None) -> None:
+    """Run ``action`` on rank 0, and raise its error as a UserError on every rank. A collective call.
+
+    Args:
+        failure: the beginning of the message for errors other than UserError.
+    """
+    message: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
             action()
         except UserError as error:
-            said = [str(error)]
-        except Exception as error:  # each store has errors of its own; the other ranks wait
-            said = [f"{failure}: {first_cause(error)}"]
-    dist.broadcast_object_list(said, src=0, group=group)
-    if said[0] is not None:
-        raise UserError(said[0])
+            message = [str(error)]
+        except Exception as error:  # each fsspec implementation raises its own errors, and the other ranks wait
+            message = [f"{failure}: {first_cause(error)}"]
+    dist.broadcast_object_list(message, src=0, group=group)
+    if message[0] is not None:
+        raise UserError(message[0])
 
 
-class _Writer(dcp.FileSystemWriter):
-    """DCP's writer of one file a rank, into any store, which notes the checksum of what it writes."""
+class _ChecksumWriter(dcp.FileSystemWriter):
+    """DCP's writer of one file per rank, for any store, which records the checksums of the files that it writes.
+
+    Attributes:
+        files: file name -> its entry for the manifest.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint.path, sync_files=False)  # the files sync themselves
+        super().__init__(checkpoint.path, sync_files=False)  # Checkpoint.open_new syncs the files
         self.files: dict[str, dict[str, Any]] = {}
         self.path = checkpoint.path
-        self.fs = _Files(checkpoint, self.files)  # type: ignore[assignment]
+        self.fs = _ChecksumFileSystem(checkpoint, self.files)  # type: ignore[assignment]
 
 
-class _Files(FileSystemBase):
-    """What DCP's writer asks of a file system, for one checkpoint."""
+class _ChecksumFileSystem(FileSystemBase):
+    """The file system interface of DCP's writer, for one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, sums: dict[str, dict[str, Any]]) -> None:
-        self._checkpoint, self._sums = checkpoint, sums
+    def __init__(self, checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> None:
+        self._checkpoint, self._files = checkpoint, files
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         name = PurePosixPath(path).name
         with self._checkpoint.open_new(name) as file:
-            stream = SummedStream(file)
+            stream = ChecksumStream(file)
             try:
                 yield stream
-            except Exception as error:  # torch.save's own says nothing of what the file said
+            except Exception as error:  # torch.save's own error hides the file's
                 raise stream.error or error from None
-            self._sums[name] = stream.checksum.entry()
+            self._files[name] = stream.checksum.entry()
 
     def concat_path(self, path: Any, suffix: str) -> str:
         return f"{path}/{suffix}"
 
     def rename(self, path: Any, new_path: Any) -> None:
         self._checkpoint.store.filesystem.mv(path, new_path)
-        self._sums[PurePosixPath(new_path).name] = self._sums.pop(PurePosixPath(path).name)
+        self._files[PurePosixPath(new_path).name] = self._files.pop(PurePosixPath(path).name)
 
     def init_path(self, path: Any) -> Any:
         return path
 
     def mkdir(self, path: Any) -> None:
-        """``Checkpoint.begin`` has made it."""
+        """Do nothing: ``Checkpoint.begin`` has created the directory."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -149,11 +159,12 @@ class _Files(FileSystemBase):
         self._checkpoint.store.filesystem.rm_file(path)
 
 
-class SummedStream(io.RawIOBase):
-    """A file that is written from its beginning to its end; closing it leaves the file open.
+class ChecksumStream(io.RawIOBase):
+    """A sequential writer to ``file`` that computes its checksum. Closing the stream leaves the file open.
 
     Attributes:
-        error: the first that the file raised.
+        checksum: of the bytes written so far.
+        error: the first error that the file raised.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -180,10 +191,10 @@ class SummedStream(io.RawIOBase):
         self._file.flush()
 
 
-def staged(state: Any) -> Any:
-    """The same nested dicts, of tensors copied to memory of their own on the CPU; the copy is done on return."""
+def copy_to_cpu(state: Any) -> Any:
+    """Return a copy of nested dicts of tensors in new host memory; the copy is finished on return."""
     if isinstance(state, dict):
-        return {key: staged(value) for key, value in state.items()}
+        return {key: copy_to_cpu(value) for key, value in state.items()}
     if isinstance(state, ShardedTensor):
         shards = state.local_shards()
         if any(shard.tensor.device.type != "cpu" for shard in shards):
@@ -197,19 +208,16 @@ def staged(state: Any) -> Any:
     return state
 
 
-def staged_bytes(state: Any, rank: int) -> int:
-    """Bytes that this rank adds to a checkpoint: of what all ranks hold, the first writes the only copy."""
+def written_bytes(state: Any, rank: int) -> int:
+    """Return an upper bound of the bytes that ``rank`` writes; rank 0 alone writes replicated tensors."""
     if isinstance(state, dict):
-        return sum(staged_bytes(value, rank) for value in state.values())
+        return sum(written_bytes(value, rank) for value in state.values())
     if isinstance(state, ShardedTensor):
-        return sum(_written(shard.tensor) for shard in state.local_shards())
+        return sum(_saved_bytes(shard.tensor) for shard in state.local_shards())
     if isinstance(state, torch.Tensor):
-        return _written(state) if rank == 0 else 0
+        return _saved_bytes(state) if rank == 0 else 0
     return 0
 
 
-_BYTES_OF_A_RECORD = 2048  # what torch.save puts around a tensor, at most
-
-
-def _written(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size() + _BYTES_OF_A_RECORD
+def _saved_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size() + _TORCH_SAVE_OVERHEAD_BYTES

@@ -1,16 +1,20 @@
-"""What becomes of a trained model: each command of `mlet` in a room of its own, above what they share.
+"""Commands that read trained models: export, verify, evaluate, factorize and spectrum.
 
-collapse/         `mlet export`: its job, units of work, the directory in which they are kept, the assembly
-serving/          quantised models, plans for serving them sharded, the scripted package
-verify/           `mlet verify`: the trained model beside every model of an export
-factorize/        `mlet factorize`: tables of any origin -> W1·W2
-spectrum/         `mlet spectrum`: singular values, and the page
-evaluate.py       `mlet evaluate`
-source.py         where tables are read: a run, an export, factors
-row_blocks.py     a table by blocks in float64, and its Gram matrices
-manifest.py       the layout of an export on disk
-outputs.py        what an export may consist of: an encoding of rows and a format of files
-encoding.py       float32, fp16, int8, int4
-stored_tables.py  rows of an output, read back
-formats/          files: written, joined, indexed, read
+Each command has a package or module of its own:
+
+    collapse/            `mlet export`: collapses W1·W2 in work units, keeps finished ones, assembles the export
+    verify/              `mlet verify`: compares the trained model with every model of an export
+    run_evaluate.py      `mlet evaluate`: metrics of a run or an export
+    factorize/           `mlet factorize`: factors existing tables into W1·W2
+    spectrum/            `mlet spectrum`: singular values of tables, as text and as an HTML page
+
+They share:
+
+    serving/             quantised models, sharding plans for serving, the scripted package
+    row_blocks.py        reads tables in float64 blocks and computes Gram matrices
+    source.py            opens the tables of a run, an export or factors for reading
+    outputs.py           the outputs that an export can contain: an encoding and a file format each
+    encoding.py          row encodings: fp32, fp16, int8, int4
+    export_directory.py  the layout of an export on disk and its manifest
+    formats/             file formats: DCP, safetensors, torch.save
 """

@@ -1,4 +1,4 @@
-"""How a row of W is stored: float32, or as TorchRec's quantised tables hold it; each row by itself."""
+"""Encodings of the rows of W: float32, or those of TorchRec's quantised tables. Each row is encoded independently."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ _SCALE_BIAS_BYTES = 4  # two float16 behind each row
 
 
 class RowOverflow(ValueError):
-    """A row holds a value that the encoding cannot.
+    """A row contains a value that is too large for the encoding.
 
     Attributes:
-        row: its number among the rows given.
+        row: its index among the encoded rows.
+        reason: the message without the row.
     """
 
     def __init__(self, row: int, value: float, encoding: str) -> None:
-        super().__init__(
-            f"row {row} holds {value:.6g}, which {encoding} cannot: it keeps numbers up to {_FP16_MAX:,.0f}"
-        )
         self.row = row
+        self.reason = f"the value {value:.6g} is too large for {encoding}, whose numbers go up to {_FP16_MAX:,.0f}"
+        super().__init__(f"row {row}: {self.reason}")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the tensors ``(n, columns)`` that a table is stored in."""
+    """One of the tensors ``(n, columns)`` in which a table is stored."""
 
     columns: int
     dtype: torch.dtype
@@ -39,14 +39,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Rows of W as tensors of a state dict; a part's name there is that of W and the part's suffix.
+    """Stores rows of W in one or more tensors of a state dict, named after W with a suffix for each part.
 
     The bytes are those of ``torchrec.quant.EmbeddingBagCollection`` with ``quant_state_dict_split_scale_bias``, which
-    sharded serving wants. In memory TorchRec pads rows to 16 bytes; a state dict has no padding.
+    sharded serving requires. TorchRec pads rows to 16 bytes in memory, but not in a state dict.
 
     Attributes:
         name: fp32, fp16, int8 or int4.
-        bits: of a value.
+        bits: bits per value.
     """
 
     name: str
@@ -56,20 +56,20 @@ class Encoding:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether TorchRec's quantised modules serve it, and not its plain ones."""
+        """Whether TorchRec's quantised modules serve this encoding, instead of its float modules."""
         return self.name != "fp32"
 
     def check(self, embedding_dim: int) -> None:
-        """Raise UserError where rows of so many columns cannot be stored so: TorchRec packs them to whole 16 bits."""
+        """Raise UserError unless rows of ``embedding_dim`` columns take a multiple of 16 bits, as TorchRec requires."""
         multiple = 16 // self.bits if self.bits < 16 else 1
         if embedding_dim % multiple:
             raise UserError(
-                f"{self.name} takes tables whose embedding_dim is a multiple of {multiple}, and it is {embedding_dim}; "
-                "leave this output out"
+                f"{self.name} requires an embedding_dim that is a multiple of {multiple}, and it is {embedding_dim}; "
+                f"remove {self.name} from the outputs"
             )
 
     def parts(self, embedding_dim: int) -> dict[str, Part]:
-        """By suffix, what ``encode`` gives."""
+        """Return the parts that ``encode`` produces, by suffix."""
         if not self.is_quantised:
             return {"": Part(embedding_dim, torch.float32)}
         parts = {"": Part(embedding_dim * self.bits // 8, torch.uint8)}
@@ -78,15 +78,15 @@ class Encoding:
         return parts
 
     def row_bytes(self, embedding_dim: int) -> int:
-        """Of a stored row, all parts together."""
+        """Return the bytes of one stored row, all parts together."""
         return sum(part.row_bytes for part in self.parts(embedding_dim).values())
 
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """By suffix, tensors ``(r, columns)`` for rows ``(r, d)`` float32, finite, contiguous, on the CPU.
+        """Encode rows ``(r, d)`` float32, finite, contiguous, on the CPU, to tensors ``(r, columns)`` by suffix.
 
         Raises:
-            RowOverflow: a value is larger than float16 holds. An int8 or int4 row keeps its least value and the step
-                between two neighbouring ones so.
+            RowOverflow: a value is too large for float16, in which an int8 or int4 row stores its minimum and its
+                quantisation step.
         """
         encoded = self._encode(rows)
         for tensor in encoded.values():
@@ -97,17 +97,21 @@ class Encoding:
         return encoded
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The rows ``(r, d)`` float32 that a model looks up where ``encode`` gave ``parts``."""
+        """Return the rows ``(r, d)`` float32 that a model looks up from encoded ``parts``."""
         return self._decode(parts)
 
 
-def _as_half(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def _encode_fp16(rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"": rows.half().view(torch.uint8)}
 
 
-def _as_bits(bits: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+def _decode_fp16(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return parts[""].contiguous().view(torch.float16).float()
+
+
+def _int_encoder(bits: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     def encode(rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        import fbgemm_gpu  # noqa: F401  # its operators
+        import fbgemm_gpu  # noqa: F401  # registers the operator
 
         fused = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(rows, bits)
         values = fused[:, :-_SCALE_BIAS_BYTES].contiguous()
@@ -117,11 +121,7 @@ def _as_bits(bits: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     return encode
 
 
-def _of_half(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return parts[""].contiguous().view(torch.float16).float()
-
-
-def _of_bits(bits: int) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+def _int_decoder(bits: int) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
     def decode(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         packed = parts[""].unsqueeze(2)
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8)  # the first value of a byte is in its lowest bits
@@ -135,9 +135,9 @@ ENCODINGS = {
     each.name: each
     for each in (
         Encoding("fp32", 32, lambda rows: {"": rows}, lambda parts: parts[""]),
-        Encoding("fp16", 16, _as_half, _of_half),
-        Encoding("int8", 8, _as_bits(8), _of_bits(8)),
-        Encoding("int4", 4, _as_bits(4), _of_bits(4)),
+        Encoding("fp16", 16, _encode_fp16, _decode_fp16),
+        Encoding("int8", 8, _int_encoder(8), _int_decoder(8)),
+        Encoding("int4", 4, _int_encoder(4), _int_decoder(4)),
     )
 }
-"""By name."""
+"""All encodings by name."""

@@ -1,4 +1,4 @@
-"""The layout of an export on disk, and the manifest that describes it."""
+"""The layout of an export on disk, and its manifest."""
 
 import fnmatch
 import hashlib
@@ -21,18 +21,18 @@ PACKAGE = "package"
 
 @dataclass(frozen=True)
 class ExportDirectory:
-    """Paths inside an export; of the outputs, those are there that were asked for.
+    """Paths inside an export. Of the outputs, only the requested ones exist.
 
     ::
 
-        manifest.json     what is in it: tables, dense weights, files with checksums, versions, config, provenance
-        model/            torch.distributed.checkpoint of a plain TorchRec DLRM's state dict, by name
-        safetensors/      the same as safetensors files, for torch's HuggingFaceStorageReader or by their index
-        fp16/ int8/ int4/ torch.distributed.checkpoint of the state dict with TorchRec's quantised tables
-        package/          a scripted model with one output's tables inside, and programs that run it
+        manifest.json     tables, dense weights, files with checksums, versions, config, provenance
+        model/            state dict of a plain TorchRec DLRM, written as by torch.distributed.checkpoint
+        safetensors/      the same state dict as safetensors files, for torch's HuggingFaceStorageReader or any reader
+        fp16/ int8/ int4/ state dict with TorchRec's quantised tables, written as by torch.distributed.checkpoint
+        package/          a scripted model that contains the tables of one output, and programs that run it
 
-    Files are ``TABLE-00000-of-00003`` with ``.distcp`` or ``.safetensors``, each some rows of a table, or one file
-    ``TABLE`` for all of it where they were gathered; ``_dense`` holds the other layers.
+    A file ``TABLE-00000-of-00003`` with the suffix ``.distcp`` or ``.safetensors`` contains a range of rows of a table,
+    and a file ``TABLE`` of a gathered export all of them; ``_dense`` contains the other layers.
     """
 
     path: Path
@@ -41,32 +41,35 @@ class ExportDirectory:
     def manifest(self) -> Path:
         return self.path / MANIFEST
 
-    def is_there(self) -> bool:
-        """Whether an export is here, whole or not. Checkpoints and data sets have a manifest.json too."""
+    def exists(self) -> bool:
+        """Whether this is an export, intact or damaged. Checkpoints and data sets have a manifest.json, too."""
         try:
             content = json.loads(self.manifest.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except (OSError, ValueError):  # of an export that is damaged, as far as anybody can tell
+        except (OSError, ValueError):  # it may be the manifest of a damaged export
             return True
         return isinstance(content, dict) and {"format_version", "model"} <= content.keys()
 
     def load(self) -> tuple[ModelSpec, dict[str, Any]]:
-        """The plain model that the export holds, and its manifest.
+        """Return the exported model and the manifest.
 
         Raises:
-            UserError: it is no export, or its manifest is broken.
+            UserError: this is not an export, or its manifest is damaged.
         """
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such directory; expected an export made by `mlet export`")
-        if not self.is_there():
-            said = "is not one's" if self.manifest.exists() else "is missing"
-            raise UserError(f"{self.path}: not an export of `mlet export`: its {self.manifest.name} {said}")
+        if not self.exists():
+            problem = "is not an export's" if self.manifest.exists() else "is missing"
+            raise UserError(f"{self.path}: not an export of `mlet export`: its {self.manifest.name} {problem}")
         try:
             content = json.loads(self.manifest.read_text(encoding="utf-8"))
             found = content["format_version"]
             if found != FORMAT_VERSION:
-                raise UserError(f"{self.manifest}: format_version is {found}, this version reads {FORMAT_VERSION}")
+                raise UserError(
+                    f"{self.manifest}: format_version is {found}, and this version of mlet_dist reads "
+                    f"{FORMAT_VERSION}; export again"
+                )
             if sealed(content)[SEAL] != content[SEAL]:
                 raise ValueError("its checksum is wrong")
             return ModelSpec.from_dict(content["model"], str(self.manifest)), content
@@ -74,7 +77,7 @@ class ExportDirectory:
             raise UserError(f"{self.manifest}: broken manifest: {error!r}; export again") from None
 
     def output(self, name: str, manifest: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """The directory of an output, and its files: name -> ``bytes`` and ``crc32``.
+        """Return the directory of an output and its files: name -> ``bytes`` and ``crc32``.
 
         Raises:
             UserError: the export was made without this output.
@@ -82,12 +85,18 @@ class ExportDirectory:
         outputs = manifest["outputs"]
         if name not in outputs:
             raise UserError(
-                f"{self.path}: holds {' and '.join(outputs)}, not {name}; export again with --outputs {name}"
+                f"{self.path}: contains the outputs {' and '.join(outputs)}, not {name}; export again with "
+                f"--outputs {name}"
             )
         return self.path / outputs[name]["directory"], outputs[name]["files"]
 
     def check_files(self, name: str, manifest: dict[str, Any], pattern: str = "*", share: slice = slice(None)) -> None:
-        """Read an output's files, or some, through, and raise UserError unless they are what was written."""
+        """Read the files of an output and raise UserError if one is missing or damaged.
+
+        Args:
+            pattern: of the names of the files to check.
+            share: which of these files, in the order of their names, this rank checks.
+        """
         directory, files = self.output(name, manifest)
         entries = Manifest(step=0, files=files, about={})
         for file in fnmatch.filter(sorted(files), pattern)[share]:
@@ -97,7 +106,7 @@ class ExportDirectory:
 
 
 def describe_tensor(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    """Name, shape, dtype, bytes and SHA-256 of the values, as the manifest records them."""
+    """Return the manifest's entry of a tensor: name, shape, dtype, bytes and SHA-256 of the values."""
     return {
         "state_name": name,
         "shape": list(tensor.shape),

@@ -1,4 +1,4 @@
-"""What an export may consist of, and its tables' rows read back from their files."""
+"""The outputs that an export can contain, and reading rows back from their files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
 from mlet_dist.export.encoding import ENCODINGS, Encoding
 from mlet_dist.export.formats.dcp import DcpFormat
-from mlet_dist.export.formats.pieces import Format
 from mlet_dist.export.formats.safetensors import SafetensorsFiles, SafetensorsFormat
+from mlet_dist.export.formats.tensor_shards import Format
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Output:
     """A state dict of the served model on disk.
 
     Attributes:
-        name: by which it is asked for.
-        directory: in the export.
-        encoding: of the tables; dense tensors stay as they are.
+        name: its name for ``--outputs``.
+        directory: its directory in the export.
+        encoding: of the tables; dense tensors are stored in float32.
         format: of the files.
     """
 
@@ -39,26 +39,27 @@ OUTPUTS = {
         *(Output(name, name, ENCODINGS[name], DcpFormat()) for name in ("fp16", "int8", "int4")),
     )
 }
-"""By name."""
+"""All outputs by name."""
 
 
 def open_output(directory: Path, files: Mapping[str, Any], format: str) -> ChunkedTensors:
-    """The tensors of an output; ``files`` and ``format`` as the manifest has them.
+    """Open the tensors of an output; checksums are verified as the files are read.
 
-    What is read is checked as it is read.
+    Args:
+        files, format: as in the manifest.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     if format == "safetensors":
         return SafetensorsFiles(directory, files)
-    return TensorFiles(directory, lambda name: (directory / name).open("rb"), files)
+    return DcpFiles(directory, lambda name: (directory / name).open("rb"), files)
 
 
 def read_parts(
     stored: ChunkedTensors, encoding: Encoding, state_name: str, start: int, stop: int, embedding_dim: int
 ) -> dict[str, torch.Tensor]:
-    """Rows ``[start, stop)`` of a table, by suffix, as ``Encoding.encode`` gave them."""
+    """Read rows ``[start, stop)`` of a table, by suffix, as returned by ``Encoding.encode``."""
     parts = {}
     for suffix, part in encoding.parts(embedding_dim).items():
         parts[suffix] = torch.empty(stop - start, part.columns, dtype=part.dtype)

@@ -1,4 +1,4 @@
-"""A table by blocks of rows in float64, and what is summed up over them."""
+"""Read a table in blocks of rows in float64, and compute its Gram matrices."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mlet_dist.export.source import TableSource
 from mlet_dist.progress import Progress
 
 BLOCK_BYTES = 1 << 25
-"""Of a block in float64; a pass holds about four of them."""
+"""Bytes of a block in float64. A pass over a table takes memory for about four blocks."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Grams:
     Attributes:
         table: WᵀW (d, d).
         rows: W1ᵀW1 (k, k); None for a single layer.
-        weighted: WᵀDW (d, d), D how often each row was seen; None where that is not known.
+        weighted: WᵀDW (d, d), where the diagonal of D counts how often each row occurs; None without counts.
     """
 
     table: torch.Tensor
@@ -31,15 +31,15 @@ class Grams:
 
 
 def block_rows(table: TableSource) -> int:
-    """How many rows of it make a block."""
+    """Return the number of rows of ``table`` in a block."""
     return max(1, BLOCK_BYTES // (8 * max(table.hidden_dim or 0, table.embedding_dim)))
 
 
 def read_blocks(table: TableSource) -> Iterator[tuple[int, torch.Tensor]]:
-    """First row and values of each block: W1, or W where there is a single layer, float64.
+    """Yield the first row and the values of each block of W1, or of W for a single layer, in float64.
 
     Raises:
-        UserError: a file is missing or damaged, or a value is not finite, naming table and row.
+        UserError: a file is missing or damaged, or a value is not finite; the message names table and row.
     """
     step = block_rows(table)
     for start in range(0, table.num_embeddings, step):
@@ -55,13 +55,13 @@ def read_blocks(table: TableSource) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def sum_grams(table: TableSource, counts: npt.NDArray[np.int64] | None, progress: Progress) -> Grams:
-    """Read a table through once.
+    """Compute the Gram matrices of a table in one pass over its rows.
 
     Args:
-        counts: (n,), how often each row was seen.
+        counts: (n,), how often each row occurs in the data; None if unknown.
 
     Raises:
-        UserError: as ``read_blocks``.
+        UserError: as for ``read_blocks``.
     """
     k, d = table.hidden_dim, table.embedding_dim
     projection = None if table.projection is None else table.projection.double()
@@ -74,7 +74,7 @@ def sum_grams(table: TableSource, counts: npt.NDArray[np.int64] | None, progress
             block = block @ projection
         of_table.addmm_(block.T, block)
         if weighted is not None and counts is not None:
-            seen = torch.from_numpy(counts[start : start + len(block)]).double()
-            weighted.addmm_(block.T, block * seen[:, None])
+            weights = torch.from_numpy(counts[start : start + len(block)]).double()
+            weighted.addmm_(block.T, block * weights[:, None])
         progress.update(len(block), table=table.name)
     return Grams(of_table, of_rows, weighted)

@@ -1,4 +1,4 @@
-"""Metrics of a run or of an export, on any number of ranks."""
+"""`mlet evaluate`: metrics of a run or an export, on any number of ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.load import load_model, newest_checkpoint
+from mlet_dist.checkpoint.load import latest_checkpoint, load_model
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
@@ -21,13 +21,13 @@ from mlet_dist.training.sharding import shard_model
 def evaluate_path(
     target: Path, data: DataPath, split: str, batch_size: int = 8192, device: str = "auto"
 ) -> dict[str, Any]:
-    """``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export over a split of a data set.
+    """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export on a split of a data set.
 
     Raises:
-        UserError: ``target`` is neither or is damaged, or the data set does not fit the model.
+        UserError: ``target`` is neither a run nor an export, or is damaged, or the data set does not fit the model.
     """
     export, run = ExportDirectory(target), RunDirectory(target)
-    if export.is_there():
+    if export.exists():
         spec, manifest = export.load()
         served, _ = export.output("dcp", manifest)
         store = None
@@ -36,7 +36,7 @@ def evaluate_path(
         store = run.checkpoint_store(config)
     else:
         missing = "no such directory" if not target.exists() else "neither a run nor an export"
-        raise UserError(f"{target}: {missing}; expected what `mlet train` or `mlet export` made")
+        raise UserError(f"{target}: {missing}; expected the directory of a run or an export")
     spec.check_data(DatasetSchema.load(data), data)
     with join_ranks(device) as worker:
         if store is None:
@@ -51,13 +51,13 @@ def evaluate_path(
         if store is None:
             load_model(model, served, key=None)
         else:
-            load_model(model, newest_checkpoint(store).location)
+            load_model(model, latest_checkpoint(store).location)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
     return {"target": str(target), "split": split, **found}
 
 
 def _check_files(export: ExportDirectory, manifest: dict[str, Any], worker: Worker) -> None:
-    """Read all files through, each rank a share of them; what one finds is raised on all."""
+    """Verify the files of an export, each rank its share; damage that one rank finds is raised on all ranks."""
     own = None
     try:
         export.check_files("dcp", manifest, share=slice(worker.rank, None, worker.world_size))

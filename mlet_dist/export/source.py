@@ -1,4 +1,4 @@
-"""Where tables are read by blocks of rows: a run's newest checkpoint, an export, or what `mlet factorize` made."""
+"""Open the tables of a run's latest checkpoint, an export or the output of `mlet factorize`, to read ranges of rows."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import torch
 
-from mlet_dist.checkpoint.load import MODEL_KEY, newest_finished
+from mlet_dist.checkpoint.load import MODEL_KEY, latest_finished
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
 from mlet_dist.embeddings.collection import check_layers_fit
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
@@ -25,15 +25,15 @@ _IN_CHECKPOINTS = f"{MODEL_KEY}."
 
 @dataclass(frozen=True)
 class TableSource:
-    """One table: W (n, d), as it is stored or as the product of W1 (n, k) and W2 (k, d).
+    """One table on disk: W (n, d) of a single layer, or W1 (n, k) and W2 (k, d).
 
     Attributes:
         name: of the table.
-        state_name: of W in a plain model's state dict, and of W1 in the trained one's.
+        state_name: name of W in the state dict of the served model, and of W1 in that of the trained model.
         num_embeddings, hidden_dim, embedding_dim: n, k and d; k is None for a single layer.
         projection: W2, float32; None for a single layer.
-        rows_dtype: of W1, or of W where there is a single layer.
-        stored_name: of the same in the files.
+        rows_dtype: of W1, or of W for a single layer.
+        stored_name: name of W1, or of W for a single layer, in the files.
     """
 
     name: str
@@ -48,22 +48,22 @@ class TableSource:
 
     @property
     def location(self) -> str:
-        """Of the files, as messages call it."""
+        """Path or URL of the files, for messages."""
         return str(self._files.location)
 
     @property
     def stored_bytes(self) -> int:
-        """Of W1 and W2, or of W, as they are stored."""
+        """Bytes of W1 and W2, or of W for a single layer, as stored."""
         projection = 0 if self.projection is None else self.projection.numel() * self.projection.element_size()
         return self.num_embeddings * self.row_bytes + projection
 
     @property
     def row_bytes(self) -> int:
-        """Of one row of W1, or of W."""
+        """Bytes of one row of W1, or of W for a single layer, as stored."""
         return (self.hidden_dim or self.embedding_dim) * self.rows_dtype.itemsize
 
     def read_stored(self, start: int, stop: int) -> torch.Tensor:
-        """Rows of W1, or of W where there is a single layer, ``(stop - start, k or d)`` as they are stored.
+        """Read rows ``[start, stop)`` of W1, or of W for a single layer: ``(stop - start, k or d)`` as stored.
 
         Raises:
             UserError: a file is missing or damaged.
@@ -73,25 +73,25 @@ class TableSource:
         return rows
 
     def read_into(self, start: int, rows: torch.Tensor) -> None:
-        """Fill ``rows``, contiguous, with those from ``start`` on, as ``read_stored`` gives them."""
+        """Fill ``rows``, contiguous, with the rows from ``start`` on that ``read_stored`` would return."""
         self._files.read_rows(self.stored_name, start, rows)
 
-    def through(self, files: ChunkedTensors) -> "TableSource":
-        """The same table, read through other files."""
+    def with_files(self, files: ChunkedTensors) -> "TableSource":
+        """Return a copy that reads from other open files."""
         return replace(self, _files=files)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Tables, and what is known of the model around them, open for reading; closed as a context manager.
+    """Tables open for reading, with what is known of their model. As a context manager, it closes the files.
 
     Attributes:
-        path: as the user gave it.
+        path: as given by the user.
         tables: by name.
-        dense: all else in the model: state name -> name in ``files``.
-        spec: of the model with these tables; None where the tables came from elsewhere.
-        config: the run's, plain values; empty where there was none.
-        files: what is read; not for several threads at once.
+        dense: the model's other tensors: state name -> name in ``files``.
+        spec: of the model with these tables; None if the tables come from another program.
+        config: the run's settings as plain values; empty if there is no run.
+        files: the open files; not thread-safe.
     """
 
     path: Path
@@ -103,21 +103,21 @@ class Tables:
 
     @classmethod
     def open(cls, path: Path) -> "Tables":
-        """What lies at ``path``: a run, an export or factors.
+        """Open a run, an export or factors.
 
         Raises:
-            UserError: none of them is there, it is not whole, or a tensor is missing or of another shape than its
-                model's.
+            UserError: ``path`` is none of these, or it is incomplete or damaged, or a tensor is missing or has another
+                shape than in the model.
         """
-        if ExportDirectory(path).is_there():
-            return _of_export(path)
+        if ExportDirectory(path).exists():
+            return _open_export(path)
         run = RunDirectory(path)
         if run.config.exists() or run.marker.exists():
-            return Source.of_run(path)
-        return _of_factors(path)
+            return ModelSource.of_run(path)
+        return _open_factors(path)
 
     def load_dense(self, name: str) -> torch.Tensor:
-        """One of ``dense``."""
+        """Load one tensor of ``dense`` by its state name."""
         return self.files.load(self.dense[name])
 
     def __enter__(self) -> Self:
@@ -128,50 +128,50 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class Source(Tables):
-    """All of a trained model: what can be exported.
+class ModelSource(Tables):
+    """A complete trained model, which can be exported.
 
     Attributes:
         checkpoint: the name of the checkpoint that is read.
-        digest: SHA-256 of what identifies all that is in it.
-        summary: the run's, plain values; empty where there was none.
+        digest: SHA-256 of the checkpoint's manifest, which contains the checksums of all its files.
+        summary: the run's results as plain values; empty if there is no run.
     """
 
     spec: ModelSpec
-    files: TensorFiles
+    files: DcpFiles
     checkpoint: str
     digest: str
     summary: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> "Source":
-        """What lies at ``path``: a run, or factors that came with their model.
+    def open(cls, path: Path) -> "ModelSource":
+        """Open a run, or factors with the dense layers of their model.
 
         Raises:
-            UserError: neither is there, or as ``Tables.open``.
+            UserError: ``path`` is neither, or as for ``Tables.open``.
         """
-        if ExportDirectory(path).is_there():
-            raise UserError(f"{path}: an export already; name the run that it is of")
+        if ExportDirectory(path).exists():
+            raise UserError(f"{path}: is an export already; name the run that it was made from")
         if not path.is_dir():
-            raise UserError(f"{path}: no such directory; expected what `mlet train` or `mlet factorize` made")
+            raise UserError(f"{path}: no such directory; expected a run or the output of `mlet factorize`")
         found = Tables.open(path)
-        if not isinstance(found, Source):
+        if not isinstance(found, ModelSource):
             raise UserError(
-                f"{path}: holds tables alone, and no model; train one from them with train.initial_weights={path}, and "
-                "take that run"
+                f"{path}: holds only tables and no dense layers; train a model from them with "
+                f"train.initial_weights={path}, and export that run"
             )
         return found
 
     @classmethod
-    def of_run(cls, run: Path) -> "Source":
-        """The newest checkpoint of a finished run; what is read of it is checked as it is read.
+    def of_run(cls, run: Path) -> "ModelSource":
+        """Open the latest checkpoint of a finished run; checksums are verified as the files are read.
 
         Raises:
-            UserError: the run never finished, or a tensor is missing or of another shape than its model's.
+            UserError: the run never finished, or a tensor is missing or has another shape than in the model.
         """
         directory = RunDirectory(run)
         config, spec, summary = directory.load()
-        checkpoint, manifest = newest_finished(directory.checkpoint_store(config))
+        checkpoint, manifest = latest_finished(directory.checkpoint_store(config))
         return cls.of_checkpoint(run, checkpoint, manifest, spec, config.to_dict(), summary)
 
     @classmethod
@@ -183,9 +183,9 @@ class Source(Tables):
         spec: ModelSpec,
         config: Mapping[str, Any],
         summary: Mapping[str, Any],
-    ) -> "Source":
-        """A checkpoint of the model ``spec``."""
-        files = TensorFiles(checkpoint.location, checkpoint.open, manifest.files)
+    ) -> "ModelSource":
+        """Open a checkpoint of the model ``spec``."""
+        files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
         return cls(
             path=path,
             tables=_tables_of(spec, files, _IN_CHECKPOINTS),
@@ -204,11 +204,11 @@ class Source(Tables):
             raise UserError(f"{self.files.location}: holds no tensor {name!r}, which the model has")
         found = self.files.tensors[self.dense[name]].shape
         if found != shape:
-            raise UserError(f"{self.files.location}: {name!r} is {found} there and {shape} in the model")
+            raise UserError(f"{self.files.location}: {name!r} is {found} in the checkpoint and {shape} in the model")
 
 
-def _of_export(path: Path) -> Tables:
-    """The plain tables of an export, from the first of its outputs that holds them in float32."""
+def _open_export(path: Path) -> Tables:
+    """Open the tables of an export's first float32 output."""
     directory = ExportDirectory(path)
     spec, manifest = directory.load()
     name = next((each for each in ("dcp", "safetensors") if each in manifest["outputs"]), "dcp")
@@ -217,21 +217,21 @@ def _of_export(path: Path) -> Tables:
     return Tables(path, _tables_of(spec, files, ""), _dense_of(files, ""), spec, manifest["config"], files)
 
 
-def _of_factors(path: Path) -> Tables:
-    """What `mlet factorize` made; what is read of it is checked as it is read."""
+def _open_factors(path: Path) -> Tables:
+    """Open the output of `mlet factorize`; checksums are verified as the files are read."""
     store = CheckpointStore(path)
     if not store.checkpoints():
         missing = "no such directory" if not path.exists() else "neither a run, an export nor factors"
-        raise UserError(f"{path}: {missing}; expected what `mlet train`, `mlet export` or `mlet factorize` made")
-    checkpoint, manifest = newest_finished(store)
+        raise UserError(f"{path}: {missing}; expected the output of `mlet train`, `mlet export` or `mlet factorize`")
+    checkpoint, manifest = latest_finished(store)
     if "factorized" not in manifest.about:
-        raise UserError(f"{checkpoint}: a checkpoint, but not one of `mlet factorize`; name its run's directory")
+        raise UserError(f"{checkpoint}: is a checkpoint, but not of `mlet factorize`; name the directory of its run")
     spec = manifest.about["spec"]
     if spec is not None:
         model = ModelSpec.from_dict(spec, str(checkpoint))
-        found = Source.of_checkpoint(path, checkpoint, manifest, model, {}, {})
+        found = ModelSource.of_checkpoint(path, checkpoint, manifest, model, {}, {})
         return found if found.dense else Tables(path, found.tables, {}, model, {}, found.files)
-    files = TensorFiles(checkpoint.location, checkpoint.open, manifest.files)
+    files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
     tables = {
         each["name"]: _table(each["name"], each["shape"], each["hidden_dim"], files, _IN_CHECKPOINTS)
         for each in manifest.about["factorized"]["tables"]
@@ -245,13 +245,13 @@ def _tables_of(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str,
 
 
 def _dense_of(files: ChunkedTensors, prefix: str) -> dict[str, str]:
-    """What is neither a table nor of an optimizer, by state name."""
+    """Return the tensors that belong neither to a table nor to an optimizer: state name -> name in ``files``."""
     names = {name.removeprefix(prefix): name for name in files.tensors if name.startswith(prefix)}
     return {name: stored for name, stored in names.items() if not name.startswith(TABLES_PREFIX)}
 
 
 def _table(name: str, shape: Sequence[int], hidden_dim: int | None, files: ChunkedTensors, prefix: str) -> TableSource:
-    """Table ``name`` of ``files``, whose W must be of ``shape``, (n, d)."""
+    """Return table ``name`` of ``files`` after checking that its W has ``shape`` (n, d)."""
     state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
     stored_name = f"{prefix}{state_name}"
     num_embeddings, embedding_dim = shape
@@ -267,7 +267,7 @@ def _table(name: str, shape: Sequence[int], hidden_dim: int | None, files: Chunk
             raise UserError(f"{files.location}: {error}") from None
     expected = (num_embeddings, hidden_dim or embedding_dim)
     if found.shape != expected or (projection is not None and projection.shape[1] != embedding_dim):
-        raise UserError(f"{files.location}: {state_name!r} is {found.shape} there and {expected} in the model")
+        raise UserError(f"{files.location}: {state_name!r} is {found.shape} in the files and {expected} in the model")
     return TableSource(
         name, state_name, num_embeddings, hidden_dim, embedding_dim, projection, found.dtype, stored_name, files
     )

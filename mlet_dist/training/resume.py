@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.load import Found, newest_whole, whole
+from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, require_complete
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.config.config_file import load_config
 from mlet_dist.config.sections import Config
@@ -89,7 +89,7 @@ class ResumePoint:
         is_own: whether it belongs to this run, rather than to the path in ``train.resume``.
     """
 
-    found: Found
+    found: CompleteCheckpoint
     is_own: bool
 
 
@@ -109,7 +109,7 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
         raise UserError(f"{store} holds checkpoints, and train.resume is never; choose an empty directory")
     if resume == "never" or (resume == "auto" and config.run.overwrite):
         return None
-    own = None if config.run.overwrite or _is_of(resume, store) else newest_whole(store)
+    own = None if config.run.overwrite or _is_of(resume, store) else latest_complete(store)
     if own is None and resume == "auto":
         return None
     if own is not None:
@@ -135,7 +135,7 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
     return point
 
 
-def _check_steps_left(config: Config, found: Found) -> None:
+def _check_steps_left(config: Config, found: CompleteCheckpoint) -> None:
     """Raise UserError if the checkpoint is beyond the end of the run."""
     step, cursor = found.manifest.step, found.manifest.about["data"]
     ends = {"train.max_steps": step, "train.epochs": cursor["epoch"] + (cursor["row"] > 0)}
@@ -156,27 +156,27 @@ def drop_later_checkpoints(store: CheckpointStore, resume_point: ResumePoint | N
     """
     first = resume_point.found.checkpoint.step if resume_point is not None and resume_point.is_own else -1
     for checkpoint in store.checkpoints():
-        if checkpoint.step > first or checkpoint.is_being_written:
+        if checkpoint.step > first or checkpoint.is_unfinished:
             try:
                 checkpoint.remove()
             except Exception as error:  # each store has errors of its own
                 raise UserError(f"{checkpoint}: cannot be removed: {error or type(error).__name__}") from None
 
 
-def checkpoint_at(path: str, setting: str) -> Found:
+def checkpoint_at(path: str, setting: str) -> CompleteCheckpoint:
     """Return the latest complete checkpoint at a path: a checkpoint, a run or a directory of them. A collective call.
 
     Raises:
         UserError: there is none; the message names ``setting``, such as ``train.resume``.
     """
     single = Checkpoint.at(path)
-    found: Found | None
+    found: CompleteCheckpoint | None
     if single is not None:
-        found = whole(single)
+        found = require_complete(single)
     elif "://" not in path and (run := RunDirectory(Path(path))).config.exists():
-        found = newest_whole(run.checkpoint_store(load_config(run.config)))
+        found = latest_complete(run.checkpoint_store(load_config(run.config)))
     else:
-        found = newest_whole(CheckpointStore(path))
+        found = latest_complete(CheckpointStore(path))
     if found is None:
         raise UserError(
             f"{setting} {path}: no complete checkpoint is there; it must be a checkpoint, or a run that has one"
@@ -187,7 +187,7 @@ def checkpoint_at(path: str, setting: str) -> Found:
 def _is_of(path: str, store: CheckpointStore) -> bool:
     """Return whether a path is a single checkpoint of ``store``."""
     single = Checkpoint.at(path)
-    return single is not None and single.store.place == store.place
+    return single is not None and single.store.identity == store.identity
 
 
 def _log(text: str) -> None:

@@ -13,7 +13,13 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from mlet_dist import __version__
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, Found, load_model, load_state, newest_whole
+from mlet_dist.checkpoint.load import (
+    MODEL_KEY,
+    OPTIMIZER_KEY,
+    CompleteCheckpoint,
+    load_model,
+    load_state,
+)
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.training.guard import NonFinite
 from mlet_dist.training.job import Job
@@ -66,7 +72,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def restore(training: Training, found: Found) -> None:
+def restore(training: Training, found: CompleteCheckpoint) -> None:
     """Load a complete checkpoint into ``training``, in any sharding, on any number of ranks. A collective call.
 
     Random states are restored only on the same number of ranks and the same kind of device. Training depends on them

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from mlet_dist.checkpoint.load import MODEL_KEY, Found, check_shapes, load_state, read_metadata
+from mlet_dist.checkpoint.load import MODEL_KEY, CompleteCheckpoint, check_shapes, load_state, read_metadata
 from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
@@ -27,7 +27,7 @@ class InitialWeights:
         has_dense: whether it holds the dense layers as well as the tables.
     """
 
-    found: Found
+    found: CompleteCheckpoint
     has_dense: bool
 
     def load(self, model: nn.Module) -> None:

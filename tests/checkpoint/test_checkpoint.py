@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or named as damaged, written behind training, kept or dropped."""
+"""Checkpoints are complete or reported as damaged, written in the background, and removed by retention."""
 
 import io
 import os
@@ -14,9 +14,9 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint import manifest
-from mlet_dist.checkpoint.load import load_state, newest_checkpoint, newest_whole
+from mlet_dist.checkpoint.load import latest_checkpoint, latest_complete, load_state
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, Checksum, Manifest, ManifestError
-from mlet_dist.checkpoint.saver import CheckpointSaver, drop_old
+from mlet_dist.checkpoint.saver import CheckpointSaver, apply_retention
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.errors import UserError
 from mlet_dist.training.resume import ResumePoint, drop_later_checkpoints
@@ -27,7 +27,7 @@ SIZE = 1 << 16
 
 
 def _save(location: str, steps: tuple[int, ...], keep_last: int = 9, keep_every: int | None = None) -> None:
-    """Checkpoints of a tensor that changes as soon as saving has begun."""
+    """Save checkpoints of a tensor that changes as soon as ``save`` has returned."""
     tensor = torch.zeros(SIZE)
     saver = CheckpointSaver(CheckpointStore(location), timedelta(seconds=60), keep_last, keep_every)
     with saver:
@@ -40,7 +40,7 @@ def _save(location: str, steps: tuple[int, ...], keep_last: int = 9, keep_every:
 
 
 def _load(location: str) -> tuple[int, torch.Tensor]:
-    found = newest_whole(CheckpointStore(location))
+    found = latest_complete(CheckpointStore(location))
     assert found is not None
     state = {"tensor": torch.empty(SIZE)}
     load_state(state, found.checkpoint.location)
@@ -55,7 +55,7 @@ def two(ranks: Ranks, tmp_path: Path) -> Path:
 
 
 @pytest.mark.multirank
-def test_the_copy_is_taken_before_training_goes_on(ranks: Ranks, two: Path) -> None:
+def test_the_state_is_copied_before_save_returns(ranks: Ranks, two: Path) -> None:
     for world_size in (1, 2):
         for step, tensor in ranks(world_size).run(_load, str(two)):
             assert step == 5
@@ -68,7 +68,7 @@ def test_the_copy_is_taken_before_training_goes_on(ranks: Ranks, two: Path) -> N
 
 
 @pytest.mark.multirank
-def test_any_store_of_fsspec_will_do(ranks: Ranks) -> None:
+def test_a_store_may_be_any_url_of_fsspec(ranks: Ranks) -> None:
     pool = ranks(1)
     pool.run(_save, "memory://bucket/run", (1, 2, 3), 2)
     ((step, tensor),) = pool.run(_load, "memory://bucket/run")
@@ -86,8 +86,8 @@ def test_the_last_ones_and_every_mth_are_kept(ranks: Ranks, tmp_path: Path) -> N
     ranks(1).run(_save, str(tmp_path), (2, 4, 5, 6, 8, 9), 2, 4)
     assert _names(str(tmp_path)) == [f"step-{step:08d}" for step in (4, 8, 9)]
     (tmp_path / "step-00000001").mkdir()
-    (tmp_path / "step-00000001" / ".incomplete").touch()  # another job may be at it
-    drop_old(CheckpointStore(tmp_path), 1, None)
+    (tmp_path / "step-00000001" / ".incomplete").touch()  # another job may be writing it
+    apply_retention(CheckpointStore(tmp_path), 1, None)
     assert _names(str(tmp_path)) == ["step-00000001", "step-00000009"]
 
 
@@ -109,16 +109,16 @@ def test_damage_to_any_file_is_found_and_named(two: Path, tmp_path: Path, damage
     for name in names:
         copy = shutil.copytree(two, tmp_path / f"copy of {name}")
         damage(copy / "step-00000005" / name)
-        found = newest_whole(CheckpointStore(copy))
+        found = latest_complete(CheckpointStore(copy))
         assert found is not None
         assert found.checkpoint.step == 3
         (line,) = found.damage
         assert f"step-00000005: {name} " in line
         with pytest.raises(UserError, match=f"last checkpoint is damaged: .*step-00000005: {name} "):
-            newest_checkpoint(CheckpointStore(copy))
+            latest_checkpoint(CheckpointStore(copy))
         damage(copy / "step-00000003" / name)
-        with pytest.raises(UserError, match=f"no checkpoint is whole: .*-00000005: {name} .*-00000003: {name} "):
-            newest_whole(CheckpointStore(copy))
+        with pytest.raises(UserError, match=f"no checkpoint is complete: .*-00000005: {name} .*-00000003: {name} "):
+            latest_complete(CheckpointStore(copy))
 
 
 def test_every_bit_of_a_manifest_counts() -> None:
@@ -135,7 +135,7 @@ def test_every_bit_of_a_manifest_counts() -> None:
             Manifest.parse(bytes(broken), "here")
 
 
-def test_what_another_version_wrote_is_neither_damaged_nor_passed_over(
+def test_a_checkpoint_of_another_version_is_neither_damaged_nor_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(tmp_path)
@@ -149,7 +149,7 @@ def test_what_another_version_wrote_is_neither_damaged_nor_passed_over(
     with pytest.raises(
         UserError, match=rf"step-00000002: manifest\.json: format_version is {version}, and this .*reads"
     ):
-        newest_whole(store)
+        latest_complete(store)
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_named(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_named(tmp_path: Path) ->
         store.checkpoint(step).begin()
         store.checkpoint(step).finish(Manifest(step, {}, {}))
     (tmp_path / "step-00000002").rename(tmp_path / "step-00000009")
-    found = newest_whole(store)
+    found = latest_complete(store)
     assert found is not None
     assert found.checkpoint.step == 1
     assert found.damage == [f"{tmp_path}/step-00000009: manifest.json is that of step 2: the directory was renamed"]
@@ -179,46 +179,46 @@ def test_each_block_of_a_file_has_a_checksum_of_its_own() -> None:
     assert written.find_damage("a", lambda _: io.BytesIO(content)) is None
     broken = bytearray(content)
     broken[BLOCK_BYTES + 7] ^= 1
-    said = written.find_damage("a", lambda _: io.BytesIO(broken))
-    assert said is not None
-    assert said.startswith("a is damaged: the block at byte 16,777,216 has checksum ")
+    damage = written.find_damage("a", lambda _: io.BytesIO(broken))
+    assert damage is not None
+    assert damage.startswith("a is damaged: the block at byte 16,777,216 has checksum ")
 
 
-def test_a_checkpoint_is_whole_in_one_instant_and_gone_in_one(tmp_path: Path) -> None:
+def test_a_checkpoint_is_completed_and_removed_atomically(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     checkpoint = store.checkpoint(4)
     checkpoint.begin()
     with checkpoint.open_new("file") as file:
         file.write(b"12")
-    assert checkpoint.is_being_written
-    assert newest_whole(store) is None  # a job that was killed before its first checkpoint was whole
+    assert checkpoint.is_unfinished
+    assert latest_complete(store) is None  # a job that was killed before its first checkpoint was complete
     checksum = Checksum()
     checksum.update(b"12")
     checkpoint.finish(Manifest(4, {"file": checksum.entry()}, {}))
-    assert not checkpoint.is_being_written
-    found = newest_whole(store)
+    assert not checkpoint.is_unfinished
+    found = latest_complete(store)
     assert found is not None
     named = Checkpoint.at(f"{tmp_path}/step-00000004/")
     assert named is not None
     assert found.checkpoint.location == checkpoint.location == named.location
     checkpoint.begin()  # the same step again
-    assert newest_whole(store) is None
+    assert latest_complete(store) is None
     checkpoint.remove()
     assert list(tmp_path.iterdir()) == []
     assert Checkpoint.at(str(tmp_path)) is None
 
 
-def test_all_is_on_the_disk_before_the_manifest_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a power failure would leave cannot be seen here, only what the kernel was asked for, in which order."""
-    asked: list[tuple[str, str]] = []
+def test_files_are_synced_before_the_manifest_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure cannot be tested here; the order of system calls can."""
+    calls: list[tuple[str, str]] = []
 
     def sync(handle: int, fsync: Callable[[int], None] = os.fsync) -> None:
-        asked.append(("on disk", Path(f"/proc/self/fd/{handle}").resolve().name))
+        calls.append(("fsync", Path(f"/proc/self/fd/{handle}").resolve().name))
         fsync(handle)
 
     def replace(source: str, target: str, replace: Callable[[str, str], None] = os.replace) -> None:
         assert Path(source).stat().st_size > 0
-        asked.append((Path(source).name, Path(target).name))
+        calls.append((Path(source).name, Path(target).name))
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", sync)
@@ -228,23 +228,23 @@ def test_all_is_on_the_disk_before_the_manifest_has_its_name(tmp_path: Path, mon
     with checkpoint.open_new("a") as file:
         file.write(b"1")
     checkpoint.finish(Manifest(7, {}, {}))
-    assert asked == [
-        ("on disk", "a"),
-        ("on disk", "manifest.json.tmp"),
-        ("on disk", checkpoint.name),
+    assert calls == [
+        ("fsync", "a"),
+        ("fsync", "manifest.json.tmp"),
+        ("fsync", checkpoint.name),
         ("manifest.json.tmp", "manifest.json"),
-        ("on disk", checkpoint.name),
-        ("on disk", "run"),
+        ("fsync", checkpoint.name),
+        ("fsync", "run"),
     ]
 
 
 class _Killed(BaseException):
-    """In the role of kill -9."""
+    """Stands for kill -9."""
 
 
-@pytest.mark.parametrize("files_gone", range(5))
-def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_gone: int
+@pytest.mark.parametrize("num_removed", range(5))
+def test_a_kill_during_removal_leaves_nothing_that_looks_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_removed: int
 ) -> None:
     store = CheckpointStore(tmp_path)
     checkpoint = store.checkpoint(4)
@@ -255,15 +255,15 @@ def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
             file.write(b"1")
         entries[name] = {"bytes": 1, "crc32": ["83dcefb7"]}
     checkpoint.finish(Manifest(4, entries, {}))
-    assert newest_whole(store) is not None
-    gone: list[str] = []
+    assert latest_complete(store) is not None
+    removed: list[str] = []
 
     def until_killed(remove: Callable[..., None]) -> Callable[..., None]:
         def wrapped(path: Any, *args: Any, **arguments: Any) -> None:
-            if len(gone) == files_gone:
+            if len(removed) == num_removed:
                 raise _Killed
             remove(path, *args, **arguments)
-            gone.append(str(path))
+            removed.append(str(path))
 
         return wrapped
 
@@ -272,16 +272,16 @@ def test_who_is_killed_while_removing_leaves_nothing_that_looks_damaged(
     with pytest.raises(_Killed):
         checkpoint.remove()
     monkeypatch.undo()
-    assert len(gone) == files_gone
-    if files_gone:
-        assert newest_whole(store) is None
-        assert checkpoint.is_being_written
+    assert len(removed) == num_removed
+    if num_removed:
+        assert latest_complete(store) is None
+        assert checkpoint.is_unfinished
         drop_later_checkpoints(store, None)
         assert list(tmp_path.iterdir()) == []
 
 
 def _fail_to_write(location: str) -> None:
-    """The last rank finds something in the way of its file."""
+    """Save a second checkpoint that the last rank cannot write."""
     store = CheckpointStore(location)
     with CheckpointSaver(store, timedelta(seconds=60), 9, None) as saver:
         saver.save(1, {"tensor": torch.ones(2)}, {})
@@ -296,18 +296,18 @@ class _Unwritable:
 
 
 @pytest.mark.multirank
-def test_what_cannot_be_written_is_an_error_on_every_rank_and_leaves_nothing(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_failed_save_is_an_error_on_every_rank_and_leaves_no_files(ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(RankFailed) as failed:
         ranks(2).run(_fail_to_write, str(tmp_path))
     lines = [line for line in str(failed.value).splitlines() if "UserError: " in line]
     assert len(lines) == 2
     assert all("step-00000002: rank 1 cannot write it: " in line and "Input/output error" in line for line in lines)
     assert _names(str(tmp_path)) == ["step-00000001"]
-    assert newest_checkpoint(CheckpointStore(tmp_path)).step == 1
+    assert latest_checkpoint(CheckpointStore(tmp_path)).step == 1
 
 
 def _fill_the_disk(location: str) -> None:
-    """There is room when saving begins, and none when it writes: /dev/full takes the place of the files."""
+    """Save to a disk that has space when saving starts and is full when files are written: they are /dev/full."""
     store = CheckpointStore(location)
     with CheckpointSaver(store, timedelta(seconds=60), 9, None) as saver, pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "open_new", lambda self, name: open("/dev/full", "wb"))  # noqa: SIM115
@@ -315,7 +315,7 @@ def _fill_the_disk(location: str) -> None:
         saver.wait()
 
 
-def _fail_to_drop(location: str) -> None:
+def _fail_to_remove(location: str) -> None:
     def refuse(checkpoint: Checkpoint) -> None:
         if Path(checkpoint.path).exists():
             raise PermissionError(13, "Permission denied")
@@ -326,18 +326,18 @@ def _fail_to_drop(location: str) -> None:
 
 
 @pytest.mark.multirank
-def test_what_the_disk_says_reaches_the_user(ranks: Ranks, tmp_path: Path) -> None:
+def test_errors_of_the_disk_are_in_the_message(ranks: Ranks, tmp_path: Path) -> None:
     full = tmp_path / "full"
     with pytest.raises(RankFailed) as failed:
         ranks(1).run(_fill_the_disk, str(full))
-    said = f"UserError: {full}/step-00000001: rank 0 cannot write it: [Errno 28] No space left on device; it needs "
-    assert said in str(failed.value)
-    assert "free: which was less while it was written" in str(failed.value)
+    expected = f"UserError: {full}/step-00000001: rank 0 cannot write it: [Errno 28] No space left on device; it needs "
+    assert expected in str(failed.value)
+    assert "are free: fewer were free while it was written" in str(failed.value)
     assert _names(str(full)) == []
     kept = tmp_path / "kept"
     kept.mkdir()
     with pytest.raises(RankFailed) as failed:
-        ranks(1).run(_fail_to_drop, str(kept))
-    said = f"UserError: {kept}: older checkpoints cannot be removed: [Errno 13] Permission denied"
-    assert said in str(failed.value)
-    assert newest_checkpoint(CheckpointStore(kept)).step == 2
+        ranks(1).run(_fail_to_remove, str(kept))
+    expected = f"UserError: {kept}: older checkpoints cannot be removed: [Errno 13] Permission denied"
+    assert expected in str(failed.value)
+    assert latest_checkpoint(CheckpointStore(kept)).step == 2

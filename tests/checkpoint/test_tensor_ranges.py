@@ -1,4 +1,4 @@
-"""Ranges of rows, read from a checkpoint's files, are those that were saved."""
+"""Ranges of rows that are read from a checkpoint's files equal those that were saved, or damage is reported."""
 
 import random
 import shutil
@@ -17,7 +17,7 @@ from mlet_dist.checkpoint.checked_file import CheckedFile
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES, Checksum
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.checkpoint.tensor_ranges import TensorFiles
+from mlet_dist.checkpoint.tensor_ranges import DcpFiles
 from mlet_dist.errors import UserError
 from tests.helpers.train_in_ranks import Ranks
 
@@ -49,14 +49,14 @@ def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _open(store: Path, checked: bool = True) -> TensorFiles:
+def _open(store: Path, checked: bool = True) -> DcpFiles:
     checkpoint = CheckpointStore(store).checkpoint(1)
-    return TensorFiles(checkpoint.location, checkpoint.open, checkpoint.manifest().files if checked else None)
+    return DcpFiles(checkpoint.location, checkpoint.open, checkpoint.manifest().files if checked else None)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("checked", [True, False])
-def test_any_rows_of_any_sharding(saved: Path, checked: bool) -> None:
+def test_any_range_of_rows_of_any_sharding_is_read(saved: Path, checked: bool) -> None:
     chance = random.Random(0)
     with _open(saved, checked) as files:
         for name in PLACEMENTS:
@@ -74,7 +74,7 @@ def test_any_rows_of_any_sharding(saved: Path, checked: bool) -> None:
 
 
 @pytest.mark.multirank
-def test_what_is_not_there_or_damaged_is_named(saved: Path, tmp_path: Path) -> None:
+def test_missing_tensors_and_damaged_files_are_named(saved: Path, tmp_path: Path) -> None:
     name, out = f"model.rows.{torch.float32}", torch.empty(ROWS, 12)
     with _open(saved) as files:
         with pytest.raises(UserError, match=r"holds no tensor 'model\.row'"):
@@ -117,9 +117,7 @@ def test_what_is_not_there_or_damaged_is_named(saved: Path, tmp_path: Path) -> N
         files.read_rows(name, 400, out[:1])
 
 
-def test_every_block_is_checked_once_and_wherever_reading_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_block_that_is_read_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_module, "BLOCK_BYTES", 64)
     monkeypatch.setattr("mlet_dist.checkpoint.checked_file.BLOCK_BYTES", 64)
     assert BLOCK_BYTES != 64
@@ -146,7 +144,7 @@ def test_every_block_is_checked_once_and_wherever_reading_begins(
             file.close()
 
 
-def test_what_is_streamed_is_read_once_and_damage_is_known_at_the_latest_when_it_settles(
+def test_streamed_bytes_are_read_once_and_verified_by_verify_streamed_at_the_latest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(manifest_module, "BLOCK_BYTES", 64)
@@ -158,7 +156,7 @@ def test_what_is_streamed_is_read_once_and_damage_is_known_at_the_latest_when_it
     path = tmp_path / "file"
 
     def stream(start: int, stop: int) -> bytes:
-        """From start to stop in steps of any size, with a leap back in the midst."""
+        """Read from start to stop in steps of random sizes, with random jumps back."""
         file = CheckedFile("file", path.open("rb"), checksum.entry())
         try:
             found, position = bytearray(), start
@@ -171,7 +169,7 @@ def test_what_is_streamed_is_read_once_and_damage_is_known_at_the_latest_when_it
                     other = bytearray(min(30, position))
                     file.stream_into(position - len(other), memoryview(other))
                     assert other in content or broken != content
-            file.settle()
+            file.verify_streamed()
             return bytes(found)
         finally:
             file.close()
@@ -189,7 +187,7 @@ def test_what_is_streamed_is_read_once_and_damage_is_known_at_the_latest_when_it
             with pytest.raises(UserError, match=f"^file is damaged: the block at byte {damaged // 64 * 64:,} has"):
                 stream(start, stop)
 
-    # From a block's beginning on, exactly what is asked for is read; the rest of the last block when it settles.
+    # From the start of a block on, only requested bytes are read; verify_streamed reads the rest of the last block.
     path.write_bytes(content)
     read: list[int] = []
     file = CheckedFile("file", path.open("rb"), checksum.entry())
@@ -197,12 +195,12 @@ def test_what_is_streamed_is_read_once_and_damage_is_known_at_the_latest_when_it
     for position in range(64, 264, 20):
         file.stream_into(position, memoryview(bytearray(20)))
     assert sum(read) == 200
-    file.settle()
+    file.verify_streamed()
     assert sum(read) == 256
     file.close()
 
 
-def test_checksums_are_those_that_every_zlib_gives() -> None:
+def test_checksums_are_those_of_zlib() -> None:
     content = random.Random(3).randbytes(BLOCK_BYTES + 1_000)
     checksum = Checksum()
     for start in range(0, len(content), 5_000_001):

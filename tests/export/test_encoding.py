@@ -1,4 +1,4 @@
-"""Rows are encoded one by one to the bytes that TorchRec's own quantisation of the whole table gives."""
+"""Rows are encoded independently to the same bytes as by TorchRec's quantisation of the full table."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ _TORCH = {"fp16": torch.float16, "int8": torch.int8, "int4": torch.quint4x2}
 
 
 def _table(rows: int, columns: int) -> torch.Tensor:
-    """Rows of very different sizes, one constant, one zero, one below what float16 can tell apart."""
+    """Return rows of very different magnitudes: one is zero, one constant, one below the resolution of float16."""
     table = torch.randn(rows, columns) * torch.logspace(-6, 3, rows).unsqueeze(1)
     table[0], table[1], table[2] = 0, 0.3, 1e-9
     return table
@@ -45,7 +45,7 @@ def _by_torchrec(table: torch.Tensor, name: str, inference: bool, split: bool = 
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("columns", [4, 8, 12, 16, 20, 64, 100])
-def test_bytes_are_those_of_torchrec(name: str, columns: int, inference: bool) -> None:
+def test_encoded_bytes_equal_torchrecs(name: str, columns: int, inference: bool) -> None:
     table, encoding = _table(50, columns), ENCODINGS[name]
     expected = _by_torchrec(table, name, inference)
     found = encoding.encode(table)
@@ -57,8 +57,8 @@ def test_bytes_are_those_of_torchrec(name: str, columns: int, inference: bool) -
 
 
 @pytest.mark.parametrize(("name", "columns"), [("fp16", 3), ("fp16", 20), ("int8", 2), ("int8", 20), ("int4", 20)])
-def test_torchrecs_one_tensor_a_table_is_the_same_bytes_padded(name: str, columns: int) -> None:
-    """Without its split of scale and bias TorchRec has rows ``scale, bias, values, zeros up to 16 bytes``."""
+def test_torchrecs_unsplit_rows_are_the_same_bytes_padded(name: str, columns: int) -> None:
+    """Unless scale and bias are split off, a row of TorchRec is ``scale, bias, values, zeros up to 16 bytes``."""
     table, encoding = _table(50, columns), ENCODINGS[name]
     parts = encoding.encode(table)
     row = torch.cat([parts[each].view(torch.uint8) for each in ("_qscale", "_qbias", "") if each in parts], dim=1)
@@ -69,14 +69,14 @@ def test_torchrecs_one_tensor_a_table_is_the_same_bytes_padded(name: str, column
 
 @settings(max_examples=20, deadline=None)
 @given(name=st.sampled_from(sorted(ENCODINGS)), columns=st.sampled_from([4, 16, 36]), cut=st.integers(0, 40))
-def test_a_row_is_encoded_by_itself(name: str, columns: int, cut: int) -> None:
+def test_rows_are_encoded_independently(name: str, columns: int, cut: int) -> None:
     table, encoding = _table(40, columns), ENCODINGS[name]
-    whole, parts = encoding.encode(table), [encoding.encode(table[:cut]), encoding.encode(table[cut:])]
-    for suffix, tensor in whole.items():
+    full, parts = encoding.encode(table), [encoding.encode(table[:cut]), encoding.encode(table[cut:])]
+    for suffix, tensor in full.items():
         assert torch.equal(tensor, torch.cat([each[suffix] for each in parts])), suffix
 
 
-def test_float32_is_left_alone() -> None:
+def test_float32_is_not_changed() -> None:
     table = _table(5, 3)
     assert torch.equal(ENCODINGS["fp32"].encode(table)[""], table)
     assert ENCODINGS["fp32"].row_bytes(3) == 12
@@ -85,7 +85,7 @@ def test_float32_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("name", "columns", "multiple"), [("int8", 7, 2), ("int4", 6, 4)])
-def test_widths_that_torchrec_cannot_pack_are_refused(name: str, columns: int, multiple: int) -> None:
+def test_widths_that_torchrec_cannot_pack_are_rejected(name: str, columns: int, multiple: int) -> None:
     with pytest.raises(UserError, match=f"{name} .* multiple of {multiple}, and it is {columns}"):
         ENCODINGS[name].check(columns)
     with pytest.raises(RuntimeError, match="multiple of 2 Bytes"):
@@ -97,21 +97,21 @@ def test_widths_that_torchrec_cannot_pack_are_refused(name: str, columns: int, m
     ("name", "values"),
     [
         ("fp16", [0.0, 0.0, 7e4, 0.0]),
-        ("int8", [0.0, -7e4, 0.0, 0.0]),  # the least value
-        ("int8", [-3e4, 3e7, 0.0, 0.0]),  # the step
+        ("int8", [0.0, -7e4, 0.0, 0.0]),  # the minimum overflows
+        ("int8", [-3e4, 3e7, 0.0, 0.0]),  # the quantisation step overflows
         ("int4", [0.0, 2e6, 0.0, 0.0]),
     ],
 )
-def test_a_value_that_float16_cannot_hold_is_named(name: str, values: list[float]) -> None:
+def test_a_value_that_is_too_large_is_named(name: str, values: list[float]) -> None:
     table = torch.zeros(5, 4)
     table[3] = torch.tensor(values)
-    with pytest.raises(RowOverflow, match=rf"row 3 holds .*{name}") as raised:
+    with pytest.raises(RowOverflow, match=rf"row 3: the value .* is too large for {name}") as raised:
         ENCODINGS[name].encode(table)
     assert raised.value.row == 3
 
 
 @pytest.mark.parametrize("name", ["fp16", "int8", "int4"])
-def test_decoded_rows_are_what_torchrec_looks_up(name: str) -> None:
+def test_decoded_rows_equal_those_that_torchrec_looks_up(name: str) -> None:
     encoding, rows = ENCODINGS[name], torch.randn(30, 12) * torch.logspace(-3, 2, 30).unsqueeze(1)
     parts = encoding.encode(rows)
     config = EmbeddingBagConfig(

@@ -1,4 +1,4 @@
-"""Exports of small runs in many units, in this process, in ranks, or in a program that may be killed."""
+"""Export small runs in many work units: in this process, in ranks, or in a program that tests kill."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from tests.helpers.small_run import this_worker
 
 @contextmanager
 def small_units() -> Iterator[None]:
-    """Have 64 rows multiplied at a time, and 4 KB of W in a unit, or 64 rows where those are more."""
+    """Multiply 64 rows at a time, and make units of 4 KB of W, or of 64 rows if these are more."""
     before = collapse._BLOCK_BYTES, units.UNIT_BYTES
     collapse._BLOCK_BYTES, units.UNIT_BYTES = 1, 1 << 12
     try:
@@ -23,19 +23,19 @@ def small_units() -> Iterator[None]:
 
 
 def export(run: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """By this process."""
+    """Export in this process."""
     with small_units():
         return export_run(run, out, ExportOptions(**options))
 
 
 def export_in_rank(run: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """By one of several ranks."""
+    """Export as one of several ranks."""
     with small_units():
         return collapse_run(run, out, ExportOptions(**options), this_worker())
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """All files below a directory, by name."""
+    """Return the contents of all files below a directory, by relative path."""
     return {
         str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
     }

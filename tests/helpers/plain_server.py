@@ -1,13 +1,13 @@
-"""A TorchRec server that has never heard of mlet_dist: run by the tests as a program of its own.
+"""A TorchRec server that cannot import mlet_dist, run by the tests as a program of its own.
 
     torchrun plain_server.py JOBS
 
-does what a JSON file lists, on however many ranks there are: each job loads an export into a plain DLRM and saves the
-logits of all rows of a Parquet file.
+runs the jobs of a JSON file on any number of ranks. Each job loads an export into a plain DLRM and saves the logits of
+all rows of a Parquet file.
 
     export, parquet, out    paths
-    sharding                table_wise, row_wise, column_wise, planner (what TorchRec takes), or null for none
-    reader                  dcp, or of the export's safetensors: dcp_safetensors (torch's reader), safetensors (files)
+    sharding                table_wise, row_wise, column_wise, planner (TorchRec's choice), or null for none
+    reader                  dcp; dcp_safetensors (torch's reader of safetensors); safetensors (the files by their index)
 """
 
 import json
@@ -33,18 +33,18 @@ from torchrec.models.dlrm import DLRM
 
 
 def plan_of(kind: str, model: DLRM) -> ShardingPlan:
-    """The same sharding for every table."""
+    """Return a plan with the same sharding type for every table."""
     world_size = dist.get_world_size()
     tables = model.sparse_arch.embedding_bag_collection
-    ways = {}
+    shardings = {}
     for number, config in enumerate(tables.embedding_bag_configs()):
-        ways[config.name] = {
+        shardings[config.name] = {
             "table_wise": table_wise(rank=number % world_size),
             "row_wise": row_wise(),
             "column_wise": column_wise(ranks=list(range(world_size))),
         }[kind]
     plan = construct_module_sharding_plan(
-        tables, ways, EmbeddingBagCollectionSharder(), world_size, world_size, device_type="cpu"
+        tables, shardings, EmbeddingBagCollectionSharder(), world_size, world_size, device_type="cpu"
     )
     return ShardingPlan({"sparse_arch.embedding_bag_collection": plan})
 

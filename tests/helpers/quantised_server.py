@@ -1,9 +1,9 @@
-"""A TorchRec server of quantised tables that has never heard of mlet_dist: run by the tests as a program of its own.
+"""A TorchRec server of quantised tables that cannot import mlet_dist, run by the tests as a program of its own.
 
     python quantised_server.py EXPORT PARQUET OUT
 
-loads each quantised output of an export into TorchRec's quantised DLRM, whole and sharded over two devices of this
-process by the plan in the manifest, and saves the logits of all rows of a Parquet file: {output: {whole, sharded}}.
+loads each quantised output of an export into TorchRec's quantised DLRM, unsharded and sharded over two devices of this
+process by the plan in the manifest. It saves the logits of all rows of a Parquet file: {output: {unsharded, sharded}}.
 """
 
 import json
@@ -48,7 +48,7 @@ def build(manifest: dict, output: str, device: str) -> torch.nn.Module:
 
 
 def load(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Fill the model's own tensors in place; TorchRec's kernels have buffers beside them, which are no weights."""
+    """Fill the model's weights in place; the buffers of TorchRec's kernels are skipped."""
     state = {
         name: tensor.view(torch.uint8) if isinstance(tensor, UInt4Tensor) else tensor
         for name, tensor in model.state_dict().items()
@@ -68,7 +68,7 @@ def plan_of(plan: dict) -> ShardingPlan:
 
 
 def main(export: Path, parquet: Path, out: Path) -> None:
-    set_propogate_device(True)  # or TorchRec's sharded inference asks for CUDA
+    set_propogate_device(True)  # otherwise TorchRec's sharded inference requires CUDA
     manifest = json.loads((export / "manifest.json").read_text())
     rows = pq.read_table(parquet)
     names = [table["name"] for table in manifest["tables"]]
@@ -79,9 +79,9 @@ def main(export: Path, parquet: Path, out: Path) -> None:
     for output in DTYPES:
         described = manifest["outputs"][output]
         checkpoint = export / described["directory"]
-        whole = build(manifest, output, "cpu")
-        load(whole, checkpoint)
-        # The tables of this one are never in memory but where they are served.
+        unsharded = build(manifest, output, "cpu")
+        load(unsharded, checkpoint)
+        # The full tables of the sharded model are never in memory.
         sharder = QuantEmbeddingBagCollectionSharder(
             fused_params={FUSED_PARAM_QUANT_STATE_DICT_SPLIT_SCALE_BIAS: output != "fp16"}
         )
@@ -95,7 +95,7 @@ def main(export: Path, parquet: Path, out: Path) -> None:
         )
         load(sharded, checkpoint)
         with torch.no_grad():
-            logits[output] = {"whole": whole(dense, sparse), "sharded": sharded(dense, sparse)}
+            logits[output] = {"unsharded": unsharded(dense, sparse), "sharded": sharded(dense, sparse)}
     torch.save(logits, out)
 
 

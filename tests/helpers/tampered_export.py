@@ -1,4 +1,4 @@
-"""Exports that somebody changed, with a manifest that knows."""
+"""Change exports, and their manifests so that all checksums are right."""
 
 import json
 import shutil
@@ -12,16 +12,16 @@ from mlet_dist.checkpoint.manifest import Checksum
 from mlet_dist.formatting import sealed
 
 
-def reseal(export: Path, change: Callable[[dict], None]) -> None:
-    """Change an export's manifest and give it the checksum that it then has."""
+def change_manifest(export: Path, change: Callable[[dict], None]) -> None:
+    """Change an export's manifest and update its self-checksum."""
     path = export / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(sealed(manifest)))
 
 
-def tamper(export: Path, output: str, name: str, change: Callable[[torch.Tensor], None]) -> None:
-    """Change a tensor of an output, one of torch.distributed.checkpoint's, and the manifest with it."""
+def change_tensor(export: Path, output: str, name: str, change: Callable[[torch.Tensor], None]) -> None:
+    """Change a tensor of an output in DCP format, and update the files' checksums in the manifest."""
     manifest = json.loads((export / "manifest.json").read_text())
     directory = export / manifest["outputs"][output]["directory"]
     found = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
@@ -39,4 +39,4 @@ def tamper(export: Path, output: str, name: str, change: Callable[[torch.Tensor]
             files[path.name] = checksum.entry()
         content["outputs"][output]["files"] = files
 
-    reseal(export, describe)
+    change_manifest(export, describe)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.load import newest_whole
+from mlet_dist.checkpoint.load import latest_complete
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.config_file import load_config
@@ -104,7 +104,7 @@ def _draw_before_and_after_restoring(config: Config, location: str) -> tuple[lis
         saver.wait()
     drawn = torch.rand(5).tolist()
     torch.manual_seed(0)
-    found = newest_whole(store)
+    found = latest_complete(store)
     assert found is not None
     restore(training, found)
     assert (training.step, training.skipped, training.excluded_steps) == (1, 4, {2})
@@ -257,5 +257,5 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
         path.write_bytes(path.read_bytes()[:-1])
     (run / "summary.json").unlink()
     message = refusal(ranks, 2, *settings, f"run.dir={run}")
-    assert "no checkpoint is whole" in message
+    assert "no checkpoint is complete" in message
     assert all(f"step-{step:08d}: .metadata has " in message for step in (28, 42, STEPS))

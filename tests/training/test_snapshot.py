@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, load_model, newest_checkpoint
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_checkpoint, load_model
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig
@@ -78,7 +78,7 @@ def _load(directory: Path, spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> s
     model = build_dlrm(spec, torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig())
     sharded = shard_model(model, _worker(), 8)[0]
-    load_model(sharded, newest_checkpoint(CheckpointStore(directory)).location)
+    load_model(sharded, latest_checkpoint(CheckpointStore(directory)).location)
     return weights_sha256(sharded, torch.device("cpu"))
 
 
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_half_rows_loads_on_any_number_of_ranks(
     assert ranks(saved_on).run(_load, tmp_path, _spec(seed=99), "fp16")[0] == saved
     # Into float32, as `mlet verify` and `mlet evaluate` do: the rounded initial values.
     model = build_dlrm(_spec(seed=99), torch.device("cpu"))
-    load_model(model, newest_checkpoint(CheckpointStore(tmp_path)).location)
+    load_model(model, latest_checkpoint(CheckpointStore(tmp_path)).location)
     single, loaded = build_dlrm(_spec(), torch.device("cpu")).state_dict(), model.state_dict()
     for name, tensor in loaded.items():
         expected = single[name].half().float() if ".embedding_bags." in name else single[name]
@@ -108,7 +108,9 @@ def test_a_checkpoint_of_half_rows_loads_on_any_number_of_ranks(
 
 def test_a_checkpoint_of_another_shape_names_the_tensor(ranks: Ranks, tmp_path: Path) -> None:
     ranks(2).run(_save, tmp_path)
-    with pytest.raises(RankFailed, match=r"UserError.*\.uneven\.weight' is \(101, 8\) there and \(102, 8\)"):
+    with pytest.raises(
+        RankFailed, match=r"UserError.*\.uneven\.weight' is \(101, 8\) in the checkpoint and \(102, 8\)"
+    ):
         ranks(2).run(_load, tmp_path, _spec(sizes=SIZES | {"uneven": 102}))
     renamed = {"uneven": 101, "tiny": 5, "other": 2}
     with pytest.raises(RankFailed, match=r"UserError.*holds no tensor .*embedding_bags\.other\.weight"):
@@ -121,6 +123,6 @@ def test_an_incomplete_checkpoint_is_ignored(ranks: Ranks, tmp_path: Path) -> No
     cut_short.mkdir()
     for name in (".incomplete", ".metadata", "__0_0.distcp"):
         (cut_short / name).touch()
-    assert newest_checkpoint(CheckpointStore(tmp_path)).name == "step-00000007"
+    assert latest_checkpoint(CheckpointStore(tmp_path)).name == "step-00000007"
     with pytest.raises(UserError, match="no complete checkpoint"):
-        newest_checkpoint(CheckpointStore(cut_short))
+        latest_checkpoint(CheckpointStore(cut_short))

@@ -1,4 +1,4 @@
-"""What an export consists of, what of it is finished, and how it is put together."""
+"""Assemble an export from its finished units: which are missing, joined files, indexes, the package, the manifest."""
 
 import dataclasses
 import os
@@ -18,37 +18,37 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.units import UNIT_BYTES, Unit, units_of
 from mlet_dist.export.collapse.work_directory import WorkDirectory, join_files
 from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
-from mlet_dist.export.formats.pieces import Piece
+from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.export.outputs import Output, open_output
 from mlet_dist.export.serving.package import check_fits, served_bytes, write_package
 from mlet_dist.export.serving.quantised import Serving, plan_serving
-from mlet_dist.export.source import Source
+from mlet_dist.export.source import ModelSource
 from mlet_dist.formatting import sealed, to_json
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 
-_BYTES_OF_A_FILE = 4096  # what a format puts around the values, its record and the file system's share, about
+_FILE_OVERHEAD_BYTES = 4096  # approximately, for the format's header, the record and the file system
 
 
 class Assembly:
-    """An export in the making.
+    """An export that is being written.
 
     Args:
-        source: of the tables and the dense layers.
-        outputs: what is asked for.
-        gather: one file a table.
-        work: where it is made.
-        package: that of ``outputs`` whose tables go into a serving package; None for no package.
-        serving: what quantised outputs are planned for; None for no plan.
+        source: the model.
+        outputs: the outputs to write.
+        gather: write one file per table.
+        work: the directory in which the export is written.
+        package: the output of ``outputs`` whose tables the serving package contains; None for no package.
+        serving: the devices for which the serving of quantised outputs is planned; None for no plan.
 
     Attributes:
-        units: all of them, by table.
-        directories: where the units' files of an output lie in ``work``, by the output's name.
+        units: all units, by table.
+        directories: output name -> directory of the units' files within ``work``.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: ModelSource,
         outputs: Sequence[Output],
         gather: bool,
         work: WorkDirectory,
@@ -63,12 +63,12 @@ class Assembly:
 
     @property
     def served(self) -> ModelSpec:
-        """The model whose state the export is."""
+        """The exported model, whose tables have a single layer."""
         spec = self.source.spec
         return dataclasses.replace(spec, model=dataclasses.replace(spec.model, hidden_dim=None))
 
     def job(self, device: torch.device) -> dict[str, Any]:
-        """What decides about every bit of the finished work."""
+        """Return everything that the bytes of finished units depend on."""
         return {
             "format_version": FORMAT_VERSION,
             "versions": _versions(),
@@ -82,7 +82,7 @@ class Assembly:
         }
 
     def check(self) -> None:
-        """Raise UserError where the source cannot give these outputs, before any of it is written."""
+        """Raise UserError if the outputs cannot be made from this model, before any of them is written."""
         for output in self.outputs:
             output.encoding.check(self.served.model.embedding_dim)
             if output.encoding.is_quantised and self._serving is not None:
@@ -93,41 +93,45 @@ class Assembly:
             self.source.check_shape(name, shape)
 
     def unfinished(self) -> list[Unit]:
-        """Units that are still to be done."""
+        """Return the units that remain to be run."""
         finished = self.work.finished()
         return [unit for unit in self.units if not {unit.name, _joined(unit.table)} & finished]
 
     def unjoined(self) -> list[str]:
-        """Tables whose units are still to be joined; they must be finished."""
+        """Return the tables whose units remain to be joined; all units must be finished."""
         finished = self.work.finished()
         return [name for name in self.source.tables if _joined(name) not in finished]
 
     def join(self, table: str) -> None:
-        """Make one file of a table's, for each output.
+        """Join the files of a table's units to one file per output, and remove them.
 
         Raises:
             UserError: a file cannot be read or written, or is damaged.
         """
-        records = [self.work.recorded(unit.name) for unit in self.units if unit.table == table]
+        records = [self.work.read_record(unit.name) for unit in self.units if unit.table == table]
         entries = {file: entry for record in records for file, entry in record["files"].items()}
-        pieces: dict[str, Any] = {}
+        shards: dict[str, Any] = {}
         files: dict[str, Any] = {}
         for output in self.outputs:
-            parts = [Piece.from_dict(each) for record in records for each in record["pieces"][output.name]]
+            of_units = [TensorShard.from_dict(each) for record in records for each in record["pieces"][output.name]]
             directory = self.directories[output.name]
-            whole = f"{self.work.export.name}/{output.directory}/{table}{output.format.suffix}"
-            joined, files[whole] = join_files(self.work, output.format, directory, parts, entries, whole)
-            pieces[output.name] = [piece.to_dict() for piece in joined]
-        self.work.record(_joined(table), {"files": files, "pieces": pieces})
+            target = f"{self.work.export.name}/{output.directory}/{table}{output.format.suffix}"
+            joined, files[target] = join_files(self.work, output.format, directory, of_units, entries, target)
+            shards[output.name] = [shard.to_dict() for shard in joined]
+        self.work.record(_joined(table), {"files": files, "pieces": shards})
         for file in entries:
             (self.work.root / file).unlink(missing_ok=True)
 
     def finish(self) -> dict[str, Any]:
-        """Write the dense layers, the indexes and the manifest; what ``export_run`` returns but ``out``."""
+        """Write the dense layers, the indexes, the package and the manifest. All units must be finished and joined.
+
+        Returns:
+            The result of ``export_run`` without ``out``.
+        """
         if self.gather:
-            records = [self.work.recorded(_joined(name)) for name in self.source.tables]
+            records = [self.work.read_record(_joined(name)) for name in self.source.tables]
         else:
-            records = [self.work.recorded(unit.name) for unit in self.units]
+            records = [self.work.read_record(unit.name) for unit in self.units]
         dense = self._load_dense()
         outputs = {output.name: self._finish_output(output, records, dense) for output in self.outputs}
         if self._package is not None:
@@ -157,28 +161,28 @@ class Assembly:
             "outputs": {name: output["bytes"] for name, output in outputs.items()},
         }
 
-    def missing(self, world_size: int) -> str | None:
-        """How much room the disk lacks for what is still to be written; None where it has enough."""
+    def missing_space(self, world_size: int) -> str | None:
+        """Return a message on how much disk space is missing for the rest of the export; None if there is enough."""
         free = shutil.disk_usage(self.work.root).free
-        needed = self._needed(world_size)
+        needed = self._needed_bytes(world_size)
         if needed <= free:
             return None
         return f"it needs {needed:,} bytes and {free:,} are free: {needed - free:,} bytes are missing"
 
-    def _needed(self, world_size: int) -> int:
+    def _needed_bytes(self, world_size: int) -> int:
         row_bytes = {
             table.name: sum(output.encoding.row_bytes(table.embedding_dim) for output in self.outputs)
             for table in self.source.tables.values()
         }
-        around = _BYTES_OF_A_FILE * len(self.outputs)
-        needed = sum(unit.rows * row_bytes[unit.table] + around for unit in self.unfinished())
-        if self.gather:  # what is joined lies there twice until it is done
-            sizes = [self.source.tables[name].num_embeddings * row_bytes[name] + around for name in self.unjoined()]
+        overhead = _FILE_OVERHEAD_BYTES * len(self.outputs)
+        needed = sum(unit.rows * row_bytes[unit.table] + overhead for unit in self.unfinished())
+        if self.gather:  # each rank keeps one table twice while it joins its files
+            sizes = [self.source.tables[name].num_embeddings * row_bytes[name] + overhead for name in self.unjoined()]
             needed += sum(sorted(sizes)[-world_size:])
         dense = sum(4 * torch.Size(shape).numel() for shape in self._dense_shapes.values())
         if self._package is not None:
             needed += 2 * served_bytes(self.served, self._package.encoding)
-        return needed + (dense + around) * len(self.outputs)
+        return needed + (dense + overhead) * len(self.outputs)
 
     def _finish_output(
         self, output: Output, records: Sequence[dict[str, Any]], dense: dict[str, torch.Tensor]
@@ -186,10 +190,10 @@ class Assembly:
         directory = f"{self.work.export.name}/{output.directory}"
         file = f"_dense{output.format.suffix}"
         with self.work.new_file(f"{directory}/{file}") as stream:
-            last = output.format.write(stream, file, 0, dense)
+            of_dense = output.format.write(stream, file, 0, dense)
         files = {f"{directory}/{file}": stream.checksum.entry()}
-        pieces = [Piece.from_dict(each) for record in records for each in record["pieces"][output.name]] + last
-        index, content = output.format.index(pieces)
+        of_tables = [TensorShard.from_dict(each) for record in records for each in record["pieces"][output.name]]
+        index, content = output.format.index(of_tables + of_dense)
         with self.work.new_file(f"{directory}/{index}") as stream:
             stream.write(content)
         files[f"{directory}/{index}"] = stream.checksum.entry()
@@ -208,23 +212,23 @@ class Assembly:
         return described
 
     def _finish_package(
-        self, of_tables: Output, outputs: Mapping[str, Any], dense: Mapping[str, torch.Tensor]
+        self, output: Output, outputs: Mapping[str, Any], dense: Mapping[str, torch.Tensor]
     ) -> dict[str, Any]:
-        """Make the package from the finished output that holds its tables, since they are computed once."""
+        """Write the package with the tables of a finished output, which are not computed again."""
         directory = self.work.export / PACKAGE
         with self.work.writing():
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir()
-            tables = self.work.export / of_tables.directory
-            files = outputs[of_tables.name]["files"]
-            with open_output(tables, files, outputs[of_tables.name]["format"]) as stored:
-                write_package(directory, self.served, of_tables.encoding, stored, dense)
+            tables = self.work.export / output.directory
+            files = outputs[output.name]["files"]
+            with open_output(tables, files, outputs[output.name]["format"]) as stored:
+                write_package(directory, self.served, output.encoding, stored, dense)
             found = {path.name: _synced_entry(path) for path in sorted(directory.iterdir())}
         return {
             "directory": PACKAGE,
             "format": "torchscript",
-            "encoding": of_tables.encoding.name,
-            "table_bytes": served_bytes(self.served, of_tables.encoding),
+            "encoding": output.encoding.name,
+            "table_bytes": served_bytes(self.served, output.encoding),
             "bytes": sum(entry["bytes"] for entry in found.values()),
             "files": found,
         }
@@ -260,7 +264,7 @@ class Assembly:
 
 
 def _synced_entry(path: Path) -> dict[str, Any]:
-    """Checksums of a file whose bytes are on the disk."""
+    """Sync a file to disk and return its size and checksums."""
     checksum = Checksum()
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -270,7 +274,7 @@ def _synced_entry(path: Path) -> dict[str, Any]:
 
 
 def _joined(table: str) -> str:
-    return f"joined.{table}"  # units' names hold no dot
+    return f"joined.{table}"  # names of units contain no dot
 
 
 def _versions() -> dict[str, str]:

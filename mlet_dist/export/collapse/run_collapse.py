@@ -1,4 +1,4 @@
-"""The export job: every rank collapses its share of a run's tables, and the first puts the export together."""
+"""`mlet export`: every rank collapses its share of a run's tables, and rank 0 assembles the export."""
 
 import os
 import time
@@ -14,32 +14,32 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.writer import on_first
+from mlet_dist.checkpoint.writer import on_first_rank
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.assembly import Assembly
 from mlet_dist.export.collapse.units import Unit, UnitWorker, worker_bytes
 from mlet_dist.export.collapse.work_directory import DiskFull, WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS, Output
 from mlet_dist.export.serving.quantised import Serving
-from mlet_dist.export.source import Source
+from mlet_dist.export.source import ModelSource
 from mlet_dist.progress import Progress
 from mlet_dist.training.process_group import Worker, join_ranks
 
 MEMORY = 512 << 20
-_OTHERS_MAY_TAKE = timedelta(hours=6)
-_LOOK_SECONDS = 2.0  # between two looks at what is finished
+_COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier until the slowest has finished its units
+_PROGRESS_SECONDS = 2.0  # between two listings of the finished units of all ranks
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an export is made.
+    """Options of an export.
 
     Attributes:
         outputs: names of ``OUTPUTS``.
-        package: the output whose tables go into a serving package, and which is made with it; None for no package.
-        serving: what quantised tables are to be planned for; None for no plan.
-        gather: one file a table.
-        overwrite: replace an export that is there.
+        package: the output whose tables the serving package contains, and which is written, too; None for no package.
+        serving: the devices for which the serving of quantised tables is planned; None for no plan.
+        gather: write one file per table.
+        overwrite: replace an existing export.
         memory: bytes that a process may use for rows.
     """
 
@@ -52,110 +52,110 @@ class ExportOptions:
 
     @property
     def written(self) -> tuple[Output, ...]:
-        """The outputs, with that of the package's tables."""
+        """The outputs to write, that of the package's tables included."""
         names = self.outputs if self.package is None else (*self.outputs, self.package)
         return tuple(OUTPUTS[name] for name in dict.fromkeys(names))
 
 
 def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
-    """Collapse the newest checkpoint of a finished run into the export ``out``, on all ranks that torchrun started.
+    """Collapse the latest checkpoint of a finished run into the export ``out``, on all ranks that torchrun started.
 
     Returns:
-        ``out``, the number of ``tables``, the ``bytes`` they take served in float32, ``trained_bytes``, and the bytes
-        of each of the ``outputs``.
+        ``out``, the number of ``tables``, their ``bytes`` in float32 and ``trained_bytes``, and the bytes of each of
+        the ``outputs``.
 
     Raises:
-        UserError: the run never finished, a tensor is missing, damaged or not finite, or ``out`` is taken or cannot be
-            written. What is finished by then is kept beside ``out`` and taken up by the next call.
+        UserError: the run never finished, a tensor is missing, damaged or not finite, or ``out`` exists or cannot be
+            written. Finished units are kept beside ``out``, and the next call resumes from them.
     """
-    with join_ranks("auto", _OTHERS_MAY_TAKE) as worker:
+    with join_ranks("auto", _COLLECTIVE_TIMEOUT) as worker:
         return collapse_run(run, out, options, worker)
 
 
 def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -> dict[str, Any]:
-    """``export_run`` for ranks that are joined already. A collective call."""
+    """Run ``export_run`` on ranks whose process group exists. A collective call."""
     if not out.parts:  # Path("") is Path(".")
         raise UserError("--out is empty or the current directory; name a directory that does not exist yet")
     work = WorkDirectory(Path(os.path.realpath(out)))
-    source = Source.open(run)
+    source = ModelSource.open(run)
     package = None if options.package is None else OUTPUTS[options.package]
     assembly = Assembly(source, options.written, options.gather, work, package, options.serving)
-    threads = _threads(assembly, options.memory)
+    threads = _num_threads(assembly, options.memory)
     result: dict[str, Any] = {}
-    with source.files, ExitStack() as held:
+    with source.files, ExitStack() as stack:
 
         def begin() -> None:
-            held.enter_context(work.locked())
+            stack.enter_context(work.locked())
             work.check_free(options.overwrite)
             assembly.check()
             work.begin(assembly.job(worker.device))
-            missing = assembly.missing(worker.world_size)
+            missing = assembly.missing_space(worker.world_size)
             if missing is not None:
                 raise UserError(f"{work.out}: cannot be written: {missing}")
 
         def finish() -> None:
-            with _full_disk_explained(assembly, worker):
+            with _explaining_full_disk(assembly, worker):
                 result.update(assembly.finish())
             work.publish()
 
-        on_first(begin, f"{work.out}: cannot be written", None)
-        with _full_disk_explained(assembly, worker):
-            _do_units(assembly, worker, threads)
+        on_first_rank(begin, f"{work.out}: cannot be written", None)
+        with _explaining_full_disk(assembly, worker):
+            _run_units(assembly, worker, threads)
             if options.gather:
                 for table in assembly.unjoined()[worker.rank :: worker.world_size]:
                     assembly.join(table)
                 dist.barrier()
-        on_first(finish, f"{work.out}: cannot be written", None)
+        on_first_rank(finish, f"{work.out}: cannot be written", None)
     return {"out": str(out), **result}
 
 
-def _threads(assembly: Assembly, memory: int) -> int:
-    """How many units a process does at a time: two a core, so that one reads while another multiplies, if they fit."""
+def _num_threads(assembly: Assembly, memory: int) -> int:
+    """Return the units per process at a time: two per core, so that one reads while another multiplies, if they fit."""
     each = worker_bytes(assembly.source, assembly.outputs)
     if memory < each:
-        raise UserError(f"--memory {memory:,} bytes is too little for these tables; it takes {each:,} at least")
+        raise UserError(f"--memory {memory:,} bytes is too little for these tables; use {each:,} or more")
     return min(memory // each, 2 * torch.get_num_threads())
 
 
-def _do_units(assembly: Assembly, worker: Worker, threads: int) -> None:
-    """This rank's share of the units that are not finished, some at a time; returns when all ranks have done theirs."""
+def _run_units(assembly: Assembly, worker: Worker, threads: int) -> None:
+    """Run this rank's share of the unfinished units in ``threads`` threads, and wait for the other ranks."""
     units = assembly.unfinished()
     total = sum(table.num_embeddings for table in assembly.source.tables.values())
     done = total - sum(unit.rows for unit in units)
     own = units[worker.rank :: worker.world_size]
     idle: SimpleQueue[UnitWorker] = SimpleQueue()
-    with ExitStack() as held:
-        held.enter_context(_one_thread_a_product())
+    with ExitStack() as stack:
+        stack.enter_context(_single_threaded_products())
         for _ in range(min(threads, len(own))):
             each = UnitWorker(assembly.source, assembly.outputs, assembly.work, assembly.directories, worker.device)
-            held.callback(each.close)
+            stack.callback(each.close)
             idle.put(each)
 
-        def do(unit: Unit) -> None:
+        def run(unit: Unit) -> None:
             each = idle.get()
             try:
-                each.do(unit)
+                each.run(unit)
             finally:
                 idle.put(each)
 
-        progress = held.enter_context(Progress("export", total, "rows", disable=not worker.is_first, done=done))
+        progress = stack.enter_context(Progress("export", total, "rows", disable=not worker.is_first, done=done))
         pool = ThreadPoolExecutor(max(1, threads))
-        held.callback(pool.shutdown, cancel_futures=True)
-        shown, looked = done, time.monotonic()
-        for future in as_completed([pool.submit(do, unit) for unit in own]):
+        stack.callback(pool.shutdown, cancel_futures=True)
+        shown, listed = done, time.monotonic()
+        for future in as_completed([pool.submit(run, unit) for unit in own]):
             future.result()
-            # What the other ranks have done shows in the directory alone, which may be long.
-            if worker.is_first and time.monotonic() - looked > _LOOK_SECONDS:
+            # The units of other ranks are known only from a listing of the directory, which can be slow.
+            if worker.is_first and time.monotonic() - listed > _PROGRESS_SECONDS:
                 now = total - sum(unit.rows for unit in assembly.unfinished())
                 progress.update(now - shown)
-                shown, looked = now, time.monotonic()
+                shown, listed = now, time.monotonic()
         dist.barrier()
         progress.update(total - shown)
 
 
 @contextmanager
-def _one_thread_a_product() -> Iterator[None]:
-    """With more, the last bit of a product would depend on how many there are."""
+def _single_threaded_products() -> Iterator[None]:
+    """Compute matrix products in one thread each: their last bit can depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -165,11 +165,13 @@ def _one_thread_a_product() -> Iterator[None]:
 
 
 @contextmanager
-def _full_disk_explained(assembly: Assembly, worker: Worker) -> Iterator[None]:
+def _explaining_full_disk(assembly: Assembly, worker: Worker) -> Iterator[None]:
+    """Add to the error of a full disk how much space is missing, and how to resume."""
     try:
         yield
     except DiskFull as error:
-        missing = assembly.missing(worker.world_size) or "others have written there, too"
+        missing = assembly.missing_space(worker.world_size) or "other processes have written there, too"
         raise UserError(
-            f"{error}: {missing}; finished work is kept in {assembly.work.root}, and the same command goes on from it"
+            f"{error}: {missing}; finished units are kept in {assembly.work.root}, and the same command resumes from "
+            "them"
         ) from None

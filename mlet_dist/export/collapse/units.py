@@ -1,4 +1,4 @@
-"""A unit of an export: a range of rows of a table, computed from W1 and W2 and encoded in one pass."""
+"""Work units of an export: ranges of rows of a table, each computed from W1 and W2 and encoded in one pass."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,17 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.encoding import RowOverflow
 from mlet_dist.export.outputs import Output
-from mlet_dist.export.source import Source, TableSource
+from mlet_dist.export.source import ModelSource, TableSource
 
 UNIT_BYTES = 1 << 26
-"""Of W in float32, about: what is done again after a kill, and what a file holds."""
+"""Approximate bytes of W in float32 per unit: what one file contains, and what is repeated after a kill."""
+
+_READ_BYTES = 1 << 22  # of W1 at a time, so that they are still in a cache when they are multiplied
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows ``[start, stop)`` of a table; the ``index``-th of ``count`` units of it."""
+    """Rows ``[start, stop)`` of a table, number ``index`` of its ``count`` units."""
 
     table: str
     index: int
@@ -34,12 +36,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Of its files, without the suffix."""
+        """Name of the unit's record, and of its files without their suffix."""
         return f"{self.table}-{self.index:05}-of-{self.count:05}"
 
 
 def units_of(tables: Iterable[TableSource]) -> list[Unit]:
-    """All units, by table. They follow from the tables alone, so the files are the same for any number of ranks."""
+    """Return all units of the tables. They depend on the tables alone, so any number of ranks writes the same files."""
     units = []
     for table in tables:
         step = unit_rows(table)
@@ -51,40 +53,38 @@ def units_of(tables: Iterable[TableSource]) -> list[Unit]:
 
 
 def unit_rows(table: TableSource) -> int:
-    """Rows of a table's units, a multiple of those that are multiplied at a time."""
+    """Return the rows per unit, a multiple of ``block_rows``, the rows per matrix product."""
     block = block_rows(table.hidden_dim or 1, table.embedding_dim)
     return max(1, UNIT_BYTES // (4 * table.embedding_dim * block)) * block
 
 
-_READ_BYTES = 1 << 22  # of W1, at a time: they stay in a cache until they are multiplied
-
-
 class UnitWorker:
-    """Does units one after the other in memory of its own; several work side by side, each in its thread.
+    """Runs units one after the other in preallocated memory. Each thread has a worker of its own.
 
     Args:
-        source: read through files of the worker's own.
-        outputs: the forms of W.
-        work: takes the files; ``directory`` of an output in it by name.
-        device: that multiplies.
+        source: the model; the worker opens its files again for itself.
+        outputs: the outputs to write.
+        work: where the files are written.
+        directories: output name -> directory within ``work``.
+        device: for the matrix products.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: ModelSource,
         outputs: Sequence[Output],
         work: WorkDirectory,
         directories: Mapping[str, str],
         device: torch.device,
     ) -> None:
         self._files = source.files.streaming()
-        self._tables = {name: table.through(self._files) for name, table in source.tables.items()}
+        self._tables = {name: table.with_files(self._files) for name, table in source.tables.items()}
         self._outputs, self._work, self._directories, self._device = outputs, work, directories, device
         sizes = [_buffer_sizes(table) for table in source.tables.values()]
         self._stored = torch.empty(max(stored for stored, _ in sizes), dtype=torch.uint8)
         self._table = torch.empty(max(table for _, table in sizes), dtype=torch.uint8)
 
-    def do(self, unit: Unit) -> None:
+    def run(self, unit: Unit) -> None:
         """Collapse, encode and write the rows of a unit, and record that it is finished.
 
         Raises:
@@ -92,7 +92,7 @@ class UnitWorker:
         """
         table = self._tables[unit.table]
         rows = self.collapse(unit)
-        pieces: dict[str, Any] = {}
+        shards: dict[str, Any] = {}
         files: dict[str, Any] = {}
         for output in self._outputs:
             file = f"{unit.name}{output.format.suffix}"
@@ -100,17 +100,16 @@ class UnitWorker:
             try:
                 encoded = output.encoding.encode(rows)
             except RowOverflow as error:
-                at = unit.start + error.row
-                raise UserError(f"table {unit.table!r}, row {at:,}: {output.name} cannot hold it: {error}") from None
+                raise UserError(f"table {unit.table!r}, row {unit.start + error.row:,}: {error.reason}") from None
             tensors = {f"{table.state_name}{suffix}": tensor for suffix, tensor in encoded.items()}
             with self._work.new_file(path) as stream:
                 written = output.format.write(stream, file, unit.start, tensors)
-            pieces[output.name] = [piece.to_dict() for piece in written]
+            shards[output.name] = [shard.to_dict() for shard in written]
             files[path] = stream.checksum.entry()
-        self._work.record(unit.name, {"files": files, "pieces": pieces})
+        self._work.record(unit.name, {"files": files, "pieces": shards})
 
     def collapse(self, unit: Unit) -> torch.Tensor:
-        """W of a unit's rows, float32, in memory that the next call uses again."""
+        """Return the unit's rows of W, float32, in memory that the next call overwrites."""
         table = self._tables[unit.table]
         found = _view(self._table, torch.float32, unit.rows, table.embedding_dim)
         step = read_rows(table)
@@ -126,9 +125,9 @@ class UnitWorker:
             else:
                 part.copy_(collapse_rows(stored.to(self._device), table.projection.to(self._device)))
             if not all(bool(bound.isfinite()) for bound in torch.aminmax(part)):
-                self._files.settle()
+                self._files.verify_streamed()  # damage to a file is the better message
                 raise _not_finite(table, start, stored, part)
-        self._files.settle()
+        self._files.verify_streamed()
         return found
 
     def close(self) -> None:
@@ -136,8 +135,8 @@ class UnitWorker:
         self._files.close()
 
 
-def worker_bytes(source: Source, outputs: Sequence[Output]) -> int:
-    """What a worker holds at most: W1 as it is read, a checked block of two files, W, and W encoded."""
+def worker_bytes(source: ModelSource, outputs: Sequence[Output]) -> int:
+    """Return the most memory that a worker takes: W1 as it is read, a block of two files each, W, and W encoded."""
     sizes = [_buffer_sizes(table) for table in source.tables.values()]
     stored, table = (max(each) for each in zip(*sizes, strict=True))
     encoded = 2 * table if any(output.encoding.is_quantised for output in outputs) else 0
@@ -145,25 +144,28 @@ def worker_bytes(source: Source, outputs: Sequence[Output]) -> int:
 
 
 def _buffer_sizes(table: TableSource) -> tuple[int, int]:
-    """Bytes of W1 and of W that a worker holds of a table."""
+    """Return the bytes of a worker's buffers for W1 and for W of a table."""
     stored = min(read_rows(table), table.num_embeddings) * table.row_bytes
     return stored, min(unit_rows(table), table.num_embeddings) * 4 * table.embedding_dim
 
 
 def read_rows(table: TableSource) -> int:
-    """Rows to read at a time, a multiple of those that are multiplied at a time."""
+    """Return the rows of W1 to read at a time, a multiple of ``block_rows``, the rows per matrix product."""
     block = block_rows(table.hidden_dim or 1, table.embedding_dim)
     return min(unit_rows(table), max(1, _READ_BYTES // (table.row_bytes * block)) * block)
 
 
 def _view(buffer: torch.Tensor, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
-    """The beginning of a buffer as a matrix that owns all of its storage, as far as torch.save can see."""
+    """Return the beginning of a buffer as a matrix with a storage of the same size, all of which torch.save writes."""
     values = buffer.numpy()[: rows * columns * dtype.itemsize]
     return torch.from_numpy(values).view(dtype).view(rows, columns)
 
 
 def _not_finite(table: TableSource, start: int, stored: torch.Tensor, found: torch.Tensor) -> UserError:
-    """Where the first value is that is not finite; one in W1 or W2 makes all of a row or column of W so."""
+    """Return the error that names the first value that is not finite.
+
+    W1 and W2 are searched before W: a value of theirs that is not finite makes a full row or column of W so.
+    """
     factors = [("W" if table.projection is None else "W1", start, stored), ("W1·W2", start, found)]
     if table.projection is not None:
         factors.insert(0, ("W2", 0, table.projection))

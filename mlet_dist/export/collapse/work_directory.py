@@ -1,4 +1,4 @@
-"""The directory in which an export keeps finished units, and where they are joined."""
+"""The work directory of an export, which keeps finished units so that an interrupted export can resume."""
 
 import errno
 import fcntl
@@ -15,29 +15,29 @@ from typing import Any
 from mlet_dist.atomic_directory import check_free, exchange, sync_directory
 from mlet_dist.checkpoint.checked_file import CheckedFile
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES
-from mlet_dist.checkpoint.writer import SummedStream
+from mlet_dist.checkpoint.writer import ChecksumStream
 from mlet_dist.errors import UserError, os_error
 from mlet_dist.export.export_directory import MANIFEST
-from mlet_dist.export.formats.pieces import Format, Piece
+from mlet_dist.export.formats.tensor_shards import Format, TensorShard
 from mlet_dist.formatting import to_json
 
 _JOB, _RECORDS, _EXPORT = "job.json", "records", "export"
 
 
 class DiskFull(UserError):
-    """There is no room for a file."""
+    """A file cannot be written because the disk or the quota is full."""
 
 
 @dataclass(frozen=True)
 class WorkDirectory:
-    """Files of the export ``out``, and a record of each piece of work that is finished.
+    """The files of the export ``out`` while it is written, and a record of each finished work unit.
 
     ::
 
-        job.json          what the export is made from; another job begins anew
-        records/          a JSON file for each piece of work, there once its files are on the disk
-        parts/            files that are still to be joined
-        export/           what will be the export
+        job.json          what the export is made from; a different job starts over
+        records/          a JSON file per finished unit, written after the unit's files are synced to disk
+        parts/            files that remain to be joined
+        export/           the export, which is renamed to ``out`` at the end
 
     Args:
         out: an absolute path.
@@ -59,10 +59,10 @@ class WorkDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory, which is made if it is not there; one that holds no finished work goes at the end.
+        """Create the directory if needed and lock it; remove it at the end if it contains no finished unit.
 
         Raises:
-            UserError: another process holds it, or it cannot be written.
+            UserError: another process has locked it, or it cannot be written.
         """
         with self.writing():
             missing = [parent for parent in self.out.parents if not parent.exists()]
@@ -72,7 +72,7 @@ class WorkDirectory:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.root}: another `mlet export` is at work on the same export") from None
+                raise UserError(f"{self.root}: another `mlet export` is writing the same export") from None
             try:
                 yield
             finally:
@@ -85,13 +85,13 @@ class WorkDirectory:
             os.close(handle)
 
     def check_free(self, overwrite: bool) -> None:
-        """Raise UserError unless the export may take its name: nothing is there, or an export and ``overwrite``."""
+        """Raise UserError if ``out`` exists, unless it is an export and ``overwrite`` is set."""
         with self.writing():
             if self._replaced.exists() and not self.out.exists():  # killed between the two renames of `publish`
                 self._replaced.rename(self.out)
             if (self.out / MANIFEST).exists():
                 if not overwrite:
-                    raise UserError(f"{self.out}: exists and is not empty; it is replaced with --overwrite alone")
+                    raise UserError(f"{self.out}: exists and is not empty; use --overwrite to replace it")
                 with suppress(ValueError, AttributeError):
                     if {"format_version", "model"} <= json.loads(
                         (self.out / MANIFEST).read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ class WorkDirectory:
             check_free(self.out)
 
     def begin(self, job: Mapping[str, Any]) -> None:
-        """Keep what is there if the same job left it, and drop it otherwise; say which."""
+        """Keep the finished units of an earlier call if it had the same job, and remove them otherwise; print which."""
         text = to_json(job, indent=1)
         with self.writing():
             path = self.root / _JOB
@@ -108,11 +108,11 @@ class WorkDirectory:
             if before == text and self.export.is_dir():
                 for left in self.root.rglob(".*.tmp"):
                     left.unlink()
-                print(f"{self.root}: going on from {len(self.finished())} finished pieces of work", file=sys.stderr)
+                print(f"{self.root}: resuming from {len(self.finished())} finished units", file=sys.stderr)
                 return
             if before is not None and before != text:
-                said = "dropped: an export of another run, or in another way, was stopped there"
-                print(f"mlet: warning: {self.root}: {said}", file=sys.stderr)
+                reason = "removed: it was left by an export of another run or with other options"
+                print(f"mlet: warning: {self.root}: {reason}", file=sys.stderr)
             for left in self.root.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             (self.root / _RECORDS).mkdir()
@@ -121,8 +121,8 @@ class WorkDirectory:
                 stream.write(text.encode())
 
     @contextmanager
-    def new_file(self, name: str) -> Iterator[SummedStream]:
-        """A file below the directory that has its name once it is whole and on the disk.
+    def new_file(self, name: str) -> Iterator[ChecksumStream]:
+        """Write a file under a temporary name, sync it to disk and rename it to ``name`` when the context exits.
 
         Raises:
             UserError: it cannot be written.
@@ -133,7 +133,7 @@ class WorkDirectory:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with temporary.open("wb") as file:
-                    yield SummedStream(file)
+                    yield ChecksumStream(file)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.rename(path)
@@ -142,7 +142,7 @@ class WorkDirectory:
                 raise
 
     def record(self, name: str, content: Mapping[str, Any]) -> None:
-        """Note that a piece of work is finished; its files must be there."""
+        """Record that a unit is finished; its files must have been written."""
         with self.writing():
             for directory in {(self.root / file).parent for file in content["files"]}:
                 sync_directory(directory)
@@ -151,35 +151,35 @@ class WorkDirectory:
             sync_directory(self.root / _RECORDS)
 
     def finished(self) -> set[str]:
-        """The names of all records; none where nothing says what they are records of."""
+        """Return the names of all records; none if ``job.json`` is missing, which says what they are records of."""
         with suppress(FileNotFoundError):
             (self.root / _JOB).stat()
             return {path.stem for path in (self.root / _RECORDS).iterdir() if path.suffix == ".json"}
         return set()
 
-    def recorded(self, name: str) -> dict[str, Any]:
-        """What ``record`` noted.
+    def read_record(self, name: str) -> dict[str, Any]:
+        """Read what ``record`` wrote.
 
         Raises:
-            UserError: it is not there: some rank writes elsewhere.
+            UserError: there is no such record, because a rank writes to storage that is not shared.
         """
         try:
             content: dict[str, Any] = json.loads((self.root / _RECORDS / f"{name}.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
-                f"{self.root}: nothing says that {name} is finished; --out must be on storage that all ranks share"
+                f"{self.root}: the record of {name} is missing; --out must be on storage that all ranks share"
             ) from None
         return content
 
     def publish(self) -> None:
-        """Give the export its name; one that had it before goes.
+        """Rename the export to ``out``, and remove the export that it replaces.
 
-        Where the file system can exchange two names, one of the two exports has the name at every moment.
+        If the file system can exchange two names, ``out`` is a complete export at every moment.
         """
         with self.writing():
             sync_directory(self.export)
             shutil.rmtree(self._replaced, ignore_errors=True)
-            # Killed below, this may hold the old export, from which nobody must go on.
+            # After a kill below, `export` may be the old export, from which a later call must not resume.
             (self.root / _JOB).unlink()
             if not self.out.exists():
                 self.export.rename(self.out)
@@ -192,7 +192,7 @@ class WorkDirectory:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn errors of the file system into a UserError; a full disk is said to be one."""
+        """Turn errors of the file system into a UserError, and those of a full disk into DiskFull."""
         try:
             yield
         except UserError:
@@ -207,41 +207,41 @@ class WorkDirectory:
 
 def join_files(
     work: WorkDirectory,
-    form: Format,
+    format: Format,
     directory: str,
-    pieces: Sequence[Piece],
+    shards: Sequence[TensorShard],
     entries: Mapping[str, Mapping[str, Any]],
-    whole: str,
-) -> tuple[list[Piece], dict[str, Any]]:
-    """Copy pieces of tensors, in order of tensors and rows, to one new file; a block is in memory at a time.
+    target: str,
+) -> tuple[list[TensorShard], dict[str, Any]]:
+    """Copy shards, in the order of tensors and rows, to one new file, with one block in memory at a time.
 
     Args:
-        directory: that the pieces' files are in, within ``work``.
-        entries: what was noted of each file when it was written, by its name within ``work``.
-        whole: name of the new file within ``work``.
+        directory: directory of the shards' files within ``work``.
+        entries: ``bytes`` and ``crc32`` of the shards' files, by file name within ``work``.
+        target: name of the new file within ``work``.
 
     Returns:
-        The pieces that the new file consists of, and its ``bytes`` and ``crc32``.
+        The shards of the new file, and its ``bytes`` and ``crc32``.
 
     Raises:
         UserError: a file is damaged, or cannot be read or written.
     """
-    pieces = sorted(pieces, key=lambda piece: (piece.name, piece.offsets))
+    shards = sorted(shards, key=lambda shard: (shard.name, shard.offsets))
     buffer = memoryview(bytearray(BLOCK_BYTES))
-    with work.new_file(whole) as stream:
-        joined = form.join(stream, Path(whole).name, pieces)
-        for piece in pieces:
-            name = f"{directory}/{piece.file}"
-            with _opened(work.root / name, entries[name]) as file:
-                for start in range(0, piece.length, len(buffer)):
-                    block = buffer[: piece.length - start]
-                    file.read_into(piece.start + start, block)
+    with work.new_file(target) as stream:
+        joined = format.join(stream, Path(target).name, shards)
+        for shard in shards:
+            name = f"{directory}/{shard.file}"
+            with _open_checked(work.root / name, entries[name]) as file:
+                for start in range(0, shard.length, len(buffer)):
+                    block = buffer[: shard.length - start]
+                    file.read_into(shard.start + start, block)
                     stream.write(block)
     return joined, stream.checksum.entry()
 
 
 @contextmanager
-def _opened(path: Path, entry: Mapping[str, Any]) -> Iterator[CheckedFile]:
+def _open_checked(path: Path, entry: Mapping[str, Any]) -> Iterator[CheckedFile]:
     with path.open("rb") as raw:
         file = CheckedFile(str(path), raw, entry)
         try:

@@ -1,9 +1,9 @@
-"""Tables that something else trained: which of a file's tensors they are, and what they are called here."""
+"""Find the tables among the tensors of files that another program wrote, and their names."""
 
 import re
 from pathlib import Path
 
-from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, TensorFiles
+from mlet_dist.checkpoint.tensor_ranges import INDEX, ChunkedTensors, DcpFiles
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
@@ -13,47 +13,49 @@ from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.run_directory import RunDirectory
 
-_TORCHREC = re.compile(r"(?P<prefix>(?:.*\.)?)(?:embedding_bags|embeddings)\.(?P<table>[^.]+)\.weight")
-_ALONE = re.compile(r"(?P<table>[^.]+?)(?:\.weight)?")
-_DENSE = ("dense_arch.", "inter_arch.", "over_arch.")  # of TorchRec's DLRM and DLRM_DCN
+_TORCHREC_NAME = re.compile(r"(?P<prefix>(?:.*\.)?)(?:embedding_bags|embeddings)\.(?P<table>[^.]+)\.weight")
+_BARE_NAME = re.compile(r"(?P<table>[^.]+?)(?:\.weight)?")
+_DENSE_PREFIXES = ("dense_arch.", "inter_arch.", "over_arch.")  # of TorchRec's DLRM and DLRM_DCN
 
 
 def open_existing(path: Path, pattern: str | None = None) -> Tables:
-    """An export or a run of ours, a DCP directory, safetensors (a file, a directory or an index), or a state dict.
+    """Open the tables of an mlet export or run, a DCP directory, safetensors files or a state dict.
 
-    Tables are the tensors called ``…embedding_bags.<table>.weight`` or ``…embeddings.<table>.weight``. Where there are
-    none, every tensor must be a table, called ``<table>.weight`` or ``<table>``.
+    Safetensors are a file, a directory of files or an index. Tables are the tensors named
+    ``…embedding_bags.<table>.weight`` or ``…embeddings.<table>.weight``. If there are none, every tensor must be a
+    table, named ``<table>.weight`` or ``<table>``.
 
     Args:
-        pattern: which tensors are tables instead: a regular expression of the whole name, with a group ``table``.
+        pattern: a regular expression for the full names of the tensors that are tables, with a group ``table``; it
+            replaces these rules.
 
     Raises:
-        UserError: nothing of these is there, or no tensor, or one that cannot be a table, goes by the rule; or tables
-            are in two layers already.
+        UserError: ``path`` is none of these, no tensor is a table by these rules, a tensor cannot be a table, or the
+            tables have two layers already.
     """
-    if ExportDirectory(path).is_there() or RunDirectory(path).config.exists():
+    if ExportDirectory(path).exists() or RunDirectory(path).config.exists():
         found = Tables.open(path)
         if any(table.projection is not None for table in found.tables.values()):
-            raise UserError(f"{path}: its tables are in two layers already; export it first")
+            raise UserError(f"{path}: its tables have two layers already; export the run first")
         return found
     files = _open_files(path)
-    expression = _TORCHREC if pattern is None else _compiled(pattern)
+    expression = _TORCHREC_NAME if pattern is None else _compile(pattern)
     matches = {name: match for name in files.tensors if (match := expression.fullmatch(name))}
     if not matches and pattern is None:
-        matches = {name: match for name in files.tensors if (match := _ALONE.fullmatch(name))}
+        matches = {name: match for name in files.tensors if (match := _BARE_NAME.fullmatch(name))}
         if len(matches) < len(files.tensors):
             matches = {}
     if not matches:
         raise UserError(
-            f"{path}: which of its tensors are tables is not clear; say so by --table-pattern, such as "
-            f"'emb_(?P<table>.+)'. It holds {_some(list(files.tensors))}"
+            f"{path}: cannot tell which of its tensors are tables; name them with --table-pattern, such as "
+            f"'emb_(?P<table>.+)'. It holds {_list_some(list(files.tensors))}"
         )
     tables: dict[str, TableSource] = {}
     for name, match in matches.items():
         table = match["table"]
         if not table:
             raise UserError(
-                f"--table-pattern {pattern!r}: its group 'table' takes nothing of {name!r}; it must be a name"
+                f"--table-pattern {pattern!r}: its group 'table' matches nothing in {name!r}; it must match a name"
             )
         if table in tables:
             raise UserError(f"{path}: {tables[table].stored_name!r} and {name!r} would both be table {table!r}")
@@ -63,26 +65,26 @@ def open_existing(path: Path, pattern: str | None = None) -> Tables:
 
 def _open_files(path: Path) -> ChunkedTensors:
     if path.is_dir():
-        if (path / ".metadata").exists():
-            return TensorFiles(path, lambda name: (path / name).open("rb"))
+        if (path / INDEX).exists():
+            return DcpFiles(path, lambda name: (path / name).open("rb"))
         if any(path.glob("*.safetensors")):
             return SafetensorsFiles(path)
         raise UserError(
-            f"{path}: holds no tables; expected an export, a directory of torch.distributed.checkpoint (with "
-            ".metadata) or one of safetensors files"
+            f"{path}: holds no tables; expected an export, a directory of torch.distributed.checkpoint with "
+            f"{INDEX}, or a directory of safetensors files"
         )
     if path.suffix in (".safetensors", ".json"):
         return SafetensorsFiles(path)
     return TorchFile(path)
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise UserError(f"--table-pattern {pattern!r}: not a regular expression: {error}") from None
     if "table" not in compiled.groupindex:
-        raise UserError(f"--table-pattern {pattern!r}: lacks a group (?P<table>…) for the table's name")
+        raise UserError(f"--table-pattern {pattern!r}: has no group (?P<table>…) for the table's name")
     return compiled
 
 
@@ -90,11 +92,11 @@ def _table(path: Path, table: str, name: str, files: ChunkedTensors) -> TableSou
     found = files.tensors[name]
     if len(found.shape) != 2 or 0 in found.shape or not found.dtype.is_floating_point:
         raise UserError(
-            f"{path}: {name!r} is {found.shape} of {found.dtype}; a table has rows and columns of "
-            "floating point numbers"
+            f"{path}: {name!r} is {found.shape} of {found.dtype}; a table must have two dimensions, neither of them "
+            "empty, and a floating point dtype"
         )
     rows, columns = found.shape
-    try:  # whatever a model of ours would refuse later
+    try:  # find now what the model would reject later
         MultiLayerEmbeddingBagConfig(name=table, num_embeddings=rows, embedding_dim=columns, feature_names=[table])
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
@@ -103,16 +105,16 @@ def _table(path: Path, table: str, name: str, files: ChunkedTensors) -> TableSou
 
 
 def _dense(files: ChunkedTensors, tables: dict[str, re.Match[str]]) -> dict[str, str]:
-    """Dense layers beside the tables, where those lie as in TorchRec's DLRM."""
+    """Return the dense layers next to the tables if their names are those of TorchRec's DLRM."""
     prefixes = {found.groupdict().get("prefix") for found in tables.values()}
     prefix = prefixes.pop() if len(prefixes) == 1 else None
     if prefix is None or not prefix.endswith(TABLES_PREFIX):
         return {}
     model = prefix.removesuffix(TABLES_PREFIX)
-    names = [name for name in files.tensors if name.startswith(tuple(f"{model}{each}" for each in _DENSE))]
+    names = [name for name in files.tensors if name.startswith(tuple(f"{model}{each}" for each in _DENSE_PREFIXES))]
     return {name.removeprefix(model): name for name in names}
 
 
-def _some(names: list[str], most: int = 4) -> str:
-    shown = ", ".join(map(repr, sorted(names)[:most]))
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "") if names else "no tensors"
+def _list_some(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(map(repr, sorted(names)[:limit]))
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "") if names else "no tensors"

@@ -1,4 +1,4 @@
-"""Files of torch.distributed.checkpoint, which `dcp.load` reads as they are."""
+"""Write files in the format of torch.distributed.checkpoint, which ``dcp.load`` reads."""
 
 import pickle
 from collections.abc import Mapping, Sequence
@@ -15,46 +15,47 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.utils.serialization import config as serialization
 
-from mlet_dist.checkpoint.writer import SummedStream
-from mlet_dist.export.formats.pieces import Piece, whole_shapes
+from mlet_dist.checkpoint.tensor_ranges import INDEX
+from mlet_dist.checkpoint.writer import ChecksumStream
+from mlet_dist.export.formats.tensor_shards import TensorShard, full_shapes
 
 
 class DcpFormat:
-    """Each piece is what torch.save writes of it, wherever in a file it lies."""
+    """The ``Format`` in which each shard is written by torch.save, at any position of a file."""
 
     suffix = ".distcp"
 
     def write(
-        self, stream: SummedStream, file: str, first_row: int, tensors: Mapping[str, torch.Tensor]
-    ) -> list[Piece]:
-        pieces = []
+        self, stream: ChecksumStream, file: str, first_row: int, tensors: Mapping[str, torch.Tensor]
+    ) -> list[TensorShard]:
+        shards = []
         for name, tensor in tensors.items():
             start = stream.tell()
-            # torch.save would sum up each tensor once more, for a checksum that torch.load does not look at.
+            # torch.load ignores the checksums that torch.save would compute.
             with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
                 torch.save(tensor, cast(IO[bytes], stream))
             offsets = (first_row, *[0] * tensor.dim())[: tensor.dim()]
             dtype = str(tensor.dtype).removeprefix("torch.")
-            pieces.append(Piece(name, dtype, offsets, tuple(tensor.shape), file, start, stream.tell() - start))
-        return pieces
+            shards.append(TensorShard(name, dtype, offsets, tuple(tensor.shape), file, start, stream.tell() - start))
+        return shards
 
-    def join(self, stream: SummedStream, file: str, pieces: Sequence[Piece]) -> list[Piece]:
+    def join(self, stream: ChecksumStream, file: str, shards: Sequence[TensorShard]) -> list[TensorShard]:
         joined, position = [], stream.tell()
-        for piece in pieces:
-            joined.append(piece.moved(file, position))
-            position += piece.length
+        for shard in shards:
+            joined.append(shard.moved(file, position))
+            position += shard.length
         return joined
 
-    def index(self, pieces: Sequence[Piece]) -> tuple[str, bytes]:
+    def index(self, shards: Sequence[TensorShard]) -> tuple[str, bytes]:
         tensors: dict[str, TensorStorageMetadata] = {}
-        places = {}
-        shapes = whole_shapes(pieces)
-        for piece in pieces:
-            offsets = torch.Size(piece.offsets)
-            if piece.name not in tensors:
-                properties = TensorProperties(dtype=piece.torch_dtype)
-                tensors[piece.name] = TensorStorageMetadata(properties, torch.Size(shapes[piece.name]), [])
-            tensors[piece.name].chunks.append(ChunkStorageMetadata(offsets, torch.Size(piece.sizes)))
-            places[MetadataIndex(piece.name, offsets)] = _StorageInfo(piece.file, piece.start, piece.length)
+        storage = {}
+        shapes = full_shapes(shards)
+        for shard in shards:
+            offsets = torch.Size(shard.offsets)
+            if shard.name not in tensors:
+                properties = TensorProperties(dtype=shard.torch_dtype)
+                tensors[shard.name] = TensorStorageMetadata(properties, torch.Size(shapes[shard.name]), [])
+            tensors[shard.name].chunks.append(ChunkStorageMetadata(offsets, torch.Size(shard.sizes)))
+            storage[MetadataIndex(shard.name, offsets)] = _StorageInfo(shard.file, shard.start, shard.length)
         paths = {name: (name,) for name in tensors}
-        return ".metadata", pickle.dumps(Metadata(dict(tensors), planner_data=paths, storage_data=places), protocol=4)
+        return INDEX, pickle.dumps(Metadata(dict(tensors), planner_data=paths, storage_data=storage), protocol=4)

@@ -1,4 +1,4 @@
-"""safetensors files, read and written: 8 bytes of length, a JSON header, the values."""
+"""Read and write safetensors files: 8 bytes with the length of the header, a JSON header, the values."""
 
 import json
 import struct
@@ -10,9 +10,9 @@ import torch
 
 from mlet_dist.checkpoint.checked_file import CheckedFile
 from mlet_dist.checkpoint.tensor_ranges import Chunk, ChunkedTensors, StoredTensor
-from mlet_dist.checkpoint.writer import SummedStream
+from mlet_dist.checkpoint.writer import ChecksumStream
 from mlet_dist.errors import UserError
-from mlet_dist.export.formats.pieces import Piece, whole_shapes
+from mlet_dist.export.formats.tensor_shards import TensorShard, full_shapes
 
 DTYPES = {
     "F64": torch.float64,
@@ -26,24 +26,26 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By the format's name; what a table or a dense layer may be of."""
-_MOST_OPEN = 2  # each may hold a block in memory
-_LENGTH_BYTES, _MOST_HEADER_BYTES = 8, 100_000_000  # the format's own limit
+"""The dtypes of tables and dense layers, by their names in the format."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LENGTH_BYTES, _MAX_HEADER_BYTES = 8, 100_000_000  # the format's limit
+_ALIGNMENT = 64
+_MAX_OPEN_FILES = 2  # each may cache a block in memory
 
 
 class SafetensorsFiles(ChunkedTensors):
-    """The tensors of safetensors files (format: 8 bytes of length, a JSON header, the values).
+    """The tensors of safetensors files.
 
-    A tensor may lie in parts in several files, where their headers say at which offsets, as torch's
-    HuggingFaceStorageWriter notes it (``DCP_SHARDING_INFO``).
+    A tensor may be sharded over several files whose headers contain the shards' offsets in ``DCP_SHARDING_INFO``, as
+    written by torch's HuggingFaceStorageWriter.
 
     Args:
-        path: a ``.safetensors`` file, a ``.safetensors.index.json``, or a directory of them; only an index tells
-            that a file is missing.
-        files: name -> the manifest's entry, by which what is read is checked; None where there is no manifest.
+        path: a ``.safetensors`` file, a ``.safetensors.index.json``, or a directory of them. A missing file is noticed
+            only if there is an index.
+        files: name -> the manifest's entry, to verify reads; None if there is no manifest.
 
     Raises:
-        UserError: a file is missing or no safetensors file, or two files hold the same tensor.
+        UserError: a file is missing or is not a safetensors file, or two files contain the same tensor.
     """
 
     def __init__(self, path: Path, files: Mapping[str, Any] | None = None) -> None:
@@ -51,8 +53,8 @@ class SafetensorsFiles(ChunkedTensors):
         self._files = files
         self._opened: dict[str, CheckedFile] = {}
         self._placed: set[tuple[str, tuple[int, ...]]] = set()
-        for file in _files_of(path):
-            self._add(file)
+        for file in _list_files(path):
+            self._add_file(file)
 
     def close(self) -> None:
         """Close all files."""
@@ -60,10 +62,10 @@ class SafetensorsFiles(ChunkedTensors):
             file.close()
         self._opened.clear()
 
-    def _add(self, path: Path) -> None:
+    def _add_file(self, path: Path) -> None:
         file = self._file(str(path))
         try:
-            header, data = _header(file)
+            header, data = _read_header(file)
             extra = header.pop("__metadata__", {})
             offsets_of = json.loads(extra.get("DCP_SHARDING_INFO", "{}"))
             entries = [
@@ -80,17 +82,17 @@ class SafetensorsFiles(ChunkedTensors):
             raise UserError(f"{path}: not a safetensors file: {error!r}") from None
         for name, dtype, shape, begin, end in entries:
             if dtype is None:
-                continue  # of a kind that no table has
+                continue  # no table has this dtype
             if end - begin != torch.Size(shape).numel() * dtype.itemsize or data + end > file.size:
-                raise UserError(f"{path}: {name!r} is {shape} of {dtype}, which its {end - begin:,} bytes are not")
-            self._place(path, name, dtype, Chunk(offsets[name], shape, str(path), data + begin, end - begin))
+                raise UserError(f"{path}: {name!r} is {shape} of {dtype}, but has {end - begin:,} bytes")
+            self._add_chunk(path, name, dtype, Chunk(offsets[name], shape, str(path), data + begin, end - begin))
 
-    def _place(self, path: Path, name: str, dtype: torch.dtype, chunk: Chunk) -> None:
+    def _add_chunk(self, path: Path, name: str, dtype: torch.dtype, chunk: Chunk) -> None:
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
         before = self.tensors.get(name)
         if before is not None:
             if before.dtype != dtype or len(before.shape) != len(ends) or (name, chunk.offsets) in self._placed:
-                raise UserError(f"{path}: holds {name!r}, as another file of {self.location} does")
+                raise UserError(f"{path}: holds {name!r}, which another file of {self.location} holds, too")
             ends = [max(pair) for pair in zip(ends, before.shape, strict=True)]
         self._placed.add((name, chunk.offsets))
         self.tensors[name] = StoredTensor(tuple(ends), dtype)
@@ -102,13 +104,13 @@ class SafetensorsFiles(ChunkedTensors):
 
     def _file(self, name: str) -> CheckedFile:
         if name in self._opened:
-            self._opened[name] = self._opened.pop(name)  # the last one used is the last one
+            self._opened[name] = self._opened.pop(name)  # least recently used first
             return self._opened[name]
-        while len(self._opened) >= _MOST_OPEN:
+        while len(self._opened) >= _MAX_OPEN_FILES:
             self._opened.pop(next(iter(self._opened))).close()
         path = Path(name)
         if self._files is not None and path.name not in self._files:
-            raise UserError(f"{path}: the manifest does not know this file")
+            raise UserError(f"{path}: the manifest does not list this file")
         try:
             raw = path.open("rb")
         except FileNotFoundError:
@@ -119,15 +121,15 @@ class SafetensorsFiles(ChunkedTensors):
         return self._opened[name]
 
 
-def _files_of(path: Path) -> list[Path]:
+def _list_files(path: Path) -> list[Path]:
     if path.is_dir():
-        named = {file for index in path.glob("*.safetensors.index.json") for file in _named_by(index)}
-        return sorted(named | set(path.glob("*.safetensors")))
-    return _named_by(path) if path.suffix == ".json" else [path]
+        indexed = {file for index in path.glob("*.safetensors.index.json") for file in _indexed_files(index)}
+        return sorted(indexed | set(path.glob("*.safetensors")))
+    return _indexed_files(path) if path.suffix == ".json" else [path]
 
 
-def _named_by(path: Path) -> list[Path]:
-    """The files that an index names."""
+def _indexed_files(path: Path) -> list[Path]:
+    """Return the files that an index lists."""
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -135,83 +137,79 @@ def _named_by(path: Path) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-def _header(file: CheckedFile) -> tuple[dict[str, Any], int]:
-    """What a file says of its tensors, and where their values begin."""
+def _read_header(file: CheckedFile) -> tuple[dict[str, Any], int]:
+    """Return the header of a file and the position of the first value."""
     length = bytearray(_LENGTH_BYTES)
     file.read_into(0, memoryview(length))
     (size,) = struct.unpack("<Q", length)
-    if size > min(_MOST_HEADER_BYTES, file.size):
-        raise ValueError(f"a header of {size:,} bytes")
+    if size > min(_MAX_HEADER_BYTES, file.size):
+        raise ValueError(f"its header has {size:,} bytes")
     text = bytearray(size)
     file.read_into(_LENGTH_BYTES, memoryview(text))
     header = json.loads(text.decode())
     if not isinstance(header, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not a JSON object")
     return header, _LENGTH_BYTES + size
 
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ALIGNMENT = 64
-
-
 class SafetensorsFormat:
-    """A piece is its values alone; the header says which rows they are."""
+    """The ``Format`` in which shards are raw values, and the header of a file contains their offsets."""
 
     suffix = ".safetensors"
 
     def write(
-        self, stream: SummedStream, file: str, first_row: int, tensors: Mapping[str, torch.Tensor]
-    ) -> list[Piece]:
-        pieces = []
+        self, stream: ChecksumStream, file: str, first_row: int, tensors: Mapping[str, torch.Tensor]
+    ) -> list[TensorShard]:
+        shards = []
         for name, tensor in tensors.items():
             offsets = (first_row, *[0] * tensor.dim())[: tensor.dim()]
             dtype = str(tensor.dtype).removeprefix("torch.")
-            pieces.append(Piece(name, dtype, offsets, tuple(tensor.shape), file, 0, tensor.nbytes))
-        placed = _begin(stream, pieces)
+            shards.append(TensorShard(name, dtype, offsets, tuple(tensor.shape), file, 0, tensor.nbytes))
+        placed = _write_header(stream, shards)
         for tensor in tensors.values():
             stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
         return placed
 
-    def join(self, stream: SummedStream, file: str, pieces: Sequence[Piece]) -> list[Piece]:
-        shapes = whole_shapes(pieces)
+    def join(self, stream: ChecksumStream, file: str, shards: Sequence[TensorShard]) -> list[TensorShard]:
+        shapes = full_shapes(shards)
         lengths = dict.fromkeys(shapes, 0)
-        for piece in pieces:
-            lengths[piece.name] += piece.length
-        dtypes = {piece.name: piece.dtype for piece in pieces}
-        whole = [
-            Piece(name, dtypes[name], (0,) * len(shape), shape, file, 0, lengths[name])
+        for shard in shards:
+            lengths[shard.name] += shard.length
+        dtypes = {shard.name: shard.dtype for shard in shards}
+        joined = [
+            TensorShard(name, dtypes[name], (0,) * len(shape), shape, file, 0, lengths[name])
             for name, shape in shapes.items()
         ]
-        return _begin(stream, whole)
+        return _write_header(stream, joined)
 
-    def index(self, pieces: Sequence[Piece]) -> tuple[str, bytes]:
-        """``weight_map``, as everyone reads it, for tensors that lie whole in one file; ``shards`` for all.
+    def index(self, shards: Sequence[TensorShard]) -> tuple[str, bytes]:
+        """Return an index with ``weight_map``, the common format, for unsharded tensors, and ``shards`` for all.
 
-        A shard is ``file``, ``offsets`` and ``shape``.
+        An entry of ``shards`` has ``file``, ``offsets`` and ``shape``.
         """
-        shapes = whole_shapes(pieces)
-        content: dict[str, Any] = {"metadata": {"total_size": sum(piece.length for piece in pieces)}}
-        content["weight_map"] = {piece.name: piece.file for piece in pieces if piece.sizes == shapes[piece.name]}
+        shapes = full_shapes(shards)
+        content: dict[str, Any] = {"metadata": {"total_size": sum(shard.length for shard in shards)}}
+        content["weight_map"] = {shard.name: shard.file for shard in shards if shard.sizes == shapes[shard.name]}
         content["shards"] = {name: [] for name in shapes}
-        for piece in pieces:
-            content["shards"][piece.name].append({"file": piece.file, "offsets": piece.offsets, "shape": piece.sizes})
+        for shard in shards:
+            content["shards"][shard.name].append({"file": shard.file, "offsets": shard.offsets, "shape": shard.sizes})
         return "model.safetensors.index.json", (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _begin(stream: SummedStream, pieces: Sequence[Piece]) -> list[Piece]:
-    """Write the header of a file that holds ``pieces`` in this order; the same pieces, placed."""
-    offsets = json.dumps({piece.name: {"saved_offsets": piece.offsets} for piece in pieces})
+def _write_header(stream: ChecksumStream, shards: Sequence[TensorShard]) -> list[TensorShard]:
+    """Write the header of a file that will contain ``shards`` in this order; return them with their positions."""
+    offsets = json.dumps({shard.name: {"saved_offsets": shard.offsets} for shard in shards})
     header: dict[str, Any] = {"__metadata__": {"DCP_SHARDING_INFO": offsets, "DCP_VERSION": "1.0", "format": "pt"}}
     position = 0
-    for piece in pieces:
-        place = [position, position + piece.length]
-        header[piece.name] = {"dtype": _NAMES[piece.torch_dtype], "shape": piece.sizes, "data_offsets": place}
-        position += piece.length
+    for shard in shards:
+        data_offsets = [position, position + shard.length]
+        header[shard.name] = {"dtype": _NAMES[shard.torch_dtype], "shape": shard.sizes, "data_offsets": data_offsets}
+        position += shard.length
     text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    text += b" " * (-(len(text) + _LENGTH_BYTES) % _ALIGNMENT)
     stream.write(struct.pack("<Q", len(text)) + text)
     placed, position = [], stream.tell()
-    for piece in pieces:
-        placed.append(piece.moved(piece.file, position))
-        position += piece.length
+    for shard in shards:
+        placed.append(shard.moved(shard.file, position))
+        position += shard.length
     return placed

@@ -1,4 +1,4 @@
-"""Tensors of a state dict that torch.save wrote, read from its file by ranges of rows."""
+"""Read ranges of rows of a state dict's tensors from a file that torch.save wrote."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,16 +13,16 @@ from mlet_dist.errors import UserError
 
 
 class TorchFile(ChunkedTensors):
-    """The tensors of a state dict in one file; nested dicts are joined by points, what is no tensor is left out.
+    """The tensors of a state dict in one file. Keys of nested dicts are joined by dots; other values are ignored.
 
-    Only the index is unpickled, and plain data at that. Values are read from where they lie: mapped into memory, all
-    that was read would count as memory of the process.
+    Only the index is unpickled, with ``weights_only``. Values are read from the file and not mapped into memory, where
+    all pages that were read would count as memory of the process.
 
     Args:
         path: written by torch.save in its format since 1.6.
 
     Raises:
-        UserError: the file is missing, damaged, of the format before that, or holds more than plain data.
+        UserError: the file is missing, damaged or in the older format, or contains more than plain data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,32 +31,34 @@ class TorchFile(ChunkedTensors):
         try:
             raw = path.open("rb")
         except OSError as error:
-            said = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-            raise UserError(f"{path} {said}") from None
+            problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise UserError(f"{path} {problem}") from None
         self._file = CheckedFile(str(path), raw)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a scripted model is an error below
+                warnings.simplefilter("ignore")  # torch warns of a scripted model, which is an error below
                 state = torch.load(path, map_location="meta", weights_only=True)
             if not isinstance(state, Mapping):
-                raise UserError(f"{path}: holds a {type(state).__name__}; save a state dict, of tensors by name")
-            for name, tensor in _flat(state, ""):
+                raise UserError(f"{path}: holds a {type(state).__name__}; save a state dict, name -> tensor")
+            for name, tensor in _flatten(state, ""):
                 self._stored[name] = tensor
                 begin = tensor.untyped_storage()._checkpoint_offset
                 if begin is None:
-                    raise UserError(f"{path}: is in torch.save's format before 1.6; torch.load it and save it again")
+                    raise UserError(
+                        f"{path}: is in the format of torch.save before 1.6; load it with torch.load and save it again"
+                    )
                 start = int(begin) + int(tensor.storage_offset()) * tensor.itemsize
                 chunk = Chunk((0,) * tensor.dim(), tuple(tensor.shape), name, start, tensor.nbytes)
                 self.tensors[name], self._chunks[name] = StoredTensor(chunk.sizes, tensor.dtype), [chunk]
         except UserError:
             self.close()
             raise
-        except Exception as error:  # a damaged file raises anything
+        except Exception as error:  # unpickling a damaged file can raise anything
             self.close()
-            said = " ".join(str(error).split(". ")[0].split())
+            cause = " ".join(str(error).split(". ")[0].split())
             raise UserError(
-                f"{path}: not a state dict that torch.save wrote, or damaged, or of more than plain tensors: "
-                f"{type(error).__name__}: {said[:200]}"
+                f"{path}: not a state dict that torch.save wrote, or it is damaged or contains more than plain "
+                f"tensors: {type(error).__name__}: {cause[:200]}"
             ) from None
 
     def close(self) -> None:
@@ -69,7 +71,7 @@ class TorchFile(ChunkedTensors):
             self._file.read_into(chunk.start + offset, _bytes(out))
             return
         if stored.dim() != 2 or stored.stride(1) != 1:
-            raise UserError(f"{self.location}: {chunk.file!r} does not lie there row by row; save it as .contiguous()")
+            raise UserError(f"{self.location}: {chunk.file!r} is not stored row by row; save it as .contiguous()")
         step, (rows, columns) = stored.stride(0), out.shape
         first = offset // (columns * out.element_size())
         around = torch.empty((rows - 1) * step + columns, dtype=out.dtype)
@@ -81,9 +83,9 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _flat(state: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _flatten(state: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     for key, value in state.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
             yield f"{prefix}{key}", value

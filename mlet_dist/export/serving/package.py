@@ -1,4 +1,4 @@
-"""The serving package: one scripted model with its tables inside, an example, and programs that run it."""
+"""The serving package: one scripted model that contains its tables, an example request, and programs that run it."""
 
 import os
 import shutil
@@ -33,18 +33,18 @@ _TABLES = "IntNBitTableBatchedEmbeddingBagsCodegen"
 
 
 class Package:
-    """A serving package in the making. It holds all tables, encoded, in memory.
+    """A serving package that is being built, with all encoded tables in memory.
 
     ::
 
-        model.pt               TorchScript: dense, ids, lengths (and weights) in, probabilities out
-        model.pt2              the same by torch.export
+        model.pt               TorchScript: (dense, ids, lengths[, weights]) -> probabilities
+        model.pt2              the same model by torch.export
         example_request.json   a request and its answer
-        signature.json         names, sizes and kinds of inputs; versions
+        signature.json         names and sizes of the inputs; versions
         README.md, serve.py, serve.cpp
 
     Args:
-        spec: of the plain model.
+        spec: of the served model.
         encoding: of its tables.
     """
 
@@ -54,7 +54,7 @@ class Package:
         self._tables = table_tensors(self._model)
 
     def write_rows(self, state_name: str, start: int, parts: Mapping[str, torch.Tensor]) -> None:
-        """Put rows from ``start`` on into a table, as ``Encoding.encode`` gave them."""
+        """Copy encoded rows, as returned by ``Encoding.encode``, into a table from row ``start`` on."""
         for suffix, rows in parts.items():
             table = self._tables[state_name + suffix]
             table[start : start + len(rows)] = rows.view(table.dtype)
@@ -63,24 +63,24 @@ class Package:
         """Write the files.
 
         Args:
-            directory: exists.
-            dense: all that is no table, by state name.
+            directory: must exist.
+            dense: all tensors except the tables, by state name.
 
         Raises:
             UserError: a file cannot be written.
         """
         load_dense(self._model, dense)
-        # Views of the tables by name, of which torch.export would save copies.
+        # They are views of the tables by name, which torch.export would save as copies.
         self._model.sparse_arch.embedding_bag_collection.embedding_bags = nn.ModuleDict()
         for module in self._model.modules():
             if type(module).__name__ == _TABLES:
-                # By default fbgemm would look up row 0 for an id that is wrong; Predictor lets none pass.
+                # By default fbgemm looks up row 0 for an invalid id. Predictor rejects these.
                 module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         request = example_request(self._spec)
         try:
             torch.jit.save(_script(self._model, self._spec), directory / SCRIPTED)
             torch.export.save(_export(self._model, self._spec, request), directory / EXPORTED)
-        except RuntimeError as error:  # torch's writers know no OSError
+        except RuntimeError as error:  # torch's writers raise no OSError
             raise UserError(f"{directory}: cannot be written: {' '.join(str(error).split())[:200]}") from None
         answer = torch.jit.load(directory / SCRIPTED)(*request.tensors())
         _write(directory / "example_request.json", request.to_dict() | {"probability": answer.tolist()})
@@ -108,14 +108,14 @@ class Package:
 def write_package(
     directory: Path, spec: ModelSpec, encoding: Encoding, stored: ChunkedTensors, dense: Mapping[str, torch.Tensor]
 ) -> None:
-    """Make the package of an output that has been written.
+    """Write a package with the tables of an existing output.
 
     Args:
-        directory: exists, and is empty.
-        spec: of the plain model.
+        directory: must exist and be empty.
+        spec: of the served model.
         encoding: of the output.
-        stored: the output's files.
-        dense: all that is no table, by state name.
+        stored: the output's tensors.
+        dense: all tensors except the tables, by state name.
 
     Raises:
         UserError: a file cannot be read or written, or is damaged.
@@ -130,25 +130,25 @@ def write_package(
 
 
 def served_bytes(spec: ModelSpec, encoding: Encoding) -> int:
-    """Of all tables, without what files and models put around them; also the memory that a package takes for them."""
+    """Return the bytes of all encoded tables without overhead, which is also a package's memory for them."""
     return sum(feature.num_embeddings for feature in spec.sparse) * encoding.row_bytes(spec.model.embedding_dim)
 
 
 def check_fits(spec: ModelSpec, encoding: Encoding) -> None:
-    """Raise UserError where this machine's memory does not hold a package's tables."""
+    """Raise UserError if a package's tables do not fit into this machine's memory."""
     needed = served_bytes(spec, encoding)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise UserError(
-            f"a package holds all tables in one process: in {encoding.name} they take {needed:,} bytes, and this "
-            f"machine has {memory:,}; leave the package out, and serve the {encoding.name} output sharded"
+            f"a package keeps all tables in one process: in {encoding.name} they take {needed:,} bytes, and this "
+            f"machine has {memory:,}; export without the package, and serve the {encoding.name} output sharded"
         )
 
 
 def _script(model: nn.Module, spec: ModelSpec) -> torch.jit.ScriptModule:
     traced = fx.GraphModule(model, Tracer(leaf_modules=[_TABLES]).trace(model))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of annotations in TorchRec
+        warnings.simplefilter("ignore")  # about annotations in TorchRec
         return torch.jit.script(Predictor(traced, spec).eval())
 
 
@@ -156,7 +156,7 @@ def _export(model: nn.Module, spec: ModelSpec, request: Request) -> torch.export
     rows, ids = torch.export.Dim("rows"), torch.export.Dim("ids")
     shapes = [{0: rows}, {0: ids}, {1: rows}, {0: ids}]
     tensors = request.tensors()
-    register_fake_classes()  # torch.export asks for stand-ins of fbgemm's classes
+    register_fake_classes()  # torch.export requires fake versions of fbgemm's classes
     try:
         return torch.export.export(
             ExportedPredictor(model, spec).eval(),

@@ -1,4 +1,4 @@
-"""A request to a serving package, and the module that checks and answers it."""
+"""A request to a serving package, and the module that validates and answers it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ _EXAMPLE_ROWS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What a package's model is called with; ``Predictor`` says the shapes."""
+    """The inputs of a package's model; for shapes see ``Predictor``."""
 
     dense: torch.Tensor
     ids: torch.Tensor
@@ -22,18 +22,18 @@ class Request:
     weights: torch.Tensor | None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The model's arguments."""
+        """Return the model's arguments in order."""
         plain = (self.dense, self.ids, self.lengths)
         return plain if self.weights is None else (*plain, self.weights)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         names = ("dense", "ids", "lengths", "weights")
         return {name: tensor.tolist() for name, tensor in zip(names, self.tensors(), strict=False)}
 
 
 def example_request(spec: ModelSpec) -> Request:
-    """A few rows of made-up values, with lists of several lengths where a feature has lists."""
+    """Return a request of a few rows of synthetic values, with lists of different lengths for multi-valued features."""
     rows = _EXAMPLE_ROWS
     lengths = [[(row + 1) % rows if feature.multi_valued else 1 for row in range(rows)] for feature in spec.sparse]
     ids = [
@@ -53,22 +53,22 @@ def example_request(spec: ModelSpec) -> Request:
 
 
 class Predictor(nn.Module):
-    """A DLRM behind a check of its input; TorchScript compiles it.
+    """A DLRM that validates its input and returns probabilities; compatible with TorchScript.
 
-    ``forward(dense, ids, lengths, weights)`` for B rows, D dense columns and F features gives (B,) float32:
+    ``forward(dense, ids, lengths, weights)`` for B rows, D dense columns and F features returns (B,) float32:
 
-    - ``dense`` (B, D) float32, transformed as the training data were;
-    - ``lengths`` (F, B) int64: how many ids each row has of each feature;
+    - ``dense`` (B, D) float32, transformed like the training data;
+    - ``lengths`` (F, B) int64: the number of ids of each feature in each row;
     - ``ids`` (lengths.sum(),) int64: those of the first feature, row after row, then those of the second, and so on;
-    - ``weights`` float32, one an id, where the model has a weighted feature (others weigh 1); else None.
+    - ``weights`` float32, one per id, if the model has a weighted feature (1 for the others); else None.
 
     Raises:
-        ValueError: a shape or a type is another one; a value or a weight is not finite; a length is negative or, of a
-            feature with one id a row, not 1; an id is not in its table.
+        ValueError: a shape or dtype is wrong; a value or weight is not finite; a length is negative or, for a feature
+            with one id per row, not 1; an id is not in its table.
 
     Args:
         logits: DLRM or its trace, ``(dense, KeyedJaggedTensor) -> (B, 1)``.
-        spec: names, sizes and kinds of its inputs.
+        spec: names and sizes of its inputs.
     """
 
     rows: torch.Tensor
@@ -94,7 +94,7 @@ class Predictor(nn.Module):
         return torch.sigmoid(self.logits(dense, bags).squeeze(1))
 
     def check_shapes(self, dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Raise ValueError unless these three are as the class says."""
+        """Raise ValueError unless shapes and dtypes are those of ``forward`` and ``dense`` is finite."""
         if dense.dtype != torch.float32 or ids.dtype != torch.int64 or lengths.dtype != torch.int64:
             raise ValueError("dense must be float32, ids and lengths int64")
         if dense.dim() != 2 or dense.size(1) != self.dense_columns:
@@ -108,7 +108,7 @@ class Predictor(nn.Module):
             raise ValueError("dense holds a value that is not finite")
 
     def check_weights(self, ids: torch.Tensor, weights: torch.Tensor | None) -> None:
-        """Raise ValueError unless they are there where they must be, one an id, and finite."""
+        """Raise ValueError unless weights are given exactly if required, one per id, and finite."""
         if weights is None:
             if self.weighted:
                 raise ValueError("weights is missing: the model has a weighted feature")
@@ -116,12 +116,14 @@ class Predictor(nn.Module):
             if not self.weighted:
                 raise ValueError("weights is given, but the model has no weighted feature")
             if weights.dtype != torch.float32 or weights.size() != ids.size():
-                raise ValueError(f"weights is {list(weights.size())}; it must be {list(ids.size())} float32, one an id")
+                raise ValueError(
+                    f"weights is {list(weights.size())}; it must be {list(ids.size())} float32, one per id"
+                )
             if not bool(torch.isfinite(weights).all()):
                 raise ValueError("weights holds a value that is not finite")
 
     def check_lengths(self, ids: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Raise ValueError unless they share out the ids, one a row where a feature has one."""
+        """Raise ValueError unless lengths sum up to the number of ids and are 1 for features with one id per row."""
         if bool((lengths < 0).any()):
             raise ValueError("lengths holds a number below 0")
         if int(lengths.sum()) != ids.size(0):
@@ -129,10 +131,10 @@ class Predictor(nn.Module):
         wrong = torch.logical_and(self.one_id_a_row, lengths != 1).any(1)
         if bool(wrong.any()):
             name = self.features[int(wrong.nonzero()[0, 0])]
-            raise ValueError(f"lengths of {name} must all be 1: it has one id a row")
+            raise ValueError(f"lengths of {name} must all be 1: it has one id per row")
 
     def check_ids(self, ids: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Raise ValueError unless each is a row of its table."""
+        """Raise ValueError unless each id is in [0, num_embeddings) of its table."""
         counts = lengths.sum(1)
         wrong = torch.logical_or(ids < 0, ids >= torch.repeat_interleave(self.rows, counts))
         if bool(wrong.any()):
@@ -143,7 +145,7 @@ class Predictor(nn.Module):
 
 
 class ExportedPredictor(Predictor):
-    """The same for torch.export, whose graph has no branches: its checks are assertions in it, and guards of shapes."""
+    """A ``Predictor`` for torch.export, whose graphs have no branches: it validates by assertions and shape guards."""
 
     def forward(
         self, dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None = None
@@ -154,7 +156,7 @@ class ExportedPredictor(Predictor):
         torch._assert_async((lengths >= 0).all(), "lengths holds a number below 0")
         torch._assert_async(lengths.sum() == ids.size(0), "lengths does not sum up to the number of ids")
         wrong = torch.logical_and(self.one_id_a_row, lengths != 1)
-        torch._assert_async(torch.logical_not(wrong.any()), "a feature with one id a row has another length")
+        torch._assert_async(torch.logical_not(wrong.any()), "a feature with one id per row has another length")
         limits = torch.repeat_interleave(self.rows, lengths.sum(1), output_size=ids.size(0))
         torch._assert_async(torch.logical_and(ids >= 0, ids < limits).all(), "an id is not in its table")
         bags = KeyedJaggedTensor(self.features, ids, weights, lengths.flatten())

@@ -1,4 +1,4 @@
-"""TorchRec's quantised DLRM: its tables as an export stores them, and their sharding plan for serving."""
+"""TorchRec's quantised DLRM: access to its encoded tables, and their sharding plan for serving."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ _CPU = torch.device("cpu")
 
 
 def build_served(spec: ModelSpec, encoding: Encoding, device: torch.device = _CPU) -> DLRM:
-    """The DLRM whose tables hold rows of an encoding, to be filled by ``table_tensors`` and ``load_dense``."""
+    """Return an uninitialised DLRM with encoded tables, to be filled by ``table_tensors`` and ``load_dense``."""
     return build_quantised_dlrm(spec, DataType(encoding.name.upper()), device)
 
 
 def table_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """By state name, views of the tables' memory: values uint8 (for fp32, too), scales and biases float16."""
+    """Return views of the tables' memory by state name: values uint8 (also for fp32), scales and biases float16."""
     return {
-        # TorchRec shows four bits as if each had a column of its own.
+        # TorchRec presents int4 values with a column each.
         name: tensor.view(torch.uint8) if isinstance(tensor, UInt4Tensor) else tensor
         for name, tensor in model.state_dict().items()
         if name.startswith(f"{TABLES_PREFIX}embedding_bags.")
@@ -43,17 +43,17 @@ def table_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_dense(model: nn.Module, dense: Mapping[str, torch.Tensor]) -> None:
-    """Fill all that is no table from tensors by state name; KeyError where one is missing."""
+    """Fill all parameters except the tables from tensors by state name; raise KeyError if one is missing."""
     for name, parameter in model.named_parameters():
         parameter.data.copy_(dense[name])
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What a server has.
+    """The devices of a server.
 
     Attributes:
-        ranks: devices of one process, which is how TorchRec serves.
+        ranks: number of devices, all of them in one process as TorchRec's inference requires.
         device: ``cpu`` or ``cuda``.
     """
 
@@ -62,19 +62,19 @@ class Serving:
 
 
 def plan_serving(spec: ModelSpec, encoding: Encoding, serving: Serving) -> dict[str, Any]:
-    """TorchRec's ``shard_quant_model`` plan, as JSON: by table, its sharding type, kernel, ranks and shards.
+    """Return the plan of TorchRec's ``shard_quant_model`` as JSON: sharding type, kernel, ranks and shards by table.
 
-    Tables are whole on one rank each, which is all that TorchRec plans by itself for inference. The tables take no
-    memory here.
+    All tables are sharded table_wise, the only sharding type that TorchRec plans for inference. Planning allocates no
+    memory for them.
 
     Raises:
-        UserError: they do not fit, by what TorchRec knows of the device.
+        UserError: they do not fit into the devices' memory as TorchRec estimates it.
     """
     model = build_served(spec, encoding, torch.device("meta"))
     fused_params = {
         FUSED_PARAM_REGISTER_TBE_BOOL: True,
         FUSED_PARAM_BOUNDS_CHECK_MODE: BoundsCheckMode.NONE,
-        # TorchRec 1.8 stumbles over fp16 tables here, which have no scales.
+        # TorchRec 1.8 fails for fp16 tables, which have no scales.
         FUSED_PARAM_QUANT_STATE_DICT_SPLIT_SCALE_BIAS: encoding.bits < 16,
     }
     try:
@@ -86,9 +86,9 @@ def plan_serving(spec: ModelSpec, encoding: Encoding, serving: Serving) -> dict[
             sharders=[QuantEmbeddingBagCollectionSharder(fused_params=fused_params)],
         )
     except PlannerError as error:
-        said = " ".join(str(error).split())
+        cause = " ".join(str(error).split())
         raise UserError(
-            f"--serving-ranks {serving.ranks}: TorchRec finds no plan for {encoding.name}: {said[:200]}"
+            f"--serving-ranks {serving.ranks}: TorchRec finds no plan for {encoding.name}: {cause[:200]}"
         ) from None
     tables = plan.plan[TABLES_PREFIX.removesuffix(".")]
     return {

@@ -1,4 +1,4 @@
-"""`mlet spectrum`: the singular values of each table of a run, an export or factors, weighted by row frequency too."""
+"""`mlet spectrum`: singular values of all tables of a run, an export or factors, unweighted and by row frequency."""
 
 import dataclasses
 from pathlib import Path
@@ -18,64 +18,32 @@ from mlet_dist.embeddings.factors import FLOOR
 from mlet_dist.errors import UserError
 from mlet_dist.export.row_blocks import sum_grams
 from mlet_dist.export.source import Tables, TableSource
-from mlet_dist.export.spectrum.singular_values import Spectrum, balance, smaller
-from mlet_dist.export.spectrum.spectrum_report import NOTE, page
+from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_smaller
+from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
 
 
-def count_ids(path: DataPath, schema: DatasetSchema, feature: SparseFeature) -> npt.NDArray[np.int64]:
-    """``(num_embeddings,)``: from the feature's vocabulary where it has one, else counted, row group by row group.
-
-    Args:
-        path: the data set's directory, or a ``RemotePath``.
-
-    Raises:
-        UserError: a part of the data set is missing or damaged.
-    """
-    counts = np.zeros(feature.num_embeddings, np.int64)
-    vocabulary = path / VOCABULARY / f"{feature.name}.parquet"
-    if isinstance(vocabulary, Path) and _read_vocabulary(vocabulary, counts[1:]):
-        # Id 0 is of all values that the vocabulary leaves out.
-        counts[0] = round(feature.pooling_factor * schema.rows["train"]) - counts[1:].sum()
-        return counts
-    split = SplitRows(path, schema, schema.parts["train"], [], [feature.name], by_row=False)
-    for group in range(len(split.group_rows)):
-        (column,) = split.decode(group).sparse
-        np.add.at(counts, column.ids.ravel(), 1)
-    return counts
-
-
-def _read_vocabulary(path: Path, counts: npt.NDArray[np.int64]) -> bool:
-    """Fill in the counts of the values; False where there is no such file, or one of another size."""
-    try:
-        found = pq.read_table(path, columns=["count"])["count"].to_numpy()
-    except (OSError, pa.ArrowException, KeyError):
-        return False
-    if len(found) != len(counts):
-        return False
-    counts[:] = found
-    return True
-
-
 def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) -> dict[str, Any]:
-    """Read all tables through once, by blocks; memory is a few blocks, Gram matrices, and 8 bytes a row of one table.
+    """Compute the spectra of all tables in one pass, in blocks of rows.
+
+    Memory is a few blocks, the Gram matrices and 8 bytes per row of one table.
 
     Args:
-        data: the data set whose training split says how often rows are seen; None takes the run's where it is there.
+        data: the data set whose training split gives the frequencies of rows; None for that of the run, if available.
         out: directory for ``spectrum.json`` and ``spectrum.html``; must not exist or be empty.
 
     Returns:
         Plain data: ``tables``, and how they were read. ``plain`` and ``weighted`` are ``Spectrum``s: of W, and of
-        D^½·W with D how often each row was seen, so that sum(s²) is that of all vectors looked up.
+        D^½·W, where the diagonal of D counts how often each row occurs, so that sum(s²) is that of all looked up rows.
 
     Raises:
-        UserError: what is at ``path`` cannot be read, or ``data`` is not of these tables.
+        UserError: ``path`` cannot be read, or ``data`` does not fit the tables.
     """
     if out is not None:
         check_free(out)
     with Tables.open(path) as source:
-        counted, schema, missing = _data_set(source, data)
+        counted, schema, missing = _find_data_set(source, data)
         features = {} if schema is None else {feature.name: feature for feature in schema.sparse}
         tables = []
         with Progress("spectrum", sum(each.num_embeddings for each in source.tables.values()), "rows") as progress:
@@ -89,7 +57,7 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
                 if counts is not None and grams.weighted is not None:
                     weighted = Spectrum.of_gram(grams.weighted, table.num_embeddings)
                 tables.append(
-                    _described(table, plain, weighted)
+                    _describe(table, plain, weighted)
                     | {
                         "rows_seen": None if counts is None else int((counts > 0).sum()),
                         "balance": None if grams.rows is None else balance(grams.rows, _projection(table)),
@@ -107,11 +75,11 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
     if out is not None:
         with staged_directory(out) as staging:
             (staging / "spectrum.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-            (staging / "spectrum.html").write_text(page(result), encoding="utf-8")
+            (staging / "spectrum.html").write_text(html_page(result), encoding="utf-8")
     return result
 
 
-def _described(table: TableSource, plain: Spectrum, weighted: Spectrum | None) -> dict[str, Any]:
+def _describe(table: TableSource, plain: Spectrum, weighted: Spectrum | None) -> dict[str, Any]:
     return {
         "name": table.name,
         "num_embeddings": table.num_embeddings,
@@ -119,7 +87,7 @@ def _described(table: TableSource, plain: Spectrum, weighted: Spectrum | None) -
         "embedding_dim": table.embedding_dim,
         "plain": dataclasses.asdict(plain),
         "weighted": None if weighted is None else dataclasses.asdict(weighted),
-        "suggested": smaller(plain, weighted, table.embedding_dim),
+        "suggested": suggest_smaller(plain, weighted, table.embedding_dim),
         "mean_gain": None
         if table.projection is None
         else float(table.projection.double().square().sum()) / table.embedding_dim,
@@ -127,12 +95,12 @@ def _described(table: TableSource, plain: Spectrum, weighted: Spectrum | None) -
 
 
 def _projection(table: TableSource) -> Any:
-    assert table.projection is not None  # it has a Gram matrix of W1
+    assert table.projection is not None  # since there is a Gram matrix of W1
     return table.projection
 
 
 def _recipe_gain(source: Tables) -> float | None:
-    """kσ², what SGD's learning rate of the tables was multiplied by at the start; None where W2 was not drawn."""
+    """Return kσ², which multiplies SGD's learning rate of the tables at the start; None if W2 was not random."""
     model = source.config.get("model")
     if model is None or model["hidden_dim"] is None or source.config["train"].get("initial_weights") is not None:
         return None
@@ -140,31 +108,67 @@ def _recipe_gain(source: Tables) -> float | None:
     return 1.0 if deviation is None else float(model["hidden_dim"] * deviation**2)
 
 
-def _data_set(source: Tables, data: str | None) -> tuple[str | None, DatasetSchema | None, str | None]:
-    """Path and schema of the data set that says how often rows are seen; or why there is none."""
+def _find_data_set(source: Tables, data: str | None) -> tuple[str | None, DatasetSchema | None, str | None]:
+    """Return path and schema of the data set that gives the frequencies of rows, or the reason why there is none."""
     config = source.config.get("data")
     path = data if data is not None else None if config is None else str(config["path"])
     if path is None:
-        return None, None, "no --data was given, and the tables do not say what they were trained on"
+        return None, None, "no --data was given, and the tables do not record their training data"
     try:
         schema = DatasetSchema.load(data_set_path(path))
-        _check(source, schema, path)
+        _check_data_set(source, schema, path)
     except UserError as error:
         if data is not None:
             raise
-        return None, None, f"the run's data set cannot be used ({error}); name another by --data"
+        return None, None, f"the run's data set cannot be used ({error}); name another one with --data"
     return path, schema, None
 
 
-def _check(source: Tables, schema: DatasetSchema, path: str) -> None:
+def _check_data_set(source: Tables, schema: DatasetSchema, path: str) -> None:
     if source.spec is not None:
         source.spec.check_data(schema, data_set_path(path))
     for table in source.tables.values():
         found = schema.num_embeddings.get(table.name)
         if found is None:
-            raise UserError(f"{path}: has no feature {table.name!r}, of which {source.path} has a table")
+            raise UserError(f"{path}: has no feature {table.name!r}, for which {source.path} has a table")
         if found != table.num_embeddings:
             raise UserError(
                 f"{path}: feature {table.name!r} has {found:,} ids and its table in {source.path} "
                 f"{table.num_embeddings:,} rows"
             )
+
+
+def count_ids(path: DataPath, schema: DatasetSchema, feature: SparseFeature) -> npt.NDArray[np.int64]:
+    """Return how often each id occurs in the training split, ``(num_embeddings,)``.
+
+    The counts are those of the feature's vocabulary if it has one; else the ids are counted, row group by row group.
+
+    Args:
+        path: the data set's directory, or a ``RemotePath``.
+
+    Raises:
+        UserError: a file of the data set is missing or damaged.
+    """
+    counts = np.zeros(feature.num_embeddings, np.int64)
+    vocabulary = path / VOCABULARY / f"{feature.name}.parquet"
+    if isinstance(vocabulary, Path) and _read_vocabulary(vocabulary, counts[1:]):
+        # Id 0 stands for all values outside the vocabulary.
+        counts[0] = round(feature.pooling_factor * schema.rows["train"]) - counts[1:].sum()
+        return counts
+    split = SplitRows(path, schema, schema.parts["train"], [], [feature.name], by_row=False)
+    for group in range(len(split.group_rows)):
+        (column,) = split.decode(group).sparse
+        np.add.at(counts, column.ids.ravel(), 1)
+    return counts
+
+
+def _read_vocabulary(path: Path, counts: npt.NDArray[np.int64]) -> bool:
+    """Fill in the counts of the values; return False if there is no such file or it has another size."""
+    try:
+        found = pq.read_table(path, columns=["count"])["count"].to_numpy()
+    except (OSError, pa.ArrowException, KeyError):
+        return False
+    if len(found) != len(counts):
+        return False
+    counts[:] = found
+    return True

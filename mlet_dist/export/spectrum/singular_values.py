@@ -1,4 +1,4 @@
-"""What singular values say of a table: numbers from its Gram matrix."""
+"""Singular values of a table from its Gram matrix, and the ranks and losses that follow from them."""
 
 import math
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from mlet_dist.embeddings.factors import FLOOR
 _LEVELS = (0.1, 0.01, 0.001)
 _ENERGIES = (0.9, 0.99)
 _SUGGESTED_LOSS = 0.1
-_COLUMNS = 4  # fbgemm's kernels take rows of a multiple of so many
+_COLUMNS = 4  # fbgemm's kernels take a multiple of 4 columns
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values s of a matrix of d columns, and what follows from them.
+    """Singular values s of a matrix with d columns, and numbers derived from them.
 
     Attributes:
         singular_values: (min(n, d),) descending.
-        counts: how many are above 0.1, 0.01 and 0.001 of the largest.
-        effective_rank: exp of the entropy of s / sum(s) (Roy and Vetterli, 2007); 0 of a table of zeros.
-        stable_rank: ||W||_F² / ||W||²; 0 of a table of zeros.
-        energy_dims: how many hold 90 and 99 % of sum(s²).
-        below_floor: how many are not known, being below ``FLOOR`` of the largest.
+        counts: number of values above 0.1, 0.01 and 0.001 of the largest.
+        effective_rank: exp of the entropy of s / sum(s) (Roy and Vetterli, 2007); 0 for a table of zeros.
+        stable_rank: ||W||_F² / ||W||²; 0 for a table of zeros.
+        energy_dims: number of dimensions that contain 90 and 99 % of sum(s²).
+        below_floor: number of values below ``FLOOR`` of the largest, which cannot be distinguished from zero.
     """
 
     singular_values: tuple[float, ...]
@@ -36,7 +36,7 @@ class Spectrum:
 
     @classmethod
     def of_gram(cls, gram: torch.Tensor, num_rows: int) -> "Spectrum":
-        """Of WᵀW, float64, of a W of ``num_rows`` rows; eigenvalues below zero are zero."""
+        """Compute the spectrum of W from WᵀW, float64, and its number of rows; negative eigenvalues are set to zero."""
         d = len(gram)
         squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)[: min(num_rows, d)]
         values = squares.sqrt()
@@ -55,24 +55,24 @@ class Spectrum:
         )
 
     def loss(self, dims: int) -> float:
-        """Relative Frobenius error of the best matrix of rank ``dims`` (Eckart and Young): sqrt of what is cut off."""
+        """Return the relative Frobenius error of the best approximation of rank ``dims`` (Eckart and Young)."""
         squares = [value * value for value in self.singular_values]
         total = math.fsum(squares)
         return math.sqrt(math.fsum(squares[dims:]) / total) if total else 0.0
 
 
 def suggest_dim(spectrum: Spectrum, embedding_dim: int) -> int:
-    """The fewest columns, a multiple of 4, that lose at most 0.1 of the table, 1 % of its energy; else all."""
+    """Return the fewest columns, a multiple of 4, with a loss of at most 0.1 (1 % of the energy); else all."""
     for dims in range(_COLUMNS, embedding_dim, _COLUMNS):
         if spectrum.loss(dims) <= _SUGGESTED_LOSS:
             return dims
     return embedding_dim
 
 
-def smaller(plain: Spectrum, weighted: Spectrum | None, embedding_dim: int) -> dict[str, Any]:
-    """``embedding_dim``, the suggested one by the rows as they are seen if that is known, and its two losses.
+def suggest_smaller(plain: Spectrum, weighted: Spectrum | None, embedding_dim: int) -> dict[str, Any]:
+    """Suggest an ``embedding_dim`` from the weighted spectrum if there is one, and return it with its two losses.
 
-    ``loss`` and ``weighted_loss`` are the least possible ones, each under a projection of its own.
+    ``loss`` and ``weighted_loss`` are the smallest possible ones, each with the projection that is best for it.
     """
     dims = suggest_dim(plain if weighted is None else weighted, embedding_dim)
     return {
@@ -83,7 +83,7 @@ def smaller(plain: Spectrum, weighted: Spectrum | None, embedding_dim: int) -> d
 
 
 def balance(rows_gram: torch.Tensor, projection: torch.Tensor) -> dict[str, float]:
-    """||W1ᵀW1 - W2W2ᵀ|| in Frobenius' norm: ``absolute``, and ``relative`` to the larger of the two.
+    """Return ||W1ᵀW1 - W2W2ᵀ|| in the Frobenius norm, ``absolute`` and ``relative`` to the larger of the two.
 
     Args:
         rows_gram: W1ᵀW1 (k, k) float64.

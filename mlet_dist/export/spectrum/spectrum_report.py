@@ -1,4 +1,4 @@
-"""Spectra as text and as a self-contained HTML page with a plot for each table."""
+"""Render spectra as a text table, and as a self-contained HTML page with a plot for each table."""
 
 import html
 import math
@@ -7,72 +7,15 @@ from typing import Any
 from mlet_dist.formatting import text_table
 
 NOTE = (
-    "Low rank is a diagnostic, not a goal: singular values say how a table uses its columns, not how well the model "
+    "Low rank is a diagnostic, not a goal: singular values show how a table uses its columns, not how well the model "
     "predicts. Train the smaller table and compare before you serve it."
 )
 
-
-def report(result: dict[str, Any]) -> str:
-    """What the command prints: a line a table."""
-    names, lines = summary(result)
-    gain = result["recipe_gain"]
-    return "\n".join(
-        [
-            *text_table(names, lines, left=1),
-            "",
-            weighting(result),
-            *([] if gain is None else [f"kσ² of the recipe: {gain:.4g}"]),
-            NOTE,
-        ]
-    )
-
-
-def summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Names of columns, and a row of texts a table."""
-    names = ["table", "n", "k", "d", ">0.1", ">0.01", ">0.001", "eff. rank", "stable rank", "90%", "99%"]
-    names += ["seen: eff. rank", "90%", "99%", "d for 0.1", "loss", "seen: loss", "balance"]
-    rows = []
-    for each in result["tables"]:
-        plain, weighted, smaller = each["plain"], each["weighted"], each["suggested"]
-        seen = (
-            ["-"] * 3 if weighted is None else [_short(weighted["effective_rank"]), *weighted["energy_dims"].values()]
-        )
-        rows.append(
-            [
-                each["name"],
-                f"{each['num_embeddings']:,}",
-                each["hidden_dim"] or "-",
-                each["embedding_dim"],
-                *plain["counts"].values(),
-                _short(plain["effective_rank"]),
-                _short(plain["stable_rank"]),
-                *plain["energy_dims"].values(),
-                *seen,
-                smaller["embedding_dim"],
-                _short(smaller["loss"]),
-                "-" if smaller["weighted_loss"] is None else _short(smaller["weighted_loss"]),
-                "-" if each["balance"] is None else _short(each["balance"]["relative"]),
-            ]
-        )
-    return names, [[str(cell) for cell in row] for row in rows]
-
-
-def weighting(result: dict[str, Any]) -> str:
-    """How rows were weighted, a sentence."""
-    if result["data"] is None:
-        return f"Not weighted by how often rows are seen: {result['not_weighted']}."
-    return f"Weighted ('seen') by how often the training split of {result['data']} has each row."
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"
-
-
 _WIDTH, _HEIGHT = 300, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 8, 26
-_DECADES = 4  # the same in all plots; a value further down holds less than 1e-8 of the largest one's energy
-_MOST_DOTS = 64  # columns
-_PLAIN, _SEEN, _CUT = "#4c72b0", "#dd8452", "#c44e52"
+_DECADES = 4  # of all plots; values below have less than 1e-8 of the energy of the largest
+_MAX_DOTS = 64  # tables with more columns are plotted as lines only
+_PLAIN, _WEIGHTED, _CUT = "#4c72b0", "#dd8452", "#c44e52"
 _STYLE = """\
 body { font-family: sans-serif; margin: 16px; color: #222; background: #fff }
 h1 { font-size: 18px } h2 { font-size: 13px; margin: 0 0 2px; overflow-wrap: anywhere } p { max-width: 60em }
@@ -88,16 +31,72 @@ th:first-child, td:first-child { text-align: left }
   vertical-align: middle; margin-right: 5px }"""
 
 
-def page(result: dict[str, Any]) -> str:
-    """What ``spectrum_of`` returned, as HTML: what it is of, a plot a table, and all numbers in a table."""
+def report(result: dict[str, Any]) -> str:
+    """Return the text that the command prints: a table with a line per embedding table, and notes."""
+    names, lines = _summary(result)
+    gain = result["recipe_gain"]
+    return "\n".join(
+        [
+            *text_table(names, lines, left=1),
+            "",
+            _weighting(result),
+            *([] if gain is None else [f"kσ² of the recipe: {gain:.4g}"]),
+            NOTE,
+        ]
+    )
+
+
+def _summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the names of the columns, and a row of cells per table."""
+    names = ["table", "n", "k", "d", ">0.1", ">0.01", ">0.001", "eff. rank", "stable rank", "90%", "99%"]
+    names += ["weighted eff. rank", "90%", "99%", "d for loss 0.1", "loss", "weighted loss", "balance"]
+    rows = []
+    for each in result["tables"]:
+        plain, weighted, suggested = each["plain"], each["weighted"], each["suggested"]
+        weighted_cells = (
+            ["-"] * 3 if weighted is None else [_short(weighted["effective_rank"]), *weighted["energy_dims"].values()]
+        )
+        rows.append(
+            [
+                each["name"],
+                f"{each['num_embeddings']:,}",
+                each["hidden_dim"] or "-",
+                each["embedding_dim"],
+                *plain["counts"].values(),
+                _short(plain["effective_rank"]),
+                _short(plain["stable_rank"]),
+                *plain["energy_dims"].values(),
+                *weighted_cells,
+                suggested["embedding_dim"],
+                _short(suggested["loss"]),
+                "-" if suggested["weighted_loss"] is None else _short(suggested["weighted_loss"]),
+                "-" if each["balance"] is None else _short(each["balance"]["relative"]),
+            ]
+        )
+    return names, [[str(cell) for cell in row] for row in rows]
+
+
+def _weighting(result: dict[str, Any]) -> str:
+    """Return a sentence on how rows were weighted."""
+    if result["data"] is None:
+        return f"Rows are not weighted by their frequency: {result['not_weighted']}."
+    return f"Weighted numbers count each row as often as it occurs in the training split of {result['data']}."
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def html_page(result: dict[str, Any]) -> str:
+    """Return the result of ``spectrum_of`` as an HTML page: notes, a plot per table, and all numbers in a table."""
     title = html.escape(f"Spectrum of {result['source']} ({len(result['tables'])} tables)")
     gain = result["recipe_gain"]
-    keys = f'<span><i style="color: {_PLAIN}"></i>all rows alike</span>'
+    keys = f'<span><i style="color: {_PLAIN}"></i>unweighted</span>'
     if result["data"] is not None:
-        keys += f'<span><i style="color: {_SEEN}"></i>weighted by how often rows are seen</span>'
-    keys += f'<span><i style="color: {_CUT}; border-top-style: dashed"></i>d that loses at most 0.1 of the table</span>'
-    weighted = html.escape(weighting(result))
-    names, rows = summary(result)
+        keys += f'<span><i style="color: {_WEIGHTED}"></i>weighted by row frequency</span>'
+    keys += f'<span><i style="color: {_CUT}; border-top-style: dashed"></i>fewest d with a loss of at most 0.1</span>'
+    weighted = html.escape(_weighting(result))
+    names, rows = _summary(result)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     plots = "\n".join(_plot(table) for table in result["tables"])
@@ -108,8 +107,8 @@ def page(result: dict[str, Any]) -> str:
 </style></head>
 <body><h1>{title}</h1>
 <p class="note">{html.escape(NOTE)}</p>
-<p>Each plot shows the singular values of W over the largest of them, on a logarithmic scale; a hollow
-point is of a value below the scale, and what is below {result["floor"]:.0e} cannot be told from zero. {weighted} The
+<p>Each plot shows the singular values of W relative to the largest, on a logarithmic scale. A hollow point marks a
+value below the scale; values below {result["floor"]:.0e} cannot be distinguished from zero. {weighted} The
 numbers are <a href="#numbers">below the plots</a>. {"" if gain is None else f"kσ² of the recipe: {gain:.4g}."}</p>
 <p class="key">{keys}</p>
 <div class="plots">
@@ -119,9 +118,10 @@ numbers are <a href="#numbers">below the plots</a>. {"" if gain is None else f"k
 <tbody>
 {body}
 </tbody></table></div>
-<p>Effective rank: exp of the entropy of s / sum(s). Stable rank: ||W||² in Frobenius' norm over that in the spectral
-one. 90% and 99%: dimensions that hold so much of sum(s²). Loss: Frobenius' norm of what is cut off, over that of the
-whole, under the best projection for either weighting. Balance: ||W1ᵀW1 - W2W2ᵀ|| over the larger of the two.</p>
+<p>Effective rank: exp of the entropy of s / sum(s). Stable rank: squared Frobenius norm divided by squared spectral
+norm. 90% and 99%: number of dimensions that contain this share of sum(s²). Loss: relative Frobenius error of the best
+projection to d dimensions, with a projection for each weighting. Balance: ||W1ᵀW1 - W2W2ᵀ|| relative to the larger of
+the two.</p>
 </body></html>
 """
 
@@ -129,20 +129,20 @@ whole, under the best projection for either weighting. Balance: ||W1ᵀW1 - W2W2
 def _plot(table: dict[str, Any]) -> str:
     d = table["embedding_dim"]
     parts = [_axes(d)]
-    spectra = [(table["plain"], _PLAIN)] + ([] if table["weighted"] is None else [(table["weighted"], _SEEN)])
+    spectra = [(table["plain"], _PLAIN)] + ([] if table["weighted"] is None else [(table["weighted"], _WEIGHTED)])
     for spectrum, colour in spectra:
         parts.append(_curve(spectrum["singular_values"], d, colour))
-    smaller = table["suggested"]
-    if smaller["embedding_dim"] < d:
-        x = _x(smaller["embedding_dim"] + 0.5, d)
+    suggested = table["suggested"]
+    if suggested["embedding_dim"] < d:
+        x = _x(suggested["embedding_dim"] + 0.5, d)
         where = f'x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"'
         parts.append(f'<line {where} stroke="{_CUT}" stroke-dasharray="4 3"/>')
     sizes = f"{table['num_embeddings']:,} × {d}" + ("" if not table["hidden_dim"] else f", k = {table['hidden_dim']}")
     plain = table["plain"]
     caption = f"effective rank {plain['effective_rank']:.3g}, stable rank {plain['stable_rank']:.3g}"
-    if smaller["embedding_dim"] < d:
-        caption += f"; d = {smaller['embedding_dim']} loses {smaller['loss']:.2g}"
-        caption += "" if smaller["weighted_loss"] is None else f", seen {smaller['weighted_loss']:.2g}"
+    if suggested["embedding_dim"] < d:
+        caption += f"; d = {suggested['embedding_dim']}: loss {suggested['loss']:.2g}"
+        caption += "" if suggested["weighted_loss"] is None else f", weighted loss {suggested['weighted_loss']:.2g}"
     name = html.escape(table["name"])
     return (
         f"<section><h2>{name} <small>{sizes}</small></h2>"
@@ -172,7 +172,7 @@ def _curve(values: list[float], d: int, colour: str) -> str:
         below = value < largest * 10.0**-_DECADES
         x, y = _x(index, d), _y(-_DECADES if below else math.log10(value / largest))
         line.append(f"{x:.1f},{y:.1f}")
-        if below or d <= _MOST_DOTS:
+        if below or d <= _MAX_DOTS:
             fill = "#fff" if below else colour
             dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{fill}" stroke="{colour}"/>')
     return f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="1.5"/>{"".join(dots)}'

@@ -1,11 +1,11 @@
-"""The models that are compared: the run's and its export's, with the rows of their tables that a split looks up."""
+"""The models that `mlet verify` compares, with only the rows of their tables that a split looks up."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fbgemm_gpu  # noqa: F401  # the operators of a package's model
+import fbgemm_gpu  # noqa: F401  # registers the operators of a package's model
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -13,61 +13,26 @@ from mlet_dist.data.loading.loader import Batch
 from mlet_dist.export.export_directory import PACKAGE
 from mlet_dist.export.serving.package import EXPORTED, SCRIPTED
 from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
-from mlet_dist.export.source import Source
+from mlet_dist.export.source import ModelSource
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
 
-_BUFFERED = 1 << 22  # ids of a table, before duplicates are dropped
-
-
-class SeenRows:
-    """Distinct ids by feature, gathered batch by batch in memory for the distinct ones."""
-
-    def __init__(self, features: Sequence[str]) -> None:
-        self._ids: dict[str, list[torch.Tensor]] = {name: [] for name in features}
-        self._buffered = dict.fromkeys(features, 0)
-
-    def add(self, bags: KeyedJaggedTensor) -> None:
-        """Count the ids of a batch in."""
-        for name, ids in _by_feature(bags).items():
-            self._ids[name].append(ids.unique())
-            self._buffered[name] += len(self._ids[name][-1])
-            if self._buffered[name] > _BUFFERED:
-                self._ids[name] = [torch.cat(self._ids[name]).unique()]
-                self._buffered[name] = 0
-
-    def rows(self) -> dict[str, torch.Tensor]:
-        """By feature, ascending int64."""
-        none = torch.empty(0, dtype=torch.int64)
-        return {name: torch.cat([none, *ids]).unique() for name, ids in self._ids.items()}
-
-
-def renumber(bags: KeyedJaggedTensor, rows: Mapping[str, torch.Tensor]) -> KeyedJaggedTensor:
-    """The same bags for tables that hold ``rows`` alone: each id becomes its position among them."""
-    values = [torch.searchsorted(rows[name], ids) for name, ids in _by_feature(bags).items()]
-    return KeyedJaggedTensor(
-        bags.keys(), torch.cat(values), bags.weights_or_none(), bags.lengths(), stride=bags.stride()
-    )
-
-
-def _by_feature(bags: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
-    ends = bags.offset_per_key()
-    return {name: bags.values()[ends[i] : ends[i + 1]] for i, name in enumerate(bags.keys())}
+_BUFFERED = 1 << 22  # ids per table that are collected before duplicates are removed
 
 
 Predict = Callable[[Batch, KeyedJaggedTensor], torch.Tensor]
-"""(batch, its bags renumbered by the rows that were kept) -> (rows,) float32, padding left out."""
+"""(batch, its bags with ids renumbered to the kept rows) -> (rows,) float32, without padding rows."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ExportedModel:
     """One model of an export.
 
     Attributes:
         encoding: of its tables.
-        of_tables: the output that holds them.
-        unit: ``logit`` or ``probability``, what ``predict`` gives.
+        of_tables: the output that contains its tables.
+        unit: what ``predict`` returns, ``logit`` or ``probability``.
     """
 
     encoding: str
@@ -76,8 +41,8 @@ class Candidate:
     predict: Predict
 
 
-def factorised(source: Source, tables: Mapping[str, CheckedTable]) -> Predict:
-    """The logits of the model that was trained."""
+def trained_model(source: ModelSource, tables: Mapping[str, CheckedTable]) -> Predict:
+    """Build the trained, factorised model, which predicts logits."""
     model = build_dlrm(_with_rows(source.spec, tables), tables_device=torch.device("cpu"))
     state = {name: source.load_dense(name) for name in source.dense}
     for name, table in source.tables.items():
@@ -85,11 +50,13 @@ def factorised(source: Source, tables: Mapping[str, CheckedTable]) -> Predict:
         if table.projection is not None:
             state[f"{TABLES_PREFIX}projections.{name}.weight"] = table.projection
     model.load_state_dict(state)
-    return _logits(model)
+    return _predict_logits(model)
 
 
-def candidate(served: ModelSpec, source: Source, output: StoredOutput, tables: Mapping[str, CheckedTable]) -> Candidate:
-    """The model that an output is for: TorchRec's plain one, or its quantised one."""
+def output_model(
+    served: ModelSpec, source: ModelSource, output: StoredOutput, tables: Mapping[str, CheckedTable]
+) -> ExportedModel:
+    """Build TorchRec's float or quantised model, which an output is meant for."""
     spec = _with_rows(served, tables)
     dense = {name: output.files.load(name) for name in source.dense}
     rows = {
@@ -105,26 +72,26 @@ def candidate(served: ModelSpec, source: Source, output: StoredOutput, tables: M
     else:
         model = build_plain_dlrm(spec)
         model.load_state_dict(rows | dense)
-    return Candidate(output.encoding.name, output.name, "logit", _logits(model))
+    return ExportedModel(output.encoding.name, output.name, "logit", _predict_logits(model))
 
 
-def packaged(path: Path, encoding: str, outputs: Mapping[str, StoredOutput]) -> dict[str, Candidate]:
-    """The models of a package that is known to be whole, loaded with all of their tables.
+def package_models(path: Path, encoding: str, outputs: Mapping[str, StoredOutput]) -> dict[str, ExportedModel]:
+    """Load the models of a package, whose files must have been verified, with all of their tables.
 
     Args:
         path: of the package.
         encoding: of its tables.
-        outputs: all others.
+        outputs: all other outputs.
     """
     of_tables = next(name for name, output in outputs.items() if output.encoding.name == encoding)
     models = {SCRIPTED: torch.jit.load(path / SCRIPTED), EXPORTED: torch.export.load(path / EXPORTED).module()}
     return {
-        f"{PACKAGE}/{name}": Candidate(encoding, of_tables, "probability", _probabilities(model))
+        f"{PACKAGE}/{name}": ExportedModel(encoding, of_tables, "probability", _predict_probabilities(model))
         for name, model in models.items()
     }
 
 
-def _logits(model: torch.nn.Module) -> Predict:
+def _predict_logits(model: torch.nn.Module) -> Predict:
     model.eval()
 
     def predict(batch: Batch, bags: KeyedJaggedTensor) -> torch.Tensor:
@@ -134,9 +101,9 @@ def _logits(model: torch.nn.Module) -> Predict:
     return predict
 
 
-def _probabilities(model: Callable[..., torch.Tensor]) -> Predict:
+def _predict_probabilities(model: Callable[..., torch.Tensor]) -> Predict:
     def predict(batch: Batch, _: KeyedJaggedTensor) -> torch.Tensor:
-        # Padding rows have no ids.
+        # Padding rows have no ids, so all ids belong to the other rows.
         lengths = batch.sparse.lengths().view(len(batch.sparse.keys()), -1)[:, : batch.num_rows].contiguous()
         request = [batch.dense[: batch.num_rows], batch.sparse.values(), lengths]
         weights = batch.sparse.weights_or_none()
@@ -146,7 +113,7 @@ def _probabilities(model: Callable[..., torch.Tensor]) -> Predict:
 
 
 def _with_rows(spec: ModelSpec, tables: Mapping[str, CheckedTable]) -> ModelSpec:
-    """The model whose tables hold the rows that were kept, and one at least."""
+    """Return the spec of a model whose tables have only the kept rows, and one row at least."""
     return dataclasses.replace(
         spec,
         sparse=tuple(
@@ -157,3 +124,38 @@ def _with_rows(spec: ModelSpec, tables: Mapping[str, CheckedTable]) -> ModelSpec
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
     return rows if len(rows) else rows.new_zeros(1, rows.shape[1])
+
+
+class SeenRows:
+    """Collects the distinct ids of each feature batch by batch, in memory proportional to their number."""
+
+    def __init__(self, features: Sequence[str]) -> None:
+        self._ids: dict[str, list[torch.Tensor]] = {name: [] for name in features}
+        self._buffered = dict.fromkeys(features, 0)
+
+    def add(self, bags: KeyedJaggedTensor) -> None:
+        """Add the ids of a batch."""
+        for name, ids in _by_feature(bags).items():
+            self._ids[name].append(ids.unique())
+            self._buffered[name] += len(self._ids[name][-1])
+            if self._buffered[name] > _BUFFERED:
+                self._ids[name] = [torch.cat(self._ids[name]).unique()]
+                self._buffered[name] = 0
+
+    def rows(self) -> dict[str, torch.Tensor]:
+        """Return the distinct ids by feature, ascending int64."""
+        none = torch.empty(0, dtype=torch.int64)
+        return {name: torch.cat([none, *ids]).unique() for name, ids in self._ids.items()}
+
+
+def renumber(bags: KeyedJaggedTensor, rows: Mapping[str, torch.Tensor]) -> KeyedJaggedTensor:
+    """Return the bags for tables that contain only ``rows``: each id becomes its position among them."""
+    values = [torch.searchsorted(rows[name], ids) for name, ids in _by_feature(bags).items()]
+    return KeyedJaggedTensor(
+        bags.keys(), torch.cat(values), bags.weights_or_none(), bags.lengths(), stride=bags.stride()
+    )
+
+
+def _by_feature(bags: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+    ends = bags.offset_per_key()
+    return {name: bags.values()[ends[i] : ends[i + 1]] for i, name in enumerate(bags.keys())}

@@ -1,4 +1,4 @@
-"""The proof that an export serves what was trained: the same rows through all its models, and all of its tables."""
+"""`mlet verify`: compare the predictions of all models of an export, and all of its tables, with the trained model."""
 
 import math
 import sys
@@ -16,8 +16,8 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import PACKAGE, ExportDirectory
 from mlet_dist.export.outputs import open_output
-from mlet_dist.export.source import Source
-from mlet_dist.export.verify.compared_models import SeenRows, candidate, factorised, packaged, renumber
+from mlet_dist.export.source import ModelSource
+from mlet_dist.export.verify.compared_models import SeenRows, output_model, package_models, renumber, trained_model
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, check_table
 from mlet_dist.export.verify.tolerances import DEFAULT_TOLERANCES, Comparison, Tolerances
 from mlet_dist.models.spec import ModelSpec
@@ -25,83 +25,87 @@ from mlet_dist.progress import Progress
 from mlet_dist.training.evaluation import BinaryMetrics, evaluation_loader
 from mlet_dist.training.process_group import Worker
 
-_UNCHECKED = {"distcp": ".metadata", "safetensors": "*.json"}
-_ALONE = Worker(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
+_INDEX_PATTERNS = {"distcp": ".metadata", "safetensors": "*.json"}
+_SINGLE_PROCESS = Worker(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
 
 def verify_export(
     export: Path, run: Path, data: DataPath, split: str = "test", tolerances: Tolerances = DEFAULT_TOLERANCES
 ) -> dict[str, Any]:
-    """Compare the factorised model of a run with every model of its export, on every row of a split.
+    """Compare the factorised model of a run with every model of its export on every row of a split.
 
-    One process, on the CPU. It reads all files of the export and of the run's checkpoint, and holds of their tables the
-    rows that the split looks up; a package is loaded whole, and in one process at that.
+    This runs in one process on the CPU. It reads all files of the export and of the run's checkpoint, and keeps the
+    rows that the split looks up in memory. A package is loaded with all its tables.
 
     Returns:
         ``ok``, ``split``, ``rows``, ``auc_run``, ``logloss_run``, and ``outputs``: by name ``ok``, ``encoding``,
         ``max_abs_logit_diff`` (of a package ``max_abs_probability_diff``), ``worst_row`` (its number in the split),
         ``auc``, ``auc_change``, ``logloss``, ``logloss_change``, ``tolerance``, and ``tables``: by name
         ``max_abs_error`` of a value against W1·W2, ``worst_row`` (of the table) and ``relative_error``. A package's
-        tables are those of the output that it was made of.
+        tables are those of the output that it was made from.
 
     Raises:
-        UserError: a directory is not what it should be, the two do not belong together, or a file is damaged.
+        UserError: ``export`` is not an export, ``run`` is not a run, they do not fit each other or the data, or a file
+            is damaged.
     """
     directory = ExportDirectory(export)
-    with ExitStack() as held:
-        source = Source.of_run(run)
-        held.enter_context(source.files)
+    with ExitStack() as stack:
+        source = ModelSource.of_run(run)
+        stack.enter_context(source.files)
         served, manifest = directory.load()
         trained = source.spec
         if _shapes(served) != _shapes(trained):
             raise UserError(
-                f"{export}: its inputs or the sizes of its tables or layers are not those of {run}; it was exported "
-                "from another run"
+                f"{export}: its inputs or the sizes of its tables or layers are not those of {run}; name the run that "
+                "it was exported from"
             )
         if manifest["run"]["checkpoint_sha256"] != source.digest:
-            said = f"{export} was made of another checkpoint than {source.checkpoint} of {run}"
-            print(f"mlet: warning: {said}; export again, or name its run", file=sys.stderr)
+            problem = f"{export} was made from another checkpoint than {source.checkpoint} of {run}"
+            print(f"mlet: warning: {problem}; export again, or name its run", file=sys.stderr)
         schema = DatasetSchema.load(data)
         trained.check_data(schema, data)
         described = _check_outputs(directory, manifest)
         outputs = {}
         for name, entry in described.items():
-            # Files of tables are checked as they are read, but for their index.
-            directory.check_files(name, manifest, _UNCHECKED.get(entry["format"], "*"))
+            # Files of tables are verified as they are read; only their index is verified here.
+            directory.check_files(name, manifest, _INDEX_PATTERNS.get(entry["format"], "*"))
             if name != PACKAGE:
                 files = open_output(*directory.output(name, manifest), entry["format"])
-                held.callback(files.close)
+                stack.callback(files.close)
                 outputs[name] = StoredOutput(name, ENCODINGS[entry["encoding"]], files)
 
         def batches() -> Iterator[Batch]:
             batch_size = int(source.config["data"]["eval_batch_size"])
-            return iter(evaluation_loader(data, split, trained, batch_size, _ALONE))
+            return iter(evaluation_loader(data, split, trained, batch_size, _SINGLE_PROCESS))
 
         rows = _seen_rows(batches(), [feature.name for feature in trained.sparse], schema.rows[split])
         tables = _check_tables(source, outputs, rows)
-        logits_of = factorised(source, tables)
-        candidates = {name: candidate(served, source, output, tables) for name, output in outputs.items()}
+        predict_logits = trained_model(source, tables)
+        models = {name: output_model(served, source, output, tables) for name, output in outputs.items()}
         if PACKAGE in described:
-            candidates |= packaged(export / PACKAGE, described[PACKAGE]["encoding"], outputs)
+            models |= package_models(export / PACKAGE, described[PACKAGE]["encoding"], outputs)
 
-        of_run = BinaryMetrics(_ALONE.device)
-        comparisons = {name: Comparison(each) for name, each in candidates.items()}
+        of_run = BinaryMetrics(_SINGLE_PROCESS.device)
+        comparisons = {name: Comparison(each) for name, each in models.items()}
         with Progress("verify", schema.rows[split], "rows") as progress, torch.inference_mode():
             for batch in batches():
                 bags = renumber(batch.sparse, rows)
                 labels = batch.labels[: batch.num_rows]
-                logits = logits_of(batch, bags)
+                logits = predict_logits(batch, bags)
                 of_run.update(logits, labels)
                 for comparison in comparisons.values():
-                    comparison.add(logits, comparison.candidate.predict(batch, bags), labels)
+                    comparison.add(logits, comparison.model.predict(batch, bags), labels)
                 progress.update(len(labels))
     found = of_run.compute()
-    if math.isnan(found["auc"]) and any(each.encoding != "fp32" for each in candidates.values()):
-        raise UserError(f"{data}: all rows of {split} have one label, so that quantised tables have no AUC to lose")
+    if math.isnan(found["auc"]) and any(each.encoding != "fp32" for each in models.values()):
+        raise UserError(
+            f"{data}: all rows of {split} have the same label, so the AUC, by which quantised tables are compared, is "
+            "undefined; use another split or data set"
+        )
     results = {
         name: each.result(
             found,
-            {table: checked.errors[each.candidate.of_tables] for table, checked in tables.items()},
+            {table: checked.errors[each.model.of_tables] for table, checked in tables.items()},
             tolerances,
         )
         for name, each in comparisons.items()
@@ -117,13 +121,13 @@ def verify_export(
 
 
 def _shapes(spec: ModelSpec) -> tuple[object, ...]:
-    """What two models must share for their predictions to be compared."""
+    """Return what must be equal for the predictions of two models to be compared."""
     model = spec.model
     return spec.dense, spec.sparse, model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
 
 
 def _check_outputs(directory: ExportDirectory, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's outputs, which it describes in full."""
+    """Return the manifest's outputs; raise UserError if their entries are incomplete."""
     try:
         outputs = dict(manifest["outputs"])
         for name, entry in outputs.items():
@@ -144,7 +148,7 @@ def _seen_rows(batches: Iterator[Batch], features: list[str], total: int) -> dic
 
 
 def _check_tables(
-    source: Source, outputs: Mapping[str, StoredOutput], rows: Mapping[str, torch.Tensor]
+    source: ModelSource, outputs: Mapping[str, StoredOutput], rows: Mapping[str, torch.Tensor]
 ) -> dict[str, CheckedTable]:
     checked = {}
     with Progress("tables", sum(table.num_embeddings for table in source.tables.values()), "rows") as progress:

@@ -1,4 +1,4 @@
-"""An export's tables against W1·W2, block by block, and the rows of both that are to be looked up."""
+"""Compare the tables of an export with W1·W2 block by block, and keep the rows of both that will be looked up."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,34 +18,36 @@ _BLOCK_BYTES = 1 << 25  # of the widest rows
 
 @dataclass
 class TableError:
-    """How far the rows of an output are from W; a value that is not finite is infinitely far.
+    """The errors of an output's rows against W; the error of a value that is not finite is infinite.
 
     Attributes:
-        max_abs_error: of a value.
-        worst_row: where it is.
-        largest: absolute value in W.
-        squares, of_error: sums over all values of W², and of the squared errors.
+        max_abs_error: largest absolute error of a value.
+        worst_row: the row of that value.
+        largest: largest absolute value in W.
+        squares, squared_errors: sums over all values of W² and of the squared errors.
     """
 
     max_abs_error: float = 0.0
     worst_row: int = 0
     largest: float = 0.0
     squares: float = 0.0
-    of_error: float = 0.0
+    squared_errors: float = 0.0
 
     def add(self, start: int, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Count rows from ``start`` on in."""
+        """Add the errors of rows from ``start`` on."""
         error = (found - expected).abs().nan_to_num(nan=math.inf).double()
-        of_row, row = error.amax(dim=1).max(dim=0)
-        if float(of_row) > self.max_abs_error:
-            self.max_abs_error, self.worst_row = float(of_row), start + int(row)
+        largest, row = error.amax(dim=1).max(dim=0)
+        if float(largest) > self.max_abs_error:
+            self.max_abs_error, self.worst_row = float(largest), start + int(row)
         self.largest = max(self.largest, float(expected.abs().max()))
         self.squares += float(expected.double().square().sum())
-        self.of_error += float(error.square().sum())
+        self.squared_errors += float(error.square().sum())
 
     def to_dict(self) -> dict[str, Any]:
-        """``max_abs_error``, ``worst_row`` and ``relative_error``, which is |error| / |W| (Frobenius)."""
-        relative = 0.0 if not self.of_error else math.sqrt(self.of_error / self.squares) if self.squares else math.inf
+        """Return ``max_abs_error``, ``worst_row`` and ``relative_error``, ||error|| / ||W|| in the Frobenius norm."""
+        relative = 0.0
+        if self.squared_errors:
+            relative = math.sqrt(self.squared_errors / self.squares) if self.squares else math.inf
         return {"max_abs_error": self.max_abs_error, "worst_row": self.worst_row, "relative_error": relative}
 
 
@@ -60,11 +62,11 @@ class StoredOutput:
 
 @dataclass
 class CheckedTable:
-    """A table, read through.
+    """A table of which all rows were compared.
 
     Attributes:
-        stored: the wanted rows of W1 (or of W), float32.
-        parts: the wanted rows of each output, by output and suffix.
+        stored: the kept rows of W1, or of W for a single layer, float32.
+        parts: the kept rows of each output, by output and suffix.
         errors: of each output.
     """
 
@@ -76,11 +78,11 @@ class CheckedTable:
 def check_table(
     table: TableSource, outputs: Mapping[str, StoredOutput], wanted: torch.Tensor, done: Callable[[int], None]
 ) -> CheckedTable:
-    """Read a table of a run and of an export's outputs, a block of rows at a time.
+    """Read a table of a run and of an export's outputs in blocks of rows, and compare them.
 
     Args:
-        wanted: ascending int64, the rows to keep.
-        done: is told how many rows are read, as they are.
+        wanted: the rows to keep, ascending int64.
+        done: is called with the number of rows after each block.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -102,9 +104,9 @@ def check_table(
         checked.stored[first:last] = stored[within]
         expected = stored if table.projection is None else collapse_rows(stored, table.projection)
         for name, output in outputs.items():
-            parts_here = read_parts(output.files, output.encoding, table.state_name, start, stop, table.embedding_dim)
-            checked.errors[name].add(start, expected, output.encoding.decode(parts_here))
-            for suffix, rows in parts_here.items():
+            block = read_parts(output.files, output.encoding, table.state_name, start, stop, table.embedding_dim)
+            checked.errors[name].add(start, expected, output.encoding.decode(block))
+            for suffix, rows in block.items():
                 checked.parts[name][suffix][first:last] = rows[within]
         done(stop - start)
     return checked

@@ -1,4 +1,4 @@
-"""What goes wrong in an export is one line that names it, and whatever was finished is not done again."""
+"""A failed export is reported in one line that names the cause, and the next export resumes from finished units."""
 
 import json
 import os
@@ -35,22 +35,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, bytes]]:
-    """What an export that nothing disturbs holds, gathered and not."""
-    out = tmp_path_factory.mktemp("whole")
+def expected(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, bytes]]:
+    """The contents of undisturbed exports by ``gather``."""
+    out = tmp_path_factory.mktemp("expected")
     for gather in (False, True):
         export(made, out / str(gather), outputs=("dcp", "int8"), gather=gather)
     return {gather: contents(out / str(gather)) for gather in (False, True)}
 
 
 def _records(out: Path) -> dict[str, int]:
-    """The finished pieces of work, and when they were finished."""
+    """Return the finished units and the times of their records."""
     return {path.stem: path.stat().st_mtime_ns for path in (out / "records").glob("*.json")}
 
 
 @pytest.mark.e2e
-def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(
-    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path
+def test_an_export_that_is_killed_resumes_and_is_bitwise_identical(
+    made: Path, expected: dict[bool, dict[str, bytes]], tmp_path: Path
 ) -> None:
     chance = random.Random(7)
     for gather in (False, True):
@@ -68,12 +68,12 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(
             found = _records(partial)
             assert found.items() >= kept.items()
             kept = found
-            # What a kill in the midst of a write leaves.
+            # A kill during a write leaves such a file.
             (partial / "export" / "model").mkdir(parents=True, exist_ok=True)
             (partial / "export" / "model" / ".b-00000-of-00016.distcp.tmp").write_bytes(b"half")
         files = {path: path.stat().st_ino for path in partial.rglob("*.distcp")}
         export(made, out, outputs=("dcp", "int8"), gather=gather)
-        assert contents(out) == whole[gather]
+        assert contents(out) == expected[gather]
         assert not partial.exists()
         if not gather:
             again = {path.stat().st_ino for path in out.rglob("*.distcp")}
@@ -82,8 +82,8 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(
             assert {files[path] for path in recorded} <= again
 
 
-def test_what_another_export_left_is_dropped(
-    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_finished_units_of_another_export_are_removed(
+    made: Path, expected: dict[bool, dict[str, bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
     make_run(other, TABLES, MODEL, shards=1)
@@ -92,12 +92,14 @@ def test_what_another_export_left_is_dropped(
     assert _records(tmp_path / ".out.partial")
     capsys.readouterr()
     export(made, out, outputs=("dcp", "int8"))
-    assert f"warning: {tmp_path}/.out.partial: dropped: an export of another run" in capsys.readouterr().err
-    assert contents(out) == whole[False]
+    assert f"warning: {tmp_path}/.out.partial: removed: it was left by an export of another run" in (
+        capsys.readouterr().err
+    )
+    assert contents(out) == expected[False]
 
 
 def _interrupt(run: Path, out: Path) -> None:
-    """An export that is stopped after its first unit."""
+    """Start an export and stop it after its first unit."""
 
     class Stopped(Exception):
         pass
@@ -114,8 +116,9 @@ def _interrupt(run: Path, out: Path) -> None:
             export(run, out, outputs=("dcp", "int8"))
 
 
-def test_two_exports_to_one_place(made: Path, tmp_path: Path) -> None:
-    with WorkDirectory(tmp_path / "out").locked(), pytest.raises(UserError, match="another `mlet export` is at work"):
+def test_two_exports_cannot_write_the_same_directory(made: Path, tmp_path: Path) -> None:
+    message = "another `mlet export` is writing the same export"
+    with WorkDirectory(tmp_path / "out").locked(), pytest.raises(UserError, match=message):
         export(made, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -124,7 +127,7 @@ def test_an_export_is_replaced_only_with_overwrite(made: Path, tmp_path: Path) -
     out = tmp_path / "out"
     export(made, out, outputs=("safetensors",))
     before = contents(out)
-    with pytest.raises(UserError, match=f"^{out}: exists and is not empty; it is replaced with --overwrite alone$"):
+    with pytest.raises(UserError, match=f"^{out}: exists and is not empty; use --overwrite to replace it$"):
         export(made, out)
     assert contents(out) == before
     export(made, out, overwrite=True)
@@ -139,7 +142,7 @@ def test_an_export_is_replaced_only_with_overwrite(made: Path, tmp_path: Path) -
     assert contents(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    # What is no export is never replaced.
+    # A directory that is not an export is never replaced.
     for content in ("{}", "[", "[1]", '{"format_version": 2, "packages": []}', None):
         shutil.rmtree(out)
         out.mkdir()
@@ -152,8 +155,8 @@ def test_an_export_is_replaced_only_with_overwrite(made: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_an_export_has_the_name_whenever_its_replacement_is_killed(
-    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+def test_out_is_always_a_complete_export_when_its_replacement_is_killed(
+    made: Path, expected: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     out = tmp_path / "out"
     export(made, out, outputs=("safetensors",))
@@ -167,33 +170,33 @@ def test_an_export_has_the_name_whenever_its_replacement_is_killed(
         assert contents(out) == old
         if moment == "after":
             assert exchange(one, other)
-        shutil.copytree(partial, left)  # a process that is killed does not clear up
+        shutil.copytree(partial, left)  # a killed process does not clean up
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr("mlet_dist.export.collapse.work_directory.exchange", exchange_and_die)
         with pytest.raises(UserError, match="cannot be written"):
             export(made, out, outputs=("dcp", "int8"), overwrite=True)
-    assert contents(out) == (old if moment == "before" else whole[False])
+    assert contents(out) == (old if moment == "before" else expected[False])
 
-    # What is left there is not taken for finished work: it may be the old export.
+    # The next call does not resume from the directory that is left, which may contain the old export.
     shutil.copytree(left, partial)
-    with pytest.raises(UserError, match="it is replaced with --overwrite alone"):
+    with pytest.raises(UserError, match="use --overwrite to replace it"):
         export(made, out, outputs=("dcp", "int8"))
     assert not partial.exists()
     left.rename(partial)
     export(made, out, outputs=("dcp", "int8"), overwrite=True)
-    assert contents(out) == whole[False]
+    assert contents(out) == expected[False]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_where_names_cannot_be_exchanged_the_old_export_is_moved_aside(
-    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, expected: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(made, tmp_path / "out", outputs=("safetensors",))
     monkeypatch.setattr("mlet_dist.export.collapse.work_directory.exchange", lambda one, other: False)
     export(made, tmp_path / "out", outputs=("dcp", "int8"), overwrite=True)
-    assert contents(tmp_path / "out") == whole[False]
+    assert contents(tmp_path / "out") == expected[False]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -223,7 +226,7 @@ def test_a_value_that_is_not_finite_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_value_that_half_precision_cannot_hold_is_named(tmp_path: Path) -> None:
+def test_a_value_that_is_too_large_for_fp16_is_named(tmp_path: Path) -> None:
     def rows(name: str, start: int, count: int, columns: int) -> torch.Tensor:
         found = random_rows(name, start, count, columns)
         if name == "b":
@@ -231,15 +234,15 @@ def test_a_value_that_half_precision_cannot_hold_is_named(tmp_path: Path) -> Non
         return found
 
     make_run(tmp_path / "run", TABLES, MODEL, shards=1, rows=rows)
-    with pytest.raises(UserError, match="table 'b', row 1,000: fp16 cannot hold it"):
+    with pytest.raises(UserError, match=r"table 'b', row 1,000: the value -?[\d.e+]+ is too large for fp16"):
         export(tmp_path / "run", tmp_path / "out", outputs=("dcp", "fp16"))
     export(tmp_path / "run", tmp_path / "out")
 
 
-def test_a_flipped_bit_is_named_and_what_was_read_of_it_is_done_again(
-    whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_flipped_bit_is_named_and_units_that_read_it_are_repeated(
+    expected: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A shard of several blocks: the first of a file is checked at once, where its tensors' places are looked up.
+    # Make shards of several blocks: the first of a file is verified as soon as its tensors' positions are read.
     for module in ("manifest", "checked_file"):
         monkeypatch.setattr(f"mlet_dist.checkpoint.{module}.BLOCK_BYTES", 1 << 16)
     run = tmp_path / "run"
@@ -247,70 +250,75 @@ def test_a_flipped_bit_is_named_and_what_was_read_of_it_is_done_again(
     (shard,) = run.glob("checkpoints/*/__1_0.distcp")
     content = shard.read_bytes()
     position = content.find(random_rows("a", 7_502, 7_501, 16).numpy().tobytes()) + 64 * 1_020 + 3
-    # A sign; and all bits of the exponent, so that the product is not finite before the checksum is known.
+    # Flip a sign, and set all bits of an exponent, so that the product is not finite before the checksum is verified.
     for value in (0x80, (content[position] ^ 0xFF) & 0x7F):
         changed = bytearray(content)
         changed[position] ^= value
         changed[position - 1] |= 0x80 if value != 0x80 else 0
         shard.write_bytes(changed)
         with pytest.raises(UserError, match=r"__1_0\.distcp is damaged: the block at byte 65,536 has checksum"):
-            export(run, tmp_path / "out", outputs=("dcp", "int8"), memory=40 << 20)  # a unit at a time
+            export(run, tmp_path / "out", outputs=("dcp", "int8"), memory=40 << 20)  # one unit at a time
     assert len(_records(tmp_path / ".out.partial")) == (7_502 + 1_020) // 128  # those before it
     shard.write_bytes(content)
     export(run, tmp_path / "out", outputs=("dcp", "int8"))
     found = contents(tmp_path / "out")
-    assert found.keys() == whole[False].keys()
-    assert {name for name, content in found.items() if content != whole[False][name]} == {"manifest.json"}  # of a copy
+    assert found.keys() == expected[False].keys()
+    assert {name for name, content in found.items() if content != expected[False][name]} == {
+        "manifest.json"
+    }  # which contains the path of the run
     shard.unlink()
     with pytest.raises(UserError, match=r"step-00000001: __1_0\.distcp is missing"):
         export(run, tmp_path / "other")
 
 
-def test_a_disk_that_is_too_small_is_said_before(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_the_export(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError) as raised:
         export(made, tmp_path / "new" / "out")
     needed = sum(TABLES.values()) * 8 * 4
-    said = str(raised.value)
-    assert said.startswith(f"{tmp_path}/new/out: cannot be written: it needs ")
-    assert said.endswith(" bytes are missing")
-    asked, missing = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", said))
-    assert needed < asked < 8 * needed
-    assert missing == asked - 1_000
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path}/new/out: cannot be written: it needs ")
+    assert message.endswith(" bytes are missing")
+    reported, missing = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", message))
+    assert needed < reported < 8 * needed
+    assert missing == reported - 1_000
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
-def test_a_disk_that_fills_up_keeps_what_is_finished(
-    made: Path, whole: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system requires root")
+def test_an_export_that_fills_the_disk_keeps_its_finished_units(
+    made: Path, expected: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", small], check=False)
     if mounted.returncode:
-        pytest.skip("this machine lets nobody mount")
+        pytest.skip("mounting is not permitted on this machine")
     try:
         real = shutil.disk_usage
-        answers = iter([real(tmp_path)])  # at the start there seems to be room; then others take it
+        answers = iter([real(tmp_path)])  # at the start there seems to be enough space
         monkeypatch.setattr(shutil, "disk_usage", lambda path: next(answers, None) or real(path))
         with pytest.raises(UserError) as raised:
             export(made, small / "out", outputs=("dcp", "int8"))
-        said = str(raised.value)
-        assert "No space left on device: it needs " in said
-        assert f"bytes are missing; finished work is kept in {small}/.out.partial, and the same command goes on" in said
+        message = str(raised.value)
+        kept_in = f"{small}/.out.partial"
+        assert "No space left on device: it needs " in message
+        assert f"bytes are missing; finished units are kept in {kept_in}, and the same command resumes" in message
         kept = _records(small / ".out.partial")
         assert len(kept) > 10
         assert not (small / "out").exists()
         assert not list((small / ".out.partial").rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=8m", small], check=True)
         export(made, small / "out", outputs=("dcp", "int8"))
-        assert contents(small / "out") == whole[False]
+        assert contents(small / "out") == expected[False]
     finally:
         subprocess.run(["umount", small], check=True)
 
 
-def test_a_manifest_that_was_changed_is_refused(made: Path, tmp_path: Path) -> None:
+def test_a_changed_manifest_is_rejected(made: Path, tmp_path: Path) -> None:
     export(made, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     manifest["tables"][0]["num_embeddings"] += 1

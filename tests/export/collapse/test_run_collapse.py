@@ -1,4 +1,4 @@
-"""An export holds W1·W2 by the names of a plain TorchRec model, and serves without mlet_dist."""
+"""An export contains W1·W2 under the names of a plain TorchRec model, and incomplete runs are rejected."""
 
 import json
 import os
@@ -14,19 +14,19 @@ from mlet_dist.export.collapse.run_collapse import export_run
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from tests.conftest import TrainedRun
+from tests.helpers.checkpoint_manifest import write_manifest
 from tests.helpers.export_units import contents
 from tests.helpers.mlet_command import error_line
-from tests.helpers.sealed_checkpoint import seal
 
 
 def _all_tensors(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    """A whole checkpoint by PyTorch's own conversion, which shares no code with ours."""
+    """Load a full checkpoint by PyTorch's own conversion, which shares no code with mlet_dist."""
     dcp_to_torch_save(checkpoint, scratch)
     tensors: dict[str, torch.Tensor] = torch.load(scratch, weights_only=False)
     return tensors
 
 
-def test_tables_are_the_float64_product_and_dense_layers_the_same_bits(
+def test_tables_equal_the_float64_product_and_dense_layers_are_bitwise_identical(
     trained: TrainedRun, exported: Path, tmp_path: Path
 ) -> None:
     run = _all_tensors(trained.path / "checkpoints" / "step-00000057", tmp_path / "run.pt")["model"]
@@ -49,7 +49,7 @@ def test_tables_are_the_float64_product_and_dense_layers_the_same_bits(
     }
 
 
-def test_an_export_is_the_same_bits_every_time(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
+def test_two_exports_are_bitwise_identical(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
     export_run(trained.path, tmp_path / "again")
     assert contents(tmp_path / "again" / "model") == contents(exported / "model")
 
@@ -66,7 +66,7 @@ def test_an_export_is_the_same_bits_every_time(trained: TrainedRun, exported: Pa
         (lambda run: os.truncate(next(run.glob("checkpoints/*/.metadata")), 10), r"\.metadata has 10 bytes instead of"),
     ],
 )
-def test_a_run_that_is_not_whole_is_refused_and_nothing_is_left(
+def test_an_incomplete_run_is_rejected_and_leaves_no_files(
     trained: TrainedRun, tmp_path: Path, damage: object, message: str
 ) -> None:
     run = tmp_path / "run"
@@ -80,12 +80,12 @@ def test_a_run_that_is_not_whole_is_refused_and_nothing_is_left(
 
 
 @pytest.mark.e2e
-def test_a_run_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_run_is_reported_in_one_line(tmp_path: Path) -> None:
     assert "no such directory" in error_line("export", tmp_path / "nothing", "--out", tmp_path / "export", "--nproc", 2)
     assert not (tmp_path / "export").exists()
 
 
-def test_a_model_that_is_not_the_checkpoints_is_refused(trained: TrainedRun, tmp_path: Path) -> None:
+def test_a_model_of_other_shapes_than_the_checkpoint_is_rejected(trained: TrainedRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.path, run)
     for change in ({"hidden_dim": None}, {"hidden_dim": 16}, {"top_mlp": [8]}):
@@ -97,17 +97,17 @@ def test_a_model_that_is_not_the_checkpoints_is_refused(trained: TrainedRun, tmp
 
 
 @pytest.mark.e2e
-def test_a_checkpoint_of_two_widths_names_the_table(trained: TrainedRun, tmp_path: Path) -> None:
+def test_layers_that_do_not_fit_each_other_name_the_table(trained: TrainedRun, tmp_path: Path) -> None:
     run = shutil.copytree(trained.path, tmp_path / "run")
     checkpoint = run / "checkpoints" / "step-00000057"
-    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
-    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
-    name = next(name for name in whole["model"] if ".projections." in name)
-    whole["model"][name] = whole["model"][name][:8]
-    torch.save(whole, tmp_path / "whole.pt")
+    dcp_to_torch_save(checkpoint, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=False)
+    name = next(name for name in state["model"] if ".projections." in name)
+    state["model"][name] = state["model"][name][:8]
+    torch.save(state, tmp_path / "state.pt")
     shutil.rmtree(checkpoint)
-    torch_save_to_dcp(tmp_path / "whole.pt", checkpoint)
-    seal(checkpoint)
+    torch_save_to_dcp(tmp_path / "state.pt", checkpoint)
+    write_manifest(checkpoint)
     line = error_line("export", run, "--out", tmp_path / "export")
     table = name.split(".")[-2]
     assert line == f"mlet: error: {checkpoint}: table {table!r}: W1 has 12 columns and W2 has 8 rows"

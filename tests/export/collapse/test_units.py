@@ -1,4 +1,4 @@
-"""Which rank does which rows in how much memory decides about no bit of an export."""
+"""An export is bitwise identical for any number of ranks, any unit size and any amount of memory."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from mlet_dist.export.collapse.run_collapse import ExportOptions, export_run
 from mlet_dist.export.collapse.units import UnitWorker, read_rows, units_of, worker_bytes
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS
-from mlet_dist.export.source import Source
+from mlet_dist.export.source import ModelSource
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun
 from tests.helpers.export_units import contents, export, export_in_rank
@@ -30,7 +30,7 @@ MODEL = ModelConfig(embedding_dim=8, hidden_dim=36, bottom_mlp=(16,), top_mlp=(1
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three tables, of which one has fewer rows than the three ranks that are said to have trained it."""
+    """A run with the shards of three ranks, and a table with fewer rows than ranks."""
     path = tmp_path_factory.mktemp("made") / "run"
     make_run(path, TABLES, MODEL, shards=3)
     return path
@@ -43,48 +43,48 @@ def _tables(export_path: Path, scratch: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.multirank
-def test_any_number_of_ranks_gives_the_same_files(
+def test_any_number_of_ranks_writes_the_same_files(
     trained: TrainedRun, made: Path, ranks: Callable[..., RankPool], tmp_path: Path
 ) -> None:
     cases = ((trained.path, ("dcp", "safetensors"), False), (made, ALL, False), (made, ALL, True))
     for number, (run, outputs, gather) in enumerate(cases):
-        alone = export(run, tmp_path / f"{number}-1", outputs=outputs, gather=gather)
-        whole = contents(tmp_path / f"{number}-1")
-        assert "manifest.json" in whole
+        single = export(run, tmp_path / f"{number}-1", outputs=outputs, gather=gather)
+        expected = contents(tmp_path / f"{number}-1")
+        assert "manifest.json" in expected
         for world_size in (2, 3):
             out = tmp_path / f"{number}-{world_size}"
             options = {"outputs": outputs, "gather": gather}
             results = ranks(world_size).run(export_in_rank, run, out, options)
-            assert contents(out) == whole
-            assert results[0] == alone | {"out": str(out)}
+            assert contents(out) == expected
+            assert results[0] == single | {"out": str(out)}
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_tables_are_the_product_whatever_a_unit_holds(made: Path, tmp_path: Path) -> None:
-    whole = export_run(made, tmp_path / "whole")
+def test_the_tables_equal_the_product_for_any_unit_size(made: Path, tmp_path: Path) -> None:
+    result = export_run(made, tmp_path / "one")
     export(made, tmp_path / "units")
     export(made, tmp_path / "gathered", gather=True)
-    assert whole["bytes"] == sum(rows * 8 * 4 for rows in TABLES.values())
+    assert result["bytes"] == sum(rows * 8 * 4 for rows in TABLES.values())
     files = sorted(path.name for path in (tmp_path / "units" / "model").glob("odd-*"))
     assert files == [f"odd-{index:05}-of-00008.distcp" for index in range(8)]
-    assert (tmp_path / "whole" / "model" / "odd-00000-of-00001.distcp").exists()
+    assert (tmp_path / "one" / "model" / "odd-00000-of-00001.distcp").exists()
     assert (tmp_path / "gathered" / "model" / "odd.distcp").exists()
-    found = {way: _tables(tmp_path / way, tmp_path / f"{way}.pt") for way in ("whole", "units", "gathered")}
+    found = {name: _tables(tmp_path / name, tmp_path / f"{name}.pt") for name in ("one", "units", "gathered")}
     for name, rows in TABLES.items():
         size = -(-rows // 3)
         bounds = [(start, min(size, rows - start)) for start in range(0, rows, size)]
         stored = torch.cat([random_rows(name, start, count, 36) for start, count in bounds])
         projection = random_rows(f"{name}.projection", 0, 36, 8)
         assert torch.equal(found["units"][name], found["gathered"][name])
-        assert torch.equal(found["whole"][name], collapse_rows(stored, projection))
+        assert torch.equal(found["one"][name], collapse_rows(stored, projection))
         bound = 36 * 2.0**-23 * (stored.double().abs() @ projection.double().abs())
-        for way in found.values():
-            assert bool(((way[name].double() - stored.double() @ projection.double()).abs() <= bound).all())
+        for tables in found.values():
+            assert bool(((tables[name].double() - stored.double() @ projection.double()).abs() <= bound).all())
 
 
-def test_units_and_reads_begin_where_products_do(made: Path) -> None:
-    """A product's last bit may depend on where a matrix is cut, though on this machine it does not for these."""
-    with Source.of_run(made) as source:
+def test_units_and_reads_begin_at_multiples_of_block_rows(made: Path) -> None:
+    """The last bit of a product can depend on how a matrix is split, which a test of values need not show."""
+    with ModelSource.of_run(made) as source:
         for rows, wide in itertools.product((1, 1_003, 10_000_000), (36, 128, 1_000)):
             table = dataclasses.replace(source.tables["odd"], num_embeddings=rows, hidden_dim=wide)
             block = block_rows(wide, table.embedding_dim)
@@ -94,7 +94,7 @@ def test_units_and_reads_begin_where_products_do(made: Path) -> None:
             assert [unit.stop for unit in found] == [*(unit.start for unit in found[1:]), rows]
 
 
-def test_half_precision_and_single_layers(tmp_path: Path) -> None:
+def test_half_precision_and_single_layers_are_exported(tmp_path: Path) -> None:
     for hidden_dim in (24, None):
         run, out = tmp_path / f"run-{hidden_dim}", tmp_path / f"out-{hidden_dim}"
         model = ModelConfig(embedding_dim=12, hidden_dim=hidden_dim, bottom_mlp=(16,), top_mlp=(16,))
@@ -110,16 +110,16 @@ def test_half_precision_and_single_layers(tmp_path: Path) -> None:
             assert table.dtype == torch.float32
 
 
-def test_what_is_finished_is_not_looked_up_after_every_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_units_are_not_listed_after_every_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "run", {"long": 12_800}, MODEL, shards=1)
-    finished, looks = WorkDirectory.finished, []
-    monkeypatch.setattr(WorkDirectory, "finished", lambda self: (looks.append(1), finished(self))[1])
+    finished, listings = WorkDirectory.finished, []
+    monkeypatch.setattr(WorkDirectory, "finished", lambda self: (listings.append(1), finished(self))[1])
     export(tmp_path / "run", tmp_path / "out")
     assert len(list((tmp_path / "out" / "model").glob("long-*"))) == 100
-    assert 2 <= len(looks) < 50
+    assert 2 <= len(listings) < 50
 
 
-def test_a_checkpoint_may_lie_at_a_url(made: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_may_be_at_a_url(made: Path, tmp_path: Path) -> None:
     make_run(tmp_path / "run", TABLES, MODEL, shards=3, checkpoint_dir="memory://collapsed/checkpoints")
     assert not (tmp_path / "run" / "checkpoints").exists()
     export(tmp_path / "run", tmp_path / "remote")
@@ -127,18 +127,20 @@ def test_a_checkpoint_may_lie_at_a_url(made: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "remote" / "model") == contents(tmp_path / "local" / "model")
 
 
-def test_memory_bounds_how_much_is_done_at_a_time(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limits_the_number_of_concurrent_units(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made_workers, begin = [], UnitWorker.__init__
     monkeypatch.setattr(UnitWorker, "__init__", lambda self, *args: (made_workers.append(1), begin(self, *args))[1])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    source = Source.of_run(made)
+    source = ModelSource.of_run(made)
     least = worker_bytes(source, [OUTPUTS["dcp"]])
     source.files.close()
     export_run(made, tmp_path / "least", ExportOptions(memory=2 * least - 1))
     assert len(made_workers) == 1
     export_run(made, tmp_path / "much", ExportOptions(memory=100 * least))
-    assert len(made_workers) == 1 + len(TABLES)  # there is a unit a table
+    assert len(made_workers) == 1 + len(TABLES)  # each table has one unit
     assert contents(tmp_path / "least") == contents(tmp_path / "much")
-    with pytest.raises(UserError, match=f"it takes {least:,} at least"):
+    with pytest.raises(UserError, match=f"is too little for these tables; use {least:,} or more"):
         export_run(made, tmp_path / "less", ExportOptions(memory=least - 1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["least", "much"]

@@ -1,4 +1,4 @@
-"""What is written block by block is a checkpoint like any other: for torch, for our reader and for its checksums."""
+"""A checkpoint that is written in blocks can be read by torch and by mlet_dist, and its checksums are right."""
 
 import resource
 import signal
@@ -9,10 +9,10 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from mlet_dist.checkpoint.load import newest_finished
+from mlet_dist.checkpoint.load import latest_finished
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.checkpoint.tensor_ranges import TensorFiles
+from mlet_dist.checkpoint.tensor_ranges import DcpFiles
 from mlet_dist.errors import UserError
 from mlet_dist.export.factorize.run_factorize import BlockWriter
 
@@ -27,15 +27,15 @@ def _write(store: Path) -> tuple[Checkpoint, Manifest]:
     with writer.file("rest") as file:
         for name, tensor in REST.items():
             file.add(name, [tensor])
-    writer.finish({"said": 1})
-    return newest_finished(CheckpointStore(store))
+    writer.finish({"note": 1})
+    return latest_finished(CheckpointStore(store))
 
 
-def test_torch_and_our_own_reader_find_what_was_written(tmp_path: Path) -> None:
+def test_torch_and_mlet_dist_read_what_was_written(tmp_path: Path) -> None:
     checkpoint, manifest = _write(tmp_path / "store")
-    assert manifest.about == {"said": 1}
+    assert manifest.about == {"note": 1}
     assert [manifest.find_damage(name, checkpoint.open) for name in manifest.files] == 3 * [None]
-    with TensorFiles(checkpoint.location, checkpoint.open, manifest.files) as files:
+    with DcpFiles(checkpoint.location, checkpoint.open, manifest.files) as files:
         rows = torch.empty(7, 5)
         files.read_rows("model.tables.t", 3, rows)
         assert torch.equal(rows, TABLE[3:10])
@@ -52,19 +52,19 @@ def test_torch_and_our_own_reader_find_what_was_written(tmp_path: Path) -> None:
     }
 
 
-def test_a_block_is_written_once_and_not_the_tensor_that_it_is_a_view_of(tmp_path: Path) -> None:
+def test_a_block_that_is_a_view_is_written_without_the_rest_of_its_storage(tmp_path: Path) -> None:
     writer = BlockWriter(CheckpointStore(tmp_path / "store").checkpoint(0))
     with writer.file("table") as file:
         file.add("t", torch.zeros(100, 1000).split(10))
     assert (tmp_path / "store" / "step-00000000" / "table.distcp").stat().st_size < 1.1 * 400_000
 
 
-def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
     writer = BlockWriter(CheckpointStore(tmp_path / "store").checkpoint(0))
     with writer.file("table") as file:
         file.add("t", [TABLE])
     with pytest.raises(UserError, match="no complete checkpoint"):
-        newest_finished(CheckpointStore(tmp_path / "store"))
+        latest_finished(CheckpointStore(tmp_path / "store"))
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

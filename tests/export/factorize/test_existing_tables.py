@@ -1,4 +1,4 @@
-"""Tables of any origin are found, named, and read by ranges of rows."""
+"""The tables of other programs are found, named, and read in ranges of rows."""
 
 import json
 import struct
@@ -14,7 +14,7 @@ from mlet_dist.export.factorize.existing_tables import open_existing
 from mlet_dist.export.source import Tables
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun
-from tests.helpers import column_wise_tables
+from tests.helpers import sharded_tables
 from tests.helpers.train_in_ranks import Ranks
 
 TABLES = {
@@ -27,7 +27,7 @@ _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 
 def _all(existing: Tables) -> dict[str, torch.Tensor]:
-    """Every table, read in two ranges."""
+    """Read every table in two ranges."""
     found = {}
     for name, table in existing.tables.items():
         middle = table.num_embeddings // 2
@@ -64,7 +64,7 @@ def _save_safetensors(
 @pytest.mark.parametrize(
     "named", [lambda table: table, lambda table: f"{table}.weight", lambda table: f"x.embedding_bags.{table}.weight"]
 )
-def test_a_state_dict_that_torch_saved(tmp_path: Path, named: Callable[[str], str]) -> None:
+def test_a_state_dict_of_torch_save_is_read(tmp_path: Path, named: Callable[[str], str]) -> None:
     state = {named(name): table for name, table in TABLES.items()}
     torch.save(state, tmp_path / "flat.pt")
     _check(tmp_path / "flat.pt")
@@ -73,34 +73,36 @@ def test_a_state_dict_that_torch_saved(tmp_path: Path, named: Callable[[str], st
         torch.save(nested, tmp_path / "nested.pt")
         if "embedding_bags" in named("a"):
             _check(tmp_path / "nested.pt")
-        else:  # which of them are tables?
-            with pytest.raises(UserError, match=r"nested\.pt: which of its tensors are tables .* 'model\.a\.weight'"):
+        else:  # the names do not tell which of them are tables
+            message = r"nested\.pt: cannot tell which of its tensors are tables; .* 'model\.a\.weight'"
+            with pytest.raises(UserError, match=message):
                 open_existing(tmp_path / "nested.pt")
             _check(tmp_path / "nested.pt", r"model\.(?P<table>.)\.weight")
 
 
-def test_a_file_of_the_format_before_zip_is_named(tmp_path: Path) -> None:
+def test_a_file_in_the_format_before_zip_is_named(tmp_path: Path) -> None:
     torch.save(TABLES, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"old\.pt: is in torch\.save's format before 1\.6; torch\.load it and"):
+    message = r"old\.pt: is in the format of torch\.save before 1\.6; load it with torch\.load and save it again"
+    with pytest.raises(UserError, match=message):
         open_existing(tmp_path / "old.pt")
 
 
-def test_rows_of_a_view_are_its_own(tmp_path: Path) -> None:
-    whole = torch.arange(60.0).reshape(6, 10)
-    views = {"columns": whole[:, 3:7], "rows": whole[2:5], "alike": whole[:1].expand(5, 10)}
+def test_the_rows_of_a_view_are_read(tmp_path: Path) -> None:
+    base = torch.arange(60.0).reshape(6, 10)
+    views = {"columns": base[:, 3:7], "rows": base[2:5], "expanded": base[:1].expand(5, 10)}
     torch.save(views, tmp_path / "views.pt")
     with open_existing(tmp_path / "views.pt") as existing:
         found = _all(existing)
     assert all(torch.equal(found[name], view) for name, view in views.items())
-    torch.save({"turned": whole.T}, tmp_path / "turned.pt")
+    torch.save({"transposed": base.T}, tmp_path / "transposed.pt")
     with (
-        open_existing(tmp_path / "turned.pt") as existing,
-        pytest.raises(UserError, match="'turned' does not lie there row by row"),
+        open_existing(tmp_path / "transposed.pt") as existing,
+        pytest.raises(UserError, match="'transposed' is not stored row by row"),
     ):
         _all(existing)
 
 
-def test_safetensors_in_one_file_in_many_and_in_parts(tmp_path: Path) -> None:
+def test_safetensors_in_one_file_in_several_and_sharded_are_read(tmp_path: Path) -> None:
     _save_safetensors(tmp_path / "one.safetensors", TABLES)
     _check(tmp_path / "one.safetensors")
 
@@ -113,10 +115,10 @@ def test_safetensors_in_one_file_in_many_and_in_parts(tmp_path: Path) -> None:
     (many / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     _check(many / "model.safetensors.index.json")
 
-    parts = tmp_path / "parts"  # of torch's HuggingFaceStorageWriter: rows of "a", columns of "b"
+    parts = tmp_path / "parts"  # as by torch's HuggingFaceStorageWriter: "a" sharded by rows, "b" by columns
     parts.mkdir()
-    whole = {"c": TABLES["c"], "d": TABLES["d"]}
-    none = {name: [0, 0] for name in whole}
+    unsharded = {"c": TABLES["c"], "d": TABLES["d"]}
+    zero_offsets = {name: [0, 0] for name in unsharded}
     _save_safetensors(
         parts / "shard-1.safetensors",
         {"a": TABLES["a"][6:], "b": TABLES["b"][:, :2]},
@@ -124,8 +126,8 @@ def test_safetensors_in_one_file_in_many_and_in_parts(tmp_path: Path) -> None:
     )
     _save_safetensors(
         parts / "shard-2.safetensors",
-        {"a": TABLES["a"][:6], "b": TABLES["b"][:, 2:], **whole},
-        {"a": [0, 0], "b": [0, 2], **none},
+        {"a": TABLES["a"][:6], "b": TABLES["b"][:, 2:], **unsharded},
+        {"a": [0, 0], "b": [0, 2], **zero_offsets},
     )
     _check(parts)
     (parts / "shard-1.safetensors").unlink()
@@ -137,16 +139,16 @@ def test_safetensors_in_one_file_in_many_and_in_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.multirank
-def test_what_torchrec_sharded_by_columns_by_rows_and_whole(ranks: Ranks, tmp_path: Path) -> None:
-    ranks(2).run(column_wise_tables.save, str(tmp_path / "dcp"))
+def test_tables_that_torchrec_sharded_are_read(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2).run(sharded_tables.save, str(tmp_path / "dcp"))
     with open_existing(tmp_path / "dcp") as existing:
         found = _all(existing)
         assert existing.spec is None
-    assert sorted(found) == ["by_columns", "by_rows", "whole"]
-    assert all(torch.equal(tensor, column_wise_tables.table(name)) for name, tensor in found.items())
+    assert sorted(found) == ["by_columns", "by_rows", "on_one_rank"]
+    assert all(torch.equal(tensor, sharded_tables.table(name)) for name, tensor in found.items())
 
 
-def test_dense_layers_are_kept_where_the_tables_lie_as_in_a_dlrm(tmp_path: Path) -> None:
+def test_dense_layers_are_kept_if_the_names_are_those_of_a_dlrm(tmp_path: Path) -> None:
     dense = {"dense_arch.model.weight": torch.ones(2, 3), "over_arch.model.bias": torch.ones(2)}
     tables = {f"{TABLES_PREFIX}embedding_bags.{name}.weight": table for name, table in TABLES.items()}
     for prefix in ("", "module.model."):
@@ -159,14 +161,14 @@ def test_dense_layers_are_kept_where_the_tables_lie_as_in_a_dlrm(tmp_path: Path)
             assert torch.equal(existing.files.load(existing.dense["over_arch.model.bias"]), torch.ones(2))
 
 
-def test_our_own_export_comes_with_its_model(exported: Path, trained: TrainedRun) -> None:
+def test_an_export_is_opened_with_its_model(exported: Path, trained: TrainedRun) -> None:
     with open_existing(exported) as existing:
         assert len(existing.tables) == 26
         assert existing.spec is not None
         assert existing.spec.model.hidden_dim is None
         assert all(name.startswith(("dense_arch.", "over_arch.")) for name in existing.dense)
         assert len(existing.dense) == 8
-    with pytest.raises(UserError, match="its tables are in two layers already; export it first"):
+    with pytest.raises(UserError, match="its tables have two layers already; export the run first"):
         open_existing(trained.path)
 
 
@@ -181,21 +183,21 @@ def _write(path: Path, content: object) -> Path:
 @pytest.mark.parametrize(
     ("name", "content", "pattern", "message"),
     [
-        ("x.pt", {"a": torch.ones(3)}, None, r"'a' is \(3,\) of torch.float32; a table has rows and columns"),
+        ("x.pt", {"a": torch.ones(3)}, None, r"'a' is \(3,\) of torch.float32; a table must have two dimensions"),
         ("x.pt", {"a": torch.ones(3, 3, dtype=torch.int64)}, None, "'a' is .* of torch.int64"),
         ("x.pt", {"a": torch.ones(0, 3), "b": torch.ones(2, 3)}, None, "'a' is .0, 3."),
         ("x.pt", {}, None, "It holds no tensors"),
-        ("x.pt", {"a.b.c": torch.ones(2, 2)}, None, "which of its tensors are tables is not clear.* It holds 'a.b.c'"),
-        ("x.pt", {"a": torch.ones(2, 2)}, "b(?P<table>.)", "which of its tensors are tables is not clear"),
+        ("x.pt", {"a.b.c": torch.ones(2, 2)}, None, "cannot tell which of its tensors are tables.* It holds 'a.b.c'"),
+        ("x.pt", {"a": torch.ones(2, 2)}, "b(?P<table>.)", "cannot tell which of its tensors are tables"),
         ("x.pt", {"a": torch.ones(2, 2)}, "(a", r"--table-pattern '\(a': not a regular expression"),
-        ("x.pt", {"a": torch.ones(2, 2)}, "(a)", r"--table-pattern '\(a\)': lacks a group \(\?P<table>"),
+        ("x.pt", {"a": torch.ones(2, 2)}, "(a)", r"--table-pattern '\(a\)': has no group \(\?P<table>"),
         ("x.pt", {"a": torch.ones(2, 2), "a.weight": torch.ones(2, 2)}, None, "'a' and 'a.weight' would both be table"),
-        ("x.pt", {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, "(?P<table>)[ab]", "takes nothing of 'a'"),
+        ("x.pt", {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, "(?P<table>)[ab]", "matches nothing in 'a'"),
         (
             "x.pt",
             {"a": torch.ones(2, 2)},
             "(?P<table>b)?a",
-            "its group 'table' takes nothing of 'a'; it must be a name",
+            "its group 'table' matches nothing in 'a'; it must match a name",
         ),
         ("x.pt", [1, 2], None, "holds a list; save a state dict"),
         ("x.pt", {"a": Path("x")}, None, "not a state dict that torch.save wrote"),
@@ -207,13 +209,13 @@ def _write(path: Path, content: object) -> Path:
             "x.safetensors",
             struct.pack("<Q", 64) + b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'.ljust(64),
             None,
-            "which its 16 bytes are not",
+            r"'a' is \(2, 2\) of torch.float32, but has 16 bytes",
         ),
         ("x.index.json", b'{"weight_map": {"a": "gone.safetensors"}}', None, "gone.safetensors is missing"),
         ("x.index.json", b"{}", None, "not an index of safetensors files"),
     ],
 )
-def test_what_holds_no_tables_is_one_line_that_names_it(
+def test_files_without_tables_are_named(
     tmp_path: Path, name: str, content: object, pattern: str | None, message: str
 ) -> None:
     path = _write(tmp_path / name, content)
@@ -221,12 +223,12 @@ def test_what_holds_no_tables_is_one_line_that_names_it(
         open_existing(path, pattern)
 
 
-def test_a_place_without_tables_is_named(tmp_path: Path) -> None:
+def test_a_directory_without_tables_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no tables; expected an export"):
         open_existing(tmp_path)
     with pytest.raises(UserError, match=r"gone\.pt is missing"):
         open_existing(tmp_path / "gone.pt")
     for index in (1, 2):
         _save_safetensors(tmp_path / f"{index}.safetensors", {"a": TABLES["a"]})
-    with pytest.raises(UserError, match=r"2\.safetensors: holds 'a', as another file"):
+    with pytest.raises(UserError, match=r"2\.safetensors: holds 'a', which another file of .* holds, too"):
         open_existing(tmp_path)

@@ -1,4 +1,4 @@
-"""`mlet factorize`: tables that exist enter training, and come out of it again."""
+"""`mlet factorize`: existing tables are factored exactly, trained further and exported."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.run_collapse import export_run
 from mlet_dist.export.factorize.run_factorize import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
-from mlet_dist.export.source import Source, Tables
+from mlet_dist.export.source import ModelSource, Tables
 from mlet_dist.export.verify.run_verify import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
@@ -29,7 +29,7 @@ from tests.helpers.train_in_ranks import Ranks, stopped_after, train_in_ranks
 
 @pytest.fixture(scope="module")
 def factors(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The export of ``trained`` with k = 16, as the command makes it; all tables have d = 4."""
+    """Factors of the export of ``trained`` with k = 16, made by the command; all tables have d = 4."""
     out = tmp_path_factory.mktemp("factors") / "factors"
     result = mlet_json("factorize", exported, "--hidden-dim", 16, "--out", out)
     assert result["out"] == str(out)
@@ -39,13 +39,13 @@ def factors(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _by_torch(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    """A whole checkpoint by PyTorch's own conversion, which shares no code with ours."""
+    """Load a full checkpoint by PyTorch's own conversion, which shares no code with mlet_dist."""
     dcp_to_torch_save(checkpoint, scratch)
     state: dict[str, torch.Tensor] = torch.load(scratch, weights_only=False)
     return state
 
 
-def test_the_product_is_the_export_and_dense_layers_are_the_same_bits(
+def test_the_product_equals_the_export_and_dense_layers_are_bitwise_identical(
     exported: Path, factors: Path, tmp_path: Path
 ) -> None:
     served = _by_torch(exported / "model", tmp_path / "export.pt")
@@ -68,7 +68,7 @@ def test_the_product_is_the_export_and_dense_layers_are_the_same_bits(
     assert not made
 
 
-def test_factors_that_came_with_their_model_are_exported_to_the_same_tables(
+def test_factors_with_their_model_are_exported_to_the_same_tables(
     exported: Path, factors: Path, tmp_path: Path
 ) -> None:
     export_run(factors, tmp_path / "again")
@@ -80,8 +80,8 @@ def test_factors_that_came_with_their_model_are_exported_to_the_same_tables(
             assert float((after[name].double() - tensor.double()).norm() / tensor.double().norm()) < 1e-7
         else:
             assert torch.equal(after[name], tensor)
-    with pytest.raises(UserError, match="an export already; name the run that it is of"):
-        Source.open(exported)
+    with pytest.raises(UserError, match="is an export already; name the run that it was made from"):
+        ModelSource.open(exported)
 
 
 def _overrides(trained: TrainedRun, run: Path, *more: str) -> tuple[str, ...]:
@@ -89,10 +89,10 @@ def _overrides(trained: TrainedRun, run: Path, *more: str) -> tuple[str, ...]:
 
 
 @pytest.mark.multirank
-def test_training_begins_with_the_tables_and_ends_in_an_export(
+def test_training_starts_from_the_tables_and_its_result_is_exported(
     ranks: Ranks, trained: TrainedRun, exported: Path, factors: Path, tmp_path: Path
 ) -> None:
-    # A step that moves nothing shows where training begins.
+    # A step with a learning rate near zero keeps the initial weights.
     still = _overrides(trained, tmp_path / "still", f"train.initial_weights={factors}")
     train_in_ranks(ranks, 2, *still, "train.max_steps=1", "optimizer.learning_rate=1e-30")
     export_run(tmp_path / "still", tmp_path / "again")
@@ -115,18 +115,18 @@ def test_training_begins_with_the_tables_and_ends_in_an_export(
 
 
 @pytest.mark.multirank
-def test_a_run_that_was_killed_goes_on_without_the_tables_it_began_with(
+def test_a_killed_run_resumes_without_its_initial_weights(
     ranks: Ranks, trained: TrainedRun, factors: Path, tmp_path: Path
 ) -> None:
     own = shutil.copytree(factors, tmp_path / "factors")
     more = (f"train.initial_weights={own}", "train.checkpoint_every=20", "train.keep_last=9", "train.max_steps=40")
-    whole = train_in_ranks(ranks, 2, *_overrides(trained, tmp_path / "run", *more))
+    uninterrupted = train_in_ranks(ranks, 2, *_overrides(trained, tmp_path / "run", *more))
     killed = stopped_after(20, tmp_path / "run", tmp_path / "killed")
     shutil.rmtree(own)
     again = train_in_ranks(ranks, 2, *_overrides(trained, killed, *more))
     assert again["first_step"] == 20
-    assert again["weights_sha256"] == whole["weights_sha256"]
-    # A run that began elsewhere is another one, but its checkpoints may be where a run begins: all, or the weights.
+    assert again["weights_sha256"] == uninterrupted["weights_sha256"]
+    # A run with other initial weights is a different run, but a run may start from its checkpoints or their weights.
     identities = []
     for path in (own, "null"):
         config = load_config(tmp_path / "run" / "config.yaml", [f"train.initial_weights={path}"])
@@ -153,10 +153,10 @@ def _refusals(overrides: list[tuple[str, ...]]) -> list[str]:
 
 
 @pytest.mark.multirank
-def test_what_does_not_fit_the_model_is_refused_by_name(
+def test_initial_weights_that_do_not_fit_the_model_are_rejected_by_name(
     ranks: Ranks, trained: TrainedRun, exported: Path, factors: Path, tmp_path: Path
 ) -> None:
-    # Files of tables alone: one table is missing; of one a bit is damaged; the rows of one mean other values.
+    # Make factors of tables alone without one table, factors with a flipped bit, and factors of another vocabulary.
     state = _by_torch(exported / "model", tmp_path / "export.pt")
     tables = {name.split(".")[-2]: tensor for name, tensor in state.items() if name.startswith(TABLES_PREFIX)}
     del tables["C7"]
@@ -171,12 +171,12 @@ def test_what_does_not_fit_the_model_is_refused_by_name(
     about = {**old.about, "vocabulary_id": "another"}
     (strange / "manifest.json").write_bytes(Manifest(old.step, old.files, about).render())
 
-    name = rf"{factors}/step-00000000: '{TABLES_PREFIX}"
+    name, there = rf"{factors}/step-00000000: '{TABLES_PREFIX}", "in the checkpoint"
     cases = [
-        (rf"{name}embedding_bags\.C1\.weight' is \(\d+, 16\) there and \(\d+, 12\)", factors, "model.hidden_dim=12"),
-        (rf"{name}projections\.C1\.weight' is \(16, 4\) there and \(16, 8\)", factors, "model.embedding_dim=8"),
+        (rf"{name}embedding_bags\.C1\.weight' is \(\d+, 16\) {there} and \(\d+, 12\)", factors, "model.hidden_dim=12"),
+        (rf"{name}projections\.C1\.weight' is \(16, 4\) {there} and \(16, 8\)", factors, "model.embedding_dim=8"),
         ("table 'C1' is in two layers there and in one", factors, "model.hidden_dim=null"),
-        (r"over_arch\..* is \(\d+, \d+\) there and", factors, "model.top_mlp=[24]"),
+        (rf"over_arch\..* is \(\d+, \d+\) {there} and", factors, "model.top_mlp=[24]"),
         (r"holds no tensor '.*embedding_bags\.C7\.weight', which the model has", tmp_path / "missing", ""),
         ("train.initial_weights .*gone: no complete checkpoint is there", tmp_path / "gone", ""),
         (r"table-3\.distcp is damaged", tmp_path / "damaged", ""),
@@ -187,12 +187,12 @@ def test_what_does_not_fit_the_model_is_refused_by_name(
         for _, path, setting in cases
     ]
     for found in ranks(2).run(_refusals, overrides):
-        for said, (message, _, _) in zip(found, cases, strict=True):
-            assert re.search(message, said), said
+        for message, (expected, _, _) in zip(found, cases, strict=True):
+            assert re.search(expected, message), message
 
 
 @pytest.mark.e2e
-def test_a_run_that_is_refused_is_not_begun(trained: TrainedRun, factors: Path, tmp_path: Path) -> None:
+def test_a_rejected_run_is_not_started(trained: TrainedRun, factors: Path, tmp_path: Path) -> None:
     overrides = _overrides(trained, tmp_path / "run", f"train.initial_weights={factors}", "model.hidden_dim=12")
     done = mlet("train", ROOT / "configs" / "criteo_kaggle.yaml", *overrides, expect=2)
     assert f"mlet: error: {factors}/step-00000000: '{TABLES_PREFIX}embedding_bags.C1.weight' is" in done.stderr
@@ -213,14 +213,14 @@ def test_tables_alone_are_trained_with_new_dense_layers(
             rows = run.tables[name].read_stored(0, table.num_embeddings)
             expected = table.read_stored(0, table.num_embeddings)
             torch.testing.assert_close(rows, expected, rtol=0, atol=2e-30)  # Adagrad's step is the learning rate
-    with pytest.raises(UserError, match=r"holds tables alone, and no model; train one from them"):
-        Source.open(tmp_path / "factors")
+    with pytest.raises(UserError, match=r"holds only tables and no dense layers; train a model from them"):
+        ModelSource.open(tmp_path / "factors")
 
 
-def test_a_source_reads_back_what_was_trained_exported_and_factorised(
+def test_runs_exports_and_factors_are_read_as_the_same_tables(
     trained: TrainedRun, exported: Path, factors: Path
 ) -> None:
-    with Source.open(trained.path) as run, Tables.open(exported) as plain, Source.open(factors) as made:
+    with ModelSource.open(trained.path) as run, Tables.open(exported) as plain, ModelSource.open(factors) as made:
         assert plain.spec is not None
         assert (plain.spec.model.hidden_dim, made.spec.model.hidden_dim) == (None, 16)
         assert plain.config == run.config
@@ -236,12 +236,14 @@ def test_a_source_reads_back_what_was_trained_exported_and_factorised(
         torch.testing.assert_close(products[2], products[1], rtol=1e-6, atol=1e-7)
 
 
-def test_what_is_no_source_is_named(factors: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="gone: no such directory; expected what `mlet train`"):
+def test_a_path_without_tables_is_named(factors: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gone: no such directory; expected the output of `mlet train`"):
         Tables.open(tmp_path / "gone")
     with pytest.raises(UserError, match="neither a run, an export nor factors"):
         Tables.open(tmp_path)
-    with pytest.raises(UserError, match="step-00000000: neither a run, an export nor factors"):  # has a manifest, too
+    with pytest.raises(
+        UserError, match="step-00000000: neither a run, an export nor factors"
+    ):  # a checkpoint has a manifest, too
         Tables.open(factors / "step-00000000")
     copy = shutil.copytree(factors, tmp_path / "copy")
     (copy / "step-00000000" / "manifest.json").write_text("{}")
@@ -249,9 +251,7 @@ def test_what_is_no_source_is_named(factors: Path, tmp_path: Path) -> None:
         Tables.open(copy)
 
 
-def test_blocks_cut_anywhere_make_the_same_product(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_factors_are_exact_for_small_blocks(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlet_dist.export.row_blocks.BLOCK_BYTES", 5 * 8 * 4)  # five rows
     result = factorize_tables(exported, 4, tmp_path / "factors")
     assert result["relative_error"] < 1e-7
@@ -262,19 +262,19 @@ def test_blocks_cut_anywhere_make_the_same_product(
             assert table.projection is not None
             assert float((rows @ table.projection.double() - expected).norm() / expected.norm()) < 1e-7
         files = json.loads((tmp_path / "factors" / "step-00000000" / "manifest.json").read_bytes())["content"]["files"]
-        assert len(files) == 28  # one a table, the dense layers, .metadata
+        assert len(files) == 28  # one per table, the dense layers, .metadata
 
 
-def _wrong(values: torch.Tensor, row: int, value: float) -> torch.Tensor:
+def _with_value(values: torch.Tensor, row: int, value: float) -> torch.Tensor:
     values = values.clone()
     values[row, 1] = value
     return values
 
 
 @pytest.mark.e2e
-def test_a_wide_table_and_values_that_are_not_finite_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
+def test_tables_that_cannot_be_factored_are_reported_in_one_line_and_leave_no_files(tmp_path: Path) -> None:
     good = torch.randn(1000, 12)
-    torch.save({"good": good, "bad": _wrong(good, 777, float("nan"))}, tmp_path / "nan.pt")
+    torch.save({"good": good, "bad": _with_value(good, 777, float("nan"))}, tmp_path / "nan.pt")
     line = error_line("factorize", tmp_path / "nan.pt", "--hidden-dim", 11, "--out", tmp_path / "out")
     assert line == (
         "mlet: error: --hidden-dim 11 is below the 12 columns of table 'good'; exact factors take 12 or more"
@@ -282,7 +282,9 @@ def test_a_wide_table_and_values_that_are_not_finite_are_one_line_and_leave_noth
     with pytest.raises(UserError, match=r"nan\.pt: table 'bad': row 777 holds a value that is not finite"):
         factorize_tables(tmp_path / "nan.pt", 12, tmp_path / "out")
     torch.save({"huge": good.double() * 1e90}, tmp_path / "huge.pt")
-    with pytest.raises(UserError, match=r"huge\.pt: table 'huge': its factors in float32 are \S+ of it off"):
+    with pytest.raises(
+        UserError, match=r"huge\.pt: table 'huge': the product of its float32 factors has a relative error of"
+    ):
         factorize_tables(tmp_path / "huge.pt", 12, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["huge.pt", "nan.pt"]
     (tmp_path / "out").mkdir()

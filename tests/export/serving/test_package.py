@@ -1,4 +1,4 @@
-"""A serving package answers as TorchRec does, without TorchRec and mlet_dist, and refuses what is wrong."""
+"""A serving package answers like TorchRec, without TorchRec and mlet_dist, and rejects invalid requests."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from mlet_dist.models.spec import ModelSpec
 
 
 def _spec(weighted: bool) -> ModelSpec:
-    """C1 holds lists; without weights its vectors are averaged, so that there are two kinds of pooling."""
+    """Return a spec in which C1 is multi-valued: sum pooling with weights, mean pooling without."""
     features = (SparseFeature("C0", 30), SparseFeature("C1", 20, True, weighted, 2.0), SparseFeature("C2", 7))
     model = ModelConfig(
         embedding_dim=12, hidden_dim=None, bottom_mlp=(8,), top_mlp=(8,), pooling="sum" if weighted else "mean"
@@ -43,7 +43,7 @@ def _request(spec: ModelSpec, rows: int) -> Request:
 
 
 def _make(directory: Path, spec: ModelSpec, name: str) -> torch.nn.Module:
-    """Write a package of a random model; the model."""
+    """Write a package of a random model, and return the model."""
     torch.manual_seed(5)
     model, encoding = build_plain_dlrm(spec).eval(), ENCODINGS[name]
     package, dense = Package(spec, encoding), {}
@@ -68,7 +68,7 @@ def _answer(model: torch.nn.Module, spec: ModelSpec, request: Request) -> torch.
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
-    """int8, by whether a feature has weights."""
+    """int8 packages of a model with or without a weighted feature."""
     made: dict[bool, Path] = {}
 
     def package(weighted: bool) -> Path:
@@ -81,7 +81,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]
 
 
 @pytest.mark.parametrize(("name", "weighted"), [("fp32", False), ("fp16", True), ("int8", False), ("int4", True)])
-def test_answers_are_those_of_torchrecs_own_quantised_model(tmp_path: Path, name: str, weighted: bool) -> None:
+def test_answers_equal_those_of_torchrecs_quantised_model(tmp_path: Path, name: str, weighted: bool) -> None:
     spec = _spec(weighted)
     model = _make(tmp_path / "package", spec, name)
     if name != "fp32":
@@ -97,7 +97,7 @@ def test_answers_are_those_of_torchrecs_own_quantised_model(tmp_path: Path, name
     assert expected.std() > 0.05
 
 
-def test_plain_python_and_the_exported_program_answer_without_torchrec(packages: Callable[[bool], Path]) -> None:
+def test_serve_py_and_the_exported_program_answer_without_torchrec(packages: Callable[[bool], Path]) -> None:
     package = packages(False)
     request = json.loads((package / "example_request.json").read_text())
     code = (
@@ -121,7 +121,7 @@ def test_plain_python_and_the_exported_program_answer_without_torchrec(packages:
     assert second == pytest.approx(request["probability"], abs=1e-6)
 
 
-def test_plain_python_shows_what_is_wrong_with_a_request(packages: Callable[[bool], Path], tmp_path: Path) -> None:
+def test_serve_py_reports_an_invalid_request(packages: Callable[[bool], Path], tmp_path: Path) -> None:
     package = packages(False)
     request = json.loads((package / "example_request.json").read_text())
     request["ids"][-1] = 7
@@ -146,7 +146,7 @@ def _changed(tensor: torch.Tensor, where: object, value: float) -> torch.Tensor:
     return tensor
 
 
-_WRONG: list[tuple[str, Callable[[Request], tuple[object, ...]]]] = [
+_INVALID: list[tuple[str, Callable[[Request], tuple[object, ...]]]] = [
     ("id 30 of C0 is not in", lambda r: _with(r, ids=_changed(r.ids, 8, 30))),
     ("id 20 of C1 is not in", lambda r: _with(r, ids=_changed(r.ids, 9, 20))),
     ("id -1 of C2 is not in", lambda r: _with(r, ids=_changed(r.ids, -1, -1))),
@@ -162,34 +162,34 @@ _WRONG: list[tuple[str, Callable[[Request], tuple[object, ...]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("message", "spoil"), _WRONG, ids=[message for message, _ in _WRONG])
-def test_a_wrong_request_has_no_answer(
-    packages: Callable[[bool], Path], message: str, spoil: Callable[[Request], tuple[object, ...]]
+@pytest.mark.parametrize(("message", "invalid"), _INVALID, ids=[message for message, _ in _INVALID])
+def test_an_invalid_request_is_rejected(
+    packages: Callable[[bool], Path], message: str, invalid: Callable[[Request], tuple[object, ...]]
 ) -> None:
     package, request = packages(False), _request(_spec(False), 9)
     with pytest.raises(torch.jit.Error, match=message):
-        torch.jit.load(package / "model.pt")(*spoil(request))
+        torch.jit.load(package / "model.pt")(*invalid(request))
     with pytest.raises((RuntimeError, AssertionError)):
-        torch.export.load(package / "model.pt2").module()(*spoil(request))
+        torch.export.load(package / "model.pt2").module()(*invalid(request))
 
 
 @pytest.mark.parametrize(
     ("message", "weights"),
     [
-        ("must be .* float32, one an id", lambda r: r.weights[1:]),
+        ("must be .* float32, one per id", lambda r: r.weights[1:]),
         ("weights holds a value that is not finite", lambda r: _changed(r.weights, 0, torch.inf)),
         ("weights is missing", lambda r: None),
     ],
 )
-def test_wrong_weights_have_no_answer(
+def test_invalid_weights_are_rejected(
     packages: Callable[[bool], Path], message: str, weights: Callable[[Request], object]
 ) -> None:
     request = _request(_spec(True), 9)
-    spoiled = _with(request, weights=weights(request))
+    invalid = _with(request, weights=weights(request))
     with pytest.raises(torch.jit.Error, match=message):
-        torch.jit.load(packages(True) / "model.pt")(*spoiled)
+        torch.jit.load(packages(True) / "model.pt")(*invalid)
     with pytest.raises((RuntimeError, AssertionError, AttributeError)):
-        torch.export.load(packages(True) / "model.pt2").module()(*spoiled)
+        torch.export.load(packages(True) / "model.pt2").module()(*invalid)
     with pytest.raises(torch.jit.Error, match="weights is given, but"):
         torch.jit.load(packages(False) / "model.pt")(*_request(_spec(True), 9).tensors())
 
@@ -201,7 +201,7 @@ def test_a_package_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
         package.save(tmp_path / "nowhere", dense)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="takes a C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="requires a C++ compiler")
 def test_the_example_in_cpp_gives_the_same_answer(packages: Callable[[bool], Path], tmp_path: Path) -> None:
     package, libraries = packages(True), Path(site.getsitepackages()[0])
     source = (package / "serve.cpp").read_text()
@@ -213,10 +213,10 @@ def test_the_example_in_cpp_gives_the_same_answer(packages: Callable[[bool], Pat
     expected = json.loads((package / "example_request.json").read_text())["probability"]
     assert [float(line) for line in done.stdout.split()] == pytest.approx(expected, abs=1e-6)
 
-    spoiled = shutil.copytree(package, tmp_path / "spoiled")
-    request = json.loads((spoiled / "example_request.json").read_text())
+    invalid = shutil.copytree(package, tmp_path / "invalid")
+    request = json.loads((invalid / "example_request.json").read_text())
     request["ids"][0] = -1
-    (spoiled / "example_request.json").write_text(json.dumps(request))
-    done = subprocess.run([running[0], spoiled, running[2]], check=False, capture_output=True, text=True, timeout=120)
+    (invalid / "example_request.json").write_text(json.dumps(request))
+    done = subprocess.run([running[0], invalid, running[2]], check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "id -1 of C0 is not in [0, 30)" in done.stderr

@@ -1,4 +1,4 @@
-"""Quantised outputs serve from TorchRec's own modules, whole and sharded, in a process without mlet_dist."""
+"""Quantised outputs are served by TorchRec's modules, unsharded and sharded, in a process without mlet_dist."""
 
 import json
 import os
@@ -35,7 +35,7 @@ _DTYPES = {"fp16": torch.float16, "int8": torch.int8, "int4": torch.quint4x2}
 
 
 def _quantised(exported: Path, name: str) -> torch.nn.Module:
-    """By TorchRec alone, from the float32 output."""
+    """Quantise the float32 output with TorchRec alone."""
     model = build_plain_dlrm(ExportDirectory(exported).load()[0])
     load_model(model, exported / "model", key=None)
     kind = type(model.sparse_arch.embedding_bag_collection)
@@ -46,7 +46,7 @@ def _quantised(exported: Path, name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", list(_DTYPES))
-def test_what_is_stored_is_what_torchrec_makes_of_the_whole_tables(exported: Path, name: str) -> None:
+def test_stored_bytes_equal_torchrecs_quantisation_of_the_full_tables(exported: Path, name: str) -> None:
     expected = {
         key: tensor.view(torch.uint8) if isinstance(tensor, UInt4Tensor) else tensor
         for key, tensor in _quantised(exported, name).state_dict().items()
@@ -67,12 +67,12 @@ def test_sizes_are_those_of_the_encodings(exported: Path) -> None:
     manifest = json.loads((exported / "manifest.json").read_text())
     rows = sum(table["num_embeddings"] for table in manifest["tables"])
     sizes = {name: output["table_bytes"] / rows for name, output in manifest["outputs"].items()}
-    # d = 4: of int8 and int4 each row has a scale and a bias of 2 bytes beside its 4 and 2
+    # d = 4: a row has 4 bytes in int8 and 2 in int4, plus a scale and a bias of 2 bytes each
     assert sizes == {"dcp": 16, "safetensors": 16, "fp16": 8, "int8": 8, "int4": 6, "package": 8}
 
 
 @pytest.mark.e2e
-def test_plain_torchrec_serves_quantised_tables_whole_and_sharded(
+def test_plain_torchrec_serves_quantised_tables_unsharded_and_sharded(
     trained: TrainedRun, exported: Path, tmp_path: Path
 ) -> None:
     part, out = trained.data / "test" / "part-00000.parquet", tmp_path / "logits.pt"
@@ -87,11 +87,11 @@ def test_plain_torchrec_serves_quantised_tables_whole_and_sharded(
     sparse = KeyedJaggedTensor([feature.name for feature in spec.sparse], ids, lengths=torch.ones_like(ids))
     assert set(logits) == set(_DTYPES)
     for name, found in logits.items():
-        assert len(found["whole"]) == 601
-        assert found["whole"].std() > 0.05
-        assert torch.equal(found["whole"], found["sharded"])
+        assert len(found["unsharded"]) == 601
+        assert found["unsharded"].std() > 0.05
+        assert torch.equal(found["unsharded"], found["sharded"])
         with torch.no_grad():
-            assert torch.equal(found["whole"], _quantised(exported, name)(dense, sparse))
+            assert torch.equal(found["unsharded"], _quantised(exported, name)(dense, sparse))
 
 
 def test_the_plan_spreads_the_tables_over_the_ranks(exported: Path) -> None:
@@ -108,14 +108,14 @@ def _large(rows: int) -> ModelSpec:
     return ModelSpec(model, ("I1",), (SparseFeature("C1", rows), SparseFeature("C2", rows)), seed=0)
 
 
-def test_a_plan_for_gpus_takes_none_and_tables_that_do_not_fit_are_one_error() -> None:
+def test_planning_for_gpus_needs_no_gpu_and_rejects_tables_that_do_not_fit() -> None:
     plan = plan_serving(_large(1_000_000_000), ENCODINGS["int4"], Serving(2, "cuda"))
     assert {table["shards"][0]["placement"] for table in plan["tables"].values()} == {"rank:0/cuda:0", "rank:1/cuda:1"}
     with pytest.raises(UserError, match=r"--serving-ranks 2: TorchRec finds no plan for int8: .*insufficient storage"):
         plan_serving(_large(2_000_000_000), ENCODINGS["int8"], Serving(2, "cuda"))
 
 
-def test_a_package_larger_than_the_memory_is_refused() -> None:
+def test_a_package_larger_than_the_memory_is_rejected() -> None:
     with pytest.raises(UserError, match=r"in fp32 they take 256,000,000,000,000 bytes, and this machine has"):
         check_fits(_large(2_000_000_000_000), ENCODINGS["fp32"])
     check_fits(_large(1000), ENCODINGS["fp32"])

@@ -1,4 +1,4 @@
-"""An export serves in plain TorchRec, however it is sharded and in whichever form, without mlet_dist."""
+"""Plain TorchRec serves an export under any sharding and in any file format, without mlet_dist."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SHARDS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run whose tables have columns enough to be cut, and 300 rows of data for it."""
+    """A run whose tables have enough columns for column_wise sharding, and 300 rows of data for it."""
     folder = tmp_path_factory.mktemp("made")
     model = ModelConfig(embedding_dim=8, hidden_dim=24, bottom_mlp=(16,), top_mlp=(16,))
     make_run(folder / "run", TABLES, model, shards=2, rows=lambda *args: 0.3 * random_rows(*args))
@@ -54,33 +54,33 @@ def test_plain_torchrec_serves_the_same_logits_without_mlet_dist(
     export(run, shards, outputs=("dcp", "safetensors"))
     export(run, gathered, outputs=("dcp", "safetensors"), gather=True)
     part = trained.data / "test" / "part-00000.parquet"
-    ways: list[tuple[Path, Path, str | None, str]] = [(exported, part, "planner", "dcp")]
+    cases: list[tuple[Path, Path, str | None, str]] = [(exported, part, "planner", "dcp")]
     if world_size == 1:
-        ways += [
+        cases += [
             (exported, part, None, "dcp"),
             (shards, rows, None, "dcp_safetensors"),
             (gathered, rows, None, "safetensors"),
         ]
     else:
-        ways += [(shards, rows, kind, "dcp") for kind in ("table_wise", "row_wise", "column_wise")]
-        ways += [(shards, rows, "row_wise", "dcp_safetensors"), (gathered, rows, "column_wise", "dcp")]
-    found = _serve(ways, world_size, tmp_path)
+        cases += [(shards, rows, kind, "dcp") for kind in ("table_wise", "row_wise", "column_wise")]
+        cases += [(shards, rows, "row_wise", "dcp_safetensors"), (gathered, rows, "column_wise", "dcp")]
+    found = _serve(cases, world_size, tmp_path)
 
     expected = {part: _dlrm_in_float64(trained.path, part, tmp_path), rows: _dlrm_in_float64(run, rows, tmp_path)}
     assert expected[part].std() > 0.05
     assert expected[rows].std() > 0.05
-    for way, served in zip(ways, found, strict=True):
-        if way[2] != "planner":
-            assert served["shards"].get("C2") == SHARDS[way[2]]
-        assert len(served["logits"]) == len(expected[way[1]])
-        torch.testing.assert_close(served["logits"].double(), expected[way[1]], rtol=0, atol=1e-5)
+    for (_, data, sharding, _), served in zip(cases, found, strict=True):
+        if sharding != "planner":
+            assert served["shards"].get("C2") == SHARDS[sharding]
+        assert len(served["logits"]) == len(expected[data])
+        torch.testing.assert_close(served["logits"].double(), expected[data], rtol=0, atol=1e-5)
 
 
-def _serve(ways: list[tuple[Path, Path, str | None, str]], world_size: int, folder: Path) -> list[dict[str, Any]]:
+def _serve(cases: list[tuple[Path, Path, str | None, str]], world_size: int, folder: Path) -> list[dict[str, Any]]:
     jobs = []
-    for number, (path, rows, kind, how) in enumerate(ways):
+    for number, (path, rows, sharding, reader) in enumerate(cases):
         paths = {"export": str(path), "parquet": str(rows), "out": str(folder / f"{number}.pt")}
-        jobs.append({**paths, "sharding": kind, "reader": how})
+        jobs.append({**paths, "sharding": sharding, "reader": reader})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     program = [str(ROOT / "tests/helpers/plain_server.py"), str(folder / "jobs.json")]
@@ -90,7 +90,7 @@ def _serve(ways: list[tuple[Path, Path, str | None, str]], world_size: int, fold
 
 
 def _dlrm_in_float64(run: Path, part: Path, scratch: Path) -> torch.Tensor:
-    """DLRM of this test's sizes, written out: the factorised weights, no TorchRec, float64."""
+    """Compute the logits of a DLRM of this test's sizes from the factorised weights, without TorchRec, in float64."""
     (checkpoint,) = sorted((run / "checkpoints").iterdir())[-1:]
     dcp_to_torch_save(checkpoint, scratch / "run.pt")
     state = _flat(torch.load(scratch / "run.pt", weights_only=False))
@@ -117,7 +117,7 @@ def _dlrm_in_float64(run: Path, part: Path, scratch: Path) -> torch.Tensor:
 
 
 def _flat(state: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """The model's tensors, whose names DCP keeps in one key or in two."""
+    """Return the model's tensors by name, from keys "model.<name>" or a nested dict "model"."""
     model = state.get("model", state)
     assert isinstance(model, Mapping)
     return {name.removeprefix("model."): tensor for name, tensor in model.items() if isinstance(tensor, torch.Tensor)}

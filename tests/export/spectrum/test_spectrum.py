@@ -1,4 +1,4 @@
-"""`mlet spectrum`: its numbers are those of the singular value decomposition, and its page shows them."""
+"""`mlet spectrum`: its numbers equal those of a singular value decomposition, and its page shows them."""
 
 import html.parser
 import json
@@ -22,8 +22,8 @@ from mlet_dist.export.factorize.run_factorize import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.run_spectrum import count_ids, spectrum_of
-from mlet_dist.export.spectrum.singular_values import Spectrum, balance, smaller, suggest_dim
-from mlet_dist.export.spectrum.spectrum_report import NOTE, page
+from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_dim, suggest_smaller
+from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import mlet
 
@@ -52,19 +52,19 @@ def _spectrum(table: torch.Tensor) -> Spectrum:
         (torch.zeros(20, 16), 16),
     ],
 )
-def test_singular_values_are_those_of_torch(table: torch.Tensor, below_floor: int) -> None:
+def test_singular_values_equal_those_of_torch(table: torch.Tensor, below_floor: int) -> None:
     expected = torch.linalg.svdvals(table.double())
     found = _spectrum(table)
     assert len(found.singular_values) == min(table.shape)
     values = torch.tensor(found.singular_values, dtype=torch.float64)
-    # To the floor that is reported: the Gram matrix squares the condition.
+    # They are exact to the reported floor: the Gram matrix squares the condition number.
     torch.testing.assert_close(values, expected, rtol=1e-9, atol=5e-8 * float(expected[0]))
     known = expected > 1e-6 * expected[0]
     torch.testing.assert_close(values[known], expected[known], rtol=1e-3, atol=0)
     assert found.below_floor == below_floor
 
 
-def test_the_numbers_of_a_spectrum_worked_out_by_hand() -> None:
+def test_the_numbers_of_a_spectrum_equal_those_computed_by_hand() -> None:
     found = _spectrum(torch.diag(torch.tensor([8.0, 4.0, 0.5, 0.05])))
     assert found.counts == {"0.1": 2, "0.01": 3, "0.001": 4}
     shares = [8 / 12.55, 4 / 12.55, 0.5 / 12.55, 0.05 / 12.55]
@@ -83,7 +83,7 @@ def test_the_numbers_of_a_spectrum_worked_out_by_hand() -> None:
     assert zero.energy_dims == {"90%": 0, "99%": 0}
 
 
-def test_the_loss_is_that_of_the_best_smaller_table() -> None:
+def test_the_loss_is_that_of_the_best_low_rank_approximation() -> None:
     table = _random(200, 12).double() * torch.logspace(0, -2, 12, dtype=torch.float64)
     left, values, right = torch.linalg.svd(table, full_matrices=False)
     for dims in (4, 8):
@@ -96,15 +96,15 @@ def test_the_loss_is_that_of_the_best_smaller_table() -> None:
     assert suggest_dim(_spectrum(_random(9, 3)), 3) == 3
 
 
-def test_a_smaller_table_is_suggested_by_the_rows_that_are_seen() -> None:
+def test_a_smaller_table_is_suggested_by_the_weighted_spectrum() -> None:
     narrow, wide = _spectrum(torch.diag(torch.tensor([1.0] * 4 + [0.01] * 8))), _spectrum(torch.eye(12))
-    assert smaller(wide, None, 12) == {"embedding_dim": 12, "loss": 0, "weighted_loss": None}
+    assert suggest_smaller(wide, None, 12) == {"embedding_dim": 12, "loss": 0, "weighted_loss": None}
     losses = {"loss": pytest.approx(math.sqrt(8 / 12)), "weighted_loss": pytest.approx(math.sqrt(8e-4 / 4.0008))}
-    assert smaller(wide, narrow, 12) == {"embedding_dim": 4, **losses}
-    assert smaller(narrow, wide, 12) == {"embedding_dim": 12, "loss": 0, "weighted_loss": 0}
+    assert suggest_smaller(wide, narrow, 12) == {"embedding_dim": 4, **losses}
+    assert suggest_smaller(narrow, wide, 12) == {"embedding_dim": 12, "loss": 0, "weighted_loss": 0}
 
 
-def test_the_balance_is_the_distance_of_the_layers() -> None:
+def test_the_balance_is_the_distance_between_the_layers_gram_matrices() -> None:
     rows, projection = _random(30, 6).double(), _random(6, 4)
     found = balance(rows.T @ rows, projection)
     one, other = rows.T @ rows, projection.double() @ projection.double().T
@@ -135,9 +135,9 @@ def test_a_run_is_weighted_by_its_training_split(trained: TrainedRun, monkeypatc
             torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-7 * float(expected[0]))
             ids = _rows_of(sorted((trained.data / "train").glob("*.parquet")), name)
             counts = np.bincount(ids, minlength=table.num_embeddings)
-            seen = torch.linalg.svdvals(product[torch.from_numpy(ids).long()])  # a row for every time it was seen
+            weighted = torch.linalg.svdvals(product[torch.from_numpy(ids).long()])  # a row for each occurrence
             values = torch.tensor(found["weighted"]["singular_values"], dtype=torch.float64)
-            torch.testing.assert_close(values, seen, rtol=1e-9, atol=1e-7 * float(seen[0]))
+            torch.testing.assert_close(values, weighted, rtol=1e-9, atol=1e-7 * float(weighted[0]))
             assert found["rows_seen"] == (counts > 0).sum()
             assert (found["num_embeddings"], found["hidden_dim"], found["embedding_dim"]) == (len(counts), 12, 4)
             gain = float(table.projection.double().square().sum()) / 4
@@ -157,13 +157,13 @@ def test_an_export_and_factors_have_the_spectrum_of_their_run(
             for kind in ("plain", "weighted"):
                 values = other[kind]["singular_values"]
                 np.testing.assert_allclose(values, one[kind]["singular_values"], rtol=1e-5, atol=1e-6 * values[0])
-        assert one["balance"]["relative"] > 0.1  # k is above d here, and W2 is of unit gain
+        assert one["balance"]["relative"] > 0.1  # since k > d and W2 has unit gain
         assert others[0]["balance"] is None
         if others[1]["plain"]["below_floor"] == 0:
             assert others[1]["balance"]["relative"] < 1e-6
 
 
-def test_data_of_other_tables_is_refused_and_a_runs_own_left_out(
+def test_data_of_other_tables_are_rejected_and_missing_data_of_the_run_ignored(
     trained: TrainedRun, exported: Path, small_data: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(small_data, tmp_path / "data")
@@ -181,7 +181,7 @@ def test_data_of_other_tables_is_refused_and_a_runs_own_left_out(
     assert all(table["weighted"] is None and table["rows_seen"] is None for table in result["tables"])
 
 
-def test_ids_are_counted_as_the_vocabulary_says_or_one_by_one(small_data: Path, tmp_path: Path) -> None:
+def test_ids_are_counted_by_the_vocabulary_or_in_the_data(small_data: Path, tmp_path: Path) -> None:
     schema = DatasetSchema.load(small_data)
     feature = schema.sparse[2]
     ids = _rows_of(sorted((small_data / "train").glob("*.parquet")), feature.name)
@@ -193,13 +193,13 @@ def test_ids_are_counted_as_the_vocabulary_says_or_one_by_one(small_data: Path, 
     pq.write_table(pa.table({"value": ["x"] * len(counts), "count": counts}), copy / "vocabulary" / "C3.parquet")
     found = count_ids(copy, schema, feature)
     np.testing.assert_array_equal(found[1:], counts)
-    assert found[0] == len(ids) - counts.sum()  # id 0 is of all that the vocabulary leaves out
+    assert found[0] == len(ids) - counts.sum()  # id 0 stands for values outside the vocabulary
     pq.write_table(pa.table({"value": ["x"], "count": [1]}), copy / "vocabulary" / "C3.parquet")  # of other data
     np.testing.assert_array_equal(count_ids(copy, schema, feature), expected)
 
 
-class _Seen(html.parser.HTMLParser):
-    """Tags, their attributes and the text of a page; every tag that is opened must be closed."""
+class _Parser(html.parser.HTMLParser):
+    """Collects tags, their attributes and the text of a page, and asserts that all tags are closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,12 +226,12 @@ class _Seen(html.parser.HTMLParser):
 
 
 def _result(count: int) -> dict[str, Any]:
-    """Of ``count`` tables of all kinds: ordinary, wide, rank-deficient, of few rows, and of zeros."""
+    """Return a result with ``count`` tables: ordinary, wide, rank-deficient, of few rows, and of zeros."""
     tables = []
     for index in range(count):
         d = (16, 32, 64, 128, 4)[index % 5]
         table = _random((300, 7, 30, 200, 1)[index % 5], d) * torch.logspace(0, -1 - index % 7, d) * (index != 10)
-        plain, seen = (_spectrum(each) for each in (table, table * _random(len(table), 1) ** 4))
+        plain, weighted = (_spectrum(each) for each in (table, table * _random(len(table), 1) ** 4))
         tables.append(
             {
                 "name": f"a_table_with_a_rather_long_name_{index}" if index % 9 == 0 else f"C{index}<b>",
@@ -239,8 +239,8 @@ def _result(count: int) -> dict[str, Any]:
                 "hidden_dim": 64 if index % 2 else None,
                 "embedding_dim": d,
                 "plain": vars(plain),
-                "weighted": vars(seen),
-                "suggested": {"embedding_dim": suggest_dim(seen, d), "loss": 0.25, "weighted_loss": 0.05},
+                "weighted": vars(weighted),
+                "suggested": {"embedding_dim": suggest_dim(weighted, d), "loss": 0.25, "weighted_loss": 0.05},
                 "balance": {"absolute": 2.0, "relative": 0.5} if index % 2 else None,
             }
         )
@@ -249,17 +249,17 @@ def _result(count: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("count", [1, 26, 200])
-def test_the_page_stands_alone_and_has_a_plot_a_table(count: int) -> None:
-    text = page(_result(count))
-    seen = _Seen()
-    seen.feed(text)
-    seen.close()
-    assert seen.tags.count("svg") == seen.tags.count("section") == count
-    assert seen.tags.count("tr") == 1 + count
-    assert NOTE in "".join(seen.text)
-    assert not {"script", "img", "link", "iframe"} & set(seen.tags)  # and no name became a tag
-    assert seen.tags.count("b") == 0
-    assert not [value for value in seen.values if re.match(r"(src|href)=(?!#)", value)]
+def test_the_page_is_self_contained_and_has_a_plot_per_table(count: int) -> None:
+    text = html_page(_result(count))
+    parsed = _Parser()
+    parsed.feed(text)
+    parsed.close()
+    assert parsed.tags.count("svg") == parsed.tags.count("section") == count
+    assert parsed.tags.count("tr") == 1 + count
+    assert NOTE in "".join(parsed.text)
+    assert not {"script", "img", "link", "iframe"} & set(parsed.tags)  # names are escaped, too
+    assert parsed.tags.count("b") == 0
+    assert not [value for value in parsed.values if re.match(r"(src|href)=(?!#)", value)]
     assert "http" not in text
     assert "@import" not in text
     for points in re.findall(r'points="([^"]*)"', text):
@@ -274,7 +274,7 @@ _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @pytest.mark.skipif(_BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize(("count", "height"), [(26, 2800), (200, 15_000)])
 def test_a_browser_draws_every_plot(tmp_path: Path, count: int, height: int) -> None:
-    (tmp_path / "page.html").write_text(page(_result(count)), encoding="utf-8")
+    (tmp_path / "page.html").write_text(html_page(_result(count)), encoding="utf-8")
     command = [str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size=1300,{height}"]
     command += [f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri()]
@@ -286,22 +286,22 @@ def test_a_browser_draws_every_plot(tmp_path: Path, count: int, height: int) -> 
         wanted = [int(colour[index : index + 2], 16) for index in (1, 3, 5)]
         return (abs(pixels - wanted) < 12).all(axis=2)
 
-    # Plots lie in four columns; a plot's curves are apart from the next plot's, above and below, by its caption.
+    # Plots are in four columns, and captions separate the curves of a plot from those above and below.
     points, plots = where("#4c72b0") | where("#dd8452"), 0
     for column in range(4):
         rows = np.flatnonzero(points[180:, column * 317 + 70 : column * 317 + 317].any(axis=1))
         plots += 1 + int((np.diff(rows) > 60).sum())
-    assert abs(plots - count) <= count // 5  # of tables of one row or of zeros little is to be seen
-    assert (pixels[-300:] < 100).any()  # the table's numbers reach down there
-    assert not (pixels[:, -4:] < 200).any()  # and nothing runs out of the page
+    assert abs(plots - count) <= count // 5  # plots of tables of one row or of zeros have few pixels
+    assert (pixels[-300:] < 100).any()  # the table of numbers is at the bottom
+    assert not (pixels[:, -4:] < 200).any()  # nothing exceeds the page's width
 
 
 @pytest.mark.e2e
 def test_the_command_prints_a_table_and_writes_a_page(trained: TrainedRun, tmp_path: Path) -> None:
-    said = mlet("spectrum", trained.path, "--out", tmp_path / "page").stdout
-    assert re.search(r"^C3 +300 +12 +4 ", said, re.MULTILINE)
-    assert "kσ² of the recipe: 0.75" in said
-    assert NOTE in said
+    text = mlet("spectrum", trained.path, "--out", tmp_path / "page").stdout
+    assert re.search(r"^C3 +300 +12 +4 ", text, re.MULTILINE)
+    assert "kσ² of the recipe: 0.75" in text
+    assert NOTE in text
     assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["spectrum.html", "spectrum.json"]
     assert (tmp_path / "page" / "spectrum.html").read_text(encoding="utf-8").count("<svg") == 26
     written = json.loads((tmp_path / "page" / "spectrum.json").read_text())

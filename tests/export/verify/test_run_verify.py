@@ -1,4 +1,4 @@
-"""`mlet verify` and `mlet evaluate`: they agree with training, and they notice damage."""
+"""`mlet verify` and `mlet evaluate` agree with the metrics of training, and report damage."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from mlet_dist.export.verify.run_verify import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
-from tests.helpers.tampered_export import reseal, tamper
+from tests.helpers.tampered_export import change_manifest, change_tensor
 
 
 @pytest.mark.e2e
-def test_verify_finds_the_run_and_all_of_its_export_equal(trained: TrainedRun, exported: Path) -> None:
+def test_verify_passes_for_all_models_of_an_export(trained: TrainedRun, exported: Path) -> None:
     result = mlet_json(
         "verify", exported, "--run", trained.path, "--data", trained.data, "--auc-tolerance", "int4=0.01"
     )
@@ -43,7 +43,7 @@ def test_verify_finds_the_run_and_all_of_its_export_equal(trained: TrainedRun, e
 
 
 @pytest.mark.e2e
-def test_evaluate_gives_what_training_gave(trained: TrainedRun, exported: Path) -> None:
+def test_evaluate_returns_the_metrics_of_training(trained: TrainedRun, exported: Path) -> None:
     for target, ranks in ((trained.path, ["--nproc", "2"]), (exported, [])):
         found = mlet_json("evaluate", target, "--data", trained.data, "--split", "test", *ranks)
         assert found["rows"] == 601
@@ -58,7 +58,7 @@ def test_evaluate_gives_what_training_gave(trained: TrainedRun, exported: Path) 
 def test_a_run_in_half_precision_is_exported_and_verified(trained: TrainedRun, tmp_path: Path, hidden_dim: str) -> None:
     run, out = tmp_path / "run", tmp_path / "export"
     half = ("sharding.rows_dtype=fp16", "sharding.forward_comm=fp16", "sharding.backward_comm=bf16")
-    # Replicated rows are stored in float32 whatever is asked.
+    # Replicated rows are stored in float32 whatever rows_dtype is.
     half += ("sharding.tables.C1.sharding_types=[data_parallel]",)
     overrides = (*trained.overrides, *half, f"model.hidden_dim={hidden_dim}", f"run.dir={run}")
     result = mlet_json("train", ROOT / "configs" / "criteo_kaggle.yaml", *overrides, "--nproc", 2)
@@ -83,7 +83,7 @@ def test_a_row_that_differs_fails_and_is_named(trained: TrainedRun, exported: Pa
     ids = pq.read_table(trained.data / "test")["C3"].to_pylist()
     row = next(i for i, each in enumerate(ids) if ids.count(each) == 1)
     export = shutil.copytree(exported, tmp_path / "export")
-    tamper(export, "dcp", _table("C3"), lambda table: table[ids[row]].add_(1.0))
+    change_tensor(export, "dcp", _table("C3"), lambda table: table[ids[row]].add_(1.0))
     result = mlet_json("verify", export, "--run", trained.path, "--data", trained.data, expect=1)
     assert result["ok"] is False
     assert {name for name, found in result["outputs"].items() if not found["ok"]} == {"dcp"}
@@ -95,13 +95,13 @@ def test_a_row_that_differs_fails_and_is_named(trained: TrainedRun, exported: Pa
     assert found["tables"]["C4"]["max_abs_error"] < 1e-6
 
 
-def test_a_row_that_differs_fails_though_nobody_looks_it_up(
+def test_a_row_that_differs_fails_even_if_the_split_does_not_look_it_up(
     trained: TrainedRun, exported: Path, tmp_path: Path
 ) -> None:
     seen = set(pq.read_table(trained.data / "test")["C3"].to_pylist())
     row = next(each for each in range(300) if each not in seen)
     export = shutil.copytree(exported, tmp_path / "export")
-    tamper(export, "dcp", _table("C3"), lambda table: table[row].add_(1.0))
+    change_tensor(export, "dcp", _table("C3"), lambda table: table[row].add_(1.0))
     found = verify_export(export, trained.path, trained.data)["outputs"]["dcp"]
     assert found["max_abs_logit_diff"] < 1e-5
     assert found["tables"]["C3"]["worst_row"] == row
@@ -110,14 +110,14 @@ def test_a_row_that_differs_fails_though_nobody_looks_it_up(
 
 def test_quantised_tables_fail_by_their_auc(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
     export = shutil.copytree(exported, tmp_path / "export")
-    # The same values in other rows.
-    tamper(export, "int8", _table("C1"), lambda table: table.copy_(table.flip(0).clone()))
+    # Permute the rows.
+    change_tensor(export, "int8", _table("C1"), lambda table: table.copy_(table.flip(0).clone()))
     result = verify_export(export, trained.path, trained.data)
     found = result["outputs"]["int8"]
     assert result["ok"] is found["ok"] is False
     assert abs(found["auc_change"]) > 5e-4
     assert found["tables"]["C1"]["relative_error"] > 0.1
-    # The package was made before.
+    # The package was made from the original tables.
     assert result["outputs"]["package/model.pt"]["max_abs_probability_diff"] < 0.05
 
 
@@ -150,22 +150,22 @@ def test_a_flipped_bit_is_named(trained: TrainedRun, exported: Path, tmp_path: P
             evaluate_path(export, trained.data, "test")
 
 
-def test_another_checkpoint_than_that_of_the_export_is_said(
+def test_verify_warns_of_an_export_from_another_checkpoint(
     trained: TrainedRun, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = shutil.copytree(exported, tmp_path / "export")
     verify_export(export, trained.path, trained.data)
     assert "warning" not in capsys.readouterr().err
-    reseal(export, lambda manifest: manifest["run"].update(checkpoint_sha256="0" * 64))
+    change_manifest(export, lambda manifest: manifest["run"].update(checkpoint_sha256="0" * 64))
     verify_export(export, trained.path, trained.data)
-    assert f"mlet: warning: {export} was made of another checkpoint than step-" in capsys.readouterr().err
+    assert f"mlet: warning: {export} was made from another checkpoint than step-" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["dcp", "fp16"])
 def test_a_table_of_nan_does_not_pass(trained: TrainedRun, exported: Path, tmp_path: Path, output: str) -> None:
     export = shutil.copytree(exported, tmp_path / "export")
-    # All bits of a float16 that is NaN.
-    tamper(export, output, _table("C9"), lambda table: table.fill_(torch.nan if output == "dcp" else 255))
+    # In float16, NaN has all bits set.
+    change_tensor(export, output, _table("C9"), lambda table: table.fill_(torch.nan if output == "dcp" else 255))
     found = verify_export(export, trained.path, trained.data)["outputs"][output]
     assert found["ok"] is False
     assert found["max_abs_logit_diff"] == float("inf")
@@ -186,30 +186,30 @@ def test_directories_of_the_wrong_kind_are_named(trained: TrainedRun, exported: 
 @pytest.mark.parametrize(
     "changed", [{"outputs": 5}, {"outputs": {"dcp": {"directory": "model"}}}, {"outputs": {"dcp": {"encoding": "x"}}}]
 )
-def test_a_manifest_that_does_not_describe_its_outputs_is_refused(
+def test_a_manifest_with_incomplete_outputs_is_rejected(
     trained: TrainedRun, exported: Path, tmp_path: Path, changed: dict[str, object]
 ) -> None:
     export = tmp_path / "export"
     export.mkdir()
     shutil.copy(exported / "manifest.json", export)
-    reseal(export, lambda manifest: manifest.update(changed))
+    change_manifest(export, lambda manifest: manifest.update(changed))
     with pytest.raises(UserError, match="export again"):
         verify_export(export, trained.path, trained.data)
 
 
 @pytest.mark.parametrize(("key", "value"), [("embedding_dim", 8), ("top_mlp", [4]), ("pooling", "mean")])
-def test_a_model_of_other_sizes_is_refused(
+def test_a_model_of_other_sizes_is_rejected(
     trained: TrainedRun, exported: Path, tmp_path: Path, key: str, value: object
 ) -> None:
     export = tmp_path / "export"
     export.mkdir()
     shutil.copy(exported / "manifest.json", export)
-    reseal(export, lambda manifest: manifest["model"]["model"].update({key: value}))
+    change_manifest(export, lambda manifest: manifest["model"]["model"].update({key: value}))
     with pytest.raises(UserError, match="its inputs or the sizes of its tables or layers are not those of"):
         verify_export(export, trained.path, trained.data)
 
 
-def test_data_whose_ids_mean_something_else_is_refused(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
+def test_data_of_another_vocabulary_are_rejected(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     mlet("synth", "--out", other, "--rows", 6001, "--num-embeddings", 300, "--seed", 5)
     with pytest.raises(UserError, match="its ids belong to another vocabulary"):

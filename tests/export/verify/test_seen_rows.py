@@ -1,4 +1,4 @@
-"""Models of the rows that are looked up see the same vectors as those of all rows."""
+"""Models with only the rows that are looked up see the same vectors as models with all rows."""
 
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -12,8 +12,8 @@ def _bags(ids: list[list[int]], lengths: list[list[int]]) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(["a", "b", "c"], values, torch.rand(len(values)), torch.tensor(lengths).flatten())
 
 
-def test_each_id_becomes_its_position_among_the_rows_that_were_seen(monkeypatch) -> None:
-    monkeypatch.setattr(compared_models, "_BUFFERED", 2)  # so that duplicates are dropped between batches, too
+def test_each_id_is_renumbered_to_its_position_among_the_seen_rows(monkeypatch) -> None:
+    monkeypatch.setattr(compared_models, "_BUFFERED", 2)  # so that duplicates are removed between batches, too
     batches = [
         _bags([[9, 2], [5, 5, 7], []], [[1, 1], [0, 3], [0, 0]]),
         _bags([[2, 2, 4], [], []], [[2, 1], [0, 0], [0, 0]]),
@@ -28,5 +28,5 @@ def test_each_id_becomes_its_position_among_the_rows_that_were_seen(monkeypatch)
         found = renumber(bags, rows)
         assert torch.equal(found.lengths(), bags.lengths())
         assert torch.equal(found.weights(), bags.weights())
-        for name, whole in tables.items():
-            assert torch.equal(whole[rows[name]][found[name].values()], whole[bags[name].values()])
+        for name, table in tables.items():
+            assert torch.equal(table[rows[name]][found[name].values()], table[bags[name].values()])

@@ -1,4 +1,4 @@
-"""Tables of a run and of an output, compared block by block."""
+"""Tables of a run and of an output are compared block by block."""
 
 import math
 from dataclasses import dataclass
@@ -44,12 +44,12 @@ class _Files:
 
 
 @pytest.mark.parametrize("name", list(ENCODINGS))
-def test_errors_and_wanted_rows_are_those_of_the_whole_tables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_and_kept_rows_equal_those_of_the_full_tables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_check, "_BLOCK_BYTES", 7 * 4 * 12)  # 7 rows
     torch.manual_seed(0)
     table = _Table(torch.randn(50, 12), torch.randn(12, 8))
-    whole, encoding = table.stored @ table.projection, ENCODINGS[name]
-    parts = encoding.encode(whole)
+    product, encoding = table.stored @ table.projection, ENCODINGS[name]
+    parts = encoding.encode(product)
     files = _Files({f"t.weight{suffix}": part for suffix, part in parts.items()})
     wanted, read = torch.tensor([0, 6, 7, 20, 49]), []
     checked = check_table(table, {"x": StoredOutput("x", encoding, files)}, wanted, read.append)  # type: ignore
@@ -57,15 +57,15 @@ def test_errors_and_wanted_rows_are_those_of_the_whole_tables(name: str, monkeyp
     assert torch.equal(checked.stored, table.stored[wanted])
     for suffix, part in parts.items():
         assert torch.equal(checked.parts["x"][suffix], part[wanted])
-    error = (encoding.decode(parts).double() - whole.double()).abs()
+    error = (encoding.decode(parts).double() - product.double()).abs()
     found = checked.errors["x"].to_dict()
     assert found["max_abs_error"] == pytest.approx(float(error.max()), abs=2e-6)
-    assert found["relative_error"] == pytest.approx(float(error.norm() / whole.double().norm()), abs=1e-6)
+    assert found["relative_error"] == pytest.approx(float(error.norm() / product.double().norm()), abs=1e-6)
     if name != "fp32":
         assert found["worst_row"] == int(error.amax(dim=1).argmax())
 
 
-def test_what_is_not_finite_is_infinitely_far_and_zeros_are_no_error() -> None:
+def test_the_error_of_a_value_that_is_not_finite_is_infinite_and_of_zeros_zero() -> None:
     error = TableError()
     error.add(0, torch.zeros(3, 2), torch.zeros(3, 2))
     assert error.to_dict() == {"max_abs_error": 0.0, "worst_row": 0, "relative_error": 0.0}

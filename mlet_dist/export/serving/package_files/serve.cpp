@@ -1,4 +1,4 @@
-// Answers the package's example request in C++ and compares the answer with the one that it has there.
+// Answers the package's example request in C++ and compares the result with the answer in the file.
 //
 //   SITE=$(python -c 'import site; print(site.getsitepackages()[0])')
 //   g++ -std=c++20 -O1 serve.cpp -o serve -I$SITE/torch/include -I$SITE/torch/include/torch/csrc/api/include \
@@ -17,13 +17,13 @@
 #include <string>
 #include <vector>
 
-// In the order in which they need one another.
+// In the order of their dependencies.
 static const char* kLibraries[] = {
     "asmjit.so", "fbgemm.so", "fbgemm_gpu_config.so", "fbgemm_gpu_sparse_async_cumsum.so", "fbgemm_gpu_py.so",
     "fbgemm_gpu_tbe_common.so", "fbgemm_gpu_tbe_cache.so", "fbgemm_gpu_tbe_utils.so",
     "fbgemm_gpu_embedding_inplace_ops.so", "fbgemm_gpu_tbe_inference.so"};
 
-// The numbers of one array of the request, however its brackets are nested. A server has a JSON library for this.
+// Returns the numbers of one array of the request in order, whatever its nesting. A real server uses a JSON library.
 static std::vector<double> numbers(const std::string& json, const std::string& key) {
   std::vector<double> found;
   size_t at = json.find("\"" + key + "\"");

@@ -1,9 +1,9 @@
-"""Answers a request in plain Python: torch and fbgemm_gpu are all that it needs.
+"""Answer a request in plain Python, with torch and fbgemm_gpu alone.
 
-    python serve.py                # the example, compared with the answer that it had when the package was made
+    python serve.py                # answers example_request.json and compares the result with the answer in the file
     python serve.py request.json   # prints {"probability": [...]}
 
-A request is laid out as example_request.json is; README.md says how.
+README.md describes the format of a request; example_request.json is one.
 """
 
 import json
@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent
 
 
 def predict(model: torch.jit.ScriptModule, request: dict) -> torch.Tensor:
-    """The probabilities ``(rows,)`` float32; torch.jit.Error where the request is wrong."""
+    """Return the probabilities ``(rows,)`` float32; raise torch.jit.Error if the request is invalid."""
     tensors = [
         torch.tensor(request["dense"], dtype=torch.float32),
         torch.tensor(request["ids"], dtype=torch.int64),
@@ -30,7 +30,7 @@ def predict(model: torch.jit.ScriptModule, request: dict) -> torch.Tensor:
 
 
 def main() -> int:
-    """0, or 1 where the example's answer is another one or the request is wrong."""
+    """Return the exit code: 1 if the request is invalid or the example's answer is different, else 0."""
     model = torch.jit.load(PACKAGE / "model.pt")
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE / "example_request.json"
     request = json.loads(path.read_text(encoding="utf-8"))

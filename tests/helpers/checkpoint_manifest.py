@@ -1,4 +1,4 @@
-"""A manifest for files that something else wrote, so that they count as a whole checkpoint."""
+"""Write the manifest of a checkpoint whose files another program wrote."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ from mlet_dist.checkpoint.manifest import Checksum, Manifest
 from mlet_dist.checkpoint.store import Checkpoint
 
 
-def seal(directory: Path) -> None:
+def write_manifest(directory: Path) -> None:
+    """Write a manifest for all files in ``directory``, which makes it a complete checkpoint."""
     files = {}
     for path in directory.iterdir():
         if path.name != "manifest.json":

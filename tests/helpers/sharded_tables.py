@@ -1,4 +1,4 @@
-"""Tables that plain TorchRec has sharded by columns, by rows and whole, for functions that run in ranks."""
+"""Tables that plain TorchRec shards column_wise, row_wise and table_wise, saved from ranks."""
 
 import torch
 from torch import distributed as dist
@@ -32,7 +32,7 @@ class _Model(torch.nn.Module):
         super().__init__()
         configs = [
             EmbeddingBagConfig(name=name, num_embeddings=ROWS, embedding_dim=COLUMNS, feature_names=[name])
-            for name in ("by_columns", "by_rows", "whole")
+            for name in ("by_columns", "by_rows", "on_one_rank")
         ]
         self.tables = EmbeddingBagCollection(configs, device=torch.device("meta"))
 
@@ -40,9 +40,9 @@ class _Model(torch.nn.Module):
 def save(path: str) -> None:
     """Shard the tables over all ranks, fill them and save the state dict with torch.distributed.checkpoint."""
     model, ranks = _Model(), list(range(dist.get_world_size()))
-    ways = {"by_columns": column_wise(ranks), "by_rows": row_wise(), "whole": table_wise(rank=ranks[-1])}
+    shardings = {"by_columns": column_wise(ranks), "by_rows": row_wise(), "on_one_rank": table_wise(rank=ranks[-1])}
     plan = construct_module_sharding_plan(
-        model.tables, ways, _AnyShardings(), local_size=len(ranks), world_size=len(ranks), device_type="cpu"
+        model.tables, shardings, _AnyShardings(), local_size=len(ranks), world_size=len(ranks), device_type="cpu"
     )
     sharded = DistributedModelParallel(
         model, device=torch.device("cpu"), plan=ShardingPlan({"tables": plan}), sharders=[_AnyShardings()]
