@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlet_dist.atomic_directory import exchange, staged_directory
+from mlet_dist.atomic_directory import staged_directory, swap_directories
 from mlet_dist.errors import UserError
 
 
@@ -31,7 +31,7 @@ with staged_directory(Path({str(tmp_path / "o[u]t")!r})) as directory:
         with staged_directory(tmp_path / "o[u]t"):
             assert (theirs / "half").exists()
         assert capsys.readouterr().err == (
-            f"mlet: warning: {theirs}: another process seems to write {tmp_path}/o[u]t now\n"
+            f"mlet: warning: {theirs}: another process seems to be writing {tmp_path}/o[u]t now\n"
         )
         other.kill()
     (tmp_path / "o[u]t").rmdir()
@@ -57,10 +57,10 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
 def test_two_directories_exchange_their_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / name).mkdir(parents=True)
-    assert exchange(tmp_path / "a", tmp_path / "b")
+    assert swap_directories(tmp_path / "a", tmp_path / "b")
     assert {path.name: [each.name for each in path.iterdir()] for path in tmp_path.iterdir()} == {
         "a": ["b"],
         "b": ["a"],
     }
-    assert not exchange(tmp_path / "a", tmp_path / "gone")
+    assert not swap_directories(tmp_path / "a", tmp_path / "gone")
     assert (tmp_path / "a" / "b").exists()

@@ -166,5 +166,5 @@ def test_an_undefined_auc_is_shown_as_such() -> None:
         "0.1 MB",
         "undefined",
         "0.2500",
-        "none, bit for bit",
+        "none, bitwise identical",
     ]

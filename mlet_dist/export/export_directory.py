@@ -11,7 +11,7 @@ import torch
 
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.errors import UserError
-from mlet_dist.formatting import SEAL, sealed
+from mlet_dist.formatting import CHECKSUM, with_checksum
 from mlet_dist.models.spec import ModelSpec
 
 FORMAT_VERSION = 2
@@ -67,7 +67,7 @@ class ExportDirectory:
             found = content["format_version"]
             if found != FORMAT_VERSION:
                 raise UserError(f"{self.manifest}: format_version is {found}, this version reads {FORMAT_VERSION}")
-            if sealed(content)[SEAL] != content[SEAL]:
+            if with_checksum(content)[CHECKSUM] != content[CHECKSUM]:
                 raise ValueError("its checksum is wrong")
             return ModelSpec.from_dict(content["model"], str(self.manifest)), content
         except (OSError, ValueError, KeyError, TypeError) as error:

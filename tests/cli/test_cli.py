@@ -10,8 +10,8 @@ import pytest
 from mlet_dist import __version__
 from mlet_dist.cli import main
 from mlet_dist.cli.main import parse
-from mlet_dist.cli.options import load_checked, without_launch
-from mlet_dist.cli.output import show
+from mlet_dist.cli.options import load_checked_config, without_launch_options
+from mlet_dist.cli.output import print_result
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from tests.helpers.mlet_command import ROOT, error_line
 
@@ -63,7 +63,9 @@ def test_help_lists_every_command_and_every_setting(capsys: pytest.CaptureFixtur
     assert listed >= set(COMMANDS)
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    assert "model.hidden_dim (64): k: columns of W1 in training" in capsys.readouterr().out
+    assert (
+        "  model.hidden_dim (default 64)\n        k: the number of columns of W1 in training" in capsys.readouterr().out
+    )
 
 
 MISTAKES = {
@@ -150,11 +152,11 @@ def test_only_overrides_that_were_understood_train(config: Path, capsys: pytest.
 def test_every_nproc_is_taken_out_of_what_the_ranks_run() -> None:
     given = ["train", "--nproc", "3", "c.yaml", "--nproc=4", "a.b=1", "--json", "--nproc", "2", "a.c=2"]
     assert parse(given).nproc == 2
-    assert without_launch(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
+    assert without_launch_options(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
 
 
 def test_a_warning_is_one_line_and_does_not_stop_the_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checked = load_checked(parse(["train", str(config), "model.hidden_dim=8"]))
+    checked = load_checked_config(parse(["train", str(config), "model.hidden_dim=8"]))
     assert checked.model.hidden_dim == 8
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mlet: warning: model.hidden_dim 8 is below model.embedding_dim 16")
@@ -209,7 +211,7 @@ def test_closed_streams_do_not_fail_a_command(redirect: str, json_flag: str, tmp
 
 def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     arms = [{"auc": math.nan, "rows": 3}, {"auc": 0.5, "loss": -math.inf}]
-    show({"ok": True, "auc": math.nan, "path": "NaN", "arms": arms}, as_json=True)
+    print_result({"ok": True, "auc": math.nan, "path": "NaN", "arms": arms}, as_json=True)
     shown = capsys.readouterr().out
     assert json.loads(shown, parse_constant=pytest.fail) == {
         "ok": True,
@@ -221,7 +223,7 @@ def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]
 
 
 def test_results_without_json_are_aligned_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    show({"rows": {"train": 12345}, "positive_rate": 0.25, "ok": True}, as_json=False)
+    print_result({"rows": {"train": 12345}, "positive_rate": 0.25, "ok": True}, as_json=False)
     assert capsys.readouterr().out == "rows.train     12,345\npositive_rate  0.25\nok             True\n"
 
 

@@ -80,7 +80,9 @@ def test_tables_as_text_and_as_a_picture(tables: Path, tmp_path: Path, capsys: p
     command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "16", *LARGE, "--out", str(out)]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert text.startswith("16 ranks of h100, 8 a node, global batch 65,536; 68 GB of 80 GB a rank are for the model\n")
+    assert text.startswith(
+        "16 ranks of h100, 8 per node, global batch 65,536; 68 GB of 80 GB per rank are for the model\n"
+    )
     assert "\nranks  tables " in text
     assert "\nMLET k = 256, auto " in text
     page = out.read_text()
@@ -114,10 +116,10 @@ def test_a_plan_that_does_not_fit_says_what_would(tables: Path, capsys: pytest.C
         r"[\d.]+ GB short; the largest there is table 'C1': 5,625,000 rows of 256, 11\.[56] GB; what fits: ",
         line,
     )
-    ways = dict(re.findall(r"\(\d\) (\S+ ?\d*): ([\d.]+) GB of 34 GB a rank", line))
+    ways = dict(re.findall(r"\(\d\) (\S+ ?\d*): ([\d.]+) GB of 34 GB per rank", line))
     assert list(ways)[:2] == ["optimizer.name=rowwise_adagrad", "sharding.compute_kernels=[fused,fused_uvm_caching]"]
     assert len(ways) == 3
-    assert "a rank and 21.8 GB of its host, " in line
+    assert "per rank and 21.8 GB of host memory, " in line
     # What it proposes is true.
     for way, needed in ways.items():
         plan = _plan(capsys, *command[1:], way)
@@ -205,17 +207,20 @@ def test_what_was_asked_for_is_the_reason(tables: Path, capsys: pytest.CaptureFi
 MISTAKES = {
     "preset": (
         ["--device", "h1000"],
-        "--device h1000: no such preset; there are a100-40, a100-80, h100, h200, b200, cpu",
+        "--device h1000: no such preset; use a100-40, a100-80, h100, h200, b200, cpu",
     ),
     "nodes": (
         ["--world-size", "12"],
-        "--world-size 12 is not a multiple of --local-world-size 8: every node holds as many ranks; use "
+        "--world-size 12 is not a multiple of --local-world-size 8: every node must have the same number of ranks; use "
         "--world-size 16, or --local-world-size 6",
     ),
-    "large nodes": (["--world-size=256", "--local-world-size=256"], "--local-world-size 256: torch counts up to 128 "),
+    "large nodes": (
+        ["--world-size=256", "--local-world-size=256"],
+        "--local-world-size 256: torch supports at most 128 ",
+    ),
     "no picture": (
         ["--out", "tables.yaml"],
-        "--out tables.yaml: the picture is a page; name a file that ends in .html",
+        "--out tables.yaml: the plan is written as an HTML page; name a file that ends in .html",
     ),
     "batch": (["--world-size", "24"], "data.batch_size 128 is not a multiple of the 24 ranks"),
     "table": (["data.sparse_features=[C1,X9]"], "data.sparse_features: "),
@@ -254,7 +259,7 @@ def test_mistakes_are_one_line_before_torch_is_imported(mistake: str, tables: Pa
         ("C1: 10\nC1: 2000000", "not valid YAML in line 2: key 'C1' is given twice"),
         ("1: 10\n'1': 2000000", "table '1' is given twice"),
         ("null: 10", "table None: a table's name must be text; put it in quotes"),
-        ("- C1", "expected a line a table, such as `C1: 45000000`"),
+        ("- C1", "expected one line for each table, such as `C1: 45000000`"),
     ],
 )
 def test_a_wrong_line_of_the_tables(line: str, message: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
