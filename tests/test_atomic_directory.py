@@ -10,8 +10,8 @@ from mlet_dist.atomic_directory import staged_directory, swap_directories
 from mlet_dist.errors import UserError
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A process fills a directory; its directory stays while it lives, and goes with the next run once it is killed."""
+def test_the_directory_of_a_killed_process_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The directory that a process fills is kept while the process lives, and removed after it is killed."""
     program = f"""
 import sys, time
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_directories_exchange_their_names(tmp_path: Path) -> None:
+def test_two_directories_swap_their_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / name).mkdir(parents=True)
     assert swap_directories(tmp_path / "a", tmp_path / "b")

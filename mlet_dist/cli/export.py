@@ -20,9 +20,7 @@ _OUTPUTS = ("dcp", "safetensors", "fp16", "int8", "int4", "package")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("run", metavar="RUN", help="directory of a finished run that `mlet train` made")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="directory for the export; it must not exist, or be empty"
-    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory for the export; it must be new or empty")
     parser.add_argument(
         "--outputs", nargs="+", choices=_OUTPUTS, default=["dcp"], metavar="FORM",
         help="one or more forms to write. dcp: float32 tables for torch.distributed.checkpoint; safetensors: float32 "

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="k: number of columns of W1; at least d, the columns of the tables",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="directory for the factors; it must not exist, or be empty"
+        "--out", required=True, metavar="DIR", help="directory for the factors; it must be new or empty"
     )
     parser.add_argument(
         "--table-pattern",
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=0,
+        metavar="N",
         help="seed of the random values in the k - d rows of W2 that the product does not need (default: %(default)s)",
     )
     parser.add_argument(

@@ -17,31 +17,6 @@ from mlet_dist.cli.process import die_with_parent, is_launched_rank, is_reported
 from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
 
 
-@contextmanager
-def handle_signals(args: argparse.Namespace, rank: int | None) -> Iterator[None]:
-    """Handle SIGTERM, and for `train` SIGUSR1, until training handles them itself."""
-    from mlet_dist.training.signals import STOP_SIGNALS, exit_on_stop_signal
-
-    if (
-        args.name == "train" and args.nproc is None and not is_launched_rank()
-    ):  # for launched ranks, the launcher reports
-        with exit_on_stop_signal():
-            yield
-        return
-    numbers = STOP_SIGNALS if args.name == "train" else (signal.SIGTERM,)
-    before = {number: signal.signal(number, _unwind) for number in numbers if rank is None}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _unwind(number: int, _: object) -> NoReturn:
-    """Raise KeyboardInterrupt, as Ctrl-C does, so that temporary directories are removed."""
-    raise KeyboardInterrupt(number)
-
-
 class _Command(Protocol):
     """The module of a command, whose name is the command's."""
 
@@ -59,51 +34,6 @@ class _Command(Protocol):
 _COMMANDS: tuple[_Command, ...] = (
     prepare, synth, train, compare, plan, evaluate, export, verify, factorize, spectrum, doctor,
 )  # fmt: skip
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse a command line.
-
-    Raises:
-        UserError: an argument is unknown, missing or wrong.
-    """
-    parser = _build_parser()
-    args, rest = parser.parse_known_args(arguments)
-    # argparse accepts overrides in one place only; here they may also follow an option.
-    overrides = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
-    if "overrides" in args:
-        args.overrides += overrides
-        rest = [argument for argument in rest if argument not in overrides]
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
-    check_options(args)
-    return args
-
-
-def _build_parser() -> Parser:
-    from mlet_dist import __version__
-
-    parser = Parser(
-        prog="mlet",
-        description="Train recommendation models with multi-layer embeddings (MLET), and serve plain TorchRec tables.",
-        epilog="`mlet COMMAND --help` explains a command and its options.",
-    )
-    parser.add_argument("--version", action="version", version=f"mlet-dist {__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-    for command in _COMMANDS:
-        sub = commands.add_parser(
-            command.__name__.rpartition(".")[2],
-            help=command.TEXT,
-            description=command.TEXT,
-            epilog=command.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(command=command.run)
-        sub.add_argument(
-            "--json", action="store_true", help="print the result as one JSON object, in the last line of stdout"
-        )
-        command.add_arguments(sub)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,3 +86,73 @@ def main(argv: Sequence[str] | None = None) -> int:
                 where = f"rank {os.environ['RANK']} on {socket.gethostname()}"
                 print_error(f"{where} failed: {type(error).__name__}: {error}")
         return 1
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line.
+
+    Raises:
+        UserError: an argument is unknown, missing or wrong.
+    """
+    parser = _build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse accepts overrides in one place only; here they may also follow an option.
+    overrides = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+    if "overrides" in args:
+        args.overrides += overrides
+        rest = [argument for argument in rest if argument not in overrides]
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
+    check_options(args)
+    return args
+
+
+def _build_parser() -> Parser:
+    from mlet_dist import __version__
+
+    parser = Parser(
+        prog="mlet",
+        description="Train recommendation models with multi-layer embeddings (MLET), and serve plain TorchRec tables.",
+        epilog="`mlet COMMAND --help` explains a command and its options.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlet-dist {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        sub = commands.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.TEXT,
+            description=command.TEXT,
+            epilog=command.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command.run)
+        sub.add_argument(
+            "--json", action="store_true", help="print the result as one JSON object, in the last line of stdout"
+        )
+        command.add_arguments(sub)
+    return parser
+
+
+@contextmanager
+def handle_signals(args: argparse.Namespace, rank: int | None) -> Iterator[None]:
+    """Handle SIGTERM, and for `train` SIGUSR1, until training handles them itself."""
+    from mlet_dist.training.signals import STOP_SIGNALS, exit_on_stop_signal
+
+    if (
+        args.name == "train" and args.nproc is None and not is_launched_rank()
+    ):  # for launched ranks, the launcher reports
+        with exit_on_stop_signal():
+            yield
+        return
+    numbers = STOP_SIGNALS if args.name == "train" else (signal.SIGTERM,)
+    before = {number: signal.signal(number, _unwind) for number in numbers if rank is None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unwind(number: int, _: object) -> NoReturn:
+    """Raise KeyboardInterrupt, as Ctrl-C does, so that temporary directories are removed."""
+    raise KeyboardInterrupt(number)

@@ -13,6 +13,7 @@ from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_LAST_PORT = 65_535
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +57,32 @@ def add_nproc(parser: argparse.ArgumentParser) -> None:
         "--nproc",
         type=positive,
         metavar="N",
-        help="start N ranks on this machine by torch elastic; without it, this process is the only rank or torchrun's",
+        help="start N ranks on this machine with torch elastic; not needed when torchrun starts the ranks",
+    )
+
+
+def add_nodes(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a job of several nodes."""
+    parser.add_argument(
+        "--nnodes",
+        metavar="N",
+        help="number of nodes of the job, each of which runs this command; 2:4 for an elastic job of 2 to 4 nodes, "
+        "which may leave and join while it runs",
+    )
+    parser.add_argument("--node-rank", type=int, metavar="I", help="number of this node, from 0")
+    parser.add_argument("--master-addr", metavar="HOST", help="host name or address of node 0")
+    parser.add_argument(
+        "--master-port",
+        type=positive,
+        metavar="PORT",
+        help="port on which node 0 listens (default: a port computed from the command, the same on all nodes)",
+    )
+    parser.add_argument(
+        "--wait",
+        type=positive,
+        default=40,
+        metavar="SECONDS",
+        help="seconds to wait for all nodes to join (default: %(default)s)",
     )
 
 
@@ -78,51 +104,6 @@ def byte_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 4G or 512M") from None
 
 
-_LAST_PORT = 65_535
-
-
-def add_nodes(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a job of several nodes."""
-    parser.add_argument(
-        "--nnodes",
-        metavar="N",
-        help="number of nodes of the job, each of which runs this command; 2:4 for an elastic job of 2 to 4 nodes, "
-        "which nodes may leave and join while it runs",
-    )
-    parser.add_argument("--node-rank", type=int, metavar="I", help="number of this node, from 0")
-    parser.add_argument("--master-addr", metavar="HOST", help="host name or address of node 0")
-    parser.add_argument(
-        "--master-port",
-        type=positive,
-        metavar="PORT",
-        help="port on which node 0 listens (default: a port computed from the command, the same on all nodes)",
-    )
-    parser.add_argument(
-        "--wait",
-        type=positive,
-        default=40,
-        metavar="SECONDS",
-        help="seconds to wait for all nodes to join (default: %(default)s)",
-    )
-
-
-def nodes_of(args: argparse.Namespace, arguments: Sequence[str]) -> tuple[Nodes | None, str]:
-    """Return the nodes of the job and its name; None and no name if the job has no ``--nnodes``."""
-    if getattr(args, "nnodes", None) is None:
-        return None, ""
-    fewest, count = parse_count(args.nnodes)
-    if args.node_rank is None or not 0 <= args.node_rank < count:
-        found = "is not set" if args.node_rank is None else f"is {args.node_rank}"
-        raise UserError(f"--node-rank {found}; it must be this node's number, from 0 to {count - 1}")
-    if count > 1 and args.master_addr is None:
-        raise UserError("--master-addr is not set; it must be the name or address of node 0, the same on all nodes")
-    job = job_of(arguments, args.nproc, args.nnodes)
-    if args.master_port is not None and args.master_port > _LAST_PORT:
-        raise UserError(f"--master-port is {args.master_port}; it must be from 1 to {_LAST_PORT}")
-    master, port = args.master_addr or "localhost", args.master_port or port_of(job)
-    return Nodes(fewest, count, args.node_rank, master, port, args.wait), job
-
-
 def check_options(args: argparse.Namespace) -> None:
     """Raise UserError if an option of a job of several nodes lacks an option that it needs."""
     for name in ("node_rank", "master_addr", "master_port"):
@@ -130,22 +111,6 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} needs --nnodes, the number of nodes of the job")
     if getattr(args, "nnodes", None) is not None and args.nproc is None:
         raise UserError("--nnodes needs --nproc, the number of ranks on each node")
-
-
-def node_count(args: argparse.Namespace) -> int:
-    """Return the number of nodes; 1 for an elastic job, whose ranks check the world size themselves."""
-    count = getattr(args, "nnodes", None) or "1"
-    return int(count) if count.isdecimal() else 1
-
-
-def without_launch_options(arguments: list[str]) -> list[str]:
-    """Return the command without the options of launching: what the ranks run, and the same on all nodes."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_nproc(parser)
-    add_nodes(parser)
-    parser.add_argument("--once", action="store_true")
-    parser.add_argument("--export")
-    return parser.parse_known_args(arguments)[1]
 
 
 def load_checked_config(args: argparse.Namespace) -> Config:
@@ -166,3 +131,36 @@ def print_warnings(config: Config) -> None:
     """Print the warnings about a config."""
     for warning in config.warnings():
         print(f"mlet: warning: {warning}", file=sys.stderr)
+
+
+def node_count(args: argparse.Namespace) -> int:
+    """Return the number of nodes; 1 for an elastic job, whose ranks check the world size themselves."""
+    count = getattr(args, "nnodes", None) or "1"
+    return int(count) if count.isdecimal() else 1
+
+
+def nodes_of(args: argparse.Namespace, arguments: Sequence[str]) -> tuple[Nodes | None, str]:
+    """Return the nodes of the job and its name; None and no name if the job has no ``--nnodes``."""
+    if getattr(args, "nnodes", None) is None:
+        return None, ""
+    fewest, count = parse_count(args.nnodes)
+    if args.node_rank is None or not 0 <= args.node_rank < count:
+        found = "is not set" if args.node_rank is None else f"is {args.node_rank}"
+        raise UserError(f"--node-rank {found}; it must be this node's number, from 0 to {count - 1}")
+    if count > 1 and args.master_addr is None:
+        raise UserError("--master-addr is not set; it must be the name or address of node 0, the same on all nodes")
+    job = job_of(arguments, args.nproc, args.nnodes)
+    if args.master_port is not None and args.master_port > _LAST_PORT:
+        raise UserError(f"--master-port is {args.master_port}; it must be from 1 to {_LAST_PORT}")
+    master, port = args.master_addr or "localhost", args.master_port or port_of(job)
+    return Nodes(fewest, count, args.node_rank, master, port, args.wait), job
+
+
+def without_launch_options(arguments: list[str]) -> list[str]:
+    """Return the command without the options of launching: what the ranks run, and the same on all nodes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_nproc(parser)
+    add_nodes(parser)
+    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--export")
+    return parser.parse_known_args(arguments)[1]

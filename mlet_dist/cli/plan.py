@@ -25,7 +25,7 @@ step, and W2 and the dense layers, which are on every rank); and, for comparison
 of d and of k columns, for MLET with W2 after the exchange, and for MLET as configured. Times assume the hardware's peak
 rates (mlet_dist/planner/hardware.yaml) and leave out kernel launches and waiting: they are lower bounds, for
 comparison only. If the tables do not fit, the exit code is 2, and one line says how much memory is missing and suggests
-settings that fit; --out is written nevertheless. `mlet train --help` lists the settings."""
+settings that fit; the page of --out is written all the same. `mlet train --help` lists the settings."""
 
 _MAX_LOCAL_RANKS = 128  # torch.device stores the index of a device in 8 bits
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "raw", nargs="*", metavar="RAW", help="raw files in the order of time; plain or .gz, as paths or URLs"
     )
-    parser.add_argument("--out", metavar="DIR", help="directory for the data set; it must not exist, or be empty")
+    parser.add_argument("--out", metavar="DIR", help="directory for the data set; it must be new or empty")
     parser.add_argument("--schema", metavar="FILE", help="for the format table: YAML file that describes the columns")
     parser.add_argument(
         "--min-count", type=int, metavar="N",
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=["rows", "paper", "random"],
         help="how rows are split into train, valid and test. rows: 80%% / 10%% / 10%% in order (default for criteo); "
-        "random: the same shares at random (default for avazu); paper: for criteo, days 1-6 (or all files except the "
-        "last) are train, and the rest is halved into test and valid; for avazu, the same as random",
+        "random: the same shares at random (default for avazu); paper: for criteo, days 1-6 of one file, or all files "
+        "except the last, are train, and the rest is halved into test and valid; for avazu, the same as random",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the random split (default: 0)")
     parser.add_argument(

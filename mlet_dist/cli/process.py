@@ -14,6 +14,21 @@ _COMMANDS_OF_RANKS = ("train", "evaluate", "export")
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
 
 
+def die_with_parent() -> None:
+    """End this process when the `mlet` or torchrun that started it ends, even by SIGKILL."""
+    parent = os.environ.pop(_PARENT, None)
+    if sys.platform == "linux" and (parent is not None or "TORCHELASTIC_RUN_ID" in os.environ):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if parent is None:
+        return
+    if os.getppid() != int(parent):  # the parent ended before the call of prctl
+        sys.exit(1)
+    if is_launched_rank():  # torch elastic ends its ranks by SIGTERM or SIGINT: end at once, without a message
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def rank_of(args: argparse.Namespace) -> int | None:
     """Return the rank of this process among those that run the command together; None if it runs alone.
 
@@ -30,21 +45,6 @@ def rank_of(args: argparse.Namespace) -> int | None:
                 f"the environment has RANK, but {name} {found}; start the ranks with --nproc or torchrun, or unset RANK"
             )
     return int(os.environ["RANK"])
-
-
-def die_with_parent() -> None:
-    """End this process when the `mlet` or torchrun that started it ends, even by SIGKILL."""
-    parent = os.environ.pop(_PARENT, None)
-    if sys.platform == "linux" and (parent is not None or "TORCHELASTIC_RUN_ID" in os.environ):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if parent is None:
-        return
-    if os.getppid() != int(parent):  # the parent ended before the call of prctl
-        sys.exit(1)
-    if is_launched_rank():  # torch elastic ends its ranks by SIGTERM or SIGINT: end at once, without a message
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def is_launched_rank() -> bool:
@@ -81,11 +81,6 @@ def configure_torch() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec|fbgemm_gpu|torchmetrics)\b")
 
 
-def make_children_die_with_parent() -> None:
-    """Make the `mlet` processes that this one starts end when it ends."""
-    os.environ[_PARENT] = str(os.getpid())
-
-
 def run_in_ranks(
     args: argparse.Namespace, arguments: list[str], check: Callable[[], Config | None]
 ) -> tuple[None, bool]:
@@ -108,3 +103,8 @@ def run_in_ranks(
 
     launch(args.nproc, rest, nodes, job, check)
     return None, True
+
+
+def make_children_die_with_parent() -> None:
+    """Make the `mlet` processes that this one starts end when it ends."""
+    os.environ[_PARENT] = str(os.getpid())

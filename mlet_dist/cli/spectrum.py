@@ -18,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DATA",
-        help="data set in whose training split ids are counted, to weight the rows (default: the data set of the run, "
-        "if it still exists)",
+        help="data set whose training split weights the rows, by the counts of their ids (default: the data set of "
+        "the run, if it still exists)",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="directory in which to write spectrum.json and a page of plots, spectrum.html, too"
+        "--out", metavar="DIR", help="also write spectrum.json and a page of plots, spectrum.html, to this directory"
     )
 
 

@@ -11,9 +11,7 @@ EPILOG = None
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="directory for the data; it must not exist, or be empty"
-    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory for the data; it must be new or empty")
     parser.add_argument("--rows", type=int, required=True, metavar="N", help="number of rows of all splits together")
     parser.add_argument(
         "--seed",

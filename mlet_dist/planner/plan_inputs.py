@@ -20,6 +20,8 @@ _FIELDS = {
 # Not for a CPU, whose memory is the host's.
 _HOST_FIELDS = {"host_memory_gb": ("host_memory", 1e9), "host_link_gbs": ("host_bandwidth", 1e9)}
 _MAX = 1e9  # TorchRec stores the bytes of a device in an int64
+_DENSE_FEATURES = 13  # as in Criteo
+_KEYS = ("num_embeddings", "pooling_factor")
 
 
 Hardware = dict[str, Any]
@@ -71,10 +73,6 @@ def _hardware(path: Path, name: str, entry: Any) -> Hardware:
             raise UserError(f"{path}: {name}.{key} is {value!r}, it must be a number above 0, at most {_MAX:.0e}")
         values[attribute] = value * unit
     return {"name": name, "kind": entry["kind"], **values}
-
-
-_DENSE_FEATURES = 13  # as in Criteo
-_KEYS = ("num_embeddings", "pooling_factor")
 
 
 def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str, float]]:

@@ -34,10 +34,10 @@ def text_report(plan: dict[str, Any]) -> str:
         ]
         for each in plan["configurations"]
     ]
+    per_rank = f"{gigabytes(device['usable_memory'])} of {gigabytes(device['memory'])} per rank"
     head = (
         f"{plan['world_size']:,} ranks of {device['name']}, {plan['local_world_size']} per node, global batch "
-        f"{plan['batch_size']:,}; {gigabytes(device['usable_memory'])} of {gigabytes(device['memory'])} per rank are for "
-        "the model"
+        f"{plan['batch_size']:,}; {per_rank} are for the model"
     )
     return "\n".join(
         [
@@ -46,7 +46,7 @@ def text_report(plan: dict[str, Any]) -> str:
             "",
             *(f"plan  {line}" for line in plan["summary"]),
             "",
-            "memory per rank in GB (10^9 bytes); one line for ranks with the same tables and, within 1 %, the same memory",
+            "memory per rank in GB (10^9 bytes); one line for ranks with the same tables and nearly the same memory",
             *text_table(["ranks", "tables", "rows", *kinds], ranks, left=1),
             "",
             "cost of a step on the slowest rank, at the hardware's peak rates and without overlap, for comparison only",
