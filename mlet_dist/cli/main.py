@@ -94,7 +94,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UserError: an argument is unknown, missing or wrong.
     """
-    parser = _build_parser()
+    parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     # argparse accepts overrides in one place only; here they may also follow an option.
     overrides = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
@@ -107,7 +107,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def _build_parser() -> Parser:
+def build_parser() -> Parser:
+    """Return the parser of the command line, with a subparser for each command."""
     from mlet_dist import __version__
 
     parser = Parser(
@@ -138,9 +139,8 @@ def handle_signals(args: argparse.Namespace, rank: int | None) -> Iterator[None]
     """Handle SIGTERM, and for `train` SIGUSR1, until training handles them itself."""
     from mlet_dist.training.signals import STOP_SIGNALS, exit_on_stop_signal
 
-    if (
-        args.name == "train" and args.nproc is None and not is_launched_rank()
-    ):  # for launched ranks, the launcher reports
+    # For ranks that a launcher started, the launcher reports the signal.
+    if args.name == "train" and args.nproc is None and not is_launched_rank():
         with exit_on_stop_signal():
             yield
         return

@@ -47,8 +47,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
     """Return the summary of the run; None if a rank has printed it."""
-    from mlet_dist.training.job import config_of_attempt, finished_summary
-    from mlet_dist.training.run_directory import RunDirectory
+    from mlet_dist.training.run_directory import RunDirectory, config_of_attempt, finished_summary
 
     done = finished_summary(load_config(Path(args.config), args.overrides), by_any=args.once)
     if done is not None:
