@@ -52,7 +52,7 @@ class DataConfig:
         "List of the categorical columns to use, each of which has an embedding table; null: all.", None
     )
     shuffle: bool = setting(
-        "true: shuffle the training rows anew in each epoch, by train.seed and in the same order on any number of "
+        "true: shuffle the training rows in each epoch, by train.seed and in the same order on any number of "
         "ranks; false: read them in the order of the files, which for logs is the order of time.",
         False,
     )

@@ -134,12 +134,12 @@ def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, De
     fewest bytes.
     """
     d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
-    asked, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
+    exchange, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
     composed = case.with_torchrec_exchange()
     alone = composed.with_settings("model", hidden_dim=None).plan_or_evenest()
     found = [
         (f"single layer d = {d}, TorchRec's exchange", alone.tables, alone.dense),
-        (f"single layer d = {d}, {asked}", single, planned.dense),
+        (f"single layer d = {d}, {exchange}", single, planned.dense),
     ]
     if k is not None:
         naive = composed.plan_or_evenest()
@@ -147,7 +147,7 @@ def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, De
         found += [
             (f"single layer d = {k}, TorchRec's exchange", _single_layers(naive.tables, k), wide),
             (f"MLET k = {k}, after the exchange", naive.tables, naive.dense),
-            (f"MLET k = {k}, {asked}", planned.tables, planned.dense),
+            (f"MLET k = {k}, {exchange}", planned.tables, planned.dense),
         ]
     return found
 

@@ -1,4 +1,4 @@
-"""`configs/criteo_kaggle.yaml` explains every setting with the words and the default of its dataclass field."""
+"""`configs/criteo_kaggle.yaml` explains every setting with the meaning and the default of its dataclass field."""
 
 import dataclasses
 import re
@@ -27,9 +27,9 @@ def test_the_comments_are_the_meanings_and_defaults_of_the_fields() -> None:
 def test_every_setting_has_a_comment(section: str, setting: dataclasses.Field) -> None:
     (content,) = re.findall(rf"^{section}:.*\n((?:  .*\n)+)", TEXT, re.MULTILINE)
     (comment,) = re.findall(rf"^  {setting.name}: .*?# (.*\n(?: +# .*\n)*)", content, re.MULTILINE)
-    words = re.sub(r"\s+(# )?", " ", comment).strip()
-    assert words.startswith(setting.metadata["meaning"])
-    assert words.removeprefix(setting.metadata["meaning"]) in ("", " Required.", " Default: null.")
+    text = re.sub(r"\s+(# )?", " ", comment).strip()
+    assert text.startswith(setting.metadata["meaning"])
+    assert text.removeprefix(setting.metadata["meaning"]) in ("", " Required.", " Default: null.")
 
 
 @pytest.mark.parametrize(("section", "setting"), SETTINGS, ids=lambda each: getattr(each, "name", each))
