@@ -1,4 +1,4 @@
-"""All or nothing: a directory is filled under a temporary name and takes its real one when complete."""
+"""Writes directories atomically: under a temporary name, which is replaced when the directory is complete."""
 
 import ctypes
 import fcntl
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from mlet_dist.errors import UserError
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux
 
 
 @contextmanager
 def staged_directory(out: Path) -> Iterator[Path]:
-    """Give a temporary sibling of ``out`` to fill; rename it to ``out`` at the end, remove it on any exception.
+    """Yield a temporary sibling of ``out`` to fill; rename it to ``out`` at the end, or remove it on an exception.
 
-    Missing parents are created, and removed again on an exception. Temporary siblings that a killed process has left
-    are removed; one that another process is filling is named on stderr and kept.
+    Missing parents are created, and removed again on an exception. Temporary siblings that a killed process left are
+    removed; one that another process is still filling is kept, with a warning on stderr.
 
     Raises:
         UserError: ``out`` is the current directory, a file, a directory that is not empty or a mount point, or it
@@ -37,7 +37,7 @@ def staged_directory(out: Path) -> Iterator[Path]:
         check_free(out)
         _remove_leftovers(out)
         temporary.mkdir(parents=True)
-        with _held(temporary):
+        with _locked(temporary):
             yield temporary
             temporary.rename(out)
     except BaseException as error:
@@ -51,19 +51,19 @@ def staged_directory(out: Path) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> None:
-    """Raise UserError unless a directory can be renamed to ``out``: nothing or an empty directory is there."""
+    """Raise UserError unless a directory can be renamed to ``out``, which must not exist or be an empty directory."""
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; name a directory that does not exist yet")
     if os.path.ismount(out):
-        raise UserError(f"{out}: is a mount point, which nothing can be renamed to; name a directory inside it")
+        raise UserError(f"{out}: is a mount point, to which no directory can be renamed; name a directory inside it")
     if any(out.iterdir()):
         raise UserError(f"{out}: exists and is not empty; name another directory or remove this one")
 
 
 def sync_directory(path: Path) -> None:
-    """Have the names in a directory on the disk."""
+    """Flush the entries of a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -71,8 +71,8 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Give two directories each other's names in one step; False where the system or the file system cannot."""
+def swap_directories(one: Path, other: Path) -> bool:
+    """Swap the names of two directories atomically; return False if the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:
         return False
@@ -80,8 +80,8 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Lock a directory; OSError where another process holds it. The lock ends with its process, however that ends."""
+def _locked(directory: Path) -> Iterator[None]:
+    """Lock a directory; raise OSError if another process has locked it. The lock ends with its process."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,9 +91,10 @@ def _held(directory: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(out: Path) -> None:
+    """Remove temporary siblings that no process has locked."""
     for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.{8 * '[0-9a-f]'}.tmp")):
         try:
-            with _held(path):
+            with _locked(path):
                 shutil.rmtree(path)
         except OSError:
-            print(f"mlet: warning: {path}: another process seems to write {out} now", file=sys.stderr)
+            print(f"mlet: warning: {path}: another process seems to be writing {out} now", file=sys.stderr)

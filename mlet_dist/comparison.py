@@ -1,4 +1,4 @@
-"""MLET beside the single layer, and beside the control that separates its gain from a larger learning rate."""
+"""Compares MLET with single layers: the plain one, and a control that has MLET's scale and effective learning rate."""
 
 import dataclasses
 import json
@@ -19,32 +19,47 @@ from mlet_dist.formatting import to_json
 from mlet_dist.training.run_directory import RunDirectory
 
 SINGLE, MLET, CONTROL = "single", "mlet", "control"
-_TITLES = {SINGLE: "single layer", MLET: "MLET", CONTROL: "single layer, MLET's rate and scale"}
+_TITLES = {SINGLE: "single layer", MLET: "MLET", CONTROL: "control: single layer, MLET's rate and scale"}
 _CAPTION = """\
-The last row is the control: what MLET gains over it is due to the factorisation, the rest to a larger learning rate.
-One seed; learning rates are not tuned for each arm. The logit difference is the largest, over all test rows, between
-the trained model and its export in plain TorchRec."""
+What the table means: the MLET row serves tables of the same size as the single layer's. Compare it with the control, a
+single layer with MLET's effective learning rate and initial scale: what MLET gains over the control is due to the
+factorisation.
+
+Each row is one run with one seed, and learning rates are not tuned for each row. The logit difference is the largest
+one, over all test rows, between the trained model and its export to plain TorchRec tables."""
+_NEXT = """\
+Next, compare them on your own data:
+
+  mlet prepare criteo train.txt --out data/criteo
+  mlet compare configs/criteo_kaggle.yaml data.path=data/criteo run.dir=runs/compare --nproc 2
+
+`mlet prepare --help` lists the formats of raw data, and `mlet train --help` lists the settings. See also README.md."""
 
 
 def compare(config: Config, nproc: int) -> dict[str, Any]:
-    """Train, export and verify three arms below ``run.dir``, each by the commands a user would type.
+    """Train, export and verify three arms below ``run.dir``, each by the commands that a user would type.
 
-    The arms: the single layer; MLET; and the single layer at MLET's effective learning rate (times kσ² under SGD) and
-    initial scale (times σ√k). What MLET gains over the last is what the factorisation itself brings.
+    The arms are the single layer; MLET; and the control, a single layer with MLET's effective learning rate (kσ² times
+    the single layer's under SGD) and initial scale (σ√k times). What MLET gains over the control is due to the
+    factorisation.
 
-    Where an earlier comparison was stopped, the arms that it trained to the end with the same settings are not trained
-    again, unless ``run.overwrite`` is set.
+    Arms that an earlier comparison trained to the end with the same settings are not trained again, unless
+    ``run.overwrite`` is set.
 
     Returns:
-        ``ok`` (every export serves what was trained) and ``arms``: by name, what train and verify found.
+        ``ok`` (whether every export is within its tolerance), ``run`` (the directory), and ``arms``: by name, the
+        results of train and verify.
 
     Raises:
-        UserError: ``model.hidden_dim`` is null, or what is below ``run.dir`` is in the way.
-        SystemExit: one of the commands failed, and has shown why.
-        ChildProcessError: one of them was killed.
+        UserError: ``model.hidden_dim`` is null, or a file below ``run.dir`` is in the way.
+        SystemExit: one of the commands failed, and has printed why.
+        ChildProcessError: one of the commands was killed.
     """
     if config.model.hidden_dim is None:
-        raise UserError("model.hidden_dim is null: there is no MLET arm to compare; set it, best above 4 times d")
+        raise UserError(
+            "model.hidden_dim is null, so that there is no MLET model to compare; set it, preferably above 4 times "
+            "model.embedding_dim"
+        )
     base = Path(config.run.dir)
     configs = _arm_configs(config)
     finished = {arm for arm in configs if _finished(configs[arm])}
@@ -62,7 +77,9 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     for arm in configs:
         run, export = base / arm, base / f"{arm}-export"
         if arm in finished:
-            print(f"{run} holds this arm's finished run: not trained again", file=sys.stderr, flush=True)
+            print(
+                f"{run} is a finished run with the same settings; it is not trained again", file=sys.stderr, flush=True
+            )
             _, _, trained = RunDirectory(run).load()
         else:
             trained = _run_command("train", str(base / f"{arm}.yaml"), "--nproc", str(nproc))
@@ -80,8 +97,120 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     return result
 
 
+def _arm_configs(config: Config) -> dict[str, Config]:
+    """Return the config of each arm by name, in the order in which they are trained."""
+
+    def arm(name: str, **changes: Any) -> Config:
+        run = RunConfig(str(Path(config.run.dir) / name), config.run.overwrite)
+        checkpoints = config.train.checkpoint_dir
+        train = config.train
+        if checkpoints is not None:
+            train = dataclasses.replace(train, checkpoint_dir=f"{checkpoints.rstrip('/')}/{name}")
+        return dataclasses.replace(config, run=run, train=train, **changes)
+
+    rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
+    control, rate_factor = single_layer_control(config.model, config.optimizer.name)
+    control_optimizer = dataclasses.replace(config.optimizer, rows_learning_rate=rate * rate_factor)
+    return {
+        SINGLE: arm(SINGLE, model=dataclasses.replace(config.model, hidden_dim=None)),
+        MLET: arm(MLET),
+        CONTROL: arm(CONTROL, model=control, optimizer=control_optimizer),
+    }
+
+
+def single_layer_control(model: ModelConfig, optimizer: str) -> tuple[ModelConfig, float]:
+    """Return the control's model, and the factor by which its rows' learning rate differs from MLET's.
+
+    At initialisation E[W2ᵀW2] = kσ²I, so that rows of W = W1·W2 are σ√k times as large as rows of W1. Under SGD a step
+    moves W kσ² times as far as it moves a single layer, for the same gradient g. Under Adagrad the first step moves W1
+    by the learning rate times sign(g·W2ᵀ), and so W by kσ/√d times as far along g as a single layer, on average over
+    Gaussian W2 and g.
+
+    Args:
+        model: the MLET model.
+        optimizer: ``sgd`` for the factor under SGD; any other name for the factor under Adagrad.
+    """
+    if model.hidden_dim is None:
+        return model, 1.0
+    std = 1 / math.sqrt(model.hidden_dim) if model.projection_init_std is None else model.projection_init_std
+    gain = std * math.sqrt(model.hidden_dim)
+    control = dataclasses.replace(model, hidden_dim=None, rows_init_gain=model.rows_init_gain * gain)
+    if optimizer == "sgd":
+        return control, gain * gain
+    return control, gain * math.sqrt(model.hidden_dim / model.embedding_dim)
+
+
+def _finished(config: Config) -> bool:
+    """Return whether an earlier comparison trained this arm to the end with the same settings."""
+    run = RunDirectory(Path(config.run.dir))
+    if config.run.overwrite or not run.summary.exists():
+        return False
+    return dataclasses.replace(load_config(run.config), run=config.run) == config
+
+
+def _check_export(export: Path, replace: bool) -> None:
+    """Raise UserError unless the directory is free, or is an export that may be replaced."""
+    try:
+        if not export.exists() or not any(export.iterdir()):
+            return
+        content = json.loads((export / "manifest.json").read_text(encoding="utf-8"))
+        if not {"format_version", "model"} <= set(content):  # checkpoints and data sets also have a manifest.json
+            raise KeyError("model")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{export} is in the way and not an export of `mlet export`; move it away, or choose another run.dir"
+        ) from None
+    if not replace:
+        raise UserError(
+            f"{export} is an export of another run; choose another run.dir, or replace it with run.overwrite=true"
+        )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _run_command(*arguments: str) -> dict[str, Any]:
+    """Run an `mlet` command in a new process, print it on stderr, and return its JSON result."""
+    print("$", shlex.join(["mlet", *arguments]), file=sys.stderr, flush=True)
+    # In a session of its own the child does not receive Ctrl-C; this process receives it and ends the child.
+    command = [sys.executable, "-m", "mlet_dist", *arguments, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
+        try:
+            output, _ = child.communicate()
+        except KeyboardInterrupt:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(30)
+            child.kill()
+            raise
+    if child.returncode < 0:
+        raise ChildProcessError(f"`mlet {shlex.join(arguments)}` was killed by signal {-child.returncode}")
+    lines = output.splitlines()
+    if not lines:
+        raise SystemExit(child.returncode)
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def comparison_report(result: dict[str, Any]) -> str:
+    """Return what `mlet compare` prints: the table and what it means, where the results are, and what to do next."""
+    failed = [_TITLES[name] for name, arm in result["arms"].items() if not arm["ok"]]
+    if failed:
+        ending = f"The export of {' and '.join(failed)} is outside its tolerance; `mlet verify` shows the differences."
+    else:
+        ending = _NEXT
+    files = f"Results: {result['run']}/comparison.md and comparison.json; each model's run and export are beside them."
+    return "\n\n".join([comparison_table(result), files, ending])
+
+
 def comparison_table(result: dict[str, Any]) -> str:
-    """The arms as a Markdown table, readable on a terminal."""
+    """Return the arms as a Markdown table, which is readable on a terminal, and what it means."""
     header = ["", "tables trained", "tables served", "test AUC", "test LogLoss", "largest logit difference"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name, arm in result["arms"].items():
@@ -103,79 +232,6 @@ def comparison_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _CAPTION])
 
 
-def _arm_configs(config: Config) -> dict[str, Config]:
-    from mlet_dist.comparison import single_layer_control
-
-    def arm(name: str, **changes: Any) -> Config:
-        run = RunConfig(str(Path(config.run.dir) / name), config.run.overwrite)
-        checkpoints = config.train.checkpoint_dir
-        train = config.train
-        if checkpoints is not None:
-            train = dataclasses.replace(train, checkpoint_dir=f"{checkpoints.rstrip('/')}/{name}")
-        return dataclasses.replace(config, run=run, train=train, **changes)
-
-    rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
-    control, rate_factor = single_layer_control(config.model, config.optimizer.name)
-    control_optimizer = dataclasses.replace(config.optimizer, rows_learning_rate=rate * rate_factor)
-    return {
-        SINGLE: arm(SINGLE, model=dataclasses.replace(config.model, hidden_dim=None)),
-        MLET: arm(MLET),
-        CONTROL: arm(CONTROL, model=control, optimizer=control_optimizer),
-    }
-
-
-def _finished(config: Config) -> bool:
-    """Whether an earlier comparison trained this arm to the end with the same settings, and may be taken up."""
-    run = RunDirectory(Path(config.run.dir))
-    if config.run.overwrite or not run.summary.exists():
-        return False
-    return dataclasses.replace(load_config(run.config), run=config.run) == config
-
-
-def _check_export(export: Path, replace: bool) -> None:
-    """Raise UserError unless the directory is free, or an export that is to be replaced."""
-    try:
-        if not export.exists() or not any(export.iterdir()):
-            return
-        content = json.loads((export / "manifest.json").read_text(encoding="utf-8"))
-        if not {"format_version", "model"} <= set(content):  # checkpoints and data sets have a manifest.json too
-            raise KeyError("model")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{export} is not an export of `mlet export`; move it away") from None
-    if not replace:
-        raise UserError(f"{export} holds an export of another run; replace it with run.overwrite=true")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def _run_command(*arguments: str) -> dict[str, Any]:
-    print("$", shlex.join(["mlet", *arguments]), file=sys.stderr, flush=True)
-    # In a session of its own it does not see Ctrl-C, but only what follows from it here.
-    command = [sys.executable, "-m", "mlet_dist", *arguments, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
-        try:
-            output, _ = child.communicate()
-        except KeyboardInterrupt:
-            child.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(30)
-            child.kill()
-            raise
-    if child.returncode < 0:
-        raise ChildProcessError(f"`mlet {shlex.join(arguments)}` was killed by signal {-child.returncode}")
-    lines = output.splitlines()
-    if not lines:
-        raise SystemExit(child.returncode)
-    result: dict[str, Any] = json.loads(lines[-1])
-    return result
-
-
 def _metric(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
 
@@ -183,29 +239,8 @@ def _metric(value: float | None) -> str:
 def _difference(value: float | None) -> str:
     if value is None:
         return "infinite"
-    return f"{value:.1e}" if value else "none, bit for bit"
+    return f"{value:.1e}" if value else "none, bitwise identical"
 
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
-
-
-def single_layer_control(model: ModelConfig, optimizer: str) -> tuple[ModelConfig, float]:
-    """The single layer at MLET's initial scale, and the factor on the rows' learning rate that makes them equal.
-
-    At initialisation E[W2ᵀW2] = kσ²I. MLET draws its rows σ√k times larger. Under SGD it steps W kσ² times further for
-    the same gradient g. Under Adagrad a first step moves W1 by its learning rate times sign(g·W2ᵀ), and so W by kσ/√d
-    times what a single layer moves along g, on average over Gaussian W2 and g.
-
-    Args:
-        model: the MLET model.
-        optimizer: ``sgd`` or ``adagrad``.
-    """
-    if model.hidden_dim is None:
-        return model, 1.0
-    std = 1 / math.sqrt(model.hidden_dim) if model.projection_init_std is None else model.projection_init_std
-    gain = std * math.sqrt(model.hidden_dim)
-    control = dataclasses.replace(model, hidden_dim=None, rows_init_gain=model.rows_init_gain * gain)
-    if optimizer == "sgd":
-        return control, gain * gain
-    return control, gain * math.sqrt(model.hidden_dim / model.embedding_dim)

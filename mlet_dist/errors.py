@@ -1,11 +1,11 @@
-"""What ends a command with one line and no traceback."""
+"""Errors that end a command with one line instead of a traceback, each with its exit code."""
 
 
 class UserError(Exception):
-    """A mistake in a config, a file or an argument, which the user can mend; exit code 2.
+    """An input error: a config, a file or an argument is wrong, and the user can correct it. The exit code is 2.
 
-    The message names the file, key, table or rank, the value found and what would be right, in one line: what raw data
-    brings into it cannot break the line or steer the terminal.
+    The message is one line. It names the file, key, table or rank, the value found, and what to do. Line ends and
+    control characters that come from raw data are replaced, so that they cannot change the terminal's state.
     """
 
     def __init__(self, message: str) -> None:
@@ -13,27 +13,28 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A run that was told to stop has saved itself if it could, and goes on when it is started again; exit code 75."""
+    """A signal stopped a run, which saved a checkpoint if it could, and resumes when started again. Exit code 75."""
 
     EXIT_CODE = 75
-    """sysexits.h: EX_TEMPFAIL, try again."""
+    """EX_TEMPFAIL of sysexits.h: try again."""
 
 
 class RanksLost(Exception):
-    """Other ranks do not answer any more; exit code 1."""
+    """Other ranks do not respond any more. The exit code is 1."""
 
 
 class ConnectionLost(RanksLost):
-    """Another rank has ended, and why is for that one to say; the exit code is that of ``Interrupted``.
+    """The connection to another rank broke, because that rank has ended. The exit code is that of ``Interrupted``.
 
-    Nothing is wrong with a rank that lost another: a scheduler is to start it again, and not to count it.
+    The rank that ended reports the cause. Nothing is wrong with this rank: a scheduler should start it again, and
+    should not count it as a failure.
     """
 
     EXIT_CODE = Interrupted.EXIT_CODE
 
 
 def one_line(text: str) -> str:
-    """The text with spaces for line ends, and other characters that are not printable escaped as in Python."""
+    """Return the text with spaces for line ends, and other unprintable characters escaped as in Python."""
     shown = " ".join(text.splitlines())
     if shown.isprintable():
         return shown
@@ -41,7 +42,7 @@ def one_line(text: str) -> str:
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """The first OSError in a chain of causes; torch's own errors say nothing of a full disk."""
+    """Return the first OSError in a chain of causes; the errors of torch do not mention, say, a full disk."""
     while error is not None:
         if isinstance(error, OSError):
             return error

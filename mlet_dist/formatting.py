@@ -1,4 +1,4 @@
-"""Results as text tables for people, as JSON without NaN, and as objects that hold their own checksum."""
+"""Formats results: as text tables, as JSON without NaN, and as objects that contain their own checksum."""
 
 import hashlib
 import json
@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+CHECKSUM = "sha256"
+"""The key under which an object contains its own checksum."""
+
 
 def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -> list[str]:
-    """Lines of aligned columns; the first ``left`` begin at the left, the others end at the right."""
+    """Return the lines of a table; its first ``left`` columns are left-aligned, the others right-aligned."""
     table = [list(map(str, row)) for row in [names, *rows]]
     widths = [max(len(row[index]) for row in table) for index in range(len(names))]
     return [
@@ -20,20 +23,16 @@ def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -
     ]
 
 
-SEAL = "sha256"
-"""The key of a sealed object's own checksum."""
-
-
 def to_json(value: Any, indent: int | None = None) -> str:
-    """``json.dumps`` of plain data, with null for NaN and infinities, which JSON does not have."""
+    """Return plain data as JSON, with null for NaN and infinities, which JSON does not have."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """An object with its own checksum: SHA-256 of all other keys as JSON, sorted and without spaces."""
-    rest = {key: _finite(value) for key, value in content.items() if key != SEAL}
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """Return an object with its own checksum: the SHA-256 of all other keys as JSON, sorted and without spaces."""
+    rest = {key: _finite(value) for key, value in content.items() if key != CHECKSUM}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return rest | {SEAL: hashlib.sha256(text.encode()).hexdigest()}
+    return rest | {CHECKSUM: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _finite(value: Any) -> Any:

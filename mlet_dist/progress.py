@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, plain lines in a log. Everything goes to stderr."""
+"""Shows the progress of long work on stderr: a live bar on a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -10,16 +10,16 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts work done and shows it, with rate, ETA and any fields the caller adds.
+    """Counts finished work and shows it, with its rate, the ETA and fields of the caller.
 
     Args:
-        description: what is being done, e.g. ``train``.
-        total: how much there is to do, in ``unit``s; None when it is not known.
+        description: what the work is, e.g. ``train``.
+        total: the amount of work in ``unit``s; None if it is not known.
         unit: what is counted, e.g. ``rows`` or ``steps``.
         log_interval: seconds between two lines when stderr is not a terminal.
-        disable: show nothing (every rank but the first).
-        stream: where to show it; stderr unless told, and nowhere when that is closed.
-        done: how much of ``total`` was done before.
+        disable: show nothing, as on every rank but the first.
+        stream: where to show it; by default stderr, and nowhere if that is closed.
+        done: the part of ``total`` that was finished before.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=True, file=self._stream)
 
     def update(self, amount: int, **fields: str) -> None:
-        """Add ``amount`` units of work; ``fields`` are shown beside the count until replaced."""
+        """Add ``amount`` units of finished work; show ``fields`` beside the count until they are replaced."""
         self._done += amount
         self._fields.update(fields)
         if self._bar is not None:
@@ -54,8 +54,8 @@ class Progress:
         elif not self._disable and time.monotonic() - self._last_line >= self._log_interval:
             self._write_line()
 
-    def say(self, line: str) -> None:
-        """Show a line of its own."""
+    def log(self, line: str) -> None:
+        """Show a line above the bar, or in the log."""
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         elif not self._disable:
@@ -87,7 +87,7 @@ class Progress:
         if self._total is not None and self._done < self._total and rate:
             parts.append(f"ETA {_duration((self._total - self._done) / rate)}")
         parts += [f"{name} {value}" for name, value in self._fields.items()]
-        with suppress(OSError):  # a log whose reader has gone, or whose disk is full, must not end the work
+        with suppress(OSError):  # a log without a reader, or on a full disk, must not end the work
             print("  ".join(parts), file=self._stream, flush=True)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mlet_dist.atomic_directory import exchange, staged_directory
+from mlet_dist.atomic_directory import staged_directory, swap_directories
 from mlet_dist.errors import UserError
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A process fills a directory; its directory stays while it lives, and goes with the next run once it is killed."""
+def test_the_directory_of_a_killed_process_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The directory that a process fills is kept while the process lives, and removed after it is killed."""
     program = f"""
 import sys, time
 from pathlib import Path
@@ -31,7 +31,7 @@ with staged_directory(Path({str(tmp_path / "o[u]t")!r})) as directory:
         with staged_directory(tmp_path / "o[u]t"):
             assert (theirs / "half").exists()
         assert capsys.readouterr().err == (
-            f"mlet: warning: {theirs}: another process seems to write {tmp_path}/o[u]t now\n"
+            f"mlet: warning: {theirs}: another process seems to be writing {tmp_path}/o[u]t now\n"
         )
         other.kill()
     (tmp_path / "o[u]t").rmdir()
@@ -54,13 +54,13 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_directories_exchange_their_names(tmp_path: Path) -> None:
+def test_two_directories_swap_their_names(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name / name).mkdir(parents=True)
-    assert exchange(tmp_path / "a", tmp_path / "b")
+    assert swap_directories(tmp_path / "a", tmp_path / "b")
     assert {path.name: [each.name for each in path.iterdir()] for path in tmp_path.iterdir()} == {
         "a": ["b"],
         "b": ["a"],
     }
-    assert not exchange(tmp_path / "a", tmp_path / "gone")
+    assert not swap_directories(tmp_path / "a", tmp_path / "gone")
     assert (tmp_path / "a" / "b").exists()

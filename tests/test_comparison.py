@@ -45,14 +45,14 @@ def test_three_arms_are_trained_exported_and_verified(small_model: tuple[str, ..
     table = (base / "comparison.md").read_text()
     assert table.strip() == comparison_table(result)
     assert f"{arms['mlet']['test_auc']:.4f}" in table
-    # With other settings it replaces what is there only when told to.
+    # With other settings it replaces the results only with run.overwrite=true.
     assert "run.overwrite=true" in error_line("compare", CONFIG, *overrides, "train.seed=1")
     again = mlet("compare", CONFIG, *overrides, "run.overwrite=true").stdout
     assert again.startswith(table.strip())
 
 
 class Commands:
-    """Stands in for the commands: leaves what they would leave, and stops before the one named in ``stop``."""
+    """Replaces the commands: writes the files that they would write, and stops before the command ``stop``."""
 
     def __init__(self) -> None:
         self.ran: list[tuple[str, str]] = []
@@ -96,7 +96,7 @@ def settings(small_model: tuple[str, ...], tmp_path: Path) -> Callable[..., Conf
     return lambda *more: load_config(CONFIG, [*small_model, f"run.dir={tmp_path / 'base'}", *more])
 
 
-def test_a_comparison_that_was_stopped_goes_on(commands: Commands, settings: Callable[..., Config]) -> None:
+def test_a_comparison_that_was_stopped_resumes(commands: Commands, settings: Callable[..., Config]) -> None:
     commands.stop = ("train", "control")
     with pytest.raises(KeyboardInterrupt):
         compare(settings("run.overwrite=true"), 1)
@@ -134,7 +134,7 @@ def test_an_arm_of_other_settings_stops_it_before_anything_is_trained(
     assert commands.ran == []
 
 
-def test_a_full_disk_is_a_mistake(
+def test_a_full_disk_is_an_input_error(
     commands: Commands, settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -166,5 +166,5 @@ def test_an_undefined_auc_is_shown_as_such() -> None:
         "0.1 MB",
         "undefined",
         "0.2500",
-        "none, bit for bit",
+        "none, bitwise identical",
     ]

@@ -1,4 +1,4 @@
-"""What `mlet compare`'s control claims: MLET's initial scale and its mean first step, in a single layer."""
+"""Tests that the control of `mlet compare` has MLET's initial scale and its mean first step."""
 
 import math
 from typing import Any
@@ -30,7 +30,7 @@ def served(module: MultiLayerEmbeddingBagCollection) -> torch.Tensor:
 
 
 def initial_scale(model: ModelConfig) -> float:
-    """Root of the mean square of the served table, over draws."""
+    """Return the root mean square of the served table, over draws."""
     return math.sqrt(sum(float(served(tables(model, seed)).square().mean()) for seed in range(DRAWS)) / DRAWS)
 
 
@@ -71,7 +71,7 @@ def test_a_single_layer_is_its_own_control(optimizer: str) -> None:
 
 
 def step_of_row(module: MultiLayerEmbeddingBagCollection, row: int, rate: float) -> torch.Tensor:
-    """How one SGD step on a loss of gradient GRADIENT moves a row of the served table, all rows being zero."""
+    """Return how one SGD step on a loss of gradient GRADIENT moves a row of the served table, whose rows are all 0."""
     with torch.no_grad():
         module.embedding_bags["C1"].weight.zero_()
     optimizer = torch.optim.SGD(module.parameters(), lr=rate)

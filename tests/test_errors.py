@@ -18,7 +18,7 @@ from mlet_dist.errors import UserError, one_line
         ("day\udcff", "day\\udcff"),  # a file's name that is not UTF-8
     ],
 )
-def test_a_message_is_one_line_that_steers_no_terminal(text: str, shown: str) -> None:
+def test_a_message_is_one_line_without_control_characters(text: str, shown: str) -> None:
     error = UserError(text)
     assert one_line(text) == str(error) == str(pickle.loads(pickle.dumps(error))) == shown
     assert one_line(shown) == shown

@@ -6,7 +6,7 @@ import pytest
 from mlet_dist.formatting import to_json
 
 
-def test_what_json_lacks_becomes_null() -> None:
+def test_values_that_json_does_not_have_become_null() -> None:
     value = {"auc": math.nan, "worst": [math.inf, 1.5, {"deep": -math.inf}], "rows": 3, "ok": True, "none": None}
     text = to_json(value)
     assert json.loads(text, parse_constant=pytest.fail) == {

@@ -1,4 +1,4 @@
-"""What is shown on a log and on a terminal; time is a clock that the tests turn."""
+"""Tests of mlet_dist.progress in a log and on a terminal, with a clock that the tests set."""
 
 import fcntl
 import io
@@ -89,7 +89,7 @@ def test_the_final_line_is_written_once_and_nothing_after_it(clock: Clock) -> No
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_an_error_does_not_hide_how_far_it_came(clock: Clock) -> None:
+def test_an_error_does_not_hide_the_progress(clock: Clock) -> None:
     stream = io.StringIO()
 
     def fail() -> None:
@@ -120,7 +120,7 @@ def test_a_closed_stderr_shows_nothing(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_log_that_nobody_reads_any_more_does_not_end_the_work() -> None:
+def test_a_log_without_a_reader_does_not_end_the_work() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     stream = io.TextIOWrapper(os.fdopen(writer, "wb", buffering=0), write_through=True)
@@ -129,7 +129,7 @@ def test_a_log_that_nobody_reads_any_more_does_not_end_the_work() -> None:
 
 
 def shown_on_terminal(columns: int, *, disable: bool) -> str:
-    """All that a terminal of that width receives of 8 of 10 steps in two updates."""
+    """Return all that a terminal of that width receives for 8 of 10 steps, in two updates."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:

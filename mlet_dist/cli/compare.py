@@ -2,29 +2,35 @@
 
 import argparse
 
-from mlet_dist.cli.options import add_config, load_checked
-from mlet_dist.cli.output import Result, write
-from mlet_dist.cli.process import tie_children
+from mlet_dist.cli.options import add_config, load_checked_config
+from mlet_dist.cli.output import Result, print_text
+from mlet_dist.cli.process import make_children_die_with_parent
 from mlet_dist.config.config_file import describe_settings
 
-TEXT = "Train, export and verify the single layer, MLET, and the single layer at MLET's effective learning rate."
-EPILOG = f"settings, as section.key=value or in the YAML file:\n{describe_settings()}"
+TEXT = "Compare MLET with single-layer tables: train, export and verify both, and a control."
+EPILOG = f"""\
+The command trains, exports and verifies three models: single-layer tables; MLET; and the control, which is a single
+layer with the initial scale of MLET's product W1·W2 and with MLET's effective learning rate. What MLET gains over the
+control is due to the factorisation. Each model is written to a directory below run.dir. The same command again does not
+repeat the models that were trained to the end.
+
+settings, as section.key=value or in the YAML file:
+{describe_settings()}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
+    """Add the options of the command."""
     add_config(parser)
 
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
-    """Run it; a result to show, and whether all is well."""
-    from mlet_dist.comparison import compare, comparison_table
+    """Run the command; return the result to print, or None, and whether it succeeded."""
+    from mlet_dist.comparison import compare, comparison_report
 
-    config = load_checked(args)
-    tie_children()
+    config = load_checked_config(args)
+    make_children_die_with_parent()
     result = compare(config, args.nproc or 1)
     if not args.json:
-        write(comparison_table(result))
-        write(f"\nWritten to {result['run']}: comparison.md, comparison.json, and each arm's run and export.")
+        print_text(comparison_report(result))
         return None, result["ok"]
     return result, result["ok"]

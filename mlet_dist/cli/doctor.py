@@ -2,60 +2,70 @@
 
 import argparse
 
-from mlet_dist.cli.options import add_nodes, add_nproc, load_checked
-from mlet_dist.cli.output import Result, write
-from mlet_dist.cli.process import before_torch, in_ranks, rank_of
+from mlet_dist.cli.options import add_nodes, add_nproc, load_checked_config
+from mlet_dist.cli.output import Result, print_text
+from mlet_dist.cli.process import configure_torch, rank_of, run_in_ranks
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 
-TEXT = "Check this machine: versions, devices, memory; says what to type when something is off."
+TEXT = "Check the versions, devices and memory of this machine, or the ranks of a job, and suggest fixes."
 EPILOG = """\
-Before a job of many ranks, with the words that will start it:
+Without options the command checks this machine. Before a job of many ranks, check its ranks, with the options that
+will start the job:
 
   mlet doctor --distributed CONFIG data.path=… run.dir=… --nproc 8 --nnodes 4 --node-rank I --master-addr HOST
   torchrun … -m mlet_dist doctor --distributed CONFIG data.path=… run.dir=…
 
-Every rank looks at its versions, its settings of gloo and NCCL, /dev/shm, the data and the storage it will write to,
-and all of them take part in an all-reduce, which is timed. Where something is wrong, all say so and end."""
+Every rank checks its versions, its environment variables of gloo and NCCL, /dev/shm, the data set, and the storage
+that it will write to. All ranks then join an all-reduce, which is timed. If a check fails, every rank reports it and
+ends."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("--distributed", action="store_true", help="check the ranks of a job instead, all of them")
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="of the job: its data and storage are then checked")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="settings, as of train")
+    """Add the options of the command."""
+    parser.add_argument("--distributed", action="store_true", help="check all ranks of a job instead of this machine")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="the config of the job (with --distributed), whose data and storage are then checked, too",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace those of the file"
+    )
     add_nproc(parser)
     add_nodes(parser)
 
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
-    """Run it; a result to show, and whether all is well."""
+    """Run the command; return the result to print, or None, and whether it succeeded."""
     from mlet_dist.cluster.software_checks import report
 
     if args.distributed:
-        return _of_ranks(args, arguments)
+        return _check_ranks(args, arguments)
     for name in ("config", "nproc", "nnodes"):
         if getattr(args, name) is not None:
-            raise UserError(f"`mlet doctor` looks at this machine; {name} is for --distributed")
+            raise UserError(f"{name} needs --distributed; without it, `mlet doctor` checks this machine")
     from mlet_dist.cluster.machine_checks import run_doctor
 
     result = run_doctor()
     if not args.json:
-        write(report(result))
+        print_text(report(result))
         return None, result["ok"]
     return result, result["ok"]
 
 
-def _of_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+def _check_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
+    """Check the ranks of a job: start them, or be one of them."""
     if args.nproc is not None:
-        return in_ranks(args, arguments, lambda: None)
-    before_torch()
+        return run_in_ranks(args, arguments, lambda: None)
+    configure_torch()
     from mlet_dist.cluster.rank_checks import examine
     from mlet_dist.cluster.software_checks import report
 
-    result = examine(None if args.config is None else lambda: load_checked(args))
+    result = examine(None if args.config is None else lambda: load_checked_config(args))
     if not rank_of(args):
-        write(to_json(result) if args.json else report(result))
+        print_text(to_json(result) if args.json else report(result))
     if result["wrong"]:
         raise UserError("; ".join(result["wrong"]))
     return None, True

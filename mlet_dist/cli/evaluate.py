@@ -5,24 +5,24 @@ from pathlib import Path
 
 from mlet_dist.cli.options import add_data, add_nproc
 from mlet_dist.cli.output import Result
-from mlet_dist.cli.process import before_torch, in_ranks
+from mlet_dist.cli.process import configure_torch, run_in_ranks
 
-TEXT = "AUC and LogLoss of a run or an export."
+TEXT = "Compute the AUC and LogLoss of a run or an export."
 EPILOG = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("target", metavar="RUN_OR_EXPORT", help="what `mlet train` or `mlet export` made")
+    """Add the options of the command."""
+    parser.add_argument("target", metavar="RUN_OR_EXPORT", help="directory that `mlet train` or `mlet export` made")
     add_data(parser)
     add_nproc(parser)
 
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
-    """Run it; a result to show, and whether all is well."""
+    """Run the command; return the result to print, or None, and whether it succeeded."""
     if args.nproc is not None:
-        return in_ranks(args, arguments, lambda: None)
-    before_torch()
+        return run_in_ranks(args, arguments, lambda: None)
+    configure_torch()
     from mlet_dist.data.location import data_set_path
     from mlet_dist.export.run_evaluate import evaluate_path
 

@@ -5,49 +5,60 @@ from pathlib import Path
 
 from mlet_dist.cli.options import add_nproc, byte_size, positive
 from mlet_dist.cli.output import Result
-from mlet_dist.cli.process import before_torch, in_ranks
+from mlet_dist.cli.process import configure_torch, run_in_ranks
 
-TEXT = "Collapse W1·W2 of a finished run into plain TorchRec tables; torchrun -m mlet_dist export … does on many hosts."
+TEXT = "Collapse the tables W1·W2 of a finished run into plain TorchRec tables for serving."
 EPILOG = """\
-The same command goes on from what an interrupted one has finished, which is kept in .NAME.partial beside DIR. On
-several hosts, DIR must be on storage that they share. The files are the same for any number of ranks."""
+The same command again resumes an interrupted export, whose finished work is kept in .NAME.partial beside DIR. The
+files are the same for any number of ranks. To export on several hosts, start the ranks by torchrun; DIR must then be on
+storage that all hosts share:
+
+  torchrun … -m mlet_dist export RUN --out DIR"""
 _OUTPUTS = ("dcp", "safetensors", "fp16", "int8", "int4", "package")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("run", metavar="RUN", help="what `mlet train` made")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the export; must not exist or be empty")
+    """Add the options of the command."""
+    parser.add_argument("run", metavar="RUN", help="directory of a finished run that `mlet train` made")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory for the export; it must be new or empty")
     parser.add_argument(
         "--outputs", nargs="+", choices=_OUTPUTS, default=["dcp"], metavar="FORM",
-        help="what it is to hold, of: dcp (for torch.distributed.checkpoint), safetensors, TorchRec's quantised tables "
-        "in fp16, int8, int4, and package, a scripted model for Python and C++ (default: dcp)",
+        help="one or more forms to write. dcp: float32 tables for torch.distributed.checkpoint; safetensors: float32 "
+        "tables; fp16, int8, int4: TorchRec's quantised tables; package: a scripted model for Python and C++ "
+        "(default: dcp)",
     )  # fmt: skip
     parser.add_argument(
         "--package-tables", choices=["dcp", "fp16", "int8", "int4"], default="int8",
-        help="the form whose tables go into the package, which is then made too (default %(default)s; dcp is float32)",
+        help="form whose tables the package contains, and which is then written, too; dcp is float32 (default: "
+        "%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--serving-ranks", type=positive, metavar="N",
-        help="plan quantised tables for N devices by TorchRec's shard_quant_model; the plans are in the manifest",
+        help="also plan the quantised tables for N serving devices, by TorchRec's shard_quant_model, and write the "
+        "plans to the manifest",
     )  # fmt: skip
     parser.add_argument(
-        "--serving-device", choices=["cpu", "cuda"], default="cuda", help="their kind (default %(default)s)"
+        "--serving-device",
+        choices=["cpu", "cuda"],
+        default="cuda",
+        help="kind of the serving devices (default: %(default)s)",
     )
-    parser.add_argument("--gather", action="store_true", help="one file a table, instead of one every 64 MB")
-    parser.add_argument("--overwrite", action="store_true", help="replace the export that DIR is")
+    parser.add_argument(
+        "--gather", action="store_true", help="write one file for each table, instead of one for every 64 MB"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that is in DIR")
     parser.add_argument(
         "--memory", type=byte_size, default="512M", metavar="SIZE",
-        help="for the rows that a process holds, beside some 400M for its libraries (default %(default)s)",
+        help="memory of each process for rows, besides about 400M for its libraries (default: %(default)s)",
     )  # fmt: skip
     add_nproc(parser)
 
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
-    """Run it; a result to show, and whether all is well."""
+    """Run the command; return the result to print, or None, and whether it succeeded."""
     if args.nproc is not None:
-        return in_ranks(args, arguments, lambda: None)
-    before_torch()
+        return run_in_ranks(args, arguments, lambda: None)
+    configure_torch()
     from mlet_dist.export.collapse.run_collapse import ExportOptions, export_run
     from mlet_dist.export.serving.quantised import Serving
 

@@ -6,48 +6,70 @@ from pathlib import Path
 
 from mlet_dist.cli.options import positive
 from mlet_dist.cli.output import Result
-from mlet_dist.cli.process import before_torch
+from mlet_dist.cli.process import configure_torch
 from mlet_dist.errors import UserError
 
-TEXT = "Existing tables -> factors W1·W2 of the same product, from which `mlet train` goes on."
+TEXT = "Factorise existing tables into W1·W2, the initial weights of a run of `mlet train`."
 EPILOG = """\
-TABLES is an export or a single-layer run of ours, a directory of torch.distributed.checkpoint, a state dict that
-torch.save wrote, or safetensors: a file, a directory of them or an index. Tables are the tensors called
-…embedding_bags.<table>.weight or …embeddings.<table>.weight; where there are none, every tensor must be a table, called
-<table>.weight or <table>. A table is named after its feature.
+TABLES is an export of `mlet export`, a run of `mlet train` with single-layer tables, a directory of
+torch.distributed.checkpoint, a state dict of torch.save, or safetensors (a file, a directory of files, or an index).
+Tables are the tensors named …embedding_bags.<table>.weight or …embeddings.<table>.weight. If there are none, every
+tensor must be a table, named <table>.weight or <table>. A table must have the name of its feature.
 
   mlet factorize tables.pt --hidden-dim 64 --out factors
   mlet train configs/criteo_kaggle.yaml train.initial_weights=factors model.hidden_dim=64 data.path=… run.dir=…
 
-The factors are balanced, W1ᵀW1 = W2W2ᵀ, so W2 is as large as W1: for a table of many rows W2ᵀW2, by which SGD's
-learning rate of the table is multiplied, may be far above the 1 of our own recipe (it is printed as mean_gain). Lower
-the learning rate by as much, or choose --gain 1."""
+The factors are balanced: W1ᵀW1 = W2W2ᵀ. Under SGD, W2ᵀW2 multiplies the effective learning rate of the table. For a
+table of many rows it can be far above 1, its mean at the default initial values of `mlet train` (the command prints it
+as mean_gain). Divide the learning rate by it, or use --gain 1."""
 
-_MOST_GAIN = 4.0  # kσ² of the paper's recipe
+_WARN_ABOVE_GAIN = 4.0  # kσ² of the paper's recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("tables", metavar="TABLES", help="where the tables are")
-    parser.add_argument("--hidden-dim", type=positive, required=True, metavar="K", help="columns of W1; at least d")
-    parser.add_argument("--out", required=True, help="directory for the factors; must not exist or be empty")
+    """Add the options of the command."""
+    parser.add_argument("tables", metavar="TABLES", help="path of the tables (see below)")
     parser.add_argument(
-        "--table-pattern", metavar="REGEX", help="which tensors are tables, with a group (?P<table>…) for their names"
+        "--hidden-dim",
+        type=positive,
+        required=True,
+        metavar="K",
+        help="k: number of columns of W1; at least d, the columns of the tables",
     )
     parser.add_argument(
-        "--tables-only", action="store_true", help="leave the dense layers of a DLRM out; they then begin at random"
+        "--out", required=True, metavar="DIR", help="directory for the factors; it must be new or empty"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the k - d further rows of W2 (default %(default)s)")
     parser.add_argument(
-        "--gain", type=_gain, metavar="G", help="give W2ᵀW2 the mean G instead of balancing; the product is the same"
+        "--table-pattern",
+        metavar="REGEX",
+        help="regular expression of the names of the tensors that are tables, with a group (?P<table>…) for the "
+        "table's name",
+    )
+    parser.add_argument(
+        "--tables-only",
+        action="store_true",
+        help="leave out the dense layers of a DLRM, which then start from random values",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the random values in the k - d rows of W2 that the product does not need (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gain",
+        type=_gain,
+        metavar="G",
+        help="scale W2 so that the mean of W2ᵀW2 is G, instead of balancing; the product W1·W2 stays the same",
     )
 
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
-    """Run it; a result to show, and whether all is well."""
+    """Run the command; return the result to print, or None, and whether it succeeded."""
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: it must be from 0 to 2^63 - 1")
-    before_torch()
+    configure_torch()
     from mlet_dist.export.factorize.run_factorize import factorize_tables
 
     result = factorize_tables(
@@ -60,10 +82,10 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
         tables_only=args.tables_only,
     )
     gain = result["mean_gain"]["max"]
-    if gain > _MOST_GAIN:
+    if gain > _WARN_ABOVE_GAIN:
         print(
-            f"mlet: warning: the mean of W2ᵀW2 is up to {gain:,.0f}, by which SGD's learning rate "
-            "of these tables will be multiplied; lower it, or choose --gain 1",
+            f"mlet: warning: the mean of W2ᵀW2 is up to {gain:,.0f}, which multiplies SGD's learning rate of these "
+            "tables; divide the learning rate by it, or use --gain 1",
             file=sys.stderr,
         )
     return result, True

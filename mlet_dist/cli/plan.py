@@ -3,91 +3,94 @@
 import argparse
 from pathlib import Path
 
-from mlet_dist.cli.options import add_settings, positive, warn
-from mlet_dist.cli.output import Result, write
-from mlet_dist.cli.process import before_torch
+from mlet_dist.cli.options import add_settings, positive, print_warnings
+from mlet_dist.cli.output import Result, print_text
+from mlet_dist.cli.process import configure_torch
 from mlet_dist.config.config_file import load_config
 from mlet_dist.errors import UserError
 
-TEXT = "Memory, bytes sent and step time of a run, for hardware that need not be here."
+TEXT = "Plan the sharding of a run and estimate its memory, traffic and step time on any hardware."
 EPILOG = """\
-No GPU, no data set and no other process are needed. An example, with table sizes from a file:
+The command needs no GPU, no data set and no other process. An example with table sizes from a file:
 
   mlet plan configs/criteo_kaggle_adagrad.yaml --tables tables.yaml --world-size 64 --device h100 \\
       model.hidden_dim=256 model.embedding_dim=32 data.batch_size=65536 --out plan.html
 
-  # tables.yaml: rows of each table, or also the ids that a bag holds on average (1 where it is not said)
+  # tables.yaml: the rows of each table, and optionally its pooling factor (mean ids of a bag; default 1)
   C1: 45000000
   C2: {num_embeddings: 36000000, pooling_factor: 20}
 
-It prints why tables lie where they do, what each rank holds (rows, their optimizer's state, a step's buffers, and W2
-and the dense layers, which every rank holds), and the same tables in several ways: single layers of d and of k columns,
-MLET with the projection after the exchange, and MLET as configured. Times are at the hardware's peak rates
-(mlet_dist/planner/hardware.yaml), without launches and waiting: for comparison, and a lower bound. Where the tables do
-not fit, the exit code is 2 and one line says what is missing and what would fit; --out draws the plan then, too.
-Settings are those of `mlet train --help`."""
+It prints the sharding plan with its reasons; the memory of each rank (rows, their optimizer state, the buffers of a
+step, and W2 and the dense layers, which are on every rank); and, for comparison, the cost of a step for single layers
+of d and of k columns, for MLET with W2 after the exchange, and for MLET as configured. Times assume the hardware's peak
+rates (mlet_dist/planner/hardware.yaml) and leave out kernel launches and waiting: they are lower bounds, for
+comparison only. If the tables do not fit, the exit code is 2, and one line says how much memory is missing and suggests
+settings that fit; the page of --out is written all the same. `mlet train --help` lists the settings."""
 
-_MOST_LOCAL_RANKS = 128  # torch.device keeps an index in 8 bits
+_MAX_LOCAL_RANKS = 128  # torch.device stores the index of a device in 8 bits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
+    """Add the options of the command."""
     add_settings(parser)
-    parser.add_argument("--world-size", type=positive, required=True, metavar="N", help="ranks, one a device")
+    parser.add_argument(
+        "--world-size", type=positive, required=True, metavar="N", help="number of ranks, one for each device"
+    )
     parser.add_argument(
         "--local-world-size",
         type=positive,
         metavar="N",
-        help="ranks of a node (default 8, or all where they are fewer)",
+        help="ranks on each node (default: 8, or all ranks if there are fewer)",
     )
     parser.add_argument(
         "--device", default="h100", metavar="NAME",
-        help="a100-40, a100-80, h100, h200, b200, cpu, or a YAML file with one of your own (default %(default)s)",
+        help="a100-40, a100-80, h100, h200, b200, cpu, or a YAML file that describes a device as "
+        "mlet_dist/planner/hardware.yaml does (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--tables", metavar="FILE", help="YAML file of table sizes; else those of the data set at data.path are taken"
+        "--tables", metavar="FILE", help="YAML file of table sizes (default: the sizes of the data set at data.path)"
     )
-    parser.add_argument("--out", metavar="PLAN.html", help="also write a picture of the memory by rank")
+    parser.add_argument("--out", metavar="PLAN.html", help="also write a page with a chart of the memory of each rank")
 
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
-    """Run it; a result to show, and whether all is well."""
+    """Run the command; return the result to print, or None, and whether it succeeded."""
     from mlet_dist.planner.plan_inputs import load_hardware, load_tables
 
     if args.out is not None and Path(args.out).suffix not in (".html", ".htm"):
-        raise UserError(f"--out {args.out}: the picture is a page; name a file that ends in .html")
+        raise UserError(f"--out {args.out}: the plan is written as an HTML page; name a file that ends in .html")
     config = load_config(Path(args.config), args.overrides)
     hardware = load_hardware(args.device)
     args.local_world_size = args.local_world_size or min(8, args.world_size)
-    if args.local_world_size > _MOST_LOCAL_RANKS:
+    if args.local_world_size > _MAX_LOCAL_RANKS:
         raise UserError(
-            f"--local-world-size {args.local_world_size}: torch counts up to {_MOST_LOCAL_RANKS} devices of a node"
+            f"--local-world-size {args.local_world_size}: torch supports at most {_MAX_LOCAL_RANKS} devices on a node"
         )
     if args.world_size % args.local_world_size:
-        whole = -(-args.world_size // args.local_world_size) * args.local_world_size
+        next_multiple = -(-args.world_size // args.local_world_size) * args.local_world_size
         raise UserError(
             f"--world-size {args.world_size} is not a multiple of --local-world-size {args.local_world_size}: every "
-            f"node holds as many ranks; use --world-size {whole}, or --local-world-size "
+            f"node must have the same number of ranks; use --world-size {next_multiple}, or --local-world-size "
             f"{next(each for each in range(args.local_world_size, 0, -1) if not args.world_size % each)}"
         )
     config.check_world_size(args.world_size)
     config.check_device(hardware["kind"])
     spec, pooling_factors = load_tables(config, None if args.tables is None else Path(args.tables))
-    warn(config)
-    before_torch()
+    print_warnings(config)
+    configure_torch()
     from mlet_dist.embeddings.planning.cost_model import Device
-    from mlet_dist.planner.plan_report import picture, report
+    from mlet_dist.planner.plan_report import html_page, text_report
     from mlet_dist.planner.run_plan import make_plan
 
     plan = make_plan(config, spec, pooling_factors, Device(**hardware), args.world_size, args.local_world_size)
     if args.out is not None:
         try:
-            Path(args.out).write_text(picture(plan), encoding="utf-8")
+            Path(args.out).write_text(html_page(plan), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
     if plan["shortage"] is not None:
         raise UserError(plan["shortage"])
     if not args.json:
-        write(report(plan))
+        print_text(text_report(plan))
         return None, True
     return plan, True

@@ -7,65 +7,78 @@ from mlet_dist.cli.options import byte_size, positive
 from mlet_dist.cli.output import Result
 from mlet_dist.errors import UserError
 
-TEXT = "Raw data -> Parquet parts, vocabularies, a schema and a manifest."
+TEXT = "Turn raw logs into a data set: Parquet files, vocabularies, a schema and a manifest."
 EPILOG = """\
+Examples:
+
   mlet prepare criteo train.txt --out data/criteo                  # Criteo-Kaggle
   mlet prepare criteo day_{0..23}.gz --split paper --out data/1tb  # Criteo-1TB
   mlet prepare avazu train.gz --out data/avazu
   mlet prepare table ratings.csv --schema configs/tables/movielens.yaml --out data/movielens
   mlet prepare --check data/criteo
 
-The same command goes on from what an interrupted one has finished, which is kept in .NAME.prepare beside DIR. With
-other arguments it takes what these do not change: another --max-malformed, --min-count or --split reads nothing again.
-Several machines that share a file system do one pass after the other, with the same arguments everywhere:
+The same command again resumes an interrupted one, whose finished work is kept in .NAME.prepare beside DIR. With other
+arguments it reuses the work that they do not change: another --max-malformed, --min-count or --split does not read the
+raw files again. Several machines with a shared file system run the passes one after the other, each pass with the same
+arguments on all machines:
 
-  mlet prepare criteo day_*.gz --out data/1tb --pass read --shard I/N     # on machine I of N
+  mlet prepare criteo day_*.gz --out data/1tb --pass read --shard I/N     # on each machine I of N
   mlet prepare criteo day_*.gz --out data/1tb --pass count --shard I/N
-  mlet prepare criteo day_*.gz --out data/1tb --pass vocabulary           # on one
+  mlet prepare criteo day_*.gz --out data/1tb --pass vocabulary           # on one machine
   mlet prepare criteo day_*.gz --out data/1tb --pass write --shard I/N
-  mlet prepare criteo day_*.gz --out data/1tb --pass merge                # on one
+  mlet prepare criteo day_*.gz --out data/1tb --pass merge                # on one machine
 
---memory bounds what the processes hold beside the vocabularies; it does not depend on the number of rows."""
+--memory limits the memory of all processes, except for the vocabularies. It need not grow with the number of rows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
+    """Add the options of the command."""
     parser.add_argument("format", nargs="?", choices=["criteo", "avazu", "table"], help="format of the raw files")
-    parser.add_argument("raw", nargs="*", metavar="RAW", help="raw files in time order: plain or .gz, paths or URLs")
-    parser.add_argument("--out", metavar="DIR", help="directory for the data set; must not exist or be empty")
-    parser.add_argument("--schema", metavar="FILE", help="of table: a YAML file that describes the columns")
-    parser.add_argument("--min-count", type=int, help="rarer values share the out-of-vocabulary row (default 2)")
+    parser.add_argument(
+        "raw", nargs="*", metavar="RAW", help="raw files in the order of time; plain or .gz, as paths or URLs"
+    )
+    parser.add_argument("--out", metavar="DIR", help="directory for the data set; it must be new or empty")
+    parser.add_argument("--schema", metavar="FILE", help="for the format table: YAML file that describes the columns")
+    parser.add_argument(
+        "--min-count", type=int, metavar="N",
+        help="values that occur fewer than N times in the training split share id 0, out of vocabulary (default: 2)",
+    )  # fmt: skip
     parser.add_argument(
         "--split", choices=["rows", "paper", "random"],
-        help="rows: 80%% / 10%% / 10%% in order (default of criteo); random: the same at random (default of avazu); "
-        "paper: of criteo days 1-6 (or all files but the last) train, the rest halved into test and valid; of avazu "
-        "random",
+        help="how rows are split into train, valid and test. rows: 80%% / 10%% / 10%% in order (default for criteo); "
+        "random: the same shares at random (default for avazu); paper: for criteo, days 1-6 of one file, or all files "
+        "except the last, are train, and the rest is halved into test and valid; for avazu, the same as random",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, help="of the random split (default 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the random split (default: 0)")
     parser.add_argument(
         "--max-malformed", type=float, metavar="SHARE",
-        help="of a file's lines; more is an error at its end, and before it once they are more than SHARE of what is "
-        "read and of 10 million lines. Ten may be malformed whatever SHARE is, 0 too, unless all are (default 0.1)",
+        help="largest share of malformed lines that a file may have, from 0 to 1; more are an error (default: 0.1). "
+        "Up to ten malformed lines are always allowed, unless all lines are malformed. A file with far too many ends "
+        "the command before it is read to its end",
     )  # fmt: skip
     parser.add_argument(
         "--memory",
         type=byte_size,
         metavar="SIZE",
-        help="of all processes, such as 16G (default: half of the machine's)",
+        help="memory of all processes together, such as 16G (default: half of the machine's memory)",
     )
-    parser.add_argument("--processes", type=positive, metavar="N", help="at most N (default: all cores)")
     parser.add_argument(
-        "--pass", dest="only", choices=["read", "count", "vocabulary", "write", "merge"], help="do this pass alone"
+        "--processes", type=positive, metavar="N", help="largest number of processes (default: one for each core)"
     )
-    parser.add_argument("--shard", metavar="I/N", help="do share I of N of the pass; I is from 0 to N-1")
-    parser.add_argument("--check", metavar="DIR", help="verify a prepared data set instead of making one")
+    parser.add_argument(
+        "--pass", dest="only", choices=["read", "count", "vocabulary", "write", "merge"], help="run this pass only"
+    )
+    parser.add_argument("--shard", metavar="I/N", help="process part I of N of the pass; I is from 0 to N-1")
+    parser.add_argument("--check", metavar="DIR", help="check a prepared data set, instead of making one")
 
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
-    """Run it; a result to show, and whether all is well."""
+    """Run the command; return the result to print, or None, and whether it succeeded."""
     if args.check is not None:
         if args.format is not None or args.out is not None:
-            raise UserError("--check stands alone; it takes the directory of a data set")
+            raise UserError(
+                "--check cannot be combined with a format or --out; it takes only the directory of a data set"
+            )
         from mlet_dist.data.prepare.dataset_check import check
 
         schema = check(Path(args.check))

@@ -1,4 +1,4 @@
-"""This process among others: ranks, the launcher that started it, and settings that must stand before torch."""
+"""This process among others: its rank, the launcher that started it, and the environment that torch needs."""
 
 import argparse
 import os
@@ -10,30 +10,12 @@ from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 
 _LAUNCHED = "MLET_LAUNCHED"
-_TOGETHER = ("train", "evaluate", "export")
+_COMMANDS_OF_RANKS = ("train", "evaluate", "export")
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
 
 
-def rank_of(args: argparse.Namespace) -> int | None:
-    """The number of this process among those that run the command together; None where it runs alone.
-
-    Only these commands run together: Kubeflow sets RANK for every command.
-    """
-    together = args.name in _TOGETHER or (args.name == "doctor" and args.distributed)
-    if "RANK" not in os.environ or not together or args.nproc is not None:
-        return None
-    for name in ("RANK", "WORLD_SIZE"):
-        value = os.environ.get(name)
-        if value is None or not value.isdecimal():
-            found = "is not set" if value is None else f"is {value!r}, not a number"
-            raise UserError(
-                f"the environment has RANK, but {name} {found}; start the ranks by --nproc or torchrun, or unset RANK"
-            )
-    return int(os.environ["RANK"])
-
-
 def die_with_parent() -> None:
-    """In a process that another `mlet` or torchrun started: end when that one ends, be it by kill -9."""
+    """End this process when the `mlet` or torchrun that started it ends, even by SIGKILL."""
     parent = os.environ.pop(_PARENT, None)
     if sys.platform == "linux" and (parent is not None or "TORCHELASTIC_RUN_ID" in os.environ):
         import ctypes
@@ -41,38 +23,57 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if parent is None:
         return
-    if os.getppid() != int(parent):  # gone before that
+    if os.getppid() != int(parent):  # the parent ended before the call of prctl
         sys.exit(1)
-    if launched():  # torch elastic ends its ranks by SIGTERM or SIGINT: at once, and without a word
+    if is_launched_rank():  # torch elastic ends its ranks by SIGTERM or SIGINT: end at once, without a message
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def launched() -> bool:
-    """Whether `--nproc` of another `mlet` started this rank: that one has checked the config and shows errors."""
+def rank_of(args: argparse.Namespace) -> int | None:
+    """Return the rank of this process among those that run the command together; None if it runs alone.
+
+    Only some commands run in ranks, whatever the environment says: Kubeflow sets RANK for every command.
+    """
+    runs_in_ranks = args.name in _COMMANDS_OF_RANKS or (args.name == "doctor" and args.distributed)
+    if "RANK" not in os.environ or not runs_in_ranks or args.nproc is not None:
+        return None
+    for name in ("RANK", "WORLD_SIZE"):
+        value = os.environ.get(name)
+        if value is None or not value.isdecimal():
+            found = "is not set" if value is None else f"is {value!r}, not a number"
+            raise UserError(
+                f"the environment has RANK, but {name} {found}; start the ranks with --nproc or torchrun, or unset RANK"
+            )
+    return int(os.environ["RANK"])
+
+
+def is_launched_rank() -> bool:
+    """Return whether `mlet … --nproc` started this rank; the launcher then checks the config and prints errors."""
     return _LAUNCHED in os.environ
 
 
-def handed_to_launcher(error: BaseException) -> bool:
-    """Whether this rank's launcher, or under torchrun another rank, shows the error; torchrun's report has it, too."""
-    # TorchX sets the file for whole nodes, too, and would show the traceback beside our line.
+def is_reported_elsewhere(error: BaseException) -> bool:
+    """Record the error for the launcher; return whether the launcher, or another rank of torchrun, prints it."""
+    # TorchX also sets the file for whole nodes, without RANK, and would print the traceback besides our line.
     if "TORCHELASTIC_ERROR_FILE" not in os.environ or "RANK" not in os.environ:
         return False
     from mlet_dist.cluster.launcher import record_failure, said_by_another_rank
 
     record_failure(error)
-    return launched() or said_by_another_rank(error)
+    return is_launched_rank() or said_by_another_rank(error)
 
 
-def before_torch() -> None:
-    """Settings that must stand before torch is imported."""
+def configure_torch() -> None:
+    """Set the environment variables and filters that must be set before torch is imported."""
     import logging
     import warnings
 
-    # OpenMP's threads spin while they wait. Where other processes want the cores too, training took 10 times as long.
+    # By default OpenMP's threads spin while they wait: training took 10 times as long where other processes used the
+    # cores, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # DDP would warn on each rank of what training/sharding.py asks of it on purpose.
+    # On each rank DDP would warn about an option that training/sharding.py sets on purpose.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # The libraries' start-up chatter; errors still show.
+    # These libraries log at start-up; their errors still show.
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     logging.getLogger("torch._export").setLevel(logging.ERROR)
     logging.getLogger("torchrec").setLevel(logging.ERROR)
@@ -80,28 +81,30 @@ def before_torch() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec|fbgemm_gpu|torchmetrics)\b")
 
 
-def tie_children() -> None:
-    """Let `mlet` processes that this one starts end when it ends."""
-    os.environ[_PARENT] = str(os.getpid())
-
-
-def in_ranks(args: argparse.Namespace, arguments: list[str], check: Callable[[], Config | None]) -> tuple[None, bool]:
-    """Run the same command line as `args.nproc` local ranks, on this node or on each of several.
+def run_in_ranks(
+    args: argparse.Namespace, arguments: list[str], check: Callable[[], Config | None]
+) -> tuple[None, bool]:
+    """Run the same command as ``args.nproc`` ranks on this node, which may be one of several nodes.
 
     Args:
-        check: what the command will run with; raises what is wrong with it on this node.
+        check: returns the config of the command; raises UserError if it cannot run on this node.
     """
-    from mlet_dist.cli.options import nodes_of, without_launch
+    from mlet_dist.cli.options import nodes_of, without_launch_options
 
-    rest = without_launch(arguments)
+    rest = without_launch_options(arguments)
     nodes, job = nodes_of(args, rest)
     if nodes is None or nodes.is_elastic:
-        config = check()  # before torch is imported
+        config = check()  # check before torch is imported
         check = lambda: config  # noqa: E731
     os.environ[_LAUNCHED] = "1"
-    tie_children()
-    before_torch()
+    make_children_die_with_parent()
+    configure_torch()
     from mlet_dist.cluster.launcher import launch
 
     launch(args.nproc, rest, nodes, job, check)
     return None, True
+
+
+def make_children_die_with_parent() -> None:
+    """Make the `mlet` processes that this one starts end when it ends."""
+    os.environ[_PARENT] = str(os.getpid())

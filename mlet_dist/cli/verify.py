@@ -6,34 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.cli.options import add_data
-from mlet_dist.cli.output import Result, write
-from mlet_dist.cli.process import before_torch
+from mlet_dist.cli.output import Result, print_text
+from mlet_dist.cli.process import configure_torch
 from mlet_dist.formatting import text_table
 
-TEXT = "Compare the factorised model with every model of its export; exit code 1 if one differs by more than it may."
+TEXT = "Compare the trained model with its exports; the exit code is 1 if one is outside its tolerance."
 EPILOG = None
 _ENCODINGS = ("fp16", "int8", "int4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's own options."""
-    parser.add_argument("export", metavar="EXPORT", help="what `mlet export` made")
-    parser.add_argument("--run", required=True, help="the run it was exported from")
+    """Add the options of the command."""
+    parser.add_argument("export", metavar="EXPORT", help="directory that `mlet export` made")
+    parser.add_argument("--run", required=True, metavar="RUN", help="directory of the run that was exported")
     add_data(parser)
     parser.add_argument(
-        "--tolerance", type=_difference, default=1e-5,
-        help="of float32 tables: largest difference between two logits, and in a table between two values as a share "
-        "of its largest (default %(default)s)",
+        "--tolerance", type=_difference, default=1e-5, metavar="X",
+        help="for float32 tables: the largest allowed difference between two logits, and between two values of a "
+        "table relative to its largest value (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--auc-tolerance", type=_of_encoding, nargs="+", default=[], metavar="int8=0.001",
-        help="of quantised tables: largest change of AUC (default fp16=0.0005 int8=0.0005 int4=0.002)",
+        "--auc-tolerance", type=_auc_change, nargs="+", default=[], metavar="int8=0.001",
+        help="for quantised tables: the largest allowed change of the AUC, by encoding "
+        "(default: fp16=0.0005 int8=0.0005 int4=0.002)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
-    """Run it; a result to show, and whether all is well."""
-    before_torch()
+    """Run the command; return the result to print, or None, and whether it succeeded."""
+    configure_torch()
     from mlet_dist.data.location import data_set_path
     from mlet_dist.export.verify.run_verify import verify_export
     from mlet_dist.export.verify.tolerances import DEFAULT_TOLERANCES, Tolerances
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, tolerances)
     if args.json:
         return result, result["ok"]
-    write(_table(result))
+    print_text(_table(result))
     return None, result["ok"]
 
 
@@ -56,7 +57,7 @@ def _difference(text: str) -> float:
     return most
 
 
-def _of_encoding(text: str) -> tuple[str, float]:
+def _auc_change(text: str) -> tuple[str, float]:
     name, _, most = text.partition("=")
     try:
         if name not in _ENCODINGS or not 0 <= float(most) <= 1:
@@ -64,7 +65,7 @@ def _of_encoding(text: str) -> tuple[str, float]:
         return name, float(most)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not one of {', '.join(_ENCODINGS)} and a change of AUC, as in int8=0.001"
+            f"{text!r} is not one of {', '.join(_ENCODINGS)} and a change of the AUC from 0 to 1, such as int8=0.001"
         ) from None
 
 

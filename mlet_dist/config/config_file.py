@@ -1,7 +1,9 @@
-"""Reads and writes a config: YAML <- `section.key=value` overrides, checked as a whole."""
+"""Reads a config file with `section.key=value` overrides and checks it, writes it, and describes its settings."""
 
 import dataclasses
 import os
+import shutil
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,17 +11,18 @@ from typing import Any
 
 import yaml
 
-from mlet_dist.config.parser import load_yaml, parse_section, parse_yaml, section_type, show
+from mlet_dist.config.parser import load_yaml, parse_section, parse_yaml, section_type, to_yaml
 from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
 
 _COMMAND_LINE = "command line"
+_HELP_COLUMNS = 120
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply overrides such as ``data.batch_size=256`` and check every value.
+    """Read a YAML file, apply overrides such as ``data.batch_size=256``, and check every value.
 
-    A leading ``~`` of ``data.path`` and ``run.dir`` becomes the home directory.
+    A leading ``~`` in ``data.path`` and ``run.dir`` is replaced by the home directory.
 
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
@@ -29,12 +32,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected sections such as `model:`, found {show(settings)}")
+        raise UserError(f"{path}: expected sections such as `model:`, found {to_yaml(settings)}")
     sources: dict[str, str] = {}
     for override in overrides:
         _apply_override(settings, override, sources)
     config: Config = parse_section(Config, settings, "", source, sources)
-    _check_together(config, source, sources)
+    _check_combinations(config, source, sources)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=os.path.expanduser(config.data.path)),
@@ -43,23 +46,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config, so that ``load_config`` reads the same settings back."""
+    """Write the resolved config; ``load_config`` reads the same settings back."""
     path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def describe_settings() -> str:
-    """Every key with its type, default and meaning, one line each."""
-    lines = []
-    for section in dataclasses.fields(Config):
-        for setting in dataclasses.fields(section_type(section)):
-            default = show({}) if setting.default is dataclasses.MISSING else show(setting.default)
-            if setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING:
-                default = "required"
-            lines.append(f"  {section.name}.{setting.name} ({default}): {setting.metadata['meaning']}")
-    return "\n".join(lines)
-
-
 def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, str]) -> None:
+    """Write one override into ``settings``, and the command line as its source into ``sources``."""
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
@@ -67,11 +59,13 @@ def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, 
             f"{_COMMAND_LINE}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
         )
     try:
-        value = parse_yaml(text) if text.strip() else ""  # not YAML's null: that is to be written out
+        value = (
+            parse_yaml(text) if text.strip() else ""
+        )  # an empty text, not YAML's null, which must be written as null
     except ValueError as error:
         raise UserError(f"{_COMMAND_LINE}: {override!r}: the value is not valid YAML{error}") from None
     sources[key] = _COMMAND_LINE
-    *sections, last = key.split(".") if _goes_deeper(key) else (section, name)
+    *sections, last = key.split(".") if _is_in_named_subsection(key) else (section, name)
     path = ""
     for each in sections:
         path = f"{path}.{each}" if path else each
@@ -80,13 +74,13 @@ def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, 
         if settings.get(each) is None:
             settings[each] = {}
         if not isinstance(settings[each], dict):
-            return  # parse_section says so
+            return  # parse_section reports it
         settings = settings[each]
     settings[last] = value
 
 
-def _goes_deeper(key: str) -> bool:
-    """Whether the key is of a section by name, such as ``sharding.tables.C3.exchange``."""
+def _is_in_named_subsection(key: str) -> bool:
+    """Return whether the key is in a named subsection, such as ``sharding.tables.C3.exchange``."""
     section, _, rest = key.partition(".")
     kind = {each.name: section_type(each) for each in dataclasses.fields(Config)}.get(section)
     if kind is None or "." not in rest:
@@ -95,14 +89,17 @@ def _goes_deeper(key: str) -> bool:
     return typing.get_origin(types_of.get(rest.partition(".")[0])) is dict
 
 
-def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> None:
+def _check_combinations(config: Config, source: str, sources: Mapping[str, str]) -> None:
+    """Raise UserError if settings contradict each other, or a list or path is empty."""
     for key, names in (
         ("data.dense_features", config.data.dense_features),
         ("data.sparse_features", config.data.sparse_features),
     ):
         if names is not None and (not names or len(set(names)) < len(names)):
             where = sources.get(key, source)
-            raise UserError(f"{where}: {key} is {show(names)}; name at least one column, each once, or leave it null")
+            raise UserError(
+                f"{where}: {key} is {to_yaml(names)}; name at least one column, each once, or leave it null"
+            )
     start, warmup = config.optimizer.decay_start, config.optimizer.warmup_steps
     if start is not None:
         where = sources.get("optimizer.decay_start", source)
@@ -126,5 +123,28 @@ def _check_together(config: Config, source: str, sources: Mapping[str, str]) -> 
     if config.train.initial_weights is not None and config.train.resume not in ("auto", "never"):
         raise UserError(
             f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights} "
-            f"and train.resume {config.train.resume}: a run begins from one of them; leave train.resume at auto"
+            f"and train.resume is {config.train.resume}: a run can start from one of them only; set train.resume=auto"
         )
+
+
+def describe_settings() -> str:
+    """Return every key with its default and meaning, wrapped to the width of the terminal, for `--help`."""
+    width = min(shutil.get_terminal_size().columns, _HELP_COLUMNS)
+    lines = []
+    for section in dataclasses.fields(Config):
+        for setting in dataclasses.fields(section_type(section)):
+            lines.append(f"  {section.name}.{setting.name} ({_default(setting)})")
+            meaning = setting.metadata["meaning"]
+            lines += textwrap.wrap(
+                meaning, width, initial_indent=8 * " ", subsequent_indent=8 * " ", break_on_hyphens=False
+            )
+    return "\n".join(lines)
+
+
+def _default(setting: dataclasses.Field[Any]) -> str:
+    """Return ``default`` and the default as YAML writes it, or ``required``."""
+    if setting.default is not dataclasses.MISSING:
+        return f"default {to_yaml(setting.default)}"
+    if setting.default_factory is not dataclasses.MISSING:
+        return f"default {to_yaml(setting.default_factory())}"
+    return "required"

@@ -1,4 +1,11 @@
-"""Settings: frozen dataclasses <- YAML <- `section.key=value` overrides. Every check of a setting lives here."""
+"""The settings of a training run: a frozen dataclass for each section of the config file, and `Config` of all sections.
+
+The field is the only source of a setting: its type, default, limits and meaning. `mlet train --help` prints the
+meanings, the documentation's reference is generated from them, and `configs/criteo_kaggle.yaml` repeats them as
+comments, which a test compares with the fields (`python -m tests.helpers.annotated_config FILE` rewrites them). All
+sections are in this file, rather than beside the code that they set, because the command line checks every setting
+before torch is imported, and because the reference is generated from here.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,234 +14,328 @@ from typing import Any, Literal
 
 import yaml
 
-from mlet_dist.config.parser import closest, multiples
-from mlet_dist.config.parser import setting as _setting
+from mlet_dist.config.parser import did_you_mean, nearest_multiples, setting
 from mlet_dist.errors import UserError
 
-_SHOWN_CHARACTERS = 200
+ShardingType = Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"]
+ComputeKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]
+Exchange = Literal["auto", "after", "reduce_scatter", "unique_rows"]
+CommDtype = Literal["fp32", "fp16", "bf16"]
+RowsDtype = Literal["fp32", "fp16"]
+
 _MAX_COLUMNS = 1 << 16
 _MAX_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data set is read, and in what batches."""
+    """The data set to read, and how it is cut into batches."""
 
-    path: str = _setting(
-        "directory of a data set made by `mlet prepare` or `mlet synth`, or its URL (s3://…; needs s3fs, gcsfs, …)"
+    path: str = setting(
+        "Directory of a data set made by `mlet prepare` or `mlet synth`, or its URL (s3://…, gs://…), which needs "
+        "s3fs, gcsfs or another package of fsspec."
     )
-    batch_size: int = _setting(
-        "rows of a global training batch, a multiple of the world size", 128, at_least=1, at_most=_MAX_ROWS
+    batch_size: int = setting(
+        "Rows of a global training batch, summed over all ranks; a multiple of the number of ranks.",
+        128,
+        at_least=1,
+        at_most=_MAX_ROWS,
     )
-    eval_batch_size: int = _setting("rows of a global evaluation batch", 8192, at_least=1, at_most=_MAX_ROWS)
-    dense_features: tuple[str, ...] | None = _setting("dense columns to use; null takes all", None)
-    sparse_features: tuple[str, ...] | None = _setting("categorical columns to use; null takes all", None)
-    shuffle: bool = _setting("mix the training rows anew in each epoch, by train.seed; false keeps their order", False)
-    shuffle_buffer: int = _setting(
-        "rows of all ranks together among which shuffle mixes, of row groups in random order", 1 << 18, at_least=1
+    eval_batch_size: int = setting(
+        "Rows of a global evaluation batch, summed over all ranks. It changes memory and speed, not the metrics.",
+        8192,
+        at_least=1,
+        at_most=_MAX_ROWS,
     )
-    reader_threads: int = _setting("threads of a rank that decode training rows ahead", 2, at_least=1)
+    dense_features: tuple[str, ...] | None = setting("List of the dense (numerical) columns to use; null: all.", None)
+    sparse_features: tuple[str, ...] | None = setting(
+        "List of the categorical columns to use, each of which has an embedding table; null: all.", None
+    )
+    shuffle: bool = setting(
+        "true: shuffle the training rows in each epoch, by train.seed and in the same order on any number of "
+        "ranks; false: read them in the order of the files, which for logs is the order of time.",
+        False,
+    )
+    shuffle_buffer: int = setting(
+        "Rows, summed over all ranks, among which data.shuffle mixes; the row groups of the files come in random "
+        "order. A larger buffer mixes better and should hold two batches at least. Each rank keeps its share of two "
+        "such buffers in memory.",
+        1 << 18,
+        at_least=1,
+    )
+    reader_threads: int = setting("Threads of each rank that decode training rows in advance.", 2, at_least=1)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """TorchRec's DLRM around multi-layer embedding tables."""
+    """The model: TorchRec's DLRM with multi-layer embedding tables W1·W2."""
 
-    # fbgemm's kernels take rows of a multiple of 4 columns.
-    embedding_dim: int = _setting(
-        "d: columns of the tables that are served, a multiple of 4",
+    # fbgemm's kernels need rows whose number of columns is a multiple of 4.
+    embedding_dim: int = setting(
+        "d: the number of columns of the tables that are served; a multiple of 4.",
         16,
         at_least=1,
         at_most=_MAX_COLUMNS,
         multiple_of=4,
     )
-    hidden_dim: int | None = _setting(
-        "k: columns of W1 in training, a multiple of 4; null trains single-layer tables",
+    hidden_dim: int | None = setting(
+        "k: the number of columns of W1 in training; a multiple of 4. The MLET paper finds values above 4 d best. "
+        "null: train single-layer tables, without W2.",
         64,
         at_least=1,
         at_most=_MAX_COLUMNS,
         multiple_of=4,
     )
-    bottom_mlp: tuple[int, ...] = _setting(
-        "hidden layers of the dense arch; d is appended", (512, 256, 128), at_least=1
+    bottom_mlp: tuple[int, ...] = setting(
+        "Sizes of the hidden layers of DLRM's dense arch (bottom MLP). A last layer of size embedding_dim is appended.",
+        (512, 256, 128),
+        at_least=1,
     )
-    top_mlp: tuple[int, ...] = _setting(
-        "hidden layers of the over arch, one or more; 1 is appended", (512, 256), at_least=1, min_length=1
+    top_mlp: tuple[int, ...] = setting(
+        "Sizes of the hidden layers of DLRM's over arch (top MLP), at least one. A last layer of size 1 is appended.",
+        (512, 256),
+        at_least=1,
+        min_length=1,
     )
-    pooling: Literal["sum", "mean"] = _setting(
-        "how the vectors of a multi-valued feature's ids become one; those with weights are summed", "sum"
+    pooling: Literal["sum", "mean"] = setting(
+        "sum or mean: how the vectors of a multi-valued feature's ids are pooled. A feature whose ids have weights "
+        "needs sum: its vectors are multiplied by the weights and summed.",
+        "sum",
     )
-    rows_init: Literal["uniform", "normal"] = _setting(
-        "W1: uniform ±1/sqrt(num_embeddings), or N(0, rows_init_std^2)", "uniform"
+    rows_init: Literal["uniform", "normal"] = setting(
+        "Distribution of the initial values of W1. uniform: ±1/sqrt(num_embeddings), as in DLRM; normal: mean 0 and "
+        "standard deviation rows_init_std.",
+        "uniform",
     )
-    rows_init_std: float = _setting("standard deviation of W1 when rows_init is normal", 0.25, above=0)
-    rows_init_gain: float = _setting("factor on the initial values of the rows", 1.0, above=0)
-    projection_init_std: float | None = _setting(
-        "standard deviation of W2; null means 1/sqrt(hidden_dim), unit gain", None, above=0
+    rows_init_std: float = setting(
+        "Standard deviation of the initial values of W1 when rows_init is normal.", 0.25, above=0
+    )
+    rows_init_gain: float = setting(
+        "Factor on the initial values of W1, or of single-layer tables, under either rows_init.", 1.0, above=0
+    )
+    projection_init_std: float | None = setting(
+        "Standard deviation of the initial values of W2, which are normal. null: 1/sqrt(hidden_dim), so that W1·W2 "
+        "begins at the scale of W1 (unit gain).",
+        None,
+        above=0,
     )
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One optimizer for everything: fused into backward for rows, the matching torch optimizer elsewhere."""
+    """The optimizer: fused into the backward pass for W1, the same optimizer of torch for W2 and the dense layers."""
 
-    name: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = _setting(
-        "sgd, adagrad, rowwise_adagrad (one sum a row; adagrad for the rest) or adam (moves only rows looked up)",
+    name: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = setting(
+        "sgd, adagrad, rowwise_adagrad (one sum of squares for each row of W1, and adagrad for W2 and the dense "
+        "layers) or adam (which updates only those rows of W1 that a batch looks up).",
         "sgd",
     )
-    learning_rate: float = _setting("of the dense layers, and of what has none of its own", 0.2, above=0)
-    rows_learning_rate: float | None = _setting(
-        "of W1, or of single-layer tables; null takes learning_rate", None, above=0
+    learning_rate: float = setting(
+        "Learning rate of the dense layers, and of W1 and W2 where these have none of their own.", 0.2, above=0
     )
-    projections_learning_rate: float | None = _setting("of W2; null takes learning_rate", None, above=0)
-    warmup_steps: int = _setting("first steps, over which all three rates rise linearly", 0, at_least=0)
-    decay: Literal["constant", "linear", "cosine"] = _setting(
-        "how all three rates fall afterwards, to 0 at the end of the run; constant keeps them", "constant"
+    rows_learning_rate: float | None = setting(
+        "Learning rate of W1, or of single-layer tables; null: optimizer.learning_rate.", None, above=0
     )
-    decay_start: int | None = _setting(
-        "step after which they fall; null begins when warmup_steps are done", None, at_least=0
+    projections_learning_rate: float | None = setting(
+        "Learning rate of W2; null: optimizer.learning_rate.", None, above=0
     )
-
-
-RowsDtype = Literal["fp32", "fp16"]
+    warmup_steps: int = setting(
+        "Number of steps at the start of the run over which all learning rates rise linearly to their values.",
+        0,
+        at_least=0,
+    )
+    decay: Literal["constant", "linear", "cosine"] = setting(
+        "constant, linear or cosine: how all learning rates change after the warmup. linear and cosine fall to 0 at "
+        "the end of the run; constant keeps them.",
+        "constant",
+    )
+    decay_start: int | None = setting(
+        "Step after which a linear or cosine decay begins; null: at the end of the warmup.", None, at_least=0
+    )
 
 
 @dataclass(frozen=True)
 class TableShardingConfig:
-    """What `sharding` says of one table alone; null takes what is said of all."""
+    """Sharding of one table; null takes the setting of the same name for all tables."""
 
-    sharding_types: tuple[Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"], ...] | None = _setting(
-        "as sharding.sharding_types", None, min_length=1
+    sharding_types: tuple[ShardingType, ...] | None = setting(
+        "sharding.sharding_types for this table.", None, min_length=1
     )
-    compute_kernels: tuple[Literal["fused", "fused_uvm_caching", "fused_uvm"], ...] | None = _setting(
-        "as sharding.compute_kernels", None, min_length=1
+    compute_kernels: tuple[ComputeKernel, ...] | None = setting(
+        "sharding.compute_kernels for this table.", None, min_length=1
     )
-    cache_load_factor: float | None = _setting("as sharding.cache_load_factor", None, above=0, below=1)
-    exchange: Literal["auto", "after", "reduce_scatter", "unique_rows"] | None = _setting("as sharding.exchange", None)
-    rows_dtype: Literal["fp32", "fp16"] | None = _setting("as sharding.rows_dtype", None)
+    cache_load_factor: float | None = setting("sharding.cache_load_factor for this table.", None, above=0, below=1)
+    exchange: Exchange | None = setting("sharding.exchange for this table.", None)
+    rows_dtype: RowsDtype | None = setting("sharding.rows_dtype for this table.", None)
 
 
 @dataclass(frozen=True)
 class ShardingConfig:
-    """How tables are spread over ranks, and how their vectors cross the network."""
+    """How tables are sharded over ranks and their vectors exchanged. `mlet plan` shows the result for any hardware."""
 
-    sharding_types: tuple[Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"], ...] | None = _setting(
-        "which of row_wise, table_row_wise, table_wise, data_parallel the planner may give a table; null: all",
+    sharding_types: tuple[ShardingType, ...] | None = setting(
+        "List of TorchRec's sharding types that the planner may give to a table; it takes the fastest one that fits "
+        "in memory. row_wise: rows spread over all ranks; table_row_wise: over the ranks of one node; table_wise: the "
+        "whole table on one rank; data_parallel: a copy on every rank, with all-reduced gradients. null: all four.",
         None,
         min_length=1,
     )
-    compute_kernels: tuple[Literal["fused", "fused_uvm_caching", "fused_uvm"], ...] = _setting(
-        "where the planner may keep rows: fused (on the device), fused_uvm_caching (in the host's memory, a cache of "
-        "them on the device), fused_uvm (in the host's memory alone); the last two on CUDA",
+    compute_kernels: tuple[ComputeKernel, ...] = setting(
+        "List of the kernels that the planner may use, which decide where rows are stored. fused: in device memory; "
+        "fused_uvm_caching (CUDA only): in host memory, with a cache on the device; fused_uvm (CUDA only): in host "
+        "memory alone. Those after the first are used where device memory cannot hold the tables.",
         ("fused",),
         min_length=1,
     )
-    cache_load_factor: float = _setting(
-        "share of a table's rows that fused_uvm_caching keeps on the device", 0.2, above=0, below=1
+    cache_load_factor: float = setting(
+        "Share of a table's rows that fused_uvm_caching can keep in its cache on the device; between 0 and 1.",
+        0.2,
+        above=0,
+        below=1,
     )
-    data_parallel_up_to_mb: float = _setting(
-        "MB (10^6 bytes) of a table's rows up to which the planner may hold it on every rank",
+    data_parallel_up_to_mb: float = setting(
+        "Largest size of a table's W1, in MB (10^6 bytes), with which the planner may make the table data_parallel. "
+        "0: only tables with too few rows for any other type.",
         16.0,
         at_least=0,
         at_most=1e6,
     )
-    exchange: Literal["auto", "after", "reduce_scatter", "unique_rows"] = _setting(
-        "W2 after the exchange (k columns cross the network), before a reduce-scatter, or on distinct rows before an "
-        "all-to-all (d columns); auto takes the one that sends fewer bytes, table by table",
+    exchange: Exchange = setting(
+        "Where W2 is applied, which decides what crosses the network. after: after the exchange, which sends vectors "
+        "of k columns; reduce_scatter: before a reduce-scatter of pooled vectors of d columns; unique_rows: before an "
+        "all-to-all of distinct rows of d columns; auto: for each table, the one that sends the fewest bytes.",
         "auto",
     )
-    forward_comm: Literal["fp32", "fp16", "bf16"] = _setting(
-        "what vectors are rounded to on the network, under every exchange; nothing is on one rank", "fp32"
+    forward_comm: CommDtype = setting(
+        "fp32, fp16 or bf16: the precision in which vectors cross the network, under every exchange. fp16 and bf16 "
+        "halve the bytes; sums, W2 and all weights stay in fp32. On a single rank nothing is rounded.",
+        "fp32",
     )
-    backward_comm: Literal["fp32", "fp16", "bf16"] = _setting(
-        "what their gradients are rounded to there; fp16 sends them scaled up by the rank's batch", "fp32"
+    backward_comm: CommDtype = setting(
+        "fp32, fp16 or bf16: the precision in which the gradients of vectors cross the network. fp16 has 3 bits more "
+        "than bf16 and a narrow range: gradients are scaled by the rank's batch size for the transfer, and clamped.",
+        "fp32",
     )
-    rows_dtype: Literal["fp32", "fp16"] = _setting(
-        "how ranks store W1 in training; fp16 halves it, not the optimizer's state; exports are fp32", "fp32"
+    rows_dtype: RowsDtype = setting(
+        "fp32 or fp16: the precision in which ranks store W1 during training. fp16 halves W1, not the optimizer's "
+        "state; exports are fp32. Updates of fp16 rows are rounded stochastically on CUDA, and to the nearest value "
+        "on a CPU, where small updates are lost.",
+        "fp32",
     )
     tables: dict[str, TableShardingConfig] = field(
         default_factory=dict,
         metadata={
-            "meaning": "by table, what differs there of sharding_types, compute_kernels, cache_load_factor, exchange, "
-            "rows_dtype: {C3: {exchange: after}}, or sharding.tables.C3.exchange=after"
+            "meaning": "Settings of single tables, by table name, that replace those of this section: "
+            "sharding_types, compute_kernels, cache_load_factor, exchange and rows_dtype. Write {C3: {exchange: "
+            "after}}, or sharding.tables.C3.exchange=after on the command line."
         },
     )
 
     def of_table(self, name: str) -> TableShardingConfig:
-        """What holds for a table: its own settings, and those of all where it has none."""
+        """Return the settings of a table: its own, and those of all tables where it has none."""
         own = self.tables.get(name, TableShardingConfig())
         keys = [each.name for each in dataclasses.fields(TableShardingConfig)]
         values = {key: getattr(own, key) if getattr(own, key) is not None else getattr(self, key) for key in keys}
         return TableShardingConfig(**values)
 
     def rows_dtypes(self, tables: Sequence[str]) -> dict[str, RowsDtype]:
-        """How the rows of each table are stored."""
+        """Return the dtype in which the rows of each table are stored."""
         return {name: self.of_table(name).rows_dtype or self.rows_dtype for name in tables}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train, and what to say meanwhile."""
+    """How long a run trains, and how it logs, saves checkpoints and handles failures."""
 
-    seed: int = _setting("fixes all initial values, and the order of shuffled rows", 0, at_least=0, at_most=2**63 - 1)
-    epochs: int = _setting("passes over the training split", 1, at_least=1)
-    max_steps: int | None = _setting("stop after this many steps; null trains all epochs", None, at_least=1)
-    log_every: int = _setting("steps between two records in metrics.jsonl and TensorBoard", 100, at_least=1)
-    device: Literal["auto", "cpu", "cuda"] = _setting("auto takes cuda where there is one", "auto")
-    on_non_finite: Literal["stop", "skip", "rollback"] = _setting(
-        "what a loss or gradient that is not finite does: stop ends the run; skip leaves out the batch, for its loss "
-        "alone, and every step waits for all ranks' losses; rollback goes back to the last checkpoint and leaves out "
-        "the batch",
+    seed: int = setting(
+        "Seed of all initial values and of the order of shuffled rows; they do not depend on the number of ranks.",
+        0,
+        at_least=0,
+        at_most=2**63 - 1,
+    )
+    epochs: int = setting("Number of passes over the training split.", 1, at_least=1)
+    max_steps: int | None = setting("Stop after this many steps; null: train all epochs.", None, at_least=1)
+    log_every: int = setting("Steps between two records in metrics.jsonl and TensorBoard.", 100, at_least=1)
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto, cpu or cuda: the device to train on. auto: cuda where there is one, else cpu.", "auto"
+    )
+    on_non_finite: Literal["stop", "skip", "rollback"] = setting(
+        "What happens when a loss or gradient is NaN or infinite. stop: the run ends, one step later; skip: a batch "
+        "whose loss is NaN or infinite changes no weights or optimizer states on any rank, for which every step waits "
+        "for the losses of all ranks, and a gradient that is NaN or infinite still ends the run; rollback: the run "
+        "rolls back to its last checkpoint and continues without the batch.",
         "stop",
     )
-    non_finite_limit: int = _setting("batches that a run may so leave out before it ends", 10, at_least=0)
-    pipelined: bool | None = _setting(
-        "exchange the ids of the next batch behind the compute of this one; null does, but on a single CPU rank", None
+    non_finite_limit: int = setting(
+        "Number of batches that on_non_finite may leave out by skip or rollback before the run ends.", 10, at_least=0
     )
-    resume: str = _setting(
-        "auto goes on from the newest whole checkpoint of an unfinished run in run.dir; never wants an empty run.dir; "
-        "or a checkpoint, a run or a directory of checkpoints, from which a run without any of its own begins",
-        "auto",
-    )
-    initial_weights: str | None = _setting(
-        "what `mlet factorize` made, or a checkpoint, a run or a directory of checkpoints, whose tables, and dense "
-        "layers where it has them, a run takes in place of random ones at step 0",
+    pipelined: bool | None = setting(
+        "true: use TorchRec's training pipeline, which exchanges the ids of the next batch while this one is "
+        "computed; false: train one batch after the other, with the same result; null: true, but false on a single "
+        "CPU rank.",
         None,
     )
-    checkpoint_every: int | None = _setting(
-        "steps between two checkpoints; null saves by the clock, and at the end", None, at_least=1
+    resume: str = setting(
+        "auto: resume an unfinished run in run.dir from its latest complete checkpoint; never: require an empty "
+        "run.dir; or the path of a checkpoint, a run or a directory of checkpoints: a run without checkpoints of its "
+        "own starts from there. Settings that change what weights mean must be the same.",
+        "auto",
     )
-    checkpoint_minutes: float | None = _setting(
-        "minutes between two checkpoints; null saves by steps, and at the end", 30.0, above=0
+    initial_weights: str | None = setting(
+        "Path of the weights that a new run takes in place of random ones at step 0: what `mlet factorize` made, a "
+        "checkpoint, a run or a directory of checkpoints. The run takes all tables from it, and the dense layers "
+        "where it has them; hidden_dim and all sizes must be the same. A run that resumes uses its own checkpoints. "
+        "null: random initial values.",
+        None,
     )
-    checkpoint_dir: str | None = _setting(
-        "directory or URL (s3://…) for checkpoints, of this run alone; null is run.dir/checkpoints", None
+    checkpoint_every: int | None = setting(
+        "Steps between two checkpoints; null: save by checkpoint_minutes alone, and at the end of the run.",
+        None,
+        at_least=1,
     )
-    checkpoint_async: bool = _setting(
-        "write checkpoints behind training, from a copy in the host's memory; false writes them while training waits",
+    checkpoint_minutes: float | None = setting(
+        "Minutes between two checkpoints; null: save by checkpoint_every alone, and at the end of the run.",
+        30.0,
+        above=0,
+    )
+    checkpoint_dir: str | None = setting(
+        "Directory or URL (s3://…) for the checkpoints of this run, and of no other; null: run.dir/checkpoints.", None
+    )
+    checkpoint_async: bool = setting(
+        "true: write checkpoints in the background, from a copy that needs as much host memory again; false: write "
+        "them while training waits.",
         True,
     )
-    checkpoint_failure: Literal["stop", "continue"] = _setting(
-        "what a checkpoint that cannot be written does to training; the last one always stops it", "stop"
+    checkpoint_failure: Literal["stop", "continue"] = setting(
+        "stop or continue: what training does when a checkpoint cannot be written, for example to a full disk. A "
+        "failure to write the last checkpoint always stops it.",
+        "stop",
     )
-    keep_last: int = _setting("checkpoints to keep: the last so many", 2, at_least=1)
-    keep_every: int | None = _setting("and those whose step is a multiple of this; null: no others", None, at_least=1)
-    collective_timeout_s: float = _setting(
-        "seconds in which every rank must take part in a collective, before the run ends with an error", 600.0, above=0
+    keep_last: int = setting("Number of the latest checkpoints to keep.", 2, at_least=1)
+    keep_every: int | None = setting(
+        "Checkpoints to keep besides the latest: those whose step is a multiple of this; null: no others.",
+        None,
+        at_least=1,
+    )
+    collective_timeout_s: float = setting(
+        "Seconds within which every rank must join a collective; otherwise the run ends with an error. It must be "
+        "longer than anything that a rank does alone, such as reading from slow storage.",
+        600.0,
+        above=0,
     )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run is written."""
+    """Where the results of the run are written."""
 
-    dir: str = _setting("directory for the resolved config, metrics and checkpoints")
-    overwrite: bool = _setting("replace a finished run in that directory", False)
+    dir: str = setting("Directory for the run's resolved config, metrics, TensorBoard files and checkpoints.")
+    overwrite: bool = setting("true: replace a finished run in run.dir; false: refuse to.", False)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a training run is told; `model.hidden_dim: null` is the single-layer baseline."""
+    """All settings of a training run. With `model.hidden_dim: null` it is the single-layer baseline."""
 
     data: DataConfig
     run: RunConfig
@@ -244,25 +345,25 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain dicts, lists and scalars, as in YAML."""
+        """Return plain dicts, lists and scalars, as in YAML."""
         plain: dict[str, dict[str, Any]] = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(self))))
         return plain
 
     def warnings(self) -> list[str]:
-        """Settings that are possible but that the user should know of, one line each."""
+        """Return one line for each setting that is allowed but probably not intended."""
         k, d = self.model.hidden_dim, self.model.embedding_dim
         found = []
         if k is not None and k < d:
             found.append(
                 f"model.hidden_dim {k} is below model.embedding_dim {d}: W1·W2 then has rank at most {k}, and by "
-                "Theorem 2.2 of the MLET paper (arXiv:2006.05623) not every table of d columns can be reached; "
-                f"use {d} or more, best over {4 * d}"
+                f"Theorem 2.2 of the MLET paper (arXiv:2006.05623) not every table of {d} columns can be reached; "
+                f"use {d} or more, preferably above {4 * d}"
             )
         if self.data.shuffle and self.data.shuffle_buffer < 2 * self.data.batch_size:
             found.append(
                 f"data.shuffle_buffer {self.data.shuffle_buffer} holds fewer than two batches of data.batch_size "
-                f"{self.data.batch_size}: two are mixed all the same, which leaves neighbours nearly together; use "
-                f"{2 * self.data.batch_size} or more, best over {16 * self.data.batch_size}"
+                f"{self.data.batch_size}: rows are then mixed among two batches, and neighbouring rows stay close to "
+                f"each other; use {2 * self.data.batch_size} or more, preferably above {16 * self.data.batch_size}"
             )
         return found
 
@@ -271,11 +372,11 @@ class Config:
         if self.data.batch_size % world_size:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of the {world_size} ranks; "
-                f"use {multiples(self.data.batch_size, world_size)}"
+                f"use {nearest_multiples(self.data.batch_size, world_size)}"
             )
 
     def check_device(self, device: str) -> None:
-        """Raise UserError where there is no kernel for what is asked of rows on ``device``."""
+        """Raise UserError if ``device`` has no kernel for a requested dtype or memory of rows."""
         if device != "cpu":
             return
         sharding = self.sharding
@@ -288,18 +389,18 @@ class Config:
         ]:
             if self.optimizer.name == "adam" and dtype == "fp16":
                 raise UserError(
-                    f"{prefix}rows_dtype is fp16 and optimizer.name is adam: fbgemm updates such rows on CUDA alone; "
-                    "on a CPU use fp32, or sgd, adagrad or rowwise_adagrad"
+                    f"{prefix}rows_dtype is fp16 and optimizer.name is adam: fbgemm supports this on CUDA only; on a "
+                    "CPU use rows_dtype fp32, or sgd, adagrad or rowwise_adagrad"
                 )
             for kernel in kernels or ():
                 if kernel != "fused":
                     raise UserError(
-                        f"{prefix}compute_kernels names {kernel}, which keeps rows of CUDA kernels in the host's "
-                        "memory; on a CPU all rows are there: use [fused]"
+                        f"{prefix}compute_kernels names {kernel}, a CUDA kernel that stores rows in host memory; on a "
+                        "CPU all rows are in host memory: use [fused]"
                     )
 
     def check_features(self, dense: Sequence[str], sparse: Sequence[str]) -> None:
-        """Raise UserError where a feature that is asked for is not among the data set's."""
+        """Raise UserError if a feature of the config is not a column of the data set."""
         for key, wanted, known in (
             ("data.dense_features", self.data.dense_features, dense),
             ("data.sparse_features", self.data.sparse_features, sparse),
@@ -307,16 +408,17 @@ class Config:
             missing = [name for name in wanted or () if name not in known]
             if missing:
                 raise UserError(
-                    f"{key}: {self.data.path} has no column {missing[0]!r}{closest(missing[0], known)}; "
+                    f"{key}: {self.data.path} has no column {missing[0]!r}{did_you_mean(missing[0], known)}; "
                     f"it has {', '.join(known)}"
                 )
 
     def check_tables(self, names: Sequence[str]) -> None:
-        """Raise UserError where ``sharding.tables`` names a table that the model lacks."""
+        """Raise UserError if ``sharding.tables`` names a table that the model does not have."""
         for name in self.sharding.tables:
             if name not in names:
                 raise UserError(
-                    f"sharding.tables: the model has no table {name!r}{closest(name, names)}; it has {', '.join(names)}"
+                    f"sharding.tables: the model has no table {name!r}{did_you_mean(name, names)}; "
+                    f"it has {', '.join(names)}"
                 )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.errors import UserError
-from mlet_dist.formatting import SEAL, sealed
+from mlet_dist.formatting import CHECKSUM, with_checksum
 from mlet_dist.models.spec import ModelSpec
 
 FORMAT_VERSION = 2
@@ -70,7 +70,7 @@ class ExportDirectory:
                     f"{self.manifest}: format_version is {found}, and this version of mlet_dist reads "
                     f"{FORMAT_VERSION}; export again"
                 )
-            if sealed(content)[SEAL] != content[SEAL]:
+            if with_checksum(content)[CHECKSUM] != content[CHECKSUM]:
                 raise ValueError("its checksum is wrong")
             return ModelSpec.from_dict(content["model"], str(self.manifest)), content
         except (OSError, ValueError, KeyError, TypeError) as error:

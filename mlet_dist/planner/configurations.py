@@ -1,4 +1,4 @@
-"""What is planned, and what it costs: by TorchRec's planner, or by formulas alone, hundreds in a second."""
+"""One run to plan: its plan by TorchRec's planner, its least memory by formulas, and what it is compared with."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from mlet_dist.training.sharding import Sharding
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned.
+    """A run to plan.
 
     Attributes:
-        config: its sections model, optimizer, sharding and data.
-        spec: tables and layers.
-        pooling_factors: ids a bag by table.
-        ranks: how many.
-        device: hardware of a rank.
+        config: of its sections, only model, optimizer, sharding and data matter.
+        spec: the tables and layers of the model.
+        pooling_factors: the mean ids of a bag, by table.
+        ranks: the number of ranks, and of ranks on each node.
+        device: the hardware of each rank.
     """
 
     config: Config
@@ -39,38 +39,39 @@ class Case:
 
     @property
     def local_batch_size(self) -> int:
+        """The rows of a training batch on each rank."""
         return max(1, self.config.data.batch_size // self.ranks.world_size)
 
     def with_settings(self, section: str, **settings: Any) -> "Case":
-        """The same with other settings of a section of the config."""
+        """Return this case with other settings in one section of the config."""
         changed = dataclasses.replace(getattr(self.config, section), **settings)
         config = dataclasses.replace(self.config, **{section: changed})
         return dataclasses.replace(self, config=config, spec=dataclasses.replace(self.spec, model=config.model))
 
     def with_ranks(self, world_size: int) -> "Case":
-        """The same on another number of ranks."""
+        """Return this case on another number of ranks."""
         return dataclasses.replace(self, ranks=dataclasses.replace(self.ranks, world_size=world_size))
 
     def model(self) -> DLRM:
-        """On the meta device."""
+        """Build the model on the meta device."""
         names = [feature.name for feature in self.spec.sparse]
         model = build_dlrm(self.spec, torch.device("meta"), self.config.sharding.rows_dtypes(names))
         fuse_row_optimizer(model, self.config.optimizer)
         return model
 
     def sharding(self, model: DLRM) -> Sharding:
-        """What the config asks."""
+        """Return the constraints of the config on the plan."""
         return Sharding.of(self.config.sharding, model, self.local_batch_size, self.pooling_factors)
 
     def dense(self, model: DLRM) -> DenseCost:
-        """Of the layers beside the tables."""
+        """Return the cost of the dense layers."""
         ranks = self.ranks
         return dense_cost(
             model, self.local_batch_size, self.config.optimizer.name, ranks.world_size, ranks.local_world_size
         )
 
     def topology(self) -> Topology:
-        """The hardware in TorchRec's words."""
+        """Return the hardware as TorchRec's Topology."""
         device, on_cpu = self.device, self.ranks.on_cpu
         return Topology(
             world_size=self.ranks.world_size,
@@ -85,29 +86,29 @@ class Case:
         )
 
     def plan(self) -> ModelPlan:
-        """By TorchRec's planner.
+        """Return the plan of TorchRec's planner.
 
         Raises:
-            UserError: as ``plan_model``.
+            UserError: the tables do not fit (``DoesNotFit``), or a constraint cannot be met.
         """
         model = self.model()
         return self.sharding(model).plan(model, self.topology(), self.device)
 
     def plan_or_evenest(self) -> ModelPlan:
-        """``plan``, or where nothing fits the plan that spreads rows most evenly."""
+        """Return ``plan()``, or if nothing fits, the plan that spreads rows most evenly."""
         try:
             return self.plan()
         except DoesNotFit as error:
             return error.planned
 
     def with_torchrec_exchange(self) -> "Case":
-        """The same with vectors of k columns on the network, for every table."""
+        """Return this case with W2 after the exchange, so with vectors of k columns on the network, for every table."""
         tables = {name: dataclasses.replace(own, exchange=None) for name, own in self.config.sharding.tables.items()}
         return self.with_settings("sharding", exchange="after", tables=tables)
 
 
 def even_memory(case: Case) -> Memory:
-    """Bytes of the fullest rank where rows are spread as evenly as the config allows: what no plan is below."""
+    """Return a lower bound of every plan's fullest rank: its memory with rows spread as evenly as the config allows."""
     model = case.model()
     sharding = case.sharding(model)
     tables = model.sparse_arch.embedding_bag_collection
@@ -127,17 +128,18 @@ def even_memory(case: Case) -> Memory:
 
 
 def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, DenseCost]]:
-    """What the plan is compared with: single layers and MLET, with TorchRec's exchange and ours.
+    """Return what the plan is compared with: single layers and MLET, with TorchRec's exchange and as configured.
 
-    What has TorchRec's exchange has a plan of its own: where vectors are wide, other sharding types send least.
+    Configurations with TorchRec's exchange have a plan of their own: with wide vectors, other sharding types send the
+    fewest bytes.
     """
     d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
-    asked, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
+    exchange, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
     composed = case.with_torchrec_exchange()
     alone = composed.with_settings("model", hidden_dim=None).plan_or_evenest()
     found = [
         (f"single layer d = {d}, TorchRec's exchange", alone.tables, alone.dense),
-        (f"single layer d = {d}, {asked}", single, planned.dense),
+        (f"single layer d = {d}, {exchange}", single, planned.dense),
     ]
     if k is not None:
         naive = composed.plan_or_evenest()
@@ -145,13 +147,13 @@ def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, De
         found += [
             (f"single layer d = {k}, TorchRec's exchange", _single_layers(naive.tables, k), wide),
             (f"MLET k = {k}, after the exchange", naive.tables, naive.dense),
-            (f"MLET k = {k}, {asked}", planned.tables, planned.dense),
+            (f"MLET k = {k}, {exchange}", planned.tables, planned.dense),
         ]
     return found
 
 
 def _single_layers(tables: Tables, embedding_dim: int) -> Tables:
-    """Of this width, where the tables lie."""
+    """Return single-layer tables of this width with the same placement."""
     found = {}
     for name, (cost, rows) in tables.items():
         traffic = dataclasses.replace(cost.traffic, embedding_dim=embedding_dim)

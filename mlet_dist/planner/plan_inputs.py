@@ -1,4 +1,4 @@
-"""What is planned for: hardware presets, and the sizes of tables from a data set or a file."""
+"""The inputs of a plan: hardware from presets or a file, and the sizes of tables from a data set or a file."""
 
 from pathlib import Path
 from typing import Any
@@ -17,41 +17,46 @@ _FIELDS = {
     "node_gbs": ("node_bandwidth", 1e9),
     "network_gbs": ("network_bandwidth", 1e9),
 }
-# A CPU's memory is its host's.
+# Not for a CPU, whose memory is the host's.
 _HOST_FIELDS = {"host_memory_gb": ("host_memory", 1e9), "host_link_gbs": ("host_bandwidth", 1e9)}
-_MOST = 1e9  # TorchRec counts a device's bytes as an int64
+_MAX = 1e9  # TorchRec stores the bytes of a device in an int64
+_DENSE_FEATURES = 13  # as in Criteo
+_KEYS = ("num_embeddings", "pooling_factor")
 
 
 Hardware = dict[str, Any]
-"""The arguments of ``embeddings.step_time.Device``, which this module does not import: that would import torch."""
+"""The arguments of ``embeddings.planning.cost_model.Device``, which is not imported here, because it imports torch."""
 
 
 def presets() -> dict[str, Hardware]:
-    """By name, in the order of the file."""
+    """Return the presets of hardware.yaml by name, in the order of the file."""
     path = Path(__file__).with_name("hardware.yaml")
     return {name: _hardware(path, name, entry) for name, entry in load_yaml(path, "hardware").items()}
 
 
 def load_hardware(name: str) -> Hardware:
-    """A preset by name, or the one entry of a YAML file.
+    """Return a preset by name, or the only entry of a YAML file.
 
     Raises:
-        UserError: no such preset or file, or an entry that lacks a number.
+        UserError: there is no such preset or file, or a number is missing or out of range.
     """
     known = presets()
     if name in known:
         return known[name]
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--device {name}: no such preset; there are {', '.join(known)}, or the path of a YAML file")
+        raise UserError(f"--device {name}: no such preset; use {', '.join(known)}, or the path of a YAML file")
     entries = load_yaml(path, "hardware")
     if not isinstance(entries, dict) or len(entries) != 1:
-        raise UserError(f"{path}: expected one entry, a name with {', '.join(['kind', *_FIELDS, *_HOST_FIELDS])}")
+        raise UserError(
+            f"{path}: expected one entry: a name and the keys {', '.join(['kind', *_FIELDS, *_HOST_FIELDS])}"
+        )
     ((own, entry),) = entries.items()
     return _hardware(path, str(own), entry)
 
 
 def _hardware(path: Path, name: str, entry: Any) -> Hardware:
+    """Check an entry of a hardware file, and convert its numbers to bytes, bytes/s and FLOP/s."""
     numbers = _FIELDS | _HOST_FIELDS
     if isinstance(entry, dict) and entry.get("kind") == "cpu":
         numbers = _FIELDS
@@ -64,21 +69,17 @@ def _hardware(path: Path, name: str, entry: Any) -> Hardware:
     values = {}
     for key, (attribute, unit) in numbers.items():
         value = entry[key]
-        if type(value) not in (int, float) or not 0 < value <= _MOST:
-            raise UserError(f"{path}: {name}.{key} is {value!r}, it must be a number above 0, at most {_MOST:.0e}")
+        if type(value) not in (int, float) or not 0 < value <= _MAX:
+            raise UserError(f"{path}: {name}.{key} is {value!r}, it must be a number above 0, at most {_MAX:.0e}")
         values[attribute] = value * unit
     return {"name": name, "kind": entry["kind"], **values}
 
 
-_DENSE_FEATURES = 13  # Criteo's
-_KEYS = ("num_embeddings", "pooling_factor")
-
-
 def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str, float]]:
-    """The model that ``config`` asks for, and ids a bag by table.
+    """Return the model of the config, and the pooling factor of each table.
 
     Args:
-        path: a YAML file of table names, each with its ``num_embeddings`` or with a section of that and
+        path: a YAML file of table names, each with its ``num_embeddings``, or with a section of ``num_embeddings`` and
             ``pooling_factor``; None takes the tables of the config's data set.
 
     Raises:
@@ -128,7 +129,8 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
 
 
 def _read(path: Path) -> dict[Any, Any]:
+    """Return the entries of a file of table sizes."""
     entries = load_yaml(path, "tables")
     if not isinstance(entries, dict) or not entries:
-        raise UserError(f"{path}: expected a line a table, such as `C1: 45000000`")
+        raise UserError(f"{path}: expected one line for each table, such as `C1: 45000000`")
     return entries

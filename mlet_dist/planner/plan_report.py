@@ -1,4 +1,4 @@
-"""A plan as text and as a picture."""
+"""Shows a plan as text and as an HTML page."""
 
 import html
 from typing import Any
@@ -8,13 +8,13 @@ from mlet_dist.formatting import text_table
 
 _KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
 _LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60
-_SHOWN_RANKS, _LABEL = 40, 18  # characters, in the text and in the picture
+_TEXT_CHARACTERS, _PAGE_CHARACTERS = 40, 18  # of a list of ranks, in the text and on the page
 
 
-def report(plan: dict[str, Any]) -> str:
-    """The tables that `mlet plan` prints."""
+def text_report(plan: dict[str, Any]) -> str:
+    """Return the text that `mlet plan` prints."""
     device = plan["device"]
-    # Rows in the host's memory are the exception.
+    # Columns for host memory are shown only if it holds rows, which is the exception.
     hosted = any(each["host"] for each in plan["ranks"])
     kinds, parts = [*_KINDS, "total"], ["step_s", "network_s", "memory_s", "compute_s"]
     if hosted:
@@ -34,10 +34,10 @@ def report(plan: dict[str, Any]) -> str:
         ]
         for each in plan["configurations"]
     ]
+    per_rank = f"{gigabytes(device['usable_memory'])} of {gigabytes(device['memory'])} per rank"
     head = (
-        f"{plan['world_size']:,} ranks of {device['name']}, {plan['local_world_size']} a node, global batch "
-        f"{plan['batch_size']:,}; {gigabytes(device['usable_memory'])} of {gigabytes(device['memory'])} a rank are for "
-        "the model"
+        f"{plan['world_size']:,} ranks of {device['name']}, {plan['local_world_size']} per node, global batch "
+        f"{plan['batch_size']:,}; {per_rank} are for the model"
     )
     return "\n".join(
         [
@@ -46,10 +46,10 @@ def report(plan: dict[str, Any]) -> str:
             "",
             *(f"plan  {line}" for line in plan["summary"]),
             "",
-            "GB on a rank (10^9 bytes); one line for ranks that hold the same tables and within 1 % the same",
+            "memory per rank in GB (10^9 bytes); one line for ranks with the same tables and nearly the same memory",
             *text_table(["ranks", "tables", "rows", *kinds], ranks, left=1),
             "",
-            "a step of the slowest rank, at the hardware's peak rates, one part after another",
+            "cost of a step on the slowest rank, at the hardware's peak rates and without overlap, for comparison only",
             *text_table(
                 ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute"]
                 + (["host link"] if hosted else [])
@@ -61,15 +61,15 @@ def report(plan: dict[str, Any]) -> str:
     )
 
 
-def picture(plan: dict[str, Any]) -> str:
-    """A page of its own: stacked bars of memory by kind, a bar for ranks that are alike."""
+def html_page(plan: dict[str, Any]) -> str:
+    """Return an HTML page of its own: a stacked bar of memory for each group of equal ranks, and the text."""
     device, ranks = plan["device"], plan["ranks"]
     scale = (_WIDTH - _LEFT - 190) / max(device["memory"], *(each["total"] for each in ranks))
     height = _TOP + _BAR * len(ranks) + 40
     parts = []
     for index, each in enumerate(ranks):
         x, y = float(_LEFT), _TOP + index * _BAR
-        label = html.escape(f"{_short(each['ranks'], _LABEL)} ({each['count']})")
+        label = html.escape(f"{_short(each['ranks'], _PAGE_CHARACTERS)} ({each['count']})")
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 15}" text-anchor="end">{label}</text>')
         for kind, colour in _KINDS.items():
             width = each[kind] * scale
@@ -95,9 +95,10 @@ def picture(plan: dict[str, Any]) -> str:
         f'<body style="font-family: sans-serif"><h1 style="font-size: 18px">{title}</h1>\n'
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-size="12">\n'
         + "\n".join(parts)
-        + f"\n</svg>\n<pre>{html.escape(report(plan))}</pre></body></html>\n"
+        + f"\n</svg>\n<pre>{html.escape(text_report(plan))}</pre></body></html>\n"
     )
 
 
-def _short(ranks: str, most: int = _SHOWN_RANKS) -> str:
+def _short(ranks: str, most: int = _TEXT_CHARACTERS) -> str:
+    """Return a list of ranks, cut off after ``most`` characters."""
     return ranks if len(ranks) <= most else ranks[:most].rpartition(",")[0] + ", …"

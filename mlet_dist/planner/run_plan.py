@@ -1,4 +1,4 @@
-"""`mlet plan`: TorchRec's plan, and what it costs, for hardware that need not be there."""
+"""`mlet plan`: the plan of TorchRec's planner and its cost, on hardware that need not be there."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from mlet_dist.embeddings.planning.plan_cost import (
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.planner.configurations import Case, configurations
-from mlet_dist.planner.suggestions import ways_out
+from mlet_dist.planner.suggestions import suggestions
 from mlet_dist.training.model_plan import DoesNotFit, ModelPlan, describe_plan
 
-_ALIKE = 0.01
+_SAME_MEMORY = 0.01  # relative difference up to which ranks are one entry
 
 
 def make_plan(
@@ -32,15 +32,20 @@ def make_plan(
     world_size: int,
     local_world_size: int,
 ) -> dict[str, Any]:
-    """Plan one run; needs neither the hardware nor a process group.
+    """Plan one run; this needs neither the hardware nor a process group.
+
+    Args:
+        pooling_factors: the mean ids of a bag, by table.
+        device: the hardware of each rank.
 
     Returns:
-        Plain data: ``tables`` (as in a run's plan.json), ``ranks`` (ranks that hold much the same, in one entry),
-        ``configurations``, ``summary`` (lines as at the start of a run) and the device. ``shortage`` is null, or where
-        the tables do not fit, which one, by how much, and what would make them fit; the plan is then the evenest.
+        Plain data: ``tables`` (as in a run's plan.json), ``ranks`` (with one entry for ranks of nearly the same
+        memory), ``configurations``, ``summary`` (the lines that a run prints at its start) and the device.
+        ``shortage`` is null, or if the tables do not fit, a text: which rank lacks how much memory, and which settings
+        fit. The plan is then the one that spreads rows most evenly.
 
     Raises:
-        UserError: what the config asks of a table cannot be.
+        UserError: a constraint of the config on a table cannot be met.
     """
     case = Case(config, spec, pooling_factors, Ranks(world_size, local_world_size, device.kind == "cpu"), device)
     shortage = None
@@ -52,7 +57,7 @@ def make_plan(
         planned = case.plan()
     except DoesNotFit as error:
         planned = error.planned
-        numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways_out(case), 1))
+        numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(suggestions(case), 1))
         shortage = f"{error}; what fits: {numbered or 'nothing that was tried'}"
     return {
         "world_size": world_size,
@@ -61,14 +66,14 @@ def make_plan(
         "device": {**dataclasses.asdict(device), "usable_memory": device.usable_memory},
         "shortage": shortage,
         "summary": describe_plan(planned),
-        "ranks": _folded(planned),
+        "ranks": _grouped_ranks(planned),
         "configurations": [_configuration(*each, device) for each in configurations(case, planned)],
         "tables": planned.entries(),
     }
 
 
-def _folded(planned: ModelPlan) -> list[dict[str, Any]]:
-    """Ranks of the same tables and, within 1 %, of the same memory in one entry: the fullest of them."""
+def _grouped_ranks(planned: ModelPlan) -> list[dict[str, Any]]:
+    """Return one entry for ranks with the same tables and, within 1 %, the same memory: that of the fullest of them."""
     found: list[tuple[frozenset[str], Memory, int, list[int]]] = []
     groups = [
         (memory_of_rank(planned.tables, planned.dense, group[0]), group)
@@ -77,7 +82,7 @@ def _folded(planned: ModelPlan) -> list[dict[str, Any]]:
     for memory, group in sorted(groups, key=lambda each: -each[0].total):
         held = {name: rows[group[0]] for name, (_, rows) in planned.tables.items() if rows[group[0]]}
         for tables, fullest, _, ranks in found:
-            if tables == held.keys() and fullest.total - memory.total <= _ALIKE * fullest.total:
+            if tables == held.keys() and fullest.total - memory.total <= _SAME_MEMORY * fullest.total:
                 ranks.extend(group)
                 break
         else:
@@ -96,7 +101,7 @@ def _folded(planned: ModelPlan) -> list[dict[str, Any]]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """``0-6, 8``."""
+    """Return numbers as ranges, such as ``0-6, 8``."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:
@@ -107,6 +112,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _configuration(name: str, tables: Tables, dense: DenseCost, device: Device) -> dict[str, Any]:
+    """Return the memory and the cost of a step of one configuration."""
     memory = fullest_memory(tables, dense)
     step, time = slowest_step(tables, dense, device)
     return {

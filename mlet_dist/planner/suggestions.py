@@ -1,4 +1,4 @@
-"""What to change when tables do not fit, cheapest first, each with the memory and the time that it then takes."""
+"""Suggests settings with which tables fit that do not, the cheapest first, each with its memory and step time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,33 +10,33 @@ from mlet_dist.planner.configurations import Case, even_memory
 from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.training.model_plan import DoesNotFit
 
-_MOST_NODES = 4096
-_MOST_PLANS = 3  # of one way, where the formulas promise room that the planner does not find
+_MAX_NODES = 4096
+_MAX_PLANS = 3  # tries of one kind of change, if the tables fit by the formulas but the planner finds no plan
 
 
-def ways_out(case: Case, most: int = 3) -> list[str]:
-    """Up to ``most`` settings with which the planner finds a plan, a few words each."""
+def suggestions(case: Case, most: int = 3) -> list[str]:
+    """Return up to ``most`` changes with which the planner finds a plan, as short texts."""
     found: list[str] = []
-    for way in _WAYS:
+    for change in _CHANGES:
         tried = 0
-        for text, changed in way(case):
-            if not _has_room(even_memory(changed), changed.device):
+        for text, changed in change(case):
+            if not _fits(even_memory(changed), changed.device):
                 continue
             tried += 1
             try:
                 planned = changed.plan()
             except DoesNotFit:
-                if tried == _MOST_PLANS:
+                if tried == _MAX_PLANS:
                     break
                 continue
-            except UserError:  # it cannot be, for another reason
+            except UserError:  # this change is impossible for another reason
                 break
             needed = fullest_memory(planned.tables, planned.dense)
             _, time = slowest_step(planned.tables, planned.dense, changed.device)
-            host = f" and {gigabytes(needed.host)} of its host" if needed.host else ""
+            host = f" and {gigabytes(needed.host)} of host memory" if needed.host else ""
             found.append(
-                f"{text}: {gigabytes(needed.total)} of {gigabytes(changed.device.usable_memory)} a rank{host}, "
-                f"{milliseconds(time)} a step"
+                f"{text}: {gigabytes(needed.total)} of {gigabytes(changed.device.usable_memory)} per rank{host}, "
+                f"{milliseconds(time)} per step"
             )
             break
         if len(found) == most:
@@ -44,11 +44,12 @@ def ways_out(case: Case, most: int = 3) -> list[str]:
     return found
 
 
-def _has_room(memory: Memory, device: Device) -> bool:
+def _fits(memory: Memory, device: Device) -> bool:
     return memory.total <= device.usable_memory and memory.host <= device.usable_host_memory
 
 
 def _any_sharding_type(case: Case) -> Iterator[tuple[str, Case]]:
+    """Lift the limits on sharding types."""
     sharding = case.config.sharding
     own = {name: table for name, table in sharding.tables.items() if table.sharding_types is not None}
     keys = ["sharding.sharding_types"] if sharding.sharding_types is not None else []
@@ -60,17 +61,20 @@ def _any_sharding_type(case: Case) -> Iterator[tuple[str, Case]]:
 
 
 def _rowwise_state(case: Case) -> Iterator[tuple[str, Case]]:
+    """Use an optimizer with one value of state for each row."""
     if case.config.optimizer.name in ("adagrad", "adam"):
         yield "optimizer.name=rowwise_adagrad", case.with_settings("optimizer", name="rowwise_adagrad")
 
 
 def _half_rows(case: Case) -> Iterator[tuple[str, Case]]:
+    """Store rows in fp16."""
     fused_adam = not case.ranks.on_cpu or case.config.optimizer.name != "adam"
     if case.config.sharding.rows_dtype == "fp32" and fused_adam:
         yield "sharding.rows_dtype=fp16", case.with_settings("sharding", rows_dtype="fp16")
 
 
 def _host_rows(case: Case) -> Iterator[tuple[str, Case]]:
+    """Store rows in host memory where device memory cannot hold them."""
     if not case.ranks.on_cpu and case.config.sharding.compute_kernels == ("fused",):
         kernels = ("fused", "fused_uvm_caching")
         text = f"sharding.compute_kernels=[{','.join(kernels)}]"
@@ -78,19 +82,22 @@ def _host_rows(case: Case) -> Iterator[tuple[str, Case]]:
 
 
 def _smaller_k(case: Case) -> Iterator[tuple[str, Case]]:
+    """Use fewer columns of W1, the largest number first."""
     k, d = case.spec.model.hidden_dim, case.spec.model.embedding_dim
     for smaller in range((k or d) - 4, d - 1, -4):
         yield f"model.hidden_dim={smaller}", case.with_settings("model", hidden_dim=smaller)
 
 
 def _more_ranks(case: Case) -> Iterator[tuple[str, Case]]:
+    """Use more nodes, the smallest number first."""
     local = case.ranks.local_world_size
-    for nodes in range(case.ranks.world_size // local + 1, _MOST_NODES + 1):
+    for nodes in range(case.ranks.world_size // local + 1, _MAX_NODES + 1):
         if case.config.data.batch_size % (nodes * local) == 0:
             yield f"--world-size {nodes * local}", case.with_ranks(nodes * local)
 
 
 def _smaller_batch(case: Case) -> Iterator[tuple[str, Case]]:
+    """Halve the batch again and again."""
     batch = case.config.data.batch_size // 2
     while batch >= case.ranks.world_size and batch % case.ranks.world_size == 0:
         yield f"data.batch_size={batch}", case.with_settings("data", batch_size=batch)
@@ -98,6 +105,7 @@ def _smaller_batch(case: Case) -> Iterator[tuple[str, Case]]:
 
 
 def _larger_device(case: Case) -> Iterator[tuple[str, Case]]:
+    """Use a device with more memory, the smallest one first."""
     devices = [Device(**each) for each in presets().values()]
     larger = [device for device in devices if device.kind == case.device.kind]
     for device in sorted(larger, key=lambda each: each.memory):
@@ -105,8 +113,8 @@ def _larger_device(case: Case) -> Iterator[tuple[str, Case]]:
             yield f"--device {device.name}", dataclasses.replace(case, device=device)
 
 
-# Cheapest first: what costs neither hardware nor columns, a smaller model, hardware.
-_WAYS: tuple[Callable[[Case], Iterator[tuple[str, Case]]], ...] = (
+# The cheapest first: changes that need neither hardware nor a smaller model, then a smaller model, then hardware.
+_CHANGES: tuple[Callable[[Case], Iterator[tuple[str, Case]]], ...] = (
     _any_sharding_type,
     _rowwise_state,
     _half_rows,

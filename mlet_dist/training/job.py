@@ -3,11 +3,10 @@
 A run is what ``run.dir`` holds; every process group that trains it, first or after an interruption, is a job.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,6 @@ from mlet_dist.training.process_group import Worker
 from mlet_dist.training.resume import ResumePoint, drop_later_checkpoints, find_resume_point, identity_of
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.warm_start import InitialWeights, find_initial_weights
-
-
-def config_of_attempt(config: Config) -> Config:
-    """Return the config without ``run.overwrite`` and ``train.resume: never`` if torch elastic restarted this job."""
-    if not _is_restart():
-        return config
-    resume = "auto" if config.train.resume == "never" else config.train.resume
-    return replace(config, run=replace(config.run, overwrite=False), train=replace(config.train, resume=resume))
-
-
-def finished_summary(config: Config, *, by_any: bool = False) -> dict[str, Any] | None:
-    """Return the summary of a run that an earlier attempt of this job finished without printing it, or None.
-
-    Args:
-        config: the resolved settings; a run with other settings is not considered.
-        by_any: whether any earlier job counts as an attempt, and not only those restarted by torch elastic.
-
-    Raises:
-        UserError: the summary cannot be read.
-    """
-    run = RunDirectory(Path(config.run.dir))
-    if not (by_any or _is_restart()) or not run.summary.exists():
-        return None
-    saved, _, summary = run.load()
-    return summary if config_of_attempt(saved) == config_of_attempt(config) else None
-
-
-def _is_restart() -> bool:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 @dataclass(frozen=True)

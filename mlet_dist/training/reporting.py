@@ -175,7 +175,7 @@ class TrainingReport:
         for count, step in enumerate(sorted(training.excluded_steps), start=1):
             if step > training.step:
                 self._recorder.record("rollback", training.step, {"batch_of_step": step, "rollbacks": count})
-        self._progress.say(f"warning: {finding}; rolled back to step {training.step}, continuing without that batch")
+        self._progress.log(f"warning: {finding}; rolled back to step {training.step}, continuing without that batch")
 
     def summary(self, training: Training) -> dict[str, Any]:
         """Return what the run's summary says about this job's steps."""
@@ -191,7 +191,7 @@ class TrainingReport:
         if finding.rank is not None:
             values["rank"] = finding.rank
         self._recorder.record("skipped", training.step, values)
-        self._progress.say(f"warning: {finding}; the batch was skipped, {training.skipped} so far")
+        self._progress.log(f"warning: {finding}; the batch was skipped, {training.skipped} so far")
 
     def _values(self, training: Training) -> dict[str, float]:
         totals = training.metrics.compute()

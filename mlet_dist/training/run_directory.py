@@ -1,4 +1,4 @@
-"""The run directory: its layout on disk, and the lock that keeps other jobs out of it."""
+"""The run directory: its layout on disk, its lock, and the result of an earlier attempt; imported without torch."""
 
 import fcntl
 import json
@@ -7,7 +7,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,35 @@ class RunDirectory:
         if not isinstance(summary, dict):
             raise UserError(f"{self.summary}: holds a JSON {type(summary).__name__} instead of an object")
         return load_config(self.config), ModelSpec.load(self.model), summary
+
+
+def config_of_attempt(config: Config) -> Config:
+    """Return the config without ``run.overwrite`` and ``train.resume: never`` if torch elastic restarted this job."""
+    if not _is_restart():
+        return config
+    resume = "auto" if config.train.resume == "never" else config.train.resume
+    return replace(config, run=replace(config.run, overwrite=False), train=replace(config.train, resume=resume))
+
+
+def finished_summary(config: Config, *, by_any: bool = False) -> dict[str, Any] | None:
+    """Return the summary of a run that an earlier attempt of this job finished without printing it, or None.
+
+    Args:
+        config: the resolved settings; a run with other settings is not considered.
+        by_any: whether any earlier job counts as an attempt, and not only those restarted by torch elastic.
+
+    Raises:
+        UserError: the summary cannot be read.
+    """
+    run = RunDirectory(Path(config.run.dir))
+    if not (by_any or _is_restart()) or not run.summary.exists():
+        return None
+    saved, _, summary = run.load()
+    return summary if config_of_attempt(saved) == config_of_attempt(config) else None
+
+
+def _is_restart() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def roll_back(training: Training, store: CheckpointStore, error: NonFinite, limi
         raise NonFinite(
             error.finding, f"the run was rolled back {limit} times, and train.non_finite_limit allows no more"
         ) from None
-    found = newest_whole(store)
+    found = latest_complete(store)
     if found is None:
         raise NonFinite(error.finding, f"{store} holds no checkpoint to roll back to") from None
     # The checkpoint does not hold steps that were excluded after it was saved.

@@ -23,11 +23,12 @@ from mlet_dist.progress import Progress
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate
 from mlet_dist.training.guard import Finding, Guard, NonFinite
-from mlet_dist.training.job import Job, config_of_attempt, open_job
+from mlet_dist.training.job import Job, open_job
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
 from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.process_group import join_ranks
 from mlet_dist.training.reporting import Recorder, TrainingReport
+from mlet_dist.training.run_directory import config_of_attempt
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.signals import StopSignal

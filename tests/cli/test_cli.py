@@ -10,13 +10,13 @@ import pytest
 from mlet_dist import __version__
 from mlet_dist.cli import main
 from mlet_dist.cli.main import parse
-from mlet_dist.cli.options import load_checked, without_launch
-from mlet_dist.cli.output import show
+from mlet_dist.cli.options import load_checked_config, without_launch_options
+from mlet_dist.cli.output import print_result
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from tests.helpers.mlet_command import ROOT, error_line
 
 COMMANDS = ["prepare", "synth", "train", "compare", "plan", "evaluate", "export", "verify", "doctor"]
-# Runs the command, then says as its last line whether torch was imported on the way.
+# Runs the command and prints as the last line its exit code and whether torch was imported.
 WATCHED = """
 import sys
 from mlet_dist.cli import main
@@ -29,7 +29,7 @@ print(code, "torch" in sys.modules)
 
 
 def watch_imports(*arguments: object) -> tuple[list[str], list[str]]:
-    """Lines of stdout, of which the last is exit code and whether torch was imported, and of stderr."""
+    """Return the lines of stdout, the last of which is the exit code and whether torch was imported, and of stderr."""
     command = [sys.executable, "-c", WATCHED, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.splitlines(), done.stderr.splitlines()
@@ -37,7 +37,7 @@ def watch_imports(*arguments: object) -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A config whose data set is described, though it has no rows: enough for all that is checked before training."""
+    """A config whose data set has a schema but no rows, which is enough for all checks before training."""
     parts = {split: (Part(f"{split}/0.parquet", 10, 5, 99, 64 * "0"),) for split in ("train", "valid", "test")}
     data = tmp_path / "data"
     data.mkdir()
@@ -63,10 +63,12 @@ def test_help_lists_every_command_and_every_setting(capsys: pytest.CaptureFixtur
     assert listed >= set(COMMANDS)
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    assert "model.hidden_dim (64): k: columns of W1 in training" in capsys.readouterr().out
+    assert (
+        "  model.hidden_dim (default 64)\n        k: the number of columns of W1 in training" in capsys.readouterr().out
+    )
 
 
-MISTAKES = {
+ERRORS = {
     "typo": (["model.hiden_dim=8"], "command line: model.hiden_dim: unknown key (did you mean 'hidden_dim'?)"),
     "type": (["model.hidden_dim=x"], "command line: model.hidden_dim: expected a whole number or null, found x"),
     "no data": (["data.path=/no/such"], "/no/such: no such data set; run `mlet prepare` to make one"),
@@ -80,9 +82,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found_before_torch_is_imported(command: str, mistake: str, config: Path) -> None:
-    arguments, message = MISTAKES[mistake]
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_are_found_before_torch_is_imported(command: str, error: str, config: Path) -> None:
+    arguments, message = ERRORS[error]
     out, err = watch_imports(command, config, *arguments)
     assert out == ["2 False"]
     assert len(err) == 1
@@ -116,13 +118,13 @@ def test_a_run_that_would_be_destroyed_is_found_before_torch_is_imported(config:
     ],
     ids=["command", "no config", "two lines", "torch", "no overrides here"],
 )
-def test_a_mistake_is_one_line_on_stderr(arguments: list[str], message: str) -> None:
+def test_an_error_is_one_line_on_stderr(arguments: list[str], message: str) -> None:
     line = error_line(*arguments)
     assert line.startswith(f"mlet: error: {message}")
     assert line.count("--help") <= 1
 
 
-def test_no_command_at_all_is_a_mistake() -> None:
+def test_no_command_at_all_is_an_error() -> None:
     assert error_line() == "mlet: error: the following arguments are required: COMMAND (see `mlet --help`)"
 
 
@@ -142,19 +144,19 @@ def test_overrides_stand_before_and_after_options(options: list[str], before: in
         assert (args.nproc, args.json) == (2 if "nproc" in "".join(options) else None, "--json" in options)
 
 
-def test_only_overrides_that_were_understood_train(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_override_after_an_option_ends_the_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(config), "model.hidden_dim=4", "--json", "model.hidden_dim=nine"]) == 2
     assert "found nine" in capsys.readouterr().err
 
 
-def test_every_nproc_is_taken_out_of_what_the_ranks_run() -> None:
+def test_every_nproc_is_removed_from_the_command_of_the_ranks() -> None:
     given = ["train", "--nproc", "3", "c.yaml", "--nproc=4", "a.b=1", "--json", "--nproc", "2", "a.c=2"]
     assert parse(given).nproc == 2
-    assert without_launch(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
+    assert without_launch_options(given) == ["train", "c.yaml", "a.b=1", "--json", "a.c=2"]
 
 
 def test_a_warning_is_one_line_and_does_not_stop_the_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checked = load_checked(parse(["train", str(config), "model.hidden_dim=8"]))
+    checked = load_checked_config(parse(["train", str(config), "model.hidden_dim=8"]))
     assert checked.model.hidden_dim == 8
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mlet: warning: model.hidden_dim 8 is below model.embedding_dim 16")
@@ -167,10 +169,10 @@ def test_a_warning_is_one_line_and_does_not_stop_the_command(config: Path, capsy
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', not a number"),
         ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE is '', not a number"),
     ],
-    ids=["missing", "word", "empty"],
+    ids=["missing", "not a number", "empty"],
 )
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_half_set_rank_is_a_mistake(
+def test_an_incomplete_environment_of_a_rank_is_an_error(
     command: str,
     variables: dict[str, str],
     found: str,
@@ -186,7 +188,7 @@ def test_a_half_set_rank_is_a_mistake(
     assert found in line
 
 
-def test_kubeflows_rank_does_not_silence_what_runs_alone(
+def test_kubeflows_rank_does_not_silence_a_command_that_runs_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -198,7 +200,7 @@ def test_kubeflows_rank_does_not_silence_what_runs_alone(
 @pytest.mark.parametrize("json_flag", ["", "--json"])
 def test_closed_streams_do_not_fail_a_command(redirect: str, json_flag: str, tmp_path: Path) -> None:
     out = tmp_path / "data"
-    # A reader that has gone before the first word is written.
+    # The reader is gone before the first line is written.
     shell = f"set -o pipefail; {{ sleep 0.5; {sys.executable} -m mlet_dist synth --out {out} --rows 20 {json_flag}; }}"
     done = subprocess.run(["bash", "-c", f"{shell} {redirect}"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -209,7 +211,7 @@ def test_closed_streams_do_not_fail_a_command(redirect: str, json_flag: str, tmp
 
 def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     arms = [{"auc": math.nan, "rows": 3}, {"auc": 0.5, "loss": -math.inf}]
-    show({"ok": True, "auc": math.nan, "path": "NaN", "arms": arms}, as_json=True)
+    print_result({"ok": True, "auc": math.nan, "path": "NaN", "arms": arms}, as_json=True)
     shown = capsys.readouterr().out
     assert json.loads(shown, parse_constant=pytest.fail) == {
         "ok": True,
@@ -221,21 +223,21 @@ def test_nan_and_infinity_become_null_in_json(capsys: pytest.CaptureFixture[str]
 
 
 def test_results_without_json_are_aligned_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    show({"rows": {"train": 12345}, "positive_rate": 0.25, "ok": True}, as_json=False)
+    print_result({"rows": {"train": 12345}, "positive_rate": 0.25, "ok": True}, as_json=False)
     assert capsys.readouterr().out == "rows.train     12,345\npositive_rate  0.25\nok             True\n"
 
 
-def test_both_ways_to_start_are_the_same_program() -> None:
+def test_all_entry_points_are_the_same_program() -> None:
     script = Path(sys.executable).with_name("mlet")
     code = "import sys; from mlet_dist.cli import main; sys.argv[0] = 'mlet'; sys.exit(main())"
     entries = [[sys.executable, "-m", "mlet_dist"], [sys.executable, "-c", code]]
     entries += [[str(script)]] if os.access(script, os.X_OK) else []
     for arguments, expected in ((["--version"], 0), (["train", "--help"], 0), (["nonsense"], 2)):
-        said = {
+        results = {
             (done.returncode, done.stdout, done.stderr)
             for entry in entries
             for done in [subprocess.run([*entry, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)]
         }
-        ((returncode, stdout, _),) = said
+        ((returncode, stdout, _),) = results
         assert returncode == expected
         assert arguments != ["--version"] or stdout == f"mlet-dist {__version__}\n"

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mlet_dist.config.config_file import load_config, save_config
@@ -90,6 +91,7 @@ configs = st.builds(
 )
 
 
+@hypothesis_settings(deadline=None)  # it writes a file, which may take long on a busy machine
 @given(config=configs)
 def test_any_config_survives_being_saved(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -97,8 +99,8 @@ def test_any_config_survives_being_saved(config: Config, tmp_path_factory: pytes
     assert load_config(path) == config
 
 
-# What is wrong in the file -> what the message says after the file's name.
-MISTAKES = {
+# A wrong line of the file -> the message after the file's name.
+ERRORS = {
     "modle: {hidden_dim: 8}": r"modle: unknown key \(did you mean 'model'\?\); known keys here are data, run, model,",
     "model: {hiden_dim: 8}": r"model\.hiden_dim: unknown key \(did you mean 'hidden_dim'\?\); known .*rows_init_gain",
     'model: {"a\\nb": 8}': r"model\.a b: unknown key",
@@ -137,13 +139,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[:40])
-def test_a_mistake_in_the_file_is_told_in_one_line(mistake: str, file: Path) -> None:
-    file.write_text(f"{MINIMAL}{mistake}\n")
-    assert re.match(re.escape(f"{file}: ") + MISTAKES[mistake], error_of(file))
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error[:40])
+def test_an_error_in_the_file_is_reported_in_one_line(error: str, file: Path) -> None:
+    file.write_text(f"{MINIMAL}{error}\n")
+    assert re.match(re.escape(f"{file}: ") + ERRORS[error], error_of(file))
 
 
-# Override -> what the message says after "command line: ".
+# A wrong override -> the message after "command line: ".
 WRONG_OVERRIDES = {
     "model.hiden_dim=8": r"model\.hiden_dim: unknown key \(did you mean 'hidden_dim'\?\); known keys here are",
     "modle.hidden_dim=8": r"modle: unknown key \(did you mean 'model'\?\)",
@@ -170,11 +172,11 @@ WRONG_OVERRIDES = {
 
 
 @pytest.mark.parametrize("override", WRONG_OVERRIDES)
-def test_a_mistake_in_an_override_is_not_blamed_on_the_file(override: str, file: Path) -> None:
+def test_an_error_in_an_override_names_the_command_line(override: str, file: Path) -> None:
     assert re.match(f"command line: {WRONG_OVERRIDES[override]}", error_of(file, override))
 
 
-def test_the_file_is_still_blamed_for_its_own_mistakes_beside_overrides(file: Path) -> None:
+def test_an_error_in_the_file_beside_overrides_names_the_file(file: Path) -> None:
     file.write_text(f"{MINIMAL}model: {{hiden_dim: 8}}\n")
     assert error_of(file, "model.embedding_dim=4").startswith(f"{file}: model.hiden_dim: unknown key")
     file.write_text(f"{MINIMAL}modle: {{hidden_dim: 8}}\n")
@@ -202,7 +204,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         assert error_of(latin) == f"{latin}: expected sections such as `model:`, found {shown}"
 
 
-def test_what_is_said_of_a_table_goes_before_what_is_said_of_all(file: Path) -> None:
+def test_the_settings_of_a_table_replace_those_of_all_tables(file: Path) -> None:
     file.write_text(
         "data: {path: d}\nrun: {dir: r}\n"
         "sharding: {exchange: after, cache_load_factor: 0.3, tables: {C1: {exchange: auto}, C2: null}}\n"
@@ -237,12 +239,12 @@ WRONG_TABLES = {
 
 
 @pytest.mark.parametrize("override", WRONG_TABLES)
-def test_mistakes_in_what_is_said_of_tables(override: str, file: Path) -> None:
+def test_errors_in_the_settings_of_tables(override: str, file: Path) -> None:
     file.write_text("data: {path: d}\nrun: {dir: r}\n")
     assert re.search(f"command line: {WRONG_TABLES[override]}", error_of(file, override))
 
 
-def test_overrides_replace_what_the_file_says_the_last_one_wins(file: Path) -> None:
+def test_overrides_replace_values_of_the_file_and_the_last_one_wins(file: Path) -> None:
     file.write_text(f"{MINIMAL}model: {{hidden_dim: 32}}\noptimizer:\n")
     assert load_config(file).model.hidden_dim == 32
     assert load_config(file, ["model.hidden_dim=null"]).model.hidden_dim is None
@@ -296,7 +298,7 @@ def test_a_batch_that_ranks_cannot_share_names_both(batch: int, ranks: int, advi
         load_config(file, [f"data.batch_size={number}"]).check_world_size(ranks)
 
 
-def test_half_rows_that_adam_cannot_update_name_both_settings(file: Path) -> None:
+def test_fp16_rows_that_adam_cannot_update_name_both_settings(file: Path) -> None:
     config = load_config(file, ["sharding.rows_dtype=fp16", "optimizer.name=adam"])
     config.check_device("cuda")
     with pytest.raises(UserError, match=r"^sharding\.rows_dtype is fp16 and optimizer\.name is adam: .*CUDA.*fp32"):
@@ -305,7 +307,7 @@ def test_half_rows_that_adam_cannot_update_name_both_settings(file: Path) -> Non
         load_config(file, ["sharding.rows_dtype=fp16", "optimizer.name=adam", setting]).check_device("cpu")
 
 
-def test_features_that_the_data_lacks_are_named(file: Path) -> None:
+def test_features_that_are_not_in_the_data_are_named(file: Path) -> None:
     config = load_config(file, ["data.sparse_features=[C1, C22]", "data.dense_features=[I1]"])
     config.check_features(["I1"], ["C1", "C22"])
     with pytest.raises(UserError, match=r"^data\.sparse_features: logs has no column 'C22' .*'C2'\?\); it has C1, C2$"):

@@ -1,4 +1,4 @@
-"""The `mlet` command as a user runs it: a process of its own."""
+"""Runs the `mlet` command as a user does, in a process of its own."""
 
 import json
 import subprocess
@@ -18,14 +18,14 @@ def mlet(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str
 
 
 def mlet_json(*arguments: object, expect: int = 0) -> dict[str, Any]:
-    """The object that `--json` prints as the last line of stdout."""
+    """Run a command with `--json` and return the object that it prints as the last line of stdout."""
     done = mlet(*arguments, "--json", expect=expect)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def error_line(*arguments: object) -> str:
-    """The one line that a user's mistake prints; nothing else is printed, and the exit code is 2."""
+    """Run a command with an input error and return the one line that it prints; its exit code must be 2."""
     done = mlet(*arguments, expect=2)
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from mlet_dist.checkpoint.manifest import Checksum
-from mlet_dist.formatting import sealed
+from mlet_dist.formatting import with_checksum
 
 
 def change_manifest(export: Path, change: Callable[[dict], None]) -> None:
@@ -17,7 +17,7 @@ def change_manifest(export: Path, change: Callable[[dict], None]) -> None:
     path = export / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(sealed(manifest)))
+    path.write_text(json.dumps(with_checksum(manifest)))
 
 
 def change_tensor(export: Path, output: str, name: str, change: Callable[[torch.Tensor], None]) -> None:

@@ -11,7 +11,7 @@ from botocore.session import get_session
 from botocore.validate import ParamValidator
 
 from mlet_dist.cli.main import parse
-from mlet_dist.cli.options import without_launch
+from mlet_dist.cli.options import without_launch_options
 from mlet_dist.cluster.nodes import job_of
 from tests.helpers.kubernetes_schemas import check
 from tests.helpers.torchx_cli import COMPONENTS, run_torchx
@@ -51,7 +51,7 @@ def read(words: list[str]) -> Any:
 
 def same_job(commands: list[list[str]]) -> bool:
     """Whether nodes that are given these take one another for nodes of their job."""
-    return len({job_of(without_launch(words), 8, "2") for words in commands}) == 1
+    return len({job_of(without_launch_options(words), 8, "2") for words in commands}) == 1
 
 
 def test_kubernetes(torchx_environment: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""`mlet plan`: what it prints, what it refuses, and plan.json of a run."""
+"""Tests of `mlet plan`: its output, its errors, and plan.json of a run."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_criteo_1tb_on_64_gpus(tables: Path, capsys: pytest.CaptureFixture[str])
     assert spread["sent_bytes"] <= here["sent_bytes"] < single["sent_bytes"] < wide["sent_bytes"]
     assert here["memory"] == fullest["total"]
     assert naive["bound"] == "network"
-    # What MLET is compared with has a plan of its own: the one that it gets where it is asked for.
+    # What MLET is compared with has a plan of its own: the one that `sharding.exchange=after` gives.
     composed = _plan(capsys, tables, "--world-size", "64", *LARGE, "sharding.exchange=after")
     assert naive["step_s"] == composed["configurations"][-1]["step_s"]
     assert "row_wise" not in {each["sharding_type"] for each in composed["tables"]}
@@ -75,12 +75,14 @@ def test_criteo_1tb_on_64_gpus(tables: Path, capsys: pytest.CaptureFixture[str])
     assert len(plan["summary"]) <= 4
 
 
-def test_tables_as_text_and_as_a_picture(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_as_text_and_as_an_html_page(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.html"
     command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "16", *LARGE, "--out", str(out)]
     assert main(command) == 0
     text = capsys.readouterr().out
-    assert text.startswith("16 ranks of h100, 8 a node, global batch 65,536; 68 GB of 80 GB a rank are for the model\n")
+    assert text.startswith(
+        "16 ranks of h100, 8 per node, global batch 65,536; 68 GB of 80 GB per rank are for the model\n"
+    )
     assert "\nranks  tables " in text
     assert "\nMLET k = 256, auto " in text
     page = out.read_text()
@@ -106,7 +108,7 @@ def test_a_longer_bag_sends_more(tables: Path, capsys: pytest.CaptureFixture[str
     assert (exchanges["C1"], exchanges["C20"]) == ("reduce_scatter", "unique_rows")
 
 
-def test_a_plan_that_does_not_fit_says_what_would(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_does_not_fit_suggests_settings_that_fit(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--tables", tables, "--world-size", "8", "--device", "a100-40", *LARGE]
     line = error_line("plan", CONFIG, *command)
     assert re.search(
@@ -114,28 +116,33 @@ def test_a_plan_that_does_not_fit_says_what_would(tables: Path, capsys: pytest.C
         r"[\d.]+ GB short; its largest table is 'C1': 5,625,000 rows of 256 columns, 11\.[56] GB; what fits: ",
         line,
     )
-    ways = dict(re.findall(r"\(\d\) (\S+ ?\d*): ([\d.]+) GB of 34 GB a rank", line))
-    assert list(ways)[:2] == ["optimizer.name=rowwise_adagrad", "sharding.compute_kernels=[fused,fused_uvm_caching]"]
-    assert len(ways) == 3
-    assert "a rank and 21.8 GB of its host, " in line
-    # What it proposes is true.
-    for way, needed in ways.items():
-        plan = _plan(capsys, *command[1:], way)
+    suggested = dict(re.findall(r"\(\d\) (\S+ ?\d*): ([\d.]+) GB of 34 GB per rank", line))
+    assert list(suggested)[:2] == [
+        "optimizer.name=rowwise_adagrad",
+        "sharding.compute_kernels=[fused,fused_uvm_caching]",
+    ]
+    assert len(suggested) == 3
+    assert "per rank and 21.8 GB of host memory, " in line
+    # The suggestions are true.
+    for setting, needed in suggested.items():
+        plan = _plan(capsys, *command[1:], setting)
         assert f"{plan['ranks'][0]['total'] / 1e9:.3g}" == needed
 
 
-def test_types_that_were_asked_for_are_the_first_to_go(tables: Path) -> None:
-    asked = ["sharding.sharding_types=[data_parallel]", "sharding.tables.C1.sharding_types=[table_wise]"]
-    line = error_line("plan", CONFIG, "--tables", tables, "--world-size", "8", *LARGE, *asked)
+def test_the_first_suggestion_lifts_the_limits_on_sharding_types(tables: Path) -> None:
+    limits = ["sharding.sharding_types=[data_parallel]", "sharding.tables.C1.sharding_types=[table_wise]"]
+    line = error_line("plan", CONFIG, "--tables", tables, "--world-size", "8", *LARGE, *limits)
     assert "; what fits: (1) sharding.sharding_types=null sharding.tables.C1.sharding_types=null: " in line
 
 
-def test_a_plan_that_does_not_fit_is_drawn(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_does_not_fit_is_written_as_a_page(
+    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "plan.html"
     command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", "a100-40", *LARGE]
     assert main([*command, "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("mlet: error: the tables do not fit 8 ranks on cuda: ")
+    shown = capsys.readouterr().err
+    assert shown.startswith("mlet: error: the tables do not fit 8 ranks on cuda: ")
     page = out.read_text()
     assert "does not fit: the tables do not fit 8 ranks" in page
     svg = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
@@ -159,7 +166,7 @@ def test_rows_on_the_host(tables: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert smaller["configurations"][-1]["host_s"] > plan["configurations"][-1]["host_s"]
 
 
-def test_each_table_s_own_settings(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_single_tables(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = _plan(
         capsys,
         tables,
@@ -192,30 +199,36 @@ def test_each_table_s_own_settings(tables: Path, capsys: pytest.CaptureFixture[s
     assert half["ranks"][0]["optimizer"] == plain["ranks"][0]["optimizer"]
 
 
-def test_what_was_asked_for_is_the_reason(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_limit_of_the_config_is_given_as_the_reason(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one_type = "sharding.tables={C2: {sharding_types: [table_wise]}, C3: {sharding_types: [data_parallel]}}"
-    for hidden_dim, said in (("null", "sums cross the network"), ("64", "sums are projected before they cross the ne")):
+    for hidden_dim, reason in (
+        ("null", "sums cross the network"),
+        ("64", "sums are projected before they cross the ne"),
+    ):
         plan = _plan(capsys, tables, "--world-size", "8", one_type, f"model.hidden_dim={hidden_dim}")
         entries = {each["table"]: each for each in plan["tables"]}
-        assert entries["C2"]["exchange_reason"].startswith(said)
+        assert entries["C2"]["exchange_reason"].startswith(reason)
         # 17,000 rows are enough for 8 ranks.
         assert entries["C3"]["reason"].endswith(" a step on each of 8 ranks; no other type was asked for")
 
 
-MISTAKES = {
+ERRORS = {
     "preset": (
         ["--device", "h1000"],
-        "--device h1000: no such preset; there are a100-40, a100-80, h100, h200, b200, cpu",
+        "--device h1000: no such preset; use a100-40, a100-80, h100, h200, b200, cpu",
     ),
     "nodes": (
         ["--world-size", "12"],
-        "--world-size 12 is not a multiple of --local-world-size 8: every node holds as many ranks; use "
+        "--world-size 12 is not a multiple of --local-world-size 8: every node must have the same number of ranks; use "
         "--world-size 16, or --local-world-size 6",
     ),
-    "large nodes": (["--world-size=256", "--local-world-size=256"], "--local-world-size 256: torch counts up to 128 "),
+    "large nodes": (
+        ["--world-size=256", "--local-world-size=256"],
+        "--local-world-size 256: torch supports at most 128 ",
+    ),
     "no picture": (
         ["--out", "tables.yaml"],
-        "--out tables.yaml: the picture is a page; name a file that ends in .html",
+        "--out tables.yaml: the plan is written as an HTML page; name a file that ends in .html",
     ),
     "batch": (["--world-size", "24"], "data.batch_size 128 is not a multiple of the 24 ranks"),
     "table": (["data.sparse_features=[C1,X9]"], "data.sparse_features: "),
@@ -228,9 +241,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_line_before_torch_is_imported(mistake: str, tables: Path) -> None:
-    arguments, message = MISTAKES[mistake]
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_are_one_line_before_torch_is_imported(error: str, tables: Path) -> None:
+    arguments, message = ERRORS[error]
     out, err = watch_imports("plan", CONFIG, "--tables", tables, "--world-size", 8, *arguments)
     assert out == ["2 False"]
     assert len(err) == 1
@@ -254,16 +267,18 @@ def test_mistakes_are_one_line_before_torch_is_imported(mistake: str, tables: Pa
         ("C1: 10\nC1: 2000000", "not valid YAML in line 2: key 'C1' is given twice"),
         ("1: 10\n'1': 2000000", "table '1' is given twice"),
         ("null: 10", "table None: a table's name must be text; put it in quotes"),
-        ("- C1", "expected a line a table, such as `C1: 45000000`"),
+        ("- C1", "expected one line for each table, such as `C1: 45000000`"),
     ],
 )
-def test_a_wrong_line_of_the_tables(line: str, message: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_line_in_the_file_of_tables(
+    line: str, message: str, tables: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tables.write_text(line)
     assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8"]) == 2
     assert capsys.readouterr().err == f"mlet: error: {tables}: {message}\n"
 
 
-def test_a_k_below_d_is_warned_of(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_k_below_d_prints_a_warning(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "model.hidden_dim=8"]
     assert main(command) == 0
     assert capsys.readouterr().err.startswith("mlet: warning: model.hidden_dim 8 is below model.embedding_dim 16: ")
@@ -276,7 +291,7 @@ def test_a_name_that_torch_cannot_have(name: str, tables: Path, capsys: pytest.C
     assert capsys.readouterr().err.startswith(f"mlet: error: --tables: table {name!r}: no module of torch can have ")
 
 
-def test_hardware_of_ones_own(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hardware_from_a_file(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "own.yaml"
     entry = "kind: cuda, memory_gb: 64, memory_bandwidth_gbs: 1000, fp32_tflops: 10, node_gbs: 100, host_memory_gb: 100"
     entry += ", host_link_gbs: 20"
@@ -301,12 +316,14 @@ WRONG_TABLES = {
 
 
 @pytest.mark.parametrize("setting", WRONG_TABLES)
-def test_what_a_table_cannot_be(setting: str, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sharding_type_that_is_impossible_for_a_table(
+    setting: str, tables: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", setting]) == 2
     assert capsys.readouterr().err.startswith(f"mlet: error: sharding: {WRONG_TABLES[setting]}")
 
 
-def test_a_cpu_has_no_kernels_of_the_host(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cpu_has_no_kernels_for_host_memory(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(CONFIG), "--tables", str(tables), "--world-size", "8", "--device", "cpu"]
     assert main([*command, "sharding.tables.C1.compute_kernels=[fused_uvm]"]) == 2
     assert capsys.readouterr().err.startswith("mlet: error: sharding.tables.C1.compute_kernels names fused_uvm, ")

@@ -14,7 +14,7 @@ from mlet_dist.data.parquet_parts import sha256_of
 from mlet_dist.data.prepare.dataset_manifest import MANIFEST, VOCABULARY
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
-from mlet_dist.formatting import SEAL, sealed
+from mlet_dist.formatting import CHECKSUM, with_checksum
 from mlet_dist.progress import Progress
 
 
@@ -63,14 +63,14 @@ def _load_manifest(directory: Path) -> dict[str, Any]:
         files = content["files"]
         if not all(isinstance(e["bytes"], int) and isinstance(e["sha256"], str) for e in files.values()):
             raise KeyError("files")
-        _ = [content[key] for key in ("rows", "positive_rate", "malformed", "num_embeddings", SEAL)]
+        _ = [content[key] for key in ("rows", "positive_rate", "malformed", "num_embeddings", CHECKSUM)]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; `mlet prepare` writes it with the data") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not a manifest: {error!r}") from error
-    expected: dict[str, Any] = sealed(content)
-    if content[SEAL] != expected[SEAL]:
-        raise UserError(f"{path}: the SHA-256 of its content is {expected[SEAL]} instead of {content[SEAL]}")
+    expected: dict[str, Any] = with_checksum(content)
+    if content[CHECKSUM] != expected[CHECKSUM]:
+        raise UserError(f"{path}: the SHA-256 of its content is {expected[CHECKSUM]} instead of {content[CHECKSUM]}")
     return expected
 
 

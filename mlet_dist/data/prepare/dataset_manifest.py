@@ -16,7 +16,7 @@ from mlet_dist.data.parquet_parts import sha256_of
 from mlet_dist.data.prepare.passes import Passes
 from mlet_dist.data.prepare.work_files import save_json
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, SparseFeature
-from mlet_dist.formatting import sealed
+from mlet_dist.formatting import with_checksum
 
 MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabulary"
 
@@ -42,7 +42,7 @@ def assemble(passes: Passes) -> DatasetSchema:
     files = [FILE_NAME, QUARANTINE, *sorted(f"{VOCABULARY}/{path.name}" for path in (data / VOCABULARY).iterdir())]
     save_json(
         data / MANIFEST,
-        sealed(
+        with_checksum(
             {
                 "mlet_dist": __version__,
                 "source": spec.source,

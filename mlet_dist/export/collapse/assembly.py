@@ -23,7 +23,7 @@ from mlet_dist.export.outputs import Output, open_output
 from mlet_dist.export.serving.package import check_fits, served_bytes, write_package
 from mlet_dist.export.serving.quantised import Serving, plan_serving
 from mlet_dist.export.source import ModelSource
-from mlet_dist.formatting import sealed, to_json
+from mlet_dist.formatting import to_json, with_checksum
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 
@@ -153,7 +153,7 @@ class Assembly:
             "dense": [describe_tensor(name, tensor) for name, tensor in dense.items()],
         }
         with self.work.new_file(f"{self.work.export.name}/{MANIFEST}") as stream:
-            stream.write((to_json(sealed(manifest), indent=1) + "\n").encode())
+            stream.write((to_json(with_checksum(manifest), indent=1) + "\n").encode())
         return {
             "tables": len(tables),
             "bytes": sum(table["bytes"] for table in tables),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.atomic_directory import check_free, exchange, sync_directory
+from mlet_dist.atomic_directory import check_free, swap_directories, sync_directory
 from mlet_dist.checkpoint.checked_file import CheckedFile
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES
 from mlet_dist.checkpoint.writer import ChecksumStream
@@ -183,7 +183,7 @@ class WorkDirectory:
             (self.root / _JOB).unlink()
             if not self.out.exists():
                 self.export.rename(self.out)
-            elif not exchange(self.export, self.out):
+            elif not swap_directories(self.export, self.out):
                 self.out.rename(self._replaced)
                 self.export.rename(self.out)
             sync_directory(self.out.parent)

@@ -20,7 +20,7 @@ from mlet_dist.data.prepare.pipeline import prepare
 from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.schema import DatasetSchema, Part
 from mlet_dist.errors import UserError
-from mlet_dist.formatting import sealed
+from mlet_dist.formatting import with_checksum
 
 PART = "train/part-00000.parquet"
 
@@ -68,7 +68,7 @@ def save(data: Path, schema: DatasetSchema) -> None:
     manifest = json.loads((data / "manifest.json").read_text())
     path = data / "schema.json"
     manifest["files"]["schema.json"] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    (data / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    (data / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
 
 
 def set_column(name: str, values: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> Callable[[pa.Table], pa.Table]:
@@ -127,7 +127,7 @@ def test_file_that_is_not_a_manifest(changed: Path, content: str) -> None:
 
 def test_manifest_that_contradicts_the_schema(changed: Path) -> None:
     manifest = json.loads((changed / "manifest.json").read_text())
-    (changed / "manifest.json").write_text(json.dumps(sealed(manifest | {"malformed": 7})))
+    (changed / "manifest.json").write_text(json.dumps(with_checksum(manifest | {"malformed": 7})))
     with pytest.raises(UserError, match=r"manifest\.json: malformed is 7, but schema\.json has 1"):
         check(changed)
 

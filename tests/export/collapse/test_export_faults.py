@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.made_run import make_run, random_rows
-from mlet_dist.atomic_directory import exchange
+from mlet_dist.atomic_directory import swap_directories
 from mlet_dist.config.sections import ModelConfig
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.work_directory import WorkDirectory
@@ -169,12 +169,12 @@ def test_out_is_always_a_complete_export_when_its_replacement_is_killed(
     def exchange_and_die(one: Path, other: Path) -> bool:
         assert contents(out) == old
         if moment == "after":
-            assert exchange(one, other)
+            assert swap_directories(one, other)
         shutil.copytree(partial, left)  # a killed process does not clean up
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlet_dist.export.collapse.work_directory.exchange", exchange_and_die)
+        patch.setattr("mlet_dist.export.collapse.work_directory.swap_directories", exchange_and_die)
         with pytest.raises(UserError, match="cannot be written"):
             export(made, out, outputs=("dcp", "int8"), overwrite=True)
     assert contents(out) == (old if moment == "before" else expected[False])
@@ -194,7 +194,7 @@ def test_where_names_cannot_be_exchanged_the_old_export_is_moved_aside(
     made: Path, expected: dict[bool, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(made, tmp_path / "out", outputs=("safetensors",))
-    monkeypatch.setattr("mlet_dist.export.collapse.work_directory.exchange", lambda one, other: False)
+    monkeypatch.setattr("mlet_dist.export.collapse.work_directory.swap_directories", lambda one, other: False)
     export(made, tmp_path / "out", outputs=("dcp", "int8"), overwrite=True)
     assert contents(tmp_path / "out") == expected[False]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
