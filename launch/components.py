@@ -1,4 +1,4 @@
-"""TorchX components: `torchx run launch/components.py:train …`; docs/launch.md shows each of them on each scheduler.
+"""TorchX components: `torchx run launch/components.py:train …`; docs/cluster.md shows each of them on each scheduler.
 
 Written on torchx.specs alone. TorchX runs this file inside a module of its own and reads the annotations as text, so
 there is no `from __future__ import annotations` here, and nothing whose name TorchX might use. What is above the line

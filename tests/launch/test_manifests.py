@@ -95,7 +95,7 @@ def command(container: Object) -> Any:
 def test_all_that_the_documentation_names_is_here() -> None:
     asked_for = {"job", "jobset", "trainjob", "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
     assert asked_for <= set(RENDERED)
-    text = (ROOT / "docs" / "launch.md").read_text()
+    text = (ROOT / "docs" / "cluster.md").read_text()
     named = set(re.findall(r"-k k8s/([\w/-]+)", text))
     assert named <= set(RENDERED)
     assert len(named) >= 5
