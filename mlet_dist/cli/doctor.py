@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Run it; a result to show, and whether all is well."""
-    from mlet_dist.cluster.software_checks import report
+    from mlet_dist.cluster.software_checks import format_checks
 
     if args.distributed:
         return _of_ranks(args, arguments)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
 
     result = run_doctor()
     if not args.json:
-        write(report(result))
+        write(format_checks(result))
         return None, result["ok"]
     return result, result["ok"]
 
@@ -50,12 +50,12 @@ def _of_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | 
     if args.nproc is not None:
         return in_ranks(args, arguments, lambda: None)
     before_torch()
-    from mlet_dist.cluster.rank_checks import examine
-    from mlet_dist.cluster.software_checks import report
+    from mlet_dist.cluster.rank_checks import check_ranks
+    from mlet_dist.cluster.software_checks import format_checks
 
-    result = examine(None if args.config is None else lambda: load_checked(args))
+    result = check_ranks(None if args.config is None else lambda: load_checked(args))
     if not rank_of(args):
-        write(to_json(result) if args.json else report(result))
+        write(to_json(result) if args.json else format_checks(result))
     if result["wrong"]:
         raise UserError("; ".join(result["wrong"]))
     return None, True

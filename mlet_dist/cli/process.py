@@ -57,10 +57,10 @@ def handed_to_launcher(error: BaseException) -> bool:
     # TorchX sets the file for whole nodes, too, and would show the traceback beside our line.
     if "TORCHELASTIC_ERROR_FILE" not in os.environ or "RANK" not in os.environ:
         return False
-    from mlet_dist.cluster.launcher import record_failure, said_by_another_rank
+    from mlet_dist.cluster.launcher import record_failure, reported_by_another_rank
 
     record_failure(error)
-    return launched() or said_by_another_rank(error)
+    return launched() or reported_by_another_rank(error)
 
 
 def before_torch() -> None:
