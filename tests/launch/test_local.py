@@ -1,4 +1,4 @@
-"""`torchx run -s local_cwd` with two nodes of one rank, killed twice: the result is bitwise identical to an undisturbed run."""
+"""`torchx run -s local_cwd` with two nodes, killed twice: the weights are bitwise those of a run without failures."""
 
 import os
 import signal
