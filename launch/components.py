@@ -1,8 +1,8 @@
 """TorchX components: `torchx run launch/components.py:train …`. docs/cluster.md shows them on each scheduler.
 
-This file needs torchx.specs alone. TorchX executes it inside a module of its own and reads the annotations as text, so
-that it must neither contain `from __future__ import annotations` nor define names that TorchX uses. TorchX shows the
-part of a docstring above `Args:` as the help of the component.
+This file depends on torchx.specs only. TorchX executes it inside a module of its own and reads the annotations as
+text. It must therefore neither contain `from __future__ import annotations` nor define names that TorchX uses. TorchX
+shows the part of a docstring above `Args:` as the help of the component.
 """
 
 import re

@@ -157,7 +157,7 @@ def _rendezvous_config(nodes: Nodes | None, job: str) -> dict[str, Any]:
     options = {
         "is_host": nodes.rank == 0,
         "read_timeout": min(int(nodes.wait), 60),
-        "join_timeout": max(int(nodes.wait), 50),  # a dead node is noticed after 15 s, and then comes the last call
+        "join_timeout": max(int(nodes.wait), 50),  # a dead node is noticed after 15 s, before the last call
         "last_call_timeout": min(int(nodes.wait), 15),
     }
     return common | {"rdzv_backend": "c10d", "rdzv_configs": options, "max_restarts": _ELASTIC_RESTARTS}
@@ -231,7 +231,7 @@ def record_failure(error: BaseException) -> None:
 def reported_by_another_rank(error: BaseException) -> bool:
     """Return whether another rank that the same torchrun started on this host has already printed this error.
 
-    The ranks agree by files beside the error files of torchrun, which are ``…/attempt_0/RANK/error.json``.
+    The ranks use marker files next to the error files of torchrun, which are ``…/attempt_0/RANK/error.json``.
     """
     folder = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent
     if folder.name != os.environ.get("LOCAL_RANK") or not folder.parent.name.startswith("attempt_"):

@@ -210,7 +210,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class FixedRendezvous(RendezvousHandler):
-    """Gives torch elastic the result of ``rendezvous``: a fixed set of nodes, which nobody joins later.
+    """A handler that gives torch elastic the result of ``rendezvous``: a fixed set of nodes, which nobody joins later.
 
     Args:
         nodes: The nodes of the job.
@@ -251,7 +251,7 @@ class FixedRendezvous(RendezvousHandler):
         """Do nothing."""
 
     def num_nodes_waiting(self) -> int:
-        """Return 0: a node that comes late is not admitted."""
+        """Return 0: a node that is late is not admitted."""
         return 0
 
     def get_run_id(self) -> str:

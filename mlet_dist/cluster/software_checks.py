@@ -87,7 +87,7 @@ def check_python(version: tuple[int, int]) -> Check:
 
 
 def check_versions(versions: Mapping[str, str | None], has_driver: bool) -> Check:
-    """Check that torch 2.X comes with fbgemm 1.(X-5) and torchrec 1.(X-5), which no other versions are built for."""
+    """Check that fbgemm and torchrec are 1.(X-5) for torch 2.X; other combinations are incompatible."""
     fix = INSTALL_CUDA if has_driver else INSTALL_CPU
     fbgemms = [name for name in ("fbgemm-gpu", "fbgemm-gpu-cpu") if versions[name]]
     missing = [name for name in ("torch", "torchrec") if not versions[name]] + ["fbgemm-gpu or -cpu"] * (not fbgemms)
