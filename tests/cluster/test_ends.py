@@ -58,7 +58,7 @@ def test_exit_codes_tell_schedulers_what_to_do(trained: TrainedRun, tmp_path: Pa
         lines = [last_line(node) for node in nodes]
         assert [node.returncode for node in nodes] == [75, 75]
         assert lines[0] == lines[1]
-        assert re.fullmatch(r"mlet: SIGTERM: saved \S+; the same command resuming from there", lines[0])
+        assert re.fullmatch(r"mlet: SIGTERM: saved \S+; run the same command again to resume from it", lines[0])
     with two_nodes(endless) as nodes:  # a machine is gone: the other node is started again
         os.kill(nodes[1].pid, signal.SIGKILL)
         assert "another rank has ended" in last_line(nodes[0])

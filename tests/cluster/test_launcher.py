@@ -82,12 +82,12 @@ def test_ranks_do_not_outlive_a_killed_parent(small_model: tuple[str, ...], tmp_
         (
             signal.SIGTERM,
             75,
-            r"mlet: SIGTERM: saved .*/checkpoints/step-\d{8}; the same command resuming from there",
+            r"mlet: SIGTERM: saved .*/checkpoints/step-\d{8}; run the same command again to resume from it",
         ),
         (
             signal.SIGUSR1,
             75,
-            r"mlet: SIGUSR1: saved .*/checkpoints/step-\d{8}; the same command resuming from there",
+            r"mlet: SIGUSR1: saved .*/checkpoints/step-\d{8}; run the same command again to resume from it",
         ),
         (signal.SIGINT, 130, "mlet: interrupted"),
     ],
@@ -175,7 +175,7 @@ def test_ranks_of_a_host_print_the_same_error_once(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["attempt_0"]
 
 
-NOTHING_SAVED = "stopped without saving; the same command resuming from the last checkpoint, or begins"
+NOTHING_SAVED = "stopped without saving; run the same command again to resume from the last checkpoint, or to start"
 
 
 def test_a_job_that_is_stopped_before_it_trains_ends_with_code_75(small_model: tuple[str, ...], tmp_path: Path) -> None:
