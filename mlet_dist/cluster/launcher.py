@@ -85,7 +85,7 @@ def _join_nodes(nproc: int, nodes: Nodes, job: str, check: Callable[[], Config |
 def _check_devices(nproc: int, config: Config | None) -> None:
     if _uses_cuda(config) and nproc > torch.cuda.device_count():
         raise UserError(
-            f"--nproc {nproc}: each rank needs a CUDA device, but this node has {torch.cuda.device_count()}; "
+            f"--nproc {nproc}: each rank needs a GPU, but this node has {torch.cuda.device_count()} CUDA devices; "
             "use a smaller --nproc"
         )
 
