@@ -1,9 +1,9 @@
-# Two images, which differ in their build of torch and fbgemm alone:
+# Two images, which differ only in their build of torch and fbgemm:
 #   docker build --target cuda -t mlet-dist:0.1.0 .
 #   docker build --target cpu  -t mlet-dist-cpu:0.1.0 .
-# --build-arg PIP_EXTRA_INDEX_URL=… is where pip finds torch's CPU builds; without it the cpu image holds the ordinary build
-# of torch, which works too and is several GB larger. EXTRA_PACKAGES: for example s3fs, for an object store.
-# Linted, and not yet built: the machines of this project's tests have no Docker.
+# --build-arg PIP_EXTRA_INDEX_URL=… names an index with the CPU builds of torch; without it, the cpu image contains the default
+# build of torch, which works, too, but is several GB larger. --build-arg EXTRA_PACKAGES=s3fs adds packages, here for S3.
+# This file has been linted but not built: the machines that run the tests have no Docker.
 
 ARG PYTHON=3.11.11-slim-bookworm
 
@@ -41,7 +41,7 @@ COPY --from=build-cpu /opt/mlet/venv /opt/mlet/venv
 USER 1000:1000
 CMD ["mlet", "doctor"]
 
-# The last one is what `docker build .` makes. CUDA's libraries come with torch; the driver with the node.
+# `docker build .` builds the last stage. The libraries of CUDA come with torch, the driver is that of the node.
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/mlet/venv /opt/mlet/venv

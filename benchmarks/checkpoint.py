@@ -1,13 +1,15 @@
-"""Saving and loading a checkpoint beside a plain sequential write and read of as many bytes, and what async saves cost.
+"""Compare saving and loading a checkpoint with writing and reading plain files, and measure what async saves cost.
 
-    .venv/bin/python benchmarks/checkpoint.py --ranks 2 --out DIR         # DIR: the disk to measure; a DLRM's tables
-    torchrun … benchmarks/checkpoint.py --json --out DIR                  # on any ranks; last line: one JSON object
+    .venv/bin/python benchmarks/checkpoint.py --ranks 2 --out DIR         # DIR is on the disk to measure
+    torchrun ... benchmarks/checkpoint.py --json --out DIR                # on any ranks; the last line is a JSON object
 
-One round: the checkpoint is written (with fsync and checksums); each rank writes a plain file of as many bytes as its
-own (with fsync); the checkpoint is verified and loaded; each rank reads a plain file. Reads come from the page cache
-unless the machine lets us drop it. Times are those of the slowest rank, ratios the median over rounds of the two times
-of one round. Then training steps, --every of them to a checkpoint: rounds without checkpoints, with asynchronous ones,
-and with ones that training waits for, in turn.
+The checkpoint is that of a DLRM. In each round, the checkpoint is written (with fsync and checksums), each rank writes
+a plain file of as many bytes as its own (with fsync), the checkpoint is verified and loaded, and each rank reads its
+plain file. Reads come from the page cache unless the machine allows this process to drop it. Times are those of the
+slowest rank; ratios are the median over rounds of the ratio of the two times of one round.
+
+Then training steps are timed, with one checkpoint in every --every steps. Rounds without checkpoints, with
+asynchronous ones, and with ones that training waits for, take turns.
 """
 
 import argparse
@@ -48,11 +50,11 @@ from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer
 
 TABLES, DENSE = 26, 13
-WAYS = ("none", "async", "sync")
+MODES = ("none", "async", "sync")
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long the slowest rank takes."""
+    """Return how long the slowest rank takes."""
     dist.barrier()
     started = time.perf_counter()
     action()
@@ -62,7 +64,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def write_plain(path: Path, size: int) -> None:
-    """A file of ``size`` bytes, in blocks of 4 MB."""
+    """Write a file of ``size`` bytes, in blocks of 4 MiB."""
     block = os.urandom(1 << 22)
     with path.open("wb") as file:
         for start in range(0, size, len(block)):
@@ -72,14 +74,14 @@ def write_plain(path: Path, size: int) -> None:
 
 
 def read_plain(path: Path) -> None:
-    """A file from its beginning to its end, in blocks of 4 MB."""
+    """Read a file from its beginning to its end, in blocks of 4 MiB."""
     with path.open("rb") as file:
         while file.read(1 << 22):
             pass
 
 
 def drop_page_cache() -> bool:
-    """Have the next reads come from the disk; False where that is not allowed."""
+    """Drop the page cache, so that the next reads come from the disk; return False if that is not allowed."""
     dist.barrier()
     allowed = [False]
     if dist.get_rank() == 0:
@@ -94,7 +96,7 @@ def drop_page_cache() -> bool:
 
 
 def bandwidths(state: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
-    """GB/s of all ranks together, and ratios of times."""
+    """Return the GB/s of all ranks together, and the ratios of times."""
     rank = dist.get_rank()
     store, plain = CheckpointStore(folder / "checkpoints"), folder / f"plain-{rank}"
     times: dict[str, list[float]] = {"save": [], "write": [], "load": [], "verify": [], "read": [], "stage": []}
@@ -117,43 +119,43 @@ def bandwidths(state: dict[str, Any], folder: Path, rounds: int) -> dict[str, An
     plain.unlink()
     found: dict[str, Any] = {"bytes": size, "reads_from_disk": cold}
     found |= {f"{what}_gb_per_s": size / 1e9 / min(spent) for what, spent in times.items()}
-    for what, beside in (("save", "write"), ("load", "read")):
-        pairs = zip(times[what], times[beside], strict=True)
-        found[f"{what}_over_{beside}"] = statistics.median(ours / plain for ours, plain in pairs)
+    for what, baseline in (("save", "write"), ("load", "read")):
+        pairs = zip(times[what], times[baseline], strict=True)
+        found[f"{what}_over_{baseline}"] = statistics.median(ours / plain for ours, plain in pairs)
     return found
 
 
 def step_times(
     training: Training, state: Callable[[], dict[str, Any]], arguments: argparse.Namespace, folder: Path, worker: Worker
 ) -> dict[str, Any]:
-    """Seconds of a step in each way, and its ratio to that without checkpoints."""
+    """Return the seconds of a step in each mode, and their ratio to those without checkpoints."""
     guard = Guard(training, worker.device, "stop", 0)
     timer = StepTimer(training.model, worker.device, arguments.local_batch_size)
-    spent: dict[str, list[float]] = {way: [] for way in WAYS}
+    spent: dict[str, list[float]] = {mode: [] for mode in MODES}
     batch = _batch(arguments)
     stalls: list[float] = []
     with CheckpointSaver(CheckpointStore(folder / "steps"), timedelta(minutes=10), 1, None) as saver:
         for _ in range(arguments.rounds + 1):
-            for way in WAYS:
+            for mode in MODES:
 
-                def run(way: str = way) -> None:
+                def run(mode: str = mode) -> None:
                     batches = iter([batch] * arguments.every)
                     steps = take_steps(training, batches, worker.device, guard, timer, pipelined=False)
                     for step, _ in enumerate(steps):
-                        if step == 0 and way != "none":
+                        if step == 0 and mode != "none":
                             started = time.perf_counter()
                             saver.save(1, state(), {})
                             stalls.append(time.perf_counter() - started)
-                            if way == "sync":
+                            if mode == "sync":
                                 saver.wait()
 
-                spent[way].append(seconds(run))
+                spent[mode].append(seconds(run))
                 saver.wait()
     none = spent["none"][1:]
-    found = {f"step_seconds_{way}": statistics.median(times[1:]) / arguments.every for way, times in spent.items()}
-    for way in ("async", "sync"):
-        found[f"{way}_over_none"] = statistics.median(
-            ours / plain for ours, plain in zip(spent[way][1:], none, strict=True)
+    found = {f"step_seconds_{mode}": statistics.median(times[1:]) / arguments.every for mode, times in spent.items()}
+    for mode in ("async", "sync"):
+        found[f"{mode}_over_none"] = statistics.median(
+            ours / plain for ours, plain in zip(spent[mode][1:], none, strict=True)
         )
     return found | {"stall_seconds": statistics.median(stalls), "steps_between_checkpoints": arguments.every}
 
@@ -169,7 +171,7 @@ def _batch(arguments: argparse.Namespace) -> Batch:
 
 
 def measure(arguments: argparse.Namespace, worker: Worker) -> dict[str, Any]:
-    """Everything, of a DLRM with Adagrad: rows and as large a state of theirs."""
+    """Measure a DLRM with Adagrad, whose optimizer state is as large as its rows."""
     folder = Path(arguments.out) / "benchmark-checkpoint"
     if worker.is_first:
         folder.mkdir(parents=True)
@@ -197,13 +199,22 @@ def measure(arguments: argparse.Namespace, worker: Worker) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parse, start ranks if asked to, measure, print."""
+    """Parse the options, start the ranks if --ranks is given, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=".", help="an existing directory, on the disk to measure (default: this one)")
-    parser.add_argument("--ranks", type=int, help="start so many gloo ranks here; else those of torchrun, or one")
-    parser.add_argument("--num-embeddings", type=int, default=20_000, help="rows of each of 26 tables of 64 columns")
+    parser.add_argument(
+        "--out", default=".", help="an existing directory on the disk to measure (default: the current one)"
+    )
+    parser.add_argument(
+        "--ranks", type=int, help="the number of gloo ranks to start (default: the ranks of torchrun, or one)"
+    )
+    parser.add_argument(
+        "--num-embeddings",
+        type=int,
+        default=20_000,
+        help="rows of each of the 26 tables of 64 columns (default %(default)s)",
+    )
     parser.add_argument("--local-batch-size", type=int, default=2048)
-    parser.add_argument("--every", type=int, default=50, help="steps to a checkpoint")
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     arguments = parser.parse_args()

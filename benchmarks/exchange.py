@@ -1,10 +1,11 @@
-"""The embedding step (forward, backward, fused update) under each exchange, beside the plain single-layer table.
+"""Compare the embedding step (forward, backward, fused update) under each exchange with that of single-layer tables.
 
-    .venv/bin/python benchmarks/exchange.py --ranks 2          # the table, on local gloo ranks
-    torchrun … benchmarks/exchange.py --json                   # on any ranks; the last line is one JSON object
+    .venv/bin/python benchmarks/exchange.py --ranks 2          # on local gloo ranks; prints a table
+    torchrun ... benchmarks/exchange.py --json                 # on any ranks; the last line is a JSON object
 
-All ways run in one process group, in turn, on the same batches; medians and quartiles are of the step's wall time, and
-the ratio is of medians. The bytes are what a rank's collectives of vectors carry to other ranks in one step.
+All variants run in one process group, in turn, on the same batches. Medians and quartiles are those of the wall time
+of a step, and ratios are ratios of medians. The bytes are those of vectors that a rank's collectives send to other
+ranks in one step.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagConfig,
 )
 
-# TorchRec's own d-dimensional tables, and multi-layer ones: row_wise under each exchange, then owned by a rank.
-WAYS = ("single", "after", "reduce_scatter", "unique_rows", "auto", "single_table_wise", "table_wise")
+# TorchRec's own d-dimensional tables, and multi-layer tables: row_wise under each exchange, and table_wise.
+VARIANTS = ("single", "after", "reduce_scatter", "unique_rows", "auto", "single_table_wise", "table_wise")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of the benchmark."""
+    """One configuration of the benchmark."""
 
     ids: str
     hidden_dim: int
@@ -54,18 +55,18 @@ class Case:
 
 
 class AnyDeviceSharder(EmbeddingBagCollectionSharder):
-    """TorchRec's own sharder, which offers row_wise on CUDA alone, offering it everywhere."""
+    """TorchRec's own sharder, but with row_wise sharding on every device; TorchRec offers it on CUDA only."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return ["row_wise", "table_wise"]
 
 
-def build(way: str, case: Case, device: torch.device) -> DistributedModelParallel:
-    """A sharded collection alone, by one of ``WAYS``."""
+def build(variant: str, case: Case, device: torch.device) -> DistributedModelParallel:
+    """Build a sharded collection as one of ``VARIANTS``."""
     features = [f"f{index}" for index in range(case.num_tables)]
     common: dict[str, Any] = {"num_embeddings": case.num_embeddings, "embedding_dim": case.embedding_dim}
     meta = torch.device("meta")
-    if way.startswith("single"):
+    if variant.startswith("single"):
         tables = [EmbeddingBagConfig(name=name, feature_names=[name], **common) for name in features]
         embeddings, sharder = EmbeddingBagCollection(tables, device=meta), AnyDeviceSharder()
     else:
@@ -75,7 +76,7 @@ def build(way: str, case: Case, device: torch.device) -> DistributedModelParalle
         ]
         embeddings = MultiLayerEmbeddingBagCollection(layers, device=meta)
         sharder = MultiLayerEmbeddingBagCollectionSharder(
-            exchange="auto" if way == "table_wise" else way,
+            exchange="auto" if variant == "table_wise" else variant,
             pooling_factors={name: case.pooling_factor for name in features},
             local_batch_size=case.local_batch_size,
         )
@@ -84,7 +85,7 @@ def build(way: str, case: Case, device: torch.device) -> DistributedModelParalle
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     topology = Topology(world_size=world_size, local_world_size=local, compute_device=device.type)
     model = torch.nn.Sequential(embeddings)
-    sharding = ParameterConstraints(sharding_types=["table_wise" if way.endswith("table_wise") else "row_wise"])
+    sharding = ParameterConstraints(sharding_types=["table_wise" if variant.endswith("table_wise") else "row_wise"])
     planner = EmbeddingShardingPlanner(
         topology=topology, batch_size=case.local_batch_size, constraints=dict.fromkeys(features, sharding)
     )
@@ -93,7 +94,7 @@ def build(way: str, case: Case, device: torch.device) -> DistributedModelParalle
 
 
 def batches(case: Case, count: int, device: torch.device) -> list[KeyedJaggedTensor]:
-    """Batches of this rank; Zipf ids have exponent 1.05."""
+    """Return batches of this rank; Zipf ids have the exponent 1.05."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     bags = case.local_batch_size * case.num_tables
     ids = bags * case.pooling_factor
@@ -111,33 +112,35 @@ def batches(case: Case, count: int, device: torch.device) -> list[KeyedJaggedTen
 
 
 def step(model: DistributedModelParallel, batch: KeyedJaggedTensor) -> None:
-    """One embedding step; the gradients of W2 are left for an optimizer and dropped here."""
+    """Run one embedding step; the gradients of W2, which an optimizer would use, are dropped."""
     model(batch).values().sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
 
 
 def measure(case: Case, steps: int, device: torch.device) -> dict[str, Any]:
-    """Time and bytes of every way, interleaved."""
-    models = {way: build(way, case, device) for way in WAYS}
+    """Measure the times and bytes of all variants, which take turns."""
+    models = {variant: build(variant, case, device) for variant in VARIANTS}
     data = batches(case, 4, device)
     sent = {}
-    for way, model in models.items():
-        step(model, data[0])  # the first step also builds what is built lazily
+    for variant, model in models.items():
+        step(model, data[0])  # the first step also creates what is created lazily
         with count_traffic() as traffic:
             step(model, data[1])
-        sent[way] = traffic.vector_bytes
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        sent[variant] = traffic.vector_bytes
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for index in range(steps):
-        for way, model in models.items():
+        for variant, model in models.items():
             synchronize(device)
             dist.barrier()
             started = time.perf_counter()
             step(model, data[index % len(data)])
             synchronize(device)
-            seconds[way].append(time.perf_counter() - started)
-    median = {way: statistics.median(times) * 1e3 for way, times in seconds.items()}
-    spread = {way: [each * 1e3 for each in statistics.quantiles(times, n=4)[::2]] for way, times in seconds.items()}
+            seconds[variant].append(time.perf_counter() - started)
+    median = {variant: statistics.median(times) * 1e3 for variant, times in seconds.items()}
+    spread = {
+        variant: [each * 1e3 for each in statistics.quantiles(times, n=4)[::2]] for variant, times in seconds.items()
+    }
     return {
         **vars(case),
         "world_size": dist.get_world_size(),
@@ -155,7 +158,7 @@ def measure(case: Case, steps: int, device: torch.device) -> dict[str, Any]:
 
 
 def projection_floor_ms(case: Case, batch: KeyedJaggedTensor, device: torch.device) -> float:
-    """The matrix products of W2, forward and backward, for as many rows a table as this rank has distinct ids."""
+    """Time the products with W2, forward and backward, of as many rows of each table as this rank has distinct ids."""
     per_table = batch.values().view(case.num_tables, -1)
     rows = sum(len(ids.unique()) for ids in per_table) // case.num_tables
     vectors = torch.randn(case.num_tables, rows, case.hidden_dim, device=device)
@@ -174,13 +177,13 @@ def projection_floor_ms(case: Case, batch: KeyedJaggedTensor, device: torch.devi
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, where it works on its own."""
+    """Wait for the device, if it works asynchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Every combination that was asked for."""
+    """Yield a case for every combination of the options."""
     for ids in args.ids:
         for hidden_dim in args.hidden_dim:
             for pooling_factor in args.pooling_factor:
@@ -190,37 +193,42 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """One case as a table."""
+    """Print one case as a table."""
     print(
         f"\n{result['ids']} ids, k {result['hidden_dim']}, d {result['embedding_dim']}, "
-        f"{result['pooling_factor']} a bag: "
-        f"{result['local_batch_size']} a rank, {result['world_size']} ranks, {result['device']}"
+        f"pooling factor {result['pooling_factor']}: "
+        f"local batch size {result['local_batch_size']}, {result['world_size']} ranks, {result['device']}"
     )
     print(f"{'':18}{'ms':>9}{'quartiles':>18}{'/ single':>10}{'MB sent':>10}")
-    for way in WAYS:
-        median = result["median_ms"][way]
-        low, high = result["quartiles_ms"][way]
+    for variant in VARIANTS:
+        median = result["median_ms"][variant]
+        low, high = result["quartiles_ms"][variant]
         ratio = median / result["single_ms"]
-        sent = result["output_bytes"][way] / 1e6
-        print(f"{way:18}{median:9.1f}{f'{low:.1f} - {high:.1f}':>18}{ratio:10.2f}{sent:10.2f}")
+        sent = result["output_bytes"][variant] / 1e6
+        print(f"{variant:18}{median:9.1f}{f'{low:.1f} - {high:.1f}':>18}{ratio:10.2f}{sent:10.2f}")
     print(f"{'projection alone':18}{result['projection_floor_ms']:9.1f}", flush=True)
 
 
 def at_least_one(text: str) -> int:
-    """A number of things, for argparse."""
+    """Parse a positive number, for argparse."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return number
 
 
 def main() -> None:
-    """Start ranks unless this is one, run the cases and print them."""
+    """Start the ranks unless this process is one, run the cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--ranks", type=at_least_one, default=2, help="local ranks, unless torchrun has started this one"
+        "--ranks",
+        type=at_least_one,
+        default=2,
+        help="local ranks, unless torchrun started this process (default %(default)s)",
     )
-    parser.add_argument("--batch", type=at_least_one, default=4096, help="bags a feature and rank")
+    parser.add_argument(
+        "--batch", type=at_least_one, default=4096, help="bags of each feature on each rank (default %(default)s)"
+    )
     parser.add_argument("--tables", type=at_least_one, default=26)
     parser.add_argument("--num-embeddings", type=at_least_one, default=100_000)
     parser.add_argument("--hidden-dim", type=int, nargs="+", default=[64])
@@ -229,7 +237,9 @@ def main() -> None:
     parser.add_argument("--pooling-factor", type=at_least_one, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
-        "--json", action="store_true", help="end with one JSON object: the first case, others in `cases`"
+        "--json",
+        action="store_true",
+        help="print a JSON object as the last line: the first case, with the others in `cases`",
     )
     args = parser.parse_args()
     if "RANK" not in os.environ:

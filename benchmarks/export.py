@@ -1,19 +1,20 @@
-"""`mlet export` of a large table beside a plain read of its W1, and beside loading all, multiplying and saving.
+"""Compare `mlet export` of a large table with a plain read of its W1, and with a script that loads all of W1 at once.
 
-    .venv/bin/python benchmarks/export.py --out DIR               # DIR: the disk to measure; 10 million rows, 6 GB
-    .venv/bin/python benchmarks/export.py --out DIR --rows 500000 --rounds 1 --json     # a quick look; last line: JSON
+    .venv/bin/python benchmarks/export.py --out DIR               # DIR is on the disk to measure; 10 million rows, 6 GB
+    .venv/bin/python benchmarks/export.py --out DIR --rows 500000 --rounds 1 --json     # quick; the last line is JSON
 
-A run is made in DIR by a process of its own: one table, W1 --rows × 128 float32, as --shards ranks would have written
-it. Then, in turn, each in a process of its own that says how long it took without its imports, and its peak memory:
+First, a run is written to DIR: one table, W1 of --rows × 128 float32, as --shards ranks would have written it. Then
+these methods take turns, each in its own process, which reports its time without imports and its peak memory:
 
-  read       the checkpoint's files from beginning to end, one thread, into one buffer of 16 MiB
-  collapse   the export, as `mlet export` does it
-  load_all   W1 by dcp.load, one product, dcp.save
+  read       read the checkpoint's files from beginning to end, with one thread and one buffer of 16 MiB
+  collapse   export the run as `mlet export` does
+  load_all   load W1 with dcp.load, multiply once, and save with dcp.save
 
-warm, with the files in the page cache, and cold, after they were dropped from it (POSIX_FADV_DONTNEED; what lies below
-a virtual machine's disk may still hold them). Ratios are medians over rounds of the times of one round, and also
-those of the fastest times: where other jobs want the cores, the plain read, which needs little of one, loses least. The
-three figures at the end are medians, cold, which is what a job that reads more than a machine's memory sees.
+Each method runs warm, with the files in the page cache, and cold, after they have been dropped from it
+(POSIX_FADV_DONTNEED; the host of a virtual machine may still cache them). Ratios are medians over rounds of the ratio
+of the times of one round, and also ratios of the fastest times: when other processes use the cores, the plain read,
+which needs little CPU time, is slowed least. The three figures at the end are cold medians, as for a job that reads
+more than the memory of a machine.
 """
 
 import argparse
@@ -30,17 +31,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WAYS = ("read", "collapse", "load_all")
+METHODS = ("read", "collapse", "load_all")
 TABLE, HIDDEN_DIM, EMBEDDING_DIM = "C1", 128, 16
 
 
 def checkpoint_files(run: Path) -> list[Path]:
-    """What a run's checkpoint consists of."""
+    """Return the files of a run's checkpoint."""
     return sorted((run / "checkpoints").glob("*/*.distcp"))
 
 
 def read(run: Path, _: Path) -> Callable[[], None]:
-    """A plain sequential read."""
+    """Return a function that reads the checkpoint sequentially."""
 
     def action() -> None:
         buffer = bytearray(1 << 24)
@@ -53,14 +54,14 @@ def read(run: Path, _: Path) -> Callable[[], None]:
 
 
 def collapse(run: Path, out: Path) -> Callable[[], None]:
-    """The export."""
+    """Return a function that exports the run."""
     from mlet_dist.export.collapse.run_collapse import export_run
 
     return lambda: export_run(run, out) and None
 
 
 def load_all(run: Path, out: Path) -> Callable[[], None]:
-    """What a short script would do."""
+    """Return a function that does what a short script would do."""
     import torch
     from torch.distributed import checkpoint as dcp
 
@@ -79,7 +80,7 @@ def load_all(run: Path, out: Path) -> Callable[[], None]:
 
 
 def make(arguments: argparse.Namespace) -> None:
-    """The run."""
+    """Write the run."""
     from made_run import make_run
 
     from mlet_dist.config.sections import ModelConfig
@@ -89,7 +90,7 @@ def make(arguments: argparse.Namespace) -> None:
 
 
 def child(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One of the ways, in this process."""
+    """Run one of the methods in this process."""
     out = Path(arguments.out)
     action = {"read": read, "collapse": collapse, "load_all": load_all}[arguments.child](out / "run", out / "made")
     started, cpu = time.perf_counter(), time.process_time()
@@ -98,9 +99,9 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
     return spent | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def in_child(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run this program again for one of the ways; what it wrote is taken away."""
-    command = [sys.executable, __file__, "--child", way, "--out", arguments.out]
+def in_child(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run this program again for one of the methods, and remove what it wrote."""
+    command = [sys.executable, __file__, "--child", method, "--out", arguments.out]
     command += ["--rows", str(arguments.rows), "--shards", str(arguments.shards)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     shutil.rmtree(Path(arguments.out) / "made", ignore_errors=True)
@@ -109,37 +110,37 @@ def in_child(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def drop(run: Path) -> None:
-    """Have the next reads of the checkpoint come from the disk."""
+    """Drop the checkpoint from the page cache, so that the next reads come from the disk."""
     for path in checkpoint_files(run):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All ways, warm and cold, in turn."""
+    """Measure all methods in turn, warm and cold."""
     run = Path(arguments.out) / "run"
-    found: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in ("warm", "cold")}
-    peaks, cpu = dict.fromkeys(WAYS, 0), {way: [] for way in WAYS}
+    found: dict[str, dict[str, list[float]]] = {kind: {method: [] for method in METHODS} for kind in ("warm", "cold")}
+    peaks, cpu = dict.fromkeys(METHODS, 0), {method: [] for method in METHODS}
     for _ in range(arguments.rounds):
         for kind, times in found.items():
-            for way in WAYS:
+            for method in METHODS:
                 if kind == "cold":
                     drop(run)
                 else:
                     read(run, run)()
-                said = in_child(way, arguments)
-                times[way].append(said["seconds"])
-                cpu[way].append(said["cpu_seconds"])
-                peaks[way] = max(peaks[way], said["peak_rss_bytes"])
+                result_of_round = in_child(method, arguments)
+                times[method].append(result_of_round["seconds"])
+                cpu[method].append(result_of_round["cpu_seconds"])
+                peaks[method] = max(peaks[method], result_of_round["peak_rss_bytes"])
     size = sum(path.stat().st_size for path in checkpoint_files(run))
     result: dict[str, Any] = {"rows": arguments.rows, "bytes": size, "rounds": arguments.rounds}
     for kind, times in found.items():
-        result |= {f"{kind}_{way}_gb_per_s": size / 1e9 / statistics.median(times[way]) for way in WAYS}
-        for above, name in (("read", "collapse_over_read"), ("load_all", "load_all_over_collapse")):
-            pairs = zip(times[above], times["collapse"], strict=True)
+        result |= {f"{kind}_{method}_gb_per_s": size / 1e9 / statistics.median(times[method]) for method in METHODS}
+        for other_method, name in (("read", "collapse_over_read"), ("load_all", "load_all_over_collapse")):
+            pairs = zip(times[other_method], times["collapse"], strict=True)
             result[f"{kind}_{name}"] = statistics.median(other / ours for other, ours in pairs)
-            result[f"{kind}_{name}_fastest"] = min(times[above]) / min(times["collapse"])
-    result |= {f"{way}_cpu_seconds": min(times) for way, times in cpu.items()}
+            result[f"{kind}_{name}_fastest"] = min(times[other_method]) / min(times["collapse"])
+    result |= {f"{method}_cpu_seconds": min(times) for method, times in cpu.items()}
     result["load_all_peak_rss_bytes"] = peaks["load_all"]
     for name in ("collapse_over_read", "load_all_over_collapse"):
         result[name] = result[f"cold_{name}"]
@@ -147,14 +148,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make the run, measure, clean up, print."""
+    """Write the run, measure, clean up and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=".", help="an existing directory, on the disk to measure (default: this one)")
+    parser.add_argument(
+        "--out", default=".", help="an existing directory on the disk to measure (default: the current one)"
+    )
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--shards", type=int, default=8, help="ranks that trained; a shard is made in memory")
+    parser.add_argument(
+        "--shards",
+        type=int,
+        default=8,
+        help="the number of ranks that trained the run; one shard at a time is in memory (default %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--child", choices=["make", *WAYS], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["make", *METHODS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     if arguments.child == "make":

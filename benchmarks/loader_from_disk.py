@@ -1,11 +1,11 @@
-"""One epoch from files on disk, ours and TorchRec's, each in a process of its own; `benchmarks/loader.py` uses it.
+"""Read one epoch from disk with our loader or TorchRec's, each in its own process; `benchmarks/loader.py` uses this.
 
-DLRM trains one epoch, so what a pipeline does before its first batch counts as much as its batches: here a way's time
-goes from making it to its last batch, in order, without the imports. TorchRec's in-memory pipeline reads its ``.npy``
-files and hashes the values into the tables (``hashes``, as TorchRec's own DLRM trainer has it do); ours reads Parquet,
-whose ids are made already, and checks each. The files' pages are dropped from the file system's cache before a process
-starts, so that both read them from the disk, as with a data set larger than memory; how many bytes were read is in the
-result. Peak memory is what the process holds beyond what the imports took.
+DLRM trains for one epoch, so that the work of a loader before its first batch counts as much as its batches. The time
+of a loader therefore begins with its construction and ends with its last batch, in order, without the imports.
+TorchRec's in-memory pipeline reads its ``.npy`` files and hashes the values into the tables (``hashes``, as in
+TorchRec's own DLRM trainer). Our loader reads Parquet files, which contain ids already, and checks each id. The files
+are dropped from the page cache before a process starts, so that both loaders read from the disk, as they would with a
+data set larger than memory; the result contains the bytes that were read. Peak memory excludes that of the imports.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from mlet_dist.data.schema import DatasetSchema
 ARRAYS = ("dense", "sparse", "labels")
 
 
-def from_disk(way: str, data: Path, arrays: Path, batch_size: int, threads: int) -> dict[str, float]:
-    """Run a way, ``ours`` or ``torchrec``: ``rows_per_s``, ``cpu_ns_per_row``, ``peak_mb`` and ``read_mb``."""
+def from_disk(loader: str, data: Path, arrays: Path, batch_size: int, threads: int) -> dict[str, float]:
+    """Run ``ours`` or ``torchrec``; return ``rows_per_s``, ``cpu_ns_per_row``, ``peak_mb`` and ``read_mb``."""
     for path in [*data.rglob("*.parquet"), *arrays.glob("*.npy")]:
         _drop_pages(path)
-    command = [sys.executable, __file__, way, str(data), str(arrays), str(batch_size), str(threads)]
+    command = [sys.executable, __file__, loader, str(data), str(arrays), str(batch_size), str(threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -39,13 +39,13 @@ def from_disk(way: str, data: Path, arrays: Path, batch_size: int, threads: int)
 
 def _drop_pages(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)  # a page that is not written yet stays
+    os.fsync(descriptor)  # a dirty page would not be dropped
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
 
 
-def _batches(way: str, data: Path, arrays: Path, batch_size: int, threads: int, sizes: list[int]) -> Iterable[Any]:
-    if way == "ours":
+def _batches(loader: str, data: Path, arrays: Path, batch_size: int, threads: int, sizes: list[int]) -> Iterable[Any]:
+    if loader == "ours":
         return DataLoader(
             data,
             "train",
@@ -67,21 +67,21 @@ def _read_bytes() -> int:
 
 
 def _resident_bytes(key: str) -> int:
-    # Not getrusage, whose peak is that of the process which started this one.
+    # getrusage would also count the peak of the parent process.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
 def main() -> None:
-    """In the process of a way."""
+    """Measure one loader in this process."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=["ours", "torchrec"])
+    parser.add_argument("loader", choices=["ours", "torchrec"])
     for name, kind in (("data", Path), ("arrays", Path), ("batch_size", int), ("threads", int)):
         parser.add_argument(name, type=kind)
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes = list(DatasetSchema.load(args.data).num_embeddings.values())
-    Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     memory, read = _resident_bytes("VmRSS"), _read_bytes()
     cpu, started = time.process_time(), time.perf_counter()
     batches = _batches(**vars(args), sizes=sizes)

@@ -1,4 +1,4 @@
-"""A finished run on disk without training: for benchmarks and tests of what reads checkpoints."""
+"""Write a finished run to disk without training, for benchmarks and tests of code that reads checkpoints."""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
 
 Rows = Callable[[str, int, int, int], torch.Tensor]
-"""From the name of a table, the first row, and the numbers of rows and columns."""
+"""Maps the name of a table, the first row, and the numbers of rows and columns to values."""
 
 
 def random_rows(name: str, start: int, rows: int, columns: int) -> torch.Tensor:
-    """Normal values that depend on all arguments, and on nothing else."""
+    """Return normal values that depend on the arguments only."""
     seed = zlib.crc32(f"{name} {start} {rows} {columns}".encode())
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
@@ -37,12 +37,16 @@ def make_run(
     rows: Rows = random_rows,
     checkpoint_dir: str | None = None,
 ) -> ModelSpec:
-    """Write a finished run of one checkpoint, as ``shards`` ranks would; one shard of one table is in memory at a time.
+    """Write a finished run with one checkpoint, as ``shards`` ranks would. At most one shard of a table is in memory.
 
     Args:
-        tables: rows by name.
-        rows: gives each shard of W1, and each W2 as the table ``<name>.projection``.
-        checkpoint_dir: a directory or URL for the checkpoint; by default, in the run.
+        path: The directory of the run.
+        tables: The number of rows of each table, by name.
+        model: The config of the model.
+        shards: The number of ranks that the checkpoint seems to come from.
+        rows_dtype: The dtype of W1.
+        rows: Returns the values of each shard of W1, and of each W2 as the table ``<name>.projection``.
+        checkpoint_dir: A directory or URL for the checkpoint; by default, it is in the run.
     """
     spec = ModelSpec(
         model,
@@ -90,7 +94,7 @@ def make_run(
 
 
 def _replicated(spec: ModelSpec, rows: Rows) -> dict[str, torch.Tensor]:
-    """W2 of each table and the dense layers, by their names in the checkpoint."""
+    """Return W2 of each table and the dense layers, by their names in the checkpoint."""
     state = build_dlrm(spec, torch.device("meta")).state_dict()
     found = {}
     for name, tensor in state.items():

@@ -1,13 +1,13 @@
-"""A training step of the whole DLRM in the plain loop and in TorchRec's pipeline, on the same batches.
+"""Compare a training step of DLRM in the plain loop and in TorchRec's pipeline, on the same batches.
 
-    .venv/bin/python benchmarks/pipeline.py --ranks 2                      # synthetic batches held in memory
-    .venv/bin/python benchmarks/pipeline.py --ranks 2 --data data/criteo   # batches as `mlet train` reads them
-    torchrun … benchmarks/pipeline.py --json                               # on any ranks; last line: one JSON object
+    .venv/bin/python benchmarks/pipeline.py --ranks 2                      # with synthetic batches in memory
+    .venv/bin/python benchmarks/pipeline.py --ranks 2 --data data/criteo   # with batches as `mlet train` reads them
+    torchrun ... benchmarks/pipeline.py --json                             # on any ranks; the last line is JSON
 
-Both loops train a model of their own in one process group, in turn, some steps a round: the first steps of a round, in
-which the pipeline and the loader still have what they prepared while the other loop ran, are not timed. The ratio is
-the median over rounds of pipelined / plain, each from the two times of one round; beside it stands that of the fastest
-rounds, which a machine shared with other jobs disturbs least.
+Each loop trains its own model; both use one process group and take turns, with some steps in each round. The first
+steps of a round are not timed, since the pipeline and the loader have prepared them while the other loop ran. The
+ratio is the median over rounds of pipelined / plain, both from the same round. The ratio of the fastest rounds is
+printed, too, since other processes on the machine affect it least.
 """
 
 import argparse
@@ -44,13 +44,13 @@ from mlet_dist.training.state import Training
 from mlet_dist.training.step import Predicted, take_steps
 from mlet_dist.training.timing import StepTimer
 
-WAYS = {"plain": False, "pipelined": True}
+LOOPS = {"plain": False, "pipelined": True}
 NOT_TIMED = BATCHES_AHEAD + 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of the benchmark."""
+    """One configuration of the benchmark."""
 
     exchange: str
     data: str | None
@@ -63,7 +63,7 @@ class Case:
 
 
 def spec_of(case: Case) -> ModelSpec:
-    """The model of a case: the data set's columns, or as many tables as are asked for."""
+    """Return the model of a case, with the columns of the data set or with synthetic tables."""
     model = ModelConfig(
         embedding_dim=case.embedding_dim, hidden_dim=case.hidden_dim, bottom_mlp=case.mlp, top_mlp=case.mlp
     )
@@ -75,7 +75,7 @@ def spec_of(case: Case) -> ModelSpec:
 
 
 def batches(case: Case, spec: ModelSpec, worker: Worker) -> Iterator[Batch]:
-    """Batches of this rank without end: the data set's, or four of Zipf(1.05) ids again and again."""
+    """Iterate without end over batches of this rank: those of the data set, or four with Zipf(1.05) ids."""
     if case.data is not None:
         loader = DataLoader(
             Path(case.data),
@@ -92,7 +92,7 @@ def batches(case: Case, spec: ModelSpec, worker: Worker) -> Iterator[Batch]:
 
 
 def synthetic_batches(case: Case, spec: ModelSpec, worker: Worker) -> list[Batch]:
-    """Four batches, on the host."""
+    """Return four batches, on the host."""
     generator = torch.Generator().manual_seed(worker.rank)
     weights = torch.arange(1, case.num_embeddings + 1, dtype=torch.float64).pow(-1.05)
     size, names = case.local_batch_size, [feature.name for feature in spec.sparse]
@@ -115,7 +115,7 @@ def synthetic_batches(case: Case, spec: ModelSpec, worker: Worker) -> list[Batch
 
 
 def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted | Finding]:
-    """Training without end; each element is one step taken."""
+    """Train without end; each element is the result of one step."""
     spec = spec_of(case)
     model = build_dlrm(spec, torch.device("meta"))
     config = OptimizerConfig(learning_rate=0.01)
@@ -130,29 +130,29 @@ def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted 
 
 
 def measure(case: Case, rounds: int, steps: int, worker: Worker) -> dict[str, Any]:
-    """Milliseconds a step of both loops, round by round."""
-    runs = {way: training(case, worker, pipelined) for way, pipelined in WAYS.items()}
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    """Measure the milliseconds per step of both loops, which take turns."""
+    runs = {loop: training(case, worker, pipelined) for loop, pipelined in LOOPS.items()}
+    found: dict[str, list[float]] = {loop: [] for loop in LOOPS}
     for index in range(rounds + 1):
-        for way in list(WAYS)[:: 1 if index % 2 else -1]:
+        for loop in list(LOOPS)[:: 1 if index % 2 else -1]:
             dist.barrier()
-            for _ in islice(runs[way], NOT_TIMED):
+            for _ in islice(runs[loop], NOT_TIMED):
                 pass
             synchronize(worker.device)
             started = time.perf_counter()
-            for _ in islice(runs[way], steps):
+            for _ in islice(runs[loop], steps):
                 pass
             synchronize(worker.device)
-            if index:  # the first round also builds what is built lazily
-                found[way].append((time.perf_counter() - started) / steps * 1e3)
+            if index:  # the first round also creates what is created lazily
+                found[loop].append((time.perf_counter() - started) / steps * 1e3)
     ratios = [pipelined / plain for plain, pipelined in zip(found["plain"], found["pipelined"], strict=True)]
     return {
         **vars(case),
         "world_size": worker.world_size,
         "device": worker.device.type,
-        "median_ms": {way: statistics.median(times) for way, times in found.items()},
-        "quartiles_ms": {way: quartiles(times) for way, times in found.items()},
-        "fastest_ms": {way: min(times) for way, times in found.items()},
+        "median_ms": {loop: statistics.median(times) for loop, times in found.items()},
+        "quartiles_ms": {loop: quartiles(times) for loop, times in found.items()},
+        "fastest_ms": {loop: min(times) for loop, times in found.items()},
         "pipelined_over_plain": statistics.median(ratios),
         "ratio_quartiles": quartiles(ratios),
         "fastest_over_fastest": min(found["pipelined"]) / min(found["plain"]),
@@ -160,25 +160,25 @@ def measure(case: Case, rounds: int, steps: int, worker: Worker) -> dict[str, An
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """The first and the third."""
+    """Return the first and the third quartile."""
     return statistics.quantiles(values, n=4)[::2]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, where it works on its own."""
+    """Wait for the device, if it works asynchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def show(result: dict[str, Any]) -> None:
-    """One case as a line."""
+    """Print one case as a line."""
     times = "   ".join(
-        f"{way} {result['median_ms'][way]:.1f} ms ({low:.1f} - {high:.1f})"
-        for way, (low, high) in result["quartiles_ms"].items()
+        f"{loop} {result['median_ms'][loop]:.1f} ms ({low:.1f} - {high:.1f})"
+        for loop, (low, high) in result["quartiles_ms"].items()
     )
     low, high = result["ratio_quartiles"]
     print(
-        f"{result['exchange']:15}{result['local_batch_size']:6} a rank, {result['world_size']} ranks, "
+        f"{result['exchange']:15}local batch size {result['local_batch_size']:6}, {result['world_size']} ranks, "
         f"{result['device']}   {times}   ratio {result['pipelined_over_plain']:.2f} ({low:.2f} - {high:.2f}), "
         f"fastest {result['fastest_over_fastest']:.2f}",
         flush=True,
@@ -186,21 +186,31 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Start ranks unless this is one, run the cases and print them."""
+    """Start the ranks unless this process is one, run the cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="local ranks, unless torchrun has started this one")
-    parser.add_argument("--data", help="a data set made by `mlet prepare`; synthetic batches without it")
-    parser.add_argument("--batch", type=int, nargs="+", default=[4096], help="rows a rank")
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="local ranks, unless torchrun started this process (default %(default)s)"
+    )
+    parser.add_argument("--data", help="a data set of `mlet prepare` (default: synthetic batches)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4096], help="rows on each rank")
     parser.add_argument("--exchange", nargs="+", choices=["auto", *EXCHANGES], default=["auto"])
-    parser.add_argument("--tables", type=int, default=26, help="of synthetic batches")
-    parser.add_argument("--num-embeddings", type=int, default=100_000, help="of synthetic batches")
+    parser.add_argument("--tables", type=int, default=26, help="for synthetic batches (default %(default)s)")
+    parser.add_argument(
+        "--num-embeddings", type=int, default=100_000, help="for synthetic batches (default %(default)s)"
+    )
     parser.add_argument("--hidden-dim", type=int, default=64)
     parser.add_argument("--embedding-dim", type=int, default=16)
-    parser.add_argument("--mlp", type=int, nargs="+", default=[512, 256], help="hidden layers of both dense archs")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each loop in a round")
     parser.add_argument(
-        "--json", action="store_true", help="end with one JSON object: the first case, others in `cases`"
+        "--mlp", type=int, nargs="+", default=[512, 256], help="hidden layers of the bottom and the top MLP"
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--steps", type=int, default=10, help="timed steps of each loop in a round (default %(default)s)"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON object as the last line: the first case, with the others in `cases`",
     )
     args = parser.parse_args()
     if "RANK" not in os.environ:

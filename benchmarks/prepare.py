@@ -1,15 +1,16 @@
-"""`mlet prepare criteo` beside two straightforward programs that do the same work: line by line, and in Polars.
+"""Compare `mlet prepare criteo` with two simple programs that do the same work, one line by line and one in Polars.
 
     python benchmarks/prepare.py                                # on synthetic raw logs
-    python benchmarks/prepare.py --raw train.tsv.gz --times 8   # on a file of yours, taken so many times over
+    python benchmarks/prepare.py --raw train.tsv.gz --times 8   # on your own file, repeated 8 times
 
-All count C1-C26 on the first 80% of the rows, give ids by frequency, take log1p of I1-I13 and write Parquet parts of
-three splits; that the rows are the same is checked. mlet prepare also looks at every line, hashes what it writes and
-keeps what a restart needs. The programs take turns, and the shortest times are compared, since other jobs only add to
-them. Polars is a process of its own, as mlet prepare is, takes two passes (counting, writing) in its streaming engine,
-and all cores; it is left out where it is not installed (pip install "mlet-dist[bench]").
-Peak memory is what all processes of mlet prepare hold, what they share counted once (PSS), on the text and on eight
-times the text.
+All three count C1-C26 on the first 80% of the rows, assign ids by frequency, take log1p of I1-I13 and write the
+Parquet files of three splits. The benchmark checks that they write the same rows. `mlet prepare` also validates every
+line, computes checksums of its output, and keeps what it needs to resume. The programs take turns, and the shortest
+times are compared, since other processes can only make them longer.
+
+Polars runs in its own process, as `mlet prepare` does, with two passes (counting, writing) of its streaming engine on
+all cores. It is skipped if it is not installed (pip install "mlet-dist[bench]"). Peak memory is that of all processes
+of `mlet prepare`, with shared pages counted once (PSS), for the text and for eight times the text.
 """
 
 import argparse
@@ -40,14 +41,14 @@ NAMES = ("label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 
 
 
 def lines_of(path: Path) -> Iterator[list[str]]:
-    """The fields of each line."""
+    """Yield the fields of each line."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as text:
         for line in text:
             yield line.rstrip("\n").split("\t")
 
 
 def line_by_line(raw: Path, out: Path, min_count: int) -> int:
-    """The same data set by dictionaries and lists; returns the number of rows."""
+    """Prepare the same data set with dictionaries and lists; return the number of rows."""
     rows = sum(1 for _ in lines_of(raw))
     bounds = {"train": rows * 8 // 10, "valid": rows * 9 // 10, "test": rows}
     counters: list[Counter[str]] = [Counter() for _ in SPARSE]
@@ -85,7 +86,7 @@ def line_by_line(raw: Path, out: Path, min_count: int) -> int:
 
 
 def by_polars(raw: Path, out: Path, min_count: int) -> None:
-    """The same data set by lazy frames; a .gz is decompressed by Polars."""
+    """Prepare the same data set with lazy frames of Polars, which also decompresses a .gz file."""
     import polars
 
     kind = dict(zip(NAMES, [polars.Int8, *[polars.Int64] * 13, *[polars.String] * 26], strict=True))
@@ -121,7 +122,7 @@ def by_polars(raw: Path, out: Path, min_count: int) -> None:
 
 
 def seconds_of_polars(raw: Path, out: Path) -> float:
-    """Of a process that does the work, from its start."""
+    """Return the seconds of a process that runs ``by_polars``, from its start."""
     command = [sys.executable, __file__, "--polars", str(raw), str(out)]
     started = time.perf_counter()
     subprocess.run(command, check=True)
@@ -129,7 +130,7 @@ def seconds_of_polars(raw: Path, out: Path) -> float:
 
 
 def prepare(raw: Path, out: Path, processes: int | None) -> tuple[float, int, dict[str, float], int]:
-    """Seconds of a whole `mlet prepare`, rows, seconds of each pass, and the peak of its processes' PSS in bytes."""
+    """Run `mlet prepare`; return its seconds, its rows, the seconds of each pass, and the peak PSS in bytes."""
     command = [sys.executable, "-m", "mlet_dist", "prepare", "criteo", str(raw), "--out", str(out), "--json"]
     command += [] if processes is None else ["--processes", str(processes)]
     started, peak = time.perf_counter(), 0
@@ -150,7 +151,7 @@ def prepare(raw: Path, out: Path, processes: int | None) -> tuple[float, int, di
 
 
 def pss_of_tree(root: int) -> int:
-    """Bytes of a process and those below it, what they share divided by the number of sharers; 0 without /proc."""
+    """Return the PSS in bytes of a process and its descendants; 0 without /proc."""
     total, waiting = 0, [root]
     while waiting:
         pid = waiting.pop()
@@ -164,16 +165,16 @@ def pss_of_tree(root: int) -> int:
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    """Stop unless both wrote the same rows."""
+    """Exit with an error unless both programs wrote the same rows."""
     for split in ("train", "valid", "test"):
         found = pa.concat_tables([pq.read_table(path) for path in sorted((ours / split).iterdir())])
         expected = pq.read_table(theirs / f"{split}.parquet")
-        if not found.cast(expected.schema).equals(expected):  # ours are declared to hold no null
-            sys.exit(f"{ours.name} and {theirs.name} hold different rows of {split}")
+        if not found.cast(expected.schema).equals(expected):  # our columns are declared as not nullable
+            sys.exit(f"{ours.name} and {theirs.name} wrote different rows for the split {split}")
 
 
 def repeated(raw: Path, out: Path, times: int) -> Path:
-    """A file with the text of ``raw`` so many times, compressed as it is."""
+    """Write the text of ``raw`` ``times`` times to ``out``, with the same compression."""
     with out.open("wb") as sink:
         for _ in range(times):
             with raw.open("rb") as source:
@@ -184,25 +185,25 @@ def repeated(raw: Path, out: Path, times: int) -> Path:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw", type=Path, help="a raw Criteo log, plain or .gz (default: synthetic, 150,000 rows)")
-    parser.add_argument("--times", type=int, default=4, help="how often its text is taken (default %(default)s)")
+    parser.add_argument("--raw", type=Path, help="a raw Criteo log, plain or .gz (default: 150,000 synthetic rows)")
+    parser.add_argument("--times", type=int, default=4, help="how often its text is repeated (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each program (default %(default)s)")
-    parser.add_argument("--processes", type=int, help="of mlet prepare (default: all cores)")
-    parser.add_argument("--memory", action="store_true", help="measure memory on 1 and 8 times the text too")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--processes", type=int, help="processes of mlet prepare (default: one for each core)")
+    parser.add_argument("--memory", action="store_true", help="also measure the memory for 1 and 8 times the text")
+    parser.add_argument("--json", action="store_true", help="print a JSON object as the last line")
     parser.add_argument("--polars", nargs=2, type=Path, metavar=("RAW", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.polars:
         by_polars(*args.polars, min_count=2)
         return
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        home = Path(folder)
+        work_dir = Path(folder)
         source = args.raw
         if source is None:
-            command = ["synth", "--out", str(home / "raw"), "--rows", "150000", "--format", "tsv"]
+            command = ["synth", "--out", str(work_dir / "raw"), "--rows", "150000", "--format", "tsv"]
             subprocess.run([sys.executable, "-m", "mlet_dist", *command], cwd=ROOT, check=True, capture_output=True)
-            [source] = (home / "raw").iterdir()
-        raw = repeated(source, home / f"raw{source.suffix}", args.times)
+            [source] = (work_dir / "raw").iterdir()
+        raw = repeated(source, work_dir / f"raw{source.suffix}", args.times)
         seconds: dict[str, list[float]] = {"ours": [], "line_by_line": []}
         if find_spec("polars"):
             seconds["polars"] = []
@@ -210,16 +211,16 @@ def main() -> None:
         rows = 0
         for _ in range(args.repeats):
             for name in seconds:
-                shutil.rmtree(home / name, ignore_errors=True)
-            elapsed, rows, passes, _ = prepare(raw, home / "ours", args.processes)
+                shutil.rmtree(work_dir / name, ignore_errors=True)
+            elapsed, rows, passes, _ = prepare(raw, work_dir / "ours", args.processes)
             seconds["ours"].append(elapsed)
             started = time.perf_counter()
-            line_by_line(raw, home / "line_by_line", min_count=2)
+            line_by_line(raw, work_dir / "line_by_line", min_count=2)
             seconds["line_by_line"].append(time.perf_counter() - started)
             if "polars" in seconds:
-                seconds["polars"].append(seconds_of_polars(raw, home / "polars"))
+                seconds["polars"].append(seconds_of_polars(raw, work_dir / "polars"))
             for name in [*seconds][1:]:
-                assert_same(home / "ours", home / name)
+                assert_same(work_dir / "ours", work_dir / name)
             print(", ".join(f"{name} {rows / each[-1]:,.0f} rows/s" for name, each in seconds.items()))
         best = {name: min(each) for name, each in seconds.items()}
         result = {
@@ -230,9 +231,9 @@ def main() -> None:
         }
         if args.memory:
             for times in (1, 8):
-                shutil.rmtree(home / "ours", ignore_errors=True)
-                text = repeated(source, home / f"memory{source.suffix}", times * args.times)
-                result[f"peak_mb_{times}x"] = prepare(text, home / "ours", args.processes or 2)[3] >> 20
+                shutil.rmtree(work_dir / "ours", ignore_errors=True)
+                text = repeated(source, work_dir / f"memory{source.suffix}", times * args.times)
+                result[f"peak_mb_{times}x"] = prepare(text, work_dir / "ours", args.processes or 2)[3] >> 20
         if "polars" in best:
             result["polars_rows_per_s"] = round(rows / best["polars"])
             result["over_polars"] = round(best["polars"] / best["ours"], 2)

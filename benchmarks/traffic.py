@@ -1,4 +1,4 @@
-"""Counting what this rank's collectives carry, by standing where they are called."""
+"""Count the bytes that this rank's collectives send, by wrapping the functions of torch.distributed."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -13,13 +13,13 @@ from torch import distributed as dist
 
 @dataclass
 class Traffic:
-    """Bytes that this rank sent to other ranks, by collective.
+    """The bytes that this rank has sent to other ranks.
 
     Attributes:
-        vector_bytes: floating point: vectors and their gradients, without the all-reduce of replicated weights.
-        index_bytes: integers: ids, sizes, and what ranks agree on.
-        weight_bytes: all-reduced gradients of replicated weights, counted once.
-        calls: (collective, dtype, bytes), in order.
+        vector_bytes: Floating-point vectors and their gradients, without the all-reduce of replicated weights.
+        index_bytes: Integers: ids, sizes, and flags that ranks agree on.
+        weight_bytes: All-reduced gradients of replicated weights, counted once.
+        calls: (collective, dtype, bytes) of each call, in order.
     """
 
     vector_bytes: int = 0
@@ -40,7 +40,7 @@ class Traffic:
 
 @contextmanager
 def count_traffic() -> Iterator[Traffic]:
-    """Count within the block; the collectives of torch.distributed run as always."""
+    """Count within the block; the collectives of torch.distributed run unchanged."""
     traffic = Traffic()
 
     def counted(name: str) -> Callable[..., Any]:
@@ -69,7 +69,7 @@ _COLLECTIVES = (
 
 
 def _sent(name: str, given: dict[str, Any]) -> tuple[str, torch.Tensor, int]:
-    """The collective, a tensor of its dtype, and how many elements go to other ranks."""
+    """Return the collective, a tensor of its dtype, and the number of elements that go to other ranks."""
     group = given.get("group")
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if name == "all_to_all_single":

@@ -1,1 +1,1 @@
-"""Launching by TorchX."""
+"""TorchX components and named resources."""

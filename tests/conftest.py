@@ -11,9 +11,9 @@ from tests.helpers.ranks import RankPool
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., RankPool]]:
-    """``ranks(2).run(function, *args)`` calls a function in 2 gloo ranks that live as long as the tests.
+    """``ranks(2).run(function, *args)`` calls a function in 2 gloo ranks, which live until the tests end.
 
-    ``ranks(4, 2)`` are 4 ranks on 2 "nodes".
+    ``ranks(4, 2)`` are 4 ranks on 2 simulated nodes.
     """
     pools: dict[tuple[int, int], RankPool] = {}
 
@@ -28,7 +28,7 @@ def ranks() -> Iterator[Callable[..., RankPool]]:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run of two ranks, the data it saw, and what `mlet train --json` said."""
+    """A finished run of two ranks, its data set, and the result that `mlet train --json` printed."""
 
     path: Path
     data: Path
@@ -38,7 +38,7 @@ class TrainedRun:
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6,000 synthetic rows; the smallest tables have 4 rows, the largest 300."""
+    """A synthetic data set of 6,001 rows; the smallest tables have 4 rows, the largest 300."""
     out = tmp_path_factory.mktemp("small") / "data"
     mlet_json("synth", "--out", out, "--rows", 6001, "--num-embeddings", 300)
     return out
@@ -46,7 +46,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_model(small_data: Path) -> tuple[str, ...]:
-    """Overrides of a config for a model that trains in seconds; 57 steps of an epoch's 75."""
+    """Overrides of a config for a model that trains in seconds; it takes 57 of the 75 steps of an epoch."""
     return (
         f"data.path={small_data}",
         "data.batch_size=64",
@@ -62,7 +62,7 @@ def small_model(small_data: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def trained(small_data: Path, small_model: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
-    """Two ranks, Adagrad, so that every kind of optimizer state is in the checkpoint."""
+    """A run of two ranks with Adagrad, so that the checkpoint contains every kind of optimizer state."""
     path = tmp_path_factory.mktemp("trained") / "run"
     overrides = (*small_model, "optimizer.name=adagrad", "optimizer.learning_rate=0.05")
     config = Path(__file__).parents[1] / "configs" / "criteo_kaggle.yaml"

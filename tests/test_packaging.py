@@ -67,7 +67,7 @@ def test_each_extra_names_exactly_its_own_fbgemm_build() -> None:
 @pytest.mark.parametrize("extra", [CUDA, {**CPU, "torchrec": software_checks.TORCHREC}], ids=["cuda", "cpu"])
 def test_pinned_versions_fit_together(extra: dict[str, str]) -> None:
     versions = {name: (CORE | extra).get(name) for name in software_checks.PACKAGES}
-    assert software_checks.judge_versions(versions, has_driver=False).status == "ok"
+    assert software_checks.check_versions(versions, has_driver=False).status == "ok"
 
 
 def test_doctor_tells_people_to_install_the_pinned_versions() -> None:

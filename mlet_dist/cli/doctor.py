@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Run the command; return the result to print, or None, and whether it succeeded."""
-    from mlet_dist.cluster.software_checks import report
+    from mlet_dist.cluster.software_checks import format_checks
 
     if args.distributed:
         return _check_ranks(args, arguments)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
 
     result = run_doctor()
     if not args.json:
-        print_text(report(result))
+        print_text(format_checks(result))
         return None, result["ok"]
     return result, result["ok"]
 
@@ -60,12 +60,12 @@ def _check_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result
     if args.nproc is not None:
         return run_in_ranks(args, arguments, lambda: None)
     configure_torch()
-    from mlet_dist.cluster.rank_checks import examine
-    from mlet_dist.cluster.software_checks import report
+    from mlet_dist.cluster.rank_checks import check_ranks
+    from mlet_dist.cluster.software_checks import format_checks
 
-    result = examine(None if args.config is None else lambda: load_checked_config(args))
+    result = check_ranks(None if args.config is None else lambda: load_checked_config(args))
     if not rank_of(args):
-        print_text(to_json(result) if args.json else report(result))
+        print_text(to_json(result) if args.json else format_checks(result))
     if result["wrong"]:
         raise UserError("; ".join(result["wrong"]))
     return None, True

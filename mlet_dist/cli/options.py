@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlet_dist.cli.process import is_launched_rank, rank_of
-from mlet_dist.cluster.nodes import Nodes, job_of, parse_count, port_of
+from mlet_dist.cluster.nodes import Nodes, default_port, job_id, parse_node_count
 from mlet_dist.config.config_file import load_config
 from mlet_dist.config.sections import Config
 from mlet_dist.errors import UserError
@@ -143,16 +143,16 @@ def nodes_of(args: argparse.Namespace, arguments: Sequence[str]) -> tuple[Nodes 
     """Return the nodes of the job and its name; None and no name if the job has no ``--nnodes``."""
     if getattr(args, "nnodes", None) is None:
         return None, ""
-    fewest, count = parse_count(args.nnodes)
+    fewest, count = parse_node_count(args.nnodes)
     if args.node_rank is None or not 0 <= args.node_rank < count:
         found = "is not set" if args.node_rank is None else f"is {args.node_rank}"
         raise UserError(f"--node-rank {found}; it must be this node's number, from 0 to {count - 1}")
     if count > 1 and args.master_addr is None:
         raise UserError("--master-addr is not set; it must be the name or address of node 0, the same on all nodes")
-    job = job_of(arguments, args.nproc, args.nnodes)
+    job = job_id(arguments, args.nproc, args.nnodes)
     if args.master_port is not None and args.master_port > _LAST_PORT:
         raise UserError(f"--master-port is {args.master_port}; it must be from 1 to {_LAST_PORT}")
-    master, port = args.master_addr or "localhost", args.master_port or port_of(job)
+    master, port = args.master_addr or "localhost", args.master_port or default_port(job)
     return Nodes(fewest, count, args.node_rank, master, port, args.wait), job
 
 

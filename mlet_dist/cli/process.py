@@ -57,10 +57,10 @@ def is_reported_elsewhere(error: BaseException) -> bool:
     # TorchX also sets the file for whole nodes, without RANK, and would print the traceback besides our line.
     if "TORCHELASTIC_ERROR_FILE" not in os.environ or "RANK" not in os.environ:
         return False
-    from mlet_dist.cluster.launcher import record_failure, said_by_another_rank
+    from mlet_dist.cluster.launcher import record_failure, reported_by_another_rank
 
     record_failure(error)
-    return is_launched_rank() or said_by_another_rank(error)
+    return is_launched_rank() or reported_by_another_rank(error)
 
 
 def configure_torch() -> None:

@@ -1,4 +1,4 @@
-"""The nodes of a job, as each of them is told about them."""
+"""The nodes of a job, from the options that every node is given."""
 
 import hashlib
 import re
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 from mlet_dist.errors import UserError
 
-_FIRST_PORT, _PORTS = 20_000, 10_000  # below the ports that systems hand out by themselves
+_FIRST_PORT, _PORTS = 20_000, 10_000  # below the ephemeral ports of Linux
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """How many nodes a job has, which of them this is, and where they meet.
+    """The nodes of a job, as one of them sees them.
 
     Attributes:
-        fewest: with which it may go on; less than ``count`` for an elastic job.
-        count: of all.
-        rank: of this one, from 0.
-        master: name or address of node 0.
-        port: on which node 0 listens.
-        wait: seconds that nodes may take to come.
+        min_count: The smallest number of nodes that may run the job; less than ``count`` for an elastic job.
+        count: The number of nodes, for an elastic job the largest.
+        rank: The rank of this node, from 0.
+        master: The host name or address of node 0.
+        port: The port on which node 0 listens.
+        wait: How many seconds to wait for all nodes to join.
     """
 
-    fewest: int
+    min_count: int
     count: int
     rank: int
     master: str
@@ -32,37 +32,41 @@ class Nodes:
 
     @property
     def is_elastic(self) -> bool:
-        """Whether nodes may leave and come while it runs."""
-        return self.fewest < self.count
+        """Whether nodes may leave and join while the job runs."""
+        return self.min_count < self.count
 
     @property
     def endpoint(self) -> str:
-        """Where they meet."""
+        """The host and port of the rendezvous."""
         return f"{self.master}:{self.port}"
 
 
-def parse_count(text: str) -> tuple[int, int]:
-    """``4`` or ``2:4`` as the fewest and the most nodes.
+def parse_node_count(text: str) -> tuple[int, int]:
+    """Parse ``4`` or ``2:4`` into the smallest and the largest number of nodes.
 
     Raises:
-        UserError: it is neither.
+        UserError: The text is neither.
     """
     match = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,6})", text)
-    fewest, most = (int(match[1] or match[2]), int(match[2])) if match else (0, 0)
-    if not 1 <= fewest <= most:
-        raise UserError(f"--nnodes {text}: must be a number of nodes such as 4, or the fewest and the most, as in 2:4")
-    return fewest, most
+    smallest, largest = (int(match[1] or match[2]), int(match[2])) if match else (0, 0)
+    if not 1 <= smallest <= largest:
+        raise UserError(
+            f"--nnodes {text}: must be a number of nodes such as 4, or the smallest and the largest number, as in 2:4"
+        )
+    return smallest, largest
 
 
-def job_of(arguments: Sequence[str], nproc: int, count: str) -> str:
-    """What all nodes of a job, and no others, call it: they are given the same command.
+def job_id(arguments: Sequence[str], nproc: int, count: str) -> str:
+    """Return the id that all nodes of a job, and no others, derive from the command that they are given.
 
     Args:
-        arguments: of the command, without what differs between nodes.
+        arguments: The command line, without the options that differ between nodes.
+        nproc: The number of ranks on each node.
+        count: The number of nodes, as given by ``--nnodes``.
     """
     return hashlib.sha256("\0".join([*arguments, str(nproc), count]).encode()).hexdigest()[:16]
 
 
-def port_of(job: str) -> int:
-    """A port that every node of the job works out by itself, and that jobs on one host seldom share."""
+def default_port(job: str) -> int:
+    """Return a port that every node derives from the job's id, and that two jobs on one host seldom share."""
     return _FIRST_PORT + int(job, 16) % _PORTS

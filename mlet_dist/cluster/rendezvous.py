@@ -1,4 +1,8 @@
-"""Rendezvous: the nodes of a job find one another at node 0 and start together, or all end with the reason."""
+"""Rendezvous: the nodes of a job join at node 0 and start together, or all end with the same reason.
+
+Node 0 keeps a TCPStore. Every node writes a report with a random token into it and waits for the roster, in which node
+0 lists the tokens of all nodes. A node whose token is not in the roster has reached another attempt of the job.
+"""
 
 import json
 import socket
@@ -6,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, rendezvous_handler_registry
@@ -16,110 +20,123 @@ from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.errors import RanksLost, UserError
 
 _POLL_SECONDS = 0.05
-_PORT_SECONDS = 10.0  # in which an earlier job may give up the port
+_PORT_SECONDS = 10.0  # for an earlier job to release the port
 _ANSWER_SECONDS = 10.0
 _STORE_TIMEOUT = timedelta(minutes=5)
-_STRANGER = (
-    "what answers at {endpoint} is not node 0 of this job: another job has the port, or was node 0 given another "
-    "command? It must be the same on all nodes, but for --node-rank"
+_OTHER_JOB = (
+    "{endpoint} is not node 0 of this job: another job uses the port, or node 0 was given a different command; only "
+    "--node-rank may differ between nodes"
 )
-_BEGUN = (
-    "node 0 has begun without this node: has another one --node-rank {rank}, too, or has it not noticed yet that its "
-    "last attempt is over?"
+_STARTED_WITHOUT_THIS_NODE = (
+    "node 0 started without this node: another node also has --node-rank {rank}, or node 0 has not noticed yet that "
+    "its previous attempt has ended"
 )
 
-Facts = dict[str, Any]
+Report = dict[str, Any]
 
 
-def meet(nodes: Nodes, job: str, facts: Facts, judge: Callable[[Sequence[Facts]], str]) -> dist.TCPStore:
-    """Wait for all nodes; return the store that node 0 keeps for them, in which no earlier attempt has written.
+def rendezvous(
+    nodes: Nodes, job: str, report: Report, find_problems: Callable[[Sequence[Report]], str]
+) -> dist.TCPStore:
+    """Wait for all nodes; return the store that node 0 keeps for them, which no earlier attempt has written to.
 
     Args:
-        job: the name that all its nodes give it.
-        facts: of this node, for JSON.
-        judge: called on node 0 with the facts of all nodes, in order; says what is wrong, or nothing.
+        nodes: The nodes of the job.
+        job: The id of the job.
+        report: The report of this node, which must be serializable as JSON.
+        find_problems: Called on node 0 with the reports of all nodes, by rank; returns what is wrong, or "".
 
     Raises:
-        UserError: the port is taken, or ``judge`` found something; on every node.
-        RanksLost: node 0 cannot be reached, or a node did not come in time.
+        UserError: The port is in use, or ``find_problems`` found something; every node raises the latter.
+        RanksLost: Node 0 cannot be reached, or a node did not join in time.
     """
-    facts = facts | {"word": uuid.uuid4().hex}
-    return _receive(nodes, job, facts, judge) if nodes.rank == 0 else _join(nodes, job, facts)
+    report = report | {"token": uuid.uuid4().hex}
+    return _host(nodes, job, report, find_problems) if nodes.rank == 0 else _join(nodes, job, report)
 
 
-def wait_for_first(nodes: Nodes) -> None:
+def wait_for_node_0(nodes: Nodes) -> None:
     """Wait until node 0 listens.
 
     Raises:
-        RanksLost: it cannot be reached.
+        RanksLost: Node 0 cannot be reached in time.
     """
     deadline = time.monotonic() + nodes.wait
-    while reason := _unreachable(nodes):
+    while reason := _why_unreachable(nodes):
         if time.monotonic() > deadline:
             raise _gave_up(nodes, reason)
         time.sleep(0.5)
 
 
-def _receive(nodes: Nodes, job: str, facts: Facts, judge: Callable[[Sequence[Facts]], str]) -> dist.TCPStore:
+def _host(nodes: Nodes, job: str, report: Report, find_problems: Callable[[Sequence[Report]], str]) -> dist.TCPStore:
+    """Collect the reports of all nodes and send each of them the result."""
     deadline = time.monotonic() + nodes.wait
-    server = _listen(nodes)
+    server = _start_store(nodes)
     store, everyone = dist.PrefixStore(job, server), range(nodes.count)
-    store.set("facts/0", json.dumps(facts))
-    missing = _wait_for(store, [f"facts/{each}" for each in everyone], deadline)
+    store.set("report/0", json.dumps(report))
+    missing = _wait_for_keys(store, [f"report/{each}" for each in everyone], deadline)
     if missing:
-        lost = f"{_list(missing)} of {nodes.count} did not come to {nodes.endpoint} within {nodes.wait:g} s (--wait)"
-        lost += ": do all run the same command, and can they reach this host?"
-        _answer(store, _told(store, [each for each in everyone if each not in missing]), {"lost": lost})
+        lost = f"{_listed(missing)} of {nodes.count} did not join at {nodes.endpoint} within {nodes.wait:g} s (--wait)"
+        lost += "; check that all nodes run the same command and can reach this host"
+        present = _read_reports(store, [each for each in everyone if each not in missing])
+        _publish_roster(store, present, {"ranks_lost": lost})
         raise RanksLost(lost)
-    told = _told(store, everyone)
-    wrong = judge(list(told.values()))
-    silent = _answer(store, told, {"wrong": wrong} if wrong else {})
-    if wrong:
-        raise UserError(wrong)
+    reports = _read_reports(store, everyone)
+    problem = find_problems(list(reports.values()))
+    silent = _publish_roster(store, reports, {"user_error": problem} if problem else {})
+    if problem:
+        raise UserError(problem)
     if silent:
-        raise RanksLost(f"{_list(silent)} came to {nodes.endpoint} and left again; see what they say")
+        raise RanksLost(
+            f"{_listed(silent)} joined at {nodes.endpoint} but ended before the job started; see the log there"
+        )
     return server
 
 
-def _listen(nodes: Nodes) -> dist.TCPStore:
+def _start_store(nodes: Nodes) -> dist.TCPStore:
     deadline = time.monotonic() + min(_PORT_SECONDS, nodes.wait)
     while True:
         try:
             return dist.TCPStore("localhost", nodes.port, None, True, _STORE_TIMEOUT, wait_for_workers=False)
         except (OSError, RuntimeError) as error:
-            if "in use" not in str(error) or time.monotonic() > deadline:
-                taken = "is taken: by another job, or what is left of one?"
-                said = taken if "in use" in str(error) else f"cannot be listened on ({_first_line(error)})."
+            in_use = "in use" in str(error)
+            if not in_use or time.monotonic() > deadline:
+                reason = (
+                    "is in use by another job, or by processes that an earlier job left"
+                    if in_use
+                    else f"cannot be opened ({_first_line(error)})"
+                )
                 raise UserError(
-                    f"port {nodes.port} of {socket.gethostname()} {said} "
-                    "Give this one another --master-port, the same on all nodes"
+                    f"port {nodes.port} of {socket.gethostname()} {reason}; choose another --master-port, the same on "
+                    "all nodes"
                 ) from None
         time.sleep(0.5)
 
 
-def _told(store: dist.Store, by: Iterable[int]) -> dict[int, Facts]:
-    return {each: json.loads(store.get(f"facts/{each}")) for each in by}
+def _read_reports(store: dist.Store, ranks: Iterable[int]) -> dict[int, Report]:
+    return {each: json.loads(store.get(f"report/{each}")) for each in ranks}
 
 
-def _answer(store: dist.Store, told: dict[int, Facts], verdict: dict[str, str]) -> list[int]:
-    """Publish the roster, and wait until those in it have read it; which have not."""
-    store.set("roster", json.dumps({"words": {each: facts["word"] for each, facts in told.items()}} | verdict))
-    store.set("read/0", "")
-    nodes = list(told)
-    missing = _wait_for(store, [f"read/{each}" for each in nodes], time.monotonic() + _ANSWER_SECONDS)
-    return [nodes[each] for each in missing]
+def _publish_roster(store: dist.Store, reports: dict[int, Report], outcome: dict[str, str]) -> list[int]:
+    """Publish the roster with the outcome; return the nodes that have not acknowledged it in time."""
+    store.set("roster", json.dumps({"tokens": {rank: report["token"] for rank, report in reports.items()}} | outcome))
+    store.set("acknowledged/0", "")
+    ranks = list(reports)
+    keys = [f"acknowledged/{each}" for each in ranks]
+    missing = _wait_for_keys(store, keys, time.monotonic() + _ANSWER_SECONDS)
+    return [ranks[each] for each in missing]
 
 
-def _join(nodes: Nodes, job: str, facts: Facts) -> dist.TCPStore:
+def _join(nodes: Nodes, job: str, report: Report) -> dist.TCPStore:
+    """Try to register at node 0 until this attempt's node 0 has admitted this node."""
     deadline = time.monotonic() + nodes.wait
     reason = ""
     while time.monotonic() < deadline:
-        reason = _unreachable(nodes)
+        reason = _why_unreachable(nodes)
         if not reason:
             try:
-                found = _read_roster(nodes, job, facts, deadline)
-            except (OSError, RuntimeError):  # node 0 has gone, and may come back
-                found = _STRANGER
+                found = _register(nodes, job, report, deadline)
+            except (OSError, RuntimeError):  # node 0 has ended, and may be started again
+                found = _OTHER_JOB
             if not isinstance(found, str):
                 return found
             reason = found.format(endpoint=nodes.endpoint, rank=nodes.rank)
@@ -128,48 +145,53 @@ def _join(nodes: Nodes, job: str, facts: Facts) -> dist.TCPStore:
 
 
 def _gave_up(nodes: Nodes, reason: str) -> RanksLost:
-    return RanksLost(f"node {nodes.rank} on {socket.gethostname()} has tried for {nodes.wait:g} s (--wait): {reason}")
+    return RanksLost(f"node {nodes.rank} on {socket.gethostname()} gave up after {nodes.wait:g} s (--wait): {reason}")
 
 
-def _unreachable(nodes: Nodes) -> str:
-    """Why no connection can be made, in one line; nothing where one can."""
+def _why_unreachable(nodes: Nodes) -> str:
+    """Return in one line why no connection to node 0 can be made; "" if one can."""
     try:
         socket.create_connection((nodes.master, nodes.port), timeout=3).close()
     except socket.gaierror:
-        return f"{nodes.master} is no host name that is known here; --master-addr must be that of node 0"
+        return f"the host name {nodes.master} cannot be resolved; --master-addr must be that of node 0"
     except ConnectionRefusedError:
-        return f"nothing listens on {nodes.endpoint}: is --master-addr that of node 0, and has node 0 started?"
+        return (
+            f"nothing listens on {nodes.endpoint}; check that --master-addr is that of node 0 and that node 0 has "
+            "been started"
+        )
     except OSError as error:
-        why = error.strerror or "no answer"
-        return f"{nodes.endpoint} cannot be reached ({why}): is it node 0, and the port open between the nodes?"
+        return (
+            f"{nodes.endpoint} cannot be reached ({error.strerror or 'no response'}); check that it is node 0 and that "
+            "the port is open between the nodes"
+        )
     return ""
 
 
-def _read_roster(nodes: Nodes, job: str, facts: Facts, deadline: float) -> dist.TCPStore | str:
-    """The store, once node 0 has taken this node; why not, where the roster is not for it."""
-    patience = timedelta(seconds=max(1.0, min(_ANSWER_SECONDS, deadline - time.monotonic())))
-    server = dist.TCPStore(nodes.master, nodes.port, None, False, patience)
+def _register(nodes: Nodes, job: str, report: Report, deadline: float) -> dist.TCPStore | str:
+    """Send the report to node 0; return the store if node 0 admits this node, otherwise the reason why not."""
+    timeout = timedelta(seconds=max(1.0, min(_ANSWER_SECONDS, deadline - time.monotonic())))
+    server = dist.TCPStore(nodes.master, nodes.port, None, False, timeout)
     store = dist.PrefixStore(job, server)
-    store.set(f"facts/{nodes.rank}", json.dumps(facts))
-    if _wait_for(store, ["facts/0"], deadline):
-        return _STRANGER
-    # Node 0 is there. It may give up waiting for others a little later than this node would, or look for storage.
-    if _wait_for(store, ["roster"], deadline + 2 * _ANSWER_SECONDS):
-        return "node 0 is at {endpoint}, and waits longer than this node for others; give all the same --wait"
+    store.set(f"report/{nodes.rank}", json.dumps(report))
+    if _wait_for_keys(store, ["report/0"], deadline):
+        return _OTHER_JOB
+    # Node 0 has started. It may wait for other nodes a little longer than this node, and then looks for marker files.
+    if _wait_for_keys(store, ["roster"], deadline + 2 * _ANSWER_SECONDS):
+        return "node 0 at {endpoint} waits longer for other nodes than this node does; use the same --wait on all nodes"
     roster = json.loads(store.get("roster"))
-    if roster["words"].get(str(nodes.rank)) != facts["word"]:
-        return _BEGUN
-    store.set(f"read/{nodes.rank}", "")
-    if "lost" in roster:
-        raise RanksLost(roster["lost"])
-    if "wrong" in roster:
-        raise UserError(roster["wrong"])
+    if roster["tokens"].get(str(nodes.rank)) != report["token"]:
+        return _STARTED_WITHOUT_THIS_NODE
+    store.set(f"acknowledged/{nodes.rank}", "")
+    if "ranks_lost" in roster:
+        raise RanksLost(roster["ranks_lost"])
+    if "user_error" in roster:
+        raise UserError(roster["user_error"])
     server.set_timeout(_STORE_TIMEOUT)
     return server
 
 
-def _wait_for(store: dist.Store, keys: Sequence[str], deadline: float) -> list[int]:
-    """Wait until all keys are there; the positions of those that are not."""
+def _wait_for_keys(store: dist.Store, keys: Sequence[str], deadline: float) -> list[int]:
+    """Wait until the store has all keys; return the positions of those that it does not have by the deadline."""
     missing = list(range(len(keys)))
     while True:
         missing = [each for each in missing if not store.check([keys[each]])]
@@ -178,63 +200,64 @@ def _wait_for(store: dist.Store, keys: Sequence[str], deadline: float) -> list[i
         time.sleep(_POLL_SECONDS)
 
 
-def _list(nodes: Sequence[int]) -> str:
-    numbers = ", ".join(map(str, nodes))
-    return f"node {numbers}" if len(nodes) == 1 else f"nodes {numbers}"
+def _listed(ranks: Sequence[int]) -> str:
+    numbers = ", ".join(map(str, ranks))
+    return f"node {numbers}" if len(ranks) == 1 else f"nodes {numbers}"
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-BACKEND = "mlet"
-
-
-class MetNodes(RendezvousHandler):
-    """Hands out the store in which the nodes have met; nothing is waited for, and nobody joins later.
+class FixedRendezvous(RendezvousHandler):
+    """A handler that gives torch elastic the result of ``rendezvous``: a fixed set of nodes, which nobody joins later.
 
     Args:
-        store: kept by node 0; the ranks use it, too.
+        nodes: The nodes of the job.
+        job: The id of the job.
+        store: The store that node 0 keeps; the ranks use it, too.
     """
+
+    BACKEND: ClassVar = "mlet"
 
     def __init__(self, nodes: Nodes, job: str, store: dist.TCPStore) -> None:
         self._nodes, self._job, self._store = nodes, job, store
 
     def register(self) -> None:
-        """Have torch elastic take this for ``BACKEND``."""
-        rendezvous_handler_registry.register(BACKEND, lambda parameters: self)
+        """Make torch elastic use this handler for ``BACKEND``."""
+        rendezvous_handler_registry.register(self.BACKEND, lambda parameters: self)
 
     def get_backend(self) -> str:
-        """Its name."""
-        return BACKEND
+        """Return the name of the backend."""
+        return self.BACKEND
 
     @property
     def use_agent_store(self) -> bool:
-        """That ranks find their store where the nodes have theirs."""
+        """True: the ranks use the store of the nodes."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """The store, and this node's number."""
+        """Return the store, and the rank of this node."""
         master = "localhost" if self._nodes.rank == 0 else self._nodes.master
-        where = RendezvousStoreInfo(master, self._nodes.port)
+        address = RendezvousStoreInfo(master, self._nodes.port)
         store = dist.PrefixStore(f"{self._job}/elastic", self._store)
-        return RendezvousInfo(store, self._nodes.rank, self._nodes.count, where)
+        return RendezvousInfo(store, self._nodes.rank, self._nodes.count, address)
 
     def is_closed(self) -> bool:
-        """Never: torch elastic asks before it restarts ranks, which it does not do here."""
+        """Return False: torch elastic calls this before it restarts ranks, which it does not do here."""
         return False
 
     def set_closed(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def num_nodes_waiting(self) -> int:
-        """None: whoever comes late is not taken."""
+        """Return 0: a node that is late is not admitted."""
         return 0
 
     def get_run_id(self) -> str:
-        """The job's name."""
+        """Return the id of the job."""
         return self._job
 
     def shutdown(self) -> bool:
-        """Nothing to do: the store ends with its node."""
+        """Do nothing: the store ends with the process that keeps it."""
         return True

@@ -17,6 +17,7 @@ from mlet_dist.checkpoint.load import (
     MODEL_KEY,
     OPTIMIZER_KEY,
     CompleteCheckpoint,
+    latest_complete,
     load_model,
     load_state,
 )

@@ -1,4 +1,4 @@
-"""How the nodes of a job end when one of them is told to stop, or dies: schedulers go by their exit codes."""
+"""How the nodes of a job end if one of them receives a signal or dies: schedulers act on the exit codes."""
 
 import os
 import re
@@ -23,7 +23,7 @@ CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 
 @contextmanager
 def two_nodes(settings: list[str]) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Both nodes of a job, once it has saved; they are told apart by their rank alone."""
+    """Start both nodes of a job, which differ in --node-rank only; yield them after the job has saved a checkpoint."""
     command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *settings, "--nproc", "1", "--nnodes", "2"]
     command += ["--master-addr", "localhost", "--once", "--node-rank"]
     run = Path(next(each for each in settings if each.startswith("run.dir=")).partition("=")[2])
@@ -49,24 +49,24 @@ def last_line(node: "subprocess.Popen[str]") -> str:
     return node.communicate(timeout=60)[1].splitlines()[-1]
 
 
-def test_exit_codes_say_whose_fault_it_is(trained: TrainedRun, tmp_path: Path) -> None:
+def test_exit_codes_tell_schedulers_what_to_do(trained: TrainedRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = [*trained.overrides, f"run.dir={run}", "train.checkpoint_every=5"]
     endless = [*settings, "train.max_steps=null", "train.epochs=100000"]
-    with two_nodes(endless) as nodes:  # evicted: all save, and none is to blame
+    with two_nodes(endless) as nodes:  # evicted: all ranks save, and the scheduler starts them again
         nodes[1].send_signal(signal.SIGTERM)
         lines = [last_line(node) for node in nodes]
         assert [node.returncode for node in nodes] == [75, 75]
         assert lines[0] == lines[1]
-        assert re.fullmatch(r"mlet: SIGTERM: saved \S+; the same command resuming from there", lines[0])
-    with two_nodes(endless) as nodes:  # a machine is gone: whoever lost it is not to blame
+        assert re.fullmatch(r"mlet: SIGTERM: saved \S+; run the same command again to resume from it", lines[0])
+    with two_nodes(endless) as nodes:  # a machine is gone: the other node is started again
         os.kill(nodes[1].pid, signal.SIGKILL)
         assert "another rank has ended" in last_line(nodes[0])
         assert nodes[0].wait() == 75
 
 
-def test_once_is_content_with_this_run_and_no_other(trained: TrainedRun) -> None:
-    """Without a rank: a pod that comes anew when all is done must end well."""
+def test_once_accepts_this_finished_run_and_no_other(trained: TrainedRun) -> None:
+    """No rank is started: a pod that is started again after the job has finished must succeed."""
     given = [*trained.overrides, f"run.dir={trained.path}"]
     result = mlet_json("train", CONFIG, *given, "--once", "--nproc", 1, "--nnodes", 2, "--node-rank", 1,
                        "--master-addr", "localhost")  # fmt: skip

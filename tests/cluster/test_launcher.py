@@ -1,4 +1,4 @@
-"""How `mlet train --nproc` ends when it, or one of its ranks, is stopped from outside."""
+"""How `mlet train --nproc` ends if it, or one of its ranks, is stopped from outside."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from mlet_dist.cluster.launcher import _as_ours, record_failure, said_by_another_rank
+from mlet_dist.cluster.launcher import error_of_failure, record_failure, reported_by_another_rank
 from mlet_dist.errors import ConnectionLost, UserError
 from tests.helpers.mlet_command import ROOT
 
@@ -39,7 +39,7 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def training(small_model: tuple[str, ...], folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """`mlet train --nproc 2` with hours of work, and its ranks' process ids, once they train."""
+    """Start `mlet train --nproc 2` with hours of work; yield it and its ranks' process ids, once they train."""
     (folder / "tmp").mkdir()
     command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, "--nproc", "2"]
     command += ["train.epochs=100000", "train.max_steps=null", f"run.dir={folder / 'run'}"]
@@ -57,15 +57,15 @@ def training(small_model: tuple[str, ...], folder: Path) -> Iterator[tuple[subpr
                 os.kill(pid, signal.SIGKILL)
 
 
-def said(parent: subprocess.Popen[str]) -> list[str]:
-    """The lines of stderr that are neither the plan nor progress."""
+def messages(parent: subprocess.Popen[str]) -> list[str]:
+    """Return the lines of stderr that are neither the plan nor progress."""
     return [
         line for line in parent.communicate(timeout=40)[1].splitlines() if not re.match("plan |train |mlet: w", line)
     ]
 
 
-def left_over(folder: Path) -> list[Path]:
-    """Temporary directories, less the cache that torch keeps there."""
+def leftovers(folder: Path) -> list[Path]:
+    """Return the temporary directories, without the cache that torch keeps there."""
     return [path for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
 
 
@@ -82,49 +82,49 @@ def test_ranks_do_not_outlive_a_killed_parent(small_model: tuple[str, ...], tmp_
         (
             signal.SIGTERM,
             75,
-            r"mlet: SIGTERM: saved .*/checkpoints/step-\d{8}; the same command resuming from there",
+            r"mlet: SIGTERM: saved .*/checkpoints/step-\d{8}; run the same command again to resume from it",
         ),
         (
             signal.SIGUSR1,
             75,
-            r"mlet: SIGUSR1: saved .*/checkpoints/step-\d{8}; the same command resuming from there",
+            r"mlet: SIGUSR1: saved .*/checkpoints/step-\d{8}; run the same command again to resume from it",
         ),
         (signal.SIGINT, 130, "mlet: interrupted"),
     ],
     ids=["SIGTERM", "SIGUSR1", "SIGINT"],
 )
-def test_a_signal_ends_all_with_one_line(
+def test_a_signal_ends_all_ranks_with_one_line(
     number: int, code: int, line: str, small_model: tuple[str, ...], tmp_path: Path
 ) -> None:
     with training(small_model, tmp_path) as (parent, ranks):
         parent.send_signal(number)
-        (found,) = said(parent)
+        (found,) = messages(parent)
         assert re.fullmatch(line, found)
         assert parent.returncode == code
         assert not any(map(alive, ranks))
-    assert left_over(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
-def test_a_killed_rank_is_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_killed_rank_is_reported_in_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:
     with training(small_model, tmp_path) as (parent, ranks):
         os.kill(ranks[1], signal.SIGKILL)
-        (line,) = said(parent)
+        (line,) = messages(parent)
         assert re.match(rf"mlet: error: rank 1 on {socket.gethostname()} was killed by signal 9 \(SIGKILL\)", line)
         assert parent.returncode == 1
         assert not any(map(alive, ranks))
-    assert left_over(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
-def test_a_mistake_that_the_ranks_find_is_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:
+def test_an_input_error_of_the_ranks_is_reported_in_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, "--nproc", "2"]
     command += ["optimizer.learning_rate=1e20", f"run.dir={tmp_path / 'run'}"]
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as parent:
-        (line,) = said(parent)
+        (line,) = messages(parent)
     assert line.startswith("mlet: error: the training loss of step ")
     assert parent.returncode == 2
-    assert left_over(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 def test_sigterm_leaves_no_temporary_directory(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_sigterm_leaves_no_temporary_directory(tmp_path: Path) -> None:
 
 
 def failure_of(rank: int, error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ProcessFailure:
-    """What torch elastic learns of a rank that ends with an error; the rank of that number of ``folder`` says so."""
+    """Return what torch elastic reports of a rank that ends with an error, recorded in ``folder``."""
     file = folder / "attempt_0" / str(rank) / "error.json"
     file.parent.mkdir(parents=True)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
@@ -150,54 +150,52 @@ def failure_of(rank: int, error: Exception, folder: Path, monkeypatch: pytest.Mo
     return ProcessFailure(rank, 1, 1, str(file))
 
 
-def test_the_rank_that_failed_is_shown_and_not_those_that_lost_it(
+def test_the_rank_that_failed_is_shown_and_not_those_that_lost_their_connection_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lost = failure_of(0, ConnectionLost("another rank has ended"), tmp_path, monkeypatch)
     failed = failure_of(1, KeyError("boom"), tmp_path, monkeypatch)
-    error = _as_ours(ChildFailedError("mlet", {0: lost, 1: failed}))
+    error = error_of_failure(ChildFailedError("mlet", {0: lost, 1: failed}))
     assert str(error) == f"rank 1 on {socket.gethostname()} failed with exit code 1: KeyError: 'boom'"
     assert capsys.readouterr().err.endswith("KeyError: 'boom'\n")
-    assert isinstance(_as_ours(ChildFailedError("mlet", {0: lost})), ConnectionLost)
-    mistake = failure_of(2, UserError("no such file"), tmp_path, monkeypatch)
-    error = _as_ours(ChildFailedError("mlet", {0: lost, 1: failed, 2: mistake}))
+    assert isinstance(error_of_failure(ChildFailedError("mlet", {0: lost})), ConnectionLost)
+    wrong_input = failure_of(2, UserError("no such file"), tmp_path, monkeypatch)
+    error = error_of_failure(ChildFailedError("mlet", {0: lost, 1: failed, 2: wrong_input}))
     assert (type(error), str(error)) == (UserError, "no such file")
 
 
-def test_ranks_of_a_host_say_the_same_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = []
+def test_ranks_of_a_host_print_the_same_error_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = []
     for rank, text in enumerate(("one", "one", "two")):
         failure_of(rank, UserError(text), tmp_path, monkeypatch)
-        said.append(said_by_another_rank(UserError(text)))
-    assert said == [False, True, False]
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "termination-log"))  # not torchrun's
-    assert not said_by_another_rank(UserError("one"))
+        reported.append(reported_by_another_rank(UserError(text)))
+    assert reported == [False, True, False]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "termination-log"))  # not a file of torchrun
+    assert not reported_by_another_rank(UserError("one"))
     assert [path.name for path in tmp_path.iterdir()] == ["attempt_0"]
 
 
-NOTHING_SAVED = "stopped without saving; the same command resuming from the last checkpoint, or begins"
+NOTHING_SAVED = "stopped without saving; run the same command again to resume from the last checkpoint, or to start"
 
 
-def test_a_job_that_is_stopped_before_it_trains_asks_to_be_started_again(
-    small_model: tuple[str, ...], tmp_path: Path
-) -> None:
-    """The ranks of `--nproc` import torch; a rank that a cluster started waits for another one, in C++."""
+def test_a_job_that_is_stopped_before_it_trains_ends_with_code_75(small_model: tuple[str, ...], tmp_path: Path) -> None:
+    """The ranks of `--nproc` import torch meanwhile; the other rank waits in C++ for one that is not started."""
     command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, f"run.dir={tmp_path / 'run'}"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    of_two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with (
         subprocess.Popen([*command, "--nproc", "2"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as launcher,
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | of_two, stderr=subprocess.PIPE, text=True) as waiting,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE, text=True) as waiting,
     ):
         try:
             wait_until(lambda: len(children(launcher.pid)) == 2)
             launcher.send_signal(signal.SIGUSR1)
             wait_until(lambda: listens(port))
             waiting.send_signal(signal.SIGTERM)
-            assert said(launcher) == [f"mlet: SIGUSR1: {NOTHING_SAVED}"]
-            assert said(waiting) == [f"mlet: SIGTERM: {NOTHING_SAVED}"]
+            assert messages(launcher) == [f"mlet: SIGUSR1: {NOTHING_SAVED}"]
+            assert messages(waiting) == [f"mlet: SIGTERM: {NOTHING_SAVED}"]
         finally:
             launcher.kill()
             waiting.kill()

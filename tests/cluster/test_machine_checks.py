@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from mlet_dist.cluster import machine_checks, software_checks
-from mlet_dist.cluster.software_checks import Check, Probe, report
+from mlet_dist.cluster.software_checks import Check, ImportProbe, format_checks
 
 GIB = 1 << 30
 CHECK_NAMES = ["python", "versions", "fbgemm build", "imports", "devices", "cores", "memory", "/dev/shm", "disk"]
 REPORT = {"cuda_build": "", "devices": [], "nccl": False, "gloo": True, "kernel_error": ""}
 GPU_REPORT = {"cuda_build": "13.0", "devices": ["H100", "H100"], "nccl": True, "gloo": True, "kernel_error": ""}
 
-# What torch 2.13 wrote when fbgemm-gpu-cpu 1.6 was imported: the telling error is the cause, not the last.
+# The output of torch 2.13 when fbgemm-gpu-cpu 1.6 is imported: the first error is the root cause, not the last.
 WRONG_PAIR = """\
 ERROR:root:Could not load the library 'fbgemm_gpu_config.so'!
 Traceback (most recent call last):
@@ -40,11 +40,11 @@ def versions(
     ("version", "status"), [((3, 10), "fail"), ((3, 11), "ok"), ((3, 12), "ok"), ((3, 13), "fail"), ((4, 11), "fail")]
 )
 def test_python(version: tuple[int, int], status: str) -> None:
-    assert software_checks.judge_python(version).status == status
+    assert software_checks.check_python(version).status == status
 
 
 @pytest.mark.parametrize(
-    ("torch", "partner"),
+    ("torch", "expected"),
     [
         ("2.13.0", (1, 8)),
         ("2.13.0+cu130", (1, 8)),
@@ -56,12 +56,12 @@ def test_python(version: tuple[int, int], status: str) -> None:
         ("unknown", None),
     ],
 )
-def test_partner_of_torch(torch: str, partner: tuple[int, int] | None) -> None:
-    assert software_checks.partner_of(torch) == partner
+def test_compatible_version_torch(torch: str, expected: tuple[int, int] | None) -> None:
+    assert software_checks.compatible_version(torch) == expected
 
 
 @pytest.mark.parametrize(
-    ("installed", "status", "said"),
+    ("installed", "status", "found"),
     [
         (versions("2.13.0+cpu", "1.8.0", cpu="1.8.0"), "ok", "torch 2.13.0+cpu"),
         (versions("2.13.0", "1.8.0", cuda="1.8.0"), "ok", "fbgemm-gpu 1.8.0"),
@@ -76,15 +76,15 @@ def test_partner_of_torch(torch: str, partner: tuple[int, int] | None) -> None:
         (versions("2.13.0", None), "fail", "not installed: torchrec, fbgemm-gpu or -cpu"),
     ],
 )
-def test_versions(installed: dict[str, str | None], status: str, said: str) -> None:
-    check = software_checks.judge_versions(installed, has_driver=False)
+def test_versions(installed: dict[str, str | None], status: str, found: str) -> None:
+    check = software_checks.check_versions(installed, has_driver=False)
     assert check.status == status
-    assert said in check.found
+    assert found in check.found
     assert check.advice == ("" if status == "ok" else software_checks.INSTALL_CPU)
 
 
-def test_wrong_versions_beside_a_driver_are_mended_with_the_cuda_set() -> None:
-    check = software_checks.judge_versions(versions("2.13.0", "1.7.0", cuda="1.8.0"), has_driver=True)
+def test_wrong_versions_are_fixed_with_the_cuda_builds_if_there_is_a_driver() -> None:
+    check = software_checks.check_versions(versions("2.13.0", "1.7.0", cuda="1.8.0"), has_driver=True)
     assert check.advice == software_checks.INSTALL_CUDA
 
 
@@ -101,7 +101,7 @@ def test_wrong_versions_beside_a_driver_are_mended_with_the_cuda_set() -> None:
     ],
 )
 def test_fbgemm_build(cuda: str | None, cpu: str | None, has_driver: bool, status: str, advice: str) -> None:
-    check = software_checks.judge_fbgemm_build(versions("2.13.0", "1.8.0", cuda=cuda, cpu=cpu), has_driver)
+    check = software_checks.check_fbgemm_build(versions("2.13.0", "1.8.0", cuda=cuda, cpu=cpu), has_driver)
     assert (check.status, check.advice) == (status, advice)
 
 
@@ -141,41 +141,41 @@ def test_advice_removes_both_builds_and_installs_one() -> None:
         ("", False, "no error message", "import torch, fbgemm_gpu, torchrec"),
     ],
 )
-def test_failed_import_names_its_cause_and_what_to_type(stderr: str, has_driver: bool, found: str, advice: str) -> None:
-    check = software_checks.judge_imports(Probe(1, stderr, {}), has_driver)
+def test_failed_import_reports_its_root_cause_and_a_fix(stderr: str, has_driver: bool, found: str, advice: str) -> None:
+    check = software_checks.check_imports(ImportProbe(1, stderr, {}), has_driver)
     assert check.status == "fail"
     assert found in check.found
     assert advice in check.advice
 
 
-def test_import_that_kills_or_hangs_the_interpreter() -> None:
-    assert "SIGILL" in software_checks.judge_imports(Probe(-4, "", {}), False).found
-    assert "not imported after" in software_checks.judge_imports(Probe(None, "", {}), False).found
-    assert software_checks.judge_imports(Probe(0, "a warning", REPORT), False).status == "ok"
+def test_import_that_crashes_or_hangs_the_interpreter() -> None:
+    assert "SIGILL" in software_checks.check_imports(ImportProbe(-4, "", {}), False).found
+    assert "not imported after" in software_checks.check_imports(ImportProbe(None, "", {}), False).found
+    assert software_checks.check_imports(ImportProbe(0, "a warning", REPORT), False).status == "ok"
 
 
 @pytest.mark.parametrize(
-    ("report", "has_driver", "status", "said"),
+    ("report", "has_driver", "status", "found"),
     [
         (REPORT, False, "ok", "cpu + gloo"),
         (GPU_REPORT, True, "ok", "2 x H100, torch for CUDA 13.0; will run on cuda + nccl"),
         (GPU_REPORT | {"nccl": False}, True, "fail", "without nccl"),
         (REPORT | {"gloo": False}, False, "fail", "without gloo"),
-        (REPORT | {"cuda_build": "13.0"}, True, "warn", "yet an NVIDIA driver"),
+        (REPORT | {"cuda_build": "13.0"}, True, "warn", "but an NVIDIA driver"),
         (GPU_REPORT | {"kernel_error": "Could not run"}, True, "fail", "fbgemm's kernels fail: Could not run"),
     ],
 )
-def test_devices(report: dict[str, object], has_driver: bool, status: str, said: str) -> None:
-    check = software_checks.judge_devices(report, has_driver)
+def test_devices(report: dict[str, object], has_driver: bool, status: str, found: str) -> None:
+    check = software_checks.check_devices(report, has_driver)
     assert check.status == status
-    assert said in check.found
+    assert found in check.found
     assert bool(check.advice) == (status != "ok")
 
 
-def test_gpu_idle_because_torch_is_a_cpu_build_or_hidden() -> None:
-    assert "uninstall -y torch" in software_checks.judge_devices(REPORT, has_driver=True).advice
+def test_gpu_is_idle_because_torch_is_a_cpu_build_or_it_is_hidden() -> None:
+    assert "uninstall -y torch" in software_checks.check_devices(REPORT, has_driver=True).advice
     assert (
-        "CUDA_VISIBLE_DEVICES" in software_checks.judge_devices(REPORT | {"cuda_build": "13.0"}, has_driver=True).advice
+        "CUDA_VISIBLE_DEVICES" in software_checks.check_devices(REPORT | {"cuda_build": "13.0"}, has_driver=True).advice
     )
 
 
@@ -190,27 +190,30 @@ def test_gpu_idle_because_torch_is_a_cpu_build_or_hidden() -> None:
     ],
 )
 def test_cores(affinity: int, quota: float | None, found: str, status: str) -> None:
-    check = machine_checks.judge_cores(affinity, 64, quota)
+    check = machine_checks.check_cores(affinity, 64, quota)
     assert check.found.startswith(found)
     assert check.status == status
 
 
-def test_memory_shm_and_disk_warn_when_short() -> None:
-    assert machine_checks.judge_memory(8 * GIB, 4 * GIB).status == "ok"
-    assert machine_checks.judge_memory(8 * GIB, 4 * GIB - 1).status == "warn"
-    assert machine_checks.judge_disk("/here", 5 * GIB).status == "ok"
-    assert machine_checks.judge_disk("/here", 5 * GIB - 1) == Check(
-        "disk", "warn", "5.0 GiB free in /here", "make room (df -h .), or point data.path and run.dir at a larger disk"
+def test_memory_shm_and_disk_warn_when_there_is_too_little() -> None:
+    assert machine_checks.check_memory(8 * GIB, 4 * GIB).status == "ok"
+    assert machine_checks.check_memory(8 * GIB, 4 * GIB - 1).status == "warn"
+    assert machine_checks.check_disk("/here", 5 * GIB).status == "ok"
+    assert machine_checks.check_disk("/here", 5 * GIB - 1) == Check(
+        "disk",
+        "warn",
+        "5.0 GiB free in /here",
+        "free some space (see `df -h .`), or set data.path and run.dir to a larger disk",
     )
-    assert machine_checks.judge_shm(GIB, GIB).status == "ok"
-    small, full = machine_checks.judge_shm(64 << 20, 64 << 20), machine_checks.judge_shm(8 * GIB, 0)
+    assert machine_checks.check_shm(GIB, GIB).status == "ok"
+    small, full = machine_checks.check_shm(64 << 20, 64 << 20), machine_checks.check_shm(8 * GIB, 0)
     assert (small.status, full.status) == ("warn", "warn")
     assert "--shm-size" in small.advice
     assert "medium: Memory" in small.advice
     assert "--shm-size" not in full.advice
 
 
-def tree(root: Path, files: dict[str, str]) -> Path:
+def write_files(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,8 +224,8 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 MEMINFO = f"MemTotal:       {16 * GIB >> 10} kB\nMemFree:  1 kB\nMemAvailable:   {12 * GIB >> 10} kB\n"
 
 
-def test_limits_of_control_groups_version_2_hold_from_every_level(tmp_path: Path) -> None:
-    root = tree(
+def test_limits_of_every_level_of_control_groups_version_2_apply(tmp_path: Path) -> None:
+    root = write_files(
         tmp_path,
         {
             "proc/meminfo": MEMINFO,
@@ -237,11 +240,11 @@ def test_limits_of_control_groups_version_2_hold_from_every_level(tmp_path: Path
         },
     )
     assert machine_checks.cpu_quota(root) == 1.5
-    assert machine_checks.memory(root) == (4 * GIB, 3 * GIB)
+    assert machine_checks.memory_bytes(root) == (4 * GIB, 3 * GIB)
 
 
 def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
-    root = tree(
+    root = write_files(
         tmp_path,
         {
             "proc/meminfo": MEMINFO,
@@ -256,17 +259,17 @@ def test_limits_of_control_groups_version_1(tmp_path: Path) -> None:
         },
     )
     assert machine_checks.cpu_quota(root) == 0.5
-    assert machine_checks.memory(root) == (2 * GIB, GIB + GIB // 2)
+    assert machine_checks.memory_bytes(root) == (2 * GIB, GIB + GIB // 2)
 
 
-def test_no_control_group_no_limit(tmp_path: Path) -> None:
-    root = tree(tmp_path, {"proc/meminfo": MEMINFO})
+def test_without_a_control_group_there_is_no_limit(tmp_path: Path) -> None:
+    root = write_files(tmp_path, {"proc/meminfo": MEMINFO})
     assert machine_checks.cpu_quota(root) is None
-    assert machine_checks.memory(root) == (16 * GIB, 12 * GIB)
+    assert machine_checks.memory_bytes(root) == (16 * GIB, 12 * GIB)
 
 
-def test_this_environment_in_full() -> None:
-    """The one real run; what it says of devices, cores and memory depends on the machine."""
+def test_this_environment() -> None:
+    """Run all checks here; the results for devices, cores and memory depend on the machine."""
     code = """if True:
         import json, sys
         from mlet_dist.cluster.machine_checks import run_doctor
@@ -282,15 +285,15 @@ def test_this_environment_in_full() -> None:
     assert result["ok"] == all(check["status"] != "fail" for check in checks.values())
 
 
-def test_import_that_takes_too_long_is_cut_off() -> None:
-    assert software_checks.try_imports(timeout=0.01) == Probe(None, "", {})
+def test_import_that_takes_too_long_is_stopped() -> None:
+    assert software_checks.try_imports(timeout=0.01) == ImportProbe(None, "", {})
 
 
-def test_report_shows_every_check_and_what_to_type() -> None:
+def test_text_shows_every_check_and_its_advice() -> None:
     checks = [asdict(Check("memory", "ok", "20 GiB")), asdict(Check("imports", "fail", "undefined symbol", "a\nb"))]
-    lines = report({"ok": False, "checks": checks}).splitlines()
+    lines = format_checks({"ok": False, "checks": checks}).splitlines()
     assert lines[0].split() == ["ok", "memory", "20", "GiB"]
     assert lines[1].split() == ["fail", "imports", "undefined", "symbol"]
     assert [line.strip() for line in lines[2:4]] == ["a", "b"]
     assert "fail" in lines[4]
-    assert report({"ok": True, "checks": checks[:1]}).splitlines()[-1] == "all in order"
+    assert format_checks({"ok": True, "checks": checks[:1]}).splitlines()[-1] == "all checks passed"

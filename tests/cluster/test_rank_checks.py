@@ -1,4 +1,4 @@
-"""`mlet doctor --distributed`, by ranks that run."""
+"""`mlet doctor --distributed`, run by several ranks."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_every_rank_under_torchrun_takes_part(small_model: tuple[str, ...], tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_wrong_is_one_line_beside_the_table(small_model: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_problem_is_one_line_beside_the_table(small_model: tuple[str, ...], tmp_path: Path) -> None:
     settings = [*small_model, f"data.path={tmp_path / 'nothing'}", f"run.dir={tmp_path / 'run'}"]
     done = mlet("doctor", "--distributed", CONFIG, *settings, "--nproc", 2, expect=2)
     (line,) = done.stderr.splitlines()
@@ -54,7 +54,7 @@ def test_what_is_wrong_is_one_line_beside_the_table(small_model: tuple[str, ...]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("doctor", CONFIG), "config is for --distributed"),
         (("doctor", "--nproc", 2), "nproc is for --distributed"),
@@ -89,5 +89,5 @@ def test_what_is_wrong_is_one_line_beside_the_table(small_model: tuple[str, ...]
         (("train", CONFIG, "--nproc", 2, "--nnodes", "x", "--node-rank", 1), "--nnodes x: must be a number of nodes"),
     ],
 )
-def test_options_that_do_not_go_together(arguments: tuple[object, ...], said: str) -> None:
-    assert said in error_line(*arguments)
+def test_options_that_cannot_be_combined(arguments: tuple[object, ...], message: str) -> None:
+    assert message in error_line(*arguments)

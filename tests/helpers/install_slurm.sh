@@ -1,5 +1,5 @@
 #!/bin/sh
-# What tests/launch/test_slurm.py needs, on Debian and Ubuntu. The services are not started: the test starts its own.
+# Install what tests/launch/test_slurm.py needs, on Debian or Ubuntu. No service is started: the test starts its own.
 set -e
 command -v slurmctld > /dev/null && command -v slurmd > /dev/null && command -v munged > /dev/null && exit 0
 apt-get update -qq

@@ -1,4 +1,4 @@
-"""Whether objects are what an API server takes: core types strictly, custom ones by their CustomResourceDefinitions."""
+"""Validate objects as an API server would: core types strictly, custom ones by their CustomResourceDefinitions."""
 
 import copy
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ CRDS = Path(__file__).parents[3] / "shared" / "crds"
 VERSION = "1.33"
 Object = dict[str, Any]
 
-# What the schemas leave open, and servers do not: values of a field wherever it comes.
+# The values that servers accept for fields whose schemas do not list them, wherever the field occurs.
 ENUMS = {
     "accessModes": {"ReadWriteOnce", "ReadWriteMany", "ReadOnlyMany", "ReadWriteOncePod"},
     "clusterIP": {"None"},
@@ -32,7 +32,7 @@ RULE_ACTIONS = {"FailJob", "FailIndex", "Ignore", "Count"}
 
 
 def check(thing: Object) -> None:
-    """Raise unless a server would take the object, as far as can be known without one."""
+    """Raise an error if a server would reject the object, as far as that can be found without a server."""
     if thing["apiVersion"].partition("/")[0] in ("v1", "batch", "policy", "apps"):
         kubernetes_validate.validate(thing, VERSION, strict=True)
     else:
@@ -52,7 +52,7 @@ def check(thing: Object) -> None:
 
 
 def fields(thing: Any) -> Iterator[tuple[str, Any]]:
-    """All keys with their values, at any depth."""
+    """Yield all keys with their values, at any depth."""
     if isinstance(thing, dict):
         for key, value in thing.items():
             yield key, value
@@ -63,7 +63,7 @@ def fields(thing: Any) -> Iterator[tuple[str, Any]]:
 
 
 def jobs(thing: Object) -> Iterator[tuple[str, Object]]:
-    """The name and spec of every Job that an object is or makes."""
+    """Yield the name and spec of every Job that an object is or creates."""
     match thing["kind"], thing["apiVersion"].partition("/")[0]:
         case "Job", "batch":
             yield thing["metadata"]["name"], thing["spec"]
@@ -79,7 +79,7 @@ def jobs(thing: Object) -> Iterator[tuple[str, Object]]:
 
 
 def templates(thing: Object) -> Iterator[tuple[str, Object]]:
-    """The name and template of every kind of pod that an object makes."""
+    """Yield the name and template of every kind of pod that an object creates."""
     for name, job in jobs(thing):
         yield name, job["template"]
 
@@ -87,7 +87,7 @@ def templates(thing: Object) -> Iterator[tuple[str, Object]]:
 @cache
 def _schema(api_version: str, kind: str) -> Object:
     if not CRDS.exists():
-        pytest.skip("the CustomResourceDefinitions (../shared/crds) are not here")
+        pytest.skip("there are no CustomResourceDefinitions in ../shared/crds")
     group, _, version = api_version.partition("/")
     for file in sorted(CRDS.glob("*.yaml")):
         for crd in yaml.safe_load_all(file.read_text()):
@@ -100,7 +100,7 @@ def _schema(api_version: str, kind: str) -> Object:
 
 
 def _strict(schema: Any) -> Any:
-    """A CRD's schema as JSON schema, in which a key that it does not know is a mistake: a server would drop it."""
+    """Return a CRD's schema as a JSON schema in which an unknown key, which a server would drop, is an error."""
     if isinstance(schema, list):
         return [_strict(each) for each in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""Local gloo ranks for tests: started once, they run any number of functions."""
+"""Local gloo ranks for tests, which are started once and run any number of functions."""
 
 import multiprocessing
 import os
@@ -13,20 +13,20 @@ _TIMEOUT_SECONDS = 120
 
 
 class RankFailed(Exception):
-    """A function raised in some rank; the message holds every rank's traceback."""
+    """A function raised an exception in a rank; the message contains the traceback of every rank."""
 
 
 class RankPool:
-    """``world_size`` processes joined in one gloo process group, in "nodes" of ``local_world_size``."""
+    """A gloo process group of ``world_size`` processes, on simulated nodes of ``local_world_size`` ranks."""
 
     def __init__(self, world_size: int, local_world_size: int | None = None) -> None:
         self.world_size, self.local_world_size = world_size, local_world_size or world_size
         self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call a module-level function in every rank; returns what each returned, by rank.
+        """Call a module-level function in every rank and return the results by rank.
 
-        After a failure the processes are given up, since some may hang in a collective; the next call starts anew.
+        A failure ends all processes, since some may hang in a collective; the next call starts new ones.
         """
         if not self._workers:
             self._start()
@@ -36,10 +36,10 @@ class RankPool:
         failures: dict[int, str] = {}
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
         while waiting:
-            # Once a rank has failed the others may never answer.
+            # After a rank has failed, the others may never return.
             ready = wait(list(waiting), timeout=5 if failures else _TIMEOUT_SECONDS)
             if not ready:
-                failures |= {rank: "no answer" for rank in waiting.values()}
+                failures |= {rank: "no response" for rank in waiting.values()}
                 break
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[call-overload]
@@ -52,7 +52,7 @@ class RankPool:
                 (results if ok else failures)[rank] = value
         if failures:
             self.close()
-            raise RankFailed("\n".join(f"rank {rank}: {said}" for rank, said in sorted(failures.items())))
+            raise RankFailed("\n".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())))
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
@@ -67,13 +67,13 @@ class RankPool:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         for rank in range(self.world_size):
-            here, there = context.Pipe()
+            pipe, pipe_of_rank = context.Pipe()
             process = context.Process(
-                target=_serve, args=(there, rank, self.world_size, self.local_world_size, port), daemon=True
+                target=_serve, args=(pipe_of_rank, rank, self.world_size, self.local_world_size, port), daemon=True
             )
             process.start()
-            there.close()
-            self._workers.append((process, here))
+            pipe_of_rank.close()
+            self._workers.append((process, pipe))
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, local_world_size: int, port: int) -> None:
@@ -100,8 +100,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, local_world_size: int, 
             pipe.send((False, traceback.format_exc()))
 
 
-def whole(tensor: Any) -> Any:
-    """A tensor as every rank sees it, copied; the shards of a ShardedTensor are put together on all ranks."""
+def full_tensor(tensor: Any) -> Any:
+    """Return a copy of a tensor, the same on every rank; a ShardedTensor is gathered. A collective call."""
     import torch
     from torch import distributed as dist
     from torch.distributed._shard.sharded_tensor import ShardedTensor

@@ -19,7 +19,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagConfig,
 )
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
-from tests.helpers.ranks import whole
+from tests.helpers.ranks import full_tensor
 from tests.helpers.sharded_module import planner
 
 Bags = dict[str, list[list[int]]]
@@ -129,4 +129,4 @@ def train(
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("embeddings."): whole(tensor) for name, tensor in model.state_dict().items()}
+    return {name.removeprefix("embeddings."): full_tensor(tensor) for name, tensor in model.state_dict().items()}

@@ -25,7 +25,7 @@ from mlet_dist.embeddings import (
 )
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from tests.helpers.dense_reference import Bags, Table
-from tests.helpers.ranks import whole
+from tests.helpers.ranks import full_tensor
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 _SGD, _ADAGRAD = torch.optim.SGD, torch.optim.Adagrad
@@ -121,4 +121,4 @@ def to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJa
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the full tensors of the state dict, on every rank."""
-    return {name.removeprefix("0."): whole(tensor) for name, tensor in model.state_dict().items()}
+    return {name.removeprefix("0."): full_tensor(tensor) for name, tensor in model.state_dict().items()}

@@ -1,6 +1,6 @@
-"""A Slurm of two nodes on this host: munged, slurmctld and two slurmd, in a directory and for the time of a test.
+"""A Slurm cluster of two nodes on this host, for tests: munged, slurmctld and two slurmd, with their files in a folder.
 
-Everything runs in a mount namespace in which /etc/hosts knows node1 and node2.
+All processes run in a mount namespace in which /etc/hosts contains node1 and node2.
 """
 
 import os
@@ -46,22 +46,22 @@ PartitionName=batch Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Why there can be no Slurm here; nothing where there can."""
+    """Return why Slurm cannot run here; "" if it can."""
     programs = [name for name in ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol") if not _find(name)]
     if programs:
-        return f"{', '.join(programs)} not installed: `make slurm` installs and runs this"
-    return "" if os.geteuid() == 0 else "slurmctld and slurmd of this test run as root"
+        return f"{', '.join(programs)} not installed: `make slurm` installs Slurm and runs this test"
+    return "" if os.geteuid() == 0 else "slurmctld and slurmd need root in this test"
 
 
 class SlurmCluster:
-    """``with SlurmCluster(folder) as slurm: slurm.run("squeue")``."""
+    """A context manager: ``with SlurmCluster(folder) as slurm: slurm.run("squeue")``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._stack = folder, ExitStack()
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *command: object, environment: dict[str, str] | None = None, check: bool = True) -> str:
-        """What a command of the cluster says."""
+        """Run a command on the cluster and return its output."""
         done = subprocess.run(
             [*self._inside, *map(str, command)],
             env=self.environment | (environment or {}),
@@ -75,12 +75,12 @@ class SlurmCluster:
         return done.stdout
 
     def state(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` knows of the job's first component."""
+        """Return the fields of the job's first component from `scontrol show job`."""
         lines = self.run("scontrol", "--oneliner", "show", "job", job).splitlines()
         return dict(word.split("=", 1) for word in lines[0].split() if "=" in word)
 
     def logs(self) -> str:
-        """The ends of all logs, for a test that failed."""
+        """Return the ends of all logs, for the message of a failed test."""
         files = [*self._folder.glob("*.log"), *(self._folder / "work").glob("slurm-*")]
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-3000:]}" for file in sorted(files))
 
@@ -121,9 +121,9 @@ class SlurmCluster:
 
     def _daemon(self, stack: ExitStack, name: str, command: list[str]) -> None:
         command[0] = _find(command[0])
-        said = stack.enter_context((self._folder / f"{name}.out.log").open("w"))
+        log = stack.enter_context((self._folder / f"{name}.out.log").open("w"))
         process = subprocess.Popen(
-            [*self._inside, *command], env=self.environment, stdout=said, stderr=said, start_new_session=True
+            [*self._inside, *command], env=self.environment, stdout=log, stderr=log, start_new_session=True
         )
         stack.callback(_end, process)
 

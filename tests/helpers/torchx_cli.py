@@ -1,4 +1,4 @@
-"""The `torchx` command, with the entry points of pyproject.toml also where mlet_dist is not installed."""
+"""The `torchx` command, with the entry points of pyproject.toml even if mlet_dist is not installed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ COMPONENTS = "launch/components.py"
 
 
 def registered(folder: Path) -> dict[str, str]:
-    """An environment in which TorchX finds what pyproject.toml registers; ``folder`` is filled for it."""
+    """Return an environment in which TorchX finds the entry points of pyproject.toml, written into ``folder``."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     info = folder / "mlet_dist_entry_points-0.dist-info"
     info.mkdir(parents=True)
@@ -29,12 +29,12 @@ def registered(folder: Path) -> dict[str, str]:
 
 
 def torchx(*arguments: object) -> list[str]:
-    """The command line of `torchx ARGUMENTS`."""
+    """Return the command line of `torchx ARGUMENTS`."""
     return [sys.executable, "-m", "torchx.cli.main", *map(str, arguments)]
 
 
 def run_torchx(environment: dict[str, str], *arguments: object, expect: int = 0) -> tuple[str, str]:
-    """Run it to its end; what it says on stdout and stderr."""
+    """Run `torchx ARGUMENTS` to its end; return its stdout and stderr."""
     done = subprocess.run(
         torchx(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False
     )
@@ -42,8 +42,8 @@ def run_torchx(environment: dict[str, str], *arguments: object, expect: int = 0)
     return done.stdout, done.stderr
 
 
-def last_json(said: str, key: str) -> dict[str, Any]:
-    """The last JSON object with ``key`` that a node printed."""
-    lines = [line[line.index("{") :] for line in said.splitlines() if "{" in line and f'"{key}"' in line]
+def last_json(output: str, key: str) -> dict[str, Any]:
+    """Return the last JSON object with ``key`` that a node printed."""
+    lines = [line[line.index("{") :] for line in output.splitlines() if "{" in line and f'"{key}"' in line]
     found: dict[str, Any] = json.loads(lines[-1])
     return found

