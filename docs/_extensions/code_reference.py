@@ -159,7 +159,7 @@ class LinkNames(SphinxTransform):
         if self.env.docname.startswith("reference/"):
             return
         targets = {key: ("setting", key) for key, _ in settings()}
-        targets |= {f"mlet {name}": ("ref", f"mlet-{name}") for name in commands()}
+        targets |= {f"mlet {name}": ("keyword", f"mlet-{name}") for name in commands()}
         for node in list(self.document.findall(nodes.literal)):
             text = node.astext().partition("=")[0]  # also `train.resume=never`
             if text not in targets or _within(node, nodes.reference, addnodes.pending_xref, nodes.title):
