@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(USABLE)' 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test soak slurm demo lint types imports check format clean
+.PHONY: help setup test soak slurm demo lint types docs linkcheck imports check format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,10 +34,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) torch==2.13.0
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 	  echo 'setup: 2/2 torch sees a GPU: mlet_dist, TorchRec for CUDA (500 MB) and the development tools'; \
-	  $(PIP_INSTALL) -e '.[cuda,launch,dev]'; \
+	  $(PIP_INSTALL) -e '.[cuda,launch,dev,docs]'; \
 	else \
 	  echo 'setup: 2/2 torch sees no GPU: mlet_dist, TorchRec for CPUs and the development tools'; \
-	  $(PIP_INSTALL) -e '.[cpu,launch,dev]' && $(PIP_INSTALL) --no-deps torchrec==1.8.0; \
+	  $(PIP_INSTALL) -e '.[cpu,launch,dev,docs]' && $(PIP_INSTALL) --no-deps torchrec==1.8.0; \
 	fi
 	@touch $@
 	@echo 'setup: done; try $(MLET) --help'
@@ -64,6 +64,13 @@ lint: $(STAMP) ## look for mistakes and wrong formatting
 types: $(STAMP) ## check the type hints
 	@$(BIN)/mypy
 
+docs: $(STAMP) ## build the documentation into docs/_build/html; warnings and broken references are errors
+	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	@echo 'docs: open docs/_build/html/index.html'
+
+linkcheck: $(STAMP) ## check the links of the documentation to other sites (needs the network)
+	@$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/linkcheck
+
 imports: $(STAMP) ## check that dependencies between packages point one way
 	@$(BIN)/lint-imports --no-cache --no-logo
 
@@ -74,5 +81,5 @@ format: $(STAMP) ## mend formatting and what else can be mended by machine
 	@$(BIN)/ruff format
 
 clean: ## remove .venv, demo/ and caches
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
