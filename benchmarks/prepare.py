@@ -184,7 +184,8 @@ def repeated(raw: Path, out: Path, times: int) -> Path:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw", type=Path, help="a raw Criteo log, plain or .gz (default: synthetic, 150,000 rows)")
+    parser.add_argument("--raw", type=Path, help="a raw Criteo log, plain or .gz (default: a synthetic one)")
+    parser.add_argument("--rows", type=int, default=150_000, help="rows of the synthetic log (default %(default)s)")
     parser.add_argument("--times", type=int, default=4, help="how often its text is taken (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each program (default %(default)s)")
     parser.add_argument("--processes", type=int, help="of mlet prepare (default: all cores)")
@@ -199,7 +200,7 @@ def main() -> None:
         home = Path(folder)
         source = args.raw
         if source is None:
-            command = ["synth", "--out", str(home / "raw"), "--rows", "150000", "--format", "tsv"]
+            command = ["synth", "--out", str(home / "raw"), "--rows", str(args.rows), "--format", "tsv"]
             subprocess.run([sys.executable, "-m", "mlet_dist", *command], cwd=ROOT, check=True, capture_output=True)
             [source] = (home / "raw").iterdir()
         raw = repeated(source, home / f"raw{source.suffix}", args.times)
