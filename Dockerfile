@@ -9,7 +9,7 @@ ARG PYTHON=3.11.11-slim-bookworm
 
 FROM python:${PYTHON} AS source
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY mlet_dist mlet_dist
 COPY launch launch
 COPY configs configs

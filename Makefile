@@ -13,13 +13,32 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(USABLE)' 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test soak slurm demo lint types docs linkcheck imports check format clean
+.PHONY: help demo test setup check lint types imports format bench docs linkcheck wheel soak slurm clean
+
+##@ To begin with (each makes .venv first if it is missing)
+
+demo: ## prepare synthetic data, train MLET and its baselines and compare them; a minute or two, in demo/
+	@echo 'This demo writes 200,000 synthetic click logs, prepares them as a data set, trains three models on two local'
+	@echo 'ranks (an MLET model, a single-layer model of the same size, and a control), exports and verifies each, and'
+	@echo 'prints a table that compares them. It needs no GPU and no download. On two CPU cores it takes about 90 seconds'
+	@echo 'after the set-up, which takes about two minutes the first time. Everything is written to demo/.'
+	@echo
+	@$(MAKE) -s setup
+	rm -rf demo
+	$(MLET) synth --out demo/raw --rows 200000 --format tsv
+	$(MLET) prepare criteo demo/raw/*.tsv.gz --out demo/data
+	$(MLET) compare configs/demo.yaml data.path=demo/data run.dir=demo/runs --nproc 2
+
+test: $(STAMP) ## run the tests (about 15 minutes on two cores; ARGS="-k collapse -x" selects some of them)
+	@$(BIN)/python -m pytest $(ARGS)
+
+##@ For development
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  options: PYTHON=python3.11 for setup; ARGS="-k collapse -x" for test'
+	@awk -F ':.*## ' '/^##@ / { print blank substr($$0, 5) ":"; blank = "\n" } \
+	  /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make .venv (for the GPU if torch sees one, else for the CPU), or bring it up to date
+setup: $(STAMP) ## make .venv (for the GPU if torch sees one, else for the CPU), or bring it up to date; PYTHON=… picks Python
 
 # The stamp is written last: without it .venv is taken for half-made and begun anew.
 $(STAMP): pyproject.toml constraints.txt
@@ -34,29 +53,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) torch==2.13.0
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 	  echo 'setup: 2/2 torch sees a GPU: mlet_dist, TorchRec for CUDA (500 MB) and the development tools'; \
-	  $(PIP_INSTALL) -e '.[cuda,launch,dev,docs]'; \
+	  $(PIP_INSTALL) -e '.[cuda,launch,dev,docs,bench]'; \
 	else \
 	  echo 'setup: 2/2 torch sees no GPU: mlet_dist, TorchRec for CPUs and the development tools'; \
-	  $(PIP_INSTALL) -e '.[cpu,launch,dev,docs]' && $(PIP_INSTALL) --no-deps torchrec==1.8.0; \
+	  $(PIP_INSTALL) -e '.[cpu,launch,dev,docs,bench]' && $(PIP_INSTALL) --no-deps torchrec==1.8.0; \
 	fi
 	@touch $@
 	@echo 'setup: done; try $(MLET) --help'
 
-test: $(STAMP) ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
-
-soak: $(STAMP) ## kill training 20 times at random moments: it must end with the same bits
-	@MLET_SOAK_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_kills.py $(ARGS)
-
-slurm: $(STAMP) ## install Slurm if it is missing (Debian, as root), and train on two nodes of one that runs here
-	@tests/helpers/install_slurm.sh
-	@$(BIN)/python -m pytest -m slurm $(ARGS)
-
-demo: $(STAMP) ## train MLET and its baselines on synthetic data, from raw files to a comparison, in demo/
-	rm -rf demo
-	$(MLET) synth --out demo/raw --rows 200000 --format tsv
-	$(MLET) prepare criteo demo/raw/*.tsv.gz --out demo/data
-	$(MLET) compare configs/demo.yaml data.path=demo/data run.dir=demo/runs --nproc 2
+check: lint types imports test ## what every change must pass; CI also builds and installs the wheel
 
 lint: $(STAMP) ## look for mistakes and wrong formatting
 	@found=0; $(BIN)/ruff check || found=1; $(BIN)/ruff format --check || found=1; exit $$found
@@ -74,12 +79,26 @@ linkcheck: $(STAMP) ## check the links of the documentation to other sites (need
 imports: $(STAMP) ## check that dependencies between packages point one way
 	@$(BIN)/lint-imports --no-cache --no-logo
 
-check: lint types imports test ## all that CI does
-
-format: $(STAMP) ## mend formatting and what else can be mended by machine
+format: $(STAMP) ## fix formatting and whatever else can be fixed by machine
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-clean: ## remove .venv, demo/ and caches
+bench: $(STAMP) ## run every benchmark at its smallest size and print its figures (about a minute)
+	@$(BIN)/python benchmarks/run_all.py $(ARGS)
+
+wheel: $(STAMP) ## build the sdist and the wheel in dist/, and check their metadata and contents
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/packaging/check_distributions.py dist
+
+soak: $(STAMP) ## kill training 20 times at random moments: it must end with the same bits
+	@MLET_SOAK_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_kills.py $(ARGS)
+
+slurm: $(STAMP) ## install Slurm if it is missing (Debian, as root), and train on two nodes of one that runs here
+	@tests/helpers/install_slurm.sh
+	@$(BIN)/python -m pytest -m slurm $(ARGS)
+
+clean: ## remove .venv, demo/, dist/ and caches
 	rm -rf $(VENV) demo docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

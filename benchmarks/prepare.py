@@ -185,8 +185,9 @@ def repeated(raw: Path, out: Path, times: int) -> Path:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw", type=Path, help="a raw Criteo log, plain or .gz (default: 150,000 synthetic rows)")
+    parser.add_argument("--raw", type=Path, help="a raw Criteo log, plain or .gz (default: a synthetic one)")
     parser.add_argument("--times", type=int, default=4, help="how often its text is repeated (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=150_000, help="rows of the synthetic log (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each program (default %(default)s)")
     parser.add_argument("--processes", type=int, help="processes of mlet prepare (default: one for each core)")
     parser.add_argument("--memory", action="store_true", help="also measure the memory for 1 and 8 times the text")
@@ -200,7 +201,7 @@ def main() -> None:
         work_dir = Path(folder)
         source = args.raw
         if source is None:
-            command = ["synth", "--out", str(work_dir / "raw"), "--rows", "150000", "--format", "tsv"]
+            command = ["synth", "--out", str(work_dir / "raw"), "--rows", str(args.rows), "--format", "tsv"]
             subprocess.run([sys.executable, "-m", "mlet_dist", *command], cwd=ROOT, check=True, capture_output=True)
             [source] = (work_dir / "raw").iterdir()
         raw = repeated(source, work_dir / f"raw{source.suffix}", args.times)

@@ -1,6 +1,6 @@
-import importlib.util
+"""Requirements of pyproject.toml, their pins, and those who repeat them."""
+
 import re
-import subprocess
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 
 from mlet_dist.cluster import software_checks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -34,22 +34,6 @@ CONSTRAINT_LINES = [
     line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")
 ]
 CONSTRAINTS = pins(CONSTRAINT_LINES)
-
-
-def project_files() -> list[Path]:
-    """What git tracks or would track; in a copy without git, everything outside hidden folders but CI's."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode == 0:
-        paths = [ROOT / name for name in listed.stdout.splitlines()]
-    else:
-        paths = [
-            path
-            for path in ROOT.rglob("*")
-            if not any(part.startswith(".") and part != ".ci" for part in path.relative_to(ROOT).parts)
-        ]
-    return [path for path in paths if path.is_file()]
 
 
 def test_core_leaves_the_choice_of_fbgemm_build_to_the_extras() -> None:
@@ -88,8 +72,8 @@ def test_makefile_installs_torch_pinned_and_first_and_torchrec_for_cpus_alone() 
     installs = re.findall(r"\$\(PIP_INSTALL\) ([^&;\n]+)", (ROOT / "Makefile").read_text())
     assert [line.strip() for line in installs] == [
         f"torch=={CORE['torch']}",
-        "-e '.[cuda,launch,dev]'",
-        "-e '.[cpu,launch,dev]'",
+        "-e '.[cuda,launch,dev,bench]'",
+        "-e '.[cpu,launch,dev,bench]'",
         f"--no-deps torchrec=={CUDA['torchrec']}",
     ]
 
@@ -109,7 +93,7 @@ def test_constraints_cover_every_requirement_and_agree_with_its_pin() -> None:
 
 def test_constraints_cover_what_is_installed_for_mlet_dist() -> None:
     """Every package that the requirements lead to, however far, so that two set-ups of one commit are alike."""
-    todo = list(CORE | {name: "" for extra in ("cpu", "launch", "dev") for name in pins(EXTRAS[extra])})
+    todo = list(CORE | {name: "" for extra in ("cpu", "launch", "dev", "bench") for name in pins(EXTRAS[extra])})
     seen: set[str] = set()
     while todo:
         name = todo.pop()
@@ -124,36 +108,3 @@ def test_constraints_cover_what_is_installed_for_mlet_dist() -> None:
     # A CUDA build of torch pins its own NVIDIA packages.
     missing = {name for name in seen - set(CONSTRAINTS) if not re.match(r"nvidia-|cuda-|triton", name)}
     assert missing == set()
-
-
-def test_no_file_says_where_packages_come_from() -> None:
-    forbidden = re.compile("|".join(["index" + "-url", "find" + "-links", "download.py" + "torch", "file:" + "///"]))
-    named = [
-        f"{path.relative_to(ROOT)}: {match[0]}"
-        for path in project_files()
-        if (match := forbidden.search(path.read_text(errors="replace")))
-    ]
-    assert named == []
-
-
-def test_console_script_and_packages_point_into_mlet_dist() -> None:
-    assert PROJECT["scripts"] == {"mlet": "mlet_dist.cli:main"}
-    assert importlib.util.find_spec("mlet_dist.cli") is not None
-
-
-def test_ci_runs_what_make_check_runs_with_the_tests_last() -> None:
-    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
-    steps = re.search(r"^check: ([\w ]+?) ##", makefile, flags=re.MULTILINE)
-    loop = re.search(r"for step in ([\w ]+); do", ci)
-    assert steps
-    assert loop
-    assert [*loop[1].split(), "test"] == steps[1].split()
-    assert ci.rindex("--no-print-directory test") > ci.index("for step")
-
-
-def test_makefile_offers_every_target_in_its_help() -> None:
-    text = (ROOT / "Makefile").read_text()
-    phony = re.search(r"^\.PHONY: (.+)$", text, flags=re.MULTILINE)
-    assert phony
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"^  make (\w+)", shown, flags=re.MULTILINE)) == set(phony[1].split())

@@ -1,0 +1,76 @@
+"""Every benchmark runs at its smallest size, and prints its figures."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.run_all import HERE, SMALLEST, command
+
+pytestmark = [pytest.mark.e2e, pytest.mark.multirank]
+
+NUMBER = r"\d[\d,.]*(?:e[-+]?\d+)?"
+# By benchmark, a pattern for each line that must be among those it prints.
+PRINTED = {
+    "exchange": [
+        r"zipf ids, k 8, d 4, 1 a bag: 8 a rank, 2 ranks, (cpu|cuda)",
+        *(
+            rf"{way} +{NUMBER} +{NUMBER} - {NUMBER} +{NUMBER} +{NUMBER}"
+            for way in (
+                "single",
+                "after",
+                "reduce_scatter",
+                "unique_rows",
+                "auto",
+                "single_table_wise",
+                "table_wise",
+            )
+        ),
+        rf"projection alone +{NUMBER}",
+    ],
+    "pipeline": [
+        rf"auto +8 a rank, 2 ranks, (cpu|cuda) +plain {NUMBER} ms .* pipelined {NUMBER} ms .* ratio {NUMBER} .*"
+    ],
+    "checkpoint": [
+        r"ranks +2",
+        *(rf"{name}_gb_per_s +{NUMBER}" for name in ("save", "write", "load", "verify", "read", "stage")),
+        *(rf"step_seconds_{name} +{NUMBER}" for name in ("none", "async", "sync")),
+        rf"save_over_write +{NUMBER}",
+        rf"async_over_none +{NUMBER}",
+    ],
+    "export": [
+        r"rows +1000",
+        *(rf"{kind}_{way}_gb_per_s +{NUMBER}" for kind in ("warm", "cold") for way in ("read", "collapse", "load_all")),
+        rf"collapse_over_read +{NUMBER}",
+        rf"peak_rss_bytes +{NUMBER}",
+    ],
+    "loader": [
+        *(
+            rf"{way} +{NUMBER} rows/s +{NUMBER} … {NUMBER}"
+            for way in ("pyarrow", "in_order", "shuffled", "torchrec", "torchrec_shuffled")
+        ),
+        rf"from disk: ours_from_disk_rows_per_s {NUMBER}, .*torchrec_from_disk_rows_per_s {NUMBER}, .*",
+        r"one thread, ns a row: .*",
+    ],
+    "prepare": [
+        rf"ours {NUMBER} rows/s, line_by_line {NUMBER} rows/s, polars {NUMBER} rows/s",
+        rf"rows 2000 .*rows_per_s {NUMBER} +over_line_by_line {NUMBER}",
+    ],
+}
+
+
+def test_every_benchmark_has_a_smallest_size_and_a_check() -> None:
+    scripts = {path.stem for path in HERE.glob("*.py") if 'if __name__ == "__main__":' in path.read_text()}
+    # loader.py starts loader_from_disk.py.
+    assert scripts - {"run_all", "loader_from_disk"} == set(SMALLEST) == set(PRINTED)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_benchmark_prints_its_figures(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(command(name, tmp_path), capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    for pattern in PRINTED[name]:
+        assert any(re.fullmatch(pattern, line) for line in lines), f"no line is {pattern!r} in\n{done.stdout}"
+    assert list(tmp_path.iterdir()) == []
