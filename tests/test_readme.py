@@ -1,4 +1,4 @@
-"""What the README shows must run."""
+"""The example and the commands of the README run, its links lead somewhere, and it stays short."""
 
 import os
 import re
@@ -62,10 +62,15 @@ def test_links_and_paths_exist() -> None:
 
 
 def test_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = sorted(set(re.findall(r"^ +mlet (\w+)", README, re.MULTILINE)))
+    pages = README + "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    commands = sorted(set(re.findall(r"^ *mlet ([a-z]+)", pages, re.MULTILINE)))
     assert {"prepare", "train", "export", "verify", "evaluate", "compare"} <= set(commands)
     for command in commands:
         with pytest.raises(SystemExit) as left:
             main([command, "--help"])
         assert left.value.code == 0
         assert command in capsys.readouterr().out
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode()) <= 8192
