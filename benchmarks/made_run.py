@@ -9,8 +9,8 @@ import torch
 from mlet_dist.checkpoint.load import MODEL_KEY
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.writer import ChecksumStream
-from mlet_dist.config.config_file import save_config
-from mlet_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from mlet_dist.config.config_file import Config, save_config
+from mlet_dist.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.tensor_shards import TensorShard

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config.config_file import load_config, save_config
-from mlet_dist.config.sections import Config, ModelConfig, RunConfig
+from mlet_dist.config.config_file import Config, load_config, save_config
+from mlet_dist.config.sections import ModelConfig, RunConfig
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.training.run_directory import RunDirectory

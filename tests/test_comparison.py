@@ -9,8 +9,7 @@ import yaml
 
 from mlet_dist import comparison as compare_module
 from mlet_dist.comparison import compare, comparison_table
-from mlet_dist.config.config_file import load_config
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec

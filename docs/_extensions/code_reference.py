@@ -19,8 +19,9 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 from mlet_dist.cli.main import _build_parser
+from mlet_dist.config.config_file import Config
 from mlet_dist.config.parser import show
-from mlet_dist.config.sections import Config, TableShardingConfig
+from mlet_dist.config.sections import TableShardingConfig
 
 _BY_NAME = "NAME"
 

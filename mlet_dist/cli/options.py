@@ -8,8 +8,7 @@ from typing import Any, NoReturn
 
 from mlet_dist.cli.process import is_launched_rank, rank_of
 from mlet_dist.cluster.nodes import Nodes, default_port, job_id, parse_node_count
-from mlet_dist.config.config_file import load_config
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.errors import UserError
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 
 _LAUNCHED = "MLET_LAUNCHED"

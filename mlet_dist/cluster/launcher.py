@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.preflight import collect_report, find_problems
 from mlet_dist.cluster.rendezvous import FixedRendezvous, rendezvous, wait_for_node_0
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config
 from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
 
 _SHUTDOWN_TIMEOUT_S = 600

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mlet_dist import __version__
 from mlet_dist.cluster.software_checks import installed_versions
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 

@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from mlet_dist.cluster.preflight import Report, collect_report, find_problems
 from mlet_dist.cluster.software_checks import Check
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 from mlet_dist.training.process_group import Worker, join_ranks
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: a frozen dataclass for each section of the config file, and `Config` of all sections.
+"""The settings of a training run: a frozen dataclass for each section of the config file.
 
 The field is the only source of a setting: its type, default, limits and meaning. `mlet train --help` prints the
 meanings, the documentation's reference is generated from them, and `configs/criteo_kaggle.yaml` repeats them as
@@ -10,12 +10,9 @@ before torch is imported, and because the reference is generated from here.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from mlet_dist.config.parser import did_you_mean, nearest_multiples, setting
-from mlet_dist.errors import UserError
+from mlet_dist.config.parser import setting
 
 ShardingType = Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"]
 ComputeKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]
@@ -331,98 +328,3 @@ class RunConfig:
 
     dir: str = setting("Directory for the run's resolved config, metrics, TensorBoard files and checkpoints.")
     overwrite: bool = setting("true: replace a finished run in run.dir; false: refuse to.", False)
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings of a training run. With `model.hidden_dim: null` it is the single-layer baseline."""
-
-    data: DataConfig
-    run: RunConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    sharding: ShardingConfig = field(default_factory=ShardingConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return plain dicts, lists and scalars, as in YAML."""
-        plain: dict[str, dict[str, Any]] = yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(self))))
-        return plain
-
-    def warnings(self) -> list[str]:
-        """Return one line for each setting that is allowed but probably not intended."""
-        k, d = self.model.hidden_dim, self.model.embedding_dim
-        found = []
-        if k is not None and k < d:
-            found.append(
-                f"model.hidden_dim {k} is below model.embedding_dim {d}: W1·W2 then has rank at most {k}, and by "
-                f"Theorem 2.2 of the MLET paper (arXiv:2006.05623) not every table of {d} columns can be reached; "
-                f"use {d} or more, preferably above {4 * d}"
-            )
-        if self.data.shuffle and self.data.shuffle_buffer < 2 * self.data.batch_size:
-            found.append(
-                f"data.shuffle_buffer {self.data.shuffle_buffer} holds fewer than two batches of data.batch_size "
-                f"{self.data.batch_size}: rows are then mixed among two batches, and neighbouring rows stay close to "
-                f"each other; use {2 * self.data.batch_size} or more, preferably above {16 * self.data.batch_size}"
-            )
-        return found
-
-    def check_world_size(self, world_size: int) -> None:
-        """Raise UserError unless every rank gets an equal share of a training batch."""
-        if self.data.batch_size % world_size:
-            raise UserError(
-                f"data.batch_size {self.data.batch_size} is not a multiple of the {world_size} ranks; "
-                f"use {nearest_multiples(self.data.batch_size, world_size)}"
-            )
-
-    def check_device(self, device: str) -> None:
-        """Raise UserError if ``device`` has no kernel for a requested dtype or memory of rows."""
-        if device != "cpu":
-            return
-        sharding = self.sharding
-        for prefix, dtype, kernels in [
-            ("sharding.", sharding.rows_dtype, sharding.compute_kernels),
-            *(
-                (f"sharding.tables.{name}.", own.rows_dtype, own.compute_kernels)
-                for name, own in sharding.tables.items()
-            ),
-        ]:
-            if self.optimizer.name == "adam" and dtype == "fp16":
-                raise UserError(
-                    f"{prefix}rows_dtype is fp16 and optimizer.name is adam: fbgemm supports this on CUDA only; on a "
-                    "CPU use rows_dtype fp32, or sgd, adagrad or rowwise_adagrad"
-                )
-            for kernel in kernels or ():
-                if kernel != "fused":
-                    raise UserError(
-                        f"{prefix}compute_kernels names {kernel}, a CUDA kernel that stores rows in host memory; on a "
-                        "CPU all rows are in host memory: use [fused]"
-                    )
-
-    def check_features(self, dense: Sequence[str], sparse: Sequence[str]) -> None:
-        """Raise UserError if a feature of the config is not a column of the data set."""
-        for key, wanted, known in (
-            ("data.dense_features", self.data.dense_features, dense),
-            ("data.sparse_features", self.data.sparse_features, sparse),
-        ):
-            missing = [name for name in wanted or () if name not in known]
-            if missing:
-                raise UserError(
-                    f"{key}: {self.data.path} has no column {missing[0]!r}{did_you_mean(missing[0], known)}; "
-                    f"it has {', '.join(known)}"
-                )
-
-    def check_tables(self, names: Sequence[str]) -> None:
-        """Raise UserError if ``sharding.tables`` names a table that the model does not have."""
-        for name in self.sharding.tables:
-            if name not in names:
-                raise UserError(
-                    f"sharding.tables: the model has no table {name!r}{did_you_mean(name, names)}; "
-                    f"it has {', '.join(names)}"
-                )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return list(value) if isinstance(value, tuple) else value

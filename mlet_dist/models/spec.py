@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlet_dist.config.config_file import Config
 from mlet_dist.config.parser import parse_section
-from mlet_dist.config.sections import Config, ModelConfig
+from mlet_dist.config.sections import ModelConfig
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 

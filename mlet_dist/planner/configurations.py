@@ -8,7 +8,7 @@ import torch
 from torchrec.distributed.planner import Topology
 from torchrec.models.dlrm import DLRM
 
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config
 from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memory
 from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config
 from mlet_dist.embeddings.planning.cost_model import Device, Memory
 from mlet_dist.embeddings.planning.plan_cost import (
     DenseCost,

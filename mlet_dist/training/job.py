@@ -13,7 +13,7 @@ from typing import Any
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.location import DataPath, data_set_path

@@ -11,8 +11,7 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, require_complete
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.config.config_file import load_config
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec

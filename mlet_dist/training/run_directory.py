@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.config.config_file import load_config, save_config
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec

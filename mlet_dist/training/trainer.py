@@ -16,7 +16,8 @@ from torch import distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
 from mlet_dist.checkpoint.saver import CheckpointSaver
-from mlet_dist.config.sections import Config, RowsDtype
+from mlet_dist.config.config_file import Config
+from mlet_dist.config.sections import RowsDtype
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress

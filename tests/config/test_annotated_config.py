@@ -5,8 +5,9 @@ import re
 
 import pytest
 
+from mlet_dist.config.config_file import Config
 from mlet_dist.config.parser import section_type
-from mlet_dist.config.sections import Config, ShardingConfig, TableShardingConfig
+from mlet_dist.config.sections import ShardingConfig, TableShardingConfig
 from tests.helpers.annotated_config import annotated
 from tests.helpers.mlet_command import ROOT
 

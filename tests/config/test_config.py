@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from mlet_dist.config.config_file import load_config, save_config
+from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.sections import (
-    Config,
     DataConfig,
     ModelConfig,
     OptimizerConfig,

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from mlet_dist.config.config_file import Config
 from mlet_dist.config.parser import parse_yaml, section_type, to_yaml
-from mlet_dist.config.sections import Config
 
 _COLUMN, _WIDTH = 30, 120
 

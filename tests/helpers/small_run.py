@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlet_dist.config.sections import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from mlet_dist.config.config_file import Config
+from mlet_dist.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec

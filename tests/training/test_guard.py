@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from mlet_dist.config.config_file import load_config
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.guard import Finding, Guard, NonFinite
 from mlet_dist.training.optimizers import optimizer_state

@@ -12,8 +12,7 @@ from torch import distributed as dist
 from mlet_dist.checkpoint.load import latest_complete
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.config.config_file import load_config
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.training.snapshot import rank_info, restore, state_to_save
 from tests.helpers.mlet_command import ROOT
 from tests.helpers.ranks import RankFailed

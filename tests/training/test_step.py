@@ -12,8 +12,7 @@ import torch
 from torch import distributed as dist
 from torchrec.distributed.train_pipeline.runtime_forwards import PipelinedForward
 
-from mlet_dist.config.config_file import load_config
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.models.spec import ModelSpec

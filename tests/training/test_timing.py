@@ -12,8 +12,7 @@ import torch
 from torch import distributed as dist
 from torchrec.models.dlrm import OverArch
 
-from mlet_dist.config.config_file import load_config
-from mlet_dist.config.sections import Config
+from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.guard import Guard
 from mlet_dist.training.step import take_steps
