@@ -1,7 +1,7 @@
 """The configuration of a training run.
 
 Modules:
-    sections: the settings, as dataclasses with defaults, limits and meanings, and the checks between them.
-    config_file: reads config files with overrides, writes them, and describes the settings for `--help`.
+    sections: the settings of each section, as dataclasses with defaults, limits and meanings.
+    config_file: the config of all sections; reads and writes config files, and describes the settings for `--help`.
     parser: builds dataclasses from YAML and checks keys, types and limits.
 """
