@@ -308,8 +308,8 @@ def test_hardware_from_a_file(tables: Path, tmp_path: Path, capsys: pytest.Captu
 
 WRONG_TABLES = {
     "sharding.tables.C6.sharding_types=[row_wise]": "table 'C6' cannot be row_wise: with 3 rows, some of 8 ranks would "
-    "hold none; it can be table_wise, data_parallel",
-    "sharding.sharding_types=[row_wise]": "table 'C6' cannot be row_wise: with 3 rows, some of 8 ranks would hold ",
+    "have none; it can be table_wise, data_parallel",
+    "sharding.sharding_types=[row_wise]": "table 'C6' cannot be row_wise: with 3 rows, some of 8 ranks would have ",
     "sharding.tables={C1: {exchange: unique_rows, sharding_types: [table_wise]}}": "table 'C1' cannot be table_wise: "
     "exchange 'unique_rows' does not support that; it can be row_wise, data_parallel",
 }
