@@ -12,6 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import yaml
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -19,9 +20,7 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 from mlet_dist.cli.main import _build_parser
-from mlet_dist.config.config_file import Config
-from mlet_dist.config.parser import show
-from mlet_dist.config.sections import TableShardingConfig
+from mlet_dist.config.sections import Config, TableShardingConfig
 
 _BY_NAME = "NAME"
 
@@ -67,6 +66,16 @@ def describe_limits(metadata: typing.Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
+def describe_default(setting: dataclasses.Field[Any]) -> str:
+    """The default as YAML, in Markdown, or ``required``."""
+    if setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING:
+        return "required"
+    value = {} if setting.default is dataclasses.MISSING else setting.default
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
+    return f"default `{text}`"
+
+
 def settings_as_markdown() -> str:
     """The reference of all settings: a section each, an object a setting."""
     lines = []
@@ -76,13 +85,9 @@ def settings_as_markdown() -> str:
         for key, setting in settings():
             if not key.startswith(f"{section.name}."):
                 continue
-            value = "required"
-            if setting.default is not dataclasses.MISSING:
-                value = f"default `{show(setting.default)}`"
-            elif setting.default_factory is not dataclasses.MISSING:
-                value = f"default `{show({})}`"
-            facts = "; ".join(filter(None, [describe_type(setting.type), describe_limits(setting.metadata), value]))
-            lines += [f":::{{setting}} {key}", "", facts, "", _sentence(setting.metadata["meaning"]), ":::", ""]
+            facts = [describe_type(setting.type), describe_limits(setting.metadata), describe_default(setting)]
+            lines += [f":::{{setting}} {key}", "", "; ".join(filter(None, facts)), ""]
+            lines += [_sentence(setting.metadata["meaning"]), ":::", ""]
     return "\n".join(lines)
 
 
