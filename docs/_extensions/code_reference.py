@@ -7,6 +7,7 @@ backticks links to them, at their first place on each page.
 import argparse
 import dataclasses
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
-from mlet_dist.cli.main import _build_parser
-from mlet_dist.config.sections import Config, TableShardingConfig
+from mlet_dist.cli.main import build_parser
+from mlet_dist.config.config_file import Config
+from mlet_dist.config.sections import TableShardingConfig
 
 _BY_NAME = "NAME"
 
@@ -37,7 +39,7 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, by its name."""
-    for action in _build_parser()._actions:
+    for action in build_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
     raise AssertionError("the parser of `mlet` has no commands")
@@ -105,11 +107,22 @@ def commands_as_markdown() -> str:
             invocation = formatter._format_action_invocation(action)
             text = _sentence(formatter._expand_help(action)) if action.help else ""
             lines += [f":::{{option}} {invocation}", "", _escape(text), ":::", ""]
-        if parser.epilog and "section.key=value or in the YAML file" in parser.epilog:
-            lines += ["Settings are those of the [settings reference](settings.md).", ""]
-        elif parser.epilog:
-            lines += ["```text", parser.epilog, "```", ""]
+        lines += _epilog(parser.epilog or "")
     return "\n".join(lines)
+
+
+def _epilog(text: str) -> list[str]:
+    """A command's last paragraphs; what is indented is code, and the list of settings becomes a link."""
+    lines = []
+    for block in text.split("\n\n"):
+        if "section.key=value or in the YAML file" in block:
+            lines += ["Settings are those of the [settings reference](settings.md).", ""]
+            break
+        if block.startswith("  "):
+            lines += ["```bash", textwrap.dedent(block).strip("\n"), "```", ""]
+        else:
+            lines += [_escape(block), ""]
+    return lines
 
 
 def _synopsis(name: str, parser: argparse.ArgumentParser) -> str:
