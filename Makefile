@@ -61,7 +61,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo 'setup: done; try $(MLET) --help'
 
-check: lint types imports test ## what every change must pass; CI also builds and installs the wheel
+check: lint types imports docs test ## what every change must pass; CI also builds and installs the wheel
 
 lint: $(STAMP) ## look for mistakes and wrong formatting
 	@found=0; $(BIN)/ruff check || found=1; $(BIN)/ruff format --check || found=1; exit $$found

@@ -7,20 +7,21 @@ backticks links to them, at their first place on each page.
 import argparse
 import dataclasses
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import yaml
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
-from mlet_dist.cli.main import _build_parser
+from mlet_dist.cli.main import build_parser
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.parser import show
 from mlet_dist.config.sections import TableShardingConfig
 
 _BY_NAME = "NAME"
@@ -38,7 +39,7 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, by its name."""
-    for action in _build_parser()._actions:
+    for action in build_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
     raise AssertionError("the parser of `mlet` has no commands")
@@ -67,6 +68,16 @@ def describe_limits(metadata: typing.Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
+def describe_default(setting: dataclasses.Field[Any]) -> str:
+    """The default as YAML, in Markdown, or ``required``."""
+    if setting.default is dataclasses.MISSING and setting.default_factory is dataclasses.MISSING:
+        return "required"
+    value = {} if setting.default is dataclasses.MISSING else setting.default
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
+    return f"default `{text}`"
+
+
 def settings_as_markdown() -> str:
     """The reference of all settings: a section each, an object a setting."""
     lines = []
@@ -76,13 +87,9 @@ def settings_as_markdown() -> str:
         for key, setting in settings():
             if not key.startswith(f"{section.name}."):
                 continue
-            value = "required"
-            if setting.default is not dataclasses.MISSING:
-                value = f"default `{show(setting.default)}`"
-            elif setting.default_factory is not dataclasses.MISSING:
-                value = f"default `{show({})}`"
-            facts = "; ".join(filter(None, [describe_type(setting.type), describe_limits(setting.metadata), value]))
-            lines += [f":::{{setting}} {key}", "", facts, "", _sentence(setting.metadata["meaning"]), ":::", ""]
+            facts = [describe_type(setting.type), describe_limits(setting.metadata), describe_default(setting)]
+            lines += [f":::{{setting}} {key}", "", "; ".join(filter(None, facts)), ""]
+            lines += [_sentence(setting.metadata["meaning"]), ":::", ""]
     return "\n".join(lines)
 
 
@@ -100,11 +107,22 @@ def commands_as_markdown() -> str:
             invocation = formatter._format_action_invocation(action)
             text = _sentence(formatter._expand_help(action)) if action.help else ""
             lines += [f":::{{option}} {invocation}", "", _escape(text), ":::", ""]
-        if parser.epilog and "section.key=value or in the YAML file" in parser.epilog:
-            lines += ["Settings are those of the [settings reference](settings.md).", ""]
-        elif parser.epilog:
-            lines += ["```text", parser.epilog, "```", ""]
+        lines += _epilog(parser.epilog or "")
     return "\n".join(lines)
+
+
+def _epilog(text: str) -> list[str]:
+    """A command's last paragraphs; what is indented is code, and the list of settings becomes a link."""
+    lines = []
+    for block in text.split("\n\n"):
+        if "section.key=value or in the YAML file" in block:
+            lines += ["Settings are those of the [settings reference](settings.md).", ""]
+            break
+        if block.startswith("  "):
+            lines += ["```bash", textwrap.dedent(block).strip("\n"), "```", ""]
+        else:
+            lines += [_escape(block), ""]
+    return lines
 
 
 def _synopsis(name: str, parser: argparse.ArgumentParser) -> str:
