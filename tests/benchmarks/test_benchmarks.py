@@ -14,7 +14,7 @@ NUMBER = r"\d[\d,.]*(?:e[-+]?\d+)?"
 # By benchmark, a pattern for each line that must be among those it prints.
 PRINTED = {
     "exchange": [
-        r"zipf ids, k 8, d 4, 1 a bag: 8 a rank, 2 ranks, (cpu|cuda)",
+        r"zipf ids, k 8, d 4, .*\b1\b.*: .*\b8\b.*, 2 ranks, (cpu|cuda)",
         *(
             rf"{way} +{NUMBER} +{NUMBER} - {NUMBER} +{NUMBER} +{NUMBER}"
             for way in (
@@ -30,7 +30,7 @@ PRINTED = {
         rf"projection alone +{NUMBER}",
     ],
     "pipeline": [
-        rf"auto +8 a rank, 2 ranks, (cpu|cuda) +plain {NUMBER} ms .* pipelined {NUMBER} ms .* ratio {NUMBER} .*"
+        rf"auto .*\b8\b.*, 2 ranks, (cpu|cuda) +plain {NUMBER} ms .* pipelined {NUMBER} ms .* ratio {NUMBER} .*"
     ],
     "checkpoint": [
         r"ranks +2",
@@ -47,11 +47,11 @@ PRINTED = {
     ],
     "loader": [
         *(
-            rf"{way} +{NUMBER} rows/s +{NUMBER} … {NUMBER}"
+            rf"{way} +{NUMBER} rows/s +{NUMBER} (…|to) {NUMBER}"
             for way in ("pyarrow", "in_order", "shuffled", "torchrec", "torchrec_shuffled")
         ),
         rf"from disk: ours_from_disk_rows_per_s {NUMBER}, .*torchrec_from_disk_rows_per_s {NUMBER}, .*",
-        r"one thread, ns a row: .*",
+        rf"one thread, ns (a|per) row: decode {NUMBER}, .*",
     ],
     "prepare": [
         rf"ours {NUMBER} rows/s, line_by_line {NUMBER} rows/s, polars {NUMBER} rows/s",
@@ -68,7 +68,7 @@ def test_every_benchmark_has_a_smallest_size_and_a_check() -> None:
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_benchmark_prints_its_figures(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(command(name, tmp_path), capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command(name, tmp_path), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.strip() for line in done.stdout.splitlines()]
     for pattern in PRINTED[name]:
