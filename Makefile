@@ -70,7 +70,7 @@ types: $(STAMP) ## check the type hints
 	@$(BIN)/mypy
 
 docs: $(STAMP) ## build the documentation into docs/_build/html; warnings and broken references are errors
-	@$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	@$(BIN)/python -m sphinx -b html -E -W --keep-going -q docs docs/_build/html
 	@echo 'docs: open docs/_build/html/index.html'
 
 linkcheck: $(STAMP) ## check the links of the documentation to other sites (needs the network)

@@ -22,14 +22,12 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "code_reference",
-    "mathml",
     "repository_pages",
 ]
 exclude_patterns = ["_build", "_extensions"]
-html_math_renderer = "mathml"
 
 # Links and anchors mean the same here and on a code host: an anchor is GitHub's slug of a heading.
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 
 # References into mlet_dist must resolve. Pages of other libraries are not read, so that a build needs no network.

@@ -99,7 +99,7 @@ def commands_as_markdown() -> str:
     for name, parser in commands().items():
         formatter = parser._get_formatter()
         lines += [f"(mlet-{name})=", f"## mlet {name}", "", _sentence(parser.description or ""), ""]
-        lines += ["```text", _synopsis(name, parser), "```", ""]
+        lines += ["```bash", _synopsis(name, parser), "```", ""]
         lines += [f":::{{program}} mlet {name}", ":::", ""]
         for action in parser._actions:
             if action.dest in ("help", "json"):  # of every command: the page's introduction has them
