@@ -18,9 +18,9 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
-from mlet_dist.cli.main import _build_parser
+from mlet_dist.cli.main import build_parser
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.parser import show
+from mlet_dist.config.parser import to_yaml
 from mlet_dist.config.sections import TableShardingConfig
 
 _BY_NAME = "NAME"
@@ -38,7 +38,7 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, by its name."""
-    for action in _build_parser()._actions:
+    for action in build_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
     raise AssertionError("the parser of `mlet` has no commands")
@@ -78,9 +78,9 @@ def settings_as_markdown() -> str:
                 continue
             value = "required"
             if setting.default is not dataclasses.MISSING:
-                value = f"default `{show(setting.default)}`"
+                value = f"default `{to_yaml(setting.default)}`"
             elif setting.default_factory is not dataclasses.MISSING:
-                value = f"default `{show({})}`"
+                value = f"default `{to_yaml({})}`"
             facts = "; ".join(filter(None, [describe_type(setting.type), describe_limits(setting.metadata), value]))
             lines += [f":::{{setting}} {key}", "", facts, "", _sentence(setting.metadata["meaning"]), ":::", ""]
     return "\n".join(lines)
@@ -100,10 +100,11 @@ def commands_as_markdown() -> str:
             invocation = formatter._format_action_invocation(action)
             text = _sentence(formatter._expand_help(action)) if action.help else ""
             lines += [f":::{{option}} {invocation}", "", _escape(text), ":::", ""]
-        if parser.epilog and "section.key=value or in the YAML file" in parser.epilog:
-            lines += ["Settings are those of the [settings reference](settings.md).", ""]
-        elif parser.epilog:
-            lines += ["```text", parser.epilog, "```", ""]
+        epilog, listed, _ = (parser.epilog or "").partition("settings, as section.key=value")
+        if epilog:
+            lines += ["```text", epilog.rstrip(), "```", ""]
+        if listed:
+            lines += ["The settings are those of the [settings reference](settings.md).", ""]
     return "\n".join(lines)
 
 
