@@ -19,7 +19,7 @@ from mlet_dist.formatting import to_json
 from mlet_dist.training.run_directory import RunDirectory
 
 SINGLE, MLET, CONTROL = "single", "mlet", "control"
-_TITLES = {SINGLE: "single layer", MLET: "MLET", CONTROL: "control: single layer, MLET's rate and scale"}
+_TITLES = {SINGLE: "single layer", MLET: "MLET", CONTROL: "control: single layer, MLET's rate"}
 _CAPTION = """\
 What the table means: the MLET row serves tables of the same size as the single layer's. Compare it with the control, a
 single layer with MLET's effective learning rate and initial scale: what MLET gains over the control is due to the
