@@ -1,4 +1,4 @@
-"""The exchanges of each sharding type, and the choice of the cheapest exchange for a table.
+"""The exchanges of each sharding type, and what decides the exchange of a table (``choose_exchange``).
 
 An exchange is the collective that brings a table's vectors from the owner ranks to the rank of their batch, together
 with the place where W2 is applied:
@@ -70,9 +70,40 @@ class TableTraffic:
 
 
 def choose_exchange(
+    requested: ExchangeChoice,
+    sharding_type: str,
+    table: TableTraffic,
+    world_size: int,
+    value_bytes: Mapping[Exchange, int] = _FLOAT32_BYTES,
+    *,
+    has_projection: bool,
+) -> tuple[Exchange, str]:
+    """Return the exchange of a table, and the reason in a few words.
+
+    Row_wise tables have the requested exchange, or under ``auto`` the one that sends fewer bytes. The other sharding
+    types have one exchange beside ``after``, and use it unless ``after`` is requested.
+
+    Args:
+        requested: the exchange that the user chose for the table.
+        sharding_type: the table's sharding type in the plan; not data_parallel, which exchanges nothing.
+        table, world_size, value_bytes: as in ``cheapest_exchange``.
+        has_projection: whether the table has a W2.
+    """
+    if sharding_type == ShardingType.ROW_WISE.value:
+        return (requested, "asked for") if requested != "auto" else cheapest_exchange(table, world_size, value_bytes)
+    if requested == "after":
+        return "after", "asked for"
+    before = EXCHANGES_OF[sharding_type][-1]
+    if requested == before:
+        return before, "asked for"
+    projected = "are projected before they " if has_projection else ""
+    return before, f"sums {projected}cross the network"
+
+
+def cheapest_exchange(
     table: TableTraffic, world_size: int, value_bytes: Mapping[Exchange, int] = _FLOAT32_BYTES
 ) -> tuple[Exchange, str]:
-    """Choose the exchange of a row_wise table that sends fewer bytes in forward and backward.
+    """Return the exchange of a row_wise table that sends fewer bytes in forward and backward.
 
     Both candidates send d-dimensional vectors forward and their gradients backward. Per bag the reduce-scatter sends
     R-1 partial sums. The all-to-all of unique rows sends each distinct id (8 bytes) and its vector once, between the

@@ -184,19 +184,15 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int
     ) -> tuple[Exchange, str]:
         """Return the exchange of a table under a sharding type, and the reason in a few words."""
-        requested = self.requested_exchange(table.name)
-        if sharding_type != ShardingType.ROW_WISE.value:
-            if requested == "after":
-                return "after", "asked for"
-            before = EXCHANGES_OF[sharding_type][-1]
-            if requested == before:
-                return before, "asked for"
-            projected = "" if table.hidden_dim is None else "are projected before they "
-            return before, f"sums {projected}cross the network"
-        if requested != "auto":
-            return requested, "asked for"
         sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
-        return choose_exchange(self.traffic(table), world_size, sizes)
+        return choose_exchange(
+            self.requested_exchange(table.name),
+            sharding_type,
+            self.traffic(table),
+            world_size,
+            sizes,
+            has_projection=table.hidden_dim is not None,
+        )
 
     def traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:
         """Return the sizes of a table and its batch."""
