@@ -41,8 +41,8 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import BinaryMetrics
-from mlet_dist.training.guard import Guard
-from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
+from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
+from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.process_group import Worker, join_ranks
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.state import Training

@@ -14,8 +14,8 @@ from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, lo
 from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints
 from mlet_dist.models.dlrm import build_dlrm, dense_cost
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.fused_optimizers import fuse_row_optimizer
 from mlet_dist.training.model_plan import DoesNotFit, ModelPlan
-from mlet_dist.training.optimizers import fuse_row_optimizer
 from mlet_dist.training.sharding import Sharding
 
 

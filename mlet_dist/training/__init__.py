@@ -1,0 +1,22 @@
+"""Training: from a config to a checkpoint and a summary. Start at `trainer.py`.
+
+One run, from top to bottom:
+    trainer: a whole run, and its loop with everything that happens between two steps.
+    step: one step, in a plain loop or in TorchRec's pipeline: forward, backward, update.
+    state: the state that changes with every step.
+
+Before the first step:
+    process_group, lost_ranks: joins the ranks; which of them are missing when a collective fails.
+    job, run_directory: the data, the locked run directory and where the job starts.
+    resume, warm_start: the checkpoint to resume from; weights for a new run.
+    sharding, model_plan: shards the model; the plan, its costs and reasons.
+    fused_optimizers, schedule: fuses the update of W1's rows into backward; the other optimizers; learning rates.
+
+Between two steps:
+    non_finite_guard: losses and gradients that are not finite: stop, skip or roll back.
+    reporting, timing: metrics.jsonl, TensorBoard and the progress line; the times of a step's parts.
+    checkpoint_schedule, snapshot, signals: when to save, what to save, and signals that ask the run to stop.
+
+After the last step:
+    evaluation: AUC and LogLoss over a split.
+"""

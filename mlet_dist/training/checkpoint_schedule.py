@@ -14,7 +14,7 @@ from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.sections import TrainConfig
 from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
 from mlet_dist.errors import UserError
-from mlet_dist.training.guard import Guard
+from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.signals import StopSignal, interrupted
 from mlet_dist.training.snapshot import state_to_save
 from mlet_dist.training.state import Training

@@ -15,7 +15,7 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
-from mlet_dist.training.guard import Finding, Guard
+from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor
 from mlet_dist.training.state import Training

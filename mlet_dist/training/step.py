@@ -2,7 +2,7 @@
 
 ``TrainStep`` holds the parts of a step. Two loops drive it, ``_plain_steps`` and ``_pipelined_steps``, and both train
 bitwise identical weights: zero_grad, forward, backward, optimizer step, in this order. W1 is updated inside backward by
-fbgemm's fused kernels (``optimizers.fuse_row_optimizer``); W2 and the dense layers are updated in the optimizer step.
+fbgemm's fused kernels (``fused_optimizers.fuse_row_optimizer``); W2 and the dense layers are updated in the optimizer step.
 """
 
 from collections.abc import Generator, Iterator
@@ -13,7 +13,7 @@ from torch.nn import functional
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from mlet_dist.data.loading.loader import Batch
-from mlet_dist.training.guard import Finding, Guard
+from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer

@@ -14,7 +14,7 @@ from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCol
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import BinaryMetrics
-from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
+from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.state import Training

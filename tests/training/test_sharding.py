@@ -13,8 +13,9 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.optimizers import fuse_row_optimizer
-from mlet_dist.training.process_group import Worker, timed_out
+from mlet_dist.training.fused_optimizers import fuse_row_optimizer
+from mlet_dist.training.lost_ranks import timed_out
+from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
 from tests.helpers.ranks import RankPool
 

@@ -16,7 +16,7 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import RowsDtype, build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
+from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.snapshot import weights_sha256

@@ -18,8 +18,8 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
-from mlet_dist.training.guard import Guard
-from mlet_dist.training.optimizers import optimizer_state
+from mlet_dist.training.fused_optimizers import optimizer_state
+from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.run_directory import RunDirectory

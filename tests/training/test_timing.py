@@ -14,7 +14,7 @@ from torchrec.models.dlrm import OverArch
 
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.loading.loader import Batch
-from mlet_dist.training.guard import Guard
+from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer, Stopwatch
 from tests.conftest import TrainedRun

@@ -39,8 +39,8 @@ from mlet_dist.embeddings.sharded.exchange_choice import TableTraffic
 from mlet_dist.embeddings.sharded.placement import max_rows_per_rank
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.model_plan import ModelPlan, plan_model
-from mlet_dist.training.optimizers import build_optimizer, fuse_row_optimizer
 from tests.helpers.ranks import RankPool
 
 Ranks = Callable[..., RankPool]

@@ -23,7 +23,7 @@ from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.adam import fused_kernels
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.optimizers import (
+from mlet_dist.training.fused_optimizers import (
     build_optimizer,
     fuse_row_optimizer,
     optimizer_state,

@@ -16,8 +16,8 @@ from torch import distributed as dist
 
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.loading.loader import Batch
-from mlet_dist.training.guard import Finding, Guard, NonFinite
-from mlet_dist.training.optimizers import optimizer_state
+from mlet_dist.training.fused_optimizers import optimizer_state
+from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
 from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer
