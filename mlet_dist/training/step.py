@@ -1,8 +1,8 @@
 """One step of training: forward, backward and update, in a plain loop or in TorchRec's pipeline.
 
 ``TrainStep`` holds the parts of a step. Two loops drive it, ``_plain_steps`` and ``_pipelined_steps``, and both train
-bitwise identical weights: zero_grad, forward, backward, optimizer step, in this order. W1 is updated inside backward by
-fbgemm's fused kernels (``fused_optimizers.fuse_row_optimizer``); W2 and the dense layers are updated in the optimizer step.
+bitwise identical weights: zero_grad, forward, backward, optimizer step, in this order. fbgemm's fused kernels update W1
+inside backward (``fused_optimizers.fuse_row_optimizer``); the optimizer step updates W2 and the dense layers.
 """
 
 from collections.abc import Generator, Iterator
