@@ -56,12 +56,12 @@ def test_a_problem_is_one_line_beside_the_table(small_model: tuple[str, ...], tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("doctor", CONFIG), "config is for --distributed"),
-        (("doctor", "--nproc", 2), "nproc is for --distributed"),
+        (("doctor", CONFIG), "config needs --distributed"),
+        (("doctor", "--nproc", 2), "nproc needs --distributed"),
         (("train", CONFIG, "--nnodes", 2), "--nnodes needs --nproc"),
         (
             ("train", CONFIG, "--nproc", 2, "--node-rank", 1),
-            "--node-rank is for several nodes; say how many by --nnodes",
+            "--node-rank needs --nnodes, the number of nodes of the job",
         ),
         (
             ("train", CONFIG, "--nproc", 2, "--nnodes", 2),
