@@ -20,7 +20,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 demo: ## prepare synthetic data, train MLET and its baselines and compare them; a minute or two, in demo/
 	@echo 'This demo writes 200,000 synthetic click logs, prepares them as a data set, trains three models on two local'
 	@echo 'ranks (an MLET model, a single-layer model of the same size, and a control), exports and verifies each, and'
-	@echo 'prints a table that compares them. It needs no GPU and no download. On two CPU cores it takes about 90 seconds'
+	@echo 'prints a table that compares them. It needs no GPU and no data of yours. On two CPU cores it takes about a minute'
 	@echo 'after the set-up, which takes about two minutes the first time. Everything is written to demo/.'
 	@echo
 	@$(MAKE) -s setup
@@ -36,7 +36,7 @@ test: $(STAMP) ## run the tests (about 15 minutes on two cores; ARGS="-k collaps
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^##@ / { print blank substr($$0, 5) ":"; blank = "\n" } \
-	  /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv (for the GPU if torch sees one, else for the CPU), or bring it up to date; PYTHON=… picks Python
 
@@ -69,13 +69,6 @@ lint: $(STAMP) ## look for mistakes and wrong formatting
 types: $(STAMP) ## check the type hints
 	@$(BIN)/mypy
 
-docs: $(STAMP) ## build the documentation into docs/_build/html; warnings and broken references are errors
-	@$(BIN)/python -m sphinx -b html -E -W --keep-going -q docs docs/_build/html
-	@echo 'docs: open docs/_build/html/index.html'
-
-linkcheck: $(STAMP) ## check the links of the documentation to other sites (needs the network)
-	@$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/linkcheck
-
 imports: $(STAMP) ## check that dependencies between packages point one way
 	@$(BIN)/lint-imports --no-cache --no-logo
 
@@ -83,8 +76,15 @@ format: $(STAMP) ## fix formatting and whatever else can be fixed by machine
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(STAMP) ## run every benchmark at its smallest size and print its figures (about a minute)
+bench: $(STAMP) ## run every benchmark at its smallest size and print its figures (about a minute; ARGS=exchange selects one)
 	@$(BIN)/python benchmarks/run_all.py $(ARGS)
+
+docs: $(STAMP) ## build the documentation into docs/_build/html; warnings and broken references are errors
+	@$(BIN)/python -m sphinx -b html -E -W --keep-going -q docs docs/_build/html
+	@echo 'docs: open docs/_build/html/index.html'
+
+linkcheck: $(STAMP) ## check the links of the documentation to other sites (needs the network)
+	@$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/linkcheck
 
 wheel: $(STAMP) ## build the sdist and the wheel in dist/, and check their metadata and contents
 	rm -rf dist

@@ -9,7 +9,7 @@ line, computes checksums of its output, and keeps what it needs to resume. The p
 times are compared, since other processes can only make them longer.
 
 Polars runs in its own process, as `mlet prepare` does, with two passes (counting, writing) of its streaming engine on
-all cores. It is skipped if it is not installed (pip install "mlet-dist[bench]"). Peak memory is that of all processes
+all cores. It is skipped if it is not installed (pip install ".[bench]"). Peak memory is that of all processes
 of `mlet prepare`, with shared pages counted once (PSS), for the text and for eight times the text.
 """
 

@@ -235,7 +235,7 @@ def _role(
     except KeyError:
         raise ComponentValidationException(
             f"-h {h}: no resource of that name is registered; those of launch/resources.py are "
-            "registered by `pip install 'mlet-dist[launch]'`"
+            "registered when mlet_dist is installed with its extra `launch`"
         ) from None
     return specs.Role(
         name=name,

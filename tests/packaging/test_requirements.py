@@ -72,8 +72,8 @@ def test_makefile_installs_torch_pinned_and_first_and_torchrec_for_cpus_alone() 
     installs = re.findall(r"\$\(PIP_INSTALL\) ([^&;\n]+)", (ROOT / "Makefile").read_text())
     assert [line.strip() for line in installs] == [
         f"torch=={CORE['torch']}",
-        "-e '.[cuda,launch,dev,bench]'",
-        "-e '.[cpu,launch,dev,bench]'",
+        "-e '.[cuda,launch,dev,docs,bench]'",
+        "-e '.[cpu,launch,dev,docs,bench]'",
         f"--no-deps torchrec=={CUDA['torchrec']}",
     ]
 
@@ -93,7 +93,9 @@ def test_constraints_cover_every_requirement_and_agree_with_its_pin() -> None:
 
 def test_constraints_cover_what_is_installed_for_mlet_dist() -> None:
     """Every package that the requirements lead to, however far, so that two set-ups of one commit are alike."""
-    todo = list(CORE | {name: "" for extra in ("cpu", "launch", "dev", "bench") for name in pins(EXTRAS[extra])})
+    todo = list(
+        CORE | {name: "" for extra in ("cpu", "launch", "dev", "docs", "bench") for name in pins(EXTRAS[extra])}
+    )
     seen: set[str] = set()
     while todo:
         name = todo.pop()
