@@ -113,7 +113,7 @@ def test_a_run_that_would_be_destroyed_is_found_before_torch_is_imported(config:
         (["tarin"], "argument COMMAND: invalid choice: 'tarin'"),
         (["train"], "the following arguments are required: CONFIG (see `mlet train --help`)"),
         (["train", "no\nsuch.yaml"], "no such.yaml: cannot read the config: No such file or directory"),
-        (["export", "no/such", "--out", "x"], "no/such: no such directory; expected what `mlet train` or"),
+        (["export", "no/such", "--out", "x"], "no/such: no such directory; expected a run or the output of"),
         (["evaluate", "x", "--data", "y", "a.b=1"], "unknown argument 'a.b=1' (see `mlet evaluate --help`)"),
     ],
     ids=["command", "no config", "two lines", "torch", "no overrides here"],
