@@ -47,7 +47,7 @@ def write_checkpoint(
             dcp.save(state, storage_writer=writer, process_group=group)
     except CheckpointException as failed:
         remove = partial(_remove_and_raise, checkpoint, needed, failed)
-        on_first_rank(remove, f"{checkpoint} cannot be removed", group)
+        on_first_rank(remove, f"{checkpoint} cannot be removed", group)  # raises on every rank
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, writer.files, group=group)
     files = {name: entry for each in found for name, entry in each.items()}

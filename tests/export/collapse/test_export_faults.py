@@ -166,7 +166,7 @@ def test_out_is_always_a_complete_export_when_its_replacement_is_killed(
     class Killed(Exception):
         pass
 
-    def exchange_and_die(one: Path, other: Path) -> bool:
+    def swap_and_die(one: Path, other: Path) -> bool:
         assert contents(out) == old
         if moment == "after":
             assert swap_directories(one, other)
@@ -174,7 +174,7 @@ def test_out_is_always_a_complete_export_when_its_replacement_is_killed(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlet_dist.export.collapse.work_directory.swap_directories", exchange_and_die)
+        patch.setattr("mlet_dist.export.collapse.work_directory.swap_directories", swap_and_die)
         with pytest.raises(UserError, match="cannot be written"):
             export(made, out, outputs=("dcp", "int8"), overwrite=True)
     assert contents(out) == (old if moment == "before" else expected[False])

@@ -129,7 +129,7 @@ def test_tolerances_are_settings(trained: TrainedRun, exported: Path) -> None:
     assert shown[0] == "601 rows of test"
     assert len(shown) == 3 + 7
     line = error_line(*arguments, "--auc-tolerance", "int5=1")
-    assert "'int5=1' is not one of fp16, int8, int4 and a change of AUC" in line
+    assert "'int5=1' is not one of fp16, int8, int4 and a change of the AUC from 0 to 1" in line
     for tolerance in ("nan", "-1", "inf", "much"):
         assert f"{tolerance!r} is not a number of at least 0" in error_line(*arguments, f"--tolerance={tolerance}")
 
