@@ -40,7 +40,7 @@ help: ## list these targets
 
 setup: $(STAMP) ## make .venv (for the GPU if torch sees one, else for the CPU), or bring it up to date; PYTHON=… picks Python
 
-# The stamp is written last: without it .venv is taken for half-made and begun anew.
+# The stamp is written last: without it .venv is incomplete and created again.
 $(STAMP): pyproject.toml constraints.txt
 	@'$(PYTHON)' -c '$(USABLE)' 2>/dev/null || { \
 	  echo 'error: none of these is a Python 3.11 or 3.12 with ensurepip: $(or $(PYTHON),python3 python3.12 python3.11)' >&2; \
@@ -92,7 +92,7 @@ wheel: $(STAMP) ## build the sdist and the wheel in dist/, and check their metad
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/packaging/check_distributions.py dist
 
-soak: $(STAMP) ## kill training 20 times at random moments: it must end with the same bits
+soak: $(STAMP) ## kill training 20 times at random moments: the weights must be bitwise identical
 	@MLET_SOAK_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_kills.py $(ARGS)
 
 slurm: $(STAMP) ## install Slurm if it is missing (Debian, as root), and train on two nodes of one that runs here

@@ -44,4 +44,4 @@ def test_settings_that_a_page_names_exist(page: Path) -> None:
     keys = {key for key, _ in code_reference.settings()}
     # Words in `data.`, `model.` and `run.` are often files or attributes.
     named = re.findall(r"`((?:optimizer|sharding|train)\.[a-z]\w+)(?:=[^`]*)?`", page.read_text(encoding="utf-8"))
-    assert set(named) - {"train.txt", "train.gz", "optimizer.step"} <= keys
+    assert set(named) - {"train.txt", "train.gz", "train.yaml", "optimizer.step"} <= keys
