@@ -209,7 +209,10 @@ def copy_to_cpu(state: Any) -> Any:
 
 
 def written_bytes(state: Any, rank: int) -> int:
-    """Return an upper bound of the bytes that ``rank`` writes; rank 0 alone writes replicated tensors."""
+    """Return the bytes of a checkpoint that count for ``rank``: its shards, and on rank 0 also the replicated tensors.
+
+    The sum over all ranks is an upper bound of the checkpoint's size. DCP lets any rank write a replicated tensor.
+    """
     if isinstance(state, dict):
         return sum(written_bytes(value, rank) for value in state.values())
     if isinstance(state, ShardedTensor):

@@ -7,6 +7,7 @@ Modules:
     options: options and checks that several commands share.
     output: prints results and errors.
     process: this process among others: its rank, its launcher, and the environment that torch needs.
+    ranks: runs a command as several ranks on this node (``--nproc``).
 """
 
 from mlet_dist.cli.main import main

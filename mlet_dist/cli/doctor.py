@@ -4,7 +4,8 @@ import argparse
 
 from mlet_dist.cli.options import add_nodes, add_nproc, load_checked_config
 from mlet_dist.cli.output import Result, print_text
-from mlet_dist.cli.process import configure_torch, rank_of, run_in_ranks
+from mlet_dist.cli.process import configure_torch, rank_of
+from mlet_dist.cli.ranks import run_in_ranks
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 

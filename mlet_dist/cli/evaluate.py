@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mlet_dist.cli.options import add_data, add_nproc
 from mlet_dist.cli.output import Result
-from mlet_dist.cli.process import configure_torch, run_in_ranks
+from mlet_dist.cli.process import configure_torch
+from mlet_dist.cli.ranks import run_in_ranks
 
 TEXT = "Compute the AUC and LogLoss of a run or an export."
 EPILOG = None

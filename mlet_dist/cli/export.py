@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mlet_dist.cli.options import add_nproc, byte_size, positive
 from mlet_dist.cli.output import Result
-from mlet_dist.cli.process import configure_torch, run_in_ranks
+from mlet_dist.cli.process import configure_torch
+from mlet_dist.cli.ranks import run_in_ranks
 
 TEXT = "Collapse the tables W1·W2 of a finished run into plain TorchRec tables for serving."
 EPILOG = """\

@@ -4,9 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
 
-from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 
 _LAUNCHED = "MLET_LAUNCHED"
@@ -81,30 +79,11 @@ def configure_torch() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec|fbgemm_gpu|torchmetrics)\b")
 
 
-def run_in_ranks(
-    args: argparse.Namespace, arguments: list[str], check: Callable[[], Config | None]
-) -> tuple[None, bool]:
-    """Run the same command as ``args.nproc`` ranks on this node, which may be one of several nodes.
-
-    Args:
-        check: returns the config of the command; raises UserError if it cannot run on this node.
-    """
-    from mlet_dist.cli.options import nodes_of, without_launch_options
-
-    rest = without_launch_options(arguments)
-    nodes, job = nodes_of(args, rest)
-    if nodes is None or nodes.is_elastic:
-        config = check()  # check before torch is imported
-        check = lambda: config  # noqa: E731
-    os.environ[_LAUNCHED] = "1"
-    make_children_die_with_parent()
-    configure_torch()
-    from mlet_dist.cluster.launcher import launch
-
-    launch(args.nproc, rest, nodes, job, check)
-    return None, True
-
-
 def make_children_die_with_parent() -> None:
     """Make the `mlet` processes that this one starts end when it ends."""
     os.environ[_PARENT] = str(os.getpid())
+
+
+def mark_children_as_ranks() -> None:
+    """Make ``is_launched_rank`` true in the `mlet` processes that this one starts."""
+    os.environ[_LAUNCHED] = "1"

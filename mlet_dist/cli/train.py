@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mlet_dist.cli.options import add_config, add_nodes, load_checked_config
 from mlet_dist.cli.output import Result, print_result
-from mlet_dist.cli.process import configure_torch, is_launched_rank, rank_of, run_in_ranks
+from mlet_dist.cli.process import configure_torch, is_launched_rank, rank_of
+from mlet_dist.cli.ranks import run_in_ranks
 from mlet_dist.config.config_file import Config, describe_settings, load_config
 from mlet_dist.errors import UserError
 

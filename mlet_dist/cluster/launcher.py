@@ -41,16 +41,16 @@ def launch(
     """Run the ranks of this node, after all nodes have joined and every check has passed.
 
     Args:
-        nproc: The number of ranks on this node.
-        arguments: The command line of each rank, after ``python -m mlet_dist``.
-        nodes: The nodes of the job; None if this is the only one.
-        job: The id of the job.
-        check: Returns the config that the command will use; raises UserError if the command cannot run on this node.
+        nproc: the number of ranks on this node.
+        arguments: the command line of each rank, after ``python -m mlet_dist``.
+        nodes: the nodes of the job; None if this is the only one.
+        job: the id of the job.
+        check: returns the config that the command will use; raises UserError if the command cannot run on this node.
 
     Raises:
-        UserError: A check failed on this node, or on another one if the number of nodes is fixed: then all nodes
+        UserError: a check failed on this node, or on another one if the number of nodes is fixed: then all nodes
             raise the same error.
-        Exception: As ``run_ranks`` raises.
+        Exception: as ``run_ranks`` raises.
     """
     if nodes is None or nodes.is_elastic:  # the nodes of an elastic job join one by one and are not compared
         config = check()
@@ -98,18 +98,18 @@ def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, 
     """Run ``python -m mlet_dist ARGUMENTS`` in ``nproc`` ranks on this node and wait for all of them.
 
     Args:
-        nproc: The number of ranks on this node.
-        arguments: The command line of each rank, after ``python -m mlet_dist``.
-        nodes: The nodes of the job; None if this is the only one. If their number is fixed, their
+        nproc: the number of ranks on this node.
+        arguments: the command line of each rank, after ``python -m mlet_dist``.
+        nodes: the nodes of the job; None if this is the only one. If their number is fixed, their
             ``FixedRendezvous`` must be registered.
-        job: The id of the job.
+        job: the id of the job.
 
     Raises:
-        UserError: A rank found an input error.
-        Interrupted: The ranks received a signal to stop, and saved a checkpoint if they could.
-        RanksLost: A rank found that others do not respond, or too few nodes joined.
-        ChildProcessError: A rank failed otherwise; its traceback has been printed.
-        KeyboardInterrupt: This process received a signal to stop; the exception holds its number.
+        UserError: a rank found an input error.
+        Interrupted: the ranks received a signal to stop, and saved a checkpoint if they could.
+        RanksLost: a rank found that others do not respond, or too few nodes joined.
+        ChildProcessError: a rank failed otherwise; its traceback has been printed.
+        KeyboardInterrupt: this process received a signal to stop; the exception holds its number.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -15,12 +15,12 @@ class Nodes:
     """The nodes of a job, as one of them sees them.
 
     Attributes:
-        min_count: The smallest number of nodes that may run the job; less than ``count`` for an elastic job.
-        count: The number of nodes, for an elastic job the largest.
-        rank: The rank of this node, from 0.
-        master: The host name or address of node 0.
-        port: The port on which node 0 listens.
-        wait: How many seconds to wait for all nodes to join.
+        min_count: the smallest number of nodes that may run the job; less than ``count`` for an elastic job.
+        count: the number of nodes, for an elastic job the largest.
+        rank: the rank of this node, from 0.
+        master: the host name or address of node 0.
+        port: the port on which node 0 listens.
+        wait: how many seconds to wait for all nodes to join.
     """
 
     min_count: int
@@ -45,7 +45,7 @@ def parse_node_count(text: str) -> tuple[int, int]:
     """Parse ``4`` or ``2:4`` into the smallest and the largest number of nodes.
 
     Raises:
-        UserError: The text is neither.
+        UserError: the text is neither.
     """
     match = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,6})", text)
     smallest, largest = (int(match[1] or match[2]), int(match[2])) if match else (0, 0)
@@ -60,9 +60,9 @@ def job_id(arguments: Sequence[str], nproc: int, count: str) -> str:
     """Return the id that all nodes of a job, and no others, derive from the command that they are given.
 
     Args:
-        arguments: The command line, without the options that differ between nodes.
-        nproc: The number of ranks on each node.
-        count: The number of nodes, as given by ``--nnodes``.
+        arguments: the command line, without the options that differ between nodes.
+        nproc: the number of ranks on each node.
+        count: the number of nodes, as given by ``--nnodes``.
     """
     return hashlib.sha256("\0".join([*arguments, str(nproc), count]).encode()).hexdigest()[:16]
 

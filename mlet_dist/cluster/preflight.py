@@ -42,11 +42,11 @@ def collect_report(
     """Report what this node or rank sees; the marker files exist until the block ends.
 
     Args:
-        name: The name of this node or rank.
-        config: The config of the job; None if it is not known, and then storage is not checked.
-        problem: A problem that is already known, or "".
-        on_cuda: Whether the ranks of the job will use NCCL.
-        writes: Whether to check storage; one rank of a node suffices.
+        name: the name of this node or rank.
+        config: the config of the job; None if it is not known, and then storage is not checked.
+        problem: a problem that is already known, or "".
+        on_cuda: whether the ranks of the job will use NCCL.
+        writes: whether to check storage; one rank of a node suffices.
 
     Yields:
         A dict that JSON can hold: ``name``, ``problems`` (lines), ``versions`` (by package), ``config_sha256``,
@@ -78,7 +78,7 @@ def find_problems(reports: Sequence[Report]) -> list[str]:
     """Return what is wrong with the job, one line each, the most serious first.
 
     Args:
-        reports: The reports of all nodes or ranks. The first is that of this process, which looks for the marker files
+        reports: the reports of all nodes or ranks. The first is that of this process, which looks for the marker files
             of the others.
     """
     names_by_problem: dict[str, list[str]] = {}
@@ -170,9 +170,9 @@ class Marker:
     """An empty file that a node or rank has written where the job will write.
 
     Attributes:
-        setting: The setting that names the place, for example ``run.dir``.
-        place: The value of the setting.
-        file: The path or URL of the file.
+        setting: the setting that names the place, for example ``run.dir``.
+        place: the value of the setting.
+        file: the path or URL of the file.
     """
 
     setting: str
@@ -190,7 +190,7 @@ def write_marker(setting: str, place: str) -> Marker:
     """Write a marker file into a directory, or into the nearest parent that exists.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         filesystem, path = fsspec.core.url_to_fs(place)

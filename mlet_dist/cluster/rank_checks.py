@@ -27,13 +27,13 @@ def check_ranks(load: Callable[[], Config] | None) -> dict[str, Any]:
     """Check the ranks that torchrun's environment describes. A collective call, which ends within two minutes.
 
     Args:
-        load: Loads and checks the config of the job; None to check the ranks alone.
+        load: loads and checks the config of the job; None to check the ranks alone.
 
     Returns:
         ``ok``, ``checks`` (each ``Check`` as a dict) and ``wrong`` (lines); the same on every rank.
 
     Raises:
-        RanksLost: Ranks did not join, or did not take part in a collective.
+        RanksLost: ranks did not join, or did not take part in a collective.
     """
     config, problem = None, ""
     try:

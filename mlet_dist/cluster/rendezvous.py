@@ -41,14 +41,14 @@ def rendezvous(
     """Wait for all nodes; return the store that node 0 keeps for them, which no earlier attempt has written to.
 
     Args:
-        nodes: The nodes of the job.
-        job: The id of the job.
-        report: The report of this node, which must be serializable as JSON.
-        find_problems: Called on node 0 with the reports of all nodes, by rank; returns what is wrong, or "".
+        nodes: the nodes of the job.
+        job: the id of the job.
+        report: the report of this node, which must be serializable as JSON.
+        find_problems: called on node 0 with the reports of all nodes, by rank; returns what is wrong, or "".
 
     Raises:
-        UserError: The port is in use, or ``find_problems`` found something; every node raises the latter.
-        RanksLost: Node 0 cannot be reached, or a node did not join in time.
+        UserError: the port is in use, or ``find_problems`` found something; every node raises the latter.
+        RanksLost: node 0 cannot be reached, or a node did not join in time.
     """
     report = report | {"token": uuid.uuid4().hex}
     return _host(nodes, job, report, find_problems) if nodes.rank == 0 else _join(nodes, job, report)
@@ -58,7 +58,7 @@ def wait_for_node_0(nodes: Nodes) -> None:
     """Wait until node 0 listens.
 
     Raises:
-        RanksLost: Node 0 cannot be reached in time.
+        RanksLost: node 0 cannot be reached in time.
     """
     deadline = time.monotonic() + nodes.wait
     while reason := _why_unreachable(nodes):
@@ -213,9 +213,9 @@ class FixedRendezvous(RendezvousHandler):
     """A handler that gives torch elastic the result of ``rendezvous``: a fixed set of nodes, which nobody joins later.
 
     Args:
-        nodes: The nodes of the job.
-        job: The id of the job.
-        store: The store that node 0 keeps; the ranks use it, too.
+        nodes: the nodes of the job.
+        job: the id of the job.
+        store: the store that node 0 keeps; the ranks use it, too.
     """
 
     BACKEND: ClassVar = "mlet"

@@ -54,10 +54,10 @@ class Check:
     """The result of one check.
 
     Attributes:
-        name: What was checked, for example ``memory``.
+        name: what was checked, for example ``memory``.
         status: ``ok``; ``warn`` if mlet_dist works, but worse than it could; ``fail`` if mlet_dist cannot run.
-        found: What was found, in one line.
-        advice: What to type or change; empty if the status is ``ok``.
+        found: what was found, in one line.
+        advice: what to type or change; empty if the status is ``ok``.
     """
 
     name: str
@@ -139,9 +139,9 @@ class ImportProbe:
     """The result of importing torch, fbgemm_gpu and torchrec in a subprocess.
 
     Attributes:
-        returncode: Its exit status, negative for a signal; None if it ran out of time.
-        stderr: All that it wrote to stderr.
-        report: The devices, backends and kernels that it found; empty if it failed.
+        returncode: its exit status, negative for a signal; None if it ran out of time.
+        stderr: all that it wrote to stderr.
+        report: the devices, backends and kernels that it found; empty if it failed.
     """
 
     returncode: int | None
@@ -185,8 +185,8 @@ def check_devices(report: Mapping[str, Any], has_driver: bool) -> Check:
     """Check that NCCL and fbgemm's CUDA kernels work if there is a GPU, and that gloo is there otherwise.
 
     Args:
-        report: The ``report`` of an ``ImportProbe``.
-        has_driver: Whether this machine has an NVIDIA driver.
+        report: the ``report`` of an ``ImportProbe``.
+        has_driver: whether this machine has an NVIDIA driver.
     """
     devices: list[str] = report["devices"]
     backend = "nccl" if devices else "gloo"

@@ -16,8 +16,8 @@ from mlet_dist.config.parser import setting
 
 ShardingType = Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"]
 ComputeKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]
-Exchange = Literal["auto", "after", "reduce_scatter", "unique_rows"]
-CommDtype = Literal["fp32", "fp16", "bf16"]
+ExchangeChoice = Literal["auto", "after", "reduce_scatter", "unique_rows"]
+CommPrecision = Literal["fp32", "fp16", "bf16"]
 RowsDtype = Literal["fp32", "fp16"]
 
 _MAX_COLUMNS = 1 << 16
@@ -162,7 +162,7 @@ class TableShardingConfig:
         "sharding.compute_kernels for this table.", None, min_length=1
     )
     cache_load_factor: float | None = setting("sharding.cache_load_factor for this table.", None, above=0, below=1)
-    exchange: Exchange | None = setting("sharding.exchange for this table.", None)
+    exchange: ExchangeChoice | None = setting("sharding.exchange for this table.", None)
     rows_dtype: RowsDtype | None = setting("sharding.rows_dtype for this table.", None)
 
 
@@ -197,18 +197,18 @@ class ShardingConfig:
         at_least=0,
         at_most=1e6,
     )
-    exchange: Exchange = setting(
+    exchange: ExchangeChoice = setting(
         "Where W2 is applied, which decides what crosses the network. after: after the exchange, which sends vectors "
         "of k columns; reduce_scatter: before a reduce-scatter of pooled vectors of d columns; unique_rows: before an "
         "all-to-all of distinct rows of d columns; auto: for each table, the one that sends the fewest bytes.",
         "auto",
     )
-    forward_comm: CommDtype = setting(
+    forward_comm: CommPrecision = setting(
         "fp32, fp16 or bf16: the precision in which vectors cross the network, under every exchange. fp16 and bf16 "
         "halve the bytes; sums, W2 and all weights stay in fp32. On a single rank nothing is rounded.",
         "fp32",
     )
-    backward_comm: CommDtype = setting(
+    backward_comm: CommPrecision = setting(
         "fp32, fp16 or bf16: the precision in which the gradients of vectors cross the network. fp16 has 3 bits more "
         "than bf16 and a narrow range: gradients are scaled by the rank's batch size for the transfer, and clamped.",
         "fp32",

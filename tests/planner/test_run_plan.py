@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from mlet_dist.cli import main
+from mlet_dist.embeddings.planning.cost_model import Step, StepTime
+from mlet_dist.planner import run_plan
 from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.planner.run_plan import _ranges
 from tests.cli.test_cli import watch_imports
@@ -35,6 +37,39 @@ def _plan(capsys: pytest.CaptureFixture[str], tables: Path, *arguments: str) -> 
     assert main(["plan", str(CONFIG), "--tables", str(tables), *arguments, "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return found
+
+
+def test_keys_of_the_json_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_plan, "slowest_step", lambda *_: (Step(*range(1, 11)), StepTime(1, 2, 3, 4)))
+    small = tmp_path / "tables.yaml"
+    small.write_text("C1: 1000\n")
+    plan = _plan(capsys, small, "--world-size", "2", "--local-world-size", "1", "data.batch_size=64")
+    assert list(plan) == [
+        "world_size", "local_world_size", "batch_size", "device", "shortage", "summary", "ranks", "configurations",
+        "tables",
+    ]  # fmt: skip
+    assert list(plan["device"]) == [
+        "name", "kind", "memory", "memory_bandwidth", "flops", "node_bandwidth", "network_bandwidth", "host_memory",
+        "host_bandwidth", "usable_memory",
+    ]  # fmt: skip
+    assert list(plan["ranks"][0]) == [
+        "ranks", "count", "tables", "rows", "weights", "optimizer", "buffers", "dense", "host", "total",
+    ]  # fmt: skip
+    step = {
+        "vector_bytes": 1, "index_bytes": 2, "weight_bytes": 3, "node_held": 4, "node_home": 5, "network_held": 6,
+        "network_home": 7, "memory_bytes": 8, "host_bytes": 9, "flops": 10,
+    }  # fmt: skip
+    configuration = plan["configurations"][-1]
+    assert list(configuration) == [
+        "name", "memory", "host_memory", "fits", *step, "sent_bytes", "network_s", "memory_s", "host_s", "compute_s",
+        "step_s", "bound",
+    ]  # fmt: skip
+    assert {key: configuration[key] for key in step} == step
+    assert list(plan["tables"][0]) == [
+        "table", "sharding_type", "compute_kernel", "exchange", "reason", "exchange_reason", "rows_per_rank",
+    ]  # fmt: skip
 
 
 def test_criteo_1tb_on_64_gpus(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
