@@ -83,7 +83,7 @@ def test_pass_by_pass(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFi
             "--min-count goes with criteo and",
         ),
         (["table", "a.csv", "--out", "x", "--schema", "nowhere.yaml"], "nowhere.yaml: cannot read the description"),
-        (["criteo", "--check", "x"], "--check stands alone"),
+        (["criteo", "--check", "x"], "--check cannot be combined with a format or --out"),
         (["--check", "nowhere"], "nowhere: no such data set"),
     ],
 )
