@@ -175,12 +175,12 @@ def test_initial_weights_that_do_not_fit_the_model_are_rejected_by_name(
     cases = [
         (rf"{name}embedding_bags\.C1\.weight' is \(\d+, 16\) {there} and \(\d+, 12\)", factors, "model.hidden_dim=12"),
         (rf"{name}projections\.C1\.weight' is \(16, 4\) {there} and \(16, 8\)", factors, "model.embedding_dim=8"),
-        ("table 'C1' is in two layers there and in one", factors, "model.hidden_dim=null"),
+        ("table 'C1' has two layers there and one in the model", factors, "model.hidden_dim=null"),
         (rf"over_arch\..* is \(\d+, \d+\) {there} and", factors, "model.top_mlp=[24]"),
         (r"holds no tensor '.*embedding_bags\.C7\.weight', which the model has", tmp_path / "missing", ""),
         ("train.initial_weights .*gone: no complete checkpoint is there", tmp_path / "gone", ""),
         (r"table-3\.distcp is damaged", tmp_path / "damaged", ""),
-        ("its rows are of other values than the ids of", tmp_path / "strange", ""),
+        ("its rows belong to another vocabulary than that of", tmp_path / "strange", ""),
     ]
     overrides = [
         _overrides(trained, tmp_path / "run", f"train.initial_weights={path}", *filter(None, [setting]))
