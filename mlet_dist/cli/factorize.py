@@ -19,9 +19,9 @@ tensor must be a table, named <table>.weight or <table>. A table must have the n
   mlet factorize tables.pt --hidden-dim 64 --out factors
   mlet train configs/criteo_kaggle.yaml train.initial_weights=factors model.hidden_dim=64 data.path=… run.dir=…
 
-The factors are balanced: W1ᵀW1 = W2W2ᵀ. Under SGD, W2ᵀW2 multiplies the effective learning rate of the table. For a
-table of many rows it can be far above 1, its mean at the default initial values of `mlet train` (the command prints it
-as mean_gain). Divide the learning rate by it, or use --gain 1."""
+The factors are balanced: W1ᵀW1 = W2W2ᵀ. Under SGD, W2ᵀW2 multiplies the effective learning rate of the table. Its mean
+is 1 at the default initial values of `mlet train`, and can be far above 1 for factors of a table of many rows (the
+command prints it as mean_gain). Divide the learning rate by it, or use --gain 1."""
 
 _WARN_ABOVE_GAIN = 4.0  # kσ² of the paper's recipe
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from mlet_dist.cli.options import positive
 from mlet_dist.cli.output import Result
 
 TEXT = "Make a synthetic data set with Criteo's columns, power-law ids and a label that can be learnt."
@@ -12,7 +13,9 @@ EPILOG = None
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the data; it must be new or empty")
-    parser.add_argument("--rows", type=int, required=True, metavar="N", help="number of rows of all splits together")
+    parser.add_argument(
+        "--rows", type=positive, required=True, metavar="N", help="number of rows of all splits together"
+    )
     parser.add_argument(
         "--seed",
         type=int,

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from mlet_dist.cli.options import add_config, add_nodes, load_checked_config
-from mlet_dist.cli.output import Result, print_result
+from mlet_dist.cli.output import Result, print_result, print_text
 from mlet_dist.cli.process import configure_torch, is_launched_rank, rank_of
 from mlet_dist.cli.ranks import run_in_ranks
+from mlet_dist.cli.verify import verification_table
 from mlet_dist.config.config_file import Config, describe_settings, load_config
 from mlet_dist.errors import UserError
 
@@ -42,7 +43,11 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         return summary, True
     if summary is not None:
         print_result(summary, args.json)
-    return _export_and_verify(load_config(Path(args.config), args.overrides), args.export)
+    verified, ok = _export_and_verify(load_config(Path(args.config), args.overrides), args.export)
+    if args.json:
+        return verified, ok
+    print_text(verification_table(verified))
+    return None, ok
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, tolerances)
     if args.json:
         return result, result["ok"]
-    print_text(_table(result))
+    print_text(verification_table(result))
     return None, result["ok"]
 
 
@@ -69,7 +69,8 @@ def _auc_change(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _table(result: dict[str, Any]) -> str:
+def verification_table(result: dict[str, Any]) -> str:
+    """Return the result of a verification as a table, one row for each output of the export."""
     names = ("", "tables", "AUC", "change", "LogLoss", "change", "largest difference", "largest table error", "")
     lines = [("factorised", "", f"{result['auc_run']:.6f}", "", f"{result['logloss_run']:.6f}", "", "", "", "")]
     for name, found in result["outputs"].items():

@@ -91,11 +91,13 @@ def html_page(plan: dict[str, Any]) -> str:
         parts.append(f'<text x="{x + 20}" y="28">{kind}</text>')
     title = html.escape(f"Memory by rank: {plan['world_size']:,} x {device['name']}")
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>\n'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title></head>\n'
         f'<body style="font-family: sans-serif"><h1 style="font-size: 18px">{title}</h1>\n'
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-size="12">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" font-size="12"'
+        ' style="max-width: 100%">\n'
         + "\n".join(parts)
-        + f"\n</svg>\n<pre>{html.escape(text_report(plan))}</pre></body></html>\n"
+        + f'\n</svg>\n<pre style="overflow-x: auto">{html.escape(text_report(plan))}</pre></body></html>\n'
     )
 
 

@@ -192,7 +192,8 @@ class Reading:
 def _too_malformed(path: str, malformed: int, lines: int, examples: Sequence[Rejected], which: str = "") -> UserError:
     first = examples[0]
     return UserError(
-        f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}"
+        f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}; "
+        "check the format of the file, or raise --max-malformed"
     )
 
 
