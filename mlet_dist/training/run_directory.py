@@ -87,7 +87,7 @@ class RunDirectory:
             return
         except NotADirectoryError:
             raise UserError(
-                f"run.dir {self.path} is a file or lies below one; it must be a directory, or not exist"
+                f"run.dir {self.path} is a file or below one; it must be a directory, or not exist"
             ) from None
         except OSError as error:
             raise UserError(f"run.dir {self.path} cannot be read: {error.strerror}") from None
