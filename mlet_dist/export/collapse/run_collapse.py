@@ -1,6 +1,7 @@
 """`mlet export`: every rank collapses its share of a run's tables, and rank 0 assembles the export."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -131,10 +132,17 @@ def _run_units(assembly: Assembly, worker: Worker, threads: int) -> None:
             stack.callback(each.close)
             idle.put(each)
 
+        failed = threading.Event()
+
         def run(unit: Unit) -> None:
+            if failed.is_set():  # the error is raised from its own future
+                return
             each = idle.get()
             try:
                 each.run(unit)
+            except BaseException:
+                failed.set()
+                raise
             finally:
                 idle.put(each)
 
