@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlet_dist.data.prepare.splits import Codes, Splitter
+from mlet_dist.data.prepare.splits import FRACTIONS, MAX_FRACTION, MILLIONTHS, Codes, Splitter
+from mlet_dist.errors import UserError
 
 LABEL, TIME = "label", "time"  # names of columns
-CHUNK_VERSION = 2  # changes when the chunk files change, so that those of other versions are not used
+CHUNK_VERSION = 3  # changes when the chunk files change, so that those of other versions are not used
 GROUP_ROWS = 1 << 18  # a group ends once it has this many rows
 
 _METADATA = b"mlet"
@@ -41,6 +42,9 @@ class ChunkInfo:
         malformed: number of malformed lines, which were skipped.
         examples: the first malformed lines.
         times: the kinds of times among the valid rows, each with the number of its first line.
+        other_labels: how many rows hold a number other than 0 and 1 as their label, by its text.
+        counts: for each multi-valued feature, what was left out or noticed (keys of ``list_columns``), as a number of
+            values or rows.
     """
 
     rows: int
@@ -49,6 +53,8 @@ class ChunkInfo:
     malformed: int
     examples: tuple[Rejected, ...]
     times: dict[str, int]
+    other_labels: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def dense_column(name: str) -> str:
@@ -107,9 +113,19 @@ def load_chunk(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=chosen)).read_all()
 
 
-def load_times(path: Path) -> npt.NDArray[np.int64]:
-    """Return the time column of a chunk."""
-    return load_chunk(path, [TIME])[TIME].to_numpy()
+def load_times(path: Path, in_millionths: bool) -> npt.NDArray[np.int64]:
+    """Return the time column of a chunk; ``in_millionths`` converts whole numbers, as other chunks hold fractions."""
+    times: npt.NDArray[np.int64] = load_chunk(path, [TIME])[TIME].to_numpy()
+    info = load_info(path)
+    assert info is not None
+    if not in_millionths or FRACTIONS in info.times or not times.size:
+        return times
+    if max(-int(times.min()), int(times.max())) > MAX_FRACTION:
+        raise UserError(
+            f"the split's column of times holds numbers with a fraction and numbers beyond {MAX_FRACTION:,}; give all "
+            "of them in one unit"
+        )
+    return times * MILLIONTHS
 
 
 def values_and_indices(column: pa.ChunkedArray) -> tuple[pa.StringArray, npt.NDArray[np.int32], pa.Int32Array | None]:
@@ -148,7 +164,7 @@ class ChunkGroup:
             table = load_chunk(path, columns)
             times: npt.NDArray[np.int64] | None = None
             if splitter.rule.by == "time":
-                times = table[TIME].to_numpy() if TIME in table.column_names else load_times(path)
+                times = load_times(path, splitter.in_millionths)
             yield table, splitter.codes(self.file, start, table.num_rows, times)
             start += table.num_rows
 

@@ -85,7 +85,7 @@ def _schema(passes: Passes) -> DatasetSchema:
         if sparse.multi_valued:
             pooling = sum(counts.values[sparse.name] for counts in passes.counts) / train
         size = passes.num_embeddings(sparse.name)
-        features.append(SparseFeature(sparse.name, size, sparse.multi_valued, sparse.weights is not None, pooling))
+        features.append(SparseFeature(sparse.name, size, sparse.multi_valued, sparse.weighted, pooling))
     return DatasetSchema(
         source=spec.source,
         label="label",

@@ -32,7 +32,7 @@ def counts_fingerprint(spec: TableSpec, chunk_fingerprints: Sequence[str]) -> st
 
 def vocabulary_fingerprint(sparse: SparseColumn, counts: str) -> str:
     """Return the fingerprint of a feature's vocabulary, given that of the counts."""
-    return fingerprint(COUNT_VERSION, sparse.name, sparse.min_count, counts)
+    return fingerprint(COUNT_VERSION, sparse.name, sparse.min_count, sparse.max_num_embeddings, counts)
 
 
 def parts_fingerprint(spec: TableSpec, counts: str) -> str:
@@ -53,7 +53,7 @@ def read_spec(spec: TableSpec) -> TableSpec:
 
 def count_spec(spec: TableSpec) -> TableSpec:
     """Return what the counts depend on: all but the sizes of vocabularies and tables, and what ``write_spec`` omits."""
-    sparse = tuple(replace(column, min_count=1, num_embeddings=None) for column in spec.sparse)
+    sparse = tuple(replace(column, min_count=1, num_embeddings=None, max_num_embeddings=None) for column in spec.sparse)
     return replace(write_spec(spec), sparse=sparse)
 
 

@@ -16,23 +16,15 @@ from mlet_dist.data.prepare.chunks import (
     sparse_column,
     weight_column,
 )
+from mlet_dist.data.prepare.list_columns import list_values
 from mlet_dist.data.prepare.raw_blocks import Block, open_parquet
 from mlet_dist.data.prepare.raw_formats import TableSpec
-from mlet_dist.data.prepare.typed_columns import (
-    TypedColumn,
-    TypedTimes,
-    dense_values,
-    label_values,
-    list_values,
-    time_values,
-    value_texts,
-    weight_lists,
-)
+from mlet_dist.data.prepare.time_columns import KINDS, TypedTimes, time_values
+from mlet_dist.data.prepare.typed_columns import TypedColumn, dense_values, label_values, value_texts
 
 MAX_LINE_BYTES = 1 << 20  # with the line end
 MAX_EXAMPLES = 5  # malformed lines to keep per block
 SHOWN_CHARACTERS = 200  # of a malformed line
-WHOLE_NUMBERS, DATES = "whole numbers", "dates or times"  # kinds of times
 
 _DICTIONARY = pa.dictionary(pa.int32(), pa.string())
 _NEWLINE = ord("\n")
@@ -77,17 +69,19 @@ def parse_block(spec: TableSpec, columns: tuple[str, ...], block: Block) -> tupl
     if lines is None or raw is None:
         lines = classify_lines(data, len(columns), spec.text.delimiter, spec.text.quote, skip_first)
         raw = _fields(spec, columns, lines)
-    table, invalid, kinds = _typed(spec, raw)
-    times = {kind: int(lines.numbers[row]) + 1 for kind, row in kinds.items()}
-    reasons = lines.malformed | {int(lines.numbers[row]): reason for row, reason in invalid.items()}
+    typed = _typed(spec, raw)
+    table = typed.table
+    times = {kind: int(lines.numbers[row]) + 1 for kind, row in typed.times.items()}
+    noticed = (times, typed.other_labels, typed.counts)
+    reasons = lines.malformed | {int(lines.numbers[row]): reason for row, reason in typed.invalid.items()}
     if not reasons:
-        return table, ChunkInfo(table.num_rows, lines.count, lines.passed, 0, (), times)
+        return table, ChunkInfo(table.num_rows, lines.count, lines.passed, 0, (), *noticed)
     shown = data.split(b"\n")
     examples = tuple(
         Rejected(row + 1, reasons[row], shown[row][:SHOWN_CHARACTERS].decode(errors="backslashreplace"))
         for row in sorted(reasons)[:MAX_EXAMPLES]
     )
-    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, len(reasons), examples, times)
+    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, len(reasons), examples, *noticed)
 
 
 def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str, pa.Array]:
@@ -118,18 +112,39 @@ def _parse_row_group(spec: TableSpec, block: Block) -> tuple[pa.Table, ChunkInfo
     with open_parquet(block.path) as file:
         raw = file.read_row_group(block.index, columns=list(spec.used_columns), use_threads=False)
         raw.validate(full=True)  # raises if a text is not UTF-8
-    table, invalid, kinds = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
+    typed = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
     examples = tuple(
-        Rejected(row + 1, invalid[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])
-        for row in sorted(invalid)[:MAX_EXAMPLES]
+        Rejected(row + 1, typed.invalid[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])
+        for row in sorted(typed.invalid)[:MAX_EXAMPLES]
     )
-    times = {kind: row + 1 for kind, row in kinds.items()}
-    return table, ChunkInfo(table.num_rows, raw.num_rows, raw.num_rows, len(invalid), examples, times)
+    times = {kind: row + 1 for kind, row in typed.times.items()}
+    noticed = (times, typed.other_labels, typed.counts)
+    return typed.table, ChunkInfo(
+        typed.table.num_rows, raw.num_rows, raw.num_rows, len(typed.invalid), examples, *noticed
+    )
 
 
-def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[int, str], dict[str, int]]:
-    """Return the valid rows as a chunk's columns, why others are invalid, and the first row of each kind of time."""
-    typed: dict[str, TypedColumn] = {LABEL: label_values(raw[spec.label.column], spec.label)}
+@dataclass(frozen=True)
+class _TypedRows:
+    """The rows of a block.
+
+    Attributes:
+        table: the valid rows as a chunk's columns.
+        invalid: why each other row is invalid.
+        times: the first valid row of each kind of time.
+        other_labels, counts: as in ``ChunkInfo``.
+    """
+
+    table: pa.Table
+    invalid: dict[int, str]
+    times: dict[str, int]
+    other_labels: dict[str, int]
+    counts: dict[str, dict[str, int]]
+
+
+def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> _TypedRows:
+    labels = label_values(raw[spec.label.column], spec.label)
+    typed: dict[str, TypedColumn] = {LABEL: labels}
     if spec.split.column is not None:
         typed[TIME] = time_values(raw[spec.split.column], spec.split.column)
     for dense in spec.dense:
@@ -138,9 +153,10 @@ def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[in
         if not sparse.multi_valued:
             typed[sparse_column(sparse.name)] = value_texts(raw[sparse.column], sparse)
             continue
-        typed[sparse_column(sparse.name)] = lists = list_values(raw[sparse.column], sparse)
-        if sparse.weights is not None:
-            typed[weight_column(sparse.name)] = weight_lists(raw[sparse.weights], sparse, lists)
+        raw_weights = None if sparse.weights is None else raw[sparse.weights]
+        typed[sparse_column(sparse.name)], weights = list_values(raw[sparse.column], raw_weights, sparse)
+        if weights is not None:
+            typed[weight_column(sparse.name)] = weights
     invalid: dict[int, str] = {}
     for each in typed.values():
         for row, reason in each.invalid.items():
@@ -148,15 +164,16 @@ def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> tuple[pa.Table, dict[in
     table = pa.table({name: each.values for name, each in typed.items()})
     kept = _kept(table.num_rows, invalid)
     times = typed.get(TIME)
-    kinds = _first_rows(times.is_integer, kept) if isinstance(times, TypedTimes) else {}
+    kinds = _first_rows(times.kinds, kept) if isinstance(times, TypedTimes) else {}
     if invalid:
         table = table.filter(pa.array(kept)).combine_chunks()
-    return table, invalid, kinds
+    counts = {sparse.name: typed[sparse_column(sparse.name)].counts for sparse in spec.sparse if sparse.multi_valued}
+    return _TypedRows(table, invalid, kinds, labels.others, counts)
 
 
-def _first_rows(is_integer: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]) -> dict[str, int]:
+def _first_rows(kinds: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_]) -> dict[str, int]:
     """Return the first valid row of each kind of time."""
-    of_kind = {WHOLE_NUMBERS: is_integer & kept, DATES: ~is_integer & kept}
+    of_kind = {kind: (kinds == code) & kept for code, kind in enumerate(KINDS)}
     return {kind: int(rows.argmax()) for kind, rows in of_kind.items() if rows.any()}
 
 

@@ -28,7 +28,7 @@ from mlet_dist.data.prepare.fingerprints import (
 from mlet_dist.data.prepare.raw_blocks import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.reading import FileRead, Reading
-from mlet_dist.data.prepare.splits import Splitter, make_splitter
+from mlet_dist.data.prepare.splits import FRACTIONS, Splitter, make_splitter
 from mlet_dist.data.prepare.vocabulary import merge_runs, save_vocabulary, values_fingerprint
 from mlet_dist.data.prepare.work_files import WorkDirectory, load_json, save_json
 from mlet_dist.data.prepare.worker_pool import Workers
@@ -103,9 +103,7 @@ class Passes:
         runs = [self._counts / f"{group.number:06}.run" for group in self.groups]
         _ = self.counts  # raises if a group is not counted yet
         left = [sparse for sparse in self._counted if self._load_vocabulary(sparse.name) is None]
-        calls = (
-            (self._vocabularies[sparse.name], sparse.name, runs, sparse.min_count, range_values) for sparse in left
-        )
+        calls = ((self._vocabularies[sparse.name], sparse, runs, range_values) for sparse in left)
         with Progress("vocabulary", len(left), "features") as progress:
             for _ in workers.map(_make_vocabulary, calls):
                 progress.update(1)
@@ -160,7 +158,9 @@ class Passes:
         rows = [sum(read.chunk_rows) for read in self.reads]
         if not sum(rows):
             raise UserError(f"{self.files[0].path}: contains no lines to split into train, valid and test")
-        return make_splitter(self.spec.split, rows, _Times([path for group in self.groups for path in group.chunks]))
+        in_millionths = any(FRACTIONS in read.times for read in self.reads)
+        times = _Times([path for group in self.groups for path in group.chunks], in_millionths)
+        return make_splitter(self.spec.split, rows, times, in_millionths)
 
     @cached_property
     def counts(self) -> list[GroupCounts]:
@@ -243,19 +243,20 @@ class Passes:
 class _Times(Sequence[Any]):
     """The time columns of chunks, each loaded when it is accessed."""
 
-    def __init__(self, chunks: Sequence[Path]) -> None:
-        self._chunks = chunks
+    def __init__(self, chunks: Sequence[Path], in_millionths: bool) -> None:
+        self._chunks, self._in_millionths = chunks, in_millionths
 
     def __len__(self) -> int:
         return len(self._chunks)
 
     def __getitem__(self, index: Any) -> Any:
-        return load_times(self._chunks[index])
+        return load_times(self._chunks[index], self._in_millionths)
 
 
-def _make_vocabulary(directory: Path, feature: str, runs: list[Path], min_count: int, range_values: int) -> None:
+def _make_vocabulary(directory: Path, sparse: SparseColumn, runs: list[Path], range_values: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    table = merge_runs(feature, runs, min_count, range_values)
-    save_vocabulary(directory, feature, table)
-    fingerprint = values_fingerprint(feature, table["value"]).hex()
-    save_json(directory / f"{feature}.json", {"values": table.num_rows, "fingerprint": fingerprint})
+    limit = None if sparse.max_num_embeddings is None else sparse.max_num_embeddings - 1  # id 0 is a row, too
+    table = merge_runs(sparse.name, runs, sparse.min_count, range_values, limit)
+    save_vocabulary(directory, sparse.name, table)
+    fingerprint = values_fingerprint(sparse.name, table["value"]).hex()
+    save_json(directory / f"{sparse.name}.json", {"values": table.num_rows, "fingerprint": fingerprint})

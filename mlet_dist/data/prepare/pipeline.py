@@ -231,7 +231,9 @@ def _spec(args: argparse.Namespace) -> TableSpec:
         for name, value in (("--min-count", args.min_count), ("--split", args.split), ("--seed", args.seed)):
             if value is not None:
                 raise UserError(f"{name} goes with {' and '.join(RAW_FORMATS)}; for a table, set it in {args.schema}")
-        spec = load_table(Path(args.schema))
+        spec = load_table(
+            Path(args.schema), lambda text: inspect_file(str(args.raw[0]), text, ()).columns if args.raw else ()
+        )
     else:
         if args.schema is not None:
             raise UserError(f"--schema goes with `mlet prepare table`; {args.format} has fixed columns")

@@ -37,10 +37,21 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """The label column: values 0 and 1, or numbers, of which those >= ``positive_from`` become 1 and the others 0."""
+    """The label column. Without a mapping, 0, 1, false and true are labels; another number is an error.
+
+    Attributes:
+        column: name of the raw column.
+        positive_from: labels are numbers, of which those from this one on become 1 and the others 0.
+        positive: the values that become 1; others become 0. White space, leading zeros and ``.0`` do not matter.
+        negative: the values that become 0, so that rows with values in neither list are malformed.
+        missing_values: as in ``DenseColumn``; a row without a label is malformed.
+    """
 
     column: str
     positive_from: float | None = None
+    positive: tuple[str, ...] | None = None
+    negative: tuple[str, ...] | None = None
+    missing_values: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ class DenseColumn:
         missing: the number that replaces a missing one, before the transform; ``mean``, the training split's mean (with
             ``standardise`` only); or ``refuse``, which makes the row malformed.
         integer: whether numbers that are not integers make a row malformed.
+        missing_values: the spellings of a missing number besides the empty text; None for the usual ones
+            (``raw_values.MISSING_NUMBERS``).
     """
 
     name: str
@@ -62,11 +75,12 @@ class DenseColumn:
     transform: Literal["log1p", "standardise", "raw"]
     missing: float | Literal["mean", "refuse"] = 0.0
     integer: bool = False
+    missing_values: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class SparseColumn:
-    """A column of texts or integers that becomes a sparse feature. A missing value counts as the empty text.
+    """A column of categories that becomes a sparse feature. A missing value counts as the empty text.
 
     Attributes:
         name: name of the feature and of its embedding table.
@@ -77,11 +91,21 @@ class SparseColumn:
             modulo ``num_embeddings``.
         min_count: see ``encoding``.
         num_embeddings: see ``encoding``; None with ``vocabulary``.
-        multi_valued: whether a row holds a list: a list of a Parquet file, or a text that is split at ``separator``. A
-            missing or empty list has no values.
-        separator: see ``multi_valued``; None in a Parquet file with lists.
+        max_num_embeddings: the largest number of rows of the table with ``vocabulary``; the rarest beyond it have
+            id 0. None for no limit.
+        multi_valued: whether a row holds a list: a list of a Parquet file, or a text that is split at ``separator`` or
+            stands in brackets. A missing or empty list has no values; missing and empty elements are left out.
+        separator: see ``multi_valued``; None for lists of Parquet files, and for texts that all stand in brackets.
         weights: name of the raw column with the weights of the values, lists of the same lengths; or None.
-        integer: whether texts that are not whole numbers make a row malformed; 7 and 007 are then the same value.
+        weight_separator: the text between a value and its weight where each element is a pair such as ``a:0.5``; or
+            None.
+        max_len: the largest number of values of a row, None for no limit; ``keep`` says which of them stay.
+        keep: see ``max_len``.
+        cast: ``integer``: values are whole numbers, others make a row malformed, and 7, 007 and 7.0 are the same value;
+            ``text``: numbers of Parquet files are values as they stand in CSV files; None: texts as they are, and whole
+            numbers.
+        missing_values: the spellings of a missing value besides the empty text; None for the usual ones
+            (``raw_values.MISSING_NUMBERS`` with ``cast: integer``, else ``MISSING_TEXTS``).
     """
 
     name: str
@@ -89,10 +113,20 @@ class SparseColumn:
     encoding: Literal["vocabulary", "hash"] = "vocabulary"
     min_count: int = 1
     num_embeddings: int | None = None
+    max_num_embeddings: int | None = None
     multi_valued: bool = False
     separator: str | None = None
     weights: str | None = None
-    integer: bool = False
+    weight_separator: str | None = None
+    max_len: int | None = None
+    keep: Literal["first", "last"] = "first"
+    cast: Literal["text", "integer"] | None = None
+    missing_values: tuple[str, ...] | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the values of a row have weights."""
+        return self.weights is not None or self.weight_separator is not None
 
 
 @dataclass(frozen=True)

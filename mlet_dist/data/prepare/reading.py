@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,9 +16,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mlet_dist.data.prepare.chunks import ChunkInfo, Rejected, load_info, save_chunk
 from mlet_dist.data.prepare.fingerprints import read_spec
+from mlet_dist.data.prepare.list_columns import BEYOND, EMPTY, SPLIT
 from mlet_dist.data.prepare.parsing import MAX_EXAMPLES, parse_block
 from mlet_dist.data.prepare.raw_blocks import Block, RawFile, parquet_blocks, text_blocks
-from mlet_dist.data.prepare.raw_formats import TableSpec
+from mlet_dist.data.prepare.raw_formats import RAW_FORMATS, TableSpec
+from mlet_dist.data.prepare.splits import DATES, FRACTIONS, WHOLE_NUMBERS
 from mlet_dist.data.prepare.work_files import load_json, save_json
 from mlet_dist.data.prepare.worker_pool import Workers
 from mlet_dist.errors import UserError, one_line
@@ -25,6 +28,7 @@ from mlet_dist.progress import Progress
 
 TOLERATED_LINES = 10  # so many malformed lines are never an error, unless a file has no other lines
 EXPECTED_LINES = 10_000_000  # a file is assumed to have at least so many lines until its end is read
+MAX_OTHER_LABELS = 1e-4  # largest share of lines whose label is a number other than 0 and 1
 SHOWN_EXAMPLES = 3  # malformed lines in a message
 PROCESSES_PER_FILE = 6  # so many processes parse as fast as one thread decompresses
 
@@ -41,6 +45,7 @@ class FileRead:
         malformed: number of malformed lines, which were skipped.
         examples: the first malformed lines.
         times: the kinds of times in the split's column, each with the number of its first line.
+        other_labels, counts: as in ``ChunkInfo``, of the whole file.
     """
 
     chunk_rows: tuple[int, ...]
@@ -48,6 +53,8 @@ class FileRead:
     malformed: int
     examples: tuple[Rejected, ...]
     times: dict[str, int]
+    other_labels: dict[str, int]
+    counts: dict[str, dict[str, int]]
 
 
 class Reading:
@@ -60,7 +67,8 @@ class Reading:
     """
 
     def __init__(self, spec: TableSpec, files: Sequence[RawFile], directories: Sequence[Path]) -> None:
-        self._spec, self._max_malformed = read_spec(spec), spec.max_malformed
+        self._spec, self._max_malformed, self._rule = read_spec(spec), spec.max_malformed, spec.split
+        self._is_fixed = spec.source in RAW_FORMATS
         self._files, self._directories = files, directories
 
     def run(self, workers: Workers, numbers: Sequence[int]) -> None:
@@ -87,6 +95,7 @@ class Reading:
                         read.result()
                 finally:
                     stopped.set()
+        self._report_lists([found for number in numbers if (found := self._load(number)) is not None])
 
     @cached_property
     def reads(self) -> list[FileRead]:
@@ -125,6 +134,8 @@ class Reading:
         infos: list[ChunkInfo] = []
         examples: list[Rejected] = []
         times: dict[str, int] = {}
+        labels: Counter[str] = Counter()
+        counts = {sparse.name: Counter[str]() for sparse in self._spec.sparse if sparse.multi_valued}
         lines = malformed = passed = 0
         calls = self._calls(number, progress.update, workers.processes > 1)
         for info in workers.map(_read_block, calls, at_once=-(-workers.processes // files_at_once)):
@@ -136,17 +147,47 @@ class Reading:
             times = {kind: passed + line for kind, line in info.times.items()} | times
             self._check_one_kind([(raw.path, times)])
             lines, malformed, passed = lines + info.count, malformed + info.malformed, passed + info.passed
+            labels.update(info.other_labels)
+            for name, found in info.counts.items():
+                counts[name].update(found)
+            self._check_labels(raw.path, labels, max(lines, EXPECTED_LINES))
             # Malformed lines may all be at the start, but a file of another format need not be read to its end.
             if malformed > self._tolerated(max(lines, EXPECTED_LINES)):
                 raise _too_malformed(raw.path, malformed, lines, examples, "the first ")
         if not lines:
             raise UserError(f"{raw.path}: contains no lines")
+        self._check_labels(raw.path, labels, lines)
         if malformed == lines:
             raise _too_malformed(raw.path, malformed, lines, examples)
-        found = FileRead(tuple(info.rows for info in infos), lines, malformed, tuple(examples), times)
+        result = FileRead(
+            tuple(info.rows for info in infos),
+            lines,
+            malformed,
+            tuple(examples),
+            times,
+            dict(labels),
+            {name: dict(found) for name, found in counts.items()},
+        )
         # Save before the check, so that a run with a higher limit need not read the file again.
-        save_json(self._directories[number] / "done.json", asdict(found))
-        self._report_malformed(number, found)
+        save_json(self._directories[number] / "done.json", asdict(result))
+        self._report_malformed(number, result)
+
+    def _report_lists(self, reads: Sequence[FileRead]) -> None:
+        """Warn of elements of lists that were left out, and of separators that occur nowhere."""
+        for sparse in self._spec.sparse:
+            if not sparse.multi_valued:
+                continue
+            counts = Counter[str]()
+            for read in reads:
+                counts.update(read.counts[sparse.name])
+            if counts[EMPTY]:
+                _logger.warning("%s: left out %d empty or missing elements of lists", sparse.name, counts[EMPTY])
+            if counts[BEYOND]:
+                text = "%s: left out %d values of lists with more than max_len %d values"
+                _logger.warning(text, sparse.name, counts[BEYOND], sparse.max_len)
+            if sparse.separator is not None and not counts[SPLIT]:
+                text = "%s: the separator %r occurs in no row of column %s, so that each row has one value at most"
+                _logger.warning(text, sparse.name, sparse.separator, sparse.column)
 
     def _report_malformed(self, number: int, found: FileRead) -> None:
         """Raise UserError if too many lines of a file are malformed; log a warning if some are."""
@@ -161,6 +202,20 @@ class Reading:
     def _check_malformed(self, number: int, found: FileRead) -> None:
         if found.malformed > self._tolerated(found.lines):
             raise _too_malformed(self._files[number].path, found.malformed, found.lines, found.examples)
+
+    def _check_labels(self, path: str, others: Mapping[str, int], lines: int) -> None:
+        """Raise UserError if more than a stray row has a number other than 0 and 1 as its label."""
+        if sum(others.values()) <= MAX_OTHER_LABELS * lines:
+            return
+        label = self._spec.label
+        held = ", ".join(f"{value} ({count:,} times)" for value, count in sorted(others.items()))
+        advice = (
+            "say which labels are positive: `positive_from: 2` in `label` makes those from 2 on 1 and the others 0, "
+            "and `positive: [2]` makes the listed ones 1"
+        )
+        if self._is_fixed:
+            advice = "labels of this format are 0 and 1; describe other files for `mlet prepare table`"
+        raise UserError(f"{path}: the label column {label.column!r} holds {held:.200} besides 0 and 1; {advice}")
 
     def _tolerated(self, lines: int) -> float:
         return max(TOLERATED_LINES, self._max_malformed * lines)
@@ -181,11 +236,17 @@ class Reading:
         first: dict[str, str] = {}
         for path, times in found:
             for kind, line in times.items():
-                first.setdefault(kind, f"{kind} ({path}: line {line})")
+                shown = WHOLE_NUMBERS if kind == FRACTIONS else kind  # they are ordered together
+                first.setdefault(shown, f"{kind} ({path}: line {line})")
         if len(first) > 1:
             raise UserError(
                 f"{found[0][0]}: {self._spec.split.column} must hold times of one kind in all files, but holds "
                 f"{' and '.join(first.values())}"
+            )
+        if self._rule.starts_are_dates and DATES not in first and first:
+            raise UserError(
+                f"split.starts are dates or times, but {self._rule.column} holds {next(iter(first.values()))}; write "
+                "them as the column does"
             )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,11 @@ import numpy.typing as npt
 
 from mlet_dist.data.hashing import hash_counters
 from mlet_dist.data.schema import SPLITS
+
+# The kinds of times in a column, and the unit of numbers with a fraction (module ``time_columns``).
+WHOLE_NUMBERS, FRACTIONS, DATES = "whole numbers", "numbers with a fraction", "dates or times"
+MILLIONTHS = 1_000_000
+MAX_FRACTION = (2**63 - 1) // MILLIONTHS  # the largest number that fits
 
 Codes = npt.NDArray[np.uint8]  # index into SPLITS
 
@@ -35,13 +41,15 @@ class SplitRule:
         seed: seed of ``random``.
         column: the raw column with the times, for ``time``.
         starts: for ``time``, in place of shares: the first time of valid and of test; earlier rows are train.
+        starts_are_dates: whether ``starts`` were given as dates or times; they are microseconds since 1970 then.
     """
 
     by: Literal["rows", "time", "random", "file"]
     shares: Mapping[str, Fraction] = field(default_factory=lambda: dict(EIGHTY_TEN_TEN))
     seed: int = 0
     column: str | None = None
-    starts: Mapping[str, int] | None = None
+    starts: Mapping[str, int | float] | None = None
+    starts_are_dates: bool = False
 
 
 # The splits of the MLET paper. Criteo-Kaggle has 7 days in time order and no time column. The first half of the last
@@ -61,12 +69,14 @@ class Splitter:
         cuts: for ``time``, the ascending times at which splits start: a row is in ``names[i]`` if i of them are at or
             before its time.
         names: for ``time``, the splits in time order.
+        in_millionths: for ``time``, whether times are numbers in millionths (``time_columns``).
     """
 
     rule: SplitRule
     file_rows: tuple[int, ...]
     cuts: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
+    in_millionths: bool = False
 
     def codes(self, file: int, start: int, rows: int, times: npt.NDArray[np.int64] | None) -> Codes:
         """Return the split codes of rows ``[start, start + rows)`` of a file; a rule by time needs their ``times``."""
@@ -90,17 +100,24 @@ class Splitter:
         return _codes_of(self.rule.shares)[np.searchsorted(np.array(bounds, np.int64), positions, side="right")]
 
 
-def make_splitter(rule: SplitRule, file_rows: Sequence[int], times: Sequence[npt.NDArray[np.int64]] = ()) -> Splitter:
+def make_splitter(
+    rule: SplitRule,
+    file_rows: Sequence[int],
+    times: Sequence[npt.NDArray[np.int64]] = (),
+    in_millionths: bool = False,
+) -> Splitter:
     """Return the splitter of files with ``file_rows`` rows; shares by time need the ``times``, in any order."""
     if rule.by != "time":
         return Splitter(rule, tuple(file_rows))
     if rule.starts is not None:
         ordered = sorted(rule.starts.items(), key=lambda item: item[1])
-        return Splitter(rule, tuple(file_rows), tuple(time for _, time in ordered), ("train", *(n for n, _ in ordered)))
+        unit = MILLIONTHS if in_millionths else 1
+        cuts = tuple(ceil(Fraction(str(time)) * unit) for _, time in ordered)
+        return Splitter(rule, tuple(file_rows), cuts, ("train", *(name for name, _ in ordered)), in_millionths)
     total = sum(file_rows)
     ranks = [total * share // 1 for share in accumulate(rule.shares.values())][:-1]
     cuts = tuple(_order_statistic(times, min(rank, total - 1)) for rank in ranks)
-    return Splitter(rule, tuple(file_rows), cuts, tuple(rule.shares))
+    return Splitter(rule, tuple(file_rows), cuts, tuple(rule.shares), in_millionths)
 
 
 def _order_statistic(arrays: Sequence[npt.NDArray[np.int64]], rank: int) -> int:

@@ -1,11 +1,14 @@
 """The YAML description of a table for ``mlet prepare table``; configs/tables/movielens.yaml explains its keys."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from mlet_dist.config.parser import load_yaml
+from mlet_dist.config.parser import did_you_mean, load_yaml, shorten
 from mlet_dist.data.prepare.raw_formats import (
     LABEL,
     MAX_MIN_COUNT,
@@ -15,7 +18,8 @@ from mlet_dist.data.prepare.raw_formats import (
     TableSpec,
     TextFormat,
 )
-from mlet_dist.data.prepare.splits import EIGHTY_TEN_TEN, HALVES, SplitRule
+from mlet_dist.data.prepare.splits import DATES, EIGHTY_TEN_TEN, HALVES, SplitRule
+from mlet_dist.data.prepare.time_columns import parse_time
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, NAME_RULE, SPLITS, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.errors import UserError
@@ -23,8 +27,13 @@ from mlet_dist.errors import UserError
 _REQUIRED = object()  # the default of a key that has none
 
 
-def load_table(path: Path) -> TableSpec:
+def load_table(path: Path, columns_of: Callable[[TextFormat | None], Sequence[str]] | None = None) -> TableSpec:
     """Read the YAML description of a table; configs/tables/movielens.yaml explains its keys.
+
+    Args:
+        path: the description.
+        columns_of: returns the names of the raw files' columns, given how lines are split into fields. It is called if
+            the description has patterns of column names, such as ``C*``.
 
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing or has an invalid value.
@@ -38,12 +47,19 @@ def load_table(path: Path) -> TableSpec:
         text = TextFormat(top.take("delimiter", _character, ","), top.take("quote", _quote, '"'), header, columns)
         if text.delimiter == text.quote:
             top.fail("quote", text.quote, "another character than the delimiter")
+    missing = top.take("missing_values", _spellings, None)
+
+    def find() -> Sequence[str]:
+        if text is not None and text.columns is not None:
+            return text.columns
+        return () if columns_of is None else columns_of(text)
+
     spec = TableSpec(
         source="table",
         text=text,
-        label=_label(top.section("label")),
-        dense=tuple(_dense(each) for each in top.sections("dense", [])),
-        sparse=tuple(_sparse(each, form == "csv") for each in top.sections("sparse")),
+        label=_label(top.section("label"), missing),
+        dense=tuple(_dense(each, missing) for each in _each_column(top.sections("dense", []), find)),
+        sparse=tuple(_sparse(each, missing) for each in _each_column(top.sections("sparse"), find)),
         split=_split(top.section("split", {"by": "rows"})),
         max_malformed=top.take("max_malformed", _share, 0.1),
     )
@@ -60,43 +76,124 @@ def load_table(path: Path) -> TableSpec:
     return spec
 
 
-def _label(section: "_Section") -> LabelColumn:
-    label = LabelColumn(section.take("column", _text), section.take("positive_from", _number, None))
+def _label(section: "_Section", missing: tuple[str, ...] | None) -> LabelColumn:
+    label = LabelColumn(
+        section.take("column", _text),
+        section.take("positive_from", _number, None),
+        section.take("positive", _labels, None),
+        section.take("negative", _labels, None),
+        section.take("missing_values", _spellings, missing),
+    )
+    if label.positive is not None and label.positive_from is not None:
+        section.fail("positive_from", label.positive_from, "left out where label.positive lists the labels")
+    if label.negative is not None and label.positive is None:
+        section.fail("negative", list(label.negative), "given together with label.positive")
+    if both := set(label.positive or ()) & set(label.negative or ()):
+        section.fail("negative", sorted(both), "other values than those of label.positive")
     section.end()
     return label
 
 
-def _dense(section: "_Section") -> DenseColumn:
+def _each_column(sections: list["_Section"], find: Callable[[], Sequence[str]]) -> list["_Section"]:
+    """Return the sections with one for each column of those that have ``columns``: names, ranges or patterns."""
+    found: list[_Section] = []
+    for section in sections:
+        if not section.has("columns"):
+            found.append(section)
+            continue
+        for key in ("column", "name"):
+            if section.has(key):
+                section.fail(key, section.take(key, lambda value: value), "left out where `columns` lists the columns")
+        for entry in section.take("columns", _columns):
+            names = _named_columns(entry, find)
+            if not names:
+                section.fail("columns", entry, f"a column, range or pattern of columns; there are {_shown(find())}")
+            found += [section.with_column(name) for name in names if name not in {s.column for s in found}]
+    return found
+
+
+def _named_columns(entry: str, find: Callable[[], Sequence[str]]) -> list[str]:
+    """Return the columns of a name, of a range such as ``C1..C26``, or of a pattern such as ``C*``."""
+    span = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", entry)
+    if span is not None and span[1] == span[3]:
+        first, last, digits = int(span[2]), int(span[4]), len(span[2]) if span[2].startswith("0") else 0
+        return [f"{span[1]}{number:0{digits}}" for number in range(first, last + 1)]
+    if set(entry) & set("*?["):
+        return [name for name in find() if fnmatchcase(name, entry)]
+    return [entry]
+
+
+def _shown(names: Sequence[str]) -> str:
+    return f"{', '.join(names):.300}" or "no columns"
+
+
+def _dense(section: "_Section", missing_values: tuple[str, ...] | None) -> DenseColumn:
     column = section.take("column", _text)
     transform = section.take("transform", _one_of("log1p", "standardise", "raw"), "log1p")
     missing = section.take("missing", _missing, 0.0)
     if missing == "mean" and transform != "standardise":
         section.fail("missing", missing, "a number or refuse; mean goes with `transform: standardise` only")
     name = section.take("name", _name, column)
-    dense = DenseColumn(name, column, transform, missing, section.take("integer", _flag, False))
+    integer = section.take("integer", _flag, False)
+    dense = DenseColumn(
+        name, column, transform, missing, integer, section.take("missing_values", _spellings, missing_values)
+    )
     section.end()
     return dense
 
 
-def _sparse(section: "_Section", is_text: bool) -> SparseColumn:
+def _sparse(section: "_Section", missing_values: tuple[str, ...] | None) -> SparseColumn:
     column = section.take("column", _text)
     encoding = section.take("encoding", _one_of("vocabulary", "hash"), "vocabulary")
     hashed = encoding == "hash"
-    min_count = 1 if hashed else section.take("min_count", _min_count, 1)
-    rows = section.take("num_embeddings", _table_size) if hashed else None
-    separator = section.take("separator", _separator, None) if is_text else None
-    multi = separator is not None if is_text else section.take("multi_valued", _flag, False)
-    weights = section.take("weights", _text, None) if multi else None
-    integer = section.take("integer", _flag, False) if is_text else False
-    name = section.take("name", _table_name, column)
-    section.end()
-    return SparseColumn(name, column, encoding, min_count, rows, multi, separator, weights, integer)
+    separator = section.take("separator", _separator, None)
+    multi = section.take("multi_valued", _flag, separator is not None)
+    if separator is not None and not multi:
+        section.fail("multi_valued", multi, "true, or left out, where separator is set")
+    cast = section.take("cast", _one_of("text", "integer"), None)
+    if section.take("integer", _flag, False):
+        if cast == "text":
+            section.fail("cast", cast, "left out where integer is true, which means `cast: integer`")
+        cast = "integer"
+    sparse = SparseColumn(
+        name=section.take("name", _table_name, column),
+        column=column,
+        encoding=encoding,
+        min_count=1 if hashed else section.take("min_count", _min_count, 1),
+        num_embeddings=section.take("num_embeddings", _table_size) if hashed else None,
+        max_num_embeddings=None if hashed else section.take("max_num_embeddings", _table_size, None),
+        multi_valued=multi,
+        separator=separator,
+        weights=section.take("weights", _text, None) if multi else None,
+        weight_separator=section.take("weight_separator", _separator, None) if multi else None,
+        max_len=section.take("max_len", _length, None) if multi else None,
+        keep=section.take("keep", _one_of("first", "last"), "first") if multi else "first",
+        cast=cast,
+        missing_values=section.take("missing_values", _spellings, missing_values),
+    )
+    if sparse.weights is not None and sparse.weight_separator is not None:
+        section.fail("weights", sparse.weights, "left out where weight_separator is set")
+    if sparse.weight_separator is not None and sparse.weight_separator == separator:
+        section.fail("weight_separator", separator, "another text than separator")
+    section.end(hints=_SPARSE_HINTS)
+    return sparse
+
+
+# Keys of sparse features that go with others only.
+_SPARSE_HINTS = {
+    "num_embeddings": "it goes with `encoding: hash`; for a vocabulary, max_num_embeddings limits the rows",
+    "min_count": "it goes with `encoding: vocabulary`",
+    "max_num_embeddings": "it goes with `encoding: vocabulary`; for hashing, set num_embeddings",
+    **dict.fromkeys(
+        ("weights", "weight_separator", "max_len", "keep"), "it goes with lists: set separator or multi_valued"
+    ),
+}
 
 
 def _split(section: "_Section") -> SplitRule:
     by = section.take("by", _one_of("rows", "time", "random", "file"))
     column = section.take("column", _text) if by == "time" else None
-    starts = section.take("starts", _starts, None) if by == "time" else None
+    starts, are_dates = section.take("starts", _starts, (None, False)) if by == "time" else (None, False)
     seed = section.take("seed", _seed, 0) if by == "random" else 0
     shares = HALVES if by == "file" else EIGHTY_TEN_TEN
     if starts is None:
@@ -106,7 +203,7 @@ def _split(section: "_Section") -> SplitRule:
     if by != "file" and set(shares) != set(SPLITS):
         section.fail("shares", sorted(shares), "shares of train, valid and test")
     section.end()
-    return SplitRule(by, dict(shares), seed, column, starts)
+    return SplitRule(by, dict(shares), seed, column, starts, are_dates)
 
 
 class _Section:
@@ -118,9 +215,24 @@ class _Section:
                 f"{path}: {key or 'the file'} is {content!r:.80}; it must be a section of `key: value` lines"
             )
         self._path, self._key, self._content = path, key, dict(content)
+        self._known: list[str] = []
+
+    @property
+    def column(self) -> Any:
+        """The value of ``column``, or None."""
+        return self._content.get("column")
+
+    def has(self, key: str) -> bool:
+        """Return whether the key is given and was not taken yet."""
+        return key in self._content
+
+    def with_column(self, name: str) -> "_Section":
+        """Return a section with the same keys and this ``column``."""
+        return _Section(self._path, self._key, self._content | {"column": name})
 
     def take(self, key: str, parse: Callable[[Any], Any], default: Any = _REQUIRED) -> Any:
         """Return the value of ``key``; ``parse`` raises ValueError with a description of valid values."""
+        self._known.append(key)
         if key not in self._content:
             if default is _REQUIRED:
                 raise UserError(f"{self._path}: key {self._within(key)!r} is missing")
@@ -136,10 +248,15 @@ class _Section:
         entries = self.take(key, _list if default is _REQUIRED else _any_list, default)
         return [_Section(self._path, f"{self._within(key)}[{i}]", entry) for i, entry in enumerate(entries)]
 
-    def end(self) -> None:
-        """Raise UserError if a key was not taken."""
+    def end(self, hints: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Raise UserError if a key was not taken; ``hints`` says of keys with what they go."""
         for key in self._content:
-            raise UserError(f"{self._path}: {self._within(str(key))} is not a valid key here")
+            known = ", ".join(self._known)
+            hint = hints.get(str(key)) or f"known keys here are {known}"
+            raise UserError(
+                f"{self._path}: {shorten(self._within(str(key)))} is not a valid key here"
+                f"{did_you_mean(str(key), self._known)}; {hint}"
+            )
 
     def fail(self, key: str, value: Any, expected: str) -> None:
         """Raise UserError for the value of ``key``."""
@@ -195,12 +312,16 @@ def _shares(value: Any) -> dict[str, Fraction]:
     return shares
 
 
-def _starts(value: Any) -> dict[str, int]:
+def _starts(value: Any) -> tuple[dict[str, int | float], bool]:
+    """Return the first times of valid and test, and whether they are dates or times."""
+    expected = "the first times of valid and test, such as {valid: 1700000000, test: 1700600000}"
     if not isinstance(value, Mapping) or set(value) != {"valid", "test"}:
-        raise ValueError("the first times of valid and test, such as {valid: 1700000000, test: 1700600000}")
-    if not all(_is_integer(each, -(2**63), 2**63 - 1) for each in value.values()) or value["valid"] == value["test"]:
-        raise ValueError("two different whole numbers, as in the column; microseconds since 1970 for dates and times")
-    return dict(value)
+        raise ValueError(expected)
+    parsed = {split: parse_time(each) for split, each in value.items()}
+    kinds = {kind == DATES for _, kind in parsed.values()}
+    if len(kinds) != 1 or parsed["valid"] == parsed["test"]:
+        raise ValueError("two different times, as the column writes them")
+    return {split: time for split, (time, _) in parsed.items()}, kinds == {True}
 
 
 def _missing(value: Any) -> float | str:
@@ -209,6 +330,21 @@ def _missing(value: Any) -> float | str:
     if not _is_number(value) or abs(value) > FLOAT32_MAX:
         raise ValueError("a number in the range of float32, mean or refuse")
     return float(value)
+
+
+def _spellings(value: Any) -> tuple[str, ...]:
+    """Return spellings of missing values; YAML may have read them as null, numbers or booleans."""
+    if not isinstance(value, list) or any(isinstance(each, list | dict) for each in value):
+        raise ValueError('a list of texts, such as ["", "NULL", "\\N"]')
+    if any(isinstance(each, bool) or each is None for each in value):
+        raise ValueError("a list of texts in quotes; YAML reads null, true and no without quotes as other than text")
+    return tuple(dict.fromkeys(str(each) for each in value))
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or any(isinstance(each, list | dict | None) for each in value):
+        raise ValueError("a list of one label or more, such as [2] or [yes, click]")
+    return tuple(str(each).lower() if isinstance(each, bool) else str(each) for each in value)
 
 
 def _is_characters(value: Any, most: int) -> bool:
@@ -225,6 +361,11 @@ _number = _check("a number", _is_number)
 _share = _check("a share from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 _seed = _check("a whole number, 0 or more", lambda value: _is_integer(value, 0, 2**63 - 1))
 _min_count = _check(f"at least 1 and at most {MAX_MIN_COUNT}", lambda value: _is_integer(value, 1, MAX_MIN_COUNT))
+_length = _check("a whole number, 1 or more", lambda value: _is_integer(value, 1, 2**31 - 1))
+_columns = _check(
+    "a list of columns, ranges such as C1..C26, or patterns such as C*",
+    lambda value: isinstance(value, list) and value != [] and all(map(_is_text, value)),
+)
 _table_size = _check(f"from 1 to {MAX_NUM_EMBEDDINGS}", lambda value: _is_integer(value, 1, MAX_NUM_EMBEDDINGS))
 _character = _check('one ASCII character ("\\t" for a tab)', lambda value: _is_characters(value, 1))
 _quote = _check("one ASCII character, or null for none", lambda value: value is None or _is_characters(value, 1))

@@ -1,10 +1,11 @@
-"""Conversion of raw columns to typed columns; each function also returns which rows are invalid, and why.
+"""Conversion of raw columns to typed columns of labels, numbers and single categories.
 
 A raw column is a dictionary of texts (from a text file) or any Arrow array (from a Parquet file). The functions convert
-each distinct text of a dictionary once, however many rows hold it.
+each distinct value of a dictionary once, however many rows hold it, and return which rows are invalid, and why.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlet_dist.data.prepare.raw_formats import DenseColumn, LabelColumn, SparseColumn
+from mlet_dist.data.prepare.raw_values import Flags, as_numbers, as_texts, canonical_texts
 
-INTEGER = r"^-?[0-9]{1,18}$"
-NUMBER = r"^-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
-_ZONED = r":[0-9.]*(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"  # an ISO 8601 time with a time zone
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
-Flags = npt.NDArray[np.bool_]
+_SHOWN_LABELS = 5  # distinct labels other than 0 and 1 that are counted by value
 
 
 @dataclass(frozen=True)
@@ -28,73 +27,58 @@ class TypedColumn:
     Attributes:
         values: (rows,) the values.
         invalid: the reason why a row is invalid, by row.
+        counts: what was left out or noticed, as the number of values by kind (``list_columns``).
     """
 
     values: pa.Array
     invalid: dict[int, str]
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class TypedTimes(TypedColumn):
-    """A column of times (int64).
+class TypedLabels(TypedColumn):
+    """A column of labels (int8, 0 or 1).
 
     Attributes:
-        is_integer: (rows,) whether a time was given as a whole number rather than a date or time.
+        others: how many rows hold a number other than 0 and 1, by its text; empty if the description maps the labels.
     """
 
-    is_integer: Flags
+    others: dict[str, int] = field(default_factory=dict)
 
 
-def label_values(raw: pa.Array, label: LabelColumn) -> TypedColumn:
-    """Return labels: int8, 0 or 1."""
-    if label.positive_from is not None:
-        numbers, absent, distinct = _numbers(raw, integer=False)
-        valid, expected = np.isfinite(numbers) & ~absent, "a number"
-        values = (numbers >= label.positive_from).astype(np.int8)
-    elif pa.types.is_boolean(raw.type):
-        distinct, expected = raw, "true or false"
-        valid = ~raw.is_null().to_numpy(zero_copy_only=False)
-        values = raw.fill_null(False).cast(pa.int8()).to_numpy()
+def label_values(raw: pa.Array, label: LabelColumn) -> TypedLabels:
+    """Return labels: int8, 0 or 1. Without a mapping, 0, 1, 0.0, 1.0, false and true (in any case) are labels."""
+    distinct = distinct_values(raw)
+    others: dict[str, int] = {}
+    if label.positive is not None:
+        texts, absent, known = as_texts(distinct, None, label.missing_values)
+        texts = canonical_texts(texts)
+        positive = _is_in(texts, label.positive)
+        valid = known & ~absent
+        expected = "one value"
+        if label.negative is not None:
+            valid &= positive | _is_in(texts, label.negative)
+            expected = "one of label.positive and label.negative"
+        values = positive.astype(np.int8)
     else:
-        numbers, absent, distinct = _numbers(raw, integer=True)
-        valid, expected = ((numbers == 0) | (numbers == 1)) & ~absent, "0 or 1"
-        values = np.where(valid, numbers, 0).astype(np.int8)
-    return _result(raw, pa.array(values), valid, distinct, label.column, expected)
-
-
-def time_values(raw: pa.Array, name: str) -> TypedTimes:
-    """Return times: whole numbers unchanged; dates, timestamps and ISO 8601 texts as microseconds since 1970."""
-    distinct = _distinct(raw)
-    if _is_text(distinct.type):
-        texts = distinct.cast(pa.string()).fill_null("")
-        is_integer = _matches(texts, INTEGER)
-        values = np.zeros(len(texts), np.int64)
-        values[is_integer] = texts.filter(pa.array(is_integer)).cast(pa.int64()).to_numpy()
-        valid = is_integer.copy()
-        zoned = _matches(texts, _ZONED)
-        for rows, kind in (
-            (~is_integer & ~zoned, pa.timestamp("us")),
-            (~is_integer & zoned, pa.timestamp("us", "UTC")),
-        ):
-            values[rows], valid[rows] = _cast_times(texts.filter(pa.array(rows)), kind)
-        typed = _result(raw, pa.array(values), valid, distinct, name, "a whole number or an ISO 8601 time")
-        return TypedTimes(
-            typed.values, typed.invalid, is_integer[_indices(raw)] if pa.types.is_dictionary(raw.type) else is_integer
-        )
-    is_integer = np.full(len(raw), pa.types.is_integer(distinct.type))
-    if pa.types.is_integer(distinct.type) or pa.types.is_timestamp(distinct.type) or pa.types.is_date(distinct.type):
-        valid = ~distinct.is_null().to_numpy(zero_copy_only=False)
-        if pa.types.is_timestamp(distinct.type) or pa.types.is_date(distinct.type):
-            distinct = distinct.cast(pa.timestamp("us"), safe=False)  # the unit may differ between files
-        typed = _result(raw, distinct.cast(pa.int64(), safe=False).fill_null(0), valid, distinct, name, "a time")
-    else:
-        typed = _all_invalid(raw, pa.array(np.zeros(len(raw), np.int64)), name, "a whole number or a time")
-    return TypedTimes(typed.values, typed.invalid, is_integer)
+        numbers, absent = as_numbers(distinct, integer=False, missing_values=label.missing_values)
+        numbers = _with_booleans(numbers, distinct)
+        if label.positive_from is not None:
+            valid, expected = np.isfinite(numbers) & ~absent, "a number"
+            values = (numbers >= label.positive_from).astype(np.int8)
+        else:
+            is_label = (numbers == 0) | (numbers == 1)
+            valid, expected = is_label & ~absent, "0 or 1"
+            values = np.where(valid, numbers, 0).astype(np.int8)
+            others = _counted(raw, distinct, np.isfinite(numbers) & ~is_label & ~absent)
+    typed = typed_column(raw, pa.array(values), valid, distinct, label.column, expected)
+    return TypedLabels(typed.values, typed.invalid, others=others)
 
 
 def dense_values(raw: pa.Array, dense: DenseColumn) -> TypedColumn:
     """Return transformed numbers (float32); for ``standardise`` raw ones (float64), null where the mean goes."""
-    numbers, absent, distinct = _numbers(raw, dense.integer)
+    distinct = distinct_values(raw)
+    numbers, absent = as_numbers(distinct, dense.integer, dense.missing_values)
     expected = "an integer" if dense.integer else f"a number from {-FLOAT32_MAX:.4g} to {FLOAT32_MAX:.4g}"
     valid = np.abs(numbers) <= FLOAT32_MAX  # excludes NaN and infinities
     refuse = dense.missing == "refuse"
@@ -102,170 +86,83 @@ def dense_values(raw: pa.Array, dense: DenseColumn) -> TypedColumn:
     stand_in = dense.missing if isinstance(dense.missing, float) else 0.0
     numbers = np.where(absent | ~valid, stand_in, numbers)
     if dense.transform == "standardise":
-        return _result(
+        return typed_column(
             raw, pa.array(numbers, mask=absent & (dense.missing == "mean")), valid, distinct, dense.column, expected
         )
     if dense.transform == "log1p":
         numbers = np.log1p(np.maximum(numbers, 0))
-    return _result(raw, pa.array(numbers.astype(np.float32)), valid, distinct, dense.column, expected)
+    return typed_column(raw, pa.array(numbers.astype(np.float32)), valid, distinct, dense.column, expected)
+
+
+def sample_weights(raw: pa.Array, column: str) -> TypedColumn:
+    """Return the weights of rows: float32, 0 or more; a missing one is invalid."""
+    distinct = distinct_values(raw)
+    numbers, absent = as_numbers(distinct, integer=False, missing_values=None)
+    valid = (numbers >= 0) & (numbers <= FLOAT32_MAX) & ~absent
+    values = pa.array(np.where(valid, numbers, 0).astype(np.float32))
+    return typed_column(raw, values, valid, distinct, column, "a weight, 0 or more")
 
 
 def value_texts(raw: pa.Array, sparse: SparseColumn) -> TypedColumn:
     """Return a dictionary of texts with int32 indices; integers as decimal digits, missing values as the empty text."""
-    if not _has_texts(raw.type):
-        empty = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(raw), np.int32)), [""])
-        return _all_invalid(raw, empty, sparse.column, "a text or a whole number")
-    distinct = _distinct(raw)
-    texts = distinct.cast(pa.string()).fill_null("")
-    if not sparse.integer:
+    distinct = distinct_values(raw)
+    texts, _, valid = as_texts(distinct, sparse.cast, sparse.missing_values)
+    if valid.all():
         return TypedColumn(_encoded(texts, raw), {})
-    texts, valid = _canonical_integers(texts)
-    result = _result(raw, texts, valid, distinct, sparse.column, "a whole number")
+    result = typed_column(raw, texts, valid, distinct, sparse.column, expected_category(sparse.cast))
     return TypedColumn(result.values.dictionary_encode(), result.invalid)
 
 
-def list_values(raw: pa.Array, sparse: SparseColumn) -> TypedColumn:
-    """Return lists of dictionary-encoded texts."""
-    if sparse.separator is not None:
-        distinct = _distinct(raw)
-        flat, offsets = _split_texts(distinct, sparse.separator)
-    elif pa.types.is_list(raw.type) or pa.types.is_large_list(raw.type):
-        distinct = raw
-        flat, offsets = raw.flatten(), _offsets(raw.value_lengths().fill_null(0))
-        if not _has_texts(flat.type):
-            return _all_invalid(raw, _empty_lists(len(raw)), sparse.column, "a list of texts or whole numbers")
-        flat = (flat.dictionary_decode() if pa.types.is_dictionary(flat.type) else flat).cast(pa.string()).fill_null("")
-    else:
-        return _all_invalid(raw, _empty_lists(len(raw)), sparse.column, "a list")
-    valid = np.ones(len(distinct), dtype=bool)
-    if sparse.integer:
-        flat, valid_values = _canonical_integers(flat, optional=False)
-        valid[np.searchsorted(offsets, np.flatnonzero(~valid_values), side="right") - 1] = False
-    lists = pa.ListArray.from_arrays(pa.array(offsets), flat.dictionary_encode())
-    return _result(raw, lists, valid, distinct, sparse.column, "whole numbers")
+def expected_category(cast: str | None) -> str:
+    """Return what a categorical value must be, for messages."""
+    if cast == "text":
+        return "a text, a number, a boolean, a date or a time"
+    if cast == "integer":
+        return "a whole number"
+    return "a text, a whole number, a boolean, a date or a time (`cast: text` takes any number)"
 
 
-def weight_lists(raw: pa.Array, sparse: SparseColumn, lists: TypedColumn) -> TypedColumn:
-    """Return lists of float32 weights; a row is invalid if its list is not as long as that of ``lists``."""
-    assert sparse.weights is not None
-    if sparse.separator is not None:
-        distinct = _distinct(raw)
-        flat, offsets = _split_texts(distinct, sparse.separator)
-    elif pa.types.is_list(raw.type) or pa.types.is_large_list(raw.type):
-        distinct = raw
-        flat, offsets = raw.flatten(), _offsets(raw.value_lengths().fill_null(0))
-    else:
-        return _all_invalid(raw, _empty_lists(len(raw), pa.float32()), sparse.weights, "a list of numbers")
-    numbers, absent, _ = _numbers(flat, integer=False)
-    valid_values = (np.abs(numbers) <= FLOAT32_MAX) & ~absent
-    valid = np.ones(len(distinct), dtype=bool)
-    valid[np.searchsorted(offsets, np.flatnonzero(~valid_values), side="right") - 1] = False
-    weights = pa.array(np.where(valid_values, numbers, 0).astype(np.float32))
-    result = _result(
-        raw, pa.ListArray.from_arrays(pa.array(offsets), weights), valid, distinct, sparse.weights, "numbers"
-    )
-    found, wanted = (_lengths(each.values) for each in (result, lists))
-    invalid = dict(result.invalid)
-    for row in np.flatnonzero(found != wanted):
-        invalid.setdefault(
-            int(row), f"{sparse.weights} has {found[row]} weights for {wanted[row]} values of {sparse.column}"
-        )
-    return TypedColumn(result.values, invalid)
-
-
-def _cast_times(texts: pa.StringArray, kind: pa.DataType) -> tuple[npt.NDArray[np.int64], Flags]:
-    """Return the times in microseconds, and which texts are times; others are found by bisection."""
-    try:
-        return texts.cast(kind).cast(pa.int64()).to_numpy(), np.ones(len(texts), dtype=bool)
-    except pa.ArrowInvalid:
-        if len(texts) == 1:
-            return np.zeros(1, np.int64), np.zeros(1, dtype=bool)
-    halves = texts[: len(texts) // 2], texts[len(texts) // 2 :]
-    values, valid = zip(*(_cast_times(half, kind) for half in halves), strict=True)
-    return np.concatenate(values), np.concatenate(valid)
-
-
-def _numbers(raw: pa.Array, integer: bool) -> tuple[npt.NDArray[np.float64], Flags, pa.Array]:
-    """Return the distinct values as float64 (NaN if not a number), which are missing, and the values themselves."""
-    distinct = _distinct(raw)
-    if _is_text(distinct.type):
-        texts = distinct.cast(pa.string()).fill_null("")
-        valid = _matches(texts, INTEGER if integer else NUMBER)
-        numbers = np.full(len(texts), np.nan)
-        numbers[valid] = texts.filter(pa.array(valid)).cast(pa.float64()).to_numpy()
-        return numbers, pc.equal(texts, "").to_numpy(zero_copy_only=False), distinct
-    absent = distinct.is_null().to_numpy(zero_copy_only=False)
-    if pa.types.is_boolean(distinct.type):
-        distinct = distinct.cast(pa.int8())
-    if not (
-        pa.types.is_integer(distinct.type) or pa.types.is_floating(distinct.type) or pa.types.is_decimal(distinct.type)
-    ):
-        return np.full(len(distinct), np.nan), np.zeros(len(distinct), dtype=bool), distinct
-    numbers = distinct.cast(pa.float64(), safe=False).fill_null(0).to_numpy()
-    if integer:
-        numbers = np.where(numbers == np.trunc(numbers), numbers, np.nan)
-    return numbers, absent, distinct
-
-
-def _split_texts(texts: pa.Array, separator: str) -> tuple[pa.StringArray, npt.NDArray[np.int32]]:
-    """Split texts; return all parts, and the offsets of each text's parts. An empty text has no parts."""
-    texts = texts.cast(pa.string()).fill_null("")
-    lists = pc.split_pattern(texts, separator)
-    lengths = lists.value_lengths().to_numpy()
-    empty = pc.equal(texts, "").to_numpy(zero_copy_only=False)
-    flat = lists.flatten().filter(pa.array(np.repeat(~empty, lengths)))
-    return flat, _offsets(np.where(empty, 0, lengths))
-
-
-def _canonical_integers(texts: pa.StringArray, optional: bool = True) -> tuple[pa.StringArray, Flags]:
-    """Return whole numbers without leading zeros, and which texts are valid; ``optional`` keeps empty texts."""
-    valid = _matches(texts, INTEGER)
-    digits = pc.if_else(pa.array(valid), texts, "0").cast(pa.int64()).cast(pa.string())
-    if optional:
-        empty = pc.equal(texts, "").to_numpy(zero_copy_only=False)
-        digits, valid = pc.if_else(pa.array(empty), "", digits), valid | empty
-    return digits, valid
-
-
-def _result(raw: pa.Array, values: pa.Array, valid: Flags, distinct: pa.Array, name: str, expected: str) -> TypedColumn:
-    """Return the typed column of all rows, given the value and validity of each distinct raw value."""
-    invalid_rows = ~valid
+def typed_column(
+    raw: pa.Array, values: pa.Array, valid: Flags, distinct: pa.Array, name: str, expected: str
+) -> TypedColumn:
+    """Return the typed column of all rows, given the value and validity of each of the ``distinct`` raw values."""
     if pa.types.is_dictionary(raw.type):
-        rows = _indices(raw)
+        rows = row_indices(raw)
         values = values.take(pa.array(rows))
-        if valid.all():
-            return TypedColumn(values, {})
-        invalid_rows = ~valid[rows]
-        return TypedColumn(
-            values, {int(r): _reason(name, distinct[int(rows[r])], expected) for r in np.flatnonzero(invalid_rows)}
-        )
-    return TypedColumn(
-        values, {int(r): _reason(name, distinct[int(r)], expected) for r in np.flatnonzero(invalid_rows)}
-    )
+        invalid_rows = np.flatnonzero(~valid[rows]) if not valid.all() else np.zeros(0, np.int64)
+        return TypedColumn(values, {int(row): reason(name, distinct[int(rows[row])], expected) for row in invalid_rows})
+    return TypedColumn(values, {int(row): reason(name, distinct[int(row)], expected) for row in np.flatnonzero(~valid)})
 
 
-def _all_invalid(raw: pa.Array, values: pa.Array, name: str, expected: str) -> TypedColumn:
-    reason = f"{name} is of type {raw.type} instead of {expected}"
-    return TypedColumn(values, dict.fromkeys(range(len(raw)), reason))
+def all_invalid(raw: pa.Array, values: pa.Array, name: str, expected: str) -> TypedColumn:
+    """Return a typed column whose rows are all invalid, since the column is of another type."""
+    text = f"{name} is of type {raw.type} instead of {expected}"
+    return TypedColumn(values, dict.fromkeys(range(len(raw)), text))
 
 
-def _reason(name: str, value: pa.Scalar, expected: str) -> str:
-    text = value.as_py()
-    shown = repr(text)
-    if isinstance(text, str) and len(text) > 20:
-        shown = repr(text[:20] + "…")
+def reason(name: str, value: pa.Scalar, expected: str) -> str:
+    """Return why a value is invalid."""
+    try:
+        content = value.as_py()
+    except (ValueError, OverflowError):  # what Python's types do not hold, such as times with nanoseconds
+        content = str(value)
+    shown = repr(content)
+    if isinstance(content, str) and len(content) > 20:
+        shown = repr(content[:20] + "…")
+    if not isinstance(content, str | int | float | None):
+        return f"{name} is {shown:.60}, of type {value.type}, instead of {expected}"
     return f"{name} is {shown:.60} instead of {expected}"
 
 
-def _distinct(raw: pa.Array) -> pa.Array:
+def distinct_values(raw: pa.Array) -> pa.Array:
     """Return a dictionary's values, followed by a null if rows are null; or any other column itself."""
     if not pa.types.is_dictionary(raw.type):
         return raw
     return pa.concat_arrays([raw.dictionary, pa.nulls(1, raw.dictionary.type)]) if raw.null_count else raw.dictionary
 
 
-def _indices(raw: pa.DictionaryArray) -> npt.NDArray[np.int64]:
-    """Return each row's index into ``_distinct(raw)``."""
+def row_indices(raw: pa.DictionaryArray) -> npt.NDArray[np.int64]:
+    """Return each row's index into ``distinct_values(raw)``."""
     return raw.indices.cast(pa.int64()).fill_null(len(raw.dictionary)).to_numpy()
 
 
@@ -273,33 +170,34 @@ def _encoded(texts: pa.StringArray, raw: pa.Array) -> pa.DictionaryArray:
     if not pa.types.is_dictionary(raw.type):
         return texts.dictionary_encode()
     if raw.null_count:
-        return texts.take(pa.array(_indices(raw))).dictionary_encode()
+        return texts.take(pa.array(row_indices(raw))).dictionary_encode()
     return pa.DictionaryArray.from_arrays(raw.indices.cast(pa.int32()), texts)
 
 
-def _matches(texts: pa.StringArray, pattern: str) -> Flags:
-    return np.array(pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False), dtype=bool)
+def _is_in(texts: pa.StringArray, values: Sequence[str]) -> Flags:
+    wanted = canonical_texts(pa.array(list(values), pa.string()))
+    return np.array(pc.is_in(texts, value_set=wanted).to_numpy(zero_copy_only=False), dtype=bool)
 
 
-def _offsets(lengths: npt.NDArray[np.int32] | pa.Array) -> npt.NDArray[np.int32]:
-    return np.concatenate([[0], np.cumsum(np.asarray(lengths))]).astype(np.int32)
+def _with_booleans(numbers: npt.NDArray[np.float64], distinct: pa.Array) -> npt.NDArray[np.float64]:
+    """Return the numbers with 0 and 1 in place of the texts false and true."""
+    if not np.isnan(numbers).any():
+        return numbers
+    texts, _, _ = as_texts(distinct, None, None)
+    lower = pc.utf8_lower(pc.utf8_trim_whitespace(texts))
+    for text, number in (("false", 0.0), ("true", 1.0)):
+        numbers = np.where(pc.equal(lower, text).to_numpy(zero_copy_only=False), number, numbers)
+    return numbers
 
 
-def _lengths(lists: pa.ListArray) -> npt.NDArray[np.int32]:
-    lengths: npt.NDArray[np.int32] = lists.value_lengths().to_numpy()
-    return lengths
-
-
-def _empty_lists(rows: int, kind: pa.DataType | None = None) -> pa.ListArray:
-    values = pa.array([], kind) if kind is not None else pa.array([], pa.string()).dictionary_encode()
-    return pa.ListArray.from_arrays(pa.array(np.zeros(rows + 1, np.int32)), values)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _has_texts(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return _is_text(kind) or pa.types.is_integer(kind)
+def _counted(raw: pa.Array, distinct: pa.Array, chosen: Flags) -> dict[str, int]:
+    """Return how many rows hold each of the chosen distinct values, by its text; of many values, a few."""
+    if not chosen.any():
+        return {}
+    rows = row_indices(raw) if pa.types.is_dictionary(raw.type) else np.arange(len(raw))
+    texts, _, _ = as_texts(distinct, "text", None)
+    found = pc.value_counts(texts.take(pa.array(rows[chosen[rows]]))).to_pylist()
+    counts = {str(each["values"]): int(each["counts"]) for each in found}
+    shown = dict(sorted(counts.items(), key=lambda item: -item[1])[:_SHOWN_LABELS])
+    rest = sum(counts.values()) - sum(shown.values())
+    return shown | ({"other values": rest} if rest else {})

@@ -26,11 +26,13 @@ MAX_BYTES = 2**31 - 1  # of the texts in one Arrow array
 _BATCH = 1 << 18  # values to hash at a time
 
 
-def merge_runs(feature: str, runs: Sequence[Path], min_count: int, range_values: int) -> pa.Table:
+def merge_runs(
+    feature: str, runs: Sequence[Path], min_count: int, range_values: int, max_values: int | None = None
+) -> pa.Table:
     """Return the columns value and count of the values with at least ``min_count`` occurrences; row i has id i + 1.
 
-    Rows are sorted by descending count, ties by value. About ``range_values`` counts are in memory at a time, beside
-    the values that are kept.
+    Rows are sorted by descending count, ties by value, and at most ``max_values`` are returned. About ``range_values``
+    counts are in memory at a time, beside the values that are kept.
 
     Raises:
         UserError: there are more values than a vocabulary can have.
@@ -43,13 +45,15 @@ def merge_runs(feature: str, runs: Sequence[Path], min_count: int, range_values:
         summed = sum_counts([SortedRun(path).part(feature, low, high) for path in runs])
         kept.append(summed.filter(pc.greater_equal(summed["count"], min_count)))
     table = pa.concat_tables(kept)
+    table = table.sort_by([("count", "descending"), ("value", "ascending")]).slice(0, max_values)
     size = pc.sum(pc.binary_length(table["value"])).as_py() or 0
     if table.num_rows >= MAX_NUM_EMBEDDINGS or size > MAX_BYTES:
         raise UserError(
             f"feature {feature}: {table.num_rows} values of {size} bytes exceed the limits of a vocabulary "
-            f"({MAX_NUM_EMBEDDINGS - 1} values of {MAX_BYTES} bytes); raise its min_count or use `encoding: hash`"
+            f"({MAX_NUM_EMBEDDINGS - 1} values of {MAX_BYTES} bytes); raise its min_count, set "
+            "max_num_embeddings or use `encoding: hash`"
         )
-    return table.sort_by([("count", "descending"), ("value", "ascending")]).combine_chunks()
+    return table.combine_chunks()
 
 
 def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> None:

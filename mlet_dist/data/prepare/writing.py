@@ -89,7 +89,7 @@ class Encoder:
             texts, indices, offsets = values_and_indices(chunk[sparse_column(sparse.name)])
             ids = pa.array(self._ids(sparse, texts, lookups)[indices])
             columns[sparse.name] = ids if offsets is None else pa.ListArray.from_arrays(offsets, ids)
-            if sparse.weights is not None:
+            if sparse.weighted:
                 columns[f"{sparse.name}.weight"] = chunk[weight_column(sparse.name)]
         return pa.table(columns)
 

@@ -61,8 +61,8 @@ def test_movielens_example() -> None:
         label=LabelColumn("rating", 4),
         dense=(),
         sparse=(
-            SparseColumn("user", "userId", integer=True, min_count=2),
-            SparseColumn("movie", "movieId", "hash", num_embeddings=20000, integer=True),
+            SparseColumn("user", "userId", cast="integer", min_count=2),
+            SparseColumn("movie", "movieId", "hash", num_embeddings=20000, cast="integer"),
             SparseColumn("genres", "genres", multi_valued=True, separator="|"),
         ),
         split=SplitRule(
