@@ -205,7 +205,8 @@ class Reading:
 
     def _check_labels(self, path: str, others: Mapping[str, int], lines: int) -> None:
         """Raise UserError if more than a stray row has a number other than 0 and 1 as its label."""
-        if sum(others.values()) <= MAX_OTHER_LABELS * lines:
+        # A description can say what other numbers mean; a fixed format cannot.
+        if sum(others.values()) <= max(MAX_OTHER_LABELS * lines, TOLERATED_LINES if self._is_fixed else 0):
             return
         label = self._spec.label
         held = ", ".join(f"{value} ({count:,} times)" for value, count in sorted(others.items()))
