@@ -12,6 +12,10 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(USABLE)' 
 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
+# Most tests wait for processes that start, so that two workers take little more than half the time of one. A worker
+# keeps rank processes of its own, and the tests of a file share them. ARGS="-n 0" runs all tests in one process.
+TEST_WORKERS := -n auto --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test setup check lint types imports format bench docs linkcheck wheel soak slurm clean
 
@@ -30,7 +34,7 @@ demo: ## prepare synthetic data, train MLET and its baselines and compare them; 
 	$(MLET) compare configs/demo.yaml data.path=demo/data run.dir=demo/runs --nproc 2
 
 test: $(STAMP) ## run the tests (about 15 minutes on two cores; ARGS="-k collapse -x" selects some of them)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(TEST_WORKERS) $(ARGS)
 
 ##@ For development
 
