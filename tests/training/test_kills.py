@@ -178,7 +178,7 @@ def test_torchrun_resumes_on_the_remaining_nodes(settings: tuple[str, ...], whol
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    how = "join_timeout=120,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=4,is_host="
+    how = "join_timeout=120,last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=6,is_host="
     nodes = ("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x")
     nodes += ("--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf")
     with torchrun(run, "first", settings, *nodes, f"{how}1") as first:
