@@ -168,7 +168,7 @@ def prepare(
     """Prepare a data set from raw files; the same command resumes an interrupted preparation.
 
     Args:
-        raw: raw files in time order, paths or URLs, after a --
+        raw: raw files in time order, paths or URLs, directories or patterns, after a --
         format: criteo, avazu or table
         out: directory for the data set
         options: other options of `mlet prepare`, in one argument: "--split paper --memory 64G"

@@ -14,6 +14,8 @@ from typing import Any
 
 from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.sections import ModelConfig, RunConfig
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.training.run_directory import RunDirectory
@@ -26,7 +28,7 @@ single layer with MLET's effective learning rate and initial scale: what MLET ga
 factorisation.
 
 Each row is one run with one seed, and learning rates are not tuned for each row. The logit difference is the largest
-one, over all test rows, between the trained model and its export to plain TorchRec tables."""
+one, over all {split} rows, between the trained model and its export to plain TorchRec tables."""
 _NEXT = """\
 Next, compare them on your own data:
 
@@ -47,11 +49,12 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     ``run.overwrite`` is set.
 
     Returns:
-        ``ok`` (whether every export is within its tolerance), ``run`` (the directory), and ``arms``: by name, the
-        results of train and verify.
+        ``ok`` (whether every export is within its tolerance), ``run`` (the directory), ``split`` (test, or valid if
+        there is no test), and ``arms``: by name, the results of train and verify.
 
     Raises:
-        UserError: ``model.hidden_dim`` is null, or a file below ``run.dir`` is in the way.
+        UserError: ``model.hidden_dim`` is null, a file below ``run.dir`` is in the way, or the data set has neither of
+            the splits.
         SystemExit: one of the commands failed, and has printed why.
         ChildProcessError: one of the commands was killed.
     """
@@ -60,6 +63,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
             "model.hidden_dim is null, so that there is no MLET model to compare; set it, preferably above 4 times "
             "model.embedding_dim"
         )
+    split = _compared_split(config.data.path)
     base = Path(config.run.dir)
     configs = _arm_configs(config)
     finished = {arm for arm in configs if _finished(configs[arm])}
@@ -87,14 +91,22 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
             if export.exists():
                 shutil.rmtree(export)
         _run_command("export", str(run), "--out", str(export))
-        verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path)
+        verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path, "--split", split)
         largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
         arms[arm] = trained | {"ok": verified["ok"], "max_abs_logit_diff": largest}
-    result = {"ok": all(arm["ok"] for arm in arms.values()), "run": str(base), "arms": arms}
+    result = {"ok": all(arm["ok"] for arm in arms.values()), "run": str(base), "split": split, "arms": arms}
     with _writing(base):
         (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
     return result
+
+
+def _compared_split(data: str) -> str:
+    path = data_set_path(data)
+    schema = DatasetSchema.load(path)
+    if "test" not in schema.parts and "valid" not in schema.parts:
+        raise UserError(f"{path}: has neither a test nor a valid split, so that there is nothing to compare models on")
+    return "test" if "test" in schema.parts else "valid"
 
 
 def _arm_configs(config: Config) -> dict[str, Config]:
@@ -211,7 +223,8 @@ def comparison_report(result: dict[str, Any]) -> str:
 
 def comparison_table(result: dict[str, Any]) -> str:
     """Return the arms as a Markdown table, which is readable on a terminal, and what it means."""
-    header = ["", "tables trained", "tables served", "test AUC", "test LogLoss", "largest logit difference"]
+    split = result["split"]
+    header = ["", "tables trained", "tables served", f"{split} AUC", f"{split} LogLoss", "largest logit difference"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name, arm in result["arms"].items():
         rows.append(
@@ -219,8 +232,8 @@ def comparison_table(result: dict[str, Any]) -> str:
                 _TITLES[name],
                 _size(arm["trained_table_bytes"]),
                 _size(arm["served_table_bytes"]),
-                _metric(arm["test_auc"]),
-                _metric(arm["test_logloss"]),
+                _metric(arm[f"{split}_auc"]),
+                _metric(arm[f"{split}_logloss"]),
                 _difference(arm["max_abs_logit_diff"]),
             ]
         )
@@ -229,7 +242,7 @@ def comparison_table(result: dict[str, Any]) -> str:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _CAPTION])
+    return "\n".join([*lines, "", _CAPTION.format(split=split)])
 
 
 def _metric(value: float | None) -> str:

@@ -158,7 +158,7 @@ def test_an_undefined_auc_is_shown_as_such() -> None:
         "test_logloss": 0.25,
         "max_abs_logit_diff": 0.0,
     }
-    row = comparison_table({"arms": {"mlet": arm}}).splitlines()[2]
+    row = comparison_table({"split": "test", "arms": {"mlet": arm}}).splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "MLET",
         "3.2 GB",

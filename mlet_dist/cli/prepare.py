@@ -15,6 +15,8 @@ Examples:
   mlet prepare criteo day_{0..23}.gz --split paper --out data/1tb  # Criteo-1TB
   mlet prepare avazu train.gz --out data/avazu
   mlet prepare table ratings.csv --schema configs/tables/movielens.yaml --out data/movielens
+  mlet prepare table 's3://logs/day=*' --schema clicks.yaml --out data/clicks
+  mlet prepare table --train train.csv --valid valid.csv --test test.csv --schema clicks.yaml --out data/clicks
   mlet prepare --check data/criteo
 
 The same command again resumes an interrupted one, whose finished work is kept in .NAME.prepare beside DIR. With other
@@ -35,8 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("format", nargs="?", choices=["criteo", "avazu", "table"], help="format of the raw files")
     parser.add_argument(
-        "raw", nargs="*", metavar="RAW", help="raw files in the order of time; plain or .gz, as paths or URLs"
-    )
+        "raw", nargs="*", metavar="RAW",
+        help="raw files in the order of time, as paths or URLs; a directory stands for all files below it, and *, ?, "
+        "[] and ** are expanded. Text may be compressed (gzip, bzip2, xz, zstd, lz4, zip)",
+    )  # fmt: skip
+    for split in ("train", "valid", "test"):
+        parser.add_argument(
+            f"--{split}", nargs="+", action="extend", metavar="RAW",
+            help=f"raw files of the {split} split, for data that is split already; in place of a rule for the rows",
+        )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="directory for the data set; it must be new or empty")
     parser.add_argument("--schema", metavar="FILE", help="for the format table: YAML file that describes the columns")
     parser.add_argument(

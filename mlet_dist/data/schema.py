@@ -69,7 +69,7 @@ class DatasetSchema:
         dense: names of the dense columns (float32), already transformed; there may be none.
         sparse: the sparse features (int32 ids).
         malformed: number of raw lines that were skipped.
-        parts: the Parquet files of each split, in row order.
+        parts: the Parquet files of each split that the data set has, in row order; train is one of them.
         vocabulary_id: fingerprint of the mapping from values to ids; equal for data sets with the same mapping.
     """
 
@@ -85,6 +85,11 @@ class DatasetSchema:
     def rows(self) -> dict[str, int]:
         """Number of rows of each split."""
         return {split: sum(part.rows for part in parts) for split, parts in self.parts.items()}
+
+    def check_split(self, path: DataPath, split: str) -> None:
+        """Raise UserError unless the data set, which lies at ``path``, has the split."""
+        if split not in self.parts:
+            raise UserError(f"{path}: has no {split} split; its splits are {' and '.join(self.parts)} (see --split)")
 
     def content_id(self, split: str) -> str:
         """Return the fingerprint of a split's files in order: 16 hexadecimal digits."""
@@ -181,6 +186,7 @@ class DatasetSchema:
                     for within, p in _enumerated(f"parts.{split}", take(parts, split, *_OBJECTS, "parts."))
                 )
                 for split in SPLITS
+                if split in parts or split == "train"
             },
             vocabulary_id=take(content, "vocabulary_id", *_TEXT),
         )
@@ -291,7 +297,10 @@ _TABLE_NAME = (is_table_name, f"a table's name: {TABLE_NAME_RULE}")
 _NAMES = (lambda value: _is_list(value, is_name), f"a list of columns' names: {NAME_RULE}")
 _OBJECTS = (lambda value: _is_list(value, _is_object), "a list of objects")
 _FEATURES = (lambda value: value != [] and _is_list(value, _is_object), "a list of one object or more")
-_SPLITS = (_is_object, f"an object with the keys {', '.join(SPLITS)}")
+_SPLITS = (
+    lambda value: _is_object(value) and set(value) <= set(SPLITS),
+    f"an object with the keys {', '.join(SPLITS)}, of which valid and test may be missing",
+)
 _PART_PATH = (_is_inside, "the path of a file inside the data set's directory")
 
 

@@ -37,7 +37,9 @@ def evaluate_path(
     else:
         missing = "no such directory" if not target.exists() else "neither a run nor an export"
         raise UserError(f"{target}: {missing}; expected the directory of a run or an export")
-    spec.check_data(DatasetSchema.load(data), data)
+    schema = DatasetSchema.load(data)
+    spec.check_data(schema, data)
+    schema.check_split(data, split)
     with join_ranks(device) as worker:
         if store is None:
             _check_files(export, manifest, worker)

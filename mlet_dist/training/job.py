@@ -109,7 +109,9 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     spec = ModelSpec.of(config, schema)
     loader = _training_loader(config, data, spec, worker)
     split_loaders = {
-        split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker) for split in ("valid", "test")
+        split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker)
+        for split in schema.parts
+        if split != "train"
     }
     with run.lock(config) if worker.is_first else nullcontext():
         dist.barrier()

@@ -173,6 +173,8 @@ def part(**changes: object) -> dict[str, object]:
             )
             for path in (7, "", ".", "/etc/passwd", "../other/part.parquet", "train/../../part.parquet", "a\0b")
         ),
+        ("parts", {"train": [], "dev": []}, "parts is {"),
+        ("parts", {"valid": [], "test": []}, "key 'parts.train' is missing"),
         ("rows", {"train": 9, "valid": 1, "test": 1}, "the parts add up to"),
         ("rows", 10, "rows is 10; it must be an object"),
         ("source", 1000 * [1], "…; it must be text"),
@@ -196,3 +198,14 @@ def test_imports_stay_light(module: str, forbidden: tuple[str, ...]) -> None:
     program = f"import sys, mlet_dist.data.{module}; print(*[m for m in {forbidden} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("absent", [("valid",), ("test",), ("valid", "test")])
+def test_a_data_set_may_lack_splits(tmp_path: Path, absent: tuple[str, ...]) -> None:
+    schema = dataclasses.replace(SCHEMA, parts={s: parts for s, parts in SCHEMA.parts.items() if s not in absent})
+    schema.save(tmp_path)
+    assert DatasetSchema.load(tmp_path) == schema
+    assert set(schema.rows) == set(schema.positive_rate) == {"train", "valid", "test"} - set(absent)
+    with pytest.raises(UserError, match=f"{tmp_path}: has no {absent[0]} split; its splits are train"):
+        schema.check_split(tmp_path, absent[0])
+    schema.check_split(tmp_path, "train")

@@ -108,6 +108,7 @@ class DataLoader:
         schema = DatasetSchema.load(path)
         if split not in SPLITS:
             raise UserError(f"{path}: split {split!r} does not exist; the splits are {', '.join(SPLITS)}")
+        schema.check_split(path, split)
         if batch_size < 1 or batch_size % world_size:
             raise UserError(f"batch_size {batch_size} is not a positive multiple of the world size {world_size}")
         if not 0 <= rank < world_size:

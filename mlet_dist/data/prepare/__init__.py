@@ -5,12 +5,16 @@ Modules, in the order in which data runs through them:
     passes: the passes read, count, vocabulary and write.
     raw_formats: the description of a raw table (``TableSpec``), and those of Criteo's and Avazu's logs.
     table_description: the YAML description of any other table.
+    file_lists: directories and patterns of raw files, and the columns that directories are.
+    raw_files: opening raw files, recognising and inspecting them.
+    compression, text_encoding: compressed text, and text in other encodings than UTF-8.
     reading: the read pass: raw files to chunks, with a limit on malformed lines.
-    raw_blocks: opening raw files and cutting them into blocks.
+    raw_blocks: raw files to blocks.
     parsing: one block to a chunk.
+    text_lines, json_lines: the lines of a block of text, or of JSON objects.
     typed_columns: one raw column to a typed column.
     chunks: the files of valid rows that later passes read, and groups of them.
-    splits: the split that each row belongs to.
+    splits, split_files: the split that each row, or each file, belongs to.
     counting: the count pass of one group.
     vocabulary: the ids of a feature's values.
     writing: the write pass of one group.

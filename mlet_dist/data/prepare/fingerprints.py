@@ -12,7 +12,7 @@ from dataclasses import replace
 from mlet_dist.data.parquet_parts import PART_VERSION, ROW_GROUP_ROWS
 from mlet_dist.data.prepare import chunks, raw_blocks
 from mlet_dist.data.prepare.chunks import CHUNK_VERSION
-from mlet_dist.data.prepare.raw_blocks import RawFile
+from mlet_dist.data.prepare.raw_files import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.splits import SplitRule
 from mlet_dist.data.schema import FORMAT_VERSION

@@ -1,10 +1,13 @@
 """Parsing of a block of lines or a Parquet row group into typed columns, with a reason for each malformed line."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from mlet_dist.data.prepare.chunks import (
@@ -16,91 +19,102 @@ from mlet_dist.data.prepare.chunks import (
     sparse_column,
     weight_column,
 )
+from mlet_dist.data.prepare.json_lines import json_columns
 from mlet_dist.data.prepare.list_columns import list_values
 from mlet_dist.data.prepare.raw_blocks import Block, open_parquet
-from mlet_dist.data.prepare.raw_formats import TableSpec
+from mlet_dist.data.prepare.raw_formats import JsonLines, TableSpec, TextFormat
+from mlet_dist.data.prepare.text_lines import MAX_EXAMPLES, Lines, classify_lines, free_character, plain_lines
 from mlet_dist.data.prepare.time_columns import KINDS, TypedTimes, time_values
 from mlet_dist.data.prepare.typed_columns import TypedColumn, dense_values, label_values, value_texts
+from mlet_dist.errors import UserError
 
-MAX_LINE_BYTES = 1 << 20  # with the line end
-MAX_EXAMPLES = 5  # malformed lines to keep per block
 SHOWN_CHARACTERS = 200  # of a malformed line
 
+Constants = Sequence[tuple[str, str | None]]
+
 _DICTIONARY = pa.dictionary(pa.int32(), pa.string())
-_NEWLINE = ord("\n")
-
-Positions = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Lines:
-    """The lines of a block, before their fields are parsed.
+def parse_block(
+    spec: TableSpec, columns: tuple[str, ...], block: Block, constants: Constants = ()
+) -> tuple[pa.Table, ChunkInfo]:
+    """Parse a block into a chunk's columns.
 
-    Attributes:
-        text: the lines that can be parsed; no blank ones.
-        numbers: (lines of ``text``,) the position of each in the block, from 0 on.
-        count: number of lines without blank ones.
-        passed: number of all lines.
-        malformed: the reason why each other line cannot be parsed, by position.
-    """
-
-    text: bytes
-    numbers: Positions
-    count: int
-    passed: int
-    malformed: dict[int, str]
-
-
-def parse_block(spec: TableSpec, columns: tuple[str, ...], block: Block) -> tuple[pa.Table, ChunkInfo]:
-    """Parse a block into a chunk's columns; ``columns`` are the names of all columns of its file.
+    Args:
+        spec: description of the table.
+        columns: the names of all columns of the block's file.
+        block: the block.
+        constants: columns that have one value in all rows of the file; None is a missing value.
 
     Raises:
         UserError: the file cannot be read.
     """
     if spec.text is None:
-        return _parse_row_group(spec, block)
+        return _parse_row_group(spec, block, constants)
     data = block.read()
-    skip_first = spec.text.header and block.index == 0
-    lines = None if skip_first else plain_lines(data, spec.text.quote)
-    try:
-        raw = None if lines is None else _fields(spec, columns, lines)
-    except pa.ArrowInvalid:  # a line has another number of fields; classify_lines finds it
-        raw = None
-    if lines is None or raw is None:
-        lines = classify_lines(data, len(columns), spec.text.delimiter, spec.text.quote, skip_first)
-        raw = _fields(spec, columns, lines)
-    typed = _typed(spec, raw)
+    if isinstance(spec.text, JsonLines):
+        raw, lines = json_columns(spec, block.path, data, dict(constants))
+    else:
+        raw, lines = _parse_text(spec, spec.text, columns, block, data, constants)
+    typed = _typed(spec, raw | _constant_columns(constants, len(lines.numbers)))
     table = typed.table
     times = {kind: int(lines.numbers[row]) + 1 for kind, row in typed.times.items()}
     noticed = (times, typed.other_labels, typed.counts)
-    reasons = lines.malformed | {int(lines.numbers[row]): reason for row, reason in typed.invalid.items()}
-    if not reasons:
+    first = nsmallest(MAX_EXAMPLES, typed.invalid)
+    reasons = lines.reasons | {int(lines.numbers[row]): typed.invalid[row] for row in first}
+    malformed = lines.malformed + len(typed.invalid)
+    if not malformed:
         return table, ChunkInfo(table.num_rows, lines.count, lines.passed, 0, (), *noticed)
-    shown = data.split(b"\n")
     examples = tuple(
-        Rejected(row + 1, reasons[row], shown[row][:SHOWN_CHARACTERS].decode(errors="backslashreplace"))
-        for row in sorted(reasons)[:MAX_EXAMPLES]
+        Rejected(row + 1, reasons[row], text[:SHOWN_CHARACTERS].decode(errors="backslashreplace"))
+        for row, text in _lines_at(data, sorted(reasons)[:MAX_EXAMPLES])
     )
-    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, len(reasons), examples, *noticed)
+    return table, ChunkInfo(table.num_rows, lines.count, lines.passed, malformed, examples, *noticed)
 
 
-def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str, pa.Array]:
+def _parse_text(
+    spec: TableSpec, text: TextFormat, columns: tuple[str, ...], block: Block, data: bytes, constants: Constants
+) -> tuple[dict[str, pa.Array], Lines]:
+    """Return the used columns of delimited lines, each as a dictionary of texts, and the lines that they are from."""
+    used = tuple(name for name in spec.used_columns if name not in dict(constants))
+    delimiter = text.delimiter
+    is_replaced = len(delimiter.encode()) > 1  # Arrow cuts lines at one ASCII character
+    if is_replaced:
+        try:
+            delimiter = free_character(data, text.quote)
+        except ValueError as error:
+            raise UserError(f"{block.path}: cannot be cut at {delimiter!r}: {error}; is it a text file?") from None
+        data = data.replace(text.delimiter.encode(), delimiter.encode())
+    skip_first = text.header and block.index == 0
+    lines = None if skip_first else plain_lines(data, text.quote)
+    try:
+        raw = None if lines is None else _fields(text.quote, delimiter, used, columns, lines)
+    except pa.ArrowInvalid:  # a line has another number of fields; classify_lines finds it
+        raw = None
+    if lines is None or raw is None:
+        lines = classify_lines(data, len(columns), delimiter, text.quote, skip_first, text.encoding)
+        raw = _fields(text.quote, delimiter, used, columns, lines)
+        if is_replaced and text.quote is not None:  # within quotes, the delimiter is part of a value
+            raw = {name: _replaced(column, delimiter, text.delimiter) for name, column in raw.items()}
+    return raw, lines
+
+
+def _fields(
+    quote: str | None, delimiter: str, used: Sequence[str], columns: tuple[str, ...], lines: Lines
+) -> dict[str, pa.Array]:
     """Return the used columns, each as a dictionary of texts."""
-    assert spec.text is not None
-    if not lines.text:
-        return {name: pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [""]) for name in spec.used_columns}
+    if not lines.text or not used:
+        return {name: pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), [""]) for name in used}
     # Columns that are not used may have equal names; rename them to what no column can be named.
-    names = [name if name in spec.used_columns else f"\n{i}" for i, name in enumerate(columns)]
+    names = [name if name in used else f"\n{i}" for i, name in enumerate(columns)]
     table = pyarrow.csv.read_csv(
         pa.BufferReader(lines.text),
         # One block per call, so that each column is one array with one dictionary.
         read_options=pyarrow.csv.ReadOptions(column_names=names, block_size=len(lines.text) + 1, use_threads=False),
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter=spec.text.delimiter, quote_char=spec.text.quote or False, escape_char=False
-        ),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=quote or False, escape_char=False),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(spec.used_columns, _DICTIONARY),
-            include_columns=spec.used_columns,
+            column_types=dict.fromkeys(used, _DICTIONARY),
+            include_columns=used,
             strings_can_be_null=False,
             check_utf8=False,  # checked already, at once for the whole block
         ),
@@ -108,14 +122,38 @@ def _fields(spec: TableSpec, columns: tuple[str, ...], lines: Lines) -> dict[str
     return {name: table[name].combine_chunks() for name in table.column_names}
 
 
-def _parse_row_group(spec: TableSpec, block: Block) -> tuple[pa.Table, ChunkInfo]:
+def _replaced(column: pa.DictionaryArray, found: str, wanted: str) -> pa.DictionaryArray:
+    texts = pc.replace_substring(column.dictionary, found, wanted)
+    return pa.DictionaryArray.from_arrays(column.indices, texts)
+
+
+def _constant_columns(constants: Constants, rows: int) -> dict[str, pa.Array]:
+    """Return columns of one value, as dictionaries of texts."""
+    first = pa.array(np.zeros(rows, np.int32))
+    return {
+        name: pa.DictionaryArray.from_arrays(first if value is not None else pa.nulls(rows, pa.int32()), [value or ""])
+        for name, value in constants
+    }
+
+
+def _lines_at(block: bytes, positions: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines at ascending positions, without their ends."""
+    ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
+    for position in positions:
+        start = int(ends[position - 1]) + 1 if position else 0
+        yield position, block[start : int(ends[position])]
+
+
+def _parse_row_group(spec: TableSpec, block: Block, constants: Constants) -> tuple[pa.Table, ChunkInfo]:
+    columns = [name for name in spec.used_columns if name not in dict(constants)]
     with open_parquet(block.path) as file:
-        raw = file.read_row_group(block.index, columns=list(spec.used_columns), use_threads=False)
+        raw = file.read_row_group(block.index, columns=columns, use_threads=False)
         raw.validate(full=True)  # raises if a text is not UTF-8
-    typed = _typed(spec, {name: raw[name].combine_chunks() for name in raw.column_names})
+    fields = {name: raw[name].combine_chunks() for name in raw.column_names}
+    typed = _typed(spec, fields | _constant_columns(constants, raw.num_rows))
     examples = tuple(
         Rejected(row + 1, typed.invalid[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])
-        for row in sorted(typed.invalid)[:MAX_EXAMPLES]
+        for row in nsmallest(MAX_EXAMPLES, typed.invalid)
     )
     times = {kind: row + 1 for kind, row in typed.times.items()}
     noticed = (times, typed.other_labels, typed.counts)
@@ -181,87 +219,3 @@ def _kept(rows: int, invalid: dict[int, str]) -> npt.NDArray[np.bool_]:
     kept = np.ones(rows, dtype=bool)
     kept[list(invalid)] = False
     return kept
-
-
-def plain_lines(block: bytes, quote: str | None) -> Lines | None:
-    """Return the lines of a block in which the only possible error is the number of fields, which the parser finds.
-
-    Return None for a block with quotes, carriage returns, blank or long lines, NULs or bytes that are not UTF-8.
-    """
-    if b"\r" in block or b"\0" in block or (quote is not None and quote.encode() in block):
-        return None
-    try:
-        block.decode()
-    except UnicodeDecodeError:
-        return None
-    lengths = np.diff(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == _NEWLINE), prepend=-1)
-    if lengths.min() == 1 or lengths.max() > MAX_LINE_BYTES:
-        return None
-    return Lines(block, np.arange(len(lengths)), len(lengths), len(lengths), {})
-
-
-def classify_lines(block: bytes, fields: int, delimiter: str, quote: str | None, skip_first: bool) -> Lines:
-    """Sort the lines of a block into those that can be parsed and malformed ones; ``skip_first`` skips a header.
-
-    A line is malformed if it has another number of fields, is not UTF-8, contains a NUL or a stray carriage return, has
-    a quote that does not enclose a whole field, or is longer than ``MAX_LINE_BYTES``.
-    """
-    if b"\r" in block:
-        block = block.replace(b"\r\n", b"\n")
-    data = np.frombuffer(block, dtype=np.uint8)
-    ends = np.flatnonzero(data == _NEWLINE)
-    lengths = np.diff(ends, prepend=-1)
-    delimiters = np.flatnonzero(data == ord(delimiter))
-    malformed: dict[int, str] = {}
-    if quote is not None and quote.encode() in block:
-        delimiters = _outside_quotes(data, ends, delimiters, quote, malformed)
-    found = 1 + np.diff(np.searchsorted(delimiters, ends), prepend=0)
-    blank = lengths == 1
-    if skip_first:
-        blank[0] = True
-    for row in np.flatnonzero((found != fields) & ~blank).tolist():
-        malformed.setdefault(row, f"{found[row]} fields instead of {fields}")
-    for row in np.flatnonzero(lengths > MAX_LINE_BYTES).tolist():
-        malformed[row] = f"a line of {lengths[row] - 1} bytes; at most {MAX_LINE_BYTES - 1} are allowed"
-    for byte, name in ((b"\r", "a carriage return"), (b"\0", "a NUL byte")):
-        if byte in block:
-            for row in np.searchsorted(ends, np.flatnonzero(data == byte[0])).tolist():
-                malformed.setdefault(row, f"{name} within the line")
-    try:
-        block.decode()
-    except UnicodeDecodeError:
-        for row, line in enumerate(block.split(b"\n")[:-1]):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                malformed.setdefault(row, f"byte {line[error.start]:#04x} is not UTF-8")
-    if skip_first:
-        malformed.pop(0, None)
-    kept = ~blank
-    kept[list(malformed)] = False
-    text = block if kept.all() else data[np.repeat(kept, lengths)].tobytes()
-    return Lines(text, np.flatnonzero(kept), int((~blank).sum()), len(ends), malformed)
-
-
-def _outside_quotes(
-    data: npt.NDArray[np.uint8], ends: Positions, delimiters: Positions, quote: str, malformed: dict[int, str]
-) -> Positions:
-    """Return the delimiters outside quotes, and add lines with misplaced quotes to ``malformed``."""
-    quotes = np.flatnonzero(data == ord(quote))
-    line = np.searchsorted(ends, quotes)
-    before_line = np.concatenate([[0], np.searchsorted(quotes, ends)])
-    rank = np.arange(len(quotes)) - before_line[line]  # position among the quotes of its line
-    odd = np.diff(before_line) % 2 == 1
-    breaks = data == _NEWLINE
-    breaks[delimiters] = True
-    padded = np.concatenate([[True], breaks, [True]])
-    is_quote = np.concatenate([[False], data == ord(quote), [False]])
-    opening = rank % 2 == 0
-    # A quote must open at the start of a field and close at its end; a doubled quote closes and opens again.
-    placed = np.where(opening, padded[quotes] | is_quote[quotes], padded[quotes + 2] | is_quote[quotes + 2])
-    for row in np.flatnonzero(odd).tolist():
-        malformed[row] = "a quote that is not closed on its line"
-    for row in line[~placed].tolist():
-        malformed.setdefault(row, "a quote that does not enclose a whole field")
-    of_line = before_line[np.searchsorted(ends, delimiters)]
-    return delimiters[(np.searchsorted(quotes, delimiters) - of_line) % 2 == 0]

@@ -25,9 +25,10 @@ from mlet_dist.data.prepare.fingerprints import (
     vocabulary_fingerprint,
     write_spec,
 )
-from mlet_dist.data.prepare.raw_blocks import RawFile
+from mlet_dist.data.prepare.raw_files import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
-from mlet_dist.data.prepare.reading import FileRead, Reading
+from mlet_dist.data.prepare.reading import FileRead, NoRowsError, Reading
+from mlet_dist.data.prepare.split_files import assign_files, describe_splits
 from mlet_dist.data.prepare.splits import FRACTIONS, Splitter, make_splitter
 from mlet_dist.data.prepare.vocabulary import merge_runs, save_vocabulary, values_fingerprint
 from mlet_dist.data.prepare.work_files import WorkDirectory, load_json, save_json
@@ -62,6 +63,7 @@ class Passes:
 
     def __init__(self, spec: TableSpec, files: Sequence[RawFile], out: Path) -> None:
         self.spec, self.files = spec, files
+        self._file_splits = assign_files(spec.split, [file.path for file in files]) if spec.split.by == "file" else ()
         self._counted = [sparse for sparse in spec.sparse if sparse.encoding == "vocabulary"]
         chunks = [chunks_fingerprint(spec, file) for file in files]
         counts = counts_fingerprint(spec, chunks)
@@ -114,7 +116,8 @@ class Passes:
         Raises:
             UserError: a split has no rows.
         """
-        for path in (*(self.data / split for split in SPLITS), self._parts):  # the data first, see `is_published`
+        directories = [self.data / split for split in self.spec.split.splits]
+        for path in (*directories, self._parts):  # the data first, see `is_published`
             path.mkdir(parents=True, exist_ok=True)
         encoder = Encoder(write_spec(self.spec), self._vocabularies, self.moments)
         names = self._part_names()
@@ -139,28 +142,43 @@ class Passes:
 
     @cached_property
     def groups(self) -> list[ChunkGroup]:
-        """The groups of all files."""
-        return make_groups(
+        """The groups of all files.
+
+        Raises:
+            NoRowsError: no file has rows.
+        """
+        groups = make_groups(
             [
-                [(self._reading.chunk(number, index), rows) for index, rows in enumerate(read.chunk_rows)]
+                [(self._reading.chunk(number, index), rows) for index, rows in enumerate(read.chunk_rows) if rows]
                 for number, read in enumerate(self.reads)
             ]
         )
+        if not groups:
+            number = len(self.files)
+            which = "the file has no rows" if number == 1 else f"neither this nor another of {number} files has rows"
+            raise NoRowsError(f"{self.files[0].path}: {which}; give files with rows")
+        return groups
 
     @cached_property
     def splitter(self) -> Splitter:
         """The assignment of rows to splits.
 
         Raises:
-            UserError: the files contain no lines, or their times are of two kinds.
+            UserError: the times of the files are of two kinds.
         """
         self._reading.check_times()
         rows = [sum(read.chunk_rows) for read in self.reads]
-        if not sum(rows):
-            raise UserError(f"{self.files[0].path}: contains no lines to split into train, valid and test")
         in_millionths = any(FRACTIONS in read.times for read in self.reads)
         times = _Times([path for group in self.groups for path in group.chunks], in_millionths)
-        return make_splitter(self.spec.split, rows, times, in_millionths)
+        return make_splitter(self.spec.split, rows, times, in_millionths, self._file_splits)
+
+    def describe_splits(self) -> list[str]:
+        """Return lines that say how many rows each split has, and of which files, once all are counted."""
+        rows = [dict.fromkeys(SPLITS, 0) for _ in self.files]
+        for group, counts in zip(self.groups, self.counts, strict=True):
+            for split, number in counts.rows.items():
+                rows[group.file][split] += number
+        return list(describe_splits(self.spec.split, [file.path for file in self.files], rows))
 
     @cached_property
     def counts(self) -> list[GroupCounts]:
@@ -182,7 +200,8 @@ class Passes:
     def parts(self) -> dict[str, tuple[Part, ...]]:
         """The parts of each split in row order, once all are written."""
         written = [self._finished(self._parts, group, "write") for group in self.groups]
-        return {split: tuple(Part(**each[split]) for each in written if split in each) for split in SPLITS}
+        splits = self.spec.split.splits
+        return {split: tuple(Part(**each[split]) for each in written if split in each) for split in splits}
 
     @property
     def vocabularies(self) -> list[Path]:
@@ -225,9 +244,10 @@ class Passes:
 
     def _part_names(self) -> list[dict[str, str]]:
         """Return each group's path in each split, numbered without gaps; raise UserError if a split would be empty."""
-        numbers, names = dict.fromkeys(SPLITS, 0), []
+        numbers: dict[str, int] = dict.fromkeys(self.spec.split.splits, 0)
+        names = []
         for counts in self.counts:
-            names.append({s: f"{s}/part-{numbers[s]:05}.parquet" for s in SPLITS if counts.rows[s]})
+            names.append({s: f"{s}/part-{numbers[s]:05}.parquet" for s in numbers if counts.rows[s]})
             for split in names[-1]:
                 numbers[split] += 1
         rows = sum(group.rows for group in self.groups)

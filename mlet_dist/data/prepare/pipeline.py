@@ -1,26 +1,31 @@
 """Preparation of a data set from raw files, in the resumable passes read, count, vocabulary, write and merge."""
 
 import argparse
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
 from mlet_dist.atomic_directory import check_free
 from mlet_dist.data.prepare.dataset_manifest import assemble
+from mlet_dist.data.prepare.file_lists import check_distinct, expand
 from mlet_dist.data.prepare.passes import Passes, Shard
-from mlet_dist.data.prepare.raw_blocks import inspect_file
-from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, RAW_FORMATS, TableSpec, criteo
-from mlet_dist.data.prepare.reading import check_distinct
+from mlet_dist.data.prepare.raw_files import RawFile, inspect_file
+from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, RAW_FORMATS, JsonLines, TableSpec, TextFormat, criteo
+from mlet_dist.data.prepare.reading import NoRowsError
+from mlet_dist.data.prepare.split_files import misleading_names, rule_of_lists
 from mlet_dist.data.prepare.splits import PAPER_AVAZU, PAPER_CRITEO_FILES, PAPER_CRITEO_ROWS, SplitRule
 from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.prepare.work_files import WorkDirectory
-from mlet_dist.data.prepare.worker_pool import Workers, check_main_guard
-from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError
+from mlet_dist.data.prepare.worker_pool import WorkerKilledError, Workers, check_main_guard
+from mlet_dist.data.schema import SPLITS, DatasetSchema
+from mlet_dist.errors import UserError, one_line
 
 PASSES = ("read", "count", "vocabulary", "write", "merge")
 SHARDED = ("read", "count", "write")  # passes that can be sharded
@@ -28,6 +33,8 @@ DEFAULT_MIN_COUNT = 2  # of the command line
 
 SMALL_BYTES = 24 << 20  # below this size, starting processes takes longer than preparing in one
 PROCESS_BYTES = 512 << 20  # memory of a process beside vocabularies: a block as text, as columns and as Parquet
+_logger = logging.getLogger(__name__)
+
 RANGE_VALUE_BYTES = 256  # memory per value while counts are merged: the value, its count and a hash table's entry
 
 
@@ -63,14 +70,14 @@ class Resources:
 
 def prepare(
     spec: TableSpec,
-    raw: Sequence[str | Path],
+    raw: Sequence[str | Path] | Mapping[str, Sequence[str | Path]],
     out: Path,
     *,
     resources: Resources | None = None,
     only: str | None = None,
     shard: Shard | None = None,
 ) -> DatasetSchema | None:
-    """Prepare the data set ``out`` from raw files, in the order given.
+    """Prepare the data set ``out`` from raw files, in the order given; how rows are split is printed to stderr.
 
     Finished results are kept in ``.<name>.prepare`` beside ``out`` until the data set is complete. The same call
     resumes from them; a call with other arguments reuses those that they do not affect (module ``fingerprints``).
@@ -79,7 +86,8 @@ def prepare(
 
     Args:
         spec: description of the raw table and of the features to make from it.
-        raw: paths, or URLs that fsspec opens.
+        raw: paths or URLs that fsspec opens, of files, of directories, which stand for all files below them, or with
+            ``*``, ``?``, ``[…]`` and ``**``; or such a list for each split, in place of ``spec.split``.
         out: a directory that does not exist or is empty.
         resources: limits on memory and processes.
         only: run only this one of ``PASSES``, to share the work among machines; the passes before it must be finished.
@@ -89,8 +97,8 @@ def prepare(
         The data set's schema, or None after a pass other than merge.
 
     Raises:
-        UserError: ``out`` is not empty, a raw file is unusable or given twice, a split is empty, or the passes before
-            ``only`` are not finished.
+        UserError: ``out`` is not empty, a raw file is unusable or given twice, none has rows, a split is empty, or the
+            passes before ``only`` are not finished.
         WorkerKilledError: a worker process was killed.
     """
     resources = resources or Resources()
@@ -109,11 +117,15 @@ def prepare(
             raise UserError(f"min_count is {sparse.min_count}; it must be at least 1 and at most {MAX_MIN_COUNT}")
     out = Path(os.path.realpath(out))
     check_main_guard()
-    check_distinct([str(path) for path in raw])
+    spec, paths = _split_lists(spec, raw)
+    check_distinct(paths)
     # Inspect all files first, so that a missing last file is found before an hour of reading.
-    files = [inspect_file(str(path), spec.text, spec.used_columns) for path in raw]
+    files = [inspect_file(path, spec.text, spec.used_columns) for path in paths]
+    _check_keys(spec, files)
     processes = resources.workers(sum(file.size for file in files))
     passes = Passes(spec, files, out)
+    if (warning := misleading_names(spec.split, paths)) is not None:
+        _logger.warning("%s", one_line(warning))
     if passes.is_published:  # by a run that was killed before it could remove the work directory
         passes.work.remove()
     passes.work.remove_leftovers()
@@ -133,6 +145,8 @@ def prepare(
         if only in (None, "count"):
             passes.count(workers, shard or Shard())
         if only in (None, "vocabulary"):
+            with suppress(OSError):  # stderr may be closed
+                print(*map(one_line, passes.describe_splits()), sep="\n", file=sys.stderr, flush=True)
             passes.vocabulary(workers, max(1 << 16, resources.bytes // processes // RANGE_VALUE_BYTES))
         if only in (None, "write"):
             passes.write(workers, shard or Shard())
@@ -153,6 +167,28 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
     return schema
 
 
+def _split_lists(
+    spec: TableSpec, raw: Sequence[str | Path] | Mapping[str, Sequence[str | Path]]
+) -> tuple[TableSpec, list[str]]:
+    """Return the description with the rule for ``raw``, and the raw files that ``raw`` names."""
+    if not isinstance(raw, Mapping):
+        return spec, expand([str(path) for path in raw])
+    lists = {split: expand([str(path) for path in paths]) for split, paths in raw.items()}
+    return replace(spec, split=rule_of_lists(lists)), [path for split in SPLITS for path in lists.get(split, ())]
+
+
+def _check_keys(spec: TableSpec, files: Sequence[RawFile]) -> None:
+    """Warn of used columns that are keys of no object at the start of any file of JSON lines."""
+    found = {name for file in files for name in (*file.columns, *(key for key, _ in file.constants))}
+    if isinstance(spec.text, JsonLines) and found:
+        for column in spec.used_columns:
+            if column not in found:
+                _logger.warning(
+                    "%s: no object at the start of a file has the key %r, so it is missing there; the keys are %.300s",
+                    *(one_line(files[0].path), column, ", ".join(sorted(found))),
+                )
+
+
 @contextmanager
 def _kept_work(work: WorkDirectory, missing: Sequence[Path], alone: bool) -> Iterator[None]:
     """On an error, keep finished results and name their directory; remove it if a new run could not use any of them.
@@ -170,13 +206,17 @@ def _kept_work(work: WorkDirectory, missing: Sequence[Path], alone: bool) -> Ite
         yield
     except BaseException as error:
         finished = work.has_finished_files() if type(error) is UserError else work.has_finished_blocks()
+        finished = finished and not isinstance(error, NoRowsError)
         if alone and not finished:
             work.remove()
             for parent in missing:
                 with suppress(OSError):
                     parent.rmdir()
         if finished and isinstance(error, UserError | OSError):
-            kept = f"(finished work is kept in {work.root}; the same command resumes from it)"
+            # After an input error the same command would only fail again.
+            same = isinstance(error, OSError | WorkerKilledError)
+            use = "the same command resumes from it" if same else "it is used again once the error is corrected"
+            kept = f"(finished work is kept in {work.root}; {use})"
             raise type(error)(f"{_reason(error)} {kept}") from error
         raise
 
@@ -210,18 +250,38 @@ def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
     """Run ``prepare`` with the command line's arguments."""
     if args.format is None:
         raise UserError(f"the format is missing; it is {', '.join(RAW_FORMATS)} or table (see `mlet prepare --help`)")
-    if not args.raw:
-        raise UserError("no raw file was given; name at least one (see `mlet prepare --help`)")
+    raw = _raw_arguments(args)
     if args.out is None:
         raise UserError("--out is missing; name the directory for the data set (see `mlet prepare --help`)")
     return prepare(
         _spec(args),
-        args.raw,
+        raw,
         Path(args.out),
         resources=Resources(args.memory, args.processes),
         only=args.only,
         shard=None if args.shard is None else _shard(args.shard),
     )
+
+
+def _raw_arguments(args: argparse.Namespace) -> list[str] | dict[str, list[str]]:
+    """Return the raw files, or the list of each split if --train, --valid or --test names some."""
+    lists = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
+    if not lists:
+        if not args.raw:
+            raise UserError("no raw file was given; name at least one (see `mlet prepare --help`)")
+        return list(args.raw)
+    if args.raw and "train" in lists:
+        raise UserError(f"{args.raw[0]}: is given beside --train; files without an option are train; use one of both")
+    if args.split is not None:
+        raise UserError(f"--split {args.split} goes without --{next(iter(lists))}, which names the files of a split")
+    return lists if not args.raw else {"train": list(args.raw), **lists}
+
+
+def _first_columns(args: argparse.Namespace, text: TextFormat | JsonLines | None) -> tuple[str, ...]:
+    """Return the columns of the first raw file that has rows."""
+    given = args.raw or args.train
+    columns = (inspect_file(path, text, ()).columns for path in expand(given or ()))
+    return next(filter(None, columns), ())
 
 
 def _spec(args: argparse.Namespace) -> TableSpec:
@@ -231,9 +291,10 @@ def _spec(args: argparse.Namespace) -> TableSpec:
         for name, value in (("--min-count", args.min_count), ("--split", args.split), ("--seed", args.seed)):
             if value is not None:
                 raise UserError(f"{name} goes with {' and '.join(RAW_FORMATS)}; for a table, set it in {args.schema}")
-        spec = load_table(
-            Path(args.schema), lambda text: inspect_file(str(args.raw[0]), text, ()).columns if args.raw else ()
-        )
+        spec = load_table(Path(args.schema), partial(_first_columns, args))
+        given = next((split for split in SPLITS if getattr(args, split)), None)
+        if given is not None and (spec.split.by != "file" or spec.split.files) and spec.split != SplitRule("rows"):
+            raise UserError(f"--{given} names the files of a split, but {args.schema} has a split of its own; use one")
     else:
         if args.schema is not None:
             raise UserError(f"--schema goes with `mlet prepare table`; {args.format} has fixed columns")

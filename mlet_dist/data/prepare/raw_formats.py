@@ -2,7 +2,7 @@
 
 To add a format with fixed columns, write a function like ``criteo``, add it to ``RAW_FORMATS``, and add its name to the
 choices of the argument ``format`` in ``mlet_dist/cli/prepare.py``; ``--split paper`` is mapped to a rule in
-``pipeline``. Files that are neither delimited text nor Parquet also need a function in ``raw_blocks`` that cuts them
+``pipeline``. Files that are neither lines of text nor Parquet also need a function in ``raw_blocks`` that cuts them
 into blocks and one in ``parsing`` that reads a block.
 """
 
@@ -21,18 +21,31 @@ class TextFormat:
     """Lines of delimited fields.
 
     Attributes:
-        delimiter: one character.
+        delimiter: one character, or several.
         quote: the character around fields that contain a delimiter, doubled within such a field; None makes quotes
             ordinary characters. A quoted field cannot contain a line end.
         header: whether the first line of each file names the columns.
         columns: names of all columns, in order. With a header it is the expected header, or None if each file may have
             columns of its own.
+        encoding: name of the text's encoding; None is UTF-8. A byte order mark takes precedence over it.
     """
 
     delimiter: str
     quote: str | None
     header: bool
     columns: tuple[str, ...] | None
+    encoding: str | None = None
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """Lines of JSON objects, whose keys are the columns; a key that an object lacks is a missing value.
+
+    Attributes:
+        encoding: as in ``TextFormat``.
+    """
+
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ class TableSpec:
 
     Attributes:
         source: name of the format: a key of ``RAW_FORMATS``, or ``table``.
-        text: how lines are split into fields; None for Parquet files.
+        text: how lines are read; None for Parquet files.
         label, dense, sparse: the columns to keep, and the features to make from them.
         split: the rule by which rows are assigned to splits.
         max_malformed: largest share of malformed lines in a file. A larger share is an error at the end of the file, or
@@ -144,7 +157,7 @@ class TableSpec:
     """
 
     source: str
-    text: TextFormat | None
+    text: TextFormat | JsonLines | None
     label: LabelColumn
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]

@@ -1,9 +1,8 @@
 """The read pass: raw files become chunks, within a limit on malformed lines; times must be of one kind."""
 
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,16 +10,15 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from mlet_dist.data.prepare.chunks import ChunkInfo, Rejected, load_info, save_chunk
 from mlet_dist.data.prepare.fingerprints import read_spec
 from mlet_dist.data.prepare.list_columns import BEYOND, EMPTY, SPLIT
-from mlet_dist.data.prepare.parsing import MAX_EXAMPLES, parse_block
-from mlet_dist.data.prepare.raw_blocks import Block, RawFile, parquet_blocks, text_blocks
-from mlet_dist.data.prepare.raw_formats import RAW_FORMATS, TableSpec
+from mlet_dist.data.prepare.parsing import parse_block
+from mlet_dist.data.prepare.raw_blocks import Block, parquet_blocks, text_blocks
+from mlet_dist.data.prepare.raw_files import RawFile
+from mlet_dist.data.prepare.raw_formats import RAW_FORMATS, JsonLines, TableSpec
 from mlet_dist.data.prepare.splits import DATES, FRACTIONS, WHOLE_NUMBERS
+from mlet_dist.data.prepare.text_lines import MAX_EXAMPLES
 from mlet_dist.data.prepare.work_files import load_json, save_json
 from mlet_dist.data.prepare.worker_pool import Workers
 from mlet_dist.errors import UserError, one_line
@@ -29,10 +27,14 @@ from mlet_dist.progress import Progress
 TOLERATED_LINES = 10  # so many malformed lines are never an error, unless a file has no other lines
 EXPECTED_LINES = 10_000_000  # a file is assumed to have at least so many lines until its end is read
 MAX_OTHER_LABELS = 1e-4  # largest share of lines whose label is a number other than 0 and 1
-SHOWN_EXAMPLES = 3  # malformed lines in a message
+SHOWN_EXAMPLES = 3  # malformed lines, or files without rows, in a message
 PROCESSES_PER_FILE = 6  # so many processes parse as fast as one thread decompresses
 
 _logger = logging.getLogger(__name__)
+
+
+class NoRowsError(UserError):
+    """No raw file has rows, so that no finished work is worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Reading:
                 finally:
                     stopped.set()
         self._report_lists([found for number in numbers if (found := self._load(number)) is not None])
+        self._report_empty(numbers)
 
     @cached_property
     def reads(self) -> list[FileRead]:
@@ -153,12 +156,10 @@ class Reading:
             self._check_labels(raw.path, labels, max(lines, EXPECTED_LINES))
             # Malformed lines may all be at the start, but a file of another format need not be read to its end.
             if malformed > self._tolerated(max(lines, EXPECTED_LINES)):
-                raise _too_malformed(raw.path, malformed, lines, examples, "the first ")
-        if not lines:
-            raise UserError(f"{raw.path}: contains no lines")
+                raise self._too_malformed(raw.path, malformed, lines, examples, "the first ")
         self._check_labels(raw.path, labels, lines)
-        if malformed == lines:
-            raise _too_malformed(raw.path, malformed, lines, examples)
+        if malformed and malformed == lines:
+            raise self._too_malformed(raw.path, malformed, lines, examples)
         result = FileRead(
             tuple(info.rows for info in infos),
             lines,
@@ -199,9 +200,20 @@ class Reading:
                 *(one_line(self._files[number].path), found.malformed, found.lines, one_line(shown)),
             )
 
+    def _report_empty(self, numbers: Sequence[int]) -> None:
+        """Log a warning if some of the files have no rows, as part files of Spark and Hive may."""
+        empty = [one_line(self._files[number].path) for number in numbers if not self._lines_of(number)]
+        if empty and len(empty) < len(self._files):
+            more = f", … ({len(empty)} files)" if len(empty) > SHOWN_EXAMPLES else ""
+            _logger.warning("no rows in %s%s: passed over", ", ".join(empty[:SHOWN_EXAMPLES]), more)
+
+    def _lines_of(self, number: int) -> int:
+        found = self._load(number)
+        return 0 if found is None else found.lines
+
     def _check_malformed(self, number: int, found: FileRead) -> None:
         if found.malformed > self._tolerated(found.lines):
-            raise _too_malformed(self._files[number].path, found.malformed, found.lines, found.examples)
+            raise self._too_malformed(self._files[number].path, found.malformed, found.lines, found.examples)
 
     def _check_labels(self, path: str, others: Mapping[str, int], lines: int) -> None:
         """Raise UserError if more than a stray row has a number other than 0 and 1 as its label."""
@@ -224,13 +236,29 @@ class Reading:
     def _calls(self, number: int, update: Callable[[int], None], spill: bool) -> Iterator[tuple[Any, ...]]:
         """Yield the arguments of ``_read_block`` for each block of a file; a finished block is not passed on."""
         raw = self._files[number]
-        blocks = text_blocks if self._spec.text is not None else parquet_blocks
-        for block in blocks(raw, update):
+        text = self._spec.text
+        for block in parquet_blocks(raw, update) if text is None else text_blocks(raw, update, text.encoding):
             path = self.chunk(number, block.index)
             if path.exists():
-                yield self._spec, raw.columns, None, path
+                yield self._spec, raw, None, path
             else:
-                yield self._spec, raw.columns, block.spill(path.with_suffix(".text")) if spill else block, path
+                yield self._spec, raw, block.spill(path.with_suffix(".text")) if spill else block, path
+
+    def _too_malformed(
+        self, path: str, malformed: int, lines: int, examples: Sequence[Rejected], which: str = ""
+    ) -> UserError:
+        first = examples[0]
+        advice = "check the format of the file"
+        if "is not UTF-8" in first.reason and not self._is_fixed:
+            advice = "set `encoding` in the description, such as cp1252 or latin-1"
+        elif isinstance(self._spec.text, JsonLines):
+            advice = "each line must be one JSON object"
+        # A file of malformed lines alone is never accepted.
+        limit = "" if malformed == lines and not which else ", or raise --max-malformed"
+        return UserError(
+            f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}; "
+            f"{advice}{limit}"
+        )
 
     def _check_one_kind(self, found: Sequence[tuple[str, dict[str, int]]]) -> None:
         """Raise UserError for times of two kinds, which cannot be ordered; ``found`` has each file's ``times``."""
@@ -251,48 +279,12 @@ class Reading:
             )
 
 
-def _too_malformed(path: str, malformed: int, lines: int, examples: Sequence[Rejected], which: str = "") -> UserError:
-    first = examples[0]
-    return UserError(
-        f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}; "
-        "check the format of the file, or raise --max-malformed"
-    )
-
-
-def _read_block(spec: TableSpec, columns: tuple[str, ...], block: Block | None, path: Path) -> ChunkInfo:
+def _read_block(spec: TableSpec, file: RawFile, block: Block | None, path: Path) -> ChunkInfo:
     """Parse a block into the chunk ``path``; None stands for a block whose chunk is finished."""
     if block is None:
         info = load_info(path)
         assert info is not None
         return info
-    table, info = parse_block(spec, columns, block)
+    table, info = parse_block(spec, file.columns, block, file.constants)
     save_chunk(path, table, info)
     return info
-
-
-def check_distinct(paths: Sequence[str]) -> None:
-    """Check that no raw file is given twice, even by links; paths that cannot be examined are skipped.
-
-    Raises:
-        UserError: two of the paths or URLs lead to the same file.
-    """
-    seen: dict[Hashable, str] = {}
-    for path in paths:
-        try:
-            identity = _identity(path)
-        except (OSError, ImportError, ValueError):
-            continue
-        if identity in seen:
-            also = "" if path == seen[identity] else f", also as {seen[identity]}"
-            raise UserError(f"{path}: is given twice{also}; give each raw file once")
-        seen[identity] = path
-
-
-def _identity(path: str) -> Hashable:
-    """Return what tells the file apart from others: device and inode, or a remote store and the path in it."""
-    if "://" in path:
-        filesystem, path = fsspec.core.url_to_fs(path)
-        if not isinstance(filesystem, LocalFileSystem):
-            return filesystem, path
-    status = os.stat(path)
-    return status.st_dev, status.st_ino

@@ -1,7 +1,7 @@
 """The assignment of rows to splits: by position, by a time column, at random, or by file.
 
 A ``SplitRule`` becomes a ``Splitter`` once all files are read, when the number of rows, and so each row's number, is
-known.
+known. The assignment of whole files is in ``split_files``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,13 +35,15 @@ class SplitRule:
     Attributes:
         by: ``rows`` cuts all rows, in the order of the files, into consecutive shares. ``time`` does so in the order of
             ``column``, with rows of equal time in the same split; or it cuts at the times ``starts``. ``random`` draws
-            each row's split from the seed and the row's number. ``file`` cuts the last file into ``shares``; all other
-            files are train.
-        shares: the share of each split, in the order of the splits' rows; they add up to 1.
+            each row's split from the seed and the row's number. ``file`` gives each file to one split: those of
+            ``files``, or train; without ``files`` it cuts the last file into ``shares``.
+        shares: the share of each split, in the order of the splits' rows; they add up to 1. A split without a share has
+            no rows.
         seed: seed of ``random``.
         column: the raw column with the times, for ``time``.
-        starts: for ``time``, in place of shares: the first time of valid and of test; earlier rows are train.
+        starts: for ``time``, in place of shares: the first time of valid, of test, or of both; earlier rows are train.
         starts_are_dates: whether ``starts`` were given as dates or times; they are microseconds since 1970 then.
+        files: for ``file``, in place of shares: names or patterns of the raw files of each split.
     """
 
     by: Literal["rows", "time", "random", "file"]
@@ -50,6 +52,16 @@ class SplitRule:
     column: str | None = None
     starts: Mapping[str, int | float] | None = None
     starts_are_dates: bool = False
+    files: Mapping[str, tuple[str, ...]] | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the rule makes."""
+        if self.by == "file":
+            made = {"train", *(self.shares if self.files is None else self.files)}
+        else:
+            made = set(self.shares) if self.starts is None else {"train", *self.starts}
+        return tuple(split for split in SPLITS if split in made)
 
 
 # The splits of the MLET paper. Criteo-Kaggle has 7 days in time order and no time column. The first half of the last
@@ -66,6 +78,7 @@ class Splitter:
     Attributes:
         rule: the rule.
         file_rows: number of rows of each file.
+        file_splits: for ``file``, the split of each file; None for the file that is cut into shares.
         cuts: for ``time``, the ascending times at which splits start: a row is in ``names[i]`` if i of them are at or
             before its time.
         names: for ``time``, the splits in time order.
@@ -74,6 +87,7 @@ class Splitter:
 
     rule: SplitRule
     file_rows: tuple[int, ...]
+    file_splits: tuple[str | None, ...] = ()
     cuts: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     in_millionths: bool = False
@@ -89,8 +103,8 @@ class Splitter:
             random = hash_counters(self.rule.seed, first, rows)
             return _codes_of(self.rule.shares)[np.searchsorted(np.array(bounds, np.uint64), random, side="right")]
         if self.rule.by == "file":
-            if file < len(self.file_rows) - 1:
-                return np.full(rows, SPLITS.index("train"), np.uint8)
+            if (split := self.file_splits[file]) is not None:
+                return np.full(rows, SPLITS.index(split), np.uint8)
             return self._by_position(start, rows, self.file_rows[file])
         return self._by_position(first, rows, sum(self.file_rows))
 
@@ -105,19 +119,29 @@ def make_splitter(
     file_rows: Sequence[int],
     times: Sequence[npt.NDArray[np.int64]] = (),
     in_millionths: bool = False,
+    file_splits: Sequence[str | None] = (),
 ) -> Splitter:
-    """Return the splitter of files with ``file_rows`` rows; shares by time need the ``times``, in any order."""
+    """Return the splitter of files with ``file_rows`` rows.
+
+    Args:
+        rule: the rule.
+        file_rows: number of rows of each file.
+        times: for shares by time, the times in any order.
+        in_millionths: whether the times are numbers in millionths (``time_columns``).
+        file_splits: for ``file``, as in ``Splitter``.
+    """
+    rows = tuple(file_rows)
     if rule.by != "time":
-        return Splitter(rule, tuple(file_rows))
+        return Splitter(rule, rows, tuple(file_splits))
     if rule.starts is not None:
         ordered = sorted(rule.starts.items(), key=lambda item: item[1])
         unit = MILLIONTHS if in_millionths else 1
         cuts = tuple(ceil(Fraction(str(time)) * unit) for _, time in ordered)
-        return Splitter(rule, tuple(file_rows), cuts, ("train", *(name for name, _ in ordered)), in_millionths)
-    total = sum(file_rows)
+        return Splitter(rule, rows, (), cuts, ("train", *(name for name, _ in ordered)), in_millionths)
+    total = sum(rows)
     ranks = [total * share // 1 for share in accumulate(rule.shares.values())][:-1]
     cuts = tuple(_order_statistic(times, min(rank, total - 1)) for rank in ranks)
-    return Splitter(rule, tuple(file_rows), cuts, tuple(rule.shares), in_millionths)
+    return Splitter(rule, rows, (), cuts, tuple(rule.shares), in_millionths)
 
 
 def _order_statistic(arrays: Sequence[npt.NDArray[np.int64]], rank: int) -> int:

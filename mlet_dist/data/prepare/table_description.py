@@ -13,12 +13,14 @@ from mlet_dist.data.prepare.raw_formats import (
     LABEL,
     MAX_MIN_COUNT,
     DenseColumn,
+    JsonLines,
     LabelColumn,
     SparseColumn,
     TableSpec,
     TextFormat,
 )
 from mlet_dist.data.prepare.splits import DATES, EIGHTY_TEN_TEN, HALVES, SplitRule
+from mlet_dist.data.prepare.text_encoding import canonical_encoding
 from mlet_dist.data.prepare.time_columns import parse_time
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, NAME_RULE, SPLITS, TABLE_NAME_RULE, is_name, is_table_name
@@ -27,7 +29,9 @@ from mlet_dist.errors import UserError
 _REQUIRED = object()  # the default of a key that has none
 
 
-def load_table(path: Path, columns_of: Callable[[TextFormat | None], Sequence[str]] | None = None) -> TableSpec:
+def load_table(
+    path: Path, columns_of: Callable[[TextFormat | JsonLines | None], Sequence[str]] | None = None
+) -> TableSpec:
     """Read the YAML description of a table; configs/tables/movielens.yaml explains its keys.
 
     Args:
@@ -39,18 +43,16 @@ def load_table(path: Path, columns_of: Callable[[TextFormat | None], Sequence[st
         UserError: the file cannot be read, or a key is unknown, missing or has an invalid value.
     """
     top = _Section(str(path), "", load_yaml(path, "description of the table"))
-    form = top.take("format", _one_of("csv", "parquet"))
-    text = None
+    form = top.take("format", _one_of("csv", "jsonl", "parquet"))
+    text: TextFormat | JsonLines | None = None
     if form == "csv":
-        header = top.take("header", _flag, True)
-        columns = None if header else tuple(top.take("columns", _texts))
-        text = TextFormat(top.take("delimiter", _character, ","), top.take("quote", _quote, '"'), header, columns)
-        if text.delimiter == text.quote:
-            top.fail("quote", text.quote, "another character than the delimiter")
+        text = _delimited(top)
+    elif form == "jsonl":
+        text = JsonLines(top.take("encoding", _encoding, None))
     missing = top.take("missing_values", _spellings, None)
 
     def find() -> Sequence[str]:
-        if text is not None and text.columns is not None:
+        if isinstance(text, TextFormat) and text.columns is not None:
             return text.columns
         return () if columns_of is None else columns_of(text)
 
@@ -69,11 +71,20 @@ def load_table(path: Path, columns_of: Callable[[TextFormat | None], Sequence[st
         if name in names:
             raise UserError(f"{path}: two features are named {name!r} (label is the label's name); change one `name`")
         names.add(name)
-    if text is not None and text.columns is not None:
-        for column in spec.used_columns:
-            if text.columns.count(column) != 1:
-                raise UserError(f"{path}: columns must name {column!r} exactly once, since the description uses it")
+    if isinstance(text, TextFormat) and text.columns is not None:
+        for column in spec.used_columns:  # one that it lacks may be a directory column=… of the files
+            if text.columns.count(column) > 1:
+                raise UserError(f"{path}: columns must name {column!r} once, since the description uses it")
     return spec
+
+
+def _delimited(top: "_Section") -> TextFormat:
+    header = top.take("header", _flag, True)
+    columns = None if header else tuple(top.take("columns", _texts))
+    delimiter, quote = top.take("delimiter", _delimiter, ","), top.take("quote", _quote, '"')
+    if quote is not None and quote in delimiter:
+        top.fail("quote", quote, "another character than the delimiter")
+    return TextFormat(delimiter, quote, header, columns, top.take("encoding", _encoding, None))
 
 
 def _label(section: "_Section", missing: tuple[str, ...] | None) -> LabelColumn:
@@ -195,15 +206,16 @@ def _split(section: "_Section") -> SplitRule:
     column = section.take("column", _text) if by == "time" else None
     starts, are_dates = section.take("starts", _starts, (None, False)) if by == "time" else (None, False)
     seed = section.take("seed", _seed, 0) if by == "random" else 0
+    files = section.take("files", _files, None) if by == "file" else None
     shares = HALVES if by == "file" else EIGHTY_TEN_TEN
-    if starts is None:
+    if starts is None and files is None:
         shares = section.take("shares", _shares, shares)
-    if by == "file" and set(shares) != {"valid", "test"}:
-        section.fail("shares", sorted(shares), "shares of valid and test; all files but the last are train")
-    if by != "file" and set(shares) != set(SPLITS):
-        section.fail("shares", sorted(shares), "shares of train, valid and test")
+    if by == "file" and "train" in shares:
+        section.fail("shares", sorted(shares), "shares of valid, test or both; all files but the last are train")
+    if by != "file" and "train" not in shares:
+        section.fail("shares", sorted(shares), "shares of train and of valid, test or both")
     section.end()
-    return SplitRule(by, dict(shares), seed, column, starts, are_dates)
+    return SplitRule(by, dict(shares), seed, column, starts, are_dates, files)
 
 
 class _Section:
@@ -313,15 +325,31 @@ def _shares(value: Any) -> dict[str, Fraction]:
 
 
 def _starts(value: Any) -> tuple[dict[str, int | float], bool]:
-    """Return the first times of valid and test, and whether they are dates or times."""
-    expected = "the first times of valid and test, such as {valid: 1700000000, test: 1700600000}"
-    if not isinstance(value, Mapping) or set(value) != {"valid", "test"}:
-        raise ValueError(expected)
+    """Return the first times of valid, test or both, and whether they are dates or times."""
+    if not isinstance(value, Mapping) or not value or not set(value) <= {"valid", "test"}:
+        raise ValueError("the first times of valid, test or both, such as {valid: 1700000000, test: 1700600000}")
     parsed = {split: parse_time(each) for split, each in value.items()}
     kinds = {kind == DATES for _, kind in parsed.values()}
-    if len(kinds) != 1 or parsed["valid"] == parsed["test"]:
-        raise ValueError("two different times, as the column writes them")
+    if len(kinds) != 1 or len(set(parsed.values())) < len(parsed):
+        raise ValueError("different times, as the column writes them")
     return {split: time for split, (time, _) in parsed.items()}, kinds == {True}
+
+
+def _files(value: Any) -> dict[str, tuple[str, ...]]:
+    expected = "names or patterns of raw files by split, such as {valid: valid.csv, test: [test_1.csv, test_2.csv]}"
+    if not isinstance(value, Mapping) or not value or not set(value) <= set(SPLITS):
+        raise ValueError(expected)
+    files = {str(split): tuple(names) if isinstance(names, list) else (names,) for split, names in value.items()}
+    if not all(names and all(map(_is_text, names)) for names in files.values()):
+        raise ValueError(expected)
+    return files
+
+
+def _encoding(value: Any) -> str:
+    try:
+        return canonical_encoding(value if isinstance(value, str) else "")
+    except ValueError:
+        raise ValueError("the name of an encoding, such as utf-8, latin-1, cp1252 or utf-16") from None
 
 
 def _missing(value: Any) -> float | str:
@@ -367,7 +395,10 @@ _columns = _check(
     lambda value: isinstance(value, list) and value != [] and all(map(_is_text, value)),
 )
 _table_size = _check(f"from 1 to {MAX_NUM_EMBEDDINGS}", lambda value: _is_integer(value, 1, MAX_NUM_EMBEDDINGS))
-_character = _check('one ASCII character ("\\t" for a tab)', lambda value: _is_characters(value, 1))
+_delimiter = _check(
+    '1 to 8 characters without line ends ("\\t" for a tab)',
+    lambda value: isinstance(value, str) and 0 < len(value) <= 8 and not set(value) & set("\r\n\0"),
+)
 _quote = _check("one ASCII character, or null for none", lambda value: value is None or _is_characters(value, 1))
 _separator = _check(
     "1 to 8 ASCII characters without line ends", lambda value: value is None or _is_characters(value, 8)

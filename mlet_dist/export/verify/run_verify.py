@@ -64,6 +64,7 @@ def verify_export(
             print(f"mlet: warning: {problem}; export again, or name its run", file=sys.stderr)
         schema = DatasetSchema.load(data)
         trained.check_data(schema, data)
+        schema.check_split(data, split)
         described = _check_outputs(directory, manifest)
         outputs = {}
         for name, entry in described.items():

@@ -1,5 +1,6 @@
 """Tests of mlet_dist.data.loading.loader, row_groups and jagged_tensors on single-valued features."""
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -270,6 +271,13 @@ def test_pinned_copy_on_a_side_stream(dataset: Path) -> None:
 def test_wrong_argument(dataset: Path, split: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_loader(dataset, split, **changes)
+
+
+def test_a_split_that_the_data_set_lacks(dataset: Path, tmp_path: Path) -> None:
+    schema = DatasetSchema.load(dataset)
+    dataclasses.replace(schema, parts={"train": schema.parts["train"]}).save(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: has no test split; its splits are train"):
+        make_loader(tmp_path, "test")
 
 
 def test_missing_data_set(tmp_path: Path) -> None:

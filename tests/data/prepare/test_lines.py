@@ -1,4 +1,4 @@
-"""Tests of the classification of lines in mlet_dist.data.prepare.parsing, against a check of each line by itself."""
+"""Tests of mlet_dist.data.prepare.text_lines: the classification of lines, against a check of each line by itself."""
 
 import csv
 import re
@@ -6,7 +6,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlet_dist.data.prepare.parsing import classify_lines, plain_lines
+from mlet_dist.data.prepare.text_lines import MAX_EXAMPLES, classify_lines, plain_lines
 
 # A field without quotes, or a quoted field in which quotes are doubled.
 FIELD = r'(?:[^",]*|"(?:[^"]|"")*")'
@@ -42,7 +42,7 @@ def test_any_lines(lines: list[bytes], quoted: bool, fields: int, skip: bool) ->
     good = [i for i, line in enumerate(lines) if i >= first and line and one_by_one(line, quoted) == fields]
     bad = [i for i, line in enumerate(lines) if i >= first and line and i not in good]
     assert found.numbers.tolist() == good
-    assert sorted(found.malformed) == bad
+    assert (found.malformed, sorted(found.reasons)) == (len(bad), bad[:MAX_EXAMPLES])
     assert found.text == b"".join(lines[i] + b"\n" for i in good)
     assert (found.count, found.passed) == (len(good) + len(bad), len(lines))
 
@@ -56,5 +56,5 @@ def test_plain_lines_can_only_have_a_wrong_number_of_fields(lines: list[bytes], 
     assert (found is not None) == wanted
     if found is not None:
         assert (found.text, found.numbers.tolist()) == (block, list(range(len(lines))))
-        assert (found.count, found.passed, found.malformed) == (len(lines), len(lines), {})
+        assert (found.count, found.passed, found.malformed) == (len(lines), len(lines), 0)
     assert plain_lines(b"x" * (1 << 20) + b"\n", None) is None

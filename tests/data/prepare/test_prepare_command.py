@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +14,9 @@ from tests.helpers.raw_logs import make_raw_lines, raw_bytes
 Write = Callable[..., Path]
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     assert cli.main(["prepare", *map(str, arguments), "--json"]) == 0
-    result: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return result
 
 
@@ -83,6 +84,18 @@ def test_pass_by_pass(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFi
             "--min-count goes with criteo and",
         ),
         (["table", "a.csv", "--out", "x", "--schema", "nowhere.yaml"], "nowhere.yaml: cannot read the description"),
+        (
+            ["criteo", "a.tsv", "--out", "x", "--train", "b.tsv"],
+            "a.tsv: is given beside --train; files without",
+        ),
+        (
+            ["criteo", "--out", "x", "--valid", "/dev/null"],
+            "no raw file of the training split was given",
+        ),
+        (["criteo", "/dev/null", "--out", "x", "--test", "b", "--split", "rows"], "--split rows goes without --test"),
+        (["criteo", "/dev/null", "--out", "x"], "/dev/null: is a character device; raw data is read more than once"),
+        (["criteo", "*.tsv", "--out", "x"], "*.tsv: no file matches the pattern"),
+        (["criteo", ".", "--out", "x"], ".: is a directory without raw files"),
         (["criteo", "--check", "x"], "--check cannot be combined with a format or --out"),
         (["--check", "nowhere"], "nowhere: no such data set"),
     ],
@@ -99,6 +112,28 @@ def test_input_errors(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"mlet: error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_split_already(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    days = [write_raw(raw_bytes(make_raw_lines(20 + seed, seed)), f"day_{seed}") for seed in range(4)]
+    lists = ("--train", days[0], days[1], "--test", tmp_path / "raw/*_[3]", "--valid", days[2])
+    assert run(capsys, "criteo", "--out", tmp_path / "a", *lists)["rows"] == {"train": 41, "valid": 22, "test": 23}
+    two = run(capsys, "criteo", days[0], "--valid", days[2], "--out", tmp_path / "b")
+    assert (two["rows"], two["positive_rate"].keys()) == ({"train": 20, "valid": 22}, {"train", "valid"})
+    assert run(capsys, "--check", tmp_path / "b")["ok"] is True
+
+
+def test_lists_and_the_split_of_a_description(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.csv").write_text("y,x\n" + 9 * "1,a\n0,b\n")
+    for split, is_allowed in (("", True), ("split: {by: file}\n", True), ("split: {by: random}\n", False)):
+        Path("t.yaml").write_text("format: csv\nlabel: {column: y}\nsparse: [{column: x}]\n" + split)
+        arguments = ["prepare", "table", "a.csv", "--test", "b.csv", "--schema", "t.yaml", "--out", f"out{len(split)}"]
+        assert cli.main(arguments) == (0 if is_allowed else 2)
+    assert "--test names the files of a split, but t.yaml has a split of its own; use one" in capsys.readouterr().err
 
 
 def test_remote_paths(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]) -> None:

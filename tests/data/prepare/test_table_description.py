@@ -128,8 +128,8 @@ def test_quoted_separators_and_quotes(tmp_path: Path, write_raw: Write) -> None:
 
 
 BAD_QUOTES = {
-    '"open,1': "a quote that is not closed on its line",
-    'a"b,1': "a quote that is not closed on its line",
+    '"open,1': "a quote that is not closed on its line; a line end within quotes is not supported",
+    'a"b,1': "a quote that is not closed on its line; a line end within quotes is not supported",
     'a"b"c,1': "a quote that does not enclose a whole field",
     '"a"b,1': "a quote that does not enclose a whole field",
     '"a,1"': "1 fields instead of 2",
@@ -443,14 +443,18 @@ NAMES = "printable text of 1 to 200 bytes without dots and slashes"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "json"}, "format is 'json'; it must be csv or parquet"),
+        ({"format": "json"}, "format is 'json'; it must be csv or jsonl or parquet"),
         ({"label": None}, "label is None; it must be a section of `key: value` lines"),
         ({"label": {}}, "key 'label.column' is missing"),
         ({"labels": 1}, "labels is not a valid key here"),
-        ({"delimiter": ";;"}, "delimiter is ';;'; it must be one ASCII character (\"\\t\" for a tab)"),
+        ({"delimiter": ""}, "delimiter is ''; it must be 1 to 8 characters without line ends (\"\\t\" for a tab)"),
+        ({"delimiter": "\r\n"}, "delimiter is '\\r\\n'; it must be 1 to 8 characters without line ends"),
         ({"delimiter": '"'}, "quote is '\"'; it must be another character than the delimiter"),
+        ({"delimiter": '|"|'}, "quote is '\"'; it must be another character than the delimiter"),
+        ({"format": "jsonl", "delimiter": ","}, "delimiter is not a valid key here"),
+        ({"format": "parquet", "encoding": "latin-1"}, "encoding is not a valid key here"),
         ({"header": False}, "key 'columns' is missing"),
-        ({"header": False, "columns": ["y", "z"]}, "columns must name 'x' exactly once, since the description uses it"),
+        ({"header": False, "columns": ["y", "x", "x"]}, "columns must name 'x' once, since the description uses it"),
         ({"sparse": []}, "sparse is []; it must be a list of one entry or more"),
         ({"sparse": [{"column": "items"}]}, f"sparse[0].name is 'items'; it must be {NAMES} that"),
         ({"sparse": [{"column": "a.b"}]}, f"sparse[0].name is 'a.b'; it must be {NAMES} that"),
@@ -484,12 +488,28 @@ NAMES = "printable text of 1 to 200 bytes without dots and slashes"
             "it must be shares of the splits, such as",
         ),
         (
-            {"split": {"by": "rows", "shares": {"train": 0.5, "test": 0.5}}},
-            "split.shares is ['test', 'train']; it must be shares of train, valid and test",
+            {"split": {"by": "rows", "shares": {"valid": 0.5, "test": 0.5}}},
+            "split.shares is ['test', 'valid']; it must be shares of train and of valid, test or both",
         ),
         (
             {"split": {"by": "file", "shares": {"train": 0.5, "test": 0.5}}},
-            "it must be shares of valid and test; all files but the last",
+            "it must be shares of valid, test or both; all files but the last",
+        ),
+        (
+            {"split": {"by": "file", "files": {}}},
+            "split.files is {}; it must be names or patterns of raw files by split",
+        ),
+        ({"split": {"by": "file", "files": {"dev": "a"}}}, "split.files is {'dev': 'a'}; it must be names or patterns"),
+        ({"split": {"by": "file", "files": {"test": []}}}, "split.files is {'test': []}; it must be names or patterns"),
+        ({"split": {"by": "rows", "files": {"test": "a"}}}, "split.files is not a valid key here"),
+        (
+            {"split": {"by": "file", "files": {"test": "a"}, "shares": {"test": 1}}},
+            "split.shares is not a valid key here",
+        ),
+        ({"split": {"by": "time", "column": "t", "starts": {"train": 1}}}, "it must be the first times of valid, test"),
+        (
+            {"split": {"by": "time", "column": "t", "starts": {"valid": 1, "test": 1}}},
+            "it must be different times, as the column writes them",
         ),
         ({"max_malformed": 2}, "max_malformed is 2; it must be a share from 0 to 1"),
     ],

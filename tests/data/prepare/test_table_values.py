@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mlet_dist.data.prepare import raw_blocks
+from mlet_dist.data.prepare import raw_blocks, raw_files
 from mlet_dist.data.prepare.dataset_check import check
 from mlet_dist.data.prepare.pipeline import prepare
 from mlet_dist.data.prepare.table_description import load_table
@@ -27,7 +27,7 @@ CSV = {"format": "csv", "label": {"column": "y"}, "sparse": [{"column": "x"}]}
 def make(out: Path, description: dict[str, Any], *raw: Path) -> DatasetSchema:
     path = out.parent / f"{out.name}.yaml"
     path.write_text(yaml.safe_dump(description, sort_keys=False))
-    spec = load_table(path, lambda text: raw_blocks.inspect_file(str(raw[0]), text, ()).columns)
+    spec = load_table(path, lambda text: raw_files.inspect_file(str(raw[0]), text, ()).columns)
     schema = prepare(spec, raw, out)
     assert schema is not None
     assert check(out) == schema
@@ -225,9 +225,7 @@ def test_starts_are_written_as_the_column_writes_times(tmp_path: Path, write_raw
     ):
         make(tmp_path / "other", CSV | {"split": split}, numbers)
     mixed = {"by": "time", "column": "t", "starts": {"valid": 5, "test": "2024-03-28"}}
-    with pytest.raises(
-        UserError, match=r"split.starts is .*; it must be two different times, as the column writes them"
-    ):
+    with pytest.raises(UserError, match=r"split.starts is .*; it must be different times, as the column writes them"):
         make(tmp_path / "other", CSV | {"split": mixed}, path)
 
 
