@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
 
         schema = check(Path(args.check))
         return {"checked": args.check, "rows": schema.rows, "positive_rate": schema.positive_rate, "ok": True}, True
-    from mlet_dist.data.prepare.pipeline import prepare_from
+    from mlet_dist.data.prepare.prepare_arguments import prepare_from
 
     prepared = prepare_from(args)
     if prepared is None:

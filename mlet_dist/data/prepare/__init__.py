@@ -1,7 +1,8 @@
 """Preparation of data sets from raw files, in passes that can be interrupted, resumed and shared by machines.
 
 Modules, in the order in which data runs through them:
-    pipeline: ``prepare``, which runs the passes, and the command line's arguments for it.
+    prepare_arguments: the command line's arguments for ``prepare``.
+    pipeline: ``prepare``, which runs the passes.
     passes: the passes read, count, vocabulary and write.
     raw_formats: the description of a raw table (``TableSpec``), and those of Criteo's and Avazu's logs.
     table_description: the YAML description of any other table.

@@ -1,13 +1,11 @@
 """Preparation of a data set from raw files, in the resumable passes read, count, vocabulary, write and merge."""
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,11 +15,9 @@ from mlet_dist.data.prepare.dataset_manifest import assemble
 from mlet_dist.data.prepare.file_lists import check_distinct, expand
 from mlet_dist.data.prepare.passes import Passes, Shard
 from mlet_dist.data.prepare.raw_files import RawFile, inspect_file
-from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, RAW_FORMATS, JsonLines, TableSpec, TextFormat, criteo
+from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, JsonLines, TableSpec, criteo
 from mlet_dist.data.prepare.reading import NoRowsError
 from mlet_dist.data.prepare.split_files import misleading_names, rule_of_lists
-from mlet_dist.data.prepare.splits import PAPER_AVAZU, PAPER_CRITEO_FILES, PAPER_CRITEO_ROWS, SplitRule
-from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.prepare.work_files import WorkDirectory
 from mlet_dist.data.prepare.worker_pool import WorkerKilledError, Workers, check_main_guard
 from mlet_dist.data.schema import SPLITS, DatasetSchema
@@ -29,7 +25,6 @@ from mlet_dist.errors import UserError, one_line
 
 PASSES = ("read", "count", "vocabulary", "write", "merge")
 SHARDED = ("read", "count", "write")  # passes that can be sharded
-DEFAULT_MIN_COUNT = 2  # of the command line
 
 SMALL_BYTES = 24 << 20  # below this size, starting processes takes longer than preparing in one
 PROCESS_BYTES = 512 << 20  # memory of a process beside vocabularies: a block as text, as columns and as Parquet
@@ -244,91 +239,3 @@ def _arrow_threads(count: int) -> Iterator[None]:
         yield
     finally:
         pa.set_cpu_count(before)
-
-
-def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
-    """Run ``prepare`` with the command line's arguments."""
-    if args.format is None:
-        raise UserError(f"the format is missing; it is {', '.join(RAW_FORMATS)} or table (see `mlet prepare --help`)")
-    raw = _raw_arguments(args)
-    if args.out is None:
-        raise UserError("--out is missing; name the directory for the data set (see `mlet prepare --help`)")
-    return prepare(
-        _spec(args),
-        raw,
-        Path(args.out),
-        resources=Resources(args.memory, args.processes),
-        only=args.only,
-        shard=None if args.shard is None else _shard(args.shard),
-    )
-
-
-def _raw_arguments(args: argparse.Namespace) -> list[str] | dict[str, list[str]]:
-    """Return the raw files, or the list of each split if --train, --valid or --test names some."""
-    lists = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
-    if not lists:
-        if not args.raw:
-            raise UserError("no raw file was given; name at least one (see `mlet prepare --help`)")
-        return list(args.raw)
-    if args.raw and "train" in lists:
-        raise UserError(f"{args.raw[0]}: is given beside --train; files without an option are train; use one of both")
-    if args.split is not None:
-        raise UserError(f"--split {args.split} goes without --{next(iter(lists))}, which names the files of a split")
-    return lists if not args.raw else {"train": list(args.raw), **lists}
-
-
-def _first_columns(args: argparse.Namespace, text: TextFormat | JsonLines | None) -> tuple[str, ...]:
-    """Return the columns of the first raw file that has rows."""
-    given = args.raw or args.train
-    columns = (inspect_file(path, text, ()).columns for path in expand(given or ()))
-    return next(filter(None, columns), ())
-
-
-def _spec(args: argparse.Namespace) -> TableSpec:
-    if args.format == "table":
-        if args.schema is None:
-            raise UserError("--schema is missing; `mlet prepare table` needs a YAML description of the columns")
-        for name, value in (("--min-count", args.min_count), ("--split", args.split), ("--seed", args.seed)):
-            if value is not None:
-                raise UserError(f"{name} goes with {' and '.join(RAW_FORMATS)}; for a table, set it in {args.schema}")
-        spec = load_table(Path(args.schema), partial(_first_columns, args))
-        given = next((split for split in SPLITS if getattr(args, split)), None)
-        if given is not None and (spec.split.by != "file" or spec.split.files) and spec.split != SplitRule("rows"):
-            raise UserError(f"--{given} names the files of a split, but {args.schema} has a split of its own; use one")
-    else:
-        if args.schema is not None:
-            raise UserError(f"--schema goes with `mlet prepare table`; {args.format} has fixed columns")
-        spec = RAW_FORMATS[args.format](DEFAULT_MIN_COUNT if args.min_count is None else args.min_count)
-        spec = replace(spec, split=_split_rule(args, default=spec.split))
-    if args.max_malformed is not None:
-        if not 0 <= args.max_malformed <= 1:
-            raise UserError(f"--max-malformed {args.max_malformed} is not a share from 0 to 1")
-        spec = replace(spec, max_malformed=args.max_malformed)
-    return spec
-
-
-def _split_rule(args: argparse.Namespace, default: SplitRule) -> SplitRule:
-    """Return the rule of --split and --seed; ``default`` is the format's own rule."""
-    match args.split, args.format:
-        case None, _:
-            rule = default
-        case "paper", "criteo":
-            rule = PAPER_CRITEO_ROWS if len(args.raw) == 1 else PAPER_CRITEO_FILES
-        case "paper", _:
-            rule = PAPER_AVAZU
-        case by, _:
-            rule = SplitRule(by)
-    if args.seed is None:
-        return rule
-    if rule.by != "random":
-        raise UserError("--seed goes with --split random")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} is negative; it must be a whole number, 0 or more")
-    return replace(rule, seed=args.seed)
-
-
-def _shard(text: str) -> Shard:
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"--shard {text!r} is not i/N with i from 0 to N-1, such as 0/8")
-    return Shard(int(index), int(count))

@@ -2,8 +2,8 @@
 
 To add a format with fixed columns, write a function like ``criteo``, add it to ``RAW_FORMATS``, and add its name to the
 choices of the argument ``format`` in ``mlet_dist/cli/prepare.py``; ``--split paper`` is mapped to a rule in
-``pipeline``. Files that are neither lines of text nor Parquet also need a function in ``raw_blocks`` that cuts them
-into blocks and one in ``parsing`` that reads a block.
+``prepare_arguments``. Files that are neither lines of text nor Parquet also need a function in ``raw_blocks`` that cuts
+them into blocks and one in ``parsing`` that reads a block.
 """
 
 from collections.abc import Callable, Mapping

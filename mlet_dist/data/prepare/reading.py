@@ -30,6 +30,8 @@ MAX_OTHER_LABELS = 1e-4  # largest share of lines whose label is a number other 
 SHOWN_EXAMPLES = 3  # malformed lines, or files without rows, in a message
 PROCESSES_PER_FILE = 6  # so many processes parse as fast as one thread decompresses
 
+_SET_ENCODING = "set `encoding` in the description, such as cp1252 or latin-1"
+
 _logger = logging.getLogger(__name__)
 
 
@@ -195,6 +197,8 @@ class Reading:
         self._check_malformed(number, found)
         if found.malformed:
             shown = "; ".join(f"line {each.line}: {each.reason}" for each in found.examples[:SHOWN_EXAMPLES])
+            if any(map(self._lacks_encoding, found.examples)):
+                shown += f" ({_SET_ENCODING})"
             _logger.warning(
                 "%s: skipped %d malformed of %d lines, e.g. %s",
                 *(one_line(self._files[number].path), found.malformed, found.lines, one_line(shown)),
@@ -249,8 +253,8 @@ class Reading:
     ) -> UserError:
         first = examples[0]
         advice = "check the format of the file"
-        if "is not UTF-8" in first.reason and not self._is_fixed:
-            advice = "set `encoding` in the description, such as cp1252 or latin-1"
+        if self._lacks_encoding(first):
+            advice = _SET_ENCODING
         elif isinstance(self._spec.text, JsonLines):
             advice = "each line must be one JSON object"
         # A file of malformed lines alone is never accepted.
@@ -259,6 +263,10 @@ class Reading:
             f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}; "
             f"{advice}{limit}"
         )
+
+    def _lacks_encoding(self, example: Rejected) -> bool:
+        """Return whether a description could name the encoding of a malformed line."""
+        return "is not UTF-8" in example.reason and not self._is_fixed
 
     def _check_one_kind(self, found: Sequence[tuple[str, dict[str, int]]]) -> None:
         """Raise UserError for times of two kinds, which cannot be ordered; ``found`` has each file's ``times``."""

@@ -71,6 +71,16 @@ def test_what_is_not_of_the_encoding_is_malformed(encoding: str, bad: bytes, tmp
     assert (found["line"], found["reason"]) == (22, f"the line is not {encoding} text")
 
 
+def test_the_key_is_named_if_some_lines_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.csv").write_bytes(b"y,x\n" + 40 * b"1,a\n" + "1,é\n".encode("latin-1"))
+    assert prepare_table(tmp_path / "out", PLAIN, [tmp_path / "a.csv"]).malformed == 1
+    [record] = caplog.records
+    assert record.getMessage().endswith(
+        "skipped 1 malformed of 41 lines, e.g. line 42: byte 0xe9 is not UTF-8 (set `encoding` in the description, "
+        "such as cp1252 or latin-1)"
+    )
+
+
 def test_the_key_is_named_where_it_is_needed(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(TEXT.encode("latin-1"))
     with pytest.raises(UserError, match=r"32 of 40 lines .* byte 0xe9 is not UTF-8; set `encoding` in the description"):
