@@ -35,11 +35,16 @@ def assign_files(rule: SplitRule, paths: Sequence[str]) -> tuple[str | None, ...
     """Return the split of each file by a rule by ``file``; None for the file that is cut into shares.
 
     Raises:
-        UserError: a name of ``rule.files`` is that of no file, a file is given to two splits or to none, or ``files``
-            is missing where the names of the files suggest other splits than the rule.
+        UserError: there is no training file, a name of ``rule.files`` is that of no file, a file is given to two splits
+            or to none, or ``files`` is missing where the names of the files suggest other splits than the rule.
     """
     if rule.files is None:
-        _check_names(rule, paths)
+        if len(paths) == 1:
+            raise UserError(
+                f"{paths[0]}: split by file cuts the last file into {' and '.join(rule.shares)}, and there is no other "
+                "to train on; give more files, or split by rows"
+            )
+        _check_names(paths)
         return (*("train" for _ in paths[:-1]), None)
     positions = {path: index for index, path in enumerate(paths)}
     found: list[str | None] = [None for _ in paths]
@@ -98,7 +103,7 @@ def describe_splits(rule: SplitRule, paths: Sequence[str], rows: Sequence[Mappin
         yield f"split  {split}  {count:,} of {total:,} rows: {_listed(entries)}"
 
 
-def _check_names(rule: SplitRule, paths: Sequence[str]) -> None:
+def _check_names(paths: Sequence[str]) -> None:
     if len({_suggested(path) for path in paths}) == 1:
         return
     for path in paths[:-1]:

@@ -93,6 +93,13 @@ def test_wrong_names(files: dict[str, tuple[str, ...]], message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+def test_one_file_is_not_enough_to_split_by_file(folder: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"train\.csv: split by file cuts the last file into test and valid, and there is no"
+    ):
+        prepare_table(folder / "out", PLAIN | {"split": {"by": "file"}}, [folder / "train.csv"])
+
+
 @pytest.mark.parametrize("names", [("train", "valid", "test"), ("valid", "test"), ("test", "train")])
 def test_validation_data_is_not_trained_on(folder: Path, names: tuple[str, ...]) -> None:
     with pytest.raises(
