@@ -1,7 +1,6 @@
 """The form of delimited lines, guessed from the first ones: delimiter, quote, header, and their fields."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,27 +60,29 @@ def guess_delimiter(lines: Sequence[str]) -> tuple[str, str | None, int] | None:
     for place, delimiter in enumerate(DELIMITERS):
         if delimiter not in sample[0]:
             continue
-        for quote in (*(q for q in QUOTES if _encloses_fields(sample, delimiter, q)), None):
-            # Quotes that enclose whole fields in no line are ordinary characters.
-            widths = Counter(
-                0 if row is None else len(row) for row in (split_line(x, delimiter, quote) for x in sample)
-            )
-            first = split_line(sample[0], delimiter, quote)
-            width = len(first or ())
-            share = widths[width] / len(sample)
-            if width < 2 or share < _LEAST_SHARE:
-                continue
-            # Control characters are never part of values, and a space often is.
-            kind = 2 if delimiter < " " else 0 if delimiter == " " else 1
-            score = (kind, round(share, 2), quote is not None, len(delimiter), width, -place)
-            if best is None or score > best[0]:
-                best = score, (delimiter, quote, width)
+        # Quotes that enclose whole fields in no line are ordinary characters.
+        quotes = (*(quote for quote in QUOTES if _encloses_fields(sample, delimiter, quote)), None)
+        found = [(*_width(sample, delimiter, quote), quote) for quote in quotes]
+        share, width, quote = max(found, key=lambda each: each[0])  # the first of those with equal shares
+        if width < 2 or share < _LEAST_SHARE:
+            continue
+        # Control characters are never part of values, and a space often is.
+        kind = 2 if delimiter < " " else 0 if delimiter == " " else 1
+        score = (kind, round(share, 2), quote is not None, len(delimiter), width, -place)
+        if best is None or score > best[0]:
+            best = score, (delimiter, quote, width)
     if best is None:
         return None
     delimiter, quote, width = best[1]
     if quote is None and not any('"' in line for line in lines):
         quote = '"'  # the default, which the rest of the file may need
     return delimiter, quote, width
+
+
+def _width(lines: Sequence[str], delimiter: str, quote: str | None) -> tuple[float, int]:
+    """Return the share of lines that have as many fields as the first line, and that number."""
+    widths = [0 if row is None else len(row) for row in (split_line(line, delimiter, quote) for line in lines)]
+    return widths.count(widths[0]) / len(widths), widths[0]
 
 
 def split_line(line: str, delimiter: str, quote: str | None) -> list[str] | None:

@@ -46,6 +46,8 @@ def describe(name: str) -> Described:
     label = guess_label([facts for facts in columns if not facts.in_path])
     others = [facts for facts in columns if label is None or facts is not label.facts]
     times = [facts for facts in others if is_time(facts) and len(facts.counts) > 1]
+    if len(others) == 1:
+        times = []  # the only column must be a feature
     is_sorted = label is not None and not head.complete and len(label.facts.counts) == 1
     split = guess_split(times, label, head.rows, head.complete, is_sorted)
     roles = rescued(guess_roles([facts for facts in others if facts.name != split.column or not split.column]))

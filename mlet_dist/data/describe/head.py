@@ -161,7 +161,7 @@ def guess_encoding(data: bytes) -> str | None:
 
 def _is_json(line: str) -> bool:
     """Return whether the first line of a text is a JSON object, or the beginning of a JSON document."""
-    if line.startswith('{"') or line in ("{", "["):
+    if line.startswith(('{"', "[{")) or line in ("{", "["):
         return True
     try:
         return isinstance(json.loads(line), dict | list)

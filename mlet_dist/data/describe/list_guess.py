@@ -55,10 +55,10 @@ def guess_list(facts: ColumnFacts) -> ListGuess | None:
     sample = list(facts.counts)[:_SAMPLE]
     if all(re.fullmatch(r"\s*\[[^\[\]]*\]\s*", text) for text in sample):
         inner = [text.strip()[1:-1].strip() for text in sample]
-        separator = "," if any("," in text for text in inner) else None if len(max(inner, key=len).split()) < 2 else " "
-        pieces = [piece.strip() for text in inner for piece in (text.split(separator) if separator else [text])]
-        keys: dict[str, Any] = {"separator": " "} if separator == " " else {"multi_valued": True}
-        return _checked(facts, keys, [piece for piece in pieces if piece], "lists in brackets")
+        is_spaced = not any("," in text for text in inner) and any(len(text.split()) > 1 for text in inner)
+        separator = " " if is_spaced else ","
+        pieces = [piece.strip() for text in inner for piece in text.split(separator)]
+        return _checked(facts, {"separator": separator}, [piece for piece in pieces if piece], "lists in brackets")
     total = sum(facts.counts[text] for text in sample)
     for separator in (*_STRONG, *_WEAK):
         share = sum(facts.counts[text] for text in sample if separator in text) / total

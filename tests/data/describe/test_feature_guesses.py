@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.data.describe import describe
-from tests.data.describe.round_trip import LABEL, ROWS, described, drawn, features, round_trip, spread, table
+from tests.helpers.described_tables import LABEL, ROWS, described, drawn, features, round_trip, spread, table
 
 Write = Callable[..., Path]
 
@@ -107,7 +107,7 @@ def lists(separator: str, seed: int = 0, values: str = "abcdefg") -> list[str]:
         (lists(" ", values="123456789"), {"separator": " "}),
         (lists("\x02"), {"separator": "\x02"}),
         ([f'"{each}"' for each in lists(",")], {"separator": ","}),
-        ([f'"[{each}]"' for each in lists(", ", values="123")], {"multi_valued": True}),
+        ([f'"[{each}]"' for each in lists(", ", values="123")], {"separator": ","}),
         ([f"[{each}]" for each in lists(" ", values="123")], {"separator": " "}),  # numpy
         (["|".join(f"{v}:{len(v) / 2}" for v in each.split("|")) for each in lists("|")], None),
     ],

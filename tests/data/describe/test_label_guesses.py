@@ -8,7 +8,7 @@ import pytest
 
 from mlet_dist.data.describe import describe
 from mlet_dist.errors import UserError
-from tests.data.describe.round_trip import LABEL, ROWS, described, drawn, features, round_trip, spread, table
+from tests.helpers.described_tables import LABEL, ROWS, described, drawn, features, round_trip, spread, table
 
 Write = Callable[..., Path]
 
