@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from mlet_dist.data.describe.column_facts import ColumnFacts
+from mlet_dist.data.describe.label_guess import LabelGuess
 from mlet_dist.data.describe.list_guess import ListGuess, guess_list
 from mlet_dist.data.describe.time_guess import is_time, snake_case
 from mlet_dist.data.prepare.raw_formats import DenseColumn, SparseColumn
+from mlet_dist.data.prepare.raw_values import as_texts
 from mlet_dist.data.prepare.typed_columns import dense_values, value_texts
 
 # Words of names of quantities and of categories. The last word of a name says most, the first one next.
@@ -61,6 +63,21 @@ def guess_roles(columns: Sequence[ColumnFacts]) -> list[Role]:
         if not found.keys:
             _join_weights(facts, found, lists, roles)
     return roles
+
+
+def without_label(role: Role, label: LabelGuess) -> Role:
+    """Return the role; a column of two values, one for each label, is left out, since it tells the label."""
+    facts = role.facts
+    if role.kind is None or facts.is_list or facts.in_path or facts.rows < _LEAST_ROWS:
+        return role
+    if len(facts.counts) + (facts.missing_share > 0) != 2:
+        return role
+    labels, valid = label.labels()
+    texts = as_texts(facts.values, "text", facts.spellings)[0].to_numpy(zero_copy_only=False)[valid]
+    pairs = set(zip(texts.tolist(), labels[valid].tolist(), strict=True))
+    if len(pairs) != len(set(texts.tolist())) or len({label for _, label in pairs}) < 2:
+        return role
+    return Role(facts, None, notes=("it tells the label: each of its two values goes with one label only",))
 
 
 def rescued(roles: Sequence[Role]) -> list[Role]:

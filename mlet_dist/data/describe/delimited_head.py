@@ -11,7 +11,7 @@ from mlet_dist.data.prepare.raw_values import MISSING_NUMBERS, NUMBER
 
 # In the order of preference between those that give lines equally many fields. A space separates values within fields,
 # too, so it is the last.
-DELIMITERS = ("\t", "\x01", "||", "|~|", "::", ",", ";", "|", "^", "~", "\x02", "\x1e", "\x1f", " ")
+DELIMITERS = ("\t", "\x01", "||", "|~|", "::", ", ", ",", ";", "|", "^", "~", "\x02", "\x1e", "\x1f", " ")
 QUOTES = ('"', "'")
 
 _SAMPLE = 1_000  # lines to try delimiters on
@@ -59,6 +59,8 @@ def guess_delimiter(lines: Sequence[str]) -> tuple[str, str | None, int] | None:
     best: tuple[tuple[float, ...], tuple[str, str | None, int]] | None = None
     for place, delimiter in enumerate(DELIMITERS):
         if delimiter not in sample[0]:
+            continue
+        if delimiter == ", " and any(line.count(", ") != line.count(",") for line in sample):
             continue
         # Quotes that enclose whole fields in no line are ordinary characters.
         quotes = (*(quote for quote in QUOTES if _encloses_fields(sample, delimiter, quote)), None)

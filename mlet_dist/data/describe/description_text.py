@@ -79,14 +79,15 @@ def _format(head: Head) -> list[str]:
 
 def _label(label: LabelGuess | None, roles: Sequence[Role]) -> list[str]:
     if label is None:
-        few = [role.facts for role in roles if role.facts.is_number and 1 < len(role.facts.counts) <= 20]
+        few = [role.facts for role in roles if not role.facts.is_list and role.facts.is_readable]
+        few = [facts for facts in few if len(facts.counts) == 2 or (facts.is_number and 2 < len(facts.counts) <= 20)]
         seen = [f"#   {shown(facts.name)}: {', '.join(map(shown, facts.counts)):.80}" for facts in few[:10]]
         return [
             "# No column of labels was found, and `mlet prepare` needs one. Set it here, and remove the column from",
             "# the features below. Unless it holds 0s and 1s, add positive_from (numbers from this one on are 1,",
             "# smaller ones 0) or positive (the list of the values that are 1):",
             "# label: {column: NAME, positive_from: 4}",
-            *(["# Columns with few numbers:", *seen] if seen else []),
+            *(["# Columns with two values or few numbers:", *seen] if seen else []),
         ]
     lines = ["# The label: 1 is positive, 0 negative."]
     if label.guess is not None:

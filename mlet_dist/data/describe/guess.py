@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from mlet_dist.data.describe.column_facts import ColumnFacts
-from mlet_dist.data.describe.column_roles import guess_roles, rescued
+from mlet_dist.data.describe.column_roles import guess_roles, rescued, without_label
 from mlet_dist.data.describe.description_text import description_text
 from mlet_dist.data.describe.head import Head, read_head
 from mlet_dist.data.describe.label_guess import guess_label
@@ -50,7 +50,10 @@ def describe(name: str) -> Described:
         times = []  # the only column must be a feature
     is_sorted = label is not None and not head.complete and len(label.facts.counts) == 1
     split = guess_split(times, label, head.rows, head.complete, is_sorted)
-    roles = rescued(guess_roles([facts for facts in others if facts.name != split.column or not split.column]))
+    roles = guess_roles([facts for facts in others if split.column is None or facts.name != split.column])
+    if label is not None:
+        roles = [without_label(role, label) for role in roles]
+    roles = rescued(roles)
     if not roles:
         raise UserError(
             f"{head.path}: has no column to make a sparse feature of, besides label and time; the columns are "

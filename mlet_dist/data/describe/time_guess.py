@@ -20,7 +20,10 @@ _NAME = re.compile(
 )
 # Seconds, milliseconds, microseconds and nanoseconds since 1970, of the years 1995 to 2040.
 _EPOCHS = tuple((788_918_400 * unit, 2_208_988_800 * unit) for unit in (1, 10**3, 10**6, 10**9))
+_SURE_NAME = re.compile(r"time_?stamp|unix")
+_OTHER_TIMES = re.compile(r"birth|born|dob|release|expir")  # of persons and things rather than of rows
 _LEAST_NAMED = 10_000  # smaller numbers, such as the hour of a day, are categories whatever their name
+_SURE_DISTINCT = 20
 _LEAST_DISTINCT = 0.3  # share of distinct times in a column of numbers whose name says nothing
 _SAMPLE = 10  # distinct texts to look at before all are
 _SEEDS = 100  # of random splits to try for one in which every split has both classes
@@ -54,7 +57,10 @@ def is_time(facts: ColumnFacts) -> bool:
         return facts.is_text and not time_values(sample, facts.name).invalid and _times(facts) is not None
     low, high = facts.numbers[0], facts.numbers[-1]
     is_epoch = any(least <= low and high <= most for least, most in _EPOCHS)
-    if _NAME.search(snake_case(facts.name)):
+    name = snake_case(facts.name)
+    if _SURE_NAME.search(name) and facts.is_whole and len(facts.counts) > _SURE_DISTINCT:
+        return True
+    if _NAME.search(name):
         return bool(is_epoch or (low >= _LEAST_NAMED and facts.is_whole))
     return bool(is_epoch and len(facts.counts) > max(20, _LEAST_DISTINCT * facts.present))
 
@@ -78,6 +84,7 @@ def guess_split(
         label_is_sorted: whether all rows that were read are of one class.
     """
     labels = None if label is None else label.labels()
+    times = [facts for facts in times if not _OTHER_TIMES.search(snake_case(facts.name))]
     ordered = sorted(times, key=lambda facts: -len(facts.counts))
     for facts in ordered:
         others = [shown(each.name) for each in ordered if each is not facts]

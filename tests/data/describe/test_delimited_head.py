@@ -24,6 +24,8 @@ def test_every_delimiter_is_found(delimiter: str) -> None:
         (["u,tags", *("7,a|b", "8,c", "9,a|b|c") * 9], (",", '"', 2)),
         (["user;price", *("u1;1,5", "u2;20,25", "u3;7,0") * 9], (";", '"', 2)),
         (["a\tb", *("Smith, John\t1", "Doe, Jane\t0") * 9], ("\t", '"', 2)),
+        (["39, Private, 0", "50, Self-emp, 1"], (", ", '"', 3)),
+        (["a, b,c", *("1, 2,3",) * 9], (",", '"', 3)),
         (["1::1193::5::978300760", "1::661::3::978302109"], ("::", '"', 4)),
         # Quotes that enclose fields, and those that do not.
         (['a,"b, c"', *('1,"x, y"', "2,z") * 9], (",", '"', 2)),

@@ -93,6 +93,16 @@ def test_columns_that_are_left_out_are_named_with_the_reason(write_raw: Write) -
     assert "#   ''       it has no name; rename it in the file to use it\n" in text
 
 
+def test_columns_that_tell_the_label_are_left_out(write_raw: Write) -> None:
+    columns = {"nonclk": [1 - label for label in LABEL], "copy": ["yes" if label else "" for label in LABEL]}
+    hint = [label if i % 9 else 1 - label for i, label in enumerate(LABEL)]
+    raw = write_raw(table(clk=LABEL, x=drawn(*"abc"), hint=hint, **columns), "a.csv")
+    assert list(features(described(raw), "sparse")) == ["x", "hint"]
+    assert (
+        "#   nonclk  it tells the label: each of its two values goes with one label only\n" in describe(str(raw)).text
+    )
+
+
 def lists(separator: str, seed: int = 0, values: str = "abcdefg") -> list[str]:
     rng = random.Random(seed)
     return [separator.join(rng.choice(values) for _ in range(rng.randrange(1, 5))) for _ in range(ROWS)]

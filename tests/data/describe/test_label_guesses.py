@@ -49,7 +49,7 @@ def test_label_without_a_name_is_said_to_be_a_guess(write_raw: Write) -> None:
 def test_without_a_label_the_description_says_what_to_set(tmp_path: Path, write_raw: Write) -> None:
     raw = write_raw(table(a=drawn(*"pqr"), age=drawn(1, 22, 27, 30, 41, 58)), "a.csv")
     text = describe(str(raw)).text
-    assert "# label: {column: NAME, positive_from: 4}\n# Columns with few numbers:\n#   age: " in text
+    assert "# label: {column: NAME, positive_from: 4}\n# Columns with two values or few numbers:\n#   age: " in text
     with pytest.raises(UserError, match=r"table\.yaml: key 'label' is missing"):
         round_trip(raw, tmp_path)
     # The advice can be followed.
@@ -83,6 +83,7 @@ def test_rows_without_a_label_are_allowed_for(tmp_path: Path, write_raw: Write) 
         ("x", spread(1_600_000_000, 1_600_900_000)),
         ("event_time", [f"2020-07-{1 + i // 60 % 20:02} {i % 24:02}:{i % 60:02}:01.5" for i in spread(0, 9000)]),
         ("x", [f"2020-07-{1 + i % 20:02}T05:00:00Z" for i in spread(0, 9000)]),
+        ("conversion_timestamp", spread(0, 900)),
         ("date", [20200701 + i for i in spread(0, 28)]),
     ],
 )
@@ -99,6 +100,12 @@ def test_a_few_days_are_split_at_the_last_two(tmp_path: Path, write_raw: Write) 
     schema, found = round_trip(write_raw(table(label=LABEL, c=drawn(*"abc"), day=days), "a.csv"), tmp_path)
     assert found["split"]["starts"] == {"valid": "2020-07-03", "test": "2020-07-04"}
     assert schema.rows == {"train": 120, "valid": 60, "test": 60}
+
+
+def test_dates_of_birth_do_not_split(write_raw: Write) -> None:
+    born = [f"{1950 + i}-07-0{1 + i % 9}" for i in spread(0, 60)]
+    found = described(write_raw(table(label=LABEL, c=drawn(*"abc"), birthday=born), "a.csv"))
+    assert found["split"] == {"by": "rows"}
 
 
 def test_categories_of_time_stay_features(write_raw: Write) -> None:
