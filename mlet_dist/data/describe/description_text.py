@@ -1,6 +1,7 @@
 """The commented description of a table that ``mlet describe`` prints."""
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ def _beginning(name: str, head: Head) -> list[str]:
         f"# from {which}{of}.",
         "# What each column means is guessed from its name and values: check it, and correct what is wrong. Then:",
         "#",
-        f"#   mlet prepare table {one_line(name)} --schema THIS_FILE --out DIRECTORY",
+        f"#   mlet prepare table {one_line(shlex.quote(name))} --schema THIS_FILE --out DIRECTORY",
         "#",
         "# configs/tables/movielens.yaml explains all keys.",
         "",

@@ -26,8 +26,24 @@ _NAMES = (
         "buy",
         "isbuy",
     ),
-    *("ctr", "cvr", "ctrlabel", "cvrlabel", "response", "responded", "like", "islike", "liked", "class", "outcome"),
+    *(
+        "ctr",
+        "cvr",
+        "ctrlabel",
+        "cvrlabel",
+        "fraud",
+        "isfraud",
+        "churn",
+        "response",
+        "responded",
+        "like",
+        "islike",
+        "liked",
+        "class",
+        "outcome",
+    ),
 )
+_VAGUE = ("y", "class", "response", "outcome", "score", "overall", "grade")  # which also name quantities
 _RATINGS = ("rating", "ratings", "stars", "score", "overall", "reviewscore", "watchratio", "grade")
 _WORDS = ("label", "click", "clk", "target", "conv", "purchase", "buy", "like", "rating")  # within a name
 _POSITIVE = (
@@ -75,7 +91,8 @@ def guess_label(columns: Sequence[ColumnFacts]) -> LabelGuess | None:
                 continue
             if facts in binary:
                 return LabelGuess(facts, {}, _classes(facts, {}))
-            if (mapped := _mapped(facts)) is not None:
+            is_quantity = name in _VAGUE and facts.is_number and len(facts.counts) > _MAX_RATINGS
+            if not is_quantity and (mapped := _mapped(facts)) is not None:
                 return mapped
     worded = [facts for facts in binary if any(word in plain_name(facts.name) for word in _WORDS)]
     both = [facts for facts in binary if len(facts.counts) > 1]

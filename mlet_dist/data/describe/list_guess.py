@@ -19,7 +19,7 @@ from mlet_dist.data.prepare.raw_values import NUMBER
 _STRONG = ("\x02", "\x03", "\x1d", "|", "^", "::")
 _WEAK = (",", ";", "#", "&", "$", "~", "@", "/", " ")
 _LIST_NAME = re.compile(r"(token_seq|seq|list|hist|history|ids|tags|genres|categories|keywords|behaviou?rs?)$")
-_DIGITS = re.compile(r"[0-9]+")
+_WITH_DIGIT = re.compile(r"\S*[0-9]\S*")  # an identifier rather than a word
 _WORD = re.compile(r"[\w.:=+-]+")
 _IS_NUMBER = re.compile(NUMBER)
 _PAIR_SIGNS = (":", "=", "@")
@@ -86,7 +86,7 @@ def _are_lists(name: str, lists: Sequence[Sequence[str]], separator: str) -> boo
         return mixed or is_named
     if not all(_WORD.fullmatch(piece) for piece in pieces) and not is_named:
         return False
-    if separator in (" ", "/", "@") and not (is_named or all(_DIGITS.fullmatch(key) for key in keys)):
+    if separator in (" ", "/", "@") and not (is_named or all(_WITH_DIGIT.fullmatch(key) for key in keys)):
         return False
     if len({len(each) for each in lists}) == 1 and not is_named:
         return False

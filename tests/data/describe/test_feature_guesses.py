@@ -115,6 +115,7 @@ def lists(separator: str, seed: int = 0, values: str = "abcdefg") -> list[str]:
         (lists("^"), {"separator": "^"}),
         (lists(";"), {"separator": ";"}),
         (lists(" ", values="123456789"), {"separator": " "}),
+        ([" ".join(f"{v}{len(v)}-0" for v in each.split("|")) for each in lists("|")], {"separator": " "}),
         (lists("\x02"), {"separator": "\x02"}),
         ([f'"{each}"' for each in lists(",")], {"separator": ","}),
         ([f'"[{each}]"' for each in lists(", ", values="123")], {"separator": ","}),

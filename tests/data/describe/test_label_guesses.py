@@ -46,6 +46,13 @@ def test_label_without_a_name_is_said_to_be_a_guess(write_raw: Write) -> None:
     assert "# A guess: no column holds 0s and 1s; this one looks like ratings.\nlabel:\n  column: b\n" in text
 
 
+def test_a_quantity_with_a_vague_name_is_no_label(write_raw: Write) -> None:
+    raw = write_raw(table(x=drawn(*"pqr"), y=spread(0, 900), score=spread(0, 900, 2), bought=drawn(0, 1)), "a.csv")
+    assert described(raw)["label"] == {"column": "bought"}
+    raw = write_raw(table(x=drawn(*"pqr"), watch_ratio=[i / 99 for i in spread(0, 300)]), "b.csv")
+    assert described(raw)["label"]["column"] == "watch_ratio"
+
+
 def test_without_a_label_the_description_says_what_to_set(tmp_path: Path, write_raw: Write) -> None:
     raw = write_raw(table(a=drawn(*"pqr"), age=drawn(1, 22, 27, 30, 41, 58)), "a.csv")
     text = describe(str(raw)).text
