@@ -10,7 +10,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, Protocol
 
-from mlet_dist.cli import compare, doctor, evaluate, export, factorize, plan, prepare, spectrum, synth, train, verify
+from mlet_dist.cli import (
+    compare,
+    describe,
+    doctor,
+    evaluate,
+    export,
+    factorize,
+    plan,
+    prepare,
+    spectrum,
+    synth,
+    train,
+    verify,
+)
 from mlet_dist.cli.options import Parser, check_options
 from mlet_dist.cli.output import Result, print_error, print_result
 from mlet_dist.cli.process import die_with_parent, is_launched_rank, is_reported_elsewhere, rank_of
@@ -32,7 +45,7 @@ class _Command(Protocol):
 
 
 _COMMANDS: tuple[_Command, ...] = (
-    prepare, synth, train, compare, plan, evaluate, export, verify, factorize, spectrum, doctor,
+    describe, prepare, synth, train, compare, plan, evaluate, export, verify, factorize, spectrum, doctor,
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Raw click logs become prepared data sets of typed, split Parquet files, and those become batches for every rank.
 
 Packages:
+    describe: the first rows of a raw file to the description of a table (``mlet describe``).
     prepare: raw files to a prepared data set (``mlet prepare``).
     loading: a prepared data set to the batches of each rank.
 

@@ -15,7 +15,7 @@ from mlet_dist.cli.output import print_result
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from tests.helpers.mlet_command import ROOT, error_line
 
-COMMANDS = ["prepare", "synth", "train", "compare", "plan", "evaluate", "export", "verify", "doctor"]
+COMMANDS = ["describe", "prepare", "synth", "train", "compare", "plan", "evaluate", "export", "verify", "doctor"]
 # Runs the command and prints as the last line its exit code and whether torch was imported.
 WATCHED = """
 import sys
