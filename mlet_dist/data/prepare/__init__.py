@@ -5,7 +5,7 @@ Modules, in the order in which data runs through them:
     pipeline: ``prepare``, which runs the passes.
     passes: the passes read, count, vocabulary and write.
     raw_formats: the description of a raw table (``TableSpec``), and those of Criteo's and Avazu's logs.
-    table_description: the YAML description of any other table.
+    table_description, description_section: the YAML description of any other table, and the checks of its keys.
     file_lists: directories and patterns of raw files, and the columns that directories are.
     raw_files: opening raw files, recognising and inspecting them.
     compression, text_encoding: compressed text, and text in other encodings than UTF-8.
@@ -13,7 +13,8 @@ Modules, in the order in which data runs through them:
     raw_blocks: raw files to blocks.
     parsing: one block to a chunk.
     text_lines, json_lines: the lines of a block of text, or of JSON objects.
-    typed_columns: one raw column to a typed column.
+    raw_values: values of any type as texts or numbers, and which are missing.
+    typed_columns, list_columns, time_columns: one raw column to a typed column.
     chunks: the files of valid rows that later passes read, and groups of them.
     splits, split_files: the split that each row, or each file, belongs to.
     counting: the count pass of one group.

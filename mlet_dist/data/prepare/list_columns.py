@@ -16,6 +16,8 @@ from mlet_dist.data.prepare.raw_formats import SparseColumn
 from mlet_dist.data.prepare.raw_values import Flags, as_numbers, as_texts, is_text, matches
 from mlet_dist.data.prepare.typed_columns import (
     FLOAT32_MAX,
+    NONE_INVALID,
+    InvalidRows,
     TypedColumn,
     all_invalid,
     distinct_values,
@@ -134,10 +136,13 @@ def _weight_lists(raw: pa.Array, elements: _Elements, present: Flags, kept: Flag
     lengths = np.bincount(elements.owners()[kept & present], minlength=len(raw))
     lists = _lists_of(kept_numbers, lengths)
     result = typed_column(raw, lists, valid, raw, sparse.weights, "a list of numbers")
-    invalid = dict(result.invalid)
-    for row in np.flatnonzero(wrong):
-        text = f"{sparse.weights} has {weights[row]} weights for {values[row]} values of {sparse.column}"
-        invalid.setdefault(int(row), text)
+
+    def explain(row: int) -> str:
+        if row in result.invalid:
+            return result.invalid[row]
+        return f"{sparse.weights} has {weights[row]} weights for {values[row]} values of {sparse.column}"
+
+    invalid = InvalidRows(np.union1d(result.invalid.rows, np.flatnonzero(wrong)), explain)
     return TypedColumn(result.values, invalid)
 
 
@@ -250,4 +255,4 @@ def _empty_lists(rows: int, kind: pa.DataType) -> pa.ListArray:
 
 
 def _empty_weights(rows: int) -> TypedColumn:
-    return TypedColumn(_empty_lists(rows, pa.float32()), {})
+    return TypedColumn(_empty_lists(rows, pa.float32()), NONE_INVALID)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from mlet_dist.data.prepare.raw_blocks import Block, open_parquet
 from mlet_dist.data.prepare.raw_formats import JsonLines, TableSpec, TextFormat
 from mlet_dist.data.prepare.text_lines import MAX_EXAMPLES, Lines, classify_lines, free_character, plain_lines
 from mlet_dist.data.prepare.time_columns import KINDS, TypedTimes, time_values
-from mlet_dist.data.prepare.typed_columns import TypedColumn, dense_values, label_values, value_texts
+from mlet_dist.data.prepare.typed_columns import InvalidRows, TypedColumn, dense_values, label_values, value_texts
 from mlet_dist.errors import UserError
 
 SHOWN_CHARACTERS = 200  # of a malformed line
@@ -60,7 +59,7 @@ def parse_block(
     table = typed.table
     times = {kind: int(lines.numbers[row]) + 1 for kind, row in typed.times.items()}
     noticed = (times, typed.other_labels, typed.counts)
-    first = nsmallest(MAX_EXAMPLES, typed.invalid)
+    first = typed.invalid.rows[:MAX_EXAMPLES].tolist()
     reasons = lines.reasons | {int(lines.numbers[row]): typed.invalid[row] for row in first}
     malformed = lines.malformed + len(typed.invalid)
     if not malformed:
@@ -153,7 +152,7 @@ def _parse_row_group(spec: TableSpec, block: Block, constants: Constants) -> tup
     typed = _typed(spec, fields | _constant_columns(constants, raw.num_rows))
     examples = tuple(
         Rejected(row + 1, typed.invalid[row], str(raw.slice(row, 1).to_pylist()[0])[:SHOWN_CHARACTERS])
-        for row in nsmallest(MAX_EXAMPLES, typed.invalid)
+        for row in typed.invalid.rows[:MAX_EXAMPLES].tolist()
     )
     times = {kind: row + 1 for kind, row in typed.times.items()}
     noticed = (times, typed.other_labels, typed.counts)
@@ -174,7 +173,7 @@ class _TypedRows:
     """
 
     table: pa.Table
-    invalid: dict[int, str]
+    invalid: InvalidRows
     times: dict[str, int]
     other_labels: dict[str, int]
     counts: dict[str, dict[str, int]]
@@ -195,12 +194,12 @@ def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> _TypedRows:
         typed[sparse_column(sparse.name)], weights = list_values(raw[sparse.column], raw_weights, sparse)
         if weights is not None:
             typed[weight_column(sparse.name)] = weights
-    invalid: dict[int, str] = {}
-    for each in typed.values():
-        for row, reason in each.invalid.items():
-            invalid.setdefault(row, reason)
     table = pa.table({name: each.values for name, each in typed.items()})
-    kept = _kept(table.num_rows, invalid)
+    kept = np.ones(table.num_rows, dtype=bool)
+    for each in typed.values():
+        kept[each.invalid.rows] = False
+    reasons = [each.invalid for each in typed.values()]
+    invalid = InvalidRows(np.flatnonzero(~kept), lambda row: next(each[row] for each in reasons if row in each))
     times = typed.get(TIME)
     kinds = _first_rows(times.kinds, kept) if isinstance(times, TypedTimes) else {}
     if invalid:
@@ -213,9 +212,3 @@ def _first_rows(kinds: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_]) -> di
     """Return the first valid row of each kind of time."""
     of_kind = {kind: (kinds == code) & kept for code, kind in enumerate(KINDS)}
     return {kind: int(rows.argmax()) for kind, rows in of_kind.items() if rows.any()}
-
-
-def _kept(rows: int, invalid: dict[int, str]) -> npt.NDArray[np.bool_]:
-    kept = np.ones(rows, dtype=bool)
-    kept[list(invalid)] = False
-    return kept

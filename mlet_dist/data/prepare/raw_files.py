@@ -142,6 +142,9 @@ def converted_text(path: str, file: IO[bytes], encoding: str | None, buffer_byte
     compression = compression_of(head)
     if compression is None:
         _check_is_text(path, head)
+        if path.endswith(_COMPRESSED_SUFFIXES) and b"\0" in head and encoding_of(head, None) == UTF8:
+            suffix = path.rpartition(".")[2]
+            raise UserError(f"{path}: is named .{suffix} but is neither compressed nor text; rename it or compress it")
         found = encoding_of(head, encoding)
         return None if found == UTF8 else to_utf8(plain_pieces(file, buffer_bytes), found)
     pieces = decompressed(path, compression, file, buffer_bytes)
@@ -162,9 +165,6 @@ def plain_pieces(file: IO[bytes], buffer_bytes: int) -> Iterator[bytes]:
 def _check_is_text(path: str, head: bytes) -> None:
     if (kind := foreign_kind(head)) is not None:
         raise UserError(f"{path}: is not text but {kind}")
-    if path.endswith(_COMPRESSED_SUFFIXES) and b"\0" in head[:HEAD_BYTES] and encoding_of(head, None) == UTF8:
-        suffix = path.rpartition(".")[2]
-        raise UserError(f"{path}: is named .{suffix} but is neither compressed nor text; rename it or compress it")
 
 
 def _first_text(path: str, file: IO[bytes], text: TextFormat | JsonLines, size: int) -> bytes:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from mlet_dist.config.parser import did_you_mean, load_yaml, shorten
+from mlet_dist.config.parser import load_yaml
+from mlet_dist.data.prepare.description_section import Section, check, is_integer, is_number, is_text, one_of
 from mlet_dist.data.prepare.raw_formats import (
     LABEL,
     MAX_MIN_COUNT,
@@ -26,8 +26,6 @@ from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, NAME_RULE, SPLITS, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.errors import UserError
 
-_REQUIRED = object()  # the default of a key that has none
-
 
 def load_table(
     path: Path, columns_of: Callable[[TextFormat | JsonLines | None], Sequence[str]] | None = None
@@ -42,8 +40,8 @@ def load_table(
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing or has an invalid value.
     """
-    top = _Section(str(path), "", load_yaml(path, "description of the table"))
-    form = top.take("format", _one_of("csv", "jsonl", "parquet"))
+    top = Section(str(path), "", load_yaml(path, "description of the table"))
+    form = top.take("format", one_of("csv", "jsonl", "parquet"))
     text: TextFormat | JsonLines | None = None
     if form == "csv":
         text = _delimited(top)
@@ -78,7 +76,7 @@ def load_table(
     return spec
 
 
-def _delimited(top: "_Section") -> TextFormat:
+def _delimited(top: Section) -> TextFormat:
     header = top.take("header", _flag, True)
     columns = None if header else tuple(top.take("columns", _texts))
     delimiter, quote = top.take("delimiter", _delimiter, ","), top.take("quote", _quote, '"')
@@ -87,7 +85,7 @@ def _delimited(top: "_Section") -> TextFormat:
     return TextFormat(delimiter, quote, header, columns, top.take("encoding", _encoding, None))
 
 
-def _label(section: "_Section", missing: tuple[str, ...] | None) -> LabelColumn:
+def _label(section: Section, missing: tuple[str, ...] | None) -> LabelColumn:
     label = LabelColumn(
         section.take("column", _text),
         section.take("positive_from", _number, None),
@@ -105,9 +103,9 @@ def _label(section: "_Section", missing: tuple[str, ...] | None) -> LabelColumn:
     return label
 
 
-def _each_column(sections: list["_Section"], find: Callable[[], Sequence[str]]) -> list["_Section"]:
+def _each_column(sections: list[Section], find: Callable[[], Sequence[str]]) -> list[Section]:
     """Return the sections with one for each column of those that have ``columns``: names, ranges or patterns."""
-    found: list[_Section] = []
+    found: list[Section] = []
     for section in sections:
         if not section.has("columns"):
             found.append(section)
@@ -138,9 +136,9 @@ def _shown(names: Sequence[str]) -> str:
     return f"{', '.join(names):.300}" or "no columns"
 
 
-def _dense(section: "_Section", missing_values: tuple[str, ...] | None) -> DenseColumn:
+def _dense(section: Section, missing_values: tuple[str, ...] | None) -> DenseColumn:
     column = section.take("column", _text)
-    transform = section.take("transform", _one_of("log1p", "standardise", "raw"), "log1p")
+    transform = section.take("transform", one_of("log1p", "standardise", "raw"), "log1p")
     missing = section.take("missing", _missing, 0.0)
     if missing == "mean" and transform != "standardise":
         section.fail("missing", missing, "a number or refuse; mean goes with `transform: standardise` only")
@@ -153,15 +151,15 @@ def _dense(section: "_Section", missing_values: tuple[str, ...] | None) -> Dense
     return dense
 
 
-def _sparse(section: "_Section", missing_values: tuple[str, ...] | None) -> SparseColumn:
+def _sparse(section: Section, missing_values: tuple[str, ...] | None) -> SparseColumn:
     column = section.take("column", _text)
-    encoding = section.take("encoding", _one_of("vocabulary", "hash"), "vocabulary")
+    encoding = section.take("encoding", one_of("vocabulary", "hash"), "vocabulary")
     hashed = encoding == "hash"
     separator = section.take("separator", _separator, None)
     multi = section.take("multi_valued", _flag, separator is not None)
     if separator is not None and not multi:
         section.fail("multi_valued", multi, "true, or left out, where separator is set")
-    cast = section.take("cast", _one_of("text", "integer"), None)
+    cast = section.take("cast", one_of("text", "integer"), None)
     if section.take("integer", _flag, False):
         if cast == "text":
             section.fail("cast", cast, "left out where integer is true, which means `cast: integer`")
@@ -178,7 +176,7 @@ def _sparse(section: "_Section", missing_values: tuple[str, ...] | None) -> Spar
         weights=section.take("weights", _text, None) if multi else None,
         weight_separator=section.take("weight_separator", _separator, None) if multi else None,
         max_len=section.take("max_len", _length, None) if multi else None,
-        keep=section.take("keep", _one_of("first", "last"), "first") if multi else "first",
+        keep=section.take("keep", one_of("first", "last"), "first") if multi else "first",
         cast=cast,
         missing_values=section.take("missing_values", _spellings, missing_values),
     )
@@ -201,8 +199,8 @@ _SPARSE_HINTS = {
 }
 
 
-def _split(section: "_Section") -> SplitRule:
-    by = section.take("by", _one_of("rows", "time", "random", "file"))
+def _split(section: Section) -> SplitRule:
+    by = section.take("by", one_of("rows", "time", "random", "file"))
     column = section.take("column", _text) if by == "time" else None
     starts, are_dates = section.take("starts", _starts, (None, False)) if by == "time" else (None, False)
     seed = section.take("seed", _seed, 0) if by == "random" else 0
@@ -216,99 +214,6 @@ def _split(section: "_Section") -> SplitRule:
         section.fail("shares", sorted(shares), "shares of train and of valid, test or both")
     section.end()
     return SplitRule(by, dict(shares), seed, column, starts, are_dates, files)
-
-
-class _Section:
-    """A mapping of the YAML file; keys are taken out one by one, and ``end`` raises for any that remain."""
-
-    def __init__(self, path: str, key: str, content: Any) -> None:
-        if not isinstance(content, dict):
-            raise UserError(
-                f"{path}: {key or 'the file'} is {content!r:.80}; it must be a section of `key: value` lines"
-            )
-        self._path, self._key, self._content = path, key, dict(content)
-        self._known: list[str] = []
-
-    @property
-    def column(self) -> Any:
-        """The value of ``column``, or None."""
-        return self._content.get("column")
-
-    def has(self, key: str) -> bool:
-        """Return whether the key is given and was not taken yet."""
-        return key in self._content
-
-    def with_column(self, name: str) -> "_Section":
-        """Return a section with the same keys and this ``column``."""
-        return _Section(self._path, self._key, self._content | {"column": name})
-
-    def take(self, key: str, parse: Callable[[Any], Any], default: Any = _REQUIRED) -> Any:
-        """Return the value of ``key``; ``parse`` raises ValueError with a description of valid values."""
-        self._known.append(key)
-        if key not in self._content:
-            if default is _REQUIRED:
-                raise UserError(f"{self._path}: key {self._within(key)!r} is missing")
-            return default if not isinstance(default, str) else self._parsed(key, parse, default)
-        return self._parsed(key, parse, self._content.pop(key))
-
-    def section(self, key: str, default: Any = _REQUIRED) -> "_Section":
-        """Return the value of ``key`` as a section."""
-        return _Section(self._path, self._within(key), self.take(key, lambda value: value, default))
-
-    def sections(self, key: str, default: Any = _REQUIRED) -> list["_Section"]:
-        """Return the value of ``key``, a list, as sections; without a default it must not be empty."""
-        entries = self.take(key, _list if default is _REQUIRED else _any_list, default)
-        return [_Section(self._path, f"{self._within(key)}[{i}]", entry) for i, entry in enumerate(entries)]
-
-    def end(self, hints: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Raise UserError if a key was not taken; ``hints`` says of keys with what they go."""
-        for key in self._content:
-            known = ", ".join(self._known)
-            hint = hints.get(str(key)) or f"known keys here are {known}"
-            raise UserError(
-                f"{self._path}: {shorten(self._within(str(key)))} is not a valid key here"
-                f"{did_you_mean(str(key), self._known)}; {hint}"
-            )
-
-    def fail(self, key: str, value: Any, expected: str) -> None:
-        """Raise UserError for the value of ``key``."""
-        raise UserError(f"{self._path}: {self._within(key)} is {value!r:.80}; it must be {expected}")
-
-    def _parsed(self, key: str, parse: Callable[[Any], Any], value: Any) -> Any:
-        try:
-            return parse(value)
-        except ValueError as error:
-            return self.fail(key, value, str(error))
-
-    def _within(self, key: str) -> str:
-        return f"{self._key}.{key}" if self._key else key
-
-
-def _check(expected: str, is_valid: Callable[[Any], bool]) -> Callable[[Any], Any]:
-    """Return a function for ``take`` that returns valid values and raises ValueError for others."""
-
-    def parse(value: Any) -> Any:
-        if not is_valid(value):
-            raise ValueError(expected)
-        return value
-
-    return parse
-
-
-def _one_of(*choices: str) -> Callable[[Any], Any]:
-    return _check(" or ".join(choices), lambda value: value in choices)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < float("inf")
-
-
-def _is_integer(value: Any, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
 
 
 def _shares(value: Any) -> dict[str, Fraction]:
@@ -340,7 +245,7 @@ def _files(value: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, Mapping) or not value or not set(value) <= set(SPLITS):
         raise ValueError(expected)
     files = {str(split): tuple(names) if isinstance(names, list) else (names,) for split, names in value.items()}
-    if not all(names and all(map(_is_text, names)) for names in files.values()):
+    if not all(names and all(map(is_text, names)) for names in files.values()):
         raise ValueError(expected)
     return files
 
@@ -355,7 +260,7 @@ def _encoding(value: Any) -> str:
 def _missing(value: Any) -> float | str:
     if value in ("mean", "refuse"):
         return str(value)
-    if not _is_number(value) or abs(value) > FLOAT32_MAX:
+    if not is_number(value) or abs(value) > FLOAT32_MAX:
         raise ValueError("a number in the range of float32, mean or refuse")
     return float(value)
 
@@ -380,28 +285,24 @@ def _is_characters(value: Any, most: int) -> bool:
     return isinstance(value, str) and 0 < len(value) <= most and value.isascii() and not set(value) & set("\r\n")
 
 
-_list = _check("a list of one entry or more", lambda value: isinstance(value, list) and value != [])
-_any_list = _check("a list", lambda value: isinstance(value, list))
-_text = _check("text", _is_text)
-_texts = _check("a list of names", lambda value: isinstance(value, list) and value != [] and all(map(_is_text, value)))
-_flag = _check("true or false", lambda value: isinstance(value, bool))
-_number = _check("a number", _is_number)
-_share = _check("a share from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
-_seed = _check("a whole number, 0 or more", lambda value: _is_integer(value, 0, 2**63 - 1))
-_min_count = _check(f"at least 1 and at most {MAX_MIN_COUNT}", lambda value: _is_integer(value, 1, MAX_MIN_COUNT))
-_length = _check("a whole number, 1 or more", lambda value: _is_integer(value, 1, 2**31 - 1))
-_columns = _check(
+_text = check("text", is_text)
+_texts = check("a list of names", lambda value: isinstance(value, list) and value != [] and all(map(is_text, value)))
+_flag = check("true or false", lambda value: isinstance(value, bool))
+_number = check("a number", is_number)
+_share = check("a share from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+_seed = check("a whole number, 0 or more", lambda value: is_integer(value, 0, 2**63 - 1))
+_min_count = check(f"at least 1 and at most {MAX_MIN_COUNT}", lambda value: is_integer(value, 1, MAX_MIN_COUNT))
+_length = check("a whole number, 1 or more", lambda value: is_integer(value, 1, 2**31 - 1))
+_columns = check(
     "a list of columns, ranges such as C1..C26, or patterns such as C*",
-    lambda value: isinstance(value, list) and value != [] and all(map(_is_text, value)),
+    lambda value: isinstance(value, list) and value != [] and all(map(is_text, value)),
 )
-_table_size = _check(f"from 1 to {MAX_NUM_EMBEDDINGS}", lambda value: _is_integer(value, 1, MAX_NUM_EMBEDDINGS))
-_delimiter = _check(
+_table_size = check(f"from 1 to {MAX_NUM_EMBEDDINGS}", lambda value: is_integer(value, 1, MAX_NUM_EMBEDDINGS))
+_delimiter = check(
     '1 to 8 characters without line ends ("\\t" for a tab)',
     lambda value: isinstance(value, str) and 0 < len(value) <= 8 and not set(value) & set("\r\n\0"),
 )
-_quote = _check("one ASCII character, or null for none", lambda value: value is None or _is_characters(value, 1))
-_separator = _check(
-    "1 to 8 ASCII characters without line ends", lambda value: value is None or _is_characters(value, 8)
-)
-_name = _check(f"{NAME_RULE}; choose another `name`", is_name)
-_table_name = _check(f"{TABLE_NAME_RULE}; choose another `name`", is_table_name)
+_quote = check("one ASCII character, or null for none", lambda value: value is None or _is_characters(value, 1))
+_separator = check("1 to 8 ASCII characters without line ends", lambda value: value is None or _is_characters(value, 8))
+_name = check(f"{NAME_RULE}; choose another `name`", is_name)
+_table_name = check(f"{TABLE_NAME_RULE}; choose another `name`", is_table_name)

@@ -4,7 +4,7 @@ A raw column is a dictionary of texts (from a text file) or any Arrow array (fro
 each distinct value of a dictionary once, however many rows hold it, and return which rows are invalid, and why.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,39 @@ from mlet_dist.data.prepare.raw_values import Flags, as_numbers, as_texts, canon
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
+Rows = npt.NDArray[np.int64]
+
 _SHOWN_LABELS = 5  # distinct labels other than 0 and 1 that are counted by value
+
+
+class InvalidRows(Mapping[int, str]):
+    """Why rows are invalid, by row. A reason is made when it is asked for, since millions of rows may be invalid.
+
+    Args:
+        rows: the invalid rows, ascending.
+        explain: returns the reason of one of them.
+    """
+
+    def __init__(self, rows: Rows, explain: Callable[[int], str]) -> None:
+        self.rows, self._explain = rows, explain
+
+    def __getitem__(self, row: int) -> str:
+        if row not in self:
+            raise KeyError(row)
+        return self._explain(row)
+
+    def __contains__(self, row: object) -> bool:
+        place = int(np.searchsorted(self.rows, row))  # type: ignore[call-overload]
+        return place < len(self.rows) and bool(self.rows[place] == row)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows.tolist())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+NONE_INVALID = InvalidRows(np.zeros(0, np.int64), str)
 
 
 @dataclass(frozen=True)
@@ -26,12 +58,12 @@ class TypedColumn:
 
     Attributes:
         values: (rows,) the values.
-        invalid: the reason why a row is invalid, by row.
+        invalid: why rows are invalid.
         counts: what was left out or noticed, as the number of values by kind (``list_columns``).
     """
 
     values: pa.Array
-    invalid: dict[int, str]
+    invalid: InvalidRows
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -108,7 +140,7 @@ def value_texts(raw: pa.Array, sparse: SparseColumn) -> TypedColumn:
     distinct = distinct_values(raw)
     texts, _, valid = as_texts(distinct, sparse.cast, sparse.missing_values)
     if valid.all():
-        return TypedColumn(_encoded(texts, raw), {})
+        return TypedColumn(_encoded(texts, raw), NONE_INVALID)
     result = typed_column(raw, texts, valid, distinct, sparse.column, expected_category(sparse.cast))
     return TypedColumn(result.values.dictionary_encode(), result.invalid)
 
@@ -126,18 +158,21 @@ def typed_column(
     raw: pa.Array, values: pa.Array, valid: Flags, distinct: pa.Array, name: str, expected: str
 ) -> TypedColumn:
     """Return the typed column of all rows, given the value and validity of each of the ``distinct`` raw values."""
-    if pa.types.is_dictionary(raw.type):
-        rows = row_indices(raw)
-        values = values.take(pa.array(rows))
-        invalid_rows = np.flatnonzero(~valid[rows]) if not valid.all() else np.zeros(0, np.int64)
-        return TypedColumn(values, {int(row): reason(name, distinct[int(rows[row])], expected) for row in invalid_rows})
-    return TypedColumn(values, {int(row): reason(name, distinct[int(row)], expected) for row in np.flatnonzero(~valid)})
+    if not pa.types.is_dictionary(raw.type):
+        invalid = InvalidRows(np.flatnonzero(~valid), lambda row: reason(name, distinct[row], expected))
+        return TypedColumn(values, invalid)
+    rows = row_indices(raw)
+    values = values.take(pa.array(rows))
+    if valid.all():
+        return TypedColumn(values, NONE_INVALID)
+    invalid = InvalidRows(np.flatnonzero(~valid[rows]), lambda row: reason(name, distinct[int(rows[row])], expected))
+    return TypedColumn(values, invalid)
 
 
 def all_invalid(raw: pa.Array, values: pa.Array, name: str, expected: str) -> TypedColumn:
     """Return a typed column whose rows are all invalid, since the column is of another type."""
     text = f"{name} is of type {raw.type} instead of {expected}"
-    return TypedColumn(values, dict.fromkeys(range(len(raw)), text))
+    return TypedColumn(values, InvalidRows(np.arange(len(raw)), lambda _: text))
 
 
 def reason(name: str, value: pa.Scalar, expected: str) -> str:

@@ -194,3 +194,16 @@ def test_labels_are_mapped() -> None:
 
 def test_bytes_that_are_no_text_are_not_missing() -> None:
     assert list(dense_values(pa.array([b"\xff", b"2", b""]), DenseColumn("d", "d", "raw", 0.0)).invalid) == [0]
+
+
+def test_reasons_are_made_for_the_rows_that_are_shown() -> None:
+    rows = 3_000_000
+    typed = label_values(
+        pa.DictionaryArray.from_arrays(pa.array(np.arange(rows) % 2), pa.array(["x", "1"])), LabelColumn("y")
+    )
+    assert len(typed.invalid) == rows // 2
+    assert typed.invalid[4] == "y is 'x' instead of 0 or 1"
+    assert 5 not in typed.invalid
+    assert rows not in typed.invalid
+    with pytest.raises(KeyError):
+        typed.invalid[5]
