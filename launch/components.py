@@ -13,7 +13,7 @@ from torchx import specs
 from torchx.specs.finder import ComponentValidationException
 
 _MLET = ("python", "-m", "mlet_dist")
-_STARTS_OVER = re.compile(r"run\.overwrite=(true|yes|on|1)|train\.resume=never", re.IGNORECASE)
+_STARTS_OVER = re.compile(r"run\.overwrite=\s*(true|yes|on|1)\s*|train\.resume=never", re.IGNORECASE)
 
 
 def train(

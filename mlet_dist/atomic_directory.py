@@ -53,6 +53,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
 def check_free(out: Path) -> None:
     """Raise UserError unless a directory can be renamed to ``out``, which must not exist or be an empty directory."""
     if not out.exists():
+        if os.path.islink(os.path.realpath(out)):
+            raise UserError(f"{out}: is a loop of symbolic links; name a directory that does not exist yet")
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; name a directory that does not exist yet")

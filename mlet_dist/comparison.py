@@ -17,7 +17,7 @@ from mlet_dist.config.sections import ModelConfig, RunConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.formatting import to_json
+from mlet_dist.formatting import load_json, to_json
 from mlet_dist.training.run_directory import RunDirectory
 
 SINGLE, MLET, CONTROL = "single", "mlet", "control"
@@ -157,7 +157,7 @@ def _finished(config: Config) -> bool:
     run = RunDirectory(Path(config.run.dir))
     if config.run.overwrite or not run.summary.exists():
         return False
-    return dataclasses.replace(load_config(run.config), run=config.run) == config
+    return dataclasses.replace(run.load_config(), run=config.run) == config
 
 
 def _check_export(export: Path, replace: bool) -> None:
@@ -165,7 +165,7 @@ def _check_export(export: Path, replace: bool) -> None:
     try:
         if not export.exists() or not any(export.iterdir()):
             return
-        content = json.loads((export / "manifest.json").read_text(encoding="utf-8"))
+        content = load_json(export / "manifest.json")
         if not {"format_version", "model"} <= set(content):  # checkpoints and data sets also have a manifest.json
             raise KeyError("model")
     except (OSError, ValueError, KeyError, TypeError):

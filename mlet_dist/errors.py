@@ -1,5 +1,19 @@
 """Errors that end a command with one line instead of a traceback, each with its exit code."""
 
+import errno
+import re
+
+# What the machine refuses, whichever line of code asks for it: disk, quota, inodes, memory, files, permissions, links.
+_REFUSALS = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ENOMEM", "EMFILE", "ENFILE", "EACCES", "EPERM", "ELOOP",
+        "ENAMETOOLONG", "ESTALE", "ENODEV", "ENXIO",
+    )
+    if hasattr(errno, name)
+}  # fmt: skip
+_TORCH_MEMORY = re.compile(r"you tried to allocate (\d+) bytes|CUDA out of memory[^\n]*")
+
 
 class UserError(Exception):
     """An input error: a config, a file or an argument is wrong, and the user can correct it. The exit code is 2.
@@ -39,6 +53,22 @@ def one_line(text: str) -> str:
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def refusal(error: BaseException) -> UserError | None:
+    """Return the error to show in place of a traceback if the machine refused something, such as space on a disk."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _REFUSALS:
+            return UserError(f"{cause.filename}: {cause.strerror}" if cause.filename else f"{cause.strerror}")
+        found = _TORCH_MEMORY.search(str(cause)) if isinstance(cause, RuntimeError) else None
+        if isinstance(cause, MemoryError) or found is not None:
+            return UserError(
+                f"memory ran out{'' if found is None else f': {found[0]}'}; use smaller batches, layers or tables, or "
+                "more memory"
+            )
+        cause = cause.__cause__
+    return None
 
 
 def os_error(error: BaseException | None) -> OSError | None:

@@ -1,10 +1,13 @@
-"""Formats results: as text tables, as JSON without NaN, and as objects that contain their own checksum."""
+"""Formats results: as text tables, as JSON without NaN, and as objects that contain their own checksum; reads JSON."""
 
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlet_dist.regular_file import read_regular_file
 
 CHECKSUM = "sha256"
 """The key under which an object contains its own checksum."""
@@ -26,6 +29,23 @@ def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return plain data as JSON, with null for NaN and infinities, which JSON does not have."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def load_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read, or is no regular file.
+        ValueError: it is not JSON; NaN and infinities are not.
+    """
+    try:
+        return json.loads(read_regular_file(path).decode(), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:

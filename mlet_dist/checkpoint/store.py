@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mlet_dist.checkpoint.manifest import MANIFEST, Manifest, ManifestError
 from mlet_dist.errors import UserError
+from mlet_dist.regular_file import open_regular
 
 INCOMPLETE = ".incomplete"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -116,7 +117,8 @@ class Checkpoint:
             ManifestError: it is missing, damaged or of another step, so the checkpoint is not complete.
         """
         try:
-            data = self.store.filesystem.cat_file(f"{self.path}/{MANIFEST}")
+            with self.open(MANIFEST) as file:
+                data = file.read()
         except FileNotFoundError:
             raise ManifestError(f"{self}: {MANIFEST} is missing") from None
         except Exception as error:  # each fsspec implementation raises its own errors
@@ -168,8 +170,10 @@ class Checkpoint:
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file of the checkpoint for sequential reading."""
-        arguments: dict[str, Any] = {} if self.store.is_local else {"cache_type": "readahead"}
-        return cast(IO[bytes], self.store.filesystem.open(f"{self.path}/{name}", "rb", **arguments))
+        path = f"{self.path}/{name}"
+        if self.store.is_local:
+            return open_regular(path)
+        return cast(IO[bytes], self.store.filesystem.open(path, "rb", cache_type="readahead"))
 
     def _names(self) -> set[str]:
         self.store.filesystem.invalidate_cache(self.path)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import socket
 import sys
@@ -27,7 +28,7 @@ from mlet_dist.cli import (
 from mlet_dist.cli.options import Parser, check_options
 from mlet_dist.cli.output import Result, print_error, print_result
 from mlet_dist.cli.process import die_with_parent, is_launched_rank, is_reported_elsewhere, rank_of
-from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
+from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError, refusal
 
 
 class _Command(Protocol):
@@ -47,6 +48,16 @@ class _Command(Protocol):
 _COMMANDS: tuple[_Command, ...] = (
     describe, prepare, synth, train, compare, plan, evaluate, export, verify, factorize, spectrum, doctor,
 )  # fmt: skip
+
+
+_SETTING = re.compile(r"\w+\.[^/=]+=")
+_AFTER_A_STOP = {
+    "train": "run the same command again to resume from the last checkpoint, or to start",
+    "compare": "run the same command again; it keeps the models that are trained",
+    "prepare": "run the same command again; it keeps the finished work",
+    "export": "run the same command again; it keeps the finished work",
+}
+_NOTHING_WRITTEN = "nothing was written, run the command again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,9 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"mlet: {interrupted_unsaved(number)}", file=sys.stderr)
             return Interrupted.EXIT_CODE
-        print("mlet: interrupted" if number == signal.SIGINT else "mlet: terminated", file=sys.stderr)
+        how = "interrupted" if number == signal.SIGINT else "terminated"
+        print(f"mlet: {how}; {_AFTER_A_STOP.get(''.join(arguments[:1]), _NOTHING_WRITTEN)}", file=sys.stderr)
         return 128 + int(number)
     except Exception as error:
+        refused = refusal(error)
+        if refused is not None:
+            if not is_reported_elsewhere(refused):
+                print_error(refused)
+            return 2
         if not is_reported_elsewhere(error):
             traceback.print_exc()
             if "RANK" in os.environ:
@@ -107,6 +124,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UserError: an argument is unknown, missing or wrong.
     """
+    for number, argument in enumerate(arguments, start=1):
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"argument {number}, {argument!r}, is not UTF-8 text, which results and configs are; rename the file "
+                "or directory"
+            ) from None
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     # argparse accepts overrides in one place only; here they may also follow an option.
@@ -117,6 +142,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if rest:
         raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
     check_options(args)
+    if "overrides" in args and not os.path.lexists(args.config) and _SETTING.match(args.config):
+        raise UserError(
+            f"no CONFIG is given: {args.config!r} is a setting; name a YAML file before the settings, for example "
+            f"configs/criteo_kaggle.yaml (see `mlet {args.name} --help`)"
+        )
     return args
 
 

@@ -1,18 +1,25 @@
 """Options that several commands share, and checks of them and of the config before torch is imported."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlet_dist.cli.process import is_launched_rank, rank_of
 from mlet_dist.cluster.nodes import Nodes, default_port, job_id, parse_node_count
 from mlet_dist.config.config_file import Config, load_config
+from mlet_dist.config.parser import shorten
 from mlet_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from mlet_dist.models.spec import ModelSpec
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LAST_PORT = 65_535
+_MAX_DIGITS = 15  # numbers of rows, ranks and seconds
+_MAX_RANKS_OF_A_NODE, _MAX_WAIT_S = 1024, 10_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +61,7 @@ def add_nproc(parser: argparse.ArgumentParser) -> None:
     """Add ``--nproc``."""
     parser.add_argument(
         "--nproc",
-        type=positive,
+        type=up_to(_MAX_RANKS_OF_A_NODE),
         metavar="N",
         help="start N ranks on this machine with torch elastic; not needed when torchrun starts the ranks",
     )
@@ -78,7 +85,7 @@ def add_nodes(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--wait",
-        type=positive,
+        type=up_to(_MAX_WAIT_S),
         default=40,
         metavar="SECONDS",
         help="seconds to wait for all nodes to join (default: %(default)s)",
@@ -87,9 +94,23 @@ def add_nodes(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """Return the value of an option that is a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not text.isdecimal() or not text.strip("0"):
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not a whole number of at least 1")
+    if len(text.lstrip("0")) > _MAX_DIGITS:
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} has more than {_MAX_DIGITS} digits")
     return int(text)
+
+
+def up_to(most: int) -> Callable[[str], int]:
+    """Return the type of an option that is a whole number from 1 to ``most``."""
+
+    def limited(text: str) -> int:
+        value = positive(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {most}")
+        return value
+
+    return limited
 
 
 def byte_size(text: str) -> int:
@@ -116,14 +137,35 @@ def load_checked_config(args: argparse.Namespace) -> Config:
     """Return the config, checked against the data set and the number of ranks; torch is not imported for it."""
     from mlet_dist.data.location import data_set_path
     from mlet_dist.data.schema import DatasetSchema
+    from mlet_dist.models.spec import ModelSpec
 
     config = load_config(Path(args.config), args.overrides)
     schema = DatasetSchema.load(data_set_path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
-    config.check_world_size((args.nproc or 1) * node_count(args))
+    ranks = args.nproc or 1
+    config.check_world_size(ranks * node_count(args))
+    if not is_launched_rank():
+        most = ranks * parse_node_count(getattr(args, "nnodes", None) or "1")[1]
+        world_size = int(os.environ["WORLD_SIZE"]) if rank_of(args) is not None else most
+        _check_memory(config, ModelSpec.of(config, schema), ranks, world_size)
     if not rank_of(args) and not is_launched_rank():
         print_warnings(config)
     return config
+
+
+def _check_memory(config: Config, spec: "ModelSpec", ranks: int, world_size: int) -> None:
+    """Raise UserError if the host's memory cannot hold the layers that every rank has."""
+    from mlet_dist.cluster.machine_checks import memory_bytes
+    from mlet_dist.cluster.software_checks import has_nvidia_driver
+    from mlet_dist.models.dense_memory import check_dense_memory
+
+    device = config.train.device
+    on_cuda = device == "cuda" or (device == "auto" and has_nvidia_driver())
+    try:
+        _, available = memory_bytes()
+    except (KeyError, ValueError):  # not Linux
+        return
+    check_dense_memory(config, spec, ranks, world_size, available, on_cuda)
 
 
 def print_warnings(config: Config) -> None:

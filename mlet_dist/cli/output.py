@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-from mlet_dist.errors import one_line
+from mlet_dist.errors import UserError, one_line
 from mlet_dist.formatting import to_json
 
 Result = dict[str, Any]
@@ -28,8 +28,19 @@ def print_text(text: str) -> None:
     """Print on stdout without buffering."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader has gone, as in `mlet … | head -1`; the flush at exit must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone, as in `mlet … | head -1`
+        _discard_stdout()
+    except OSError as error:
+        _discard_stdout()
+        raise UserError(f"the result cannot be written to stdout: {error.strerror}") from None
+    except UnicodeEncodeError:  # a terminal of another encoding
+        sys.stdout.buffer.write(f"{text}\n".encode(sys.stdout.encoding, "backslashreplace"))
+        sys.stdout.flush()
+
+
+def _discard_stdout() -> None:
+    """Let the flush at exit succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_error(error: Exception | str) -> None:

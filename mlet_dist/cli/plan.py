@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mlet_dist.cli.options import add_settings, positive, print_warnings
+from mlet_dist.cli.options import add_settings, positive, print_warnings, up_to
 from mlet_dist.cli.output import Result, print_text
 from mlet_dist.cli.process import configure_torch
 from mlet_dist.config.config_file import load_config
@@ -27,6 +27,7 @@ rates (mlet_dist/planner/hardware.yaml) and leave out kernel launches and waitin
 comparison only. If the tables do not fit, the exit code is 2, and one line says how much memory is missing and suggests
 settings that fit; the page of --out is written all the same. `mlet train --help` lists the settings."""
 
+_MAX_RANKS = 1 << 17
 _MAX_LOCAL_RANKS = 128  # torch.device stores the index of a device in 8 bits
 
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_settings(parser)
     parser.add_argument(
-        "--world-size", type=positive, required=True, metavar="N", help="number of ranks, one for each device"
+        "--world-size", type=up_to(_MAX_RANKS), required=True, metavar="N", help="number of ranks, one for each device"
     )
     parser.add_argument(
         "--local-world-size",
@@ -84,13 +85,23 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
 
     plan = make_plan(config, spec, pooling_factors, Device(**hardware), args.world_size, args.local_world_size)
     if args.out is not None:
-        try:
-            Path(args.out).write_text(html_page(plan), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
+        _write(Path(args.out), html_page(plan))
     if plan["shortage"] is not None:
         raise UserError(plan["shortage"])
     if not args.json:
         print_text(text_report(plan))
         return None, True
     return plan, True
+
+
+def _write(out: Path, page: str) -> None:
+    """Write the page; an earlier one stays if this fails."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        try:
+            partial.write_text(page, encoding="utf-8")
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None

@@ -4,10 +4,12 @@ import argparse
 import os
 import signal
 import sys
+import threading
 
 from mlet_dist.errors import UserError
 
 _LAUNCHED = "MLET_LAUNCHED"
+_RESULT_LATER = "MLET_RESULT_LATER"
 _COMMANDS_OF_RANKS = ("train", "evaluate", "export")
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
 
@@ -66,6 +68,7 @@ def configure_torch() -> None:
     import logging
     import warnings
 
+    threading.excepthook = _show_failure_of_thread
     # By default OpenMP's threads spin while they wait: training took 10 times as long where other processes used the
     # cores, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -79,6 +82,12 @@ def configure_torch() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|torchrec|fbgemm_gpu|torchmetrics)\b")
 
 
+def _show_failure_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Show the traceback, except of TensorBoard's writer, whose failure is raised again with the next record."""
+    if not type(failure.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failure)
+
+
 def make_children_die_with_parent() -> None:
     """Make the `mlet` processes that this one starts end when it ends."""
     os.environ[_PARENT] = str(os.getpid())
@@ -87,3 +96,13 @@ def make_children_die_with_parent() -> None:
 def mark_children_as_ranks() -> None:
     """Make ``is_launched_rank`` true in the `mlet` processes that this one starts."""
     os.environ[_LAUNCHED] = "1"
+
+
+def leave_result_to_parent() -> None:
+    """Make ``result_is_left_to_parent`` true in the ranks that this process starts: it prints their result itself."""
+    os.environ[_RESULT_LATER] = "1"
+
+
+def result_is_left_to_parent() -> bool:
+    """Return whether the `mlet` that started this rank prints the result."""
+    return is_launched_rank() and _RESULT_LATER in os.environ

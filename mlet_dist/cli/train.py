@@ -8,7 +8,13 @@ from pathlib import Path
 
 from mlet_dist.cli.options import add_config, add_nodes, load_checked_config
 from mlet_dist.cli.output import Result, print_result, print_text
-from mlet_dist.cli.process import configure_torch, is_launched_rank, rank_of
+from mlet_dist.cli.process import (
+    configure_torch,
+    is_launched_rank,
+    leave_result_to_parent,
+    rank_of,
+    result_is_left_to_parent,
+)
 from mlet_dist.cli.ranks import run_in_ranks
 from mlet_dist.cli.verify import verification_table
 from mlet_dist.config.config_file import Config, describe_settings, load_config
@@ -25,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export",
         metavar="DIR",
-        help="when the run has finished, export it to this directory and verify the export, on the first node",
+        help="when the run has finished, export it to this directory and verify the export, on the first node; --json "
+        "then prints one object, whose key `export` holds the result of `mlet verify`",
     )
     parser.add_argument(
         "--once",
@@ -41,18 +48,24 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
     summary = _train(args, arguments)
     if args.export is None or args.node_rank:
         return summary, True
-    if summary is not None:
-        print_result(summary, args.json)
-    verified, ok = _export_and_verify(load_config(Path(args.config), args.overrides), args.export)
-    if args.json:
-        return verified, ok
-    print_text(verification_table(verified))
-    return None, ok
+    config = load_config(Path(args.config), args.overrides)
+    if not args.json and summary is not None:
+        print_result(summary, as_json=False)
+    verified, ok = _export_and_verify(config, args.export)
+    if not args.json:
+        print_text(verification_table(verified))
+        return None, ok
+    if summary is None:
+        from mlet_dist.training.run_directory import RunDirectory
+
+        _, _, summary = RunDirectory(Path(config.run.dir)).load()
+    return summary | {"export": verified}, ok
 
 
 def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
-    """Return the summary of the run; None if a rank has printed it."""
-    from mlet_dist.training.run_directory import RunDirectory, config_of_attempt, finished_summary
+    """Return the summary of the run; None if a rank has printed it, or with ``--export --json`` left it to be read."""
+    from mlet_dist.training.attempts import config_of_attempt, finished_summary
+    from mlet_dist.training.run_directory import RunDirectory
 
     done = finished_summary(load_config(Path(args.config), args.overrides), by_any=args.once)
     if done is not None:
@@ -65,13 +78,16 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
         return config
 
     if args.nproc is not None:
+        if args.export is not None and args.json:  # one object, with the result of the export
+            leave_result_to_parent()
         run_in_ranks(args, arguments, check)
         return None
     config = check()
     configure_torch()
     from mlet_dist.training.trainer import train
 
-    return train(config, fingerprint=args.json)
+    summary = train(config, fingerprint=args.json)
+    return None if result_is_left_to_parent() else summary
 
 
 def _export_and_verify(config: Config, out: str) -> tuple[Result, bool]:

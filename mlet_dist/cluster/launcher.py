@@ -22,11 +22,13 @@ from torch.distributed.elastic.multiprocessing.errors.error_handler import Error
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mlet_dist.cluster.hung_ranks import HungRanks
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.preflight import collect_report, find_problems
 from mlet_dist.cluster.rendezvous import FixedRendezvous, rendezvous, wait_for_node_0
 from mlet_dist.config.config_file import Config
 from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
+from mlet_dist.training.signals import STOP_SIGNALS, interrupted_unsaved
 
 _SHUTDOWN_TIMEOUT_S = 600
 _ELASTIC_RESTARTS = 10
@@ -115,7 +117,10 @@ def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     logging.disable(logging.ERROR)  # torch elastic would log its own report of a failure before our message
     try:
-        with tempfile.TemporaryDirectory(prefix="mlet-", ignore_cleanup_errors=True) as logs:
+        with (
+            tempfile.TemporaryDirectory(prefix="mlet-", ignore_cleanup_errors=True) as logs,
+            HungRanks(Path(logs)),
+        ):
             config = LaunchConfig(
                 nproc_per_node=nproc,
                 monitor_interval=0.1,
@@ -129,7 +134,7 @@ def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, 
             except SignalException as stopped:
                 raise _error_in_logs(Path(logs)) or KeyboardInterrupt(stopped.sigval) from None
     except ChildFailedError as failed:
-        raise error_of_failure(failed) from None
+        raise error_of_failure(failed, trains=list(arguments[:1]) == ["train"]) from None
     except RendezvousError as error:
         if nodes is None:
             raise
@@ -163,8 +168,13 @@ def _rendezvous_config(nodes: Nodes | None, job: str) -> dict[str, Any]:
     return common | {"rdzv_backend": "c10d", "rdzv_configs": options, "max_restarts": _ELASTIC_RESTARTS}
 
 
-def error_of_failure(failed: ChildFailedError) -> Exception:
-    """Return the exception that describes why the ranks of this node failed; print the traceback, if there is one."""
+def error_of_failure(failed: ChildFailedError, *, trains: bool = False) -> Exception:
+    """Return the exception that describes why the ranks of this node failed; print the traceback, if there is one.
+
+    Args:
+        failed: torch elastic's error.
+        trains: whether the ranks run `mlet train`, which stop signals are meant for.
+    """
     # When one rank ends, the others fail too: they lose a connection, or torch elastic terminates them.
     rank, failure = min(failed.failures.items(), key=lambda item: (_order_of_cause(item[1]), item[1].timestamp))
     message = _message(failure)
@@ -172,6 +182,8 @@ def error_of_failure(failed: ChildFailedError) -> Exception:
     if error is not None:
         return error
     where = f"rank {rank} on {socket.gethostname()}"
+    if trains and -failure.exitcode in STOP_SIGNALS:  # it came before the rank could handle it
+        return interrupted_unsaved(-failure.exitcode)
     if failure.exitcode < 0:
         hint = "; it may have run out of memory, see `dmesg`" if failure.exitcode == -signal.SIGKILL else ""
         return ChildProcessError(f"{where} was killed by signal {-failure.exitcode} ({failure.signal_name()}){hint}")

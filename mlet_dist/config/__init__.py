@@ -3,5 +3,7 @@
 Modules:
     sections: the settings of each section, as dataclasses with defaults, limits and meanings.
     config_file: the config of all sections; reads and writes config files, and describes the settings for `--help`.
-    parser: builds dataclasses from YAML and checks keys, types and limits.
+    overrides: settings of the command line, `section.key=value`.
+    parser: builds dataclasses from plain data and checks keys, types and limits.
+    strict_yaml: reads YAML without duplicate keys or endless aliases.
 """

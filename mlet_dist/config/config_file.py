@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import textwrap
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,19 +11,12 @@ from typing import Any
 
 import yaml
 
-from mlet_dist.config.parser import (
-    did_you_mean,
-    load_yaml,
-    nearest_multiples,
-    parse_section,
-    parse_yaml,
-    section_type,
-    to_yaml,
-)
+from mlet_dist.config.overrides import apply_override
+from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_section, section_type, to_yaml
 from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, ShardingConfig, TrainConfig
+from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.errors import UserError
 
-_COMMAND_LINE = "command line"
 _HELP_COLUMNS = 120
 
 
@@ -126,7 +118,7 @@ def _plain(value: Any) -> Any:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply overrides such as ``data.batch_size=256``, and check every value.
 
-    A leading ``~`` in ``data.path`` and ``run.dir`` is replaced by the home directory.
+    A leading ``~`` in a path is replaced by the home directory.
 
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
@@ -139,58 +131,41 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: expected sections such as `model:`, found {to_yaml(settings)}")
     sources: dict[str, str] = {}
     for override in overrides:
-        _apply_override(settings, override, sources)
+        apply_override(Config, settings, override, sources)
     config: Config = parse_section(Config, settings, "", source, sources)
     _check_combinations(config, source, sources)
+    return _with_home(config)
+
+
+def _with_home(config: Config) -> Config:
+    """Return the config with the home directory for a leading ``~`` in its paths."""
+
+    def expanded(path: str | None) -> str | None:
+        return None if path is None else os.path.expanduser(path)
+
+    train = config.train
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=os.path.expanduser(config.data.path)),
         run=dataclasses.replace(config.run, dir=os.path.expanduser(config.run.dir)),
+        train=dataclasses.replace(
+            train,
+            resume=os.path.expanduser(train.resume),
+            initial_weights=expanded(train.initial_weights),
+            checkpoint_dir=expanded(train.checkpoint_dir),
+        ),
     )
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config; ``load_config`` reads the same settings back."""
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    path.write_text(config_text(config), encoding="utf-8")
 
 
-def _apply_override(settings: dict[str, Any], override: str, sources: dict[str, str]) -> None:
-    """Write one override into ``settings``, and the command line as its source into ``sources``."""
-    key, equals, text = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not (equals and dot and section and name):
-        raise UserError(
-            f"{_COMMAND_LINE}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
-        )
-    try:
-        value = (
-            parse_yaml(text) if text.strip() else ""
-        )  # an empty text, not YAML's null, which must be written as null
-    except ValueError as error:
-        raise UserError(f"{_COMMAND_LINE}: {override!r}: the value is not valid YAML{error}") from None
-    sources[key] = _COMMAND_LINE
-    *sections, last = key.split(".") if _is_in_named_subsection(key) else (section, name)
-    path = ""
-    for each in sections:
-        path = f"{path}.{each}" if path else each
-        if each not in settings:
-            sources[path] = _COMMAND_LINE
-        if settings.get(each) is None:
-            settings[each] = {}
-        if not isinstance(settings[each], dict):
-            return  # parse_section reports it
-        settings = settings[each]
-    settings[last] = value
-
-
-def _is_in_named_subsection(key: str) -> bool:
-    """Return whether the key is in a named subsection, such as ``sharding.tables.C3.exchange``."""
-    section, _, rest = key.partition(".")
-    kind = {each.name: section_type(each) for each in dataclasses.fields(Config)}.get(section)
-    if kind is None or "." not in rest:
-        return False
-    types_of = {each.name: each.type for each in dataclasses.fields(kind)}
-    return typing.get_origin(types_of.get(rest.partition(".")[0])) is dict
+def config_text(config: Config) -> str:
+    """Return the resolved config as YAML."""
+    text: str = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    return text
 
 
 def _check_combinations(config: Config, source: str, sources: Mapping[str, str]) -> None:
@@ -219,7 +194,7 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
         ("data.path", config.data.path),
         ("run.dir", config.run.dir),
         ("train.resume", config.train.resume),
-        ("train.checkpoint_dir", config.train.checkpoint_dir or "null"),
+        ("train.checkpoint_dir", "null" if config.train.checkpoint_dir is None else config.train.checkpoint_dir),
         ("train.initial_weights", "null" if config.train.initial_weights is None else config.train.initial_weights),
     ):
         if not text.strip():

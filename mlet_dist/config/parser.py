@@ -1,4 +1,4 @@
-"""Builds frozen dataclasses from YAML: refuses duplicate keys, and checks every key, type and limit."""
+"""Builds frozen dataclasses from the plain data of YAML, and checks every key, type and limit."""
 
 import dataclasses
 import difflib
@@ -7,7 +7,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -15,58 +14,6 @@ import yaml
 from mlet_dist.errors import UserError
 
 _SHOWN_CHARACTERS = 200
-
-
-def load_yaml(path: Path, what: str) -> Any:
-    """Return the content of a YAML file without duplicate keys.
-
-    Args:
-        what: what to call the file's content in messages, e.g. ``config``.
-
-    Raises:
-        UserError: the file cannot be read, or is not valid YAML.
-    """
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the {what} is not UTF-8 text: byte {error.start} is invalid") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid YAML{error}") from None
-
-
-def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text.
-
-    Raises:
-        ValueError: the text is not valid YAML. The message is where and why, e.g. `` in line 3: …``.
-    """
-    try:
-        return yaml.load(text, Loader=StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
-    except ValueError as error:  # a date such as 2024-13-45
-        raise ValueError(f": {error}") from None
-    except RecursionError:
-        raise ValueError(": it is nested too deeply") from None
-
-
-class StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses duplicate keys, of which YAML readers otherwise silently keep the last."""
-
-    # This runs before merge keys (`<<`) are resolved: keys that they bring in may be given again.
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-                seen.add((key.tag, key.value))
-        return node
 
 
 def setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
@@ -167,15 +114,17 @@ def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source
             f"{source}: {key} is {to_yaml(value)}, it must have at least {setting.metadata['min_length']} entry"
         )
     for each in converted if isinstance(converted, tuple) else (converted,):
+        if isinstance(each, str):
+            _check_text(each, key, source)
         at_least, at_most, above = (setting.metadata.get(limit) for limit in ("at_least", "at_most", "above"))
-        if at_least is not None and not each >= at_least:  # nor NaN
-            raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at least {at_least}")
-        if at_most is not None and each > at_most:
-            raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at most {at_most}")
         below = setting.metadata.get("below", math.inf)
         if above is not None and not above < each < below:
             limits = "a finite number above {}" if below == math.inf else "above {} and below {}"
             raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be {limits.format(above, below)}")
+        if at_least is not None and not each >= at_least:  # nor NaN
+            raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at least {at_least}")
+        if at_most is not None and each > at_most:
+            raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at most {at_most}")
         factor = setting.metadata.get("multiple_of")
         if factor is not None and each % factor:
             raise UserError(
@@ -183,6 +132,16 @@ def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source
                 f"use {nearest_multiples(each, factor)}"
             )
     return converted
+
+
+def _check_text(text: str, key: str, source: str) -> None:
+    """Raise UserError for text that can be neither written to a file as UTF-8 nor be a file's name."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{source}: {key} is {text!r}, which is not UTF-8 text; rename what it names") from None
+    if "\0" in text:
+        raise UserError(f"{source}: {key} is {text!r}, and holds a NUL character, which no name can")
 
 
 def nearest_multiples(value: int, factor: int) -> str:
@@ -228,7 +187,10 @@ def to_yaml(value: Any) -> str:
     """Return a value in one line, as YAML writes it."""
     if isinstance(value, tuple):
         value = list(value)
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    try:
+        text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    except ValueError:  # Python writes whole numbers of up to 4,300 digits, and reads longer ones in hexadecimal
+        return "a number of more than 4,300 digits"
     return shorten(text.removesuffix("...\n"))
 
 

@@ -21,7 +21,14 @@ CommPrecision = Literal["fp32", "fp16", "bf16"]
 RowsDtype = Literal["fp32", "fp16"]
 
 _MAX_COLUMNS = 1 << 16
+_MAX_LAYER = 10**9  # torch counts the bytes of two such layers in 64 bits
 _MAX_ROWS = 2**31 - 1
+_MAX_STEPS = 10**15  # its product with the batches of an epoch, and its float64, are exact
+_MAX_EPOCHS = 10**9
+_MAX_MINUTES, _MAX_SECONDS = 1e7, 1e7  # 19 years and 116 days: gloo counts nanoseconds in 64 bits
+# What float32 holds, and the products of two of them.
+_FINITE = {"above": 0, "at_least": 1e-30, "at_most": 1e30}
+_SCALE = {"above": 0, "at_least": 1e-15, "at_most": 1e15}
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,11 @@ class DataConfig:
         "such buffers in memory.",
         1 << 18,
         at_least=1,
+        at_most=_MAX_STEPS,
     )
-    reader_threads: int = setting("Threads of each rank that decode training rows in advance.", 2, at_least=1)
+    reader_threads: int = setting(
+        "Threads of each rank that decode training rows in advance.", 2, at_least=1, at_most=1024
+    )
 
 
 @dataclass(frozen=True)
@@ -87,11 +97,13 @@ class ModelConfig:
         "Sizes of the hidden layers of DLRM's dense arch (bottom MLP). A last layer of size embedding_dim is appended.",
         (512, 256, 128),
         at_least=1,
+        at_most=_MAX_LAYER,
     )
     top_mlp: tuple[int, ...] = setting(
         "Sizes of the hidden layers of DLRM's over arch (top MLP), at least one. A last layer of size 1 is appended.",
         (512, 256),
         at_least=1,
+        at_most=_MAX_LAYER,
         min_length=1,
     )
     pooling: Literal["sum", "mean"] = setting(
@@ -105,16 +117,16 @@ class ModelConfig:
         "uniform",
     )
     rows_init_std: float = setting(
-        "Standard deviation of the initial values of W1 when rows_init is normal.", 0.25, above=0
+        "Standard deviation of the initial values of W1 when rows_init is normal.", 0.25, **_SCALE
     )
     rows_init_gain: float = setting(
-        "Factor on the initial values of W1, or of single-layer tables, under either rows_init.", 1.0, above=0
+        "Factor on the initial values of W1, or of single-layer tables, under either rows_init.", 1.0, **_SCALE
     )
     projection_init_std: float | None = setting(
         "Standard deviation of the initial values of W2, which are normal. null: 1/sqrt(hidden_dim), so that W1·W2 "
         "begins at the scale of W1 (unit gain).",
         None,
-        above=0,
+        **_SCALE,
     )
 
 
@@ -128,18 +140,19 @@ class OptimizerConfig:
         "sgd",
     )
     learning_rate: float = setting(
-        "Learning rate of the dense layers, and of W1 and W2 where these have none of their own.", 0.2, above=0
+        "Learning rate of the dense layers, and of W1 and W2 where these have none of their own.", 0.2, **_FINITE
     )
     rows_learning_rate: float | None = setting(
-        "Learning rate of W1, or of single-layer tables; null: optimizer.learning_rate.", None, above=0
+        "Learning rate of W1, or of single-layer tables; null: optimizer.learning_rate.", None, **_FINITE
     )
     projections_learning_rate: float | None = setting(
-        "Learning rate of W2; null: optimizer.learning_rate.", None, above=0
+        "Learning rate of W2; null: optimizer.learning_rate.", None, **_FINITE
     )
     warmup_steps: int = setting(
         "Number of steps at the start of the run over which all learning rates rise linearly to their values.",
         0,
         at_least=0,
+        at_most=_MAX_STEPS,
     )
     decay: Literal["constant", "linear", "cosine"] = setting(
         "constant, linear or cosine: how all learning rates change after the warmup. linear and cosine fall to 0 at "
@@ -147,7 +160,10 @@ class OptimizerConfig:
         "constant",
     )
     decay_start: int | None = setting(
-        "Step after which a linear or cosine decay begins; null: at the end of the warmup.", None, at_least=0
+        "Step after which a linear or cosine decay begins; null: at the end of the warmup.",
+        None,
+        at_least=0,
+        at_most=_MAX_STEPS,
     )
 
 
@@ -250,9 +266,13 @@ class TrainConfig:
         at_least=0,
         at_most=2**63 - 1,
     )
-    epochs: int = setting("Number of passes over the training split.", 1, at_least=1)
-    max_steps: int | None = setting("Stop after this many steps; null: train all epochs.", None, at_least=1)
-    log_every: int = setting("Steps between two records in metrics.jsonl and TensorBoard.", 100, at_least=1)
+    epochs: int = setting("Number of passes over the training split.", 1, at_least=1, at_most=_MAX_EPOCHS)
+    max_steps: int | None = setting(
+        "Stop after this many steps; null: train all epochs.", None, at_least=1, at_most=_MAX_STEPS
+    )
+    log_every: int = setting(
+        "Steps between two records in metrics.jsonl and TensorBoard.", 100, at_least=1, at_most=_MAX_STEPS
+    )
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto, cpu or cuda: the device to train on. auto: cuda where there is one, else cpu.", "auto"
     )
@@ -264,7 +284,10 @@ class TrainConfig:
         "stop",
     )
     non_finite_limit: int = setting(
-        "Number of batches that on_non_finite may leave out by skip or rollback before the run ends.", 10, at_least=0
+        "Number of batches that on_non_finite may leave out by skip or rollback before the run ends.",
+        10,
+        at_least=0,
+        at_most=_MAX_STEPS,
     )
     pipelined: bool | None = setting(
         "true: use TorchRec's training pipeline, which exchanges the ids of the next batch while this one is "
@@ -289,11 +312,13 @@ class TrainConfig:
         "Steps between two checkpoints; null: save by checkpoint_minutes alone, and at the end of the run.",
         None,
         at_least=1,
+        at_most=_MAX_STEPS,
     )
     checkpoint_minutes: float | None = setting(
         "Minutes between two checkpoints; null: save by checkpoint_every alone, and at the end of the run.",
         30.0,
         above=0,
+        at_most=_MAX_MINUTES,
     )
     checkpoint_dir: str | None = setting(
         "Directory or URL (s3://…) for the checkpoints of this run, and of no other; null: run.dir/checkpoints.", None
@@ -308,17 +333,19 @@ class TrainConfig:
         "failure to write the last checkpoint always stops it.",
         "stop",
     )
-    keep_last: int = setting("Number of the latest checkpoints to keep.", 2, at_least=1)
+    keep_last: int = setting("Number of the latest checkpoints to keep.", 2, at_least=1, at_most=_MAX_STEPS)
     keep_every: int | None = setting(
         "Checkpoints to keep besides the latest: those whose step is a multiple of this; null: no others.",
         None,
         at_least=1,
+        at_most=_MAX_STEPS,
     )
     collective_timeout_s: float = setting(
         "Seconds within which every rank must join a collective; otherwise the run ends with an error. It must be "
         "longer than anything that a rank does alone, such as reading from slow storage.",
         600.0,
-        above=0,
+        at_least=1,
+        at_most=_MAX_SECONDS,
     )
 
 

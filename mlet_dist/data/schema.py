@@ -12,6 +12,7 @@ from typing import Any
 
 from mlet_dist.data.location import DataPath
 from mlet_dist.errors import UserError
+from mlet_dist.regular_file import read_regular_file
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "valid", "test")
@@ -132,7 +133,8 @@ class DatasetSchema:
         """
         path = directory / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = read_regular_file(path).decode() if isinstance(path, Path) else path.read_text(encoding="utf-8")
+            content = json.loads(text)
         except FileNotFoundError:
             if directory.is_dir():
                 problem = f"no {FILE_NAME} in it, so it is not a prepared data set; run `mlet prepare` to make one"

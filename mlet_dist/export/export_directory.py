@@ -1,8 +1,8 @@
 """The layout of an export on disk, and its manifest."""
 
+import errno
 import fnmatch
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import torch
 
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.errors import UserError
-from mlet_dist.formatting import CHECKSUM, with_checksum
+from mlet_dist.formatting import CHECKSUM, load_json, with_checksum
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.regular_file import open_regular
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -42,12 +43,18 @@ class ExportDirectory:
         return self.path / MANIFEST
 
     def exists(self) -> bool:
-        """Whether this is an export, intact or damaged. Checkpoints and data sets have a manifest.json, too."""
+        """Return whether this is an export, intact or damaged. Checkpoints and data sets have a manifest.json, too.
+
+        Raises:
+            UserError: the path is a loop of symbolic links.
+        """
         try:
-            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+            content = load_json(self.manifest)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except (OSError, ValueError):  # it may be the manifest of a damaged export
+        except (OSError, ValueError) as error:  # it may be the manifest of a damaged export
+            if isinstance(error, OSError) and error.errno == errno.ELOOP:
+                raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
             return True
         return isinstance(content, dict) and {"format_version", "model"} <= content.keys()
 
@@ -63,7 +70,7 @@ class ExportDirectory:
             problem = "is not an export's" if self.manifest.exists() else "is missing"
             raise UserError(f"{self.path}: not an export of `mlet export`: its {self.manifest.name} {problem}")
         try:
-            content = json.loads(self.manifest.read_text(encoding="utf-8"))
+            content = load_json(self.manifest)
             found = content["format_version"]
             if found != FORMAT_VERSION:
                 raise UserError(
@@ -100,7 +107,7 @@ class ExportDirectory:
         directory, files = self.output(name, manifest)
         entries = Manifest(step=0, files=files, about={})
         for file in fnmatch.filter(sorted(files), pattern)[share]:
-            damage = entries.find_damage(file, lambda each: (directory / each).open("rb"))
+            damage = entries.find_damage(file, lambda each: open_regular(directory / each))
             if damage is not None:
                 raise UserError(f"{directory}: {damage}: the export is damaged; export again")
 

@@ -12,6 +12,7 @@ from mlet_dist.export.encoding import ENCODINGS, Encoding
 from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.safetensors import SafetensorsFiles, SafetensorsFormat
 from mlet_dist.export.formats.tensor_shards import Format
+from mlet_dist.regular_file import open_regular
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def open_output(directory: Path, files: Mapping[str, Any], format: str) -> Chunk
     """
     if format == "safetensors":
         return SafetensorsFiles(directory, files)
-    return DcpFiles(directory, lambda name: (directory / name).open("rb"), files)
+    return DcpFiles(directory, lambda name: open_regular(directory / name), files)
 
 
 def read_parts(

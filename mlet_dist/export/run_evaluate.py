@@ -53,7 +53,9 @@ def evaluate_path(
         if store is None:
             load_model(model, served, key=None)
         else:
-            load_model(model, latest_checkpoint(store).location)
+            checkpoint = latest_checkpoint(store)
+            run.check_own(checkpoint, checkpoint.manifest().about)
+            load_model(model, checkpoint.location)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
     return {"target": str(target), "split": split, **found}
 

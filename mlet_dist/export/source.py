@@ -172,6 +172,7 @@ class ModelSource(Tables):
         directory = RunDirectory(run)
         config, spec, summary = directory.load()
         checkpoint, manifest = latest_finished(directory.checkpoint_store(config))
+        directory.check_own(checkpoint, manifest.about)
         return cls.of_checkpoint(run, checkpoint, manifest, spec, config.to_dict(), summary)
 
     @classmethod

@@ -15,12 +15,17 @@ from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
 from mlet_dist.models.spec import ModelSpec
 
+_CPU = torch.device("cpu")
+
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
 """The prefix of ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the model's state dict."""
 
 
 def build_dlrm(
-    spec: ModelSpec, tables_device: torch.device, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32"
+    spec: ModelSpec,
+    tables_device: torch.device,
+    rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32",
+    dense_device: torch.device = _CPU,
 ) -> DLRM:
     """Build the model for training: DLRM around a MultiLayerEmbeddingBagCollection.
 
@@ -30,10 +35,11 @@ def build_dlrm(
         spec: sizes, inputs and seed.
         tables_device: device of the tables; ``meta`` if they will be sharded.
         rows_dtype: dtype of W1, for all tables or by table. Export and verification support fp32 only.
+        dense_device: device of the dense layers; ``meta`` if only their sizes are wanted.
     """
     tables = _table_configs(spec, rows_dtype)
     embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, device=tables_device, seed=spec.seed)
-    return _build_around(embeddings, spec)
+    return _build_around(embeddings, spec, dense_device)
 
 
 def build_plain_dlrm(spec: ModelSpec) -> DLRM:
@@ -69,8 +75,8 @@ def build_quantised_dlrm(spec: ModelSpec, data_type: DataType, device: torch.dev
 def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32") -> tuple[int, int]:
     """Return the bytes of all tables in training (W1 in ``rows_dtype``, W2 float32) and in serving (W float32)."""
     meta = torch.device("meta")
-    trained = build_dlrm(spec, meta, rows_dtype).sparse_arch.embedding_bag_collection
-    served = build_dlrm(spec, meta).sparse_arch.embedding_bag_collection.collapse()
+    trained = build_dlrm(spec, meta, rows_dtype, meta).sparse_arch.embedding_bag_collection
+    served = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.collapse()
     return _parameter_bytes(trained), _parameter_bytes(served)
 
 
@@ -92,8 +98,12 @@ def dense_cost(
     )
 
 
-def _build_around(embeddings: EmbeddingBagCollection | QuantisedEmbeddingBagCollection, spec: ModelSpec) -> DLRM:
-    with torch.random.fork_rng(devices=[]):
+def _build_around(
+    embeddings: EmbeddingBagCollection | QuantisedEmbeddingBagCollection,
+    spec: ModelSpec,
+    dense_device: torch.device = _CPU,
+) -> DLRM:
+    with torch.random.fork_rng(devices=[]), dense_device:
         torch.manual_seed(spec.seed)
         return DLRM(
             embedding_bag_collection=embeddings,

@@ -11,6 +11,7 @@ from mlet_dist.config.parser import parse_section
 from mlet_dist.config.sections import ModelConfig
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
+from mlet_dist.formatting import load_json
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class ModelSpec:
             UserError: the file is missing or invalid.
         """
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+            return cls.from_dict(load_json(path), str(path))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
 

@@ -55,7 +55,8 @@ class Case:
     def model(self) -> DLRM:
         """Build the model on the meta device."""
         names = [feature.name for feature in self.spec.sparse]
-        model = build_dlrm(self.spec, torch.device("meta"), self.config.sharding.rows_dtypes(names))
+        meta = torch.device("meta")
+        model = build_dlrm(self.spec, meta, self.config.sharding.rows_dtypes(names), dense_device=meta)
         fuse_row_optimizer(model, self.config.optimizer)
         return model
 

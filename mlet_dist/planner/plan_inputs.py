@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.parser import load_yaml
+from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError

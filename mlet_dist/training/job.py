@@ -6,7 +6,7 @@ A run is what ``run.dir`` holds; every process group that trains it, first or af
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.resume import ResumePoint, drop_later_checkpoints, find_resume_point, identity_of
-from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.run_directory import RUN_ID, RunDirectory
+from mlet_dist.training.run_seal import new_run_id
 from mlet_dist.training.warm_start import InitialWeights, find_initial_weights
 
 
@@ -120,6 +121,10 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
         if resume_point is not None:
             loader.load_state_dict(resume_point.found.manifest.about["data"])
         initial = find_initial_weights(config, spec) if resume_point is None else None
+        if resume_point is not None and resume_point.is_own:
+            run = replace(run, run_id=resume_point.found.manifest.about.get(RUN_ID))
+        else:
+            run = replace(run, run_id=new_run_id())
         job = Job(config, worker, spec, loader, split_loaders, run, store, identity, resume_point, initial)
         if worker.is_first:
             run.prepare(config, spec, resumes=job.resumes)

@@ -1,10 +1,18 @@
 """Finds out which ranks are lost when a collective fails: hosts by rank, timeouts and broken connections."""
 
+import json
+import os
 import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
+
+HUNG = "hung"
+"""The file beside a rank's error file that asks its launcher to kill it; it holds the rank's process id."""
 
 _NOTICE_SECONDS = 10.0
 _PEER_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
@@ -21,11 +29,19 @@ class RankRegistry:
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta = timedelta(0)) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
-        store.set(f"host/{rank}", socket.gethostname())
-        store.wait([f"host/{each}" for each in range(world_size)], timeout)
+        process = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "error_file": os.environ.get("TORCHELASTIC_ERROR_FILE", ""),
+        }
+        store.set(f"process/{rank}", json.dumps(process))
+        store.wait([f"process/{each}" for each in range(world_size)], timeout)
 
     def missing(self) -> list[str]:
-        """Return ranks with hosts that do not notice within 10 s that a collective timed out; [] if unknown."""
+        """Return ranks with hosts that do not notice within 10 s that a collective timed out; [] if unknown.
+
+        The launchers of these ranks are asked to kill them: they hang, and would not answer a signal to stop.
+        """
         others = set(range(self._world_size)) - {self._rank}
         deadline = time.monotonic() + _NOTICE_SECONDS
         try:
@@ -33,9 +49,22 @@ class RankRegistry:
             while others and time.monotonic() < deadline:
                 time.sleep(0.1)
                 others = {each for each in others if not self._store.check([f"noticed/{each}"])}
-            return [f"rank {each} on {self._store.get(f'host/{each}').decode()}" for each in sorted(others)]
+            lost = {each: json.loads(self._store.get(f"process/{each}")) for each in sorted(others)}
         except RuntimeError:  # the store ended with the process that served it
             return []
+        for process in lost.values():
+            _report_hung(process)
+        return [f"rank {each} on {process['host']}" for each, process in lost.items()]
+
+
+def _report_hung(process: dict[str, Any]) -> None:
+    """Write the marker that a launcher on this host looks for; the folder of another host's launcher is not here."""
+    error_file = Path(process["error_file"])
+    if process["error_file"] and error_file.parent.is_dir():
+        with suppress(OSError):
+            partial = error_file.with_name(f"{HUNG}.{os.getpid()}")
+            partial.write_text(f"{process['pid']}")
+            partial.replace(error_file.with_name(HUNG))
 
 
 def timed_out(error: BaseException) -> bool:

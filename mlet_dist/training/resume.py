@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, require_complete
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.config.config_file import Config, load_config
+from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
@@ -173,7 +173,9 @@ def checkpoint_at(path: str, setting: str) -> CompleteCheckpoint:
     if single is not None:
         found = require_complete(single)
     elif "://" not in path and (run := RunDirectory(Path(path))).config.exists():
-        found = latest_complete(run.checkpoint_store(load_config(run.config)))
+        found = latest_complete(run.checkpoint_store(run.load_config()))
+        if found is not None:
+            run.check_own(found.checkpoint, found.manifest.about)
     else:
         found = latest_complete(CheckpointStore(path))
     if found is None:

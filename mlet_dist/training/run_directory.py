@@ -1,21 +1,25 @@
-"""The run directory: its layout on disk, its lock, and the result of an earlier attempt; imported without torch."""
+"""The run directory: its layout on disk, its files and its lock; imported without torch."""
 
 import fcntl
-import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.config.config_file import Config, load_config, save_config
+from mlet_dist.config.config_file import Config, config_text, load_config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.run_seal import check_one_run, load_sealed_json, run_id_of_yaml, sealed_json, sealed_yaml
+
+RUN_ID = "run"
+"""The key under which a checkpoint's manifest holds the id of its run."""
 
 _PREFLIGHT = ".mlet-preflight-"  # files with which nodes check that they share storage
 
@@ -23,6 +27,9 @@ _PREFLIGHT = ".mlet-preflight-"  # files with which nodes check that they share 
 @dataclass(frozen=True)
 class RunDirectory:
     """The paths inside a run directory.
+
+    config.yaml, model.json, plan.json and summary.json are sealed (``run_seal.py``): they hold the id of the run, which
+    its checkpoints hold, too, and a checksum. Readers refuse them when they were changed, or come from another run.
 
     ::
 
@@ -34,9 +41,14 @@ class RunDirectory:
         tensorboard/      the same records for TensorBoard
         checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint; or in `train.checkpoint_dir`
         summary.json      the result, written last: a run without it has not finished
+
+    Attributes:
+        path: the directory.
+        run_id: the id in what this object writes; None for a run of a version without seals, which stays without.
     """
 
     path: Path
+    run_id: str | None = None
 
     @property
     def marker(self) -> Path:
@@ -69,10 +81,6 @@ class RunDirectory:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
-
-    @property
-    def _partial_summary(self) -> Path:
-        return self.path / "summary.partial"
 
     def check_available(self, config: Config) -> None:
         """Raise UserError unless ``run.overwrite`` and ``train.resume`` allow training into this directory.
@@ -125,12 +133,16 @@ class RunDirectory:
             UserError: the directory cannot be written.
         """
         with self._writing():
-            for left in (self.summary, self._partial_summary):
-                left.unlink(missing_ok=True)
+            self.summary.unlink(missing_ok=True)
+            for file in (self.config, self.model, self.plan, self.summary):
+                _partial(file).unlink(missing_ok=True)
             if not resumes:
                 self._empty()
-            save_config(config, self.config)
-            spec.save(self.model)
+            text = config_text(config)
+            self._replace(
+                self.config, text if self.run_id is None else sealed_yaml(text, self.config.name, self.run_id)
+            )
+            self._replace(self.model, to_json(self._sealed(self.model, spec.to_dict()), indent=1) + "\n")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -147,19 +159,46 @@ class RunDirectory:
                 shutil.rmtree(folder)
 
     def save_plan(self, tables: list[dict[str, Any]], world_size: int) -> None:
-        """Write the plan, one line for each table."""
+        """Write the plan, one line for each table.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         lines = ",\n  ".join(to_json(table) for table in tables)
-        text = f'{{"world_size": {world_size}, "tables": [\n  {lines}\n]}}\n'
-        self.plan.write_text(text, encoding="utf-8")
+        sealed = self._sealed(self.plan, {"world_size": world_size, "tables": tables})
+        seal = "".join(f', "{key}": {to_json(sealed[key])}' for key in sealed.keys() - {"world_size", "tables"})
+        with self._writing():
+            self._replace(self.plan, f'{{"world_size": {world_size}, "tables": [\n  {lines}\n]{seal}}}\n')
 
     def checkpoint_store(self, config: Config) -> CheckpointStore:
         """Return the store of the run's checkpoints."""
         return CheckpointStore(config.train.checkpoint_dir or self.checkpoints)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write the summary atomically."""
-        self._partial_summary.write_text(to_json(summary, indent=1) + "\n", encoding="utf-8")
-        self._partial_summary.replace(self.summary)
+        """Write the summary, which completes the run.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with self._writing():
+            self._replace(self.summary, to_json(self._sealed(self.summary, summary), indent=1) + "\n")
+
+    def _sealed(self, file: Path, content: dict[str, Any]) -> dict[str, Any]:
+        return content if self.run_id is None else sealed_json(content, file.name, self.run_id)
+
+    def _replace(self, file: Path, text: str) -> None:
+        """Write a file atomically."""
+        partial = _partial(file)
+        try:
+            with partial.open("w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            partial.replace(file)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
     def load(self) -> tuple[Config, ModelSpec, dict[str, Any]]:
         """Return config, model and summary of a finished run.
@@ -175,42 +214,48 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: this run never finished: it has no {self.summary.name}; train it to the end first"
             )
-        try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.summary}: cannot be read: {error}") from None
-        if not isinstance(summary, dict):
-            raise UserError(f"{self.summary}: holds a JSON {type(summary).__name__} instead of an object")
-        return load_config(self.config), ModelSpec.load(self.model), summary
+        config, saved = self.load_config(), run_id_of_yaml(self.config)
+        ids = [(self.config.name, saved)]
+        summary, of_summary = load_sealed_json(self.summary)
+        model, of_model = load_sealed_json(self.model)
+        ids += [(self.model.name, of_model), (self.summary.name, of_summary)]
+        if self.plan.exists():
+            ids.append((self.plan.name, load_sealed_json(self.plan)[1]))
+        check_one_run(self.path, ids)
+        return config, ModelSpec.from_dict(model, str(self.model)), summary
+
+    def load_config(self) -> Config:
+        """Return the resolved config that the run wrote.
+
+        Raises:
+            UserError: it was changed, or cannot be read.
+        """
+        run_id_of_yaml(self.config)
+        return load_config(self.config)
+
+    def check_own(self, checkpoint: object, about: Mapping[str, Any]) -> None:
+        """Check that a checkpoint belongs to the run that wrote config.yaml.
+
+        Args:
+            checkpoint: its name in messages.
+            about: what its manifest holds beside the files.
+
+        Raises:
+            UserError: it is another run's.
+        """
+        ids = [(self.config.name, run_id_of_yaml(self.config)), (str(checkpoint), about.get(RUN_ID))]
+        if check_one_run(self.path, ids) is None and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):
+                print(
+                    f"mlet: warning: {self.path}: a version of mlet_dist without seals wrote this run; whether its "
+                    "files were changed cannot be told",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
-def config_of_attempt(config: Config) -> Config:
-    """Return the config without ``run.overwrite`` and ``train.resume: never`` if torch elastic restarted this job."""
-    if not _is_restart():
-        return config
-    resume = "auto" if config.train.resume == "never" else config.train.resume
-    return replace(config, run=replace(config.run, overwrite=False), train=replace(config.train, resume=resume))
-
-
-def finished_summary(config: Config, *, by_any: bool = False) -> dict[str, Any] | None:
-    """Return the summary of a run that an earlier attempt of this job finished without printing it, or None.
-
-    Args:
-        config: the resolved settings; a run with other settings is not considered.
-        by_any: whether any earlier job counts as an attempt, and not only those restarted by torch elastic.
-
-    Raises:
-        UserError: the summary cannot be read.
-    """
-    run = RunDirectory(Path(config.run.dir))
-    if not (by_any or _is_restart()) or not run.summary.exists():
-        return None
-    saved, _, summary = run.load()
-    return summary if config_of_attempt(saved) == config_of_attempt(config) else None
-
-
-def _is_restart() -> bool:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def _partial(file: Path) -> Path:
+    return file.with_suffix(".partial")
 
 
 @contextmanager

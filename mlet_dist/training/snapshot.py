@@ -27,6 +27,7 @@ from mlet_dist.training.job import Job
 from mlet_dist.training.model_plan import ModelPlan
 from mlet_dist.training.non_finite_guard import NonFinite
 from mlet_dist.training.reporting import Recorder, TrainingReport
+from mlet_dist.training.run_directory import RUN_ID
 from mlet_dist.training.state import Training
 
 _METRICS_KEY, _RANDOM_KEY = "metrics", "rng"
@@ -51,6 +52,7 @@ def manifest_fields(
     return {
         "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
+        RUN_ID: job.run.run_id,
         **rank_info(training),
         "skipped": training.skipped,
         "passed_over": sorted(training.excluded_steps),

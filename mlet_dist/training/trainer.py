@@ -21,6 +21,7 @@ from mlet_dist.config.sections import RowsDtype
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress
+from mlet_dist.training.attempts import config_of_attempt
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
@@ -29,7 +30,6 @@ from mlet_dist.training.model_plan import ModelPlan, describe_plan
 from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
 from mlet_dist.training.process_group import join_ranks
 from mlet_dist.training.reporting import Recorder, TrainingReport
-from mlet_dist.training.run_directory import config_of_attempt
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.signals import StopSignal

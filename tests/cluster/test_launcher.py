@@ -89,7 +89,11 @@ def test_ranks_do_not_outlive_a_killed_parent(small_model: tuple[str, ...], tmp_
             75,
             r"mlet: SIGUSR1: saved .*/checkpoints/step-\d{8}; run the same command again to resume from it",
         ),
-        (signal.SIGINT, 130, "mlet: interrupted"),
+        (
+            signal.SIGINT,
+            130,
+            "mlet: interrupted; run the same command again to resume from the last checkpoint, or to start",
+        ),
     ],
     ids=["SIGTERM", "SIGUSR1", "SIGINT"],
 )
@@ -132,7 +136,9 @@ def test_sigterm_leaves_no_temporary_directory(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as synth:
         wait_until(lambda: list(tmp_path.iterdir()) or synth.poll() is not None)
         synth.terminate()
-        assert synth.communicate(timeout=40)[1].splitlines()[-1] == "mlet: terminated"
+        assert synth.communicate(timeout=40)[1].splitlines()[-1] == (
+            "mlet: terminated; nothing was written, run the command again"
+        )
     assert synth.returncode == 143
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.parser import parse_yaml, section_type, to_yaml
+from mlet_dist.config.parser import section_type, to_yaml
+from mlet_dist.config.strict_yaml import parse_yaml
 
 _COLUMN, _WIDTH = 30, 120
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 from mlet_dist.checkpoint.manifest import Checksum, Manifest
 from mlet_dist.checkpoint.store import Checkpoint
+from mlet_dist.training.run_directory import RUN_ID
+from mlet_dist.training.run_seal import run_id_of_yaml
 
 
 def write_manifest(directory: Path) -> None:
-    """Write a manifest for all files in ``directory``, which makes it a complete checkpoint."""
+    """Write a manifest for all files in ``directory``, which makes it a complete checkpoint of the run around it."""
     files = {}
     for path in directory.iterdir():
         if path.name != "manifest.json":
@@ -16,4 +18,6 @@ def write_manifest(directory: Path) -> None:
             files[path.name] = checksum.entry()
     checkpoint = Checkpoint.at(str(directory))
     assert checkpoint is not None
-    (directory / "manifest.json").write_bytes(Manifest(checkpoint.step, files, {}).render())
+    config = directory.parent.parent / "config.yaml"
+    about = {RUN_ID: run_id_of_yaml(config)} if config.exists() else {}
+    (directory / "manifest.json").write_bytes(Manifest(checkpoint.step, files, about).render())

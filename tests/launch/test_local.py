@@ -108,5 +108,5 @@ def test_a_killed_rank_and_a_killed_agent_do_not_change_the_result(
     summary = last_json(output, "weights_sha256")
     assert summary["weights_sha256"] == trained.result["weights_sha256"]
     assert summary["first_step"] > 0
-    assert last_json(output, "max_abs_logit_diff")["ok"]
+    assert last_json(output, "max_abs_logit_diff")["export"]["ok"]
     assert (export / "manifest.json").exists()

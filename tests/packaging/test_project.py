@@ -76,8 +76,8 @@ def test_no_file_says_where_packages_come_from() -> None:
 
 
 def test_console_script_and_packages_point_into_mlet_dist() -> None:
-    assert PROJECT["scripts"] == {"mlet": "mlet_dist.cli:main"}
-    assert importlib.util.find_spec("mlet_dist.cli") is not None
+    assert PROJECT["scripts"] == {"mlet": "mlet_dist.__main__:main"}
+    assert importlib.util.find_spec("mlet_dist.__main__") is not None
 
 
 def test_ci_runs_what_make_check_runs_with_the_tests_last() -> None:

@@ -61,7 +61,7 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_reports_the_missing_bytes(
     assert (result["first_step"], result["steps"]) == (20, 57)
 
 
-def test_a_rank_that_hangs_is_named_within_the_timeout(small_model: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_within_the_timeout_and_killed(small_model: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, f"run.dir={run}", "--nproc", "2"]
     command += ["train.epochs=100000", "train.max_steps=null", "train.collective_timeout_s=5"]
@@ -74,9 +74,10 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(small_model: tuple[str, .
             ranks = children(job.pid)
             hung = next(pid for pid in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
             os.kill(hung, signal.SIGSTOP)
-            wait_until(lambda: len(children(job.pid)) < 2, 40)  # 5 s, and the roll call
-            os.kill(hung, signal.SIGKILL)
-            lines = job.communicate(timeout=40)[1].splitlines()
+            stopped = time.monotonic()
+            lines = job.communicate(timeout=120)[1].splitlines()
+            # 5 s until the others notice, and 30 s until the rank is killed, instead of the 600 s that saving may take.
+            assert time.monotonic() - stopped < 5 + 30 + 15
         finally:
             for pid in (job.pid, *ranks):
                 if Path(f"/proc/{pid}").exists():

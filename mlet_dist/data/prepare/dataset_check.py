@@ -1,6 +1,5 @@
 """Verification of a prepared data set against its schema and manifest (``mlet prepare --check``)."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from mlet_dist.data.parquet_parts import sha256_of
 from mlet_dist.data.prepare.dataset_manifest import MANIFEST, VOCABULARY
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
-from mlet_dist.formatting import CHECKSUM, with_checksum
+from mlet_dist.formatting import CHECKSUM, load_json, with_checksum
 from mlet_dist.progress import Progress
 
 
@@ -59,7 +58,7 @@ def check(directory: Path) -> DatasetSchema:
 def _load_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
         files = content["files"]
         if not all(isinstance(e["bytes"], int) and isinstance(e["sha256"], str) for e in files.values()):
             raise KeyError("files")

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.config.parser import load_yaml
+from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.data.prepare.description_section import Section, check, is_integer, is_number, is_text, one_of
 from mlet_dist.data.prepare.raw_formats import (
     LABEL,

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from mlet_dist.checkpoint.writer import ChecksumStream
 from mlet_dist.errors import UserError, os_error
 from mlet_dist.export.export_directory import MANIFEST
 from mlet_dist.export.formats.tensor_shards import Format, TensorShard
-from mlet_dist.formatting import to_json
+from mlet_dist.formatting import load_json, to_json
 
 _JOB, _RECORDS, _EXPORT = "job.json", "records", "export"
 
@@ -93,9 +92,7 @@ class WorkDirectory:
                 if not overwrite:
                     raise UserError(f"{self.out}: exists and is not empty; use --overwrite to replace it")
                 with suppress(ValueError, AttributeError):
-                    if {"format_version", "model"} <= json.loads(
-                        (self.out / MANIFEST).read_text(encoding="utf-8")
-                    ).keys():
+                    if {"format_version", "model"} <= load_json(self.out / MANIFEST).keys():
                         return
             check_free(self.out)
 
@@ -164,7 +161,7 @@ class WorkDirectory:
             UserError: there is no such record, because a rank writes to storage that is not shared.
         """
         try:
-            content: dict[str, Any] = json.loads((self.root / _RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+            content: dict[str, Any] = load_json(self.root / _RECORDS / f"{name}.json")
         except FileNotFoundError:
             raise UserError(
                 f"{self.root}: the record of {name} is missing; --out must be on storage that all ranks share"

@@ -11,6 +11,7 @@ from mlet_dist.export.formats.safetensors import SafetensorsFiles
 from mlet_dist.export.formats.torch_file import TorchFile
 from mlet_dist.export.source import Tables, TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.regular_file import open_regular
 from mlet_dist.training.run_directory import RunDirectory
 
 _TORCHREC_NAME = re.compile(r"(?P<prefix>(?:.*\.)?)(?:embedding_bags|embeddings)\.(?P<table>[^.]+)\.weight")
@@ -66,7 +67,7 @@ def open_existing(path: Path, pattern: str | None = None) -> Tables:
 def _open_files(path: Path) -> ChunkedTensors:
     if path.is_dir():
         if (path / INDEX).exists():
-            return DcpFiles(path, lambda name: (path / name).open("rb"))
+            return DcpFiles(path, lambda name: open_regular(path / name))
         if any(path.glob("*.safetensors")):
             return SafetensorsFiles(path)
         raise UserError(

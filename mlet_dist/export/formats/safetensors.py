@@ -13,6 +13,8 @@ from mlet_dist.checkpoint.tensor_ranges import Chunk, ChunkedTensors, StoredTens
 from mlet_dist.checkpoint.writer import ChecksumStream
 from mlet_dist.errors import UserError
 from mlet_dist.export.formats.tensor_shards import TensorShard, full_shapes
+from mlet_dist.formatting import load_json
+from mlet_dist.regular_file import open_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -112,7 +114,7 @@ class SafetensorsFiles(ChunkedTensors):
         if self._files is not None and path.name not in self._files:
             raise UserError(f"{path}: the manifest does not list this file")
         try:
-            raw = path.open("rb")
+            raw = open_regular(path)
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
         except OSError as error:
@@ -131,7 +133,7 @@ def _list_files(path: Path) -> list[Path]:
 def _indexed_files(path: Path) -> list[Path]:
     """Return the files that an index lists."""
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(load_json(path)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an index of safetensors files: {error!r}") from None
     return [path.parent / name for name in names]

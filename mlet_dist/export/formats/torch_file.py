@@ -10,6 +10,7 @@ import torch
 from mlet_dist.checkpoint.checked_file import CheckedFile
 from mlet_dist.checkpoint.tensor_ranges import Chunk, ChunkedTensors, StoredTensor
 from mlet_dist.errors import UserError
+from mlet_dist.regular_file import open_regular
 
 
 class TorchFile(ChunkedTensors):
@@ -29,7 +30,7 @@ class TorchFile(ChunkedTensors):
         super().__init__(path)
         self._stored: dict[str, torch.Tensor] = {}
         try:
-            raw = path.open("rb")
+            raw = open_regular(path)
         except OSError as error:
             problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
             raise UserError(f"{path} {problem}") from None

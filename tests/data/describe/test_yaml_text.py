@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlet_dist.config.parser import parse_yaml
+from mlet_dist.config.strict_yaml import parse_yaml
 from mlet_dist.data.describe.yaml_text import ranges, yaml_list, yaml_scalar
 from mlet_dist.data.prepare.table_description import _named_columns
 

@@ -1,6 +1,5 @@
 """An export contains W1·W2 under the names of a plain TorchRec model, and incomplete runs are rejected."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests.conftest import TrainedRun
 from tests.helpers.checkpoint_manifest import write_manifest
 from tests.helpers.export_units import contents
 from tests.helpers.mlet_command import error_line
+from tests.helpers.resealed import reseal_json
 
 
 def _all_tensors(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
@@ -89,8 +89,9 @@ def test_a_model_of_other_shapes_than_the_checkpoint_is_rejected(trained: Traine
     run = tmp_path / "run"
     shutil.copytree(trained.path, run)
     for change in ({"hidden_dim": None}, {"hidden_dim": 16}, {"top_mlp": [8]}):
-        model = json.loads((trained.path / "model.json").read_text())
-        (run / "model.json").write_text(json.dumps(model | {"model": model["model"] | change}))
+        shutil.copy(trained.path / "model.json", run / "model.json")
+        changed = dict(change)
+        reseal_json(run / "model.json", lambda model: model | {"model": model["model"] | changed})  # noqa: B023
         with pytest.raises(UserError, match=r"step-00000057: .*in the model"):
             export_run(run, tmp_path / "export")
         assert not (tmp_path / "export").exists()

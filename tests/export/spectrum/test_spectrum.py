@@ -26,6 +26,7 @@ from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest
 from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import mlet
+from tests.helpers.resealed import reseal_yaml
 
 _GENERATOR = torch.Generator().manual_seed(0)
 
@@ -174,8 +175,7 @@ def test_data_of_other_tables_are_rejected_and_missing_data_of_the_run_ignored(
     with pytest.raises(UserError, match=r"feature 'C3' has 301 ids here"):
         spectrum_of(exported, data=str(copy))
     run = shutil.copytree(trained.path, tmp_path / "run")
-    config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace(str(trained.data), str(tmp_path / "gone")))
+    reseal_yaml(run / "config.yaml", lambda text: text.replace(str(trained.data), str(tmp_path / "gone")))
     result = spectrum_of(run)
     assert result["data"] is None
     assert "gone: no such data set" in result["not_weighted"]

@@ -1,0 +1,60 @@
+"""The memory of the layers that every rank holds, computed from their sizes alone, before torch is imported."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from mlet_dist.config.config_file import Config
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+
+_FLOAT_BYTES = 4
+_STATES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}  # of the optimizer, for each weight
+_GB = 1e9
+
+
+def dense_parameters(spec: ModelSpec) -> dict[str, int]:
+    """Return the number of weights that every rank holds, by the setting that decides most of it."""
+    model, features = spec.model, len(spec.sparse)
+    interaction = model.embedding_dim + features + features * (features - 1) // 2
+    return {
+        "model.bottom_mlp": _mlp([len(spec.dense), *model.bottom_mlp, model.embedding_dim]),
+        "model.top_mlp": _mlp([interaction, *model.top_mlp, 1]),
+        "model.hidden_dim": features * model.embedding_dim * (model.hidden_dim or 0),
+    }
+
+
+def check_dense_memory(
+    config: Config, spec: ModelSpec, ranks: int, world_size: int, available: int, on_cuda: bool
+) -> None:
+    """Check that this machine can hold the dense layers and W2, before anything is allocated.
+
+    The estimate is a lower bound: weights, and on a CPU also their gradients, the optimizer's state and the outputs of
+    the layers. On CUDA the weights alone are in host memory, where they are drawn.
+
+    Args:
+        ranks: on this machine.
+        world_size: of the whole job.
+        available: bytes of host memory.
+        on_cuda: whether the ranks train on CUDA devices.
+
+    Raises:
+        UserError: the memory does not suffice; the message names the setting that needs most of it.
+    """
+    copies = 1 if on_cuda else 2 + _STATES[config.optimizer.name]
+    needed = {key: copies * _FLOAT_BYTES * count for key, count in dense_parameters(spec).items()}
+    if not on_cuda:
+        widths = sum(spec.model.bottom_mlp) + sum(spec.model.top_mlp)
+        needed["data.batch_size"] = 2 * _FLOAT_BYTES * widths * (config.data.batch_size // max(1, world_size))
+    total = ranks * sum(needed.values())
+    if total > available:
+        key = max(needed, key=lambda each: needed[each])
+        of_ranks = "" if ranks == 1 else f" for {ranks} ranks"
+        raise UserError(
+            f"{key}: the dense layers and W2 need at least {total / _GB:,.2f} GB of memory{of_ranks}, most of it for "
+            f"{key}, and {available / _GB:,.2f} GB are available here; use smaller layers or batches, fewer ranks on "
+            "this machine, or more memory"
+        )
+
+
+def _mlp(sizes: Sequence[int]) -> int:
+    return sum(inputs * outputs + outputs for inputs, outputs in pairwise(sizes))
