@@ -1,6 +1,7 @@
 """The Parquet files (parts) of a data set: their encoding, and a writer that splits rows by position."""
 
 import hashlib
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from mlet_dist.errors import UserError
 PART_ROWS = 1 << 20
 # Small, so that a rank can skip the rows of the other ranks without decoding them.
 ROW_GROUP_ROWS = 1 << 14
-PART_VERSION = 2  # changes when the encoding of parts changes; part of the write pass's fingerprint, not of any file
+PART_VERSION = 3  # changes when the encoding of parts changes; part of the write pass's fingerprint, not of any file
+PAGES_KEY = b"mlet_dist.pages_sha256"  # in the footer of a part
 MIN_ROWS = 10
 
 
@@ -68,9 +70,9 @@ class PartWriter:
         table = pa.concat_tables(self._pending)
         path = f"{split}/part-{len(self.parts[split]):05}.parquet"
         file = self._directory / path
-        write_parquet(table, file)
+        sums = write_parquet(table, file)
         positives = pc.sum(table[self._label]).as_py()
-        self.parts[split].append(Part(path, table.num_rows, positives, file.stat().st_size, sha256_of(file)))
+        self.parts[split].append(Part(path, table.num_rows, positives, sums.bytes, sums.sha256, sums.pages_sha256))
         self._pending, self._pending_rows = [], 0
 
 
@@ -80,29 +82,85 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_parquet(table: pa.Table, path: Path) -> None:
+@dataclass(frozen=True)
+class FileSums:
+    """Size and checksums of a Parquet file: see ``Part``."""
+
+    bytes: int
+    sha256: str
+    pages_sha256: str
+
+
+def write_parquet(table: pa.Table, path: Path) -> FileSums:
     """Write one Parquet file in row groups of ``ROW_GROUP_ROWS``, with page checksums."""
-    with parquet_writer(path, table.schema) as writer:
-        writer.write_table(required(table), row_group_size=ROW_GROUP_ROWS)
+    file = ParquetOutput(path, table.schema)
+    file.write(table)
+    return file.close()
 
 
-def parquet_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Open a writer for tables that ``required`` has cast, with page checksums.
+class ParquetOutput:
+    """A Parquet file that is being written, with page checksums and, in its footer, the SHA-256 of all bytes before it.
+
+    The footer so identifies the rows: a reader, which parses it anyway, notices a file in another's place.
 
     Ids are encoded as BYTE_STREAM_SPLIT, in which most byte planes are zeros or runs; other columns are
     dictionary-encoded, and everything is compressed with LZ4. On Criteo's columns this decodes in half the time of zstd
     with dictionaries, for 1.1 to 1.2 times the bytes.
     """
-    ids = [field.name for field in schema if field.type == pa.int32()]
-    others = [_leaf(field) for field in schema if field.name not in ids]
-    return pq.ParquetWriter(
-        path,
-        _required(schema),
-        compression="lz4",
-        use_dictionary=others,
-        column_encoding=dict.fromkeys(ids, "BYTE_STREAM_SPLIT"),
-        write_page_checksum=True,
-    )
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        ids = [field.name for field in schema if field.type == pa.int32()]
+        others = [_leaf(field) for field in schema if field.name not in ids]
+        self._sink = _HashedFile(path)
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            _required(schema),
+            compression="lz4",
+            use_dictionary=others,
+            column_encoding=dict.fromkeys(ids, "BYTE_STREAM_SPLIT"),
+            write_page_checksum=True,
+        )
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows in row groups of ``ROW_GROUP_ROWS``."""
+        self._writer.write_table(required(table), row_group_size=ROW_GROUP_ROWS)
+
+    def close(self) -> FileSums:
+        """Write the footer, and return the file's checksums."""
+        pages = self._sink.sha256
+        self._writer.add_key_value_metadata({PAGES_KEY: pages})
+        self._writer.close()
+        self._sink.close()
+        return FileSums(self._sink.tell(), self._sink.sha256, pages)
+
+
+class _HashedFile:
+    """A new file that hashes what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._digest, self._size = path.open("wb"), hashlib.sha256(), 0
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self._size += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def required(table: pa.Table) -> pa.Table:

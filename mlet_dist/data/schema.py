@@ -11,10 +11,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlet_dist.data.location import DataPath
+from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
+from mlet_dist.formatting import CHECKSUM, with_checksum
 from mlet_dist.regular_file import read_regular_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPLITS = ("train", "valid", "test")
 FILE_NAME = "schema.json"
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
@@ -51,6 +53,7 @@ class Part:
         positives: number of rows with label 1.
         bytes: size of the file.
         sha256: SHA-256 of the file's content, in hexadecimal.
+        pages_sha256: SHA-256 of its bytes before the Parquet footer; the footer repeats it.
     """
 
     path: str
@@ -58,6 +61,7 @@ class Part:
     positives: int
     bytes: int
     sha256: str
+    pages_sha256: str
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class DatasetSchema:
         sparse: the sparse features (int32 ids).
         malformed: number of raw lines that were skipped.
         parts: the Parquet files of each split that the data set has, in row order; train is one of them.
+        preprocessing: how each column was made.
         vocabulary_id: fingerprint of the mapping from values to ids; equal for data sets with the same mapping.
     """
 
@@ -80,6 +85,7 @@ class DatasetSchema:
     sparse: tuple[SparseFeature, ...]
     malformed: int
     parts: dict[str, tuple[Part, ...]]
+    preprocessing: Preprocessing
     vocabulary_id: str = ""
 
     @property
@@ -96,6 +102,12 @@ class DatasetSchema:
         """Return the fingerprint of a split's files in order: 16 hexadecimal digits."""
         sums = "".join(part.sha256 for part in self.parts.get(split, ()))
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
+
+    def part_of(self, pages_sha256: str) -> Part | None:
+        """Return the part that has these pages, if any; for messages about files in the place of others."""
+        return next(
+            (part for parts in self.parts.values() for part in parts if part.pages_sha256 == pages_sha256), None
+        )
 
     @property
     def positive_rate(self) -> dict[str, float]:
@@ -117,11 +129,12 @@ class DatasetSchema:
             "dense": list(self.dense),
             "sparse": [asdict(feature) for feature in self.sparse],
             "malformed": self.malformed,
+            "preprocessing": self.preprocessing.to_dict(),
             "vocabulary_id": self.vocabulary_id,
             "rows": self.rows,
             "parts": {split: [asdict(part) for part in parts] for split, parts in self.parts.items()},
         }
-        (directory / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (directory / FILE_NAME).write_text(json.dumps(with_checksum(content), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: DataPath) -> "DatasetSchema":
@@ -129,7 +142,7 @@ class DatasetSchema:
 
         Raises:
             UserError: the directory or the file is missing, unreadable, not JSON, of another format version,
-                lacks a key or holds an invalid value.
+                lacks a key, holds an invalid value or was changed.
         """
         path = directory / FILE_NAME
         try:
@@ -184,12 +197,14 @@ class DatasetSchema:
                         take(p, "positives", *_COUNT, within),
                         take(p, "bytes", *_COUNT, within),
                         take(p, "sha256", *_SHA256, within),
+                        take(p, "pages_sha256", *_SHA256, within),
                     )
                     for within, p in _enumerated(f"parts.{split}", take(parts, split, *_OBJECTS, "parts."))
                 )
                 for split in SPLITS
                 if split in parts or split == "train"
             },
+            preprocessing=_preprocessing(path, take(content, "preprocessing", *_OBJECT)),
             vocabulary_id=take(content, "vocabulary_id", *_TEXT),
         )
         for index, feature in enumerate(schema.sparse):
@@ -209,6 +224,15 @@ class DatasetSchema:
             columns[name] = key
         if schema.rows != rows:
             raise UserError(f"{path}: rows is {_show(rows)}, but the parts add up to {_show(schema.rows)}")
+        made = schema.preprocessing
+        for key, wanted, found in (("dense", schema.dense, made.dense), ("sparse", schema.num_embeddings, made.sparse)):
+            if found.keys() != set(wanted):
+                raise UserError(f"{path}: preprocessing.{key} names {_show([*found])}, but {key} {_show([*wanted])}")
+        found_sum, expected = take(content, CHECKSUM, *_SHA256), with_checksum(content)[CHECKSUM]
+        if found_sum != expected:
+            raise UserError(
+                f"{path}: the SHA-256 of its content is {expected} instead of {found_sum}; prepare the data set again"
+            )
         return schema
 
 
@@ -256,6 +280,13 @@ def _take(
     return value
 
 
+def _preprocessing(path: DataPath, plain: dict[str, Any]) -> Preprocessing:
+    try:
+        return Preprocessing.from_dict(plain)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: preprocessing does not tell how each column was made: {error!r}") from None
+
+
 def _enumerated(key: str, objects: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """Return each object of a list with the prefix of its keys in messages."""
     return [(f"{key}[{index}].", content) for index, content in enumerate(objects)]
@@ -283,6 +314,7 @@ def _is_object(value: Any) -> bool:
 
 # The kinds of values: the check, and the description for messages.
 _TEXT = (lambda value: isinstance(value, str), "text")
+_OBJECT = (_is_object, "an object")
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
 _COUNT = (lambda value: _is_integer(value, 0, float("inf")), "a whole number, 0 or more")
 _TABLE_SIZE = (

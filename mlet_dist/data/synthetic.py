@@ -18,7 +18,8 @@ from mlet_dist.data.loading.rows import MultiValued
 from mlet_dist.data.parquet_parts import PartWriter, split_bounds
 from mlet_dist.data.prepare.raw_formats import CRITEO_DENSE as DENSE
 from mlet_dist.data.prepare.raw_formats import CRITEO_SPARSE as SPARSE
-from mlet_dist.data.prepare.raw_formats import LABEL
+from mlet_dist.data.prepare.raw_formats import LABEL, criteo
+from mlet_dist.data.preprocessing import Preprocessing, dense_rules, label_rules, sparse_rules
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
 from mlet_dist.data.synthetic_model import CHUNK_ROWS, FloatArray, Ids, ListDistribution, SyntheticModel, SyntheticRows
 from mlet_dist.errors import UserError
@@ -155,8 +156,19 @@ def _write_data_set(
         ),
         malformed=0,
         parts={split: tuple(parts) for split, parts in writer.parts.items()},
+        preprocessing=_preprocessing(model.vocabulary_id),
         vocabulary_id=model.vocabulary_id,
     ).save(directory)
+
+
+def _preprocessing(vocabulary_id: str) -> Preprocessing:
+    """Return that of ``mlet prepare criteo``, which the columns imitate, with the ids of the synthetic model."""
+    spec = criteo()
+    return Preprocessing(
+        label=label_rules(spec.label),
+        dense={dense.name: dense_rules(dense) for dense in spec.dense},
+        sparse={sparse.name: sparse_rules(sparse, vocabulary_id) for sparse in spec.sparse},
+    )
 
 
 def _columns(name: str, ids: Ids) -> dict[str, pa.Array]:

@@ -1,5 +1,6 @@
 """`mlet evaluate`: metrics of a run or an export, on any number of ranks."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ def evaluate_path(
         missing = "no such directory" if not target.exists() else "neither a run nor an export"
         raise UserError(f"{target}: {missing}; expected the directory of a run or an export")
     schema = DatasetSchema.load(data)
-    spec.check_data(schema, data)
+    warning = spec.check_data(schema, data)
     schema.check_split(data, split)
     with join_ranks(device) as worker:
+        if warning is not None and worker.is_first:
+            print(f"mlet: warning: {target}: {warning}", file=sys.stderr)
         if store is None:
             _check_files(export, manifest, worker)
         local_batch_size = -(-batch_size // worker.world_size)

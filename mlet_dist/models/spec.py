@@ -9,6 +9,7 @@ from typing import Any
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.parser import parse_section
 from mlet_dist.config.sections import ModelConfig
+from mlet_dist.data.preprocessing import Preprocessing, find_difference
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json
@@ -23,7 +24,8 @@ class ModelSpec:
         dense: names of the dense inputs, in order.
         sparse: categorical inputs, in order; each has a table of its own name.
         seed: fixes the initial values.
-        vocabulary_id: identifies the data set's vocabulary, which gives the ids their meaning.
+        vocabulary_id: identifies the vocabularies of the whole data set.
+        preprocessing: how the label and the inputs were made; None in a model of a version that did not record it.
     """
 
     model: ModelConfig
@@ -31,6 +33,7 @@ class ModelSpec:
     sparse: tuple[SparseFeature, ...]
     seed: int
     vocabulary_id: str = ""
+    preprocessing: Preprocessing | None = None
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -51,7 +54,8 @@ class ModelSpec:
             raise UserError(
                 f"model.pooling is mean, but feature {weighted[0]!r} has weights, which need sum pooling; use sum"
             )
-        return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id)
+        preprocessing = schema.preprocessing.select(dense, wanted)
+        return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing)
 
     @property
     def is_weighted(self) -> bool:
@@ -63,19 +67,32 @@ class ModelSpec:
         """The average number of ids per bag of each table, over the training split of the model's data set."""
         return {feature.name: feature.pooling_factor for feature in self.sparse}
 
-    def check_data(self, schema: DatasetSchema, path: object) -> None:
-        """Check that a data set has the inputs of this model, with the same vocabulary.
+    def check_data(self, schema: DatasetSchema, path: object) -> str | None:
+        """Check that a data set has the inputs of this model, made in the same way, and the same kind of label.
 
         Args:
             schema: the data set's schema.
             path: its location, for messages.
 
+        Returns:
+            A warning if this model does not record how its inputs were made, so that only its ids were checked.
+
         Raises:
-            UserError: an input is missing or of another kind, or ids have another meaning.
+            UserError: an input is missing or of another kind, or has another meaning.
         """
         for name in self.dense:
             if name not in schema.dense:
                 raise UserError(f"{path}: the model takes the dense column {name!r}, which this data set lacks")
+        self._check_sizes(schema, path)
+        return self._check_meaning(schema, path, self.preprocessing)
+
+    def check_ids(self, schema: DatasetSchema, path: object) -> None:
+        """Check, as ``check_data`` does, the sparse features alone."""
+        self._check_sizes(schema, path)
+        made = self.preprocessing
+        self._check_meaning(schema, path, made and Preprocessing(schema.preprocessing.label, {}, made.sparse))
+
+    def _check_sizes(self, schema: DatasetSchema, path: object) -> None:
         for feature in self.sparse:
             found = next((each for each in schema.sparse if each.name == feature.name), None)
             if found is None:
@@ -88,15 +105,25 @@ class ModelSpec:
                 )
             if (found.multi_valued, found.weighted) != (feature.multi_valued, feature.weighted):
                 raise UserError(
-                    f"{path}: feature {feature.name!r} holds {_bag(found)} here and {_bag(feature)} in the model's "
-                    "data set; prepare both data sets in the same way"
+                    f"{path}: feature {feature.name!r} holds {describe_bag(found)} here and {describe_bag(feature)} in "
+                    "the model's data set; prepare both data sets in the same way"
                 )
 
-        if schema.vocabulary_id != self.vocabulary_id:
-            raise UserError(
-                f"{path}: its ids belong to another vocabulary than those of the model's data set; prepare both data "
-                "sets with the same vocabulary"
+    def _check_meaning(self, schema: DatasetSchema, path: object, wanted: Preprocessing | None) -> str | None:
+        if wanted is None:
+            if schema.vocabulary_id != self.vocabulary_id:
+                raise UserError(
+                    f"{path}: its ids belong to another vocabulary than those of the model's data set; prepare both "
+                    "data sets with the same vocabulary"
+                )
+            return (
+                f"the model does not record how its dense columns and its label were made, so that they cannot be "
+                f"compared with those of {path}; they must have been made in the same way"
             )
+        difference = find_difference(schema.preprocessing, wanted, "here", "in the model's data set")
+        if difference is not None:
+            raise UserError(f"{path}: {difference.text}; {difference.remedy}")
+        return None
 
     def save(self, path: Path) -> None:
         """Write the spec as JSON."""
@@ -138,12 +165,23 @@ class ModelSpec:
                 for each in plain["sparse"]
             )
             model = parse_section(ModelConfig, plain["model"], "model.", source)
-            return cls(model, tuple(plain["dense"]), features, int(plain["seed"]), str(plain["vocabulary_id"]))
+            made = plain.get("preprocessing")
+            return cls(
+                model,
+                tuple(plain["dense"]),
+                features,
+                int(plain["seed"]),
+                str(plain["vocabulary_id"]),
+                None
+                if made is None
+                else Preprocessing.from_dict(made).select(plain["dense"], (f.name for f in features)),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None
 
 
-def _bag(feature: SparseFeature) -> str:
+def describe_bag(feature: SparseFeature) -> str:
+    """Return what a row of a feature holds, for messages."""
     if not feature.multi_valued:
         return "one id a row"
     return "lists of ids with weights" if feature.weighted else "lists of ids without weights"

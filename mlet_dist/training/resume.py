@@ -12,10 +12,15 @@ from torch import distributed as dist
 from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, require_complete
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.config.config_file import Config
+from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
+
+# Keys of a run's identity, beside those that are names of settings.
+DENSE_FEATURES, SPARSE_FEATURES = "data.dense_features", "data.sparse_features"
+VOCABULARY_ID, _PREPROCESSING = "the data set's vocabulary_id", "preprocessing"
 
 
 def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, Any]:
@@ -37,10 +42,11 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         "train.initial_weights": config.train.initial_weights,
         "data.batch_size": config.data.batch_size,
         "data.shuffle": config.data.shuffle,
-        "data.dense_features": list(spec.dense),
-        "data.sparse_features": [feature.name for feature in spec.sparse],
-        "the data set's vocabulary_id": spec.vocabulary_id,
+        DENSE_FEATURES: list(spec.dense),
+        SPARSE_FEATURES: [feature.name for feature in spec.sparse],
+        VOCABULARY_ID: spec.vocabulary_id,
         "the training split's files, by fingerprint,": content_id,
+        _PREPROCESSING: spec.preprocessing and spec.preprocessing.to_dict(),
     }
     if config.data.shuffle:
         identity["data.shuffle_buffer"] = config.data.shuffle_buffer
@@ -59,6 +65,12 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoi
         checkpoint: what was saved, for the message.
         alternative: what the user can do instead of changing the settings back.
     """
+    saved, wanted = dict(saved), dict(wanted)
+    made = [each.pop(_PREPROCESSING, None) for each in (saved, wanted)]
+    if None not in made:  # versions that did not record it compared the training split's files alone
+        saved, wanted = (
+            each | Preprocessing.from_dict(of).by_column() for each, of in zip((saved, wanted), made, strict=True)
+        )
     differing = []
     for key in sorted(saved.keys() | wanted.keys()):
         before, now = saved.get(key), wanted.get(key)

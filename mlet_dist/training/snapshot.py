@@ -60,6 +60,7 @@ def manifest_fields(
         "records": recorder.size,
         "report": report.state_dict(),
         "identity": job.identity,
+        "spec": job.spec.to_dict(),
         "config": job.config.to_dict(),
         "plan": plan.entries(),
     }

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch import nn
 
 from mlet_dist.checkpoint.load import MODEL_KEY, CompleteCheckpoint, check_shapes, load_state, read_metadata
 from mlet_dist.config.config_file import Config
+from mlet_dist.data.preprocessing import Preprocessing, find_difference
+from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
+from mlet_dist.formatting import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
-from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.resume import checkpoint_at
+from mlet_dist.models.spec import ModelSpec, describe_bag
+from mlet_dist.training.resume import DENSE_FEATURES, SPARSE_FEATURES, VOCABULARY_ID, checkpoint_at
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     position in the data are not taken: the run starts at step 0.
 
     Raises:
-        UserError: the checkpoint is incomplete, lacks a tensor of the model or holds one of another shape, or was
-            trained with another vocabulary than the data set's.
+        UserError: the checkpoint is incomplete, lacks a tensor of the model or holds one of another shape, or its
+            inputs are not those of the model: other columns or another order where dense layers are taken, another
+            vocabulary, or columns that were made differently.
     """
     path = config.train.initial_weights
     if path is None:
@@ -71,19 +75,113 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
                     f"{location}: table {feature.name!r} has two layers there and one in the model; "
                     "set model.hidden_dim"
                 )
+    warnings = SourceInputs.of(about, str(location)).check(spec, config.data.path, dense_layers=initial.has_dense)
     wanted = initial._covered(build_dlrm(spec, torch.device("meta")).state_dict())
     check_shapes(wanted, metadata, location, MODEL_KEY)
-    vocabulary_id = about["identity"]["the data set's vocabulary_id"] if "identity" in about else about["vocabulary_id"]
-    if vocabulary_id is not None and vocabulary_id != spec.vocabulary_id:
-        raise UserError(
-            f"{location}: its rows belong to another vocabulary than that of {config.data.path}; prepare the "
-            "data with the vocabulary that the tables were trained with"
-        )
     parts = "tables and dense layers" if initial.has_dense else "tables"
     _log(f"starting with the {parts} of {location}")
-    if vocabulary_id is None:
-        _log(f"warning: {location} names no vocabulary; its rows must belong to the ids of {config.data.path}")
+    for line in warnings:
+        _log(f"warning: {location}: {line}")
     return initial
+
+
+@dataclass(frozen=True)
+class SourceInputs:
+    """What is known of the inputs that weights were trained on; tables of another program name none.
+
+    Attributes:
+        location: of the weights, for messages.
+        dense, sparse: the names of the dense columns and of the sparse features, in order, if known.
+        features: the sparse features, by name, if known.
+        preprocessing: how they were made, if known.
+        vocabulary_id: of the vocabularies of the whole data set, if known.
+    """
+
+    location: str
+    dense: tuple[str, ...] | None = None
+    sparse: tuple[str, ...] | None = None
+    features: Mapping[str, SparseFeature] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    vocabulary_id: str | None = None
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any], location: str) -> "SourceInputs":
+        """Return what the manifest of a run's checkpoint, or of factors, records."""
+        if about.get("spec") is not None:
+            spec = ModelSpec.from_dict(about["spec"], location)
+            features = {feature.name: feature for feature in spec.sparse}
+            return cls(location, spec.dense, tuple(features), features, spec.preprocessing, spec.vocabulary_id)
+        if "identity" in about:  # a run's checkpoint of a version that saved no spec with it
+            identity = about["identity"]
+            dense, sparse = (tuple(identity[key]) for key in (DENSE_FEATURES, SPARSE_FEATURES))
+            return cls(location, dense, sparse, vocabulary_id=identity[VOCABULARY_ID])
+        return cls(location)
+
+    def check(self, spec: ModelSpec, data: str, *, dense_layers: bool) -> list[str]:
+        """Return warnings on what may be different on purpose, or cannot be compared.
+
+        Args:
+            spec: the model to start.
+            data: its data set, for messages.
+            dense_layers: whether dense layers are taken; they need the inputs that they had, made as before.
+
+        Raises:
+            UserError: dense layers would get other inputs or the same in another order, ids belong to another
+                vocabulary, or a column was made differently.
+        """
+        if dense_layers:
+            self._check_columns(spec)
+        warnings = []
+        if dense_layers and self.dense is None:
+            warnings.append(
+                "names no columns, and its dense layers take them by position: they must have been trained on "
+                f"{', '.join(spec.dense) or 'no dense columns'}; {', '.join(each.name for each in spec.sparse)}"
+            )
+        now, before = spec.preprocessing, self.preprocessing
+        if now is None or before is None:
+            return warnings + self._check_vocabulary(spec, data, dense_layers=dense_layers)
+        here, there = f"in {data}", "where the weights were trained"
+        names = [feature.name for feature in spec.sparse if feature.name in before.sparse]
+        inputs = replace(before.select(spec.dense if dense_layers else (), names), label=now.label)
+        difference = find_difference(now, inputs, here, there)
+        if difference is not None:
+            raise UserError(f"{self.location}: {difference.text}; {difference.remedy}")
+        label = find_difference(now, before.select((), ()), here, there) if dense_layers else None
+        if label is not None:
+            warnings.append(f"{label.text}; training goes on with the labels of {data}")
+        return warnings
+
+    def _check_columns(self, spec: ModelSpec) -> None:
+        names = tuple(feature.name for feature in spec.sparse)
+        for key, before, now in ((DENSE_FEATURES, self.dense, spec.dense), (SPARSE_FEATURES, self.sparse, names)):
+            if before is not None and before != now:
+                raise UserError(
+                    f"{self.location}: its dense layers take their inputs by position, and {key} was "
+                    f"{to_json(before)}, is {to_json(now)}; set {key}=[{','.join(before)}]"
+                )
+        for feature in spec.sparse:
+            old = self.features.get(feature.name, feature)
+            if (old.multi_valued, old.weighted) != (feature.multi_valued, feature.weighted):
+                raise UserError(
+                    f"{self.location}: its dense layers were trained where feature {feature.name!r} holds "
+                    f"{describe_bag(old)}; in the data set it holds {describe_bag(feature)}; prepare it in the same way"
+                )
+
+    def _check_vocabulary(self, spec: ModelSpec, data: str, *, dense_layers: bool) -> list[str]:
+        """Compare the vocabularies of whole data sets, where nothing else is known; return warnings."""
+        if self.vocabulary_id is None:
+            return [f"names no vocabulary; its rows must belong to the ids of {data}"]
+        if self.vocabulary_id != spec.vocabulary_id:
+            raise UserError(
+                f"{self.location}: its rows belong to another vocabulary than that of {data}; prepare the data with "
+                "the vocabulary that the tables were trained with"
+            )
+        if not dense_layers or not spec.dense:
+            return []
+        return [
+            "does not record how its dense columns were made, so that they cannot be compared with those of "
+            f"{data}; they must have been made in the same way"
+        ]
 
 
 def _log(text: str) -> None:

@@ -12,6 +12,7 @@ from mlet_dist.cli import main
 from mlet_dist.cli.main import parse
 from mlet_dist.cli.options import load_checked_config, without_launch_options
 from mlet_dist.cli.output import print_result
+from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from tests.helpers.mlet_command import ROOT, error_line
 
@@ -38,10 +39,11 @@ def watch_imports(*arguments: object) -> tuple[list[str], list[str]]:
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A config whose data set has a schema but no rows, which is enough for all checks before training."""
-    parts = {split: (Part(f"{split}/0.parquet", 10, 5, 99, 64 * "0"),) for split in ("train", "valid", "test")}
+    parts = {split: (Part(f"{split}/0.parquet", 10, 5, 99, *2 * (64 * "0",)),) for split in ("train", "valid", "test")}
     data = tmp_path / "data"
     data.mkdir()
-    DatasetSchema("synthetic", "label", ("I1",), (SparseFeature("C1", 9),), 0, parts).save(data)
+    made = Preprocessing({"column": "label"}, {"I1": {"transform": "log1p"}}, {"C1": {"encoding": "vocabulary"}})
+    DatasetSchema("synthetic", "label", ("I1",), (SparseFeature("C1", 9),), 0, parts, made).save(data)
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {{path: {data}, batch_size: 8}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
     return path

@@ -1,5 +1,6 @@
 """Tests of mlet_dist.data.parquet_parts."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +42,14 @@ def test_columns_round_trip_and_ids_are_byte_stream_split(tmp_path: Path) -> Non
 def test_nulls_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="null"):
         write_parquet(pa.table({"C1": pa.array([1, None], pa.int32())}), tmp_path / "a.parquet")
+
+
+def test_the_footer_holds_the_checksum_of_the_bytes_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    sums = write_parquet(TABLE, path)
+    content = path.read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    assert sums.bytes == len(content)
+    assert sums.sha256 == hashlib.sha256(content).hexdigest()
+    assert sums.pages_sha256 == hashlib.sha256(content[:-footer]).hexdigest()
+    assert pq.read_metadata(path).metadata[b"mlet_dist.pages_sha256"].decode() == sums.pages_sha256

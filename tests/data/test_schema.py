@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.data.schema import MODULE_ATTRIBUTES, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 
@@ -22,12 +23,20 @@ SCHEMA = DatasetSchema(
     malformed=1,
     parts={
         "train": (
-            Part("train/part-00000.parquet", 5, 1, 100, 64 * "a"),
-            Part("train/part-00001.parquet", 3, 3, 90, 64 * "b"),
+            Part("train/part-00000.parquet", 5, 1, 100, 64 * "a", 64 * "1"),
+            Part("train/part-00001.parquet", 3, 3, 90, 64 * "b", 64 * "2"),
         ),
-        "valid": (Part("valid/part-00000.parquet", 1, 0, 50, 64 * "c"),),
-        "test": (Part("test/part-00000.parquet", 1, 1, 50, 64 * "d"),),
+        "valid": (Part("valid/part-00000.parquet", 1, 0, 50, 64 * "c", 64 * "3"),),
+        "test": (Part("test/part-00000.parquet", 1, 1, 50, 64 * "d", 64 * "4"),),
     },
+    preprocessing=Preprocessing(
+        {"column": "clicked", "positive_from": 0.5},
+        {
+            "I1": {"transform": "standardise", "missing": "mean", "mean": 3.1, "deviation": 2.2},
+            "I2": {"transform": "raw"},
+        },
+        {"C1": {"encoding": "vocabulary", "vocabulary": "ab"}, "C2": {"encoding": "hash", "num_embeddings": 3}},
+    ),
     vocabulary_id="0123abcd",
 )
 
@@ -83,8 +92,8 @@ def test_file_instead_of_directory(tmp_path: Path) -> None:
         (b"[" * 100_000, r"schema\.json: not valid JSON"),
         (b"[1]", "holds a JSON list"),
         (
-            b'{"format_version": 1}',
-            "format_version is 1, but this version of mlet_dist reads 2; prepare the data set again",
+            b'{"format_version": 2}',
+            "format_version is 2, but this version of mlet_dist reads 3; prepare the data set again",
         ),
         (b"{}", "format_version is None"),
     ],
@@ -111,7 +120,7 @@ def sparse(name: object, num_embeddings: object = 9, **changes: object) -> dict[
 
 
 def part(**changes: object) -> dict[str, object]:
-    return {"path": "a", "rows": 8, "positives": 3, "bytes": 9, "sha256": 64 * "0"} | changes
+    return {"path": "a", "rows": 8, "positives": 3, "bytes": 9, "sha256": 64 * "0", "pages_sha256": 64 * "1"} | changes
 
 
 @pytest.mark.parametrize(
@@ -159,6 +168,16 @@ def part(**changes: object) -> dict[str, object]:
         ("sparse", [sparse("C1", weighted=True)], "sparse[0]: 'C1' holds one id a row, so weighted must be false"),
         ("sparse", [sparse("C1", pooling_factor=2.0)], "sparse[0]: 'C1' holds one id a row, so weighted must be false"),
         ("malformed", -1, "malformed is -1; it must be a whole number, 0 or more"),
+        ("preprocessing", 3, "preprocessing is 3; it must be an object"),
+        ("preprocessing", {"label": {}, "dense": {}}, "preprocessing does not tell how each column was made: KeyError"),
+        (
+            "preprocessing",
+            {"label": {}, "dense": {"I1": {}}, "sparse": {"C1": {}, "C2": {}}},
+            'preprocessing.dense names ["I1"], but dense ["I1", "I2"]',
+        ),
+        ("parts", {"train": [part(pages_sha256=7)]}, "parts.train[0].pages_sha256 is 7; it must be 64 hexadecimal"),
+        ("malformed", 2, "the SHA-256 of its content is "),
+        ("sha256", 64 * "0", "the SHA-256 of its content is "),
         ("vocabulary_id", 7, "vocabulary_id is 7; it must be text"),
         ("parts", 3, "parts is 3; it must be an object with the keys train, valid, test"),
         ("parts", {"train": "x"}, 'parts.train is "x"; it must be a list of objects'),

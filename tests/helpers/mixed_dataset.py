@@ -1,11 +1,11 @@
 """A small prepared data set with single-valued, multi-valued and weighted features, written without mlet_dist."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from tests.helpers.data_set_parts import write_part, write_schema
 
 DENSE = ("row", "noise")
 SPARSE = ("user", "genres", "item", "day", "tags")
@@ -47,8 +47,7 @@ def write_mixed(directory: Path, rows: int, seed: int = 0) -> dict[str, pa.Table
         for start in range(0, table.num_rows, PART_ROWS):
             path = f"{split}/part-{len(parts[split]):05}.parquet"
             part = table.slice(start, PART_ROWS)
-            pq.write_table(part, directory / path, row_group_size=GROUP_ROWS, write_page_checksum=True)
-            parts[split].append({"path": path, "rows": part.num_rows, "positives": 0, "bytes": 1, "sha256": 64 * "0"})
+            parts[split].append(write_part(directory, path, part, row_group_size=GROUP_ROWS))
     sparse = [
         {
             "name": name,
@@ -60,15 +59,20 @@ def write_mixed(directory: Path, rows: int, seed: int = 0) -> dict[str, pa.Table
         for name in SPARSE
     ]
     content = {
-        "format_version": 2,
+        "format_version": 3,
         "source": "table",
         "label": "label",
         "dense": list(DENSE),
         "sparse": sparse,
         "malformed": 0,
+        "preprocessing": {
+            "label": {"column": "label"},
+            "dense": {name: {"transform": "raw", "missing": 0.0} for name in DENSE},
+            "sparse": {name: {"encoding": "vocabulary", "vocabulary": f"mixed {name}"} for name in SPARSE},
+        },
         "vocabulary_id": "mixed",
         "rows": {split: table.num_rows for split, table in tables.items()},
         "parts": parts,
     }
-    (directory / "schema.json").write_text(json.dumps(content))
+    write_schema(directory, content)
     return tables

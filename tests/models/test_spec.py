@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,34 @@ from hypothesis import strategies as st
 
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
+from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
+
+
+def made_of(dense: Iterable[str], sparse: Iterable[str]) -> Preprocessing:
+    return Preprocessing(
+        {"column": "click"},
+        {name: {"transform": "standardise", "missing": 0.0, "mean": 3.125, "deviation": 2.25} for name in dense},
+        {name: {"encoding": "vocabulary", "vocabulary": f"values of {name}"} for name in sparse},
+    )
+
 
 SPEC = ModelSpec(
     ModelConfig(hidden_dim=8, projection_init_std=0.25, bottom_mlp=()),
     ("I2", "I1"),
     (SparseFeature("C2", 1_234), SparseFeature("C1", 9)),
     seed=3,
+    preprocessing=made_of(("I2", "I1"), ("C2", "C1")),
 )
 HERE = Path("some/data")
 
 
 def schema(dense: tuple[str, ...] = ("I1", "I2", "I3"), **sizes: int) -> DatasetSchema:
     sparse = tuple(SparseFeature(name, size) for name, size in sizes.items())
-    parts = {split: (Part(f"{split}/0.parquet", 10, 5, 99, 64 * "0"),) for split in ("train", "valid", "test")}
-    return DatasetSchema("synthetic", "label", dense, sparse, 0, parts)
+    parts = {split: (Part(f"{split}/0.parquet", 10, 5, 99, *2 * (64 * "0",)),) for split in ("train", "valid", "test")}
+    return DatasetSchema("synthetic", "label", dense, sparse, 0, parts, made_of(dense, [*sizes]))
 
 
 def config(**data: Any) -> Config:
@@ -143,7 +155,9 @@ WEIGHTED = SparseFeature("tags", 30, multi_valued=True, weighted=True, pooling_f
 
 
 def with_lists() -> DatasetSchema:
-    return dataclasses.replace(schema(C1=9), sparse=(SparseFeature("C1", 9), LISTS, WEIGHTED))
+    sparse = (SparseFeature("C1", 9), LISTS, WEIGHTED)
+    whole = schema(C1=9, genres=20, tags=30)
+    return dataclasses.replace(whole, sparse=sparse)
 
 
 def test_lists_and_weights_are_those_of_the_data_set() -> None:
@@ -178,3 +192,46 @@ def test_a_feature_of_another_kind_does_not_fit(found: dict[str, Any], expected:
     assert message_of(spec.check_data, other, HERE).startswith(f"some/data: feature 'tags' {expected}")
     denser = dataclasses.replace(WEIGHTED, pooling_factor=9.0)  # other rows of the same kind
     spec.check_data(dataclasses.replace(with_lists(), sparse=(SparseFeature("C1", 9), LISTS, denser)), HERE)
+
+
+def changed(kind: str, name: str, **rules: Any) -> DatasetSchema:
+    whole = schema(C1=9, C2=1_234)
+    columns = getattr(whole.preprocessing, kind)
+    made = dataclasses.replace(whole.preprocessing, **{kind: columns | {name: columns[name] | rules}})
+    return dataclasses.replace(whole, preprocessing=made)
+
+
+def test_a_data_set_whose_columns_were_made_differently_is_refused() -> None:
+    assert SPEC.check_data(changed("dense", "I3", transform="raw"), HERE) is None  # the model does not take it
+    assert message_of(SPEC.check_data, changed("dense", "I2", mean=2.5), HERE) == (
+        "some/data: dense column I2 has mean 2.5 here and mean 3.125 in the model's data set; use the data set that "
+        "the model was trained on"
+    )
+    assert message_of(SPEC.check_data, changed("sparse", "C1", vocabulary="another"), HERE) == (
+        "some/data: the ids of sparse feature C1 belong to another vocabulary here than in the model's data set; use "
+        "the data set that the model was trained on, or one with the same vocabulary"
+    )
+    SPEC.check_ids(changed("dense", "I2", mean=2.5), HERE)
+    assert "C1 belong to another" in message_of(SPEC.check_ids, changed("sparse", "C1", vocabulary="another"), HERE)
+
+
+def test_a_model_that_does_not_record_how_columns_were_made_is_compared_by_ids_with_a_warning() -> None:
+    plain = SPEC.to_dict() | {"vocabulary_id": "one"}
+    del plain["preprocessing"]
+    old = ModelSpec.from_dict(plain, "here")
+    assert old.preprocessing is None
+    data = dataclasses.replace(schema(C1=9, C2=1_234), vocabulary_id="one")
+    assert (old.check_data(data, HERE) or "").startswith(
+        "the model does not record how its dense columns and its label"
+    )
+    other = dataclasses.replace(data, vocabulary_id="other")
+    for check in (old.check_data, old.check_ids):
+        assert message_of(check, other, HERE).startswith(
+            "some/data: its ids belong to another vocabulary than those of"
+        )
+
+
+def test_a_spec_whose_preprocessing_lacks_a_column_is_refused() -> None:
+    plain = SPEC.to_dict()
+    del plain["preprocessing"]["dense"]["I1"]
+    assert message_of(ModelSpec.from_dict, plain, "here") == "here: not a model description: KeyError('I1')"

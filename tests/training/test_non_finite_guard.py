@@ -21,6 +21,7 @@ from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
 from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer
+from tests.helpers.data_set_parts import replace_part
 from tests.helpers.mlet_command import ROOT, mlet
 from tests.helpers.ranks import RankPool
 from tests.helpers.small_run import SETTINGS, loader, local, training_of
@@ -215,7 +216,7 @@ def data_that_overflows(small_data: Path, tmp_path_factory: pytest.TempPathFacto
     for name, values in columns.items():
         if name.startswith("I"):
             values[64 * 10 + 40] = 3e38
-    pq.write_table(pa.table(columns, schema=table.schema), part)
+    replace_part(out, f"train/{part.name}", pa.table(columns, schema=table.schema))
     return out
 
 

@@ -1,21 +1,36 @@
 """Which settings may change between two jobs of a run, and which are refused by name."""
 
+import dataclasses
+import json
 from typing import Any
 
 import pytest
 
 from mlet_dist.config.config_file import load_config
+from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.resume import check_same_run, identity_of, without_learning_rates
 from tests.helpers.mlet_command import ROOT
 
+MADE = Preprocessing(
+    {"column": "click"}, {"I1": {"transform": "standardise", "mean": 3.125}}, {"C1": {"encoding": "vocabulary"}}
+)
 
-def identity(*overrides: str, rows: int = 9, vocabulary_id: str = "v", content_id: str = "c") -> dict[str, Any]:
+
+def identity(
+    *overrides: str,
+    rows: int = 9,
+    vocabulary_id: str = "v",
+    content_id: str = "c",
+    preprocessing: Preprocessing | None = MADE,
+) -> dict[str, Any]:
     config = load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides)
-    spec = ModelSpec(config.model, ("I1",), (SparseFeature("C1", rows),), config.train.seed, vocabulary_id)
-    return identity_of(config, spec, content_id)
+    features = (SparseFeature("C1", rows),)
+    spec = ModelSpec(config.model, ("I1",), features, config.train.seed, vocabulary_id, preprocessing)
+    plain: dict[str, Any] = json.loads(json.dumps(identity_of(config, spec, content_id)))  # as a checkpoint holds it
+    return plain
 
 
 @pytest.mark.parametrize(
@@ -72,3 +87,36 @@ def test_the_number_of_steps_counts_where_learning_rates_fall() -> None:
     assert identity(*falling, "train.epochs=2") != identity(*falling)
     assert without_learning_rates(identity(*falling, "train.epochs=2")) == without_learning_rates(identity())
     assert without_learning_rates(identity("optimizer.name=adam")) != without_learning_rates(identity())
+
+
+def test_columns_that_were_made_differently_are_named() -> None:
+    for key, name, rules, expected in (
+        (
+            "dense",
+            "I1",
+            {"transform": "raw"},
+            'dense column I1 was {"transform": "standardise", "mean": 3.125}, is {"tra',
+        ),
+        (
+            "sparse",
+            "C1",
+            {"encoding": "hash"},
+            'sparse feature C1 was {"encoding": "vocabulary"}, is {"encoding": "hash"}',
+        ),
+    ):
+        other = identity(preprocessing=dataclasses.replace(MADE, **{key: {name: rules}}))
+        with pytest.raises(UserError) as caught:
+            check_same_run(identity(), other, "here", "go")
+        assert expected in str(caught.value)
+        for free in (without_learning_rates(identity()), without_learning_rates(other)):
+            assert "preprocessing" in free
+    other = identity(preprocessing=dataclasses.replace(MADE, label={"column": "buy"}))
+    with pytest.raises(UserError, match=r'the label was {"column": "click"}, is {"column": "buy"}'):
+        check_same_run(identity(), other, "here", "go")
+
+
+def test_a_checkpoint_that_does_not_record_it_is_compared_by_the_training_split_alone() -> None:
+    old = {key: value for key, value in identity().items() if key != "preprocessing"}
+    check_same_run(old, identity(), "here", "go")
+    with pytest.raises(UserError, match=r"the training split's files, by fingerprint, was .c., is .d."):
+        check_same_run(old, identity(content_id="d"), "here", "go")

@@ -28,6 +28,7 @@ from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
 from mlet_dist.training.trainer import take_all_steps
 from tests.conftest import TrainedRun
+from tests.helpers.data_set_parts import replace_part
 from tests.helpers.mlet_command import ROOT, mlet, mlet_json
 from tests.helpers.ranks import RankPool
 from tests.helpers.small_run import BATCHES_AN_EPOCH, loader, local, this_worker, training_of
@@ -192,7 +193,7 @@ def test_an_unreadable_batch_of_one_rank_is_one_line_in_the_pipeline(trained: Tr
     ids = table.column("C9").to_pylist()
     ids[64 * 10 + 40] = 4321  # in the second half of the eleventh batch
     index = table.schema.get_field_index("C9")
-    pq.write_table(table.set_column(index, "C9", [ids]).cast(table.schema), part)
+    replace_part(data, f"train/{part.name}", table.set_column(index, "C9", [ids]).cast(table.schema))
     overrides = [each for each in trained.overrides if not each.startswith("data.path")]
     run = ("train.pipelined=true", f"data.path={data}", f"run.dir={tmp_path / 'run'}")
     done = mlet("train", CONFIG, *overrides, *run, "--nproc", 2, expect=2)

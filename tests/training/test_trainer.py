@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import TrainedRun
+from tests.helpers.data_set_parts import replace_part
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 
 pytestmark = pytest.mark.e2e
@@ -131,7 +132,8 @@ def test_an_id_outside_its_table_is_named_once_by_all_ranks(trained: TrainedRun,
     part = next((data / "train").iterdir())
     table = pq.read_table(part)
     index = table.schema.get_field_index("C9")
-    pq.write_table(table.set_column(index, "C9", [[4321] * table.num_rows]).cast(table.schema), part)
+    wrong = table.set_column(index, "C9", [[4321] * table.num_rows]).cast(table.schema)
+    replace_part(data, f"train/{part.name}", wrong)
     overrides = [each for each in trained.overrides if not each.startswith("data.path")]
     done = mlet("train", CONFIG, *overrides, f"data.path={data}", f"run.dir={tmp_path / 'run'}", "--nproc", 2, expect=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("mlet: error: ")]

@@ -1,11 +1,13 @@
 """Access to a split's rows through Parquet row groups; every value is checked as it is decoded."""
 
+import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from mlet_dist.data.loading.order import Order, Window
 from mlet_dist.data.loading.prefetch import map_ahead
 from mlet_dist.data.loading.rows import MultiValued, Rows, SingleValued
 from mlet_dist.data.location import DataPath, RemotePath
+from mlet_dist.data.parquet_parts import PAGES_KEY
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 
@@ -40,7 +43,7 @@ class SplitRows:
         weighted: whether any feature has weights.
 
     Raises:
-        UserError: a part is missing, is not Parquet, lacks a column or has another number of rows than in the schema.
+        UserError: a part is missing, is not Parquet, lacks a column, or is not the file that the schema describes.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class SplitRows:
         by_row: bool,
     ) -> None:
         features = {feature.name: feature for feature in schema.sparse}
+        self._schema = schema
         self._path, self._label, self._dense, self._by_row = path, schema.label, dense, by_row
         self._sparse = [features[name] for name in sparse]
         self.weighted = any(feature.weighted for feature in self._sparse)
@@ -92,7 +96,7 @@ class SplitRows:
         """
         file, group = self._groups[index]
         with _user_errors(file, f"row group {group} cannot be read"):
-            footer, _ = self._footer(file)
+            footer, _, _ = self._footer(file)
             with (
                 _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
                 pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as parquet,
@@ -107,15 +111,23 @@ class SplitRows:
         """
         return self._converted(self._groups[index][0], table)
 
-    def _read_footer(self, file: DataPath) -> tuple[pq.FileMetaData, pa.Schema]:
-        with _opened(file, block_bytes=0) as source, pq.ParquetFile(source) as parquet:
-            # Not `metadata.schema`: pyarrow 26 would never free the footer.
-            return parquet.metadata, parquet.schema_arrow
+    def _read_footer(self, file: DataPath) -> tuple[pq.FileMetaData, pa.Schema, int]:
+        """Return the footer, the columns and the size of a file."""
+        with _opened(file, block_bytes=0) as source:
+            size = source.stat().st_size if isinstance(source, Path) else source.seek(0, os.SEEK_END)
+            with pq.ParquetFile(source) as parquet:
+                # Not `metadata.schema`: pyarrow 26 would never free the footer.
+                return parquet.metadata, parquet.schema_arrow, size
 
     def _checked_group_rows(self, file_and_part: tuple[DataPath, Part]) -> list[int]:
         file, part = file_and_part
         with _user_errors(file, "not a complete Parquet file"):
-            footer, found = self._footer(file)
+            footer, found, size = self._footer(file)
+        pages = (footer.metadata or {}).get(PAGES_KEY, b"").decode()
+        if pages != part.pages_sha256 and (other := self._schema.part_of(pages)) is not None:
+            raise UserError(
+                f"{file}: holds the rows of {other.path}; put each part back in its place or prepare the data set again"
+            )
         if footer.num_rows != part.rows:
             raise UserError(f"{file}: has {footer.num_rows} rows, but schema.json has {part.rows}")
         for name, expected in self._types.items():
@@ -123,6 +135,11 @@ class SplitRows:
             if index < 0 or not _is_type(found.field(index).type, expected):
                 actual = "missing" if index < 0 else _type_name(found.field(index).type)
                 raise UserError(f"{file}: column {name} is {actual} instead of {_type_name(expected)}")
+        if pages != part.pages_sha256 or size != part.bytes:
+            raise UserError(
+                f"{file}: is not the file that schema.json describes, such as a part of another data set; put the part "
+                "back that belongs there, or prepare the data set again"
+            )
         return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
 
     def _converted(self, file: DataPath, table: pa.Table) -> Rows:

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mlet_dist.data.parquet_parts import sha256_of
+from mlet_dist.data.parquet_parts import PAGES_KEY, sha256_of
 from mlet_dist.data.prepare.dataset_manifest import MANIFEST, VOCABULARY
+from mlet_dist.data.prepare.vocabulary import values_fingerprint
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import CHECKSUM, load_json, with_checksum
@@ -43,12 +44,13 @@ def check(directory: Path) -> DatasetSchema:
             counted = {f.name: _Counts(directory, f) for f in schema.sparse if split == "train"}
             for part in parts:
                 named.add(part.path)
+                _check_place(directory, schema, part)
                 _check_file(directory / part.path, part.bytes, part.sha256)
                 _check_part(directory / part.path, schema, part, counted)
                 progress.update(part.rows)
             if split == "train":
                 for feature in schema.sparse:
-                    _check_counts(directory, feature, counted[feature.name], schema.rows["train"])
+                    _check_counts(directory, schema, feature, counted[feature.name])
     for path in sorted(directory.rglob("*")):
         if not path.is_dir() and str(path.relative_to(directory)) not in named:
             raise UserError(f"{path}: neither {FILE_NAME} nor {MANIFEST} lists this file; remove it")
@@ -83,6 +85,17 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
         raise UserError(f"{path}: has {found} bytes instead of {size}")
     if digest != sha256:
         raise UserError(f"{path}: its SHA-256 is {digest} instead of {sha256}")
+
+
+def _check_place(directory: Path, schema: DatasetSchema, part: Part) -> None:
+    """Raise UserError if a part's file is another part of the data set."""
+    try:
+        pages = (pq.read_metadata(directory / part.path).metadata or {}).get(PAGES_KEY, b"").decode()
+    except (OSError, pa.ArrowException):
+        return  # a missing or damaged file, which `_check_file` describes
+    other = schema.part_of(pages)
+    if other is not None and pages != part.pages_sha256:
+        raise UserError(f"{directory / part.path}: holds the rows of {other.path}; put each part back in its place")
 
 
 class _Counts:
@@ -164,7 +177,8 @@ def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dic
     return int(labels.sum())
 
 
-def _check_counts(directory: Path, feature: SparseFeature, counts: _Counts, rows: int) -> None:
+def _check_counts(directory: Path, schema: DatasetSchema, feature: SparseFeature, counts: _Counts) -> None:
+    rows = schema.rows["train"]
     pooling = counts.total / rows if rows else 0.0
     if not np.isclose(pooling, feature.pooling_factor, rtol=1e-9):
         raise UserError(
@@ -174,9 +188,14 @@ def _check_counts(directory: Path, feature: SparseFeature, counts: _Counts, rows
     path = counts.vocabulary
     if counts.of_id is None:
         return
-    expected = pq.read_table(path, columns=["count"])["count"].to_numpy()
+    vocabulary = pq.read_table(path, columns=["value", "count"])
+    expected = vocabulary["count"].to_numpy()
     if len(expected) + 1 != feature.num_embeddings:
         raise UserError(f"{path}: has {len(expected)} values, but {FILE_NAME} has {feature.num_embeddings} ids")
+    if values_fingerprint(feature.name, vocabulary["value"]).hex() != schema.preprocessing.sparse[feature.name].get(
+        "vocabulary"
+    ):
+        raise UserError(f"{path}: has other values, or in another order, than those that ids were given to")
     different = np.flatnonzero(counts.of_id[1:] != expected)
     if different.size:
         row = int(different[0])

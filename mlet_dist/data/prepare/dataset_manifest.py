@@ -15,6 +15,7 @@ from mlet_dist import __version__
 from mlet_dist.data.parquet_parts import sha256_of
 from mlet_dist.data.prepare.passes import Passes
 from mlet_dist.data.prepare.work_files import save_json
+from mlet_dist.data.preprocessing import Preprocessing, dense_rules, label_rules, sparse_rules
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, SparseFeature
 from mlet_dist.formatting import with_checksum
 
@@ -93,7 +94,23 @@ def _schema(passes: Passes) -> DatasetSchema:
         sparse=tuple(features),
         malformed=sum(read.malformed for read in passes.reads),
         parts=parts,
+        preprocessing=_preprocessing(passes),
         vocabulary_id=digest.hexdigest(),
+    )
+
+
+def _preprocessing(passes: Passes) -> Preprocessing:
+    spec = passes.spec
+    statistics = {name: {"mean": each.mean, "deviation": each.deviation} for name, each in passes.moments.items()}
+    return Preprocessing(
+        label=label_rules(spec.label),
+        dense={dense.name: dense_rules(dense, **statistics.get(dense.name, {})) for dense in spec.dense},
+        sparse={
+            sparse.name: sparse_rules(
+                sparse, passes.mapping_fingerprint(sparse.name) if sparse.encoding == "vocabulary" else None
+            )
+            for sparse in spec.sparse
+        },
     )
 
 

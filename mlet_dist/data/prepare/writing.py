@@ -8,10 +8,9 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mlet_dist.data.hashing import hash_texts
-from mlet_dist.data.parquet_parts import ROW_GROUP_ROWS, parquet_writer, required, sha256_of
+from mlet_dist.data.parquet_parts import ROW_GROUP_ROWS, ParquetOutput
 from mlet_dist.data.prepare.chunks import (
     LABEL,
     ChunkGroup,
@@ -104,7 +103,7 @@ class _PartWriter:
 
     def __init__(self, path: Path, temporary: Path) -> None:
         self._path, self._temporary = path, temporary
-        self._writer: pq.ParquetWriter | None = None
+        self._file: ParquetOutput | None = None
         self._pending: list[pa.Table] = []
         self._pending_rows = self._rows = self._positives = 0
 
@@ -122,15 +121,15 @@ class _PartWriter:
             return None
         if self._pending:
             self._flush(self._pending_rows)
-        assert self._writer is not None
-        self._writer.close()
+        assert self._file is not None
+        sums = self._file.close()
         self._temporary.rename(self._path)
-        return Part(name, self._rows, self._positives, self._path.stat().st_size, sha256_of(self._path))
+        return Part(name, self._rows, self._positives, sums.bytes, sums.sha256, sums.pages_sha256)
 
     def _flush(self, rows: int) -> None:
         table = pa.concat_tables(self._pending)
-        if self._writer is None:
-            self._writer = parquet_writer(self._temporary, table.schema)
-        self._writer.write_table(required(table.slice(0, rows)), row_group_size=ROW_GROUP_ROWS)
+        if self._file is None:
+            self._file = ParquetOutput(self._temporary, table.schema)
+        self._file.write(table.slice(0, rows))
         rest = table.slice(rows)
         self._pending, self._pending_rows = ([rest] if rest.num_rows else []), rest.num_rows

@@ -95,6 +95,7 @@ class Package:
             "dense": list(self._spec.dense),
             "features": [{key: getattr(feature, key) for key in keys} for feature in self._spec.sparse],
             "vocabulary_id": self._spec.vocabulary_id,
+            "preprocessing": self._spec.preprocessing and self._spec.preprocessing.to_dict(),
             "tables": self._encoding.name,
             "versions": {
                 "mlet_dist": __version__,

@@ -126,7 +126,7 @@ def _find_data_set(source: Tables, data: str | None) -> tuple[str | None, Datase
 
 def _check_data_set(source: Tables, schema: DatasetSchema, path: str) -> None:
     if source.spec is not None:
-        source.spec.check_data(schema, data_set_path(path))
+        source.spec.check_ids(schema, data_set_path(path))
     for table in source.tables.values():
         found = schema.num_embeddings.get(table.name)
         if found is None:

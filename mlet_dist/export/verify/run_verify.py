@@ -11,6 +11,7 @@ import torch
 
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.location import DataPath
+from mlet_dist.data.preprocessing import find_difference
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
@@ -59,11 +60,14 @@ def verify_export(
                 f"{export}: its inputs or the sizes of its tables or layers are not those of {run}; name the run that "
                 "it was exported from"
             )
+        _check_same_inputs(export, served, run, trained)
         if manifest["run"]["checkpoint_sha256"] != source.digest:
             problem = f"{export} was made from another checkpoint than {source.checkpoint} of {run}"
             print(f"mlet: warning: {problem}; export again, or name its run", file=sys.stderr)
         schema = DatasetSchema.load(data)
-        trained.check_data(schema, data)
+        warning = trained.check_data(schema, data)
+        if warning is not None:
+            print(f"mlet: warning: {run}: {warning}", file=sys.stderr)
         schema.check_split(data, split)
         described = _check_outputs(directory, manifest)
         outputs = {}
@@ -125,6 +129,14 @@ def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     """Return what must be equal for the predictions of two models to be compared."""
     model = spec.model
     return spec.dense, spec.sparse, model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
+
+
+def _check_same_inputs(export: Path, served: ModelSpec, run: Path, trained: ModelSpec) -> None:
+    """Raise UserError if the inputs of an export and of a run were made in different ways, where both record it."""
+    if served.preprocessing is not None and trained.preprocessing is not None:
+        difference = find_difference(served.preprocessing, trained.preprocessing, "there", f"in {run}")
+        if difference is not None:
+            raise UserError(f"{export}: {difference.text}; name the run that it was exported from")
 
 
 def _check_outputs(directory: ExportDirectory, manifest: Mapping[str, Any]) -> dict[str, Any]:

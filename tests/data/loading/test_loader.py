@@ -24,6 +24,7 @@ from mlet_dist.data.loading.prefetch import THREAD_NAME
 from mlet_dist.data.loading.rows import Rows
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
+from tests.helpers.data_set_parts import replace_part, write_part, write_schema
 
 
 def make_loader(path: Path, split: str = "train", **changes: Any) -> DataLoader:
@@ -291,12 +292,13 @@ def broken(dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset, tmp_path / "broken"))
 
 
-def change_value(path: Path, column: str, row: int, value: float | None) -> None:
-    table = pq.read_table(path)
+def change_value(data: Path, column: str, row: int, value: float | None) -> None:
+    table = pq.read_table(data / TRAIN)
     values = table[column].to_pylist()
     values[row] = value
     index = table.column_names.index(column)
-    pq.write_table(table.set_column(index, column, pa.array(values, table[column].type)), path, row_group_size=16_384)
+    changed = table.set_column(index, column, pa.array(values, table[column].type))
+    replace_part(data, TRAIN, changed, row_group_size=16_384)
 
 
 TRAIN = "train/part-00000.parquet"
@@ -317,7 +319,7 @@ TRAIN = "train/part-00000.parquet"
     ],
 )
 def test_wrong_value_surfaces_in_the_consumer(broken: Path, column: str, value: float | None, message: str) -> None:
-    change_value(broken / TRAIN, column, 20_000, value)
+    change_value(broken, column, 20_000, value)
     iterator = iter(make_loader(broken))
     next(iterator)  # the first row group is valid
     with pytest.raises(UserError, match=f"{broken / TRAIN}: {message}"):
@@ -326,12 +328,12 @@ def test_wrong_value_surfaces_in_the_consumer(broken: Path, column: str, value: 
 
 
 def test_largest_id_is_valid(broken: Path) -> None:
-    change_value(broken / TRAIN, "C3", 20_000, 499)
+    change_value(broken, "C3", 20_000, 499)
     assert len(list(make_loader(broken))) == 30
 
 
 def test_column_that_was_not_requested_is_not_read(broken: Path) -> None:
-    change_value(broken / TRAIN, "C3", 20_000, 500)
+    change_value(broken, "C3", 20_000, 500)
     assert len(list(make_loader(broken, sparse_features=["C1"]))) == 30
 
 
@@ -393,11 +395,8 @@ def test_several_parts_are_one_sequence(broken: Path) -> None:
     schema["parts"]["train"] = []
     for index, (start, stop) in enumerate([(0, 5001), (5001, 5002), (5002, 36_002)]):
         path = f"train/part-{index:05}.parquet"
-        pq.write_table(table.slice(start, stop - start), broken / path, row_group_size=4096)
-        schema["parts"]["train"].append(
-            {"path": path, "rows": stop - start, "positives": 0, "bytes": 1, "sha256": 64 * "0"}
-        )
-    (broken / "schema.json").write_text(json.dumps(schema))
+        schema["parts"]["train"].append(write_part(broken, path, table.slice(start, stop - start), row_group_size=4096))
+    write_schema(broken, schema)
     batches = list(make_loader(broken, batch_size=3600))
     assert len(batches) == len(expected) == 10
     assert all(torch.equal(as_rows(a), as_rows(b)) for a, b in zip(batches, expected, strict=True))

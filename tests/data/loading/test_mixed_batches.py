@@ -21,6 +21,7 @@ from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.loading.rows import Rows
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
+from tests.helpers.data_set_parts import replace_part
 from tests.helpers.mixed_dataset import DENSE, GROUP_ROWS, SIZES, SPARSE, write_mixed
 
 ROWS = 1003
@@ -266,12 +267,13 @@ def broken(mixed: tuple[Path, dict[str, list[Record]]], tmp_path: Path) -> Path:
     return Path(shutil.copytree(mixed[0], tmp_path / "broken"))
 
 
-def change_list(path: Path, column: str, values: list[Any] | None) -> None:
-    table = pq.read_table(path)
+def change_list(data: Path, column: str, values: list[Any] | None) -> None:
+    table = pq.read_table(data / TRAIN)
     lists = table[column].to_pylist()
     lists[100] = values
     index = table.column_names.index(column)
-    pq.write_table(table.set_column(index, column, pa.array(lists, table[column].type)), path, row_group_size=50)
+    changed = table.set_column(index, column, pa.array(lists, table[column].type))
+    replace_part(data, TRAIN, changed, row_group_size=50)
 
 
 @pytest.mark.parametrize(
@@ -289,15 +291,15 @@ def change_list(path: Path, column: str, values: list[Any] | None) -> None:
 def test_wrong_list_names_the_file(
     broken: Path, column: str, values: list[Any] | None, message: str, shuffle: Shuffle | None
 ) -> None:
-    change_list(broken / TRAIN, column, values)
+    change_list(broken, column, values)
     with pytest.raises(UserError, match=f"{broken / TRAIN}: {message}"):
         list(make_loader(broken, shuffle=shuffle))
 
 
 def test_a_weight_that_is_not_finite_names_the_file(broken: Path) -> None:
     length = len(pq.read_table(broken / TRAIN)["tags"][100])
-    change_list(broken / TRAIN, "tags", [1] * max(1, length))
-    change_list(broken / TRAIN, "tags.weight", [float("nan")] * max(1, length))
+    change_list(broken, "tags", [1] * max(1, length))
+    change_list(broken, "tags.weight", [float("nan")] * max(1, length))
     with pytest.raises(UserError, match=r"column tags\.weight holds nan; it must be a finite number"):
         list(make_loader(broken))
 

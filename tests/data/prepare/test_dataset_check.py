@@ -21,6 +21,7 @@ from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.schema import DatasetSchema, Part
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import with_checksum
+from tests.helpers.data_set_parts import write_part
 
 PART = "train/part-00000.parquet"
 
@@ -55,12 +56,11 @@ def changed(whole: Path, tmp_path: Path) -> Path:
 def rewrite(data: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     """Change a part's rows, and update the schema and the manifest to the new file."""
     table = change(pq.read_table(data / PART))
-    pq.write_table(table, data / PART)
-    content = (data / PART).stat().st_size, sha256_of(data / PART)
     schema = DatasetSchema.load(data)
     old = schema.parts["train"][0]
-    parts = schema.parts | {"train": (Part(old.path, old.rows, old.positives, *content),)}
-    save(data, dataclasses.replace(schema, parts=parts))
+    entry = write_part(data, PART, table)
+    part = Part(**entry | {"rows": old.rows, "positives": old.positives})
+    save(data, dataclasses.replace(schema, parts=schema.parts | {"train": (part,)}))
 
 
 def save(data: Path, schema: DatasetSchema) -> None:
@@ -92,7 +92,8 @@ def test_one_changed_byte(changed: Path, name: str) -> None:
     position = content.index(b"train/") if name == "schema.json" else len(content) // 2
     content[position] ^= 1
     (changed / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{changed / name}: its SHA-256 is [0-9a-f]{{64}} instead of [0-9a-f]{{64}}$"):
+    found = "the SHA-256 of its content" if name == "schema.json" else "its SHA-256"
+    with pytest.raises(UserError, match=f"{changed / name}: {found} is [0-9a-f]{{64}} instead of [0-9a-f]{{64}}"):
         check(changed)
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mlet_dist.data import parquet_parts
 from mlet_dist.data.prepare import chunks, pipeline, raw_blocks, reading, writing
 from mlet_dist.data.prepare.pipeline import Resources, prepare_criteo
 from mlet_dist.data.prepare.raw_formats import criteo
@@ -95,7 +96,8 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make blocks, groups and row groups so small that little data has many of them."""
     monkeypatch.setattr(raw_blocks, "BLOCK_BYTES", 10_000)
     monkeypatch.setattr(chunks, "GROUP_ROWS", 150)
-    monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 40)
+    for module in (writing, parquet_parts):
+        monkeypatch.setattr(module, "ROW_GROUP_ROWS", 40)
     monkeypatch.setattr(pipeline, "RANGE_VALUE_BYTES", 1 << 30)
 
 

@@ -168,8 +168,8 @@ def test_initial_weights_that_do_not_fit_the_model_are_rejected_by_name(
     (damaged / "table-3.distcp").write_bytes(content)
     strange = shutil.copytree(factors, tmp_path / "strange") / "step-00000000"
     old = Manifest.parse((strange / "manifest.json").read_bytes(), "")
-    about = {**old.about, "vocabulary_id": "another"}
-    (strange / "manifest.json").write_bytes(Manifest(old.step, old.files, about).render())
+    old.about["spec"]["preprocessing"]["sparse"]["C5"]["vocabulary"] = "another"
+    (strange / "manifest.json").write_bytes(Manifest(old.step, old.files, old.about).render())
 
     name, there = rf"{factors}/step-00000000: '{TABLES_PREFIX}", "in the checkpoint"
     cases = [
@@ -180,7 +180,12 @@ def test_initial_weights_that_do_not_fit_the_model_are_rejected_by_name(
         (r"holds no tensor '.*embedding_bags\.C7\.weight', which the model has", tmp_path / "missing", ""),
         ("train.initial_weights .*gone: no complete checkpoint is there", tmp_path / "gone", ""),
         (r"table-3\.distcp is damaged", tmp_path / "damaged", ""),
-        ("its rows belong to another vocabulary than that of", tmp_path / "strange", ""),
+        ("the ids of sparse feature C5 belong to another vocabulary in .* than where", tmp_path / "strange", ""),
+        (
+            r"data\.dense_features was \[\"I1\", \"I2\".*, is \[\"I2\", \"I1\"\]; set data\.dense_features=\[I1,I2,",
+            factors,
+            "data.dense_features=[I2,I1]",
+        ),
     ]
     overrides = [
         _overrides(trained, tmp_path / "run", f"train.initial_weights={path}", *filter(None, [setting]))

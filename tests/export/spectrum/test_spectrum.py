@@ -25,6 +25,7 @@ from mlet_dist.export.spectrum.run_spectrum import count_ids, spectrum_of
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_dim, suggest_smaller
 from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
 from tests.conftest import TrainedRun
+from tests.helpers.data_set_parts import write_schema
 from tests.helpers.mlet_command import mlet
 from tests.helpers.resealed import reseal_yaml
 
@@ -171,7 +172,7 @@ def test_data_of_other_tables_are_rejected_and_missing_data_of_the_run_ignored(
     copy = shutil.copytree(small_data, tmp_path / "data")
     schema = json.loads((copy / "schema.json").read_text())
     schema["sparse"][2]["num_embeddings"] += 1
-    (copy / "schema.json").write_text(json.dumps(schema))
+    write_schema(copy, schema)
     with pytest.raises(UserError, match=r"feature 'C3' has 301 ids here"):
         spectrum_of(exported, data=str(copy))
     run = shutil.copytree(trained.path, tmp_path / "run")

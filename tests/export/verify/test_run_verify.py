@@ -212,5 +212,5 @@ def test_a_model_of_other_sizes_is_rejected(
 def test_data_of_another_vocabulary_are_rejected(trained: TrainedRun, exported: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     mlet("synth", "--out", other, "--rows", 6001, "--num-embeddings", 300, "--seed", 5)
-    with pytest.raises(UserError, match="its ids belong to another vocabulary"):
+    with pytest.raises(UserError, match="the ids of sparse feature C1 belong to another vocabulary"):
         verify_export(exported, trained.path, other)

@@ -1,0 +1,162 @@
+"""How the columns of a data set were made from raw values, which decides what each input of a model means.
+
+Data sets record it; models, checkpoints, exports and factors take it over; where two of them meet, it is compared.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from mlet_dist.formatting import to_json
+
+Rules = Mapping[str, Any]
+"""The rules by which one column was made, as plain data for JSON."""
+
+# Fields of a column's description that do not change the meaning of its finished values. All others do, so that a new
+# field is compared unless it is named here.
+_NAMES = {"name", "column"}
+_DENSE_OMITTED = _NAMES | {"integer"}  # only decides which rows are malformed
+_SPARSE_OMITTED = _NAMES | {
+    *("separator", "weights", "weight_separator"),  # how a raw file spells lists
+    *("multi_valued", "min_count", "max_num_embeddings"),  # in the schema, and in the vocabulary's fingerprint
+}
+_STATISTICS = {"mean", "deviation"}
+_RESOLUTION = 1e-9  # of a deviation: statistics that differ by less give the same float32 values
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How the label, the dense columns and the sparse features of a data set were made, each by name.
+
+    Attributes:
+        label: the raw ``column`` and how its values become 0 or 1.
+        dense: transform, what replaces a missing number, …, and ``mean`` and ``deviation`` if they were standardised.
+        sparse: encoding, …, and ``vocabulary``, the fingerprint of the values in the order of their ids, or for a
+            hashed feature ``num_embeddings``.
+    """
+
+    label: Rules
+    dense: Mapping[str, Rules]
+    sparse: Mapping[str, Rules]
+
+    def select(self, dense: Iterable[str], sparse: Iterable[str]) -> "Preprocessing":
+        """Return the part for these columns, which must exist."""
+        return Preprocessing(
+            self.label, {name: self.dense[name] for name in dense}, {name: self.sparse[name] for name in sparse}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Preprocessing":
+        """Return what ``to_dict`` was called on; KeyError, TypeError or ValueError if it is something else."""
+        label, dense, sparse = (dict(plain[key]) for key in ("label", "dense", "sparse"))
+        columns = ({name: dict(rules) for name, rules in each.items()} for each in (dense, sparse))
+        return cls(label, *columns)
+
+    def by_column(self) -> dict[str, Rules]:
+        """Return the rules of all columns by a name for messages, such as ``dense column price``."""
+        return {
+            "the label": self.label,
+            **{f"dense column {name}": rules for name, rules in self.dense.items()},
+            **{f"sparse feature {name}": rules for name, rules in self.sparse.items()},
+        }
+
+
+class Difference(NamedTuple):
+    """How a column of two data sets or models was made differently, and what the user can do, as texts."""
+
+    text: str
+    remedy: str
+
+
+def label_rules(label: Any) -> dict[str, Any]:
+    """Return the rules of a label column, a dataclass; its raw column is part of what a label means."""
+    return _rules(label, set())
+
+
+def dense_rules(column: Any, **statistics: float) -> dict[str, Any]:
+    """Return the rules of a dense column, a dataclass, with what was computed from the training split."""
+    return _rules(column, _DENSE_OMITTED) | statistics
+
+
+def sparse_rules(column: Any, vocabulary: str | None) -> dict[str, Any]:
+    """Return the rules of a sparse column, a dataclass, with the fingerprint of its vocabulary, None if hashed."""
+    rules = _rules(column, _SPARSE_OMITTED)
+    if rules.get("cast") == "text":  # makes of numbers the texts that other files hold
+        del rules["cast"]
+    if "max_len" not in rules:
+        rules.pop("keep", None)
+    return rules if vocabulary is None else rules | {"vocabulary": vocabulary}
+
+
+def find_difference(found: Preprocessing, wanted: Preprocessing, here: str, there: str) -> Difference | None:
+    """Return how columns of ``wanted`` were made differently in ``found``, which has them all; None if they were not.
+
+    Args:
+        found: of the data at hand.
+        wanted: of the model.
+        here, there: where the two are, for the message, such as ``here`` and ``in the model's data set``.
+    """
+    differing = {}
+    others = found.by_column()
+    for column, rules in wanted.by_column().items():
+        keys = _differing_keys(others[column], rules)
+        if keys:
+            differing[column] = keys
+    if not differing:
+        return None
+    column, keys = next(iter(differing.items()))
+    more = f" (and {len(differing) - 1} more made differently)" if len(differing) > 1 else ""
+    if keys == ["vocabulary"]:
+        text = f"the ids of {column} belong to another vocabulary {here} than {there}{more}"
+        return Difference(text, "use the data set that the model was trained on, or one with the same vocabulary")
+    keys = [key for key in keys if key != "vocabulary"]
+    one, other = _show(others[column], wanted.by_column()[column], keys)
+    text = f"{column} has {one} {here} and {other} {there}{more}"
+    if set(keys) <= _STATISTICS:  # which nobody can set, since they come from each data set's own training split
+        return Difference(text, "use the data set that the model was trained on")
+    return Difference(text, "prepare both data sets in the same way")
+
+
+def _rules(column: Any, omitted: set[str]) -> dict[str, Any]:
+    # Without what is None, so that a later version's field equals its absence in data of an earlier one.
+    return {key: _plain(value) for key, value in asdict(column).items() if key not in omitted and value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(each) for each in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return str(value) if isinstance(value, Fraction) else value
+
+
+def _differing_keys(found: Rules, wanted: Rules) -> list[str]:
+    return [key for key in dict.fromkeys([*wanted, *found]) if not _is_same(key, found, wanted)]
+
+
+def _is_same(key: str, found: Rules, wanted: Rules) -> bool:
+    if key in _STATISTICS and key in found and key in wanted:
+        scale = abs(wanted.get("deviation", 1.0))
+        return bool(abs(found[key] - wanted[key]) <= _RESOLUTION * scale)
+    return bool(found.get(key) == wanted.get(key))
+
+
+def _show(found: Rules, wanted: Rules, keys: list[str]) -> tuple[str, str]:
+    """Return both columns' rules of these keys as texts that differ."""
+    short = _shown(found, keys, digits=6), _shown(wanted, keys, digits=6)
+    return short if short[0] != short[1] else (_shown(found, keys, digits=17), _shown(wanted, keys, digits=17))
+
+
+def _shown(rules: Rules, keys: list[str], digits: int) -> str:
+    texts = []
+    for key in keys:
+        if key in rules:
+            value = rules[key]
+            number = f"{value:.{digits}g}" if isinstance(value, float) else None
+            texts.append(f"{key} {number or (value if isinstance(value, str) else to_json(value))}")
+    return ", ".join(texts) or f"no {' and no '.join(keys)}"
