@@ -5,17 +5,19 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlet_dist.data.id_counts import SplitCounts, counts_from_plain, counts_to_plain
 from mlet_dist.data.location import DataPath
 from mlet_dist.errors import UserError
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "valid", "test")
 FILE_NAME = "schema.json"
+SAMPLE_WEIGHT = "sample_weight"  # name of the column with the weights of rows
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
 
 _SHOWN_CHARACTERS = 80
@@ -71,6 +73,9 @@ class DatasetSchema:
         malformed: number of raw lines that were skipped.
         parts: the Parquet files of each split that the data set has, in row order; train is one of them.
         vocabulary_id: fingerprint of the mapping from values to ids; equal for data sets with the same mapping.
+        id_counts: how many ids of each split and feature are out of vocabulary; empty where that is not known.
+        sample_weight: whether the column ``sample_weight`` (float32, 0 or more) holds each row's weight in the loss and
+            in metrics.
     """
 
     source: str
@@ -80,6 +85,8 @@ class DatasetSchema:
     malformed: int
     parts: dict[str, tuple[Part, ...]]
     vocabulary_id: str = ""
+    id_counts: SplitCounts = field(default_factory=dict)
+    sample_weight: bool = False
 
     @property
     def rows(self) -> dict[str, int]:
@@ -97,10 +104,20 @@ class DatasetSchema:
         return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
     @property
+    def positives(self) -> dict[str, int]:
+        """Number of rows with label 1 of each split."""
+        return {split: sum(part.positives for part in parts) for split, parts in self.parts.items()}
+
+    @property
     def positive_rate(self) -> dict[str, float]:
         """Share of rows with label 1 in each split; NaN where it has no rows."""
-        positives = {split: sum(part.positives for part in parts) for split, parts in self.parts.items()}
-        return {split: positives[split] / rows if rows else math.nan for split, rows in self.rows.items()}
+        return {split: self.positives[split] / rows if rows else math.nan for split, rows in self.rows.items()}
+
+    @property
+    def untrained_first_rows(self) -> tuple[str, ...]:
+        """The features whose id 0, out of vocabulary, occurs in no row of the training split."""
+        counts = self.id_counts.get("train", {})
+        return tuple(f.name for f in self.sparse if f.name in counts and counts[f.name].out_of_vocabulary == 0)
 
     @property
     def num_embeddings(self) -> dict[str, int]:
@@ -120,6 +137,10 @@ class DatasetSchema:
             "rows": self.rows,
             "parts": {split: [asdict(part) for part in parts] for split, parts in self.parts.items()},
         }
+        if self.id_counts:
+            content["id_counts"] = counts_to_plain(self.id_counts)
+        if self.sample_weight:
+            content["sample_weight"] = True
         (directory / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -189,6 +210,8 @@ class DatasetSchema:
                 if split in parts or split == "train"
             },
             vocabulary_id=take(content, "vocabulary_id", *_TEXT),
+            id_counts=counts_from_plain(content.get("id_counts", {}), path),
+            sample_weight=take({"sample_weight": False} | content, "sample_weight", *_FLAG),
         )
         for index, feature in enumerate(schema.sparse):
             if feature.multi_valued:
@@ -199,6 +222,8 @@ class DatasetSchema:
                     "pooling_factor 1"
                 )
         columns = {schema.label: "label"}
+        if schema.sample_weight:
+            columns[SAMPLE_WEIGHT] = "sample_weight"
         for key, name in (*(("dense", n) for n in schema.dense), *(("sparse", f.name) for f in schema.sparse)):
             if name in columns:
                 raise UserError(

@@ -23,6 +23,7 @@ class ModelSpec:
         sparse: categorical inputs, in order; each has a table of its own name.
         seed: fixes the initial values.
         vocabulary_id: identifies the data set's vocabulary, which gives the ids their meaning.
+        zero_first_rows: the inputs whose id 0 no training row has; row 0 of their tables is zero.
     """
 
     model: ModelConfig
@@ -30,6 +31,7 @@ class ModelSpec:
     sparse: tuple[SparseFeature, ...]
     seed: int
     vocabulary_id: str = ""
+    zero_first_rows: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -50,7 +52,8 @@ class ModelSpec:
             raise UserError(
                 f"model.pooling is mean, but feature {weighted[0]!r} has weights, which need sum pooling; use sum"
             )
-        return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id)
+        zero = tuple(name for name in wanted if name in schema.untrained_first_rows)
+        return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, zero)
 
     @property
     def is_weighted(self) -> bool:
@@ -137,7 +140,8 @@ class ModelSpec:
                 for each in plain["sparse"]
             )
             model = parse_section(ModelConfig, plain["model"], "model.", source)
-            return cls(model, tuple(plain["dense"]), features, int(plain["seed"]), str(plain["vocabulary_id"]))
+            zero = tuple(plain.get("zero_first_rows", ()))
+            return cls(model, tuple(plain["dense"]), features, int(plain["seed"]), str(plain["vocabulary_id"]), zero)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None
 
