@@ -167,7 +167,7 @@ def _batch(arguments: argparse.Namespace) -> Batch:
     lengths = torch.ones(TABLES * size, dtype=torch.int64)
     sparse = KeyedJaggedTensor([f"C{index}" for index in range(TABLES)], values, lengths=lengths, stride=size)
     labels = torch.randint(2, (size,), generator=generator).float()
-    return Batch(torch.rand(size, DENSE, generator=generator), sparse, labels, size)
+    return Batch(torch.rand(size, DENSE, generator=generator), sparse, labels, size, size * dist.get_world_size())
 
 
 def measure(arguments: argparse.Namespace, worker: Worker) -> dict[str, Any]:
@@ -189,7 +189,15 @@ def measure(arguments: argparse.Namespace, worker: Worker) -> dict[str, Any]:
 
     try:
         found = bandwidths(state(), folder, arguments.rounds)
-        training = Training(sharded, optimizer, BinaryMetrics(worker.device), steps=1, batches_per_epoch=1)
+        training = Training(
+            sharded,
+            optimizer,
+            BinaryMetrics(worker.device),
+            steps=1,
+            batches_per_epoch=1,
+            batch_size=1,
+            rows_per_epoch=1,
+        )
         found |= step_times(training, state, arguments, folder, worker)
     finally:
         dist.barrier()

@@ -55,7 +55,6 @@ def ours(data: Path, args: argparse.Namespace, shuffle: Shuffle | None) -> Itera
         world_size=1,
         dense_features=None,
         sparse_features=None,
-        drop_last=True,
         shuffle=shuffle,
         threads=args.threads,
     )
@@ -99,7 +98,7 @@ def rows_per_second(take: Callable[[], int]) -> float:
 
 def consume(batches: Callable[[], Iterable[Any]]) -> Callable[[], int]:
     """Return a function that iterates over the batches and counts their rows."""
-    return lambda: sum(len(batch.labels) for batch in batches())
+    return lambda: sum(getattr(batch, "num_rows", len(batch.labels)) for batch in batches())
 
 
 def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -132,7 +131,6 @@ def profile(data: Path, args: argparse.Namespace) -> dict[str, float]:
         batch_size=min(args.batch_size, rows),
         rank=0,
         world_size=1,
-        drop_last=True,
         shuffle=shuffle,
     )
     first = next(order.windows(0, 0))

@@ -54,7 +54,6 @@ def _batches(loader: str, data: Path, arrays: Path, batch_size: int, threads: in
             world_size=1,
             dense_features=None,
             sparse_features=None,
-            drop_last=True,
             threads=threads,
         )
     files = [[str(arrays / f"{name}.npy")] for name in ARRAYS]
@@ -85,7 +84,7 @@ def main() -> None:
     memory, read = _resident_bytes("VmRSS"), _read_bytes()
     cpu, started = time.process_time(), time.perf_counter()
     batches = _batches(**vars(args), sizes=sizes)
-    rows = sum(len(batch.labels) for batch in batches)
+    rows = sum(getattr(batch, "num_rows", len(batch.labels)) for batch in batches)
     found = {"rows_per_s": rows / (time.perf_counter() - started)}
     found["cpu_ns_per_row"] = (time.process_time() - cpu) / rows * 1e9
     found["peak_mb"] = (_resident_bytes("VmHWM") - memory) / (1 << 20)

@@ -85,7 +85,6 @@ def batches(case: Case, spec: ModelSpec, worker: Worker) -> Iterator[Batch]:
             world_size=worker.world_size,
             dense_features=None,
             sparse_features=None,
-            drop_last=True,
         )
         return chain.from_iterable(repeat(loader))
     return cycle(synthetic_batches(case, spec, worker))
@@ -109,7 +108,7 @@ def synthetic_batches(case: Case, spec: ModelSpec, worker: Worker) -> list[Batch
         )
         dense = torch.rand(size, len(spec.dense), generator=generator)
         labels = torch.randint(0, 2, (size,), generator=generator).float()
-        batch = Batch(dense, sparse, labels, size)
+        batch = Batch(dense, sparse, labels, size, size * worker.world_size)
         found.append(batch.pin_memory() if worker.device.type == "cuda" else batch)
     return found
 
@@ -123,7 +122,9 @@ def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted 
     sharded, _ = shard_model(model, worker, case.local_batch_size, ShardingConfig(exchange=case.exchange))
     sharded.train()
     optimizer = build_optimizer(sharded, config)
-    training = Training(sharded, optimizer, BinaryMetrics(worker.device), steps=1, batches_per_epoch=1)
+    training = Training(
+        sharded, optimizer, BinaryMetrics(worker.device), steps=1, batches_per_epoch=1, batch_size=1, rows_per_epoch=1
+    )
     guard = Guard(training, worker.device, "stop", 0)
     timer = StepTimer(sharded, worker.device, case.local_batch_size)
     return take_steps(training, batches(case, spec, worker), worker.device, guard, timer, pipelined=pipelined)

@@ -1,5 +1,6 @@
 """Prints the result of a command, as text or as one JSON object, and errors."""
 
+import math
 import os
 import sys
 from typing import Any
@@ -48,6 +49,11 @@ def print_error(error: Exception | str) -> None:
     print("mlet: error:", one_line(str(error)), file=sys.stderr)
 
 
+def print_warning(text: str) -> None:
+    """Print a warning in one line on stderr."""
+    print("mlet: warning:", one_line(text), file=sys.stderr)
+
+
 def _readable(value: Any) -> str:
     """Return a value as text for people."""
     if isinstance(value, list):
@@ -55,4 +61,6 @@ def _readable(value: Any) -> str:
         return "  ".join([_readable(each) for each in value[:_MAX_SHOWN]] + more)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "undefined"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

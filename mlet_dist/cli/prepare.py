@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mlet_dist.cli.options import byte_size, positive
-from mlet_dist.cli.output import Result
+from mlet_dist.cli.output import Result, print_text, print_warning
 from mlet_dist.errors import UserError
 
 TEXT = "Turn raw logs into a data set: Parquet files, vocabularies, a schema and a manifest."
@@ -97,12 +97,29 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     prepared = prepare_from(args)
     if prepared is None:
         return {"out": args.out, "pass": args.only, "shard": args.shard or "0/1"}, True
+    from mlet_dist.data.id_counts import (
+        counts_table,
+        out_of_vocabulary_shares,
+        out_of_vocabulary_warnings,
+    )
+    from mlet_dist.data.label_classes import check_classes
+
+    out, held_out = Path(args.out), ("valid", "test")
+    warnings = check_classes(out, prepared, held_out)
+    for warning in warnings + out_of_vocabulary_warnings(out, prepared.id_counts, held_out):
+        print_warning(warning)
+    if not args.json:
+        print_text("\n".join([*counts_table(prepared.id_counts), ""]))
     sizes = prepared.num_embeddings
-    return {
+    result: Result = {
         "out": args.out,
         "rows": prepared.rows,
         "positive_rate": prepared.positive_rate,
         "malformed": prepared.malformed,
         "tables": len(sizes),
         "num_embeddings": sum(sizes.values()),
-    }, True
+    }
+    if args.json:
+        shares = {split: out_of_vocabulary_shares(prepared.id_counts, split) for split in prepared.id_counts}
+        result["out_of_vocabulary"] = shares
+    return result, True

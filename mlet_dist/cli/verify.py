@@ -69,10 +69,15 @@ def _auc_change(text: str) -> tuple[str, float]:
         ) from None
 
 
+def _metric(value: float | None, digits: str) -> str:
+    """Return a metric as text; None and NaN mean that it is undefined."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:{digits}}"
+
+
 def verification_table(result: dict[str, Any]) -> str:
     """Return the result of a verification as a table, one row for each output of the export."""
     names = ("", "tables", "AUC", "change", "LogLoss", "change", "largest difference", "largest table error", "")
-    lines = [("factorised", "", f"{result['auc_run']:.6f}", "", f"{result['logloss_run']:.6f}", "", "", "", "")]
+    lines = [("factorised", "", _metric(result["auc_run"], ".6f"), "", f"{result['logloss_run']:.6f}", "", "", "", "")]
     for name, found in result["outputs"].items():
         unit = "logit" if "max_abs_logit_diff" in found else "probability"
         table, error = max(found["tables"].items(), key=lambda each: each[1]["relative_error"])
@@ -80,8 +85,8 @@ def verification_table(result: dict[str, Any]) -> str:
             (
                 name,
                 found["encoding"],
-                f"{found['auc']:.6f}",
-                f"{found['auc_change']:+.1e}",
+                _metric(found["auc"], ".6f"),
+                _metric(found["auc_change"], "+.1e"),
                 f"{found['logloss']:.6f}",
                 f"{found['logloss_change']:+.1e}",
                 f"{found[f'max_abs_{unit}_diff']:.1e} ({unit}, row {found['worst_row']:,})",

@@ -5,11 +5,12 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlet_dist.data.id_counts import SplitCounts, counts_from_plain, counts_to_plain
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
@@ -19,6 +20,7 @@ from mlet_dist.regular_file import read_regular_file
 FORMAT_VERSION = 3
 SPLITS = ("train", "valid", "test")
 FILE_NAME = "schema.json"
+SAMPLE_WEIGHT = "sample_weight"  # name of the column with the weights of rows
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
 
 _SHOWN_CHARACTERS = 80
@@ -77,6 +79,9 @@ class DatasetSchema:
         parts: the Parquet files of each split that the data set has, in row order; train is one of them.
         preprocessing: how each column was made.
         vocabulary_id: fingerprint of the mapping from values to ids; equal for data sets with the same mapping.
+        id_counts: how many ids of each split and feature are out of vocabulary; empty where that is not known.
+        sample_weight: whether the column ``sample_weight`` (float32, 0 or more) holds each row's weight in the loss and
+            in metrics.
     """
 
     source: str
@@ -87,6 +92,8 @@ class DatasetSchema:
     parts: dict[str, tuple[Part, ...]]
     preprocessing: Preprocessing
     vocabulary_id: str = ""
+    id_counts: SplitCounts = field(default_factory=dict)
+    sample_weight: bool = False
 
     @property
     def rows(self) -> dict[str, int]:
@@ -110,10 +117,20 @@ class DatasetSchema:
         )
 
     @property
+    def positives(self) -> dict[str, int]:
+        """Number of rows with label 1 of each split."""
+        return {split: sum(part.positives for part in parts) for split, parts in self.parts.items()}
+
+    @property
     def positive_rate(self) -> dict[str, float]:
         """Share of rows with label 1 in each split; NaN where it has no rows."""
-        positives = {split: sum(part.positives for part in parts) for split, parts in self.parts.items()}
-        return {split: positives[split] / rows if rows else math.nan for split, rows in self.rows.items()}
+        return {split: self.positives[split] / rows if rows else math.nan for split, rows in self.rows.items()}
+
+    @property
+    def untrained_first_rows(self) -> tuple[str, ...]:
+        """The features whose id 0, out of vocabulary, occurs in no row of the training split."""
+        counts = self.id_counts.get("train", {})
+        return tuple(f.name for f in self.sparse if f.name in counts and counts[f.name].out_of_vocabulary == 0)
 
     @property
     def num_embeddings(self) -> dict[str, int]:
@@ -134,6 +151,10 @@ class DatasetSchema:
             "rows": self.rows,
             "parts": {split: [asdict(part) for part in parts] for split, parts in self.parts.items()},
         }
+        if self.id_counts:
+            content["id_counts"] = counts_to_plain(self.id_counts)
+        if self.sample_weight:
+            content["sample_weight"] = True
         (directory / FILE_NAME).write_text(json.dumps(with_checksum(content), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -206,6 +227,8 @@ class DatasetSchema:
             },
             preprocessing=_preprocessing(path, take(content, "preprocessing", *_OBJECT)),
             vocabulary_id=take(content, "vocabulary_id", *_TEXT),
+            id_counts=counts_from_plain(content.get("id_counts", {}), path),
+            sample_weight=take({"sample_weight": False} | content, "sample_weight", *_FLAG),
         )
         for index, feature in enumerate(schema.sparse):
             if feature.multi_valued:
@@ -216,6 +239,8 @@ class DatasetSchema:
                     "pooling_factor 1"
                 )
         columns = {schema.label: "label"}
+        if schema.sample_weight:
+            columns[SAMPLE_WEIGHT] = "sample_weight"
         for key, name in (*(("dense", n) for n in schema.dense), *(("sparse", f.name) for f in schema.sparse)):
             if name in columns:
                 raise UserError(

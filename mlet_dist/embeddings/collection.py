@@ -37,14 +37,18 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         hidden_dim: k, the width of W1; None trains a plain single-layer table.
         rows_init_std: if given, W1 is drawn from N(0, rows_init_std^2) instead.
         projection_init_std: standard deviation of W2's initial values; None means 1/sqrt(k), which has unit gain.
+        zero_first_row: whether row 0 of W1 begins at zero, for tables whose id 0 stands for values that training never
+            sees: the row W[0] that is served for them is then zero, and not random.
 
     Raises:
-        ValueError: a dimension is below 1, or ``data_type`` is neither FP32 nor FP16. The message names the table.
+        ValueError: a dimension is below 1, ``data_type`` is neither FP32 nor FP16, or ``zero_first_row`` comes with an
+            ``init_fn``. The message names the table.
     """
 
     hidden_dim: int | None = None
     rows_init_std: float | None = None
     projection_init_std: float | None = None
+    zero_first_row: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_embeddings", "embedding_dim", "hidden_dim"):
@@ -53,6 +57,8 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
                 raise ValueError(f"table {self.name!r}: {name} is {value}, it must be at least 1")
         if self.data_type not in (DataType.FP32, DataType.FP16):
             raise ValueError(f"table {self.name!r}: data_type is {self.data_type.name}; rows are FP32 or FP16")
+        if self.zero_first_row and self.init_fn is not None:
+            raise ValueError(f"table {self.name!r}: zero_first_row cannot go with an init_fn")
 
     @property
     def row_width(self) -> int:
@@ -65,13 +71,17 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         plain.embedding_dim = self.row_width
         if self.init_fn is not None:
             return plain
-        name, dtype = f"embedding_bags.{self.name}", data_type_to_dtype(self.data_type)
-        if self.rows_init_std is not None:
-            plain.init_fn = RowInitializer(name, self.num_embeddings, "normal", self.rows_init_std, seed, dtype=dtype)
-        else:
-            low, high = self.get_weight_init_min(), self.get_weight_init_max()
-            middle, scale = (high + low) / 2, (high - low) / 2
-            plain.init_fn = RowInitializer(name, self.num_embeddings, "uniform", scale, seed, middle, dtype)
+        low, high = self.get_weight_init_min(), self.get_weight_init_max()
+        plain.init_fn = RowInitializer(
+            f"embedding_bags.{self.name}",
+            self.num_embeddings,
+            "uniform" if self.rows_init_std is None else "normal",
+            scale=(high - low) / 2 if self.rows_init_std is None else self.rows_init_std,
+            seed=seed,
+            center=(high + low) / 2 if self.rows_init_std is None else 0.0,
+            dtype=data_type_to_dtype(self.data_type),
+            zero_first_row=self.zero_first_row,
+        )
         return plain
 
     def plain_config(self) -> EmbeddingBagConfig:

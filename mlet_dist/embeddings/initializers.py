@@ -25,6 +25,7 @@ class RowInitializer:
         seed: the run's seed.
         center: mean of the distribution.
         dtype: dtype to which values are rounded, even if they are stored in a wider one.
+        zero_first_row: whether row 0 is zero; the other rows are the same as without.
     """
 
     name: str
@@ -34,6 +35,7 @@ class RowInitializer:
     seed: int
     center: float = 0.0
     dtype: torch.dtype = torch.float32
+    zero_first_row: bool = False
 
     def __call__(self, weight: torch.Tensor) -> None:
         """Fill the complete weight ``(num_rows, dim)``."""
@@ -57,6 +59,8 @@ class RowInitializer:
             block = block.to(self.dtype)
             begin, end = max(start, first_row), min(start + block.shape[0], last_row)
             weight[begin - first_row : end - first_row].copy_(block[begin - start : end - start])
+        if self.zero_first_row and first_row == 0:
+            weight[0].zero_()
 
     def _draw(self, start: int, rows: int, dim: int) -> torch.Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{self.name}/{start}".encode(), digest_size=8).digest()

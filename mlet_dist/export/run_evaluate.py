@@ -8,6 +8,8 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.load import latest_checkpoint, load_model
+from mlet_dist.data.id_counts import of_features, out_of_vocabulary_shares, out_of_vocabulary_warnings
+from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
@@ -24,8 +26,11 @@ def evaluate_path(
 ) -> dict[str, Any]:
     """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export on a split of a data set.
 
+    ``out_of_vocabulary`` is each feature's share of the split's ids that are, for features that have any.
+
     Raises:
-        UserError: ``target`` is neither a run nor an export, or is damaged, or the data set does not fit the model.
+        UserError: ``target`` is neither a run nor an export, or is damaged, or the data set does not fit the model, or
+            all rows of the training split have the same label and ``split`` is ``train``.
     """
     export, run = ExportDirectory(target), RunDirectory(target)
     if export.exists():
@@ -41,9 +46,12 @@ def evaluate_path(
     schema = DatasetSchema.load(data)
     warning = spec.check_data(schema, data)
     schema.check_split(data, split)
+    counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
+    warnings = check_classes(data, schema, [split]) + out_of_vocabulary_warnings(data, counts, [split])
     with join_ranks(device) as worker:
-        if warning is not None and worker.is_first:
-            print(f"mlet: warning: {target}: {warning}", file=sys.stderr)
+        if worker.is_first:
+            for each in [*([f"{target}: {warning}"] if warning is not None else []), *warnings]:
+                print(f"mlet: warning: {each}", file=sys.stderr, flush=True)
         if store is None:
             _check_files(export, manifest, worker)
         local_batch_size = -(-batch_size // worker.world_size)
@@ -60,7 +68,8 @@ def evaluate_path(
             run.check_own(checkpoint, checkpoint.manifest().about)
             load_model(model, checkpoint.location)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
-    return {"target": str(target), "split": split, **found}
+    shares = out_of_vocabulary_shares(counts, split)
+    return {"target": str(target), "split": split, **found, "out_of_vocabulary": shares}
 
 
 def _check_files(export: ExportDirectory, manifest: dict[str, Any], worker: Worker) -> None:

@@ -139,6 +139,7 @@ def _table_configs(
                 weight_init_max=bound,
                 rows_init_std=model.rows_init_gain * model.rows_init_std if model.rows_init == "normal" else None,
                 projection_init_std=model.projection_init_std,
+                zero_first_row=feature.name in spec.zero_first_rows,
             )
         )
     return tables

@@ -26,6 +26,7 @@ class ModelSpec:
         seed: fixes the initial values.
         vocabulary_id: identifies the vocabularies of the whole data set.
         preprocessing: how the label and the inputs were made; None in a model of a version that did not record it.
+        zero_first_rows: the inputs whose id 0 no training row has; row 0 of their tables is zero.
     """
 
     model: ModelConfig
@@ -34,6 +35,7 @@ class ModelSpec:
     seed: int
     vocabulary_id: str = ""
     preprocessing: Preprocessing | None = None
+    zero_first_rows: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -55,7 +57,8 @@ class ModelSpec:
                 f"model.pooling is mean, but feature {weighted[0]!r} has weights, which need sum pooling; use sum"
             )
         preprocessing = schema.preprocessing.select(dense, wanted)
-        return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing)
+        zero = tuple(name for name in wanted if name in schema.untrained_first_rows)
+        return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing, zero)
 
     @property
     def is_weighted(self) -> bool:
@@ -175,6 +178,7 @@ class ModelSpec:
                 None
                 if made is None
                 else Preprocessing.from_dict(made).select(plain["dense"], (f.name for f in features)),
+                tuple(plain.get("zero_first_rows", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None

@@ -25,64 +25,81 @@ class BinaryMetrics:
     from the counts: pairs within one bin are ties and count half. With the default 2^20 bins, logits that differ by
     less than 6e-5 may tie. LogLoss is summed in float64.
 
+    Rows may have weights. The counts are then sums of weights in float64, so that a row of weight 2 counts as two rows;
+    LogLoss and the positive rate are weighted means.
+
     Args:
         device: the device of the counts.
         bins: the number of bins.
+        weighted: whether rows have weights.
     """
 
-    def __init__(self, device: torch.device, bins: int = 1 << 20) -> None:
-        self._bins = bins
-        self._counts = torch.zeros(2, bins, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, bins: int = 1 << 20, *, weighted: bool = False) -> None:
+        self._bins, self._weighted = bins, weighted
+        self._counts = torch.zeros(2, bins, dtype=torch.float64 if weighted else torch.int64, device=device)
+        self._rows = torch.zeros((), dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count rows; ``logits`` ``(b,)`` float, ``labels`` ``(b,)`` 0 or 1."""
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Count rows; ``logits`` ``(b,)`` float, ``labels`` ``(b,)`` 0 or 1, ``weights`` ``(b,)`` if there are any."""
         wide = logits.double()
         binned = wide.nan_to_num()  # a NaN is visible in the loss
         scaled = (binned.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT) + _LOGIT_LIMIT) * (self._bins / (2 * _LOGIT_LIMIT))
         bin_of_row = scaled.long().clamp_(max=self._bins - 1)
         flat = bin_of_row + labels.long() * self._bins
-        self._counts.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
-        self._loss += functional.binary_cross_entropy_with_logits(wide, labels.double(), reduction="sum")
+        counted = torch.ones_like(flat, dtype=self._counts.dtype) if weights is None else weights.double()
+        self._counts.view(-1).scatter_add_(0, flat, counted)
+        self._rows += len(flat)
+        weighted = None if weights is None else counted
+        self._loss += functional.binary_cross_entropy_with_logits(wide, labels.double(), weighted, reduction="sum")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return ``counts`` ``(2, bins)`` int64 of all ranks, and ``loss`` ``(R,)`` float64 by rank. Collective."""
-        counts = self._counts.clone()
+        """Return ``counts`` ``(2, bins)`` of all ranks, and ``loss`` ``(R,)`` float64 by rank. A collective call.
+
+        Weighted metrics also have ``rows``, the number of rows of all ranks.
+        """
+        counts, rows = self._counts.clone(), self._rows.clone()
         losses = [self._loss.clone()]
         if dist.is_initialized():
             dist.all_reduce(counts)
+            dist.all_reduce(rows)
             losses = [torch.empty_like(self._loss) for _ in range(dist.get_world_size())]
             dist.all_gather(losses, self._loss)
-        return {"counts": counts, "loss": torch.stack(losses)}
+        state = {"counts": counts, "loss": torch.stack(losses)}
+        return state | {"rows": rows} if self._weighted else state
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a state on any number of ranks; on the same number, sums are bitwise identical."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._counts.copy_(state["counts"] if rank == 0 else torch.zeros_like(self._counts))
+        rows = state["rows"] if self._weighted else state["counts"].sum()
+        self._rows.copy_(rows if rank == 0 else torch.zeros_like(self._rows))
         self._loss.copy_(state["loss"][rank::world_size].sum())
 
     def compute(self, process_group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` over all ranks; NaN where undefined.
 
-        A collective call of all ranks of the group.
+        Weighted metrics also have ``weight``, the sum of all weights. A collective call of all ranks of the group.
         """
-        counts, loss = self._counts.clone(), self._loss.clone()
+        counts, loss, rows = self._counts.clone(), self._loss.clone(), self._rows.clone()
         if dist.is_initialized():
             dist.all_reduce(counts, group=process_group)
             dist.all_reduce(loss, group=process_group)
+            dist.all_reduce(rows, group=process_group)
         negatives, positives = counts.double().cpu()
         num_negatives, num_positives = negatives.sum(), positives.sum()
-        rows = int(num_negatives + num_positives)
+        total = float(num_negatives + num_positives)
         below = negatives.cumsum(0) - negatives
         wins = (positives * (below + negatives / 2)).sum()
         pairs = float(num_negatives * num_positives)
-        return {
+        found = {
             "auc": float(wins) / pairs if pairs else math.nan,
-            "logloss": float(loss) / rows if rows else math.nan,
-            "rows": rows,
-            "positive_rate": float(num_positives) / rows if rows else math.nan,
+            "logloss": float(loss) / total if total else math.nan,
+            "rows": int(rows),
+            "positive_rate": float(num_positives) / total if total else math.nan,
         }
+        return found | {"weight": total} if self._weighted else found
 
 
 def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: int, worker: Worker) -> DataLoader:
@@ -96,29 +113,29 @@ def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: i
         world_size=worker.world_size,
         dense_features=spec.dense,
         sparse_features=[feature.name for feature in spec.sparse],
-        drop_last=False,
         pin_memory=worker.device.type == "cuda",
     )
 
 
 @torch.no_grad()
-def predict(model: nn.Module, loader: DataLoader, worker: Worker) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield logits and labels of each batch, each ``(rows,)`` float32, without padding.
+def predict(
+    model: nn.Module, loader: DataLoader, worker: Worker
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Yield logits, labels and weights (or None) of each batch, each ``(rows,)`` float32, without padding.
 
     Every rank must take all batches, since the model's exchange is collective.
     """
     model.eval()
     for batch in loader:
         batch = batch.to(worker.device)
-        logits = model(batch.dense, batch.sparse).squeeze(-1)
-        yield logits[: batch.num_rows], batch.labels[: batch.num_rows]
+        yield batch.predicted(model(batch.dense, batch.sparse).squeeze(-1))
 
 
 def evaluate(model: nn.Module, loader: DataLoader, worker: Worker, description: str) -> dict[str, float]:
     """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` over a loader's rows. A collective call."""
-    metrics = BinaryMetrics(worker.device)
+    metrics = BinaryMetrics(worker.device, weighted=loader.weighted)
     with Progress(f"evaluate {description}", len(loader), "batches", disable=not worker.is_first) as progress:
-        for logits, labels in predict(model, loader, worker):
-            metrics.update(logits, labels)
+        for predicted in predict(model, loader, worker):
+            metrics.update(*predicted)
             progress.update(1)
     return metrics.compute()

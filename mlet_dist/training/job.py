@@ -14,10 +14,12 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.config_file import Config
+from mlet_dist.data.id_counts import SplitCounts, of_features, out_of_vocabulary_warnings
+from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.location import DataPath, data_set_path
-from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import evaluation_loader
@@ -37,6 +39,7 @@ class Job:
         worker: this rank.
         spec: the model to build.
         loader: the training rows, positioned at the first batch to train on.
+        id_counts: counts of the ids of the model's inputs in the data set.
         split_loaders: the rows to evaluate on, by split.
         run: the run directory, locked by this job.
         store: the run's checkpoints.
@@ -49,6 +52,7 @@ class Job:
     worker: Worker
     spec: ModelSpec
     loader: DataLoader
+    id_counts: SplitCounts
     split_loaders: Mapping[str, DataLoader]
     run: RunDirectory
     store: CheckpointStore
@@ -108,11 +112,12 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     data, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data)
     spec = ModelSpec.of(config, schema)
+    id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
+    evaluated = [split for split in schema.parts if split != "train"]
+    warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)
     loader = _training_loader(config, data, spec, worker)
     split_loaders = {
-        split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker)
-        for split in schema.parts
-        if split != "train"
+        split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker) for split in evaluated
     }
     with run.lock(config) if worker.is_first else nullcontext():
         dist.barrier()
@@ -125,7 +130,8 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
             run = replace(run, run_id=resume_point.found.manifest.about.get(RUN_ID))
         else:
             run = replace(run, run_id=new_run_id())
-        job = Job(config, worker, spec, loader, split_loaders, run, store, identity, resume_point, initial)
+        job = Job(config, worker, spec, loader, id_counts, split_loaders, run, store, identity, resume_point, initial)
+        job.log(f"warning: {warning}" for warning in warnings)
         if worker.is_first:
             run.prepare(config, spec, resumes=job.resumes)
             drop_later_checkpoints(store, resume_point)
@@ -146,7 +152,6 @@ def _training_loader(config: Config, path: DataPath, spec: ModelSpec, worker: Wo
         world_size=worker.world_size,
         dense_features=spec.dense,
         sparse_features=[feature.name for feature in spec.sparse],
-        drop_last=True,
         shuffle=Shuffle(config.train.seed, config.data.shuffle_buffer) if config.data.shuffle else None,
         threads=config.data.reader_threads,
         pin_memory=worker.device.type == "cuda",

@@ -15,6 +15,7 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
+from mlet_dist.training.dense_arch_check import DenseArchCheck
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor
@@ -54,6 +55,8 @@ class Recorder:
                 raise OSError(errno.ENOSPC, "the disk is full")
             for name, value in values.items():
                 if isinstance(value, float | int):
+                    if math.isnan(value):  # undefined, such as the AUC of rows of one class
+                        continue
                     self._tensorboard.add_scalar(f"{split}/{name}", value, step)
                 elif not isinstance(value, str):
                     self._tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
@@ -133,6 +136,7 @@ class TrainingReport:
         self._started = time.monotonic()
         self._rows, self._loss_sum = 0.0, 0.0
         self._waits_for_data = False
+        self._dense_arch = DenseArchCheck(training)
 
     def state_dict(self) -> dict[str, float]:
         """Return the totals that the loss since the last report is computed from."""
@@ -153,12 +157,15 @@ class TrainingReport:
             self._report_skipped(training, self._guard.skip_reason)
         if step % self._config.train.log_every == 0 or training.is_done:
             self._guard.flush()
+            warning = self._dense_arch(training)
+            if warning is not None:
+                self._progress.log(f"warning: {warning}")
             values, timing = self._values(training), self._timer.report()
             self._recorder.record("train", step, values)
             self._recorder.record("timing", step, timing)
             fields = {
                 "loss": f"{values['loss']:.4f}",
-                "AUC": f"{values['auc']:.4f}",
+                "AUC": "undefined" if math.isnan(values["auc"]) else f"{values['auc']:.4f}",
                 "samples/s": f"{values['samples_per_s']:,.0f}",
             }
             share = timing["data_wait_ms"] / timing["step_ms"]
@@ -181,8 +188,10 @@ class TrainingReport:
         """Return what the run's summary says about this job's steps."""
         return {
             "samples_per_s": self._samples_per_s(training),
+            "train_rows": training.rows,
             "skipped_batches": training.skipped,
             "rollbacks": len(training.excluded_steps),
+            "dense_arch_varies": self._dense_arch.varies,
             "timing": self._timer.summary(),
         }
 
@@ -195,7 +204,8 @@ class TrainingReport:
 
     def _values(self, training: Training) -> dict[str, float]:
         totals = training.metrics.compute()
-        rows, loss_sum = totals["rows"], totals["logloss"] * totals["rows"]
+        rows = totals.get("weight", totals["rows"])  # a row of weight 2 counts as two
+        loss_sum = totals["logloss"] * rows if rows else 0.0
         loss = (loss_sum - self._loss_sum) / (rows - self._rows) if rows > self._rows else math.nan
         self._rows, self._loss_sum = rows, loss_sum
         return {
@@ -206,5 +216,5 @@ class TrainingReport:
         }
 
     def _samples_per_s(self, training: Training) -> float:
-        rows = (training.step - self._first_step) * self._config.data.batch_size
+        rows = training.rows - training.rows_by(self._first_step)
         return rows / (time.monotonic() - self._started)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.evaluation import BinaryMetrics
 
 
@@ -18,10 +19,13 @@ class Training:
         optimizer: the optimizer of all its parameters.
         metrics: metrics of all rows trained on.
         steps: the number of steps of the whole run.
-        batches_per_epoch: global batches in one pass over the data.
+        batches_per_epoch: global batches in one pass over the data; the last one may be incomplete.
+        batch_size: rows of a complete global batch.
+        rows_per_epoch: rows of one pass over the data.
         step: steps taken, by this job and those before it; batch ``step``, counted over all epochs, comes next.
         skipped: steps whose batch was skipped; the learning rates advance with the other steps alone.
         excluded_steps: steps whose batch is skipped whatever it holds, because the run was rolled back because of it.
+        batch: this rank's batch of the last step that this job took, on the model's device; not part of checkpoints.
     """
 
     model: DistributedModelParallel
@@ -29,9 +33,12 @@ class Training:
     metrics: BinaryMetrics
     steps: int
     batches_per_epoch: int
+    batch_size: int
+    rows_per_epoch: int
     step: int = 0
     skipped: int = 0
     excluded_steps: set[int] = field(default_factory=set)
+    batch: Batch | None = None
 
     @property
     def epoch(self) -> int:
@@ -42,6 +49,16 @@ class Training:
     def batch_in_epoch(self) -> int:
         """The next batch's position in its epoch, from 0."""
         return self.step % self.batches_per_epoch
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batches of all steps taken, counted once for each epoch."""
+        return self.rows_by(self.step)
+
+    def rows_by(self, step: int) -> int:
+        """Return the rows of the batches of the first ``step`` steps."""
+        epochs, batches = divmod(step, self.batches_per_epoch)
+        return epochs * self.rows_per_epoch + batches * self.batch_size
 
     @property
     def updates(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch.nn import functional
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
@@ -18,8 +19,8 @@ from mlet_dist.training.process_group import Worker
 from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
 
-Predicted = tuple[torch.Tensor, torch.Tensor]
-"""Logits and labels of a batch, each ``(b,)`` float32."""
+Predicted = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Logits, labels and weights of a batch, each ``(rows,)`` float32, without padding; no weights if all are the same."""
 
 
 def pipeline_is_faster(worker: Worker) -> bool:
@@ -58,6 +59,32 @@ def take_steps(
     return (_pipelined_steps if pipelined else _plain_steps)(step, timer.fetch(batches), device)
 
 
+def mean_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return this rank's part of the mean loss over the global batch: the mean of all ranks' parts is that mean.
+
+    Gradients are averaged over ranks. Padding rows have no loss; in an incomplete batch each row counts by the number
+    of rows of the global batch, so a rank without rows returns 0.
+
+    Where rows have weights, the mean is the sum of weight times loss divided by the sum of weights, over all ranks; 0
+    if all weights of the global batch are 0. The ranks then add up their weights, a collective call.
+
+    Args:
+        logits: ``(b,)`` float32.
+        batch: the rank's rows, b with padding.
+    """
+    rows, slots = batch.num_rows, len(logits) * dist.get_world_size()
+    if batch.weights is not None:
+        losses = functional.binary_cross_entropy_with_logits(logits[:rows], batch.labels[:rows], reduction="none")
+        weights = batch.weights[:rows]
+        total = weights.sum()
+        dist.all_reduce(total)
+        return (losses * weights).sum() * (dist.get_world_size() / total.clamp_min(torch.finfo(total.dtype).tiny))
+    if batch.global_rows == slots:
+        return functional.binary_cross_entropy_with_logits(logits, batch.labels)
+    total = functional.binary_cross_entropy_with_logits(logits[:rows], batch.labels[:rows], reduction="sum")
+    return total * (dist.get_world_size() / batch.global_rows)
+
+
 class TrainStep:
     """The parts of one step, called by both loops. TorchRec's pipeline takes this object as its optimizer."""
 
@@ -69,12 +96,13 @@ class TrainStep:
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, Predicted | Finding]:
         """Return the loss for backward, and what the step yields."""
+        self.training.batch = batch
         with self.timer.phase("forward"):
             logits = self.training.model(batch.dense, batch.sparse).squeeze(-1)
-            loss = functional.binary_cross_entropy_with_logits(logits, batch.labels)
+            loss = mean_loss(logits, batch)
             with self.timer.phase("exchange"):
                 loss = self._guard.check_loss(loss)
-        return loss, self._guard.skip_reason or (logits.detach(), batch.labels)
+        return loss, self._guard.skip_reason or batch.predicted(logits.detach())
 
     def step(self) -> None:
         """Update W2, the dense layers and rows without a fused kernel, unless the batch is skipped."""

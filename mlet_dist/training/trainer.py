@@ -18,6 +18,7 @@ from torchrec.distributed import DistributedModelParallel
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.sections import RowsDtype
+from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress
@@ -108,9 +109,11 @@ def begin_training(job: Job, model: DistributedModelParallel) -> Training:
     training = Training(
         model,
         build_optimizer(model, job.config.optimizer),
-        BinaryMetrics(job.worker.device, _PROGRESS_BINS),
+        BinaryMetrics(job.worker.device, _PROGRESS_BINS, weighted=job.loader.weighted),
         steps=job.steps,
         batches_per_epoch=len(job.loader),
+        batch_size=job.config.data.batch_size,
+        rows_per_epoch=job.loader.rows,
     )
     if job.resume_point is not None:
         restore(training, job.resume_point.found)
@@ -208,6 +211,7 @@ def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any
         metrics = evaluate(training.model, loader, job.worker, split)
         recorder.record(split, training.step, metrics)
         summary |= {f"{split}_{name}": metrics[name] for name in ("auc", "logloss", "rows")}
+        summary[f"{split}_out_of_vocabulary"] = overall_share(job.id_counts, split)
     return summary
 
 

@@ -66,7 +66,6 @@ def load(path: Path, **changes: Any) -> list[list[float]]:
         "world_size": 2,
         "dense_features": None,
         "sparse_features": None,
-        "drop_last": True,
     }
     batches = DataLoader(path, "train", **(arguments | changes))
     return [[*batch.dense.flatten().tolist(), *batch.sparse.weights().tolist()] for batch in batches]
@@ -132,7 +131,6 @@ def test_a_row_group_is_one_request(remote: str, monkeypatch: pytest.MonkeyPatch
         world_size=1,
         dense_features=None,
         sparse_features=None,
-        drop_last=False,
     )
     before = len(RangeFileSystem.requests)
     for _ in loader:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlet_dist.data.id_counts import IdCounts
 from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.data.schema import MODULE_ATTRIBUTES, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
@@ -104,7 +105,10 @@ def test_content_that_is_not_a_schema(tmp_path: Path, content: bytes, message: s
         DatasetSchema.load(tmp_path)
 
 
-@pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(DatasetSchema)] + ["rows"])
+OPTIONAL = {"id_counts", "sample_weight"}
+
+
+@pytest.mark.parametrize("key", sorted({f.name for f in dataclasses.fields(DatasetSchema)} - OPTIONAL | {"rows"}))
 def test_missing_key(tmp_path: Path, key: str) -> None:
     SCHEMA.save(tmp_path)
     content = json.loads((tmp_path / "schema.json").read_text())
@@ -228,3 +232,13 @@ def test_a_data_set_may_lack_splits(tmp_path: Path, absent: tuple[str, ...]) -> 
     with pytest.raises(UserError, match=f"{tmp_path}: has no {absent[0]} split; its splits are train"):
         schema.check_split(tmp_path, absent[0])
     schema.check_split(tmp_path, "train")
+
+
+def test_optional_keys_are_read_back_and_may_be_missing(tmp_path: Path) -> None:
+    counts = {"train": {"C1": IdCounts(20, 3, 0)}, "test": {"C1": IdCounts(5, 5, 0)}}
+    for schema in (SCHEMA, dataclasses.replace(SCHEMA, id_counts=counts, sample_weight=True)):
+        schema.save(tmp_path)
+        assert DatasetSchema.load(tmp_path) == schema
+        assert OPTIONAL & set(json.loads((tmp_path / "schema.json").read_text())) == (
+            OPTIONAL if schema.sample_weight else set()
+        )

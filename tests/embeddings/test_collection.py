@@ -161,6 +161,13 @@ def test_a_dimension_below_one_names_the_table(dimension: str) -> None:
         MultiLayerEmbeddingBagConfig(name="t7", **sizes)
 
 
+def test_a_zero_first_row_does_not_go_with_an_init_fn() -> None:
+    with pytest.raises(ValueError, match=r"^table 't7': zero_first_row cannot go with an init_fn$"):
+        MultiLayerEmbeddingBagConfig(
+            name="t7", num_embeddings=5, embedding_dim=4, init_fn=torch.nn.init.ones_, zero_first_row=True
+        )
+
+
 def test_two_tables_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match="twice"):
         MultiLayerEmbeddingBagCollection([table("twice"), table("twice", n=9)])

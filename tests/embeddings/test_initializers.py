@@ -122,3 +122,20 @@ def test_filling_a_view_does_not_change_the_rest() -> None:
     assert torch.equal(buffer[10:20], WHOLE["normal"][BLOCK - 5 : BLOCK + 5])
     assert not buffer[:10].any()
     assert not buffer[20:].any()
+
+
+@pytest.mark.parametrize("distribution", ["normal", "uniform"])
+def test_the_first_row_may_be_zero_and_leaves_the_others_as_they_are(distribution: str) -> None:
+    weight = drawn(distribution=distribution, zero_first_row=True)
+    assert weight[0].eq(0).all()
+    assert torch.equal(weight[1:], WHOLE[distribution][1:])
+
+
+def test_only_the_shard_with_row_0_has_the_zero_row() -> None:
+    shards = [torch.full((100, DIM), math.nan) for _ in range(2)]
+    for number, shard in enumerate(shards):
+        initializer(zero_first_row=True).fill(shard, first_row=100 * number)
+    assert shards[0][0].eq(0).all()
+    assert torch.equal(torch.cat(shards)[1:], WHOLE["normal"][1:200])
+    empty = torch.empty(0, DIM)
+    initializer(zero_first_row=True).fill(empty, first_row=0)

@@ -19,9 +19,9 @@ from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.state import Training
 
-BATCHES_AN_EPOCH = 10
+BATCHES_AN_EPOCH = 10  # of which the last has 444 rows
 SETTINGS = (
-    "data.batch_size=480",
+    "data.batch_size=484",
     "train.epochs=3",
     "train.log_every=4",
     "optimizer.warmup_steps=5",
@@ -36,14 +36,20 @@ def this_worker() -> Worker:
 
 def training_of(config: Config, steps: int) -> tuple[Training, torch.nn.Module]:
     """Return the state of a new run, and the sharded collection within its model."""
-    spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
+    schema = DatasetSchema.load(Path(config.data.path))
+    spec = ModelSpec.of(config, schema)
     model = build_dlrm(spec, torch.device("meta"))
     fuse_row_optimizer(model, config.optimizer)
     local_batch_size = config.data.batch_size // dist.get_world_size()
     sharded, _ = shard_model(model, this_worker(), local_batch_size, config.sharding)
     (embeddings,) = (each for each in sharded.modules() if isinstance(each, ShardedMultiLayerEmbeddingBagCollection))
     optimizer, metrics = build_optimizer(sharded, config.optimizer), BinaryMetrics(this_worker().device)
-    return Training(sharded, optimizer, metrics, steps=steps, batches_per_epoch=BATCHES_AN_EPOCH), embeddings
+    rows, batch_size = schema.rows["train"], config.data.batch_size
+    batches = -(-rows // batch_size)
+    training = Training(
+        sharded, optimizer, metrics, steps, batches_per_epoch=batches, batch_size=batch_size, rows_per_epoch=rows
+    )
+    return training, embeddings
 
 
 def loader(config: Config) -> DataLoader:
@@ -57,7 +63,6 @@ def loader(config: Config) -> DataLoader:
         world_size=worker.world_size,
         dense_features=None,
         sparse_features=None,
-        drop_last=True,
     )
 
 

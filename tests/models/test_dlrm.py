@@ -172,3 +172,14 @@ def test_a_weighted_feature_makes_both_models_weighted() -> None:
     expected = torch.tensor([0.5, -2.0, 3.0]) @ tables_of(plain).embedding_bags["tags"].weight[[5, 6, 1]]
     for tables in (tables_of(model), tables_of(plain)):
         torch.testing.assert_close(tables(batch)["tags"][0], expected)
+
+
+@pytest.mark.parametrize("spec", [SPEC, SINGLE])
+def test_a_table_whose_id_0_is_never_trained_begins_with_a_zero_row(spec: ModelSpec) -> None:
+    expected = build_dlrm(spec, CPU).state_dict()
+    found = build_dlrm(dataclasses.replace(spec, zero_first_rows=("C2",)), CPU).state_dict()
+    row = found[f"{TABLES_PREFIX}embedding_bags.C2.weight"]
+    assert row[0].eq(0).all()
+    row[0] = expected[f"{TABLES_PREFIX}embedding_bags.C2.weight"][0]
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name

@@ -145,3 +145,29 @@ def test_metrics_over_ranks_equal_those_of_one_process(
                 name: alone[name] for name in ("auc", "rows", "positive_rate")
             }
             assert found["logloss"] == pytest.approx(alone["logloss"], rel=1e-12)
+
+
+@given(rows=rows, seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_row_of_weight_n_counts_as_n_rows(rows: list[tuple[float, int]], seed: int) -> None:
+    """Weights that are whole numbers, 0 among them, against metrics without weights of rows that are repeated."""
+    repeats = np.random.default_rng(seed).integers(0, 4, len(rows))
+    logits, labels = [row[0] for row in rows], [float(row[1]) for row in rows]
+    metrics = BinaryMetrics(CPU, weighted=True)
+    for part in np.array_split(np.arange(len(rows)), 3):
+        columns = (torch.tensor([values[i] for i in part]) for values in (logits, labels, repeats.astype(np.float32)))
+        metrics.update(*columns)
+    found = metrics.compute()
+    expected = metrics_of(np.repeat(logits, repeats).tolist(), np.repeat(labels, repeats).tolist())
+    assert found["rows"] == len(rows)
+    assert found["weight"] == repeats.sum() == expected["rows"]
+    for name in ("auc", "logloss", "positive_rate"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-9, nan_ok=True)
+
+
+def test_weighted_metrics_by_hand() -> None:
+    metrics = BinaryMetrics(CPU, weighted=True)
+    metrics.update(torch.tensor([0.0, math.log(3), -1.0]), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.5, 1.5, 0]))
+    found = metrics.compute()
+    assert found["logloss"] == pytest.approx((0.5 * math.log(2) + 1.5 * math.log(4)) / 2, rel=1e-6)
+    assert (found["auc"], found["positive_rate"], found["rows"], found["weight"]) == (0, 0.25, 3, 2)

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.fx._symbolic_trace import PHWithMeta
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -34,32 +35,50 @@ class Batch(Pipelineable):
         dense: (b, num_dense) float32.
         sparse: int64 values, stride b; float32 weights if a feature is weighted; the bags of padding rows are empty.
         labels: (b,) float32.
-        num_rows: rows ``[num_rows:]`` are padding, which only the last batch of an evaluation pass has.
+        num_rows: rows ``[num_rows:]`` are padding, which only the last batch of an epoch has.
+        global_rows: rows of the global batch, over all ranks and without padding.
+        weights: (b,) float32, the weights of the rows, 0 for padding; None if all rows have the same.
     """
 
     dense: torch.Tensor
     sparse: KeyedJaggedTensor
     labels: torch.Tensor
     num_rows: int
+    global_rows: int
+    weights: torch.Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """Return the batch on ``device``."""
-        return Batch(
+        return replace(
+            self,
             dense=self.dense.to(device, non_blocking=non_blocking),
             sparse=self.sparse.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
-            num_rows=self.num_rows,
+            weights=None if self.weights is None else self.weights.to(device, non_blocking=non_blocking),
         )
+
+    def predicted(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the logits ``(b,)`` that a model predicted, the labels, and the weights if any, without padding."""
+        rows = self.num_rows
+        return logits[:rows], self.labels[:rows], None if self.weights is None else self.weights[:rows]
 
     def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory."""
-        return Batch(self.dense.pin_memory(), self.sparse.pin_memory(), self.labels.pin_memory(), self.num_rows)
+        return replace(
+            self,
+            dense=self.dense.pin_memory(),
+            sparse=self.sparse.pin_memory(),
+            labels=self.labels.pin_memory(),
+            weights=None if self.weights is None else self.weights.pin_memory(),
+        )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Record with the CUDA allocator that ``stream`` uses this batch."""
         self.dense.record_stream(stream)
         self.sparse.record_stream(stream)
         self.labels.record_stream(stream)
+        if self.weights is not None:
+            self.weights.record_stream(stream)
 
     def to_proxy_tuple(self, model: torch.nn.Module) -> tuple[PHWithMeta, PHWithMeta]:
         """Name the attributes that TorchRec's pipelines pass to a model as dense_features and sparse_features."""
@@ -69,8 +88,9 @@ class Batch(Pipelineable):
 class DataLoader:
     """Iterates over one rank's batches of a split; background threads read, decode and check rows ahead.
 
-    Each iterator covers one epoch, and the next iterator covers the next epoch. Its threads end when it is exhausted,
-    closed or garbage-collected.
+    Each iterator covers one epoch, every row exactly once, and the next iterator covers the next epoch. An incomplete
+    last batch is padded, so that all ranks have the same number of batches of the same shape. The threads of an
+    iterator end when it is exhausted, closed or garbage-collected.
 
     Args:
         path: directory or URL of the data set (see ``data_set_path``).
@@ -78,8 +98,6 @@ class DataLoader:
         batch_size: rows of a global batch; a multiple of ``world_size``.
         rank, world_size: the rank whose share to read, and the number of ranks.
         dense_features, sparse_features: the columns to read, in order; None reads all of the schema's.
-        drop_last: True drops an incomplete last global batch (training); False pads it, so that every row is read
-            exactly once and all ranks have the same number of batches of the same shape (evaluation).
         shuffle: shuffling of rows, different in each epoch (training); None keeps the order of the files.
         threads: number of decoding threads; one more thread assembles batches.
         pin_memory: put batches into pinned memory, for asynchronous copies to CUDA devices.
@@ -100,7 +118,6 @@ class DataLoader:
         world_size: int,
         dense_features: Sequence[str] | None,
         sparse_features: Sequence[str] | None,
-        drop_last: bool,
         shuffle: Shuffle | None = None,
         threads: int = 2,
         pin_memory: bool = False,
@@ -122,19 +139,18 @@ class DataLoader:
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
-            drop_last=drop_last,
             shuffle=shuffle,
         )
         if not self._order.batches:
-            raise UserError(f"{path}: {split} has {self._order.rows} rows, fewer than one global batch of {batch_size}")
+            raise UserError(f"{path}: {split} has no rows")
         if shuffle is not None and not self._order.mixes and not rank:
             _logger.warning(
-                "%s: %s: its %d rows are one row group and make one batch of %d, the same in each epoch; shuffle has "
-                "no effect",
-                *(path, split, self._order.rows, batch_size),
+                "%s: %s: its %d rows are one row group and make one batch, the same in each epoch; shuffle has no "
+                "effect",
+                *(path, split, self._order.rows),
             )
         self._name, self._batch_size, self._shuffle = f"{path}: {split}", batch_size, shuffle
-        self._vocabulary_id = schema.vocabulary_id
+        self._vocabulary_id, self._weighted = schema.vocabulary_id, schema.sample_weight
         self._local_size = batch_size // world_size
         self._jagged = JaggedBuilder(sparse, self._local_size, weighted=self._parts.weighted)
         self._threads, self._pin_memory = threads, pin_memory
@@ -143,6 +159,16 @@ class DataLoader:
     def __len__(self) -> int:
         """Return the number of batches per epoch, the same on every rank."""
         return self._order.batches
+
+    @property
+    def rows(self) -> int:
+        """The number of rows per epoch, over all ranks."""
+        return self._order.rows
+
+    @property
+    def weighted(self) -> bool:
+        """Whether rows have weights."""
+        return self._weighted
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, first_batch = divmod(self._position, len(self))
@@ -164,13 +190,16 @@ class DataLoader:
             The number of batches that training had consumed.
 
         Raises:
-            UserError: the state was saved with another seed, shuffle buffer, batch size, number of rows or vocabulary,
-                or its row is not the first row of a batch.
+            UserError: the state was saved with another seed, shuffle buffer, batch size, number of rows or batches, or
+                vocabulary, or its row is not the first row of a batch.
         """
+        saved = dict(state)
+        if "batches" not in saved and type(saved.get("rows")) is int:
+            saved["batches"] = saved["rows"] // self._batch_size  # versions that left an incomplete last batch out
         for key, expected in self._identity().items():
-            if state.get(key) != expected:
+            if saved.get(key) != expected:
                 raise UserError(
-                    f"{self._name}: cannot resume where the run stopped: {key} was {state.get(key, 'not saved')} and "
+                    f"{self._name}: cannot resume where the run stopped: {key} was {saved.get(key, 'not saved')} and "
                     f"is {expected}; with another {key} the next batch would hold other rows or ids"
                 )
         last = (len(self) - 1) * self._batch_size
@@ -197,22 +226,30 @@ class DataLoader:
             "shuffle_buffer": buffer,
             "batch_size": self._batch_size,
             "rows": self._order.rows,
+            "batches": len(self),
             "vocabulary_id": self._vocabulary_id,
         }
 
     def _batches(self, epoch: int, first_batch: int) -> Generator[Batch, None, None]:
         with closing(read_windows(self._parts, self._order, epoch, first_batch, self._threads)) as windows:
+            number = first_batch
             for window, rows in windows:
                 for pick in self._order.picks(epoch, window):
-                    yield self._batch(rows if pick is None else rows.take(pick))
+                    yield self._batch(rows if pick is None else rows.take(pick), self._order.batch_rows(number))
+                    number += 1
 
-    def _batch(self, rows: Rows) -> Batch:
-        dense = np.zeros((self._local_size, rows.dense.shape[1]), dtype=np.float32)
-        dense[: len(rows)] = rows.dense
-        labels = np.zeros(self._local_size, dtype=np.float32)
-        labels[: len(rows)] = rows.labels
-        batch = Batch(torch.from_numpy(dense), self._jagged.build(rows), torch.from_numpy(labels), len(rows))
+    def _batch(self, rows: Rows, global_rows: int) -> Batch:
+        sparse = self._jagged.build(rows)
+        dense, labels = self._padded(rows.dense), self._padded(rows.labels)
+        weights = None if rows.weights is None else self._padded(rows.weights)
+        batch = Batch(dense, sparse, labels, len(rows), global_rows, weights)
         return batch.pin_memory() if self._pin_memory else batch
+
+    def _padded(self, values: npt.NDArray[np.float32]) -> torch.Tensor:
+        """Return a copy with rows of zeros up to the rows of a batch on a rank."""
+        padded = np.zeros((self._local_size, *values.shape[1:]), dtype=np.float32)
+        padded[: len(values)] = values
+        return torch.from_numpy(padded)
 
 
 def _choose(path: DataPath, kind: str, wanted: Sequence[str] | None, offered: Sequence[str]) -> tuple[str, ...]:

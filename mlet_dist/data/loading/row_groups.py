@@ -20,7 +20,7 @@ from mlet_dist.data.loading.prefetch import map_ahead
 from mlet_dist.data.loading.rows import MultiValued, Rows, SingleValued
 from mlet_dist.data.location import DataPath, RemotePath
 from mlet_dist.data.parquet_parts import PAGES_KEY
-from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
+from mlet_dist.data.schema import SAMPLE_WEIGHT, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 
 _FOOTER_THREADS = 8
@@ -62,6 +62,8 @@ class SplitRows:
         self._sparse = [features[name] for name in sparse]
         self.weighted = any(feature.weighted for feature in self._sparse)
         self._types = {self._label: pa.int8()} | dict.fromkeys(dense, pa.float32())
+        if schema.sample_weight:
+            self._types[SAMPLE_WEIGHT] = pa.float32()
         for feature in self._sparse:
             self._types[feature.name] = pa.list_(pa.int32()) if feature.multi_valued else pa.int32()
             if feature.weighted:
@@ -162,7 +164,8 @@ class SplitRows:
                 sparse += [_multi_valued(file, table, feature) for feature in features]
             else:
                 sparse.append(_single_valued(file, table, list(features), self._by_row))
-        return Rows(labels.astype(np.float32), dense, tuple(sparse))
+        weights = _sample_weights(file, table) if SAMPLE_WEIGHT in self._types else None
+        return Rows(labels.astype(np.float32), dense, tuple(sparse), weights)
 
 
 def read_windows(
@@ -237,6 +240,16 @@ def _multi_valued(file: DataPath, table: pa.Table, feature: SparseFeature) -> Mu
         wrong = weights[~finite][0]
         raise UserError(f"{file}: column {_weight(feature)} holds {wrong}; it must be a finite number")
     return MultiValued(offsets, ids, weights)
+
+
+def _sample_weights(file: DataPath, table: pa.Table) -> npt.NDArray[np.float32]:
+    weights = _values(file, table, SAMPLE_WEIGHT)
+    wrong = weights[~(np.isfinite(weights) & (weights >= 0))]
+    if wrong.size:
+        raise UserError(
+            f"{file}: column {SAMPLE_WEIGHT} holds {wrong[0]}; a weight must be a finite number of at least 0"
+        )
+    return weights
 
 
 def _check_ids(file: DataPath, feature: SparseFeature, ids: npt.NDArray[np.int32]) -> None:

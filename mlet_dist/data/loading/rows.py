@@ -74,23 +74,28 @@ class Rows:
         labels: (rows,) float32.
         dense: (rows, num_dense) float32.
         sparse: the sparse features, in the order of the KeyedJaggedTensor's keys.
+        weights: (rows,) float32, the weights of the rows; None if all have the same.
     """
 
     labels: npt.NDArray[np.float32]
     dense: npt.NDArray[np.float32]
     sparse: tuple[SingleValued | MultiValued, ...]
+    weights: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def slice(self, start: int, stop: int) -> "Rows":
         """Return rows ``[start, stop)`` as a view."""
-        return Rows(self.labels[start:stop], self.dense[start:stop], tuple(c.slice(start, stop) for c in self.sparse))
+        sparse = tuple(column.slice(start, stop) for column in self.sparse)
+        weights = None if self.weights is None else self.weights[start:stop]
+        return Rows(self.labels[start:stop], self.dense[start:stop], sparse, weights)
 
     def take(self, index: IntArray) -> "Rows":
         """Return the rows at these positions, in this order."""
         sparse = tuple(column.take(index) for column in self.sparse)
-        return Rows(self.labels[index], self.dense.take(index, axis=0), sparse)
+        weights = None if self.weights is None else self.weights[index]
+        return Rows(self.labels[index], self.dense.take(index, axis=0), sparse, weights)
 
     def join(self, others: Sequence["Rows"]) -> "Rows":
         """Return these rows followed by the others."""
@@ -101,4 +106,5 @@ class Rows:
             np.concatenate([self.labels, *(other.labels for other in others)]),
             np.concatenate([self.dense, *(other.dense for other in others)]),
             tuple(first.join(rest) for first, *rest in columns),
+            None if self.weights is None else np.concatenate([self.weights, *(other.weights for other in others)]),
         )

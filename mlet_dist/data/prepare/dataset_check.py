@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from mlet_dist.data.parquet_parts import PAGES_KEY, sha256_of
 from mlet_dist.data.prepare.dataset_manifest import MANIFEST, VOCABULARY
 from mlet_dist.data.prepare.vocabulary import values_fingerprint
-from mlet_dist.data.schema import FILE_NAME, DatasetSchema, Part, SparseFeature
+from mlet_dist.data.schema import FILE_NAME, SAMPLE_WEIGHT, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import CHECKSUM, load_json, with_checksum
 from mlet_dist.progress import Progress
@@ -51,6 +51,7 @@ def check(directory: Path) -> DatasetSchema:
             if split == "train":
                 for feature in schema.sparse:
                     _check_counts(directory, schema, feature, counted[feature.name])
+                    _check_id_0(directory, schema, feature, counted[feature.name])
     for path in sorted(directory.rglob("*")):
         if not path.is_dir() and str(path.relative_to(directory)) not in named:
             raise UserError(f"{path}: neither {FILE_NAME} nor {MANIFEST} lists this file; remove it")
@@ -130,7 +131,10 @@ def _check_part(path: Path, schema: DatasetSchema, part: Part, counted: dict[str
 
 
 def _check_columns(path: Path, schema: DatasetSchema, found: pa.Schema) -> None:
-    expected: dict[str, pa.DataType] = {schema.label: pa.int8()} | dict.fromkeys(schema.dense, pa.float32())
+    expected: dict[str, pa.DataType] = {schema.label: pa.int8()}
+    if schema.sample_weight:
+        expected[SAMPLE_WEIGHT] = pa.float32()
+    expected |= dict.fromkeys(schema.dense, pa.float32())
     for feature in schema.sparse:
         expected[feature.name] = pa.list_(pa.int32()) if feature.multi_valued else pa.int32()
         if feature.weighted:
@@ -160,6 +164,10 @@ def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dic
         column = pc.list_flatten(table[name]) if name in weights else table[name]
         if not np.isfinite(column.to_numpy()).all():
             raise UserError(f"{path}: column {name} contains a number that is not finite")
+    if schema.sample_weight:
+        of_rows = table[SAMPLE_WEIGHT].to_numpy()
+        if not (np.isfinite(of_rows) & (of_rows >= 0)).all():
+            raise UserError(f"{path}: column {SAMPLE_WEIGHT} contains a weight below 0 or one that is not finite")
     for feature in schema.sparse:
         column = table[feature.name]
         ids = (pc.list_flatten(column) if feature.multi_valued else column).to_numpy()
@@ -202,6 +210,15 @@ def _check_counts(directory: Path, schema: DatasetSchema, feature: SparseFeature
         raise UserError(
             f"{path}: row {row} has count {expected[row]}, but its id {row + 1} occurs {counts.of_id[row + 1]} times "
             "in the training split"
+        )
+
+
+def _check_id_0(directory: Path, schema: DatasetSchema, feature: SparseFeature, counts: _Counts) -> None:
+    recorded = schema.id_counts.get("train", {}).get(feature.name)
+    if counts.of_id is not None and recorded is not None and recorded.out_of_vocabulary != counts.of_id[0]:
+        raise UserError(
+            f"{directory / FILE_NAME}: id_counts has {recorded.out_of_vocabulary} training ids of {feature.name} out "
+            f"of vocabulary, but id 0 occurs {counts.of_id[0]} times"
         )
 
 

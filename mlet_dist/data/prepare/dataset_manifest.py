@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist import __version__
+from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.parquet_parts import sha256_of
 from mlet_dist.data.prepare.passes import Passes
 from mlet_dist.data.prepare.work_files import save_json
@@ -26,10 +27,11 @@ def assemble(passes: Passes) -> DatasetSchema:
     """Complete the data directory of finished passes with vocabularies, quarantine, schema and manifest.
 
     Raises:
-        UserError: a pass is not finished.
+        UserError: a pass is not finished, or all rows of the training split have the same label.
     """
     data, spec = passes.data, passes.spec
     schema = _schema(passes)  # before any change, since it raises if a pass is not finished
+    check_classes(passes.files[0].path, schema, ["train"])
     (data / VOCABULARY).mkdir(exist_ok=True)
     for made in passes.vocabularies:
         shutil.copyfile(made, data / VOCABULARY / made.name)  # not moved, since other arguments may reuse it
@@ -96,6 +98,7 @@ def _schema(passes: Passes) -> DatasetSchema:
         parts=parts,
         preprocessing=_preprocessing(passes),
         vocabulary_id=digest.hexdigest(),
+        id_counts=passes.id_counts,
     )
 
 

@@ -18,6 +18,7 @@ from mlet_dist.data.prepare.splits import SplitRule
 from mlet_dist.data.schema import FORMAT_VERSION
 
 COUNT_VERSION = 1  # changes when the files of the count and vocabulary passes change
+WRITE_VERSION = 2  # changes when the records of the write pass change
 
 
 def chunks_fingerprint(spec: TableSpec, file: RawFile) -> str:
@@ -37,7 +38,7 @@ def vocabulary_fingerprint(sparse: SparseColumn, counts: str) -> str:
 
 def parts_fingerprint(spec: TableSpec, counts: str) -> str:
     """Return the fingerprint of the parts, given that of the counts."""
-    return fingerprint(FORMAT_VERSION, PART_VERSION, ROW_GROUP_ROWS, write_spec(spec), counts)
+    return fingerprint(FORMAT_VERSION, WRITE_VERSION, PART_VERSION, ROW_GROUP_ROWS, write_spec(spec), counts)
 
 
 def fingerprint(*values: object) -> str:

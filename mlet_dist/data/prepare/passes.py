@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlet_dist.data.id_counts import IdCounts, add_counts, counts_from_plain, counts_to_plain
 from mlet_dist.data.prepare.chunks import ChunkGroup, load_times, make_groups
 from mlet_dist.data.prepare.counting import GroupCounts, Moments, count_group, moments_of
 from mlet_dist.data.prepare.fingerprints import (
@@ -126,8 +127,10 @@ class Passes:
         left = [g for g in shard.select(self.groups) if load_json(self._parts / f"{g.number:06}.json") is None]
         calls = ((encoder, self.splitter, group, self.data, names[group.number], self._parts) for group in left)
         with Progress("write", sum(group.rows for group in left), "rows") as progress:
-            for group, parts in zip(left, workers.map(Encoder.write, calls), strict=True):
-                save_json(self._parts / f"{group.number:06}.json", {split: asdict(p) for split, p in parts.items()})
+            for group, (parts, counts) in zip(left, workers.map(Encoder.write, calls), strict=True):
+                written = {split: asdict(part) for split, part in parts.items()}
+                written["id_counts"] = counts_to_plain(counts)
+                save_json(self._parts / f"{group.number:06}.json", written)
                 progress.update(group.rows)
 
     @property
@@ -202,6 +205,13 @@ class Passes:
         written = [self._finished(self._parts, group, "write") for group in self.groups]
         splits = self.spec.split.splits
         return {split: tuple(Part(**each[split]) for each in written if split in each) for split in splits}
+
+    @property
+    def id_counts(self) -> dict[str, dict[str, IdCounts]]:
+        """The counts of ids by split and feature, once all parts are written."""
+        written = [self._finished(self._parts, group, "write") for group in self.groups]
+        found = add_counts(counts_from_plain(each["id_counts"], self._parts) for each in written)
+        return {split: found[split] for split in SPLITS if split in found}
 
     @property
     def vocabularies(self) -> list[Path]:

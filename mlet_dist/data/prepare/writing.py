@@ -1,6 +1,6 @@
 """The write pass of one group: texts become ids, dense columns are standardised, and each split gets a part."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlet_dist.data.hashing import hash_texts
+from mlet_dist.data.id_counts import IdCounts, SplitCounts
 from mlet_dist.data.parquet_parts import ROW_GROUP_ROWS, ParquetOutput
 from mlet_dist.data.prepare.chunks import (
     LABEL,
@@ -44,7 +45,7 @@ class Encoder:
 
     def write(
         self, splitter: Splitter, group: ChunkGroup, directory: Path, names: Mapping[str, str], scratch: Path
-    ) -> dict[str, Part]:
+    ) -> tuple[dict[str, Part], SplitCounts]:
         """Write a group's rows as one part per split.
 
         Args:
@@ -55,19 +56,23 @@ class Encoder:
             scratch: directory for unfinished parts.
 
         Returns:
-            The parts that have rows, by split.
+            The parts that have rows, by split, and the counts of their ids.
         """
         lookups = {name: Lookup(directory, name) for name, directory in self.vocabularies.items()}
         # A unique name, since a shard that is started twice must not write to the same file.
         temporary = scratch / f"{group.number:06}.{uuid4().hex}"
-        writers = {s: _PartWriter(directory / name, temporary.with_suffix(f".{s}")) for s, name in names.items()}
+        writers = {
+            split: _PartWriter(directory / name, temporary.with_suffix(f".{split}"), self.spec.sparse)
+            for split, name in names.items()
+        }
         for chunk, codes in group.read(splitter):
             table = self._encode(chunk, lookups)
             for code in np.unique(codes):
                 of_split = codes == code
                 rows = table if of_split.all() else table.filter(pa.array(of_split))
                 writers[SPLITS[code]].write(rows)
-        return {split: part for split, writer in writers.items() if (part := writer.close(names[split])) is not None}
+        parts = {split: part for split, writer in writers.items() if (part := writer.close(names[split])) is not None}
+        return parts, {split: writers[split].counts for split in parts}
 
     def _encode(self, chunk: pa.Table, lookups: Mapping[str, Lookup]) -> pa.Table:
         columns = {LABEL: chunk[LABEL]}
@@ -101,8 +106,11 @@ class Encoder:
 class _PartWriter:
     """Writes rows in full row groups to a temporary Parquet file, and renames it to ``path`` if it has any rows."""
 
-    def __init__(self, path: Path, temporary: Path) -> None:
+    def __init__(self, path: Path, temporary: Path, sparse: Sequence[SparseColumn]) -> None:
         self._path, self._temporary = path, temporary
+        # The ids of a single-valued feature without a vocabulary are all known.
+        self._counted = [each for each in sparse if each.encoding == "vocabulary" or each.multi_valued]
+        self.counts: dict[str, IdCounts] = {}
         self._file: ParquetOutput | None = None
         self._pending: list[pa.Table] = []
         self._pending_rows = self._rows = self._positives = 0
@@ -110,6 +118,9 @@ class _PartWriter:
     def write(self, table: pa.Table) -> None:
         self._rows += table.num_rows
         self._positives += pc.sum(table[LABEL]).as_py() or 0
+        for sparse in self._counted:
+            counts = _count_ids(table[sparse.name], has_vocabulary=sparse.encoding == "vocabulary")
+            self.counts[sparse.name] = self.counts[sparse.name] + counts if sparse.name in self.counts else counts
         self._pending.append(table)
         self._pending_rows += table.num_rows
         if self._pending_rows >= ROW_GROUP_ROWS:
@@ -133,3 +144,12 @@ class _PartWriter:
         self._file.write(table.slice(0, rows))
         rest = table.slice(rows)
         self._pending, self._pending_rows = ([rest] if rest.num_rows else []), rest.num_rows
+
+
+def _count_ids(column: pa.ChunkedArray, *, has_vocabulary: bool) -> IdCounts:
+    empty = 0
+    if pa.types.is_list(column.type):
+        empty = int(np.count_nonzero(pc.list_value_length(column).to_numpy() == 0))
+        column = pc.list_flatten(column)
+    unknown = len(column) - int(np.count_nonzero(column.to_numpy())) if has_vocabulary else None
+    return IdCounts(len(column), unknown, empty)

@@ -1,6 +1,5 @@
 """`mlet verify`: compare the predictions of all models of an export, and all of its tables, with the trained model."""
 
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.preprocessing import find_difference
@@ -70,6 +70,12 @@ def verify_export(
             print(f"mlet: warning: {run}: {warning}", file=sys.stderr)
         schema.check_split(data, split)
         described = _check_outputs(directory, manifest)
+        for warning in check_classes(data, schema, [split]):
+            if any(entry["encoding"] != "fp32" for entry in described.values()):
+                raise UserError(
+                    f"{warning}; quantised tables are compared by their AUC, so use another split or data set"
+                )
+            print(f"mlet: warning: {warning}", file=sys.stderr)
         outputs = {}
         for name, entry in described.items():
             # Files of tables are verified as they are read; only their index is verified here.
@@ -90,23 +96,17 @@ def verify_export(
         if PACKAGE in described:
             models |= package_models(export / PACKAGE, described[PACKAGE]["encoding"], outputs)
 
-        of_run = BinaryMetrics(_SINGLE_PROCESS.device)
-        comparisons = {name: Comparison(each) for name, each in models.items()}
+        of_run = BinaryMetrics(_SINGLE_PROCESS.device, weighted=schema.sample_weight)
+        comparisons = {name: Comparison(each, weighted=schema.sample_weight) for name, each in models.items()}
         with Progress("verify", schema.rows[split], "rows") as progress, torch.inference_mode():
             for batch in batches():
                 bags = renumber(batch.sparse, rows)
-                labels = batch.labels[: batch.num_rows]
-                logits = predict_logits(batch, bags)
-                of_run.update(logits, labels)
+                logits, labels, weights = batch.predicted(predict_logits(batch, bags))
+                of_run.update(logits, labels, weights)
                 for comparison in comparisons.values():
-                    comparison.add(logits, comparison.model.predict(batch, bags), labels)
+                    comparison.add(logits, comparison.model.predict(batch, bags), labels, weights)
                 progress.update(len(labels))
     found = of_run.compute()
-    if math.isnan(found["auc"]) and any(each.encoding != "fp32" for each in models.values()):
-        raise UserError(
-            f"{data}: all rows of {split} have the same label, so the AUC, by which quantised tables are compared, is "
-            "undefined; use another split or data set"
-        )
     results = {
         name: each.result(
             found,

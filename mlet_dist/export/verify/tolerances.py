@@ -32,13 +32,19 @@ DEFAULT_TOLERANCES = Tolerances()
 class Comparison:
     """Accumulates the differences between an exported model and the trained model batch by batch."""
 
-    def __init__(self, model: ExportedModel) -> None:
+    def __init__(self, model: ExportedModel, *, weighted: bool = False) -> None:
         self.model = model
-        self._metrics = BinaryMetrics(torch.device("cpu"))
+        self._metrics = BinaryMetrics(torch.device("cpu"), weighted=weighted)
         self._worst, self._worst_row, self._rows = -1.0, -1, 0
 
-    def add(self, logits: torch.Tensor, found: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add rows with the ``logits`` of the trained model and the predictions ``found`` of the exported model."""
+    def add(
+        self, logits: torch.Tensor, found: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> None:
+        """Add rows with the ``logits`` of the trained model and the predictions ``found`` of the exported model.
+
+        Args:
+            weights: the rows' weights in AUC and LogLoss, if they have any.
+        """
         is_logit = self.model.unit == "logit"
         expected = logits.double() if is_logit else logits.double().sigmoid()
         # NaN counts as an infinite difference, so that a damaged table cannot pass.
@@ -47,7 +53,7 @@ class Comparison:
         if float(largest) > self._worst:
             self._worst, self._worst_row = float(largest), self._rows + int(index)
         self._rows += len(labels)
-        self._metrics.update(found if is_logit else _to_logits(found), labels)
+        self._metrics.update(found if is_logit else _to_logits(found), labels, weights)
 
     def result(
         self, of_run: Mapping[str, float], errors: Mapping[str, TableError], tolerances: Tolerances

@@ -17,7 +17,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 def make_order(group_rows: list[int], rank: int = 0, world_size: int = 1, **changes: object) -> Order:
-    arguments = {"batch_size": 12, "drop_last": True, "shuffle": None} | changes
+    arguments = {"batch_size": 12, "shuffle": None} | changes
     return Order(np.array(group_rows), rank=rank, world_size=world_size, **arguments)  # type: ignore[arg-type]
 
 
@@ -63,18 +63,20 @@ def test_the_order_does_not_depend_on_the_number_of_ranks(
 def test_no_row_is_lost_or_repeated_in_an_epoch(
     groups: list[int], shuffle: Shuffle | None, epoch: int, batch_size: int
 ) -> None:
-    found = batches_of(make_order(groups, batch_size=batch_size, shuffle=shuffle), groups, epoch)
-    rows = flat(found)
-    assert [len(batch) for batch in found] == [batch_size] * (sum(groups) // batch_size)
-    assert len(rows) == len(set(rows))
-    assert set(rows) <= set(range(sum(groups)))
+    order = make_order(groups, batch_size=batch_size, shuffle=shuffle)
+    found = batches_of(order, groups, epoch)
+    complete, rest = divmod(sum(groups), batch_size)
+    assert [len(batch) for batch in found] == [batch_size] * complete + [rest] * (rest > 0)
+    assert [order.batch_rows(batch) for batch in range(order.batches)] == [len(batch) for batch in found]
+    assert sorted(flat(found)) == list(range(sum(groups)))
+    assert all(window.stop - window.start <= order.window_rows for window in order.windows(epoch, 0))
 
 
 @settings(max_examples=60, deadline=None)
 @given(groups=GROUPS, batch_size=st.integers(1, 20), world_size=st.integers(1, 4))
-def test_evaluation_covers_every_row_once_in_order(groups: list[int], batch_size: int, world_size: int) -> None:
-    arguments = {"batch_size": batch_size * world_size, "drop_last": False}
-    assert flat(global_batches(groups, world_size, **arguments)) == list(range(sum(groups)))
+def test_file_order_covers_every_row_once(groups: list[int], batch_size: int, world_size: int) -> None:
+    batches = global_batches(groups, world_size, batch_size=batch_size * world_size)
+    assert flat(batches) == list(range(sum(groups)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,7 +88,7 @@ def test_an_epoch_resumes_at_any_batch(groups: list[int], shuffle: Shuffle | Non
 
 
 def test_file_order() -> None:
-    assert global_batches([5, 1, 7], 2, batch_size=6) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert global_batches([5, 1, 7], 2, batch_size=6) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
 
 
 def test_epochs_and_seeds_have_different_orders() -> None:
@@ -127,7 +129,7 @@ def test_ranks_share_no_rows_of_a_shuffled_window(world_size: int) -> None:
     ]
     parts = sorted((window.start, window.stop) for order in orders for window in order.windows(0, 0))
     assert parts[0][0] == 0
-    assert parts[-1][1] == 5000 // 60 * 60
+    assert parts[-1][1] == 5000
     assert all(before[1] == after[0] for before, after in pairwise(parts))
 
 
@@ -147,9 +149,25 @@ def test_the_order_of_an_epoch_never_changes() -> None:
     assert found == [[1, 2, 8, 10], [0, 3, 9, 11], [4, 7, 12, 15], [5, 6, 13, 14]]
 
 
-def test_an_incomplete_batch_is_not_shuffled() -> None:
-    with pytest.raises(ValueError, match="incomplete last batch"):
-        make_order([10], drop_last=False, shuffle=Shuffle(0, 10))
+def test_the_incomplete_batch_is_a_sample_of_the_last_window() -> None:
+    """Each of its 25 rows is one of 5 neighbours, any of them, and other ones in each epoch."""
+    order = make_order([425], batch_size=100, shuffle=Shuffle(1, 1000))
+    last = np.array([batches_of(order, [425], epoch)[-1] for epoch in range(400)])
+    assert np.array_equal(last // 5, np.tile(np.arange(25), (400, 1)))
+    chosen = np.bincount((last % 5).ravel())
+    assert abs(chosen - 2000).max() < 5 * np.sqrt(2000)
+
+
+@pytest.mark.parametrize("shuffle", [None, Shuffle(0, 30)])
+def test_the_first_ranks_have_the_rows_of_the_incomplete_batch(shuffle: Shuffle | None) -> None:
+    shares = [batches_of(make_order([17, 14], rank, 4, shuffle=shuffle), [17, 14])[-1] for rank in range(4)]
+    assert [len(share) for share in shares] == [3, 3, 1, 0]
+
+
+@pytest.mark.parametrize("shuffle", [None, Shuffle(0, 30)])
+def test_a_split_may_be_smaller_than_a_batch(shuffle: Shuffle | None) -> None:
+    (batch,) = global_batches([3, 4], 2, shuffle=shuffle)
+    assert sorted(batch) == list(range(7))
 
 
 @pytest.mark.parametrize("buffer_rows", [1, 12, 23])
@@ -167,7 +185,7 @@ def test_a_buffer_of_less_than_two_batches_still_shuffles_two(buffer_rows: int, 
 
 
 def test_where_nothing_can_be_shuffled() -> None:
-    for groups, mixes in (([17], False), ([0, 17, 0], False), ([9, 8], True), ([24], True)):
+    for groups, mixes in (([12], False), ([0, 7, 0], False), ([9, 3], True), ([17], True), ([24], True)):
         assert make_order(groups, shuffle=Shuffle(0, 100)).mixes == mixes
         differ = len({str(global_batches(groups, 1, epoch, shuffle=Shuffle(0, 100))) for epoch in range(8)}) > 1
         assert differ == mixes

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.data import parquet_parts
+from mlet_dist.data.id_counts import IdCounts
 from mlet_dist.data.prepare import chunks, pipeline, raw_blocks, reading, writing
 from mlet_dist.data.prepare.pipeline import Resources, prepare_criteo
 from mlet_dist.data.prepare.raw_formats import criteo
@@ -77,6 +78,8 @@ def assert_as_computed_independently(out: Path, text: str, min_count: int) -> No
         assert_equal_rows(written_rows(out, split), rows)
         assert schema.rows[split] == len(rows)
         assert schema.positive_rate[split] == pytest.approx(sum(row["label"] for row in rows) / len(rows))
+        unknown = {name: sum(row[name] == 0 for row in rows) for name in SPARSE}
+        assert schema.id_counts[split] == {name: IdCounts(len(rows), count, 0) for name, count in unknown.items()}
     for name, vocabulary in vocabularies.items():
         table = pq.read_table(out / "vocabulary" / f"{name}.parquet")
         assert list(zip(table["value"].to_pylist(), table["count"].to_pylist(), strict=True)) == vocabulary

@@ -31,6 +31,10 @@ def test_criteo_then_check(tmp_path: Path, write_raw: Write, capsys: pytest.Capt
         "malformed": 1,
         "tables": 26,
         "num_embeddings": sum(schema.num_embeddings.values()),
+        "out_of_vocabulary": {
+            split: {name: each.out_of_vocabulary / each.ids for name, each in of.items() if each.out_of_vocabulary}
+            for split, of in schema.id_counts.items()
+        },
     }
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["arguments"]["sparse"][0]["min_count"] == 2
@@ -151,3 +155,62 @@ def test_remote_paths(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFi
     schemas = [DatasetSchema.load(tmp_path / name) for name in ("remote", "local")]
     assert schemas[0] == schemas[1]
     assert schemas[0].malformed == 2
+
+
+def time_split(write_raw: Write, label: Callable[[int], int]) -> tuple[Path, Path]:
+    """Write 1,000 rows in the order of time, with users who come and go, and lists of tags; return it with its YAML."""
+    lines = ["t,clicked,user,shop,tags"]
+    for row in range(1000):
+        tags = "|".join(f"g{tag}" for tag in range(row % 4)) if row < 850 else "new|g1"
+        lines.append(f"{row},{int(label(row))},u{row // 10},s{row % 7},{tags}")
+    raw = write_raw("\n".join(lines).encode(), "log.csv")
+    table = raw.parent / "table.yaml"
+    table.write_text(
+        "format: csv\nlabel: {column: clicked}\nsplit: {by: time, column: t}\nsparse:\n"
+        "- {column: user}\n- {column: shop, encoding: hash, num_embeddings: 5}\n- {column: tags, separator: '|'}\n"
+    )
+    return raw, table
+
+
+def test_ids_that_training_never_saw_are_counted_and_said(
+    tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, table = time_split(write_raw, lambda row: row % 3 == 0)
+    arguments = ["prepare", "table", str(raw), "--schema", str(table), "--out"]
+    assert cli.main([*arguments, str(tmp_path / "shown")]) == 0
+    shown = capsys.readouterr()
+    lines = [line.split() for line in shown.out.splitlines()]
+    assert ["user", "0.00%", "100.00%", "100.00%", "0", "0", "0"] in lines
+    assert ["tags", "0.00%", "28.90%", "50.00%", "200", "13", "0"] in lines
+    assert ["shop", "0", "0", "0"] not in lines  # a hashed feature of one value a row has neither
+    for split, tags in (("valid", "29%"), ("test", "50%")):
+        expected = f"more than 20% of the ids of {split} are out of vocabulary (id 0): user 100%, tags {tags}; "
+        assert expected in shown.err
+    assert "no training row has id 0 of user, tags, so its vector is zero" in shown.err
+
+    found = run(capsys, *arguments[1:], tmp_path / "counted")["out_of_vocabulary"]
+    assert found == {"train": {}, "valid": {"user": 1.0, "tags": 50 / 173}, "test": {"user": 1.0, "tags": 0.5}}
+    schema = DatasetSchema.load(tmp_path / "counted")
+    assert schema.untrained_first_rows == ("user", "tags")
+    assert "shop" not in schema.id_counts["test"]
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_training_split_of_one_class_is_an_error(
+    tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str], label: int
+) -> None:
+    raw, table = time_split(write_raw, lambda row: label if row < 800 else row % 2)
+    assert cli.main(["prepare", "table", str(raw), "--schema", str(table), "--out", str(tmp_path / "out")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()[-1:]
+    assert error.startswith(f"mlet: error: {raw}: all 800 rows of train have label {label}, so a model can learn")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_splits_of_one_class_are_warnings(
+    tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, table = time_split(write_raw, lambda row: row % 2 if row < 800 else row >= 900)
+    assert cli.main(["prepare", "table", str(raw), "--schema", str(table), "--out", str(tmp_path / "out")]) == 0
+    errors = capsys.readouterr().err
+    assert f"mlet: warning: {tmp_path / 'out'}: all 100 rows of valid have label 0, so its AUC is undefined" in errors
+    assert f"mlet: warning: {tmp_path / 'out'}: all 100 rows of test have label 1, so its AUC is undefined" in errors

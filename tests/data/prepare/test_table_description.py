@@ -205,7 +205,7 @@ BAD_NUMBERS = {
 
 @pytest.mark.parametrize("bad", BAD_NUMBERS)
 def test_wrong_numbers_are_quarantined(tmp_path: Path, write_raw: Write, bad: str) -> None:
-    lines = ["y,x,a", *20 * ["0,v,1"], f"1,v,{bad}", *20 * ["0,v,2"]]
+    lines = ["y,x,a", *10 * ["0,v,1", "1,v,1"], f"1,v,{bad}", *20 * ["0,v,2"]]
     description = PLAIN | {"dense": [{"column": "a", "transform": "raw"}]}
     schema = make(tmp_path / "out", description, write_raw("\n".join(lines).encode(), "a.csv"))
     assert schema.malformed == 1
@@ -230,7 +230,7 @@ def test_one_number_again_and_again_has_no_deviation(tmp_path: Path, write_raw: 
 
 
 def test_missing_may_be_refused(tmp_path: Path, write_raw: Write) -> None:
-    lines = ["y,x,a", *20 * ["0,v,1"], "1,v,", *20 * ["0,v,2"]]
+    lines = ["y,x,a", *10 * ["0,v,1", "1,v,1"], "1,v,", *20 * ["0,v,2"]]
     description = PLAIN | {"dense": [{"column": "a", "missing": "refuse", "integer": True}]}
     schema = make(tmp_path / "out", description, write_raw("\n".join(lines).encode(), "a.csv"))
     assert schema.malformed == 1
@@ -244,7 +244,7 @@ def test_weighted_lists_of_text(tmp_path: Path, write_raw: Write) -> None:
         "a,nan": "w is 'nan' instead of a list of numbers",
         "a,": "w has 0 we",
     }
-    lines = ["y,x,w", *(f"1,{pair}" for pair in 10 * good), *(f"0,{pair}" for pair in bad)]
+    lines = ["y,x,w", *(f"{index % 2},{pair}" for index, pair in enumerate(10 * good)), *(f"0,{pair}" for pair in bad)]
     description = PLAIN | {"sparse": [{"column": "x", "separator": " ", "weights": "w"}]}
     schema = make(tmp_path / "out", description, write_raw("\n".join(lines).encode(), "a.csv"))
     assert schema.malformed == 3
@@ -340,7 +340,7 @@ def test_column_of_an_unsupported_type(tmp_path: Path, write_raw: Write) -> None
 
 def test_times_as_iso_texts_and_starts(tmp_path: Path, write_raw: Write) -> None:
     times = [f"2024-03-{1 + (i * 13) % 30:02}" for i in range(60)]
-    path = write_raw(("y,x,t\n" + "".join(f"1,{t},{t}\n" for t in times)).encode(), "a.csv")
+    path = write_raw(("y,x,t\n" + "".join(f"{int(t[-1]) % 2},{t},{t}\n" for t in times)).encode(), "a.csv")
     first = [int(datetime.fromisoformat(f"2024-03-{day}T00:00:00+00:00").timestamp() * 10**6) for day in (21, 28)]
     split = {"by": "time", "column": "t", "starts": {"test": first[0], "valid": first[1]}}
     schema = make(tmp_path / "out", PLAIN | {"split": split}, path)
@@ -356,7 +356,7 @@ def test_times_with_a_zone_are_times(tmp_path: Path, write_raw: Write) -> None:
     """01:00 in Berlin is before 00:30 in London; a time without a zone is in UTC."""
     times = ["2024-01-01T01:00:00+01:00", "2024-01-01T00:20:00", "2024-01-01T00:30:00Z"]
     starts = [int(datetime.fromisoformat(f"2024-01-01T00:{m}:00+00:00").timestamp() * 10**6) for m in (20, 30)]
-    raw = write_raw(("y,x,t\n" + "".join(f"0,{i % 3},{times[i % 3]}\n" for i in range(30))).encode(), "t.csv")
+    raw = write_raw(("y,x,t\n" + "".join(f"{i % 2},{i % 3},{times[i % 3]}\n" for i in range(30))).encode(), "t.csv")
     split = {"by": "time", "column": "t", "starts": dict(zip(("valid", "test"), starts, strict=True))}
     assert make(tmp_path / "out", {**PLAIN, "split": split}, raw).rows == {"train": 10, "valid": 10, "test": 10}
     assert [row["x"] for row in read_all(tmp_path / "out")] == [*10 * [1], *20 * [0]]
@@ -402,7 +402,9 @@ def test_numbers_and_dates_in_one_time_column(
 def _with_times(numbers: int, dates: int) -> bytes:
     """Return lines with these times after a header and a malformed line with a time of the other kind."""
     times = [*(str(i) for i in range(numbers)), *(f"2024-01-{i + 1:02}" for i in range(dates))]
-    return "\n".join(["y,x,t", f"bad,v,{'7' if not numbers else '2024-01-01'}", *(f"1,v,{t}" for t in times)]).encode()
+    return "\n".join(
+        ["y,x,t", f"bad,v,{'7' if not numbers else '2024-01-01'}", *(f"{i % 2},v,{t}" for i, t in enumerate(times))]
+    ).encode()
 
 
 def test_missing_time_of_a_parquet_file_is_quarantined(tmp_path: Path, write_raw: Write) -> None:
@@ -553,6 +555,7 @@ def test_any_table_round_trips(
     rows: list[tuple[str, str, list[str]]], bad: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ids stand for the values that the csv module wrote, with malformed lines between and blocks of any size."""
+    rows = [("0", *rows[0][1:]), ("1", *rows[1][1:]), *rows[2:]]  # both classes in the training split
     folder = tmp_path / uuid.uuid4().hex
     folder.mkdir()
     text = io.StringIO()

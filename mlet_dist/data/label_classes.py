@@ -1,0 +1,34 @@
+"""Splits whose rows all have the same label: an error for training, and a warning where AUC is undefined."""
+
+from collections.abc import Iterable
+
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
+
+_ADVICE = "look at the label column, at positive_from in the table's description, and at the split rule"
+
+
+def check_classes(path: object, schema: DatasetSchema, splits: Iterable[str]) -> list[str]:
+    """Check that each of the splits has rows of both labels; a split without rows is not checked.
+
+    Args:
+        path: the data set's location, or that of its raw files, for messages.
+        schema: the data set's schema.
+        splits: the splits to check.
+
+    Returns:
+        A warning for ``valid`` and ``test`` if all their rows have the same label.
+
+    Raises:
+        UserError: all rows of ``train`` have the same label, from which nothing can be learned.
+    """
+    warnings = []
+    for split in splits:
+        rows, positives = schema.rows.get(split, 0), schema.positives.get(split, 0)
+        if not rows or 0 < positives < rows:
+            continue
+        found = f"{path}: all {rows:,} rows of {split} have label {int(positives > 0)}"
+        if split == "train":
+            raise UserError(f"{found}, so a model can learn nothing from them; {_ADVICE}")
+        warnings.append(f"{found}, so its AUC is undefined; {_ADVICE}")
+    return warnings

@@ -1,0 +1,67 @@
+"""Notices a dense arch whose output is the same for every row, so that the model ignores its dense columns."""
+
+import math
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torchrec.models.dlrm import DenseArch
+
+from mlet_dist.training.state import Training
+
+_SAME = 1e-6  # a range of an output below this share of its values is rounding
+_ADVICE = (
+    "the ReLU of one of its layers is 0 for all rows, and no gradient can change that; start again with "
+    "optimizer.warmup_steps, a lower optimizer.learning_rate or another train.seed"
+)
+
+
+class DenseArchCheck:
+    """Checks, when it is called, the output of the dense arch (bottom MLP) for the last step's global batch.
+
+    Adagrad's first steps move every weight by the learning rate, whatever its gradient. In some runs this leaves the
+    last layer's ReLU at 0 for all rows, from which it never recovers.
+
+    Attributes:
+        varies: whether the output varied over the rows of the batch that was checked last; None before a check, or
+            where the dense columns do not vary either.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.varies: bool | None = None
+        self._dense_arch = _dense_arch(training.model)
+        self._warned = False
+
+    def __call__(self, training: Training) -> str | None:
+        """Check, and return a warning the first time that the output does not vary. A collective call."""
+        if self._dense_arch is None or training.batch is None:
+            return None
+        rows = training.batch.dense[: training.batch.num_rows]
+        with torch.no_grad():
+            found = [_extremes(rows), _extremes(self._dense_arch(rows))]
+        extremes = torch.cat(found, dim=1)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        highest, lowest = extremes[0], -extremes[1]
+        ranges, columns = highest - lowest, rows.shape[1]
+        if not (ranges[:columns] > 0).any():
+            return None
+        sizes = torch.maximum(highest.abs(), lowest.abs())
+        self.varies = bool((ranges > _SAME * sizes)[columns:].any())
+        if self.varies or self._warned:
+            return None
+        self._warned = True
+        return (
+            f"the output of the dense arch is the same for all {training.batch.global_rows:,} rows of step "
+            f"{training.step:,}, so the model ignores its dense columns: {_ADVICE}"
+        )
+
+
+def _dense_arch(model: nn.Module) -> DenseArch | None:
+    return next((module for module in model.modules() if isinstance(module, DenseArch)), None)
+
+
+def _extremes(values: torch.Tensor) -> torch.Tensor:
+    """Return the maximum of each column and of its negative, ``(2, columns)``; -inf without rows."""
+    if not len(values):
+        return torch.full((2, values.shape[1]), -math.inf, device=values.device)
+    return torch.stack([values.amax(dim=0), (-values).amax(dim=0)])

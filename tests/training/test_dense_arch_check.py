@@ -1,0 +1,70 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torchrec.models.dlrm import DenseArch
+
+from mlet_dist.config.config_file import Config, load_config
+from mlet_dist.training.dense_arch_check import DenseArchCheck
+from tests.helpers.mlet_command import ROOT
+from tests.helpers.ranks import RankPool
+from tests.helpers.small_run import loader, training_of
+
+Ranks = Callable[[int], RankPool]
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+
+
+def _check(config: Config, dead: str, constant_on: tuple[int, ...]) -> list[tuple[str | None, bool | None]]:
+    """Return the results of two checks of an untrained model, of which a layer's ReLU may be 0 for all rows."""
+    training, _ = training_of(config, steps=1)
+    training.step = 7
+    (dense_arch,) = (module for module in training.model.modules() if isinstance(module, DenseArch))
+    with torch.no_grad():
+        for name, parameter in dense_arch.named_parameters():
+            if dead and f".{dead}." in name:
+                parameter.fill_(-1.0 if name.endswith("bias") else 0.0)
+    training.batch = next(iter(loader(config)))
+    if torch.distributed.get_rank() in constant_on:
+        training.batch.dense[:] = training.batch.dense[0]
+    if constant_on == (0, 1):
+        training.batch.dense[:] = 0.25
+    check = DenseArchCheck(training)
+    return [(check(training), check.varies) for _ in range(2)]
+
+
+@pytest.fixture
+def config(small_model: tuple[str, ...]) -> Config:
+    return load_config(CONFIG, [*small_model, "model.bottom_mlp=[16, 8]", "run.dir=unused"])
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("layer", ["0", "1", "2"])
+def test_a_dead_layer_is_noticed_on_all_ranks_and_said_once(ranks: Ranks, config: Config, layer: str) -> None:
+    for first, second in ranks(2).run(_check, config, layer, ()):
+        assert first[1] is False
+        assert first[0] is not None
+        assert "the output of the dense arch is the same for all 64 rows of step 7" in first[0]
+        assert "optimizer.warmup_steps" in first[0]
+        assert second == (None, False)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("constant_on", [(), (0,), (1,)])
+def test_an_output_that_varies_on_any_rank_is_well(ranks: Ranks, config: Config, constant_on: tuple[int, ...]) -> None:
+    assert ranks(2).run(_check, config, "", constant_on) == [[(None, True)] * 2] * 2
+
+
+@pytest.mark.multirank
+def test_dense_columns_that_do_not_vary_tell_nothing(ranks: Ranks, config: Config) -> None:
+    assert ranks(2).run(_check, config, "1", (0, 1)) == [[(None, None)] * 2] * 2
+
+
+def _check_without_batch(config: Config) -> tuple[str | None, bool | None]:
+    training, _ = training_of(config, steps=1)
+    check = DenseArchCheck(training)
+    return check(training), check.varies
+
+
+@pytest.mark.multirank
+def test_nothing_is_known_before_the_first_step(ranks: Ranks, config: Config) -> None:
+    assert ranks(1).run(_check_without_batch, config) == [(None, None)]
