@@ -17,7 +17,7 @@ from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.splits import SplitRule
 from mlet_dist.data.schema import FORMAT_VERSION
 
-COUNT_VERSION = 1  # changes when the files of the count and vocabulary passes change
+COUNT_VERSION = 2  # changes when the files of the count and vocabulary passes change
 
 
 def chunks_fingerprint(spec: TableSpec, file: RawFile) -> str:

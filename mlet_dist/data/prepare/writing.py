@@ -22,6 +22,7 @@ from mlet_dist.data.prepare.chunks import (
 )
 from mlet_dist.data.prepare.counting import Moments
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
+from mlet_dist.data.prepare.sealed_files import put_in_place
 from mlet_dist.data.prepare.splits import Splitter
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.prepare.vocabulary import Lookup
@@ -124,7 +125,7 @@ class _PartWriter:
             self._flush(self._pending_rows)
         assert self._writer is not None
         self._writer.close()
-        self._temporary.rename(self._path)
+        put_in_place(self._temporary, self._path)
         return Part(name, self._rows, self._positives, self._path.stat().st_size, sha256_of(self._path))
 
     def _flush(self, rows: int) -> None:
