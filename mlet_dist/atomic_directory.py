@@ -29,6 +29,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
     """
     if not out.parts:  # Path("") is Path(".")
         raise UserError("out is empty or the current directory; name a directory that does not exist yet")
+    if out.parts[0].endswith(":"):  # Path("s3://bucket") is Path("s3:/bucket")
+        raise UserError(f"{out.parts[0]}//{'/'.join(out.parts[1:])}: is a URL, but must be a local directory")
     out = Path(os.path.realpath(out))
     # Beside `out`, not in the system's temporary folder: a rename is atomic only within one file system.
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"

@@ -2,11 +2,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from mlet_dist.storage import open_filesystem
 from tests.helpers.mlet_command import mlet_json
 from tests.helpers.ranks import RankPool
+from tests.helpers.s3_server import S3Bucket, S3Server, s3_server
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +27,24 @@ def ranks() -> Iterator[Callable[..., RankPool]]:
     yield pool
     for each in pools.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[S3Server]:
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def s3(_s3_server: S3Server) -> Iterator[S3Bucket]:
+    """A bucket of its own for each test, on one server."""
+    url = f"s3://bucket-{uuid4().hex}"
+    files, name = open_filesystem(url)
+    files.mkdir(name)
+    yield S3Bucket(url, files, _s3_server)
+    _s3_server.set_faults()
 
 
 @dataclass(frozen=True)

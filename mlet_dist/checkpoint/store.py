@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from mlet_dist.checkpoint.manifest import MANIFEST, Manifest, ManifestError
 from mlet_dist.errors import UserError
 from mlet_dist.regular_file import open_regular
+from mlet_dist.storage import has_directories, is_local, open_filesystem, reason_of
 
 INCOMPLETE = ".incomplete"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -31,11 +29,8 @@ class CheckpointStore:
     """
 
     def __init__(self, location: Path | str) -> None:
-        try:
-            self.filesystem, self.root = fsspec.core.url_to_fs(str(location))
-        except (ValueError, ImportError) as error:
-            raise UserError(f"{location}: cannot be opened: {error}") from None
-        self.is_local = isinstance(self.filesystem, LocalFileSystem)
+        self.filesystem, self.root = open_filesystem(str(location))
+        self.is_local = is_local(self.filesystem)
         self._location = str(location)
 
     def __str__(self) -> str:
@@ -50,7 +45,8 @@ class CheckpointStore:
         """All checkpoints in the store, complete or not, in the order of their steps."""
         self.filesystem.invalidate_cache()
         try:
-            paths = self.filesystem.ls(self.root, detail=False)
+            with self.reading():
+                paths = self.filesystem.ls(self.root, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         steps = (_NAME.fullmatch(path.rstrip("/").rpartition("/")[2]) for path in paths)
@@ -59,6 +55,18 @@ class CheckpointStore:
     def checkpoint(self, step: int) -> "Checkpoint":
         """Return the checkpoint of ``step``, which need not exist."""
         return Checkpoint(self, step)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn the errors of a store at a URL, but those of missing files, into a UserError that names it."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except Exception as error:  # each fsspec implementation raises its own errors
+            if self.is_local:
+                raise
+            raise UserError(f"{self}: cannot be read: {reason_of(error)}") from None
 
     def free_bytes(self) -> int | None:
         """Return the free space of the file system in bytes; None for URLs."""
@@ -115,6 +123,7 @@ class Checkpoint:
 
         Raises:
             ManifestError: it is missing, damaged or of another step, so the checkpoint is not complete.
+            UserError: the store cannot be read, so that nothing is known of the checkpoint.
         """
         try:
             with self.open(MANIFEST) as file:
@@ -122,6 +131,8 @@ class Checkpoint:
         except FileNotFoundError:
             raise ManifestError(f"{self}: {MANIFEST} is missing") from None
         except Exception as error:  # each fsspec implementation raises its own errors
+            if not self.store.is_local:  # an older checkpoint must not take its place
+                raise UserError(f"{self}: {MANIFEST} cannot be read: {reason_of(error)}") from None
             raise ManifestError(f"{self}: {MANIFEST} cannot be read: {error or type(error).__name__}") from None
         manifest = Manifest.parse(data, f"{self}: {MANIFEST}")
         if manifest.step != self.step:
@@ -130,13 +141,15 @@ class Checkpoint:
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of each existing file, by name."""
-        found = self.store.filesystem.ls(self.path, detail=True)
+        with self.store.reading():
+            found = self.store.filesystem.ls(self.path, detail=True)
         return {each["name"].rpartition("/")[2]: each["size"] for each in found if each["type"] == "file"}
 
     def begin(self) -> None:
         """Remove an existing checkpoint of this step, and mark the new one as incomplete."""
         self.remove()
-        self.store.filesystem.makedirs(self.path, exist_ok=True)
+        if has_directories(self.store.filesystem):
+            self.store.filesystem.makedirs(self.path, exist_ok=True)
         self.store.filesystem.pipe_file(f"{self.path}/{INCOMPLETE}", b"")
 
     def finish(self, manifest: Manifest) -> None:
@@ -178,7 +191,8 @@ class Checkpoint:
     def _names(self) -> set[str]:
         self.store.filesystem.invalidate_cache(self.path)
         try:
-            paths = self.store.filesystem.ls(self.path, detail=False)
+            with self.store.reading():
+                paths = self.store.filesystem.ls(self.path, detail=False)
         except FileNotFoundError:
             return set()
         return {path.rstrip("/").rpartition("/")[2] for path in paths}

@@ -21,7 +21,9 @@ _OUTPUTS = ("dcp", "safetensors", "fp16", "int8", "int4", "package")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("run", metavar="RUN", help="directory of a finished run that `mlet train` made")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory for the export; it must be new or empty")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="directory or URL for the export; it must be new or empty"
+    )
     parser.add_argument(
         "--outputs", nargs="+", choices=_OUTPUTS, default=["dcp"], metavar="FORM",
         help="one or more forms to write. dcp: float32 tables for torch.distributed.checkpoint; safetensors: float32 "
@@ -71,4 +73,4 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         overwrite=args.overwrite,
         memory=args.memory,
     )
-    return export_run(Path(args.run), Path(args.out), options), True
+    return export_run(Path(args.run), args.out, options), True

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{split}", nargs="+", action="extend", metavar="RAW",
             help=f"raw files of the {split} split, for data that is split already; in place of a rule for the rows",
         )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help="directory for the data set; it must be new or empty")
+    parser.add_argument("--out", metavar="DIR", help="directory or URL for the data set; it must be new or empty")
     parser.add_argument("--schema", metavar="FILE", help="for the format table: YAML file that describes the columns")
     parser.add_argument(
         "--min-count", type=int, metavar="N",

@@ -17,14 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from mlet_dist import __version__
 from mlet_dist.cluster.software_checks import installed_versions
 from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
+from mlet_dist.storage import as_os_error, is_local, open_filesystem
 
 MARKER_PREFIX = ".mlet-preflight-"
 _MARKER_TIMEOUT_S = 10.0  # NFS clients cache a directory for some seconds
@@ -181,8 +179,8 @@ class Marker:
 
     def remove(self) -> None:
         """Remove the file; ignore errors."""
-        with suppress(OSError):
-            filesystem, path = fsspec.core.url_to_fs(self.file)
+        with suppress(OSError), as_os_error():
+            filesystem, path = open_filesystem(self.file)
             filesystem.rm_file(path)
 
 
@@ -193,14 +191,14 @@ def write_marker(setting: str, place: str) -> Marker:
         UserError: the file cannot be written.
     """
     try:
-        filesystem, path = fsspec.core.url_to_fs(place)
-        if isinstance(filesystem, LocalFileSystem):
-            path = str(next(each for each in (Path(path), *Path(path).parents) if each.exists()))
-        marker = Marker(setting, place, filesystem.unstrip_protocol(f"{path}/{MARKER_PREFIX}{uuid.uuid4().hex}"))
-        filesystem.pipe_file(f"{path}/{Path(marker.file).name}", b"")
-    except (OSError, ValueError, ImportError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{setting} {place} cannot be written: {why}") from None
+        with as_os_error():
+            filesystem, path = open_filesystem(place)
+            if is_local(filesystem):
+                path = str(next(each for each in (Path(path), *Path(path).parents) if each.exists()))
+            marker = Marker(setting, place, filesystem.unstrip_protocol(f"{path}/{MARKER_PREFIX}{uuid.uuid4().hex}"))
+            filesystem.pipe_file(f"{path}/{Path(marker.file).name}", b"")
+    except OSError as error:
+        raise UserError(f"{setting} {place} cannot be written: {error.strerror}") from None
     return marker
 
 
@@ -215,8 +213,8 @@ def invisible_markers(markers: Iterable[Marker]) -> list[Marker]:
 
 
 def _exists(file: str) -> bool:
-    with suppress(OSError):
-        filesystem, path = fsspec.core.url_to_fs(file)
+    with suppress(OSError), as_os_error():
+        filesystem, path = open_filesystem(file)
         filesystem.invalidate_cache()
         return bool(filesystem.exists(path))
     return False

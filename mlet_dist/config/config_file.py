@@ -199,6 +199,11 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
     ):
         if not text.strip():
             raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")
+    if "://" in config.run.dir:
+        raise UserError(
+            f"{sources.get('run.dir', source)}: run.dir is the URL {config.run.dir}, but must be a local directory; to "
+            "keep checkpoints in a store, set train.checkpoint_dir to a URL"
+        )
     if config.train.initial_weights is not None and config.train.resume not in ("auto", "never"):
         raise UserError(
             f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights} "

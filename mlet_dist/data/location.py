@@ -1,16 +1,10 @@
 """The location of a data set: a local directory, or a URL that fsspec opens (s3://…, gs://…, https://…, memory://…)."""
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from mlet_dist.errors import UserError
+from mlet_dist.storage import as_os_error, is_local, open_filesystem
 
 
 @dataclass(frozen=True)
@@ -27,19 +21,20 @@ class RemotePath:
 
     def is_dir(self) -> bool:
         """Return whether the store reports a directory here; object stores may have no directories."""
-        with _as_os_error():
-            filesystem, path = fsspec.core.url_to_fs(self.url)
+        with as_os_error():
+            filesystem, path = open_filesystem(self.url)
             return bool(filesystem.isdir(path))
 
     def read_text(self, encoding: str) -> str:
         """Return the content of the file."""
-        with self.open(block_bytes=0) as file, _as_os_error():
-            return file.read().decode(encoding)
+        with as_os_error():
+            filesystem, path = open_filesystem(self.url)
+            return bytes(filesystem.cat_file(path)).decode(encoding)
 
     def open(self, block_bytes: int) -> IO[bytes]:
         """Open the file for reading in requests of at least ``block_bytes``; 0 requests exactly what is read."""
-        with _as_os_error():
-            filesystem, path = fsspec.core.url_to_fs(self.url)
+        with as_os_error():
+            filesystem, path = open_filesystem(self.url)
             cache = {"cache_type": "readahead", "block_size": block_bytes} if block_bytes else {"cache_type": "none"}
             return cast(IO[bytes], filesystem.open(path, "rb", **cache))
 
@@ -55,19 +50,5 @@ def data_set_path(text: str) -> DataPath:
     """
     if "://" not in text:
         return Path(text)
-    try:
-        filesystem, path = fsspec.core.url_to_fs(text)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{text}: cannot be opened: {error}") from None
-    return Path(path) if isinstance(filesystem, LocalFileSystem) else RemotePath(text)
-
-
-@contextmanager
-def _as_os_error() -> Iterator[None]:
-    # Stores raise exceptions of their own; those of HTTP, for example, are not OSErrors.
-    try:
-        yield
-    except (OSError, UnicodeDecodeError):
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, str(error) or type(error).__name__) from error
+    filesystem, path = open_filesystem(text)
+    return Path(path) if is_local(filesystem) else RemotePath(text)

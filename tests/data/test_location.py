@@ -16,6 +16,7 @@ from mlet_dist.data.location import RemotePath, data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from tests.helpers.mixed_dataset import GROUP_ROWS, PART_ROWS, write_mixed
+from tests.helpers.s3_server import S3Bucket
 
 
 class LostConnection(Exception):
@@ -137,3 +138,43 @@ def test_a_row_group_is_one_request(remote: str, monkeypatch: pytest.MonkeyPatch
         pass
     groups = sum(-(-min(PART_ROWS, 1003 - start) // GROUP_ROWS) for start in range(0, 1003, PART_ROWS))
     assert len(RangeFileSystem.requests) - before == groups
+
+
+class TestS3:
+    """Data sets on a server of the S3 protocol."""
+
+    @pytest.fixture
+    def url(self, s3: S3Bucket, tmp_path: Path) -> str:
+        write_mixed(tmp_path / "data", 1003)
+        s3.files.put(str(tmp_path / "data"), f"{s3.url}/data", recursive=True)
+        return f"{s3.url}/data"
+
+    @pytest.mark.parametrize("kind", ["none", "status", "cut", "slow"])
+    def test_the_same_batches(self, url: str, s3: S3Bucket, tmp_path: Path, kind: str) -> None:
+        if kind != "none":
+            s3.server.set_faults({"kind": kind, "status": 500, "seconds": 0.5, "count": 3, "path": "part-"})
+        path = data_set_path(url)
+        assert DatasetSchema.load(path) == DatasetSchema.load(tmp_path / "data")
+        assert load(path, shuffle=Shuffle(0, 200)) == load(tmp_path / "data", shuffle=Shuffle(0, 200))
+
+    def test_what_is_missing_is_named(self, url: str, s3: S3Bucket) -> None:
+        with pytest.raises(UserError, match=f"^{s3.url}/other: no such data set; run `mlet prepare` to make one"):
+            load(data_set_path(f"{s3.url}/other"))
+        with pytest.raises(UserError, match=r"^s3://no-such-bucket/data: no such data set"):
+            load(data_set_path("s3://no-such-bucket/data"))
+        s3.files.rm_file(f"{url}/train/part-00001.parquet")
+        with pytest.raises(UserError, match=f"^{url}/train/part-00001.parquet: missing, though"):
+            load(data_set_path(url))
+
+    @pytest.mark.parametrize(
+        ("status", "reason"), [(500, "told to fail|Internal Server Error|Told"), (403, "Forbidden")]
+    )
+    def test_a_store_that_fails_for_good(self, url: str, s3: S3Bucket, status: int, reason: str) -> None:
+        fault = {"kind": "status", "status": status}
+        s3.server.set_faults(fault | {"path": "schema.json"})
+        with pytest.raises(UserError, match=f"^{url}/schema.json: cannot be read: (told to fail|{reason})$"):
+            load(data_set_path(url))
+        s3.server.set_faults(fault | {"path": "part-00002"})
+        message = f"^{url}/train/part-00002.parquet: not a complete Parquet file: .*({reason})$"
+        with pytest.raises(UserError, match=message):
+            load(data_set_path(url))

@@ -24,5 +24,6 @@ Modules, in the order in which data runs through them:
     dataset_check: verification of a prepared data set (``mlet prepare --check``).
     fingerprints: what the result of each pass depends on.
     work_files: the work directory that keeps finished results.
+    sealed_files: the files of finished results, which tell when they were damaged.
     worker_pool: the processes that do the work.
 """

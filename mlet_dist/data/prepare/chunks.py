@@ -1,20 +1,22 @@
 """Chunks (files with the valid, typed rows of one block) and groups of consecutive chunks, the unit of later passes."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mlet_dist.data.prepare.sealed_files import new_sealed, read_sealed
 from mlet_dist.data.prepare.splits import FRACTIONS, MAX_FRACTION, MILLIONTHS, Codes, Splitter
 from mlet_dist.errors import UserError
 
 LABEL, TIME = "label", "time"  # names of columns
-CHUNK_VERSION = 3  # changes when the chunk files change, so that those of other versions are not used
+CHUNK_VERSION = 4  # changes when the chunk files change, so that those of other versions are not used
 GROUP_ROWS = 1 << 18  # a group ends once it has this many rows
 
 _METADATA = b"mlet"
@@ -73,16 +75,14 @@ def weight_column(name: str) -> str:
 
 
 def save_chunk(path: Path, table: pa.Table, info: ChunkInfo) -> None:
-    """Write a chunk, with ``info`` as metadata, to a temporary file and rename it to ``path``."""
+    """Write a chunk, with ``info`` as metadata, as the sealed file ``path``."""
     table = pa.table({name: _narrow(table[name]) for name in table.column_names})
     schema = table.schema.with_metadata({_METADATA: json.dumps(asdict(info)).encode()})
-    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
+    with new_sealed(path) as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
         # A single record batch, so that all rows share one dictionary per column.
         for batch in table.combine_chunks().to_batches():
             writer.write_batch(batch)
-    temporary.rename(path)
 
 
 def _narrow(column: pa.ChunkedArray) -> pa.Array:
@@ -96,28 +96,39 @@ def _narrow(column: pa.ChunkedArray) -> pa.Array:
 
 
 def load_info(path: Path) -> ChunkInfo | None:
-    """Return the ``info`` of ``save_chunk``, or None if the chunk does not exist."""
-    if not path.exists():
+    """Return the ``info`` of ``save_chunk``, or None if the chunk does not exist.
+
+    Raises:
+        DamagedPieceError: the chunk is damaged.
+    """
+    if not os.path.lexists(path):
         return None
-    with pa.OSFile(str(path)) as source:
-        content = json.loads(pa.ipc.open_file(source).schema.metadata[_METADATA])
+    return _info_of(pa.ipc.open_file(read_sealed(path)).schema)
+
+
+def _info_of(schema: pa.Schema) -> ChunkInfo:
+    content = json.loads(schema.metadata[_METADATA])
     examples = tuple(Rejected(**each) for each in content.pop("examples"))
     return ChunkInfo(**content, examples=examples)
 
 
 def load_chunk(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the rows of a chunk, with all columns or with ``columns`` alone."""
-    with pa.OSFile(str(path)) as source:
-        schema = pa.ipc.open_file(source).schema
-        chosen = None if columns is None else [schema.get_field_index(name) for name in columns]
-        return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=chosen)).read_all()
+    """Return the rows of a chunk, with all columns or with ``columns`` alone.
+
+    Raises:
+        DamagedPieceError: the chunk is missing or damaged.
+    """
+    content = read_sealed(path)
+    schema = pa.ipc.open_file(content).schema
+    chosen = None if columns is None else [schema.get_field_index(name) for name in columns]
+    return pa.ipc.open_file(content, options=pa.ipc.IpcReadOptions(included_fields=chosen)).read_all()
 
 
 def load_times(path: Path, in_millionths: bool) -> npt.NDArray[np.int64]:
     """Return the time column of a chunk; ``in_millionths`` converts whole numbers, as other chunks hold fractions."""
-    times: npt.NDArray[np.int64] = load_chunk(path, [TIME])[TIME].to_numpy()
-    info = load_info(path)
-    assert info is not None
+    chunk = load_chunk(path, [TIME])
+    times: npt.NDArray[np.int64] = chunk[TIME].to_numpy()
+    info = _info_of(chunk.schema)
     if not in_millionths or FRACTIONS in info.times or not times.size:
         return times
     if max(-int(times.min()), int(times.max())) > MAX_FRACTION:
@@ -126,6 +137,19 @@ def load_times(path: Path, in_millionths: bool) -> npt.NDArray[np.int64]:
             "of them in one unit"
         )
     return times * MILLIONTHS
+
+
+class ChunkTimes(Sequence[Any]):
+    """The time columns of chunks, each loaded when it is accessed."""
+
+    def __init__(self, chunks: Sequence[Path], in_millionths: bool) -> None:
+        self._chunks, self._in_millionths = chunks, in_millionths
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return load_times(self._chunks[index], self._in_millionths)
 
 
 def values_and_indices(column: pa.ChunkedArray) -> tuple[pa.StringArray, npt.NDArray[np.int32], pa.Int32Array | None]:

@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ import pyarrow as pa
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.prepare.chunks import ChunkGroup, dense_column, sparse_column, values_and_indices
 from mlet_dist.data.prepare.raw_formats import TableSpec
+from mlet_dist.data.prepare.sealed_files import map_sealed, new_sealed
 from mlet_dist.data.prepare.splits import Codes, Splitter
 from mlet_dist.data.schema import SPLITS
 
@@ -90,13 +90,15 @@ def moments_of(groups: list[GroupCounts], name: str) -> Moments:
 
 
 class SortedRun:
-    """A group's counts, memory-mapped: for each feature, values and counts, sorted by the value's hash."""
+    """A group's counts, memory-mapped: for each feature, values and counts, sorted by the value's hash.
+
+    Opening does not verify the seal, since a run is opened once for each feature: call ``check_sealed`` before.
+    """
 
     def __init__(self, path: Path) -> None:
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            self._bounds: dict[str, list[int]] = json.loads(reader.schema.metadata[_METADATA])
-            self._table = reader.read_all()
+        reader = pa.ipc.open_file(map_sealed(path))
+        self._bounds: dict[str, list[int]] = json.loads(reader.schema.metadata[_METADATA])
+        self._table = reader.read_all()
 
     def size(self, feature: str) -> int:
         """Return the number of distinct values of the feature."""
@@ -135,12 +137,10 @@ def _save_run(path: Path, counted: dict[str, list[pa.Table]]) -> None:
         size = tables[-1].num_rows if of_chunks else 0
         bounds[name] = (position, position + size)
         position += size
-    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     schema = kind.with_metadata({_METADATA: json.dumps(bounds).encode()})
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with new_sealed(path) as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in pa.concat_tables(tables).combine_chunks().to_batches():
             writer.write_batch(batch)
-    temporary.rename(path)
 
 
 def _single_chunk(column: pa.ChunkedArray) -> pa.StringArray:

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from mlet_dist.errors import UserError
+from mlet_dist.storage import is_local, open_filesystem
 
 MISSING_VALUE = "__HIVE_DEFAULT_PARTITION__"  # the directory of rows without a value, as Hive and Spark write it
 
@@ -69,8 +67,8 @@ def check_distinct(paths: Sequence[str]) -> None:
 def _identity(path: str) -> Hashable:
     """Return what tells the file apart from others: device and inode, or a remote store and the path in it."""
     if "://" in path:
-        filesystem, path = fsspec.core.url_to_fs(path)
-        if not isinstance(filesystem, LocalFileSystem):
+        filesystem, path = open_filesystem(path)
+        if not is_local(filesystem):
             return filesystem, path
     status = os.stat(path)
     return status.st_dev, status.st_ino
@@ -109,7 +107,7 @@ def _expand_url(name: str) -> list[str]:
     if protocol in _WEB:
         return [name]
     with _listing(name):
-        filesystem, path = fsspec.core.url_to_fs(name)
+        filesystem, path = open_filesystem(name)
         if filesystem.isfile(path):
             return [name]
         if filesystem.isdir(path):

@@ -17,8 +17,8 @@ from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.splits import SplitRule
 from mlet_dist.data.schema import FORMAT_VERSION
 
-COUNT_VERSION = 1  # changes when the files of the count and vocabulary passes change
-WRITE_VERSION = 2  # changes when the records of the write pass change
+COUNT_VERSION = 2  # changes when the files of the count and vocabulary passes change
+WRITE_VERSION = 3  # changes when the records of the write pass change
 
 
 def chunks_fingerprint(spec: TableSpec, file: RawFile) -> str:

@@ -9,14 +9,14 @@ write       chunks -> parts of the data set           group of chunks
 The merge pass, which completes the data set, is ``dataset_manifest.assemble``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlet_dist.data.id_counts import IdCounts, add_counts, counts_from_plain, counts_to_plain
-from mlet_dist.data.prepare.chunks import ChunkGroup, load_times, make_groups
+from mlet_dist.data.prepare.chunks import ChunkGroup, ChunkTimes, make_groups
 from mlet_dist.data.prepare.counting import GroupCounts, Moments, count_group, moments_of
 from mlet_dist.data.prepare.fingerprints import (
     chunks_fingerprint,
@@ -29,15 +29,25 @@ from mlet_dist.data.prepare.fingerprints import (
 from mlet_dist.data.prepare.raw_files import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.reading import FileRead, NoRowsError, Reading
+from mlet_dist.data.prepare.sealed_files import (
+    Repairs,
+    check_sealed,
+    check_seals,
+    load_record,
+    save_record,
+    seal_of,
+)
 from mlet_dist.data.prepare.split_files import assign_files, describe_splits
 from mlet_dist.data.prepare.splits import FRACTIONS, Splitter, make_splitter
-from mlet_dist.data.prepare.vocabulary import merge_runs, save_vocabulary, values_fingerprint
-from mlet_dist.data.prepare.work_files import WorkDirectory, load_json, save_json
+from mlet_dist.data.prepare.vocabulary import lookup_path, make_vocabulary
+from mlet_dist.data.prepare.work_files import WorkDirectory
 from mlet_dist.data.prepare.worker_pool import Workers
 from mlet_dist.data.prepare.writing import Encoder
 from mlet_dist.data.schema import SPLITS, Part
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,12 @@ class Shard:
 class Passes:
     """The passes over ``files``; each reads the results of the passes before it from the work directory.
 
+    Results are verified where they are read. A pass makes those again that are damaged, with a warning, whichever pass
+    made them first.
+
+    Args:
+        range_values: about how many counts are in memory at a time while vocabularies are merged.
+
     Attributes:
         spec: the table's description.
         files: the raw files, in order.
@@ -62,8 +78,10 @@ class Passes:
         data: the directory that parts are written to, which becomes the data set.
     """
 
-    def __init__(self, spec: TableSpec, files: Sequence[RawFile], out: Path) -> None:
-        self.spec, self.files = spec, files
+    def __init__(self, spec: TableSpec, files: Sequence[RawFile], out: Path, range_values: int) -> None:
+        self.spec, self.files, self._range_values = spec, files, range_values
+        self._intact: set[int] = set()  # groups whose parts this process has written or verified
+        self._repairs = Repairs()
         self._file_splits = assign_files(spec.split, [file.path for file in files]) if spec.split.by == "file" else ()
         self._counted = [sparse for sparse in spec.sparse if sparse.encoding == "vocabulary"]
         chunks = [chunks_fingerprint(spec, file) for file in files]
@@ -88,27 +106,41 @@ class Passes:
         Raises:
             UserError: a file cannot be read or has too many malformed lines.
         """
-        self._reading.run(workers, shard.select(range(len(self.files))))
+        self.with_repairs(workers, lambda: self._reading.run(workers, shard.select(range(len(self.files)))))
 
     def count(self, workers: Workers, shard: Shard) -> None:
         """Count the values of the training split, and the rows of every split."""
+
+        def count() -> None:
+            self._count(workers, [g for g in shard.select(self.groups) if self._record(self._counts, g) is None])
+
+        self.with_repairs(workers, count)
+
+    def _count(self, workers: Workers, left: Sequence[ChunkGroup]) -> None:
         self._counts.mkdir(parents=True, exist_ok=True)
         spec = count_spec(self.spec)
-        left = [g for g in shard.select(self.groups) if load_json(self._counts / f"{g.number:06}.json") is None]
         calls = ((spec, self.splitter, group, self._counts / f"{group.number:06}.run") for group in left)
         with Progress("count", sum(group.rows for group in left), "rows") as progress:
             for group, counts in zip(left, workers.map(count_group, calls), strict=True):
-                save_json(self._counts / f"{group.number:06}.json", asdict(counts))
+                save_record(self._counts / f"{group.number:06}.json", asdict(counts))
                 progress.update(group.rows)
 
-    def vocabulary(self, workers: Workers, range_values: int) -> None:
-        """Merge the counts into vocabularies, with about ``range_values`` counts in memory at a time."""
+    def vocabulary(self, workers: Workers) -> None:
+        """Merge the counts into vocabularies."""
+
+        def merge() -> None:
+            _ = self.counts  # raises if a group is not counted yet
+            self._merge(workers, [sparse for sparse in self._counted if self._load_vocabulary(sparse.name) is None])
+
+        self.with_repairs(workers, merge)
+
+    def _merge(self, workers: Workers, left: Sequence[SparseColumn]) -> None:
         runs = [self._counts / f"{group.number:06}.run" for group in self.groups]
-        _ = self.counts  # raises if a group is not counted yet
-        left = [sparse for sparse in self._counted if self._load_vocabulary(sparse.name) is None]
-        calls = ((self._vocabularies[sparse.name], sparse, runs, range_values) for sparse in left)
+        if left:
+            _run(workers, check_sealed, ((run,) for run in runs))
+        calls = ((self._vocabularies[sparse.name], sparse, runs, self._range_values) for sparse in left)
         with Progress("vocabulary", len(left), "features") as progress:
-            for _ in workers.map(_make_vocabulary, calls):
+            for _ in workers.map(make_vocabulary, calls):
                 progress.update(1)
 
     def write(self, workers: Workers, shard: Shard) -> None:
@@ -117,21 +149,76 @@ class Passes:
         Raises:
             UserError: a split has no rows.
         """
+
+        def write() -> None:
+            _ = self._part_names()  # raises if a group is not counted yet
+            for sparse in self.spec.sparse:
+                self.num_embeddings(sparse.name)  # raises if its vocabulary is missing
+            finished = [(g, self._record(self._parts, g)) for g in shard.select(self.groups)]
+            self._verify_parts(workers, [(group, record) for group, record in finished if record is not None])
+            self._write(workers, [group for group, record in finished if record is None])
+
+        self.with_repairs(workers, write)
+
+    def _write(self, workers: Workers, left: Sequence[ChunkGroup]) -> None:
         directories = [self.data / split for split in self.spec.split.splits]
         for path in (*directories, self._parts):  # the data first, see `is_published`
             path.mkdir(parents=True, exist_ok=True)
         encoder = Encoder(write_spec(self.spec), self._vocabularies, self.moments)
         names = self._part_names()
-        for sparse in self.spec.sparse:
-            self.num_embeddings(sparse.name)  # raises if its vocabulary is missing
-        left = [g for g in shard.select(self.groups) if load_json(self._parts / f"{g.number:06}.json") is None]
+        if left:
+            _run(workers, check_sealed, ((lookup_path(path, name),) for name, path in self._vocabularies.items()))
         calls = ((encoder, self.splitter, group, self.data, names[group.number], self._parts) for group in left)
         with Progress("write", sum(group.rows for group in left), "rows") as progress:
             for group, (parts, counts) in zip(left, workers.map(Encoder.write, calls), strict=True):
-                written = {split: asdict(part) for split, part in parts.items()}
-                written["id_counts"] = counts_to_plain(counts)
-                save_json(self._parts / f"{group.number:06}.json", written)
+                record = {
+                    "parts": {split: asdict(part) for split, part in parts.items()},
+                    "seals": {part.path: seal_of(self.data / part.path) for part in parts.values()},
+                    "id_counts": counts_to_plain(counts),
+                }
+                save_record(self._parts / f"{group.number:06}.json", record)
+                self._intact.add(group.number)
                 progress.update(group.rows)
+
+    def verify(self, workers: Workers) -> None:
+        """Verify the parts of all groups, except those that this process has written or verified."""
+
+        def verify() -> None:
+            self._verify_parts(workers, [(g, self._finished(self._parts, g, "write")) for g in self.groups])
+
+        self.with_repairs(workers, verify)
+
+    def _verify_parts(self, workers: Workers, finished: Sequence[tuple[ChunkGroup, dict[str, Any]]]) -> None:
+        left = [(group, record) for group, record in finished if group.number not in self._intact]
+        if not left:
+            return
+        calls = (([(self.data / path, seal) for path, seal in record["seals"].items()],) for _, record in left)
+        with Progress("verify", sum(group.rows for group, _ in left), "rows") as progress:
+            for (group, _), _ in zip(left, workers.map(check_seals, calls), strict=True):
+                self._intact.add(group.number)
+                progress.update(group.rows)
+
+    def with_repairs(self, workers: Workers, action: Callable[[], Result]) -> Result:
+        """Return what ``action`` returns; when it finds a damaged piece, make that again and repeat the action.
+
+        Raises:
+            UserError: a piece is damaged again soon after it was made.
+        """
+        return self._repairs.run(action, partial(self._make_again, workers))
+
+    def _make_again(self, workers: Workers, path: Path) -> None:
+        kind, fingerprint, *_, name = path.relative_to(self.work.root).parts
+        if kind == "read":
+            self._reading.read_again(workers, [self._fingerprints["read"].index(fingerprint)], damaged=path)
+        elif kind == "vocabulary":
+            self._merge(workers, [self._sparse(Path(name).stem)])
+        elif kind == "data":
+            part = str(path.relative_to(self.data))
+            [number] = [number for number, names in enumerate(self._part_names()) if part in names.values()]
+            self._write(workers, [self.groups[number]])
+        else:
+            redo = self._count if kind == "count" else self._write
+            redo(workers, [self.groups[int(Path(name).stem)]])
 
     @property
     def is_published(self) -> bool:
@@ -172,7 +259,7 @@ class Passes:
         self._reading.check_times()
         rows = [sum(read.chunk_rows) for read in self.reads]
         in_millionths = any(FRACTIONS in read.times for read in self.reads)
-        times = _Times([path for group in self.groups for path in group.chunks], in_millionths)
+        times = ChunkTimes([path for group in self.groups for path in group.chunks], in_millionths)
         return make_splitter(self.spec.split, rows, times, in_millionths, self._file_splits)
 
     def describe_splits(self) -> list[str]:
@@ -202,7 +289,7 @@ class Passes:
     @property
     def parts(self) -> dict[str, tuple[Part, ...]]:
         """The parts of each split in row order, once all are written."""
-        written = [self._finished(self._parts, group, "write") for group in self.groups]
+        written = [self._finished(self._parts, group, "write")["parts"] for group in self.groups]
         splits = self.spec.split.splits
         return {split: tuple(Part(**each[split]) for each in written if split in each) for split in splits}
 
@@ -215,8 +302,11 @@ class Passes:
 
     @property
     def vocabularies(self) -> list[Path]:
-        """The paths of all vocabularies' Parquet files."""
-        return [directory / f"{name}.parquet" for name, directory in self._vocabularies.items()]
+        """The paths of all vocabularies' Parquet files, which are verified."""
+        paths = {name: directory / f"{name}.parquet" for name, directory in self._vocabularies.items()}
+        for name, path in paths.items():
+            check_seals([(path, self._vocabulary(name)["seal"])])
+        return [*paths.values()]
 
     def num_embeddings(self, feature: str) -> int:
         """Return the number of rows of a feature's table, once its vocabulary exists."""
@@ -234,8 +324,7 @@ class Passes:
         return next(sparse for sparse in self.spec.sparse if sparse.name == feature)
 
     def _load_vocabulary(self, feature: str) -> dict[str, Any] | None:
-        content: dict[str, Any] | None = load_json(self._vocabularies[feature] / f"{feature}.json")
-        return content
+        return load_record(self._vocabularies[feature] / f"{feature}.json")
 
     def _vocabulary(self, feature: str) -> dict[str, Any]:
         content = self._load_vocabulary(feature)
@@ -244,13 +333,16 @@ class Passes:
         return content
 
     def _finished(self, directory: Path, group: ChunkGroup, argument: str) -> dict[str, Any]:
-        content: dict[str, Any] | None = load_json(directory / f"{group.number:06}.json")
+        content = self._record(directory, group)
         if content is None:
             path = self.files[group.file].path
             raise UserError(
                 f"{path}: rows from {group.start} on are not finished; run `--pass {argument}` for all shards first"
             )
         return content
+
+    def _record(self, directory: Path, group: ChunkGroup) -> dict[str, Any] | None:
+        return load_record(directory / f"{group.number:06}.json")
 
     def _part_names(self) -> list[dict[str, str]]:
         """Return each group's path in each split, numbered without gaps; raise UserError if a split would be empty."""
@@ -270,23 +362,6 @@ class Passes:
         return names
 
 
-class _Times(Sequence[Any]):
-    """The time columns of chunks, each loaded when it is accessed."""
-
-    def __init__(self, chunks: Sequence[Path], in_millionths: bool) -> None:
-        self._chunks, self._in_millionths = chunks, in_millionths
-
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, index: Any) -> Any:
-        return load_times(self._chunks[index], self._in_millionths)
-
-
-def _make_vocabulary(directory: Path, sparse: SparseColumn, runs: list[Path], range_values: int) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    limit = None if sparse.max_num_embeddings is None else sparse.max_num_embeddings - 1  # id 0 is a row, too
-    table = merge_runs(sparse.name, runs, sparse.min_count, range_values, limit)
-    save_vocabulary(directory, sparse.name, table)
-    fingerprint = values_fingerprint(sparse.name, table["value"]).hex()
-    save_json(directory / f"{sparse.name}.json", {"values": table.num_rows, "fingerprint": fingerprint})
+def _run(workers: Workers, function: Callable[..., object], calls: Iterable[tuple[Any, ...]]) -> None:
+    for _ in workers.map(function, calls):
+        pass

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from mlet_dist.atomic_directory import check_free
+from mlet_dist.data.location import RemotePath, data_set_path
 from mlet_dist.data.prepare.dataset_manifest import assemble
 from mlet_dist.data.prepare.file_lists import check_distinct, expand
 from mlet_dist.data.prepare.passes import Passes, Shard
@@ -20,8 +21,9 @@ from mlet_dist.data.prepare.reading import NoRowsError
 from mlet_dist.data.prepare.split_files import misleading_names, rule_of_lists
 from mlet_dist.data.prepare.work_files import WorkDirectory
 from mlet_dist.data.prepare.worker_pool import WorkerKilledError, Workers, check_main_guard
-from mlet_dist.data.schema import SPLITS, DatasetSchema
+from mlet_dist.data.schema import FILE_NAME, SPLITS, DatasetSchema
 from mlet_dist.errors import UserError, one_line
+from mlet_dist.remote_directory import RemoteDirectory
 
 PASSES = ("read", "count", "vocabulary", "write", "merge")
 SHARDED = ("read", "count", "write")  # passes that can be sharded
@@ -66,7 +68,7 @@ class Resources:
 def prepare(
     spec: TableSpec,
     raw: Sequence[str | Path] | Mapping[str, Sequence[str | Path]],
-    out: Path,
+    out: Path | str,
     *,
     resources: Resources | None = None,
     only: str | None = None,
@@ -83,7 +85,8 @@ def prepare(
         spec: description of the raw table and of the features to make from it.
         raw: paths or URLs that fsspec opens, of files, of directories, which stand for all files below them, or with
             ``*``, ``?``, ``[…]`` and ``**``; or such a list for each split, in place of ``spec.split``.
-        out: a directory that does not exist or is empty.
+        out: a directory, or its URL, that does not exist or is empty. For a URL, the work directory is in the current
+            directory, and the data set is uploaded when it is complete.
         resources: limits on memory and processes.
         only: run only this one of ``PASSES``, to share the work among machines; the passes before it must be finished.
         shard: this machine's shard of the pass ``only``.
@@ -99,6 +102,9 @@ def prepare(
     resources = resources or Resources()
     if not raw:
         raise UserError("no raw file was given; name at least one")
+    place = data_set_path(str(out))
+    remote = RemoteDirectory(place.url) if isinstance(place, RemotePath) else None
+    out = Path(remote.local_name) if remote is not None else Path(str(place))
     if not out.parts:  # Path("") is Path(".")
         raise UserError("out is empty or the current directory; name a directory that does not exist yet")
     if only is not None and only not in PASSES:
@@ -118,12 +124,17 @@ def prepare(
     files = [inspect_file(path, spec.text, spec.used_columns) for path in paths]
     _check_keys(spec, files)
     processes = resources.workers(sum(file.size for file in files))
-    passes = Passes(spec, files, out)
+    passes = Passes(spec, files, out, max(1 << 16, resources.bytes // processes // RANGE_VALUE_BYTES))
     if (warning := misleading_names(spec.split, paths)) is not None:
         _logger.warning("%s", one_line(warning))
     if passes.is_published:  # by a run that was killed before it could remove the work directory
         passes.work.remove()
     passes.work.remove_leftovers()
+    claim = passes.work.root / "claim"
+    if remote is not None:
+        if claim.exists() and remote.is_published(passes.data, FILE_NAME):
+            passes.work.remove()
+        remote.check_free(claim)
     with _os_errors(out):
         check_free(out)
     missing = [parent for parent in out.parents if not parent.exists()]
@@ -142,15 +153,19 @@ def prepare(
         if only in (None, "vocabulary"):
             with suppress(OSError):  # stderr may be closed
                 print(*map(one_line, passes.describe_splits()), sep="\n", file=sys.stderr, flush=True)
-            passes.vocabulary(workers, max(1 << 16, resources.bytes // processes // RANGE_VALUE_BYTES))
+            passes.vocabulary(workers)
         if only in (None, "write"):
             passes.write(workers, shard or Shard())
         if only not in (None, "merge"):
             return None
-        schema = assemble(passes)
-        if out.exists():
-            out.rmdir()  # it is empty (check_free); renaming over it fails on some file systems
-        passes.data.rename(out)
+        passes.verify(workers)
+        schema = passes.with_repairs(workers, lambda: assemble(passes))
+        if remote is not None:
+            remote.publish(passes.data, FILE_NAME, claim)
+        else:
+            if out.exists():
+                out.rmdir()  # it is empty (check_free); renaming over it fails on some file systems
+            passes.data.rename(out)
         passes.work.remove()
     return schema
 

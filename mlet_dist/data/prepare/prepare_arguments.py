@@ -28,7 +28,7 @@ def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
     return prepare(
         _spec(args),
         raw,
-        Path(args.out),
+        args.out,
         resources=Resources(args.memory, args.processes),
         only=args.only,
         shard=None if args.shard is None else _shard(args.shard),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +21,8 @@ from mlet_dist.data.prepare.raw_formats import JsonLines, TextFormat
 from mlet_dist.data.prepare.text_encoding import UTF8, UTF8_MARK, encoding_of, to_utf8
 from mlet_dist.data.prepare.text_lines import free_character
 from mlet_dist.errors import UserError
+from mlet_dist.storage import reason_of
+from mlet_dist.storage import open_filesystem
 
 MAX_HEADER_BYTES = 16 << 20
 HEADER_BUFFER_BYTES = 1 << 16
@@ -111,7 +112,7 @@ def _check_columns(
 def open_raw(path: str) -> Any:
     """Open a raw file for reading bytes; a FIFO, a socket or a device, which may never end, is a UserError."""
     if not is_local(path):
-        filesystem, inner = fsspec.core.url_to_fs(path)
+        filesystem, inner = open_filesystem(path)
         return filesystem.open(inner, "rb")
     mode = os.stat(path).st_mode
     for is_kind, kind in _SPECIAL:
@@ -240,7 +241,7 @@ def _size_and_stamp(path: str, file: IO[bytes]) -> tuple[int, str]:
     if is_local(path):
         status = os.fstat(file.fileno())
         return status.st_size, str(status.st_mtime_ns)
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    filesystem, inner = open_filesystem(path)
     info = filesystem.info(inner)
     stamps = (info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created"))
     return int(info["size"] or 0), str(next((stamp for stamp in stamps if stamp is not None), ""))
@@ -260,10 +261,9 @@ def raw_errors(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: cannot be read: No such file or directory") from error
     except (OSError, ImportError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be read: {reason}") from error
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error
     except Exception as error:
         if is_local(path):
             raise
         # Stores raise exceptions of their own, which need not be OSErrors.
-        raise UserError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from error
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error

@@ -17,9 +17,9 @@ from mlet_dist.data.prepare.parsing import parse_block
 from mlet_dist.data.prepare.raw_blocks import Block, parquet_blocks, text_blocks
 from mlet_dist.data.prepare.raw_files import RawFile
 from mlet_dist.data.prepare.raw_formats import RAW_FORMATS, JsonLines, TableSpec
+from mlet_dist.data.prepare.sealed_files import DamagedPieceError, load_record, save_record
 from mlet_dist.data.prepare.splits import DATES, FRACTIONS, WHOLE_NUMBERS
 from mlet_dist.data.prepare.text_lines import MAX_EXAMPLES
-from mlet_dist.data.prepare.work_files import load_json, save_json
 from mlet_dist.data.prepare.worker_pool import Workers
 from mlet_dist.errors import UserError, one_line
 from mlet_dist.progress import Progress
@@ -74,6 +74,7 @@ class Reading:
         self._spec, self._max_malformed, self._rule = read_spec(spec), spec.max_malformed, spec.split
         self._is_fixed = spec.source in RAW_FORMATS
         self._files, self._directories = files, directories
+        self._warned: Path | None = None
 
     def run(self, workers: Workers, numbers: Sequence[int]) -> None:
         """Read the files with these numbers, except those that were read before.
@@ -88,6 +89,17 @@ class Reading:
                 left.append(number)
             else:
                 self._report_malformed(number, found)
+        self.read_again(workers, left)
+        self._report_lists([found for number in numbers if (found := self._load(number)) is not None])
+        self._report_empty(numbers)
+
+    def read_again(self, workers: Workers, left: Sequence[int], damaged: Path | None = None) -> None:
+        """Read the files with these numbers, even if they were read before; sound chunks of theirs are kept.
+
+        Args:
+            damaged: a piece of which a warning was given before.
+        """
+        self._warned = damaged
         with Progress("read", sum(self._files[number].size for number in left), "bytes") as progress:
             # Compressed and remote text is read by threads of this process, one per file.
             threads = max(1, min(len(left), workers.processes // PROCESSES_PER_FILE))
@@ -99,8 +111,6 @@ class Reading:
                         read.result()
                 finally:
                     stopped.set()
-        self._report_lists([found for number in numbers if (found := self._load(number)) is not None])
-        self._report_empty(numbers)
 
     @cached_property
     def reads(self) -> list[FileRead]:
@@ -127,7 +137,7 @@ class Reading:
         self._check_one_kind([(file.path, read.times) for file, read in zip(self._files, self.reads, strict=True)])
 
     def _load(self, number: int) -> FileRead | None:
-        content: dict[str, Any] | None = load_json(self._directories[number] / "done.json")
+        content: dict[str, Any] | None = load_record(self._directories[number] / "done.json")
         if content is None:
             return None
         examples = tuple(Rejected(**each) for each in content.pop("examples"))
@@ -172,7 +182,7 @@ class Reading:
             {name: dict(found) for name, found in counts.items()},
         )
         # Save before the check, so that a run with a higher limit need not read the file again.
-        save_json(self._directories[number] / "done.json", asdict(result))
+        save_record(self._directories[number] / "done.json", asdict(result))
         self._report_malformed(number, result)
 
     def _report_lists(self, reads: Sequence[FileRead]) -> None:
@@ -243,8 +253,14 @@ class Reading:
         text = self._spec.text
         for block in parquet_blocks(raw, update) if text is None else text_blocks(raw, update, text.encoding):
             path = self.chunk(number, block.index)
-            if path.exists():
-                yield self._spec, raw, None, path
+            try:
+                info = load_info(path)
+            except DamagedPieceError as damage:
+                if path != self._warned:
+                    _logger.warning("%s; it is made again", damage)
+                info = None
+            if info is not None:
+                yield self._spec, raw, info, path
             else:
                 yield self._spec, raw, block.spill(path.with_suffix(".text")) if spill else block, path
 
@@ -287,12 +303,10 @@ class Reading:
             )
 
 
-def _read_block(spec: TableSpec, file: RawFile, block: Block | None, path: Path) -> ChunkInfo:
-    """Parse a block into the chunk ``path``; None stands for a block whose chunk is finished."""
-    if block is None:
-        info = load_info(path)
-        assert info is not None
-        return info
+def _read_block(spec: TableSpec, file: RawFile, block: Block | ChunkInfo, path: Path) -> ChunkInfo:
+    """Parse a block into the chunk ``path``; a block whose chunk is finished is given by its statistics."""
+    if isinstance(block, ChunkInfo):
+        return block
     table, info = parse_block(spec, file.columns, block, file.constants)
     save_chunk(path, table, info)
     return info

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +17,25 @@ import pyarrow.compute as pc
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.parquet_parts import write_parquet
 from mlet_dist.data.prepare.counting import SortedRun, sum_counts
+from mlet_dist.data.prepare.raw_formats import SparseColumn
+from mlet_dist.data.prepare.sealed_files import map_sealed, new_sealed, save_record, seal_of, temporary_for
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS
 from mlet_dist.errors import UserError
 
 MAX_BYTES = 2**31 - 1  # of the texts in one Arrow array
 
 _BATCH = 1 << 18  # values to hash at a time
+
+
+def make_vocabulary(directory: Path, sparse: SparseColumn, runs: list[Path], range_values: int) -> None:
+    """Merge the runs, which were verified, into the vocabulary's files in ``directory``; their record is the last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    limit = None if sparse.max_num_embeddings is None else sparse.max_num_embeddings - 1  # id 0 is a row, too
+    table = merge_runs(sparse.name, runs, sparse.min_count, range_values, limit)
+    seal = save_vocabulary(directory, sparse.name, table)
+    fingerprint = values_fingerprint(sparse.name, table["value"]).hex()
+    record = {"values": table.num_rows, "fingerprint": fingerprint, "seal": seal}
+    save_record(directory / f"{sparse.name}.json", record)
 
 
 def merge_runs(
@@ -56,11 +68,12 @@ def merge_runs(
     return table.combine_chunks()
 
 
-def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> None:
-    """Write ``<feature>.parquet``, then ``<feature>.lookup``; each is renamed from a temporary file when complete."""
-    temporary = directory / f"{feature}.{uuid4().hex}.tmp"
-    write_parquet(table, temporary)
-    temporary.rename(directory / f"{feature}.parquet")
+def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> str:
+    """Write ``<feature>.parquet``, whose seal is returned, and then the sealed file ``<feature>.lookup``."""
+    path = directory / f"{feature}.parquet"
+    with temporary_for(path) as temporary:
+        write_parquet(table, temporary)
+        seal = seal_of(temporary, final=path)
     texts = table["value"].chunk(0) if table.num_rows else pa.array([], pa.string())
     hashes = hash_texts(texts, feature)
     order = np.argsort(hashes, kind="stable")
@@ -71,18 +84,25 @@ def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> None:
             "value": texts.take(pa.array(order)),
         }
     )
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, lookup.schema) as writer:
+    with new_sealed(lookup_path(directory, feature)) as sink, pa.ipc.new_file(sink, lookup.schema) as writer:
         for batch in lookup.combine_chunks().to_batches():
             writer.write_batch(batch)
-    temporary.rename(directory / f"{feature}.lookup")
+    return seal
+
+
+def lookup_path(directory: Path, feature: str) -> Path:
+    """Return the path of the table from which ``Lookup`` takes ids."""
+    return directory / f"{feature}.lookup"
 
 
 class Lookup:
-    """The ids of a feature's texts, from its vocabulary on disk, memory-mapped and so shared by processes."""
+    """The ids of a feature's texts, from its vocabulary on disk, memory-mapped and so shared by processes.
+
+    Opening does not verify the seal, since every group opens all vocabularies: call ``check_sealed`` before.
+    """
 
     def __init__(self, directory: Path, feature: str) -> None:
-        with pa.memory_map(str(directory / f"{feature}.lookup")) as source:
-            table = pa.ipc.open_file(source).read_all()
+        table = pa.ipc.open_file(map_sealed(lookup_path(directory, feature))).read_all()
         self._feature = feature
         self.num_embeddings = 1 + table.num_rows
         if table.num_rows:

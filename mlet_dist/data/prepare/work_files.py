@@ -81,10 +81,3 @@ def save_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.rename(path)
-
-
-def load_json(path: Path) -> Any:
-    """Return what ``save_json`` wrote, or None if the file does not exist."""
-    with suppress(FileNotFoundError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return None

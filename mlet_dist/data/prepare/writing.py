@@ -22,6 +22,7 @@ from mlet_dist.data.prepare.chunks import (
 )
 from mlet_dist.data.prepare.counting import Moments
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
+from mlet_dist.data.prepare.sealed_files import put_in_place
 from mlet_dist.data.prepare.splits import Splitter
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.prepare.vocabulary import Lookup
@@ -134,7 +135,7 @@ class _PartWriter:
             self._flush(self._pending_rows)
         assert self._file is not None
         sums = self._file.close()
-        self._temporary.rename(self._path)
+        put_in_place(self._temporary, self._path)
         return Part(name, self._rows, self._positives, sums.bytes, sums.sha256, sums.pages_sha256)
 
     def _flush(self, rows: int) -> None:

@@ -1,6 +1,5 @@
 """`mlet export`: every rank collapses its share of a run's tables, and rank 0 assembles the export."""
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -58,8 +57,10 @@ class ExportOptions:
         return tuple(OUTPUTS[name] for name in dict.fromkeys(names))
 
 
-def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
+def export_run(run: Path, out: Path | str, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
     """Collapse the latest checkpoint of a finished run into the export ``out``, on all ranks that torchrun started.
+
+    ``out`` is a directory or a URL. To a URL the export is uploaded once it is complete beside ``run``.
 
     Returns:
         ``out``, the number of ``tables``, their ``bytes`` in float32 and ``trained_bytes``, and the bytes of each of
@@ -73,11 +74,9 @@ def export_run(run: Path, out: Path, options: ExportOptions = ExportOptions()) -
         return collapse_run(run, out, options, worker)
 
 
-def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -> dict[str, Any]:
+def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Worker) -> dict[str, Any]:
     """Run ``export_run`` on ranks whose process group exists. A collective call."""
-    if not out.parts:  # Path("") is Path(".")
-        raise UserError("--out is empty or the current directory; name a directory that does not exist yet")
-    work = WorkDirectory(Path(os.path.realpath(out)))
+    work = WorkDirectory.of(out, run)
     source = ModelSource.open(run)
     package = None if options.package is None else OUTPUTS[options.package]
     assembly = Assembly(source, options.written, options.gather, work, package, options.serving)
@@ -92,21 +91,21 @@ def collapse_run(run: Path, out: Path, options: ExportOptions, worker: Worker) -
             work.begin(assembly.job(worker.device))
             missing = assembly.missing_space(worker.world_size)
             if missing is not None:
-                raise UserError(f"{work.out}: cannot be written: {missing}")
+                raise UserError(f"{work}: cannot be written: {missing}")
 
         def finish() -> None:
             with _explaining_full_disk(assembly, worker):
                 result.update(assembly.finish())
             work.publish()
 
-        on_first_rank(begin, f"{work.out}: cannot be written", None)
+        on_first_rank(begin, f"{work}: cannot be written", None)
         with _explaining_full_disk(assembly, worker):
             _run_units(assembly, worker, threads)
             if options.gather:
                 for table in assembly.unjoined()[worker.rank :: worker.world_size]:
                     assembly.join(table)
                 dist.barrier()
-        on_first_rank(finish, f"{work.out}: cannot be written", None)
+        on_first_rank(finish, f"{work}: cannot be written", None)
     return {"out": str(out), **result}
 
 

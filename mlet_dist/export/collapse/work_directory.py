@@ -15,10 +15,12 @@ from mlet_dist.atomic_directory import check_free, swap_directories, sync_direct
 from mlet_dist.checkpoint.checked_file import CheckedFile
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES
 from mlet_dist.checkpoint.writer import ChecksumStream
+from mlet_dist.data.location import RemotePath, data_set_path
 from mlet_dist.errors import UserError, os_error
 from mlet_dist.export.export_directory import MANIFEST
 from mlet_dist.export.formats.tensor_shards import Format, TensorShard
 from mlet_dist.formatting import load_json, to_json
+from mlet_dist.remote_directory import RemoteDirectory
 
 _JOB, _RECORDS, _EXPORT = "job.json", "records", "export"
 
@@ -36,13 +38,29 @@ class WorkDirectory:
         job.json          what the export is made from; a different job starts over
         records/          a JSON file per finished unit, written after the unit's files are synced to disk
         parts/            files that remain to be joined
-        export/           the export, which is renamed to ``out`` at the end
+        export/           the export, which is renamed to ``out`` at the end, or uploaded to ``remote``
 
     Args:
         out: an absolute path.
+        remote: where the export is published in place of ``out``, which then only names the local work directory.
     """
 
     out: Path
+    remote: RemoteDirectory | None = None
+
+    @classmethod
+    def of(cls, out: Path | str, run: Path) -> "WorkDirectory":
+        """Return the work directory of an export; for a URL, it is beside ``run``, which all ranks share."""
+        place = data_set_path(str(out))
+        if isinstance(place, RemotePath):
+            remote = RemoteDirectory(place.url)
+            return cls(Path(os.path.realpath(run)).parent / remote.local_name, remote)
+        if not place.parts:  # Path("") is Path(".")
+            raise UserError("--out is empty or the current directory; name a directory that does not exist yet")
+        return cls(Path(os.path.realpath(place)))
+
+    def __str__(self) -> str:
+        return str(self.remote or self.out)
 
     @property
     def root(self) -> Path:
@@ -51,6 +69,10 @@ class WorkDirectory:
     @property
     def export(self) -> Path:
         return self.root / _EXPORT
+
+    @property
+    def _claim(self) -> Path:
+        return self.root / "claim"
 
     @property
     def _replaced(self) -> Path:
@@ -85,6 +107,11 @@ class WorkDirectory:
 
     def check_free(self, overwrite: bool) -> None:
         """Raise UserError if ``out`` exists, unless it is an export and ``overwrite`` is set."""
+        if self.remote is not None:
+            if overwrite:
+                raise UserError(f"{self.remote}: --overwrite cannot replace an export at a URL; name another directory")
+            self.remote.check_free(self._claim)
+            return
         with self.writing():
             if self._replaced.exists() and not self.out.exists():  # killed between the two renames of `publish`
                 self._replaced.rename(self.out)
@@ -174,6 +201,10 @@ class WorkDirectory:
         If the file system can exchange two names, ``out`` is a complete export at every moment.
         """
         with self.writing():
+            if self.remote is not None:
+                self.remote.publish(self.export, MANIFEST, self._claim)
+                shutil.rmtree(self.root)
+                return
             sync_directory(self.export)
             shutil.rmtree(self._replaced, ignore_errors=True)
             # After a kill below, `export` may be the old export, from which a later call must not resume.
@@ -199,7 +230,7 @@ class WorkDirectory:
             if cause is None:
                 raise
             kind = DiskFull if cause.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
-            raise kind(f"{self.out}: cannot be written: {cause.strerror or cause}") from None
+            raise kind(f"{self}: cannot be written: {cause.strerror or cause}") from None
 
 
 def join_files(
