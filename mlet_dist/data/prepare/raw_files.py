@@ -21,8 +21,7 @@ from mlet_dist.data.prepare.raw_formats import JsonLines, TextFormat
 from mlet_dist.data.prepare.text_encoding import UTF8, UTF8_MARK, encoding_of, to_utf8
 from mlet_dist.data.prepare.text_lines import free_character
 from mlet_dist.errors import UserError
-from mlet_dist.storage import reason_of
-from mlet_dist.storage import open_filesystem
+from mlet_dist.storage import open_filesystem, reason_of
 
 MAX_HEADER_BYTES = 16 << 20
 HEADER_BUFFER_BYTES = 1 << 16
