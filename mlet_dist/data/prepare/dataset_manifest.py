@@ -98,6 +98,7 @@ def _schema(passes: Passes) -> DatasetSchema:
         parts=parts,
         preprocessing=_preprocessing(passes),
         vocabulary_id=digest.hexdigest(),
+        sample_weight=spec.sample_weight is not None,
         id_counts=passes.id_counts,
     )
 

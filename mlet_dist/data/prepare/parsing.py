@@ -24,7 +24,15 @@ from mlet_dist.data.prepare.raw_blocks import Block, open_parquet
 from mlet_dist.data.prepare.raw_formats import JsonLines, TableSpec, TextFormat
 from mlet_dist.data.prepare.text_lines import MAX_EXAMPLES, Lines, classify_lines, free_character, plain_lines
 from mlet_dist.data.prepare.time_columns import KINDS, TypedTimes, time_values
-from mlet_dist.data.prepare.typed_columns import InvalidRows, TypedColumn, dense_values, label_values, value_texts
+from mlet_dist.data.prepare.typed_columns import (
+    InvalidRows,
+    TypedColumn,
+    dense_values,
+    label_values,
+    sample_weights,
+    value_texts,
+)
+from mlet_dist.data.schema import SAMPLE_WEIGHT
 from mlet_dist.errors import UserError
 
 SHOWN_CHARACTERS = 200  # of a malformed line
@@ -182,6 +190,8 @@ class _TypedRows:
 def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> _TypedRows:
     labels = label_values(raw[spec.label.column], spec.label)
     typed: dict[str, TypedColumn] = {LABEL: labels}
+    if spec.sample_weight is not None:
+        typed[SAMPLE_WEIGHT] = sample_weights(raw[spec.sample_weight], spec.sample_weight)
     if spec.split.column is not None:
         typed[TIME] = time_values(raw[spec.split.column], spec.split.column)
     for dense in spec.dense:

@@ -154,6 +154,7 @@ class TableSpec:
         max_malformed: largest share of malformed lines in a file. A larger share is an error at the end of the file, or
             before it once the malformed lines exceed this share of the lines read and of 10 million lines. Ten
             malformed lines are always allowed, even if it is 0, unless the file has no other lines.
+        sample_weight: name of the raw column with each row's weight in the loss and in metrics, 0 or more; or None.
     """
 
     source: str
@@ -163,11 +164,13 @@ class TableSpec:
     sparse: tuple[SparseColumn, ...]
     split: SplitRule
     max_malformed: float = 0.1
+    sample_weight: str | None = None
 
     @property
     def used_columns(self) -> tuple[str, ...]:
         """The names of the raw columns to read, each once."""
-        wanted = [self.label.column, *(d.column for d in self.dense)]
+        weight = [] if self.sample_weight is None else [self.sample_weight]
+        wanted = [self.label.column, *weight, *(d.column for d in self.dense)]
         for feature in self.sparse:
             wanted += [feature.column] if feature.weights is None else [feature.column, feature.weights]
         return tuple(dict.fromkeys([*wanted, *([] if self.split.column is None else [self.split.column])]))

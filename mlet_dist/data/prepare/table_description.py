@@ -23,7 +23,15 @@ from mlet_dist.data.prepare.splits import DATES, EIGHTY_TEN_TEN, HALVES, SplitRu
 from mlet_dist.data.prepare.text_encoding import canonical_encoding
 from mlet_dist.data.prepare.time_columns import parse_time
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
-from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, NAME_RULE, SPLITS, TABLE_NAME_RULE, is_name, is_table_name
+from mlet_dist.data.schema import (
+    MAX_NUM_EMBEDDINGS,
+    NAME_RULE,
+    SAMPLE_WEIGHT,
+    SPLITS,
+    TABLE_NAME_RULE,
+    is_name,
+    is_table_name,
+)
 from mlet_dist.errors import UserError
 
 
@@ -58,16 +66,19 @@ def load_table(
         source="table",
         text=text,
         label=_label(top.section("label"), missing),
+        sample_weight=top.take("sample_weight", _text, None),
         dense=tuple(_dense(each, missing) for each in _each_column(top.sections("dense", []), find)),
         sparse=tuple(_sparse(each, missing) for each in _each_column(top.sections("sparse"), find)),
         split=_split(top.section("split", {"by": "rows"})),
         max_malformed=top.take("max_malformed", _share, 0.1),
     )
     top.end()
-    names: set[str] = {LABEL}
+    names: set[str] = {LABEL} if spec.sample_weight is None else {LABEL, SAMPLE_WEIGHT}
     for name in (*(d.name for d in spec.dense), *(s.name for s in spec.sparse)):
         if name in names:
-            raise UserError(f"{path}: two features are named {name!r} (label is the label's name); change one `name`")
+            raise UserError(
+                f"{path}: two features are named {name!r} (label and sample_weight are taken); change one `name`"
+            )
         names.add(name)
     if isinstance(text, TextFormat) and text.columns is not None:
         for column in spec.used_columns:  # one that it lacks may be a directory column=… of the files

@@ -26,7 +26,7 @@ from mlet_dist.data.prepare.sealed_files import put_in_place
 from mlet_dist.data.prepare.splits import Splitter
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.prepare.vocabulary import Lookup
-from mlet_dist.data.schema import SPLITS, Part
+from mlet_dist.data.schema import SAMPLE_WEIGHT, SPLITS, Part
 from mlet_dist.errors import UserError
 
 
@@ -77,6 +77,8 @@ class Encoder:
 
     def _encode(self, chunk: pa.Table, lookups: Mapping[str, Lookup]) -> pa.Table:
         columns = {LABEL: chunk[LABEL]}
+        if self.spec.sample_weight is not None:
+            columns[SAMPLE_WEIGHT] = chunk[SAMPLE_WEIGHT]
         for dense in self.spec.dense:
             column = chunk[dense_column(dense.name)]
             if dense.name in self.moments:

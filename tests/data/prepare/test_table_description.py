@@ -465,7 +465,7 @@ NAMES = "printable text of 1 to 200 bytes without dots and slashes"
         ({"dense": [{"column": "a\tb"}]}, f"dense[0].name is 'a\\tb'; it must be {NAMES}; choose another"),
         (
             {"sparse": [{"column": "x"}, {"column": "x"}]},
-            "two features are named 'x' (label is the label's name); change one `name`",
+            "two features are named 'x' (label and sample_weight are taken); change one `name`",
         ),
         ({"sparse": [{"column": "y", "name": "label"}]}, "two features are named 'label'"),
         ({"sparse": [{"column": "x", "encoding": "hash"}]}, "key 'sparse[0].num_embeddings' is missing"),

@@ -272,3 +272,16 @@ def test_label_keys_that_do_not_go_together(tmp_path: Path, label: dict[str, Any
     path.write_text(yaml.safe_dump(CSV | {"label": {"column": "y"} | label}))
     with pytest.raises(UserError, match=message):
         load_table(path)
+
+
+def test_weights_of_rows(tmp_path: Path, write_raw: Write) -> None:
+    weights = [str(i / 4) if i % 5 else "NULL" for i in range(60)]
+    path = write_raw(csv("y,w,x", *(f"{i % 2},{weight},a" for i, weight in enumerate(weights)), "1,-1,a"), "a.csv")
+    description = CSV | {"sample_weight": "w", "max_malformed": 0.5}
+    schema = make(tmp_path / "out", description, path)
+    assert (schema.sample_weight, schema.malformed) == (True, 12 + 1)
+    found = table(tmp_path / "out")
+    assert found.column_names == ["label", "sample_weight", "x"]
+    assert found["sample_weight"].to_pylist() == [i / 4 for i in range(60) if i % 5]
+    with pytest.raises(UserError, match="two features are named 'sample_weight'"):
+        make(tmp_path / "other", description | {"sparse": [{"column": "x", "name": "sample_weight"}]}, path)
