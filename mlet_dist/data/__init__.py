@@ -7,6 +7,9 @@ Packages:
 
 Modules:
     schema: ``schema.json``, the description of a prepared data set.
+    column_names: the names that columns and tables may have.
+    preprocessing: how each column was made from raw values, which models and data sets are compared by.
+    id_counts, label_classes: ids that are out of vocabulary, and splits of one class.
     location: the path or URL of a data set.
     hashing: platform-independent hashes of texts and counters.
     parquet_parts: the Parquet encoding of a data set's files, and a writer that splits rows by position.

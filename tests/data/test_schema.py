@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlet_dist.data.column_names import MODULE_ATTRIBUTES
 from mlet_dist.data.id_counts import IdCounts
 from mlet_dist.data.preprocessing import Preprocessing
-from mlet_dist.data.schema import MODULE_ATTRIBUTES, DatasetSchema, Part, SparseFeature
+from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 
 SCHEMA = DatasetSchema(

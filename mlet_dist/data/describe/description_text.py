@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mlet_dist.data.column_names import MAX_NAME_BYTES, is_name, is_table_name
 from mlet_dist.data.describe.column_facts import shown
 from mlet_dist.data.describe.column_roles import Role
 from mlet_dist.data.describe.head import Head
@@ -12,7 +13,6 @@ from mlet_dist.data.describe.label_guess import LabelGuess
 from mlet_dist.data.describe.time_guess import SplitGuess
 from mlet_dist.data.describe.yaml_text import can_be_listed, ranges, yaml_list, yaml_scalar, yaml_value
 from mlet_dist.data.prepare.raw_formats import LABEL, JsonLines
-from mlet_dist.data.schema import MAX_NAME_BYTES, is_name, is_table_name
 from mlet_dist.errors import one_line
 
 _SHARE = 0.05  # of malformed rows, from which the description allows twice as many as were seen

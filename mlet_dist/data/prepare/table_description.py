@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.config.strict_yaml import load_yaml
+from mlet_dist.data.column_names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
 from mlet_dist.data.prepare.description_section import Section, check, is_integer, is_number, is_text, one_of
 from mlet_dist.data.prepare.raw_formats import (
     LABEL,
@@ -23,15 +24,7 @@ from mlet_dist.data.prepare.splits import DATES, EIGHTY_TEN_TEN, HALVES, SplitRu
 from mlet_dist.data.prepare.text_encoding import canonical_encoding
 from mlet_dist.data.prepare.time_columns import parse_time
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
-from mlet_dist.data.schema import (
-    MAX_NUM_EMBEDDINGS,
-    NAME_RULE,
-    SAMPLE_WEIGHT,
-    SPLITS,
-    TABLE_NAME_RULE,
-    is_name,
-    is_table_name,
-)
+from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, SAMPLE_WEIGHT, SPLITS
 from mlet_dist.errors import UserError
 
 
