@@ -151,8 +151,9 @@ def prepare(
         if only in (None, "count"):
             passes.count(workers, shard or Shard())
         if only in (None, "vocabulary"):
+            lines = passes.with_repairs(workers, passes.describe_splits)
             with suppress(OSError):  # stderr may be closed
-                print(*map(one_line, passes.describe_splits()), sep="\n", file=sys.stderr, flush=True)
+                print(*map(one_line, lines), sep="\n", file=sys.stderr, flush=True)
             passes.vocabulary(workers)
         if only in (None, "write"):
             passes.write(workers, shard or Shard())

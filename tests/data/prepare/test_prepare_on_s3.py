@@ -116,9 +116,7 @@ def test_to_a_store_that_fails_and_again(
     monkeypatch.chdir(tmp_path / "here")
     raw, url = [tmp_path / "raw" / "a.tsv", tmp_path / "raw" / "b.tsv.gz"], f"{s3.url}/out"
     s3.server.set_faults({"kind": "status", "status": 500, "path": "/vocabulary/C9", "method": "PUT"})
-    message = (
-        f"^{url}: cannot be written: told to fail \\(finished work is kept in .*; the same command resumes from it"
-    )
+    message = f"^{url}: cannot be written: told to fail \\(finished work is kept in .*; it is used again once"
     with pytest.raises(UserError, match=message):
         prepare(criteo(2), raw, url)
     assert FILE_NAME not in stored(s3, url)
