@@ -14,6 +14,7 @@ from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
+from mlet_dist.export.source import describe_unknown
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.training.evaluation import evaluate, evaluation_loader
 from mlet_dist.training.process_group import Worker, join_ranks
@@ -41,8 +42,8 @@ def evaluate_path(
         config, spec, _ = run.load()
         store = run.checkpoint_store(config)
     else:
-        missing = "no such directory" if not target.exists() else "neither a run nor an export"
-        raise UserError(f"{target}: {missing}; expected the directory of a run or an export")
+        problem = describe_unknown(target, "neither a run nor an export")
+        raise UserError(f"{target}: {problem}; expected the directory of a run or an export")
     schema = DatasetSchema.load(data)
     warning = spec.check_data(schema, data)
     schema.check_split(data, split)

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 
 from mlet_dist.checkpoint.load import MODEL_KEY, latest_finished
-from mlet_dist.checkpoint.manifest import Manifest
-from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
+from mlet_dist.checkpoint.manifest import MANIFEST, Manifest
+from mlet_dist.checkpoint.store import INCOMPLETE, Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
 from mlet_dist.embeddings.collection import check_layers_fit
 from mlet_dist.errors import UserError
@@ -208,6 +208,18 @@ class ModelSource(Tables):
             raise UserError(f"{self.files.location}: {name!r} is {found} in the checkpoint and {shape} in the model")
 
 
+def describe_unknown(path: Path, kinds: str) -> str:
+    """Return why a path is none of the ``kinds`` that a command takes, in words for a message."""
+    if not path.exists():
+        return "no such directory"
+    if (path / MANIFEST).exists() or (path / INCOMPLETE).exists():
+        return (
+            "one checkpoint of a run; only a whole run can be named here, and its latest checkpoint is taken (a run with "
+            "train.resume set to this one continues from it)"
+        )
+    return kinds
+
+
 def _open_export(path: Path) -> Tables:
     """Open the tables of an export's first float32 output."""
     directory = ExportDirectory(path)
@@ -222,8 +234,8 @@ def _open_factors(path: Path) -> Tables:
     """Open the output of `mlet factorize`; checksums are verified as the files are read."""
     store = CheckpointStore(path)
     if not store.checkpoints():
-        missing = "no such directory" if not path.exists() else "neither a run, an export nor factors"
-        raise UserError(f"{path}: {missing}; expected the output of `mlet train`, `mlet export` or `mlet factorize`")
+        problem = describe_unknown(path, "neither a run, an export nor factors")
+        raise UserError(f"{path}: {problem}; expected the output of `mlet train`, `mlet export` or `mlet factorize`")
     checkpoint, manifest = latest_finished(store)
     if "factorized" not in manifest.about:
         raise UserError(f"{checkpoint}: is a checkpoint, but not of `mlet factorize`; name the directory of its run")
