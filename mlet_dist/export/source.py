@@ -214,7 +214,7 @@ def describe_unknown(path: Path, kinds: str) -> str:
         return "no such directory"
     if (path / MANIFEST).exists() or (path / INCOMPLETE).exists():
         return (
-            "one checkpoint of a run; only a whole run can be named here, and its latest checkpoint is taken (a run with "
+            "one checkpoint of a run; only a whole run can be named here, whose latest checkpoint is taken (a run with "
             "train.resume set to this one continues from it)"
         )
     return kinds
