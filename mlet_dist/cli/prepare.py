@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
         print_warning(warning)
     if not args.json:
         print_text("\n".join([*counts_table(prepared.id_counts), ""]))
-    sizes = prepared.num_embeddings
+    sizes = prepared.table_sizes
     result: Result = {
         "out": args.out,
         "rows": prepared.rows,

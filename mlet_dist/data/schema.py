@@ -32,11 +32,13 @@ class SparseFeature:
     """A categorical feature with ids in ``[0, num_embeddings)``.
 
     Attributes:
-        name: name of the column, of the feature and of its embedding table.
+        name: name of the column and of the feature.
         num_embeddings: number of rows of its table.
         multi_valued: whether a row holds a list of ids instead of one id.
         weighted: whether each id of a list has a weight; only multi-valued features can be weighted.
         pooling_factor: mean number of ids per row in the training split; 1 where ``multi_valued`` is false.
+        table: name of the embedding table, which features with the same ids may share; empty for a table of the
+            feature's own name.
     """
 
     name: str
@@ -44,6 +46,12 @@ class SparseFeature:
     multi_valued: bool = False
     weighted: bool = False
     pooling_factor: float = 1.0
+    table: str = ""
+
+    @property
+    def table_name(self) -> str:
+        """The name of the embedding table."""
+        return self.table or self.name
 
 
 @dataclass(frozen=True)
@@ -129,14 +137,20 @@ class DatasetSchema:
 
     @property
     def untrained_first_rows(self) -> tuple[str, ...]:
-        """The features whose id 0, out of vocabulary, occurs in no row of the training split."""
+        """The tables whose row 0, out of vocabulary, no row of the training split looks up."""
         counts = self.id_counts.get("train", {})
-        return tuple(f.name for f in self.sparse if f.name in counts and counts[f.name].out_of_vocabulary == 0)
+        trained = {f.table_name for f in self.sparse if f.name not in counts or counts[f.name].out_of_vocabulary != 0}
+        return tuple(dict.fromkeys(f.table_name for f in self.sparse if f.table_name not in trained))
 
     @property
     def num_embeddings(self) -> dict[str, int]:
         """``num_embeddings`` of each sparse feature."""
         return {feature.name: feature.num_embeddings for feature in self.sparse}
+
+    @property
+    def table_sizes(self) -> dict[str, int]:
+        """``num_embeddings`` of each embedding table."""
+        return {feature.table_name: feature.num_embeddings for feature in self.sparse}
 
     def save(self, directory: Path) -> None:
         """Write ``directory/schema.json``."""
@@ -145,7 +159,7 @@ class DatasetSchema:
             "source": self.source,
             "label": self.label,
             "dense": list(self.dense),
-            "sparse": [asdict(feature) for feature in self.sparse],
+            "sparse": [_plain_feature(feature) for feature in self.sparse],
             "malformed": self.malformed,
             "preprocessing": self.preprocessing.to_dict(),
             "vocabulary_id": self.vocabulary_id,
@@ -207,6 +221,7 @@ class DatasetSchema:
                     take(f, "multi_valued", *_FLAG, within),
                     take(f, "weighted", *_FLAG, within),
                     float(take(f, "pooling_factor", *_POOLING_FACTOR, within)),
+                    take({"table": f.get("name")} | f, "table", *_TABLE_NAME, within) if f.get("table") else "",
                 )
                 for within, f in _enumerated("sparse", take(content, "sparse", *_FEATURES))
             ),
@@ -238,6 +253,14 @@ class DatasetSchema:
                 raise UserError(
                     f"{path}: sparse[{index}]: {feature.name!r} holds one id a row, so weighted must be false and "
                     "pooling_factor 1"
+                )
+        sizes: dict[str, SparseFeature] = {}
+        for feature in schema.sparse:
+            other = sizes.setdefault(feature.table_name, feature)
+            if other.num_embeddings != feature.num_embeddings:
+                raise UserError(
+                    f"{path}: features {other.name!r} and {feature.name!r} share the table {feature.table_name!r}, so "
+                    "num_embeddings must be the same"
                 )
         columns = {schema.label: "label"}
         if schema.sample_weight:
@@ -272,6 +295,11 @@ def _take(
     if not is_valid(value):
         raise UserError(f"{path}: {within}{key} is {_show(value)}; it must be {expected}")
     return value
+
+
+def _plain_feature(feature: SparseFeature) -> dict[str, Any]:
+    """Return the feature as plain data for JSON; ``table`` only where it has another name."""
+    return {key: value for key, value in asdict(feature).items() if key != "table" or value}
 
 
 def _preprocessing(path: DataPath, plain: dict[str, Any]) -> Preprocessing:

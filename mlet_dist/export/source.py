@@ -254,7 +254,7 @@ def _open_factors(path: Path) -> Tables:
 
 def _tables_of(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str, TableSource]:
     k, d = spec.model.hidden_dim, spec.model.embedding_dim
-    return {each.name: _table(each.name, (each.num_embeddings, d), k, files, prefix) for each in spec.sparse}
+    return {each.name: _table(each.name, (each.num_embeddings, d), k, files, prefix) for each in spec.tables}
 
 
 def _dense_of(files: ChunkedTensors, prefix: str) -> dict[str, str]:

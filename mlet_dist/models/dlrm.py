@@ -122,24 +122,24 @@ def _table_configs(
 ) -> list[MultiLayerEmbeddingBagConfig]:
     model = spec.model
     tables = []
-    dtypes = {each.name: rows_dtype if isinstance(rows_dtype, str) else rows_dtype[each.name] for each in spec.sparse}
-    for feature in spec.sparse:
-        bound = model.rows_init_gain / math.sqrt(feature.num_embeddings)
+    dtypes = {each.name: rows_dtype if isinstance(rows_dtype, str) else rows_dtype[each.name] for each in spec.tables}
+    for table in spec.tables:
+        bound = model.rows_init_gain / math.sqrt(table.num_embeddings)
         tables.append(
             MultiLayerEmbeddingBagConfig(
-                name=feature.name,
-                num_embeddings=feature.num_embeddings,
+                name=table.name,
+                num_embeddings=table.num_embeddings,
                 embedding_dim=model.embedding_dim,
                 hidden_dim=model.hidden_dim,
-                feature_names=[feature.name],
+                feature_names=[feature.name for feature in table.features],
                 # For a single id the mean equals the sum, which is cheaper.
-                pooling=PoolingType.MEAN if model.pooling == "mean" and feature.multi_valued else PoolingType.SUM,
-                data_type=DataType(dtypes[feature.name].upper()),
+                pooling=PoolingType.MEAN if model.pooling == "mean" and table.multi_valued else PoolingType.SUM,
+                data_type=DataType(dtypes[table.name].upper()),
                 weight_init_min=-bound,
                 weight_init_max=bound,
                 rows_init_std=model.rows_init_gain * model.rows_init_std if model.rows_init == "normal" else None,
                 projection_init_std=model.projection_init_std,
-                zero_first_row=feature.name in spec.zero_first_rows,
+                zero_first_row=table.name in spec.zero_first_rows,
             )
         )
     return tables

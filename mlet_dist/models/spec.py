@@ -16,17 +16,36 @@ from mlet_dist.formatting import load_json
 
 
 @dataclass(frozen=True)
+class EmbeddingTable:
+    """A table of a model, and the features that look rows of it up."""
+
+    name: str
+    num_embeddings: int
+    features: tuple[SparseFeature, ...]
+
+    @property
+    def multi_valued(self) -> bool:
+        """Whether any of the features holds lists of ids."""
+        return any(feature.multi_valued for feature in self.features)
+
+    @property
+    def pooling_factor(self) -> float:
+        """The average number of ids per bag, over all features."""
+        return sum(feature.pooling_factor for feature in self.features) / len(self.features)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Sizes, inputs and seed of a DLRM.
 
     Attributes:
         model: layer sizes and initial values.
         dense: names of the dense inputs, in order.
-        sparse: categorical inputs, in order; each has a table of its own name.
+        sparse: categorical inputs, in order.
         seed: fixes the initial values.
         vocabulary_id: identifies the vocabularies of the whole data set.
         preprocessing: how the label and the inputs were made; None in a model of a version that did not record it.
-        zero_first_rows: the inputs whose id 0 no training row has; row 0 of their tables is zero.
+        zero_first_rows: the tables whose row 0 no training row looks up; it is zero.
     """
 
     model: ModelConfig
@@ -49,15 +68,16 @@ class ModelSpec:
         config.check_features(schema.dense, list(features))
         dense = schema.dense if config.data.dense_features is None else config.data.dense_features
         wanted = tuple(features) if config.data.sparse_features is None else config.data.sparse_features
-        config.check_tables(wanted)
         sparse = tuple(features[name] for name in wanted)
+        config.check_tables(list(dict.fromkeys(feature.table_name for feature in sparse)))
         weighted = [feature.name for feature in sparse if feature.weighted]
         if weighted and config.model.pooling == "mean":
             raise UserError(
                 f"model.pooling is mean, but feature {weighted[0]!r} has weights, which need sum pooling; use sum"
             )
         preprocessing = schema.preprocessing.select(dense, wanted)
-        zero = tuple(name for name in wanted if name in schema.untrained_first_rows)
+        tables = {feature.table_name for feature in sparse}
+        zero = tuple(name for name in schema.untrained_first_rows if name in tables)
         return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing, zero)
 
     @property
@@ -68,7 +88,15 @@ class ModelSpec:
     @property
     def pooling_factors(self) -> dict[str, float]:
         """The average number of ids per bag of each table, over the training split of the model's data set."""
-        return {feature.name: feature.pooling_factor for feature in self.sparse}
+        return {table.name: table.pooling_factor for table in self.tables}
+
+    @property
+    def tables(self) -> tuple["EmbeddingTable", ...]:
+        """The embedding tables, in the order of their first features."""
+        found: dict[str, list[SparseFeature]] = {}
+        for feature in self.sparse:
+            found.setdefault(feature.table_name, []).append(feature)
+        return tuple(EmbeddingTable(name, of[0].num_embeddings, tuple(of)) for name, of in found.items())
 
     def check_data(self, schema: DatasetSchema, path: object) -> str | None:
         """Check that a data set has the inputs of this model, made in the same way, and the same kind of label.
@@ -164,6 +192,7 @@ class ModelSpec:
                     bool(each["multi_valued"]),
                     bool(each["weighted"]),
                     float(each["pooling_factor"]),
+                    str(each.get("table", "")),
                 )
                 for each in plain["sparse"]
             )

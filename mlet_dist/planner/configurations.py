@@ -54,7 +54,7 @@ class Case:
 
     def model(self) -> DLRM:
         """Build the model on the meta device."""
-        names = [feature.name for feature in self.spec.sparse]
+        names = [table.name for table in self.spec.tables]
         meta = torch.device("meta")
         model = build_dlrm(self.spec, meta, self.config.sharding.rows_dtypes(names), dense_device=meta)
         fuse_row_optimizer(model, self.config.optimizer)

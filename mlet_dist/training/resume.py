@@ -52,8 +52,8 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         identity["data.shuffle_buffer"] = config.data.shuffle_buffer
     if config.optimizer.decay != "constant":
         identity |= {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
-    dtypes = config.sharding.rows_dtypes([feature.name for feature in spec.sparse])
-    identity |= {f"rows of table {feature.name}": feature.num_embeddings for feature in spec.sparse}
+    dtypes = config.sharding.rows_dtypes([table.name for table in spec.tables])
+    identity |= {f"rows of table {table.name}": table.num_embeddings for table in spec.tables}
     return identity | {f"rows_dtype of table {name}": dtype for name, dtype in dtypes.items()}
 
 

@@ -89,7 +89,7 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
         UserError: no plan fits, or none meets the constraints of the config.
     """
     config = job.config
-    rows_dtypes = config.sharding.rows_dtypes([feature.name for feature in job.spec.sparse])
+    rows_dtypes = config.sharding.rows_dtypes([table.name for table in job.spec.tables])
     model = build_dlrm(job.spec, torch.device("meta"), rows_dtypes)
     fuse_row_optimizer(model, config.optimizer)
     sharded, plan = shard_model(model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors)

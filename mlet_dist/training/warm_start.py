@@ -69,11 +69,10 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     stored = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}
     initial = InitialWeights(found, has_dense=any(not name.startswith(TABLES_PREFIX) for name in stored))
     if spec.model.hidden_dim is None:
-        for feature in spec.sparse:
-            if f"{TABLES_PREFIX}projections.{feature.name}.weight" in stored:
+        for table in spec.tables:
+            if f"{TABLES_PREFIX}projections.{table.name}.weight" in stored:
                 raise UserError(
-                    f"{location}: table {feature.name!r} has two layers there and one in the model; "
-                    "set model.hidden_dim"
+                    f"{location}: table {table.name!r} has two layers there and one in the model; set model.hidden_dim"
                 )
     warnings = SourceInputs.of(about, str(location)).check(spec, config.data.path, dense_layers=initial.has_dense)
     wanted = initial._covered(build_dlrm(spec, torch.device("meta")).state_dict())

@@ -61,7 +61,7 @@ def count_group(spec: TableSpec, splitter: Splitter, group: ChunkGroup, run: Pat
     rows = np.zeros(len(SPLITS), np.int64)
     values = {sparse.name: 0 for sparse in spec.sparse if sparse.multi_valued}
     moments = {dense.name: Moments() for dense in spec.dense if dense.transform == "standardise"}
-    counted: dict[str, list[pa.Table]] = {s.name: [] for s in spec.sparse if s.encoding == "vocabulary"}
+    counted: dict[str, list[pa.Table]] = {s.table_name: [] for s in spec.sparse if s.encoding == "vocabulary"}
     columns = [*(dense_column(name) for name in moments), *(sparse_column(sparse.name) for sparse in spec.sparse)]
     for table, codes in group.read(splitter, columns):
         rows += np.bincount(codes, minlength=len(SPLITS))
@@ -73,10 +73,11 @@ def count_group(spec: TableSpec, splitter: Splitter, group: ChunkGroup, run: Pat
             chosen = indices if train.all() else indices[_per_value(train, offsets)]
             if sparse.name in values:
                 values[sparse.name] += len(chosen)
-            if sparse.name in counted and len(chosen):
+            if sparse.encoding == "vocabulary" and len(chosen):
                 counts = np.bincount(chosen, minlength=len(texts))
                 seen = np.flatnonzero(counts)
-                counted[sparse.name].append(pa.table({"value": texts.take(pa.array(seen)), "count": counts[seen]}))
+                of_values = pa.table({"value": texts.take(pa.array(seen)), "count": counts[seen]})
+                counted[sparse.table_name].append(of_values)
     _save_run(run, counted)
     return GroupCounts(dict(zip(SPLITS, rows.tolist(), strict=True)), values, moments)
 

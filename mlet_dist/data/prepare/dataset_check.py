@@ -1,5 +1,6 @@
 """Verification of a prepared data set against its schema and manifest (``mlet prepare --check``)."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def check(directory: Path) -> DatasetSchema:
             )
     with Progress("check", sum(schema.rows.values()), "rows") as progress:
         for split, parts in schema.parts.items():
-            counted = {f.name: _Counts(directory, f) for f in schema.sparse if split == "train"}
+            counted = _counts_of(directory, schema) if split == "train" else {}
             for part in parts:
                 named.add(part.path)
                 _check_place(directory, schema, part)
@@ -99,19 +100,34 @@ def _check_place(directory: Path, schema: DatasetSchema, part: Part) -> None:
         raise UserError(f"{directory / part.path}: holds the rows of {other.path}; put each part back in its place")
 
 
+@dataclass
 class _Counts:
-    """The occurrences of each id of a feature; for a hashed feature, whose table may have 2^31 rows, only their sum."""
+    """The occurrences of a feature's ids: ``of_id`` of each, in all features of its table; None for a hashed table."""
 
-    def __init__(self, directory: Path, feature: SparseFeature) -> None:
-        self.vocabulary = directory / VOCABULARY / f"{feature.name}.parquet"
-        self.total = 0
-        # A hashed feature has no vocabulary. A missing vocabulary is found with the manifest's files.
-        self.of_id = np.zeros(feature.num_embeddings, np.int64) if self.vocabulary.exists() else None
+    vocabulary: Path
+    of_id: npt.NDArray[np.int64] | None
+    total: int = 0
+    zeros: int = 0
 
     def add(self, ids: npt.NDArray[np.int32]) -> None:
         self.total += ids.size
         if self.of_id is not None:
+            self.zeros += ids.size - int(np.count_nonzero(ids))
             np.add.at(self.of_id, ids, 1)  # bincount would allocate the whole table for each row group
+
+
+def _counts_of(directory: Path, schema: DatasetSchema) -> dict[str, _Counts]:
+    """Return the counts of each feature, which are 0."""
+    of_tables: dict[str, npt.NDArray[np.int64] | None] = {}
+    found = {}
+    for feature in schema.sparse:
+        table = feature.table_name
+        vocabulary = directory / VOCABULARY / f"{table}.parquet"
+        if table not in of_tables:
+            # A hashed table, which may have 2^31 rows, has none. A missing one is found with the manifest's files.
+            of_tables[table] = np.zeros(feature.num_embeddings, np.int64) if vocabulary.exists() else None
+        found[feature.name] = _Counts(vocabulary, of_tables[table])
+    return found
 
 
 def _check_part(path: Path, schema: DatasetSchema, part: Part, counted: dict[str, _Counts]) -> None:
@@ -200,9 +216,9 @@ def _check_counts(directory: Path, schema: DatasetSchema, feature: SparseFeature
     expected = vocabulary["count"].to_numpy()
     if len(expected) + 1 != feature.num_embeddings:
         raise UserError(f"{path}: has {len(expected)} values, but {FILE_NAME} has {feature.num_embeddings} ids")
-    if values_fingerprint(feature.name, vocabulary["value"]).hex() != schema.preprocessing.sparse[feature.name].get(
-        "vocabulary"
-    ):
+    if values_fingerprint(feature.table_name, vocabulary["value"]).hex() != schema.preprocessing.sparse[
+        feature.name
+    ].get("vocabulary"):
         raise UserError(f"{path}: has other values, or in another order, than those that ids were given to")
     different = np.flatnonzero(counts.of_id[1:] != expected)
     if different.size:
@@ -215,10 +231,10 @@ def _check_counts(directory: Path, schema: DatasetSchema, feature: SparseFeature
 
 def _check_id_0(directory: Path, schema: DatasetSchema, feature: SparseFeature, counts: _Counts) -> None:
     recorded = schema.id_counts.get("train", {}).get(feature.name)
-    if counts.of_id is not None and recorded is not None and recorded.out_of_vocabulary != counts.of_id[0]:
+    if counts.of_id is not None and recorded is not None and recorded.out_of_vocabulary != counts.zeros:
         raise UserError(
             f"{directory / FILE_NAME}: id_counts has {recorded.out_of_vocabulary} training ids of {feature.name} out "
-            f"of vocabulary, but id 0 occurs {counts.of_id[0]} times"
+            f"of vocabulary, but id 0 occurs {counts.zeros} times"
         )
 
 

@@ -88,7 +88,8 @@ def _schema(passes: Passes) -> DatasetSchema:
         if sparse.multi_valued:
             pooling = sum(counts.values[sparse.name] for counts in passes.counts) / train
         size = passes.num_embeddings(sparse.name)
-        features.append(SparseFeature(sparse.name, size, sparse.multi_valued, sparse.weighted, pooling))
+        table = sparse.table or ""
+        features.append(SparseFeature(sparse.name, size, sparse.multi_valued, sparse.weighted, pooling, table))
     return DatasetSchema(
         source=spec.source,
         label="label",

@@ -33,7 +33,7 @@ def counts_fingerprint(spec: TableSpec, chunk_fingerprints: Sequence[str]) -> st
 
 def vocabulary_fingerprint(sparse: SparseColumn, counts: str) -> str:
     """Return the fingerprint of a feature's vocabulary, given that of the counts."""
-    return fingerprint(COUNT_VERSION, sparse.name, sparse.min_count, sparse.max_num_embeddings, counts)
+    return fingerprint(COUNT_VERSION, sparse.table_name, sparse.min_count, sparse.max_num_embeddings, counts)
 
 
 def parts_fingerprint(spec: TableSpec, counts: str) -> str:

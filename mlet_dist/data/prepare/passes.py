@@ -83,10 +83,11 @@ class Passes:
         self._intact: set[int] = set()  # groups whose parts this process has written or verified
         self._repairs = Repairs()
         self._file_splits = assign_files(spec.split, [file.path for file in files]) if spec.split.by == "file" else ()
-        self._counted = [sparse for sparse in spec.sparse if sparse.encoding == "vocabulary"]
+        # One feature of each table with a vocabulary, which all features of the table share.
+        self._counted = {each.table_name: each for each in spec.sparse if each.encoding == "vocabulary"}
         chunks = [chunks_fingerprint(spec, file) for file in files]
         counts = counts_fingerprint(spec, chunks)
-        vocabularies = {sparse.name: vocabulary_fingerprint(sparse, counts) for sparse in self._counted}
+        vocabularies = {table: vocabulary_fingerprint(each, counts) for table, each in self._counted.items()}
         parts = parts_fingerprint(spec, counts)
         self._fingerprints = {"read": chunks, "count": [counts], "vocabulary": [*vocabularies.values()]}
         self._fingerprints |= {"write": [parts], "data": [parts]}
@@ -130,16 +131,16 @@ class Passes:
 
         def merge() -> None:
             _ = self.counts  # raises if a group is not counted yet
-            self._merge(workers, [sparse for sparse in self._counted if self._load_vocabulary(sparse.name) is None])
+            self._merge(workers, [table for table in self._counted if self._load_vocabulary(table) is None])
 
         self.with_repairs(workers, merge)
 
-    def _merge(self, workers: Workers, left: Sequence[SparseColumn]) -> None:
+    def _merge(self, workers: Workers, left: Sequence[str]) -> None:
         runs = [self._counts / f"{group.number:06}.run" for group in self.groups]
         if left:
             _run(workers, check_sealed, ((run,) for run in runs))
-        calls = ((self._vocabularies[sparse.name], sparse, runs, self._range_values) for sparse in left)
-        with Progress("vocabulary", len(left), "features") as progress:
+        calls = ((self._vocabularies[name], self._counted[name], runs, self._range_values) for name in left)
+        with Progress("vocabulary", len(left), "tables") as progress:
             for _ in workers.map(make_vocabulary, calls):
                 progress.update(1)
 
@@ -211,7 +212,7 @@ class Passes:
         if kind == "read":
             self._reading.read_again(workers, [self._fingerprints["read"].index(fingerprint)], damaged=path)
         elif kind == "vocabulary":
-            self._merge(workers, [self._sparse(Path(name).stem)])
+            self._merge(workers, [Path(name).stem])
         elif kind == "data":
             part = str(path.relative_to(self.data))
             [number] = [number for number, names in enumerate(self._part_names()) if part in names.values()]
@@ -303,33 +304,33 @@ class Passes:
     @property
     def vocabularies(self) -> list[Path]:
         """The paths of all vocabularies' Parquet files, which are verified."""
-        paths = {name: directory / f"{name}.parquet" for name, directory in self._vocabularies.items()}
-        for name, path in paths.items():
-            check_seals([(path, self._vocabulary(name)["seal"])])
+        paths = {table: directory / f"{table}.parquet" for table, directory in self._vocabularies.items()}
+        for table, path in paths.items():
+            check_seals([(path, self._vocabulary(table)["seal"])])
         return [*paths.values()]
 
     def num_embeddings(self, feature: str) -> int:
         """Return the number of rows of a feature's table, once its vocabulary exists."""
         sparse = self._sparse(feature)
-        return sparse.num_embeddings or 1 + int(self._vocabulary(feature)["values"])
+        return sparse.num_embeddings or 1 + int(self._vocabulary(sparse.table_name)["values"])
 
     def mapping_fingerprint(self, feature: str) -> str:
         """Return a text that identifies the mapping from a feature's values to ids."""
         sparse = self._sparse(feature)
         if sparse.num_embeddings is not None:
-            return f"hash modulo {sparse.num_embeddings}"
-        return str(self._vocabulary(feature)["fingerprint"])
+            return f"hash modulo {sparse.num_embeddings}" + (f", salted with {sparse.table}" if sparse.table else "")
+        return str(self._vocabulary(sparse.table_name)["fingerprint"])
 
     def _sparse(self, feature: str) -> SparseColumn:
         return next(sparse for sparse in self.spec.sparse if sparse.name == feature)
 
-    def _load_vocabulary(self, feature: str) -> dict[str, Any] | None:
-        return load_record(self._vocabularies[feature] / f"{feature}.json")
+    def _load_vocabulary(self, table: str) -> dict[str, Any] | None:
+        return load_record(self._vocabularies[table] / f"{table}.json")
 
-    def _vocabulary(self, feature: str) -> dict[str, Any]:
-        content = self._load_vocabulary(feature)
+    def _vocabulary(self, table: str) -> dict[str, Any]:
+        content = self._load_vocabulary(table)
         if content is None:
-            raise UserError(f"feature {feature} has no vocabulary yet; run `--pass vocabulary` first")
+            raise UserError(f"table {table} has no vocabulary yet; run `--pass vocabulary` first")
         return content
 
     def _finished(self, directory: Path, group: ChunkGroup, argument: str) -> dict[str, Any]:

@@ -96,11 +96,13 @@ class SparseColumn:
     """A column of categories that becomes a sparse feature. A missing value counts as the empty text.
 
     Attributes:
-        name: name of the feature and of its embedding table.
+        name: name of the feature.
         column: name of the raw column.
+        table: name of the embedding table, which features may share, and with it their vocabulary; None for a table of
+            the feature's own name.
         encoding: with ``vocabulary``, ids are ranks of frequency in the training split: 1 is the most frequent value,
             ties are ordered by their UTF-8 bytes, and values with fewer than ``min_count`` occurrences have id 0.
-            With ``hash``, the id is the value's hash (``mlet_dist.data.hashing``, salted with the feature's name)
+            With ``hash``, the id is the value's hash (``mlet_dist.data.hashing``, salted with the table's name)
             modulo ``num_embeddings``.
         min_count: see ``encoding``.
         num_embeddings: see ``encoding``; None with ``vocabulary``.
@@ -135,6 +137,12 @@ class SparseColumn:
     keep: Literal["first", "last"] = "first"
     cast: Literal["text", "integer"] | None = None
     missing_values: tuple[str, ...] | None = None
+    table: str | None = None
+
+    @property
+    def table_name(self) -> str:
+        """The name of the embedding table."""
+        return self.table or self.name
 
     @property
     def weighted(self) -> bool:

@@ -73,11 +73,27 @@ def load_table(
                 f"{path}: two features are named {name!r} (label and sample_weight are taken); change one `name`"
             )
         names.add(name)
+    _check_shared_tables(path, spec.sparse)
     if isinstance(text, TextFormat) and text.columns is not None:
         for column in spec.used_columns:  # one that it lacks may be a directory column=… of the files
             if text.columns.count(column) > 1:
                 raise UserError(f"{path}: columns must name {column!r} once, since the description uses it")
     return spec
+
+
+def _check_shared_tables(path: Path, features: Sequence[SparseColumn]) -> None:
+    """Raise UserError if features of one table were to give their values different ids."""
+    keys = ("encoding", "min_count", "num_embeddings", "max_num_embeddings", "cast")
+    first: dict[str, SparseColumn] = {}
+    for feature in features:
+        other = first.setdefault(feature.table_name, feature)
+        for key in keys:
+            one, two = getattr(other, key), getattr(feature, key)
+            if one != two:
+                raise UserError(
+                    f"{path}: features {other.name!r} and {feature.name!r} share the table {feature.table_name!r}, but "
+                    f"{key} is {one!r} of one and {two!r} of the other; give both the same, or tables of their own"
+                )
 
 
 def _delimited(top: Section) -> TextFormat:
@@ -168,9 +184,12 @@ def _sparse(section: Section, missing_values: tuple[str, ...] | None) -> SparseC
         if cast == "text":
             section.fail("cast", cast, "left out where integer is true, which means `cast: integer`")
         cast = "integer"
+    name = section.take("name", _table_name, column)
+    table = section.take("table", _table_name, name)
     sparse = SparseColumn(
-        name=section.take("name", _table_name, column),
+        name=name,
         column=column,
+        table=None if table == name else table,
         encoding=encoding,
         min_count=1 if hashed else section.take("min_count", _min_count, 1),
         num_embeddings=section.take("num_embeddings", _table_size) if hashed else None,

@@ -31,11 +31,11 @@ def make_vocabulary(directory: Path, sparse: SparseColumn, runs: list[Path], ran
     """Merge the runs, which were verified, into the vocabulary's files in ``directory``; their record is the last."""
     directory.mkdir(parents=True, exist_ok=True)
     limit = None if sparse.max_num_embeddings is None else sparse.max_num_embeddings - 1  # id 0 is a row, too
-    table = merge_runs(sparse.name, runs, sparse.min_count, range_values, limit)
-    seal = save_vocabulary(directory, sparse.name, table)
-    fingerprint = values_fingerprint(sparse.name, table["value"]).hex()
+    table = merge_runs(sparse.table_name, runs, sparse.min_count, range_values, limit)
+    seal = save_vocabulary(directory, sparse.table_name, table)
+    fingerprint = values_fingerprint(sparse.table_name, table["value"]).hex()
     record = {"values": table.num_rows, "fingerprint": fingerprint, "seal": seal}
-    save_record(directory / f"{sparse.name}.json", record)
+    save_record(directory / f"{sparse.table_name}.json", record)
 
 
 def merge_runs(

@@ -36,7 +36,7 @@ class Encoder:
 
     Attributes:
         spec: description of the table.
-        vocabularies: the directory of each feature's vocabulary.
+        vocabularies: the directory of each table's vocabulary.
         moments: the training split's moments of each dense feature that is standardised.
     """
 
@@ -102,8 +102,8 @@ class Encoder:
 
     def _ids(self, sparse: SparseColumn, texts: pa.StringArray, lookups: Mapping[str, Lookup]) -> np.ndarray:
         if sparse.num_embeddings is None:
-            return lookups[sparse.name].ids(texts)
-        return (hash_texts(texts, sparse.name) % np.uint64(sparse.num_embeddings)).astype(np.int32)
+            return lookups[sparse.table_name].ids(texts)
+        return (hash_texts(texts, sparse.table_name) % np.uint64(sparse.num_embeddings)).astype(np.int32)
 
 
 class _PartWriter:

@@ -90,10 +90,12 @@ class Package:
                 shutil.copyfile(program, directory / program.name)
 
     def _signature(self) -> dict[str, Any]:
-        keys = ("name", "num_embeddings", "multi_valued", "weighted")
+        keys = ("name", "table_name", "num_embeddings", "multi_valued", "weighted")
         return {
             "dense": list(self._spec.dense),
-            "features": [{key: getattr(feature, key) for key in keys} for feature in self._spec.sparse],
+            "features": [
+                {key.removesuffix("_name"): getattr(feature, key) for key in keys} for feature in self._spec.sparse
+            ],
             "vocabulary_id": self._spec.vocabulary_id,
             "preprocessing": self._spec.preprocessing and self._spec.preprocessing.to_dict(),
             "tables": self._encoding.name,
@@ -122,17 +124,17 @@ def write_package(
         UserError: a file cannot be read or written, or is damaged.
     """
     package, columns = Package(spec, encoding), spec.model.embedding_dim
-    for feature in spec.sparse:
-        name = f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"
-        for start in range(0, feature.num_embeddings, _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, feature.num_embeddings)
+    for table in spec.tables:
+        name = f"{TABLES_PREFIX}embedding_bags.{table.name}.weight"
+        for start in range(0, table.num_embeddings, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, table.num_embeddings)
             package.write_rows(name, start, read_parts(stored, encoding, name, start, stop, columns))
     package.save(directory, dense)
 
 
 def served_bytes(spec: ModelSpec, encoding: Encoding) -> int:
     """Return the bytes of all encoded tables without overhead, which is also a package's memory for them."""
-    return sum(feature.num_embeddings for feature in spec.sparse) * encoding.row_bytes(spec.model.embedding_dim)
+    return sum(table.num_embeddings for table in spec.tables) * encoding.row_bytes(spec.model.embedding_dim)
 
 
 def check_fits(spec: ModelSpec, encoding: Encoding) -> None:

@@ -13,7 +13,7 @@ from mlet_dist.atomic_directory import check_free, staged_directory
 from mlet_dist.data.loading.row_groups import SplitRows
 from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.prepare.dataset_manifest import VOCABULARY
-from mlet_dist.data.schema import DatasetSchema, SparseFeature
+from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.factors import FLOOR
 from mlet_dist.errors import UserError
 from mlet_dist.export.row_blocks import sum_grams
@@ -44,13 +44,12 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
         check_free(out)
     with Tables.open(path) as source:
         counted, schema, missing = _find_data_set(source, data)
-        features = {} if schema is None else {feature.name: feature for feature in schema.sparse}
         tables = []
         with Progress("spectrum", sum(each.num_embeddings for each in source.tables.values()), "rows") as progress:
             for table in source.tables.values():
                 counts = None
                 if schema is not None:
-                    counts = count_ids(data_set_path(str(counted)), schema, features[table.name])
+                    counts = count_ids(data_set_path(str(counted)), schema, table.name)
                 grams = sum_grams(table, counts, progress)
                 plain = Spectrum.of_gram(grams.table, table.num_embeddings)
                 weighted = None
@@ -128,20 +127,20 @@ def _check_data_set(source: Tables, schema: DatasetSchema, path: str) -> None:
     if source.spec is not None:
         source.spec.check_ids(schema, data_set_path(path))
     for table in source.tables.values():
-        found = schema.num_embeddings.get(table.name)
+        found = schema.table_sizes.get(table.name)
         if found is None:
-            raise UserError(f"{path}: has no feature {table.name!r}, for which {source.path} has a table")
+            raise UserError(f"{path}: has no feature of the table {table.name!r} in {source.path}")
         if found != table.num_embeddings:
             raise UserError(
-                f"{path}: feature {table.name!r} has {found:,} ids and its table in {source.path} "
+                f"{path}: table {table.name!r} has {found:,} ids and its table in {source.path} "
                 f"{table.num_embeddings:,} rows"
             )
 
 
-def count_ids(path: DataPath, schema: DatasetSchema, feature: SparseFeature) -> npt.NDArray[np.int64]:
-    """Return how often each id occurs in the training split, ``(num_embeddings,)``.
+def count_ids(path: DataPath, schema: DatasetSchema, table: str) -> npt.NDArray[np.int64]:
+    """Return how often each id of a table occurs in the training split, ``(num_embeddings,)``.
 
-    The counts are those of the feature's vocabulary if it has one; else the ids are counted, row group by row group.
+    The counts are those of the table's vocabulary if it has one; else the ids are counted, row group by row group.
 
     Args:
         path: the data set's directory, or a ``RemotePath``.
@@ -149,16 +148,18 @@ def count_ids(path: DataPath, schema: DatasetSchema, feature: SparseFeature) -> 
     Raises:
         UserError: a file of the data set is missing or damaged.
     """
-    counts = np.zeros(feature.num_embeddings, np.int64)
-    vocabulary = path / VOCABULARY / f"{feature.name}.parquet"
+    features = [feature for feature in schema.sparse if feature.table_name == table]
+    counts = np.zeros(features[0].num_embeddings, np.int64)
+    vocabulary = path / VOCABULARY / f"{table}.parquet"
     if isinstance(vocabulary, Path) and _read_vocabulary(vocabulary, counts[1:]):
         # Id 0 stands for all values outside the vocabulary.
-        counts[0] = round(feature.pooling_factor * schema.rows["train"]) - counts[1:].sum()
+        ids = sum(round(feature.pooling_factor * schema.rows["train"]) for feature in features)
+        counts[0] = ids - counts[1:].sum()
         return counts
-    split = SplitRows(path, schema, schema.parts["train"], [], [feature.name], by_row=False)
+    split = SplitRows(path, schema, schema.parts["train"], [], [feature.name for feature in features], by_row=False)
     for group in range(len(split.group_rows)):
-        (column,) = split.decode(group).sparse
-        np.add.at(counts, column.ids.ravel(), 1)
+        for column in split.decode(group).sparse:
+            np.add.at(counts, column.ids.ravel(), 1)
     return counts
 
 

@@ -1,7 +1,7 @@
 """The models that `mlet verify` compares, with only the rows of their tables that a split looks up."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +117,8 @@ def _with_rows(spec: ModelSpec, tables: Mapping[str, CheckedTable]) -> ModelSpec
     return dataclasses.replace(
         spec,
         sparse=tuple(
-            dataclasses.replace(each, num_embeddings=max(1, len(tables[each.name].stored))) for each in spec.sparse
+            dataclasses.replace(each, num_embeddings=max(1, len(tables[each.table_name].stored)))
+            for each in spec.sparse
         ),
     )
 
@@ -127,15 +128,21 @@ def _padded(rows: torch.Tensor) -> torch.Tensor:
 
 
 class SeenRows:
-    """Collects the distinct ids of each feature batch by batch, in memory proportional to their number."""
+    """Collects the distinct ids of each table batch by batch, in memory proportional to their number.
 
-    def __init__(self, features: Sequence[str]) -> None:
-        self._ids: dict[str, list[torch.Tensor]] = {name: [] for name in features}
-        self._buffered = dict.fromkeys(features, 0)
+    Args:
+        table_of: the table of each feature.
+    """
+
+    def __init__(self, table_of: Mapping[str, str]) -> None:
+        self._table_of = table_of
+        self._ids: dict[str, list[torch.Tensor]] = {name: [] for name in table_of.values()}
+        self._buffered = dict.fromkeys(self._ids, 0)
 
     def add(self, bags: KeyedJaggedTensor) -> None:
         """Add the ids of a batch."""
-        for name, ids in _by_feature(bags).items():
+        for feature, ids in _by_feature(bags).items():
+            name = self._table_of[feature]
             self._ids[name].append(ids.unique())
             self._buffered[name] += len(self._ids[name][-1])
             if self._buffered[name] > _BUFFERED:
@@ -143,13 +150,13 @@ class SeenRows:
                 self._buffered[name] = 0
 
     def rows(self) -> dict[str, torch.Tensor]:
-        """Return the distinct ids by feature, ascending int64."""
+        """Return the distinct ids by table, ascending int64."""
         none = torch.empty(0, dtype=torch.int64)
         return {name: torch.cat([none, *ids]).unique() for name, ids in self._ids.items()}
 
 
 def renumber(bags: KeyedJaggedTensor, rows: Mapping[str, torch.Tensor]) -> KeyedJaggedTensor:
-    """Return the bags for tables that contain only ``rows``: each id becomes its position among them."""
+    """Return the bags for tables that contain only the ``rows`` of each feature: ids become positions among them."""
     values = [torch.searchsorted(rows[name], ids) for name, ids in _by_feature(bags).items()]
     return KeyedJaggedTensor(
         bags.keys(), torch.cat(values), bags.weights_or_none(), bags.lengths(), stride=bags.stride()

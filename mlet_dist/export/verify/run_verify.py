@@ -89,7 +89,8 @@ def verify_export(
             batch_size = int(source.config["data"]["eval_batch_size"])
             return iter(evaluation_loader(data, split, trained, batch_size, _SINGLE_PROCESS))
 
-        rows = _seen_rows(batches(), [feature.name for feature in trained.sparse], schema.rows[split])
+        table_of = {feature.name: feature.table_name for feature in trained.sparse}
+        rows = _seen_rows(batches(), table_of, schema.rows[split])
         tables = _check_tables(source, outputs, rows)
         predict_logits = trained_model(source, tables)
         models = {name: output_model(served, source, output, tables) for name, output in outputs.items()}
@@ -100,7 +101,7 @@ def verify_export(
         comparisons = {name: Comparison(each, weighted=schema.sample_weight) for name, each in models.items()}
         with Progress("verify", schema.rows[split], "rows") as progress, torch.inference_mode():
             for batch in batches():
-                bags = renumber(batch.sparse, rows)
+                bags = renumber(batch.sparse, {feature: rows[table] for feature, table in table_of.items()})
                 logits, labels, weights = batch.predicted(predict_logits(batch, bags))
                 of_run.update(logits, labels, weights)
                 for comparison in comparisons.values():
@@ -151,8 +152,8 @@ def _check_outputs(directory: ExportDirectory, manifest: Mapping[str, Any]) -> d
     return outputs
 
 
-def _seen_rows(batches: Iterator[Batch], features: list[str], total: int) -> dict[str, torch.Tensor]:
-    seen = SeenRows(features)
+def _seen_rows(batches: Iterator[Batch], table_of: Mapping[str, str], total: int) -> dict[str, torch.Tensor]:
+    seen = SeenRows(table_of)
     with Progress("ids", total, "rows") as progress:
         for batch in batches:
             seen.add(batch.sparse)

@@ -188,16 +188,16 @@ def test_ids_are_counted_by_the_vocabulary_or_in_the_data(small_data: Path, tmp_
     feature = schema.sparse[2]
     ids = _rows_of(sorted((small_data / "train").glob("*.parquet")), feature.name)
     expected = np.bincount(ids, minlength=feature.num_embeddings)
-    np.testing.assert_array_equal(count_ids(small_data, schema, feature), expected)
+    np.testing.assert_array_equal(count_ids(small_data, schema, feature.name), expected)
     copy = shutil.copytree(small_data, tmp_path / "data")
     (copy / "vocabulary").mkdir()
     counts = np.arange(1, feature.num_embeddings)[::-1] // 100
     pq.write_table(pa.table({"value": ["x"] * len(counts), "count": counts}), copy / "vocabulary" / "C3.parquet")
-    found = count_ids(copy, schema, feature)
+    found = count_ids(copy, schema, feature.name)
     np.testing.assert_array_equal(found[1:], counts)
     assert found[0] == len(ids) - counts.sum()  # id 0 stands for values outside the vocabulary
     pq.write_table(pa.table({"value": ["x"], "count": [1]}), copy / "vocabulary" / "C3.parquet")  # of other data
-    np.testing.assert_array_equal(count_ids(copy, schema, feature), expected)
+    np.testing.assert_array_equal(count_ids(copy, schema, feature.name), expected)
 
 
 class _Parser(html.parser.HTMLParser):

@@ -18,7 +18,7 @@ def test_each_id_is_renumbered_to_its_position_among_the_seen_rows(monkeypatch) 
         _bags([[9, 2], [5, 5, 7], []], [[1, 1], [0, 3], [0, 0]]),
         _bags([[2, 2, 4], [], []], [[2, 1], [0, 0], [0, 0]]),
     ]
-    seen = SeenRows(["a", "b", "c"])
+    seen = SeenRows({name: name for name in "abc"})
     for bags in batches:
         seen.add(bags)
     rows = seen.rows()
