@@ -1,16 +1,14 @@
 """Local gloo ranks for tests, which are started once and run any number of functions."""
 
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
-from functools import cache
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from tests.helpers.fork_server import fork_server
 
 _TIMEOUT_SECONDS = 120
 
@@ -65,7 +63,7 @@ class RankPool:
         self._workers = []
 
     def _start(self) -> None:
-        context = _fork_server()
+        context = fork_server()
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -77,23 +75,6 @@ class RankPool:
             process.start()
             pipe_of_rank.close()
             self._workers.append((process, pipe))
-
-
-@cache
-def _fork_server() -> ForkServerContext:
-    """Start a process that has imported what ranks need, from which they are forked; imports take seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlet_dist.training.trainer"])
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # OpenMP reads it when torch is imported
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-    return context
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, local_world_size: int, port: int) -> None:
