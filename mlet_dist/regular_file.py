@@ -51,9 +51,14 @@ def open_regular(path: Path | str) -> IO[bytes]:
     return file
 
 
+def special_kind(mode: int) -> str | None:
+    """Return what a file is that is neither regular nor a directory, by its ``st_mode``; None for those two."""
+    return _KINDS.get(stat.S_IFMT(mode))
+
+
 def _check_kind(found: os.stat_result, path: Path | str) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no file")
+        kind = special_kind(found.st_mode) or "no file"
         raise OSError(errno.EINVAL, f"it is {kind}, and must be a regular file", str(path))

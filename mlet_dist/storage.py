@@ -37,7 +37,7 @@ def open_filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
             raise UserError(f"{location}: cannot be opened: {error}") from None
         package, extra = _EXTRAS[protocol]
         raise UserError(
-            f'{location}: needs the package {package}, which cannot be imported; install it: pip install ".[{extra}]"'
+            f"{location}: needs the package {package} (the extra `{extra}`), which cannot be imported; install it"
         ) from None
     except ValueError as error:
         raise UserError(f"{location}: cannot be opened: {error}") from None

@@ -31,15 +31,15 @@ def ranks() -> Iterator[Callable[..., RankPool]]:
 
 @pytest.fixture(scope="session")
 def _s3_server() -> Iterator[S3Server]:
-    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with s3_server() as server:
         yield server
 
 
 @pytest.fixture
-def s3(_s3_server: S3Server) -> Iterator[S3Bucket]:
-    """A bucket of its own for each test, on one server."""
+def s3(_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Bucket]:
+    """A bucket of its own for each test, on one server that the test's environment names."""
+    for name, value in _s3_server.environment.items():
+        monkeypatch.setenv(name, value)
     url = f"s3://bucket-{uuid4().hex}"
     files, name = open_filesystem(url)
     files.mkdir(name)

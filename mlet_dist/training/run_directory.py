@@ -212,8 +212,8 @@ class RunDirectory:
             raise UserError(f"{self.path}: not a run of `mlet train`: it has no {self.config.name}")
         if not self.summary.exists():
             raise UserError(
-                f"{self.path}: this run never finished: it has no {self.summary.name}; train it to the end first; "
-                "the same `mlet train` command resumes it"
+                f"{self.path}: this run never finished: it has no {self.summary.name}; train it to the end first "
+                "(the same `mlet train` command resumes it)"
             )
         config, saved = self.load_config(), run_id_of_yaml(self.config)
         ids = [(self.config.name, saved)]

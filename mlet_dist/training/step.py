@@ -75,10 +75,12 @@ def mean_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     rows, slots = batch.num_rows, len(logits) * dist.get_world_size()
     if batch.weights is not None:
         losses = functional.binary_cross_entropy_with_logits(logits[:rows], batch.labels[:rows], reduction="none")
-        weights = batch.weights[:rows]
+        weights = batch.weights[:rows].double()
         total = weights.sum()
         dist.all_reduce(total)
-        return (losses * weights).sum() * (dist.get_world_size() / total.clamp_min(torch.finfo(total.dtype).tiny))
+        # The shares are at most 1, so that neither they nor the gradient overflow, however small or large the sum is.
+        shares = (weights / torch.where(total > 0, total, 1.0)).float()
+        return (losses * shares).sum() * dist.get_world_size()
     if batch.global_rows == slots:
         return functional.binary_cross_entropy_with_logits(logits, batch.labels)
     total = functional.binary_cross_entropy_with_logits(logits[:rows], batch.labels[:rows], reduction="sum")

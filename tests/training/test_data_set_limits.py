@@ -11,6 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests.helpers.data_set_parts import write_schema
 from tests.helpers.mlet_command import ROOT, mlet
 
 pytestmark = pytest.mark.e2e
@@ -122,7 +123,7 @@ def test_training_rows_of_one_class_are_an_error_for_every_command(data: Path, t
     schema = json.loads((other / "schema.json").read_text())
     for part in schema["parts"]["train"]:
         part["positives"] = part["rows"]
-    (other / "schema.json").write_text(json.dumps(schema))
+    write_schema(other, schema)
     message = f"mlet: error: {other}: all 962 rows of train have label 1, so a model can learn nothing from them"
     for command in (
         ("train", CONFIG, *SMALL, f"run.dir={tmp_path / 'new'}", f"data.path={other}"),

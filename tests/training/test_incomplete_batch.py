@@ -11,15 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.nn import functional
+from torchrec import KeyedJaggedTensor
 
 from mlet_dist.config.config_file import Config, load_config
-from mlet_dist.data.loading.loader import DataLoader
+from mlet_dist.data.loading.loader import Batch, DataLoader
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.non_finite_guard import Guard
-from mlet_dist.training.step import take_steps
+from mlet_dist.training.step import mean_loss, take_steps
 from mlet_dist.training.timing import StepTimer
+from tests.helpers.data_set_parts import replace_part, write_schema
 from tests.helpers.mlet_command import ROOT, mlet_json
 from tests.helpers.ranks import RankPool
 from tests.helpers.small_run import loader, this_worker, training_of
@@ -49,9 +51,8 @@ def weighted_data(lists_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
         weights = rng.exponential(2, table.num_rows) * (rng.random(table.num_rows) > 1 / 3)
         weights[48:72] = 0
         table = table.append_column("sample_weight", pa.array(weights, pa.float32()))
-        pq.write_table(table, part, row_group_size=50)
-    schema = json.loads((out / "schema.json").read_text())
-    (out / "schema.json").write_text(json.dumps(schema | {"sample_weight": True}))
+        replace_part(out, str(part.relative_to(out)), table, row_group_size=50)
+    write_schema(out, json.loads((out / "schema.json").read_text()) | {"sample_weight": True})
     return out
 
 
@@ -144,3 +145,26 @@ def test_ranks_train_on_the_weighted_mean_loss(
             assert torch.allclose(weight.double(), expected[name].double(), rtol=1e-4, atol=4e-6), name
         name = "over_arch.model.1.weight"
         assert not torch.allclose(found[name].double(), unweighted[name].double(), rtol=1e-3, atol=1e-4)
+
+
+def _mean_loss(weights: list[float]) -> tuple[float, list[float]]:
+    """Return the loss of a row on each rank, and its gradient."""
+    logits = torch.tensor([0.5], requires_grad=True)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    none = KeyedJaggedTensor.from_lengths_sync([], torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    batch = Batch(torch.zeros(1, 0), none, torch.ones(1), 1, world_size, torch.tensor([weights[rank]]))
+    loss = mean_loss(logits, batch)
+    loss.backward()
+    assert logits.grad is not None
+    return loss.item(), logits.grad.tolist()
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("weight", [0.0, 1e-38, 1e38])
+def test_weights_that_add_up_to_the_ends_of_float32(ranks: Ranks, weight: float) -> None:
+    """Four times their inverse, or their sum, would be infinite in float32."""
+    loss = functional.softplus(torch.tensor(-0.5)).item() if weight else 0.0
+    gradient = -torch.sigmoid(torch.tensor(-0.5)).item() if weight else 0.0
+    for found, of_logits in ranks(4).run(_mean_loss, [weight] * 4):
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert of_logits == pytest.approx([gradient], rel=1e-5)

@@ -164,8 +164,8 @@ def test_loading_an_unfinished_run_reports_the_reason(run: RunDirectory) -> None
     assert load_error_of(run) == f"{path}: not a run of `mlet train`: it has no config.yaml"
     start(run, config_of(run), SPEC)
     assert load_error_of(run) == (
-        f"{path}: this run never finished: it has no summary.json; train it to the end first; the same `mlet train` "
-        "command resumes it"
+        f"{path}: this run never finished: it has no summary.json; train it to the end first (the same `mlet train` "
+        "command resumes it)"
     )
     run.finish(SUMMARY)
     run.summary.write_text('{"steps": ')

@@ -1,5 +1,6 @@
 """What the first rows show of a column: distinct values, missing ones, and whether the values are numbers."""
 
+import re
 from functools import cached_property
 
 import numpy as np
@@ -7,13 +8,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlet_dist.data.prepare.raw_values import INTEGER, MISSING_NUMBERS, as_numbers, as_texts, is_text, matches
+from mlet_dist.data.prepare.raw_values import INTEGER, MISSING_NUMBERS, as_numbers, as_texts, is_list, is_text, matches
 from mlet_dist.errors import one_line
 
-# Spellings of a missing value in a column of texts; the others of MISSING_NUMBERS may well be values there.
-_MISSING_TEXTS = frozenset(
-    ("null", "(null)", "\\n", "nan", "-nan", "na", "<na>", "n/a", "#n/a", "none", "nil", "nat", "?", "undefined")
-)
+# Spellings of a missing value in a column of texts; these others of MISSING_NUMBERS may well be values there.
+_MISSING_TEXTS = frozenset(MISSING_NUMBERS) - {"", "-", "--", ".", "missing", "unknown"}
+RECBOLE_TYPE = re.compile(r":(token|float)(_seq)?$")  # the end of a column's name in RecBole's atomic files
 _MAX_ODD = 2  # texts among numbers that are taken for spellings of a missing value
 _MOST_ODD = 0.3  # the largest share of rows that hold them
 _SHOWN_CHARACTERS = 24
@@ -43,8 +43,7 @@ class ColumnFacts:
     @cached_property
     def is_list(self) -> bool:
         """Whether the values are lists by their Arrow type."""
-        kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
-        return any(getattr(pa.types, f"is_{kind}")(self.values.type) for kind in kinds)
+        return is_list(self.values.type)
 
     @cached_property
     def is_readable(self) -> bool:

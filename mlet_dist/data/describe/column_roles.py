@@ -80,7 +80,7 @@ def without_label(role: Role, label: LabelGuess) -> Role:
     return Role(facts, None, notes=("it tells the label: each of its two values goes with one label only",))
 
 
-def rescued(roles: Sequence[Role]) -> list[Role]:
+def with_sparse_feature(roles: Sequence[Role]) -> list[Role]:
     """Return the roles with one sparse feature at least, since a data set must have one; empty if there can be none.
 
     It is a column that was left out, or else the column of numbers with the fewest distinct ones.

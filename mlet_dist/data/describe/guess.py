@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from mlet_dist.data.describe.column_facts import ColumnFacts
-from mlet_dist.data.describe.column_roles import guess_roles, rescued, without_label
+from mlet_dist.data.describe.column_roles import guess_roles, with_sparse_feature, without_label
 from mlet_dist.data.describe.description_text import description_text
 from mlet_dist.data.describe.head import Head, read_head
 from mlet_dist.data.describe.label_guess import guess_label
@@ -53,7 +53,7 @@ def describe(name: str) -> Described:
     roles = guess_roles([facts for facts in others if split.column is None or facts.name != split.column])
     if label is not None:
         roles = [without_label(role, label) for role in roles]
-    roles = rescued(roles)
+    roles = with_sparse_feature(roles)
     if not roles:
         raise UserError(
             f"{head.path}: has no column to make a sparse feature of, besides label and time; the columns are "

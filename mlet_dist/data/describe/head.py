@@ -10,8 +10,9 @@ import pyarrow as pa
 from mlet_dist.data.describe.delimited_head import split_head
 from mlet_dist.data.prepare.compression import HEAD_BYTES
 from mlet_dist.data.prepare.file_lists import directory_values, expand
+from mlet_dist.data.prepare.json_lines import JsonNumber
 from mlet_dist.data.prepare.raw_blocks import open_parquet, text_blocks
-from mlet_dist.data.prepare.raw_files import inspect_file, open_raw, raw_errors
+from mlet_dist.data.prepare.raw_files import PARQUET_SUFFIXES, inspect_file, open_raw, raw_errors
 from mlet_dist.data.prepare.raw_formats import JsonLines, TextFormat
 from mlet_dist.errors import UserError
 
@@ -19,7 +20,6 @@ MAX_ROWS = 10_000
 MAX_BYTES = 8 << 20  # of text
 
 _AS_LINES = TextFormat("\t", None, header=False, columns=())
-_PARQUET = (".parquet", ".pq")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_head(name: str) -> Head:
             start = file.read(HEAD_BYTES)
         if not start:
             continue
-        is_parquet = start.startswith(b"PAR1") or path.endswith(_PARQUET)
+        is_parquet = start.startswith(b"PAR1") or path.endswith(PARQUET_SUFFIXES)
         head = _parquet(path, len(paths), directories) if is_parquet else _text(path, len(paths), directories)
         if head is not None:
             return head
@@ -173,16 +173,12 @@ def _is_utf8(line: str) -> bool:
     return line.isascii() or not any("\ud800" <= character <= "\udfff" for character in line)
 
 
-class _Number(str):
-    """The text of a number, as the line has it."""
-
-
 def _json_columns(path: str, lines: Sequence[str]) -> tuple[dict[str, pa.Array], int]:
     """Return the values of each key: texts, lists of texts, or a null type for objects and mixtures of them."""
     rows: list[dict[str, Any]] = []
     for line in lines:
         try:
-            row = json.loads(line, parse_float=_Number, parse_int=_Number, parse_constant=_Number)
+            row = json.loads(line, parse_float=JsonNumber, parse_int=JsonNumber, parse_constant=JsonNumber)
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):

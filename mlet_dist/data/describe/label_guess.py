@@ -8,41 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlet_dist.data.describe.column_facts import ColumnFacts, shown
+from mlet_dist.data.describe.column_facts import RECBOLE_TYPE, ColumnFacts, shown
 from mlet_dist.data.prepare.raw_formats import LabelColumn
 from mlet_dist.data.prepare.typed_columns import label_values
 
 # Names of labels, from the surest to the vaguest; compared in lower case, without signs between words.
 _NAMES = (
-    *("label", "labels", "click", "clicked", "isclick", "isclicked", "clk", "islabel", "target", "y", "conversion"),
-    *(
-        "converted",
-        "isconversion",
-        "isconverted",
-        "isattributed",
-        "purchase",
-        "purchased",
-        "ispurchase",
-        "buy",
-        "isbuy",
-    ),
-    *(
-        "ctr",
-        "cvr",
-        "ctrlabel",
-        "cvrlabel",
-        "fraud",
-        "isfraud",
-        "churn",
-        "response",
-        "responded",
-        "like",
-        "islike",
-        "liked",
-        "class",
-        "outcome",
-    ),
-)
+    "label", "labels", "click", "clicked", "isclick", "isclicked", "clk", "islabel", "target", "y", "conversion",
+    "converted", "isconversion", "isconverted", "isattributed", "purchase", "purchased", "ispurchase", "buy",
+    "isbuy", "ctr", "cvr", "ctrlabel", "cvrlabel", "fraud", "isfraud", "churn", "response", "responded", "like",
+    "islike", "liked", "class", "outcome",
+)  # fmt: skip
 _VAGUE = ("y", "class", "response", "outcome", "score", "overall", "grade")  # which also name quantities
 _RATINGS = ("rating", "ratings", "stars", "score", "overall", "reviewscore", "watchratio", "grade")
 _WORDS = ("label", "click", "clk", "target", "conv", "purchase", "buy", "like", "rating")  # within a name
@@ -87,14 +63,14 @@ def guess_label(columns: Sequence[ColumnFacts]) -> LabelGuess | None:
     binary = [facts for facts in candidates if _is_binary(facts)]
     for name in (*_NAMES, *_RATINGS):
         for facts in candidates:
-            if plain_name(facts.name) != name:
+            if _plain_name(facts.name) != name:
                 continue
             if facts in binary:
                 return LabelGuess(facts, {}, _classes(facts, {}))
             is_quantity = name in _VAGUE and facts.is_number and len(facts.counts) > _MAX_RATINGS
             if not is_quantity and (mapped := _mapped(facts)) is not None:
                 return mapped
-    worded = [facts for facts in binary if any(word in plain_name(facts.name) for word in _WORDS)]
+    worded = [facts for facts in binary if any(word in _plain_name(facts.name) for word in _WORDS)]
     both = [facts for facts in binary if len(facts.counts) > 1]
     if worded or both:
         found = (worded or both)[0]
@@ -113,9 +89,9 @@ def guess_label(columns: Sequence[ColumnFacts]) -> LabelGuess | None:
     return None
 
 
-def plain_name(name: str) -> str:
+def _plain_name(name: str) -> str:
     """Return a name in lower case, without signs and without RecBole's suffix of a type."""
-    return re.sub(r"[\W_]", "", re.sub(r":(token|float)(_seq)?$", "", name.strip())).lower()
+    return re.sub(r"[\W_]", "", RECBOLE_TYPE.sub("", name.strip())).lower()
 
 
 def _is_binary(facts: ColumnFacts) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mlet_dist.data.describe.column_facts import ColumnFacts, shown
+from mlet_dist.data.describe.column_facts import RECBOLE_TYPE, ColumnFacts, shown
 from mlet_dist.data.describe.label_guess import LabelGuess
 from mlet_dist.data.prepare.splits import FRACTIONS, MILLIONTHS, WHOLE_NUMBERS, SplitRule, make_splitter
 from mlet_dist.data.prepare.time_columns import KINDS, time_values
@@ -23,12 +23,12 @@ _EPOCHS = tuple((788_918_400 * unit, 2_208_988_800 * unit) for unit in (1, 10**3
 _SURE_NAME = re.compile(r"time_?stamp|unix")
 _OTHER_TIMES = re.compile(r"birth|born|dob|release|expir")  # of persons and things rather than of rows
 _LEAST_NAMED = 10_000  # smaller numbers, such as the hour of a day, are categories whatever their name
-_SURE_DISTINCT = 20
+_SURE_DISTINCT = 20  # distinct numbers, more than a few codes have
 _LEAST_DISTINCT = 0.3  # share of distinct times in a column of numbers whose name says nothing
 _SAMPLE = 10  # distinct texts to look at before all are
 _SEEDS = 100  # of random splits to try for one in which every split has both classes
 
-THIRDS = dict.fromkeys(("train", "valid", "test"), Fraction(1, 3))
+_THIRDS = dict.fromkeys(("train", "valid", "test"), Fraction(1, 3))
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def is_time(facts: ColumnFacts) -> bool:
         return True
     if _NAME.search(name):
         return bool(is_epoch or (low >= _LEAST_NAMED and facts.is_whole))
-    return bool(is_epoch and len(facts.counts) > max(20, _LEAST_DISTINCT * facts.present))
+    return bool(is_epoch and len(facts.counts) > max(_SURE_DISTINCT, _LEAST_DISTINCT * facts.present))
 
 
 def snake_case(name: str) -> str:
     """Return a name's words in lower case with underscores between them."""
-    name = re.sub(r":(token|float)(_seq)?$", "", name.strip())
+    name = RECBOLE_TYPE.sub("", name.strip())
     return re.sub(r"[\W_]+", "_", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name)).strip("_").lower()
 
 
@@ -91,12 +91,12 @@ def guess_split(
         also = f"; other times are in {', '.join(others)}" if others else ""
         if (found := _by_time(facts, labels, complete, also)) is not None:
             return found
-    shares = {} if rows >= 10 or not complete else {"shares": {split: "1/3" for split in THIRDS}}
-    rule = SplitRule("rows", THIRDS) if shares else SplitRule("rows")
-    if label_is_sorted or (complete and not _is_whole_split(rule, None, labels, complete, rows)):
+    shares = {} if rows >= 10 or not complete else {"shares": dict.fromkeys(_THIRDS, "1/3")}
+    rule = SplitRule("rows", _THIRDS) if shares else SplitRule("rows")
+    if label_is_sorted or (complete and not _is_usable_split(rule, None, labels, complete, rows)):
         for seed in range(_SEEDS if complete else 1):
             rule = SplitRule("random", rule.shares, seed)
-            if not complete or _is_whole_split(rule, None, labels, complete, rows):
+            if not complete or _is_usable_split(rule, None, labels, complete, rows):
                 note = "at random, since in the order of the lines a split would hold labels of one class"
                 return SplitGuess({"by": "random", **shares, **({"seed": seed} if seed else {})}, note)
     return SplitGuess({"by": "rows", **shares}, "in the order of files and lines; `by: random` is another way")
@@ -111,14 +111,16 @@ def _by_time(
         return None
     note = f"by time: {len(facts.counts):,} distinct times, from {_range(facts, found)}{also}"
     keys: dict[str, Any] = {"by": "time", "column": facts.name}
-    if not facts.in_path and _is_whole_split(SplitRule("time", column=facts.name), found, labels, complete, len(found)):
+    if not facts.in_path and _is_usable_split(
+        SplitRule("time", column=facts.name), found, labels, complete, len(found)
+    ):
         return SplitGuess(keys, note, facts.name)
     if not facts.in_path and not complete:
         return None
     last = [int(each) for each in np.unique(found)[-2:]]
     starts = {split: _text_of(facts, found, time) for split, time in zip(("valid", "test"), last, strict=True)}
     rule = SplitRule("time", column=facts.name, starts=dict(zip(("valid", "test"), last, strict=True)))
-    if not facts.in_path and not _is_whole_split(rule, found, labels, complete, len(found)):
+    if not facts.in_path and not _is_usable_split(rule, found, labels, complete, len(found)):
         return None
     return SplitGuess(keys | {"starts": starts}, f"{note}. The last two are valid and test", facts.name)
 
@@ -139,7 +141,7 @@ def _times(facts: ColumnFacts) -> npt.NDArray[np.int64] | None:
     return values if len(kinds) == 1 else None
 
 
-def _is_whole_split(
+def _is_usable_split(
     rule: SplitRule,
     times: npt.NDArray[np.int64] | None,
     labels: tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]] | None,

@@ -42,7 +42,7 @@ class Window:
     Attributes:
         start, stop: range of positions in the epoch's sequence of rows.
         complete: number of complete batches that the window makes.
-        extended: number of this rank's rows in the incomplete batch that follows them.
+        rest: number of this rank's rows in the incomplete batch that follows them.
         skipped: number of its batches that come before the first one requested.
         batches: number of batches that the window makes, the same on every rank.
     """
@@ -50,7 +50,7 @@ class Window:
     start: int
     stop: int
     complete: int
-    extended: int
+    rest: int
     skipped: int
     batches: int
 
@@ -122,8 +122,8 @@ class Order:
             yield None
             return
         random = _random_numbers(self._shuffle.seed, epoch, _ROWS, window.start, window.stop - window.start)
-        # The positions that the incomplete batch has, too, and the others.
-        border = window.extended * (window.complete + 1)
+        # First the positions that the incomplete batch has, too, then the others.
+        border = window.rest * (window.complete + 1)
         extended = _dealt(random[:border], 0, window.complete + 1)
         others = _dealt(random[border:], border, window.complete)
         for batch in range(window.skipped, window.batches):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from mlet_dist.config.parser import did_you_mean, shorten
 from mlet_dist.errors import UserError
@@ -53,7 +53,7 @@ class Section:
         return [Section(self._path, f"{self._within(key)}[{i}]", entry) for i, entry in enumerate(entries)]
 
     def end(self, hints: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Raise UserError if a key was not taken; ``hints`` says of keys with what they go."""
+        """Raise UserError if a key was not taken; ``hints`` holds advice by key."""
         for key in self._content:
             known = ", ".join(self._known)
             hint = hints.get(str(key)) or f"known keys here are {known}"
@@ -62,7 +62,7 @@ class Section:
                 f"{did_you_mean(str(key), self._known)}; {hint}"
             )
 
-    def fail(self, key: str, value: Any, expected: str) -> None:
+    def fail(self, key: str, value: Any, expected: str) -> NoReturn:
         """Raise UserError for the value of ``key``."""
         raise UserError(f"{self._path}: {self._within(key)} is {value!r:.80}; it must be {expected}")
 
@@ -70,7 +70,7 @@ class Section:
         try:
             return parse(value)
         except ValueError as error:
-            return self.fail(key, value, str(error))
+            self.fail(key, value, str(error))
 
     def _within(self, key: str) -> str:
         return f"{self._key}.{key}" if self._key else key

@@ -14,7 +14,7 @@ from mlet_dist.errors import UserError
 _LISTS = pa.list_(pa.string())
 
 
-class _Number(str):
+class JsonNumber(str):
     """The text of a number, as the line has it."""
 
 
@@ -122,7 +122,7 @@ def _text(name: str, value: Any, expected: str) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", bool: "true or false", type(None): "null", _Number: "a number"}
+    kinds = {dict: "an object", list: "a list", bool: "true or false", type(None): "null", JsonNumber: "a number"}
     return kinds.get(type(value), "a text")
 
 
@@ -135,4 +135,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_Number, parse_int=_Number, parse_constant=_Number)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_float=JsonNumber, parse_int=JsonNumber, parse_constant=JsonNumber
+)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlet_dist.data.prepare.raw_formats import SparseColumn
-from mlet_dist.data.prepare.raw_values import Flags, as_numbers, as_texts, is_text, matches
+from mlet_dist.data.prepare.raw_values import Flags, as_numbers, as_texts, is_list, is_text, matches
 from mlet_dist.data.prepare.typed_columns import (
     FLOAT32_MAX,
     NONE_INVALID,
@@ -44,12 +44,12 @@ class _Elements:
     Attributes:
         flat: the elements of all lists.
         lengths: the number of elements of each list.
-        whole: whether each list could be taken apart.
+        readable: whether each list could be split into elements.
     """
 
     flat: pa.Array
     lengths: Lengths
-    whole: Flags
+    readable: Flags
 
     def owners(self) -> npt.NDArray[np.int64]:
         """Return the list that each element belongs to."""
@@ -70,7 +70,7 @@ def list_values(
         return lists, _empty_weights(len(raw)) if sparse.weighted else None
     rows = row_indices(raw) if pa.types.is_dictionary(raw.type) else np.arange(len(raw))
     flat, pair_weights = elements.flat, None
-    valid = elements.whole.copy()
+    valid = elements.readable.copy()
     if sparse.weight_separator is not None:
         flat, pair_weights, has_weight = _pairs(flat, sparse.weight_separator)
         valid[elements.owners()[~has_weight]] = False
@@ -130,7 +130,7 @@ def _weight_lists(raw: pa.Array, elements: _Elements, present: Flags, kept: Flag
     chosen &= ~wrong[found.owners()]
     present = present & ~wrong[elements.owners()]
     numbers = numbers[chosen]  # one for each present value
-    valid = found.whole.copy()
+    valid = found.readable.copy()
     valid[found.owners()[chosen][~(np.abs(numbers) <= FLOAT32_MAX)]] = False
     kept_numbers = numbers[kept[present]]
     lengths = np.bincount(elements.owners()[kept & present], minlength=len(raw))
@@ -151,7 +151,7 @@ def _typed_weights(
 ) -> TypedColumn:
     """Return the weights of pairs of a value and a weight."""
     numbers, _ = as_numbers(texts, integer=False, missing_values=None)
-    valid = elements.whole.copy()
+    valid = elements.readable.copy()
     owners = elements.owners()
     valid[owners[kept][~(np.abs(numbers[kept]) <= FLOAT32_MAX)]] = False
     lists = _lists_of(numbers[kept], np.bincount(owners[kept], minlength=len(raw)))
@@ -162,13 +162,7 @@ def _elements(lists: pa.Array, sparse: SparseColumn) -> _Elements | None:
     """Return the elements of the lists of an array; None if its type holds no lists."""
     if is_text(lists.type) or pa.types.is_null(lists.type):
         return _split_texts(lists, sparse.separator)
-    if not (
-        pa.types.is_list(lists.type)
-        or pa.types.is_large_list(lists.type)
-        or pa.types.is_fixed_size_list(lists.type)
-        or pa.types.is_list_view(lists.type)
-        or pa.types.is_large_list_view(lists.type)
-    ):
+    if not is_list(lists.type):
         return None
     lengths = pc.list_value_length(lists).fill_null(0).cast(pa.int64()).to_numpy()
     return _Elements(lists.flatten(), lengths, np.ones(len(lists), dtype=bool))
@@ -187,9 +181,9 @@ def _split_texts(raw: pa.Array, separator: str | None) -> _Elements:
         inner = pc.replace_substring_regex(inner, around, (separator or ",").replace("\\", "\\\\"))
         texts = pc.if_else(pa.array(bracketed), inner, texts)
     if separator is None:
-        whole = bracketed | pc.equal(texts, "").to_numpy(zero_copy_only=False)
+        readable = bracketed | pc.equal(texts, "").to_numpy(zero_copy_only=False)
     else:
-        whole = np.ones(len(texts), dtype=bool)
+        readable = np.ones(len(texts), dtype=bool)
     pieces = pc.split_pattern(texts, separator or ",")
     lengths = pieces.value_lengths().to_numpy().astype(np.int64)
     empty = pc.equal(texts, "").to_numpy(zero_copy_only=False)
@@ -199,15 +193,15 @@ def _split_texts(raw: pa.Array, separator: str | None) -> _Elements:
         inside = np.repeat(bracketed, lengths)
         owners = np.repeat(np.arange(len(texts)), lengths)
         cut = inside & matches(flat, _HALF_QUOTED)  # a quoted text that contains the separator
-        whole = whole.copy()
-        whole[owners[cut]] = False
+        readable = readable.copy()
+        readable[owners[cut]] = False
         quoted = inside & matches(flat, _QUOTED)
         if quoted.any():
             flat = pc.if_else(pa.array(quoted), pc.utf8_slice_codeunits(flat, 1, -1), flat)
         # What pandas and JSON write of a missing element.
         missing = inside & ~quoted & matches(flat, r"^(None|null|nan|NaN|<NA>|NaT)$")
         flat = pc.if_else(pa.array(missing), "", flat)
-    return _Elements(flat, lengths, whole & decoded)
+    return _Elements(flat, lengths, readable & decoded)
 
 
 def _pairs(flat: pa.Array, separator: str) -> tuple[pa.StringArray, pa.StringArray, Flags]:
@@ -215,8 +209,8 @@ def _pairs(flat: pa.Array, separator: str) -> tuple[pa.StringArray, pa.StringArr
     texts, absent, _ = as_texts(flat.dictionary_decode() if pa.types.is_dictionary(flat.type) else flat, "text", ())
     parts = pc.split_pattern(texts, separator, max_splits=1, reverse=True)
     has_weight = parts.value_lengths().to_numpy() == 2
-    whole = pc.if_else(pa.array(has_weight), texts, separator)
-    parts = pc.split_pattern(whole, separator, max_splits=1, reverse=True)
+    pairs = pc.if_else(pa.array(has_weight), texts, separator)
+    parts = pc.split_pattern(pairs, separator, max_splits=1, reverse=True)
     return pc.list_element(parts, 0), pc.list_element(parts, 1), has_weight | absent
 
 

@@ -30,9 +30,9 @@ SHARDED = ("read", "count", "write")  # passes that can be sharded
 
 SMALL_BYTES = 24 << 20  # below this size, starting processes takes longer than preparing in one
 PROCESS_BYTES = 512 << 20  # memory of a process beside vocabularies: a block as text, as columns and as Parquet
-_logger = logging.getLogger(__name__)
-
 RANGE_VALUE_BYTES = 256  # memory per value while counts are merged: the value, its count and a hash table's entry
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def _raw_arguments(args: argparse.Namespace) -> list[str] | dict[str, list[str]]
             raise UserError("no raw file was given; name at least one (see `mlet prepare --help`)")
         return list(args.raw)
     if args.raw and "train" in lists:
-        raise UserError(f"{args.raw[0]}: is given beside --train; files without an option are train; use one of both")
+        raise UserError(
+            f"{args.raw[0]}: is given beside --train, but files without an option are train; use one of them"
+        )
     if args.split is not None:
         raise UserError(f"--split {args.split} goes without --{next(iter(lists))}, which names the files of a split")
     return lists if not args.raw else {"train": list(args.raw), **lists}

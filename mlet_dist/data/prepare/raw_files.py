@@ -3,7 +3,6 @@
 import csv
 import lzma
 import os
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,20 +20,15 @@ from mlet_dist.data.prepare.raw_formats import JsonLines, TextFormat
 from mlet_dist.data.prepare.text_encoding import UTF8, UTF8_MARK, encoding_of, to_utf8
 from mlet_dist.data.prepare.text_lines import free_character
 from mlet_dist.errors import UserError
+from mlet_dist.regular_file import special_kind
 from mlet_dist.storage import open_filesystem, reason_of
 
 MAX_HEADER_BYTES = 16 << 20
 HEADER_BUFFER_BYTES = 1 << 16
+PARQUET_SUFFIXES = (".parquet", ".pq")
 JSON_HEAD_BYTES = 1 << 20  # of a file of JSON lines, whose keys are looked at
 
-_PARQUET_SUFFIXES = (".parquet", ".pq")
 _COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".sz", ".lzma")
-_SPECIAL = (
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a character device"),
-    (stat.S_ISBLK, "a block device"),
-)
 
 
 @dataclass(frozen=True)
@@ -113,10 +107,8 @@ def open_raw(path: str) -> Any:
     if not is_local(path):
         filesystem, inner = open_filesystem(path)
         return filesystem.open(inner, "rb")
-    mode = os.stat(path).st_mode
-    for is_kind, kind in _SPECIAL:
-        if is_kind(mode):
-            raise UserError(f"{path}: is {kind}; raw data is read more than once, so write it to a regular file first")
+    if (kind := special_kind(os.stat(path).st_mode)) is not None:
+        raise UserError(f"{path}: is {kind}; raw data is read more than once, so write it to a regular file first")
     return open(path, "rb")
 
 
@@ -230,7 +222,7 @@ def _parquet_columns(path: str, file: IO[bytes]) -> tuple[str, ...]:
     file.seek(0)
     if (compression := compression_of(head)) is not None:
         raise UserError(f"{path}: is a {compression} file instead of a Parquet file; decompress it")
-    if not path.endswith(_PARQUET_SUFFIXES) and not head.startswith(b"PAR1"):
+    if not path.endswith(PARQUET_SUFFIXES) and not head.startswith(b"PAR1"):
         raise UserError(f"{path}: is not a Parquet file")
     found = pq.ParquetFile(file)
     return tuple(found.schema_arrow.names) if found.metadata.num_rows else ()

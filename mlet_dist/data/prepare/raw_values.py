@@ -134,6 +134,17 @@ def is_text(kind: pa.DataType) -> bool:
     )
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether values of an Arrow type are lists."""
+    return (
+        pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+        or pa.types.is_list_view(kind)
+        or pa.types.is_large_list_view(kind)
+    )
+
+
 def is_integer(kind: pa.DataType) -> bool:
     """Return whether values of an Arrow type are whole numbers by their type."""
     return bool(pa.types.is_integer(kind))

@@ -1,7 +1,8 @@
 """Finished pieces of work in sealed files, which tell when they were damaged or stand in another's place.
 
-The seal is a CRC-32 of a file's bytes and of its name within the work directory. Arrow files end with it, records
-(JSON) contain it, and of Parquet files, which become part of the data set as they are, the records contain it.
+The seal is a CRC-32 of a file's bytes and of its name within the work directory. Arrow files end with it. Parquet
+files become part of the data set as they are, so their seals stand in records. A record (JSON) contains its name and
+the SHA-256 of its content.
 """
 
 import errno
@@ -37,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 
 class DamagedPieceError(UserError):
-    """A finished piece is missing or damaged; whoever needs it can make it again."""
+    """A finished piece is missing or damaged, and must be made again."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: this finished piece {problem}")

@@ -63,7 +63,9 @@ def assign_files(rule: SplitRule, paths: Sequence[str]) -> tuple[str | None, ...
     if "train" in rule.files:
         for path, split_of in zip(paths, found, strict=True):
             if split_of is None:
-                raise UserError(f"{path}: split.files gives it to no split; take it away or name it there")
+                raise UserError(
+                    f"{path}: split.files gives it to no split; name it there, or leave it out of the raw files"
+                )
     splits = tuple(split or "train" for split in found)
     if "train" not in splits:
         raise UserError(f"split.files leaves none of the raw files to train on: {_listed(paths)}")

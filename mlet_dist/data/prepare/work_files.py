@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
+from mlet_dist.data.prepare.sealed_files import temporary_for
 from mlet_dist.errors import UserError
 
 
@@ -78,6 +78,5 @@ class WorkDirectory:
 
 def save_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary file and rename it to ``path``."""
-    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.rename(path)
+    with temporary_for(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.loading.rows import Rows
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from tests.helpers.data_set_parts import replace_part
+from tests.helpers.data_set_parts import replace_part, write_schema
 from tests.helpers.mixed_dataset import DENSE, GROUP_ROWS, SIZES, SPARSE, write_mixed
 
 ROWS = 1003
@@ -348,9 +348,9 @@ def write_weighted(path: Path, weights: Callable[[npt.NDArray[np.float64]], npt.
     for part in path.glob("*/*.parquet"):
         table = pq.read_table(part)
         column = pa.array(weights(table["row"].to_numpy().astype(np.float64)), pa.float32())
-        pq.write_table(table.append_column("sample_weight", column), part, row_group_size=GROUP_ROWS)
-    schema = json.loads((path / "schema.json").read_text())
-    (path / "schema.json").write_text(json.dumps(schema | {"sample_weight": True}))
+        table = table.append_column("sample_weight", column)
+        replace_part(path, str(part.relative_to(path)), table, row_group_size=GROUP_ROWS)
+    write_schema(path, json.loads((path / "schema.json").read_text()) | {"sample_weight": True})
     return path
 
 

@@ -90,14 +90,14 @@ def test_pass_by_pass(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFi
         (["table", "a.csv", "--out", "x", "--schema", "nowhere.yaml"], "nowhere.yaml: cannot read the description"),
         (
             ["criteo", "a.tsv", "--out", "x", "--train", "b.tsv"],
-            "a.tsv: is given beside --train; files without",
+            "a.tsv: is given beside --train, but files without",
         ),
         (
             ["criteo", "--out", "x", "--valid", "/dev/null"],
             "no raw file of the training split was given",
         ),
         (["criteo", "/dev/null", "--out", "x", "--test", "b", "--split", "rows"], "--split rows goes without --test"),
-        (["criteo", "/dev/null", "--out", "x"], "/dev/null: is a character device; raw data is read more than once"),
+        (["criteo", "/dev/null", "--out", "x"], "/dev/null: is a device; raw data is read more than once"),
         (["criteo", "*.tsv", "--out", "x"], "*.tsv: no file matches the pattern"),
         (["criteo", ".", "--out", "x"], ".: is a directory without raw files"),
         (["criteo", "--check", "x"], "--check cannot be combined with a format or --out"),

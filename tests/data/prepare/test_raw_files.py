@@ -117,7 +117,7 @@ def test_times_and_files_with_parts_without_rows(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a character device"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
 def test_files_that_never_end_are_refused_at_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     with socket.socket(socket.AF_UNIX) as listening:
@@ -198,23 +198,15 @@ def test_a_line_end_within_quotes_says_so(tmp_path: Path) -> None:
         prepare_table(tmp_path / "out", PLAIN, [tmp_path / "a.csv"])
 
 
-def _seconds(content: bytes, folder: Path) -> float:
-    path = folder / "day.tsv.gz"
-    path.write_bytes(gzip.compress(raw_bytes(make_raw_lines(50)) + content, 1))
-    start = time.monotonic()
-    prepare(criteo(), [path], folder / "out", only="read")
-    return time.monotonic() - start
-
-
 @pytest.mark.parametrize("kind", ["blank", "carriage returns"])
-def test_blank_lines_are_read_as_fast_as_others(kind: str, tmp_path: Path) -> None:
+def test_blank_lines_are_not_read_one_by_one(kind: str, tmp_path: Path) -> None:
     """A gzip of 32 MiB of them is 30 kB; it took minutes."""
     line = b"\r\n" if kind == "carriage returns" else b"\n"
-    (tmp_path / "text").mkdir()
-    (tmp_path / "blank").mkdir()
-    lines = raw_bytes(make_raw_lines(4000))
-    of_text = _seconds(lines * ((32 << 20) // len(lines)), tmp_path / "text")
-    assert _seconds(line * ((32 << 20) // len(line)), tmp_path / "blank") < 3 * of_text
+    path = tmp_path / "day.tsv.gz"
+    path.write_bytes(gzip.compress(raw_bytes(make_raw_lines(50)) + line * ((32 << 20) // len(line)), 1))
+    start = time.monotonic()
+    prepare(criteo(), [path], tmp_path / "out", only="read")
+    assert time.monotonic() - start < 60
 
 
 def test_a_block_of_malformed_lines_takes_little_time(tmp_path: Path) -> None:
