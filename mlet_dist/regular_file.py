@@ -9,6 +9,8 @@ from typing import IO
 MAX_BYTES = 256 << 20
 """No config, description or manifest is larger; a file of a terabyte given by mistake would fill the memory."""
 
+_READ_BYTES = 1 << 20
+
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -24,7 +26,12 @@ def read_regular_file(path: Path | str, at_most: int = MAX_BYTES) -> bytes:
         OSError: it cannot be read, is no regular file or has more than ``at_most`` bytes; ``strerror`` says which.
     """
     with open_regular(path) as file:
-        content = file.read(at_most + 1)
+        # Not `at_most` bytes at once, for which a buffer of that size would be allocated.
+        pieces, size = [], 0
+        while size <= at_most and (piece := file.read(_READ_BYTES)):
+            pieces.append(piece)
+            size += len(piece)
+    content = b"".join(pieces)
     if len(content) > at_most:
         raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes, so that it is not what is expected", str(path))
     return content

@@ -12,7 +12,7 @@ FILE = "data: {path: logs}\nrun: {dir: out}\n"
 TYPED = [
     "exp #1", "a: b", "2024-01-02", "007", "1e3", "0x10", "yes", "null", "Null", "true", "'quoted'", '"so"', "[a, b]",
     "{a: 1}", "*anchor", "&anchor", "!tag", "% percent", "@at", "`tick`", " spaces around ", "a\tb", "-", "?", "|", ">",
-    "#", "x#y", "a=b", "ünïcode 数据", "s3://bucket/a b#c", "~user", "a,b", "é: #",
+    "#", "x#y", "a=b", "ünïcode 数据", "bucket/a b#c", "~user", "a,b", "é: #",
 ]  # fmt: skip
 
 
