@@ -155,16 +155,16 @@ def test_directories_of_hive_are_columns(tmp_path: Path, form: str, name: str) -
 
 
 def test_labels_and_times_may_be_directories(tmp_path: Path) -> None:
-    for day, label in (("2024-03-02", 1), ("2024-03-01", 0), ("2024-03-03", 1)):
+    for day, label in (("2024-03-02", 1), ("2024-03-01", 0), ("2024-03-03", 0), ("2024-03-01", 1)):
         path = tmp_path / f"logs/day={day}/clicked={label}/part.csv"
         path.parent.mkdir(parents=True)
         path.write_text("x\n" + 10 * f"{day}\n")
     description = PLAIN | {
         "label": {"column": "clicked"},
-        "split": {"by": "time", "column": "day", "shares": {"train": "1/3", "valid": "1/3", "test": "1/3"}},
+        "split": {"by": "time", "column": "day", "shares": {"train": 0.5, "valid": 0.25, "test": 0.25}},
     }
     schema = prepare_table(tmp_path / "out", description, [tmp_path / "logs"])
-    assert schema.positive_rate == {"train": 0.0, "valid": 1.0, "test": 1.0}
+    assert schema.positive_rate == {"train": 0.5, "valid": 1.0, "test": 0.0}
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
@@ -201,5 +201,5 @@ def test_links_that_lead_to_themselves_are_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_protocol_is_named() -> None:
-    with pytest.raises(UserError, match=r"s3x://bucket/\*\.csv: cannot be read: Protocol not known: s3x"):
+    with pytest.raises(UserError, match=r"s3x://bucket/\*\.csv: cannot be opened: Protocol not known: s3x"):
         expand(["s3x://bucket/*.csv"])

@@ -106,7 +106,7 @@ def test_many_parts_without_rows_are_one_line(tmp_path: Path, caplog: pytest.Log
 
 def test_times_and_files_with_parts_without_rows(tmp_path: Path) -> None:
     for index in range(3):
-        (tmp_path / f"{index}.csv").write_text("y,x,t\n" + ("" if index == 1 else 20 * f"1,a,{index}\n"))
+        (tmp_path / f"{index}.csv").write_text("y,x,t\n" + ("" if index == 1 else 10 * f"1,a,{index}\n0,a,{index}\n"))
     files = [tmp_path / f"{index}.csv" for index in range(3)]
     split = {"by": "time", "column": "t", "shares": {"train": 0.5, "test": 0.5}}
     assert prepare_table(tmp_path / "a", PLAIN | {"split": split}, files).rows == {"train": 20, "test": 20}
