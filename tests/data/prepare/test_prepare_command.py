@@ -65,10 +65,7 @@ def test_pass_by_pass(tmp_path: Path, write_raw: Write, capsys: pytest.CaptureFi
         (["criteo"], "no raw file was given"),
         (["criteo", "day.tsv"], "--out is missing"),
         (["criteo", "day.tsv", "--out", "x"], "day.tsv: cannot be read: No such file or directory"),
-        (
-            ["criteo", "s3x://bucket/day.tsv", "--out", "x"],
-            "s3x://bucket/day.tsv: cannot be opened: Protocol",
-        ),
+        (["criteo", "s3x://bucket/day.tsv", "--out", "x"], "s3x://bucket/day.tsv: cannot be opened: Protocol"),
         (["criteo", "day.tsv", "--out", "x", "--schema", "y"], "--schema goes with `mlet prepare table`"),
         (["criteo", "day.tsv", "--out", "x", "--min-count", "0"], "min_count is 0; it must be at least 1"),
         (["criteo", "day.tsv", "--out", "x", "--seed", "1"], "--seed goes with --split random"),
