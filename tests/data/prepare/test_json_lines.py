@@ -101,6 +101,7 @@ def test_the_same_file_as_csv_gives_the_same_ids(
     rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("tables")
+    rows = [{"y": 0, "n": 1}, {"y": 1, "n": 1}, *rows]  # a training split of one class is refused
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (folder / "a.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -138,7 +139,7 @@ def test_another_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_key_that_no_object_has_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.jsonl").write_text(30 * '{"y": 1, "user": "a"}\n')
+    (tmp_path / "a.jsonl").write_text(15 * '{"y": 1, "user": "a"}\n{"y": 0, "user": "a"}\n')
     prepare_table(tmp_path / "out", JSON, [tmp_path / "a.jsonl"])
     [warning] = [record.getMessage() for record in caplog.records]
     assert "has the key 'x', so it is missing there; the keys are user, y" in warning
@@ -149,7 +150,7 @@ def test_directories_are_columns_of_json_lines_too(tmp_path: Path) -> None:
     for value, more in (("a", ""), ("b", ', "x": "c"')):
         path = tmp_path / f"{more != ''}/x={value}/part.jsonl"
         path.parent.mkdir(parents=True)
-        path.write_text(19 * '{"y": 1}\n' + f'{{"y": 0{more}}}\n')
+        path.write_text(9 * '{"y": 1}\n{"y": 0}\n' + f'{{"y": 0{more}}}\n')
     prepare_table(tmp_path / "out", JSON, [tmp_path / "False"])
     assert set(values_of(tmp_path / "out")) == {"a"}
     with pytest.raises(UserError, match=r"part\.jsonl: column 'x' is in the file and in its path \(x=…\)"):

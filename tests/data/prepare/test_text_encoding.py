@@ -72,7 +72,7 @@ def test_what_is_not_of_the_encoding_is_malformed(encoding: str, bad: bytes, tmp
 
 
 def test_the_key_is_named_if_some_lines_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.csv").write_bytes(b"y,x\n" + 40 * b"1,a\n" + "1,é\n".encode("latin-1"))
+    (tmp_path / "a.csv").write_bytes(b"y,x\n" + 20 * b"1,a\n0,a\n" + "1,é\n".encode("latin-1"))
     assert prepare_table(tmp_path / "out", PLAIN, [tmp_path / "a.csv"]).malformed == 1
     [record] = caplog.records
     assert record.getMessage().endswith(
