@@ -91,17 +91,17 @@ def guess_split(
         if (found := _by_time(facts, labels, complete, also)) is not None:
             return found
     if complete and rows < _FEW_ROWS:
-        return SplitGuess({"by": "rows", "shares": {"train": 1}}, "all rows are train, since they are so few")
+        return SplitGuess({"by": "rows", "shares": {"train": 1}}, "into train alone, since they are so few")
     rule = SplitRule("rows")
     if label_is_sorted or (complete and not _is_usable_split(rule, None, labels, complete, rows)):
         for seed in range(_SEEDS if complete else 1):
             rule = SplitRule("random", seed=seed)
             if not complete or _is_usable_split(rule, None, labels, complete, rows):
                 note = "at random, since in the order of the lines a split would hold labels of one class"
-                return SplitGuess({"by": "random", **shares, **({"seed": seed} if seed else {})}, note)
-        note = "into train alone, since they are too few for splits that all hold labels of both classes"
+                return SplitGuess({"by": "random", **({"seed": seed} if seed else {})}, note)
+        note = "into train alone, since no split of them gives every part labels of both classes"
         return SplitGuess({"by": "rows", "shares": {"train": 1}}, note)
-    return SplitGuess({"by": "rows", **shares}, "in the order of files and lines; `by: random` is another way")
+    return SplitGuess({"by": "rows"}, "in the order of files and lines; `by: random` is another way")
 
 
 def _by_time(
