@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 
-_ADVICE = "look at the label column, at positive_from in the table's description, and at the split rule"
+_ADVICE = "look at the label column, at positive_from or positive in the table's description, and at the split rule"
 
 
 def check_classes(path: object, schema: DatasetSchema, splits: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from mlet_dist.data.describe.delimited_head import split_head
 from mlet_dist.data.prepare.compression import HEAD_BYTES
 from mlet_dist.data.prepare.file_lists import directory_values, expand
-from mlet_dist.data.prepare.json_lines import JsonNumber
+from mlet_dist.data.prepare.json_lines import JsonNumber, json_constant
 from mlet_dist.data.prepare.raw_blocks import open_parquet, text_blocks
 from mlet_dist.data.prepare.raw_files import PARQUET_SUFFIXES, inspect_file, open_raw, raw_errors
 from mlet_dist.data.prepare.raw_formats import JsonLines, TextFormat
@@ -178,7 +178,7 @@ def _json_columns(path: str, lines: Sequence[str]) -> tuple[dict[str, pa.Array],
     rows: list[dict[str, Any]] = []
     for line in lines:
         try:
-            row = json.loads(line, parse_float=JsonNumber, parse_int=JsonNumber, parse_constant=JsonNumber)
+            row = json.loads(line, parse_float=JsonNumber, parse_int=JsonNumber, parse_constant=json_constant)
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):

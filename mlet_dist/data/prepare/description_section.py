@@ -39,7 +39,9 @@ class Section:
         self._known.append(key)
         if key not in self._content:
             if default is REQUIRED:
-                raise UserError(f"{self._path}: key {self._within(key)!r} is missing")
+                misspelt = [each for each in map(str, self._content) if did_you_mean(each, [key])]
+                near = f"; is {shorten(misspelt[0])!r} a misspelling of it?" if misspelt else ""
+                raise UserError(f"{self._path}: key {self._within(key)!r} is missing{near}")
             return default if not isinstance(default, str) else self._parsed(key, parse, default)
         return self._parsed(key, parse, self._content.pop(key))
 

@@ -135,6 +135,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def json_constant(name: str) -> JsonNumber | None:
+    """Return NaN, as Python writes a missing number, as null; Infinity is a number as it stands."""
+    return None if name == "NaN" else JsonNumber(name)
+
+
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_float=JsonNumber, parse_int=JsonNumber, parse_constant=JsonNumber
+    object_pairs_hook=_object, parse_float=JsonNumber, parse_int=JsonNumber, parse_constant=json_constant
 )

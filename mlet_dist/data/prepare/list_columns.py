@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlet_dist.data.prepare.raw_formats import SparseColumn
-from mlet_dist.data.prepare.raw_values import Flags, as_numbers, as_texts, is_list, is_text, matches
+from mlet_dist.data.prepare.raw_values import Flags, as_numbers, as_texts, is_integer, is_list, is_text, matches
 from mlet_dist.data.prepare.typed_columns import (
     FLOAT32_MAX,
     NONE_INVALID,
@@ -33,6 +33,11 @@ SPLIT = "split"  # rows whose text was split, so that it has two elements or mor
 Lengths = npt.NDArray[np.int64]
 
 _BRACKETS = r"^\[[^\[\]]*\]$"
+# Elements without commas between them, as NumPy writes lists: what they are, and what is between them.
+_SPACED = (
+    (r"^[0-9.eE+-]+(\s+[0-9.eE+-]+)+$", r"\s+", ","),
+    (r"^'[^']*'(\s+'[^']*')+$", r"'\s+'", "','"),
+)
 _QUOTED = r"""^('.*'|".*")$"""
 _HALF_QUOTED = r"""^(['"].*[^'"]|['"]|[^'"].*['"])$"""
 
@@ -162,6 +167,10 @@ def _elements(lists: pa.Array, sparse: SparseColumn) -> _Elements | None:
     """Return the elements of the lists of an array; None if its type holds no lists."""
     if is_text(lists.type) or pa.types.is_null(lists.type):
         return _split_texts(lists, sparse.separator)
+    if sparse.separator is not None and (is_integer(lists.type) or pa.types.is_floating(lists.type)):
+        # A file whose rows all have one value: what wrote it took the texts for numbers.
+        alone = lists.is_valid().to_numpy(zero_copy_only=False)
+        return _Elements(lists.drop_null(), alone.astype(np.int64), np.ones(len(lists), dtype=bool))
     if not is_list(lists.type):
         return None
     lengths = pc.list_value_length(lists).fill_null(0).cast(pa.int64()).to_numpy()
@@ -169,13 +178,19 @@ def _elements(lists: pa.Array, sparse: SparseColumn) -> _Elements | None:
 
 
 def _split_texts(raw: pa.Array, separator: str | None) -> _Elements:
-    """Split texts at the separator, which is a comma for texts in brackets without one; an empty text has no parts."""
+    """Split texts at the separator, which is a comma for texts in brackets without one; an empty text has no parts.
+
+    White space around elements is no part of them.
+    """
     texts, _, decoded = as_texts(raw, "text", ())
     bracketed = matches(texts, r"^\s*\[")
     if bracketed.any():
         trimmed = pc.utf8_trim_whitespace(texts)
         bracketed = matches(trimmed, _BRACKETS)
         inner = pc.utf8_trim_whitespace(pc.utf8_slice_codeunits(trimmed, 1, -1))
+        for elements, between, comma in _SPACED if separator is None else ():
+            if (spaced := matches(inner, elements)).any():
+                inner = pc.if_else(pa.array(spaced), pc.replace_substring_regex(inner, between, comma), inner)
         shown = (separator or ",").strip()
         around = rf"\s*{re.escape(shown)}\s*" if shown else r"\s+"
         inner = pc.replace_substring_regex(inner, around, (separator or ",").replace("\\", "\\\\"))
@@ -187,7 +202,7 @@ def _split_texts(raw: pa.Array, separator: str | None) -> _Elements:
     pieces = pc.split_pattern(texts, separator or ",")
     lengths = pieces.value_lengths().to_numpy().astype(np.int64)
     empty = pc.equal(texts, "").to_numpy(zero_copy_only=False)
-    flat = pieces.flatten().filter(pa.array(np.repeat(~empty, lengths)))
+    flat = pc.utf8_trim_whitespace(pieces.flatten().filter(pa.array(np.repeat(~empty, lengths))))
     lengths = np.where(empty, 0, lengths)
     if bracketed.any():
         inside = np.repeat(bracketed, lengths)
@@ -211,7 +226,7 @@ def _pairs(flat: pa.Array, separator: str) -> tuple[pa.StringArray, pa.StringArr
     has_weight = parts.value_lengths().to_numpy() == 2
     pairs = pc.if_else(pa.array(has_weight), texts, separator)
     parts = pc.split_pattern(pairs, separator, max_splits=1, reverse=True)
-    return pc.list_element(parts, 0), pc.list_element(parts, 1), has_weight | absent
+    return pc.utf8_trim_whitespace(pc.list_element(parts, 0)), pc.list_element(parts, 1), has_weight | absent
 
 
 def _within(present: Flags, lengths: Lengths, max_len: int, keep: str) -> Flags:

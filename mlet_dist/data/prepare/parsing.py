@@ -215,6 +215,7 @@ def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> _TypedRows:
     if invalid:
         table = table.filter(pa.array(kept)).combine_chunks()
     counts = {sparse.name: typed[sparse_column(sparse.name)].counts for sparse in spec.sparse if sparse.multi_valued}
+    counts[LABEL] = labels.counts
     return _TypedRows(table, invalid, kinds, labels.others, counts)
 
 

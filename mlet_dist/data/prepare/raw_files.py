@@ -181,6 +181,10 @@ def _header(path: str, file: IO[bytes], text: TextFormat) -> tuple[str, ...]:
     if len(start) < HEADER_BUFFER_BYTES and not start.strip(b"\r\n"):
         return ()
     line = start.partition(b"\n")[0].rstrip(b"\r")
+    if not line:
+        raise UserError(f"{path}: line 1 is blank; the first line must name the columns")
+    if b"\r" in line:
+        raise UserError(f"{path}: line 1: the header holds carriage returns; lines must end with \\n or \\r\\n")
     has_key = text.columns is None  # criteo and avazu have no description
     if b"\0" in line:
         advice = "; if it is UTF-16, set `encoding: utf-16-le` or utf-16-be in the description" if has_key else ""

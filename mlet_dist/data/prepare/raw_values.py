@@ -54,6 +54,9 @@ def as_texts(
     if missing_values is not None:
         spellings: tuple[str, ...] = ("", *missing_values)
         compared = texts
+        if cast == "integer":  # -1 and -1.0 are one number
+            compared = canonical_texts(texts)
+            spellings = ("", *canonical_texts(pa.array(spellings, pa.string())).to_pylist())
     elif cast == "integer":
         spellings, compared = MISSING_NUMBERS, pc.utf8_lower(texts)
     else:
@@ -93,6 +96,8 @@ def as_numbers(
         valid = valid & matches(texts, INTEGER if integer else NUMBER) & ~absent
         numbers = np.full(len(texts), np.nan)
         numbers[valid] = texts.filter(pa.array(valid)).cast(pa.float64()).to_numpy()
+        absent = absent | _stands_for_missing(numbers, missing_values)
+        numbers[absent] = np.nan
         return numbers, absent
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
@@ -100,14 +105,19 @@ def as_numbers(
         return np.full(len(values), np.nan), values.is_null().to_numpy(zero_copy_only=False)
     absent = values.is_null().to_numpy(zero_copy_only=False)
     numbers = values.cast(pa.float64(), safe=False).fill_null(np.nan).to_numpy().copy()
-    absent = absent | np.isnan(numbers)
-    if missing_values is not None:
-        stand_ins = as_numbers(pa.array(list(missing_values), pa.string()), False, ())[0]
-        absent = absent | np.isin(numbers, stand_ins[np.isfinite(stand_ins)])
+    absent = absent | np.isnan(numbers) | _stands_for_missing(numbers, missing_values)
     numbers[absent] = np.nan
     if integer:
         numbers = np.where(numbers == np.trunc(numbers), numbers, np.nan)
     return numbers, absent
+
+
+def _stands_for_missing(numbers: npt.NDArray[np.float64], missing_values: Sequence[str] | None) -> Flags:
+    """Return which numbers are those of a spelling: -1 and -1.0 are one number."""
+    if not missing_values:
+        return np.zeros(len(numbers), dtype=bool)
+    stand_ins = as_numbers(pa.array(list(missing_values), pa.string()), False, ())[0]
+    return np.isin(numbers, stand_ins[np.isfinite(stand_ins)])
 
 
 def canonical_texts(texts: pa.StringArray) -> pa.StringArray:

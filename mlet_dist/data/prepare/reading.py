@@ -1,6 +1,7 @@
 """The read pass: raw files become chunks, within a limit on malformed lines; times must be of one kind."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -10,13 +11,14 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from mlet_dist.data.prepare.chunks import ChunkInfo, Rejected, load_info, save_chunk
+from mlet_dist.data.prepare.chunks import LABEL, ChunkInfo, Rejected, load_info, save_chunk
 from mlet_dist.data.prepare.fingerprints import read_spec
 from mlet_dist.data.prepare.list_columns import BEYOND, EMPTY, SPLIT
 from mlet_dist.data.prepare.parsing import parse_block
 from mlet_dist.data.prepare.raw_blocks import Block, parquet_blocks, text_blocks
 from mlet_dist.data.prepare.raw_files import RawFile
 from mlet_dist.data.prepare.raw_formats import RAW_FORMATS, JsonLines, TableSpec
+from mlet_dist.data.prepare.raw_values import MISSING_NUMBERS
 from mlet_dist.data.prepare.sealed_files import DamagedPieceError, load_record, save_record
 from mlet_dist.data.prepare.splits import DATES, FRACTIONS, WHOLE_NUMBERS
 from mlet_dist.data.prepare.text_lines import MAX_EXAMPLES
@@ -90,7 +92,9 @@ class Reading:
             else:
                 self._report_malformed(number, found)
         self.read_again(workers, left)
-        self._report_lists([found for number in numbers if (found := self._load(number)) is not None])
+        reads = [found for number in numbers if (found := self._load(number)) is not None]
+        self._report_labels(reads)
+        self._report_lists(reads)
         self._report_empty(numbers)
 
     def read_again(self, workers: Workers, left: Sequence[int], damaged: Path | None = None) -> None:
@@ -150,7 +154,7 @@ class Reading:
         examples: list[Rejected] = []
         times: dict[str, int] = {}
         labels: Counter[str] = Counter()
-        counts = {sparse.name: Counter[str]() for sparse in self._spec.sparse if sparse.multi_valued}
+        counts = {name: Counter[str]() for name in (LABEL, *(s.name for s in self._spec.sparse if s.multi_valued))}
         lines = malformed = passed = 0
         calls = self._calls(number, progress.update, workers.processes > 1)
         for info in workers.map(_read_block, calls, at_once=-(-workers.processes // files_at_once)):
@@ -184,6 +188,15 @@ class Reading:
         # Save before the check, so that a run with a higher limit need not read the file again.
         save_record(self._directories[number] / "done.json", asdict(result))
         self._report_malformed(number, result)
+
+    def _report_labels(self, reads: Sequence[FileRead]) -> None:
+        """Warn of labels of the description that occur nowhere, such as yes where the column holds Yes."""
+        label = self._spec.label
+        found = set[str]().union(*(read.counts.get(LABEL, {}) for read in reads))
+        for key, listed in (("positive", label.positive), ("negative", label.negative)):
+            if absent := [each for each in listed or () if each not in found]:
+                text = "label.%s: %s occurs in no row of column %s; are these the labels as the files write them?"
+                _logger.warning(text, key, one_line(", ".join(map(repr, absent))), label.column)
 
     def _report_lists(self, reads: Sequence[FileRead]) -> None:
         """Warn of elements of lists that were left out, and of separators that occur nowhere."""
@@ -236,9 +249,10 @@ class Reading:
             return
         label = self._spec.label
         held = ", ".join(f"{value} ({count:,} times)" for value, count in sorted(others.items()))
+        example = _positive_label(others)
         advice = (
-            "say which labels are positive: `positive_from: 2` in `label` makes those from 2 on 1 and the others 0, "
-            "and `positive: [2]` makes the listed ones 1"
+            f"say which labels are positive: `positive_from: {example}` in `label` makes those from {example} on 1 and "
+            f"the others 0, and `positive: [{example}]` makes the listed ones 1"
         )
         if self._is_fixed:
             advice = "labels of this format are 0 and 1; describe other files for `mlet prepare table`"
@@ -269,9 +283,13 @@ class Reading:
     ) -> UserError:
         first = examples[0]
         advice = "check the format of the file"
-        if self._lacks_encoding(first):
+        if self._is_text_label(first):
+            advice = 'list the labels that mean 1 in `label`, such as `positive: ["yes"]`'
+        elif "holds a list instead of a text" in first.reason:
+            advice = "set `multi_valued: true` for lists"
+        elif self._lacks_encoding(first):
             advice = _SET_ENCODING
-        elif isinstance(self._spec.text, JsonLines):
+        elif isinstance(self._spec.text, JsonLines) and "JSON object" in first.reason:
             advice = "each line must be one JSON object"
         # A file of malformed lines alone is never accepted.
         limit = "" if malformed == lines and not which else ", or raise --max-malformed"
@@ -279,6 +297,12 @@ class Reading:
             f"{path}: {malformed} of {which}{lines} lines are malformed, e.g. line {first.line}: {first.reason}; "
             f"{advice}{limit}"
         )
+
+    def _is_text_label(self, example: Rejected) -> bool:
+        """Return whether a line is malformed since its label is a text that a description could map."""
+        found = re.fullmatch(r"(.*) is (['\"])(.+)\2 instead of 0 or 1", example.reason)
+        is_label = found is not None and found[1] == self._spec.label.column and not self._is_fixed
+        return is_label and found is not None and found[3].lower() not in MISSING_NUMBERS
 
     def _lacks_encoding(self, example: Rejected) -> bool:
         """Return whether a description could name the encoding of a malformed line."""
@@ -301,6 +325,12 @@ class Reading:
                 f"split.starts are dates or times, but {self._rule.column} holds {next(iter(first.values()))}; write "
                 "them as the column does"
             )
+
+
+def _positive_label(others: Mapping[str, int]) -> str:
+    """Return the label that is most likely positive: the largest of those besides 0 and 1, or 1."""
+    numbers = [text for text in others if re.fullmatch(r"-?[0-9.]+", text)]
+    return max([*numbers, "1"], key=float)
 
 
 def _read_block(spec: TableSpec, file: RawFile, block: Block | ChunkInfo, path: Path) -> ChunkInfo:

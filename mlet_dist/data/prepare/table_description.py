@@ -27,6 +27,9 @@ from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, SAMPLE_WEIGHT, SPLITS
 from mlet_dist.errors import UserError
 
+_MAX_RANGE = 10_000  # columns of a range such as C1..C26
+_MAX_DIGITS = 18  # of the numbers of a range
+
 
 def load_table(
     path: Path, columns_of: Callable[[TextFormat | JsonLines | None], Sequence[str]] | None = None
@@ -135,21 +138,30 @@ def _each_column(sections: list[Section], find: Callable[[], Sequence[str]]) -> 
                 section.fail(key, section.take(key, lambda value: value), "left out where `columns` lists the columns")
         for entry in section.take("columns", _columns):
             names = _named_columns(entry, find)
-            if not names:
+            if names is None:
+                section.fail("columns", entry, f"a range of at most {_MAX_RANGE:,} columns, such as C1..C26")
+            elif not names:
                 section.fail("columns", entry, f"a column, range or pattern of columns; there are {_shown(find())}")
-            found += [section.with_column(name) for name in names if name not in {s.column for s in found}]
+            else:
+                taken = {each.column for each in found}
+                found += [section.with_column(name) for name in names if name not in taken]
     return found
 
 
-def _named_columns(entry: str, find: Callable[[], Sequence[str]]) -> list[str]:
-    """Return the columns of a name, of a range such as ``C1..C26``, or of a pattern such as ``C*``."""
+def _named_columns(entry: str, find: Callable[[], Sequence[str]]) -> list[str] | None:
+    """Return the columns of a name, of a range such as ``C1..C26``, or of a pattern such as ``C*``.
+
+    None if the range is too long, or looks like one but is none, such as ``c1..C26``.
+    """
     span = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", entry)
     if span is not None and span[1] == span[3]:
+        if max(len(span[2]), len(span[4])) > _MAX_DIGITS or int(span[4]) - int(span[2]) >= _MAX_RANGE:
+            return None
         first, last, digits = int(span[2]), int(span[4]), len(span[2]) if span[2].startswith("0") else 0
         return [f"{span[1]}{number:0{digits}}" for number in range(first, last + 1)]
     if set(entry) & set("*?["):
         return [name for name in find() if fnmatchcase(name, entry)]
-    return [entry]
+    return None if ".." in entry and entry not in find() else [entry]
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -291,16 +303,22 @@ def _missing(value: Any) -> float | str:
 def _spellings(value: Any) -> tuple[str, ...]:
     """Return spellings of missing values; YAML may have read them as null, numbers or booleans."""
     if not isinstance(value, list) or any(isinstance(each, list | dict) for each in value):
-        raise ValueError('a list of texts, such as ["", "NULL", "\\N"]')
+        raise ValueError("""a list of texts, such as ["", "NULL", '\\N']""")
     if any(isinstance(each, bool) or each is None for each in value):
         raise ValueError("a list of texts in quotes; YAML reads null, true and no without quotes as other than text")
+    if "\x85" in value:
+        raise ValueError(
+            r"a list of texts in which \N is in single quotes, since YAML reads it in double ones as U+0085"
+        )
     return tuple(dict.fromkeys(str(each) for each in value))
 
 
 def _labels(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or any(isinstance(each, list | dict | None) for each in value):
-        raise ValueError("a list of one label or more, such as [2] or [yes, click]")
-    return tuple(str(each).lower() if isinstance(each, bool) else str(each) for each in value)
+        raise ValueError('a list of one label or more, such as [2] or ["yes", click]')
+    if any(isinstance(each, bool) for each in value):
+        raise ValueError("a list of labels in quotes, as the column writes them; YAML reads yes and true as the same")
+    return tuple(map(str, value))
 
 
 def _is_characters(value: Any, most: int) -> bool:
@@ -321,11 +339,17 @@ _columns = check(
     lambda value: isinstance(value, list) and value != [] and all(map(is_text, value)),
 )
 _table_size = check(f"from 1 to {MAX_NUM_EMBEDDINGS}", lambda value: is_integer(value, 1, MAX_NUM_EMBEDDINGS))
+_ESCAPE = re.compile(r"\\(t|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[0-9]{3})")  # as YAML leaves it without double quotes
 _delimiter = check(
-    '1 to 8 characters without line ends ("\\t" for a tab)',
-    lambda value: isinstance(value, str) and 0 < len(value) <= 8 and not set(value) & set("\r\n\0"),
+    '1 to 8 characters without line ends ("\\t" in double quotes for a tab)',
+    lambda value: (
+        isinstance(value, str) and 0 < len(value) <= 8 and not set(value) & set("\r\n\0") and not _ESCAPE.search(value)
+    ),
 )
 _quote = check("one ASCII character, or null for none", lambda value: value is None or _is_characters(value, 1))
-_separator = check("1 to 8 ASCII characters without line ends", lambda value: value is None or _is_characters(value, 8))
+_separator = check(
+    '1 to 8 ASCII characters without line ends ("\\t" in double quotes for a tab)',
+    lambda value: value is None or (_is_characters(value, 8) and not _ESCAPE.search(value)),
+)
 _name = check(f"{NAME_RULE}; choose another `name`", is_name)
 _table_name = check(f"{TABLE_NAME_RULE}; choose another `name`", is_table_name)

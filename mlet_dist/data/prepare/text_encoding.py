@@ -26,7 +26,9 @@ def canonical_encoding(name: str) -> str:
         found = codecs.lookup(name).name
         if "1,a\n".encode(found).decode(found) != "1,a\n":
             raise ValueError(name)
-    except (LookupError, UnicodeError) as error:
+        # Those of names on the internet, idna and punycode, cannot replace what they cannot decode.
+        codecs.getincrementaldecoder(found)(_INVALID_HANDLER).decode("1,a\n".encode(found))
+    except (LookupError, UnicodeError, ValueError) as error:
         raise ValueError(name) from error
     return UTF8 if found == "utf-8-sig" else found
 

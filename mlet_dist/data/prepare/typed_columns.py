@@ -19,6 +19,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Rows = npt.NDArray[np.int64]
 
+_SHOWN_CHARACTERS = 40  # of an invalid value, such as a time with the name of its zone
 _SHOWN_LABELS = 5  # distinct labels other than 0 and 1 that are counted by value
 
 
@@ -59,7 +60,8 @@ class TypedColumn:
     Attributes:
         values: (rows,) the values.
         invalid: why rows are invalid.
-        counts: what was left out or noticed, as the number of values by kind (``list_columns``).
+        counts: what was left out or noticed, as the number of values by kind (``list_columns``); of labels, those of
+            ``positive`` and ``negative`` that occur.
     """
 
     values: pa.Array
@@ -82,10 +84,12 @@ def label_values(raw: pa.Array, label: LabelColumn) -> TypedLabels:
     """Return labels: int8, 0 or 1. Without a mapping, 0, 1, 0.0, 1.0, false and true (in any case) are labels."""
     distinct = distinct_values(raw)
     others: dict[str, int] = {}
+    listed: dict[str, int] = {}
     if label.positive is not None:
         texts, absent, known = as_texts(distinct, None, label.missing_values)
         texts = canonical_texts(texts)
         positive = _is_in(texts, label.positive)
+        listed = {each: 1 for each in (*label.positive, *(label.negative or ())) if _is_in(texts, (each,)).any()}
         valid = known & ~absent
         expected = "one value"
         if label.negative is not None:
@@ -94,7 +98,7 @@ def label_values(raw: pa.Array, label: LabelColumn) -> TypedLabels:
         values = positive.astype(np.int8)
     else:
         numbers, absent = as_numbers(distinct, integer=False, missing_values=label.missing_values)
-        numbers = _with_booleans(numbers, distinct)
+        numbers = _with_booleans(numbers, distinct, absent)
         if label.positive_from is not None:
             valid, expected = np.isfinite(numbers) & ~absent, "a number"
             values = (numbers >= label.positive_from).astype(np.int8)
@@ -104,13 +108,14 @@ def label_values(raw: pa.Array, label: LabelColumn) -> TypedLabels:
             values = np.where(valid, numbers, 0).astype(np.int8)
             others = _counted(raw, distinct, np.isfinite(numbers) & ~is_label & ~absent)
     typed = typed_column(raw, pa.array(values), valid, distinct, label.column, expected)
-    return TypedLabels(typed.values, typed.invalid, others=others)
+    return TypedLabels(typed.values, typed.invalid, listed, others)
 
 
 def dense_values(raw: pa.Array, dense: DenseColumn) -> TypedColumn:
     """Return transformed numbers (float32); for ``standardise`` raw ones (float64), null where the mean goes."""
     distinct = distinct_values(raw)
     numbers, absent = as_numbers(distinct, dense.integer, dense.missing_values)
+    numbers = _with_booleans(numbers, distinct, absent)
     expected = "an integer" if dense.integer else f"a number from {-FLOAT32_MAX:.4g} to {FLOAT32_MAX:.4g}"
     valid = np.abs(numbers) <= FLOAT32_MAX  # excludes NaN and infinities
     refuse = dense.missing == "refuse"
@@ -182,8 +187,8 @@ def reason(name: str, value: pa.Scalar, expected: str) -> str:
     except (ValueError, OverflowError):  # what Python's types do not hold, such as times with nanoseconds
         content = str(value)
     shown = repr(content)
-    if isinstance(content, str) and len(content) > 20:
-        shown = repr(content[:20] + "…")
+    if isinstance(content, str) and len(content) > _SHOWN_CHARACTERS:
+        shown = repr(content[:_SHOWN_CHARACTERS] + "…")
     if not isinstance(content, str | int | float | None):
         return f"{name} is {shown:.60}, of type {value.type}, instead of {expected}"
     return f"{name} is {shown:.60} instead of {expected}"
@@ -214,14 +219,15 @@ def _is_in(texts: pa.StringArray, values: Sequence[str]) -> Flags:
     return np.array(pc.is_in(texts, value_set=wanted).to_numpy(zero_copy_only=False), dtype=bool)
 
 
-def _with_booleans(numbers: npt.NDArray[np.float64], distinct: pa.Array) -> npt.NDArray[np.float64]:
-    """Return the numbers with 0 and 1 in place of the texts false and true."""
-    if not np.isnan(numbers).any():
+def _with_booleans(numbers: npt.NDArray[np.float64], distinct: pa.Array, absent: Flags) -> npt.NDArray[np.float64]:
+    """Return the numbers with 0 and 1 in place of the texts false and true, unless those are missing values."""
+    if not (np.isnan(numbers) & ~absent).any():
         return numbers
     texts, _, _ = as_texts(distinct, None, None)
     lower = pc.utf8_lower(pc.utf8_trim_whitespace(texts))
     for text, number in (("false", 0.0), ("true", 1.0)):
-        numbers = np.where(pc.equal(lower, text).to_numpy(zero_copy_only=False), number, numbers)
+        found = pc.equal(lower, text).to_numpy(zero_copy_only=False)
+        numbers = np.where(found & ~absent, number, numbers)
     return numbers
 
 

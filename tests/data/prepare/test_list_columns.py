@@ -57,6 +57,34 @@ def test_lists_in_brackets_of_other_separators() -> None:
     assert lists(texts("[a]|[b]", "(no genres listed)"), separator="|")[0] == [["[a]", "[b]"], ["(no genres listed)"]]
 
 
+def test_white_space_around_elements_is_no_part_of_them() -> None:
+    assert lists(texts("a | b", "a|b ", " a", " | "), separator="|")[0] == [["a", "b"], ["a", "b"], ["a"], []]
+    assert lists(texts("Drama, Crime", "Drama,Crime"), separator=",")[0] == [["Drama", "Crime"]] * 2
+    assert lists(texts("New York|b  c"), separator="|")[0] == [["New York", "b  c"]]
+    pairs = lists(texts("a : 1 | b :2"), separator="|", weight_separator=":")
+    assert (pairs[0], pairs[3]) == ([["a", "b"]], [[1.0, 2.0]])
+
+
+def test_lists_as_numpy_writes_them() -> None:
+    raw = texts("[27 9]", "[ 1  20 3]", "[4]", "['a' 'b c' 'd']", "[0.5 1.]", "[New York, x]", "[-1 1e3]")
+    expected = [
+        ["27", "9"],
+        ["1", "20", "3"],
+        ["4"],
+        ["a", "b c", "d"],
+        ["0.5", "1."],
+        ["New York", "x"],
+        ["-1", "1e3"],
+    ]
+    assert lists(raw)[:2] == (expected, [])
+
+
+def test_numbers_where_texts_are_split_are_lists_of_one() -> None:
+    assert lists(pa.array([5, None, 7]), separator="|")[:2] == ([["5"], [], ["7"]], [])
+    assert lists(pa.array([5.0, None, 7.5]), separator="|")[:2] == ([["5"], [], None], [2])
+    assert lists(pa.array([5, 7]))[1] == [0, 1]
+
+
 def test_texts_that_are_no_lists_are_malformed() -> None:
     assert lists(texts("[1, 2]", "1, 2", "x"), separator=None)[:2] == ([["1", "2"], None, None], [1, 2])
     assert lists(texts('["a,b", "c"]'), separator=",")[1] == [0]  # the separator within a quoted text
