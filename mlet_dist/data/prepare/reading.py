@@ -236,9 +236,10 @@ class Reading:
             return
         label = self._spec.label
         held = ", ".join(f"{value} ({count:,} times)" for value, count in sorted(others.items()))
+        shown = max(("1", *others), key=float)  # an example that does not make all labels 0 or 1
         advice = (
-            "say which labels are positive: `positive_from: 2` in `label` makes those from 2 on 1 and the others 0, "
-            "and `positive: [2]` makes the listed ones 1"
+            f"say which labels are positive: `positive_from: {shown}` in `label` makes those from {shown} on 1 and the "
+            f"others 0, and `positive: [{shown}]` makes the listed ones 1"
         )
         if self._is_fixed:
             advice = "labels of this format are 0 and 1; describe other files for `mlet prepare table`"
