@@ -98,10 +98,10 @@ def guess_split(
             rule = SplitRule("random", seed=seed)
             if not complete or _is_usable_split(rule, None, labels, complete, rows):
                 note = "at random, since in the order of the lines a split would hold labels of one class"
-                return SplitGuess({"by": "random", **shares, **({"seed": seed} if seed else {})}, note)
+                return SplitGuess({"by": "random", **({"seed": seed} if seed else {})}, note)
         note = "into train alone, since they are too few for splits that all hold labels of both classes"
         return SplitGuess({"by": "rows", "shares": {"train": 1}}, note)
-    return SplitGuess({"by": "rows", **shares}, "in the order of files and lines; `by: random` is another way")
+    return SplitGuess({"by": "rows"}, "in the order of files and lines; `by: random` is another way")
 
 
 def _by_time(
