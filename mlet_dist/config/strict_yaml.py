@@ -1,4 +1,4 @@
-"""Reads YAML strictly: no duplicate keys, no aliases that expand without end, no file on which a read would wait."""
+"""Reads YAML strictly: no duplicate keys or surprising numbers, no endless aliases, no file on which a read waits."""
 
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,22 @@ class StrictLoader(yaml.SafeLoader):
                     raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
                 seen.add((key.tag, key.value))
         return node
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
+        """Return a number; refuse 010 and 1:30, which YAML reads as 8 and 90, not as what people mean by them."""
+        integer = node.tag.endswith(":int")
+        value: int | float = self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
+        text = str(node.value).replace("_", "")
+        if ":" in text or (integer and text.lstrip("+-").isdecimal() and int(text) != value):
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value} is the number {value} in YAML; write that number, or put text in quotes",
+                problem_mark=node.start_mark,
+            )
+        return value
+
+
+for _kind in ("int", "float"):
+    StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", StrictLoader.construct_decimal)
 
 
 class TextLoader(StrictLoader):

@@ -16,7 +16,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.source import describe_unknown
 from mlet_dist.models.dlrm import build_dlrm
-from mlet_dist.training.evaluation import evaluate, evaluation_loader
+from mlet_dist.training.evaluation import evaluate, evaluation_loader, undefined_auc
 from mlet_dist.training.process_group import Worker, join_ranks
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.sharding import shard_model
@@ -69,6 +69,9 @@ def evaluate_path(
             run.check_own(checkpoint, checkpoint.manifest().about)
             load_model(model, checkpoint.location)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
+        undefined = undefined_auc(found, f"{data}: {split}")
+        if undefined is not None and worker.is_first:
+            print(f"mlet: warning: {undefined}", file=sys.stderr, flush=True)
     shares = out_of_vocabulary_shares(counts, split)
     return {"target": str(target), "split": split, **found, "out_of_vocabulary": shares}
 

@@ -17,10 +17,11 @@ _ADVICE = (
 
 
 class DenseArchCheck:
-    """Checks, when it is called, the output of the dense arch (bottom MLP) for the last step's global batch.
+    """Checks, when it is called, the output of the dense arch (bottom MLP) for the last complete global batch.
 
     Adagrad's first steps move every weight by the learning rate, whatever its gradient. In some runs this leaves the
-    last layer's ReLU at 0 for all rows, from which it never recovers.
+    last layer's ReLU at 0 for all rows, from which it never recovers. For the few rows of an incomplete batch it can be
+    0 in a model that is well, so such a batch tells nothing.
 
     Attributes:
         varies: whether the output varied over the rows of the batch that was checked last; None before a check, or
@@ -31,12 +32,21 @@ class DenseArchCheck:
         self.varies: bool | None = None
         self._dense_arch = _dense_arch(training.model)
         self._warned = False
+        self._complete = min(training.batch_size, training.rows_per_epoch)
+        self._rows: torch.Tensor | None = None
+        self._step = 0
 
-    def __call__(self, training: Training) -> str | None:
+    def note(self, training: Training) -> None:
+        """Keep the dense columns of the last step's batch if it is complete; called after each step."""
+        batch = training.batch
+        if batch is not None and batch.global_rows >= self._complete:
+            self._rows, self._step = batch.dense[: batch.num_rows], training.step
+
+    def __call__(self) -> str | None:
         """Check, and return a warning the first time that the output does not vary. A collective call."""
-        if self._dense_arch is None or training.batch is None:
+        rows = self._rows
+        if self._dense_arch is None or rows is None:
             return None
-        rows = training.batch.dense[: training.batch.num_rows]
         with torch.no_grad():
             found = [_extremes(rows), _extremes(self._dense_arch(rows))]
         extremes = torch.cat(found, dim=1)
@@ -51,8 +61,8 @@ class DenseArchCheck:
             return None
         self._warned = True
         return (
-            f"the output of the dense arch is the same for all {training.batch.global_rows:,} rows of step "
-            f"{training.step:,}, so the model ignores its dense columns: {_ADVICE}"
+            f"the output of the dense arch is the same for all {self._complete:,} rows of step "
+            f"{self._step:,}, so the model ignores its dense columns: {_ADVICE}"
         )
 
 

@@ -131,6 +131,21 @@ def predict(
         yield batch.predicted(model(batch.dense, batch.sparse).squeeze(-1))
 
 
+def undefined_auc(metrics: Mapping[str, float], description: str) -> str | None:
+    """Return a warning if the rows of a split have both labels, but those of weight above 0 do not.
+
+    Args:
+        metrics: of ``BinaryMetrics``.
+        description: the data set and split, for the message.
+    """
+    if "weight" not in metrics or not math.isnan(metrics["auc"]):
+        return None
+    if not metrics["weight"]:
+        return f"{description}: all {metrics['rows']:,} rows have sample_weight 0, so nothing can be measured"
+    label = int(metrics["positive_rate"] > 0)
+    return f"{description}: all rows whose sample_weight is above 0 have label {label}, so its AUC is undefined"
+
+
 def evaluate(model: nn.Module, loader: DataLoader, worker: Worker, description: str) -> dict[str, float]:
     """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` over a loader's rows. A collective call."""
     metrics = BinaryMetrics(worker.device, weighted=loader.weighted)

@@ -155,17 +155,23 @@ class TrainingReport:
         step, fields = training.step, {}
         if self._guard.skip_reason is not None:
             self._report_skipped(training, self._guard.skip_reason)
+        self._dense_arch.note(training)
         if step % self._config.train.log_every == 0 or training.is_done:
             self._guard.flush()
-            warning = self._dense_arch(training)
+            warning = self._dense_arch()
             if warning is not None:
                 self._progress.log(f"warning: {warning}")
             values, timing = self._values(training), self._timer.report()
+            if training.is_done and math.isnan(values["auc"]) and training.updates:
+                self._progress.log(
+                    "warning: the rows that were trained on all have the same label, or a sample_weight of 0, so the "
+                    "model learned nothing from them; look at the label column and at sample_weight"
+                )
             self._recorder.record("train", step, values)
             self._recorder.record("timing", step, timing)
             fields = {
-                "loss": f"{values['loss']:.4f}",
-                "AUC": "undefined" if math.isnan(values["auc"]) else f"{values['auc']:.4f}",
+                "loss": _shown(values["loss"]),
+                "AUC": _shown(values["auc"]),
                 "samples/s": f"{values['samples_per_s']:,.0f}",
             }
             share = timing["data_wait_ms"] / timing["step_ms"]
@@ -218,3 +224,8 @@ class TrainingReport:
     def _samples_per_s(self, training: Training) -> float:
         rows = training.rows - training.rows_by(self._first_step)
         return rows / (time.monotonic() - self._started)
+
+
+def _shown(value: float) -> str:
+    """Return a loss or AUC as text; NaN is one that no row of weight above 0, or no row of one class, defines."""
+    return "undefined" if math.isnan(value) else f"{value:.4f}"

@@ -215,24 +215,26 @@ class RunDirectory:
                 f"{self.path}: this run never finished: it has no {self.summary.name}; train it to the end first "
                 "(the same `mlet train` command resumes it)"
             )
-        config, saved = self.load_config(), run_id_of_yaml(self.config)
-        ids = [(self.config.name, saved)]
-        summary, of_summary = load_sealed_json(self.summary)
-        model, of_model = load_sealed_json(self.model)
-        ids += [(self.model.name, of_model), (self.summary.name, of_summary)]
-        if self.plan.exists():
-            ids.append((self.plan.name, load_sealed_json(self.plan)[1]))
-        check_one_run(self.path, ids)
+        config = self.load_config()
+        model, summary = (load_sealed_json(file)[0] for file in (self.model, self.summary))
         return config, ModelSpec.from_dict(model, str(self.model)), summary
 
     def load_config(self) -> Config:
         """Return the resolved config that the run wrote.
 
         Raises:
-            UserError: it was changed, or cannot be read.
+            UserError: it cannot be read; or a file of the run was changed, truncated or is another run's.
         """
-        run_id_of_yaml(self.config)
+        check_one_run(self.path, self._run_ids())  # first, since a truncated config may lack settings
         return load_config(self.config)
+
+    def _run_ids(self) -> list[tuple[str, str | None]]:
+        """Return the name of each sealed file that exists, with the id of the run that wrote it."""
+        others = [file for file in (self.model, self.summary, self.plan) if file.exists()]
+        return [
+            (self.config.name, run_id_of_yaml(self.config)),
+            *((file.name, load_sealed_json(file)[1]) for file in others),
+        ]
 
     def check_own(self, checkpoint: object, about: Mapping[str, Any]) -> None:
         """Check that a checkpoint belongs to the run that wrote config.yaml.

@@ -24,7 +24,7 @@ from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
-from mlet_dist.training.evaluation import BinaryMetrics, evaluate
+from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.job import Job, open_job
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
@@ -210,6 +210,8 @@ def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any
     for split, loader in job.split_loaders.items():
         metrics = evaluate(training.model, loader, job.worker, split)
         recorder.record(split, training.step, metrics)
+        undefined = undefined_auc(metrics, f"{job.config.data.path}: {split}")
+        job.log([] if undefined is None else [f"warning: {undefined}"])
         summary |= {f"{split}_{name}": metrics[name] for name in ("auc", "logloss", "rows")}
         summary[f"{split}_out_of_vocabulary"] = overall_share(job.id_counts, split)
     return summary

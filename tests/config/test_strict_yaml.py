@@ -1,3 +1,4 @@
+import math
 import os
 import socket
 import time
@@ -103,3 +104,19 @@ def test_a_loop_of_links_and_a_name_that_cannot_be_are_one_line(tmp_path: Path) 
     for name in ("a\0b", "a\ud800b"):
         with pytest.raises(UserError, match="cannot read the config: its name cannot be a file's: "):
             load_yaml(tmp_path / name, "config")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("010", "8"), ("[1, -0123]", "-83"), ("{a: 1:30}", "90"), ("1:30.5", "90.5"), ("01_0", "8")]
+)
+def test_numbers_of_base_8_and_60_are_refused_and_what_they_are_is_said(text: str, number: str) -> None:
+    with pytest.raises(ValueError, match=rf"in line 1: .* is the number {number} in YAML; write that number, or"):
+        parse_yaml(text)
+
+
+def test_other_numbers_and_quoted_ones_are_read() -> None:
+    text = "[007, 00, 0x10, 1_000, -3, +4, 1.5, .inf, '010', \"1:30\", 2024-01-05T10:30:00Z]"
+    *numbers, time = parse_yaml(text)
+    assert numbers == [7, 0, 16, 1000, -3, 4, 1.5, math.inf, "010", "1:30"]
+    assert time.hour == 10
+    assert parse_yaml("[010, 1:30]", TextLoader) == ["010", "1:30"]

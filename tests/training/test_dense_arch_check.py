@@ -29,7 +29,8 @@ def _check(config: Config, dead: str, constant_on: tuple[int, ...]) -> list[tupl
     if constant_on == (0, 1):
         training.batch.dense[:] = 0.25
     check = DenseArchCheck(training)
-    return [(check(training), check.varies) for _ in range(2)]
+    check.note(training)
+    return [(check(), check.varies) for _ in range(2)]
 
 
 @pytest.fixture
@@ -62,9 +63,35 @@ def test_dense_columns_that_do_not_vary_tell_nothing(ranks: Ranks, config: Confi
 def _check_without_batch(config: Config) -> tuple[str | None, bool | None]:
     training, _ = training_of(config, steps=1)
     check = DenseArchCheck(training)
-    return check(training), check.varies
+    check.note(training)
+    return check(), check.varies
 
 
 @pytest.mark.multirank
 def test_nothing_is_known_before_the_first_step(ranks: Ranks, config: Config) -> None:
     assert ranks(1).run(_check_without_batch, config) == [(None, None)]
+
+
+def _check_after_an_incomplete_batch(config: Config) -> tuple[str | None, bool | None]:
+    """Return the result of a check where the output is constant over the rows of the incomplete last batch alone."""
+    training, _ = training_of(config, steps=2)
+    (dense_arch,) = (module for module in training.model.modules() if isinstance(module, DenseArch))
+    with torch.no_grad():
+        for name, parameter in dense_arch.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.abs_()  # so that the output is 0 for rows of negative numbers
+    check = DenseArchCheck(training)
+    for training.step, training.batch in enumerate(loader(config), start=1):
+        incomplete = training.batch.global_rows < config.data.batch_size
+        training.batch.dense.abs_().mul_(-1 if incomplete else 1)
+        check.note(training)
+    assert incomplete
+    return check(), check.varies
+
+
+@pytest.mark.multirank
+def test_the_rows_of_an_incomplete_batch_tell_nothing(ranks: Ranks, small_model: tuple[str, ...]) -> None:
+    config = load_config(CONFIG, [*small_model, "data.batch_size=62", "run.dir=unused"])
+    assert ranks(2).run(_check_after_an_incomplete_batch, config) == [(None, True)] * 2

@@ -10,6 +10,7 @@ import pytest
 
 from mlet_dist.config.config_file import load_config
 from mlet_dist.errors import UserError
+from mlet_dist.training.resume import checkpoint_at
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import (
     check_one_run,
@@ -123,6 +124,25 @@ def test_a_changed_file_is_refused_and_named(change: str, run: Path) -> None:
     with pytest.raises(UserError) as caught:
         RunDirectory(run).load()
     assert str(caught.value).startswith(f"{run / name}: was changed after the run wrote it")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_a_truncated_config_is_named_as_such_and_not_as_one_to_complete(left: int, run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text[: left * len(text) // 3])
+    with pytest.raises(UserError) as caught:
+        RunDirectory(run).load()
+    assert "its files were not written by one run: config.yaml without a seal" in str(caught.value)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["model.json", "plan.json", "summary.json"])
+def test_a_start_from_a_run_checks_its_other_files_too(name: str, run: Path, other: Path) -> None:
+    shutil.copy(other / name, run / name)
+    for setting in ("train.resume", "train.initial_weights"):
+        with pytest.raises(UserError, match=rf"were not written by one run: .*{name}"):
+            checkpoint_at(str(run), setting)
 
 
 @pytest.mark.e2e

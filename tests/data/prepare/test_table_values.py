@@ -58,10 +58,11 @@ def test_labels_of_other_numbers_are_an_error_that_names_them(
     path = write_raw(csv("y,x", *rows), "a.csv")
     with pytest.raises(
         UserError, match=r"the label column 'y' holds .* besides 0 and 1; say which labels are positive"
-    ):
+    ) as error:
         make(tmp_path / "out", CSV, path)
     assert not (tmp_path / "out").exists()
     top = values[-1]
+    assert f"`positive_from: {top}`" in str(error.value)  # which does not make all labels 0, as 2 would for -1 and 1
     expected = [int(float(row.split(",")[0]) == float(top)) for row in rows]
     for label in (
         {"positive_from": float(top)},
