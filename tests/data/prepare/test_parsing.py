@@ -123,7 +123,7 @@ MALFORMED = {
     "letters in I3": (_line(5, I3="1e3"), "I3 is '1e3' instead of an integer"),
     "hexadecimal I3": (_line(5, I3="0x1f"), "I3 is '0x1f' instead of an integer"),
     "spaces in I3": (_line(5, I3="1 7"), "I3 is '1 7' instead of an integer"),
-    "endless I13": (_line(5, I13="9" * 40), "I13 is '99999999999999999999…' instead of an integer"),
+    "endless I13": (_line(5, I13="9" * 60), f"I13 is '{'9' * 40}…' instead of an integer"),
     "NUL": (_line(5, C4="a\0b"), "a NUL byte within the line"),
     "stray carriage return": (_line(5, C4="ab\rcd"), "a carriage return within the line"),
 }

@@ -175,3 +175,10 @@ def test_a_list_of_json_lines_names_the_key_that_takes_it(tmp_path: Path) -> Non
     with pytest.raises(UserError) as caught:
         prepare_table(tmp_path / "out", PLAIN | {"format": "jsonl"}, [path])
     assert str(caught.value).endswith("true or false; set `multi_valued: true` for lists")
+
+
+def test_what_is_wrong_with_a_time_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    _as_csv(path, [(i % 2, "2020-07-05 05:27:48 Europe/Berlin") for i in range(30)])
+    with pytest.raises(UserError, match="x is '2020-07-05 05:27:48 Europe/Berlin' instead of a number, or a date"):
+        prepare_table(tmp_path / "out", PLAIN | {"split": {"by": "time", "column": "x"}}, [path])
