@@ -58,7 +58,7 @@ def changed(data_sets: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def open_splits(data: Path) -> None:
     for split in ("train", "valid", "test"):
-        options = {"dense_features": None, "sparse_features": None, "drop_last": False}
+        options = {"dense_features": None, "sparse_features": None}
         list(DataLoader(data, split, batch_size=8, rank=0, world_size=1, **options))
 
 
