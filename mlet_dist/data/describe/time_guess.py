@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ _LEAST_DISTINCT = 0.3  # share of distinct times in a column of numbers whose na
 _SAMPLE = 10  # distinct texts to look at before all are
 _SEEDS = 100  # of random splits to try for one in which every split has both classes
 
-_THIRDS = dict.fromkeys(("train", "valid", "test"), Fraction(1, 3))
+_FEW_ROWS = 10  # fewer cannot be shared out among three splits
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,18 @@ def guess_split(
         also = f"; other times are in {', '.join(others)}" if others else ""
         if (found := _by_time(facts, labels, complete, also)) is not None:
             return found
-    shares = {} if rows >= 10 or not complete else {"shares": dict.fromkeys(_THIRDS, "1/3")}
-    rule = SplitRule("rows", _THIRDS) if shares else SplitRule("rows")
+    if complete and rows < _FEW_ROWS:
+        return SplitGuess({"by": "rows", "shares": {"train": 1}}, "into train alone, since they are so few")
+    rule = SplitRule("rows")
     if label_is_sorted or (complete and not _is_usable_split(rule, None, labels, complete, rows)):
         for seed in range(_SEEDS if complete else 1):
-            rule = SplitRule("random", rule.shares, seed)
+            rule = SplitRule("random", seed=seed)
             if not complete or _is_usable_split(rule, None, labels, complete, rows):
                 note = "at random, since in the order of the lines a split would hold labels of one class"
-                return SplitGuess({"by": "random", **shares, **({"seed": seed} if seed else {})}, note)
-        note = "into train alone, since they are too few for splits that all hold labels of both classes"
+                return SplitGuess({"by": "random", **({"seed": seed} if seed else {})}, note)
+        note = "into train alone, since no split of them gives every part labels of both classes"
         return SplitGuess({"by": "rows", "shares": {"train": 1}}, note)
-    return SplitGuess({"by": "rows", **shares}, "in the order of files and lines; `by: random` is another way")
+    return SplitGuess({"by": "rows"}, "in the order of files and lines; `by: random` is another way")
 
 
 def _by_time(
