@@ -449,7 +449,10 @@ NAMES = "printable text of 1 to 200 bytes without dots and slashes"
         ({"label": None}, "label is None; it must be a section of `key: value` lines"),
         ({"label": {}}, "key 'label.column' is missing"),
         ({"labels": 1}, "labels is not a valid key here"),
-        ({"delimiter": ""}, "delimiter is ''; it must be 1 to 8 characters without line ends (\"\\t\" for a tab)"),
+        (
+            {"delimiter": ""},
+            "delimiter is ''; it must be 1 to 8 characters without line ends (\"\\t\" in double quotes",
+        ),
         ({"delimiter": "\r\n"}, "delimiter is '\\r\\n'; it must be 1 to 8 characters without line ends"),
         ({"delimiter": '"'}, "quote is '\"'; it must be another character than the delimiter"),
         ({"delimiter": '|"|'}, "quote is '\"'; it must be another character than the delimiter"),
