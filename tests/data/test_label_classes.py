@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from mlet_dist.data.label_classes import check_classes
+from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.data.schema import SPLITS, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 
@@ -12,11 +13,12 @@ DATA = Path("data/clicks")
 
 def schema(**positives: tuple[int, int]) -> DatasetSchema:
     """Return the schema of a data set with (rows, positives) of each split, in two parts."""
-    parts = {}
+    parts: dict[str, tuple[Part, ...]] = {}
+    made = Preprocessing({"column": "click"}, {}, {"x": {"encoding": "vocabulary"}})
     for split, (rows, ones) in positives.items():
-        first = Part(f"{split}/a", rows // 2, min(ones, rows // 2), 1, "0" * 64)
-        parts[split] = (first, Part(f"{split}/b", rows - first.rows, ones - first.positives, 1, "0" * 64))
-    return DatasetSchema("table", "label", (), (SparseFeature("x", 3),), 0, parts)
+        first = Part(f"{split}/a", rows // 2, min(ones, rows // 2), 1, "0" * 64, "0" * 64)
+        parts[split] = (first, Part(f"{split}/b", rows - first.rows, ones - first.positives, 1, "0" * 64, "0" * 64))
+    return DatasetSchema("table", "label", (), (SparseFeature("x", 3),), 0, parts, made)
 
 
 def test_splits_of_both_classes() -> None:
