@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
+from uuid import uuid4
 
 from mlet_dist.checkpoint.manifest import MANIFEST, Manifest, ManifestError
 from mlet_dist.errors import UserError
@@ -67,6 +68,21 @@ class CheckpointStore:
             if self.is_local:
                 raise
             raise UserError(f"{self}: cannot be read: {reason_of(error)}") from None
+
+    def check_writable(self) -> None:
+        """Write a file to a store at a URL and remove it, so that a wrong bucket is noticed before training.
+
+        Raises:
+            UserError: the store cannot be written.
+        """
+        probe = f"{self.root.rstrip('/')}/.mlet-writable-{uuid4().hex}"
+        try:
+            if has_directories(self.filesystem):
+                self.filesystem.makedirs(self.root, exist_ok=True)
+            self.filesystem.pipe_file(probe, b"")
+            self.filesystem.rm_file(probe)
+        except Exception as error:  # each fsspec implementation raises its own errors
+            raise UserError(f"{self}: cannot be written: {reason_of(error)}") from None
 
     def free_bytes(self) -> int | None:
         """Return the free space of the file system in bytes; None for URLs."""

@@ -124,6 +124,8 @@ class RunDirectory:
             stack.enter_context(lock_file(self.marker, f"run.dir {self.path}"))
             if config.train.checkpoint_dir is not None and store.is_local:
                 stack.enter_context(lock_file(Path(store.root) / ".mlet-lock", f"train.checkpoint_dir {store}"))
+            if not store.is_local:
+                store.check_writable()
             yield
 
     def prepare(self, config: Config, spec: ModelSpec, *, resumes: bool = False) -> None:

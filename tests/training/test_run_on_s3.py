@@ -100,6 +100,18 @@ def test_a_store_that_cannot_be_reached(trained: TrainedRun, tmp_path: Path, pla
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("ranks", [(), ("--nproc", 2)])
+def test_a_bucket_that_does_not_exist_is_noticed_before_training(
+    ranks: tuple[object, ...], s3: S3Bucket, trained: TrainedRun, tmp_path: Path
+) -> None:
+    place = f"{s3.url}-other/checkpoints"
+    line = error_line(
+        "train", CONFIG, *trained.overrides, f"run.dir={tmp_path / 'run'}", f"train.checkpoint_dir={place}", *ranks
+    )
+    assert f"{place}: cannot be written: The specified bucket does not exist" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_run_directory_must_be_local(trained: TrainedRun) -> None:
     line = error_line("train", CONFIG, *trained.overrides, "run.dir=s3://bucket/run")
     assert line == (
