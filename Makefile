@@ -33,7 +33,7 @@ demo: ## prepare synthetic data, train MLET and its baselines and compare them; 
 	$(MLET) prepare criteo demo/raw/*.tsv.gz --out demo/data
 	$(MLET) compare configs/demo.yaml data.path=demo/data run.dir=demo/runs --nproc 2
 
-test: $(STAMP) ## run the tests (about 15 minutes on two cores; ARGS="-k collapse -x" selects some of them)
+test: $(STAMP) ## run the tests (about 20 minutes on two cores; ARGS="-k collapse -x" selects some of them)
 	@$(BIN)/python -m pytest $(TEST_WORKERS) $(ARGS)
 
 ##@ For development

@@ -55,6 +55,13 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
+def no_such_directory(path: object) -> str:
+    """Return why a local directory does not exist; a URL, of which ``Path`` keeps one slash, is said to be one."""
+    if re.match(r"[a-z][a-z0-9+.]+:/", str(path)):
+        return "is a URL, but this must be a local directory; copy it to one first"
+    return "no such directory"
+
+
 def refusal(error: BaseException) -> UserError | None:
     """Return the error to show in place of a traceback if the machine refused something, such as space on a disk."""
     cause: BaseException | None = error

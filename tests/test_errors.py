@@ -1,10 +1,11 @@
 """Tests of mlet_dist.errors."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 
-from mlet_dist.errors import UserError, one_line
+from mlet_dist.errors import UserError, no_such_directory, one_line
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,8 @@ def test_a_message_is_one_line_without_control_characters(text: str, shown: str)
     error = UserError(text)
     assert one_line(text) == str(error) == str(pickle.loads(pickle.dumps(error))) == shown
     assert one_line(shown) == shown
+
+
+def test_a_url_in_place_of_a_directory_is_said_to_be_one() -> None:
+    assert no_such_directory(Path("s3://bucket/run")).startswith("is a URL, but this must be a local directory")
+    assert no_such_directory(Path("runs/a:b")) == "no such directory"

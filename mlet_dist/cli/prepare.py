@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mlet_dist.cli.options import byte_size, positive
 from mlet_dist.cli.output import Result, print_text, print_warning
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, no_such_directory
 
 TEXT = "Turn raw logs into a data set: Parquet files, vocabularies, a schema and a manifest."
 EPILOG = """\
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
             )
         from mlet_dist.data.prepare.dataset_check import check
 
+        if "://" in args.check:
+            raise UserError(f"{args.check}: {no_such_directory(Path(args.check))}")
         schema = check(Path(args.check))
         return {"checked": args.check, "rows": schema.rows, "positive_rate": schema.positive_rate, "ok": True}, True
     from mlet_dist.data.prepare.prepare_arguments import prepare_from

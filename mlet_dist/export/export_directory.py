@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mlet_dist.checkpoint.manifest import Manifest
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, no_such_directory
 from mlet_dist.formatting import CHECKSUM, load_json, with_checksum
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.regular_file import open_regular
@@ -65,7 +65,7 @@ class ExportDirectory:
             UserError: this is not an export, or its manifest is damaged.
         """
         if not self.path.is_dir():
-            raise UserError(f"{self.path}: no such directory; expected an export made by `mlet export`")
+            raise UserError(f"{self.path}: {no_such_directory(self.path)}; expected an export made by `mlet export`")
         if not self.exists():
             problem = "is not an export's" if self.manifest.exists() else "is missing"
             raise UserError(f"{self.path}: not an export of `mlet export`: its {self.manifest.name} {problem}")

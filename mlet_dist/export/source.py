@@ -13,7 +13,7 @@ from mlet_dist.checkpoint.manifest import MANIFEST, Manifest
 from mlet_dist.checkpoint.store import INCOMPLETE, Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
 from mlet_dist.embeddings.collection import check_layers_fit
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, no_such_directory
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
 from mlet_dist.models.dlrm import TABLES_PREFIX
@@ -153,7 +153,7 @@ class ModelSource(Tables):
         if ExportDirectory(path).exists():
             raise UserError(f"{path}: is an export already; name the run that it was made from")
         if not path.is_dir():
-            raise UserError(f"{path}: no such directory; expected a run or the output of `mlet factorize`")
+            raise UserError(f"{path}: {no_such_directory(path)}; expected a run or the output of `mlet factorize`")
         found = Tables.open(path)
         if not isinstance(found, ModelSource):
             raise UserError(
@@ -211,7 +211,7 @@ class ModelSource(Tables):
 def describe_unknown(path: Path, kinds: str) -> str:
     """Return why a path is none of the ``kinds`` that a command takes, in words for a message."""
     if not path.exists():
-        return "no such directory"
+        return no_such_directory(path)
     if (path / MANIFEST).exists() or (path / INCOMPLETE).exists():
         return (
             "one checkpoint of a run; only a whole run can be named here, whose latest checkpoint is taken (a run with "

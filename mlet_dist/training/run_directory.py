@@ -13,7 +13,7 @@ from typing import Any
 
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.config_file import Config, config_text, load_config
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, no_such_directory
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_seal import check_one_run, load_sealed_json, run_id_of_yaml, sealed_json, sealed_yaml
@@ -209,7 +209,7 @@ class RunDirectory:
             UserError: the directory is not a run, or the run has not finished.
         """
         if not self.path.is_dir():
-            raise UserError(f"{self.path}: no such directory; expected a run made by `mlet train`")
+            raise UserError(f"{self.path}: {no_such_directory(self.path)}; expected a run made by `mlet train`")
         if not self.config.exists():
             raise UserError(f"{self.path}: not a run of `mlet train`: it has no {self.config.name}")
         if not self.summary.exists():
