@@ -142,9 +142,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if rest:
         raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
     check_options(args)
-    if "overrides" in args and not os.path.lexists(args.config) and _SETTING.match(args.config):
+    config = args.config if "overrides" in args else None  # `mlet doctor` needs none
+    if config is not None and not os.path.lexists(config) and _SETTING.match(config):
         raise UserError(
-            f"no CONFIG is given: {args.config!r} is a setting; name a YAML file before the settings, for example "
+            f"no CONFIG is given: {config!r} is a setting; name a YAML file before the settings, for example "
             f"configs/criteo_kaggle.yaml (see `mlet {args.name} --help`)"
         )
     return args

@@ -243,3 +243,10 @@ def test_all_entry_points_are_the_same_program() -> None:
         ((returncode, stdout, _),) = results
         assert returncode == expected
         assert arguments != ["--version"] or stdout == f"mlet-dist {__version__}\n"
+
+
+def test_doctor_needs_no_config_and_a_setting_is_no_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["doctor"]).config is None
+    for command in ("train", "doctor"):
+        assert main([command, "data.path=logs"]) == 2
+        assert "no CONFIG is given: 'data.path=logs' is a setting" in capsys.readouterr().err
