@@ -121,6 +121,8 @@ def join_ranks(
         rank, registry = 0, RankRegistry(dist.HashStore(), 0, 1)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
+        if backend == "gloo":
+            dist.barrier()  # if a rank ends while others still connect to it, gloo prints lines of its own
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         yield Worker(dist.get_rank(), dist.get_world_size(), local_world_size, target, timeout)
     except BaseException as error:

@@ -18,6 +18,7 @@ from mlet_dist.export.verify.run_verify import verify_export
 from mlet_dist.formatting import with_checksum
 from mlet_dist.models.spec import ModelSpec
 from tests.helpers.mlet_command import error_line, mlet
+from tests.helpers.resealed import reseal_json
 
 CONFIG = """
 data: {batch_size: 50}
@@ -138,11 +139,10 @@ def test_models_of_a_version_without_it_are_read_with_a_warning(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, export = (Path(shutil.copytree(base / name, tmp_path / name)) for name in ("run", "export"))
-    for path in (run / "model.json", export / "manifest.json"):
-        content = json.loads(path.read_text())
-        model = content if path.name == "model.json" else content["model"]
-        del model["preprocessing"]
-        path.write_text(json.dumps(content if path.name == "model.json" else with_checksum(content)))
+    reseal_json(run / "model.json", lambda model: {key: model[key] for key in model if key != "preprocessing"})
+    manifest = json.loads((export / "manifest.json").read_text())
+    del manifest["model"]["preprocessing"]
+    (export / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     assert ModelSpec.load(run / "model.json").preprocessing is None
     for target in (run, export):
         evaluate_path(target, base / "own", "test")

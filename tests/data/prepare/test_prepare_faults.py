@@ -250,7 +250,7 @@ def test_a_pass_names_the_missing_pass(tmp_path: Path, write_raw: Write) -> None
     ):
         run("vocabulary")
     run("count", Shard(1, 2))
-    with pytest.raises(UserError, match="feature C1 has no vocabulary yet; run `--pass vocabulary` first"):
+    with pytest.raises(UserError, match="table C1 has no vocabulary yet; run `--pass vocabulary` first"):
         run("write")
     run("vocabulary")
     run("write", Shard(0, 2))
@@ -479,7 +479,7 @@ class TestFailures:
             (b"1,2\n", r"line 1: the header has no column 'y'; it has 1, 2"),
             (b"\x1b[2J\a,\xe2\x80\xae2\n", r"line 1: the header has no column 'y'; it has \\x1b\[2J\\x07, \\u202e2"),
             (b"y,\xff\n", r"line 1: the header is not UTF-8 text; set `encoding` in the description, such as .*"),
-            (b"y,x\r1,2\r\n", r"line 1: the header 'y,x\\r1,2' is not a line of column names: new-line .*"),
+            (b"y,x\r1,2\r\n", r"line 1: the header holds carriage returns; lines must end with \\n or \\r\\n"),
             (
                 b"y," + 200_000 * b"x" + b"\n",
                 r"line 1: the header 'y,x{77} is not a line of column names: field larger .*",
