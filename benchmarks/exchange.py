@@ -139,7 +139,8 @@ def measure(case: Case, steps: int, device: torch.device) -> dict[str, Any]:
             seconds[variant].append(time.perf_counter() - started)
     median = {variant: statistics.median(times) * 1e3 for variant, times in seconds.items()}
     spread = {
-        variant: [each * 1e3 for each in statistics.quantiles(times, n=4)[::2]] for variant, times in seconds.items()
+        variant: [each * 1e3 for each in statistics.quantiles(times, n=4, method="inclusive")[::2]]
+        for variant, times in seconds.items()
     }
     return {
         **vars(case),

@@ -162,7 +162,7 @@ def measure(case: Case, rounds: int, steps: int, worker: Worker) -> dict[str, An
 
 def quartiles(values: Sequence[float]) -> list[float]:
     """Return the first and the third quartile."""
-    return statistics.quantiles(values, n=4)[::2]
+    return statistics.quantiles(values, n=4, method="inclusive")[::2]
 
 
 def synchronize(device: torch.device) -> None:
