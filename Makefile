@@ -21,10 +21,10 @@ TEST_WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
 ##@ To begin with (each makes .venv first if it is missing)
 
-demo: ## prepare synthetic data, train MLET and its baselines and compare them; a minute or two, in demo/
+demo: ## prepare synthetic data, train MLET and its baselines and compare them; a few minutes, in demo/
 	@echo 'This demo writes 200,000 synthetic click logs, prepares them as a data set, trains three models on two local'
 	@echo 'ranks (an MLET model, a single-layer model of the same size, and a control), exports and verifies each, and'
-	@echo 'prints a table that compares them. It needs no GPU and no data of yours. On two CPU cores it takes a minute or two'
+	@echo 'prints a table that compares them. It needs no GPU and no data of yours. On two CPU cores it takes a few minutes'
 	@echo 'after the set-up, which takes about two minutes the first time. Everything is written to demo/.'
 	@echo
 	@$(MAKE) -s setup
