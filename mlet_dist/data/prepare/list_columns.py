@@ -47,7 +47,7 @@ class _Elements:
     """The elements of lists.
 
     Attributes:
-        flat: the elements of all lists.
+        flat: the elements of all lists, not dictionary-encoded.
         lengths: the number of elements of each list.
         readable: whether each list could be split into elements.
     """
@@ -79,8 +79,6 @@ def list_values(
     if sparse.weight_separator is not None:
         flat, pair_weights, has_weight = _pairs(flat, sparse.weight_separator)
         valid[elements.owners()[~has_weight]] = False
-    if pa.types.is_dictionary(flat.type):
-        flat = flat.dictionary_decode()
     texts, absent, known = as_texts(flat, sparse.cast, sparse.missing_values)
     owners = elements.owners()
     valid[owners[~known]] = False
@@ -122,8 +120,7 @@ def _weight_lists(raw: pa.Array, elements: _Elements, present: Flags, kept: Flag
     found = _elements(raw, sparse)
     if found is None:
         return all_invalid(raw, _empty_lists(len(raw), pa.float32()), sparse.weights, "a list of numbers")
-    flat = found.flat.dictionary_decode() if pa.types.is_dictionary(found.flat.type) else found.flat
-    numbers, absent = as_numbers(flat, integer=False, missing_values=None)
+    numbers, absent = as_numbers(found.flat, integer=False, missing_values=None)
     # A weight belongs to the value at its place. Lists of other lengths may differ in empty elements alone, such as
     # a separator at the end; without them the places must be the same.
     values = np.bincount(elements.owners()[present], minlength=len(raw))
@@ -174,7 +171,10 @@ def _elements(lists: pa.Array, sparse: SparseColumn) -> _Elements | None:
     if not is_list(lists.type):
         return None
     lengths = pc.list_value_length(lists).fill_null(0).cast(pa.int64()).to_numpy()
-    return _Elements(lists.flatten(), lengths, np.ones(len(lists), dtype=bool))
+    flat = lists.flatten()
+    if pa.types.is_dictionary(flat.type):
+        flat = flat.dictionary_decode()
+    return _Elements(flat, lengths, np.ones(len(lists), dtype=bool))
 
 
 def _split_texts(raw: pa.Array, separator: str | None) -> _Elements:
@@ -221,7 +221,7 @@ def _split_texts(raw: pa.Array, separator: str | None) -> _Elements:
 
 def _pairs(flat: pa.Array, separator: str) -> tuple[pa.StringArray, pa.StringArray, Flags]:
     """Split each element at its last separator; return values, weights, and which have a weight or are empty."""
-    texts, absent, _ = as_texts(flat.dictionary_decode() if pa.types.is_dictionary(flat.type) else flat, "text", ())
+    texts, absent, _ = as_texts(flat, "text", ())
     parts = pc.split_pattern(texts, separator, max_splits=1, reverse=True)
     has_weight = parts.value_lengths().to_numpy() == 2
     pairs = pc.if_else(pa.array(has_weight), texts, separator)
