@@ -5,13 +5,12 @@ import fcntl
 import glob
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux
 
@@ -101,4 +100,4 @@ def _remove_leftovers(out: Path) -> None:
             with _locked(path):
                 shutil.rmtree(path)
         except OSError:
-            print(f"mlet: warning: {path}: another process seems to be writing {out} now", file=sys.stderr)
+            print_warning(f"{path}: another process seems to be writing {out} now")

@@ -1,7 +1,9 @@
-"""Errors that end a command with one line instead of a traceback, each with its exit code."""
+"""Errors that end a command with one line instead of a traceback, each with its exit code; and warnings."""
 
 import errno
 import re
+import sys
+from contextlib import suppress
 
 # What the machine refuses, whichever line of code asks for it: disk, quota, inodes, memory, files, permissions, links.
 _REFUSALS = {
@@ -55,11 +57,10 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
-def no_such_directory(path: object) -> str:
-    """Return why a local directory does not exist; a URL, of which ``Path`` keeps one slash, is said to be one."""
-    if re.match(r"[a-z][a-z0-9+.]+:/", str(path)):
-        return "is a URL, but this must be a local directory; copy it to one first"
-    return "no such directory"
+def print_warning(text: str) -> None:
+    """Print a warning in one line on stderr; a stderr that cannot be written is no reason to stop."""
+    with suppress(OSError):
+        print("mlet: warning:", one_line(text), file=sys.stderr, flush=True)
 
 
 def refusal(error: BaseException) -> UserError | None:

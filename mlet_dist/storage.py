@@ -11,6 +11,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mlet_dist.errors import UserError
+from mlet_dist.urls import is_url
 
 ATTEMPTS = 4  # of a request, each of which botocore repeats by itself, see _configure_s3
 READ_TIMEOUT_S = 15
@@ -27,7 +28,7 @@ def open_filesystem(location: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises:
         UserError: fsspec does not know the URL's protocol, or the package for it is not installed.
     """
-    protocol = location.partition("://")[0] if "://" in location else ""
+    protocol = location.partition("://")[0] if is_url(location) else ""
     try:
         if protocol in _EXTRAS:
             _configure_s3()
@@ -72,8 +73,30 @@ def as_os_error() -> Iterator[None]:
         raise OSError(errno.EIO, reason_of(error)) from error
 
 
+@contextmanager
+def as_user_error(location: str, doing: str = "read") -> Iterator[None]:
+    """Turn what keeps a path or URL from being opened, read or listed into a UserError, "…: cannot be ``doing``: …"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{location}: cannot be {doing}: {reason_of(error)}") from error
+    except Exception as error:
+        if not is_url(location):
+            raise
+        # Stores raise exceptions of their own, which need not be OSErrors.
+        raise UserError(f"{location}: cannot be {doing}: {reason_of(error)}") from error
+
+
 def reason_of(error: BaseException) -> str:
     """Return why a store could not do what it was asked for, in one line."""
+    if isinstance(error, FileNotFoundError):
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # such as a refused connection
+            return reason_of(cause)
+        # fsspec's text is often only the path; that of S3 names a bucket that does not exist.
+        return str(error) if "bucket" in str(error) and "://" not in str(error) else os.strerror(errno.ENOENT)
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
 

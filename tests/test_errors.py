@@ -1,11 +1,10 @@
 """Tests of mlet_dist.errors."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 
-from mlet_dist.errors import UserError, no_such_directory, one_line
+from mlet_dist.errors import UserError, one_line, print_warning
 
 
 @pytest.mark.parametrize(
@@ -25,6 +24,6 @@ def test_a_message_is_one_line_without_control_characters(text: str, shown: str)
     assert one_line(shown) == shown
 
 
-def test_a_url_in_place_of_a_directory_is_said_to_be_one() -> None:
-    assert no_such_directory(Path("s3://bucket/run")).startswith("is a URL, but this must be a local directory")
-    assert no_such_directory(Path("runs/a:b")) == "no such directory"
+def test_a_warning_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    print_warning("day.tsv: a\nb\x1b")
+    assert capsys.readouterr() == ("", "mlet: warning: day.tsv: a b\\x1b\n")

@@ -17,6 +17,7 @@ from mlet_dist.checkpoint.manifest import Manifest, ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.embeddings.collection import check_layers_fit
 from mlet_dist.errors import UserError
+from mlet_dist.urls import is_url
 
 MODEL_KEY, OPTIMIZER_KEY = "model", "optimizer"
 _PROJECTION = re.compile(r"(?P<prefix>.*)projections\.(?P<table>[^.]+)\.weight")
@@ -179,7 +180,7 @@ def first_cause(error: BaseException) -> str:
 
 
 def _reader(checkpoint: Location) -> dcp.StorageReader:
-    return FsspecReader(checkpoint) if "://" in str(checkpoint) else dcp.FileSystemReader(checkpoint)
+    return FsspecReader(checkpoint) if is_url(str(checkpoint)) else dcp.FileSystemReader(checkpoint)
 
 
 def _verify(checkpoint: Checkpoint) -> tuple[Manifest | None, list[str]]:

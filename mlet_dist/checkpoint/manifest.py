@@ -5,7 +5,6 @@ The manifest is written last. Its presence marks the checkpoint as complete.
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from isal.isal_zlib import crc32  # the same values as zlib's, at ten times the speed
 
 from mlet_dist.atomic_directory import sync_directory
+from mlet_dist.atomic_file import replaced_file
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 
@@ -55,13 +55,10 @@ class Manifest:
         if not isinstance(filesystem, LocalFileSystem):  # object stores create an object atomically
             filesystem.pipe_file(target, self.render())
             return
-        temporary, path = f"{target}.tmp", Path(directory)
-        with open(temporary, "wb") as file:
-            file.write(self.render())
-            file.flush()
-            os.fsync(file.fileno())
+        path = Path(directory)
         sync_directory(path)
-        os.replace(temporary, target)
+        with replaced_file(Path(target)) as file:
+            file.write(self.render())
         sync_directory(path)
         sync_directory(path.parent)
 

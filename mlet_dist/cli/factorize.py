@@ -1,13 +1,12 @@
 """`mlet factorize`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from mlet_dist.cli.options import positive
 from mlet_dist.cli.output import Result
 from mlet_dist.cli.process import configure_torch
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 
 TEXT = "Factorise existing tables into W1·W2, the initial weights of a run of `mlet train`."
 EPILOG = """\
@@ -83,10 +82,9 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     )
     gain = result["mean_gain"]["max"]
     if gain > _WARN_ABOVE_GAIN:
-        print(
-            f"mlet: warning: the mean of W2ᵀW2 is up to {gain:,.0f}, which multiplies SGD's learning rate of these "
-            "tables; divide the learning rate by it, or use --gain 1",
-            file=sys.stderr,
+        print_warning(
+            f"the mean of W2ᵀW2 is up to {gain:,.0f}, which multiplies SGD's learning rate of these tables; divide the "
+            "learning rate by it, or use --gain 1"
         )
     return result, True
 

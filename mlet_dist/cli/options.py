@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,7 +10,7 @@ from mlet_dist.cli.process import is_launched_rank, rank_of
 from mlet_dist.cluster.nodes import Nodes, default_port, job_id, parse_node_count
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.config.parser import shorten
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 
 if TYPE_CHECKING:
     from mlet_dist.models.spec import ModelSpec
@@ -171,7 +170,7 @@ def _check_memory(config: Config, spec: "ModelSpec", ranks: int, world_size: int
 def print_warnings(config: Config) -> None:
     """Print the warnings about a config."""
     for warning in config.warnings():
-        print(f"mlet: warning: {warning}", file=sys.stderr)
+        print_warning(warning)
 
 
 def node_count(args: argparse.Namespace) -> int:

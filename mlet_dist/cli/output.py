@@ -49,11 +49,6 @@ def print_error(error: Exception | str) -> None:
     print("mlet: error:", one_line(str(error)), file=sys.stderr)
 
 
-def print_warning(text: str) -> None:
-    """Print a warning in one line on stderr."""
-    print("mlet: warning:", one_line(text), file=sys.stderr)
-
-
 def _readable(value: Any) -> str:
     """Return a value as text for people."""
     if isinstance(value, list):

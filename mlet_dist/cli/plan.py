@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from mlet_dist.atomic_file import replaced_file
 from mlet_dist.cli.options import add_settings, positive, print_warnings, up_to
 from mlet_dist.cli.output import Result, print_text
 from mlet_dist.cli.process import configure_torch
@@ -96,12 +97,8 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
 
 def _write(out: Path, page: str) -> None:
     """Write the page; an earlier one stays if this fails."""
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        try:
-            partial.write_text(page, encoding="utf-8")
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replaced_file(out) as file:
+            file.write(page.encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None

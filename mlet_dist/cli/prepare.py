@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from mlet_dist.cli.options import byte_size, positive
-from mlet_dist.cli.output import Result, print_text, print_warning
-from mlet_dist.errors import UserError, no_such_directory
+from mlet_dist.cli.output import Result, print_text
+from mlet_dist.errors import UserError, print_warning
+from mlet_dist.urls import is_url, no_such_directory
 
 TEXT = "Turn raw logs into a data set: Parquet files, vocabularies, a schema and a manifest."
 EPILOG = """\
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
             )
         from mlet_dist.data.prepare.dataset_check import check
 
-        if "://" in args.check:
+        if is_url(args.check):
             raise UserError(f"{args.check}: {no_such_directory(Path(args.check))}")
         schema = check(Path(args.check))
         return {"checked": args.check, "rows": schema.rows, "positive_rate": schema.positive_rate, "ok": True}, True

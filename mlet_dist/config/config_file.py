@@ -16,6 +16,7 @@ from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_secti
 from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, ShardingConfig, TrainConfig
 from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.errors import UserError
+from mlet_dist.urls import is_url
 
 _HELP_COLUMNS = 120
 
@@ -199,7 +200,7 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
     ):
         if not text.strip():
             raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")
-    if "://" in config.run.dir:
+    if is_url(config.run.dir):
         raise UserError(
             f"{sources.get('run.dir', source)}: run.dir is the URL {config.run.dir}, but must be a local directory; to "
             "keep checkpoints in a store, set train.checkpoint_dir to a URL"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from mlet_dist.storage import as_os_error, is_local, open_filesystem
+from mlet_dist.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def data_set_path(text: str) -> DataPath:
     Raises:
         UserError: fsspec does not know the URL's protocol, or the package for it is not installed.
     """
-    if "://" not in text:
+    if not is_url(text):
         return Path(text)
     filesystem, path = open_filesystem(text)
     return Path(path) if is_local(filesystem) else RemotePath(text)

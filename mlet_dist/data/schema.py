@@ -1,16 +1,16 @@
 """``schema.json``, the description of a prepared data set: its features, its tables' sizes, its splits and parts."""
 
+import errno
 import hashlib
 import json
 import math
-import re
-from collections.abc import Callable
+import os
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from mlet_dist.data.column_names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
+from mlet_dist.data import json_values as values
 from mlet_dist.data.id_counts import SplitCounts, counts_from_plain, counts_to_plain
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.preprocessing import Preprocessing
@@ -24,7 +24,14 @@ FILE_NAME = "schema.json"
 SAMPLE_WEIGHT = "sample_weight"  # name of the column with the weights of rows
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
 
-_SHOWN_CHARACTERS = 80
+_TABLE_SIZE = (
+    lambda value: values.is_integer(value, 1, MAX_NUM_EMBEDDINGS),
+    f"a whole number from 1 to {MAX_NUM_EMBEDDINGS}",
+)
+_BY_SPLIT = (
+    lambda value: values.is_object(value) and set(value) <= set(SPLITS),
+    f"an object with the keys {', '.join(SPLITS)}, of which valid and test may be missing",
+)
 
 
 @dataclass(frozen=True)
@@ -184,11 +191,13 @@ class DatasetSchema:
         try:
             text = read_regular_file(path).decode() if isinstance(path, Path) else path.read_text(encoding="utf-8")
             content = json.loads(text)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             if directory.is_dir():
                 problem = f"no {FILE_NAME} in it, so it is not a prepared data set; run `mlet prepare` to make one"
             else:
-                problem = "no such data set; run `mlet prepare` to make one"
+                # A store may say more, such as that the bucket does not exist.
+                reason = "" if error.strerror == os.strerror(errno.ENOENT) else f" ({error.strerror})"
+                problem = f"no such data set{reason}; run `mlet prepare` to make one"
             raise UserError(f"{directory}: {problem}") from None
         except NotADirectoryError:
             raise UserError(f"{directory}: is a file; a data set is a directory made by `mlet prepare`") from None
@@ -208,43 +217,43 @@ class DatasetSchema:
                 f"{path}: format_version is {version!r}, but this version of mlet_dist reads {FORMAT_VERSION}; "
                 "prepare the data set again"
             )
-        take = partial(_take, path)
-        parts, rows = (take(content, key, *_SPLITS) for key in ("parts", "rows"))
+        take = partial(values.take, path)
+        parts, rows = (take(content, key, *_BY_SPLIT) for key in ("parts", "rows"))
         schema = cls(
-            source=take(content, "source", *_TEXT),
-            label=take(content, "label", *_NAME),
-            dense=tuple(take(content, "dense", *_NAMES)),
+            source=take(content, "source", *values.TEXT),
+            label=take(content, "label", *values.NAME),
+            dense=tuple(take(content, "dense", *values.NAMES)),
             sparse=tuple(
                 SparseFeature(
-                    take(f, "name", *_TABLE_NAME, within),
+                    take(f, "name", *values.TABLE_NAME, within),
                     take(f, "num_embeddings", *_TABLE_SIZE, within),
-                    take(f, "multi_valued", *_FLAG, within),
-                    take(f, "weighted", *_FLAG, within),
-                    float(take(f, "pooling_factor", *_POOLING_FACTOR, within)),
-                    take({"table": f.get("name")} | f, "table", *_TABLE_NAME, within) if f.get("table") else "",
+                    take(f, "multi_valued", *values.FLAG, within),
+                    take(f, "weighted", *values.FLAG, within),
+                    float(take(f, "pooling_factor", *values.POOLING_FACTOR, within)),
+                    take({"table": f.get("name")} | f, "table", *values.TABLE_NAME, within) if f.get("table") else "",
                 )
-                for within, f in _enumerated("sparse", take(content, "sparse", *_FEATURES))
+                for within, f in values.enumerated("sparse", take(content, "sparse", *values.FEATURES))
             ),
-            malformed=take(content, "malformed", *_COUNT),
+            malformed=take(content, "malformed", *values.COUNT),
             parts={
                 split: tuple(
                     Part(
-                        take(p, "path", *_PART_PATH, within),
-                        take(p, "rows", *_COUNT, within),
-                        take(p, "positives", *_COUNT, within),
-                        take(p, "bytes", *_COUNT, within),
-                        take(p, "sha256", *_SHA256, within),
-                        take(p, "pages_sha256", *_SHA256, within),
+                        take(p, "path", *values.PART_PATH, within),
+                        take(p, "rows", *values.COUNT, within),
+                        take(p, "positives", *values.COUNT, within),
+                        take(p, "bytes", *values.COUNT, within),
+                        take(p, "sha256", *values.SHA256, within),
+                        take(p, "pages_sha256", *values.SHA256, within),
                     )
-                    for within, p in _enumerated(f"parts.{split}", take(parts, split, *_OBJECTS, "parts."))
+                    for within, p in values.enumerated(f"parts.{split}", take(parts, split, *values.OBJECTS, "parts."))
                 )
                 for split in SPLITS
                 if split in parts or split == "train"
             },
-            preprocessing=_preprocessing(path, take(content, "preprocessing", *_OBJECT)),
-            vocabulary_id=take(content, "vocabulary_id", *_TEXT),
+            preprocessing=_preprocessing(path, take(content, "preprocessing", *values.OBJECT)),
+            vocabulary_id=take(content, "vocabulary_id", *values.TEXT),
             id_counts=counts_from_plain(content.get("id_counts", {}), path),
-            sample_weight=take({"sample_weight": False} | content, "sample_weight", *_FLAG),
+            sample_weight=take({"sample_weight": False} | content, "sample_weight", *values.FLAG),
         )
         for index, feature in enumerate(schema.sparse):
             if feature.multi_valued:
@@ -272,29 +281,19 @@ class DatasetSchema:
                 )
             columns[name] = key
         if schema.rows != rows:
-            raise UserError(f"{path}: rows is {_show(rows)}, but the parts add up to {_show(schema.rows)}")
+            raise UserError(f"{path}: rows is {values.show(rows)}, but the parts add up to {values.show(schema.rows)}")
         made = schema.preprocessing
         for key, wanted, found in (("dense", schema.dense, made.dense), ("sparse", schema.num_embeddings, made.sparse)):
             if found.keys() != set(wanted):
-                raise UserError(f"{path}: preprocessing.{key} names {_show([*found])}, but {key} {_show([*wanted])}")
-        found_sum, expected = take(content, CHECKSUM, *_SHA256), with_checksum(content)[CHECKSUM]
+                raise UserError(
+                    f"{path}: preprocessing.{key} names {values.show([*found])}, but {key} {values.show([*wanted])}"
+                )
+        found_sum, expected = take(content, CHECKSUM, *values.SHA256), with_checksum(content)[CHECKSUM]
         if found_sum != expected:
             raise UserError(
                 f"{path}: the SHA-256 of its content is {expected} instead of {found_sum}; prepare the data set again"
             )
         return schema
-
-
-def _take(
-    path: DataPath, content: dict[str, Any], key: str, is_valid: Callable[[Any], bool], expected: str, within: str = ""
-) -> Any:
-    """Return ``content[key]``; raise a UserError, which names it ``within + key``, where it is missing or invalid."""
-    if key not in content:
-        raise UserError(f"{path}: key {within + key!r} is missing; prepare the data set again")
-    value = content[key]
-    if not is_valid(value):
-        raise UserError(f"{path}: {within}{key} is {_show(value)}; it must be {expected}")
-    return value
 
 
 def _plain_feature(feature: SparseFeature) -> dict[str, Any]:
@@ -307,59 +306,3 @@ def _preprocessing(path: DataPath, plain: dict[str, Any]) -> Preprocessing:
         return Preprocessing.from_dict(plain)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: preprocessing does not tell how each column was made: {error!r}") from None
-
-
-def _enumerated(key: str, objects: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Return each object of a list with the prefix of its keys in messages."""
-    return [(f"{key}[{index}].", content) for index, content in enumerate(objects)]
-
-
-def _is_inside(value: Any) -> bool:
-    """Return whether the value is a relative path that does not leave its directory."""
-    if not (isinstance(value, str) and value.isprintable()):
-        return False
-    path = PurePosixPath(value)
-    return path.parts != () and not path.is_absolute() and ".." not in path.parts
-
-
-def _is_integer(value: Any, least: int, most: float) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _is_list(value: Any, is_valid: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(is_valid, value))
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-# The kinds of values: the check, and the description for messages.
-_TEXT = (lambda value: isinstance(value, str), "text")
-_OBJECT = (_is_object, "an object")
-_FLAG = (lambda value: isinstance(value, bool), "true or false")
-_COUNT = (lambda value: _is_integer(value, 0, float("inf")), "a whole number, 0 or more")
-_TABLE_SIZE = (
-    lambda value: _is_integer(value, 1, MAX_NUM_EMBEDDINGS),
-    f"a whole number from 1 to {MAX_NUM_EMBEDDINGS}",
-)
-_POOLING_FACTOR = (lambda value: type(value) in (int, float) and 0 <= value < float("inf"), "a number, 0 or more")
-_SHA256 = (
-    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
-    "64 hexadecimal digits",
-)
-_NAME = (is_name, f"a column's name: {NAME_RULE}")
-_TABLE_NAME = (is_table_name, f"a table's name: {TABLE_NAME_RULE}")
-_NAMES = (lambda value: _is_list(value, is_name), f"a list of columns' names: {NAME_RULE}")
-_OBJECTS = (lambda value: _is_list(value, _is_object), "a list of objects")
-_FEATURES = (lambda value: value != [] and _is_list(value, _is_object), "a list of one object or more")
-_SPLITS = (
-    lambda value: _is_object(value) and set(value) <= set(SPLITS),
-    f"an object with the keys {', '.join(SPLITS)}, of which valid and test may be missing",
-)
-_PART_PATH = (_is_inside, "the path of a file inside the data set's directory")
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

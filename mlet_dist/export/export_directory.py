@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from mlet_dist.checkpoint.manifest import Manifest
-from mlet_dist.errors import UserError, no_such_directory
+from mlet_dist.errors import UserError
 from mlet_dist.formatting import CHECKSUM, load_json, with_checksum
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.regular_file import open_regular
+from mlet_dist.urls import no_such_directory
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

@@ -1,6 +1,5 @@
 """`mlet evaluate`: metrics of a run or an export, on any number of ranks."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from mlet_dist.data.id_counts import of_features, out_of_vocabulary_shares, out_
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.source import describe_unknown
 from mlet_dist.models.dlrm import build_dlrm
@@ -52,7 +51,7 @@ def evaluate_path(
     with join_ranks(device) as worker:
         if worker.is_first:
             for each in [*([f"{target}: {warning}"] if warning is not None else []), *warnings]:
-                print(f"mlet: warning: {each}", file=sys.stderr, flush=True)
+                print_warning(each)
         if store is None:
             _check_files(export, manifest, worker)
         local_batch_size = -(-batch_size // worker.world_size)
@@ -71,7 +70,7 @@ def evaluate_path(
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
         undefined = undefined_auc(found, f"{data}: {split}")
         if undefined is not None and worker.is_first:
-            print(f"mlet: warning: {undefined}", file=sys.stderr, flush=True)
+            print_warning(undefined)
     shares = out_of_vocabulary_shares(counts, split)
     return {"target": str(target), "split": split, **found, "out_of_vocabulary": shares}
 

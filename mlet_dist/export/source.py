@@ -13,12 +13,13 @@ from mlet_dist.checkpoint.manifest import MANIFEST, Manifest
 from mlet_dist.checkpoint.store import INCOMPLETE, Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
 from mlet_dist.embeddings.collection import check_layers_fit
-from mlet_dist.errors import UserError, no_such_directory
+from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.urls import no_such_directory
 
 _IN_CHECKPOINTS = f"{MODEL_KEY}."
 

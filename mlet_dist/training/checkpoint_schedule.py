@@ -1,9 +1,7 @@
 """When a run is saved: every N steps, every N minutes, when a signal asks it to stop, and at its end."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import distributed as dist
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.sections import TrainConfig
 from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.signals import StopSignal, interrupted
 from mlet_dist.training.snapshot import state_to_save
@@ -114,8 +112,7 @@ class CheckpointSchedule:
                 raise
             self.failed += 1
             if dist.get_rank() == 0:
-                with suppress(OSError):
-                    print(f"mlet: warning: {error}", file=sys.stderr, flush=True)
+                print_warning(str(error))
 
     def _start_agreement(self, signal: int, due: bool, failed: bool) -> None:
         self._agreement = AsyncAllReduceMax(torch.tensor([signal, due, failed], dtype=torch.int64), self._group)

@@ -17,6 +17,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.urls import is_url
 
 # Keys of a run's identity, beside those that are names of settings.
 DENSE_FEATURES, SPARSE_FEATURES = "data.dense_features", "data.sparse_features"
@@ -174,17 +175,17 @@ def drop_later_checkpoints(store: CheckpointStore, resume_point: ResumePoint | N
                 raise UserError(f"{checkpoint}: cannot be removed: {error or type(error).__name__}") from None
 
 
-def checkpoint_at(path: str, setting: str) -> CompleteCheckpoint:
+def checkpoint_at(path: str, setting: str, advice: str = "") -> CompleteCheckpoint:
     """Return the latest complete checkpoint at a path: a checkpoint, a run or a directory of them. A collective call.
 
     Raises:
-        UserError: there is none; the message names ``setting``, such as ``train.resume``.
+        UserError: there is none; the message names ``setting``, such as ``train.resume``, and ends with ``advice``.
     """
     single = Checkpoint.at(path)
     found: CompleteCheckpoint | None
     if single is not None:
         found = require_complete(single)
-    elif "://" not in path and (run := RunDirectory(Path(path))).config.exists():
+    elif not is_url(path) and (run := RunDirectory(Path(path))).config.exists():
         found = latest_complete(run.checkpoint_store(run.load_config()))
         if found is not None:
             run.check_own(found.checkpoint, found.manifest.about)
@@ -192,7 +193,7 @@ def checkpoint_at(path: str, setting: str) -> CompleteCheckpoint:
         found = latest_complete(CheckpointStore(path))
     if found is None:
         raise UserError(
-            f"{setting} {path}: no complete checkpoint is there; it must be a checkpoint, or a run that has one"
+            f"{setting} {path}: no complete checkpoint is there; it must be a checkpoint, or a run that has one{advice}"
         )
     return found
 

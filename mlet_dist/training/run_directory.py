@@ -4,19 +4,20 @@ import fcntl
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlet_dist.atomic_file import replaced_file, temporary_of
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.config_file import Config, config_text, load_config
-from mlet_dist.errors import UserError, no_such_directory
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_seal import check_one_run, load_sealed_json, run_id_of_yaml, sealed_json, sealed_yaml
+from mlet_dist.urls import no_such_directory
 
 RUN_ID = "run"
 """The key under which a checkpoint's manifest holds the id of its run."""
@@ -137,7 +138,7 @@ class RunDirectory:
         with self._writing():
             self.summary.unlink(missing_ok=True)
             for file in (self.config, self.model, self.plan, self.summary):
-                _partial(file).unlink(missing_ok=True)
+                temporary_of(file).unlink(missing_ok=True)
             if not resumes:
                 self._empty()
             text = config_text(config)
@@ -190,17 +191,8 @@ class RunDirectory:
 
     def _replace(self, file: Path, text: str) -> None:
         """Write a file atomically."""
-        partial = _partial(file)
-        try:
-            with partial.open("w", encoding="utf-8") as handle:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-            partial.replace(file)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+        with replaced_file(file) as handle:
+            handle.write(text.encode())
 
     def load(self) -> tuple[Config, ModelSpec, dict[str, Any]]:
         """Return config, model and summary of a finished run.
@@ -250,17 +242,10 @@ class RunDirectory:
         """
         ids = [(self.config.name, run_id_of_yaml(self.config)), (str(checkpoint), about.get(RUN_ID))]
         if check_one_run(self.path, ids) is None and os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):
-                print(
-                    f"mlet: warning: {self.path}: a version of mlet_dist without seals wrote this run; whether its "
-                    "files were changed cannot be told",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-
-def _partial(file: Path) -> Path:
-    return file.with_suffix(".partial")
+            print_warning(
+                f"{self.path}: a version of mlet_dist without seals wrote this run; whether its files were changed "
+                "cannot be told"
+            )
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     path = config.train.initial_weights
     if path is None:
         return None
-    found = checkpoint_at(path, "train.initial_weights")
+    found = checkpoint_at(path, "train.initial_weights", "; `mlet factorize` makes one from the tables of an export")
     for line in found.damage:
         _log(f"warning: {line}; using the one before it")
     location, about = found.checkpoint.location, found.manifest.about

@@ -230,9 +230,9 @@ def test_files_are_synced_before_the_manifest_is_renamed(tmp_path: Path, monkeyp
     checkpoint.finish(Manifest(7, {}, {}))
     assert calls == [
         ("fsync", "a"),
-        ("fsync", "manifest.json.tmp"),
         ("fsync", checkpoint.name),
-        ("manifest.json.tmp", "manifest.json"),
+        ("fsync", ".manifest.json.tmp"),
+        (".manifest.json.tmp", "manifest.json"),
         ("fsync", checkpoint.name),
         ("fsync", "run"),
     ]

@@ -88,19 +88,19 @@ def test_a_finished_run_is_replaced_only_when_asked(run: RunDirectory) -> None:
 
 def test_an_unfinished_run_is_started_again_from_nothing(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
-    (run.path / "summary.partial").write_text("{")  # stopped while it was finishing
+    (run.path / ".summary.json.tmp").write_text("{")  # stopped while it was finishing
     start(run, config_of(run), SPEC)
     assert {path.name for path in run.path.iterdir()} == {".mlet-run", "config.yaml", "model.json"}
 
 
 def test_a_resumed_run_keeps_its_checkpoints_and_records(run: RunDirectory) -> None:
     leave_an_unfinished_run(run)
-    (run.path / "summary.partial").write_text("{")  # stopped while it was finishing
+    (run.path / ".summary.json.tmp").write_text("{")  # stopped while it was finishing
     with run.lock(config_of(run)):
         run.prepare(config_of(run), SPEC, resumes=True)
     assert run.metrics.read_text() == "{}\n"
     assert (run.checkpoints / "step-00000099" / "old").exists()
-    assert not (run.path / "summary.partial").exists()
+    assert not (run.path / ".summary.json.tmp").exists()
 
 
 def test_never_requires_an_empty_directory(run: RunDirectory) -> None:

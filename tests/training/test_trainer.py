@@ -1,9 +1,6 @@
 """Training as a user starts it, on one and on several ranks, and its errors."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,7 +8,7 @@ import pytest
 
 from tests.conftest import TrainedRun
 from tests.helpers.data_set_parts import replace_part
-from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
+from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json, torchrun_mlet
 
 pytestmark = pytest.mark.e2e
 
@@ -25,7 +22,7 @@ def test_a_run_leaves_config_metrics_checkpoint_and_summary(trained: TrainedRun)
     assert summary.pop("seal").keys() == {"run", "sha256"}
     assert summary == trained.result
     assert (trained.path / "checkpoints" / "step-00000057" / ".metadata").exists()
-    assert not list(trained.path.glob("**/*.partial"))
+    assert not list(trained.path.glob("**/.*.tmp"))
     assert list((trained.path / "tensorboard").glob("events.out.tfevents.*"))
     lines = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
     records = [line for line in lines if line["split"] != "timing"]
@@ -54,25 +51,7 @@ def test_the_resolved_config_trains_the_same_model_again(trained: TrainedRun, tm
 def test_one_rank_and_torchrun_agree_with_two_ranks(trained: TrainedRun, tmp_path: Path) -> None:
     alone = mlet_json("train", CONFIG, *trained.overrides, f"run.dir={tmp_path / 'alone'}")
     assert alone["world_size"] == 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [
-        "-m",
-        "mlet_dist",
-        "train",
-        str(CONFIG),
-        *trained.overrides,
-        f"run.dir={tmp_path / 'torchrun'}",
-        "--json",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun_mlet(2, "train", CONFIG, *trained.overrides, f"run.dir={tmp_path / 'torchrun'}", "--json")
     joined = json.loads(done.stdout.splitlines()[-1])
     assert joined["world_size"] == 2
     for other in (alone, joined):

@@ -14,7 +14,7 @@ from typing import Any
 from mlet_dist import __version__
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.parquet_parts import sha256_of
-from mlet_dist.data.prepare.passes import Passes
+from mlet_dist.data.prepare.pass_results import PassResults
 from mlet_dist.data.prepare.work_files import save_json
 from mlet_dist.data.preprocessing import Preprocessing, dense_rules, label_rules, sparse_rules
 from mlet_dist.data.schema import FILE_NAME, DatasetSchema, SparseFeature
@@ -23,7 +23,7 @@ from mlet_dist.formatting import with_checksum
 MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabulary"
 
 
-def assemble(passes: Passes) -> DatasetSchema:
+def assemble(passes: PassResults) -> DatasetSchema:
     """Complete the data directory of finished passes with vocabularies, quarantine, schema and manifest.
 
     Raises:
@@ -77,7 +77,7 @@ def assemble(passes: Passes) -> DatasetSchema:
     return schema
 
 
-def _schema(passes: Passes) -> DatasetSchema:
+def _schema(passes: PassResults) -> DatasetSchema:
     spec, parts = passes.spec, passes.parts
     train = sum(counts.rows["train"] for counts in passes.counts)
     features = []
@@ -104,7 +104,7 @@ def _schema(passes: Passes) -> DatasetSchema:
     )
 
 
-def _preprocessing(passes: Passes) -> Preprocessing:
+def _preprocessing(passes: PassResults) -> Preprocessing:
     spec = passes.spec
     statistics = {name: {"mean": each.mean, "deviation": each.deviation} for name, each in passes.moments.items()}
     return Preprocessing(

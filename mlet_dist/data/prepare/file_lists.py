@@ -5,12 +5,12 @@ import os
 import posixpath
 import re
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
 from mlet_dist.errors import UserError
-from mlet_dist.storage import is_local, open_filesystem
+from mlet_dist.storage import as_user_error, is_local, open_filesystem
+from mlet_dist.urls import is_url
 
 MISSING_VALUE = "__HIVE_DEFAULT_PARTITION__"  # the directory of rows without a value, as Hive and Spark write it
 
@@ -27,7 +27,7 @@ def expand(names: Sequence[str]) -> list[str]:
     Raises:
         UserError: a directory or pattern has no files, or cannot be listed.
     """
-    return [path for name in names for path in (_expand_url(name) if "://" in name else _expand_path(name))]
+    return [path for name in names for path in (_expand_url(name) if is_url(name) else _expand_path(name))]
 
 
 def natural_order(path: str) -> tuple[Any, ...]:
@@ -66,7 +66,7 @@ def check_distinct(paths: Sequence[str]) -> None:
 
 def _identity(path: str) -> Hashable:
     """Return what tells the file apart from others: device and inode, or a remote store and the path in it."""
-    if "://" in path:
+    if is_url(path):
         filesystem, path = open_filesystem(path)
         if not is_local(filesystem):
             return filesystem, path
@@ -79,7 +79,7 @@ def _expand_path(name: str) -> list[str]:
         return _of_directory(name, _walk(name))
     if os.path.exists(name) or not _PATTERN.search(name):
         return [name]
-    with _listing(name):
+    with as_user_error(name, "listed"):
         found = glob.glob(name, recursive=True, include_hidden=True)
     return _of_pattern(name, {path: _walk(path) if os.path.isdir(path) else None for path in found})
 
@@ -87,7 +87,7 @@ def _expand_path(name: str) -> list[str]:
 def _walk(directory: str) -> Iterator[str]:
     """Yield the files below a directory; links to directories are followed, but none of them twice."""
     seen = set()
-    with _listing(directory):
+    with as_user_error(directory, "listed"):
         for path, directories, files in os.walk(directory, followlinks=True, onerror=_raise):
             status = os.stat(path)
             if (status.st_dev, status.st_ino) in seen:
@@ -106,7 +106,7 @@ def _expand_url(name: str) -> list[str]:
     is_pattern = _PATTERN.search(name.partition("://")[2]) is not None
     if protocol in _WEB:
         return [name]
-    with _listing(name):
+    with as_user_error(name, "listed"):
         filesystem, path = open_filesystem(name)
         if filesystem.isfile(path):
             return [name]
@@ -123,7 +123,7 @@ def _expand_url(name: str) -> list[str]:
 def _url(name: str, path: str) -> str:
     """Return the URL of a path that a file system has listed for the URL ``name``, with the protocols of that."""
     links = name.split("::")
-    index = next(i for i, link in enumerate(links) if "://" in link)
+    index = next(i for i, link in enumerate(links) if is_url(link))
     protocol = links[index].partition("://")[0]
     links[index] = path if path.startswith(f"{protocol}://") else f"{protocol}://{path}"
     return "::".join(links)
@@ -168,20 +168,3 @@ def _of_pattern(pattern: str, found: dict[str, Any], name: str | None = None) ->
 def _is_hidden(name: str) -> bool:
     """Return whether a file or directory is no data, such as _SUCCESS, by the rules of Hadoop and Spark."""
     return name.startswith(".") or (name.startswith("_") and "=" not in name)
-
-
-@contextmanager
-def _listing(name: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{name}: cannot be read: {error}") from error
-    except OSError as error:
-        raise UserError(f"{name}: cannot be listed: {error.strerror or error}") from error
-    except Exception as error:
-        if "://" not in name:
-            raise
-        # Stores raise exceptions of their own, which need not be OSErrors.
-        raise UserError(f"{name}: cannot be listed: {str(error) or type(error).__name__}") from error

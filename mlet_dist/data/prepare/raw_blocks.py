@@ -13,9 +13,10 @@ from typing import IO
 
 import pyarrow.parquet as pq
 
-from mlet_dist.data.prepare.raw_files import RawFile, converted_text, is_local, open_raw, plain_pieces, raw_errors
+from mlet_dist.data.prepare.raw_files import RawFile, converted_text, open_raw, plain_pieces, raw_errors
 from mlet_dist.data.prepare.text_encoding import UTF8_MARK
 from mlet_dist.errors import UserError
+from mlet_dist.urls import is_url
 
 BLOCK_BYTES = 16 << 20
 
@@ -76,7 +77,7 @@ def text_blocks(raw: RawFile, on_read: Callable[[int], object], encoding: str | 
     """
     with raw_errors(raw.path), open_raw(raw.path) as file:
         pieces = converted_text(raw.path, file, encoding, BLOCK_BYTES)
-        if pieces is None and is_local(raw.path):
+        if pieces is None and not is_url(raw.path):
             yield from _ranges(raw, file, on_read)
         else:
             yield from _read_blocks(raw.path, file, pieces or plain_pieces(file, BLOCK_BYTES), on_read)

@@ -21,7 +21,8 @@ from mlet_dist.data.prepare.text_encoding import UTF8, UTF8_MARK, encoding_of, t
 from mlet_dist.data.prepare.text_lines import free_character
 from mlet_dist.errors import UserError
 from mlet_dist.regular_file import special_kind
-from mlet_dist.storage import open_filesystem, reason_of
+from mlet_dist.storage import as_user_error, open_filesystem
+from mlet_dist.urls import is_url
 
 MAX_HEADER_BYTES = 16 << 20
 HEADER_BUFFER_BYTES = 1 << 16
@@ -104,17 +105,12 @@ def _check_columns(
 
 def open_raw(path: str) -> Any:
     """Open a raw file for reading bytes; a FIFO, a socket or a device, which may never end, is a UserError."""
-    if not is_local(path):
+    if is_url(path):
         filesystem, inner = open_filesystem(path)
         return filesystem.open(inner, "rb")
     if (kind := special_kind(os.stat(path).st_mode)) is not None:
         raise UserError(f"{path}: is {kind}; raw data is read more than once, so write it to a regular file first")
     return open(path, "rb")
-
-
-def is_local(path: str) -> bool:
-    """Return whether the path is not a URL."""
-    return "://" not in path
 
 
 def converted_text(path: str, file: IO[bytes], encoding: str | None, buffer_bytes: int) -> Iterator[bytes] | None:
@@ -233,7 +229,7 @@ def _parquet_columns(path: str, file: IO[bytes]) -> tuple[str, ...]:
 
 
 def _size_and_stamp(path: str, file: IO[bytes]) -> tuple[int, str]:
-    if is_local(path):
+    if not is_url(path):
         status = os.fstat(file.fileno())
         return status.st_size, str(status.st_mtime_ns)
     filesystem, inner = open_filesystem(path)
@@ -245,20 +241,10 @@ def _size_and_stamp(path: str, file: IO[bytes]) -> tuple[int, str]:
 @contextmanager
 def raw_errors(path: str) -> Iterator[None]:
     """Turn what reading a file may raise into a UserError that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path}: truncated or corrupt: {error}") from error
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a complete Parquet file: {str(error).partition(chr(10))[0]}") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: cannot be read: No such file or directory") from error
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error
-    except Exception as error:
-        if is_local(path):
-            raise
-        # Stores raise exceptions of their own, which need not be OSErrors.
-        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from error
+    with as_user_error(path):
+        try:
+            yield
+        except (EOFError, zlib.error, lzma.LZMAError) as error:
+            raise UserError(f"{path}: truncated or corrupt: {error}") from error
+        except pa.ArrowException as error:
+            raise UserError(f"{path}: not a complete Parquet file: {str(error).partition(chr(10))[0]}") from error

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.atomic_directory import check_free, swap_directories, sync_directory
+from mlet_dist.atomic_file import replaced_file
 from mlet_dist.checkpoint.checked_file import CheckedFile
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES
 from mlet_dist.checkpoint.writer import ChecksumStream
 from mlet_dist.data.location import RemotePath, data_set_path
-from mlet_dist.errors import UserError, os_error
+from mlet_dist.errors import UserError, os_error, print_warning
 from mlet_dist.export.export_directory import MANIFEST
 from mlet_dist.export.formats.tensor_shards import Format, TensorShard
 from mlet_dist.formatting import load_json, to_json
@@ -136,7 +137,7 @@ class WorkDirectory:
                 return
             if before is not None and before != text:
                 reason = "removed: it was left by an export of another run or with other options"
-                print(f"mlet: warning: {self.root}: {reason}", file=sys.stderr)
+                print_warning(f"{self.root}: {reason}")
             for left in self.root.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             (self.root / _RECORDS).mkdir()
@@ -152,18 +153,10 @@ class WorkDirectory:
             UserError: it cannot be written.
         """
         path = self.root / name
-        temporary = path.with_name(f".{path.name}.tmp")
         with self.writing():
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb") as file:
-                    yield ChecksumStream(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.rename(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            with replaced_file(path) as file:
+                yield ChecksumStream(file)
 
     def record(self, name: str, content: Mapping[str, Any]) -> None:
         """Record that a unit is finished; its files must have been written."""

@@ -1,6 +1,5 @@
 """`mlet verify`: compare the predictions of all models of an export, and all of its tables, with the trained model."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.preprocessing import find_difference
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import PACKAGE, ExportDirectory
 from mlet_dist.export.outputs import open_output
@@ -63,11 +62,11 @@ def verify_export(
         _check_same_inputs(export, served, run, trained)
         if manifest["run"]["checkpoint_sha256"] != source.digest:
             problem = f"{export} was made from another checkpoint than {source.checkpoint} of {run}"
-            print(f"mlet: warning: {problem}; export again, or name its run", file=sys.stderr)
+            print_warning(f"{problem}; export again, or name its run")
         schema = DatasetSchema.load(data)
         warning = trained.check_data(schema, data)
         if warning is not None:
-            print(f"mlet: warning: {run}: {warning}", file=sys.stderr)
+            print_warning(f"{run}: {warning}")
         schema.check_split(data, split)
         described = _check_outputs(directory, manifest)
         for warning in check_classes(data, schema, [split]):
@@ -75,7 +74,7 @@ def verify_export(
                 raise UserError(
                     f"{warning}; quantised tables are compared by their AUC, so use another split or data set"
                 )
-            print(f"mlet: warning: {warning}", file=sys.stderr)
+            print_warning(warning)
         outputs = {}
         for name, entry in described.items():
             # Files of tables are verified as they are read; only their index is verified here.

@@ -85,8 +85,11 @@ def test_from_a_store_that_fails_for_good(tmp_path: Path, s3: S3Bucket, raw_urls
     with pytest.raises(UserError, match=f"^{re.escape(url)}: cannot be read: told to fail$"):
         prepare(criteo(2), raw_urls, tmp_path / "out")
     s3.server.set_faults()
-    for wrong in (f"{s3.url}/raw/c.tsv", "s3://no-such-bucket/a.tsv"):
-        with pytest.raises(UserError, match=f"^{wrong}: cannot be read: No such file or directory$"):
+    for wrong, why in (
+        (f"{s3.url}/raw/c.tsv", "No such file or directory"),
+        ("s3://no-such-bucket/a.tsv", "The specified bucket does not exist"),
+    ):
+        with pytest.raises(UserError, match=f"^{wrong}: cannot be read: {why}$"):
             prepare(criteo(2), [wrong], tmp_path / "out")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["raw"]
 
