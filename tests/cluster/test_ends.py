@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TrainedRun
-from tests.helpers.mlet_command import ROOT, error_line, mlet_json
+from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
+from tests.helpers.mlet_command import error_line, mlet_json
 from tests.launch.test_local import checkpoints
 
 pytestmark = pytest.mark.e2e
@@ -24,14 +24,11 @@ CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 @contextmanager
 def two_nodes(settings: list[str]) -> Iterator[list["subprocess.Popen[str]"]]:
     """Start both nodes of a job, which differ in --node-rank only; yield them after the job has saved a checkpoint."""
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *settings, "--nproc", "1", "--nnodes", "2"]
+    command = [*MLET, "train", CONFIG, *settings, "--nproc", 1, "--nnodes", 2]
     command += ["--master-addr", "localhost", "--once", "--node-rank"]
     run = Path(next(each for each in settings if each.startswith("run.dir=")).partition("=")[2])
     before = checkpoints(run)
-    nodes = [
-        subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
+    nodes = [ForkedCommand([*command, rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
     try:
         deadline = time.monotonic() + 120
         while checkpoints(run) <= before:

@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from mlet_dist.cluster.launcher import error_of_failure, record_failure, reported_by_another_rank
 from mlet_dist.errors import ConnectionLost, UserError
-from tests.helpers.mlet_command import ROOT
+from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
 
 pytestmark = pytest.mark.e2e
 
@@ -38,13 +37,19 @@ def alive(pid: int) -> bool:
 
 
 @contextmanager
-def training(small_model: tuple[str, ...], folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+def training(
+    small_model: tuple[str, ...], folder: Path, *, forked: bool = True
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """Start `mlet train --nproc 2` with hours of work; yield it and its ranks' process ids, once they train."""
     (folder / "tmp").mkdir()
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, "--nproc", "2"]
+    command = [*MLET, "train", str(CONFIG), *small_model, "--nproc", "2"]
     command += ["train.epochs=100000", "train.max_steps=null", f"run.dir={folder / 'run'}"]
     environment = os.environ | {"TMPDIR": str(folder / "tmp")}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as parent:
+    with (
+        ForkedCommand(command, env=environment, stderr=subprocess.PIPE)
+        if forked
+        else subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    ) as parent:
         ranks: list[int] = []
         try:
             metrics = folder / "run" / "metrics.jsonl"
@@ -100,7 +105,8 @@ def test_ranks_do_not_outlive_a_killed_parent(small_model: tuple[str, ...], tmp_
 def test_a_signal_ends_all_ranks_with_one_line(
     number: int, code: int, line: str, small_model: tuple[str, ...], tmp_path: Path
 ) -> None:
-    with training(small_model, tmp_path) as (parent, ranks):
+    # Ctrl-C goes to an interpreter that was started as users start it.
+    with training(small_model, tmp_path, forked=number != signal.SIGINT) as (parent, ranks):
         parent.send_signal(number)
         (found,) = messages(parent)
         assert re.fullmatch(line, found)
@@ -121,10 +127,10 @@ def test_a_killed_rank_is_reported_in_one_line(small_model: tuple[str, ...], tmp
 
 def test_an_input_error_of_the_ranks_is_reported_in_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, "--nproc", "2"]
+    command = [*MLET, "train", CONFIG, *small_model, "--nproc", 2]
     command += ["optimizer.learning_rate=1e20", f"run.dir={tmp_path / 'run'}"]
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as parent:
+    with ForkedCommand(command, env=environment, stderr=subprocess.PIPE) as parent:
         (line,) = messages(parent)
     assert line.startswith("mlet: error: the training loss of step ")
     assert parent.returncode == 2
@@ -132,7 +138,7 @@ def test_an_input_error_of_the_ranks_is_reported_in_one_line(small_model: tuple[
 
 
 def test_sigterm_leaves_no_temporary_directory(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlet_dist", "synth", "--out", str(tmp_path / "data"), "--rows", "100000000"]
+    command = [*MLET, "synth", "--out", str(tmp_path / "data"), "--rows", "100000000"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as synth:
         wait_until(lambda: list(tmp_path.iterdir()) or synth.poll() is not None)
         synth.terminate()
@@ -186,7 +192,7 @@ NOTHING_SAVED = "stopped without saving; run the same command again to resume fr
 
 def test_a_job_that_is_stopped_before_it_trains_ends_with_code_75(small_model: tuple[str, ...], tmp_path: Path) -> None:
     """The ranks of `--nproc` import torch meanwhile; the other rank waits in C++ for one that is not started."""
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, f"run.dir={tmp_path / 'run'}"]
+    command = [*MLET, "train", str(CONFIG), *small_model, f"run.dir={tmp_path / 'run'}"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,15 +1,12 @@
 """`mlet doctor --distributed`, run by several ranks."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.mlet_command import ROOT, error_line, mlet
+from tests.helpers.mlet_command import ROOT, error_line, mlet, torchrun_mlet
 
 pytestmark = [pytest.mark.e2e, pytest.mark.multirank]
 
@@ -17,20 +14,8 @@ CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 
 
 def test_every_rank_under_torchrun_takes_part(small_model: tuple[str, ...], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "mlet_dist",
-    ]
-    command += ["doctor", "--distributed", str(CONFIG), *small_model, f"run.dir={tmp_path / 'run'}", "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NCCL_DEBUG": "WARN"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    settings = [*small_model, f"run.dir={tmp_path / 'run'}"]
+    done = torchrun_mlet(2, "doctor", "--distributed", CONFIG, *settings, "--json", NCCL_DEBUG="WARN")
     (line,) = done.stdout.splitlines()
     result = json.loads(line)
     found = {check["name"]: check for check in result["checks"]}

@@ -5,13 +5,12 @@ import shlex
 import socket
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.mlet_command import ROOT
+from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
 
 pytestmark = pytest.mark.e2e
 
@@ -39,20 +38,16 @@ def node(
     rank: int, *settings: str, before: str = "", environment: dict[str, str] | None = None
 ) -> "subprocess.Popen[str]":
     """Start one of two nodes; the shell command ``before`` runs first, in a mount namespace of its own."""
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *settings]
+    command = [*MLET, "train", str(CONFIG), *settings]
     command += ["--nproc", "1", "--nnodes", "2", "--node-rank", str(rank)]
     if "--master-addr" not in settings:
         command += ["--master-addr", "localhost"]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if not before and environment is None:
+        return ForkedCommand(command, **output)
     if before:
         command = ["unshare", "-rm", "sh", "-c", f"{before} && exec {shlex.join(command)}"]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | (environment or {}), text=True, **output)
 
 
 def end(process: "subprocess.Popen[str]", code: int) -> str:

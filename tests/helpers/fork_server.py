@@ -12,13 +12,16 @@ def fork_server() -> ForkServerContext:
     """Start a process that has imported what ranks need, from which they are forked; imports take seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mlet_dist.training.trainer", "mlet_dist.export.verify.run_verify"])
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # OpenMP reads it when torch is imported
+    # What is read when torch is imported, with the values that ranks have.
+    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         forkserver.ensure_running()
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     return context

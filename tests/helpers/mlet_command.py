@@ -1,61 +1,39 @@
-"""Runs the `mlet` command as a user does, in a process of its own.
-
-The process is forked from one that has imported torch, which takes seconds. Ranks that the command starts are new
-processes, as always. Tests of what the command does before it imports torch start it by themselves.
-"""
+"""Runs the `mlet` command as a user does, in a process of its own."""
 
 import json
 import os
 import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tests.helpers.fork_server import fork_server
+from tests.helpers.forked_command import MLET, ROOT, TORCHRUN, ForkedCommand
 
-ROOT = Path(__file__).parents[2]
+__all__ = ["ROOT", "error_line", "mlet", "mlet_json", "torchrun_mlet"]
 
 _TIMEOUT_SECONDS = 240
 
 
 def mlet(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """Run `mlet ARGUMENTS` and check its exit code."""
-    texts = [*map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder) / "stdout", Path(folder) / "stderr"
-        process = fork_server().Process(target=_run, args=(texts, dict(os.environ), *map(str, files)))
-        process.start()
-        process.join(_TIMEOUT_SECONDS)
-        if process.exitcode is None:
+    return _run([*MLET, *arguments], expect, os.environ)
+
+
+def torchrun_mlet(nproc: int, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `mlet ARGUMENTS` in ``nproc`` ranks that torchrun starts."""
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", nproc, "-m", "mlet_dist", *arguments]
+    return _run(command, 0, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def _run(command: Sequence[object], expect: int, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    with ForkedCommand(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        try:
+            output, errors = process.communicate(timeout=_TIMEOUT_SECONDS)
+        except BaseException:
             process.kill()
-            process.join()
-        output, errors = (file.read_text(encoding="utf-8") if file.exists() else "" for file in files)
-        code = process.exitcode
-    assert code == expect, f"exit code {code}, expected {expect} of mlet {' '.join(texts)}\n{output}\n{errors}"
-    return subprocess.CompletedProcess(texts, code, output, errors)
-
-
-def _run(arguments: list[str], environment: Mapping[str, str], stdout: str, stderr: str) -> None:
-    """Become the process of a command: with its environment, directory, arguments and output files."""
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    for number, path in ((1, stdout), (2, stderr)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
-        os.close(file)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
-    sys.argv = ["mlet", *arguments]
-    from mlet_dist.__main__ import main
-
-    try:
-        code = main()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+            raise
+    code = process.returncode
+    assert code == expect, f"exit code {code}, expected {expect} of {process.args}\n{output}\n{errors}"
+    return subprocess.CompletedProcess(process.args, code, output, errors)
 
 
 def mlet_json(*arguments: object, expect: int = 0) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.mlet_command import ROOT, mlet_json
+from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
+from tests.helpers.mlet_command import mlet_json
 from tests.training.test_kills import children
 
 pytestmark = pytest.mark.e2e
@@ -63,17 +64,16 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_reports_the_missing_bytes(
 
 def test_a_rank_that_hangs_is_named_within_the_timeout_and_killed(small_model: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *small_model, f"run.dir={run}", "--nproc", "2"]
+    command = [*MLET, "train", CONFIG, *small_model, f"run.dir={run}", "--nproc", 2]
     command += ["train.epochs=100000", "train.max_steps=null", "train.collective_timeout_s=5"]
     # With groups that TorchRec makes for itself.
     command += ["sharding.sharding_types=[table_row_wise,data_parallel]", "sharding.data_parallel_up_to_mb=0"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as job:
+    with ForkedCommand(command, stderr=subprocess.PIPE) as job:
         ranks: list[int] = []
         try:
             wait_until(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size)
             ranks = children(job.pid)
-            hung = next(pid for pid in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
-            os.kill(hung, signal.SIGSTOP)
+            os.kill(ranks[1], signal.SIGSTOP)
             stopped = time.monotonic()
             lines = job.communicate(timeout=120)[1].splitlines()
             # 5 s until the others notice, and 30 s until the rank is killed, instead of the 600 s that saving may take.

@@ -6,7 +6,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TrainedRun
-from tests.helpers.mlet_command import ROOT, mlet_json
+from tests.helpers.forked_command import MLET, ROOT, TORCHRUN, ForkedCommand
+from tests.helpers.mlet_command import mlet_json
 from tests.helpers.train_in_ranks import records
 
 pytestmark = pytest.mark.e2e
@@ -75,11 +75,10 @@ def kill(job: "subprocess.Popen[str]", method: str, run: Path, dice: random.Rand
 
 def train(arguments: Sequence[str], run: Path, strike: str | None, dice: random.Random) -> int:
     """Run `mlet train`, interrupt it soon after training began, and return its exit code."""
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *arguments, f"run.dir={run}"]
-    command += ["--nproc", "2", "--json"]
+    command = [*MLET, "train", CONFIG, *arguments, f"run.dir={run}", "--nproc", 2, "--json"]
     log = run.parent / "stderr"
     before = newest(run)
-    with log.open("a") as stderr, subprocess.Popen(command, cwd=ROOT, stderr=stderr, text=True, stdout=stderr) as job:
+    with log.open("a") as output, ForkedCommand(command, stdout=output, stderr=output) as job:
         try:
             if strike is not None:
                 while job.poll() is None and newest(run) <= before:
@@ -132,12 +131,12 @@ def check(run: Path, whole: TrainedRun, fingerprint: bool = True) -> None:
 @contextmanager
 def torchrun(run: Path, name: str, settings: Sequence[str], *arguments: str) -> "Iterator[subprocess.Popen[str]]":
     """Run an agent that trains, with its output in ``name`` beside the run; at the end of the block it is killed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", *arguments, "-m", "mlet_dist"]
-    command += ["train", str(CONFIG), *settings, f"run.dir={run}", "--json"]
+    command = [*TORCHRUN, "--max-restarts", 3, *arguments, "-m", "mlet_dist", "train", CONFIG, *settings]
+    command += [f"run.dir={run}", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (
         (run.parent / name).open("w") as log,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log, text=True) as agent,
+        ForkedCommand(command, env=environment, stdout=log, stderr=log) as agent,
     ):
         try:
             yield agent

@@ -5,14 +5,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TrainedRun
-from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
+from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
+from tests.helpers.mlet_command import error_line, mlet, mlet_json
 from tests.helpers.s3_server import S3Bucket
 
 pytestmark = pytest.mark.e2e
@@ -45,10 +45,9 @@ def test_a_run_that_is_killed_and_resumed_on_s3(s3: S3Bucket, trained: TrainedRu
         {"kind": "cut", "method": "GET", "count": 2, "path": "part-"},
         {"kind": "status", "status": 500, "count": 2, "path": "/step-", "method": "PUT"},
     )
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *settings, f"run.dir={run}", "--nproc", "2"]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as job:
+    command = [*MLET, "train", CONFIG, *settings, f"run.dir={run}", "--nproc", 2]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with ForkedCommand(command, **output, start_new_session=True) as job:
         deadline = time.monotonic() + 150
         while not any(name.endswith("/manifest.json") for name in s3.files.find(f"{s3.url}/checkpoints")):
             assert job.poll() is None, job.communicate()[0]
@@ -88,15 +87,14 @@ def test_a_store_that_cannot_be_reached(trained: TrainedRun, tmp_path: Path, pla
     settings = settings_on(s3, trained)
     path = "schema.json" if place == "data.path" else "checkpoints"
     s3.server.set_faults({"kind": "status", "status": 500, "path": path})
-    command = [sys.executable, "-m", "mlet_dist", "train", str(CONFIG), *settings, f"run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [*command, "--nproc", "2"], cwd=ROOT, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    command = [*MLET, "train", CONFIG, *settings, f"run.dir={tmp_path / 'run'}", "--nproc", 2]
+    with ForkedCommand(command, stderr=subprocess.PIPE) as job:
+        errors = job.communicate(timeout=170)[1]
+    assert job.returncode != 0
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if "error: " in line]
     assert lines
-    assert all(re.search(f"{s3.url}/(data|checkpoints)", line) for line in lines), done.stderr
+    assert all(re.search(f"{s3.url}/(data|checkpoints)", line) for line in lines), errors
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
