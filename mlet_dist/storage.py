@@ -91,13 +91,13 @@ def as_user_error(location: str, doing: str = "read") -> Iterator[None]:
 
 def reason_of(error: BaseException) -> str:
     """Return why a store could not do what it was asked for, in one line."""
-    if isinstance(error, FileNotFoundError):
+    text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileNotFoundError) and not error.strerror:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # such as a refused connection
             return reason_of(cause)
-        # fsspec's text is often only the path; that of S3 names a bucket that does not exist.
-        return str(error) if "bucket" in str(error) and "://" not in str(error) else os.strerror(errno.ENOENT)
-    text = getattr(error, "strerror", None) or str(error)
+        # fsspec's text is often only the path; that of S3 may be a sentence, such as on a bucket that does not exist.
+        text = text if " " in text else os.strerror(errno.ENOENT)
     return " ".join(text.split()) or type(error).__name__
 
 

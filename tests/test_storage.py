@@ -38,12 +38,21 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     )
 
 
+def _refused() -> FileNotFoundError:
+    """What fsspec makes of a server that does not answer."""
+    error = FileNotFoundError("http://localhost/x")
+    error.__cause__ = ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    return error
+
+
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
         (ValueError("one\n  two"), (OSError, errno.EIO, "one two")),
         (PermissionError("Forbidden"), (PermissionError, errno.EACCES, "Forbidden")),
-        (FileNotFoundError("gone"), (FileNotFoundError, errno.ENOENT, "gone")),
+        (FileNotFoundError("The bucket is gone"), (FileNotFoundError, errno.ENOENT, "The bucket is gone")),
+        (FileNotFoundError("bucket/key"), (FileNotFoundError, errno.ENOENT, "No such file or directory")),
+        (_refused(), (FileNotFoundError, errno.ENOENT, "Connection refused")),
         (TimeoutError(), (OSError, errno.EIO, "TimeoutError")),
         (OSError(errno.EBUSY, "busy"), (OSError, errno.EBUSY, "busy")),
     ],

@@ -1,6 +1,6 @@
-"""Starts `python -m mlet_dist` and torchrun without the seconds in which a new process imports torch.
+"""Starts `python -m mlet_dist`, torchrun and programs of tests without the seconds that importing torch takes.
 
-The process is forked from one that has imported it, and forks the ranks and commands that it starts in turn. In all
+The process is forked from one that has imported torch, and forks the ranks and commands that it starts in turn. In all
 else it is as a new process: it has the environment, files, signals, session and exit code that it would have. Tests of
 what a command does before it has imported torch start an interpreter.
 """
@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[2]
 MLET = (sys.executable, "-m", "mlet_dist")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
-_MODULES = ("mlet_dist", "torch.distributed.run")
+_MODULES = ("mlet_dist", "torch.distributed.run", "tests.helpers.export_units")
 
 
 class ForkedCommand(subprocess.Popen[str]):
-    """``Popen`` for ``MLET`` or ``TORCHRUN`` with arguments: a child of the fork server. It runs in ``ROOT``."""
+    """``Popen`` for a command line that runs one of ``_MODULES``: a child of the fork server. It runs in ``ROOT``."""
 
     def __init__(self, args: Sequence[object], **options: Any) -> None:
         self._options = options

@@ -27,7 +27,7 @@ WAYS = ("job", "rank", "saving", "SIGTERM")
 
 @pytest.fixture(scope="module")
 def settings(small_model: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the settings of a run of about ten seconds that saves very often."""
+    """Return the settings of a run of a few seconds that saves very often."""
     return (
         *small_model,
         "optimizer.name=adagrad",
@@ -35,7 +35,7 @@ def settings(small_model: tuple[str, ...]) -> tuple[str, ...]:
         "data.shuffle=true",
         "data.shuffle_buffer=640",
         "train.epochs=6",
-        "train.max_steps=400",
+        "train.max_steps=160",
         "train.checkpoint_every=7",
         "train.log_every=50",
     )

@@ -21,7 +21,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.export_directory import ExportDirectory
 from tests.helpers.export_units import contents, export
-from tests.helpers.mlet_command import ROOT
+from tests.helpers.forked_command import ForkedCommand
 
 MODEL = ModelConfig(embedding_dim=8, hidden_dim=16, bottom_mlp=(16,), top_mlp=(16,))
 TABLES = {"a": 15_003, "b": 2_048}
@@ -58,7 +58,7 @@ def test_an_export_that_is_killed_resumes_and_is_bitwise_identical(
         kept: dict[str, int] = {}
         command = [sys.executable, "-m", "tests.helpers.export_units", made, out, "gather" if gather else "shards"]
         for least in (30,) if gather else (1, 30):
-            with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as child:
+            with ForkedCommand(command, stderr=subprocess.DEVNULL) as child:
                 deadline = time.monotonic() + 60
                 while len(_records(partial)) < least + chance.randrange(20):
                     assert child.poll() is None
