@@ -22,6 +22,8 @@ from mlet_dist.formatting import to_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 4
+RUN_ID = "run"
+"""The key of ``Manifest.about`` under which a run's checkpoints hold its id."""
 
 BLOCK_BYTES = 1 << 24
 """Bytes of a file that one checksum covers, so that a reader of a small part need not read the whole file."""

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.manifest import ManifestError
+from mlet_dist.checkpoint.manifest import RUN_ID, ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.writer import copy_to_cpu, on_first_rank, write_checkpoint
+from mlet_dist.errors import UserError
 
 _JOIN_SECONDS_ON_ERROR = 30.0
 _NICENESS = 10
@@ -79,7 +80,7 @@ class CheckpointSaver:
         try:
             write_checkpoint(checkpoint, state, about, self._group)
             self.saved = checkpoint
-            remove_old = partial(apply_retention, self._store, self._keep_last, self._keep_every)
+            remove_old = partial(apply_retention, self._store, about.get(RUN_ID), self._keep_last, self._keep_every)
             on_first_rank(remove_old, f"{self._store}: older checkpoints cannot be removed", self._group)
         except BaseException as error:
             self._error = error
@@ -94,17 +95,26 @@ class CheckpointSaver:
             self._thread.join(None if error is None else _JOIN_SECONDS_ON_ERROR)
 
 
-def apply_retention(store: CheckpointStore, keep_last: int, keep_every: int | None) -> None:
+def apply_retention(store: CheckpointStore, run_id: str | None, keep_last: int, keep_every: int | None) -> None:
     """Remove finished checkpoints except the last ``keep_last`` and those whose step is a multiple of ``keep_every``.
 
     Checkpoints without a valid manifest are left alone: one of them may be being written.
+
+    Raises:
+        UserError: another run than ``run_id`` saves in the same place, so that neither could be resumed. Local
+            directories are locked, but stores at URLs cannot be.
     """
     finished = []
     for checkpoint in store.checkpoints():
         try:
-            checkpoint.manifest()
+            owner = checkpoint.manifest().about.get(RUN_ID)
         except ManifestError:
             continue
+        if owner != run_id:
+            raise UserError(
+                f"{checkpoint}: another run saves its checkpoints there, too; stop one of them, and give each run a "
+                "train.checkpoint_dir of its own"
+            )
         finished.append(checkpoint)
     for checkpoint in finished[:-keep_last]:
         if keep_every is None or checkpoint.step % keep_every:

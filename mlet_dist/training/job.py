@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import distributed as dist
 
+from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.config_file import Config
 from mlet_dist.data.id_counts import SplitCounts, of_features, out_of_vocabulary_warnings
@@ -25,7 +26,7 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.resume import ResumePoint, drop_later_checkpoints, find_resume_point, identity_of
-from mlet_dist.training.run_directory import RUN_ID, RunDirectory
+from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import new_run_id
 from mlet_dist.training.warm_start import InitialWeights, find_initial_weights
 

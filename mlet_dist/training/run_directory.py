@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.atomic_file import replaced_file, temporary_of
+from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.config_file import Config, config_text, load_config
 from mlet_dist.errors import UserError, print_warning
@@ -18,9 +19,6 @@ from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_seal import check_one_run, load_sealed_json, run_id_of_yaml, sealed_json, sealed_yaml
 from mlet_dist.urls import no_such_directory
-
-RUN_ID = "run"
-"""The key under which a checkpoint's manifest holds the id of its run."""
 
 _PREFLIGHT = ".mlet-preflight-"  # files with which nodes check that they share storage
 

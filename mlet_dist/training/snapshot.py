@@ -21,13 +21,13 @@ from mlet_dist.checkpoint.load import (
     load_model,
     load_state,
 )
+from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.job import Job
 from mlet_dist.training.model_plan import ModelPlan
 from mlet_dist.training.non_finite_guard import NonFinite
 from mlet_dist.training.reporting import Recorder, TrainingReport
-from mlet_dist.training.run_directory import RUN_ID
 from mlet_dist.training.state import Training
 
 _METRICS_KEY, _RANDOM_KEY = "metrics", "rng"

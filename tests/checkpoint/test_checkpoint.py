@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint import manifest
 from mlet_dist.checkpoint.load import latest_checkpoint, latest_complete, load_state
-from mlet_dist.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, Checksum, Manifest, ManifestError
+from mlet_dist.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, RUN_ID, Checksum, Manifest, ManifestError
 from mlet_dist.checkpoint.saver import CheckpointSaver, apply_retention
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.errors import UserError
@@ -26,15 +26,17 @@ from tests.helpers.train_in_ranks import Ranks
 SIZE = 1 << 16
 
 
-def _save(location: str, steps: tuple[int, ...], keep_last: int = 9, keep_every: int | None = None) -> None:
+def _save(
+    location: str, steps: tuple[int, ...], keep_last: int = 9, keep_every: int | None = None, run: str | None = None
+) -> None:
     """Save checkpoints of a tensor that changes as soon as ``save`` has returned."""
-    tensor = torch.zeros(SIZE)
+    tensor, of_run = torch.zeros(SIZE), {} if run is None else {RUN_ID: run}
     saver = CheckpointSaver(CheckpointStore(location), timedelta(seconds=60), keep_last, keep_every)
     with saver:
         for step in steps:
             tensor.fill_(step)
             own = {str(dist.get_rank()): torch.full((9,), float(step))}
-            saver.save(step, {"tensor": tensor, "own": own}, {"note": "λ", "numbers": [1, 0.1, None]})
+            saver.save(step, {"tensor": tensor, "own": own}, {"note": "λ", "numbers": [1, 0.1, None]} | of_run)
             tensor.fill_(-1)
         saver.wait()
 
@@ -87,8 +89,20 @@ def test_the_last_ones_and_every_mth_are_kept(ranks: Ranks, tmp_path: Path) -> N
     assert _names(str(tmp_path)) == [f"step-{step:08d}" for step in (4, 8, 9)]
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / ".incomplete").touch()  # another job may be writing it
-    apply_retention(CheckpointStore(tmp_path), 1, None)
+    apply_retention(CheckpointStore(tmp_path), None, 1, None)
     assert _names(str(tmp_path)) == ["step-00000001", "step-00000009"]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("steps", [(4,), (3,), (1,)])
+def test_two_runs_that_save_in_one_place_are_noticed(ranks: Ranks, tmp_path: Path, steps: tuple[int, ...]) -> None:
+    """By each of them at the next checkpoint that it saves; nothing is removed."""
+    ranks(2).run(_save, str(tmp_path), (2, 3), 2, None, "a")
+    told = "another run saves its checkpoints there, too; stop one of them, and give each run a train.checkpoint_dir"
+    for run, steps_of_run in (("b", steps), ("a", (5,))):
+        with pytest.raises(RankFailed, match=f"step-0000000[1234]: {told}"):
+            ranks(2).run(_save, str(tmp_path), steps_of_run, 1, None, run)
+    assert _names(str(tmp_path)) == [f"step-{step:08d}" for step in sorted({2, 3, 5, *steps})]
 
 
 def truncate(path: Path) -> None:
