@@ -1,18 +1,15 @@
 """The YAML description of a table for ``mlet prepare table``; configs/tables/movielens.yaml explains its keys."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from mlet_dist.config.strict_yaml import load_yaml
-from mlet_dist.data.column_names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
-from mlet_dist.data.prepare.description_section import Section, check, is_integer, is_number, is_text, one_of
+from mlet_dist.data.prepare import description_values as values
+from mlet_dist.data.prepare.description_section import Section, one_of
 from mlet_dist.data.prepare.raw_formats import (
     LABEL,
-    MAX_MIN_COUNT,
     DenseColumn,
     JsonLines,
     LabelColumn,
@@ -20,11 +17,8 @@ from mlet_dist.data.prepare.raw_formats import (
     TableSpec,
     TextFormat,
 )
-from mlet_dist.data.prepare.splits import DATES, EIGHTY_TEN_TEN, HALVES, SplitRule
-from mlet_dist.data.prepare.text_encoding import canonical_encoding
-from mlet_dist.data.prepare.time_columns import parse_time
-from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
-from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, SAMPLE_WEIGHT, SPLITS
+from mlet_dist.data.prepare.splits import EIGHTY_TEN_TEN, HALVES, SplitRule
+from mlet_dist.data.schema import SAMPLE_WEIGHT
 from mlet_dist.errors import UserError
 
 _MAX_RANGE = 10_000  # columns of a range such as C1..C26
@@ -50,8 +44,8 @@ def load_table(
     if form == "csv":
         text = _delimited(top)
     elif form == "jsonl":
-        text = JsonLines(top.take("encoding", _encoding, None))
-    missing = top.take("missing_values", _spellings, None)
+        text = JsonLines(top.take("encoding", values.encoding, None))
+    missing = top.take("missing_values", values.spellings, None)
 
     def find() -> Sequence[str]:
         if isinstance(text, TextFormat) and text.columns is not None:
@@ -62,11 +56,11 @@ def load_table(
         source="table",
         text=text,
         label=_label(top.section("label"), missing),
-        sample_weight=top.take("sample_weight", _text, None),
+        sample_weight=top.take("sample_weight", values.text, None),
         dense=tuple(_dense(each, missing) for each in _each_column(top.sections("dense", []), find)),
         sparse=tuple(_sparse(each, missing) for each in _each_column(top.sections("sparse"), find)),
         split=_split(top.section("split", {"by": "rows"})),
-        max_malformed=top.take("max_malformed", _share, 0.1),
+        max_malformed=top.take("max_malformed", values.share, 0.1),
     )
     top.end()
     names: set[str] = {LABEL} if spec.sample_weight is None else {LABEL, SAMPLE_WEIGHT}
@@ -100,21 +94,21 @@ def _check_shared_tables(path: Path, features: Sequence[SparseColumn]) -> None:
 
 
 def _delimited(top: Section) -> TextFormat:
-    header = top.take("header", _flag, True)
-    columns = None if header else tuple(top.take("columns", _texts))
-    delimiter, quote = top.take("delimiter", _delimiter, ","), top.take("quote", _quote, '"')
+    header = top.take("header", values.flag, True)
+    columns = None if header else tuple(top.take("columns", values.texts))
+    delimiter, quote = top.take("delimiter", values.delimiter, ","), top.take("quote", values.quote, '"')
     if quote is not None and quote in delimiter:
         top.fail("quote", quote, "another character than the delimiter")
-    return TextFormat(delimiter, quote, header, columns, top.take("encoding", _encoding, None))
+    return TextFormat(delimiter, quote, header, columns, top.take("encoding", values.encoding, None))
 
 
 def _label(section: Section, missing: tuple[str, ...] | None) -> LabelColumn:
     label = LabelColumn(
-        section.take("column", _text),
-        section.take("positive_from", _number, None),
-        section.take("positive", _labels, None),
-        section.take("negative", _labels, None),
-        section.take("missing_values", _spellings, missing),
+        section.take("column", values.text),
+        section.take("positive_from", values.number, None),
+        section.take("positive", values.labels, None),
+        section.take("negative", values.labels, None),
+        section.take("missing_values", values.spellings, missing),
     )
     if label.positive is not None and label.positive_from is not None:
         section.fail("positive_from", label.positive_from, "left out where label.positive lists the labels")
@@ -136,7 +130,7 @@ def _each_column(sections: list[Section], find: Callable[[], Sequence[str]]) -> 
         for key in ("column", "name"):
             if section.has(key):
                 section.fail(key, section.take(key, lambda value: value), "left out where `columns` lists the columns")
-        for entry in section.take("columns", _columns):
+        for entry in section.take("columns", values.columns):
             names = _named_columns(entry, find)
             if names is None:
                 section.fail("columns", entry, f"a range of at most {_MAX_RANGE:,} columns, such as C1..C26")
@@ -169,51 +163,51 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _dense(section: Section, missing_values: tuple[str, ...] | None) -> DenseColumn:
-    column = section.take("column", _text)
+    column = section.take("column", values.text)
     transform = section.take("transform", one_of("log1p", "standardise", "raw"), "log1p")
-    missing = section.take("missing", _missing, 0.0)
+    missing = section.take("missing", values.missing, 0.0)
     if missing == "mean" and transform != "standardise":
         section.fail("missing", missing, "a number or refuse; mean goes with `transform: standardise` only")
-    name = section.take("name", _name, column)
-    integer = section.take("integer", _flag, False)
+    name = section.take("name", values.name, column)
+    integer = section.take("integer", values.flag, False)
     dense = DenseColumn(
-        name, column, transform, missing, integer, section.take("missing_values", _spellings, missing_values)
+        name, column, transform, missing, integer, section.take("missing_values", values.spellings, missing_values)
     )
     section.end()
     return dense
 
 
 def _sparse(section: Section, missing_values: tuple[str, ...] | None) -> SparseColumn:
-    column = section.take("column", _text)
+    column = section.take("column", values.text)
     encoding = section.take("encoding", one_of("vocabulary", "hash"), "vocabulary")
     hashed = encoding == "hash"
-    separator = section.take("separator", _separator, None)
-    multi = section.take("multi_valued", _flag, separator is not None)
+    separator = section.take("separator", values.separator, None)
+    multi = section.take("multi_valued", values.flag, separator is not None)
     if separator is not None and not multi:
         section.fail("multi_valued", multi, "true, or left out, where separator is set")
     cast = section.take("cast", one_of("text", "integer"), None)
-    if section.take("integer", _flag, False):
+    if section.take("integer", values.flag, False):
         if cast == "text":
             section.fail("cast", cast, "left out where integer is true, which means `cast: integer`")
         cast = "integer"
-    name = section.take("name", _table_name, column)
-    table = section.take("table", _table_name, name)
+    name = section.take("name", values.table_name, column)
+    table = section.take("table", values.table_name, name)
     sparse = SparseColumn(
         name=name,
         column=column,
         table=None if table == name else table,
         encoding=encoding,
-        min_count=1 if hashed else section.take("min_count", _min_count, 1),
-        num_embeddings=section.take("num_embeddings", _table_size) if hashed else None,
-        max_num_embeddings=None if hashed else section.take("max_num_embeddings", _table_size, None),
+        min_count=1 if hashed else section.take("min_count", values.min_count, 1),
+        num_embeddings=section.take("num_embeddings", values.table_size) if hashed else None,
+        max_num_embeddings=None if hashed else section.take("max_num_embeddings", values.table_size, None),
         multi_valued=multi,
         separator=separator,
-        weights=section.take("weights", _text, None) if multi else None,
-        weight_separator=section.take("weight_separator", _separator, None) if multi else None,
-        max_len=section.take("max_len", _length, None) if multi else None,
+        weights=section.take("weights", values.text, None) if multi else None,
+        weight_separator=section.take("weight_separator", values.separator, None) if multi else None,
+        max_len=section.take("max_len", values.length, None) if multi else None,
         keep=section.take("keep", one_of("first", "last"), "first") if multi else "first",
         cast=cast,
-        missing_values=section.take("missing_values", _spellings, missing_values),
+        missing_values=section.take("missing_values", values.spellings, missing_values),
     )
     if sparse.weights is not None and sparse.weight_separator is not None:
         section.fail("weights", sparse.weights, "left out where weight_separator is set")
@@ -236,120 +230,16 @@ _SPARSE_HINTS = {
 
 def _split(section: Section) -> SplitRule:
     by = section.take("by", one_of("rows", "time", "random", "file"))
-    column = section.take("column", _text) if by == "time" else None
-    starts, are_dates = section.take("starts", _starts, (None, False)) if by == "time" else (None, False)
-    seed = section.take("seed", _seed, 0) if by == "random" else 0
-    files = section.take("files", _files, None) if by == "file" else None
+    column = section.take("column", values.text) if by == "time" else None
+    starts, are_dates = section.take("starts", values.starts, (None, False)) if by == "time" else (None, False)
+    seed = section.take("seed", values.seed, 0) if by == "random" else 0
+    files = section.take("files", values.files, None) if by == "file" else None
     shares = HALVES if by == "file" else EIGHTY_TEN_TEN
     if starts is None and files is None:
-        shares = section.take("shares", _shares, shares)
+        shares = section.take("shares", values.shares, shares)
     if by == "file" and "train" in shares:
         section.fail("shares", sorted(shares), "shares of valid, test or both; all files but the last are train")
     if by != "file" and "train" not in shares:
         section.fail("shares", sorted(shares), "shares of train and of valid, test or both")
     section.end()
     return SplitRule(by, dict(shares), seed, column, starts, are_dates, files)
-
-
-def _shares(value: Any) -> dict[str, Fraction]:
-    expected = "shares of the splits, such as {train: 0.8, valid: 0.1, test: 0.1} or {train: 6/7, …}, that add up to 1"
-    if not isinstance(value, Mapping) or not value or not set(value) <= set(SPLITS):
-        raise ValueError(expected)
-    try:
-        shares = {str(split): Fraction(str(share)) for split, share in value.items()}
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(expected) from None
-    if min(shares.values()) <= 0 or sum(shares.values()) != 1:
-        raise ValueError(expected)
-    return shares
-
-
-def _starts(value: Any) -> tuple[dict[str, int | float], bool]:
-    """Return the first times of valid, test or both, and whether they are dates or times."""
-    if not isinstance(value, Mapping) or not value or not set(value) <= {"valid", "test"}:
-        raise ValueError("the first times of valid, test or both, such as {valid: 1700000000, test: 1700600000}")
-    parsed = {split: parse_time(each) for split, each in value.items()}
-    kinds = {kind == DATES for _, kind in parsed.values()}
-    if len(kinds) != 1 or len(set(parsed.values())) < len(parsed):
-        raise ValueError("different times, as the column writes them")
-    return {split: time for split, (time, _) in parsed.items()}, kinds == {True}
-
-
-def _files(value: Any) -> dict[str, tuple[str, ...]]:
-    expected = "names or patterns of raw files by split, such as {valid: valid.csv, test: [test_1.csv, test_2.csv]}"
-    if not isinstance(value, Mapping) or not value or not set(value) <= set(SPLITS):
-        raise ValueError(expected)
-    files = {str(split): tuple(names) if isinstance(names, list) else (names,) for split, names in value.items()}
-    if not all(names and all(map(is_text, names)) for names in files.values()):
-        raise ValueError(expected)
-    return files
-
-
-def _encoding(value: Any) -> str:
-    try:
-        return canonical_encoding(value if isinstance(value, str) else "")
-    except ValueError:
-        raise ValueError("the name of an encoding, such as utf-8, latin-1, cp1252 or utf-16") from None
-
-
-def _missing(value: Any) -> float | str:
-    if value in ("mean", "refuse"):
-        return str(value)
-    if not is_number(value) or abs(value) > FLOAT32_MAX:
-        raise ValueError("a number in the range of float32, mean or refuse")
-    return float(value)
-
-
-def _spellings(value: Any) -> tuple[str, ...]:
-    """Return spellings of missing values; YAML may have read them as null, numbers or booleans."""
-    if not isinstance(value, list) or any(isinstance(each, list | dict) for each in value):
-        raise ValueError("""a list of texts, such as ["", "NULL", '\\N']""")
-    if any(isinstance(each, bool) or each is None for each in value):
-        raise ValueError("a list of texts in quotes; YAML reads null, true and no without quotes as other than text")
-    if "\x85" in value:
-        raise ValueError(
-            r"a list of texts in which \N is in single quotes, since YAML reads it in double ones as U+0085"
-        )
-    return tuple(dict.fromkeys(str(each) for each in value))
-
-
-def _labels(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or any(isinstance(each, list | dict | None) for each in value):
-        raise ValueError('a list of one label or more, such as [2] or ["yes", click]')
-    if any(isinstance(each, bool) for each in value):
-        raise ValueError("a list of labels in quotes, as the column writes them; YAML reads yes and true as the same")
-    return tuple(map(str, value))
-
-
-def _is_characters(value: Any, most: int) -> bool:
-    # Single bytes, as the parser of lines needs, and no line ends.
-    return isinstance(value, str) and 0 < len(value) <= most and value.isascii() and not set(value) & set("\r\n")
-
-
-_text = check("text", is_text)
-_texts = check("a list of names", lambda value: isinstance(value, list) and value != [] and all(map(is_text, value)))
-_flag = check("true or false", lambda value: isinstance(value, bool))
-_number = check("a number", is_number)
-_share = check("a share from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
-_seed = check("a whole number, 0 or more", lambda value: is_integer(value, 0, 2**63 - 1))
-_min_count = check(f"at least 1 and at most {MAX_MIN_COUNT}", lambda value: is_integer(value, 1, MAX_MIN_COUNT))
-_length = check("a whole number, 1 or more", lambda value: is_integer(value, 1, 2**31 - 1))
-_columns = check(
-    "a list of columns, ranges such as C1..C26, or patterns such as C*",
-    lambda value: isinstance(value, list) and value != [] and all(map(is_text, value)),
-)
-_table_size = check(f"from 1 to {MAX_NUM_EMBEDDINGS}", lambda value: is_integer(value, 1, MAX_NUM_EMBEDDINGS))
-_ESCAPE = re.compile(r"\\(t|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[0-9]{3})")  # as YAML leaves it without double quotes
-_delimiter = check(
-    '1 to 8 characters without line ends ("\\t" in double quotes for a tab)',
-    lambda value: (
-        isinstance(value, str) and 0 < len(value) <= 8 and not set(value) & set("\r\n\0") and not _ESCAPE.search(value)
-    ),
-)
-_quote = check("one ASCII character, or null for none", lambda value: value is None or _is_characters(value, 1))
-_separator = check(
-    '1 to 8 ASCII characters without line ends ("\\t" in double quotes for a tab)',
-    lambda value: value is None or (_is_characters(value, 8) and not _ESCAPE.search(value)),
-)
-_name = check(f"{NAME_RULE}; choose another `name`", is_name)
-_table_name = check(f"{TABLE_NAME_RULE}; choose another `name`", is_table_name)
