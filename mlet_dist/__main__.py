@@ -25,7 +25,8 @@ def main() -> int:
         return run()
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a run that has finished ignores it until the end
+                signal.signal(number, handler)
 
 
 def _stop(number: int, _: object) -> NoReturn:

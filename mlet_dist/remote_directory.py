@@ -35,6 +35,8 @@ class RemoteDirectory:
         self.url = url if url.endswith("://") else url.rstrip("/")
         self._filesystem, root = open_filesystem(self.url)
         self._root = root.rstrip("/")
+        if self.url.startswith(("http://", "https://")):
+            raise UserError(f"{url}: cannot be written by HTTP; name a directory, or a URL such as s3://bucket/NAME")
         if not self.name or "/" not in self._root.strip("/"):
             raise UserError(f"{url}: names no directory inside the store; use one such as {self.url}/NAME")
 

@@ -97,7 +97,7 @@ def reason_of(error: BaseException) -> str:
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):  # such as a refused connection
             return reason_of(cause)
         # fsspec's text is often only the path; that of S3 may be a sentence, such as on a bucket that does not exist.
-        text = text if " " in text else os.strerror(errno.ENOENT)
+        text = text if " " in text and "/" not in text else os.strerror(errno.ENOENT)
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -50,6 +50,12 @@ def test_a_bucket_alone(url: str) -> None:
         RemoteDirectory(url)
 
 
+@pytest.mark.parametrize("url", ["http://host/out", "https://host/out"])
+def test_http_cannot_be_written(url: str) -> None:
+    with pytest.raises(UserError, match=f"^{url}: cannot be written by HTTP; name a directory, or a URL such as s3://"):
+        RemoteDirectory(url)
+
+
 def test_a_bucket_that_does_not_exist(s3: S3Bucket, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^s3://no-bucket/out: cannot be read: The specified bucket does not exist$"):
         RemoteDirectory("s3://no-bucket/out").check_free(tmp_path / "claim")

@@ -1,5 +1,6 @@
 """Where checkpoints are stored: a directory, or a URL that fsspec opens."""
 
+import errno
 import os
 import re
 import shutil
@@ -62,8 +63,13 @@ class CheckpointStore:
         """Turn the errors of a store at a URL, but those of missing files, into a UserError that names it."""
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError):
+        except NotADirectoryError:
             raise
+        except FileNotFoundError as error:
+            reason = reason_of(error)
+            if self.is_local or reason == os.strerror(errno.ENOENT):
+                raise
+            raise UserError(f"{self}: cannot be read: {reason}") from None  # such as a bucket that does not exist
         except Exception as error:  # each fsspec implementation raises its own errors
             if self.is_local:
                 raise

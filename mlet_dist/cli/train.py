@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from mlet_dist.cli.options import add_config, add_nodes, load_checked_config
@@ -67,7 +69,8 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
     from mlet_dist.training.attempts import config_of_attempt, finished_summary
     from mlet_dist.training.run_directory import RunDirectory
 
-    done = finished_summary(load_config(Path(args.config), args.overrides), by_any=args.once)
+    config = load_config(Path(args.config), args.overrides)
+    done = finished_summary(config, by_any=args.once)
     if done is not None:
         return done
 
@@ -80,7 +83,15 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
     if args.nproc is not None:
         if args.export is not None and args.json:  # one object, with the result of the export
             leave_result_to_parent()
-        run_in_ranks(args, arguments, check)
+        summary_file = RunDirectory(Path(config.run.dir)).summary
+        before = _identity(summary_file)
+        try:
+            run_in_ranks(args, arguments, check)
+        except KeyboardInterrupt as stopped:
+            # torch elastic reports a signal even if it came when the ranks had finished the run.
+            finished = _identity(summary_file) not in (None, before)
+            if not finished or args.export is not None or stopped.args[:1] == (signal.SIGINT,) or not stopped.args:
+                raise
         return None
     config = check()
     configure_torch()
@@ -88,6 +99,14 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
 
     summary = train(config, fingerprint=args.json)
     return None if result_is_left_to_parent() else summary
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """Return what differs if the file is replaced; None if there is none."""
+    with suppress(OSError):
+        status = file.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _export_and_verify(config: Config, out: str) -> tuple[Result, bool]:

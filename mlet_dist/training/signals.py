@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
@@ -19,7 +19,8 @@ def exit_on_stop_signal() -> Iterator[None]:
     """End this process at once with exit code 75 when a stop signal arrives, except within a ``StopSignal`` block.
 
     A thread ends the process. Python's signal handlers run only when the main thread returns from C++, and it can wait
-    there for minutes for ranks that start later. After a ``StopSignal`` block the signals are ignored.
+    there for minutes for ranks that start later. After a ``StopSignal`` block the signals are ignored; if the run has
+    finished, until the process ends.
     """
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
@@ -30,9 +31,15 @@ def exit_on_stop_signal() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore_handlers(before)
         os.close(write_end)
+
+
+def restore_handlers(before: Mapping[Any, Any]) -> None:
+    """Restore handlers of signals, except where the signal is ignored because the run has finished."""
+    for number, handler in before.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -71,6 +78,18 @@ class StopSignal:
         if self.number:
             raise interrupted(self.number, saved_as)
 
+    def ignore(self) -> None:
+        """Ignore signals until the process ends: the run is finished, and the command should end with its result.
+
+        Raises:
+            Interrupted: a signal has arrived before.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.number:
+            assert self._saved_as is not None
+            raise interrupted(self.number, self._saved_as)
+
     def __enter__(self) -> "StopSignal":
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._note)
@@ -80,8 +99,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        restore_handlers(self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number

@@ -72,6 +72,8 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
 
         summary = {"run": str(job.run.path), "steps": training.step, "checkpoint": checkpoint}
         summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
+        stop.ignore()
+        dist.barrier()  # a rank that a signal has ended before keeps the others from finishing the run
         if worker.is_first:
             job.run.finish(summary)
         if fingerprint:  # after the run has finished, so that a failure here cannot cost the run

@@ -1,5 +1,6 @@
 """How `mlet train --nproc` ends if it, or one of its ranks, is stopped from outside."""
 
+import json
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.005)
 
 
 def alive(pid: int) -> bool:
@@ -113,6 +114,21 @@ def test_a_signal_ends_all_ranks_with_one_line(
         assert parent.returncode == code
         assert not any(map(alive, ranks))
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("nproc", [(), ("--nproc", "2")], ids=["alone", "ranks"])
+def test_a_signal_after_the_run_has_finished_is_ignored(
+    nproc: tuple[str, ...], small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The result is printed, since the same command would refuse to train the finished run again."""
+    summary = tmp_path / "run" / "summary.json"
+    command = [*MLET, "train", CONFIG, *small_model, f"run.dir={tmp_path / 'run'}", *nproc, "--json"]
+    with ForkedCommand(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: summary.exists() or process.poll() is not None)
+        process.terminate()
+        output, errors = process.communicate(timeout=40)
+    assert process.returncode == 0, errors
+    assert json.loads(output.splitlines()[-1])["weights_sha256"] == json.loads(summary.read_text())["weights_sha256"]
 
 
 def test_a_killed_rank_is_reported_in_one_line(small_model: tuple[str, ...], tmp_path: Path) -> None:

@@ -110,6 +110,13 @@ def test_a_bucket_that_does_not_exist_is_noticed_before_training(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("setting", ["train.resume", "train.initial_weights"])
+def test_a_bucket_that_does_not_exist_is_named(s3: S3Bucket, trained: TrainedRun, tmp_path: Path, setting: str) -> None:
+    settings = (*trained.overrides, f"run.dir={tmp_path / 'run'}", f"{setting}={s3.url}-other/run")
+    line = error_line("train", CONFIG, *settings)
+    assert line == f"mlet: error: {s3.url}-other/run: cannot be read: The specified bucket does not exist"
+
+
 def test_a_run_directory_must_be_local(trained: TrainedRun) -> None:
     line = error_line("train", CONFIG, *trained.overrides, "run.dir=s3://bucket/run")
     assert line == (
