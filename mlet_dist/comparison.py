@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import math
-import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlet_dist.child_command import run_child_command
 from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.sections import ModelConfig, RunConfig
 from mlet_dist.data.location import data_set_path
@@ -188,25 +187,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _run_command(*arguments: str) -> dict[str, Any]:
-    """Run an `mlet` command in a new process, print it on stderr, and return its JSON result."""
-    print("$", shlex.join(["mlet", *arguments]), file=sys.stderr, flush=True)
-    # In a session of its own the child does not receive Ctrl-C; this process receives it and ends the child.
-    command = [sys.executable, "-m", "mlet_dist", *arguments, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
-        try:
-            output, _ = child.communicate()
-        except KeyboardInterrupt:
-            child.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(30)
-            child.kill()
-            raise
-    if child.returncode < 0:
-        raise ChildProcessError(f"`mlet {shlex.join(arguments)}` was killed by signal {-child.returncode}")
-    lines = output.splitlines()
-    if not lines:
-        raise SystemExit(child.returncode)
-    result: dict[str, Any] = json.loads(lines[-1])
+    """Run an `mlet` command in a new process and return its JSON result."""
+    result: dict[str, Any] = json.loads(run_child_command(*arguments, "--json"))
     return result
 
 

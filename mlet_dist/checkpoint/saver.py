@@ -112,8 +112,8 @@ def apply_retention(store: CheckpointStore, run_id: str | None, keep_last: int, 
             continue
         if owner != run_id:
             raise UserError(
-                f"{checkpoint}: another run saves its checkpoints there, too; stop one of them, and give each run a "
-                "train.checkpoint_dir of its own"
+                f"{checkpoint}: another run saves its checkpoints there, too; stop one of them, give each run a "
+                "train.checkpoint_dir of its own, and remove this checkpoint from that of the other run"
             )
         finished.append(checkpoint)
     for checkpoint in finished[:-keep_last]:

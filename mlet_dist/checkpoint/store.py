@@ -66,14 +66,18 @@ class CheckpointStore:
         except NotADirectoryError:
             raise
         except FileNotFoundError as error:
-            reason = reason_of(error)
-            if self.is_local or reason == os.strerror(errno.ENOENT):
-                raise
-            raise UserError(f"{self}: cannot be read: {reason}") from None  # such as a bucket that does not exist
+            self.check_missing(error)
+            raise
         except Exception as error:  # each fsspec implementation raises its own errors
             if self.is_local:
                 raise
             raise UserError(f"{self}: cannot be read: {reason_of(error)}") from None
+
+    def check_missing(self, error: FileNotFoundError) -> None:
+        """Raise UserError if a store at a URL says more than that a file is missing, such as that its bucket is."""
+        reason = reason_of(error)
+        if not self.is_local and reason != os.strerror(errno.ENOENT):
+            raise UserError(f"{self}: cannot be read: {reason}") from None
 
     def check_writable(self) -> None:
         """Write a file to a store at a URL and remove it, so that a wrong bucket is noticed before training.
@@ -150,7 +154,8 @@ class Checkpoint:
         try:
             with self.open(MANIFEST) as file:
                 data = file.read()
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            self.store.check_missing(error)
             raise ManifestError(f"{self}: {MANIFEST} is missing") from None
         except Exception as error:  # each fsspec implementation raises its own errors
             if not self.store.is_local:  # an older checkpoint must not take its place

@@ -3,11 +3,11 @@
 import argparse
 import json
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
+from mlet_dist.atomic_directory import check_free
+from mlet_dist.child_command import run_child_command
 from mlet_dist.cli.options import add_config, add_nodes, load_checked_config
 from mlet_dist.cli.output import Result, print_result, print_text
 from mlet_dist.cli.process import (
@@ -20,7 +20,11 @@ from mlet_dist.cli.process import (
 from mlet_dist.cli.ranks import run_in_ranks
 from mlet_dist.cli.verify import verification_table
 from mlet_dist.config.config_file import Config, describe_settings, load_config
-from mlet_dist.errors import UserError
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import Interrupted, UserError
+from mlet_dist.training.signals import interrupt_on_stop_signal
+from mlet_dist.urls import is_url
 
 TEXT = "Train a model and evaluate it, on one machine or as one node of several."
 EPILOG = f"settings, as section.key=value or in the YAML file:\n{describe_settings()}"
@@ -53,7 +57,14 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
     config = load_config(Path(args.config), args.overrides)
     if not args.json and summary is not None:
         print_result(summary, as_json=False)
-    verified, ok = _export_and_verify(config, args.export)
+    try:
+        with interrupt_on_stop_signal():
+            verified, ok = _export_and_verify(config, args.export)
+    except KeyboardInterrupt as stopped:
+        if not stopped.args:  # Ctrl-C
+            raise
+        name = signal.Signals(stopped.args[0]).name
+        raise Interrupted(f"{name}: the run has finished; run the same command again to complete its export") from None
     if not args.json:
         print_text(verification_table(verified))
         return None, ok
@@ -70,9 +81,13 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
     from mlet_dist.training.run_directory import RunDirectory
 
     config = load_config(Path(args.config), args.overrides)
-    done = finished_summary(config, by_any=args.once)
+    # Whoever asks for an export of a finished run does not want to train it again.
+    exports = args.export is not None and not config.run.overwrite
+    done = finished_summary(config, by_any=args.once or exports)
     if done is not None:
         return done
+    if args.export is not None and not args.node_rank:
+        _check_export(args.export)
 
     def check() -> Config:
         config = load_checked_config(args)
@@ -109,15 +124,27 @@ def _identity(file: Path) -> tuple[int, int] | None:
     return None
 
 
+def _check_export(out: str) -> None:
+    """Raise UserError if the run could not be exported to ``out`` when it has finished."""
+    if is_url(out):
+        raise UserError(
+            f"--export {out}: must be a local directory, where the export is verified; `mlet export RUN --out {out}` "
+            "exports a finished run to a URL"
+        )
+    try:
+        check_free(Path(out))
+    except UserError as error:
+        raise UserError(f"--export {error}") from None
+
+
 def _export_and_verify(config: Config, out: str) -> tuple[Result, bool]:
     """Export the run and verify the export, in new processes: torch elastic handles the signals of this one."""
     run = config.run.dir
-    commands = [["verify", out, "--run", run, "--data", config.data.path, "--json"]]
     if not (Path(out) / "manifest.json").exists():  # an export gets its name when it is complete
-        commands.insert(0, ["export", run, "--out", out])
-    for command in commands:
-        done = subprocess.run([sys.executable, "-m", "mlet_dist", *command], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise ChildProcessError(f"mlet {' '.join(command)}: failed with exit code {done.returncode}")
-    found: Result = json.loads(done.stdout.splitlines()[-1])
+        run_child_command("export", run, "--out", out, "--json")
+    parts = DatasetSchema.load(data_set_path(config.data.path)).parts
+    split = next(each for each in ("test", "valid", "train") if each in parts)
+    found: Result = json.loads(
+        run_child_command("verify", out, "--run", run, "--data", config.data.path, "--split", split, "--json")
+    )
     return found, bool(found["ok"])

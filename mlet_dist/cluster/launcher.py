@@ -32,6 +32,7 @@ from mlet_dist.training.signals import STOP_SIGNALS, interrupted_unsaved
 
 _SHUTDOWN_TIMEOUT_S = 600
 _ELASTIC_RESTARTS = 10
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # to the ranks
 _ONE_LINE_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (UserError, Interrupted, ConnectionLost, RanksLost)
 }
@@ -116,6 +117,7 @@ def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, 
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     logging.disable(logging.ERROR)  # torch elastic would log its own report of a failure before our message
+    handlers = {number: signal.getsignal(number) for number in _FORWARDED}  # torch elastic leaves its own
     try:
         with (
             tempfile.TemporaryDirectory(prefix="mlet-", ignore_cleanup_errors=True) as logs,
@@ -124,7 +126,7 @@ def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, 
             config = LaunchConfig(
                 nproc_per_node=nproc,
                 monitor_interval=0.1,
-                signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # forwarded to the ranks
+                signals_to_handle=",".join(number.name for number in _FORWARDED),
                 shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S)),
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
                 **_rendezvous_config(nodes, job),
@@ -142,6 +144,9 @@ def run_ranks(nproc: int, arguments: Sequence[str], nodes: Nodes | None = None, 
             f"fewer than {nodes.min_count} nodes joined at {nodes.endpoint} in time (--wait {nodes.wait:g}; "
             f"{type(error).__name__}); check that all nodes run the same command and can reach node 0"
         ) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _rendezvous_config(nodes: Nodes | None, job: str) -> dict[str, Any]:

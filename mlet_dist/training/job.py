@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.checkpoint.writer import on_first_rank
 from mlet_dist.config.config_file import Config
 from mlet_dist.data.id_counts import SplitCounts, of_features, out_of_vocabulary_warnings
 from mlet_dist.data.label_classes import check_classes
@@ -25,7 +26,13 @@ from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
-from mlet_dist.training.resume import ResumePoint, drop_later_checkpoints, find_resume_point, identity_of
+from mlet_dist.training.resume import (
+    ResumePoint,
+    check_replaceable,
+    drop_later_checkpoints,
+    find_resume_point,
+    identity_of,
+)
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import new_run_id
 from mlet_dist.training.warm_start import InitialWeights, find_initial_weights
@@ -133,6 +140,8 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
             run = replace(run, run_id=new_run_id())
         job = Job(config, worker, spec, loader, id_counts, split_loaders, run, store, identity, resume_point, initial)
         job.log(f"warning: {warning}" for warning in warnings)
+        if config.train.checkpoint_dir is not None and not job.resumes:
+            on_first_rank(lambda: check_replaceable(store, run), f"{store} cannot be read", None)
         if worker.is_first:
             run.prepare(config, spec, resumes=job.resumes)
             drop_later_checkpoints(store, resume_point)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, require_complete
+from mlet_dist.checkpoint.manifest import RUN_ID, ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.config.config_file import Config
 from mlet_dist.data.preprocessing import Preprocessing
@@ -17,6 +18,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.run_seal import run_id_of_yaml
 from mlet_dist.urls import is_url
 
 # Keys of a run's identity, beside those that are names of settings.
@@ -132,7 +134,13 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
         _log(f"warning: {line}; using the one before it")
     checkpoint, about = point.found.checkpoint, point.found.manifest.about
     if resume == "auto":
-        alternative = "choose another run.dir, or start over with run.overwrite=true"
+        if config.train.checkpoint_dir is None:
+            alternative = "choose another run.dir, or start over with run.overwrite=true"
+        else:
+            alternative = (
+                "choose another train.checkpoint_dir, or, if this is the run of run.dir, start over with "
+                "run.overwrite=true"
+            )
         check_same_run(about["identity"], identity, str(checkpoint), alternative)
     else:
         check_same_run(
@@ -157,6 +165,25 @@ def _check_steps_left(config: Config, found: CompleteCheckpoint) -> None:
             raise UserError(
                 f"{found.checkpoint} was saved after step {step:,}, and {key} is {wanted}; use {reached} or more, "
                 "or resume from another checkpoint"
+            )
+
+
+def check_replaceable(store: CheckpointStore, run: RunDirectory) -> None:
+    """Check that a run which starts anew does not remove the checkpoints of a run in another directory.
+
+    Raises:
+        UserError: there is such a checkpoint in ``store``, which is ``train.checkpoint_dir``.
+    """
+    own = run_id_of_yaml(run.config) if run.config.exists() else ""
+    for checkpoint in store.checkpoints():
+        try:
+            owner = checkpoint.manifest().about.get(RUN_ID)
+        except ManifestError:
+            continue
+        if owner != own:
+            raise UserError(
+                f"{checkpoint} is a checkpoint of another run than {run.path}, and a new run would remove it; choose "
+                "another train.checkpoint_dir, or remove the checkpoints there"
             )
 
 

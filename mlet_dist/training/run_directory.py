@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,27 @@ class RunDirectory:
         """
         self.check_available(config)
         store = self.checkpoint_store(config)
+        created = not self.path.exists()
         with ExitStack() as stack:
             stack.enter_context(lock_file(self.marker, f"run.dir {self.path}"))
+            stack.enter_context(self._removed_if_unused(created))
             if config.train.checkpoint_dir is not None and store.is_local:
                 stack.enter_context(lock_file(Path(store.root) / ".mlet-lock", f"train.checkpoint_dir {store}"))
             if not store.is_local:
                 store.check_writable()
             yield
+
+    @contextmanager
+    def _removed_if_unused(self, created: bool) -> Iterator[None]:
+        """Remove the directory, if it was created, when an error ends the job before it has written anything there."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if created and [*self.path.iterdir()] == [self.marker]:
+                    self.marker.unlink()
+                    self.path.rmdir()
+            raise
 
     def prepare(self, config: Config, spec: ModelSpec, *, resumes: bool = False) -> None:
         """Write config and model, and remove an earlier run's files; a resumed run keeps its checkpoints and records.

@@ -98,7 +98,7 @@ def test_the_last_ones_and_every_mth_are_kept(ranks: Ranks, tmp_path: Path) -> N
 def test_two_runs_that_save_in_one_place_are_noticed(ranks: Ranks, tmp_path: Path, steps: tuple[int, ...]) -> None:
     """By each of them at the next checkpoint that it saves; nothing is removed."""
     ranks(2).run(_save, str(tmp_path), (2, 3), 2, None, "a")
-    told = "another run saves its checkpoints there, too; stop one of them, and give each run a train.checkpoint_dir"
+    told = "another run saves its checkpoints there, too; stop one of them, give each run a train.checkpoint_dir"
     for run, steps_of_run in (("b", steps), ("a", (5,))):
         with pytest.raises(RankFailed, match=f"step-0000000[1234]: {told}"):
             ranks(2).run(_save, str(tmp_path), steps_of_run, 1, None, run)
