@@ -32,7 +32,7 @@ class DenseArchCheck:
         self.varies: bool | None = None
         self._dense_arch = _dense_arch(training.model)
         self._warned = False
-        self._complete = min(training.batch_size, training.rows_per_epoch)
+        self._complete = training.complete_rows
         self._rows: torch.Tensor | None = None
         self._step = 0
 

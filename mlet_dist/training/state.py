@@ -41,6 +41,11 @@ class Training:
     batch: Batch | None = None
 
     @property
+    def complete_rows(self) -> int:
+        """Rows of a complete global batch; of the only batch, if the data has fewer."""
+        return min(self.batch_size, self.rows_per_epoch)
+
+    @property
     def epoch(self) -> int:
         """The epoch of the next batch, from 0."""
         return self.step // self.batches_per_epoch

@@ -1,4 +1,4 @@
-"""A batch trains on the mean loss of its rows, weighted or not, whatever part of them a rank has."""
+"""All rows of an epoch weigh the same, those of an incomplete batch too, whatever part of them a rank has."""
 
 import json
 import shutil
@@ -84,7 +84,7 @@ def _train(config: Config, pipelined: bool) -> tuple[list[int], dict[str, torch.
 
 
 def _expected(config: Config) -> dict[str, torch.Tensor]:
-    """Train in one process without sharding, by torch alone: SGD on the mean loss of each batch's rows."""
+    """Train in one process without sharding, by torch alone: SGD on the loss of each batch by its share of rows."""
     spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
     model = build_dlrm(spec, torch.device("cpu"))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -103,7 +103,8 @@ def _expected(config: Config) -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         losses = functional.binary_cross_entropy_with_logits(logits, batch.labels[:rows].double(), reduction="none")
         weights = torch.ones(rows) if batch.weights is None else batch.weights[:rows]
-        (losses.dot(weights.double()) / weights.double().sum()).backward()
+        share = rows / min(config.data.batch_size, alone.rows)
+        (losses.dot(weights.double()) / weights.double().sum() * share).backward()
         optimizer.step()
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
@@ -119,7 +120,7 @@ def _expected(config: Config) -> dict[str, torch.Tensor]:
         (4, 400, "auto", [100, 100, 44, 0]),  # fewer rows than one batch
     ],
 )
-def test_ranks_train_on_the_mean_loss_of_the_rows_that_there_are(
+def test_all_rows_weigh_the_same_on_any_number_of_ranks(
     ranks: Ranks, lists_data: Path, world_size: int, batch_size: int, exchange: str, last: list[int]
 ) -> None:
     config = config_of(lists_data, batch_size, f"sharding.exchange={exchange}")
@@ -153,7 +154,7 @@ def _mean_loss(weights: list[float]) -> tuple[float, list[float]]:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     none = KeyedJaggedTensor.from_lengths_sync([], torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
     batch = Batch(torch.zeros(1, 0), none, torch.ones(1), 1, world_size, torch.tensor([weights[rank]]))
-    loss = mean_loss(logits, batch)
+    loss = mean_loss(logits, batch, world_size)
     loss.backward()
     assert logits.grad is not None
     return loss.item(), logits.grad.tolist()

@@ -19,6 +19,7 @@ LABEL, TIME = "label", "time"  # names of columns
 CHUNK_VERSION = 4  # changes when the chunk files change, so that those of other versions are not used
 GROUP_ROWS = 1 << 18  # a group ends once it has this many rows
 
+_WRITE_BYTES = 1 << 20
 _METADATA = b"mlet"
 
 
@@ -79,7 +80,12 @@ def save_chunk(path: Path, table: pa.Table, info: ChunkInfo) -> None:
     table = pa.table({name: _narrow(table[name]) for name in table.column_names})
     schema = table.schema.with_metadata({_METADATA: json.dumps(asdict(info)).encode()})
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with new_sealed(path) as sink, pa.ipc.new_file(sink, schema, options=options) as writer:
+    # Arrow writes thousands of small pieces, and each would be a call of Python.
+    with (
+        new_sealed(path) as sink,
+        pa.BufferedOutputStream(pa.PythonFile(sink, "w"), _WRITE_BYTES) as buffered,
+        pa.ipc.new_file(buffered, schema, options=options) as writer,
+    ):
         # A single record batch, so that all rows share one dictionary per column.
         for batch in table.combine_chunks().to_batches():
             writer.write_batch(batch)

@@ -5,6 +5,7 @@ as a decimal 7.00, and a timestamp has the same text whatever its unit.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 from uuid import UUID
 
@@ -244,5 +245,10 @@ def _whole_numbers(texts: pa.StringArray) -> pa.StringArray:
 
 
 def _is_in(texts: pa.StringArray, values: Sequence[str]) -> Flags:
-    found = pc.is_in(texts, value_set=pa.array(list(values), pa.string()))
-    return np.array(found.to_numpy(zero_copy_only=False), dtype=bool)
+    found: Flags = pc.is_in(texts, value_set=_array_of(tuple(values))).to_numpy(zero_copy_only=False)
+    return found
+
+
+@cache
+def _array_of(values: tuple[str, ...]) -> pa.StringArray:
+    return pa.array(values, pa.string())
