@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.manifest import RUN_ID, ManifestError
+from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.writer import copy_to_cpu, on_first_rank, write_checkpoint
 from mlet_dist.errors import UserError
@@ -105,12 +105,8 @@ def apply_retention(store: CheckpointStore, run_id: str | None, keep_last: int, 
             directories are locked, but stores at URLs cannot be.
     """
     finished = []
-    for checkpoint in store.checkpoints():
-        try:
-            owner = checkpoint.manifest().about.get(RUN_ID)
-        except ManifestError:
-            continue
-        if owner != run_id:
+    for checkpoint, manifest in store.complete_checkpoints():
+        if manifest.about.get(RUN_ID) != run_id:
             raise UserError(
                 f"{checkpoint}: another run saves its checkpoints there, too; stop one of them, give each run a "
                 "train.checkpoint_dir of its own, and remove this checkpoint from that of the other run"

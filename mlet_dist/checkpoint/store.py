@@ -54,6 +54,15 @@ class CheckpointStore:
         steps = (_NAME.fullmatch(path.rstrip("/").rpartition("/")[2]) for path in paths)
         return [self.checkpoint(step) for step in sorted(int(found[1]) for found in steps if found)]
 
+    def complete_checkpoints(self) -> Iterator[tuple["Checkpoint", Manifest]]:
+        """Yield the checkpoints that have a valid manifest, and the manifest; another may be being written."""
+        for checkpoint in self.checkpoints():
+            try:
+                manifest = checkpoint.manifest()
+            except ManifestError:
+                continue
+            yield checkpoint, manifest
+
     def checkpoint(self, step: int) -> "Checkpoint":
         """Return the checkpoint of ``step``, which need not exist."""
         return Checkpoint(self, step)

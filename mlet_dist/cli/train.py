@@ -23,7 +23,7 @@ from mlet_dist.config.config_file import Config, describe_settings, load_config
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import Interrupted, UserError
-from mlet_dist.training.signals import interrupt_on_stop_signal
+from mlet_dist.training.signals import STOP_SIGNALS, interrupt_on_stop_signal
 from mlet_dist.urls import is_url
 
 TEXT = "Train a model and evaluate it, on one machine or as one node of several."
@@ -105,7 +105,8 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
         except KeyboardInterrupt as stopped:
             # torch elastic reports a signal even if it came when the ranks had finished the run.
             finished = _identity(summary_file) not in (None, before)
-            if not finished or args.export is not None or stopped.args[:1] == (signal.SIGINT,) or not stopped.args:
+            by_stop_signal = stopped.args[:1] in [(number,) for number in STOP_SIGNALS]
+            if not (finished and by_stop_signal) or args.export is not None:
                 raise
         return None
     config = check()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, require_complete
-from mlet_dist.checkpoint.manifest import RUN_ID, ManifestError
+from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.config.config_file import Config
 from mlet_dist.data.preprocessing import Preprocessing
@@ -175,12 +175,8 @@ def check_replaceable(store: CheckpointStore, run: RunDirectory) -> None:
         UserError: there is such a checkpoint in ``store``, which is ``train.checkpoint_dir``.
     """
     own = run_id_of_yaml(run.config) if run.config.exists() else ""
-    for checkpoint in store.checkpoints():
-        try:
-            owner = checkpoint.manifest().about.get(RUN_ID)
-        except ManifestError:
-            continue
-        if owner != own:
+    for checkpoint, manifest in store.complete_checkpoints():
+        if manifest.about.get(RUN_ID) != own:
             raise UserError(
                 f"{checkpoint} is a checkpoint of another run than {run.path}, and a new run would remove it; choose "
                 "another train.checkpoint_dir, or remove the checkpoints there"
