@@ -12,9 +12,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(USABLE)' 
 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-# Most tests wait for processes that start, so that two workers take little more than half the time of one. A worker
-# keeps rank processes of its own, and the tests of a file share them. ARGS="-n 0" runs all tests in one process.
-TEST_WORKERS := -n auto --maxprocesses 4 --dist loadfile
+# tests/conftest.py says how many workers there are. A worker keeps rank processes of its own, and the tests of a file
+# share them. ARGS="-n 0" runs all tests in one process.
+TEST_WORKERS := -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test setup check lint types imports format bench docs linkcheck wheel soak slurm clean

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,11 @@ from mlet_dist.storage import open_filesystem
 from tests.helpers.mlet_command import mlet_json
 from tests.helpers.ranks import RankPool
 from tests.helpers.s3_server import S3Bucket, S3Server, s3_server
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Run one worker more than there are CPUs, since tests wait for processes and timers; each takes a few GB."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,6 @@
 """The example and the commands of the README run, its links lead somewhere, and it stays short."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +8,8 @@ from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
 from mlet_dist.cli import main
-from tests.helpers.mlet_command import ROOT
+from tests.helpers.forked_command import ROOT, TORCHRUN
+from tests.helpers.mlet_command import run_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -42,10 +40,7 @@ def test_the_example_of_ones_own_model_trains() -> None:
 @pytest.mark.multirank
 def test_the_script_with_a_model_and_trainer_of_ones_own_trains_and_serves() -> None:
     script = ROOT / "docs" / "own_model.py"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    ran = run_command([*TORCHRUN, "--standalone", "--nproc-per-node", 2, script])
     losses = [float(loss) for loss in re.findall(r"loss (\d\.\d+)", ran.stdout)]
     assert len(losses) == 3
     assert losses[-1] < 0.5 < losses[0] < 0.7

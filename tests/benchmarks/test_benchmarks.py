@@ -1,12 +1,12 @@
 """Every benchmark runs at its smallest size, and prints its figures."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks.run_all import HERE, SMALLEST, command
+from tests.helpers.mlet_command import run_command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.multirank]
 
@@ -68,9 +68,8 @@ def test_every_benchmark_has_a_smallest_size_and_a_check() -> None:
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_benchmark_prints_its_figures(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(command(name, tmp_path), capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.strip() for line in done.stdout.splitlines()]
+    output = run_command(command(name, tmp_path)).stdout
+    lines = [line.strip() for line in output.splitlines()]
     for pattern in PRINTED[name]:
-        assert any(re.fullmatch(pattern, line) for line in lines), f"no line is {pattern!r} in\n{done.stdout}"
+        assert any(re.fullmatch(pattern, line) for line in lines), f"no line is {pattern!r} in\n{output}"
     assert list(tmp_path.iterdir()) == []

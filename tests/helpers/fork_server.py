@@ -11,7 +11,14 @@ from multiprocessing.context import ForkServerContext
 def fork_server() -> ForkServerContext:
     """Start a process that has imported what ranks need, from which they are forked; imports take seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mlet_dist.training.trainer", "mlet_dist.export.verify.run_verify"])
+    context.set_forkserver_preload(
+        [
+            *("mlet_dist.cli.main", "mlet_dist.training.trainer", "mlet_dist.export.verify.run_verify"),
+            *("mlet_dist.data.prepare.pipeline", "mlet_dist.data.synthetic", "torch.distributed.run"),
+            # What TorchRec and torch.export import when they are first used.
+            *("torch.distributed.optim.apply_optimizer_in_backward", "torch.export.pt2_archive._package"),
+        ]
+    )
     # What is read when torch is imported, with the values that ranks have.
     settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     before = {name: os.environ.get(name) for name in settings}

@@ -1,10 +1,12 @@
-"""Starts `python -m mlet_dist`, torchrun and programs of tests without the seconds that importing torch takes.
+"""Starts `python -m mlet_dist`, torchrun, benchmarks and examples without the seconds that importing torch takes.
 
 The process is forked from one that has imported torch, and forks the ranks and commands that it starts in turn. In all
 else it is as a new process: it has the environment, files, signals, session and exit code that it would have. Tests of
 what a command does before it has imported torch start an interpreter.
 """
 
+import functools
+import inspect
 import logging
 import os
 import runpy
@@ -25,17 +27,18 @@ MLET = (sys.executable, "-m", "mlet_dist")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 _MODULES = ("mlet_dist", "torch.distributed.run", "tests.helpers.export_units")
+_SCRIPTS = (ROOT / "benchmarks", ROOT / "docs")
 
 
 class ForkedCommand(subprocess.Popen[str]):
-    """``Popen`` for a command line that runs one of ``_MODULES``: a child of the fork server. It runs in ``ROOT``."""
+    """``Popen`` for a command line of one of ``_MODULES`` or a file of ``_SCRIPTS``; it is forked in ``ROOT``."""
 
     def __init__(self, args: Sequence[object], **options: Any) -> None:
         self._options = options
         super().__init__([*map(str, args)], text=True, **options)
 
     def _execute_child(self, args: Sequence[str], *more: Any) -> None:
-        assert _module(args) is not None, args
+        assert _program(args) is not None, args
         pipes = _pipes(more)
         files = [_File(pipes[number]) for number in (3, 5)]
         target = (args, _environment(self._options), *files, bool(self._options.get("start_new_session")))
@@ -80,27 +83,29 @@ class _ForkedChild(subprocess.Popen[str]):
         super().__init__(args, *more, **options)
 
     def _execute_child(self, args: Sequence[str], *more: Any) -> None:
-        if _module(args) is None:
+        if _program(args) is None:
             super()._execute_child(args, *more)  # type: ignore[misc]
             return
-        assert self._options.get("cwd") is None
         pipes, environment = _pipes(more), _environment(self._options)
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         self._child_created = True
         if self.pid == 0:
+            os.chdir(self._options.get("cwd") or ".")
             _become(args, environment, pipes[3], pipes[5], bool(self._options.get("start_new_session")))
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
 
-def _module(args: Sequence[str]) -> tuple[str, list[str]] | None:
-    """Return the module that a command line runs and its arguments, if it is one that can be forked."""
+def _program(args: Sequence[str]) -> tuple[str, list[str]] | None:
+    """Return the module or file that a command line runs and its arguments, if it is one that can be forked."""
     words = [*args]
     if words[:1] != [sys.executable]:
         return None
     words = words[2:] if words[1:2] == ["-u"] else words[1:]
-    return (words[1], words[2:]) if words[:1] == ["-m"] and words[1] in _MODULES else None
+    if words[:1] == ["-m"] and words[1] in _MODULES:
+        return words[1], words[2:]
+    return (words[0], words[1:]) if words and Path(words[0]).parent in _SCRIPTS else None
 
 
 def _pipes(more: Sequence[Any]) -> Sequence[int]:
@@ -117,6 +122,8 @@ def _run(args: Sequence[str], environment: Mapping[str, str], stdout: _File, std
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     os.chdir(ROOT)
+    # torch.distributed.elastic asks for the names of its callers, for which inspect looks at all modules several times.
+    inspect.stack = functools.partial(inspect.stack, 0)
     subprocess.Popen = _ForkedChild  # type: ignore[misc]
     subprocess_handler.Popen = _ForkedChild  # type: ignore[misc]
     _become(args, environment, stdout.number, stderr.number, new_session)
@@ -139,12 +146,17 @@ def _become(
             os.dup2(file, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False, buffering=1) for number in (1, 2))
-    found = _module(args)
+    found = _program(args)
     assert found is not None
-    module, arguments = found
-    sys.argv = [module, *arguments]
+    program, arguments = found
+    sys.argv = [program, *arguments]
     try:
-        runpy.run_module(module, run_name="__main__")
+        if program in _MODULES:
+            runpy.run_module(program, run_name="__main__")
+        else:
+            # As Python does, so that a script that needs the repository's root on the path fails here, too.
+            sys.path[:] = [str(Path(program).parent), *(each for each in sys.path if each not in ("", str(ROOT)))]
+            runpy.run_path(program, run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -8,23 +8,26 @@ from typing import Any
 
 from tests.helpers.forked_command import MLET, ROOT, TORCHRUN, ForkedCommand
 
-__all__ = ["ROOT", "error_line", "mlet", "mlet_json", "torchrun_mlet"]
+__all__ = ["ROOT", "error_line", "mlet", "mlet_json", "run_command", "torchrun_mlet"]
 
 _TIMEOUT_SECONDS = 240
 
 
 def mlet(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """Run `mlet ARGUMENTS` and check its exit code."""
-    return _run([*MLET, *arguments], expect, os.environ)
+    return run_command([*MLET, *arguments], expect)
 
 
 def torchrun_mlet(nproc: int, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `mlet ARGUMENTS` in ``nproc`` ranks that torchrun starts."""
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", nproc, "-m", "mlet_dist", *arguments]
-    return _run(command, 0, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    return run_command(command, environment=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
-def _run(command: Sequence[object], expect: int, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def run_command(
+    command: Sequence[object], expect: int = 0, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that ``ForkedCommand`` can start, and check its exit code."""
     with ForkedCommand(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         try:
             output, errors = process.communicate(timeout=_TIMEOUT_SECONDS)
