@@ -90,13 +90,18 @@ def as_numbers(
     if is_text(values.type):
         texts, valid = _texts(values, "text")
         texts = pc.utf8_trim_whitespace(texts.fill_null(""))
+        digits = _flags(pc.ascii_is_decimal(texts))
+        # Only what is not all digits is compared with spellings and patterns, which takes most of the time.
+        others = np.flatnonzero(valid & ~digits)
+        compared = texts.take(pa.array(others))
+        absent = np.zeros(len(texts), dtype=bool)
         if missing_values is None:
-            absent = valid & _is_in(pc.utf8_lower(texts), MISSING_NUMBERS)
+            absent[others] = _is_in(pc.utf8_lower(compared), MISSING_NUMBERS)
         else:
-            absent = valid & _is_in(texts, ("", *missing_values))
-        valid = valid & matches(texts, INTEGER if integer else NUMBER) & ~absent
+            absent[others] = _is_in(compared, ("", *missing_values))
+        digits[others] = matches(compared, INTEGER if integer else NUMBER) & ~absent[others]
         numbers = np.full(len(texts), np.nan)
-        numbers[valid] = texts.filter(pa.array(valid)).cast(pa.float64()).to_numpy()
+        numbers[digits] = texts.filter(pa.array(digits)).cast(pa.float64()).to_numpy()
         absent = absent | _stands_for_missing(numbers, missing_values)
         numbers[absent] = np.nan
         return numbers, absent
@@ -129,7 +134,11 @@ def canonical_texts(texts: pa.StringArray) -> pa.StringArray:
 
 def matches(texts: pa.StringArray, pattern: str) -> Flags:
     """Return which texts match the pattern."""
-    return np.array(pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False), dtype=bool)
+    return _flags(pc.match_substring_regex(texts, pattern))
+
+
+def _flags(values: pa.BooleanArray) -> Flags:
+    return np.array(values.to_numpy(zero_copy_only=False), dtype=bool)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -245,7 +254,9 @@ def _whole_numbers(texts: pa.StringArray) -> pa.StringArray:
 
 
 def _is_in(texts: pa.StringArray, values: Sequence[str]) -> Flags:
-    found: Flags = pc.is_in(texts, value_set=_array_of(tuple(values))).to_numpy(zero_copy_only=False)
+    found = _flags(pc.less_equal(pc.binary_length(texts), max(len(each.encode()) for each in values)))
+    short = np.flatnonzero(found)  # all but a few values are longer than every spelling
+    found[short] = _flags(pc.is_in(texts.take(pa.array(short)), value_set=_array_of(tuple(values))))
     return found
 
 
