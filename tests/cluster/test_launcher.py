@@ -54,7 +54,8 @@ def training(
         ranks: list[int] = []
         try:
             metrics = folder / "run" / "metrics.jsonl"
-            wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or parent.poll() is not None)
+            # An interpreter and its ranks import torch, which takes long where other tests compute.
+            wait_until(lambda: (metrics.exists() and metrics.stat().st_size) or parent.poll() is not None, 180)
             ranks = children(parent.pid)
             assert len(ranks) == 2
             yield parent, ranks

@@ -49,7 +49,7 @@ def as_texts(
     values = _stored(values)
     absent = values.is_null().to_numpy(zero_copy_only=False)
     texts, valid = _texts(values, cast)
-    texts = texts.fill_null("")
+    texts = texts.fill_null("") if texts.null_count else texts
     if cast == "integer":
         texts = pc.utf8_trim_whitespace(texts)
     if missing_values is not None:
@@ -256,7 +256,8 @@ def _whole_numbers(texts: pa.StringArray) -> pa.StringArray:
 def _is_in(texts: pa.StringArray, values: Sequence[str]) -> Flags:
     found = _flags(pc.less_equal(pc.binary_length(texts), max(len(each.encode()) for each in values)))
     short = np.flatnonzero(found)  # all but a few values are longer than every spelling
-    found[short] = _flags(pc.is_in(texts.take(pa.array(short)), value_set=_array_of(tuple(values))))
+    if len(short):
+        found[short] = _flags(pc.is_in(texts.take(pa.array(short)), value_set=_array_of(tuple(values))))
     return found
 
 
