@@ -13,7 +13,15 @@ import yaml
 
 from mlet_dist.config.overrides import apply_override
 from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_section, section_type, to_yaml
-from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, ShardingConfig, TrainConfig
+from mlet_dist.config.sections import (
+    CompressionConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ShardingConfig,
+    TrainConfig,
+)
 from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url
@@ -28,6 +36,7 @@ class Config:
     data: DataConfig
     run: RunConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -169,6 +178,34 @@ def config_text(config: Config) -> str:
     return text
 
 
+def _check_compression(config: Config, source: str, sources: Mapping[str, str]) -> None:
+    """Raise UserError if the sharding asks for what compressed tables do not support."""
+    if config.compression.policy == "none":
+        return
+    sharding = config.sharding
+    for prefix, exchange, kinds in [
+        ("sharding.", sharding.exchange, sharding.sharding_types),
+        *((f"sharding.tables.{name}.", own.exchange, own.sharding_types) for name, own in sharding.tables.items()),
+    ]:
+        if exchange not in (None, "auto", "unique_rows"):
+            key = f"{prefix}exchange"
+            raise UserError(
+                f"{sources.get(key, source)}: {key} is {exchange}, but compression.policy is "
+                f"{config.compression.policy}, whose tables need exchange unique_rows; use auto or unique_rows"
+            )
+        if kinds is not None and "row_wise" not in kinds:
+            key = f"{prefix}sharding_types"
+            raise UserError(
+                f"{sources.get(key, source)}: {key} is {to_yaml(kinds)}, but compression.policy is "
+                f"{config.compression.policy}, whose tables are row_wise; add row_wise"
+            )
+    if config.train.initial_weights is not None:
+        raise UserError(
+            f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights}, "
+            f"but a run with compression.policy {config.compression.policy} cannot start from given weights; use null"
+        )
+
+
 def _check_combinations(config: Config, source: str, sources: Mapping[str, str]) -> None:
     """Raise UserError if settings contradict each other, or a list or path is empty."""
     for key, names in (
@@ -205,6 +242,7 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
             f"{sources.get('run.dir', source)}: run.dir is the URL {config.run.dir}, but must be a local directory; to "
             "keep checkpoints in a store, set train.checkpoint_dir to a URL"
         )
+    _check_compression(config, source, sources)
     if config.train.initial_weights is not None and config.train.resume not in ("auto", "never"):
         raise UserError(
             f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights} "

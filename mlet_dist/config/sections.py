@@ -131,6 +131,41 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CompressionConfig:
+    """How tables are made smaller while they are trained, by giving rows of different frequency different widths."""
+
+    policy: Literal["none", "static"] = setting(
+        "none: all rows of W1 have hidden_dim columns. static: a row gets the more columns the more often the training "
+        "split looks it up, and the rarest rows get none and read zero; widths are chosen before training, within "
+        "budget. Ids must be sorted by descending frequency, as vocabularies are; tables are row_wise, with exchange "
+        "unique_rows.",
+        "none",
+    )
+    budget: float = setting(
+        "Bytes of the tables in training (rows, W2 and the optimizer's state) as a share of those of single-layer "
+        "tables of embedding_dim columns with the same optimizer.",
+        0.5,
+        above=0,
+        at_most=1e6,
+    )
+    widths: tuple[int, ...] | None = setting(
+        "List of the widths that a row may have, besides 0; multiples of 4. null: hidden_dim, its halves down to "
+        "embedding_dim, embedding_dim, and half of it.",
+        None,
+        at_least=4,
+        at_most=_MAX_COLUMNS,
+        multiple_of=4,
+        min_length=1,
+    )
+    alpha: float = setting(
+        "A row's width grows as its number of lookups to this power, before it is rounded down to one of the widths.",
+        0.5,
+        above=0,
+        at_most=10,
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer: fused into the backward pass for W1, the same optimizer of torch for W2 and the dense layers."""
 

@@ -14,10 +14,11 @@ Modules:
 """
 
 from mlet_dist.embeddings.adam import LazyAdam, StepCountingOptimizer
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.planning.planner import multi_layer_planner
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 __all__ = [
     "LazyAdam",

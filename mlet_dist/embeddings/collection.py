@@ -8,86 +8,20 @@ plain table W = W1·W2 for serving.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType, data_type_to_dtype
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mlet_dist.embeddings.collapse import collapse_rows
-from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.input_check import check_batch, smallest_tables
 from mlet_dist.embeddings.projection import Projection, project
-
-
-@dataclass
-class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
-    """TorchRec's EmbeddingBagConfig with the width k of the first layer.
-
-    ``embedding_dim`` stays d, the width that the model receives. With ``data_type`` FP16 both W1 and the served table
-    are stored in half precision; W2 stays float32. W1 is drawn uniformly from [``weight_init_min``,
-    ``weight_init_max``), by default ±1/sqrt(num_embeddings), or by ``init_fn`` if one is given.
-
-    Args:
-        hidden_dim: k, the width of W1; None trains a plain single-layer table.
-        rows_init_std: if given, W1 is drawn from N(0, rows_init_std^2) instead.
-        projection_init_std: standard deviation of W2's initial values; None means 1/sqrt(k), which has unit gain.
-        zero_first_row: whether row 0 of W1 begins at zero, for tables whose id 0 stands for values that training never
-            sees: the row W[0] that is served for them is then zero, and not random.
-
-    Raises:
-        ValueError: a dimension is below 1, ``data_type`` is neither FP32 nor FP16, or ``zero_first_row`` comes with an
-            ``init_fn``. The message names the table.
-    """
-
-    hidden_dim: int | None = None
-    rows_init_std: float | None = None
-    projection_init_std: float | None = None
-    zero_first_row: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_embeddings", "embedding_dim", "hidden_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"table {self.name!r}: {name} is {value}, it must be at least 1")
-        if self.data_type not in (DataType.FP32, DataType.FP16):
-            raise ValueError(f"table {self.name!r}: data_type is {self.data_type.name}; rows are FP32 or FP16")
-        if self.zero_first_row and self.init_fn is not None:
-            raise ValueError(f"table {self.name!r}: zero_first_row cannot go with an init_fn")
-
-    @property
-    def row_width(self) -> int:
-        """The columns of W1: k, or d for a single-layer table."""
-        return self.hidden_dim if self.hidden_dim is not None else self.embedding_dim
-
-    def rows_config(self, seed: int) -> EmbeddingBagConfig:
-        """Return the TorchRec config of W1: ``row_width`` columns, initial values fixed by seed, table and row."""
-        plain = self.plain_config()
-        plain.embedding_dim = self.row_width
-        if self.init_fn is not None:
-            return plain
-        low, high = self.get_weight_init_min(), self.get_weight_init_max()
-        plain.init_fn = RowInitializer(
-            f"embedding_bags.{self.name}",
-            self.num_embeddings,
-            "uniform" if self.rows_init_std is None else "normal",
-            scale=(high - low) / 2 if self.rows_init_std is None else self.rows_init_std,
-            seed=seed,
-            center=(high + low) / 2 if self.rows_init_std is None else 0.0,
-            dtype=data_type_to_dtype(self.data_type),
-            zero_first_row=self.zero_first_row,
-        )
-        return plain
-
-    def plain_config(self) -> EmbeddingBagConfig:
-        """Return the TorchRec config of the served table, which has d columns."""
-        names = [field.name for field in fields(EmbeddingBagConfig) if field.init]
-        return EmbeddingBagConfig(**{name: getattr(self, name) for name in names})
+from mlet_dist.embeddings.row_ranges import join_ranges, segments_of, split_by_range, tables_of_rows
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, as_multi_layer
 
 
 class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
@@ -122,15 +56,16 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         device: torch.device | None = None,
         seed: int = 0,
     ) -> None:
-        multi_layer = [_as_multi_layer(table) for table in tables]
+        multi_layer = [as_multi_layer(table) for table in tables]
         for table in multi_layer:
             if not table.name or "." in table.name or hasattr(nn.ModuleDict, table.name):
                 raise ValueError(f"table {table.name!r}: no module of torch can have this name; choose another")
-        super().__init__([table.rows_config(seed) for table in multi_layer], is_weighted, device)
+        self._row_tables = tables_of_rows(multi_layer, seed)
+        super().__init__([table.rows_config(seed) for table in self._row_tables], is_weighted, device)
         self._tables = multi_layer
         self.seed = seed
         self.projections = build_projections(self._tables, seed, self.device)
-        self._table_of_key = table_of_key(self._tables)
+        self._projection_of_key = projection_of_key(self._row_tables)
         self._smallest_tables = smallest_tables(self._tables)
         self.register_load_state_dict_pre_hook(_check_before_load)
 
@@ -153,8 +88,11 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
             )
         if not torch.compiler.is_compiling():
             check_batch(features, self._smallest_tables, self.is_weighted())
-        weights = projection_weights(self.projections)
-        return project(super().forward(features), by_key(weights, self._table_of_key))
+        weights = by_key(projection_weights(self.projections), self._projection_of_key)
+        if all(table.row_ranges is None for table in self._tables):
+            return project(super().forward(features), weights)
+        vectors = project(super().forward(split_by_range(features, self._tables, self._row_tables)), weights)
+        return join_ranges(vectors, features, self._tables, self._row_tables)
 
     def reset_parameters(self) -> None:
         """Draw the initial values of both layers again; does nothing on the meta device."""
@@ -166,6 +104,13 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
     def embedding_bag_configs(self) -> list[MultiLayerEmbeddingBagConfig]:
         """Return the tables' configs, whose ``embedding_dim`` is d, as the model expects."""
         return list(self._tables)
+
+    def row_tables(self) -> list[MultiLayerEmbeddingBagConfig]:
+        """Return the tables that store the rows, which the sharding plan and the state dict name.
+
+        They are the tables themselves, but pools for those with row ranges (``row_ranges.tables_of_rows``).
+        """
+        return list(self._row_tables)
 
     def rows(self) -> EmbeddingBagCollection:
         """Return the first layer alone: a plain collection of W1 over the same parameters, with sum pooling.
@@ -190,30 +135,52 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
             plain = EmbeddingBagCollection(tables, self.is_weighted(), device)
         if device.type != "meta":
             weights = projection_weights(self.projections)
-            for name, bag in plain.embedding_bags.items():
-                rows = self.embedding_bags[name].weight
-                bag.weight.copy_(collapse_rows(rows, weights[name]) if name in weights else rows)
+            for bag in plain.embedding_bags.values():
+                bag.weight.zero_()  # rows that are not stored
+            for stored in self._row_tables:
+                for segment in segments_of([stored]):
+                    rows = self.embedding_bags[stored.name].weight[segment.offset : segment.offset + segment.rows]
+                    rows = collapse_rows(rows, weights[segment.name]) if segment.name in weights else rows
+                    whole = plain.embedding_bags[segment.table].weight
+                    whole[segment.first_row : segment.first_row + segment.rows].copy_(rows)
         return plain
 
 
 def build_projections(
     tables: list[MultiLayerEmbeddingBagConfig], seed: int, device: torch.device | None
 ) -> nn.ModuleDict:
-    """Build one Projection for each multi-layer table, keyed by table name. Single-layer tables have none."""
+    """Build one Projection for each multi-layer table, keyed by table name, and for each range ``<table>:<range>``.
+
+    Single-layer tables, and ranges of width d, have none.
+    """
     return nn.ModuleDict(
         {
-            table.name: Projection(
-                table.name,
-                table.hidden_dim,
+            name: Projection(
+                name,
+                width,
                 table.embedding_dim,
-                1 / math.sqrt(table.hidden_dim) if table.projection_init_std is None else table.projection_init_std,
+                _projection_std(table, width),
                 seed,
                 device,
             )
             for table in tables
-            if table.hidden_dim is not None
+            for name, width in _projection_widths(table).items()
         }
     )
+
+
+def _projection_std(table: MultiLayerEmbeddingBagConfig, width: int) -> float:
+    """Return the standard deviation of a W2 of ``width`` rows, so that the gain is the same for every width."""
+    if table.projection_init_std is None:
+        return 1 / math.sqrt(width)
+    return table.projection_init_std * math.sqrt(table.row_width / width)
+
+
+def _projection_widths(table: MultiLayerEmbeddingBagConfig) -> dict[str, int]:
+    if table.row_ranges is None:
+        return {} if table.hidden_dim is None else {table.name: table.hidden_dim}
+    widths = {f"{table.name}:{index}": each.width for index, each in enumerate(table.row_ranges)}
+    return {name: width for name, width in widths.items() if width not in (0, table.embedding_dim)}
 
 
 def projection_weights(projections: nn.ModuleDict) -> dict[str, torch.Tensor]:
@@ -221,15 +188,21 @@ def projection_weights(projections: nn.ModuleDict) -> dict[str, torch.Tensor]:
     return {table: projection.get_parameter("weight") for table, projection in projections.items()}
 
 
-def table_of_key(tables: list[MultiLayerEmbeddingBagConfig]) -> dict[str, str]:
-    """Return the table of each key of the output KeyedTensor (TorchRec names keys ``feature`` or ``feature@table``)."""
-    names = get_embedding_names_by_table(tables)
-    return {key: table.name for table, keys in zip(tables, names, strict=True) for key in keys}
+def projection_of_key(tables: list[MultiLayerEmbeddingBagConfig]) -> dict[str, str]:
+    """Return the name of the W2 of each key of the output KeyedTensor, which is that of its table, if that has one.
+
+    TorchRec names keys ``feature`` or ``feature@table``. A pool has a key and a W2 for each feature of a range.
+    """
+    found: dict[str, str] = {}
+    for table, keys in zip(tables, get_embedding_names_by_table(tables), strict=True):
+        names = [segment.name for segment in segments_of([table]) for _ in segment.features]
+        found |= dict(zip(keys, names, strict=True))
+    return found
 
 
-def by_key(weights: Mapping[str, torch.Tensor], table_of_key: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Turn weights by table into weights by key of the output KeyedTensor, for the keys that have one."""
-    return {key: weights[table] for key, table in table_of_key.items() if table in weights}
+def by_key(weights: Mapping[str, torch.Tensor], projection_of_key: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Turn weights by name into weights by key of the output KeyedTensor, for the keys that have one."""
+    return {key: weights[name] for key, name in projection_of_key.items() if name in weights}
 
 
 def check_loaded_shapes(tables: Sequence[MultiLayerEmbeddingBagConfig], state: Mapping[str, Any], prefix: str) -> None:
@@ -240,14 +213,15 @@ def check_loaded_shapes(tables: Sequence[MultiLayerEmbeddingBagConfig], state: M
     """
     for table in tables:
         rows = state.get(f"{prefix}embedding_bags.{table.name}.weight")
-        projection = state.get(f"{prefix}projections.{table.name}.weight")
-        if rows is not None and projection is not None:
-            check_layers_fit(table.name, rows.shape, projection.shape)
-        expected = {"W1": (table.num_embeddings, table.row_width), "W2": (table.row_width, table.embedding_dim)}
-        for layer, tensor in (("W1", rows), ("W2", projection)):
-            if tensor is not None and tuple(tensor.shape) != expected[layer]:
-                shapes = f"{tuple(tensor.shape)} in the state and {expected[layer]} in the module"
-                raise ValueError(f"table {table.name!r}: {layer} is {shapes}")
+        for segment in segments_of([table]):
+            projection = state.get(f"{prefix}projections.{segment.name}.weight")
+            if rows is not None and projection is not None:
+                check_layers_fit(segment.name, rows.shape, projection.shape)
+            expected = {"W1": (table.num_embeddings, table.row_width), "W2": (table.row_width, table.embedding_dim)}
+            for layer, name, tensor in (("W1", table.name, rows), ("W2", segment.name, projection)):
+                if tensor is not None and tuple(tensor.shape) != expected[layer]:
+                    shapes = f"{tuple(tensor.shape)} in the state and {expected[layer]} in the module"
+                    raise ValueError(f"table {name!r}: {layer} is {shapes}")
 
 
 def check_layers_fit(table: str, rows: Sequence[int], projection: Sequence[int]) -> None:
@@ -259,24 +233,4 @@ def check_layers_fit(table: str, rows: Sequence[int], projection: Sequence[int])
 def _check_before_load(
     module: MultiLayerEmbeddingBagCollection, state_dict: dict[str, Any], prefix: str, *args: Any
 ) -> None:
-    check_loaded_shapes(module.embedding_bag_configs(), state_dict, prefix)
-
-
-def _as_multi_layer(config: EmbeddingBagConfig) -> MultiLayerEmbeddingBagConfig:
-    if isinstance(config, MultiLayerEmbeddingBagConfig):
-        table = config
-    else:
-        table = MultiLayerEmbeddingBagConfig(
-            **{field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig) if field.init}
-        )
-        limits = {"a": table.get_weight_init_min(), "b": table.get_weight_init_max()}
-        if (
-            isinstance(table.init_fn, partial)
-            and table.init_fn.func is nn.init.uniform_
-            and not table.init_fn.args
-            and table.init_fn.keywords == limits
-        ):
-            table.init_fn = None  # TorchRec's default, which draws different values on every rank
-    if not table.feature_names:
-        table.feature_names = [table.name]
-    return table
+    check_loaded_shapes(module.row_tables(), state_dict, prefix)

@@ -123,6 +123,34 @@ def project_rows(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tenso
     return _ProjectedRows.apply(rows, counts, weights)
 
 
+def project_tables(
+    rows: torch.Tensor,
+    counts: Sequence[int],
+    widths: Sequence[int],
+    weights: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """Apply each table's W2 to its rows, whose widths may differ: ``(sum of U_t·k_t,)`` -> ``(U, d)``.
+
+    Args:
+        rows: rows of T tables, concatenated table by table.
+        counts: the number of rows of each table; their sum is U.
+        widths: k of each table.
+        weights: W2 ``(k, d)`` of each table; None for a single-layer table, whose rows have d columns already.
+    """
+    vectors, start = [], 0
+    tables = range(len(counts))
+    for (width, projected), group in groupby(tables, key=lambda table: (widths[table], weights[table] is not None)):
+        run = list(group)
+        stop = start + width * sum(counts[table] for table in run)
+        block = rows[start:stop].view(-1, width)
+        if projected:
+            stacked = torch.stack([weights[table] for table in run])  # type: ignore[misc]
+            block = project_rows(block, [counts[table] for table in run], stacked)
+        vectors.append(block)
+        start = stop
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
 class _ProjectedRows(torch.autograd.Function):
     """One product per table, written into the output; on a CPU this is faster than padding for a batched product."""
 

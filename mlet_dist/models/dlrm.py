@@ -13,6 +13,7 @@ from mlet_dist.config.sections import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
+from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.models.spec import ModelSpec
 
 _CPU = torch.device("cpu")
@@ -26,6 +27,7 @@ def build_dlrm(
     tables_device: torch.device,
     rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32",
     dense_device: torch.device = _CPU,
+    hidden_dims: Mapping[str, int | None] | None = None,
 ) -> DLRM:
     """Build the model for training: DLRM around a MultiLayerEmbeddingBagCollection.
 
@@ -36,8 +38,11 @@ def build_dlrm(
         tables_device: device of the tables; ``meta`` if they will be sharded.
         rows_dtype: dtype of W1, for all tables or by table. Export and verification support fp32 only.
         dense_device: device of the dense layers; ``meta`` if only their sizes are wanted.
+        hidden_dims: k of each table; by default that of the spec for all tables.
     """
     tables = _table_configs(spec, rows_dtype)
+    for table in tables:
+        table.hidden_dim = table.hidden_dim if hidden_dims is None else hidden_dims[table.name]
     embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, device=tables_device, seed=spec.seed)
     return _build_around(embeddings, spec, dense_device)
 
@@ -140,6 +145,11 @@ def _table_configs(
                 rows_init_std=model.rows_init_gain * model.rows_init_std if model.rows_init == "normal" else None,
                 projection_init_std=model.projection_init_std,
                 zero_first_row=table.name in spec.zero_first_rows,
+                row_ranges=_row_ranges(spec, table.name),
             )
         )
     return tables
+
+
+def _row_ranges(spec: ModelSpec, table: str) -> list[RowRange] | None:
+    return [RowRange(*each) for each in spec.row_ranges[table]] if table in spec.row_ranges else None

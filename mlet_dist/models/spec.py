@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class ModelSpec:
         vocabulary_id: identifies the vocabularies of the whole data set.
         preprocessing: how the label and the inputs were made; None in a model of a version that did not record it.
         zero_first_rows: the tables whose row 0 no training row looks up; it is zero.
+        row_ranges: by table, the rows, width and expected share of lookups of ranges of rows of different widths
+            (``embeddings.row_ranges``); the rows of other tables all have hidden_dim columns.
     """
 
     model: ModelConfig
@@ -55,6 +58,7 @@ class ModelSpec:
     vocabulary_id: str = ""
     preprocessing: Preprocessing | None = None
     zero_first_rows: tuple[str, ...] = ()
+    row_ranges: Mapping[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -163,6 +167,8 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain data for JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        if not self.row_ranges:
+            del plain["row_ranges"]
         return plain
 
     @classmethod
@@ -208,6 +214,10 @@ class ModelSpec:
                 if made is None
                 else Preprocessing.from_dict(made).select(plain["dense"], (f.name for f in features)),
                 tuple(plain.get("zero_first_rows", ())),
+                {
+                    str(name): tuple((int(rows), int(width), float(share)) for rows, width, share in ranges)
+                    for name, ranges in plain.get("row_ranges", {}).items()
+                },
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None

@@ -107,13 +107,17 @@ class Case:
         tables = {name: dataclasses.replace(own, exchange=None) for name, own in self.config.sharding.tables.items()}
         return self.with_settings("sharding", exchange="after", tables=tables)
 
+    def uncompressed(self) -> "Case":
+        """Return this case with all rows of one width."""
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, row_ranges={}))
+
 
 def even_memory(case: Case) -> Memory:
     """Return a lower bound of every plan's fullest rank: its memory with rows spread as evenly as the config allows."""
     model = case.model()
     sharding = case.sharding(model)
     tables = model.sparse_arch.embedding_bag_collection
-    configs = tables.embedding_bag_configs()
+    configs = tables.row_tables()
     limited = table_constraints(configs, case.ranks, sharding.sharder, sharding.constraints, sharding.replicated_bytes)
     parts = []
     for table in configs:
@@ -135,6 +139,11 @@ def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, De
     fewest bytes.
     """
     d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
+    if case.spec.row_ranges:
+        case, compressed = case.uncompressed(), planned
+        share = f"compressed to {case.config.compression.budget:.0%} of the single layer's bytes"
+        found = configurations(case, case.plan_or_evenest())
+        return [*found, (share, compressed.tables, compressed.dense)]
     exchange, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
     composed = case.with_torchrec_exchange()
     alone = composed.with_settings("model", hidden_dim=None).plan_or_evenest()

@@ -88,6 +88,11 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
     if path is None:
         spec = ModelSpec.of(config, DatasetSchema.load(data_set_path(config.data.path)))
         return spec, spec.pooling_factors
+    if config.compression.policy != "none":
+        raise UserError(
+            f"compression.policy is {config.compression.policy}, which needs the counts of a data set's ids; {path} "
+            "gives only the sizes of tables: name a data set, or use policy none"
+        )
     sizes: dict[str, int] = {}
     pooling: dict[str, float] = {}
     for key, entry in _read(path).items():

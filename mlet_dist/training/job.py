@@ -24,6 +24,7 @@ from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.compression import with_row_ranges
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.resume import (
@@ -119,7 +120,7 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     config.check_device(worker.device.type)
     data, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data)
-    spec = ModelSpec.of(config, schema)
+    spec, compressed = with_row_ranges(ModelSpec.of(config, schema), config)
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]
     warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)
@@ -139,6 +140,7 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
         else:
             run = replace(run, run_id=new_run_id())
         job = Job(config, worker, spec, loader, id_counts, split_loaders, run, store, identity, resume_point, initial)
+        job.log(compressed)
         job.log(f"warning: {warning}" for warning in warnings)
         if config.train.checkpoint_dir is not None and not job.resumes:
             on_first_rank(lambda: check_replaceable(store, run), f"{store} cannot be read", None)

@@ -102,7 +102,7 @@ def plan_model(
         UserError: the constraints cannot be met, or only by a plan that cannot run.
     """
     tables = model.sparse_arch.embedding_bag_collection
-    configs, ranks, device = tables.embedding_bag_configs(), Ranks.of(topology), device or device_of(topology)
+    configs, ranks, device = tables.row_tables(), Ranks.of(topology), device or device_of(topology)
     requested = constraints or {}
     optimizer = optimizer_of(next(iter(tables.embedding_bags.values())).weight)
     dense = dense_cost(model, sharder.local_batch_size, optimizer, ranks.world_size, ranks.local_world_size)

@@ -55,6 +55,12 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         identity["data.shuffle_buffer"] = config.data.shuffle_buffer
     if config.optimizer.decay != "constant":
         identity |= {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
+    if spec.row_ranges:
+        identity |= {f"compression.{key}": value for key, value in plain["compression"].items()}
+        identity |= {
+            f"row ranges of table {name}": [[rows, width] for rows, width, _ in ranges]
+            for name, ranges in spec.row_ranges.items()
+        }
     dtypes = config.sharding.rows_dtypes([table.name for table in spec.tables])
     identity |= {f"rows of table {table.name}": table.num_embeddings for table in spec.tables}
     return identity | {f"rows_dtype of table {name}": dtype for name, dtype in dtypes.items()}

@@ -1,7 +1,7 @@
 """Plans and shards a DLRM whose tables are on the meta device, as TorchRec's DistributedModelParallel."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from torchrec.models.dlrm import DLRM
 from mlet_dist.config.sections import ShardingConfig
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.cost_model import Device
+from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.training.model_plan import ModelPlan, plan_model
 from mlet_dist.training.process_group import Worker
@@ -50,12 +52,13 @@ class Sharding:
         pooling_factors: Mapping[str, float] | None = None,
     ) -> "Sharding":
         """Build from the ``sharding`` section, for the tables of ``model``."""
-        names = [table.name for table in model.sparse_arch.embedding_bag_collection.embedding_bag_configs()]
-        settings = {name: config.of_table(name) for name in names}
-        exchanges = {name: own.exchange for name, own in settings.items() if own.exchange is not None}
+        tables = model.sparse_arch.embedding_bag_collection.row_tables()
+        settings = {table.name: config.of_table(table.name) for table in tables}
+        names = {segment.table for segment in segments_of(tables)}
+        exchanges = {name: config.of_table(name).exchange or config.exchange for name in names}
         sharder = MultiLayerEmbeddingBagCollectionSharder(
             exchange=exchanges,
-            pooling_factors=pooling_factors,
+            pooling_factors=_pooling_factors(tables, pooling_factors or {}),
             local_batch_size=local_batch_size,
             qcomm_codecs_registry=exchange_codecs(config.forward_comm, config.backward_comm, local_batch_size),
         )
@@ -120,6 +123,19 @@ def shard_model(
         for group in intra_and_cross_node_pg(worker.device):
             _set_pg_timeout(worker.timeout, group)
     return sharded, planned
+
+
+def _pooling_factors(tables: Sequence[MultiLayerEmbeddingBagConfig], factors: Mapping[str, float]) -> dict[str, float]:
+    """Return the average ids per bag of each table that stores rows; a bag of a pool has the ids of one range."""
+    found = {}
+    for table in tables:
+        of_bags = [
+            factors.get(segment.table, 1.0) * segment.share
+            for segment in segments_of([table])
+            for _ in segment.features
+        ]
+        found[table.name] = sum(of_bags) / len(of_bags)
+    return found
 
 
 def _plan_on_rank_0(model: DLRM, sharding: Sharding, topology: Topology, worker: Worker) -> ModelPlan:

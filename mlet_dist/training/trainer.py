@@ -24,6 +24,7 @@ from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
+from mlet_dist.training.compression import compression_summary, training_bytes
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.job import Job, open_job
@@ -71,7 +72,9 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         stop.exit_immediately(checkpoint)
 
         summary = {"run": str(job.run.path), "steps": training.step, "checkpoint": checkpoint}
+        size = training_bytes(training, worker.device)
         summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
+        summary |= compression_summary(job.spec, config.optimizer.name, size)
         stop.ignore()
         dist.barrier()  # a rank that a signal has ended before keeps the others from finishing the run
         if worker.is_first:
@@ -221,9 +224,8 @@ def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any
 
 def _model_summary(job: Job, plan: ModelPlan) -> dict[str, Any]:
     """Return the bytes of the tables in training and in serving, and what the run was trained on."""
-    stored: dict[str, RowsDtype] = {
-        name: "fp16" if cost.row_bytes == 2 else "fp32" for name, (cost, _) in plan.tables.items()
-    }
+    stored: dict[str, RowsDtype] = job.config.sharding.rows_dtypes([table.name for table in job.spec.tables])
+    stored |= {name: "fp16" if cost.row_bytes == 2 else "fp32" for name, (cost, _) in plan.tables.items()}
     trained, served = table_bytes(job.spec, stored)
     return {
         "trained_table_bytes": trained,

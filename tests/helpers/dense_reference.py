@@ -1,6 +1,7 @@
 """A dense float64 reference of multi-layer tables and their optimizers, in one process and without TorchRec."""
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -9,13 +10,35 @@ Bags = dict[str, list[list[tuple[int, float]]]]
 
 @dataclass
 class Table:
-    """A table: ``rows`` is W1 ``(n, k)``, ``projection`` W2 ``(k, d)`` or None, ``pooling`` sum or mean."""
+    """A table: ``rows`` is W1 ``(n, k)``, ``projection`` W2 ``(k, d)`` or None, ``pooling`` sum or mean.
+
+    The rows of a table with ``ranges`` are those of tables of other widths; ranges without columns are zero.
+    """
 
     name: str
     rows: torch.Tensor
     projection: torch.Tensor | None
     pooling: str
     features: list[str]
+    ranges: list["Table"] = field(default_factory=list)
+
+    @property
+    def stored(self) -> list[tuple[int, "Table"]]:
+        """The first row of each range that has columns, and the range; the table itself if it has no ranges."""
+        starts = accumulate((len(each.rows) for each in self.ranges), initial=0)
+        parts = [(start, each) for start, each in zip(starts, self.ranges, strict=False) if each.rows.shape[1]]
+        return parts if self.ranges else [(0, self)]
+
+    def product(self, embedding_dim: int) -> torch.Tensor:
+        """Return W ``(n, d)``."""
+        if not self.ranges:
+            return self.rows if self.projection is None else self.rows @ self.projection
+        zero = torch.zeros(1, embedding_dim, dtype=torch.float64)
+        products = [
+            each.product(embedding_dim) if each.rows.shape[1] else zero.expand(len(each.rows), -1)
+            for each in self.ranges
+        ]
+        return torch.cat(products)
 
 
 @dataclass
@@ -28,11 +51,12 @@ class DenseReference:
     tables: list[Table]
     optimizer: str
     rates: dict[str, float]
+    embedding_dim: int = 4
     _steps: int = 0
     _states: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for table in self.tables:
+        for _, table in (stored for each in self.tables for stored in each.stored):
             table.rows = table.rows.double().clone().requires_grad_()
             if table.projection is not None:
                 table.projection = table.projection.double().clone().requires_grad_()
@@ -42,7 +66,7 @@ class DenseReference:
         outputs = {}
         served = [feature for table in self.tables for feature in table.features]
         for table in self.tables:
-            product = table.rows if table.projection is None else table.rows @ table.projection
+            product = table.product(self.embedding_dim)
             for feature in table.features:
                 vectors = []
                 for ids in bags[feature]:
@@ -63,9 +87,11 @@ class DenseReference:
         with torch.no_grad():
             for table in self.tables:
                 ids = {each for feature in table.features for bag in bags[feature] for each, _ in bag}
-                self._update_rows(f"{table.name}.rows", table.rows, sorted(ids), factor * self.rates["rows"])
-                if table.projection is not None:
-                    self._update(f"{table.name}.projection", table.projection, factor * self.rates["projections"])
+                for first, part in table.stored:
+                    own = sorted(each - first for each in ids if first <= each < first + len(part.rows))
+                    self._update_rows(f"{part.name}.rows", part.rows, own, factor * self.rates["rows"])
+                    if part.projection is not None:
+                        self._update(f"{part.name}.projection", part.projection, factor * self.rates["projections"])
         return {name: output.detach() for name, output in outputs.items()}
 
     def _update_rows(self, name: str, rows: torch.Tensor, looked_up: list[int], rate: float) -> None:

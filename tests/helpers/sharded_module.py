@@ -23,6 +23,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollection,
     MultiLayerEmbeddingBagCollectionSharder,
 )
+from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from tests.helpers.dense_reference import Bags, Table
 from tests.helpers.ranks import full_tensor
@@ -45,16 +46,25 @@ def make_positive(module: MultiLayerEmbeddingBagCollection) -> MultiLayerEmbeddi
 def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
     """Return the tables of an unsharded module for the dense reference."""
     state = module.state_dict()
-    return [
-        Table(
-            table.name,
-            state[f"embedding_bags.{table.name}.weight"],
-            state.get(f"projections.{table.name}.weight"),
-            table.pooling.value.lower(),
-            table.feature_names,
-        )
-        for table in module.embedding_bag_configs()
-    ]
+    stored = {segment.name: (table.name, segment) for table in module.row_tables() for segment in segments_of([table])}
+
+    def part(name: str, rows: int) -> Table:
+        if name not in stored:
+            return Table(name, torch.zeros(rows, 0), None, "sum", [])
+        where, segment = stored[name]
+        of_segment = state[f"embedding_bags.{where}.weight"][segment.offset : segment.offset + segment.rows]
+        return Table(name, of_segment, state.get(f"projections.{name}.weight"), "sum", [])
+
+    found = []
+    for table in module.embedding_bag_configs():
+        if table.row_ranges is None:
+            whole = part(table.name, table.num_embeddings)
+        else:
+            ranges = [part(f"{table.name}:{index}", rows) for index, (rows, _, _) in enumerate(table.row_ranges)]
+            whole = Table(table.name, torch.empty(0), None, "sum", [], ranges)
+        whole.pooling, whole.features = table.pooling.value.lower(), table.feature_names
+        found.append(whole)
+    return found
 
 
 def shard(
@@ -84,7 +94,7 @@ def planner(
     )
     constraints = {
         table.name: ParameterConstraints(sharding_types=[sharding_types.get(table.name, "row_wise")])
-        for table in embeddings.embedding_bag_configs()
+        for table in getattr(embeddings, "row_tables", embeddings.embedding_bag_configs)()
     }
     return EmbeddingShardingPlanner(topology=topology, constraints=constraints)
 

@@ -32,7 +32,7 @@ def sharding_reasons(
         device: hardware of a rank.
     """
     found = {}
-    for table in module.embedding_bag_configs():
+    for table in module.row_tables():
         chosen = tables[table.name][0]
         types = constraints[table.name].sharding_types or []
         rows = module.embedding_bags[table.name].weight

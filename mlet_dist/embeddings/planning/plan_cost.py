@@ -11,7 +11,7 @@ from torchrec.distributed.planner import Topology
 from torchrec.distributed.types import CacheParams, ParameterSharding
 from torchrec.modules.embedding_configs import DataType
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.planning.cost_model import (
     FLOAT,
     RESERVED_SHARE,
@@ -39,6 +39,7 @@ from mlet_dist.embeddings.sharded.collectives import codecs_of, forward_backward
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
 from mlet_dist.embeddings.sharded.placement import max_rows_per_rank
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 # By the name of the class that was passed to apply_optimizer_in_backward.
 _OPTIMIZERS: dict[str, Optimizer] = {
@@ -73,6 +74,8 @@ class Ranks:
 def has_enough_rows(table: MultiLayerEmbeddingBagConfig, sharding_type: str, ranks: Ranks) -> bool:
     """Return False if the sharder would replace a sharding by blocks by data_parallel because of too few rows."""
     if sharding_type not in (ROW_WISE, TABLE_ROW_WISE):
+        return True
+    if table.segments and not ranks.on_cpu:
         return True
     blocks = ranks.num_owners(sharding_type)
     return max_rows_per_rank(table.num_embeddings, table.row_width, blocks, on_cpu=ranks.on_cpu) is not None
@@ -133,7 +136,7 @@ def table_costs(
 ) -> dict[str, tuple[TableCost, list[int]]]:
     """Return the cost of each table and its rows by rank, in a plan after ``sharder.finalize_plan``."""
     found = {}
-    for table in module.embedding_bag_configs():
+    for table in module.row_tables():
         sharding = params[table.name]
         spec = sharding.sharding_spec
         rows = [table.num_embeddings if spec is None else 0] * ranks.world_size

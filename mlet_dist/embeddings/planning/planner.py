@@ -16,13 +16,14 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.types import Perf, ShardEstimator, ShardingOption, Storage, StorageReservation
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.planning.cost_model import RESERVED_SHARE, Device, Memory, step_time, total_memory
 from mlet_dist.embeddings.planning.plan_cost import Ranks, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import Constraints, PruningEnumerator, table_constraints
 from mlet_dist.embeddings.planning.table_cost import TableCost
 from mlet_dist.embeddings.sharded.placement import REPLICATED_BYTES
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 # Default float32 operations per second: those of an A100, and of a few CPU cores.
 _FLOPS = {"cuda": 19.5e12, "cpu": 1e11}
@@ -91,7 +92,7 @@ class _Estimator(ShardEstimator):
                 others.append(option)
                 continue
             if id(module) not in tables:
-                tables[id(module)] = {table.name: table for table in module.embedding_bag_configs()}
+                tables[id(module)] = {table.name: table for table in module.row_tables()}
             cost = table_cost(
                 tables[id(module)][option.name],
                 option.tensor,
@@ -218,7 +219,7 @@ def requester_memory(
     """Return the memory of W2 and of a batch's vectors, which every rank needs wherever the rows are."""
     return total_memory(
         table_cost(table, module.embedding_bags[table.name].weight, sharder, ranks).requester_memory()
-        for table in module.embedding_bag_configs()
+        for table in module.row_tables()
     )
 
 

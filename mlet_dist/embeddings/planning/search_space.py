@@ -11,7 +11,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, PartitionByType, ShardingOption
 from torchrec.distributed.types import ModuleSharder
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.planning.cost_model import FLOAT
 from mlet_dist.embeddings.planning.plan_cost import Ranks, has_enough_rows
 from mlet_dist.embeddings.planning.table_cost import (
@@ -24,6 +24,7 @@ from mlet_dist.embeddings.planning.table_cost import (
 )
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES_OF
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 Constraints = Mapping[str, ParameterConstraints]
 """TorchRec's constraints by table."""
@@ -97,12 +98,14 @@ def _sharding_types(
     replicated_bytes: float,
 ) -> list[str]:
     device = "cpu" if ranks.on_cpu else "cuda"
-    exchange = sharder.requested_exchange(table.name)
+    exchange = sharder.requested_exchange(table)
     known = [
         kind
         for kind in sharder.sharding_types(device)
         if exchange != "unique_rows" or kind == DATA_PARALLEL or exchange in EXCHANGES_OF[kind]
     ]
+    if table.segments:
+        known = [ROW_WISE]
     possible = [kind for kind in known if has_enough_rows(table, kind, ranks)]
     found = [kind for kind in possible if not requested or kind in requested]
     if not found:

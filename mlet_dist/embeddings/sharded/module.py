@@ -27,22 +27,21 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 from torchrec.modules.embedding_configs import DataType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mlet_dist.embeddings.collection import (
     MultiLayerEmbeddingBagCollection,
-    MultiLayerEmbeddingBagConfig,
     build_projections,
     by_key,
     check_loaded_shapes,
     projection_weights,
-    table_of_key,
 )
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
+from mlet_dist.embeddings.row_ranges import SegmentInitializer, segments_of
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
 from mlet_dist.embeddings.sharded.collectives import with_combined_gradients
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange
@@ -55,11 +54,13 @@ from mlet_dist.embeddings.sharded.pooled import (
     PaddedTableRowWiseSharding,
     ProjectingDist,
     ReduceScatterSharding,
+    ServedFeature,
     bag_sizes,
     mean_keys,
     normalize_by_bag_size,
 )
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 
 @dataclass
@@ -104,13 +105,14 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         expected_rows: Mapping[str, float] | None = None,
         **torchrec_arguments: Any,
     ) -> None:
-        tables = module.embedding_bag_configs()
+        tables, row_tables = module.embedding_bag_configs(), module.row_tables()
         rows = module.rows()
         rows.exchanges = dict(exchanges or {})
         rows.expected_rows = dict(expected_rows or {})
-        rows.exchanged_dims = {table.name: table.embedding_dim for table in tables}
-        rows.projected = {table.name for table in tables if table.hidden_dim is not None}
-        check_widths(tables)
+        rows.exchanged_dims = {table.name: table.embedding_dim for table in row_tables}
+        rows.segments = {table.name: tuple(segments_of([table])) for table in row_tables}
+        rows.served = _served_features(tables, row_tables)
+        check_widths(row_tables)
         for config in rows.embedding_bag_configs():
             # Replicated rows have a dense gradient and a torch optimizer, both of which use the weight's dtype.
             if table_name_to_parameter_sharding[config.name].sharding_type == ShardingType.DATA_PARALLEL.value:
@@ -123,17 +125,23 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             **torchrec_arguments,
         )
         self.projections = build_projections(tables, module.seed, device)
-        self._tables = tables
+        self._row_tables = row_tables
         self._exchanges = rows.exchanges
-        self._table_of_key_after = {
-            key: table for key, table in table_of_key(tables).items() if self._exchanges.get(table, "after") == "after"
+        after = [table for table in row_tables if self._exchanges.get(table.name, "after") == "after"]
+        self._projection_of_key_after = {
+            served.key: table.name for table in after for served in rows.served[table.name]
         }
         for output_dist in self._output_dists:
             if isinstance(output_dist, ProjectingDist):
                 output_dist.projections_of = self._projections_of
         self._checker = self._build_checker(tables)
         self._mean_keys = mean_keys(tables)
-        self._projected_before = {table for table, exchange in self._exchanges.items() if exchange != "after"}
+        self._projected_before = {
+            segment.name
+            for table, exchange in self._exchanges.items()
+            if exchange != "after"
+            for segment in rows.segments[table]
+        }
         self._combined_weights: dict[str, torch.Tensor] = {}
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
@@ -154,7 +162,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             sharding = self.module_sharding_plan[config.name]
             if weight.numel() == 0:  # all rows are on other ranks
                 continue
-            if isinstance(config.init_fn, RowInitializer):
+            if isinstance(config.init_fn, RowInitializer | SegmentInitializer):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)
@@ -213,7 +221,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self: "ShardedMultiLayerEmbeddingBagCollection", state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
         # Check here: TorchRec cuts a full tensor to the shard's columns, which would hide a tensor that is too wide.
-        check_loaded_shapes(self._tables, state_dict, prefix)
+        check_loaded_shapes(self._row_tables, state_dict, prefix)
         ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
     def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:
@@ -240,7 +248,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         sizes, weights = ctx.divisor, self._combined_weights
 
         def finish(summed: KeyedTensor) -> KeyedTensor:
-            projected = project(summed, by_key(weights, self._table_of_key_after))
+            projected = project(summed, by_key(weights, self._projection_of_key_after))
             return projected if sizes is None else normalize_by_bag_size(projected, self._mean_keys, sizes)
 
         pooled.callbacks.append(finish)
@@ -262,16 +270,16 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         grouped: dict[str, list[EmbeddingShardingInfo]] = defaultdict(list)
         for sharding_type, infos in super().create_grouped_sharding_infos(module, *args, **kwargs).items():
             for info in infos:
-                table = info.embedding_config
+                table, served = info.embedding_config, module.served[info.embedding_config.name]
+                table.feature_names = [each.feature for each in served]
+                table.embedding_names = [each.key for each in served]
                 exchange = module.exchanges.get(table.name, "after")
                 if exchange == "after":
                     grouped[sharding_type].append(info)
                     continue
                 dim = module.exchanged_dims[table.name]
-                # A group of unique_rows tables has one k and one d; the other exchanges take all tables together.
-                shape = ""
-                if exchange == "unique_rows":
-                    shape = f" {table.embedding_dim}x{dim}" if table.name in module.projected else f" {dim}"
+                # A group of unique_rows tables has one d; the other exchanges take all tables together.
+                shape = f" {dim}" if exchange == "unique_rows" else ""
                 values = {field.name: getattr(info, field.name) for field in fields(EmbeddingShardingInfo)}
                 grouped[f"{sharding_type} {exchange}{shape}"].append(
                     ExchangedShardingInfo(
@@ -279,6 +287,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                         exchange=exchange,
                         exchanged_dim=dim,
                         expected_rows=module.expected_rows.get(table.name, 0.0),
+                        segments=module.segments[table.name],
+                        served=served,
                     )
                 )
         return grouped
@@ -301,6 +311,20 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
             )
         return kind(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+
+
+def _served_features(
+    tables: Sequence[MultiLayerEmbeddingBagConfig], row_tables: Sequence[MultiLayerEmbeddingBagConfig]
+) -> dict[str, tuple[ServedFeature, ...]]:
+    """Return the features of each of ``row_tables``; those of a table with row ranges are in one of its pools."""
+    found: dict[str, tuple[ServedFeature, ...]] = {table.name: () for table in row_tables}
+    pool_of = {segment.table: table.name for table in reversed(row_tables) for segment in segments_of([table])}
+    for table, keys in zip(tables, get_embedding_names_by_table(list(tables)), strict=True):
+        found[pool_of[table.name]] += tuple(
+            ServedFeature(feature, key, table.name, table.num_embeddings)
+            for feature, key in zip(table.feature_names, keys, strict=True)
+        )
+    return found
 
 
 # Combinations that are missing here use TorchRec's own shardings.

@@ -11,8 +11,8 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec.modules.embedding_configs import DataType
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, EXCHANGES_OF, ExchangeChoice
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 REPLICATED_BYTES = 16e6
 """Default limit on the bytes of W1 up to which the planner may replicate a table on every rank."""
@@ -45,6 +45,8 @@ def check_plan(
     if spec is not None and any(shard.shard_sizes[1] != table.row_width for shard in spec.shards):
         raise ValueError(f"table {table.name!r}: the plan is {kind}; multi-layer tables cannot be split by columns")
     known = (*EXCHANGES_OF, ShardingType.DATA_PARALLEL.value)
+    if table.segments:
+        _check_pool(table, sharding, on_cpu=on_cpu)
     if kind not in known:
         raise ValueError(f"table {table.name!r}: the plan is {kind}; multi-layer tables can be {', '.join(known)}")
     if exchange == "unique_rows" and "unique_rows" not in EXCHANGES_OF.get(kind, EXCHANGES):
@@ -56,6 +58,18 @@ def check_plan(
         raise ValueError(
             f"table {table.name!r}: the plan's kernel is {sharding.compute_kernel}, which needs CUDA; on a CPU use "
             "kernel fused, whose rows are in host memory there"
+        )
+
+
+def _check_pool(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, *, on_cpu: bool) -> None:
+    """Raise ValueError unless a pool of row ranges is row_wise, and all ranks of a CPU own some of it."""
+    kind, spec = sharding.sharding_type, sharding.sharding_spec
+    if kind != ShardingType.ROW_WISE.value or spec is None:
+        raise ValueError(f"table {table.name!r}: the plan is {kind}; a pool of row ranges must be row_wise")
+    if on_cpu and any(shard.shard_sizes[0] == 0 for shard in spec.shards):
+        raise ValueError(
+            f"table {table.name!r}: a pool of {table.num_embeddings:,} rows leaves some of {len(spec.shards):,} ranks "
+            "without rows, which fbgemm's CPU kernel does not support; use more rows of this width or fewer ranks"
         )
 
 

@@ -27,9 +27,9 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.projection import project_columns
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment
 
 ProjectionsOf = Callable[[Sequence[str]], dict[str, torch.Tensor]]
 """Maps tables to the W2 of those that have one, as used in this forward pass."""
@@ -41,6 +41,16 @@ class ProjectingDist:
     projections_of: ProjectionsOf
 
 
+@dataclass(frozen=True)
+class ServedFeature:
+    """A feature of the model, the key of its vectors, and the table that the model sees, of ``num_embeddings`` rows."""
+
+    feature: str
+    key: str
+    table: str
+    num_embeddings: int
+
+
 @dataclass
 class ExchangedShardingInfo(EmbeddingShardingInfo):
     """TorchRec's sharding info of one table, plus its exchange.
@@ -49,11 +59,16 @@ class ExchangedShardingInfo(EmbeddingShardingInfo):
         exchange: any exchange but ``after``.
         exchanged_dim: d, the width of the exchanged vectors.
         expected_rows: for unique_rows, the expected number of distinct rows that a global batch requests from one rank.
+        segments: the tables' rows that are stored; one segment, but for a pool.
+        served: the features that TorchRec regards as those of the table: its own. Those of a table with row ranges
+            belong to the pool that has the first of its ranges.
     """
 
     exchange: Exchange = "after"
     exchanged_dim: int = 0
     expected_rows: float = 0.0
+    segments: tuple[Segment, ...] = ()
+    served: tuple[ServedFeature, ...] = ()
 
 
 class ExchangedDims:

@@ -31,24 +31,24 @@ def group_for_rows(
     """
     kernels = []
     for group in groups:
-        tables = [_serving_one_feature(table) for table in group.embedding_tables]
-        small = [
-            table for table in tables if unpooled or expected_rows[table.name] * table.local_cols * 4 <= PADDED_BYTES
-        ]
-        for together in ([small] if small else []) + [[table] for table in tables if table not in small]:
-            kernels.append(
-                dataclasses.replace(
-                    group,
-                    embedding_tables=together,
-                    pooling=PoolingType.NONE if unpooled else PoolingType.SUM,
-                    is_weighted=False,
+        # TorchRec may put tables of several widths in a group.
+        for width in dict.fromkeys(table.local_cols for table in group.embedding_tables):
+            tables = [_serving_one_feature(table) for table in group.embedding_tables if table.local_cols == width]
+            small = [table for table in tables if unpooled or expected_rows[table.name] * width * 4 <= PADDED_BYTES]
+            for together in ([small] if small else []) + [[table] for table in tables if table not in small]:
+                kernels.append(
+                    dataclasses.replace(
+                        group,
+                        embedding_tables=together,
+                        pooling=PoolingType.NONE if unpooled else PoolingType.SUM,
+                        is_weighted=False,
+                    )
                 )
-            )
     return kernels
 
 
 class RowLookup(GroupedPooledEmbeddingsLookup):
-    """TorchRec's lookup without pooling: U ids of T tables -> their rows ``(U, k)``, table by table.
+    """TorchRec's lookup without pooling: U ids of T tables -> their rows, table by table, flat ``(sum of U_t·k_t,)``.
 
     Args:
         grouped_configs: the groups that ``group_for_rows`` returns.
@@ -62,13 +62,13 @@ class RowLookup(GroupedPooledEmbeddingsLookup):
     def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Look up ``sparse_features``, which has one key per table in the order of the kernels, each with one bag."""
         parts = zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True)
-        rows = [_look_up(kernel, ids, self._unpooled) for kernel, ids in parts]
+        rows = [_look_up(kernel, ids, self._unpooled).view(-1) for kernel, ids in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _serving_one_feature(table: ShardedEmbeddingTable) -> ShardedEmbeddingTable:
     # The ids are merged over the table's features, so one feature stands for all of them.
-    return dataclasses.replace(table, feature_names=table.feature_names[:1], embedding_names=table.embedding_names[:1])
+    return dataclasses.replace(table, feature_names=[table.name], embedding_names=[table.name])
 
 
 def _look_up(kernel: torch.nn.Module, ids: KeyedJaggedTensor, unpooled: bool) -> torch.Tensor:

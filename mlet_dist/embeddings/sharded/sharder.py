@@ -11,7 +11,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
 from torchrec.optim import Adam
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.sharded.collectives import codecs_of, value_bytes
 from mlet_dist.embeddings.sharded.exchange_choice import (
     COMM_OPS,
@@ -34,6 +34,7 @@ from mlet_dist.embeddings.sharded.placement import (
     stagger_blocks,
     use_dense_kernels,
 )
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 
 class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
@@ -153,10 +154,11 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         Raises:
             ValueError: a table's plan is not supported.
         """
-        tables = {table.name: table for table in module.embedding_bag_configs()}
+        tables = {table.name: table for table in module.row_tables()}
         for name, table in tables.items():
-            replicate_if_too_small(table, params[name], world_size, on_cpu)
-            check_plan(table, params[name], self.requested_exchange(name), on_cpu=on_cpu)
+            if not table.segments:
+                replicate_if_too_small(table, params[name], world_size, on_cpu)
+            check_plan(table, params[name], self.requested_exchange(table), on_cpu=on_cpu)
         chosen = {
             name: self.exchange_for(table, params[name].sharding_type, world_size)
             for name, table in tables.items()
@@ -176,9 +178,29 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
                 params[name].cache_params = None
         return {name: self.traffic(tables[name]) for name in chosen}
 
-    def requested_exchange(self, table: str) -> ExchangeChoice:
-        """Return the exchange that the user requested for a table."""
-        return self._exchange if isinstance(self._exchange, str) else self._exchange.get(table, "auto")
+    def requested_exchange(self, table: MultiLayerEmbeddingBagConfig) -> ExchangeChoice:
+        """Return the exchange that the user requested for a table; a pool of row ranges needs unique_rows.
+
+        Raises:
+            ValueError: another exchange was requested for a table with row ranges.
+        """
+
+        def requested(name: str) -> ExchangeChoice:
+            return self._exchange if isinstance(self._exchange, str) else self._exchange.get(name, "auto")
+
+        if not table.segments:
+            return requested(table.name)
+        for name in dict.fromkeys(segment.table for segment in table.segments):
+            self._check_pooled(name, requested(name))
+        return "unique_rows"
+
+    @staticmethod
+    def _check_pooled(name: str, found: ExchangeChoice) -> None:
+        if found not in ("auto", "unique_rows"):
+            raise ValueError(
+                f"table {name!r} has row ranges, whose vectors only exchange unique_rows brings together; {found!r} is "
+                "requested: use 'auto' or 'unique_rows'"
+            )
 
     def exchange_for(
         self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int
@@ -186,7 +208,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """Return the exchange of a table under a sharding type, and the reason in a few words."""
         sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
         return choose_exchange(
-            self.requested_exchange(table.name),
+            self.requested_exchange(table),
             sharding_type,
             self.traffic(table),
             world_size,

@@ -4,13 +4,14 @@ For a rank's batch of b rows and F features:
 
 1. The rank finds its distinct ids and sends them to their owner ranks (two all-to-alls: counts, then ids).
 2. Each owner rank merges the requests of all ranks to U distinct rows, looks them up ``(U, k)`` and projects them
-   ``(U, d)``, so every requested row is read and projected once.
+   ``(U, d)``, so every requested row is read and projected once. k may differ by table, and by range of rows.
 3. The owner ranks send the vectors back (one all-to-all), and the requesting rank pools them: ``(b, F·d)``.
 
 Backward sends the gradients of the vectors the opposite way.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -31,12 +32,18 @@ from torchrec.distributed.types import Awaitable, NoWait, QuantizedCommCodecs, S
 from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mlet_dist.embeddings.projection import project_rows
+from mlet_dist.embeddings.projection import project_tables
 from mlet_dist.embeddings.sharded.collectives import AllToAllRows, codecs_of
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
 from mlet_dist.embeddings.sharded.placement import ranks_of_blocks
-from mlet_dist.embeddings.sharded.pooled import ExchangedDims, ExchangedShardingInfo, ProjectingDist, tables_by_feature
+from mlet_dist.embeddings.sharded.pooled import (
+    ExchangedDims,
+    ExchangedShardingInfo,
+    ProjectingDist,
+    tables_by_feature,
+)
 from mlet_dist.embeddings.sharded.row_lookup import RowLookup, group_for_rows
+from mlet_dist.embeddings.table_config import Segment
 
 
 @dataclass
@@ -52,7 +59,9 @@ class Routing:
         position_of_id: position of each id of the batch among this rank's distinct ids.
         requests_sent: number of rows that this rank requests from each rank.
         requests_received: number of rows that each rank requests from this rank.
-        rows_per_table: number of distinct rows that this rank looks up in each table; the sum is U.
+        some_not_stored: whether the batch may have ids of rows that are not stored; they have the position after the
+            last distinct id.
+        rows_per_segment: number of distinct rows that this rank looks up in each segment of a table; the sum is U.
         position_of_request: position of each received request among the U rows.
     """
 
@@ -62,8 +71,9 @@ class Routing:
     position_of_id: torch.Tensor
     requests_sent: list[int] = field(default_factory=list)
     requests_received: list[int] = field(default_factory=list)
-    rows_per_table: list[int] = field(default_factory=list)
+    rows_per_segment: list[int] = field(default_factory=list)
     position_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    some_not_stored: bool = False
 
 
 class UniqueRowsContext(EmbeddingShardingContext):
@@ -83,22 +93,31 @@ class UniqueRowsContext(EmbeddingShardingContext):
 
 
 class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
-    """Row-wise sharding with the unique_rows exchange, for tables with the same k and the same d."""
+    """Row-wise sharding with the unique_rows exchange, for tables with the same d."""
 
     def __init__(self, sharding_infos: list[ExchangedShardingInfo], *args: Any, **kwargs: Any) -> None:
         super().__init__(sharding_infos, *args, **kwargs)
         expected = {info.embedding_config.name: info.expected_rows for info in sharding_infos}
+        self._segments = {info.embedding_config.name: info.segments for info in sharding_infos}
+        self._served = {info.embedding_config.name: info.served for info in sharding_infos}
         on_cuda = self._device.type == "cuda"
         self._kernels = group_for_rows(self._grouped_embedding_configs, expected, unpooled=on_cuda)
 
     def create_input_dist(self, device: torch.device | None = None) -> "UniqueRowsInputDist":
         tables = self._tables()
-        index = {table.name: position for position, table in enumerate(tables)}
+        served = [
+            each
+            for group in self._grouped_embedding_configs
+            for table in group.embedding_tables
+            for each in self._served[table.name]
+        ]
         return UniqueRowsInputDist(
             self._pg,
             tables=[table.name for table in tables],
-            table_of_feature=[index[name] for name in tables_by_feature(self._grouped_embedding_configs)],
+            segments=[self._segments[table.name] for table in tables],
             num_embeddings=[table.num_embeddings for table in tables],
+            table_of_feature=[each.table for each in served],
+            rows_of_tables={each.table: each.num_embeddings for each in served},
             ranks=[ranks_of_blocks(table.global_metadata.shards_metadata, table.num_embeddings) for table in tables],
             device=device or self._device,
         )
@@ -120,7 +139,7 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
     def create_output_dist(self, device: torch.device | None = None) -> "UniqueRowsOutputDist":
         return UniqueRowsOutputDist(
             self._pg,
-            [table.name for table in self._tables()],
+            {segment.name: table.local_cols for table in self._tables() for segment in self._segments[table.name]},
             len(tables_by_feature(self._grouped_embedding_configs)),
             codecs_of(self.qcomm_codecs_registry, COMM_OPS["unique_rows"]),
         )
@@ -138,9 +157,11 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
 
     Args:
         process_group: the ranks.
-        tables: names of the T tables, in the order of the lookup.
-        table_of_feature: for each feature, the index of its table.
-        num_embeddings: rows of each table.
+        tables: names of the T tables that store rows, in the order of the lookup.
+        segments: the segments of each of them.
+        num_embeddings: rows of each.
+        table_of_feature: the table of each feature, as the model sees it: one of the T, or one with row ranges.
+        rows_of_tables: rows of each table that the model sees.
         ranks: for each table, the owner rank of each block of rows.
         device: device of the ids.
     """
@@ -149,8 +170,10 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         self,
         process_group: dist.ProcessGroup,
         tables: list[str],
-        table_of_feature: list[int],
+        segments: list[tuple[Segment, ...]],
         num_embeddings: list[int],
+        table_of_feature: list[str],
+        rows_of_tables: dict[str, int],
         ranks: list[list[int]],
         device: torch.device,
     ) -> None:
@@ -171,10 +194,35 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         def constant(name: str, values: list[int]) -> None:
             self.register_buffer(name, torch.tensor(values, dtype=torch.int64, device=device), persistent=False)
 
+        # The model's tables one after the other, cut into ranges of rows that are stored in one table or not at all.
+        first_row_of = dict(zip(rows_of_tables, accumulate(rows_of_tables.values(), initial=0), strict=False))
+        ranges = {start: (-1, 0) for start in first_row_of.values()}
+        for table, own in enumerate(segments):
+            for segment in own:
+                start = first_row_of[segment.table] + segment.first_row
+                ranges[start] = (table, segment.offset - start)
+                ranges.setdefault(start + segment.rows, (-1, 0))
+        ranges = {start: ranges[start] for start in sorted(ranges)}
+        self._has_ranges = any(segment.index is not None for own in segments for segment in own)
+        of_tables = [table for table, _ in ranges.values()]
+        self._some_not_stored = -1 in of_tables[:-1] or max(ranges) < sum(rows_of_tables.values())
+
         constant("_blocks", blocks)
         constant("_shifts", shifts)
-        constant("_table_of_feature", table_of_feature)
-        constant("_first_keys_of_tables", [self._stride * table for table in range(len(tables) + 1)])
+        constant("_first_rows", list(ranges))
+        constant("_table_of_range", of_tables)
+        constant("_offset_of_range", [offset for _, offset in ranges.values()])
+        constant("_first_row_of_feature", [first_row_of[name] for name in table_of_feature])
+        constant("_table_of_feature", [ranges[first_row_of[name]][0] for name in table_of_feature])
+        rank = dist.get_rank(process_group)
+        own_rows = [(blocks[table] * owners.index(rank), blocks[table]) for table, owners in enumerate(ranks)]
+        starts = [
+            self._stride * table + min(max(segment.offset - first, 0), rows)
+            for table, (first, rows) in enumerate(own_rows)
+            for segment in segments[table]
+        ]
+        constant("_first_keys_of_segments", [*starts, self._stride * len(tables)])
+        self._num_segments = [len(own) for own in segments]
         keys_of_rank = self._stride * len(tables)
         constant("_first_keys_of_ranks", [keys_of_rank * rank for rank in range(self._world_size + 1)])
         self.routing: Routing
@@ -184,25 +232,48 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         values = sparse_features.values()
         lengths, weights = sparse_features.lengths(), sparse_features.weights_or_none()
         counts = lengths.view(self._table_of_feature.numel(), -1).sum(dim=1)
-        table = torch.repeat_interleave(self._table_of_feature, counts, output_size=values.numel())
-        block = values.div(self._blocks[table], rounding_mode="floor")
-        distinct, position = torch.unique(values + self._shifts[table * self._world_size + block], return_inverse=True)
+        table, row, stored = self._stored_rows(values, counts)
+        block = row.div(self._blocks[table], rounding_mode="floor")
+        distinct, position = torch.unique(row + self._shifts[table * self._world_size + block], return_inverse=True)
+        if stored is not None:
+            position = torch.full_like(values, distinct.numel()).masked_scatter_(stored, position)
         self.routing = Routing(
             lengths=lengths,
             weights=weights,
             one_id_per_bag=weights is None and lengths.numel() == values.numel() and bool((lengths == 1).all()),
             position_of_id=position,
+            some_not_stored=stored is not None,
         )
         requests_sent = torch.searchsorted(distinct, self._first_keys_of_ranks).diff()
         return _CountsAwaitable(self, requests_sent, distinct % (len(self._tables) * self._stride))
 
+    def _stored_rows(
+        self, ids: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the table and the row of each id that is stored, and which ids are, or None if all of them are."""
+
+        def by_feature(constants: torch.Tensor) -> torch.Tensor:
+            return torch.repeat_interleave(constants, counts, output_size=ids.numel())
+
+        if not self._has_ranges:
+            return by_feature(self._table_of_feature), ids, None
+        rows = ids + by_feature(self._first_row_of_feature)
+        found = torch.searchsorted(self._first_rows, rows, right=True) - 1
+        table, row = self._table_of_range[found], rows + self._offset_of_range[found]
+        if not self._some_not_stored:
+            return table, row, None
+        stored = table >= 0
+        return table[stored], row[stored], stored
+
     def lookup_features(self, requested_ids: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
         """Return the distinct rows among the received requests, as input of the lookup."""
         distinct, routing.position_of_request = torch.unique(requested_ids, return_inverse=True)
-        count = torch.searchsorted(distinct, self._first_keys_of_tables).diff()
-        routing.rows_per_table = count.tolist()
+        routing.rows_per_segment = torch.searchsorted(distinct, self._first_keys_of_segments).diff().tolist()
+        of_segments = iter(routing.rows_per_segment)
+        counts = [sum(islice(of_segments, number)) for number in self._num_segments]
+        lengths = torch.tensor(counts, dtype=torch.int64, device=distinct.device)
         return KeyedJaggedTensor(
-            self._tables, distinct % self._stride, lengths=count, stride=1, length_per_key=routing.rows_per_table
+            self._tables, distinct % self._stride, lengths=lengths, stride=1, length_per_key=counts
         )
 
 
@@ -247,14 +318,25 @@ class _IdsAwaitable(Awaitable[KeyedJaggedTensor]):
 
 
 class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, torch.Tensor], ProjectingDist):
-    """Maps the distinct rows ``(U, k)`` of the owner ranks to the pooled vectors ``(b, F·d)`` of this rank's batch."""
+    """Maps the distinct rows of the owner ranks, flat, to the pooled vectors ``(b, F·d)`` of this rank's batch.
+
+    Args:
+        process_group: the ranks.
+        widths: the row width of each segment, by the name of its W2, in the order of the lookup.
+        num_features: F.
+        codecs: the precision of vectors on the network.
+    """
 
     def __init__(
-        self, process_group: dist.ProcessGroup, tables: list[str], num_features: int, codecs: QuantizedCommCodecs
+        self,
+        process_group: dist.ProcessGroup,
+        widths: dict[str, int],
+        num_features: int,
+        codecs: QuantizedCommCodecs,
     ) -> None:
         super().__init__()
         self._process_group = process_group
-        self._tables, self._num_features = tables, num_features
+        self._segments, self._widths, self._num_features = list(widths), list(widths.values()), num_features
         # As in TorchRec, vectors are not rounded if there is no other rank.
         self._codecs = codecs if dist.get_world_size(process_group) > 1 else QuantizedCommCodecs()
 
@@ -263,10 +345,9 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
     ) -> Awaitable[torch.Tensor]:
         """Project each distinct row once, send it to the ranks that requested it, and pool the vectors received."""
         routing = none_throws(none_throws(sharding_ctx).routing)
-        weights = self.projections_of(self._tables)
-        rows = local_embs
-        if weights:
-            rows = project_rows(rows, routing.rows_per_table, torch.stack([weights[table] for table in self._tables]))
+        weights = self.projections_of(self._segments)
+        of_segments = [weights.get(name) for name in self._segments]
+        rows = project_tables(local_embs, routing.rows_per_segment, self._widths, of_segments)
         rows = rows.index_select(0, routing.position_of_request)
         received = AllToAllRows.apply(
             rows, routing.requests_received, routing.requests_sent, self._process_group, self._codecs
@@ -276,6 +357,10 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
     def _pool(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
         batch_size, width = routing.lengths.numel() // self._num_features, rows.shape[1]
         shape = (batch_size, self._num_features * width)
+        if routing.some_not_stored or not rows.shape[0]:
+            # The zero row after the last one is that of ids that are not stored. embedding_bag rejects an empty table;
+            # padding it keeps the exchange in this rank's backward.
+            rows = functional.pad(rows, (0, 0, 0, 1))
         if routing.one_id_per_bag:
             by_row = routing.position_of_id.view(self._num_features, batch_size).t().reshape(-1)
             return rows.index_select(0, by_row).view(shape)
@@ -283,8 +368,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         torch.cumsum(routing.lengths, dim=0, out=offsets[1:])
         pooled = functional.embedding_bag(
             routing.position_of_id,
-            # embedding_bag rejects an empty table; padding it keeps the exchange in this rank's backward.
-            rows if rows.shape[0] else functional.pad(rows, (0, 0, 0, 1)),
+            rows,
             offsets,
             mode="sum",
             per_sample_weights=None if routing.weights is None else routing.weights.to(rows.dtype),

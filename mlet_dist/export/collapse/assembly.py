@@ -65,7 +65,7 @@ class Assembly:
     def served(self) -> ModelSpec:
         """The exported model, whose tables have a single layer."""
         spec = self.source.spec
-        return dataclasses.replace(spec, model=dataclasses.replace(spec.model, hidden_dim=None))
+        return dataclasses.replace(spec, model=dataclasses.replace(spec.model, hidden_dim=None), row_ranges={})
 
     def job(self, device: torch.device) -> dict[str, Any]:
         """Return everything that the bytes of finished units depend on."""

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mlet_dist.checkpoint.tensor_ranges import INDEX, ChunkedTensors, DcpFiles
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.formats.safetensors import SafetensorsFiles

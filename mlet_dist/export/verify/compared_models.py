@@ -43,7 +43,10 @@ class ExportedModel:
 
 def trained_model(source: ModelSource, tables: Mapping[str, CheckedTable]) -> Predict:
     """Build the trained, factorised model, which predicts logits."""
-    model = build_dlrm(_with_rows(source.spec, tables), tables_device=torch.device("cpu"))
+    spec = _with_rows(source.spec, tables)
+    # A table with row ranges is read as one of W1 and W2 with as many columns as the ranges have together.
+    widths = {name: table.hidden_dim for name, table in source.tables.items()}
+    model = build_dlrm(spec, tables_device=torch.device("cpu"), hidden_dims=widths)
     state = {name: source.load_dense(name) for name in source.dense}
     for name, table in source.tables.items():
         state[table.state_name] = _padded(tables[name].stored)
@@ -120,6 +123,7 @@ def _with_rows(spec: ModelSpec, tables: Mapping[str, CheckedTable]) -> ModelSpec
             dataclasses.replace(each, num_embeddings=max(1, len(tables[each.table_name].stored)))
             for each in spec.sparse
         ),
+        row_ranges={},
     )
 
 

@@ -1,0 +1,177 @@
+"""Row ranges: tables whose frequent rows are wider than their rare rows (mixed dimensions, arXiv:1909.11810).
+
+A table is cut into ranges of consecutive rows, each with its own width and its own W2 ``(width, d)``. A range whose
+width is d is stored as it is, without W2, and the rows of a range of width 0 are not stored and read zero. Where ids
+are sorted by descending frequency, the first ranges hold the frequent rows.
+
+All rows of one width, of all tables, are stored in one table, a *pool*, so that the lookup takes one kernel per width
+rather than one per range, and ranges of a few rows can be spread over many ranks. A range is a segment of its pool.
+
+Each range has a W2 of its own, so that the initial values of all rows have the same scale whatever their width: with
+W2 drawn from N(0, 1/width), a row keeps its scale on average. A W2 that all ranges shared would need a gain for each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment
+
+
+def tables_of_rows(tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int) -> list[MultiLayerEmbeddingBagConfig]:
+    """Return the tables that store the rows of ``tables``: those without ranges as they are, and then the pools.
+
+    A pool is named ``rows_<width>x<d>``, with ``_fp16`` if its rows are in half precision. Its features,
+    ``<feature>@<table>:<range>``, hold the ids of one range, counted from the first row of the pool.
+
+    Raises:
+        ValueError: a table with ranges has an ``init_fn``.
+    """
+    plain = [table for table in tables if table.row_ranges is None]
+    ranged = [table for table in tables if table.row_ranges is not None]
+    shapes = {
+        (width, table.embedding_dim, table.data_type)
+        for table in ranged
+        for _, width, _ in table.row_ranges or ()
+        if width
+    }
+    ordered = sorted(shapes, key=lambda shape: (-shape[0], -shape[1], shape[2].name))
+    return plain + [_pool(ranged, seed, *shape) for shape in ordered]
+
+
+def _pool(
+    tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int, width: int, embedding_dim: int, data_type: DataType
+) -> MultiLayerEmbeddingBagConfig:
+    segments: list[Segment] = []
+    initializers: list[RowInitializer] = []
+    offset = 0
+    for table in tables:
+        first_row = 0
+        for index, (rows, of_range, share) in enumerate(table.row_ranges or ()):
+            if (of_range, table.embedding_dim, table.data_type) == (width, embedding_dim, data_type):
+                segments.append(Segment(table.name, index, first_row, rows, offset, tuple(table.feature_names), share))
+                initializers.append(_initializer(table, index, first_row, rows, seed))
+                offset += rows
+            first_row += rows
+    return MultiLayerEmbeddingBagConfig(
+        name=f"rows_{width}x{embedding_dim}{'_fp16' if data_type == DataType.FP16 else ''}",
+        num_embeddings=offset,
+        embedding_dim=embedding_dim,
+        hidden_dim=None if width == embedding_dim else width,
+        feature_names=[f"{feature}@{segment.name}" for segment in segments for feature in segment.features],
+        data_type=data_type,
+        init_fn=SegmentInitializer(tuple(initializers)),
+        segments=tuple(segments),
+    )
+
+
+def _initializer(
+    table: MultiLayerEmbeddingBagConfig, index: int, first_row: int, rows: int, seed: int
+) -> RowInitializer:
+    if table.init_fn is not None:
+        raise ValueError(f"table {table.name!r}: row ranges cannot go with an init_fn")
+    zero = table.zero_first_row and first_row == 0
+    return table.row_initializer(f"{table.name}:{index}", rows, seed, zero_first_row=zero)
+
+
+@dataclass(frozen=True)
+class SegmentInitializer:
+    """A TorchRec ``init_fn`` of a pool: each segment, in order, has an initializer of its own."""
+
+    segments: tuple[RowInitializer, ...]
+
+    def __call__(self, weight: torch.Tensor) -> None:
+        """Fill the complete weight ``(rows, width)``."""
+        self.fill(weight, first_row=0)
+
+    @torch.no_grad()
+    def fill(self, weight: torch.Tensor, first_row: int) -> None:
+        """Fill a shard ``(rows, width)`` with rows [first_row, first_row + rows) of the weight."""
+        start, rows = 0, weight.shape[0]
+        for segment in self.segments:
+            first, last = max(start, first_row), min(start + segment.num_rows, first_row + rows)
+            if first < last:
+                segment.fill(weight[first - first_row : last - first_row], first - start)
+            start += segment.num_rows
+
+
+def segments_of(tables: Sequence[MultiLayerEmbeddingBagConfig]) -> list[Segment]:
+    """Return the segments of ``tables_of_rows``, table by table; a table without ranges is a segment of itself."""
+    return [
+        segment
+        for table in tables
+        for segment in (
+            table.segments or (Segment(table.name, None, 0, table.num_embeddings, 0, tuple(table.feature_names)),)
+        )
+    ]
+
+
+def split_by_range(
+    features: KeyedJaggedTensor,
+    tables: Sequence[MultiLayerEmbeddingBagConfig],
+    stored: Sequence[MultiLayerEmbeddingBagConfig],
+) -> KeyedJaggedTensor:
+    """Return a batch with the features of ``stored``, the ``tables_of_rows`` of ``tables``; ids lie inside those."""
+    parts = features.to_dict()
+    selected = {
+        feature: (parts[feature].values(), parts[feature].lengths(), parts[feature].weights_or_none())
+        for table in tables
+        if table.row_ranges is None
+        for feature in table.feature_names
+    }
+    for segment in [segment for table in stored for segment in table.segments]:
+        for feature in segment.features:
+            ids, sizes, weights = parts[feature].values(), parts[feature].lengths(), parts[feature].weights_or_none()
+            inside = (ids >= segment.first_row) & (ids < segment.first_row + segment.rows)
+            bag = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
+            selected[f"{feature}@{segment.name}"] = (
+                ids[inside] - segment.first_row + segment.offset,
+                torch.bincount(bag[inside], minlength=sizes.numel()).to(sizes.dtype),
+                None if weights is None else weights[inside],
+            )
+    values, lengths, of_ids = zip(*selected.values(), strict=True)
+    return KeyedJaggedTensor(
+        list(selected),
+        torch.cat(values),
+        None if of_ids[0] is None else torch.cat(of_ids),
+        torch.cat(lengths),
+        stride=features.stride(),
+    )
+
+
+def join_ranges(
+    vectors: KeyedTensor,
+    features: KeyedJaggedTensor,
+    tables: Sequence[MultiLayerEmbeddingBagConfig],
+    stored: Sequence[MultiLayerEmbeddingBagConfig],
+) -> KeyedTensor:
+    """Return the vectors of ``tables`` from those of their ranges, which are added up, and divided for mean pooling.
+
+    Args:
+        vectors: KeyedTensor with values ``(B, sum of d)`` of ``stored``.
+        features: the batch before it was split.
+        tables: the tables, with and without ranges.
+        stored: their ``tables_of_rows``.
+    """
+    found = vectors.to_dict()
+    keys_of = dict(zip([table.name for table in stored], get_embedding_names_by_table(list(stored)), strict=True))
+    keys: list[str] = []
+    values: list[torch.Tensor] = []
+    for table, names in zip(tables, get_embedding_names_by_table(list(tables)), strict=True):
+        keys += names
+        if table.row_ranges is None:
+            values += [found[key] for key in keys_of[table.name]]
+            continue
+        indices = [index for index, each in enumerate(table.row_ranges) if each.width]
+        for feature in table.feature_names:
+            total = torch.stack([found[f"{feature}@{table.name}:{index}"] for index in indices]).sum(dim=0)
+            if table.pooling == PoolingType.MEAN:
+                total = total / features[feature].lengths().clamp(min=1).unsqueeze(1)
+            values.append(total)
+    widths = [value.shape[1] for value in values]
+    return KeyedTensor(keys=keys, length_per_key=widths, values=torch.cat(values, dim=1), key_dim=1)

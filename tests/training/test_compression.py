@@ -1,0 +1,126 @@
+"""Training with static compression, its checkpoints, exports and metrics, as a user does it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.spec import ModelSpec
+from tests.helpers.mlet_command import ROOT, error_line, mlet_json
+from tests.helpers.train_in_ranks import Ranks, stopped_after, train_in_ranks
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+
+
+@pytest.fixture(scope="module")
+def settings(small_model: tuple[str, ...]) -> tuple[str, ...]:
+    return (*small_model, "compression.policy=static", "compression.budget=0.6", "compression.widths=[12,4]")
+
+
+@pytest.fixture(scope="module")
+def run(settings: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("compressed") / "run"
+    adagrad = ("optimizer.name=adagrad", "optimizer.learning_rate=0.05", "train.checkpoint_every=20")
+    return path, mlet_json("train", CONFIG, *settings, *adagrad, "train.keep_last=9", f"run.dir={path}", "--nproc", 2)
+
+
+def test_the_bytes_in_training_stay_within_the_budget(run: tuple[Path, dict[str, Any]]) -> None:
+    path, result = run
+    single = result["single_layer_training_bytes"]
+    assert 0.55 * single < result["training_bytes_peak"] <= 0.6 * single
+    spec = ModelSpec.load(path / "model.json")
+    assert single == sum(table.num_embeddings for table in spec.tables) * 4 * 2 * 4
+    kept = {
+        name: sum(rows for rows, width, _ in ranges if width) / sum(rows for rows, _, _ in ranges)
+        for name, ranges in spec.row_ranges.items()
+    }
+    assert result["kept_share"] == kept
+    assert min(kept.values()) < 1
+
+
+def test_the_export_has_the_rows_of_the_run_and_zeros(
+    run: tuple[Path, dict[str, Any]], small_data: Path, tmp_path: Path
+) -> None:
+    path, result = run
+    export = tmp_path / "export"
+    mlet_json("export", path, "--out", export, "--outputs", "dcp", "int8", "package")
+    assert mlet_json("verify", export, "--run", path, "--data", small_data)["ok"] is True
+    evaluated = mlet_json("evaluate", export, "--data", small_data)
+    assert evaluated["logloss"] == pytest.approx(result["test_logloss"], abs=2e-6)
+    (checkpoint,) = sorted((path / "checkpoints").iterdir())[-1:]
+    dcp_to_torch_save(checkpoint, tmp_path / "run.pt")
+    dcp_to_torch_save(export / "model", tmp_path / "export.pt")
+    trained, served = torch.load(tmp_path / "run.pt")["model"], torch.load(tmp_path / "export.pt")
+    offsets: dict[int, int] = {}
+    for name, ranges in ModelSpec.load(path / "model.json").row_ranges.items():
+        first, whole = 0, served[f"{TABLES_PREFIX}embedding_bags.{name}.weight"]
+        for index, (rows, width, _) in enumerate(ranges):
+            expected = torch.zeros(rows, 4, dtype=torch.float64)
+            if width:
+                pool = trained[f"{TABLES_PREFIX}embedding_bags.rows_{width}x4.weight"]
+                expected = pool[(start := offsets.get(width, 0)) : start + rows].double()
+                offsets[width] = start + rows
+            if width not in (0, 4):
+                expected = expected @ trained[f"{TABLES_PREFIX}projections.{name}:{index}.weight"].double()
+            torch.testing.assert_close(whole[first : first + rows].double(), expected, rtol=1e-5, atol=1e-6)
+            first += rows
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+def test_the_ranks_change_nothing_but_rounding(
+    ranks: Ranks, settings: tuple[str, ...], tmp_path: Path, optimizer: str
+) -> None:
+    rates = (f"optimizer.name={optimizer}", "optimizer.learning_rate=0.05", "data.batch_size=60")
+    found = {
+        size: train_in_ranks(ranks, size, *settings, *rates, f"run.dir={tmp_path / str(size)}") for size in (1, 2, 3)
+    }
+    for result in found.values():
+        assert result["test_logloss"] == pytest.approx(found[1]["test_logloss"], abs=5e-6)
+        assert result["training_bytes_peak"] == found[1]["training_bytes_peak"]
+
+
+def test_a_resumed_run_is_bitwise_identical_and_other_ranks_continue_it(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, result = run
+    copy = stopped_after(40, path, tmp_path / "copy")
+    resumed = mlet_json("train", copy / "config.yaml", f"run.dir={copy}", "--nproc", 2)
+    assert resumed["first_step"] == 40
+    assert resumed["weights_sha256"] == result["weights_sha256"]
+    other = stopped_after(40, path, tmp_path / "other")
+    alone = mlet_json("train", other / "config.yaml", f"run.dir={other}")
+    assert alone["test_logloss"] == pytest.approx(result["test_logloss"], abs=1e-5)
+
+
+def test_another_budget_is_another_run(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    copy = stopped_after(40, run[0], tmp_path / "copy")
+    message = error_line("train", copy / "config.yaml", f"run.dir={copy}", "compression.budget=0.5")
+    assert "compression.budget" in message
+    assert "0.6" in message
+
+
+def test_wrong_settings_are_refused(small_model: tuple[str, ...], tmp_path: Path) -> None:
+    start = ("train", CONFIG, *small_model, f"run.dir={tmp_path / 'run'}", "compression.policy=static")
+    assert "no row can be stored" in error_line(*start, "compression.budget=1e-6")
+    assert "must be a multiple of 4" in error_line(*start, "compression.widths=[12,6]")
+    assert "sharding.exchange is after, but compression.policy is static" in error_line(
+        *start, "sharding.exchange=after"
+    )
+    assert "whose tables are row_wise" in error_line(*start, "sharding.tables.C3.sharding_types=[table_wise]")
+    assert "cannot start from given weights" in error_line(*start, "train.initial_weights=x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_counts_the_compressed_tables(settings: tuple[str, ...], tmp_path: Path) -> None:
+    plan = mlet_json("plan", CONFIG, *settings, f"run.dir={tmp_path}", "--world-size", 4)
+    assert [entry["table"] for entry in plan["tables"]] == ["rows_12x4", "rows_4x4"]
+    assert {entry["exchange"] for entry in plan["tables"]} == {"unique_rows"}
+    *_, compressed = plan["configurations"]
+    assert compressed["name"] == "compressed to 60% of the single layer's bytes"
+    assert json.dumps(plan)
