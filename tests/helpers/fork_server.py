@@ -17,6 +17,7 @@ def fork_server() -> ForkServerContext:
             *("mlet_dist.data.prepare.pipeline", "mlet_dist.data.synthetic", "torch.distributed.run"),
             # What TorchRec and torch.export import when they are first used.
             *("torch.distributed.optim.apply_optimizer_in_backward", "torch.export.pt2_archive._package"),
+            "tests.helpers.frozen_objects",
         ]
     )
     # What is read when torch is imported, with the values that ranks have.
