@@ -125,6 +125,8 @@ def table_cost(
         row_bytes=2 if table.data_type == DataType.FP16 and not replicated else FLOAT,
         value_bytes=value_bytes,
         on_cpu=ranks.on_cpu,
+        num_projections=max(1, len(table.segments)),
+        pooled=bool(table.segments),
     )
 
 

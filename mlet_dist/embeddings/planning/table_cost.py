@@ -60,6 +60,8 @@ class TableCost:
         value_bytes: bytes on the network of an element of a vector, and of its gradient.
         on_cpu: whether rows are on a CPU, which has no fused Adam; on CUDA unique rows are padded.
         distinct_ids: u if it was measured; by default that of uniformly drawn ids.
+        num_projections: how many W2 a projected table has; a pool has one for each of its row ranges.
+        pooled: whether it is a pool of row ranges.
     """
 
     name: str
@@ -77,6 +79,8 @@ class TableCost:
     value_bytes: tuple[int, int] = (FLOAT, FLOAT)
     on_cpu: bool = False
     distinct_ids: float | None = None
+    num_projections: int = 1
+    pooled: bool = False
 
     @property
     def num_owners(self) -> int:
@@ -114,7 +118,7 @@ class TableCost:
         buffers = FLOAT * bags * (2 * d if self.projected else d) + INDEX * bags * traffic.pooling_factor
         if self.exchange == "after" and self.world_size > 1:
             buffers += FLOAT * 2 * bags * k
-        weights = replicated_bytes(k * d, self.optimizer) if self.projected else 0
+        weights = replicated_bytes(k * d * self.num_projections, self.optimizer) if self.projected else 0
         return Memory(buffers=buffers, dense=weights)
 
     def step(self, *, owns_rows: bool = True) -> Step:
@@ -147,7 +151,8 @@ class TableCost:
         the table, its requests."""
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
         bags = traffic.local_batch_size * traffic.num_features
-        reduced = all_reduce_step(FLOAT * k * d, self.world_size, self.local_world_size) if self.projected else Step()
+        weights = FLOAT * k * d * self.num_projections if self.projected else 0
+        reduced = all_reduce_step(weights, self.world_size, self.local_world_size)
         projects = self.exchange in ("after", None)  # the requester applies W2
         moved: float = FLOAT * bags * (2 * k + 3 * d if projects else 2 * d)
         if self.exchange == "unique_rows":
@@ -177,7 +182,9 @@ class TableCost:
             padded = FLOAT * rows <= PADDED_BYTES if self.on_cpu else self.projected
             backward = (3 if padded and self.on_cpu else 4 if padded else 2) * rows + requested * d
             exchanging = (2 if padded else 1) * rows + 2 * distinct * d
-            return FLOAT * max(backward, exchanging) + 3 * INDEX * ids
+            # Pools share an exchange: their ranges are looked up by id, and their projected rows are concatenated.
+            pooled = INDEX * ids + FLOAT * requested * d if self.pooled else 0
+            return FLOAT * max(backward, exchanging) + 3 * INDEX * ids + pooled
         sums = bags * self.world_size
         wide: float = 2 * sums * k
         if self.exchange == "after" and self.sharding_type == TABLE_WISE and self.world_size > 1:

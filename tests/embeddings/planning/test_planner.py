@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from mlet_dist.embeddings.planning.cost_model import (
 from mlet_dist.embeddings.planning.plan_cost import DenseCost, fullest_memory, memory_of_rank, optimizer_of
 from mlet_dist.embeddings.planning.planner import multi_layer_planner
 from mlet_dist.embeddings.planning.table_cost import TableCost
+from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.sharded.exchange_choice import TableTraffic
 from mlet_dist.embeddings.sharded.placement import max_rows_per_rank
@@ -62,10 +64,18 @@ MIXED = ("row_wise", "table_wise", "table_row_wise", "data_parallel", "table_wis
 CPU = torch.device("cpu")
 
 
-def _model(optimizer: str = "sgd", rows_dtype: RowsDtype = "fp32") -> DLRM:
+def _model(optimizer: str = "sgd", rows_dtype: RowsDtype = "fp32", kind: str = "") -> DLRM:
     layers = ModelConfig(embedding_dim=D, hidden_dim=K, bottom_mlp=(64,), top_mlp=(64,))
     features = tuple(SparseFeature(f"C{index}", rows) for index, rows in enumerate(SIZES))
-    model = build_dlrm(ModelSpec(layers, ("I1", "I2"), features, 0), torch.device("meta"), rows_dtype)
+    ranges = {}
+    for feature in features if kind == "ranges" else ():
+        sizes = [feature.num_embeddings // 8, feature.num_embeddings // 4]
+        sizes = [feature.num_embeddings - sum(sizes), *sizes] if all(sizes) else [feature.num_embeddings]
+        ranges[feature.name] = tuple(
+            (rows, width, rows / feature.num_embeddings) for rows, width in zip(sizes, (K, 4, D), strict=False)
+        )
+    spec = ModelSpec(layers, ("I1", "I2"), features, 0, row_ranges=ranges)
+    model = build_dlrm(spec, torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
     return model
 
@@ -79,7 +89,8 @@ def _planned(
     ids_a_bag: int = 1,
     codecs: dict[str, QuantizedCommCodecs] | None = None,
 ) -> ModelPlan:
-    factors = {f"C{index}": float(ids_a_bag) for index in range(len(SIZES))}
+    tables = model.sparse_arch.embedding_bag_collection.row_tables()
+    factors = {table.name: ids_a_bag * fmean(each.share for each in segments_of([table])) for table in tables}
     sharder = MultiLayerEmbeddingBagCollectionSharder(
         exchange=exchange, pooling_factors=factors, local_batch_size=LOCAL_BATCH, qcomm_codecs_registry=codecs
     )
@@ -88,7 +99,7 @@ def _planned(
     constraints = {
         f"C{index}": ParameterConstraints(sharding_types=[each])
         for index, each in enumerate(kinds)
-        if SIZES[index] >= 4 or each in ("table_wise", "data_parallel")
+        if kind != "ranges" and (SIZES[index] >= 4 or each in ("table_wise", "data_parallel"))
     }
     return plan_model(model, sharder, topology, constraints=constraints)
 
@@ -106,7 +117,7 @@ def _local_world_size() -> int:
 def _sharded(
     optimizer: str, kind: str, exchange: str, ids_a_bag: int, precision: RowsDtype
 ) -> tuple[DistributedModelParallel, CombinedOptimizer, ModelPlan, Callable[[], None]]:
-    model = _model(optimizer, precision)
+    model = _model(optimizer, precision, kind)
     codecs = exchange_codecs(precision, precision)
     planned = _planned(model, kind, exchange, dist.get_world_size(), _local_world_size(), ids_a_bag, codecs)
     sharded = DistributedModelParallel(model, device=CPU, plan=planned.plan, sharders=[planned.sharder])
@@ -200,6 +211,14 @@ def test_estimated_memory_is_that_of_a_rank(
 def test_adam_without_a_fused_kernel_needs_a_dense_gradient(ranks: Ranks, world_size: int) -> None:
     for resident, _, estimate in ranks(world_size).run(_memory, "adam", "row_wise", "after", 1):
         assert estimate.weights + estimate.optimizer + estimate.dense == resident
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("world_size", "optimizer", "ids_a_bag"), [(1, "adagrad", 1), (2, "rowwise_adagrad", 10)])
+def test_estimated_memory_of_row_ranges(ranks: Ranks, world_size: int, optimizer: str, ids_a_bag: int) -> None:
+    for resident, peak, estimate in ranks(world_size).run(_memory, optimizer, "ranges", "unique_rows", ids_a_bag):
+        assert estimate.weights + estimate.optimizer + estimate.dense == resident
+        assert resident + peak <= estimate.total <= 1.25 * (resident + peak)
 
 
 @pytest.mark.multirank
