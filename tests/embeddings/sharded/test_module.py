@@ -160,7 +160,7 @@ def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
 
     with (
         mock.patch.object(unique_rows, "group_for_rows", group),
-        mock.patch.object(unique_rows, "project_rows", projection._project_padded),
+        mock.patch.object(projection, "project_rows", projection._project_padded),
     ):
         return _train_sharded(optimizer, False, "unique_rows")
 

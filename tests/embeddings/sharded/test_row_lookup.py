@@ -48,4 +48,4 @@ def test_cuda_has_one_unpooled_kernel_per_group() -> None:
 
 def test_ids_of_a_table_with_two_features_are_looked_up_once() -> None:
     (kernel,) = group_for_rows([_group(64)], {"t0": 1.0}, unpooled=False)
-    assert kernel.feature_names() == ["a"]
+    assert kernel.feature_names() == ["t0"]
