@@ -20,7 +20,7 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mlet_dist.embeddings.initializers import RowInitializer
-from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment, row_initializer
 
 
 def tables_of_rows(tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int) -> list[MultiLayerEmbeddingBagConfig]:
@@ -76,7 +76,7 @@ def _initializer(
     if table.init_fn is not None:
         raise ValueError(f"table {table.name!r}: row ranges cannot go with an init_fn")
     zero = table.zero_first_row and first_row == 0
-    return table.row_initializer(f"{table.name}:{index}", rows, seed, zero_first_row=zero)
+    return row_initializer(table, f"{table.name}:{index}", rows, seed, zero_first_row=zero)
 
 
 @dataclass(frozen=True)

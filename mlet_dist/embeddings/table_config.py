@@ -123,27 +123,30 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         plain.embedding_dim = self.row_width
         if self.init_fn is not None:
             return plain
-        plain.init_fn = self.row_initializer(self.name, self.num_embeddings, seed, zero_first_row=self.zero_first_row)
+        plain.init_fn = row_initializer(self, self.name, self.num_embeddings, seed, zero_first_row=self.zero_first_row)
         return plain
-
-    def row_initializer(self, name: str, rows: int, seed: int, *, zero_first_row: bool) -> RowInitializer:
-        """Return the initial values of ``rows`` rows, drawn as this table's for its number of rows, under ``name``."""
-        low, high = self.get_weight_init_min(), self.get_weight_init_max()
-        return RowInitializer(
-            f"embedding_bags.{name}",
-            rows,
-            "uniform" if self.rows_init_std is None else "normal",
-            scale=(high - low) / 2 if self.rows_init_std is None else self.rows_init_std,
-            seed=seed,
-            center=(high + low) / 2 if self.rows_init_std is None else 0.0,
-            dtype=data_type_to_dtype(self.data_type),
-            zero_first_row=zero_first_row,
-        )
 
     def plain_config(self) -> EmbeddingBagConfig:
         """Return the TorchRec config of the served table, which has d columns."""
         names = [field.name for field in fields(EmbeddingBagConfig) if field.init]
         return EmbeddingBagConfig(**{name: getattr(self, name) for name in names})
+
+
+def row_initializer(
+    table: MultiLayerEmbeddingBagConfig, name: str, rows: int, seed: int, *, zero_first_row: bool
+) -> RowInitializer:
+    """Return the initial values of ``rows`` rows, drawn as ``table``'s for its number of rows, under ``name``."""
+    low, high = table.get_weight_init_min(), table.get_weight_init_max()
+    return RowInitializer(
+        f"embedding_bags.{name}",
+        rows,
+        "uniform" if table.rows_init_std is None else "normal",
+        scale=(high - low) / 2 if table.rows_init_std is None else table.rows_init_std,
+        seed=seed,
+        center=(high + low) / 2 if table.rows_init_std is None else 0.0,
+        dtype=data_type_to_dtype(table.data_type),
+        zero_first_row=zero_first_row,
+    )
 
 
 def as_multi_layer(config: EmbeddingBagConfig) -> MultiLayerEmbeddingBagConfig:
