@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     from mlet_dist.embeddings.planning.cost_model import Device
     from mlet_dist.planner.plan_report import html_page, text_report
     from mlet_dist.planner.run_plan import make_plan
-    from mlet_dist.training.compression import with_row_ranges
+    from mlet_dist.training.compressed_tables import with_row_ranges
 
     spec, _ = with_row_ranges(spec, config)
     plan = make_plan(config, spec, pooling_factors, Device(**hardware), args.world_size, args.local_world_size)

@@ -24,7 +24,7 @@ from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.compression import with_row_ranges
+from mlet_dist.training.compressed_tables import with_row_ranges
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.resume import (

@@ -24,7 +24,7 @@ from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
-from mlet_dist.training.compression import compression_summary, training_bytes
+from mlet_dist.training.compressed_tables import compression_summary, training_bytes
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.job import Job, open_job
