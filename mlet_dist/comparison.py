@@ -119,6 +119,11 @@ def _arm_configs(config: Config) -> dict[str, Config]:
             train = dataclasses.replace(train, checkpoint_dir=f"{checkpoints.rstrip('/')}/{name}")
         return dataclasses.replace(config, run=run, train=train, **changes)
 
+    if config.compression.policy != "none":
+        raise UserError(
+            f"compression.policy is {config.compression.policy}; `mlet compare` compares tables without compression: "
+            "use none, and train compressed models with `mlet train`"
+        )
     rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
     control, rate_factor = single_layer_control(config.model, config.optimizer.name)
     control_optimizer = dataclasses.replace(config.optimizer, rows_learning_rate=rate * rate_factor)

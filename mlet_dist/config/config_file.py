@@ -179,31 +179,37 @@ def config_text(config: Config) -> str:
 
 
 def _check_compression(config: Config, source: str, sources: Mapping[str, str]) -> None:
-    """Raise UserError if the sharding asks for what compressed tables do not support."""
-    if config.compression.policy == "none":
+    """Raise UserError if other settings ask for what compressed tables do not support."""
+    policy, sharding, model, widths = (
+        config.compression.policy,
+        config.sharding,
+        config.model,
+        config.compression.widths or (),
+    )
+    if policy == "none":
         return
-    sharding = config.sharding
-    for prefix, exchange, kinds in [
-        ("sharding.", sharding.exchange, sharding.sharding_types),
-        *((f"sharding.tables.{name}.", own.exchange, own.sharding_types) for name, own in sharding.tables.items()),
-    ]:
-        if exchange not in (None, "auto", "unique_rows"):
-            key = f"{prefix}exchange"
+    largest = model.hidden_dim or model.embedding_dim
+    kinds = sharding.sharding_types
+    for key, value, wrong, remedy in (
+        ("sharding.exchange", sharding.exchange, sharding.exchange not in ("auto", "unique_rows"), "use auto"),
+        ("sharding.sharding_types", kinds, kinds is not None and "row_wise" not in kinds, "add row_wise"),
+        ("sharding.rows_dtype", sharding.rows_dtype, sharding.rows_dtype != "fp32", "use fp32"),
+        ("sharding.tables", sorted(sharding.tables), bool(sharding.tables), "leave it out"),
+        ("train.initial_weights", config.train.initial_weights, config.train.initial_weights is not None, "use null"),
+        ("model.hidden_dim", model.hidden_dim, largest < model.embedding_dim, f"use {model.embedding_dim} or more"),
+        ("compression.widths", widths, len(set(widths)) < len(widths), "name each width once"),
+        (
+            "compression.widths",
+            widths,
+            any(width > largest for width in widths),
+            f"use widths up to {largest}, which is model.{'hidden_dim' if model.hidden_dim else 'embedding_dim'}",
+        ),
+    ):
+        if wrong:
             raise UserError(
-                f"{sources.get(key, source)}: {key} is {exchange}, but compression.policy is "
-                f"{config.compression.policy}, whose tables need exchange unique_rows; use auto or unique_rows"
+                f"{sources.get(key, source)}: {key} is {to_yaml(value)}, which does not go with compression.policy "
+                f"{policy}; {remedy}"
             )
-        if kinds is not None and "row_wise" not in kinds:
-            key = f"{prefix}sharding_types"
-            raise UserError(
-                f"{sources.get(key, source)}: {key} is {to_yaml(kinds)}, but compression.policy is "
-                f"{config.compression.policy}, whose tables are row_wise; add row_wise"
-            )
-    if config.train.initial_weights is not None:
-        raise UserError(
-            f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights}, "
-            f"but a run with compression.policy {config.compression.policy} cannot start from given weights; use null"
-        )
 
 
 def _check_combinations(config: Config, source: str, sources: Mapping[str, str]) -> None:

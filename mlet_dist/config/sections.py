@@ -160,7 +160,7 @@ class CompressionConfig:
     alpha: float = setting(
         "A row's width grows as its number of lookups to this power, before it is rounded down to one of the widths.",
         0.5,
-        above=0,
+        at_least=0.01,
         at_most=10,
     )
 

@@ -65,7 +65,7 @@ def _from_vocabulary(
 def _from_rows(
     path: DataPath, schema: DatasetSchema, of_table: dict[str, list[str]], sizes: dict[str, int]
 ) -> dict[str, Counts]:
-    """Count the ids of the training split, one row group at a time."""
+    """Count the ids of the training split, some rows at a time."""
     found = {name: np.zeros(sizes[name], dtype=np.int64) for name in of_table}
     columns = [name for own in of_table.values() for name in own]
     for part in schema.parts["train"]:
@@ -75,8 +75,8 @@ def _from_rows(
                 for batch in parquet.iter_batches(columns=columns, use_threads=False):
                     for name, own in of_table.items():
                         for feature in own:
-                            found[name] += np.bincount(_ids(batch.column(feature)), minlength=sizes[name])
-        except (OSError, pa.ArrowInvalid, ValueError) as error:
+                            np.add.at(found[name], _ids(batch.column(feature)), 1)
+        except (OSError, pa.ArrowException, IndexError) as error:
             raise UserError(f"{path / part.path}: cannot be read: {error}") from None
     return found
 

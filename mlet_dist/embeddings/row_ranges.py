@@ -40,8 +40,16 @@ def tables_of_rows(tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int) ->
         for _, width, _ in table.row_ranges or ()
         if width
     }
+    names = [table.name for table in plain] + [f"{t.name}:{i}" for t in ranged for i in range(len(t.row_ranges or ()))]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"table {twice!r}: is also the name of a row range of another table; choose another")
     ordered = sorted(shapes, key=lambda shape: (-shape[0], -shape[1], shape[2].name))
-    return plain + [_pool(ranged, seed, *shape) for shape in ordered]
+    pools = [_pool(ranged, seed, *shape) for shape in ordered]
+    taken = next((pool.name for pool in pools if pool.name in names), None)
+    if taken is not None:
+        raise ValueError(f"table {taken!r}: is also the name of a pool of row ranges; choose another")
+    return plain + pools
 
 
 def _pool(
@@ -171,7 +179,18 @@ def join_ranges(
         for feature in table.feature_names:
             total = torch.stack([found[f"{feature}@{table.name}:{index}"] for index in indices]).sum(dim=0)
             if table.pooling == PoolingType.MEAN:
-                total = total / features[feature].lengths().clamp(min=1).unsqueeze(1)
+                total = total / _bag_sizes(features, feature).unsqueeze(1)
             values.append(total)
     widths = [value.shape[1] for value in values]
     return KeyedTensor(keys=keys, length_per_key=widths, values=torch.cat(values, dim=1), key_dim=1)
+
+
+def _bag_sizes(features: KeyedJaggedTensor, feature: str) -> torch.Tensor:
+    """Return the divisors of mean pooling ``(B,)``: bag sizes, or sums of weights; 1 where that is 0."""
+    part = features[feature]
+    weights, lengths = part.weights_or_none(), part.lengths()
+    sizes = lengths.float()
+    if weights is not None:
+        bag = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+        sizes = torch.zeros_like(sizes).index_add_(0, bag, weights.float())
+    return torch.where(sizes == 0, torch.ones_like(sizes), sizes)

@@ -31,16 +31,14 @@ class Sizes:
     Attributes:
         embedding_dim: d.
         optimizer: the optimizer of the rows. W2 has the same one, but adagrad if the rows have rowwise_adagrad.
-        value_bytes: bytes of an element of W1.
     """
 
     embedding_dim: int
     optimizer: Optimizer
-    value_bytes: int = FLOAT
 
     def row(self, width: int) -> int:
         """Return the bytes of a row of W1; 0 for width 0."""
-        return self.value_bytes * width + row_state_bytes(self.optimizer, width) if width else 0
+        return FLOAT * width + row_state_bytes(self.optimizer, width) if width else 0
 
     def projection(self, width: int) -> int:
         """Return the bytes of W2, without its gradient; 0 for rows of width d, which have none."""
@@ -99,11 +97,10 @@ def static_ranges(
         middle = (low + high) / 2
         low, high = (middle, high) if size(at(middle)) <= budget else (low, middle)
     found = at(low)
-    if not size(found):
-        least = min(sizes.row(widths[0]) + sizes.projection(widths[0]), sizes.row(sizes.embedding_dim))
+    if size(found) > budget:
         raise UserError(
-            f"compression.budget {compression.budget:g} is {budget:,.0f} bytes, in which no row can be stored; the "
-            f"smallest share of the {single:,} bytes of single-layer tables is about {least / single:.1e}"
+            f"compression.budget {compression.budget:g} is {budget:,.0f} bytes, in which one row of each table cannot "
+            f"be stored; it must be at least {size(found) / single:.1e} of the {single:,} bytes of single-layer tables"
         )
     return found
 
@@ -115,14 +112,14 @@ def _descending(name: str, counts: Counts) -> npt.NDArray[np.float64]:
         UserError: the counts are far from sorted.
     """
     known = counts.copy()
-    known[0] = max(known[0], known[1]) if len(known) > 1 else max(known[0], 1)
+    known[0] = known[1] if len(known) > 1 else max(known[0], 1)
     sorted_counts = np.sort(known)[::-1]
     cut = max(1, len(known) // 4)
     if known[:cut].sum() < 0.5 * sorted_counts[:cut].sum():
         raise UserError(
             f"compression.policy is static, but the ids of table {name!r} are not sorted by descending frequency: the "
             f"first quarter of its rows has {known[:cut].sum():,} lookups, and the most frequent quarter "
-            f"{sorted_counts[:cut].sum():,}; use `encoding: vocabulary` for it, or policy none"
+            f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, or policy none"
         )
     envelope = np.maximum.accumulate(known[::-1])[::-1]
     return envelope + np.linspace(_TIE, 0, len(known), endpoint=False)
@@ -151,6 +148,8 @@ def _ranges(
             rows[d] += rows[width]
             rows[width] = 0
     found, start, total = [], 0, max(1.0, float(counts.sum()))
+    if not any(rows.values()):
+        rows[d] = 1  # every table stores its first row at least
     for width in sorted(rows, reverse=True):
         if rows[width]:
             share = float(counts[start : start + rows[width]].sum()) / total

@@ -10,7 +10,8 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.row_counts import row_counts
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer
+from mlet_dist.embeddings.planning.cost_model import Optimizer
+from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.row_widths import Sizes, describe_ranges, static_ranges
 from mlet_dist.models.spec import ModelSpec
@@ -70,8 +71,14 @@ def with_row_ranges(spec: ModelSpec, config: Config) -> tuple[ModelSpec, list[st
         return spec, []
     data = data_set_path(config.data.path)
     counts = row_counts(data, DatasetSchema.load(data), [feature.name for feature in spec.sparse])
-    fp16 = set(config.sharding.rows_dtypes(list(counts)).values()) == {"fp16"}
-    sizes = Sizes(spec.model.embedding_dim, config.optimizer.name, 2 if fp16 else FLOAT)
+    for feature in spec.sparse:
+        made = spec.preprocessing.sparse.get(feature.name, {}) if spec.preprocessing else {}
+        if made.get("encoding") == "hash":
+            raise UserError(
+                f"compression.policy is {config.compression.policy}, but the ids of feature {feature.name!r} are "
+                "hashes, which are not sorted by frequency; use `encoding: vocabulary` for it, or policy none"
+            )
+    sizes = Sizes(spec.model.embedding_dim, config.optimizer.name)
     ranges = static_ranges(counts, config.compression, spec.model, sizes)
     size = sum(sizes.table(each) for each in ranges.values())
     single = sum(table.num_embeddings * sizes.row(sizes.embedding_dim) for table in spec.tables)

@@ -108,5 +108,20 @@ def test_ids_that_are_not_sorted_are_refused() -> None:
 
 def test_a_budget_without_room_for_a_row_says_what_is_possible() -> None:
     counts = {"t": np.arange(1000, 0, -1)}
-    with pytest.raises(UserError, match=r"in which no row can be stored; the smallest share .* is about 1\.0e-03"):
+    with pytest.raises(UserError, match=r"one row of each table cannot be stored; it must be at least 1\.0e-03"):
         static_ranges(counts, CompressionConfig("static", 1e-4), MODEL, Sizes(16, "sgd"))
+
+
+def test_every_table_stores_a_row() -> None:
+    counts = {"frequent": np.arange(90_000, 0, -30), "rare": np.ones(2000, dtype=np.int64)}
+    found = static_ranges(counts, CompressionConfig("static", 0.2), MODEL, Sizes(16, "sgd"))
+    assert [(each.rows, each.width) for each in found["rare"]] == [(1, 16), (1999, 0)]
+
+
+def test_row_0_does_not_count() -> None:
+    counts = counts_of(4, tables=1)["t0"]
+    found = []
+    for outside in (0, 10**9):
+        counts[0] = outside
+        found.append(static_ranges({"t": counts}, CompressionConfig("static", 0.3), MODEL, Sizes(16, "adagrad")))
+    assert found[0] == found[1]

@@ -1,6 +1,7 @@
 """Training with static compression, its checkpoints, exports and metrics, as a user does it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
+from tests.helpers.tables import PLAIN, prepare_table
 from tests.helpers.train_in_ranks import Ranks, stopped_after, train_in_ranks
 
 pytestmark = pytest.mark.e2e
@@ -107,13 +109,23 @@ def test_another_budget_is_another_run(run: tuple[Path, dict[str, Any]], tmp_pat
 
 def test_wrong_settings_are_refused(small_model: tuple[str, ...], tmp_path: Path) -> None:
     start = ("train", CONFIG, *small_model, f"run.dir={tmp_path / 'run'}", "compression.policy=static")
-    assert "no row can be stored" in error_line(*start, "compression.budget=1e-6")
+    assert "one row of each table cannot be stored" in error_line(*start, "compression.budget=1e-6")
     assert "must be a multiple of 4" in error_line(*start, "compression.widths=[12,6]")
-    assert "sharding.exchange is after, but compression.policy is static" in error_line(
-        *start, "sharding.exchange=after"
-    )
-    assert "whose tables are row_wise" in error_line(*start, "sharding.tables.C3.sharding_types=[table_wise]")
-    assert "cannot start from given weights" in error_line(*start, "train.initial_weights=x")
+    for setting in (
+        "sharding.exchange=after",
+        "sharding.sharding_types=[table_wise]",
+        "sharding.tables.C3.exchange=unique_rows",
+        "sharding.rows_dtype=fp16",
+        "train.initial_weights=x",
+        "model.hidden_dim=null compression.widths=[12]",
+        "compression.widths=[16]",
+        "compression.widths=[4,4]",
+    ):
+        message = error_line(*start, *setting.split())
+        assert setting.split()[-1].partition("=")[0].partition(".C3")[0] in message
+        assert "does not go with compression.policy static" in message
+    refused = error_line("compare", CONFIG, *start[2:])
+    assert "`mlet compare` compares tables without compression" in refused
     assert not (tmp_path / "run").exists()
 
 
@@ -124,3 +136,19 @@ def test_plan_counts_the_compressed_tables(settings: tuple[str, ...], tmp_path: 
     *_, compressed = plan["configurations"]
     assert compressed["name"] == "compressed to 60% of the single layer's bytes"
     assert json.dumps(plan)
+
+
+def test_ranks_without_rows_of_a_width_are_named(settings: tuple[str, ...], tmp_path: Path) -> None:
+    message = error_line(
+        *("plan", CONFIG, *settings, f"run.dir={tmp_path}", "--device", "cpu", "--world-size", 4096),
+        *("--local-world-size", 16, "data.batch_size=4096"),
+    )
+    assert re.search(r"rows of \d+ columns, which are stored together, leave some of 4,096 ranks without rows", message)
+
+
+def test_hashed_ids_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("y,x\n" + "".join(f"{row % 2},{row % 7}\n" for row in range(200)))
+    sparse = [{"column": "x", "encoding": "hash", "num_embeddings": 20}]
+    prepare_table(tmp_path / "data", PLAIN | {"sparse": sparse}, [tmp_path / "a.csv"])
+    start = ("train", CONFIG, f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "data.batch_size=20")
+    assert "the ids of feature 'x' are hashes" in error_line(*start, "compression.policy=static")

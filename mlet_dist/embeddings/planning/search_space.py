@@ -106,6 +106,12 @@ def _sharding_types(
     ]
     if table.segments:
         known = [ROW_WISE]
+    if table.segments and not has_enough_rows(table, ROW_WISE, ranks):
+        raise ValueError(
+            f"{table.num_embeddings:,} rows of {table.row_width} columns, which are stored together, leave some of "
+            f"{ranks.world_size:,} ranks without rows, which fbgemm's CPU kernel does not support; use fewer ranks, "
+            "other widths or another budget"
+        )
     possible = [kind for kind in known if has_enough_rows(table, kind, ranks)]
     found = [kind for kind in possible if not requested or kind in requested]
     if not found:
