@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlet_dist.config.sections import CompressionConfig, ModelConfig
-from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer, row_state_bytes
+from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer, replicated_bytes, row_state_bytes
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
 
@@ -44,8 +44,8 @@ class Sizes:
         """Return the bytes of W2, without its gradient; 0 for rows of width d, which have none."""
         if width in (0, self.embedding_dim):
             return 0
-        states = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2}[self.optimizer]
-        return FLOAT * width * self.embedding_dim * (1 + states)
+        elements = width * self.embedding_dim
+        return replicated_bytes(elements, self.optimizer) - FLOAT * elements
 
     def table(self, ranges: Sequence[RowRange]) -> int:
         """Return the bytes of a table with row ranges."""

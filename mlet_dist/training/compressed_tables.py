@@ -8,7 +8,7 @@ from torch import distributed as dist
 
 from mlet_dist.config.config_file import Config
 from mlet_dist.data.location import data_set_path
-from mlet_dist.data.row_counts import row_counts
+from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.errors import UserError
@@ -70,7 +70,8 @@ def with_row_ranges(spec: ModelSpec, config: Config) -> tuple[ModelSpec, list[st
     if config.compression.policy == "none":
         return spec, []
     data = data_set_path(config.data.path)
-    counts = row_counts(data, DatasetSchema.load(data), [feature.name for feature in spec.sparse])
+    schema, features = DatasetSchema.load(data), [feature.name for feature in spec.sparse]
+    counts = {table.name: count_ids(data, schema, table.name, features) for table in spec.tables}
     for feature in spec.sparse:
         made = spec.preprocessing.sparse.get(feature.name, {}) if spec.preprocessing else {}
         if made.get("encoding") == "hash":

@@ -49,23 +49,25 @@ def test_the_bytes_are_just_below_the_budget(optimizer: Any, budget: float) -> N
         assert sum(each.share for each in ranges) == pytest.approx(1)
 
 
-def test_more_lookups_give_a_row_at_least_as_many_columns_whatever_its_table() -> None:
-    draw = random.Random(5)
+def test_the_same_number_of_lookups_decides_on_a_width_in_every_table() -> None:
+    draw, compared = random.Random(5), 0
     for seed in range(8):
         counts = counts_of(seed)
         compression = CompressionConfig("static", draw.uniform(0.05, 1.5), alpha=draw.uniform(0.2, 1.0))
         found = static_ranges(counts, compression, MODEL, Sizes(16, "sgd"))
-        # Tables whose ranges are too small for a width are exceptions, so only large ranges are compared.
-        wide = {each.width: [] for ranges in found.values() for each in ranges}
-        for name, ranges in found.items():
-            start = 0
-            for each in ranges:
-                if each.rows > 200:
-                    wide[each.width].append(counts[name][max(1, start) : start + each.rows])
-                start += each.rows
-        for narrow, broad in pairwise(sorted(wide)):
-            if wide[narrow] and wide[broad]:
-                assert max(int(each.max()) for each in wide[narrow]) <= 1 + max(int(each.max()) for each in wide[broad])
+        for width in (64, 32):
+            # Counts of the last row that has the width, and of the row after it, in each table.
+            last, after = [], []
+            for name, ranges in found.items():
+                end = 0
+                for each in ranges:
+                    end += each.rows
+                    if each.width == width and end < len(counts[name]):
+                        last.append(int(counts[name][end - 1]))
+                        after.append(int(counts[name][end]))
+            compared += len(last) > 1
+            assert max(after, default=0) <= min(last, default=0)
+    assert compared > 3
 
 
 def test_wide_rows_are_never_fewer_than_their_columns_and_narrow_ones_save_more_than_their_w2() -> None:

@@ -4,15 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mlet_dist.atomic_directory import check_free, staged_directory
-from mlet_dist.data.loading.row_groups import SplitRows
-from mlet_dist.data.location import DataPath, data_set_path
-from mlet_dist.data.prepare.dataset_manifest import VOCABULARY
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.factors import FLOOR
 from mlet_dist.errors import UserError
@@ -135,41 +129,3 @@ def _check_data_set(source: Tables, schema: DatasetSchema, path: str) -> None:
                 f"{path}: table {table.name!r} has {found:,} ids and its table in {source.path} "
                 f"{table.num_embeddings:,} rows"
             )
-
-
-def count_ids(path: DataPath, schema: DatasetSchema, table: str) -> npt.NDArray[np.int64]:
-    """Return how often each id of a table occurs in the training split, ``(num_embeddings,)``.
-
-    The counts are those of the table's vocabulary if it has one; else the ids are counted, row group by row group.
-
-    Args:
-        path: the data set's directory, or a ``RemotePath``.
-
-    Raises:
-        UserError: a file of the data set is missing or damaged.
-    """
-    features = [feature for feature in schema.sparse if feature.table_name == table]
-    counts = np.zeros(features[0].num_embeddings, np.int64)
-    vocabulary = path / VOCABULARY / f"{table}.parquet"
-    if isinstance(vocabulary, Path) and _read_vocabulary(vocabulary, counts[1:]):
-        # Id 0 stands for all values outside the vocabulary.
-        ids = sum(round(feature.pooling_factor * schema.rows["train"]) for feature in features)
-        counts[0] = ids - counts[1:].sum()
-        return counts
-    split = SplitRows(path, schema, schema.parts["train"], [], [feature.name for feature in features], by_row=False)
-    for group in range(len(split.group_rows)):
-        for column in split.decode(group).sparse:
-            np.add.at(counts, column.ids.ravel(), 1)
-    return counts
-
-
-def _read_vocabulary(path: Path, counts: npt.NDArray[np.int64]) -> bool:
-    """Fill in the counts of the values; return False if there is no such file or it has another size."""
-    try:
-        found = pq.read_table(path, columns=["count"])["count"].to_numpy()
-    except (OSError, pa.ArrowException, KeyError):
-        return False
-    if len(found) != len(counts):
-        return False
-    counts[:] = found
-    return True

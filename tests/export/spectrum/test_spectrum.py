@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.factorize.run_factorize import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import Tables
-from mlet_dist.export.spectrum.run_spectrum import count_ids, spectrum_of
+from mlet_dist.export.spectrum.run_spectrum import spectrum_of
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_dim, suggest_smaller
 from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
 from tests.conftest import TrainedRun
