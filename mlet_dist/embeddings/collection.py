@@ -20,6 +20,7 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.embeddings.input_check import check_batch, smallest_tables
 from mlet_dist.embeddings.projection import Projection, project
+from mlet_dist.embeddings.regrading import AdaptiveRows
 from mlet_dist.embeddings.row_ranges import join_ranges, segments_of, split_by_range, tables_of_rows
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, as_multi_layer
 
@@ -36,6 +37,8 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         is_weighted: whether the KeyedJaggedTensor carries per-sample weights.
         device: device of the parameters; ``meta`` allocates nothing.
         seed: with table and row it determines the initial values.
+        adaptive: if given, rows of the tables with row ranges move between the widths of their table while they train
+            (``slot_layout``). Such a collection computes nothing before it is sharded.
 
     Raises:
         ValueError: two tables have the same name, a name is not a valid key of torch's ModuleDict, or a dimension is
@@ -55,15 +58,17 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         is_weighted: bool = False,
         device: torch.device | None = None,
         seed: int = 0,
+        adaptive: AdaptiveRows | None = None,
     ) -> None:
         multi_layer = [as_multi_layer(table) for table in tables]
         for table in multi_layer:
             if not table.name or "." in table.name or hasattr(nn.ModuleDict, table.name):
                 raise ValueError(f"table {table.name!r}: no module of torch can have this name; choose another")
-        self._row_tables = tables_of_rows(multi_layer, seed)
+        self._row_tables = tables_of_rows(multi_layer, seed, adaptive=adaptive is not None)
         super().__init__([table.rows_config(seed) for table in self._row_tables], is_weighted, device)
         self._tables = multi_layer
         self.seed = seed
+        self.adaptive = adaptive
         self.projections = build_projections(self._tables, seed, self.device)
         self._projection_of_key = projection_of_key(self._row_tables)
         self._smallest_tables = smallest_tables(self._tables)
@@ -78,7 +83,9 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         Raises:
             ValueError: the batch is invalid (see ``input_check.check_batch``), or it has per-sample weights and a table
                 has FP16 rows. The message names the table.
+            NotImplementedError: the collection is adaptive.
         """
+        self._check_rows_stay("computes nothing")
         features = maybe_td_to_kjt(features, None)
         half = [table.name for table in self._tables if table.data_type == DataType.FP16]
         if half and self.is_weighted():
@@ -112,6 +119,13 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         """
         return list(self._row_tables)
 
+    def _check_rows_stay(self, problem: str) -> None:
+        if self.adaptive is not None:
+            raise NotImplementedError(
+                f"a collection whose rows move between widths {problem} before it is sharded; shard it, or leave "
+                "`adaptive` out"
+            )
+
     def rows(self) -> EmbeddingBagCollection:
         """Return the first layer alone: a plain collection of W1 over the same parameters, with sum pooling.
 
@@ -128,7 +142,11 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         """Return the plain EmbeddingBagCollection with W = W1·W2 for serving (MLET paper, section 2).
 
         On the meta device only shapes are computed.
+
+        Raises:
+            NotImplementedError: the collection is adaptive.
         """
+        self._check_rows_stay("cannot be collapsed")
         tables = [table.plain_config() for table in self._tables]
         device = next(self.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -20,17 +20,25 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.slot_layout import SlotInitializer, SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment, row_initializer
 
 
-def tables_of_rows(tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int) -> list[MultiLayerEmbeddingBagConfig]:
+def tables_of_rows(
+    tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int, *, adaptive: bool = False
+) -> list[MultiLayerEmbeddingBagConfig]:
     """Return the tables that store the rows of ``tables``: those without ranges as they are, and then the pools.
 
     A pool is named ``rows_<width>x<d>``, with ``_fp16`` if its rows are in half precision. Its features,
     ``<feature>@<table>:<range>``, hold the ids of one range, counted from the first row of the pool.
 
+    Args:
+        tables: their configs.
+        seed: determines the initial values.
+        adaptive: whether rows of tables with ranges move between pools (``slot_layout``).
+
     Raises:
-        ValueError: a table with ranges has an ``init_fn``.
+        ValueError: a table with ranges has an ``init_fn``, or adaptive tables do not fit together (``SlotLayout.of``).
     """
     plain = [table for table in tables if table.row_ranges is None]
     ranged = [table for table in tables if table.row_ranges is not None]
@@ -46,6 +54,8 @@ def tables_of_rows(tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int) ->
         raise ValueError(f"table {twice!r}: is also the name of a row range of another table; choose another")
     ordered = sorted(shapes, key=lambda shape: (-shape[0], -shape[1], shape[2].name))
     pools = [_pool(ranged, seed, *shape) for shape in ordered]
+    if adaptive and ranged:
+        _add_slots(pools, ranged, seed)
     taken = next((pool.name for pool in pools if pool.name in names), None)
     if taken is not None:
         raise ValueError(f"table {taken!r}: is also the name of a pool of row ranges; choose another")
@@ -76,6 +86,21 @@ def _pool(
         init_fn=SegmentInitializer(tuple(initializers)),
         segments=tuple(segments),
     )
+
+
+def _add_slots(
+    pools: Sequence[MultiLayerEmbeddingBagConfig], tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int
+) -> None:
+    """Change pools to those of adaptive tables, in place: buckets of slots, which begin as the rows that are there."""
+    layout = SlotLayout.of(tables)
+    first_rows = zip(tables, layout.first_rows().tolist(), strict=True)
+    zero_rows = tuple(row for table, row in first_rows if table.zero_first_row)
+    for index, pool in enumerate(pools):
+        pool.num_embeddings, pool.num_buckets = layout.slots(index), layout.num_buckets
+        initializers = tuple(
+            row_initializer(table, pool.name, pool.num_embeddings, seed, zero_first_row=False) for table in tables
+        )
+        pool.init_fn = SlotInitializer(layout, index, initializers, zero_rows)
 
 
 def _initializer(

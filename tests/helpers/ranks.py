@@ -111,7 +111,7 @@ def full_tensor(tensor: Any) -> Any:
         return tensor.detach().clone()
     found = torch.zeros(tensor.size())
     for shard in tensor.local_shards():
-        row, rows = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
-        found[row : row + rows] = shard.tensor
+        starts, sizes = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        found[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))] = shard.tensor
     dist.all_reduce(found)
     return found

@@ -26,6 +26,7 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
+from torchrec.distributed.utils import none_throws
 from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -59,8 +60,14 @@ from mlet_dist.embeddings.sharded.pooled import (
     mean_keys,
     normalize_by_bag_size,
 )
+from mlet_dist.embeddings.sharded.row_index import SlotIndex
+from mlet_dist.embeddings.sharded.slot_map import PoolTensors, SlotMap
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
+from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
+
+_SLOTS = "row_slots"
+"""The prefix of the slots and utilities of adaptive rows in the state dict."""
 
 
 @dataclass
@@ -112,6 +119,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         rows.exchanged_dims = {table.name: table.embedding_dim for table in row_tables}
         rows.segments = {table.name: tuple(segments_of([table])) for table in row_tables}
         rows.served = _served_features(tables, row_tables)
+        rows.slots = _slot_map(module, env, device)
         check_widths(row_tables)
         for config in rows.embedding_bag_configs():
             # Replicated rows have a dense gradient and a torch optimizer, both of which use the weight's dtype.
@@ -126,6 +134,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         )
         self.projections = build_projections(tables, module.seed, device)
         self._row_tables = row_tables
+        self.slots = rows.slots
         self._exchanges = rows.exchanges
         after = [table for table in row_tables if self._exchanges.get(table.name, "after") == "after"]
         self._projection_of_key_after = {
@@ -143,6 +152,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for segment in rows.segments[table]
         }
         self._combined_weights: dict[str, torch.Tensor] = {}
+        if self.slots is not None:
+            self._register_state_dict_hook(_add_slots)
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
         replicated = [
@@ -196,7 +207,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             ValueError: some rank's batch is invalid (see ``batch_agreement``); raised on every rank.
         """
         _raise_input_error(ctx)
-        return super().compute(ctx, dist_input)
+        return super().compute(ctx, self._located(ctx, dist_input))
 
     def compute_and_output_dist(self, ctx: CheckedContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Look up the rows of W1, then exchange and project them as each table's exchange requires.
@@ -209,12 +220,61 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """
         _raise_input_error(ctx)
         self._combine_weights()
-        return self._project_when_ready(ctx, super().compute_and_output_dist(ctx, input))
+        return self._project_when_ready(ctx, super().compute_and_output_dist(ctx, self._located(ctx, input)))
 
     def output_dist(self, ctx: CheckedContext, output: list[torch.Tensor]) -> LazyAwaitable[KeyedTensor]:
         """Exchange and project the lookups' output as each table's exchange requires: values ``(b, sum of d)``."""
         self._combine_weights()
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
+
+    def regrade(self) -> int:
+        """Count a step, and move rows of adaptive tables whose pass is due; call it after each optimizer step.
+
+        Returns:
+            The number of this rank's rows that moved.
+
+        Raises:
+            ValueError: the optimizer of the rows is not SGD, Adagrad or RowWiseAdagrad.
+        """
+        if self.slots is None:
+            return 0
+        self.slots.step += 1
+        due = self.slots.due()
+        if not due:
+            return 0
+        weights, tables = projection_weights(self.projections), self.slots.layout.tables
+        names = {table.row_width: table.name for table in self._row_tables if table.num_buckets}
+        of_segments = {table.row_width: table.segments for table in self._row_tables if table.num_buckets}
+        states = self.fused_optimizer.state_dict()["state"]
+        pools: list[PoolTensors] = []
+        projections: dict[tuple[int, int], torch.Tensor] = {}
+        for index, pool in enumerate(self.slots.layout.pools):
+            name = names[pool.width]
+            own = states.get(f"embedding_bags.{name}.weight", {})
+            unknown = [key for key in own if key != f"{name}.momentum1"]
+            if unknown:
+                raise ValueError(
+                    f"pool {name!r}: rows with the optimizer state {unknown[0]!r} cannot move; use Adagrad"
+                )
+            squares = tuple(state.local_shards()[0].tensor for state in own.values())
+            pools.append(PoolTensors(self.embedding_bags[name].weight, squares))
+            projections |= {
+                (index, tables.index(segment.table)): weights[segment.name]
+                for segment in of_segments[pool.width]
+                if segment.name in weights
+            }
+        return sum(self.slots.regrade(bucket, pools, projections) for bucket in due)
+
+    def _located(self, ctx: CheckedContext, dist_input: KJTList) -> KJTList:
+        """Return the lookups' input with the slots of adaptive rows, which may have moved since ``input_dist``."""
+        if self.slots is None:
+            return dist_input
+        features = list(dist_input)
+        for index, input_dist in enumerate(self._input_dists):
+            if isinstance(input_dist, UniqueRowsInputDist) and isinstance(input_dist.index, SlotIndex):
+                routing = none_throws(ctx.sharding_contexts[index].routing)
+                features[index] = input_dist.index.locate(routing)
+        return KJTList(features)
 
     @staticmethod
     def _pre_load_state_dict_hook(
@@ -222,6 +282,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     ) -> None:
         # Check here: TorchRec cuts a full tensor to the shard's columns, which would hide a tensor that is too wide.
         check_loaded_shapes(self._row_tables, state_dict, prefix)
+        names = [name for name in state_dict if name.startswith(f"{prefix}{_SLOTS}.")]
+        found = {name.removeprefix(f"{prefix}{_SLOTS}."): state_dict.pop(name) for name in names}
+        if self.slots is not None and found:
+            self.slots.load(found)
         ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
     def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:
@@ -280,6 +344,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 dim = module.exchanged_dims[table.name]
                 # A group of unique_rows tables has one d; the other exchanges take all tables together.
                 shape = f" {dim}" if exchange == "unique_rows" else ""
+                if module.slots is not None and module.segments[table.name][0].index is not None:
+                    shape += " adaptive"
                 values = {field.name: getattr(info, field.name) for field in fields(EmbeddingShardingInfo)}
                 grouped[f"{sharding_type} {exchange}{shape}"].append(
                     ExchangedShardingInfo(
@@ -289,6 +355,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                         expected_rows=module.expected_rows.get(table.name, 0.0),
                         segments=module.segments[table.name],
                         served=served,
+                        slots=module.slots if module.segments[table.name][0].index is not None else None,
                     )
                 )
         return grouped
@@ -311,6 +378,23 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
             )
         return kind(sharding_infos, env, device, qcomm_codecs_registry=qcomm_codecs_registry)
+
+
+def _add_slots(module: "ShardedMultiLayerEmbeddingBagCollection", state: dict[str, Any], prefix: str, _: Any) -> None:
+    assert module.slots is not None
+    state |= {
+        f"{prefix}{_SLOTS}.{name}": tensor for name, tensor in module.slots.state(module._env.process_group).items()
+    }
+
+
+def _slot_map(
+    module: MultiLayerEmbeddingBagCollection, env: ShardingEnv, device: torch.device | None
+) -> SlotMap | None:
+    """Return the slots of this rank's rows of adaptive tables, if the collection has any."""
+    ranged = [table for table in module.embedding_bag_configs() if table.row_ranges is not None]
+    if module.adaptive is None or not ranged:
+        return None
+    return SlotMap(SlotLayout.of(ranged), module.adaptive, env.rank, env.world_size, device or torch.device("cpu"))
 
 
 def _served_features(

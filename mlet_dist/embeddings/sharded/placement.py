@@ -36,7 +36,7 @@ def check_plan(
             the table.
     """
     kind, spec = sharding.sharding_type, sharding.sharding_spec
-    if spec is not None and kind in BLOCK_SHARDING_TYPES:
+    if spec is not None and kind in BLOCK_SHARDING_TYPES and not table.num_buckets:
         # TorchRec routes ids by equal blocks whatever the plan is, so uneven blocks would return wrong rows.
         try:
             ranks_of_blocks(spec.shards, table.num_embeddings)
@@ -140,6 +140,32 @@ def place_blocks(sharding: ParameterSharding, first: int = 0) -> None:
         ShardMetadata(
             shard_offsets=list(blocks[(rank - first) % len(blocks)].shard_offsets),
             shard_sizes=list(blocks[(rank - first) % len(blocks)].shard_sizes),
+            placement=shard.placement,
+        )
+        for rank, shard in enumerate(spec.shards)
+    ]
+
+
+def place_buckets(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding) -> None:
+    """Change the blocks of a pool of adaptive tables to whole buckets (``SlotLayout.first_bucket``), in place.
+
+    Raises:
+        ValueError: there are more ranks than buckets.
+    """
+    spec = sharding.sharding_spec
+    assert spec is not None
+    buckets, ranks = table.num_buckets, len(spec.shards)
+    if ranks > buckets:
+        raise ValueError(
+            f"table {table.name!r}: its slots are in {buckets} buckets, of which {ranks} ranks cannot each own "
+            "one; use fewer ranks"
+        )
+    slots = table.num_embeddings // buckets
+    starts = [rank * buckets // ranks * slots for rank in range(ranks + 1)]
+    spec.shards = [
+        ShardMetadata(
+            shard_offsets=[starts[rank], 0],
+            shard_sizes=[starts[rank + 1] - starts[rank], table.row_width],
             placement=shard.placement,
         )
         for rank, shard in enumerate(spec.shards)

@@ -29,6 +29,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mlet_dist.embeddings.projection import project_columns
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange
+from mlet_dist.embeddings.sharded.slot_map import SlotMap
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment
 
 ProjectionsOf = Callable[[Sequence[str]], dict[str, torch.Tensor]]
@@ -62,6 +63,7 @@ class ExchangedShardingInfo(EmbeddingShardingInfo):
         segments: the tables' rows that are stored; one segment, but for a pool.
         served: the features that TorchRec regards as those of the table: its own. Those of a table with row ranges
             belong to the pool that has the first of its ranges.
+        slots: for pools of adaptive tables, the slots of this rank's rows.
     """
 
     exchange: Exchange = "after"
@@ -69,6 +71,7 @@ class ExchangedShardingInfo(EmbeddingShardingInfo):
     expected_rows: float = 0.0
     segments: tuple[Segment, ...] = ()
     served: tuple[ServedFeature, ...] = ()
+    slots: SlotMap | None = None
 
 
 class ExchangedDims:

@@ -30,6 +30,7 @@ from mlet_dist.embeddings.sharded.placement import (
     check_plan,
     check_rows_dtype,
     place_blocks,
+    place_buckets,
     replicate_if_too_small,
     stagger_blocks,
     use_dense_kernels,
@@ -169,7 +170,11 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             if sharding.sharding_type in BLOCK_SHARDING_TYPES:
                 place_blocks(sharding)
         if stagger:
-            stagger_blocks([params[name] for name, (exchange, _) in chosen.items() if exchange == "unique_rows"])
+            staggered = [name for name, (exchange, _) in chosen.items() if exchange == "unique_rows"]
+            stagger_blocks([params[name] for name in staggered if not tables[name].num_buckets])
+        for name, table in tables.items():
+            if table.num_buckets:
+                place_buckets(table, params[name])
         if on_cpu:
             use_dense_kernels([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
         for name, table in tables.items():

@@ -10,8 +10,7 @@ For a rank's batch of b rows and F features:
 Backward sends the gradients of the vectors the opposite way.
 """
 
-from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,38 +41,9 @@ from mlet_dist.embeddings.sharded.pooled import (
     ProjectingDist,
     tables_by_feature,
 )
+from mlet_dist.embeddings.sharded.row_index import RangeIndex, Routing, RowIndex, SlotIndex
 from mlet_dist.embeddings.sharded.row_lookup import RowLookup, group_for_rows
-from mlet_dist.embeddings.table_config import Segment
-
-
-@dataclass
-class Routing:
-    """Where the rows of one batch are requested from and sent to.
-
-    A rank has two roles: it requests the rows of its own batch, and it serves the rows that it owns.
-
-    Attributes:
-        lengths: bag sizes of the own batch, ``(F·b,)``.
-        weights: per-sample weights of the ids, or None.
-        one_id_per_bag: whether every bag has exactly one id and no weight.
-        position_of_id: position of each id of the batch among this rank's distinct ids.
-        requests_sent: number of rows that this rank requests from each rank.
-        requests_received: number of rows that each rank requests from this rank.
-        some_not_stored: whether the batch may have ids of rows that are not stored; they have the position after the
-            last distinct id.
-        rows_per_segment: number of distinct rows that this rank looks up in each segment of a table; the sum is U.
-        position_of_request: position of each received request among the U rows.
-    """
-
-    lengths: torch.Tensor
-    weights: torch.Tensor | None
-    one_id_per_bag: bool
-    position_of_id: torch.Tensor
-    requests_sent: list[int] = field(default_factory=list)
-    requests_received: list[int] = field(default_factory=list)
-    rows_per_segment: list[int] = field(default_factory=list)
-    position_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    some_not_stored: bool = False
+from mlet_dist.embeddings.sharded.slot_map import SlotMap
 
 
 class UniqueRowsContext(EmbeddingShardingContext):
@@ -86,10 +56,8 @@ class UniqueRowsContext(EmbeddingShardingContext):
 
     def record_stream(self, stream: torch.Stream) -> None:
         if self.routing is not None:
-            for tensor in (self.routing.lengths, self.routing.weights, self.routing.position_of_id):
-                if tensor is not None:
-                    tensor.record_stream(stream)
-            self.routing.position_of_request.record_stream(stream)
+            for tensor in self.routing.tensors():
+                tensor.record_stream(stream)
 
 
 class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
@@ -100,6 +68,7 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
         expected = {info.embedding_config.name: info.expected_rows for info in sharding_infos}
         self._segments = {info.embedding_config.name: info.segments for info in sharding_infos}
         self._served = {info.embedding_config.name: info.served for info in sharding_infos}
+        self._slots = sharding_infos[0].slots
         on_cuda = self._device.type == "cuda"
         self._kernels = group_for_rows(self._grouped_embedding_configs, expected, unpooled=on_cuda)
 
@@ -111,16 +80,22 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
             for table in group.embedding_tables
             for each in self._served[table.name]
         ]
-        return UniqueRowsInputDist(
+        device = device or self._device
+        names = [table.name for table in tables]
+        if self._slots is not None:
+            widths = [pool.width for pool in self._slots.layout.pools]
+            pools = {table.name: widths.index(table.local_cols) for table in tables}
+            return UniqueRowsInputDist(self._pg, SlotIndex(self._pg, pools, self._slots, served, device))
+        index = RangeIndex(
             self._pg,
-            tables=[table.name for table in tables],
-            segments=[self._segments[table.name] for table in tables],
+            tables=names,
+            segments=[self._segments[name] for name in names],
             num_embeddings=[table.num_embeddings for table in tables],
-            table_of_feature=[each.table for each in served],
-            rows_of_tables={each.table: each.num_embeddings for each in served},
+            served=served,
             ranks=[ranks_of_blocks(table.global_metadata.shards_metadata, table.num_embeddings) for table in tables],
-            device=device or self._device,
+            device=device,
         )
+        return UniqueRowsInputDist(self._pg, index)
 
     def create_lookup(
         self,
@@ -142,6 +117,7 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
             {segment.name: table.local_cols for table in self._tables() for segment in self._segments[table.name]},
             len(tables_by_feature(self._grouped_embedding_configs)),
             codecs_of(self.qcomm_codecs_registry, COMM_OPS["unique_rows"]),
+            self._slots,
         )
 
     def _owners(self) -> list[list[GroupedEmbeddingConfig]]:
@@ -153,88 +129,28 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
 
 
 class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
-    """Maps the ids of a rank's batch to the distinct rows requested from this rank, one key with one bag per table.
+    """Maps the ids of a rank's batch to the distinct rows requested from this rank, the input of the lookup.
 
     Args:
         process_group: the ranks.
-        tables: names of the T tables that store rows, in the order of the lookup.
-        segments: the segments of each of them.
-        num_embeddings: rows of each.
-        table_of_feature: the table of each feature, as the model sees it: one of the T, or one with row ranges.
-        rows_of_tables: rows of each table that the model sees.
-        ranks: for each table, the owner rank of each block of rows.
-        device: device of the ids.
+        index: finds the owner ranks of ids, and the rows of the tables.
     """
 
-    def __init__(
-        self,
-        process_group: dist.ProcessGroup,
-        tables: list[str],
-        segments: list[tuple[Segment, ...]],
-        num_embeddings: list[int],
-        table_of_feature: list[str],
-        rows_of_tables: dict[str, int],
-        ranks: list[list[int]],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, process_group: dist.ProcessGroup, index: RowIndex) -> None:
         super().__init__()
         self.process_group = process_group
-        self._world_size = dist.get_world_size(process_group)
-        self._tables = tables
-        blocks = [-(-rows // self._world_size) for rows in num_embeddings]
-        # Key of an id = (owner·T + table)·stride + row in the owner's shard = id + shift of the id's block, so that
-        # sorted keys are grouped by owner, and by table for each owner.
-        self._stride = max(blocks)
-        shifts = [
-            (owner * len(tables) + table) * self._stride - block * blocks[table]
-            for table, owners in enumerate(ranks)
-            for block, owner in enumerate(owners)
-        ]
-
-        def constant(name: str, values: list[int]) -> None:
-            self.register_buffer(name, torch.tensor(values, dtype=torch.int64, device=device), persistent=False)
-
-        # The model's tables one after the other, cut into ranges of rows that are stored in one table or not at all.
-        first_row_of = dict(zip(rows_of_tables, accumulate(rows_of_tables.values(), initial=0), strict=False))
-        ranges = {start: (-1, 0) for start in first_row_of.values()}
-        for table, own in enumerate(segments):
-            for segment in own:
-                start = first_row_of[segment.table] + segment.first_row
-                ranges[start] = (table, segment.offset - start)
-                ranges.setdefault(start + segment.rows, (-1, 0))
-        ranges = {start: ranges[start] for start in sorted(ranges)}
-        self._has_ranges = any(segment.index is not None for own in segments for segment in own)
-        of_tables = [table for table, _ in ranges.values()]
-        self._some_not_stored = -1 in of_tables[:-1] or max(ranges) < sum(rows_of_tables.values())
-
-        constant("_blocks", blocks)
-        constant("_shifts", shifts)
-        constant("_first_rows", list(ranges))
-        constant("_table_of_range", of_tables)
-        constant("_offset_of_range", [offset for _, offset in ranges.values()])
-        constant("_first_row_of_feature", [first_row_of[name] for name in table_of_feature])
-        constant("_table_of_feature", [ranges[first_row_of[name]][0] for name in table_of_feature])
-        rank = dist.get_rank(process_group)
-        own_rows = [(blocks[table] * owners.index(rank), blocks[table]) for table, owners in enumerate(ranks)]
-        starts = [
-            self._stride * table + min(max(segment.offset - first, 0), rows)
-            for table, (first, rows) in enumerate(own_rows)
-            for segment in segments[table]
-        ]
-        constant("_first_keys_of_segments", [*starts, self._stride * len(tables)])
-        self._num_segments = [len(own) for own in segments]
-        keys_of_rank = self._stride * len(tables)
-        constant("_first_keys_of_ranks", [keys_of_rank * rank for rank in range(self._world_size + 1)])
+        self.index = index
+        first_keys = torch.arange(dist.get_world_size(process_group) + 1) * index.keys_per_rank
+        self._first_keys_of_ranks = first_keys.to(index.device)
         self.routing: Routing
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> "Awaitable[Awaitable[KeyedJaggedTensor]]":
         """Find the distinct ids, which must lie inside their tables, and send each owner the number of requests."""
         values = sparse_features.values()
         lengths, weights = sparse_features.lengths(), sparse_features.weights_or_none()
-        counts = lengths.view(self._table_of_feature.numel(), -1).sum(dim=1)
-        table, row, stored = self._stored_rows(values, counts)
-        block = row.div(self._blocks[table], rounding_mode="floor")
-        distinct, position = torch.unique(row + self._shifts[table * self._world_size + block], return_inverse=True)
+        counts = lengths.view(self.index.num_features, -1).sum(dim=1)
+        keys, stored = self.index.keys(values, counts)
+        distinct, position = torch.unique(keys, return_inverse=True)
         if stored is not None:
             position = torch.full_like(values, distinct.numel()).masked_scatter_(stored, position)
         self.routing = Routing(
@@ -245,36 +161,12 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
             some_not_stored=stored is not None,
         )
         requests_sent = torch.searchsorted(distinct, self._first_keys_of_ranks).diff()
-        return _CountsAwaitable(self, requests_sent, distinct % (len(self._tables) * self._stride))
+        return _CountsAwaitable(self, requests_sent, distinct % self.index.keys_per_rank)
 
-    def _stored_rows(
-        self, ids: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the table and the row of each id that is stored, and which ids are, or None if all of them are."""
-
-        def by_feature(constants: torch.Tensor) -> torch.Tensor:
-            return torch.repeat_interleave(constants, counts, output_size=ids.numel())
-
-        if not self._has_ranges:
-            return by_feature(self._table_of_feature), ids, None
-        rows = ids + by_feature(self._first_row_of_feature)
-        found = torch.searchsorted(self._first_rows, rows, right=True) - 1
-        table, row = self._table_of_range[found], rows + self._offset_of_range[found]
-        if not self._some_not_stored:
-            return table, row, None
-        stored = table >= 0
-        return table[stored], row[stored], stored
-
-    def lookup_features(self, requested_ids: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
+    def lookup_features(self, requested_keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
         """Return the distinct rows among the received requests, as input of the lookup."""
-        distinct, routing.position_of_request = torch.unique(requested_ids, return_inverse=True)
-        routing.rows_per_segment = torch.searchsorted(distinct, self._first_keys_of_segments).diff().tolist()
-        of_segments = iter(routing.rows_per_segment)
-        counts = [sum(islice(of_segments, number)) for number in self._num_segments]
-        lengths = torch.tensor(counts, dtype=torch.int64, device=distinct.device)
-        return KeyedJaggedTensor(
-            self._tables, distinct % self._stride, lengths=lengths, stride=1, length_per_key=counts
-        )
+        distinct, routing.position_of_request = torch.unique(requested_keys, return_inverse=True)
+        return self.index.lookup_features(distinct, routing)
 
 
 class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
@@ -325,6 +217,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         widths: the row width of each segment, by the name of its W2, in the order of the lookup.
         num_features: F.
         codecs: the precision of vectors on the network.
+        slots: of adaptive tables; their rows' utilities grow by the norms of the gradients.
     """
 
     def __init__(
@@ -333,8 +226,10 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         widths: dict[str, int],
         num_features: int,
         codecs: QuantizedCommCodecs,
+        slots: SlotMap | None = None,
     ) -> None:
         super().__init__()
+        self._slots = slots
         self._process_group = process_group
         self._segments, self._widths, self._num_features = list(widths), list(widths.values()), num_features
         # As in TorchRec, vectors are not rounded if there is no other rank.
@@ -348,11 +243,20 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         weights = self.projections_of(self._segments)
         of_segments = [weights.get(name) for name in self._segments]
         rows = project_tables(local_embs, routing.rows_per_segment, self._widths, of_segments)
+        if routing.position_of_row is not None:
+            rows = self._with_absent_rows(rows, routing)
         rows = rows.index_select(0, routing.position_of_request)
         received = AllToAllRows.apply(
             rows, routing.requests_received, routing.requests_sent, self._process_group, self._codecs
         )
         return NoWait(self._pool(received, routing))
+
+    def _with_absent_rows(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Return the vectors of all distinct rows ``(U, d)``, zero for those without slot, and note their gradients."""
+        rows = functional.pad(rows, (0, 0, 0, 1)).index_select(0, none_throws(routing.position_of_row))
+        if rows.requires_grad:
+            rows.register_hook(partial(none_throws(self._slots).add_gradients, routing.local_rows))
+        return rows
 
     def _pool(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
         batch_size, width = routing.lengths.numel() // self._num_features, rows.shape[1]

@@ -1,0 +1,256 @@
+"""From the ids of a batch to their owner ranks, and on an owner rank to the rows of the tables that it stores.
+
+An id is turned into a *key*. The keys of rank r are [r·keys_per_rank, (r + 1)·keys_per_rank), so that sorted keys are
+grouped by owner rank. Two indices differ in what a key says:
+
+- ``RangeIndex``: table and row. Rows of tables without row ranges, and of those whose ranges do not change.
+- ``SlotIndex``: the row of an adaptive table, whose slot only the owner rank knows, and only until rows move.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, islice, pairwise
+
+import torch
+from torch import distributed as dist
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mlet_dist.embeddings.sharded.pooled import ServedFeature
+from mlet_dist.embeddings.sharded.slot_map import SlotMap
+from mlet_dist.embeddings.table_config import Segment
+
+
+@dataclass
+class Routing:
+    """Where the rows of one batch are requested from and sent to.
+
+    A rank has two roles: it requests the rows of its own batch, and it serves the rows that it owns.
+
+    Attributes:
+        lengths: bag sizes of the own batch, ``(F·b,)``.
+        weights: per-sample weights of the ids, or None.
+        one_id_per_bag: whether every bag has exactly one id and no weight.
+        position_of_id: position of each id of the batch among this rank's distinct ids.
+        requests_sent: number of rows that this rank requests from each rank.
+        requests_received: number of rows that each rank requests from this rank.
+        some_not_stored: whether the batch may have ids of rows that are not stored; they have the position after the
+            last distinct id.
+        rows_per_segment: number of distinct rows that this rank looks up in each segment of a table; the sum is U.
+        position_of_request: position of each received request among the U rows.
+        local_rows: with a SlotIndex, the distinct rows among the received requests, ``(U,)``; some may have no slot.
+        position_of_row: with a SlotIndex, the position of each of them among the rows that are looked up, and after the
+            last one for a row without slot.
+    """
+
+    lengths: torch.Tensor
+    weights: torch.Tensor | None
+    one_id_per_bag: bool
+    position_of_id: torch.Tensor
+    requests_sent: list[int] = field(default_factory=list)
+    requests_received: list[int] = field(default_factory=list)
+    rows_per_segment: list[int] = field(default_factory=list)
+    position_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    some_not_stored: bool = False
+    local_rows: torch.Tensor | None = None
+    position_of_row: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors."""
+        found = (
+            self.lengths,
+            self.weights,
+            self.position_of_id,
+            self.position_of_request,
+            self.local_rows,
+            self.position_of_row,
+        )
+        return [tensor for tensor in found if tensor is not None]
+
+
+class RowIndex(ABC):
+    """Base of the two indices.
+
+    Attributes:
+        device: of the ids.
+        keys_per_rank: as above.
+        num_features: F, the features of a batch.
+    """
+
+    device: torch.device
+    keys_per_rank: int
+    num_features: int
+
+    @abstractmethod
+    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the keys of the ids that are stored, and which ids these are ``(len(ids),)`` bool, or None for all.
+
+        Args:
+            ids: of all features, one after the other.
+            counts: the ids of each feature, ``(F,)``.
+        """
+
+    @abstractmethod
+    def lookup_features(self, keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
+        """Return the input of the lookup for distinct keys that this rank owns, counted from its first, sorted."""
+
+
+class RangeIndex(RowIndex):
+    """The index of rows that stay where they are.
+
+    Args:
+        process_group: the ranks.
+        tables: names of the T tables that store rows, in the order of the lookup.
+        segments: the segments of each of them.
+        num_embeddings: rows of each.
+        served: the features of the batch in order, each of one of the T tables, or of one with row ranges.
+        ranks: for each table, the owner rank of each block of rows.
+        device: device of the ids.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        tables: list[str],
+        segments: list[tuple[Segment, ...]],
+        num_embeddings: list[int],
+        served: list[ServedFeature],
+        ranks: list[list[int]],
+        device: torch.device,
+    ) -> None:
+        constant = partial(torch.tensor, dtype=torch.int64, device=device)
+        self._world_size = dist.get_world_size(process_group)
+        self._tables = tables
+        self.device, self.num_features = device, len(served)
+        blocks = [-(-rows // self._world_size) for rows in num_embeddings]
+        # Key of an id = (owner·T + table)·stride + row in the owner's shard = id + shift of the id's block, so that
+        # sorted keys are grouped by owner, and by table for each owner.
+        self._stride = max(blocks)
+        self.keys_per_rank = self._stride * len(tables)
+        shifts = [
+            (owner * len(tables) + table) * self._stride - block * blocks[table]
+            for table, owners in enumerate(ranks)
+            for block, owner in enumerate(owners)
+        ]
+        # The model's tables one after the other, cut into ranges of rows that are stored in one table or not at all.
+        rows_of_tables = {each.table: each.num_embeddings for each in served}
+        first_row_of = dict(zip(rows_of_tables, accumulate(rows_of_tables.values(), initial=0), strict=False))
+        ranges = {start: (-1, 0) for start in first_row_of.values()}
+        for table, own in enumerate(segments):
+            for segment in own:
+                start = first_row_of[segment.table] + segment.first_row
+                ranges[start] = (table, segment.offset - start)
+                ranges.setdefault(start + segment.rows, (-1, 0))
+        ranges = {start: ranges[start] for start in sorted(ranges)}
+        self._has_ranges = any(segment.index is not None for own in segments for segment in own)
+        of_tables = [table for table, _ in ranges.values()]
+        self._some_not_stored = -1 in of_tables[:-1] or max(ranges) < sum(rows_of_tables.values())
+
+        self._blocks = constant(blocks)
+        self._shifts = constant(shifts)
+        self._first_rows = constant(list(ranges))
+        self._table_of_range = constant(of_tables)
+        self._offset_of_range = constant([offset for _, offset in ranges.values()])
+        self._first_row_of_feature = constant([first_row_of[each.table] for each in served])
+        self._table_of_feature = constant([ranges[first_row_of[each.table]][0] for each in served])
+        rank = dist.get_rank(process_group)
+        own_rows = [(blocks[table] * owners.index(rank), blocks[table]) for table, owners in enumerate(ranks)]
+        starts = [
+            self._stride * table + min(max(segment.offset - first, 0), rows)
+            for table, (first, rows) in enumerate(own_rows)
+            for segment in segments[table]
+        ]
+        self._first_keys_of_segments = constant([*starts, self.keys_per_rank])
+        self._num_segments = [len(own) for own in segments]
+
+    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        table, row, stored = self._stored_rows(ids, counts)
+        block = row.div(self._blocks[table], rounding_mode="floor")
+        return row + self._shifts[table * self._world_size + block], stored
+
+    def lookup_features(self, keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
+        """Return the rows of the tables, one key with one bag per table."""
+        routing.rows_per_segment = torch.searchsorted(keys, self._first_keys_of_segments).diff().tolist()
+        of_segments = iter(routing.rows_per_segment)
+        counts = [sum(islice(of_segments, number)) for number in self._num_segments]
+        return one_bag_per_table(self._tables, keys % self._stride, counts)
+
+    def _stored_rows(
+        self, ids: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the table and the row of each id that is stored, and which ids are, or None if all of them are."""
+
+        def by_feature(constants: torch.Tensor) -> torch.Tensor:
+            return torch.repeat_interleave(constants, counts, output_size=ids.numel())
+
+        if not self._has_ranges:
+            return by_feature(self._table_of_feature), ids, None
+        rows = ids + by_feature(self._first_row_of_feature)
+        found = torch.searchsorted(self._first_rows, rows, right=True) - 1
+        table, row = self._table_of_range[found], rows + self._offset_of_range[found]
+        if not self._some_not_stored:
+            return table, row, None
+        stored = table >= 0
+        return table[stored], row[stored], stored
+
+
+class SlotIndex(RowIndex):
+    """The index of the rows of adaptive tables; ``locate`` completes the lookup's input once no row moves any more.
+
+    Args:
+        process_group: the ranks.
+        pools: names of the pools in the order of the lookup, and their position in the layout.
+        slots: the slots of this rank's rows.
+        served: the features of the batch in order.
+        device: device of the ids.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        pools: dict[str, int],
+        slots: SlotMap,
+        served: list[ServedFeature],
+        device: torch.device,
+    ) -> None:
+        constant = partial(torch.tensor, dtype=torch.int64, device=device)
+        layout, world_size = slots.layout, dist.get_world_size(process_group)
+        self.slots = slots
+        self.device, self.num_features = device, len(served)
+        self._pools = list(pools)
+        slots.set_order(list(pools.values()))
+        starts = [layout.first_bucket(rank, world_size) for rank in range(world_size + 1)]
+        sizes = [stop - start for start, stop in pairwise(starts)]
+        self.keys_per_rank = layout.rows_per_bucket * max(sizes)
+        first_row_of = dict(zip(layout.tables, layout.first_rows().tolist(), strict=True))
+        self._num_buckets = layout.num_buckets
+        # Key of row g in bucket b of rank r = r·keys_per_rank + (g // V)·(buckets of r) + b - (first bucket of r).
+        self._first_row_of_feature = constant([first_row_of[each.table] for each in served])
+        owners = [rank for rank, size in enumerate(sizes) for _ in range(size)]
+        self._buckets_of_owner = constant([sizes[owner] for owner in owners])
+        shifts = [owner * self.keys_per_rank + bucket - starts[owner] for bucket, owner in enumerate(owners)]
+        self._shifts = constant(shifts)
+
+    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, None]:
+        rows = ids + torch.repeat_interleave(self._first_row_of_feature, counts, output_size=ids.numel())
+        bucket = rows % self._num_buckets
+        within = rows.div(self._num_buckets, rounding_mode="floor")
+        return within * self._buckets_of_owner[bucket] + self._shifts[bucket], None
+
+    def lookup_features(self, keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
+        """Return the rows in one bag of one key, for ``locate``."""
+        routing.local_rows = keys
+        return one_bag_per_table(["rows"], keys, [keys.numel()])
+
+    def locate(self, routing: Routing) -> KeyedJaggedTensor:
+        """Return the slots of the pools, one key with one bag per pool."""
+        assert routing.local_rows is not None
+        located = self.slots.locate(routing.local_rows)
+        routing.rows_per_segment, routing.position_of_row = located.rows_per_segment, located.position
+        return one_bag_per_table(self._pools, torch.cat(located.pools), [len(each) for each in located.pools])
+
+
+def one_bag_per_table(tables: list[str], rows: torch.Tensor, counts: list[int]) -> KeyedJaggedTensor:
+    """Return ``rows`` as one bag for each of ``tables``, of ``counts`` rows."""
+    lengths = torch.tensor(counts, dtype=torch.int64, device=rows.device)
+    return KeyedJaggedTensor(tables, rows, lengths=lengths, stride=1, length_per_key=counts)

@@ -1,0 +1,306 @@
+"""The slots and utilities of the rows of adaptive tables on one rank, and the passes that move rows between widths.
+
+FIITED (arXiv:2401.04408) keeps a utility for each part of a row, to which every step adds the L2 norm of its gradient,
+and which decays. Here a row has one utility, from the gradient of its d-dimensional vector summed over all lookups of
+the global batch: that of a column of W1 is this gradient times a row of W2.
+
+A pass considers the rows of a bucket anew: those of the highest utility get the widest slots of the bucket. The passes
+of the buckets are spread over the steps of an interval. A slot takes 4 bytes a row, and a utility 2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import distributed as dist
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+from mlet_dist.embeddings.regrading import AdaptiveRows, choose_pools, least_squares_inverse, rescaled_state
+from mlet_dist.embeddings.slot_layout import SlotLayout
+
+BYTES_PER_ROW = torch.int32.itemsize + torch.bfloat16.itemsize
+"""The bytes of the slot and the utility of a row."""
+
+_LOW_BITS = 0xFFFF  # those that bfloat16 lacks
+
+
+@dataclass(frozen=True)
+class PoolTensors:
+    """This rank's part of a pool.
+
+    Attributes:
+        rows: W1 ``(slots, width)``.
+        squares: optimizer states that are sums or means of squared gradients, ``(slots, width)`` or ``(slots,)``.
+        means: optimizer states that are means of gradients, ``(slots, width)``.
+    """
+
+    rows: torch.Tensor
+    squares: tuple[torch.Tensor, ...] = ()
+    means: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where the distinct rows of a batch are on this rank.
+
+    Attributes:
+        pools: the slots to look up in each pool, in order of their segments, counted from this rank's first.
+        rows_per_segment: number of rows of each pool and table that are looked up, pool by pool.
+        position: for each of the U rows its position among the rows that are looked up, and after the last one for a
+            row that has no slot, ``(U,)``.
+    """
+
+    pools: list[torch.Tensor]
+    rows_per_segment: list[int]
+    position: torch.Tensor
+
+
+class SlotMap:
+    """The slots and utilities of the rows that a rank owns.
+
+    A *local row* is the position of a row in ``slots``, flattened.
+
+    Args:
+        layout: of the adaptive tables.
+        settings: when rows move.
+        rank: this rank.
+        world_size: R.
+        device: of the tensors.
+
+    Attributes:
+        slots: the code of each row's slot ``(H, buckets of this rank)`` int32; -1 for none.
+        utilities: ``slots``'s shape, bfloat16.
+        step: optimizer steps taken, ``()`` int64 on the CPU.
+
+    Raises:
+        ValueError: there are more ranks than buckets.
+    """
+
+    def __init__(
+        self, layout: SlotLayout, settings: AdaptiveRows, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.layout, self.settings, self.device = layout, settings, device
+        self.first_bucket = layout.first_bucket(rank, world_size)
+        self.stop_bucket = layout.first_bucket(rank + 1, world_size)
+        self.step = torch.tensor(0, dtype=torch.int64)
+        if device.type == "meta":
+            self.slots = torch.empty(layout.rows_per_bucket, self.num_buckets, dtype=torch.int32, device=device)
+        else:
+            self.slots = layout.initial_slots(self.first_bucket, self.stop_bucket).to(device)
+        self.utilities = torch.zeros(self.slots.shape, dtype=torch.bfloat16, device=device)
+        self._first_codes = layout.first_codes().to(device)
+        first_slots = [self.first_bucket * pool.slots_per_bucket for pool in layout.pools]
+        self._first_own_codes = self._first_codes + torch.tensor(first_slots, device=device)
+        permitted = layout.permitted()
+        self._tables_of_pools = [permitted[:, pool].nonzero().squeeze(1).tolist() for pool in range(len(layout.pools))]
+        self._set_order(range(len(layout.pools)))
+
+    @property
+    def num_buckets(self) -> int:
+        """The buckets of this rank."""
+        return self.stop_bucket - self.first_bucket
+
+    def segments(self, pool: int) -> list[int]:
+        """Return the tables, by index, that may have rows in a pool, in the order of its segments."""
+        return list(self._tables_of_pools[pool])
+
+    def set_order(self, pools: list[int]) -> None:
+        """Set the order in which ``locate`` returns the pools."""
+        self._set_order(pools)
+
+    def _set_order(self, pools: "range | list[int]") -> None:
+        segments = torch.full((len(self.layout.pools), len(self.layout.tables)), -1, dtype=torch.int64)
+        number = 0
+        self._order = list(pools)
+        for pool in pools:
+            for table in self._tables_of_pools[pool]:
+                segments[pool, table] = number
+                number += 1
+        self._num_segments = number
+        self._segments = segments.to(self.device)
+
+    def state(self, process_group: dist.ProcessGroup) -> dict[str, torch.Tensor | ShardedTensor]:
+        """Return ``slots``, ``utilities`` and ``step``, not copied; the first two as ``(H, V)`` sharded by columns.
+
+        Row number g is at position g of the flattened tensor, whatever the number of ranks.
+        """
+        return {
+            "slots": self._sharded(self.slots, process_group),
+            "utilities": self._sharded(self.utilities, process_group),
+            "step": self.step,
+        }
+
+    def load(self, state: Mapping[str, torch.Tensor | ShardedTensor]) -> None:
+        """Copy what ``state`` returned, here or in another process with the same buckets.
+
+        Raises:
+            ValueError: a shape differs.
+        """
+        for name, into in (("slots", self.slots), ("utilities", self.utilities), ("step", self.step)):
+            found = state[name]
+            values = found.local_shards()[0].tensor if isinstance(found, ShardedTensor) else found
+            if values.shape != into.shape:
+                raise ValueError(
+                    f"{name} of adaptive rows are {tuple(values.shape)} in the state and {tuple(into.shape)} here"
+                )
+            into.copy_(values)
+
+    def _sharded(self, tensor: torch.Tensor, process_group: dist.ProcessGroup) -> ShardedTensor:
+        rows, world_size = self.layout.rows_per_bucket, dist.get_world_size(process_group)
+        starts = [self.layout.first_bucket(rank, world_size) for rank in range(world_size + 1)]
+        shards = [
+            ShardMetadata([0, start], [rows, stop - start], f"rank:{rank}/{tensor.device}")
+            for rank, (start, stop) in enumerate(pairwise(starts))
+        ]
+        own = shards[dist.get_rank(process_group)]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(
+            [Shard(tensor, own)],
+            ShardedTensorMetadata(
+                shards_metadata=shards,
+                size=torch.Size([rows, self.layout.num_buckets]),
+                tensor_properties=TensorProperties(dtype=tensor.dtype),
+            ),
+            process_group=process_group,
+        )
+
+    def row_numbers(self, local_rows: torch.Tensor) -> torch.Tensor:
+        """Return the numbers of local rows among the rows of all tables."""
+        within, bucket = local_rows // self.num_buckets, local_rows % self.num_buckets
+        return within * self.layout.num_buckets + bucket + self.first_bucket
+
+    def locate(self, local_rows: torch.Tensor) -> Located:
+        """Find the slots of distinct local rows ``(U,)``."""
+        codes = self.slots.view(-1)[local_rows].long()
+        pools = torch.searchsorted(self._first_codes, codes, right=True) - 1
+        segments = self._segments[pools, self.layout.tables_of(self.row_numbers(local_rows))]
+        segments = torch.where(codes < 0, self._num_segments, segments)
+        order = segments.argsort(stable=True)
+        counts = torch.bincount(segments, minlength=self._num_segments + 1).tolist()
+        stored = len(local_rows) - counts.pop()
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(order), device=order.device).clamp_(max=stored)
+        slots = (codes - self._first_own_codes[pools])[order[:stored]]
+        per_pool, start = [], 0
+        for pool in self._order:
+            of_pool = len(self._tables_of_pools[pool])
+            per_pool.append(sum(counts[start : start + of_pool]))
+            start += of_pool
+        return Located(list(slots.split(per_pool)), counts, position)
+
+    @torch.no_grad()
+    def add_gradients(self, local_rows: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Add the norms of the gradients ``(U, d)`` of the vectors of distinct local rows to their utilities.
+
+        Sums are rounded to bfloat16 up or down, in turns that depend on the step and the row alone, so that small
+        gradients are not lost on average. A gradient that is not finite counts as zero.
+        """
+        norms = gradients.float().norm(dim=1).nan_to_num_(nan=0.0, posinf=0.0)
+        utilities = self.utilities.view(-1)
+        bits = (utilities[local_rows].float() + norms).view(torch.int32)
+        dither = (self.row_numbers(local_rows) * 40_503 + int(self.step) * 30_011) & _LOW_BITS
+        utilities[local_rows] = ((bits + dither.int()) & ~_LOW_BITS).view(torch.float32).bfloat16()
+
+    def due(self) -> list[int]:
+        """Return this rank's buckets whose pass is due after ``step`` steps."""
+        every, after = self.settings.interval, int(self.step) - self.settings.warmup
+        if after < 0:
+            return []
+        start, stop = (-(-each * self.layout.num_buckets // every) for each in (after % every, after % every + 1))
+        return [bucket for bucket in range(start, stop) if self.first_bucket <= bucket < self.stop_bucket]
+
+    @torch.no_grad()
+    def regrade(
+        self, bucket: int, pools: list[PoolTensors], projections: Mapping[tuple[int, int], torch.Tensor]
+    ) -> int:
+        """Give the slots of a bucket to the rows of the highest utility, and move their values and optimizer state.
+
+        Args:
+            bucket: one of this rank's.
+            pools: this rank's part of each pool.
+            projections: W2 ``(width, d)`` by pool and table; rows of d columns have none.
+
+        Returns:
+            The number of rows that moved.
+        """
+        column = bucket - self.first_bucket
+        numbers = self.layout.rows_of(bucket, bucket + 1).squeeze(1).to(self.device)
+        exists = numbers >= 0
+        tables = self.layout.tables_of(numbers[exists])
+        codes = self.slots[exists, column].long()
+        held = torch.searchsorted(self._first_codes, codes, right=True) - 1
+        utilities = self.utilities[exists, column]
+        permitted = self.layout.permitted().to(self.device)[tables]
+        slots = self.layout.slots_of(bucket)
+        chosen = choose_pools(
+            utilities.float(), held, permitted, [len(each) for each in slots], self.settings.hysteresis
+        )
+        self.utilities[exists, column] = utilities * self.settings.decay
+        moved = (chosen != held).nonzero().squeeze(1)
+        if not len(moved):
+            return 0
+        found = codes.clone()
+        for pool, of_pool in enumerate(slots):
+            new = ((chosen == pool) & (held != pool)).nonzero().squeeze(1)
+            taken = torch.zeros(len(of_pool), dtype=torch.bool, device=self.device)
+            taken[codes[(chosen == pool) & (held == pool)] - of_pool.start] = True
+            found[new] = (~taken).nonzero().squeeze(1)[: len(new)] + of_pool.start
+        found[chosen < 0] = -1
+        self._move(codes[moved], found[moved], tables[moved], pools, projections)
+        self.slots[exists, column] = found.int()
+        return len(moved)
+
+    def _move(
+        self,
+        old_codes: torch.Tensor,
+        new_codes: torch.Tensor,
+        tables: torch.Tensor,
+        pools: list[PoolTensors],
+        projections: Mapping[tuple[int, int], torch.Tensor],
+    ) -> None:
+        """Copy the values and the optimizer state of rows from slots to slots of other pools; -1 is no slot."""
+        old, new = (torch.searchsorted(self._first_codes, codes, right=True) - 1 for codes in (old_codes, new_codes))
+        kinds = torch.stack([old, new, tables], dim=1)
+        writes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        for source, target, table in kinds.unique(dim=0).tolist():
+            if target < 0:
+                continue
+            rows = (kinds == kinds.new_tensor([source, target, table])).all(dim=1)
+            into = new_codes[rows] - self._first_own_codes[target]
+            from_pool = old_codes[rows] - self._first_own_codes[source] if source >= 0 else None
+            after = pools[target]
+            writes.append(
+                (after.rows, into, self._new_values(pools, projections, source, target, table, from_pool, into))
+            )
+            widths = self.layout.pools[source].width, self.layout.pools[target].width
+            for index, state in enumerate(after.squares):
+                if from_pool is None:
+                    values = state.new_zeros(into.shape + state.shape[1:])
+                else:
+                    values = rescaled_state(pools[source].squares[index][from_pool], *widths)
+                writes.append((state, into, values))
+            writes += [(state, into, state.new_zeros(into.shape + state.shape[1:])) for state in after.means]
+        # Rows may exchange their slots, so all are read before the first is written.
+        for tensor, rows, values in writes:
+            tensor[rows] = values.to(tensor.dtype)
+
+    def _new_values(
+        self,
+        pools: list[PoolTensors],
+        projections: Mapping[tuple[int, int], torch.Tensor],
+        source: int,
+        target: int,
+        table: int,
+        from_pool: torch.Tensor | None,
+        into: torch.Tensor,
+    ) -> torch.Tensor:
+        gets_narrower = target > source
+        if from_pool is None or (gets_narrower and self.settings.on_move == "reset"):
+            return pools[target].rows.new_zeros(len(into), self.layout.pools[target].width)
+        vectors = pools[source].rows[from_pool].float()
+        before, after = projections.get((source, table)), projections.get((target, table))
+        if before is not None:
+            vectors = vectors @ before
+        return vectors if after is None else vectors @ least_squares_inverse(after)

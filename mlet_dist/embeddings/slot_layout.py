@@ -1,0 +1,232 @@
+"""Where the rows of adaptive tables are stored: tables whose rows change their width while they train.
+
+The rows of one width, of all adaptive tables, are stored in one table, a *pool* (see ``row_ranges``). A row of a pool
+is a *slot*. Which row has which slot changes while training runs, but the number of slots of each width does not: it is
+that of the rows that the tables' ``row_ranges`` give this width. So the memory of the tables is fixed from the start.
+
+All rows of all adaptive tables, numbered one table after the other, are spread over V buckets: row g is in bucket
+g mod V. Each bucket has its own slots of each pool, and rows only move between the slots of their bucket. A rank owns
+consecutive buckets. Therefore moving rows takes no communication and gives the same result on any number of ranks, and
+every rank has its share of the memory and, where ids are sorted by frequency, of the lookups.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torchrec.modules.embedding_configs import DataType
+
+from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.regrading import choose_pools
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
+
+_NUMBERS_OF_BUCKETS = (53_760, 6_720, 840, 120, 24)  # multiples of most numbers of ranks in use
+_SLOTS_PER_BUCKET = 16  # of each width, so that a bucket's frequent rows are about as many as another's
+MAX_SLOTS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The slots of one width.
+
+    Attributes:
+        width: the columns of W1.
+        slots_per_bucket: the slots of each bucket; slot s is in bucket s // slots_per_bucket.
+    """
+
+    width: int
+    slots_per_bucket: int
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """The buckets, pools and rows of the adaptive tables of a collection.
+
+    A slot is known by its *code*: its number if the slots of all pools are numbered one pool after the other.
+
+    Attributes:
+        tables: the names of the T tables.
+        num_embeddings: the rows of each.
+        initial_widths: for each table, rows and width of consecutive rows, before training. Its rows may have any of
+            these widths, or none.
+        pools: the P pools, widest first.
+        num_buckets: V.
+    """
+
+    tables: tuple[str, ...]
+    num_embeddings: tuple[int, ...]
+    initial_widths: tuple[tuple[tuple[int, int], ...], ...]
+    pools: tuple[Pool, ...]
+    num_buckets: int
+
+    @classmethod
+    def of(cls, tables: Sequence[MultiLayerEmbeddingBagConfig]) -> "SlotLayout":
+        """Return the layout of tables with row ranges.
+
+        Raises:
+            ValueError: a width has fewer rows than there are buckets, there are too many rows, two ranges of a table
+                have the same width, or tables have different d or are not FP32.
+        """
+        rows: dict[int, int] = {}
+        for table in tables:
+            shape = table.embedding_dim, table.data_type
+            if shape != (tables[0].embedding_dim, DataType.FP32):
+                raise ValueError(
+                    f"table {table.name!r}: its rows move between widths, so it must be FP32 and have embedding_dim "
+                    f"{tables[0].embedding_dim} as table {tables[0].name!r} has; it is {shape[1].name} with {shape[0]}"
+                )
+            widths = [each.width for each in table.row_ranges or () if each.width]
+            if len(set(widths)) < len(widths):
+                raise ValueError(f"table {table.name!r}: two of its row ranges have the same width: {widths}")
+            for each in table.row_ranges or ():
+                rows[each.width] = rows.get(each.width, 0) + each.rows
+        rows.pop(0, None)
+        if sum(rows.values()) > MAX_SLOTS:
+            raise ValueError(f"{sum(rows.values()):,} rows with columns are too many; at most {MAX_SLOTS:,} can move")
+        fewest = min(rows, key=lambda width: rows[width])
+        smallest = _NUMBERS_OF_BUCKETS[-1]
+        if rows[fewest] < smallest:
+            raise ValueError(
+                f"{rows[fewest]} rows of all tables together have {fewest} columns; rows that move need at least "
+                f"{smallest} of each width"
+            )
+        wanted = rows[fewest] // _SLOTS_PER_BUCKET
+        buckets = next((number for number in _NUMBERS_OF_BUCKETS if number <= wanted), smallest)
+        return cls(
+            tuple(table.name for table in tables),
+            tuple(table.num_embeddings for table in tables),
+            tuple(tuple((each.rows, each.width) for each in table.row_ranges or ()) for table in tables),
+            tuple(Pool(width, rows[width] // buckets) for width in sorted(rows, reverse=True)),
+            buckets,
+        )
+
+    @cached_property
+    def num_rows(self) -> int:
+        """The rows of all tables."""
+        return sum(self.num_embeddings)
+
+    @cached_property
+    def rows_per_bucket(self) -> int:
+        """H, the rows of a bucket; the last ones of some buckets do not exist."""
+        return -(-self.num_rows // self.num_buckets)
+
+    def first_bucket(self, rank: int, world_size: int) -> int:
+        """Return the first bucket that a rank owns; its buckets end where those of the next rank begin.
+
+        Raises:
+            ValueError: there are more ranks than buckets.
+        """
+        if world_size > self.num_buckets:
+            raise ValueError(
+                f"rows that move between widths are in {self.num_buckets} buckets, of which {world_size} ranks cannot "
+                "each own one; use fewer ranks, or more rows of the rarest width"
+            )
+        return rank * self.num_buckets // world_size
+
+    def slots(self, pool: int) -> int:
+        """Return the number of slots of a pool."""
+        return self.num_buckets * self.pools[pool].slots_per_bucket
+
+    def first_rows(self) -> torch.Tensor:
+        """Return the number of the first row of each table ``(T,)`` int64."""
+        return torch.tensor([0, *self.num_embeddings]).cumsum(0)[:-1]
+
+    def first_codes(self) -> torch.Tensor:
+        """Return the code of the first slot of each pool ``(P,)`` int64."""
+        return torch.tensor([0, *(self.slots(pool) for pool in range(len(self.pools)))]).cumsum(0)[:-1]
+
+    def permitted(self) -> torch.Tensor:
+        """Return which pools may store rows of each table ``(T, P)`` bool: those of its initial widths."""
+        return torch.tensor(
+            [[any(width == pool.width for _, width in widths) for pool in self.pools] for widths in self.initial_widths]
+        )
+
+    def rows_of(self, first_bucket: int, stop_bucket: int) -> torch.Tensor:
+        """Return the numbers of the rows of buckets ``(H, stop_bucket - first_bucket)``; -1 where there is no row."""
+        row = torch.arange(self.rows_per_bucket).unsqueeze(1) * self.num_buckets
+        row = row + torch.arange(first_bucket, stop_bucket)
+        return row.masked_fill_(row >= self.num_rows, -1)
+
+    def tables_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the index of the table of each row, by its number."""
+        return torch.searchsorted(self.first_rows().to(rows.device), rows, right=True) - 1
+
+    def slots_of(self, bucket: int) -> list[range]:
+        """Return the codes of a bucket's slots by pool."""
+        return [
+            range(first + bucket * pool.slots_per_bucket, first + (bucket + 1) * pool.slots_per_bucket)
+            for first, pool in zip(self.first_codes().tolist(), self.pools, strict=True)
+        ]
+
+    def initial_slots(self, first_bucket: int, stop_bucket: int) -> torch.Tensor:
+        """Return the slots of the rows of buckets before training: codes of ``rows_of``'s shape, int32; -1 for none.
+
+        A bucket's slots of a pool go to its rows with this initial width. If a bucket has more of these rows than
+        slots, the last ones get narrower slots; if it has fewer, narrower rows get the slots left.
+        """
+        rows, permitted = self.rows_of(first_bucket, stop_bucket), self.permitted()
+        starts = [0]
+        widths: list[int] = []
+        for number, each in (of_range for of_table in self.initial_widths for of_range in of_table):
+            starts.append(starts[-1] + number)
+            widths.append(each)
+        width = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows.clamp(min=0), right=True) - 1]
+        codes = torch.full(rows.shape, -1, dtype=torch.int32)
+        for column, bucket in enumerate(range(first_bucket, stop_bucket)):
+            exists = rows[:, column] >= 0
+            tables = self.tables_of(rows[exists, column])
+            wanted = width[exists, column].float()
+            held = torch.full_like(tables, -1)
+            slots = self.slots_of(bucket)
+            chosen = choose_pools(wanted, held, permitted[tables], [len(each) for each in slots], hysteresis=0.0)
+            of_bucket = torch.full_like(tables, -1)
+            for pool, codes_of_pool in enumerate(slots):
+                into = (chosen == pool).nonzero().squeeze(1)
+                of_bucket[into] = torch.arange(codes_of_pool.start, codes_of_pool.start + len(into))
+            codes[exists, column] = of_bucket.int()
+        return codes
+
+
+@dataclass(frozen=True)
+class SlotInitializer:
+    """A TorchRec ``init_fn`` of a pool of adaptive tables: a slot begins as a row of the table that has it first.
+
+    Args:
+        layout: of all pools.
+        pool: the index of this one.
+        initializers: of each table, with ``num_rows`` the slots of the pool, and all of the same name and seed.
+        zero_rows: the numbers of rows that begin at zero.
+    """
+
+    layout: SlotLayout
+    pool: int
+    initializers: tuple[RowInitializer, ...]
+    zero_rows: tuple[int, ...]
+
+    def __call__(self, weight: torch.Tensor) -> None:
+        """Fill the complete weight ``(slots, width)``."""
+        self.fill(weight, first_row=0)
+
+    @torch.no_grad()
+    def fill(self, weight: torch.Tensor, first_row: int) -> None:
+        """Fill a shard ``(slots, width)`` of whole buckets with slots [first_row, first_row + slots) of the pool."""
+        size = self.layout.pools[self.pool].slots_per_bucket
+        first_bucket, stop_bucket = first_row // size, (first_row + weight.shape[0]) // size
+        codes = self.layout.initial_slots(first_bucket, stop_bucket).long()
+        first_code = int(self.layout.first_codes()[self.pool]) + first_row
+        inside = (codes >= first_code) & (codes < first_code + weight.shape[0])
+        rows = torch.full((weight.shape[0],), -1)
+        rows[codes[inside] - first_code] = self.layout.rows_of(first_bucket, stop_bucket)[inside]
+        tables = self.layout.tables_of(rows.clamp(min=0))
+        unit = {each.distribution: dataclasses.replace(each, scale=1.0, center=0.0) for each in self.initializers}
+        for distribution, initializer in unit.items():
+            drawn = torch.empty(weight.shape)
+            initializer.fill(drawn, first_row)
+            own = torch.tensor([each.distribution == distribution for each in self.initializers])[tables]
+            scales = torch.tensor([each.scale for each in self.initializers])[tables].unsqueeze(1)
+            centers = torch.tensor([each.center for each in self.initializers])[tables].unsqueeze(1)
+            weight[own.to(weight.device)] = (drawn * scales + centers)[own].to(weight)
+        empty = (rows < 0) | torch.isin(rows, torch.tensor(self.zero_rows, dtype=torch.int64))
+        weight[empty.to(weight.device)] = 0

@@ -1,0 +1,195 @@
+"""Long random sequences of gradients and passes: no slot is shared or lost, and rows keep their vectors."""
+
+import pytest
+import torch
+
+from mlet_dist.embeddings import MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.regrading import AdaptiveRows, choose_pools, least_squares_inverse
+from mlet_dist.embeddings.sharded.slot_map import PoolTensors, SlotMap
+from mlet_dist.embeddings.slot_layout import SlotLayout
+from mlet_dist.embeddings.table_config import RowRange
+
+DIM, CPU = 4, torch.device("cpu")
+RANGES = {
+    "wide": [(40, 16), (60, 8), (100, 4), (301, 0)],
+    "narrow": [(50, 8), (77, 0)],
+    "plain": [(30, 4)],
+    "tiny": [(1, 16), (2, 0)],
+}
+
+
+def _layout() -> SlotLayout:
+    return SlotLayout.of(
+        [
+            MultiLayerEmbeddingBagConfig(
+                name=name,
+                num_embeddings=sum(rows for rows, _ in ranges),
+                embedding_dim=DIM,
+                hidden_dim=16,
+                feature_names=[name],
+                row_ranges=[RowRange(*each) for each in ranges],
+            )
+            for name, ranges in RANGES.items()
+        ]
+    )
+
+
+class _Ranks:
+    """All ranks of a run in one process, with values of their own for each slot."""
+
+    def __init__(self, world_size: int, settings: AdaptiveRows) -> None:
+        layout = _layout()
+        self.layout = layout
+        self.ranks = [SlotMap(layout, settings, rank, world_size, CPU) for rank in range(world_size)]
+        generator = torch.Generator().manual_seed(1)
+        self.whole = [
+            torch.rand(layout.slots(pool), each.width, generator=generator) for pool, each in enumerate(layout.pools)
+        ]
+        self.sums = [torch.rand(values.shape, generator=generator) for values in self.whole]
+        self.projections = {
+            (pool, table): torch.randn(each.width, DIM, generator=generator)
+            for pool, each in enumerate(layout.pools)
+            for table in self.ranks[0].segments(pool)
+            if each.width != DIM
+        }
+
+    def step(self, rows: torch.Tensor, gradients: torch.Tensor) -> int:
+        moved = 0
+        for rank in self.ranks:
+            bucket = rows % self.layout.num_buckets
+            own = (bucket >= rank.first_bucket) & (bucket < rank.stop_bucket)
+            local = rows[own] // self.layout.num_buckets * rank.num_buckets + bucket[own] - rank.first_bucket
+            assert torch.equal(rank.row_numbers(local), rows[own])
+            rank.add_gradients(local, gradients[own])
+            rank.step += 1
+            for due in rank.due():
+                moved += rank.regrade(due, self._pools(rank), self.projections)
+        return moved
+
+    def _pools(self, rank: SlotMap) -> list[PoolTensors]:
+        found = []
+        for pool, (values, sums) in zip(self.layout.pools, zip(self.whole, self.sums, strict=True), strict=True):
+            own = slice(rank.first_bucket * pool.slots_per_bucket, rank.stop_bucket * pool.slots_per_bucket)
+            found.append(PoolTensors(values[own], (sums[own],)))
+        return found
+
+    def codes(self) -> torch.Tensor:
+        return torch.cat([rank.slots for rank in self.ranks], dim=1).view(-1)
+
+    def vectors(self) -> torch.Tensor:
+        """Return the vector of each row ``(N, d)``."""
+        codes = self.codes()[: self.layout.num_rows].long()
+        pools = torch.searchsorted(self.layout.first_codes(), codes, right=True) - 1
+        tables = self.layout.tables_of(torch.arange(self.layout.num_rows))
+        found = torch.zeros(self.layout.num_rows, DIM)
+        for pool, first in enumerate(self.layout.first_codes().tolist()):
+            for table in self.ranks[0].segments(pool):
+                own = ((pools == pool) & (tables == table)).nonzero().squeeze(1)
+                values, projection = self.whole[pool][codes[own] - first], self.projections.get((pool, table))
+                found[own] = values if projection is None else values @ projection
+        return found
+
+
+def _check_invariants(ranks: _Ranks) -> None:
+    layout, codes = ranks.layout, ranks.codes()
+    assert (codes[layout.num_rows :] == -1).all()  # rows that do not exist have no slot
+    taken = codes[codes >= 0].long()
+    assert len(taken.unique()) == len(taken)
+    first = [*layout.first_codes().tolist(), sum(layout.slots(pool) for pool in range(len(layout.pools)))]
+    permitted = layout.permitted()
+    rows = (codes[: layout.num_rows] >= 0).nonzero().squeeze(1)
+    of_row = codes[rows].long()
+    pools = torch.searchsorted(torch.tensor(first[:-1]), of_row, right=True) - 1
+    assert permitted[layout.tables_of(rows), pools].all()
+    sizes = torch.tensor([pool.slots_per_bucket for pool in layout.pools])
+    assert torch.equal((of_row - torch.tensor(first)[pools]) // sizes[pools], rows % layout.num_buckets)
+
+
+@pytest.mark.parametrize("on_move", ["project", "reset"])
+def test_random_sequences_keep_slots_and_rows_consistent_on_any_number_of_ranks(on_move: str) -> None:
+    settings = AdaptiveRows(interval=5, warmup=3, decay=0.6, hysteresis=0.1, on_move=on_move)  # type: ignore[arg-type]
+    systems = [_Ranks(size, settings) for size in (1, 3, 24)]
+    generator = torch.Generator().manual_seed(7)
+    total = 0
+    for step in range(60):
+        rows = torch.randperm(systems[0].layout.num_rows, generator=generator)[: int(torch.randint(0, 90, ()))]
+        gradients = torch.randn(len(rows), DIM, generator=generator) * 10.0 ** torch.randint(-4, 2, (len(rows), 1))
+        if step == 12:
+            gradients[:3] = float("nan")
+        before, before_widths = systems[0].vectors(), _widths(systems[0])
+        moved = [ranks.step(rows, gradients) for ranks in systems]
+        total += moved[0]
+        for ranks in systems:
+            _check_invariants(ranks)
+            assert torch.equal(ranks.codes(), systems[0].codes())
+        for ranks in systems[1:]:
+            pairs = zip(ranks.whole + ranks.sums, systems[0].whole + systems[0].sums, strict=True)
+            assert all(torch.equal(found, expected) for found, expected in pairs)
+        widths, after = _widths(systems[0]), systems[0].vectors()
+        assert int((widths != before_widths).sum()) == moved[0]
+        wider = (widths >= before_widths) & (before_widths > 0) | (widths == before_widths)
+        torch.testing.assert_close(after[wider], before[wider], rtol=1e-3, atol=1e-4)
+        assert not after[(before_widths == 0) & (widths > 0)].any()
+        if on_move == "reset":
+            assert not after[widths < before_widths].any()
+    assert total > 300
+
+
+def _widths(ranks: _Ranks) -> torch.Tensor:
+    layout = ranks.layout
+    pools = torch.searchsorted(layout.first_codes(), ranks.codes()[: layout.num_rows].long(), right=True) - 1
+    return torch.tensor([*(pool.width for pool in layout.pools), 0])[pools]
+
+
+def test_the_rows_of_the_highest_utility_get_the_widest_slots() -> None:
+    utility = torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0, 0.0])
+    permitted = torch.ones(6, 2, dtype=torch.bool)
+    permitted[1, 0] = False
+    nowhere = torch.full((6,), -1)
+    assert choose_pools(utility, nowhere, permitted, [1, 2], 0.0).tolist() == [-1, 1, 1, 0, -1, -1]
+    held = torch.tensor([0, -1, -1, -1, -1, -1])
+    assert choose_pools(utility, held, permitted, [1, 2], 3.5).tolist() == [0, 1, -1, 1, -1, -1]
+    equal = torch.zeros(6)
+    assert choose_pools(equal, torch.tensor([-1, -1, 0, 1, -1, 1]), permitted, [1, 2], 0.0).tolist() == [
+        -1, -1, 0, 1, -1, 1,
+    ]  # fmt: skip
+
+
+def test_narrower_rows_are_the_closest_possible() -> None:
+    projection = torch.randn(2, DIM, generator=torch.Generator().manual_seed(2))
+    vectors = torch.randn(6, DIM, generator=torch.Generator().manual_seed(3))
+    found = vectors @ least_squares_inverse(projection)
+    expected = torch.linalg.lstsq(projection.T.double(), vectors.T.double()).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_small_gradients_are_not_lost_beside_a_large_utility() -> None:
+    slots = SlotMap(_layout(), AdaptiveRows(), 0, 1, CPU)
+    row = torch.tensor([17])
+    slots.add_gradients(row, torch.tensor([[256.0, 0.0, 0.0, 0.0]]))
+    for _ in range(2000):
+        slots.step += 1
+        slots.add_gradients(row, torch.tensor([[0.1, 0.0, 0.0, 0.0]]))  # a tenth of bfloat16's resolution there
+    assert 446 < float(slots.utilities.view(-1)[17]) < 466
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ([(10, 8), (90, 4)], "10 rows of all tables together have 8 columns; rows that move need at least 24"),
+        ([(30, 8), (90, 4), (30, 8)], "two of its row ranges have the same width"),
+    ],
+)
+def test_tables_that_cannot_be_adaptive_are_refused(ranges: list[tuple[int, int]], message: str) -> None:
+    table = MultiLayerEmbeddingBagConfig(
+        name="t",
+        num_embeddings=sum(rows for rows, _ in ranges),
+        embedding_dim=DIM,
+        hidden_dim=16,
+        feature_names=["t"],
+        row_ranges=[RowRange(*each) for each in ranges],
+    )
+    with pytest.raises(ValueError, match=message):
+        SlotLayout.of([table])
+    with pytest.raises(ValueError, match="24 buckets, of which 25 ranks cannot each own one"):
+        _layout().first_bucket(0, 25)
