@@ -134,11 +134,12 @@ class ModelConfig:
 class CompressionConfig:
     """How tables are made smaller while they are trained, by giving rows of different frequency different widths."""
 
-    policy: Literal["none", "static"] = setting(
+    policy: Literal["none", "static", "adaptive"] = setting(
         "none: all rows of W1 have hidden_dim columns. static: a row gets the more columns the more often the training "
         "split looks it up, and the rarest rows get none and read zero; widths are chosen before training, within "
         "budget. Ids must be sorted by descending frequency, as vocabularies are; tables are row_wise, with exchange "
-        "unique_rows.",
+        "unique_rows. adaptive: begins as static, and then rows whose gradients are large change places with rows of "
+        "their bucket whose gradients are small, so that tables follow ids whose frequency changes over time.",
         "none",
     )
     budget: float = setting(
@@ -162,6 +163,34 @@ class CompressionConfig:
         0.5,
         at_least=0.01,
         at_most=10,
+    )
+    interval: int = setting(
+        "adaptive: steps between two passes over a row, in which it may change its width. The passes of different rows "
+        "are spread over the steps.",
+        1000,
+        at_least=1,
+    )
+    warmup: int | None = setting(
+        "adaptive: steps before the first pass. null: as many as interval.",
+        None,
+        at_least=0,
+    )
+    decay: float = setting(
+        "adaptive: the share of a row's utility, the sum of the norms of its gradients, that is left after a pass.",
+        0.5,
+        at_least=0,
+        at_most=1,
+    )
+    hysteresis: float = setting(
+        "adaptive: a row keeps its width unless another row's utility is this share larger than its own.",
+        0.2,
+        at_least=0,
+        at_most=1e6,
+    )
+    on_move: Literal["project", "reset"] = setting(
+        "adaptive: project keeps the vector of a row that changes its width, as well as the new width can. reset begins "
+        "rows that get narrower at zero, as if they had been dropped.",
+        "project",
     )
 
 

@@ -146,12 +146,12 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         Raises:
             NotImplementedError: the collection is adaptive.
         """
-        self._check_rows_stay("cannot be collapsed")
         tables = [table.plain_config() for table in self._tables]
         device = next(self.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             plain = EmbeddingBagCollection(tables, self.is_weighted(), device)
         if device.type != "meta":
+            self._check_rows_stay("cannot be collapsed")
             weights = projection_weights(self.projections)
             for bag in plain.embedding_bags.values():
                 bag.weight.zero_()  # rows that are not stored

@@ -13,6 +13,7 @@ from mlet_dist.config.sections import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
+from mlet_dist.embeddings.regrading import AdaptiveRows
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.models.spec import ModelSpec
 
@@ -43,7 +44,8 @@ def build_dlrm(
     tables = _table_configs(spec, rows_dtype)
     for table in tables:
         table.hidden_dim = table.hidden_dim if hidden_dims is None else hidden_dims[table.name]
-    embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, device=tables_device, seed=spec.seed)
+    adaptive = AdaptiveRows(**spec.adaptive) if spec.adaptive else None
+    embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, tables_device, spec.seed, adaptive)
     return _build_around(embeddings, spec, dense_device)
 
 

@@ -31,10 +31,12 @@ class Sizes:
     Attributes:
         embedding_dim: d.
         optimizer: the optimizer of the rows. W2 has the same one, but adagrad if the rows have rowwise_adagrad.
+        bytes_per_row: what every row takes besides, whatever its width.
     """
 
     embedding_dim: int
     optimizer: Optimizer
+    bytes_per_row: int = 0
 
     def row(self, width: int) -> int:
         """Return the bytes of a row of W1; 0 for width 0."""
@@ -49,7 +51,10 @@ class Sizes:
 
     def table(self, ranges: Sequence[RowRange]) -> int:
         """Return the bytes of a table with row ranges."""
-        return sum(each.rows * self.row(each.width) + self.projection(each.width) for each in ranges)
+        rows = sum(each.rows for each in ranges)
+        return rows * self.bytes_per_row + sum(
+            each.rows * self.row(each.width) + self.projection(each.width) for each in ranges
+        )
 
 
 def default_widths(model: ModelConfig) -> tuple[int, ...]:

@@ -49,6 +49,8 @@ class ModelSpec:
         zero_first_rows: the tables whose row 0 no training row looks up; it is zero.
         row_ranges: by table, the rows, width and expected share of lookups of ranges of rows of different widths
             (``embeddings.row_ranges``); the rows of other tables all have hidden_dim columns.
+        adaptive: the fields of ``embeddings.regrading.AdaptiveRows`` if rows of the tables with row ranges move
+            between widths while they train; else empty.
     """
 
     model: ModelConfig
@@ -59,6 +61,7 @@ class ModelSpec:
     preprocessing: Preprocessing | None = None
     zero_first_rows: tuple[str, ...] = ()
     row_ranges: Mapping[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
+    adaptive: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -169,6 +172,8 @@ class ModelSpec:
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         if not self.row_ranges:
             del plain["row_ranges"]
+        if not self.adaptive:
+            del plain["adaptive"]
         return plain
 
     @classmethod
@@ -218,6 +223,7 @@ class ModelSpec:
                     str(name): tuple((int(rows), int(width), float(share)) for rows, width, share in ranges)
                     for name, ranges in plain.get("row_ranges", {}).items()
                 },
+                dict(plain.get("adaptive", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None

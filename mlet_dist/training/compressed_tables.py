@@ -79,8 +79,10 @@ def with_row_ranges(spec: ModelSpec, config: Config) -> tuple[ModelSpec, list[st
                 f"compression.policy is {config.compression.policy}, but the ids of feature {feature.name!r} are "
                 "hashes, which are not sorted by frequency; use `encoding: vocabulary` for it, or policy none"
             )
-    sizes = Sizes(spec.model.embedding_dim, config.optimizer.name)
-    ranges = static_ranges(counts, config.compression, spec.model, sizes)
+    compression = config.compression
+    adaptive = compression.policy == "adaptive"
+    sizes = Sizes(spec.model.embedding_dim, config.optimizer.name, BYTES_PER_ROW if adaptive else 0)
+    ranges = static_ranges(counts, compression, spec.model, sizes, SMALLEST_NUMBER_OF_ROWS if adaptive else 1)
     size = sum(sizes.table(each) for each in ranges.values())
     single = sum(table.num_embeddings * sizes.row(sizes.embedding_dim) for table in spec.tables)
     lines = [
@@ -88,5 +90,13 @@ def with_row_ranges(spec: ModelSpec, config: Config) -> tuple[ModelSpec, list[st
         f"{config.compression.budget:.1%})",
         f"compression  {describe_ranges(ranges, counts)}",
     ]
+    moves: dict[str, Any] = {}
+    if adaptive:
+        warmup = compression.interval if compression.warmup is None else compression.warmup
+        moves = dataclasses.asdict(
+            AdaptiveRows(
+                compression.interval, warmup, compression.decay, compression.hysteresis, compression.on_move
+            )
+        )
     plain = {name: tuple((each.rows, each.width, each.share) for each in of) for name, of in ranges.items()}
-    return dataclasses.replace(spec, row_ranges=plain), lines
+    return dataclasses.replace(spec, row_ranges=plain, adaptive=moves), lines
