@@ -21,8 +21,8 @@ from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 
 from mlet_dist.cli.main import build_parser
+from mlet_dist.config.byte_sizes import ByteSize
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import TableShardingConfig
 
 _BY_NAME = "NAME"
 
@@ -32,8 +32,8 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     for section in dataclasses.fields(Config):
         for setting in dataclasses.fields(typing.cast(Any, section.type)):
             yield f"{section.name}.{setting.name}", setting
-            if setting.type == dict[str, TableShardingConfig]:
-                for each in dataclasses.fields(TableShardingConfig):
+            if typing.get_origin(setting.type) is dict:
+                for each in dataclasses.fields(typing.get_args(setting.type)[1]):
                     yield f"{section.name}.{setting.name}.{_BY_NAME}.{each.name}", each
 
 
@@ -48,13 +48,15 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 def describe_type(kind: Any) -> str:
     """A setting's type in words and its values, in Markdown."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return " or ".join([*(describe_type(each) for each in typing.get_args(kind) if each is not type(None)), "null"])
+        return " or ".join("null" if each is type(None) else describe_type(each) for each in typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return f"list of {describe_type(typing.get_args(kind)[0])}"
     if typing.get_origin(kind) is dict:
         return "mapping"
+    if kind is ByteSize:
+        return "size"
     return {int: "integer", float: "number", str: "text", bool: "`true` or `false`"}[kind]
 
 

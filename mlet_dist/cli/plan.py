@@ -25,7 +25,9 @@ It prints the sharding plan with its reasons; the memory of each rank (rows, the
 step, and W2 and the dense layers, which are on every rank); and, for comparison, the cost of a step for single layers
 of d and of k columns, for MLET with W2 after the exchange, and for MLET as configured. Times assume the hardware's peak
 rates (mlet_dist/planner/hardware.yaml) and leave out kernel launches and waiting: they are lower bounds, for
-comparison only. If the tables do not fit, the exit code is 2, and one line says how much memory is missing and suggests
+comparison only. With compression, which needs the data set, it also shows what the budget and others keep.
+
+If the tables do not fit, the exit code is 2, and one line says how much memory is missing and suggests
 settings that fit; the page of --out is written all the same. `mlet train --help` lists the settings."""
 
 _MAX_RANKS = 1 << 17
@@ -83,9 +85,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     from mlet_dist.embeddings.planning.cost_model import Device
     from mlet_dist.planner.plan_report import html_page, text_report
     from mlet_dist.planner.run_plan import make_plan
-    from mlet_dist.training.compressed_tables import with_row_ranges
 
-    spec, _ = with_row_ranges(spec, config)
     plan = make_plan(config, spec, pooling_factors, Device(**hardware), args.world_size, args.local_world_size)
     if args.out is not None:
         _write(Path(args.out), html_page(plan))

@@ -110,13 +110,16 @@ class Config:
                 )
 
     def check_tables(self, names: Sequence[str]) -> None:
-        """Raise UserError if ``sharding.tables`` names a table that the model does not have."""
-        for name in self.sharding.tables:
-            if name not in names:
-                raise UserError(
-                    f"sharding.tables: the model has no table {name!r}{did_you_mean(name, names)}; "
-                    f"it has {', '.join(names)}"
-                )
+        """Raise UserError if settings of single tables name a table that the model does not have."""
+        for key, tables in (
+            ("sharding.tables", self.sharding.tables),
+            ("compression.tables", self.compression.tables),
+        ):
+            for name in tables:
+                if name not in names:
+                    raise UserError(
+                        f"{key}: the model has no table {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
+                    )
 
 
 def _plain(value: Any) -> Any:
@@ -188,6 +191,13 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
     )
     if policy == "none":
         return
+    for name, own in config.compression.tables.items():
+        if own.max_width is not None and own.min_width > own.max_width:
+            key = f"compression.tables.{name}.min_width"
+            raise UserError(
+                f"{sources.get(key, source)}: {key} is {own.min_width}, above max_width {own.max_width} of the same "
+                "table; use the same value for one width for all of its rows"
+            )
     largest = model.hidden_dim or model.embedding_dim
     kinds = sharding.sharding_types
     for key, value, wrong, remedy in (

@@ -6,11 +6,13 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import field
 from typing import Any, Literal
 
 import yaml
 
+from mlet_dist.config.byte_sizes import ByteSize, bytes_of
 from mlet_dist.errors import UserError
 
 _SHOWN_CHARACTERS = 200
@@ -100,19 +102,20 @@ def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source
     allowed = typing.get_args(setting.type) if is_union else (setting.type,)
     if value is None and type(None) in allowed:
         return None
-    kind = next(option for option in allowed if option is not type(None))
+    kinds = [option for option in allowed if option is not type(None)]
     try:
-        converted = _coerce(kind, value)
+        converted = _coerce_to_first(kinds, value)
     except (TypeError, ValueError, OverflowError):
-        nullable = " or null" if type(None) in allowed else ""
-        quote = "; put it in quotes" if kind is str and value is not None and not isinstance(value, dict | list) else ""
-        raise UserError(
-            f"{source}: {key}: expected {_describe_type(kind)}{nullable}, found {to_yaml(value)}{quote}"
-        ) from None
+        expected = " or ".join(map(_describe_type, kinds)) + (" or null" if type(None) in allowed else "")
+        quoted = kinds == [str] and value is not None and not isinstance(value, dict | list)
+        quote = "; put it in quotes" if quoted else ""
+        raise UserError(f"{source}: {key}: expected {expected}, found {to_yaml(value)}{quote}") from None
     if isinstance(converted, tuple) and len(converted) < setting.metadata.get("min_length", 0):
         raise UserError(
             f"{source}: {key} is {to_yaml(value)}, it must have at least {setting.metadata['min_length']} entry"
         )
+    if ByteSize in kinds and isinstance(converted, str):
+        return converted
     for each in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(each, str):
             _check_text(each, key, source)
@@ -124,7 +127,8 @@ def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source
         if at_least is not None and not each >= at_least:  # nor NaN
             raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at least {at_least}")
         if at_most is not None and each > at_most:
-            raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at most {at_most}")
+            unit = "; a size in bytes needs a unit, such as 12GB" if ByteSize in kinds else ""
+            raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at most {at_most}{unit}")
         factor = setting.metadata.get("multiple_of")
         if factor is not None and each % factor:
             raise UserError(
@@ -150,6 +154,14 @@ def nearest_multiples(value: int, factor: int) -> str:
     return f"{lower} or {lower + factor}" if lower else str(factor)
 
 
+def _coerce_to_first(kinds: Sequence[Any], value: Any) -> Any:
+    """Return the value as the first of ``kinds`` that it can be; raise the errors of ``_coerce`` if there is none."""
+    for kind in kinds[:-1]:
+        with suppress(TypeError, ValueError, OverflowError):
+            return _coerce(kind, value)
+    return _coerce(kinds[-1], value)
+
+
 def _coerce(kind: Any, value: Any) -> Any:
     """Return the value as ``kind``; raise TypeError, ValueError or OverflowError if it is of another type."""
     origin = typing.get_origin(kind)
@@ -160,6 +172,11 @@ def _coerce(kind: Any, value: Any) -> Any:
     if origin is Literal:
         if value not in typing.get_args(kind):
             raise ValueError
+        return value
+    if kind is ByteSize:
+        if not isinstance(value, str):
+            raise TypeError
+        bytes_of(value)
         return value
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         return float(value)  # YAML reads 1e-3 as a string
@@ -174,6 +191,8 @@ def _describe_type(kind: Any) -> str:
         return "one of " + ", ".join(typing.get_args(kind))
     if origin is tuple:
         return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
+    if kind is ByteSize:
+        return "a size such as 12GB or 4GiB"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
 
 

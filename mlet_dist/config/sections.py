@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlet_dist.config.byte_sizes import ByteSize
 from mlet_dist.config.parser import setting
 
 ShardingType = Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"]
@@ -131,6 +132,26 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TableCompressionConfig:
+    """Limits on the widths of one table's rows. With both the same, the whole table has that width."""
+
+    min_width: int = setting(
+        "No row of this table has fewer columns; one of the widths. 0: rows may be left out.",
+        0,
+        at_least=0,
+        at_most=_MAX_COLUMNS,
+        multiple_of=4,
+    )
+    max_width: int | None = setting(
+        "No row of this table has more columns; one of the widths. null: the largest of them.",
+        None,
+        at_least=4,
+        at_most=_MAX_COLUMNS,
+        multiple_of=4,
+    )
+
+
+@dataclass(frozen=True)
 class CompressionConfig:
     """How tables are made smaller while they are trained, by giving rows of different frequency different widths."""
 
@@ -138,13 +159,14 @@ class CompressionConfig:
         "none: all rows of W1 have hidden_dim columns. static: a row gets the more columns the more often the training "
         "split looks it up, and the rarest rows get none and read zero; widths are chosen before training, within "
         "budget. Ids must be sorted by descending frequency, as vocabularies are; tables are row_wise, with exchange "
-        "unique_rows. adaptive: begins as static, and then rows whose gradients are large change places with rows of "
-        "their bucket whose gradients are small, so that tables follow ids whose frequency changes over time.",
+        "unique_rows. adaptive: begins as static; then rows with large gradients take the place of rows with small "
+        "ones, so that tables follow ids whose frequency changes over time.",
         "none",
     )
-    budget: float = setting(
-        "Bytes of the tables in training (rows, W2 and the optimizer's state) as a share of those of single-layer "
-        "tables of embedding_dim columns with the same optimizer.",
+    budget: float | ByteSize = setting(
+        "Bytes of the tables in training (rows, W2 and the optimizer's state, over all ranks): a size such as 12GB or "
+        "4GiB (KB, MB, GB, TB: powers of 1,000; KiB, MiB, GiB, TiB: powers of 1,024), or a number, the share of those "
+        "of single-layer tables of embedding_dim columns with the same optimizer.",
         0.5,
         above=0,
         at_most=1e6,
@@ -192,6 +214,18 @@ class CompressionConfig:
         "rows that get narrower at zero, as if they had been dropped.",
         "project",
     )
+    tables: dict[str, TableCompressionConfig] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "Limits on the widths of single tables, by table name: min_width and max_width. Write {C3: "
+            "{min_width: 16}}, or compression.tables.C3.min_width=16 on the command line. Ids of a table whose two "
+            "limits are the same need not be sorted."
+        },
+    )
+
+    def limits(self, table: str) -> TableCompressionConfig:
+        """Return the limits on the widths of a table's rows."""
+        return self.tables.get(table, TableCompressionConfig())
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from mlet_dist.embeddings.regrading import choose_pools
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 _NUMBERS_OF_BUCKETS = (53_760, 6_720, 840, 120, 24)  # multiples of most numbers of ranks in use
+FEWEST_SLOTS = _NUMBERS_OF_BUCKETS[-1]
+"""The fewest rows that a width must have."""
+
 _SLOTS_PER_BUCKET = 16  # of each width, so that a bucket's frequent rows are about as many as another's
 MAX_SLOTS = 2**31 - 1
 
@@ -86,14 +89,13 @@ class SlotLayout:
         if sum(rows.values()) > MAX_SLOTS:
             raise ValueError(f"{sum(rows.values()):,} rows with columns are too many; at most {MAX_SLOTS:,} can move")
         fewest = min(rows, key=lambda width: rows[width])
-        smallest = _NUMBERS_OF_BUCKETS[-1]
-        if rows[fewest] < smallest:
+        if rows[fewest] < FEWEST_SLOTS:
             raise ValueError(
                 f"{rows[fewest]} rows of all tables together have {fewest} columns; rows that move need at least "
-                f"{smallest} of each width"
+                f"{FEWEST_SLOTS} of each width"
             )
         wanted = rows[fewest] // _SLOTS_PER_BUCKET
-        buckets = next((number for number in _NUMBERS_OF_BUCKETS if number <= wanted), smallest)
+        buckets = next((number for number in _NUMBERS_OF_BUCKETS if number <= wanted), FEWEST_SLOTS)
         return cls(
             tuple(table.name for table in tables),
             tuple(table.num_embeddings for table in tables),

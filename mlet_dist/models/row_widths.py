@@ -3,9 +3,10 @@
 A row with c lookups gets the largest of the permitted widths that is at most s·c^alpha, or none (mixed dimensions,
 arXiv:1909.11810, with the temperature alpha). The scale s is the largest with which the tables stay within the budget:
 rows, W2 and the optimizer's state of both together. Of rows with as many lookups, the first ones of their tables come
-first.
+first. Tables may have limits of their own on the widths of their rows.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mlet_dist.config.byte_sizes import bytes_of
 from mlet_dist.config.sections import CompressionConfig, ModelConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer, replicated_bytes, row_state_bytes
+from mlet_dist.embeddings.sharded.slot_map import BYTES_PER_ROW
+from mlet_dist.embeddings.slot_layout import FEWEST_SLOTS
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
 
@@ -38,6 +42,11 @@ class Sizes:
     optimizer: Optimizer
     bytes_per_row: int = 0
 
+    @classmethod
+    def of(cls, model: ModelConfig, optimizer: Optimizer, compression: CompressionConfig) -> "Sizes":
+        """Return the sizes of a config's tables."""
+        return cls(model.embedding_dim, optimizer, BYTES_PER_ROW if compression.policy == "adaptive" else 0)
+
     def row(self, width: int) -> int:
         """Return the bytes of a row of W1; 0 for width 0."""
         return FLOAT * width + row_state_bytes(self.optimizer, width) if width else 0
@@ -56,6 +65,10 @@ class Sizes:
             each.rows * self.row(each.width) + self.projection(each.width) for each in ranges
         )
 
+    def single(self, rows: int) -> int:
+        """Return the bytes of this many rows of single-layer tables."""
+        return rows * self.row(self.embedding_dim)
+
 
 def default_widths(model: ModelConfig) -> tuple[int, ...]:
     """Return hidden_dim and its halves above embedding_dim, embedding_dim, and half of it, if kernels support it."""
@@ -67,35 +80,88 @@ def default_widths(model: ModelConfig) -> tuple[int, ...]:
     return (*found, d, *([d // 2] if d % 8 == 0 else []))
 
 
+def budget_bytes(compression: CompressionConfig, single: int) -> int:
+    """Return the budget in bytes; ``single`` is the size of the single-layer tables, of which it may be a share."""
+    budget = compression.budget
+    return bytes_of(budget) if isinstance(budget, str) else int(budget * single)
+
+
+def permitted_widths(table: str, compression: CompressionConfig, model: ModelConfig) -> tuple[int, ...]:
+    """Return the widths that rows of a table may have, ascending; 0 is among them if rows may be left out.
+
+    Raises:
+        UserError: a limit of ``compression.tables`` is none of the widths.
+    """
+    widths = sorted({0, *(compression.widths or default_widths(model))})
+    limits = compression.limits(table)
+    for key, limit in (("min_width", limits.min_width), ("max_width", limits.max_width)):
+        if limit is not None and limit not in widths:
+            raise UserError(
+                f"compression.tables.{table}.{key} is {limit}, which is none of the widths "
+                f"{', '.join(map(str, widths[1:]))}; use one of them, or name it in compression.widths"
+            )
+    highest = widths[-1] if limits.max_width is None else limits.max_width
+    return tuple(width for width in widths if limits.min_width <= width <= highest)
+
+
 def static_ranges(
-    counts: Mapping[str, Counts], compression: CompressionConfig, model: ModelConfig, sizes: Sizes
+    counts: Mapping[str, Counts],
+    compression: CompressionConfig,
+    model: ModelConfig,
+    sizes: Sizes,
 ) -> dict[str, tuple[RowRange, ...]]:
-    """Return the row ranges of each table.
+    """Return the row ranges of each table; with policy adaptive those that it begins with.
 
     Args:
         counts: lookups of each row by table, sorted in descending order but for row 0, which stands for values out of
-            vocabulary and is treated as the row after it.
-        compression: budget, widths and alpha.
+            vocabulary and is treated as the row after it. Those of a table with a single permitted width need not be
+            sorted.
+        compression: budget, widths, alpha, and limits on the widths of single tables.
         model: for the default widths.
         sizes: of rows and W2.
 
     Raises:
-        UserError: the counts of a table are not sorted, or the budget is too small to store any row.
+        UserError: the counts of a table are not sorted, a table's limits are none of the widths, or the budget is too
+            small for one row of each table and the limits.
     """
     widths = sorted(compression.widths or default_widths(model))
-    ordered = {name: _descending(name, each) for name, each in counts.items()}
-    single = sum(len(each) * sizes.row(sizes.embedding_dim) for each in counts.values())
-    budget = compression.budget * single
+    fewest_rows = FEWEST_SLOTS if compression.policy == "adaptive" else 1
+    while True:
+        found = _static_ranges(counts, dataclasses.replace(compression, widths=tuple(widths)), model, sizes)
+        rows = {width: sum(_rows_of(width, each) for each in found.values()) for width in widths}
+        rare = [width for width in widths if 0 < rows[width] < fewest_rows]
+        if not rare:
+            return found
+        if len(widths) == 1:
+            raise UserError(
+                f"compression.budget {compression.budget} stores {rows[widths[0]]} rows of {widths[0]} columns, and "
+                f"policy {compression.policy} needs {fewest_rows}; use a larger budget, smaller widths, or policy static"
+            )
+        widths.remove(max(rare))
 
-    def at(log_scale: float) -> dict[str, tuple[RowRange, ...]]:
-        least = [(width / math.exp(log_scale)) ** (1 / compression.alpha) for width in widths]
-        return {name: _ranges(each, widths, least, sizes) for name, each in ordered.items()}
+
+def _rows_of(width: int, ranges: Sequence[RowRange]) -> int:
+    return sum(each.rows for each in ranges if each.width == width)
+
+
+def _static_ranges(
+    counts: Mapping[str, Counts], compression: CompressionConfig, model: ModelConfig, sizes: Sizes
+) -> dict[str, tuple[RowRange, ...]]:
+    permitted = {name: permitted_widths(name, compression, model) for name in counts}
+    widths = sorted(compression.widths or default_widths(model))
+    ordered = {name: _descending(name, each, check=len(permitted[name]) > 1) for name, each in counts.items()}
+    single = sizes.single(sum(len(each) for each in counts.values()))
+    budget = budget_bytes(compression, single)
+
+    def at(log_scale: float) -> dict[str, list[RowRange]]:
+        least = {width: (width / math.exp(log_scale)) ** (1 / compression.alpha) for width in widths}
+        return {name: _ranges(each, permitted[name], least, sizes) for name, each in ordered.items()}
 
     def size(ranges: Mapping[str, Sequence[RowRange]]) -> int:
         return sum(sizes.table(each) for each in ranges.values())
 
     top = max(float(each[0]) for each in ordered.values())
-    # With the lowest scale no row has any columns, with the highest all rows have the largest width.
+    # With the lowest scale all rows have the least width of their table, with the highest the largest one.
     low = math.log(widths[0]) - compression.alpha * math.log(max(top, 1.0)) - 1
     high = math.log(widths[-1]) + 1
     for _ in range(_HALVINGS):
@@ -103,79 +169,80 @@ def static_ranges(
         low, high = (middle, high) if size(at(middle)) <= budget else (low, middle)
     found = at(low)
     if size(found) > budget:
+        limits = " with the widths of compression.tables" if compression.tables else ""
         raise UserError(
-            f"compression.budget {compression.budget:g} is {budget:,.0f} bytes, in which one row of each table cannot "
-            f"be stored; it must be at least {size(found) / single:.1e} of the {single:,} bytes of single-layer tables"
+            f"compression.budget {compression.budget} is {budget:,} bytes, in which one row of each table{limits} "
+            f"cannot be stored; it must be at least {size(found):,} bytes, which is {_rounded_up(size(found) / single)}"
+            f" of the {single:,} bytes of single-layer tables"
         )
-    return found
+    return {name: _with_shares(found[name], each) for name, each in ordered.items()}
 
 
-def _descending(name: str, counts: Counts) -> npt.NDArray[np.float64]:
+def largest_bytes(rows: Mapping[str, int], compression: CompressionConfig, model: ModelConfig, sizes: Sizes) -> int:
+    """Return the bytes of tables of these numbers of rows, all of the largest width that their tables permit."""
+    widest = {name: permitted_widths(name, compression, model)[-1] for name in rows}
+    return sum(sizes.table([RowRange(number, widest[name])]) for name, number in rows.items())
+
+
+def _rounded_up(share: float) -> str:
+    """Return the least number of three digits that is not below ``share``."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 2)
+    return f"{math.ceil(share / unit) * unit:.3g}"
+
+
+def _descending(name: str, counts: Counts, *, check: bool) -> npt.NDArray[np.float64]:
     """Return the counts with that of row 0 replaced by the largest, and the first of equal ones made larger.
 
     Raises:
-        UserError: the counts are far from sorted.
+        UserError: ``check`` is set, and the counts are far from sorted.
     """
     known = counts.copy()
     known[0] = known[1] if len(known) > 1 else max(known[0], 1)
-    sorted_counts = np.sort(known)[::-1]
-    cut = max(1, len(known) // 4)
-    if known[:cut].sum() < 0.5 * sorted_counts[:cut].sum():
-        raise UserError(
-            f"compression.policy is static, but the ids of table {name!r} are not sorted by descending frequency: the "
-            f"first quarter of its rows has {known[:cut].sum():,} lookups, and the most frequent quarter "
-            f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, or policy none"
-        )
+    if check and (known[1:] > known[:-1]).any():
+        sorted_counts = np.sort(known)[::-1]
+        cut = max(1, len(known) // 4)
+        if known[:cut].sum() < 0.5 * sorted_counts[:cut].sum():
+            raise UserError(
+                f"compression.policy is static, but the ids of table {name!r} are not sorted by descending frequency: "
+                f"the first quarter of its rows has {known[:cut].sum():,} lookups, and the most frequent quarter "
+                f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, one width "
+                f"for the whole table (compression.tables.{name}), or policy none"
+            )
     envelope = np.maximum.accumulate(known[::-1])[::-1]
     return envelope + np.linspace(_TIE, 0, len(known), endpoint=False)
 
 
 def _ranges(
-    counts: npt.NDArray[np.float64], widths: Sequence[int], least: Sequence[float], sizes: Sizes
-) -> tuple[RowRange, ...]:
-    """Return the ranges of a table, widest first, of rows with at least ``least`` lookups for each of ``widths``.
+    counts: npt.NDArray[np.float64], permitted: Sequence[int], least: Mapping[int, float], sizes: Sizes
+) -> list[RowRange]:
+    """Return the ranges of a table, widest first, of rows with at least ``least`` lookups for each permitted width.
 
     Rows that are too few for a width pass to a neighbouring one: wide rows are no more than W2 has rows, so that they
     take no more than the next narrower width; narrow ones save less than their W2 takes, and get d columns.
     """
     ascending = counts[::-1]
-    upper = [len(counts) - int(np.searchsorted(ascending, each, side="left")) for each in least]
+    upper = [len(counts), *(len(counts) - int(np.searchsorted(ascending, least[each])) for each in permitted[1:]), 0]
     d = sizes.embedding_dim
-    rows = {width: upper[i] - (upper[i + 1] if i + 1 < len(widths) else 0) for i, width in enumerate(widths)}
-    for i in reversed(range(1, len(widths))):
-        width, next_narrower = widths[i], widths[i - 1]
-        if width > d and 0 < rows[width] < width:
-            rows[next_narrower] += rows.pop(width)
+    rows = {width: upper[i] - upper[i + 1] for i, width in enumerate(permitted)}
+    for i in reversed(range(1, len(permitted))):
+        width, next_narrower = permitted[i], permitted[i - 1]
+        if width > d and next_narrower and 0 < rows[width] < width:
+            rows[next_narrower] += rows[width]
             rows[width] = 0
-    for width in widths:
-        saved = rows[width] * (sizes.row(d) - sizes.row(width)) if width < d else 0
-        if width < d and d in rows and 0 < rows[width] and saved <= sizes.projection(width):
+    for width in permitted:
+        saved = rows[width] * (sizes.row(d) - sizes.row(width)) if 0 < width < d else 0
+        if 0 < width < d and d in rows and rows[width] and saved <= sizes.projection(width):
             rows[d] += rows[width]
             rows[width] = 0
-    found, start, total = [], 0, max(1.0, float(counts.sum()))
-    if not any(rows.values()):
-        rows[d] = 1  # every table stores its first row at least
-    for width in sorted(rows, reverse=True):
-        if rows[width]:
-            share = float(counts[start : start + rows[width]].sum()) / total
-            found.append(RowRange(rows[width], width, share))
-            start += rows[width]
-    if start < len(counts):
-        found.append(RowRange(len(counts) - start, 0, float(counts[start:].sum()) / total))
-    return tuple(found)
+    if rows.get(0) == len(counts):  # every table stores its first row at least
+        first = d if d in rows else min(permitted[1:])
+        rows[first], rows[0] = 1, len(counts) - 1
+    return [RowRange(rows[width], width) for width in sorted(rows, reverse=True) if rows[width]]
 
 
-def describe_ranges(ranges: Mapping[str, Sequence[RowRange]], counts: Mapping[str, Counts]) -> str:
-    """Return the share of all rows and of all lookups of each width, in one line."""
-    rows: dict[int, int] = {}
-    lookups: dict[int, float] = {}
-    for name, of_table in ranges.items():
-        total = float(counts[name].sum())
-        for each in of_table:
-            rows[each.width] = rows.get(each.width, 0) + each.rows
-            lookups[each.width] = lookups.get(each.width, 0.0) + each.share * total
-    all_rows, all_lookups = sum(rows.values()), max(1.0, sum(lookups.values()))
-    return ", ".join(
-        f"{rows[width] / all_rows:.1%} of the rows with {width} columns ({lookups[width] / all_lookups:.1%} of lookups)"
-        for width in sorted(rows, reverse=True)
-    )
+def _with_shares(ranges: Sequence[RowRange], counts: npt.NDArray[np.float64]) -> tuple[RowRange, ...]:
+    """Return the ranges of a table with their shares of its lookups."""
+    ends = np.cumsum([each.rows for each in ranges])
+    sums = [float(counts[end - each.rows : end].sum()) for each, end in zip(ranges, ends, strict=True)]
+    total = max(1.0, sum(sums))
+    return tuple(each._replace(share=of / total) for each, of in zip(ranges, sums, strict=True))

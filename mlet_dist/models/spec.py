@@ -69,7 +69,7 @@ class ModelSpec:
 
         Raises:
             UserError: a requested feature is not in the data set, or has weights although pooling is mean, or
-                ``sharding.tables`` names an unknown table.
+                ``sharding.tables`` or ``compression.tables`` names an unknown table.
         """
         features = {feature.name: feature for feature in schema.sparse}
         config.check_features(schema.dense, list(features))

@@ -3,6 +3,7 @@
 Modules:
     run_plan: makes the plan of `mlet plan`, as plain data.
     configurations: one run to plan, and the configurations that it is compared with.
+    budgets: what compression keeps within several budgets.
     suggestions: settings with which tables fit that do not.
     plan_inputs: presets of hardware (hardware.yaml), and the sizes of tables from a data set or a file.
     plan_report: the plan as text and as an HTML page.

@@ -1,7 +1,8 @@
 """One run to plan: its plan by TorchRec's planner, its least memory by formulas, and what it is compared with."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memor
 from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints
 from mlet_dist.models.dlrm import build_dlrm, dense_cost
+from mlet_dist.models.row_widths import Counts, Sizes, budget_bytes
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.compressed_tables import with_row_ranges
 from mlet_dist.training.fused_optimizers import fuse_row_optimizer
 from mlet_dist.training.model_plan import DoesNotFit, ModelPlan
 from mlet_dist.training.sharding import Sharding
@@ -29,6 +32,7 @@ class Case:
         pooling_factors: the mean ids of a bag, by table.
         ranks: the number of ranks, and of ranks on each node.
         device: the hardware of each rank.
+        counts: for compressed tables the lookups of each row by table, from which settings decide on widths.
     """
 
     config: Config
@@ -36,6 +40,7 @@ class Case:
     pooling_factors: dict[str, float]
     ranks: Ranks
     device: Device
+    counts: Mapping[str, Counts] = field(default_factory=dict)
 
     @property
     def local_batch_size(self) -> int:
@@ -43,10 +48,17 @@ class Case:
         return max(1, self.config.data.batch_size // self.ranks.world_size)
 
     def with_settings(self, section: str, **settings: Any) -> "Case":
-        """Return this case with other settings in one section of the config."""
+        """Return this case with other settings in one section of the config.
+
+        Raises:
+            UserError: with these settings the budget of compressed tables is too small.
+        """
         changed = dataclasses.replace(getattr(self.config, section), **settings)
         config = dataclasses.replace(self.config, **{section: changed})
-        return dataclasses.replace(self, config=config, spec=dataclasses.replace(self.spec, model=config.model))
+        spec = dataclasses.replace(self.spec, model=config.model)
+        if spec.row_ranges and section in ("model", "compression", "optimizer"):
+            spec, _ = with_row_ranges(spec, config, self.counts)
+        return dataclasses.replace(self, config=config, spec=spec)
 
     def with_ranks(self, world_size: int) -> "Case":
         """Return this case on another number of ranks."""
@@ -112,6 +124,13 @@ class Case:
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, row_ranges={}))
 
 
+def budget_share(case: Case) -> float:
+    """Return the budget of compressed tables as a share of the bytes of single-layer tables."""
+    sizes = Sizes(case.spec.model.embedding_dim, case.config.optimizer.name)
+    single = sizes.single(sum(table.num_embeddings for table in case.spec.tables))
+    return budget_bytes(case.config.compression, single) / single
+
+
 def even_memory(case: Case) -> Memory:
     """Return a lower bound of every plan's fullest rank: its memory with rows spread as evenly as the config allows."""
     model = case.model()
@@ -140,8 +159,8 @@ def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, De
     """
     d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
     if case.spec.row_ranges:
+        share = f"compressed to {budget_share(case):.0%} of the single layer's bytes"
         case, compressed = case.uncompressed(), planned
-        share = f"compressed to {case.config.compression.budget:.0%} of the single layer's bytes"
         found = configurations(case, case.plan_or_evenest())
         return [*found, (share, compressed.tables, compressed.dense)]
     exchange, single = case.config.sharding.exchange, _single_layers(planned.tables, d)

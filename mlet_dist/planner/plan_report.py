@@ -5,6 +5,7 @@ from typing import Any
 
 from mlet_dist.embeddings.planning.cost_model import gigabytes
 from mlet_dist.formatting import text_table
+from mlet_dist.planner.budgets import budget_lines
 
 _KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
 _LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60
@@ -13,7 +14,7 @@ _TEXT_CHARACTERS, _PAGE_CHARACTERS = 40, 18  # of a list of ranks, in the text a
 
 def text_report(plan: dict[str, Any]) -> str:
     """Return the text that `mlet plan` prints."""
-    device = plan["device"]
+    device, compression = plan["device"], plan.get("compression")
     # Columns for host memory are shown only if it holds rows, which is the exception.
     hosted = any(each["host"] for each in plan["ranks"])
     kinds, parts = [*_KINDS, "total"], ["step_s", "network_s", "memory_s", "compute_s"]
@@ -45,6 +46,7 @@ def text_report(plan: dict[str, Any]) -> str:
             *([] if plan["shortage"] is None else [f"does not fit: {plan['shortage']}"]),
             "",
             *(f"plan  {line}" for line in plan["summary"]),
+            *([] if compression is None else compression["summary"]),
             "",
             "memory per rank in GB (10^9 bytes); one line for ranks with the same tables and nearly the same memory",
             *text_table(["ranks", "tables", "rows", *kinds], ranks, left=1),
@@ -57,6 +59,7 @@ def text_report(plan: dict[str, Any]) -> str:
                 configurations,
                 left=1,
             ),
+            *([] if compression is None else ["", *budget_lines(compression)]),
         ]
     )
 

@@ -17,8 +17,10 @@ from mlet_dist.embeddings.planning.plan_cost import (
 )
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.planner.budgets import budget_report
 from mlet_dist.planner.configurations import Case, configurations
 from mlet_dist.planner.suggestions import suggestions
+from mlet_dist.training.compressed_tables import lookup_counts, with_row_ranges
 from mlet_dist.training.model_plan import DoesNotFit, ModelPlan, describe_plan
 
 _SAME_MEMORY = 0.01  # relative difference up to which ranks are one entry
@@ -35,19 +37,26 @@ def make_plan(
     """Plan one run; this needs neither the hardware nor a process group.
 
     Args:
+        config: the settings; compression reads the counts of the data set's ids.
+        spec: the model, before compression.
         pooling_factors: the mean ids of a bag, by table.
         device: the hardware of each rank.
 
     Returns:
         Plain data: ``tables`` (as in a run's plan.json), ``ranks`` (with one entry for ranks of nearly the same
-        memory), ``configurations``, ``summary`` (the lines that a run prints at its start) and the device.
+        memory), ``configurations``, ``summary`` (the lines that a run prints of its plan) and the device; for
+        compressed tables also ``compression``: a ``budget_report``, and ``summary`` (the lines that a run prints).
         ``shortage`` is null, or if the tables do not fit, a text: which rank lacks how much memory, and which settings
         fit. The plan is then the one that spreads rows most evenly.
 
     Raises:
-        UserError: a constraint of the config on a table cannot be met.
+        UserError: a constraint of the config on a table cannot be met, or compression is impossible.
     """
-    case = Case(config, spec, pooling_factors, Ranks(world_size, local_world_size, device.kind == "cpu"), device)
+    counts = lookup_counts(spec, config)
+    spec, lines = with_row_ranges(spec, config, counts)
+    case = Case(
+        config, spec, pooling_factors, Ranks(world_size, local_world_size, device.kind == "cpu"), device, counts
+    )
     shortage = None
     try:
         case.model()
@@ -69,6 +78,7 @@ def make_plan(
         "ranks": _grouped_ranks(planned),
         "configurations": [_configuration(*each, device) for each in configurations(case, planned)],
         "tables": planned.entries(),
+        **({"compression": budget_report(case) | {"summary": lines}} if spec.row_ranges else {}),
     }
 
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from mlet_dist.embeddings.planning.cost_model import Device, Memory, gigabytes, milliseconds
 from mlet_dist.embeddings.planning.plan_cost import fullest_memory, slowest_step
 from mlet_dist.errors import UserError
-from mlet_dist.planner.configurations import Case, even_memory
+from mlet_dist.planner.configurations import Case, budget_share, even_memory
 from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.training.model_plan import DoesNotFit
 
 _MAX_NODES = 4096
+_BUDGETS = (8, 4, 2, 1, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02, 0.01)  # of compressed tables, as shares
 _MAX_PLANS = 3  # tries of one kind of change, if the tables fit by the formulas but the planner finds no plan
 
 
@@ -19,7 +21,7 @@ def suggestions(case: Case, most: int = 3) -> list[str]:
     found: list[str] = []
     for change in _CHANGES:
         tried = 0
-        for text, changed in change(case):
+        for text, changed in _possible(change(case)):
             if not _fits(even_memory(changed), changed.device):
                 continue
             tried += 1
@@ -42,6 +44,12 @@ def suggestions(case: Case, most: int = 3) -> list[str]:
         if len(found) == most:
             break
     return found
+
+
+def _possible(changes: Iterator[tuple[str, Case]]) -> Iterator[tuple[str, Case]]:
+    """Yield the changes up to the first one that cannot be made."""
+    with suppress(UserError):
+        yield from changes
 
 
 def _fits(memory: Memory, device: Device) -> bool:
@@ -69,7 +77,7 @@ def _rowwise_state(case: Case) -> Iterator[tuple[str, Case]]:
 def _half_rows(case: Case) -> Iterator[tuple[str, Case]]:
     """Store rows in fp16."""
     fused_adam = not case.ranks.on_cpu or case.config.optimizer.name != "adam"
-    if case.config.sharding.rows_dtype == "fp32" and fused_adam:
+    if case.config.sharding.rows_dtype == "fp32" and fused_adam and not case.spec.row_ranges:
         yield "sharding.rows_dtype=fp16", case.with_settings("sharding", rows_dtype="fp16")
 
 
@@ -81,8 +89,19 @@ def _host_rows(case: Case) -> Iterator[tuple[str, Case]]:
         yield text, case.with_settings("sharding", compute_kernels=kernels)
 
 
+def _smaller_budget(case: Case) -> Iterator[tuple[str, Case]]:
+    """Use a smaller budget of compressed tables, the largest first."""
+    if case.spec.row_ranges:
+        own = budget_share(case)
+        for share in _BUDGETS:
+            if share < own:
+                yield f"compression.budget={share:g}", case.with_settings("compression", budget=share)
+
+
 def _smaller_k(case: Case) -> Iterator[tuple[str, Case]]:
     """Use fewer columns of W1, the largest number first."""
+    if case.spec.row_ranges:
+        return
     k, d = case.spec.model.hidden_dim, case.spec.model.embedding_dim
     for smaller in range((k or d) - 4, d - 1, -4):
         yield f"model.hidden_dim={smaller}", case.with_settings("model", hidden_dim=smaller)
@@ -119,6 +138,7 @@ _CHANGES: tuple[Callable[[Case], Iterator[tuple[str, Case]]], ...] = (
     _rowwise_state,
     _half_rows,
     _host_rows,
+    _smaller_budget,
     _smaller_k,
     _more_ranks,
     _smaller_batch,

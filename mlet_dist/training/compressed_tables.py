@@ -1,20 +1,24 @@
 """The ``compression`` section of a config, applied to the model of a data set."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from mlet_dist.checkpoint.writer import on_first_rank
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.sections import CompressionConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.row_widths import Sizes, describe_ranges, static_ranges
+from mlet_dist.models.row_widths import Counts, Sizes, budget_bytes, largest_bytes, permitted_widths, static_ranges
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.width_shares import describe_shares, width_shares
 from mlet_dist.training.state import Training
 
 
@@ -61,42 +65,97 @@ def compression_summary(spec: ModelSpec, optimizer: Optimizer, size: int) -> dic
     return summary
 
 
-def with_row_ranges(spec: ModelSpec, config: Config) -> tuple[ModelSpec, list[str]]:
-    """Return the spec with the row ranges that ``compression`` gives its tables, and lines that describe them.
+def lookup_counts(spec: ModelSpec, config: Config) -> dict[str, Counts]:
+    """Return the lookups of each row by table, as the data set gives them; none without compression.
 
     Raises:
-        UserError: the budget is too small, ids are not sorted by frequency, or the data set cannot be read.
+        UserError: ids of a table that may get several widths are not sorted by frequency, or the data set cannot be
+            read.
+    """
+    if config.compression.policy == "none":
+        return {}
+    for feature in spec.sparse:
+        made = spec.preprocessing.sparse.get(feature.name, {}) if spec.preprocessing else {}
+        name = feature.table_name
+        if made.get("encoding") == "hash" and len(permitted_widths(name, config.compression, spec.model)) > 1:
+            raise UserError(
+                f"compression.policy is {config.compression.policy}, but the ids of feature {feature.name!r} are "
+                "hashes, which are not sorted by frequency; use `encoding: vocabulary` for it, one width for the whole "
+                f"table (compression.tables.{name}.min_width and max_width), or policy none"
+            )
+    data = data_set_path(config.data.path)
+    schema, features = DatasetSchema.load(data), [feature.name for feature in spec.sparse]
+    return {table.name: count_ids(data, schema, table.name, features) for table in spec.tables}
+
+
+def with_row_ranges(
+    spec: ModelSpec, config: Config, counts: Mapping[str, Counts] | None = None
+) -> tuple[ModelSpec, list[str]]:
+    """Return the spec with the row ranges that ``compression`` gives its tables, and lines that describe them.
+
+    Args:
+        spec: the model.
+        config: the settings.
+        counts: the ``lookup_counts``; None reads them.
+
+    Raises:
+        UserError: as for ``lookup_counts``, or the budget is too small.
     """
     if config.compression.policy == "none":
         return spec, []
-    data = data_set_path(config.data.path)
-    schema, features = DatasetSchema.load(data), [feature.name for feature in spec.sparse]
-    counts = {table.name: count_ids(data, schema, table.name, features) for table in spec.tables}
-    for feature in spec.sparse:
-        made = spec.preprocessing.sparse.get(feature.name, {}) if spec.preprocessing else {}
-        if made.get("encoding") == "hash":
-            raise UserError(
-                f"compression.policy is {config.compression.policy}, but the ids of feature {feature.name!r} are "
-                "hashes, which are not sorted by frequency; use `encoding: vocabulary` for it, or policy none"
-            )
+    counts = lookup_counts(spec, config) if counts is None else counts
     compression = config.compression
-    adaptive = compression.policy == "adaptive"
-    sizes = Sizes(spec.model.embedding_dim, config.optimizer.name, BYTES_PER_ROW if adaptive else 0)
-    ranges = static_ranges(counts, compression, spec.model, sizes, SMALLEST_NUMBER_OF_ROWS if adaptive else 1)
-    size = sum(sizes.table(each) for each in ranges.values())
-    single = sum(table.num_embeddings * sizes.row(sizes.embedding_dim) for table in spec.tables)
+    sizes = Sizes.of(spec.model, config.optimizer.name, compression)
+    ranges = static_ranges(counts, compression, spec.model, sizes)
+    rows = {table.name: table.num_embeddings for table in spec.tables}
+    size, single = sum(sizes.table(each) for each in ranges.values()), sizes.single(sum(rows.values()))
+    budget, largest = (
+        budget_bytes(compression, single),
+        largest_bytes(rows, compression, spec.model, sizes),
+    )
     lines = [
         f"compression  {size:,} bytes in training, {size / single:.1%} of those of single-layer tables (budget "
-        f"{config.compression.budget:.1%})",
-        f"compression  {describe_ranges(ranges, counts)}",
+        f"{budget:,} bytes, {budget / single:.1%})",
+        f"compression  {describe_shares(width_shares(ranges, counts))}",
     ]
-    moves: dict[str, Any] = {}
-    if adaptive:
-        warmup = compression.interval if compression.warmup is None else compression.warmup
-        moves = dataclasses.asdict(
-            AdaptiveRows(
-                compression.interval, warmup, compression.decay, compression.hysteresis, compression.on_move
-            )
+    if largest <= budget:
+        lines.append(
+            f"compression  nothing is compressed: with the largest width for all rows, tables take {largest:,} bytes, "
+            "which the budget allows"
         )
     plain = {name: tuple((each.rows, each.width, each.share) for each in of) for name, of in ranges.items()}
-    return dataclasses.replace(spec, row_ranges=plain, adaptive=moves), lines
+    return dataclasses.replace(spec, row_ranges=plain, adaptive=_moves(compression)), lines
+
+
+def _moves(compression: CompressionConfig) -> dict[str, Any]:
+    """Return when and how rows move, the fields of AdaptiveRows; empty if they do not."""
+    if compression.policy != "adaptive":
+        return {}
+    warmup = compression.interval if compression.warmup is None else compression.warmup
+    return {
+        "interval": compression.interval,
+        "warmup": warmup,
+        "decay": compression.decay,
+        "hysteresis": compression.hysteresis,
+        "on_move": compression.on_move,
+    }
+
+
+def shared_row_ranges(spec: ModelSpec, config: Config) -> tuple[ModelSpec, list[str]]:
+    """Return what ``with_row_ranges`` returns on rank 0, which alone reads the counts. A collective call.
+
+    Raises:
+        UserError: as for ``with_row_ranges``, on every rank.
+    """
+    if config.compression.policy == "none":
+        return spec, []
+    found: list[Any] = [None]
+
+    def read() -> None:
+        made, lines = with_row_ranges(spec, config)
+        found[0] = made.row_ranges, made.adaptive, lines
+
+    on_first_rank(read, f"{config.data.path}: the counts of ids cannot be read", None)
+    dist.broadcast_object_list(found, src=0)
+    ranges, adaptive, lines = found[0]
+    return dataclasses.replace(spec, row_ranges=ranges, adaptive=adaptive), lines

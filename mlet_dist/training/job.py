@@ -24,7 +24,7 @@ from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.compressed_tables import with_row_ranges
+from mlet_dist.training.compressed_tables import shared_row_ranges
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.resume import (
@@ -120,7 +120,7 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     config.check_device(worker.device.type)
     data, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data)
-    spec, compressed = with_row_ranges(ModelSpec.of(config, schema), config)
+    spec, compressed = shared_row_ranges(ModelSpec.of(config, schema), config)
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]
     warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)

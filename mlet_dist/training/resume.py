@@ -56,7 +56,8 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
     if config.optimizer.decay != "constant":
         identity |= {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
     if spec.row_ranges:
-        identity |= {f"compression.{key}": value for key, value in plain["compression"].items()}
+        compression = {key: value for key, value in plain["compression"].items() if value != {}}
+        identity |= {f"compression.{key}": value for key, value in compression.items()}
         identity |= {
             f"row ranges of table {name}": [[rows, width] for rows, width, _ in ranges]
             for name, ranges in spec.row_ranges.items()

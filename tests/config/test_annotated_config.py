@@ -7,7 +7,7 @@ import pytest
 
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.parser import section_type
-from mlet_dist.config.sections import ShardingConfig, TableShardingConfig
+from mlet_dist.config.sections import CompressionConfig, ShardingConfig, TableCompressionConfig, TableShardingConfig
 from tests.helpers.annotated_config import annotated
 from tests.helpers.mlet_command import ROOT
 
@@ -52,3 +52,9 @@ def test_the_settings_of_single_tables_are_those_of_all_tables() -> None:
     for setting in dataclasses.fields(TableShardingConfig):
         assert setting.name in meaning
         assert setting.metadata["meaning"] == f"sharding.{setting.name} for this table."
+
+
+def test_the_limits_of_single_tables_are_named() -> None:
+    meaning = next(each for each in dataclasses.fields(CompressionConfig) if each.name == "tables").metadata["meaning"]
+    for setting in dataclasses.fields(TableCompressionConfig):
+        assert setting.name in meaning

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.sections import (
+    CompressionConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
     ShardingConfig,
+    TableCompressionConfig,
     TableShardingConfig,
     TrainConfig,
 )
@@ -66,6 +68,12 @@ configs = st.builds(
         top_mlp=st.lists(st.integers(1, 4096), min_size=1).map(tuple),
         rows_init=st.sampled_from(["uniform", "normal"]),
         projection_init_std=st.none() | scales,
+    ),
+    compression=st.builds(
+        CompressionConfig,
+        budget=shares | st.sampled_from(["12GB", "1.5 GiB"]),
+        widths=st.none() | st.just((4,)),
+        tables=st.dictionaries(text, st.builds(TableCompressionConfig, min_width=st.just(4)), max_size=3),
     ),
     optimizer=st.builds(
         OptimizerConfig,
@@ -253,6 +261,42 @@ WRONG_TABLES = {
 def test_errors_in_the_settings_of_tables(override: str, file: Path) -> None:
     file.write_text("data: {path: d}\nrun: {dir: r}\n")
     assert re.search(f"command line: {WRONG_TABLES[override]}", error_of(file, override))
+
+
+def test_a_budget_is_a_share_or_a_size(file: Path) -> None:
+    file.write_text(f"{MINIMAL}compression: {{budget: 1e-3}}\n")
+    assert load_config(file).compression.budget == 0.001
+    for text, expected in {"2": 2.0, "12GB": "12GB", "1.5 GiB": "1.5 GiB"}.items():
+        found = load_config(file, [f"compression.budget={text}"]).compression.budget
+        assert (found, type(found)) == (expected, type(expected))
+    messages = {
+        "12G": "expected a number or a size such as 12GB or 4GiB, found 12G",
+        "[1]": r"expected a number or a size such as 12GB or 4GiB, found \[1\]",
+        "null": "expected a number or a size such as 12GB or 4GiB, found null",
+        "0": "is 0, it must be a finite number above 0",
+        "12000000000": r"it must be at most 1000000\.0; a size in bytes needs a unit, such as 12GB",
+    }
+    for text, message in messages.items():
+        assert re.search(
+            rf"command line: compression\.budget:? ?.*{message}$", error_of(file, f"compression.budget={text}")
+        )
+
+
+def test_the_limits_of_a_tables_widths(file: Path) -> None:
+    file.write_text(f"{MINIMAL}compression: {{policy: static, tables: {{C1: {{min_width: 16}}}}}}\n")
+    config = load_config(file, ["compression.tables.C2.max_width=32"])
+    assert config.compression.limits("C1") == TableCompressionConfig(16, None)
+    assert config.compression.limits("C2") == TableCompressionConfig(0, 32)
+    assert config.compression.limits("C3") == TableCompressionConfig(0, None)
+    config.check_tables(["C1", "C2"])
+    with pytest.raises(UserError, match=r"^compression\.tables: the model has no table 'C2'.*; it has C1, C3$"):
+        config.check_tables(["C1", "C3"])
+    message = error_of(file, "compression.tables.C1.max_width=8")
+    assert "compression.tables.C1.min_width is 16, above max_width 8 of the same table" in message
+    assert "tables.C1.widht: unknown key" in error_of(file, "compression.tables.C1.widht=8")
+    assert "max_width is 6, it must be a multiple of 4; use 4 or 8" in error_of(
+        file, "compression.tables.C1.max_width=6"
+    )
 
 
 def test_overrides_replace_values_of_the_file_and_the_last_one_wins(file: Path) -> None:

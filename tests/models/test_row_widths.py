@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlet_dist.config.sections import CompressionConfig, ModelConfig
+from mlet_dist.config.byte_sizes import ByteSize
+from mlet_dist.config.sections import CompressionConfig, ModelConfig, TableCompressionConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT
 from mlet_dist.errors import UserError
-from mlet_dist.models.row_widths import Sizes, default_widths, static_ranges
+from mlet_dist.models.row_widths import Sizes, budget_bytes, default_widths, largest_bytes, static_ranges
 
 MODEL = ModelConfig(embedding_dim=16, hidden_dim=64)
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
@@ -110,7 +111,9 @@ def test_ids_that_are_not_sorted_are_refused() -> None:
 
 def test_a_budget_without_room_for_a_row_says_what_is_possible() -> None:
     counts = {"t": np.arange(1000, 0, -1)}
-    with pytest.raises(UserError, match=r"one row of each table cannot be stored; it must be at least 1\.0e-03"):
+    with pytest.raises(
+        UserError, match=r"one row of each table cannot be stored; it must be at least 64 bytes, which is 0\.001 of the"
+    ):
         static_ranges(counts, CompressionConfig("static", 1e-4), MODEL, Sizes(16, "sgd"))
 
 
@@ -127,3 +130,58 @@ def test_row_0_does_not_count() -> None:
         counts[0] = outside
         found.append(static_ranges({"t": counts}, CompressionConfig("static", 0.3), MODEL, Sizes(16, "adagrad")))
     assert found[0] == found[1]
+
+
+def test_a_budget_of_bytes_is_that_of_its_share() -> None:
+    counts = counts_of(2)
+    single = single_bytes(counts, "sgd")
+    share = CompressionConfig("static", 0.25)
+    size = CompressionConfig("static", ByteSize(f"{single // 4}B"))
+    assert budget_bytes(share, single) == budget_bytes(size, single) == single // 4
+    found = [static_ranges(counts, each, MODEL, Sizes(16, "sgd")) for each in (share, size)]
+    assert found[0] == found[1]
+    with pytest.raises(UserError, match=r"compression\.budget 100B is 100 bytes, in which .* at least 320 bytes"):
+        static_ranges(counts, CompressionConfig("static", ByteSize("100B")), MODEL, Sizes(16, "sgd"))
+
+
+def limited(budget: float | ByteSize, **tables: tuple[int, int | None]) -> CompressionConfig:
+    return CompressionConfig(
+        "static", budget, tables={name: TableCompressionConfig(*of) for name, of in tables.items()}
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_tables_keep_to_their_limits_and_the_others_take_the_rest(optimizer: Any) -> None:
+    counts, sizes = counts_of(6), Sizes(16, optimizer)
+    free = static_ranges(counts, CompressionConfig("static", 0.4), MODEL, sizes)
+    found = static_ranges(counts, limited(0.4, t0=(8, None), t1=(0, 16), t2=(16, 32)), MODEL, sizes)
+    widths = {name: {each.width for each in ranges} for name, ranges in found.items()}
+    assert {0, 32} <= {each.width for name in ("t0", "t1", "t2") for each in free[name]}
+    assert min(widths["t0"]) == 8
+    assert max(widths["t1"]) == 16
+    assert widths["t2"] <= {16, 32}
+    size, limit = sum(sizes.table(each) for each in found.values()), 0.4 * single_bytes(counts, optimizer)
+    assert limit - 8 * (sizes.row(64) + sizes.projection(64)) <= size <= limit
+    for name, ranges in found.items():
+        assert sum(each.rows for each in ranges) == len(counts[name])
+        assert sum(each.share for each in ranges) == pytest.approx(1)
+
+
+def test_a_table_of_one_width_need_not_be_sorted() -> None:
+    counts = counts_of(7, tables=1) | {"unsorted": np.arange(1, 3001)}
+    found = static_ranges(counts, limited(0.9, unsorted=(16, 16)), MODEL, Sizes(16, "sgd"))
+    assert [(each.rows, each.width) for each in found["unsorted"]] == [(3000, 16)]
+    assert largest_bytes({"unsorted": 3000}, limited(1, unsorted=(16, 16)), MODEL, Sizes(16, "sgd")) == 3000 * 64
+
+
+def test_limits_that_cannot_be_met_are_named() -> None:
+    counts = counts_of(7, tables=1)
+    for limits, key in (((12, None), "min_width is 12"), ((0, 128), "max_width is 128")):
+        with pytest.raises(
+            UserError, match=rf"compression\.tables\.t0\.{key}, .* none of the widths 8, 16, 32, 64; use"
+        ):
+            static_ranges(counts, limited(0.5, t0=limits), MODEL, Sizes(16, "sgd"))
+    with pytest.raises(
+        UserError, match=r"with the widths of compression\.tables cannot be stored; it must be at least"
+    ):
+        static_ranges(counts, limited(0.5, t0=(16, None)), MODEL, Sizes(16, "sgd"))

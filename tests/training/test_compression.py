@@ -1,5 +1,6 @@
 """Training with static compression, its checkpoints, exports and metrics, as a user does it."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -7,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from mlet_dist.config.config_file import Config, load_config
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.compressed_tables import shared_row_ranges, with_row_ranges
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
 from tests.helpers.tables import PLAIN, prepare_table
 from tests.helpers.train_in_ranks import Ranks, stopped_after, train_in_ranks
@@ -107,6 +113,56 @@ def test_another_budget_is_another_run(run: tuple[Path, dict[str, Any]], tmp_pat
     assert "0.6" in message
 
 
+def test_a_budget_in_bytes_and_limits_of_tables(ranks: Ranks, settings: tuple[str, ...], tmp_path: Path) -> None:
+    limits = ("compression.tables.C3.min_width=4", "compression.tables.C4={min_width: 4, max_width: 4}")
+    overrides = [*settings, *limits, "compression.budget=24KB", "train.max_steps=3", f"run.dir={tmp_path / 'run'}"]
+    found = train_in_ranks(ranks, 2, *overrides)
+    single = found["single_layer_training_bytes"]
+    assert 23_000 < found["training_bytes_peak"] <= 24_000 < single
+    assert found["kept_share"]["C3"] == found["kept_share"]["C4"] == 1
+    ranges = ModelSpec.load(tmp_path / "run" / "model.json").row_ranges
+    assert [width for _, width, _ in ranges["C4"]] == [4]
+    _, (line, _) = with_row_ranges(*_spec_of(overrides))
+    assert line == (
+        f"compression  {found['training_bytes_peak']:,} bytes in training, {found['training_bytes_peak'] / single:.1%} "
+        f"of those of single-layer tables (budget 24,000 bytes, {24_000 / single:.1%})"
+    )
+
+
+def test_a_budget_above_all_rows_is_said_to_compress_nothing(settings: tuple[str, ...]) -> None:
+    _, lines = with_row_ranges(*_spec_of([*settings, "compression.budget=4GB", "run.dir=x"]))
+    assert lines[-1].startswith("compression  nothing is compressed: with the largest width for all rows, tables take ")
+
+
+def test_an_error_of_the_rank_that_reads_the_counts_is_that_of_every_rank(
+    ranks: Ranks, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    overrides = [*settings, "compression.budget=1B", f"run.dir={tmp_path / 'run'}"]
+    messages = ranks(2).run(_error_of_row_ranges, overrides)
+    assert len(set(messages)) == 1
+    assert "compression.budget 1B is 1 bytes, in which one row of each table cannot be stored" in messages[0]
+    several = ranks(2).run(_row_ranges_read_on_rank_0, [*settings, f"run.dir={tmp_path / 'run'}"])
+    assert several[0] == several[1]
+
+
+def _spec_of(overrides: list[str]) -> tuple[ModelSpec, Config]:
+    config = load_config(CONFIG, overrides)
+    return ModelSpec.of(config, DatasetSchema.load(Path(config.data.path))), config
+
+
+def _error_of_row_ranges(overrides: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        shared_row_ranges(*_spec_of(overrides))
+    return str(caught.value)
+
+
+def _row_ranges_read_on_rank_0(overrides: list[str]) -> tuple[ModelSpec, list[str]]:
+    spec, config = _spec_of(overrides)
+    if dist.get_rank():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path="/nowhere"))
+    return shared_row_ranges(spec, config)
+
+
 def test_wrong_settings_are_refused(small_model: tuple[str, ...], tmp_path: Path) -> None:
     start = ("train", CONFIG, *small_model, f"run.dir={tmp_path / 'run'}", "compression.policy=static")
     assert "one row of each table cannot be stored" in error_line(*start, "compression.budget=1e-6")
@@ -146,9 +202,14 @@ def test_ranks_without_rows_of_a_width_are_named(settings: tuple[str, ...], tmp_
     assert re.search(r"rows of \d+ columns, which are stored together, leave some of 4,096 ranks without rows", message)
 
 
-def test_hashed_ids_are_refused(tmp_path: Path) -> None:
+def test_hashed_ids_need_one_width(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("y,x\n" + "".join(f"{row % 2},{row % 7}\n" for row in range(200)))
     sparse = [{"column": "x", "encoding": "hash", "num_embeddings": 20}]
     prepare_table(tmp_path / "data", PLAIN | {"sparse": sparse}, [tmp_path / "a.csv"])
-    start = ("train", CONFIG, f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "data.batch_size=20")
-    assert "the ids of feature 'x' are hashes" in error_line(*start, "compression.policy=static")
+    overrides = (f"data.path={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}", "data.batch_size=20")
+    compressed = (*overrides, "compression.policy=static", "compression.budget=1")
+    message = error_line("train", CONFIG, *compressed)
+    assert "the ids of feature 'x' are hashes" in message
+    assert "compression.tables.x.min_width" in message
+    spec, config = _spec_of([*compressed, "compression.tables={x: {min_width: 16, max_width: 16}}"])
+    assert with_row_ranges(spec, config)[0].row_ranges == {"x": ((20, 16, 1.0),)}
