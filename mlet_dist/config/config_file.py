@@ -198,6 +198,8 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
                 f"{sources.get(key, source)}: {key} is {own.min_width}, above max_width {own.max_width} of the same "
                 "table; use the same value for one width for all of its rows"
             )
+    adaptive, optimizer = policy == "adaptive", config.optimizer.name
+    limited = [name for name, own in config.compression.tables.items() if own.min_width]
     largest = model.hidden_dim or model.embedding_dim
     kinds = sharding.sharding_types
     for key, value, wrong, remedy in (
@@ -208,6 +210,8 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
         ("train.initial_weights", config.train.initial_weights, config.train.initial_weights is not None, "use null"),
         ("model.hidden_dim", model.hidden_dim, largest < model.embedding_dim, f"use {model.embedding_dim} or more"),
         ("compression.widths", widths, len(set(widths)) < len(widths), "name each width once"),
+        ("optimizer.name", optimizer, adaptive and optimizer == "adam", "use sgd, adagrad or rowwise_adagrad"),
+        ("compression.tables", limited, adaptive and bool(limited), "use max_width alone, or policy static"),
         (
             "compression.widths",
             widths,

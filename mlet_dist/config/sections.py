@@ -210,8 +210,8 @@ class CompressionConfig:
         at_most=1e6,
     )
     on_move: Literal["project", "reset"] = setting(
-        "adaptive: project keeps the vector of a row that changes its width, as well as the new width can. reset begins "
-        "rows that get narrower at zero, as if they had been dropped.",
+        "adaptive: project keeps the vector of a row that changes its width, as well as the new width can. reset makes "
+        "rows that get narrower zero, as if they had been dropped.",
         "project",
     )
     tables: dict[str, TableCompressionConfig] = field(

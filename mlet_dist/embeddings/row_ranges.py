@@ -95,6 +95,7 @@ def _add_slots(
     layout = SlotLayout.of(tables)
     first_rows = zip(tables, layout.first_rows().tolist(), strict=True)
     zero_rows = tuple(row for table, row in first_rows if table.zero_first_row)
+    pools[0].moving_rows = layout.num_rows
     for index, pool in enumerate(pools):
         pool.num_embeddings, pool.num_buckets = layout.slots(index), layout.num_buckets
         initializers = tuple(

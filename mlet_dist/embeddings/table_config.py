@@ -88,6 +88,7 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         segments: the ranges of other tables whose rows this one stores (``row_ranges.tables_of_rows``).
         num_buckets: for a pool of adaptive tables, the number of equal parts of which ranks own whole ones
             (``slot_layout``); 0 for other tables.
+        moving_rows: for one of these pools, the rows of all adaptive tables, each of which has a slot and a utility.
 
     Raises:
         ValueError: a dimension is below 1, ``data_type`` is neither FP32 nor FP16, ``zero_first_row`` comes with an
@@ -101,6 +102,7 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
     row_ranges: Sequence[RowRange] | None = None
     segments: tuple[Segment, ...] = ()
     num_buckets: int = 0
+    moving_rows: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_embeddings", "embedding_dim", "hidden_dim"):

@@ -135,7 +135,7 @@ def static_ranges(
         if len(widths) == 1:
             raise UserError(
                 f"compression.budget {compression.budget} stores {rows[widths[0]]} rows of {widths[0]} columns, and "
-                f"policy {compression.policy} needs {fewest_rows}; use a larger budget, smaller widths, or policy static"
+                f"policy {compression.policy} needs {fewest_rows}; use a larger budget, or policy static"
             )
         widths.remove(max(rare))
 

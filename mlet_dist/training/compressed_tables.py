@@ -43,13 +43,14 @@ def training_bytes(training: Training, device: torch.device) -> int:
     return int(found)
 
 
-def compression_summary(spec: ModelSpec, optimizer: Optimizer, size: int) -> dict[str, Any]:
+def compression_summary(spec: ModelSpec, optimizer: Optimizer, size: int, kept: Mapping[str, float]) -> dict[str, Any]:
     """Return what the summary of a run says about the size of its tables.
 
     Args:
         spec: the model.
         optimizer: the optimizer of the rows.
         size: the ``training_bytes``.
+        kept: of adaptive tables, the share of rows with columns.
     """
     d = spec.model.embedding_dim
     row = Sizes(d, optimizer).row(d)
@@ -61,7 +62,7 @@ def compression_summary(spec: ModelSpec, optimizer: Optimizer, size: int) -> dic
         summary["kept_share"] = {
             name: sum(rows for rows, width, _ in ranges if width) / sum(rows for rows, _, _ in ranges)
             for name, ranges in spec.row_ranges.items()
-        }
+        } | dict(kept)
     return summary
 
 

@@ -5,12 +5,14 @@ import platform
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.utils import none_throws
 
 from mlet_dist import __version__
 from mlet_dist.checkpoint.load import (
@@ -179,20 +181,26 @@ def _blocks_on_rank_0(tensor: torch.Tensor | ShardedTensor, device: torch.device
         if rank == 0:
             yield tensor.reshape(-1)
         return
-    local = {shard.metadata.shard_offsets[0]: shard.tensor for shard in tensor.local_shards()}
-    for metadata in sorted(tensor.metadata().shards_metadata, key=lambda shard: shard.shard_offsets[0]):
-        rows, width = metadata.shard_sizes
-        assert metadata.placement is not None
-        owner = metadata.placement.rank()
+    local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in tensor.local_shards()}
+    shards = sorted(tensor.metadata().shards_metadata, key=lambda shard: tuple(shard.shard_offsets))
+    # Shards side by side, which split a tensor by columns, are sent together.
+    for _, group in groupby(shards, key=lambda shard: shard.shard_offsets[0]):
+        beside = list(group)
+        rows, width = beside[0].shard_sizes[0], sum(shard.shard_sizes[1] for shard in beside)
         step = max(1, _BLOCK_BYTES // (width * tensor.dtype.itemsize))
         for start in range(0, rows, step):
             size = min(step, rows - start)
-            if owner == rank:
-                block = local[metadata.shard_offsets[0]][start : start + size].contiguous()
-                if rank != 0:
-                    dist.send(block, dst=0)
-            elif rank == 0:
-                block = torch.empty(size, width, dtype=tensor.dtype, device=device)
-                dist.recv(block, src=owner)
+            parts = []
+            for shard in beside:
+                owner = none_throws(shard.placement).rank()
+                if owner == rank:
+                    block = local[tuple(shard.shard_offsets)][start : start + size].contiguous()
+                    if rank != 0:
+                        dist.send(block, dst=0)
+                elif rank == 0:
+                    block = torch.empty(size, shard.shard_sizes[1], dtype=tensor.dtype, device=device)
+                    dist.recv(block, src=owner)
+                if rank == 0:
+                    parts.append(block)
             if rank == 0:
-                yield block.reshape(-1)
+                yield torch.cat(parts, dim=1).reshape(-1)

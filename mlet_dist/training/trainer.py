@@ -31,6 +31,7 @@ from mlet_dist.training.job import Job, open_job
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
 from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
 from mlet_dist.training.process_group import join_ranks
+from mlet_dist.training.regrading_schedule import RegradingSchedule, kept_shares
 from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
@@ -74,7 +75,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         summary = {"run": str(job.run.path), "steps": training.step, "checkpoint": checkpoint}
         size = training_bytes(training, worker.device)
         summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
-        summary |= compression_summary(job.spec, config.optimizer.name, size)
+        summary |= compression_summary(job.spec, config.optimizer.name, size, kept_shares(model))
         stop.ignore()
         dist.barrier()  # a rank that a signal has ended before keeps the others from finishing the run
         if worker.is_first:
@@ -153,7 +154,8 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             checkpoints = CheckpointSchedule(config, saver, stop, fields, saved_step, guard, timer)
             if config.on_non_finite == "rollback":
                 checkpoints.save_first(training)
-            after_step: list[AfterStep] = [learning_rates, report, checkpoints]
+            regrading = RegradingSchedule(training.model, recorder, config.log_every)
+            after_step: list[AfterStep] = [learning_rates, regrading, report, checkpoints]
             pipelined = pipeline_is_faster(worker) if config.pipelined is None else config.pipelined
             while not training.is_done:
                 try:

@@ -39,6 +39,7 @@ from mlet_dist.embeddings.sharded.collectives import codecs_of, forward_backward
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
 from mlet_dist.embeddings.sharded.placement import max_rows_per_rank
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
+from mlet_dist.embeddings.sharded.slot_map import BYTES_PER_ROW
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 # By the name of the class that was passed to apply_optimizer_in_backward.
@@ -127,6 +128,7 @@ def table_cost(
         on_cpu=ranks.on_cpu,
         num_projections=max(1, len(table.segments)),
         pooled=bool(table.segments),
+        slot_map_bytes=BYTES_PER_ROW * table.moving_rows,
     )
 
 

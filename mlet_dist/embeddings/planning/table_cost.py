@@ -62,6 +62,7 @@ class TableCost:
         distinct_ids: u if it was measured; by default that of uniformly drawn ids.
         num_projections: how many W2 a projected table has; a pool has one for each of its row ranges.
         pooled: whether it is a pool of row ranges.
+        slot_map_bytes: for one of the pools of adaptive tables, the bytes of slots and utilities on all ranks together.
     """
 
     name: str
@@ -81,6 +82,7 @@ class TableCost:
     distinct_ids: float | None = None
     num_projections: int = 1
     pooled: bool = False
+    slot_map_bytes: int = 0
 
     @property
     def num_owners(self) -> int:
@@ -119,7 +121,7 @@ class TableCost:
         if self.exchange == "after" and self.world_size > 1:
             buffers += FLOAT * 2 * bags * k
         weights = replicated_bytes(k * d * self.num_projections, self.optimizer) if self.projected else 0
-        return Memory(buffers=buffers, dense=weights)
+        return Memory(buffers=buffers, dense=weights + self.slot_map_bytes / self.world_size)
 
     def step(self, *, owns_rows: bool = True) -> Step:
         """Return the work of a rank: the average over owners of the table, or over the other ranks."""

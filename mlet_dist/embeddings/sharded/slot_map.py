@@ -171,6 +171,12 @@ class SlotMap:
         within, bucket = local_rows // self.num_buckets, local_rows % self.num_buckets
         return within * self.layout.num_buckets + bucket + self.first_bucket
 
+    def kept_rows(self) -> torch.Tensor:
+        """Return the number of this rank's rows of each table that have a slot ``(T,)`` int64."""
+        local_rows = (self.slots.view(-1) >= 0).nonzero().squeeze(1)
+        tables = self.layout.tables_of(self.row_numbers(local_rows))
+        return torch.bincount(tables, minlength=len(self.layout.tables))
+
     def locate(self, local_rows: torch.Tensor) -> Located:
         """Find the slots of distinct local rows ``(U,)``."""
         codes = self.slots.view(-1)[local_rows].long()
