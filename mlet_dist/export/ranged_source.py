@@ -1,7 +1,7 @@
 """Tables with row ranges on disk: their rows are in pools that all tables share, and each range has a W2 of its own."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +34,36 @@ class RangedTableSource(TableSource):
         rows = sum(each.rows * each.width * self.rows_dtype.itemsize for each in self.ranges)
         projected = sum(each.width for each in self.ranges if each.width != self.embedding_dim)
         return rows + 4 * projected * self.embedding_dim
+
+    def projection_of(self, index: int) -> torch.Tensor:
+        """Return W2 ``(width, d)`` of a range."""
+        assert self.projection is not None
+        first = sum(each.width for each in self.ranges[:index])
+        return self.projection[first : first + self.ranges[index].width]
+
+    def select(self, name: str, indices: Sequence[int], *, zero_row: bool, collapsed: bool) -> "RangedTableSource":
+        """Return a table of some of the ranges.
+
+        Args:
+            name: of the table.
+            indices: the numbers of the ranges, ascending; only one if it is not collapsed.
+            zero_row: whether a row that is zero follows.
+            collapsed: whether the rows have d columns, W1·W2. Otherwise they are W1 of the range, as a single layer.
+        """
+        ranges = [self.ranges[index] for index in indices] + [RowRange(1, 0)] * zero_row
+        width = sum(each.width for each in ranges)
+        projections = [self.projection_of(index) for index in indices]
+        return replace(
+            self,
+            name=name,
+            state_name=f"{TABLES_PREFIX}embedding_bags.{name}.weight",
+            num_embeddings=sum(each.rows for each in ranges),
+            hidden_dim=width if collapsed else None,
+            embedding_dim=self.embedding_dim if collapsed else width,
+            projection=torch.cat(projections) if collapsed else None,
+            ranges=tuple(ranges),
+            pools=(*(self.pools[index] for index in indices), *[None] * zero_row),
+        )
 
     def stored_rows(self, start: int, stop: int) -> torch.Tensor | None:
         """Return which rows of ``[start, stop)`` are in a range whose width is not 0."""
