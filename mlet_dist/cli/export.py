@@ -15,7 +15,9 @@ files are the same for any number of ranks. To export on several hosts, start th
 storage that all hosts share:
 
   torchrun … -m mlet_dist export RUN --out DIR"""
-_OUTPUTS = ("dcp", "safetensors", "fp16", "int8", "int4", "package")
+_ENCODED = ("dcp", "safetensors", "fp16", "int8", "int4")
+_TABLES = (*_ENCODED, *(f"{name}-{form}" for form in ("kept", "mixed") for name in _ENCODED))
+_OUTPUTS = (*_TABLES, "package")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--outputs", nargs="+", choices=_OUTPUTS, default=["dcp"], metavar="FORM",
         help="one or more forms to write. dcp: float32 tables for torch.distributed.checkpoint; safetensors: float32 "
-        "tables; fp16, int8, int4: TorchRec's quantised tables; package: a scripted model for Python and C++ "
-        "(default: dcp)",
+        "tables; fp16, int8, int4: TorchRec's quantised tables; package: a scripted model for Python and C++. Of a run "
+        "with compression, each has two smaller variants: int8-kept and so on hold only the rows that are stored, and "
+        "int8-mixed and so on hold narrow rows as they are, with the W2 to multiply them by (default: dcp)",
     )  # fmt: skip
     parser.add_argument(
-        "--package-tables", choices=["dcp", "fp16", "int8", "int4"], default="int8",
-        help="form whose tables the package contains, and which is then written, too; dcp is float32 (default: "
-        "%(default)s)",
+        "--package-tables", choices=[name for name in _TABLES if "safetensors" not in name], metavar="FORM",
+        help="form whose tables the package contains, and which is then written, too: dcp (which is float32), fp16, "
+        "int8, int4, or one of their variants (default: int8, or int8-kept if the run does not store all rows)",
     )  # fmt: skip
     parser.add_argument(
         "--serving-ranks", type=positive, metavar="N",
@@ -62,12 +65,12 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
     if args.nproc is not None:
         return run_in_ranks(args, arguments, lambda: None)
     configure_torch()
-    from mlet_dist.export.collapse.run_collapse import ExportOptions, export_run
+    from mlet_dist.export.collapse.run_collapse import SMALLEST_INT8, ExportOptions, export_run
     from mlet_dist.export.serving.quantised import Serving
 
     options = ExportOptions(
         outputs=tuple(name for name in args.outputs if name != "package"),
-        package=args.package_tables if "package" in args.outputs else None,
+        package=(args.package_tables or SMALLEST_INT8) if "package" in args.outputs else None,
         serving=None if args.serving_ranks is None else Serving(args.serving_ranks, args.serving_device),
         gather=args.gather,
         overwrite=args.overwrite,

@@ -68,7 +68,7 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         super().__init__([table.rows_config(seed) for table in self._row_tables], is_weighted, device)
         self._tables = multi_layer
         self.seed = seed
-        self.adaptive = adaptive
+        self.adaptive = adaptive if any(table.row_ranges is not None for table in multi_layer) else None
         self.projections = build_projections(self._tables, seed, self.device)
         self._projection_of_key = projection_of_key(self._row_tables)
         self._smallest_tables = smallest_tables(self._tables)

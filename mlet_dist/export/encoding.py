@@ -59,10 +59,18 @@ class Encoding:
         """Whether TorchRec's quantised modules serve this encoding, instead of its float modules."""
         return self.name != "fp32"
 
+    @property
+    def _multiple(self) -> int:
+        return 16 // self.bits if self.bits < 16 else 1
+
+    def fits(self, embedding_dim: int) -> bool:
+        """Return whether rows of ``embedding_dim`` columns take a multiple of 16 bits, as TorchRec requires."""
+        return embedding_dim % self._multiple == 0
+
     def check(self, embedding_dim: int) -> None:
         """Raise UserError unless rows of ``embedding_dim`` columns take a multiple of 16 bits, as TorchRec requires."""
-        multiple = 16 // self.bits if self.bits < 16 else 1
-        if embedding_dim % multiple:
+        multiple = self._multiple
+        if not self.fits(embedding_dim):
             raise UserError(
                 f"{self.name} requires an embedding_dim that is a multiple of {multiple}, and it is {embedding_dim}; "
                 f"remove {self.name} from the outputs"

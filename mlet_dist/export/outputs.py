@@ -1,7 +1,7 @@
 """The outputs that an export can contain, and reading rows back from their files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mlet_dist.export.encoding import ENCODINGS, Encoding
 from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.safetensors import SafetensorsFiles, SafetensorsFormat
 from mlet_dist.export.formats.tensor_shards import Format
+from mlet_dist.export.served_layout import Form
 from mlet_dist.regular_file import open_regular
 
 
@@ -24,20 +25,32 @@ class Output:
         directory: its directory in the export.
         encoding: of the tables; dense tensors are stored in float32.
         format: of the files.
+        form: which rows of the tables it holds, and with how many columns.
     """
 
     name: str
     directory: str
     encoding: Encoding
     format: Format
+    form: Form = "all"
 
+    def in_form(self, form: Form) -> "Output":
+        """Return the output of the same encoding and format in another form."""
+        return replace(self, name=f"{self.name}-{form}", directory=f"{self.directory}-{form}", form=form)
+
+
+_WHOLE = (
+    Output("dcp", "model", ENCODINGS["fp32"], DcpFormat()),
+    Output("safetensors", "safetensors", ENCODINGS["fp32"], SafetensorsFormat()),
+    *(Output(name, name, ENCODINGS[name], DcpFormat()) for name in ("fp16", "int8", "int4")),
+)
 
 OUTPUTS = {
     each.name: each
     for each in (
-        Output("dcp", "model", ENCODINGS["fp32"], DcpFormat()),
-        Output("safetensors", "safetensors", ENCODINGS["fp32"], SafetensorsFormat()),
-        *(Output(name, name, ENCODINGS[name], DcpFormat()) for name in ("fp16", "int8", "int4")),
+        *_WHOLE,
+        *(output.in_form("kept") for output in _WHOLE),
+        *(output.in_form("mixed") for output in _WHOLE),
     )
 }
 """All outputs by name."""

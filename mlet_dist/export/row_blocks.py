@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.source import TableSource
+from mlet_dist.export.table_source import TableSource
 from mlet_dist.progress import Progress
 
 BLOCK_BYTES = 1 << 25

@@ -1,8 +1,8 @@
 """Open the tables of a run's latest checkpoint, an export or the output of `mlet factorize`, to read ranges of rows."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,112 +12,18 @@ from mlet_dist.checkpoint.load import MODEL_KEY, latest_finished
 from mlet_dist.checkpoint.manifest import MANIFEST, Manifest
 from mlet_dist.checkpoint.store import INCOMPLETE, Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
-from mlet_dist.embeddings.collection import check_layers_fit
-from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
+from mlet_dist.export.adaptive_source import open_adaptive_tables
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.export.ranged_source import open_ranged_table, pools_of
+from mlet_dist.export.table_source import TableSource, open_table
+from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.urls import no_such_directory
 
 _IN_CHECKPOINTS = f"{MODEL_KEY}."
-
-
-@dataclass(frozen=True)
-class TableSource:
-    """One table on disk: W (n, d) of a single layer, or W1 (n, k) and W2 (k, d).
-
-    Attributes:
-        name: of the table.
-        state_name: name of W in the state dict of the served model, and of W1 in that of the trained model.
-        num_embeddings, hidden_dim, embedding_dim: n, k and d; k is None for a single layer.
-        projection: W2, float32; None for a single layer.
-        rows_dtype: of W1, or of W for a single layer.
-        stored_name: name of W1, or of W for a single layer, in the files.
-    """
-
-    name: str
-    state_name: str
-    num_embeddings: int
-    hidden_dim: int | None
-    embedding_dim: int
-    projection: torch.Tensor | None
-    rows_dtype: torch.dtype
-    stored_name: str
-    _files: ChunkedTensors
-
-    @property
-    def location(self) -> str:
-        """Path or URL of the files, for messages."""
-        return str(self._files.location)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of W1 and W2, or of W for a single layer, as stored."""
-        projection = 0 if self.projection is None else self.projection.numel() * self.projection.element_size()
-        return self.num_embeddings * self.row_bytes + projection
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row of W1, or of W for a single layer, as stored."""
-        return (self.hidden_dim or self.embedding_dim) * self.rows_dtype.itemsize
-
-    def read_stored(self, start: int, stop: int) -> torch.Tensor:
-        """Read rows ``[start, stop)`` of W1, or of W for a single layer: ``(stop - start, k or d)`` as stored.
-
-        Raises:
-            UserError: a file is missing or damaged.
-        """
-        rows = torch.empty(stop - start, self.hidden_dim or self.embedding_dim, dtype=self.rows_dtype)
-        self.read_into(start, rows)
-        return rows
-
-    def read_into(self, start: int, rows: torch.Tensor) -> None:
-        """Fill ``rows``, contiguous, with the rows from ``start`` on that ``read_stored`` would return."""
-        self._files.read_rows(self.stored_name, start, rows)
-
-    def with_files(self, files: ChunkedTensors) -> Self:
-        """Return a copy that reads from other open files."""
-        return replace(self, _files=files)
-
-
-@dataclass(frozen=True)
-class RangedTableSource(TableSource):
-    """A table with row ranges, read as one of W1 ``(n, k)`` and W2 ``(k, d)`` with k the sum of the ranges' widths.
-
-    The rows of a range have values in its own columns of W1 alone, and the W2 of the ranges lie below one another; that
-    of a range of width d is the identity. The product is that of the ranges.
-
-    Attributes:
-        ranges: of the table.
-        pools: for each range the name of its pool in the files, and its first row there; None if it is not stored.
-    """
-
-    ranges: tuple[RowRange, ...]
-    pools: tuple[tuple[str, int] | None, ...]
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the ranges' rows and of their W2, as stored."""
-        rows = sum(each.rows * each.width * self.rows_dtype.itemsize for each in self.ranges)
-        projected = sum(each.width for each in self.ranges if each.width != self.embedding_dim)
-        return rows + 4 * projected * self.embedding_dim
-
-    def read_into(self, start: int, rows: torch.Tensor) -> None:
-        """Fill ``rows`` with the rows from ``start`` on."""
-        rows.zero_()
-        first, column = 0, 0
-        for each, pool in zip(self.ranges, self.pools, strict=True):
-            begin, end = max(start, first), min(start + rows.shape[0], first + each.rows)
-            if pool is not None and begin < end:
-                name, offset = pool
-                of_range = torch.empty(end - begin, each.width, dtype=self.rows_dtype)
-                self._files.read_rows(name, offset + begin - first, of_range)
-                rows[begin - start : end - start, column : column + each.width] = of_range
-            first += each.rows
-            column += each.width
 
 
 @dataclass(frozen=True)
@@ -285,7 +191,7 @@ def _open_factors(path: Path) -> Tables:
         return found if found.dense else Tables(path, found.tables, {}, model, {}, found.files)
     files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
     tables = {
-        each["name"]: _table(each["name"], each["shape"], each["hidden_dim"], files, _IN_CHECKPOINTS)
+        each["name"]: open_table(each["name"], each["shape"], each["hidden_dim"], files, _IN_CHECKPOINTS)
         for each in manifest.about["factorized"]["tables"]
     }
     return Tables(path, tables, _dense_of(files, _IN_CHECKPOINTS), None, {}, files)
@@ -293,93 +199,22 @@ def _open_factors(path: Path) -> Tables:
 
 def _tables_of(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str, TableSource]:
     k, d = spec.model.hidden_dim, spec.model.embedding_dim
-    pools = _pools_of(spec) if spec.row_ranges else {}
+    if spec.adaptive:
+        adaptive = open_adaptive_tables(spec, files, prefix)
+        plain = [each for each in spec.tables if each.name not in adaptive]
+        return {
+            each.name: open_table(each.name, (each.num_embeddings, d), k, files, prefix) for each in plain
+        } | adaptive
+    pools = pools_of(spec) if spec.row_ranges else {}
     return {
-        each.name: _ranged_table(each.name, spec, pools, files, prefix)
+        each.name: open_ranged_table(each.name, spec, pools, files, prefix)
         if each.name in spec.row_ranges
-        else _table(each.name, (each.num_embeddings, d), k, files, prefix)
+        else open_table(each.name, (each.num_embeddings, d), k, files, prefix)
         for each in spec.tables
     }
-
-
-def _pools_of(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, int], int]]:
-    """Return the pool of each segment: its state name, its shape, and the first row of the segment."""
-    meta = torch.device("meta")
-    stored = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.row_tables()
-    return {
-        segment.name: (
-            f"{TABLES_PREFIX}embedding_bags.{table.name}.weight",
-            (table.num_embeddings, table.row_width),
-            segment.offset,
-        )
-        for table in stored
-        for segment in table.segments
-    }
-
-
-def _ranged_table(
-    name: str,
-    spec: ModelSpec,
-    pools: Mapping[str, tuple[str, tuple[int, int], int]],
-    files: ChunkedTensors,
-    prefix: str,
-) -> TableSource:
-    """Return a table with row ranges after checking the shapes of its pools and of every W2."""
-    ranges, d = tuple(RowRange(*each) for each in spec.row_ranges[name]), spec.model.embedding_dim
-    where: list[tuple[str, int] | None] = []
-    projections, dtype = [], torch.float32
-    for index, each in enumerate(ranges):
-        if not each.width:
-            where.append(None)
-            continue
-        state_name, shape, offset = pools[f"{name}:{index}"]
-        pool = files.tensors.get(f"{prefix}{state_name}")
-        if pool is None or pool.shape != shape:
-            found = "missing" if pool is None else f"{pool.shape}"
-            raise UserError(f"{files.location}: {state_name!r} is {found} in the files and {shape} in the model")
-        where.append((f"{prefix}{state_name}", offset))
-        dtype = pool.dtype
-        if each.width == d:
-            projections.append(torch.eye(d))
-            continue
-        projection = files.load(f"{prefix}{TABLES_PREFIX}projections.{name}:{index}.weight").float()
-        if projection.shape != (each.width, d):
-            raise UserError(
-                f"{files.location}: the W2 of rows of {each.width} columns of table {name!r} is "
-                f"{tuple(projection.shape)}, it must be {(each.width, d)}"
-            )
-        projections.append(projection)
-    state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
-    rows, width = sum(each.rows for each in ranges), sum(each.width for each in ranges)
-    return RangedTableSource(
-        name, state_name, rows, width, d, torch.cat(projections), dtype, "", files, ranges, tuple(where)
-    )
 
 
 def _dense_of(files: ChunkedTensors, prefix: str) -> dict[str, str]:
     """Return the tensors that belong neither to a table nor to an optimizer: state name -> name in ``files``."""
     names = {name.removeprefix(prefix): name for name in files.tensors if name.startswith(prefix)}
     return {name: stored for name, stored in names.items() if not name.startswith(TABLES_PREFIX)}
-
-
-def _table(name: str, shape: Sequence[int], hidden_dim: int | None, files: ChunkedTensors, prefix: str) -> TableSource:
-    """Return table ``name`` of ``files`` after checking that its W has ``shape`` (n, d)."""
-    state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
-    stored_name = f"{prefix}{state_name}"
-    num_embeddings, embedding_dim = shape
-    projection = None
-    if stored_name not in files.tensors:
-        raise UserError(f"{files.location}: holds no tensor {state_name!r}, which the model has")
-    found = files.tensors[stored_name]
-    if hidden_dim is not None:
-        projection = files.load(f"{prefix}{TABLES_PREFIX}projections.{name}.weight").float()
-        try:
-            check_layers_fit(name, torch.Size(found.shape), projection.size())
-        except ValueError as error:
-            raise UserError(f"{files.location}: {error}") from None
-    expected = (num_embeddings, hidden_dim or embedding_dim)
-    if found.shape != expected or (projection is not None and projection.shape[1] != embedding_dim):
-        raise UserError(f"{files.location}: {state_name!r} is {found.shape} in the files and {expected} in the model")
-    return TableSource(
-        name, state_name, num_embeddings, hidden_dim, embedding_dim, projection, found.dtype, stored_name, files
-    )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantisedEmbeddingBagCollection
 
@@ -46,13 +46,13 @@ def build_dlrm(
         table.hidden_dim = table.hidden_dim if hidden_dims is None else hidden_dims[table.name]
     adaptive = AdaptiveRows(**spec.adaptive) if spec.adaptive else None
     embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, tables_device, spec.seed, adaptive)
-    return _build_around(embeddings, spec, dense_device)
+    return build_around(embeddings, spec, dense_device)
 
 
 def build_plain_dlrm(spec: ModelSpec) -> DLRM:
     """Build the model for serving: DLRM around TorchRec's EmbeddingBagCollection, unsharded on the CPU."""
     tables = [table.plain_config() for table in _table_configs(spec)]
-    return _build_around(EmbeddingBagCollection(tables, spec.is_weighted), spec)
+    return build_around(EmbeddingBagCollection(tables, spec.is_weighted), spec)
 
 
 def build_quantised_dlrm(spec: ModelSpec, data_type: DataType, device: torch.device) -> DLRM:
@@ -68,15 +68,21 @@ def build_quantised_dlrm(spec: ModelSpec, data_type: DataType, device: torch.dev
     tables = [table.plain_config() for table in _table_configs(spec)]
     for table in tables:
         table.data_type = data_type
-    embeddings = QuantisedEmbeddingBagCollection(
+    return build_around(quantised_collection(tables, spec.is_weighted, device), spec).requires_grad_(False).eval()
+
+
+def quantised_collection(
+    tables: list[EmbeddingBagConfig], is_weighted: bool, device: torch.device
+) -> QuantisedEmbeddingBagCollection:
+    """Build TorchRec's collection of tables with the data types of their configs, filled with zeros."""
+    return QuantisedEmbeddingBagCollection(
         tables,
-        spec.is_weighted,
+        is_weighted,
         device,
         register_tbes=True,
         quant_state_dict_split_scale_bias=True,
         row_alignment=1,  # bytes; GPUs need 16, with which a row of 16 int8 values takes 32 bytes instead of 20
     )
-    return _build_around(embeddings, spec).requires_grad_(False).eval()
 
 
 def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32") -> tuple[int, int]:
@@ -105,11 +111,12 @@ def dense_cost(
     )
 
 
-def _build_around(
-    embeddings: EmbeddingBagCollection | QuantisedEmbeddingBagCollection,
+def build_around(
+    embeddings: torch.nn.Module,
     spec: ModelSpec,
     dense_device: torch.device = _CPU,
 ) -> DLRM:
+    """Build DLRM around a collection of tables that returns d columns for each feature of the model."""
     with torch.random.fork_rng(devices=[]), dense_device:
         torch.manual_seed(spec.seed)
         return DLRM(

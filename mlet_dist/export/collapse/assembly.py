@@ -1,27 +1,25 @@
 """Assemble an export from its finished units: which are missing, joined files, indexes, the package, the manifest."""
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import fbgemm_gpu
 import torch
 
-from mlet_dist import __version__
-from mlet_dist.checkpoint.manifest import Checksum
 from mlet_dist.errors import UserError
-from mlet_dist.export.collapse.units import UNIT_BYTES, Unit, units_of
+from mlet_dist.export.collapse.manifest_entries import describe_tables, installed_versions, metrics_of, synced_entry
+from mlet_dist.export.collapse.output_groups import OutputGroup, group_outputs
+from mlet_dist.export.collapse.units import UNIT_BYTES, Unit, record_name
 from mlet_dist.export.collapse.work_directory import WorkDirectory, join_files
 from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
 from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.export.outputs import Output, open_output
-from mlet_dist.export.serving.package import check_fits, served_bytes, write_package
+from mlet_dist.export.served_layout import ServedLayout
+from mlet_dist.export.serving.package import check_fits, write_package
 from mlet_dist.export.serving.quantised import Serving, plan_serving
+from mlet_dist.export.serving.served_model import spec_of_layout
 from mlet_dist.export.source import ModelSource
 from mlet_dist.formatting import to_json, with_checksum
 from mlet_dist.models.dlrm import build_dlrm
@@ -42,7 +40,9 @@ class Assembly:
         serving: the devices for which the serving of quantised outputs is planned; None for no plan.
 
     Attributes:
-        units: all units, by table.
+        groups: of the outputs, by name.
+        tables: what is read for them, by group and name of the TorchRec table.
+        units: all units, by group and table.
         directories: output name -> directory of the units' files within ``work``.
     """
 
@@ -57,7 +57,11 @@ class Assembly:
     ) -> None:
         self.source, self.outputs, self.gather, self.work = source, outputs, gather, work
         self._package, self._serving = package, serving
-        self.units = units_of(source.tables.values())
+        self.groups = group_outputs(source.tables, outputs)
+        self.tables = {
+            (group.name, name): table for group in self.groups.values() for name, table in group.served.tables.items()
+        }
+        self.units = [unit for group in self.groups.values() for unit in group.units]
         parent = "parts" if gather else work.export.name
         self.directories = {output.name: f"{parent}/{output.directory}" for output in outputs}
 
@@ -71,7 +75,7 @@ class Assembly:
         """Return everything that the bytes of finished units depend on."""
         return {
             "format_version": FORMAT_VERSION,
-            "versions": _versions(),
+            "versions": installed_versions(),
             "checkpoint": self.source.digest,
             "outputs": [output.name for output in self.outputs],
             "package": self._package and self._package.name,
@@ -86,39 +90,40 @@ class Assembly:
         for output in self.outputs:
             output.encoding.check(self.served.model.embedding_dim)
             if output.encoding.is_quantised and self._serving is not None:
-                plan_serving(self.served, output.encoding, self._serving)
+                self._plan(output, self._serving)
         if self._package is not None:
-            check_fits(self.served, self._package.encoding)
+            check_fits(self._layout(self._package), self._package.encoding)
         for name, shape in self._dense_shapes.items():
             self.source.check_shape(name, shape)
 
     def unfinished(self) -> list[Unit]:
         """Return the units that remain to be run."""
         finished = self.work.finished()
-        return [unit for unit in self.units if not {unit.name, _joined(unit.table)} & finished]
+        return [unit for unit in self.units if not {unit.record, _joined(unit.group, unit.table)} & finished]
 
-    def unjoined(self) -> list[str]:
-        """Return the tables whose units remain to be joined; all units must be finished."""
+    def unjoined(self) -> list[tuple[str, str]]:
+        """Return groups and tables whose units remain to be joined; all units must be finished."""
         finished = self.work.finished()
-        return [name for name in self.source.tables if _joined(name) not in finished]
+        return [(group, name) for group, name in self.tables if _joined(group, name) not in finished]
 
-    def join(self, table: str) -> None:
-        """Join the files of a table's units to one file per output, and remove them.
+    def join(self, group: str, table: str) -> None:
+        """Join the files of a table's units to one file per output of a group, and remove them.
 
         Raises:
             UserError: a file cannot be read or written, or is damaged.
         """
-        records = [self.work.read_record(unit.name) for unit in self.units if unit.table == table]
+        units = [unit for unit in self.units if (unit.group, unit.table) == (group, table)]
+        records = [self.work.read_record(unit.record) for unit in units]
         entries = {file: entry for record in records for file, entry in record["files"].items()}
         shards: dict[str, Any] = {}
         files: dict[str, Any] = {}
-        for output in self.outputs:
+        for output in self.groups[group].outputs:
             of_units = [TensorShard.from_dict(each) for record in records for each in record["pieces"][output.name]]
             directory = self.directories[output.name]
             target = f"{self.work.export.name}/{output.directory}/{table}{output.format.suffix}"
             joined, files[target] = join_files(self.work, output.format, directory, of_units, entries, target)
             shards[output.name] = [shard.to_dict() for shard in joined]
-        self.work.record(_joined(table), {"files": files, "pieces": shards})
+        self.work.record(_joined(group, table), {"files": files, "pieces": shards})
         for file in entries:
             (self.work.root / file).unlink(missing_ok=True)
 
@@ -128,23 +133,19 @@ class Assembly:
         Returns:
             The result of ``export_run`` without ``out``.
         """
-        if self.gather:
-            records = [self.work.read_record(_joined(name)) for name in self.source.tables]
-        else:
-            records = [self.work.read_record(unit.name) for unit in self.units]
         dense = self._load_dense()
-        outputs = {output.name: self._finish_output(output, records, dense) for output in self.outputs}
+        outputs = {output.name: self._finish_output(output, dense) for output in self.outputs}
         if self._package is not None:
             outputs[PACKAGE] = self._finish_package(self._package, outputs, dense)
-        tables = self._describe_tables()
+        tables = describe_tables(self.source)
         manifest = {
             "format_version": FORMAT_VERSION,
-            "versions": _versions(),
+            "versions": installed_versions(),
             "run": {
                 "path": str(self.source.path),
                 "checkpoint": self.source.checkpoint,
                 "checkpoint_sha256": self.source.digest,
-                **_metrics(self.source.summary),
+                **metrics_of(self.source.summary),
             },
             "config": self.source.config,
             "model": self.served.to_dict(),
@@ -159,6 +160,8 @@ class Assembly:
             "bytes": sum(table["bytes"] for table in tables),
             "trained_bytes": sum(table["trained_bytes"] for table in tables),
             "outputs": {name: output["bytes"] for name, output in outputs.items()},
+            "served_bytes": {name: output["table_bytes"] for name, output in outputs.items()},
+            **({"kept_ids_bytes": kept_ids} if (kept_ids := _kept_ids_bytes(outputs)) else {}),
         }
 
     def missing_space(self, world_size: int) -> str | None:
@@ -171,26 +174,51 @@ class Assembly:
 
     def _needed_bytes(self, world_size: int) -> int:
         row_bytes = {
-            table.name: sum(output.encoding.row_bytes(table.embedding_dim) for output in self.outputs)
-            for table in self.source.tables.values()
+            (group.name, name): sum(output.encoding.row_bytes(table.embedding_dim) for output in group.outputs)
+            for group in self.groups.values()
+            for name, table in group.served.tables.items()
         }
         overhead = _FILE_OVERHEAD_BYTES * len(self.outputs)
-        needed = sum(unit.rows * row_bytes[unit.table] + overhead for unit in self.unfinished())
+        needed = sum(unit.rows * row_bytes[unit.group, unit.table] + overhead for unit in self.unfinished())
         if self.gather:  # each rank keeps one table twice while it joins its files
-            sizes = [self.source.tables[name].num_embeddings * row_bytes[name] + overhead for name in self.unjoined()]
+            sizes = [self.tables[key].num_embeddings * row_bytes[key] + overhead for key in self.unjoined()]
             needed += sum(sorted(sizes)[-world_size:])
+        needed += sum(
+            len(group.outputs) * tensor.nbytes
+            for group in self.groups.values()
+            for tensor in group.served.tensors.values()
+        )
         dense = sum(4 * torch.Size(shape).numel() for shape in self._dense_shapes.values())
         if self._package is not None:
-            needed += 2 * served_bytes(self.served, self._package.encoding)
+            needed += 2 * self._layout(self._package).table_bytes(self._package.encoding)
         return needed + (dense + overhead) * len(self.outputs)
 
-    def _finish_output(
-        self, output: Output, records: Sequence[dict[str, Any]], dense: dict[str, torch.Tensor]
-    ) -> dict[str, Any]:
+    def _group(self, output: Output) -> OutputGroup:
+        return next(group for group in self.groups.values() if output in group.outputs)
+
+    def _layout(self, output: Output) -> ServedLayout:
+        return self._group(output).served.layout
+
+    def _records(self, output: Output) -> list[dict[str, Any]]:
+        group = self._group(output)
+        if self.gather:
+            return [self.work.read_record(_joined(group.name, name)) for name in group.served.tables]
+        return [self.work.read_record(unit.record) for unit in self.units if unit.group == group.name]
+
+    def _plan(self, output: Output, serving: Serving) -> dict[str, Any]:
+        if output.form == "mixed":
+            raise UserError(
+                f"--serving-ranks {serving.ranks}: {output.name} is served in one process; remove it from the outputs, "
+                "or export it by itself"
+            )
+        return plan_serving(spec_of_layout(self.served, self._layout(output)), output.encoding, serving)
+
+    def _finish_output(self, output: Output, dense: dict[str, torch.Tensor]) -> dict[str, Any]:
+        records, layout = self._records(output), self._layout(output)
         directory = f"{self.work.export.name}/{output.directory}"
         file = f"_dense{output.format.suffix}"
         with self.work.new_file(f"{directory}/{file}") as stream:
-            of_dense = output.format.write(stream, file, 0, dense)
+            of_dense = output.format.write(stream, file, 0, dense | dict(self._group(output).served.tensors))
         files = {f"{directory}/{file}": stream.checksum.entry()}
         of_tables = [TensorShard.from_dict(each) for record in records for each in record["pieces"][output.name]]
         index, content = output.format.index(of_tables + of_dense)
@@ -203,13 +231,13 @@ class Assembly:
             "directory": output.directory,
             "format": output.format.suffix.removeprefix("."),
             "encoding": output.encoding.name,
-            "table_bytes": served_bytes(self.served, output.encoding),
+            "table_bytes": layout.table_bytes(output.encoding),
             "bytes": sum(entry["bytes"] for entry in files.values()),
             "files": {path.removeprefix(f"{directory}/"): entry for path, entry in sorted(files.items())},
         }
         if output.encoding.is_quantised and self._serving is not None:
-            described["plan"] = plan_serving(self.served, output.encoding, self._serving)
-        return described
+            described["plan"] = self._plan(output, self._serving)
+        return described | self._describe_form(output)
 
     def _finish_package(
         self, output: Output, outputs: Mapping[str, Any], dense: Mapping[str, torch.Tensor]
@@ -222,32 +250,25 @@ class Assembly:
             tables = self.work.export / output.directory
             files = outputs[output.name]["files"]
             with open_output(tables, files, outputs[output.name]["format"]) as stored:
-                write_package(directory, self.served, output.encoding, stored, dense)
-            found = {path.name: _synced_entry(path) for path in sorted(directory.iterdir())}
+                write_package(directory, self.served, output.encoding, stored, dense, self._layout(output))
+            found = {path.name: synced_entry(path) for path in sorted(directory.iterdir())}
         return {
             "directory": PACKAGE,
             "format": "torchscript",
             "encoding": output.encoding.name,
-            "table_bytes": served_bytes(self.served, output.encoding),
+            "table_bytes": self._layout(output).table_bytes(output.encoding),
             "bytes": sum(entry["bytes"] for entry in found.values()),
             "files": found,
+            **self._describe_form(output),
         }
 
-    def _describe_tables(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": table.name,
-                "state_name": table.state_name,
-                "num_embeddings": table.num_embeddings,
-                "hidden_dim": table.hidden_dim,
-                "embedding_dim": table.embedding_dim,
-                "shape": [table.num_embeddings, table.embedding_dim],
-                "dtype": "float32",
-                "trained_bytes": table.stored_bytes,
-                "bytes": 4 * table.num_embeddings * table.embedding_dim,
-            }
-            for table in self.source.tables.values()
-        ]
+    def _describe_form(self, output: Output) -> dict[str, Any]:
+        """Return what the manifest says of an output that does not hold all rows with d columns."""
+        if output.form == "all":
+            return {}
+        tensors, layout = self._group(output).served.tensors, self._layout(output)
+        ids = [table.kept_ids for table in layout.tables.values() if table.kept_ids is not None]
+        return {"layout": layout.to_dict(), "kept_ids_bytes": sum(tensors[name].nbytes for name in ids)}
 
     @cached_property
     def _dense_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -263,28 +284,9 @@ class Assembly:
         return dense
 
 
-def _synced_entry(path: Path) -> dict[str, Any]:
-    """Sync a file to disk and return its size and checksums."""
-    checksum = Checksum()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(1 << 22):
-            checksum.update(block)
-    return checksum.entry()
+def _joined(group: str, table: str) -> str:
+    return f"joined.{record_name(group, table)}"  # names of units contain no dot before that of their group
 
 
-def _joined(table: str) -> str:
-    return f"joined.{table}"  # names of units contain no dot
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "mlet_dist": __version__,
-        "torch": torch.__version__,
-        "torchrec": version("torchrec"),
-        "fbgemm_gpu": fbgemm_gpu.__version__,
-    }
-
-
-def _metrics(summary: Any) -> dict[str, Any]:
-    return {name: value for name, value in summary.items() if name.endswith(("_auc", "_logloss", "_rows"))}
+def _kept_ids_bytes(outputs: Mapping[str, Any]) -> dict[str, int]:
+    return {name: entry["kept_ids_bytes"] for name, entry in outputs.items() if entry.get("kept_ids_bytes")}

@@ -19,6 +19,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.assembly import Assembly
 from mlet_dist.export.collapse.units import Unit, UnitWorker, worker_bytes
 from mlet_dist.export.collapse.work_directory import DiskFull, WorkDirectory
+from mlet_dist.export.kept_rows import KeptRows
 from mlet_dist.export.outputs import OUTPUTS, Output
 from mlet_dist.export.serving.quantised import Serving
 from mlet_dist.export.source import ModelSource
@@ -26,6 +27,7 @@ from mlet_dist.progress import Progress
 from mlet_dist.training.process_group import Worker, join_ranks
 
 MEMORY = 512 << 20
+SMALLEST_INT8 = "smallest int8"
 _COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier until the slowest has finished its units
 _PROGRESS_SECONDS = 2.0  # between two listings of the finished units of all ranks
 
@@ -36,7 +38,8 @@ class ExportOptions:
 
     Attributes:
         outputs: names of ``OUTPUTS``.
-        package: the output whose tables the serving package contains, and which is written, too; None for no package.
+        package: the output whose tables the serving package contains, and which is written, too; ``SMALLEST_INT8`` for
+            ``int8``, or ``int8-kept`` if rows are not stored; None for no package.
         serving: the devices for which the serving of quantised tables is planned; None for no plan.
         gather: write one file per table.
         overwrite: replace an existing export.
@@ -50,11 +53,14 @@ class ExportOptions:
     overwrite: bool = False
     memory: int = MEMORY
 
-    @property
-    def written(self) -> tuple[Output, ...]:
-        """The outputs to write, that of the package's tables included."""
-        names = self.outputs if self.package is None else (*self.outputs, self.package)
-        return tuple(OUTPUTS[name] for name in dict.fromkeys(names))
+    def package_output(self, source: ModelSource) -> Output | None:
+        """Return the output whose tables the package contains."""
+        if self.package is None:
+            return None
+        if self.package == SMALLEST_INT8:
+            kept = [KeptRows.of(table) for table in source.tables.values()]
+            return OUTPUTS["int8-kept" if any(each.count < each.num_embeddings for each in kept) else "int8"]
+        return OUTPUTS[self.package]
 
 
 def export_run(run: Path, out: Path | str, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
@@ -63,8 +69,9 @@ def export_run(run: Path, out: Path | str, options: ExportOptions = ExportOption
     ``out`` is a directory or a URL. To a URL the export is uploaded once it is complete beside ``run``.
 
     Returns:
-        ``out``, the number of ``tables``, their ``bytes`` in float32 and ``trained_bytes``, and the bytes of each of
-        the ``outputs``.
+        ``out``, the number of ``tables``, their ``bytes`` in float32 and ``trained_bytes``, the bytes of each of the
+        ``outputs``, and ``served_bytes``, those of the tables of each output in a server's memory, W2 included.
+        ``kept_ids_bytes`` are, by output, those of the ids of kept rows, for outputs that need them.
 
     Raises:
         UserError: the run never finished, a tensor is missing, damaged or not finite, or ``out`` exists or cannot be
@@ -78,8 +85,9 @@ def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Wor
     """Run ``export_run`` on ranks whose process group exists. A collective call."""
     work = WorkDirectory.of(out, run)
     source = ModelSource.open(run)
-    package = None if options.package is None else OUTPUTS[options.package]
-    assembly = Assembly(source, options.written, options.gather, work, package, options.serving)
+    package = options.package_output(source)
+    outputs = dict.fromkeys([*(OUTPUTS[name] for name in options.outputs), *([] if package is None else [package])])
+    assembly = Assembly(source, list(outputs), options.gather, work, package, options.serving)
     threads = _num_threads(assembly, options.memory)
     result: dict[str, Any] = {}
     with source.files, ExitStack() as stack:
@@ -102,8 +110,8 @@ def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Wor
         with _explaining_full_disk(assembly, worker):
             _run_units(assembly, worker, threads)
             if options.gather:
-                for table in assembly.unjoined()[worker.rank :: worker.world_size]:
-                    assembly.join(table)
+                for group, table in assembly.unjoined()[worker.rank :: worker.world_size]:
+                    assembly.join(group, table)
                 dist.barrier()
         on_first_rank(finish, f"{work}: cannot be written", None)
     return {"out": str(out), **result}
@@ -111,7 +119,7 @@ def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Wor
 
 def _num_threads(assembly: Assembly, memory: int) -> int:
     """Return the units per process at a time: two per core, so that one reads while another multiplies, if they fit."""
-    each = worker_bytes(assembly.source, assembly.outputs)
+    each = worker_bytes(assembly.tables.values(), assembly.outputs)
     if memory < each:
         raise UserError(f"--memory {memory:,} bytes is too little for these tables; use {each:,} or more")
     return min(memory // each, 2 * torch.get_num_threads())
@@ -120,14 +128,21 @@ def _num_threads(assembly: Assembly, memory: int) -> int:
 def _run_units(assembly: Assembly, worker: Worker, threads: int) -> None:
     """Run this rank's share of the unfinished units in ``threads`` threads, and wait for the other ranks."""
     units = assembly.unfinished()
-    total = sum(table.num_embeddings for table in assembly.source.tables.values())
+    total = sum(unit.rows for unit in assembly.units)
     done = total - sum(unit.rows for unit in units)
     own = units[worker.rank :: worker.world_size]
     idle: SimpleQueue[UnitWorker] = SimpleQueue()
     with ExitStack() as stack:
         stack.enter_context(_single_threaded_products())
         for _ in range(min(threads, len(own))):
-            each = UnitWorker(assembly.source, assembly.outputs, assembly.work, assembly.directories, worker.device)
+            each = UnitWorker(
+                assembly.source.files,
+                assembly.tables,
+                {name: group.outputs for name, group in assembly.groups.items()},
+                assembly.work,
+                assembly.directories,
+                worker.device,
+            )
             stack.callback(each.close)
             idle.put(each)
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES
+from mlet_dist.checkpoint.tensor_ranges import DcpFiles
 from mlet_dist.embeddings.collapse import block_rows, collapse_rows
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.encoding import RowOverflow
 from mlet_dist.export.outputs import Output
-from mlet_dist.export.source import ModelSource, TableSource
+from mlet_dist.export.table_source import TableSource
 
 UNIT_BYTES = 1 << 26
 """Approximate bytes of W in float32 per unit: what one file contains, and what is repeated after a kill."""
@@ -22,13 +23,14 @@ _READ_BYTES = 1 << 22  # of W1 at a time, so that they are still in a cache when
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows ``[start, stop)`` of a table, number ``index`` of its ``count`` units."""
+    """Rows ``[start, stop)`` of a table, number ``index`` of its ``count`` units; ``group`` names its outputs."""
 
     table: str
     index: int
     count: int
     start: int
     stop: int
+    group: str = ""
 
     @property
     def rows(self) -> int:
@@ -36,8 +38,18 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Name of the unit's record, and of its files without their suffix."""
+        """Name of the unit's files without their suffix."""
         return f"{self.table}-{self.index:05}-of-{self.count:05}"
+
+    @property
+    def record(self) -> str:
+        """Name of the unit's record."""
+        return record_name(self.group, self.name)
+
+
+def record_name(group: str, name: str) -> str:
+    """Return the name of the record of a unit or a table, which differs between groups of outputs."""
+    return f"{name}.{group}" if group else name
 
 
 def units_of(tables: Iterable[TableSource]) -> list[Unit]:
@@ -62,8 +74,9 @@ class UnitWorker:
     """Runs units one after the other in preallocated memory. Each thread has a worker of its own.
 
     Args:
-        source: the model; the worker opens its files again for itself.
-        outputs: the outputs to write.
+        files: of the model; the worker opens them again for itself.
+        tables: the tables of each group of outputs, by group and name.
+        outputs: the outputs to write, by group.
         work: where the files are written.
         directories: output name -> directory within ``work``.
         device: for the matrix products.
@@ -71,16 +84,17 @@ class UnitWorker:
 
     def __init__(
         self,
-        source: ModelSource,
-        outputs: Sequence[Output],
+        files: DcpFiles,
+        tables: Mapping[tuple[str, str], TableSource],
+        outputs: Mapping[str, Sequence[Output]],
         work: WorkDirectory,
         directories: Mapping[str, str],
         device: torch.device,
     ) -> None:
-        self._files = source.files.streaming()
-        self._tables = {name: table.with_files(self._files) for name, table in source.tables.items()}
+        self._files = files.streaming()
+        self._tables = {key: table.with_files(self._files) for key, table in tables.items()}
         self._outputs, self._work, self._directories, self._device = outputs, work, directories, device
-        sizes = [_buffer_sizes(table) for table in source.tables.values()]
+        sizes = [_buffer_sizes(table) for table in tables.values()]
         self._stored = torch.empty(max(stored for stored, _ in sizes), dtype=torch.uint8)
         self._table = torch.empty(max(table for _, table in sizes), dtype=torch.uint8)
 
@@ -90,11 +104,11 @@ class UnitWorker:
         Raises:
             UserError: a file is damaged or missing, a value is not finite, or a file cannot be written.
         """
-        table = self._tables[unit.table]
+        table = self._tables[unit.group, unit.table]
         rows = self.collapse(unit)
         shards: dict[str, Any] = {}
         files: dict[str, Any] = {}
-        for output in self._outputs:
+        for output in self._outputs[unit.group]:
             file = f"{unit.name}{output.format.suffix}"
             path = f"{self._directories[output.name]}/{file}"
             try:
@@ -106,11 +120,11 @@ class UnitWorker:
                 written = output.format.write(stream, file, unit.start, tensors)
             shards[output.name] = [shard.to_dict() for shard in written]
             files[path] = stream.checksum.entry()
-        self._work.record(unit.name, {"files": files, "pieces": shards})
+        self._work.record(unit.record, {"files": files, "pieces": shards})
 
     def collapse(self, unit: Unit) -> torch.Tensor:
         """Return the unit's rows of W, float32, in memory that the next call overwrites."""
-        table = self._tables[unit.table]
+        table = self._tables[unit.group, unit.table]
         found = _view(self._table, torch.float32, unit.rows, table.embedding_dim)
         step = read_rows(table)
         for start in range(unit.start, unit.stop, step):
@@ -135,9 +149,9 @@ class UnitWorker:
         self._files.close()
 
 
-def worker_bytes(source: ModelSource, outputs: Sequence[Output]) -> int:
+def worker_bytes(tables: Iterable[TableSource], outputs: Iterable[Output]) -> int:
     """Return the most memory that a worker takes: W1 as it is read, a block of two files each, W, and W encoded."""
-    sizes = [_buffer_sizes(table) for table in source.tables.values()]
+    sizes = [_buffer_sizes(table) for table in tables]
     stored, table = (max(each) for each in zip(*sizes, strict=True))
     encoded = 2 * table if any(output.encoding.is_quantised for output in outputs) else 0
     return stored + 2 * BLOCK_BYTES + table + encoded

@@ -20,8 +20,11 @@ from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.outputs import read_parts
+from mlet_dist.export.served_layout import ServedLayout
+from mlet_dist.export.serving.mixed_tables import MixedWidthCollection
 from mlet_dist.export.serving.predictor import ExportedPredictor, Predictor, Request, example_request
-from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
+from mlet_dist.export.serving.quantised import load_dense, table_tensors
+from mlet_dist.export.serving.served_model import build_of_layout, layout_of, with_ids_mapped
 from mlet_dist.formatting import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
@@ -46,11 +49,13 @@ class Package:
     Args:
         spec: of the served model.
         encoding: of its tables.
+        layout: of its tables; None for all rows.
     """
 
-    def __init__(self, spec: ModelSpec, encoding: Encoding) -> None:
+    def __init__(self, spec: ModelSpec, encoding: Encoding, layout: ServedLayout | None = None) -> None:
         self._spec, self._encoding = spec, encoding
-        self._model = build_served(spec, encoding)
+        self._layout = layout_of(spec) if layout is None else layout
+        self._model = build_of_layout(spec, self._layout, encoding)
         self._tables = table_tensors(self._model)
 
     def write_rows(self, state_name: str, start: int, parts: Mapping[str, torch.Tensor]) -> None:
@@ -64,22 +69,26 @@ class Package:
 
         Args:
             directory: must exist.
-            dense: all tensors except the tables, by state name.
+            dense: all tensors except the tables, by state name; with W2 and the ids of kept rows that the layout names.
 
         Raises:
             UserError: a file cannot be written.
         """
         load_dense(self._model, dense)
+        collection = self._model.sparse_arch.embedding_bag_collection
+        if isinstance(collection, MixedWidthCollection):
+            collection.load_projections(dense)
+            collection = collection.parts
         # They are views of the tables by name, which torch.export would save as copies.
-        self._model.sparse_arch.embedding_bag_collection.embedding_bags = nn.ModuleDict()
+        collection.embedding_bags = nn.ModuleDict()
         for module in self._model.modules():
             if type(module).__name__ == _TABLES:
                 # By default fbgemm looks up row 0 for an invalid id. Predictor rejects these.
                 module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         request = example_request(self._spec)
         try:
-            torch.jit.save(_script(self._model, self._spec), directory / SCRIPTED)
-            torch.export.save(_export(self._model, self._spec, request), directory / EXPORTED)
+            torch.jit.save(_script(self._mapped(_traced(self._model), dense), self._spec), directory / SCRIPTED)
+            torch.export.save(_export(self._mapped(self._model, dense), self._spec, request), directory / EXPORTED)
         except RuntimeError as error:  # torch's writers raise no OSError
             raise UserError(f"{directory}: cannot be written: {' '.join(str(error).split())[:200]}") from None
         answer = torch.jit.load(directory / SCRIPTED)(*request.tensors())
@@ -88,6 +97,9 @@ class Package:
         for program in sorted(_PROGRAMS.iterdir()):
             if program.is_file():
                 shutil.copyfile(program, directory / program.name)
+
+    def _mapped(self, model: nn.Module, dense: Mapping[str, torch.Tensor]) -> nn.Module:
+        return with_ids_mapped(model, self._spec, self._layout, dense)
 
     def _signature(self) -> dict[str, Any]:
         keys = ("name", "table_name", "num_embeddings", "multi_valued", "weighted")
@@ -109,7 +121,12 @@ class Package:
 
 
 def write_package(
-    directory: Path, spec: ModelSpec, encoding: Encoding, stored: ChunkedTensors, dense: Mapping[str, torch.Tensor]
+    directory: Path,
+    spec: ModelSpec,
+    encoding: Encoding,
+    stored: ChunkedTensors,
+    dense: Mapping[str, torch.Tensor],
+    layout: ServedLayout,
 ) -> None:
     """Write a package with the tables of an existing output.
 
@@ -118,28 +135,24 @@ def write_package(
         spec: of the served model.
         encoding: of the output.
         stored: the output's tensors.
-        dense: all tensors except the tables, by state name.
+        dense: the tensors of the layers other than tables, by state name.
+        layout: of the output.
 
     Raises:
         UserError: a file cannot be read or written, or is damaged.
     """
-    package, columns = Package(spec, encoding), spec.model.embedding_dim
-    for table in spec.tables:
-        name = f"{TABLES_PREFIX}embedding_bags.{table.name}.weight"
-        for start in range(0, table.num_embeddings, _BLOCK_ROWS):
-            stop = min(start + _BLOCK_ROWS, table.num_embeddings)
-            package.write_rows(name, start, read_parts(stored, encoding, name, start, stop, columns))
-    package.save(directory, dense)
+    package = Package(spec, encoding, layout)
+    for part in layout.parts:
+        name = f"{TABLES_PREFIX}embedding_bags.{part.name}.weight"
+        for start in range(0, part.num_embeddings, _BLOCK_ROWS):
+            stop = min(start + _BLOCK_ROWS, part.num_embeddings)
+            package.write_rows(name, start, read_parts(stored, encoding, name, start, stop, part.embedding_dim))
+    package.save(directory, {**dense, **{name: stored.load(name) for name in layout.tensor_names}})
 
 
-def served_bytes(spec: ModelSpec, encoding: Encoding) -> int:
-    """Return the bytes of all encoded tables without overhead, which is also a package's memory for them."""
-    return sum(table.num_embeddings for table in spec.tables) * encoding.row_bytes(spec.model.embedding_dim)
-
-
-def check_fits(spec: ModelSpec, encoding: Encoding) -> None:
+def check_fits(layout: ServedLayout, encoding: Encoding) -> None:
     """Raise UserError if a package's tables do not fit into this machine's memory."""
-    needed = served_bytes(spec, encoding)
+    needed = layout.table_bytes(encoding)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise UserError(
@@ -148,11 +161,14 @@ def check_fits(spec: ModelSpec, encoding: Encoding) -> None:
         )
 
 
+def _traced(model: nn.Module) -> fx.GraphModule:
+    return fx.GraphModule(model, Tracer(leaf_modules=[_TABLES]).trace(model))
+
+
 def _script(model: nn.Module, spec: ModelSpec) -> torch.jit.ScriptModule:
-    traced = fx.GraphModule(model, Tracer(leaf_modules=[_TABLES]).trace(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about annotations in TorchRec
-        return torch.jit.script(Predictor(traced, spec).eval())
+        return torch.jit.script(Predictor(model, spec).eval())
 
 
 def _export(model: nn.Module, spec: ModelSpec, request: Request) -> torch.export.ExportedProgram:

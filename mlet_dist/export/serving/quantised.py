@@ -34,10 +34,12 @@ def build_served(spec: ModelSpec, encoding: Encoding, device: torch.device = _CP
 
 def table_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return views of the tables' memory by state name: values uint8 (also for fp32), scales and biases float16."""
+    state = model.state_dict()
+    named = {name.replace(f"{TABLES_PREFIX}parts.", TABLES_PREFIX, 1): tensor for name, tensor in state.items()}
     return {
         # TorchRec presents int4 values with a column each.
         name: tensor.view(torch.uint8) if isinstance(tensor, UInt4Tensor) else tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in named.items()
         if name.startswith(f"{TABLES_PREFIX}embedding_bags.")
     }
 

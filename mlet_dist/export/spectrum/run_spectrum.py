@@ -11,9 +11,10 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.factors import FLOOR
 from mlet_dist.errors import UserError
 from mlet_dist.export.row_blocks import sum_grams
-from mlet_dist.export.source import Tables, TableSource
+from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_smaller
 from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
+from mlet_dist.export.table_source import TableSource
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
 

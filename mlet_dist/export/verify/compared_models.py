@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.export.export_directory import PACKAGE
+from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.serving.package import EXPORTED, SCRIPTED
 from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
 from mlet_dist.export.source import ModelSource
@@ -43,27 +44,27 @@ class ExportedModel:
 
 def trained_model(source: ModelSource, tables: Mapping[str, CheckedTable]) -> Predict:
     """Build the trained, factorised model, which predicts logits."""
-    spec = _with_rows(source.spec, tables)
+    spec = with_rows(source.spec, {name: len(table.stored) for name, table in tables.items()})
     # A table with row ranges is read as one of W1 and W2 with as many columns as the ranges have together.
     widths = {name: table.hidden_dim for name, table in source.tables.items()}
     model = build_dlrm(spec, tables_device=torch.device("cpu"), hidden_dims=widths)
     state = {name: source.load_dense(name) for name in source.dense}
     for name, table in source.tables.items():
-        state[table.state_name] = _padded(tables[name].stored)
+        state[table.state_name] = padded(tables[name].stored)
         if table.projection is not None:
             state[f"{TABLES_PREFIX}projections.{name}.weight"] = table.projection
     model.load_state_dict(state)
-    return _predict_logits(model)
+    return predict_logits(model)
 
 
 def output_model(
     served: ModelSpec, source: ModelSource, output: StoredOutput, tables: Mapping[str, CheckedTable]
 ) -> ExportedModel:
     """Build TorchRec's float or quantised model, which an output is meant for."""
-    spec = _with_rows(served, tables)
+    spec = with_rows(served, {name: len(table.stored) for name, table in tables.items()})
     dense = {name: output.files.load(name) for name in source.dense}
     rows = {
-        f"{source.tables[name].state_name}{suffix}": _padded(part)
+        f"{source.tables[name].state_name}{suffix}": padded(part)
         for name, checked in tables.items()
         for suffix, part in checked.parts[output.name].items()
     }
@@ -75,18 +76,23 @@ def output_model(
     else:
         model = build_plain_dlrm(spec)
         model.load_state_dict(rows | dense)
-    return ExportedModel(output.encoding.name, output.name, "logit", _predict_logits(model))
+    return ExportedModel(output.encoding.name, output.name, "logit", predict_logits(model))
 
 
-def package_models(path: Path, encoding: str, outputs: Mapping[str, StoredOutput]) -> dict[str, ExportedModel]:
+def package_models(
+    path: Path, encoding: str, layout: ServedLayout | None, outputs: Mapping[str, StoredOutput]
+) -> dict[str, ExportedModel]:
     """Load the models of a package, whose files must have been verified, with all of their tables.
 
     Args:
         path: of the package.
         encoding: of its tables.
+        layout: of its tables; None for all rows with d columns.
         outputs: all other outputs.
     """
-    of_tables = next(name for name, output in outputs.items() if output.encoding.name == encoding)
+    of_tables = next(
+        name for name, output in outputs.items() if (output.encoding.name, output.layout) == (encoding, layout)
+    )
     models = {SCRIPTED: torch.jit.load(path / SCRIPTED), EXPORTED: torch.export.load(path / EXPORTED).module()}
     return {
         f"{PACKAGE}/{name}": ExportedModel(encoding, of_tables, "probability", _predict_probabilities(model))
@@ -94,7 +100,8 @@ def package_models(path: Path, encoding: str, outputs: Mapping[str, StoredOutput
     }
 
 
-def _predict_logits(model: torch.nn.Module) -> Predict:
+def predict_logits(model: torch.nn.Module) -> Predict:
+    """Return the predictions of a model of logits ``(B, 1)``."""
     model.eval()
 
     def predict(batch: Batch, bags: KeyedJaggedTensor) -> torch.Tensor:
@@ -115,19 +122,17 @@ def _predict_probabilities(model: Callable[..., torch.Tensor]) -> Predict:
     return predict
 
 
-def _with_rows(spec: ModelSpec, tables: Mapping[str, CheckedTable]) -> ModelSpec:
-    """Return the spec of a model whose tables have only the kept rows, and one row at least."""
+def with_rows(spec: ModelSpec, rows: Mapping[str, int]) -> ModelSpec:
+    """Return the spec of a model whose tables have this number of rows, and one row at least."""
     return dataclasses.replace(
         spec,
-        sparse=tuple(
-            dataclasses.replace(each, num_embeddings=max(1, len(tables[each.table_name].stored)))
-            for each in spec.sparse
-        ),
+        sparse=tuple(dataclasses.replace(each, num_embeddings=max(1, rows[each.table_name])) for each in spec.sparse),
         row_ranges={},
     )
 
 
-def _padded(rows: torch.Tensor) -> torch.Tensor:
+def padded(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows, or one of zeros if there are none: TorchRec has no empty tables."""
     return rows if len(rows) else rows.new_zeros(1, rows.shape[1])
 
 
@@ -145,7 +150,7 @@ class SeenRows:
 
     def add(self, bags: KeyedJaggedTensor) -> None:
         """Add the ids of a batch."""
-        for feature, ids in _by_feature(bags).items():
+        for feature, ids in by_feature(bags).items():
             name = self._table_of[feature]
             self._ids[name].append(ids.unique())
             self._buffered[name] += len(self._ids[name][-1])
@@ -161,12 +166,13 @@ class SeenRows:
 
 def renumber(bags: KeyedJaggedTensor, rows: Mapping[str, torch.Tensor]) -> KeyedJaggedTensor:
     """Return the bags for tables that contain only the ``rows`` of each feature: ids become positions among them."""
-    values = [torch.searchsorted(rows[name], ids) for name, ids in _by_feature(bags).items()]
+    values = [torch.searchsorted(rows[name], ids) for name, ids in by_feature(bags).items()]
     return KeyedJaggedTensor(
         bags.keys(), torch.cat(values), bags.weights_or_none(), bags.lengths(), stride=bags.stride()
     )
 
 
-def _by_feature(bags: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+def by_feature(bags: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+    """Return the ids of each feature."""
     ends = bags.offset_per_key()
     return {name: bags.values()[ends[i] : ends[i + 1]] for i, name in enumerate(bags.keys())}

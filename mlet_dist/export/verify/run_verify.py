@@ -16,8 +16,11 @@ from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import PACKAGE, ExportDirectory
 from mlet_dist.export.outputs import open_output
+from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.source import ModelSource
 from mlet_dist.export.verify.compared_models import SeenRows, output_model, package_models, renumber, trained_model
+from mlet_dist.export.verify.form_check import check_form
+from mlet_dist.export.verify.form_models import form_model
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, check_table
 from mlet_dist.export.verify.tolerances import DEFAULT_TOLERANCES, Comparison, Tolerances
 from mlet_dist.models.spec import ModelSpec
@@ -82,7 +85,7 @@ def verify_export(
             if name != PACKAGE:
                 files = open_output(*directory.output(name, manifest), entry["format"])
                 stack.callback(files.close)
-                outputs[name] = StoredOutput(name, ENCODINGS[entry["encoding"]], files)
+                outputs[name] = StoredOutput(name, ENCODINGS[entry["encoding"]], files, _layout_of(entry))
 
         def batches() -> Iterator[Batch]:
             batch_size = int(source.config["data"]["eval_batch_size"])
@@ -92,9 +95,13 @@ def verify_export(
         rows = _seen_rows(batches(), table_of, schema.rows[split])
         tables = _check_tables(source, outputs, rows)
         predict_logits = trained_model(source, tables)
-        models = {name: output_model(served, source, output, tables) for name, output in outputs.items()}
+        models = {
+            name: (output_model if output.layout is None else form_model)(served, source, output, tables)
+            for name, output in outputs.items()
+        }
         if PACKAGE in described:
-            models |= package_models(export / PACKAGE, described[PACKAGE]["encoding"], outputs)
+            of_package = described[PACKAGE]
+            models |= package_models(export / PACKAGE, of_package["encoding"], _layout_of(of_package), outputs)
 
         of_run = BinaryMetrics(_SINGLE_PROCESS.device, weighted=schema.sample_weight)
         comparisons = {name: Comparison(each, weighted=schema.sample_weight) for name, each in models.items()}
@@ -146,6 +153,7 @@ def _check_outputs(directory: ExportDirectory, manifest: Mapping[str, Any]) -> d
         for name, entry in outputs.items():
             if not {"directory", "format", "files"} <= set(entry) or entry["encoding"] not in ENCODINGS:
                 raise KeyError(name)
+            _layout_of(entry)
     except (KeyError, TypeError) as error:
         raise UserError(f"{directory.path}: broken manifest: {error!r}; export again") from None
     return outputs
@@ -160,11 +168,21 @@ def _seen_rows(batches: Iterator[Batch], table_of: Mapping[str, str], total: int
     return seen.rows()
 
 
+def _layout_of(entry: Mapping[str, Any]) -> ServedLayout | None:
+    return ServedLayout.from_dict(entry["layout"]) if "layout" in entry else None
+
+
 def _check_tables(
     source: ModelSource, outputs: Mapping[str, StoredOutput], rows: Mapping[str, torch.Tensor]
 ) -> dict[str, CheckedTable]:
+    whole = {name: output for name, output in outputs.items() if output.layout is None}
+    total = sum(table.num_embeddings for table in source.tables.values())
+    total += sum(p.num_embeddings for output in outputs.values() if output.layout for p in output.layout.parts)
     checked = {}
-    with Progress("tables", sum(table.num_embeddings for table in source.tables.values()), "rows") as progress:
+    with Progress("tables", total, "rows") as progress:
         for name, table in source.tables.items():
-            checked[name] = check_table(table, outputs, rows[name], progress.update)
+            checked[name] = check_table(table, whole, rows[name], progress.update)
+            for output in outputs.values():
+                if output.layout is not None:
+                    check_form(table, output, rows[name], checked[name], progress.update)
     return checked

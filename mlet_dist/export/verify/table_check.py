@@ -11,7 +11,8 @@ from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.outputs import read_parts
-from mlet_dist.export.source import TableSource
+from mlet_dist.export.served_layout import ServedLayout
+from mlet_dist.export.table_source import TableSource
 
 _BLOCK_BYTES = 1 << 25  # of the widest rows
 
@@ -53,11 +54,27 @@ class TableError:
 
 @dataclass(frozen=True)
 class StoredOutput:
-    """An output of an export, open for reading."""
+    """An output of an export, open for reading; ``layout`` is None if it holds all rows with d columns."""
 
     name: str
     encoding: Encoding
     files: ChunkedTensors
+    layout: ServedLayout | None = None
+
+
+@dataclass(frozen=True)
+class FormRows:
+    """The rows of an output with a layout that are looked up.
+
+    Attributes:
+        positions: of each wanted row among ``numbers``.
+        numbers: in the numbering of kept rows, ascending.
+        parts: the encoded rows of each part of the table, by suffix.
+    """
+
+    positions: torch.Tensor
+    numbers: torch.Tensor
+    parts: list[dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -67,12 +84,25 @@ class CheckedTable:
     Attributes:
         stored: the kept rows of W1, or of W for a single layer, float32.
         parts: the kept rows of each output, by output and suffix.
+        of_form: those of outputs with a layout, by output.
         errors: of each output.
     """
 
     stored: torch.Tensor
     parts: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    of_form: dict[str, FormRows] = field(default_factory=dict)
     errors: dict[str, TableError] = field(default_factory=dict)
+
+
+def check_block_rows(table: TableSource) -> int:
+    """Return the number of rows of a table that are compared at a time."""
+    return max(1, _BLOCK_BYTES // (4 * max(table.hidden_dim or 0, table.embedding_dim)))
+
+
+def empty_parts(encoding: Encoding, embedding_dim: int, rows: int) -> dict[str, torch.Tensor]:
+    """Return memory for encoded rows, by suffix."""
+    parts = encoding.parts(embedding_dim)
+    return {suffix: torch.empty(rows, part.columns, dtype=part.dtype) for suffix, part in parts.items()}
 
 
 def check_table(
@@ -81,6 +111,7 @@ def check_table(
     """Read a table of a run and of an export's outputs in blocks of rows, and compare them.
 
     Args:
+        outputs: those that hold all rows with d columns.
         wanted: the rows to keep, ascending int64.
         done: is called with the number of rows after each block.
 
@@ -88,13 +119,10 @@ def check_table(
         UserError: a file is missing or damaged.
     """
     columns = table.hidden_dim or table.embedding_dim
-    step = max(1, _BLOCK_BYTES // (4 * max(columns, table.embedding_dim)))
+    step = check_block_rows(table)
     checked = CheckedTable(torch.empty(len(wanted), columns))
     for name, output in outputs.items():
-        parts = output.encoding.parts(table.embedding_dim)
-        checked.parts[name] = {
-            suffix: torch.empty(len(wanted), part.columns, dtype=part.dtype) for suffix, part in parts.items()
-        }
+        checked.parts[name] = empty_parts(output.encoding, table.embedding_dim, len(wanted))
         checked.errors[name] = TableError()
     for start in range(0, table.num_embeddings, step):
         stop = min(start + step, table.num_embeddings)

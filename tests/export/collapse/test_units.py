@@ -134,7 +134,7 @@ def test_memory_limits_the_number_of_concurrent_units(
     monkeypatch.setattr(UnitWorker, "__init__", lambda self, *args: (made_workers.append(1), begin(self, *args))[1])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     source = ModelSource.of_run(made)
-    least = worker_bytes(source, [OUTPUTS["dcp"]])
+    least = worker_bytes(source.tables.values(), [OUTPUTS["dcp"]])
     source.files.close()
     export_run(made, tmp_path / "least", ExportOptions(memory=2 * least - 1))
     assert len(made_workers) == 1

@@ -26,6 +26,7 @@ from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.serving.package import check_fits
 from mlet_dist.export.serving.quantised import Serving, plan_serving
+from mlet_dist.export.serving.served_model import layout_of
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
 from tests.conftest import TrainedRun
@@ -117,5 +118,5 @@ def test_planning_for_gpus_needs_no_gpu_and_rejects_tables_that_do_not_fit() -> 
 
 def test_a_package_larger_than_the_memory_is_rejected() -> None:
     with pytest.raises(UserError, match=r"in fp32 they take 256,000,000,000,000 bytes, and this machine has"):
-        check_fits(_large(2_000_000_000_000), ENCODINGS["fp32"])
-    check_fits(_large(1000), ENCODINGS["fp32"])
+        check_fits(layout_of(_large(2_000_000_000_000)), ENCODINGS["fp32"])
+    check_fits(layout_of(_large(1000)), ENCODINGS["fp32"])

@@ -1,0 +1,144 @@
+"""Tables with row ranges on disk: their rows are in pools that all tables share, and each range has a W2 of its own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
+from mlet_dist.embeddings.table_config import RowRange
+from mlet_dist.errors import UserError
+from mlet_dist.export.table_source import TableSource
+from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class RangedTableSource(TableSource):
+    """A table with row ranges, read as one of W1 ``(n, k)`` and W2 ``(k, d)`` with k the sum of the ranges' widths.
+
+    The rows of a range have values in its own columns of W1 alone, and the W2 of the ranges lie below one another; that
+    of a range of width d is the identity. The product is that of the ranges.
+
+    Attributes:
+        ranges: of the table.
+        pools: for each range the name of its pool in the files, and its first row there; None if it is not stored.
+    """
+
+    ranges: tuple[RowRange, ...]
+    pools: tuple[tuple[str, int] | None, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the ranges' rows and of their W2, as stored."""
+        rows = sum(each.rows * each.width * self.rows_dtype.itemsize for each in self.ranges)
+        projected = sum(each.width for each in self.ranges if each.width != self.embedding_dim)
+        return rows + 4 * projected * self.embedding_dim
+
+    def projection_of(self, index: int) -> torch.Tensor:
+        """Return W2 ``(width, d)`` of a range."""
+        assert self.projection is not None
+        first = sum(each.width for each in self.ranges[:index])
+        return self.projection[first : first + self.ranges[index].width]
+
+    def select(self, name: str, indices: Sequence[int], *, zero_row: bool, collapsed: bool) -> "RangedTableSource":
+        """Return a table of some of the ranges.
+
+        Args:
+            name: of the table.
+            indices: the numbers of the ranges, ascending; only one if it is not collapsed.
+            zero_row: whether a row that is zero follows.
+            collapsed: whether the rows have d columns, W1·W2. Otherwise they are W1 of the range, as a single layer.
+        """
+        ranges = [self.ranges[index] for index in indices] + [RowRange(1, 0)] * zero_row
+        width = sum(each.width for each in ranges)
+        projections = [self.projection_of(index) for index in indices]
+        return replace(
+            self,
+            name=name,
+            state_name=f"{TABLES_PREFIX}embedding_bags.{name}.weight",
+            num_embeddings=sum(each.rows for each in ranges),
+            hidden_dim=width if collapsed else None,
+            embedding_dim=self.embedding_dim if collapsed else width,
+            projection=torch.cat(projections) if collapsed else None,
+            ranges=tuple(ranges),
+            pools=(*(self.pools[index] for index in indices), *[None] * zero_row),
+        )
+
+    def stored_rows(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return which rows of ``[start, stop)`` are in a range whose width is not 0."""
+        stored = torch.ones(stop - start, dtype=torch.bool)
+        first = 0
+        for each in self.ranges:
+            if not each.width:
+                stored[max(first - start, 0) : max(first + each.rows - start, 0)] = False
+            first += each.rows
+        return None if bool(stored.all()) else stored
+
+    def read_into(self, start: int, rows: torch.Tensor) -> None:
+        """Fill ``rows`` with the rows from ``start`` on."""
+        rows.zero_()
+        first, column = 0, 0
+        for each, pool in zip(self.ranges, self.pools, strict=True):
+            begin, end = max(start, first), min(start + rows.shape[0], first + each.rows)
+            if pool is not None and begin < end:
+                name, offset = pool
+                of_range = torch.empty(end - begin, each.width, dtype=self.rows_dtype)
+                self._files.read_rows(name, offset + begin - first, of_range)
+                rows[begin - start : end - start, column : column + each.width] = of_range
+            first += each.rows
+            column += each.width
+
+
+def pools_of(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, int], int]]:
+    """Return the pool of each segment: its state name, its shape, and the first row of the segment."""
+    meta = torch.device("meta")
+    stored = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.row_tables()
+    return {
+        segment.name: (
+            f"{TABLES_PREFIX}embedding_bags.{table.name}.weight",
+            (table.num_embeddings, table.row_width),
+            segment.offset,
+        )
+        for table in stored
+        for segment in table.segments
+    }
+
+
+def open_ranged_table(
+    name: str,
+    spec: ModelSpec,
+    pools: Mapping[str, tuple[str, tuple[int, int], int]],
+    files: ChunkedTensors,
+    prefix: str,
+) -> TableSource:
+    """Return a table with row ranges after checking the shapes of its pools and of every W2."""
+    ranges, d = tuple(RowRange(*each) for each in spec.row_ranges[name]), spec.model.embedding_dim
+    where: list[tuple[str, int] | None] = []
+    projections, dtype = [], torch.float32
+    for index, each in enumerate(ranges):
+        if not each.width:
+            where.append(None)
+            continue
+        state_name, shape, offset = pools[f"{name}:{index}"]
+        pool = files.tensors.get(f"{prefix}{state_name}")
+        if pool is None or pool.shape != shape:
+            found = "missing" if pool is None else f"{pool.shape}"
+            raise UserError(f"{files.location}: {state_name!r} is {found} in the files and {shape} in the model")
+        where.append((f"{prefix}{state_name}", offset))
+        dtype = pool.dtype
+        if each.width == d:
+            projections.append(torch.eye(d))
+            continue
+        projection = files.load(f"{prefix}{TABLES_PREFIX}projections.{name}:{index}.weight").float()
+        if projection.shape != (each.width, d):
+            raise UserError(
+                f"{files.location}: the W2 of rows of {each.width} columns of table {name!r} is "
+                f"{tuple(projection.shape)}, it must be {(each.width, d)}"
+            )
+        projections.append(projection)
+    state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
+    rows, width = sum(each.rows for each in ranges), sum(each.width for each in ranges)
+    return RangedTableSource(
+        name, state_name, rows, width, d, torch.cat(projections), dtype, "", files, ranges, tuple(where)
+    )

@@ -1,0 +1,102 @@
+"""One table of a run, an export or factors on disk, of which ranges of rows are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
+from mlet_dist.embeddings.collection import check_layers_fit
+from mlet_dist.errors import UserError
+from mlet_dist.models.dlrm import TABLES_PREFIX
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """One table on disk: W (n, d) of a single layer, or W1 (n, k) and W2 (k, d).
+
+    Attributes:
+        name: of the table.
+        state_name: name of W in the state dict of the served model, and of W1 in that of the trained model.
+        num_embeddings, hidden_dim, embedding_dim: n, k and d; k is None for a single layer.
+        projection: W2, float32; None for a single layer.
+        rows_dtype: of W1, or of W for a single layer.
+        stored_name: name of W1, or of W for a single layer, in the files.
+    """
+
+    name: str
+    state_name: str
+    num_embeddings: int
+    hidden_dim: int | None
+    embedding_dim: int
+    projection: torch.Tensor | None
+    rows_dtype: torch.dtype
+    stored_name: str
+    _files: ChunkedTensors
+
+    @property
+    def location(self) -> str:
+        """Path or URL of the files, for messages."""
+        return str(self._files.location)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of W1 and W2, or of W for a single layer, as stored."""
+        projection = 0 if self.projection is None else self.projection.numel() * self.projection.element_size()
+        return self.num_embeddings * self.row_bytes + projection
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of W1, or of W for a single layer, as stored."""
+        return (self.hidden_dim or self.embedding_dim) * self.rows_dtype.itemsize
+
+    def read_stored(self, start: int, stop: int) -> torch.Tensor:
+        """Read rows ``[start, stop)`` of W1, or of W for a single layer: ``(stop - start, k or d)`` as stored.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        rows = torch.empty(stop - start, self.hidden_dim or self.embedding_dim, dtype=self.rows_dtype)
+        self.read_into(start, rows)
+        return rows
+
+    def read_into(self, start: int, rows: torch.Tensor) -> None:
+        """Fill ``rows``, contiguous, with the rows from ``start`` on that ``read_stored`` would return."""
+        self._files.read_rows(self.stored_name, start, rows)
+
+    def stored_rows(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return which rows of ``[start, stop)`` are stored, bool ``(stop - start,)``; None if all are.
+
+        Rows that are not stored read zero.
+        """
+        return None
+
+    def with_files(self, files: ChunkedTensors) -> Self:
+        """Return a copy that reads from other open files."""
+        return replace(self, _files=files)
+
+
+def open_table(
+    name: str, shape: Sequence[int], hidden_dim: int | None, files: ChunkedTensors, prefix: str
+) -> TableSource:
+    """Return table ``name`` of ``files`` after checking that its W has ``shape`` (n, d)."""
+    state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
+    stored_name = f"{prefix}{state_name}"
+    num_embeddings, embedding_dim = shape
+    projection = None
+    if stored_name not in files.tensors:
+        raise UserError(f"{files.location}: holds no tensor {state_name!r}, which the model has")
+    found = files.tensors[stored_name]
+    if hidden_dim is not None:
+        projection = files.load(f"{prefix}{TABLES_PREFIX}projections.{name}.weight").float()
+        try:
+            check_layers_fit(name, torch.Size(found.shape), projection.size())
+        except ValueError as error:
+            raise UserError(f"{files.location}: {error}") from None
+    expected = (num_embeddings, hidden_dim or embedding_dim)
+    if found.shape != expected or (projection is not None and projection.shape[1] != embedding_dim):
+        raise UserError(f"{files.location}: {state_name!r} is {found.shape} in the files and {expected} in the model")
+    return TableSource(
+        name, state_name, num_embeddings, hidden_dim, embedding_dim, projection, found.dtype, stored_name, files
+    )
