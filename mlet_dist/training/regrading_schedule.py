@@ -13,8 +13,8 @@ from mlet_dist.training.state import Training
 class RegradingSchedule:
     """Gives rows their new widths after each step in which their pass is due; does nothing without adaptive tables.
 
-    Every ``log_every`` steps a record of the split ``compression`` has ``moved_rows``, the rows that changed their
-    width in this job since the last record, and ``kept_<table>``, the share of a table's rows that have columns.
+    Every ``log_every`` steps a record of the split ``compression`` has ``moves``, how often rows have changed their
+    width so far, and ``kept_<table>``, the share of a table's rows that have columns.
 
     Args:
         model: the sharded model.
@@ -27,20 +27,19 @@ class RegradingSchedule:
             module for module in model.modules() if isinstance(module, ShardedMultiLayerEmbeddingBagCollection)
         ]
         self._adaptive = bool(_slot_maps(model))
-        self._recorder, self._log_every, self._moved = recorder, log_every, 0
+        self._recorder, self._log_every = recorder, log_every
 
     def __call__(self, training: Training) -> None:
         """Move rows; called after each step."""
         if not self._adaptive:
             return
-        self._moved += sum(collection.regrade() for collection in self._collections)
+        for collection in self._collections:
+            collection.regrade()
         if training.step % self._log_every == 0 or training.is_done:
-            shares = kept_shares(training.model)
-            moved = torch.tensor(self._moved, device=next(training.model.parameters()).device)
-            dist.all_reduce(moved)
-            kept = {f"kept_{table}": share for table, share in shares.items()}
-            self._recorder.record("compression", training.step, {"moved_rows": int(moved), **kept})
-            self._moved = 0
+            moves = torch.stack([slots.moves.sum() for slots in _slot_maps(training.model)]).sum()
+            dist.all_reduce(moves)
+            kept = {f"kept_{table}": share for table, share in kept_shares(training.model).items()}
+            self._recorder.record("compression", training.step, {"moves": int(moves), **kept})
 
 
 def kept_shares(model: DistributedModelParallel) -> dict[str, float]:

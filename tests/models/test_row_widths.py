@@ -185,3 +185,29 @@ def test_limits_that_cannot_be_met_are_named() -> None:
         UserError, match=r"with the widths of compression\.tables cannot be stored; it must be at least"
     ):
         static_ranges(counts, limited(0.5, t0=(16, None)), MODEL, Sizes(16, "sgd"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("budget", [0.15, 0.5, 1.0])
+def test_adaptive_tables_have_slots_and_utilities_within_the_budget(optimizer: Any, budget: float) -> None:
+    counts, compression = counts_of(3), CompressionConfig("adaptive", budget)
+    sizes = Sizes.of(MODEL, optimizer, compression)
+    found = static_ranges(counts, compression, MODEL, sizes)
+    rows = {width: sum(each.rows for of in found.values() for each in of if each.width == width) for width in (64, 8)}
+    assert all(number == 0 or number >= 24 for number in rows.values())
+    stored = sum(Sizes(16, optimizer).table(each) for each in found.values())
+    slots = 6 * sum(len(each) for each in counts.values())
+    assert stored + slots <= budget * single_bytes(counts, optimizer)
+    assert stored + slots >= 0.9 * budget * single_bytes(counts, optimizer)
+
+
+def test_adaptive_tables_leave_out_widths_of_a_few_rows() -> None:
+    counts = {"t": np.array([1_000_000] * 10 + [1] * 600)}
+    static, adaptive = (
+        static_ranges(counts, CompressionConfig(policy, 0.3, widths=(16, 8)), MODEL, Sizes(16, "sgd"))
+        for policy in ("static", "adaptive")
+    )
+    assert [each.width for each in static["t"]] == [16, 8, 0]
+    assert [each.width for each in adaptive["t"]] == [8, 0]
+    with pytest.raises(UserError, match="policy adaptive needs 24"):
+        static_ranges(counts, CompressionConfig("adaptive", 0.01, widths=(16,)), MODEL, Sizes(16, "sgd"))

@@ -27,9 +27,13 @@ WAYS = ("job", "rank", "saving", "SIGTERM")
 
 @pytest.fixture(scope="module")
 def settings(small_model: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the settings of a run of a few seconds that saves very often."""
+    """Return the settings of a run of a few seconds that saves very often, and in which rows move in every step."""
     return (
         *small_model,
+        "compression.policy=adaptive",
+        "compression.budget=0.6",
+        "compression.widths=[12,4]",
+        "compression.interval=8",
         "optimizer.name=adagrad",
         "optimizer.learning_rate=0.02",
         "data.shuffle=true",
@@ -191,4 +195,5 @@ def test_torchrun_resumes_on_the_remaining_nodes(settings: tuple[str, ...], whol
     for after, before in zip(records(run), records(whole.path), strict=True):
         assert after.get("rows") == before.get("rows")
         assert after["step"] == before["step"]
-        assert after["auc"] == pytest.approx(before["auc"], abs=1e-3)
+        if "auc" in before:
+            assert after["auc"] == pytest.approx(before["auc"], abs=1e-3)

@@ -73,6 +73,7 @@ class SlotMap:
     Attributes:
         slots: the code of each row's slot ``(H, buckets of this rank)`` int32; -1 for none.
         utilities: ``slots``'s shape, bfloat16.
+        moves: how often rows of each bucket moved ``(1, buckets of this rank)`` int64.
         step: optimizer steps taken, ``()`` int64 on the CPU.
 
     Raises:
@@ -91,6 +92,7 @@ class SlotMap:
         else:
             self.slots = layout.initial_slots(self.first_bucket, self.stop_bucket).to(device)
         self.utilities = torch.zeros(self.slots.shape, dtype=torch.bfloat16, device=device)
+        self.moves = torch.zeros(1, self.num_buckets, dtype=torch.int64, device=device)
         self._first_codes = layout.first_codes().to(device)
         first_slots = [self.first_bucket * pool.slots_per_bucket for pool in layout.pools]
         self._first_own_codes = self._first_codes + torch.tensor(first_slots, device=device)
@@ -123,13 +125,15 @@ class SlotMap:
         self._segments = segments.to(self.device)
 
     def state(self, process_group: dist.ProcessGroup) -> dict[str, torch.Tensor | ShardedTensor]:
-        """Return ``slots``, ``utilities`` and ``step``, not copied; the first two as ``(H, V)`` sharded by columns.
+        """Return ``slots``, ``utilities``, ``moves`` and ``step``, not copied; all but the last sharded by columns.
 
-        Row number g is at position g of the flattened tensor, whatever the number of ranks.
+        Slots and utilities are ``(H, V)``: row number g is at position g of the flattened tensor, whatever the number
+        of ranks.
         """
         return {
             "slots": self._sharded(self.slots, process_group),
             "utilities": self._sharded(self.utilities, process_group),
+            "moves": self._sharded(self.moves, process_group),
             "step": self.step,
         }
 
@@ -139,7 +143,8 @@ class SlotMap:
         Raises:
             ValueError: a shape differs.
         """
-        for name, into in (("slots", self.slots), ("utilities", self.utilities), ("step", self.step)):
+        for name in ("slots", "utilities", "moves", "step"):
+            into = getattr(self, name)
             found = state[name]
             values = found.local_shards()[0].tensor if isinstance(found, ShardedTensor) else found
             if values.shape != into.shape:
@@ -149,7 +154,7 @@ class SlotMap:
             into.copy_(values)
 
     def _sharded(self, tensor: torch.Tensor, process_group: dist.ProcessGroup) -> ShardedTensor:
-        rows, world_size = self.layout.rows_per_bucket, dist.get_world_size(process_group)
+        rows, world_size = tensor.shape[0], dist.get_world_size(process_group)
         starts = [self.layout.first_bucket(rank, world_size) for rank in range(world_size + 1)]
         shards = [
             ShardMetadata([0, start], [rows, stop - start], f"rank:{rank}/{tensor.device}")
@@ -255,6 +260,7 @@ class SlotMap:
             found[new] = (~taken).nonzero().squeeze(1)[: len(new)] + of_pool.start
         found[chosen < 0] = -1
         self._move(codes[moved], found[moved], tables[moved], pools, projections)
+        self.moves[0, column] += len(moved)
         self.slots[exists, column] = found.int()
         return len(moved)
 
