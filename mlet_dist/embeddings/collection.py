@@ -22,6 +22,7 @@ from mlet_dist.embeddings.input_check import check_batch, smallest_tables
 from mlet_dist.embeddings.projection import Projection, project
 from mlet_dist.embeddings.regrading import AdaptiveRows
 from mlet_dist.embeddings.row_ranges import join_ranges, segments_of, split_by_range, tables_of_rows
+from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, as_multi_layer
 
 
@@ -64,12 +65,12 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         for table in multi_layer:
             if not table.name or "." in table.name or hasattr(nn.ModuleDict, table.name):
                 raise ValueError(f"table {table.name!r}: no module of torch can have this name; choose another")
-        self._row_tables = tables_of_rows(multi_layer, seed, adaptive=adaptive is not None)
+        self._row_tables = tables_of_rows(multi_layer, seed, adaptive)
         super().__init__([table.rows_config(seed) for table in self._row_tables], is_weighted, device)
         self._tables = multi_layer
         self.seed = seed
         self.adaptive = adaptive if any(table.row_ranges is not None for table in multi_layer) else None
-        self.projections = build_projections(self._tables, seed, self.device)
+        self.projections = build_projections(self._tables, seed, self.device, self.adaptive)
         self._projection_of_key = projection_of_key(self._row_tables)
         self._smallest_tables = smallest_tables(self._tables)
         self.register_load_state_dict_pre_hook(_check_before_load)
@@ -165,24 +166,31 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
 
 
 def build_projections(
-    tables: list[MultiLayerEmbeddingBagConfig], seed: int, device: torch.device | None
+    tables: list[MultiLayerEmbeddingBagConfig],
+    seed: int,
+    device: torch.device | None,
+    adaptive: AdaptiveRows | None = None,
 ) -> nn.ModuleDict:
     """Build one Projection for each multi-layer table, keyed by table name, and for each range ``<table>:<range>``.
 
-    Single-layer tables, and ranges of width d, have none.
+    Single-layer tables, and ranges of width d, have none. If rows are cut into chunks, there is one for each chunk of a
+    multi-layer table, ``<table>:<chunk>``.
     """
+    chunk_width = None if adaptive is None else adaptive.chunk_width
+    ranged = [table for table in tables if table.row_ranges is not None]
+    chunks = 1 if chunk_width is None else SlotLayout.of(ranged, chunk_width).num_chunks
     return nn.ModuleDict(
         {
             name: Projection(
                 name,
                 width,
                 table.embedding_dim,
-                _projection_std(table, width),
+                _projection_std(table, width if chunk_width is None else table.row_width),
                 seed,
                 device,
             )
             for table in tables
-            for name, width in _projection_widths(table).items()
+            for name, width in _projection_widths(table, chunk_width, chunks).items()
         }
     )
 
@@ -194,9 +202,12 @@ def _projection_std(table: MultiLayerEmbeddingBagConfig, width: int) -> float:
     return table.projection_init_std * math.sqrt(table.row_width / width)
 
 
-def _projection_widths(table: MultiLayerEmbeddingBagConfig) -> dict[str, int]:
+def _projection_widths(table: MultiLayerEmbeddingBagConfig, chunk_width: int | None, chunks: int) -> dict[str, int]:
     if table.row_ranges is None:
         return {} if table.hidden_dim is None else {table.name: table.hidden_dim}
+    if chunk_width is not None:
+        of_chunks = {f"{table.name}:{chunk}": chunk_width for chunk in range(chunks)}
+        return {} if table.hidden_dim is None else of_chunks
     widths = {f"{table.name}:{index}": each.width for index, each in enumerate(table.row_ranges)}
     return {name: width for name, width in widths.items() if width not in (0, table.embedding_dim)}
 

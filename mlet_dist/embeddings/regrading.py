@@ -27,6 +27,8 @@ class AdaptiveRows:
         hysteresis: the utility of a row counts 1 + hysteresis times for the width that it has.
         on_move: ``project`` keeps a row's vector (see above); ``reset`` makes a row that gets narrower zero, as if it
             had been dropped.
+        chunk_width: if given, rows are cut into chunks of this many columns, each of which has its own utility, that of
+            its own gradient; None moves whole rows.
     """
 
     interval: int = 1000
@@ -34,6 +36,7 @@ class AdaptiveRows:
     decay: float = 0.5
     hysteresis: float = 0.2
     on_move: Literal["project", "reset"] = "project"
+    chunk_width: int | None = None
 
 
 def choose_pools(

@@ -20,12 +20,13 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.regrading import AdaptiveRows
 from mlet_dist.embeddings.slot_layout import SlotInitializer, SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment, row_initializer
 
 
 def tables_of_rows(
-    tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int, *, adaptive: bool = False
+    tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int, adaptive: AdaptiveRows | None = None
 ) -> list[MultiLayerEmbeddingBagConfig]:
     """Return the tables that store the rows of ``tables``: those without ranges as they are, and then the pools.
 
@@ -35,7 +36,7 @@ def tables_of_rows(
     Args:
         tables: their configs.
         seed: determines the initial values.
-        adaptive: whether rows of tables with ranges move between pools (``slot_layout``).
+        adaptive: given if rows of tables with ranges move between pools (``slot_layout``).
 
     Raises:
         ValueError: a table with ranges has an ``init_fn``, or adaptive tables do not fit together (``SlotLayout.of``).
@@ -53,9 +54,12 @@ def tables_of_rows(
     if twice is not None:
         raise ValueError(f"table {twice!r}: is also the name of a row range of another table; choose another")
     ordered = sorted(shapes, key=lambda shape: (-shape[0], -shape[1], shape[2].name))
-    pools = [_pool(ranged, seed, *shape) for shape in ordered]
-    if adaptive and ranged:
-        _add_slots(pools, ranged, seed)
+    if adaptive is not None and adaptive.chunk_width is not None and ranged:
+        pools = [_pool_of_chunks(ranged, adaptive.chunk_width)]
+    else:
+        pools = [_pool(ranged, seed, *shape) for shape in ordered]
+    if adaptive is not None and ranged:
+        _add_slots(pools, ranged, seed, adaptive.chunk_width)
     taken = next((pool.name for pool in pools if pool.name in names), None)
     if taken is not None:
         raise ValueError(f"table {taken!r}: is also the name of a pool of row ranges; choose another")
@@ -88,14 +92,36 @@ def _pool(
     )
 
 
+def _pool_of_chunks(tables: Sequence[MultiLayerEmbeddingBagConfig], width: int) -> MultiLayerEmbeddingBagConfig:
+    """Return the pool of the chunks of all tables, whose segments are all rows' first chunks, second chunks, …"""
+    layout = SlotLayout.of(tables, width)
+    segments = []
+    for part, ranges in enumerate(layout.initial_widths):
+        table = tables[part % len(tables)]
+        stored = [of_range for of_range, (_, columns) in zip(table.row_ranges or (), ranges, strict=True) if columns]
+        rows, share = sum(each.rows for each in stored), sum(each.share for each in stored)
+        segments.append(Segment(table.name, part // len(tables), 0, max(rows, 1), 0, tuple(table.feature_names), share))
+    return MultiLayerEmbeddingBagConfig(
+        name=f"chunks_{width}x{tables[0].embedding_dim}",
+        num_embeddings=sum(each.rows for each in segments),
+        embedding_dim=tables[0].embedding_dim,
+        hidden_dim=width,
+        feature_names=[f"{feature}@{segment.name}" for segment in segments for feature in segment.features],
+        segments=tuple(segments),
+    )
+
+
 def _add_slots(
-    pools: Sequence[MultiLayerEmbeddingBagConfig], tables: Sequence[MultiLayerEmbeddingBagConfig], seed: int
+    pools: Sequence[MultiLayerEmbeddingBagConfig],
+    tables: Sequence[MultiLayerEmbeddingBagConfig],
+    seed: int,
+    chunk_width: int | None,
 ) -> None:
     """Change pools to those of adaptive tables, in place: buckets of slots, which begin as the rows that are there."""
-    layout = SlotLayout.of(tables)
+    layout = SlotLayout.of(tables, chunk_width)
     first_rows = zip(tables, layout.first_rows().tolist(), strict=True)
     zero_rows = tuple(row for table, row in first_rows if table.zero_first_row)
-    pools[0].moving_rows = layout.num_rows
+    pools[0].moving_rows = layout.num_rows * layout.num_chunks
     for index, pool in enumerate(pools):
         pool.num_embeddings, pool.num_buckets = layout.slots(index), layout.num_buckets
         initializers = tuple(

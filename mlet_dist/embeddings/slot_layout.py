@@ -8,6 +8,10 @@ All rows of all adaptive tables, numbered one table after the other, are spread 
 g mod V. Each bucket has its own slots of each pool, and rows only move between the slots of their bucket. A rank owns
 consecutive buckets. Therefore moving rows takes no communication and gives the same result on any number of ranks, and
 every rank has its share of the memory and, where ids are sorted by frequency, of the lookups.
+
+Rows may also be cut into chunks, groups of equally many columns of W1, each of which has a slot or none whatever the
+others have (FIITED, arXiv:2401.04408). A *part* is a chunk of all rows of a table, or the table if its rows are whole.
+What holds for rows above, then holds for chunks.
 """
 
 import dataclasses
@@ -52,10 +56,11 @@ class SlotLayout:
     Attributes:
         tables: the names of the T tables.
         num_embeddings: the rows of each.
-        initial_widths: for each table, rows and width of consecutive rows, before training. Its rows may have any of
-            these widths, or none.
+        initial_widths: for each part, rows and width of consecutive rows, before training. Its rows may have any of
+            these widths, or none. The parts of the first chunk of all tables come first.
         pools: the P pools, widest first.
         num_buckets: V.
+        num_chunks: G, 1 for whole rows.
     """
 
     tables: tuple[str, ...]
@@ -63,16 +68,25 @@ class SlotLayout:
     initial_widths: tuple[tuple[tuple[int, int], ...], ...]
     pools: tuple[Pool, ...]
     num_buckets: int
+    num_chunks: int = 1
 
     @classmethod
-    def of(cls, tables: Sequence[MultiLayerEmbeddingBagConfig]) -> "SlotLayout":
+    def of(cls, tables: Sequence[MultiLayerEmbeddingBagConfig], chunk_width: int | None = None) -> "SlotLayout":
         """Return the layout of tables with row ranges.
+
+        Args:
+            tables: their configs.
+            chunk_width: the columns of a chunk; None for whole rows.
 
         Raises:
             ValueError: a width has fewer rows than there are buckets, there are too many rows, two ranges of a table
-                have the same width, or tables have different d or are not FP32.
+                have the same width, tables have different d or are not FP32, or a width is no multiple of
+                ``chunk_width``.
         """
         rows: dict[int, int] = {}
+        widest = max(each.width for table in tables for each in table.row_ranges or ())
+        chunks = 1 if chunk_width is None else -(-widest // chunk_width)
+        parts: list[tuple[tuple[int, int], ...]] = []
         for table in tables:
             shape = table.embedding_dim, table.data_type
             if shape != (tables[0].embedding_dim, DataType.FP32):
@@ -83,8 +97,17 @@ class SlotLayout:
             widths = [each.width for each in table.row_ranges or () if each.width]
             if len(set(widths)) < len(widths):
                 raise ValueError(f"table {table.name!r}: two of its row ranges have the same width: {widths}")
-            for each in table.row_ranges or ():
-                rows[each.width] = rows.get(each.width, 0) + each.rows
+            if chunk_width is not None and any(width % chunk_width for width in widths):
+                raise ValueError(f"table {table.name!r}: widths {widths} must be multiples of {chunk_width}")
+        for chunk in range(chunks):
+            for table in tables:
+                parts.append(
+                    tuple(
+                        (each.rows, _width_of_chunk(each.width, chunk, chunk_width)) for each in table.row_ranges or ()
+                    )
+                )
+                for number, width in parts[-1]:
+                    rows[width] = rows.get(width, 0) + number
         rows.pop(0, None)
         if sum(rows.values()) > MAX_SLOTS:
             raise ValueError(f"{sum(rows.values()):,} rows with columns are too many; at most {MAX_SLOTS:,} can move")
@@ -99,9 +122,10 @@ class SlotLayout:
         return cls(
             tuple(table.name for table in tables),
             tuple(table.num_embeddings for table in tables),
-            tuple(tuple((each.rows, each.width) for each in table.row_ranges or ()) for table in tables),
+            tuple(parts),
             tuple(Pool(width, rows[width] // buckets) for width in sorted(rows, reverse=True)),
             buckets,
+            chunks,
         )
 
     @cached_property
@@ -113,6 +137,11 @@ class SlotLayout:
     def rows_per_bucket(self) -> int:
         """H, the rows of a bucket; the last ones of some buckets do not exist."""
         return -(-self.num_rows // self.num_buckets)
+
+    @property
+    def num_parts(self) -> int:
+        """T·G, the number of parts."""
+        return len(self.initial_widths)
 
     def first_bucket(self, rank: int, world_size: int) -> int:
         """Return the first bucket that a rank owns; its buckets end where those of the next rank begin.
@@ -132,27 +161,35 @@ class SlotLayout:
         return self.num_buckets * self.pools[pool].slots_per_bucket
 
     def first_rows(self) -> torch.Tensor:
-        """Return the number of the first row of each table ``(T,)`` int64."""
-        return torch.tensor([0, *self.num_embeddings]).cumsum(0)[:-1]
+        """Return the number of the first row of each part ``(T·G,)`` int64; those of chunk 0 are the rows' own.
+
+        The chunks of a row are in the same bucket: chunk c of row g has the number c·H·V + g.
+        """
+        of_tables = torch.tensor([0, *self.num_embeddings]).cumsum(0)[:-1]
+        chunks = torch.arange(self.num_chunks).unsqueeze(1) * (self.rows_per_bucket * self.num_buckets)
+        return (chunks + of_tables).view(-1)
 
     def first_codes(self) -> torch.Tensor:
         """Return the code of the first slot of each pool ``(P,)`` int64."""
         return torch.tensor([0, *(self.slots(pool) for pool in range(len(self.pools)))]).cumsum(0)[:-1]
 
     def permitted(self) -> torch.Tensor:
-        """Return which pools may store rows of each table ``(T, P)`` bool: those of its initial widths."""
+        """Return which pools may store rows of each part ``(T·G, P)`` bool: those of its initial widths."""
         return torch.tensor(
-            [[any(width == pool.width for _, width in widths) for pool in self.pools] for widths in self.initial_widths]
+            [
+                [self.num_chunks > 1 or any(width == pool.width for _, width in widths) for pool in self.pools]
+                for widths in self.initial_widths
+            ]
         )
 
     def rows_of(self, first_bucket: int, stop_bucket: int) -> torch.Tensor:
-        """Return the numbers of the rows of buckets ``(H, stop_bucket - first_bucket)``; -1 where there is no row."""
-        row = torch.arange(self.rows_per_bucket).unsqueeze(1) * self.num_buckets
+        """Return the numbers of the rows of buckets ``(G·H, stop_bucket - first_bucket)``; -1 where there is none."""
+        row = torch.arange(self.num_chunks * self.rows_per_bucket).unsqueeze(1) * self.num_buckets
         row = row + torch.arange(first_bucket, stop_bucket)
-        return row.masked_fill_(row >= self.num_rows, -1)
+        return row.masked_fill_(row % (self.rows_per_bucket * self.num_buckets) >= self.num_rows, -1)
 
-    def tables_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the index of the table of each row, by its number."""
+    def parts_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the index of the part of each row, by its number."""
         return torch.searchsorted(self.first_rows().to(rows.device), rows, right=True) - 1
 
     def slots_of(self, bucket: int) -> list[range]:
@@ -169,26 +206,35 @@ class SlotLayout:
         slots, the last ones get narrower slots; if it has fewer, narrower rows get the slots left.
         """
         rows, permitted = self.rows_of(first_bucket, stop_bucket), self.permitted()
-        starts = [0]
+        starts: list[int] = []
         widths: list[int] = []
-        for number, each in (of_range for of_table in self.initial_widths for of_range in of_table):
-            starts.append(starts[-1] + number)
-            widths.append(each)
+        for first, of_part in zip(self.first_rows().tolist(), self.initial_widths, strict=True):
+            for number, each in of_part:
+                starts.append(first)
+                widths.append(each)
+                first += number
         width = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows.clamp(min=0), right=True) - 1]
         codes = torch.full(rows.shape, -1, dtype=torch.int32)
         for column, bucket in enumerate(range(first_bucket, stop_bucket)):
             exists = rows[:, column] >= 0
-            tables = self.tables_of(rows[exists, column])
+            parts = self.parts_of(rows[exists, column])
             wanted = width[exists, column].float()
-            held = torch.full_like(tables, -1)
+            held = torch.full_like(parts, -1)
             slots = self.slots_of(bucket)
-            chosen = choose_pools(wanted, held, permitted[tables], [len(each) for each in slots], hysteresis=0.0)
-            of_bucket = torch.full_like(tables, -1)
+            chosen = choose_pools(wanted, held, permitted[parts], [len(each) for each in slots], hysteresis=0.0)
+            of_bucket = torch.full_like(parts, -1)
             for pool, codes_of_pool in enumerate(slots):
                 into = (chosen == pool).nonzero().squeeze(1)
                 of_bucket[into] = torch.arange(codes_of_pool.start, codes_of_pool.start + len(into))
             codes[exists, column] = of_bucket.int()
         return codes
+
+
+def _width_of_chunk(width: int, chunk: int, chunk_width: int | None) -> int:
+    """Return the columns that a chunk has in rows of a width."""
+    if chunk_width is None:
+        return width
+    return chunk_width if width > chunk * chunk_width else 0
 
 
 @dataclass(frozen=True)
@@ -221,7 +267,7 @@ class SlotInitializer:
         inside = (codes >= first_code) & (codes < first_code + weight.shape[0])
         rows = torch.full((weight.shape[0],), -1)
         rows[codes[inside] - first_code] = self.layout.rows_of(first_bucket, stop_bucket)[inside]
-        tables = self.layout.tables_of(rows.clamp(min=0))
+        tables = self.layout.parts_of(rows.clamp(min=0)) % len(self.layout.tables)
         unit = {each.distribution: dataclasses.replace(each, scale=1.0, center=0.0) for each in self.initializers}
         for distribution, initializer in unit.items():
             drawn = torch.empty(weight.shape)
@@ -230,5 +276,8 @@ class SlotInitializer:
             scales = torch.tensor([each.scale for each in self.initializers])[tables].unsqueeze(1)
             centers = torch.tensor([each.center for each in self.initializers])[tables].unsqueeze(1)
             weight[own.to(weight.device)] = (drawn * scales + centers)[own].to(weight)
-        empty = (rows < 0) | torch.isin(rows, torch.tensor(self.zero_rows, dtype=torch.int64))
+        empty = (rows < 0) | torch.isin(
+            rows % (self.layout.rows_per_bucket * self.layout.num_buckets),
+            torch.tensor(self.zero_rows, dtype=torch.int64),
+        )
         weight[empty.to(weight.device)] = 0

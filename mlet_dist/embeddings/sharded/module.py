@@ -132,7 +132,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             device=device,
             **torchrec_arguments,
         )
-        self.projections = build_projections(tables, module.seed, device)
+        self.projections = build_projections(tables, module.seed, device, module.adaptive)
         self._row_tables = row_tables
         self.slots = rows.slots
         self._exchanges = rows.exchanges
@@ -242,7 +242,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         due = self.slots.due()
         if not due:
             return 0
-        weights, tables = projection_weights(self.projections), self.slots.layout.tables
+        weights = projection_weights(self.projections)
         names = {table.row_width: table.name for table in self._row_tables if table.num_buckets}
         of_segments = {table.row_width: table.segments for table in self._row_tables if table.num_buckets}
         states = self.fused_optimizer.state_dict()["state"]
@@ -258,11 +258,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 )
             squares = tuple(state.local_shards()[0].tensor for state in own.values())
             pools.append(PoolTensors(self.embedding_bags[name].weight, squares))
-            projections |= {
-                (index, tables.index(segment.table)): weights[segment.name]
-                for segment in of_segments[pool.width]
-                if segment.name in weights
-            }
+            parts = zip(self.slots.segments(index), of_segments[pool.width], strict=True)
+            projections |= {(index, part): weights[each.name] for part, each in parts if each.name in weights}
         return sum(self.slots.regrade(bucket, pools, projections) for bucket in due)
 
     def _located(self, ctx: CheckedContext, dist_input: KJTList) -> KJTList:
@@ -394,7 +391,13 @@ def _slot_map(
     ranged = [table for table in module.embedding_bag_configs() if table.row_ranges is not None]
     if module.adaptive is None or not ranged:
         return None
-    return SlotMap(SlotLayout.of(ranged), module.adaptive, env.rank, env.world_size, device or torch.device("cpu"))
+    return SlotMap(
+        SlotLayout.of(ranged, module.adaptive.chunk_width),
+        module.adaptive,
+        env.rank,
+        env.world_size,
+        device or torch.device("cpu"),
+    )
 
 
 def _served_features(

@@ -222,7 +222,7 @@ class SlotIndex(RowIndex):
         starts = [layout.first_bucket(rank, world_size) for rank in range(world_size + 1)]
         sizes = [stop - start for start, stop in pairwise(starts)]
         self.keys_per_rank = layout.rows_per_bucket * max(sizes)
-        first_row_of = dict(zip(layout.tables, layout.first_rows().tolist(), strict=True))
+        first_row_of = dict(zip(layout.tables, layout.first_rows().tolist(), strict=False))  # of the first chunk
         self._num_buckets = layout.num_buckets
         # Key of row g in bucket b of rank r = r·keys_per_rank + (g // V)·(buckets of r) + b - (first bucket of r).
         self._first_row_of_feature = constant([first_row_of[each.table] for each in served])

@@ -2,13 +2,14 @@
 
 FIITED (arXiv:2401.04408) keeps a utility for each part of a row, to which every step adds the L2 norm of its gradient,
 and which decays. Here a row has one utility, from the gradient of its d-dimensional vector summed over all lookups of
-the global batch: that of a column of W1 is this gradient times a row of W2.
+the global batch: that of a column of W1 is this gradient times a row of W2. Only where rows are cut into chunks, each
+chunk has a utility of its own.
 
 A pass considers the rows of a bucket anew: those of the highest utility get the widest slots of the bucket. The passes
 of the buckets are spread over the steps of an interval. A slot takes 4 bytes a row, and a utility 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,9 +49,9 @@ class Located:
 
     Attributes:
         pools: the slots to look up in each pool, in order of their segments, counted from this rank's first.
-        rows_per_segment: number of rows of each pool and table that are looked up, pool by pool.
+        rows_per_segment: number of rows of each pool and part that are looked up, pool by pool.
         position: for each of the U rows its position among the rows that are looked up, and after the last one for a
-            row that has no slot, ``(U,)``.
+            row that has no slot, ``(U,)``; of chunks ``(G·U,)``, the first chunks of all rows first.
     """
 
     pools: list[torch.Tensor]
@@ -61,7 +62,7 @@ class Located:
 class SlotMap:
     """The slots and utilities of the rows that a rank owns.
 
-    A *local row* is the position of a row in ``slots``, flattened.
+    A *local row* is the position of a row in ``slots``, flattened; that of its first chunk if rows are cut into chunks.
 
     Args:
         layout: of the adaptive tables.
@@ -71,7 +72,7 @@ class SlotMap:
         device: of the tensors.
 
     Attributes:
-        slots: the code of each row's slot ``(H, buckets of this rank)`` int32; -1 for none.
+        slots: the code of each row's slot ``(G·H, buckets of this rank)`` int32; -1 for none.
         utilities: ``slots``'s shape, bfloat16.
         moves: how often rows of each bucket moved ``(1, buckets of this rank)`` int64.
         step: optimizer steps taken, ``()`` int64 on the CPU.
@@ -88,7 +89,8 @@ class SlotMap:
         self.stop_bucket = layout.first_bucket(rank + 1, world_size)
         self.step = torch.tensor(0, dtype=torch.int64)
         if device.type == "meta":
-            self.slots = torch.empty(layout.rows_per_bucket, self.num_buckets, dtype=torch.int32, device=device)
+            lines = layout.num_chunks * layout.rows_per_bucket
+            self.slots = torch.empty(lines, self.num_buckets, dtype=torch.int32, device=device)
         else:
             self.slots = layout.initial_slots(self.first_bucket, self.stop_bucket).to(device)
         self.utilities = torch.zeros(self.slots.shape, dtype=torch.bfloat16, device=device)
@@ -97,7 +99,7 @@ class SlotMap:
         first_slots = [self.first_bucket * pool.slots_per_bucket for pool in layout.pools]
         self._first_own_codes = self._first_codes + torch.tensor(first_slots, device=device)
         permitted = layout.permitted()
-        self._tables_of_pools = [permitted[:, pool].nonzero().squeeze(1).tolist() for pool in range(len(layout.pools))]
+        self._parts_of_pools = [permitted[:, pool].nonzero().squeeze(1).tolist() for pool in range(len(layout.pools))]
         self._set_order(range(len(layout.pools)))
 
     @property
@@ -106,20 +108,20 @@ class SlotMap:
         return self.stop_bucket - self.first_bucket
 
     def segments(self, pool: int) -> list[int]:
-        """Return the tables, by index, that may have rows in a pool, in the order of its segments."""
-        return list(self._tables_of_pools[pool])
+        """Return the parts, by index, that may have rows in a pool, in the order of its segments."""
+        return list(self._parts_of_pools[pool])
 
     def set_order(self, pools: list[int]) -> None:
         """Set the order in which ``locate`` returns the pools."""
         self._set_order(pools)
 
     def _set_order(self, pools: "range | list[int]") -> None:
-        segments = torch.full((len(self.layout.pools), len(self.layout.tables)), -1, dtype=torch.int64)
+        segments = torch.full((len(self.layout.pools), self.layout.num_parts), -1, dtype=torch.int64)
         number = 0
         self._order = list(pools)
         for pool in pools:
-            for table in self._tables_of_pools[pool]:
-                segments[pool, table] = number
+            for part in self._parts_of_pools[pool]:
+                segments[pool, part] = number
                 number += 1
         self._num_segments = number
         self._segments = segments.to(self.device)
@@ -127,7 +129,7 @@ class SlotMap:
     def state(self, process_group: dist.ProcessGroup) -> dict[str, torch.Tensor | ShardedTensor]:
         """Return ``slots``, ``utilities``, ``moves`` and ``step``, not copied; all but the last sharded by columns.
 
-        Slots and utilities are ``(H, V)``: row number g is at position g of the flattened tensor, whatever the number
+        Slots and utilities are ``(G·H, V)``: row number g is at position g of the flattened tensor, whatever the number
         of ranks.
         """
         return {
@@ -178,15 +180,16 @@ class SlotMap:
 
     def kept_rows(self) -> torch.Tensor:
         """Return the number of this rank's rows of each table that have a slot ``(T,)`` int64."""
-        local_rows = (self.slots.view(-1) >= 0).nonzero().squeeze(1)
-        tables = self.layout.tables_of(self.row_numbers(local_rows))
+        kept = (self.slots.view(self.layout.num_chunks, -1) >= 0).any(dim=0)
+        tables = self.layout.parts_of(self.row_numbers(kept.nonzero().squeeze(1)))
         return torch.bincount(tables, minlength=len(self.layout.tables))
 
     def locate(self, local_rows: torch.Tensor) -> Located:
-        """Find the slots of distinct local rows ``(U,)``."""
+        """Find the slots of distinct local rows ``(U,)``, and of all their chunks, ``(G·U,)``."""
+        local_rows = self._with_chunks(local_rows)
         codes = self.slots.view(-1)[local_rows].long()
         pools = torch.searchsorted(self._first_codes, codes, right=True) - 1
-        segments = self._segments[pools, self.layout.tables_of(self.row_numbers(local_rows))]
+        segments = self._segments[pools, self.layout.parts_of(self.row_numbers(local_rows))]
         segments = torch.where(codes < 0, self._num_segments, segments)
         order = segments.argsort(stable=True)
         counts = torch.bincount(segments, minlength=self._num_segments + 1).tolist()
@@ -196,23 +199,53 @@ class SlotMap:
         slots = (codes - self._first_own_codes[pools])[order[:stored]]
         per_pool, start = [], 0
         for pool in self._order:
-            of_pool = len(self._tables_of_pools[pool])
+            of_pool = len(self._parts_of_pools[pool])
             per_pool.append(sum(counts[start : start + of_pool]))
             start += of_pool
         return Located(list(slots.split(per_pool)), counts, position)
 
     @torch.no_grad()
-    def add_gradients(self, local_rows: torch.Tensor, gradients: torch.Tensor) -> None:
+    def add_gradients(
+        self, local_rows: torch.Tensor, projections: Sequence[torch.Tensor], gradients: torch.Tensor
+    ) -> None:
         """Add the norms of the gradients ``(U, d)`` of the vectors of distinct local rows to their utilities.
+
+        With chunks, ``projections`` are the W2 ``(width, d)`` of each part, and the utility of a chunk grows by the
+        norm of its own gradient, which it would have had if it had a slot.
 
         Sums are rounded to bfloat16 up or down, in turns that depend on the step and the row alone, so that small
         gradients are not lost on average. A gradient that is not finite counts as zero.
         """
-        norms = gradients.float().norm(dim=1).nan_to_num_(nan=0.0, posinf=0.0)
+        norms = (
+            gradients.float().norm(dim=1)
+            if self.layout.num_chunks == 1
+            else self._norms(local_rows, projections, gradients.float())
+        )
+        norms.nan_to_num_(nan=0.0, posinf=0.0)
+        local_rows = self._with_chunks(local_rows)
         utilities = self.utilities.view(-1)
         bits = (utilities[local_rows].float() + norms).view(torch.int32)
         dither = (self.row_numbers(local_rows) * 40_503 + int(self.step) * 30_011) & _LOW_BITS
         utilities[local_rows] = ((bits + dither.int()) & ~_LOW_BITS).view(torch.float32).bfloat16()
+
+    def _with_chunks(self, local_rows: torch.Tensor) -> torch.Tensor:
+        """Return the local rows of all chunks ``(G·U,)``."""
+        if self.layout.num_chunks == 1:
+            return local_rows
+        chunks = torch.arange(self.layout.num_chunks, device=self.device).unsqueeze(1)
+        return (chunks * (self.layout.rows_per_bucket * self.num_buckets) + local_rows).view(-1)
+
+    def _norms(
+        self, local_rows: torch.Tensor, projections: Sequence[torch.Tensor], gradients: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the norms of the gradients of all chunks ``(G·U,)``."""
+        tables, num_tables = self.layout.parts_of(self.row_numbers(local_rows)), len(self.layout.tables)
+        norms = gradients.new_zeros(self.layout.num_chunks, len(local_rows))
+        for table in tables.unique().tolist():
+            own = (tables == table).nonzero().squeeze(1)
+            of_table = torch.stack(list(projections[table::num_tables]))
+            norms[:, own] = (gradients[own] @ of_table.transpose(1, 2)).norm(dim=2)
+        return norms.view(-1)
 
     def due(self) -> list[int]:
         """Return this rank's buckets whose pass is due after ``step`` steps."""
@@ -231,7 +264,7 @@ class SlotMap:
         Args:
             bucket: one of this rank's.
             pools: this rank's part of each pool.
-            projections: W2 ``(width, d)`` by pool and table; rows of d columns have none.
+            projections: W2 ``(width, d)`` by pool and part; whole rows of d columns have none.
 
         Returns:
             The number of rows that moved.
@@ -239,11 +272,11 @@ class SlotMap:
         column = bucket - self.first_bucket
         numbers = self.layout.rows_of(bucket, bucket + 1).squeeze(1).to(self.device)
         exists = numbers >= 0
-        tables = self.layout.tables_of(numbers[exists])
+        parts = self.layout.parts_of(numbers[exists])
         codes = self.slots[exists, column].long()
         held = torch.searchsorted(self._first_codes, codes, right=True) - 1
         utilities = self.utilities[exists, column]
-        permitted = self.layout.permitted().to(self.device)[tables]
+        permitted = self.layout.permitted().to(self.device)[parts]
         slots = self.layout.slots_of(bucket)
         chosen = choose_pools(
             utilities.float(), held, permitted, [len(each) for each in slots], self.settings.hysteresis
@@ -259,7 +292,7 @@ class SlotMap:
             taken[codes[(chosen == pool) & (held == pool)] - of_pool.start] = True
             found[new] = (~taken).nonzero().squeeze(1)[: len(new)] + of_pool.start
         found[chosen < 0] = -1
-        self._move(codes[moved], found[moved], tables[moved], pools, projections)
+        self._move(codes[moved], found[moved], parts[moved], pools, projections)
         self.moves[0, column] += len(moved)
         self.slots[exists, column] = found.int()
         return len(moved)
@@ -268,23 +301,23 @@ class SlotMap:
         self,
         old_codes: torch.Tensor,
         new_codes: torch.Tensor,
-        tables: torch.Tensor,
+        parts: torch.Tensor,
         pools: list[PoolTensors],
         projections: Mapping[tuple[int, int], torch.Tensor],
     ) -> None:
         """Copy the values and the optimizer state of rows from slots to slots of other pools; -1 is no slot."""
         old, new = (torch.searchsorted(self._first_codes, codes, right=True) - 1 for codes in (old_codes, new_codes))
-        kinds = torch.stack([old, new, tables], dim=1)
+        kinds = torch.stack([old, new, parts], dim=1)
         writes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for source, target, table in kinds.unique(dim=0).tolist():
+        for source, target, part in kinds.unique(dim=0).tolist():
             if target < 0:
                 continue
-            rows = (kinds == kinds.new_tensor([source, target, table])).all(dim=1)
+            rows = (kinds == kinds.new_tensor([source, target, part])).all(dim=1)
             into = new_codes[rows] - self._first_own_codes[target]
             from_pool = old_codes[rows] - self._first_own_codes[source] if source >= 0 else None
             after = pools[target]
             writes.append(
-                (after.rows, into, self._new_values(pools, projections, source, target, table, from_pool, into))
+                (after.rows, into, self._new_values(pools, projections, source, target, part, from_pool, into))
             )
             widths = self.layout.pools[source].width, self.layout.pools[target].width
             for index, state in enumerate(after.squares):
@@ -304,7 +337,7 @@ class SlotMap:
         projections: Mapping[tuple[int, int], torch.Tensor],
         source: int,
         target: int,
-        table: int,
+        part: int,
         from_pool: torch.Tensor | None,
         into: torch.Tensor,
     ) -> torch.Tensor:
@@ -312,7 +345,7 @@ class SlotMap:
         if from_pool is None or (gets_narrower and self.settings.on_move == "reset"):
             return pools[target].rows.new_zeros(len(into), self.layout.pools[target].width)
         vectors = pools[source].rows[from_pool].float()
-        before, after = projections.get((source, table)), projections.get((target, table))
+        before, after = projections.get((source, part)), projections.get((target, part))
         if before is not None:
             vectors = vectors @ before
         return vectors if after is None else vectors @ least_squares_inverse(after)

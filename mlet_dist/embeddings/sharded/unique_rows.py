@@ -118,7 +118,20 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
             len(tables_by_feature(self._grouped_embedding_configs)),
             codecs_of(self.qcomm_codecs_registry, COMM_OPS["unique_rows"]),
             self._slots,
+            self._chunk_selections(),
         )
+
+    def _chunk_selections(self) -> dict[str, torch.Tensor]:
+        """Return the columns of the identity that each chunk of a single-layer row has, by segment."""
+        if self._slots is None or self._slots.layout.num_chunks == 1:
+            return {}
+        found = {}
+        for table in self._tables():
+            identity = torch.eye(self._exchanged_dims[table.name], device=self._device)
+            for segment in self._segments[table.name]:
+                first = none_throws(segment.index) * table.local_cols
+                found[segment.name] = identity[first : first + table.local_cols]
+        return found
 
     def _owners(self) -> list[list[GroupedEmbeddingConfig]]:
         return [self._grouped_embedding_configs]
@@ -218,6 +231,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         num_features: F.
         codecs: the precision of vectors on the network.
         slots: of adaptive tables; their rows' utilities grow by the norms of the gradients.
+        selections: the matrices ``(width, d)`` that take the place of W2 for chunks of single-layer tables.
     """
 
     def __init__(
@@ -227,9 +241,10 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         num_features: int,
         codecs: QuantizedCommCodecs,
         slots: SlotMap | None = None,
+        selections: dict[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._slots = slots
+        self._slots, self._selections = slots, selections or {}
         self._process_group = process_group
         self._segments, self._widths, self._num_features = list(widths), list(widths.values()), num_features
         # As in TorchRec, vectors are not rounded if there is no other rank.
@@ -241,21 +256,26 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         """Project each distinct row once, send it to the ranks that requested it, and pool the vectors received."""
         routing = none_throws(none_throws(sharding_ctx).routing)
         weights = self.projections_of(self._segments)
-        of_segments = [weights.get(name) for name in self._segments]
+        of_segments = [weights.get(name, self._selections.get(name)) for name in self._segments]
         rows = project_tables(local_embs, routing.rows_per_segment, self._widths, of_segments)
         if routing.position_of_row is not None:
-            rows = self._with_absent_rows(rows, routing)
+            rows = self._with_absent_rows(
+                rows, routing, [none_throws(each).detach() for each in of_segments if each is not None]
+            )
         rows = rows.index_select(0, routing.position_of_request)
         received = AllToAllRows.apply(
             rows, routing.requests_received, routing.requests_sent, self._process_group, self._codecs
         )
         return NoWait(self._pool(received, routing))
 
-    def _with_absent_rows(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _with_absent_rows(self, rows: torch.Tensor, routing: Routing, projections: list[torch.Tensor]) -> torch.Tensor:
         """Return the vectors of all distinct rows ``(U, d)``, zero for those without slot, and note their gradients."""
+        slots = none_throws(self._slots)
         rows = functional.pad(rows, (0, 0, 0, 1)).index_select(0, none_throws(routing.position_of_row))
+        if slots.layout.num_chunks > 1:
+            rows = rows.view(slots.layout.num_chunks, -1, rows.shape[1]).sum(dim=0)
         if rows.requires_grad:
-            rows.register_hook(partial(none_throws(self._slots).add_gradients, routing.local_rows))
+            rows.register_hook(partial(slots.add_gradients, routing.local_rows, projections))
         return rows
 
     def _pool(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
