@@ -180,8 +180,6 @@ def test_wrong_settings_are_refused(small_model: tuple[str, ...], tmp_path: Path
         message = error_line(*start, *setting.split())
         assert setting.split()[-1].partition("=")[0].partition(".C3")[0] in message
         assert "does not go with compression.policy static" in message
-    refused = error_line("compare", CONFIG, *start[2:])
-    assert "`mlet compare` compares tables without compression" in refused
     assert not (tmp_path / "run").exists()
 
 
