@@ -168,6 +168,13 @@ def test_a_budget_in_bytes_and_limits_of_tables(ranks: Ranks, settings: tuple[st
     )
 
 
+def test_a_budget_without_wide_rows_is_said_to_give_a_single_layer(settings: tuple[str, ...]) -> None:
+    text = "compression  no row has more than 4 columns: with this budget it is a single-layer model"
+    narrow = [*settings, "compression.budget=0.05", "run.dir=x"]
+    assert with_row_ranges(*_spec_of(narrow))[1][2:] == [text]
+    assert len(with_row_ranges(*_spec_of([*narrow, "model.hidden_dim=null", "compression.widths=null"]))[1]) == 2
+
+
 def test_a_budget_above_all_rows_is_said_to_compress_nothing(settings: tuple[str, ...]) -> None:
     _, lines = with_row_ranges(*_spec_of([*settings, "compression.budget=4GB", "run.dir=x"]))
     assert lines[-1].startswith("compression  nothing is compressed: with the largest width for all rows, tables take ")
