@@ -1,4 +1,4 @@
-"""Compares MLET with single layers: the plain one, and a control that has MLET's scale and effective learning rate."""
+"""Compares MLET with single layers, plain or compressed, and with a control of MLET's scale and learning rate."""
 
 import dataclasses
 import json
@@ -11,53 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.child_command import run_child_command
+from mlet_dist.comparison_report import CONTROL, MLET, SINGLE, SINGLE_COMPRESSED, comparison_table
 from mlet_dist.config.config_file import Config, load_config, save_config
-from mlet_dist.config.sections import ModelConfig, RunConfig
+from mlet_dist.config.sections import CompressionConfig, ModelConfig, RunConfig, TableCompressionConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json, to_json
 from mlet_dist.training.run_directory import RunDirectory
 
-SINGLE, MLET, CONTROL = "single", "mlet", "control"
-_TITLES = {SINGLE: "single layer", MLET: "MLET", CONTROL: "control: single layer, MLET's rate"}
-_CAPTION = """\
-What the table means: the MLET row serves tables of the same size as the single layer's. Compare it with the control, a
-single layer with MLET's effective learning rate and initial scale: what MLET gains over the control is due to the
-factorisation.
-
-Each row is one run with one seed, and learning rates are not tuned for each row. The logit difference is the largest
-one, over all {split} rows, between the trained model and its export to plain TorchRec tables."""
-_NEXT = """\
-Next, compare them on your own data:
-
-  mlet prepare criteo train.txt --out data/criteo
-  mlet compare configs/criteo_kaggle.yaml data.path=data/criteo run.dir=runs/compare --nproc 2
-
-`mlet prepare --help` lists the formats of raw data, and `mlet train --help` lists the settings. See also README.md."""
-
 
 def compare(config: Config, nproc: int) -> dict[str, Any]:
-    """Train, export and verify three arms below ``run.dir``, each by the commands that a user would type.
+    """Train, export and verify the arms below ``run.dir``, each by the commands that a user would type.
 
     The arms are the single layer; MLET; and the control, a single layer with MLET's effective learning rate (kσ² times
     the single layer's under SGD) and initial scale (σ√k times). What MLET gains over the control is due to the
-    factorisation.
+    factorisation. With compression they are the single layer without compression, the single layer within the budget,
+    and, unless ``model.hidden_dim`` is null, MLET within the budget. There is no control then: rows of d columns have
+    no W2, and under Adagrad the effective learning rate of the others depends on their width.
 
     Arms that an earlier comparison trained to the end with the same settings are not trained again, unless
     ``run.overwrite`` is set.
 
     Returns:
         ``ok`` (whether every export is within its tolerance), ``run`` (the directory), ``split`` (test, or valid if
-        there is no test), and ``arms``: by name, the results of train and verify.
+        there is no test), and ``arms``: by name, the results of train and verify, and ``served_bytes`` of export.
 
     Raises:
-        UserError: ``model.hidden_dim`` is null, a file below ``run.dir`` is in the way, or the data set has neither of
-            the splits.
+        UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, or the data
+            set has neither of the splits.
         SystemExit: one of the commands failed, and has printed why.
         ChildProcessError: one of the commands was killed.
     """
-    if config.model.hidden_dim is None:
+    if config.model.hidden_dim is None and config.compression.policy == "none":
         raise UserError(
             "model.hidden_dim is null, so that there is no MLET model to compare; set it, preferably above 4 times "
             "model.embedding_dim"
@@ -77,7 +63,8 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     for arm in configs:
         load_config(base / f"{arm}.yaml")  # every arm's settings are checked before the first is trained
     arms: dict[str, dict[str, Any]] = {}
-    for arm in configs:
+    # A budget that is too small is found when a compressed arm begins, and MLET needs the larger one.
+    for arm in configs if config.compression.policy == "none" else reversed(configs):
         run, export = base / arm, base / f"{arm}-export"
         if arm in finished:
             print(
@@ -89,11 +76,17 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         with _writing(export):
             if export.exists():
                 shutil.rmtree(export)
-        _run_command("export", str(run), "--out", str(export))
+        exported = _run_command("export", str(run), "--out", str(export))
         verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path, "--split", split)
         largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
-        arms[arm] = trained | {"ok": verified["ok"], "max_abs_logit_diff": largest}
-    result = {"ok": all(arm["ok"] for arm in arms.values()), "run": str(base), "split": split, "arms": arms}
+        served = {key: exported[key] for key in ("served_bytes",) if key in exported}
+        arms[arm] = trained | served | {"ok": verified["ok"], "max_abs_logit_diff": largest}
+    result = {
+        "ok": all(arm["ok"] for arm in arms.values()),
+        "run": str(base),
+        "split": split,
+        "arms": {arm: arms[arm] for arm in configs},
+    }
     with _writing(base):
         (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
@@ -109,7 +102,7 @@ def _compared_split(data: str) -> str:
 
 
 def _arm_configs(config: Config) -> dict[str, Config]:
-    """Return the config of each arm by name, in the order in which they are trained."""
+    """Return the config of each arm by name, in the order of the table."""
 
     def arm(name: str, **changes: Any) -> Config:
         run = RunConfig(str(Path(config.run.dir) / name), config.run.overwrite)
@@ -119,19 +112,34 @@ def _arm_configs(config: Config) -> dict[str, Config]:
             train = dataclasses.replace(train, checkpoint_dir=f"{checkpoints.rstrip('/')}/{name}")
         return dataclasses.replace(config, run=run, train=train, **changes)
 
+    single = dataclasses.replace(config.model, hidden_dim=None)
     if config.compression.policy != "none":
-        raise UserError(
-            f"compression.policy is {config.compression.policy}; `mlet compare` compares tables without compression: "
-            "use none, and train compressed models with `mlet train`"
-        )
+        within = single_layer_compression(config.compression, config.model.embedding_dim)
+        arms = {
+            SINGLE: arm(SINGLE, model=single, compression=CompressionConfig()),
+            SINGLE_COMPRESSED: arm(SINGLE_COMPRESSED, model=single, compression=within),
+        }
+        return arms if config.model.hidden_dim is None else arms | {MLET: arm(MLET)}
     rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
     control, rate_factor = single_layer_control(config.model, config.optimizer.name)
     control_optimizer = dataclasses.replace(config.optimizer, rows_learning_rate=rate * rate_factor)
     return {
-        SINGLE: arm(SINGLE, model=dataclasses.replace(config.model, hidden_dim=None)),
+        SINGLE: arm(SINGLE, model=single),
         MLET: arm(MLET),
         CONTROL: arm(CONTROL, model=control, optimizer=control_optimizer),
     }
+
+
+def single_layer_compression(compression: CompressionConfig, embedding_dim: int) -> CompressionConfig:
+    """Return the compression of a single layer to the same budget: with no width above ``embedding_dim``."""
+    d, widths = embedding_dim, compression.widths
+    limits = {
+        name: TableCompressionConfig(min(each.min_width, d), None if each.max_width is None else min(each.max_width, d))
+        for name, each in compression.tables.items()
+    }
+    if widths is not None:
+        widths = tuple(sorted({d, *(width for width in widths if width < d)}, reverse=True))
+    return dataclasses.replace(compression, widths=widths, tables=limits)
 
 
 def single_layer_control(model: ModelConfig, optimizer: str) -> tuple[ModelConfig, float]:
@@ -195,52 +203,3 @@ def _run_command(*arguments: str) -> dict[str, Any]:
     """Run an `mlet` command in a new process and return its JSON result."""
     result: dict[str, Any] = json.loads(run_child_command(*arguments, "--json"))
     return result
-
-
-def comparison_report(result: dict[str, Any]) -> str:
-    """Return what `mlet compare` prints: the table and what it means, where the results are, and what to do next."""
-    failed = [_TITLES[name] for name, arm in result["arms"].items() if not arm["ok"]]
-    if failed:
-        ending = f"The export of {' and '.join(failed)} is outside its tolerance; `mlet verify` shows the differences."
-    else:
-        ending = _NEXT
-    files = f"Results: {result['run']}/comparison.md and comparison.json; each model's run and export are beside them."
-    return "\n\n".join([comparison_table(result), files, ending])
-
-
-def comparison_table(result: dict[str, Any]) -> str:
-    """Return the arms as a Markdown table, which is readable on a terminal, and what it means."""
-    split = result["split"]
-    header = ["", "tables trained", "tables served", f"{split} AUC", f"{split} LogLoss", "largest logit difference"]
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    for name, arm in result["arms"].items():
-        rows.append(
-            [
-                _TITLES[name],
-                _size(arm["trained_table_bytes"]),
-                _size(arm["served_table_bytes"]),
-                _metric(arm[f"{split}_auc"]),
-                _metric(arm[f"{split}_logloss"]),
-                _difference(arm["max_abs_logit_diff"]),
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = []
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _CAPTION.format(split=split)])
-
-
-def _metric(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
-
-
-def _difference(value: float | None) -> str:
-    if value is None:
-        return "infinite"
-    return f"{value:.1e}" if value else "none, bitwise identical"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"

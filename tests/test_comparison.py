@@ -8,13 +8,15 @@ import pytest
 import yaml
 
 from mlet_dist import comparison as compare_module
-from mlet_dist.comparison import compare, comparison_table
+from mlet_dist.comparison import compare, single_layer_compression
+from mlet_dist.comparison_report import comparison_table
 from mlet_dist.config.config_file import Config, load_config
+from mlet_dist.config.sections import CompressionConfig, TableCompressionConfig
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
-from tests.helpers.mlet_command import ROOT, error_line, mlet
+from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 
 pytestmark = pytest.mark.e2e
 
@@ -55,6 +57,7 @@ class Commands:
     def __init__(self) -> None:
         self.ran: list[tuple[str, str]] = []
         self.stop: tuple[str, str] | None = None
+        self.arm = dict(ARM)
 
     def __call__(self, command: str, target: str, *rest: str) -> dict[str, Any]:
         done = (command, Path(target).stem)
@@ -67,13 +70,76 @@ class Commands:
             schema = DatasetSchema.load(Path(config.data.path))
             with run.lock(config):
                 run.prepare(config, ModelSpec.of(config, schema))
-                run.finish(ARM)
+                run.finish(self.arm)
         if command == "export":
             out = Path(rest[-1])
             out.mkdir()
             (out / "manifest.json").write_text('{"format_version": 2, "model": {}}')
         verified = {"ok": True, "outputs": {"dcp": {"max_abs_logit_diff": 0.0}}}
-        return verified if command == "verify" else ARM
+        return verified if command == "verify" else self.arm
+
+
+def test_compressed_arms_have_the_budget_and_the_single_layer_has_not(
+    small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    base = tmp_path / "comparison"
+    compressed = ("compression.policy=static", "compression.budget=40KB", "compression.widths=[12,8,4]")
+    limits = "compression.tables={C3: {min_width: 8}, C4: {min_width: 4, max_width: 12}}"
+    overrides = [*small_model, *compressed, limits, "optimizer.name=adagrad", "train.max_steps=5", f"run.dir={base}"]
+    result = mlet_json("compare", CONFIG, *overrides)
+    assert result["ok"] is True
+    arms = result["arms"]
+    assert list(arms) == ["single", "single_compressed", "mlet"]
+    single = arms["single"]["training_bytes_peak"]
+    assert single == arms["single"]["single_layer_training_bytes"]
+    for name in ("single_compressed", "mlet"):
+        assert arms[name]["training_bytes_peak"] <= 40_000
+        assert arms[name]["single_layer_training_bytes"] == single
+    assert arms["mlet"]["training_bytes_peak"] > 39_000
+    settings = {name: yaml.safe_load((base / f"{name}.yaml").read_text()) for name in arms}
+    assert [each["model"]["hidden_dim"] for each in settings.values()] == [None, None, 12]
+    assert [each["compression"]["policy"] for each in settings.values()] == ["none", "static", "static"]
+    assert settings["single_compressed"]["compression"] | {"widths": None, "tables": None} == (
+        settings["mlet"]["compression"] | {"widths": None, "tables": None}
+    )
+    assert settings["single_compressed"]["compression"]["widths"] == [4]
+    assert settings["single_compressed"]["compression"]["tables"] == {
+        "C3": {"min_width": 4, "max_width": None},
+        "C4": {"min_width": 4, "max_width": 4},
+    }
+    assert arms["mlet"]["kept_share"]["C3"] == arms["single_compressed"]["kept_share"]["C3"] == 1
+
+    lines = (base / "comparison.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    assert cells[0][:4] == ["", "tables in training", "share", "tables served"]
+    assert [row[0] for row in cells[2:]] == ["single layer", "single layer, compressed", "MLET, compressed"]
+    assert cells[2][2] == "100.0%"
+    assert cells[4][2] == f"{arms['mlet']['training_bytes_peak'] / single:.1%}"
+    assert "There is no control" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [(None, None), ((64, 32, 16, 8), (16, 8)), ((64, 8, 4), (16, 8, 4)), ((64,), (16,)), ((16,), (16,))],
+)
+def test_the_widths_of_a_compressed_single_layer(
+    widths: tuple[int, ...] | None, expected: tuple[int, ...] | None
+) -> None:
+    given = CompressionConfig("static", 0.3, widths, tables={"C1": TableCompressionConfig(64, 64)})
+    found = single_layer_compression(given, 16)
+    assert found == CompressionConfig("static", 0.3, expected, tables={"C1": TableCompressionConfig(16, 16)})
+
+
+def test_a_single_layer_can_be_compared_with_itself_compressed(
+    commands: "Commands", settings: Callable[..., Config]
+) -> None:
+    commands.arm |= {"training_bytes_peak": 8, "served_bytes": 2_000_000}
+    result = compare(settings("model.hidden_dim=null", "compression.policy=static"), 1)
+    assert list(result["arms"]) == ["single", "single_compressed"]
+    trained_in = ("single_compressed", "single")
+    assert commands.ran == [(command, arm) for arm in trained_in for command in ("train", "export", "verify")]
+    assert "| 2.0 MB " in comparison_table(result)
+    assert all(arm["served_bytes"] == 2_000_000 for arm in result["arms"].values())
 
 
 ARM = {"trained_table_bytes": 1, "served_table_bytes": 1, "test_auc": 0.5, "test_logloss": 0.25}

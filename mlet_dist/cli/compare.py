@@ -11,8 +11,9 @@ TEXT = "Compare MLET with single-layer tables: train, export and verify both, an
 EPILOG = f"""\
 The command trains, exports and verifies three models: single-layer tables; MLET; and the control, which is a single
 layer with the initial scale of MLET's product W1·W2 and with MLET's effective learning rate. What MLET gains over the
-control is due to the factorisation. Each model is written to a directory below run.dir. The same command again does not
-repeat the models that were trained to the end.
+control is due to the factorisation. With compression they are single-layer tables without it, and single-layer tables
+and MLET within the budget. Each model is written to a directory below run.dir. The same command again does not repeat
+the models that were trained to the end.
 
 settings, as section.key=value or in the YAML file:
 {describe_settings()}"""
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run the command; return the result to print, or None, and whether it succeeded."""
-    from mlet_dist.comparison import compare, comparison_report
+    from mlet_dist.comparison import compare
+    from mlet_dist.comparison_report import comparison_report
 
     config = load_checked_config(args)
     make_children_die_with_parent()

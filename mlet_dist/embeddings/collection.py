@@ -22,7 +22,6 @@ from mlet_dist.embeddings.input_check import check_batch, smallest_tables
 from mlet_dist.embeddings.projection import Projection, project
 from mlet_dist.embeddings.regrading import AdaptiveRows
 from mlet_dist.embeddings.row_ranges import join_ranges, segments_of, split_by_range, tables_of_rows
-from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, as_multi_layer
 
 
@@ -177,8 +176,6 @@ def build_projections(
     multi-layer table, ``<table>:<chunk>``.
     """
     chunk_width = None if adaptive is None else adaptive.chunk_width
-    ranged = [table for table in tables if table.row_ranges is not None]
-    chunks = 1 if chunk_width is None else SlotLayout.of(ranged, chunk_width).num_chunks
     return nn.ModuleDict(
         {
             name: Projection(
@@ -190,7 +187,7 @@ def build_projections(
                 device,
             )
             for table in tables
-            for name, width in _projection_widths(table, chunk_width, chunks).items()
+            for name, width in _projection_widths(table, chunk_width).items()
         }
     )
 
@@ -202,12 +199,12 @@ def _projection_std(table: MultiLayerEmbeddingBagConfig, width: int) -> float:
     return table.projection_init_std * math.sqrt(table.row_width / width)
 
 
-def _projection_widths(table: MultiLayerEmbeddingBagConfig, chunk_width: int | None, chunks: int) -> dict[str, int]:
+def _projection_widths(table: MultiLayerEmbeddingBagConfig, chunk_width: int | None) -> dict[str, int]:
     if table.row_ranges is None:
         return {} if table.hidden_dim is None else {table.name: table.hidden_dim}
     if chunk_width is not None:
-        of_chunks = {f"{table.name}:{chunk}": chunk_width for chunk in range(chunks)}
-        return {} if table.hidden_dim is None else of_chunks
+        chunks = range(table.row_width // chunk_width)
+        return {} if table.hidden_dim is None else {f"{table.name}:{chunk}": chunk_width for chunk in chunks}
     widths = {f"{table.name}:{index}": each.width for index, each in enumerate(table.row_ranges)}
     return {name: width for name, width in widths.items() if width not in (0, table.embedding_dim)}
 

@@ -98,6 +98,8 @@ def _pool_of_chunks(tables: Sequence[MultiLayerEmbeddingBagConfig], width: int) 
     segments = []
     for part, ranges in enumerate(layout.initial_widths):
         table = tables[part % len(tables)]
+        if not layout.permitted_widths[part]:
+            continue
         stored = [of_range for of_range, (_, columns) in zip(table.row_ranges or (), ranges, strict=True) if columns]
         rows, share = sum(each.rows for each in stored), sum(each.share for each in stored)
         segments.append(Segment(table.name, part // len(tables), 0, max(rows, 1), 0, tuple(table.feature_names), share))
@@ -119,7 +121,7 @@ def _add_slots(
 ) -> None:
     """Change pools to those of adaptive tables, in place: buckets of slots, which begin as the rows that are there."""
     layout = SlotLayout.of(tables, chunk_width)
-    first_rows = zip(tables, layout.first_rows().tolist(), strict=True)
+    first_rows = zip(tables, layout.first_rows().tolist(), strict=False)  # of the first chunk
     zero_rows = tuple(row for table, row in first_rows if table.zero_first_row)
     pools[0].moving_rows = layout.num_rows * layout.num_chunks
     for index, pool in enumerate(pools):

@@ -56,8 +56,10 @@ class SlotLayout:
     Attributes:
         tables: the names of the T tables.
         num_embeddings: the rows of each.
-        initial_widths: for each part, rows and width of consecutive rows, before training. Its rows may have any of
-            these widths, or none. The parts of the first chunk of all tables come first.
+        initial_widths: for each part, rows and width of consecutive rows, before training. The parts of the first chunk
+            of all tables come first.
+        permitted_widths: the widths that the rows of each part may have, besides none. Those of whole rows are the
+            initial ones.
         pools: the P pools, widest first.
         num_buckets: V.
         num_chunks: G, 1 for whole rows.
@@ -66,6 +68,7 @@ class SlotLayout:
     tables: tuple[str, ...]
     num_embeddings: tuple[int, ...]
     initial_widths: tuple[tuple[tuple[int, int], ...], ...]
+    permitted_widths: tuple[tuple[int, ...], ...]
     pools: tuple[Pool, ...]
     num_buckets: int
     num_chunks: int = 1
@@ -84,9 +87,9 @@ class SlotLayout:
                 ``chunk_width``.
         """
         rows: dict[int, int] = {}
-        widest = max(each.width for table in tables for each in table.row_ranges or ())
-        chunks = 1 if chunk_width is None else -(-widest // chunk_width)
+        chunks = 1 if chunk_width is None else max(table.row_width for table in tables) // chunk_width
         parts: list[tuple[tuple[int, int], ...]] = []
+        permitted: list[tuple[int, ...]] = []
         for table in tables:
             shape = table.embedding_dim, table.data_type
             if shape != (tables[0].embedding_dim, DataType.FP32):
@@ -97,8 +100,11 @@ class SlotLayout:
             widths = [each.width for each in table.row_ranges or () if each.width]
             if len(set(widths)) < len(widths):
                 raise ValueError(f"table {table.name!r}: two of its row ranges have the same width: {widths}")
-            if chunk_width is not None and any(width % chunk_width for width in widths):
-                raise ValueError(f"table {table.name!r}: widths {widths} must be multiples of {chunk_width}")
+            if chunk_width is not None and any(width % chunk_width for width in (*widths, table.row_width)):
+                raise ValueError(
+                    f"table {table.name!r}: chunks of {chunk_width} columns do not divide its widths, "
+                    f"{sorted({*widths, table.row_width})}"
+                )
         for chunk in range(chunks):
             for table in tables:
                 parts.append(
@@ -108,6 +114,10 @@ class SlotLayout:
                 )
                 for number, width in parts[-1]:
                     rows[width] = rows.get(width, 0) + number
+                own = dict.fromkeys(width for _, width in parts[-1] if width)
+                permitted.append(
+                    tuple(own) if chunk_width is None else (chunk_width,) * (table.row_width > chunk * chunk_width)
+                )
         rows.pop(0, None)
         if sum(rows.values()) > MAX_SLOTS:
             raise ValueError(f"{sum(rows.values()):,} rows with columns are too many; at most {MAX_SLOTS:,} can move")
@@ -123,6 +133,7 @@ class SlotLayout:
             tuple(table.name for table in tables),
             tuple(table.num_embeddings for table in tables),
             tuple(parts),
+            tuple(permitted),
             tuple(Pool(width, rows[width] // buckets) for width in sorted(rows, reverse=True)),
             buckets,
             chunks,
@@ -174,13 +185,8 @@ class SlotLayout:
         return torch.tensor([0, *(self.slots(pool) for pool in range(len(self.pools)))]).cumsum(0)[:-1]
 
     def permitted(self) -> torch.Tensor:
-        """Return which pools may store rows of each part ``(T·G, P)`` bool: those of its initial widths."""
-        return torch.tensor(
-            [
-                [self.num_chunks > 1 or any(width == pool.width for _, width in widths) for pool in self.pools]
-                for widths in self.initial_widths
-            ]
-        )
+        """Return which pools may store rows of each part ``(T·G, P)`` bool."""
+        return torch.tensor([[pool.width in widths for pool in self.pools] for widths in self.permitted_widths])
 
     def rows_of(self, first_bucket: int, stop_bucket: int) -> torch.Tensor:
         """Return the numbers of the rows of buckets ``(G·H, stop_bucket - first_bucket)``; -1 where there is none."""

@@ -119,6 +119,9 @@ def with_row_ranges(
         f"{budget:,} bytes, {budget / single:.1%})",
         f"compression  {describe_shares(width_shares(ranges, counts))}",
     ]
+    d, widest = spec.model.embedding_dim, max(each.width for of_table in ranges.values() for each in of_table)
+    if widest <= d < (spec.model.hidden_dim or d):
+        lines.append(f"compression  no row has more than {d} columns: with this budget it is a single-layer model")
     if largest <= budget:
         lines.append(
             f"compression  nothing is compressed: with the largest width for all rows, tables take {largest:,} bytes, "

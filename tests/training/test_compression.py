@@ -14,6 +14,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
+from mlet_dist.export.row_blocks import read_blocks
+from mlet_dist.export.source import Tables
+from mlet_dist.export.spectrum.run_spectrum import spectrum_of
+from mlet_dist.export.spectrum.singular_values import balance
+from mlet_dist.export.spectrum.spectrum_report import html_page, report
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.compressed_tables import shared_row_ranges, with_row_ranges
@@ -80,6 +85,40 @@ def test_the_export_has_the_rows_of_the_run_and_zeros(
             first += rows
 
 
+def test_the_spectrum_describes_each_range(run: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = run
+    result = spectrum_of(path)
+    ranges, several = ModelSpec.load(path / "model.json").row_ranges, 0
+    with Tables.open(path) as source:
+        for found in result["tables"]:
+            table, of_table = source.tables[found["name"]], ranges[found["name"]]
+            assert [(each["rows"], each["hidden_dim"]) for each in found["row_ranges"]] == [
+                each[:2] for each in of_table
+            ]
+            assert found["hidden_dim"] == max(width for _, width, _ in of_table)
+            assert found["mean_gain"] is found["balance"] is None
+            assert table.projection is not None
+            rows = torch.cat([block for _, block in read_blocks(table)])
+            expected = torch.linalg.svdvals(rows @ table.projection.double())
+            values = torch.tensor(found["plain"]["singular_values"], dtype=torch.float64)
+            torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-7 * float(expected[0]))
+            first = column = 0
+            for each, (number, width, _) in zip(found["row_ranges"], of_table, strict=True):
+                if width == 12:
+                    w1, w2 = rows[first : first + number, column : column + 12], table.projection[column : column + 12]
+                    assert each["mean_gain"] == pytest.approx(float(w2.double().square().sum()) / 4)
+                    assert each["balance"] == pytest.approx(balance(w1.T @ w1, w2), rel=1e-9)
+                    several += len(of_table) > 1
+                else:
+                    assert each["mean_gain"] is each["balance"] is None
+                first, column = first + number, column + width
+    assert several
+    shown = {name: "/".join(str(width) for _, width, _ in of_table) for name, of_table in ranges.items()}
+    lines = [line.split() for line in report(result).splitlines()]
+    assert {cells[0]: cells[2] for cells in lines if cells and cells[0] in shown} == shown
+    assert f"k = {shown['C3']}<" in html_page(result)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
 def test_the_ranks_change_nothing_but_rounding(
     ranks: Ranks, settings: tuple[str, ...], tmp_path: Path, optimizer: str
@@ -127,6 +166,13 @@ def test_a_budget_in_bytes_and_limits_of_tables(ranks: Ranks, settings: tuple[st
         f"compression  {found['training_bytes_peak']:,} bytes in training, {found['training_bytes_peak'] / single:.1%} "
         f"of those of single-layer tables (budget 24,000 bytes, {24_000 / single:.1%})"
     )
+
+
+def test_a_budget_without_wide_rows_is_said_to_give_a_single_layer(settings: tuple[str, ...]) -> None:
+    text = "compression  no row has more than 4 columns: with this budget it is a single-layer model"
+    narrow = [*settings, "compression.budget=0.05", "run.dir=x"]
+    assert with_row_ranges(*_spec_of(narrow))[1][2:] == [text]
+    assert len(with_row_ranges(*_spec_of([*narrow, "model.hidden_dim=null", "compression.widths=null"]))[1]) == 2
 
 
 def test_a_budget_above_all_rows_is_said_to_compress_nothing(settings: tuple[str, ...]) -> None:
@@ -180,8 +226,6 @@ def test_wrong_settings_are_refused(small_model: tuple[str, ...], tmp_path: Path
         message = error_line(*start, *setting.split())
         assert setting.split()[-1].partition("=")[0].partition(".C3")[0] in message
         assert "does not go with compression.policy static" in message
-    refused = error_line("compare", CONFIG, *start[2:])
-    assert "`mlet compare` compares tables without compression" in refused
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ A pass considers the rows of a bucket anew: those of the highest utility get the
 of the buckets are spread over the steps of an interval. A slot takes 4 bytes a row, and a utility 2.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -206,11 +206,11 @@ class SlotMap:
 
     @torch.no_grad()
     def add_gradients(
-        self, local_rows: torch.Tensor, projections: Sequence[torch.Tensor], gradients: torch.Tensor
+        self, local_rows: torch.Tensor, projections: Mapping[int, torch.Tensor], gradients: torch.Tensor
     ) -> None:
         """Add the norms of the gradients ``(U, d)`` of the vectors of distinct local rows to their utilities.
 
-        With chunks, ``projections`` are the W2 ``(width, d)`` of each part, and the utility of a chunk grows by the
+        With chunks, ``projections`` has the W2 ``(width, d)`` of each part, and the utility of a chunk grows by the
         norm of its own gradient, which it would have had if it had a slot.
 
         Sums are rounded to bfloat16 up or down, in turns that depend on the step and the row alone, so that small
@@ -236,15 +236,17 @@ class SlotMap:
         return (chunks * (self.layout.rows_per_bucket * self.num_buckets) + local_rows).view(-1)
 
     def _norms(
-        self, local_rows: torch.Tensor, projections: Sequence[torch.Tensor], gradients: torch.Tensor
+        self, local_rows: torch.Tensor, projections: Mapping[int, torch.Tensor], gradients: torch.Tensor
     ) -> torch.Tensor:
         """Return the norms of the gradients of all chunks ``(G·U,)``."""
         tables, num_tables = self.layout.parts_of(self.row_numbers(local_rows)), len(self.layout.tables)
         norms = gradients.new_zeros(self.layout.num_chunks, len(local_rows))
         for table in tables.unique().tolist():
             own = (tables == table).nonzero().squeeze(1)
-            of_table = torch.stack(list(projections[table::num_tables]))
-            norms[:, own] = (gradients[own] @ of_table.transpose(1, 2)).norm(dim=2)
+            for chunk in range(self.layout.num_chunks):
+                projection = projections.get(chunk * num_tables + table)
+                if projection is not None:
+                    norms[chunk, own] = (gradients[own] @ projection.t()).norm(dim=1)
         return norms.view(-1)
 
     def due(self) -> list[int]:

@@ -259,23 +259,27 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         of_segments = [weights.get(name, self._selections.get(name)) for name in self._segments]
         rows = project_tables(local_embs, routing.rows_per_segment, self._widths, of_segments)
         if routing.position_of_row is not None:
-            rows = self._with_absent_rows(
-                rows, routing, [none_throws(each).detach() for each in of_segments if each is not None]
-            )
+            rows = self._with_absent_rows(rows, routing, of_segments)
         rows = rows.index_select(0, routing.position_of_request)
         received = AllToAllRows.apply(
             rows, routing.requests_received, routing.requests_sent, self._process_group, self._codecs
         )
         return NoWait(self._pool(received, routing))
 
-    def _with_absent_rows(self, rows: torch.Tensor, routing: Routing, projections: list[torch.Tensor]) -> torch.Tensor:
+    def _with_absent_rows(
+        self, rows: torch.Tensor, routing: Routing, of_segments: list[torch.Tensor | None]
+    ) -> torch.Tensor:
         """Return the vectors of all distinct rows ``(U, d)``, zero for those without slot, and note their gradients."""
         slots = none_throws(self._slots)
         rows = functional.pad(rows, (0, 0, 0, 1)).index_select(0, none_throws(routing.position_of_row))
         if slots.layout.num_chunks > 1:
             rows = rows.view(slots.layout.num_chunks, -1, rows.shape[1]).sum(dim=0)
         if rows.requires_grad:
-            rows.register_hook(partial(slots.add_gradients, routing.local_rows, projections))
+            of_parts: dict[int, torch.Tensor] = {}
+            if slots.layout.num_chunks > 1:
+                detached = (none_throws(each).detach() for each in of_segments)
+                of_parts = dict(zip(slots.segments(0), detached, strict=True))
+            rows.register_hook(partial(slots.add_gradients, routing.local_rows, of_parts))
         return rows
 
     def _pool(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:

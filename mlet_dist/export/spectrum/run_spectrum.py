@@ -4,12 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlet_dist.atomic_directory import check_free, staged_directory
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.factors import FLOOR
 from mlet_dist.errors import UserError
+from mlet_dist.export.ranged_source import RangedTableSource
 from mlet_dist.export.row_blocks import sum_grams
 from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_smaller
@@ -31,6 +34,9 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
     Returns:
         Plain data: ``tables``, and how they were read. ``plain`` and ``weighted`` are ``Spectrum``s: of W, and of
         D^½·W, where the diagonal of D counts how often each row occurs, so that sum(s²) is that of all looked up rows.
+        A table whose rows have different widths has ``row_ranges``, with the rows, ``hidden_dim``, ``mean_gain`` and
+        ``balance`` of each; its own ``hidden_dim`` is the largest of them, and its ``mean_gain`` and ``balance`` are
+        null, since it has several W2.
 
     Raises:
         UserError: ``path`` cannot be read, or ``data`` does not fit the tables.
@@ -50,13 +56,8 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
                 weighted = None
                 if counts is not None and grams.weighted is not None:
                     weighted = Spectrum.of_gram(grams.weighted, table.num_embeddings)
-                tables.append(
-                    _describe(table, plain, weighted)
-                    | {
-                        "rows_seen": None if counts is None else int((counts > 0).sum()),
-                        "balance": None if grams.rows is None else balance(grams.rows, _projection(table)),
-                    }
-                )
+                seen = {"rows_seen": None if counts is None else int((counts > 0).sum())}
+                tables.append(_describe(table, plain, weighted) | seen | _layers(table, grams.rows))
     result = {
         "note": NOTE,
         "source": str(path),
@@ -77,20 +78,41 @@ def _describe(table: TableSource, plain: Spectrum, weighted: Spectrum | None) ->
     return {
         "name": table.name,
         "num_embeddings": table.num_embeddings,
-        "hidden_dim": table.hidden_dim,
         "embedding_dim": table.embedding_dim,
         "plain": dataclasses.asdict(plain),
         "weighted": None if weighted is None else dataclasses.asdict(weighted),
         "suggested": suggest_smaller(plain, weighted, table.embedding_dim),
-        "mean_gain": None
-        if table.projection is None
-        else float(table.projection.double().square().sum()) / table.embedding_dim,
     }
 
 
-def _projection(table: TableSource) -> Any:
-    assert table.projection is not None  # since there is a Gram matrix of W1
-    return table.projection
+def _layers(table: TableSource, rows_gram: torch.Tensor | None) -> dict[str, Any]:
+    """Return what is known of W1 and W2, for each range of rows if their widths differ.
+
+    Args:
+        table: the table.
+        rows_gram: W1ᵀW1 (k, k) float64; None for a single layer.
+    """
+    if table.projection is None or rows_gram is None:
+        return {"hidden_dim": None, "mean_gain": None, "balance": None}
+    if not isinstance(table, RangedTableSource):
+        return {"hidden_dim": table.hidden_dim, **_two_layers(rows_gram, table.projection)}
+    ranges: list[dict[str, Any]] = []
+    start = 0
+    for each in table.ranges:
+        columns = slice(start, start := start + each.width)
+        # Rows of d columns have no W2.
+        found: dict[str, Any] = {"mean_gain": None, "balance": None}
+        if each.width not in (0, table.embedding_dim):
+            found = _two_layers(rows_gram[columns, columns], table.projection[columns])
+        ranges.append({"rows": each.rows, "hidden_dim": each.width, **found})
+    widest = max(each["hidden_dim"] for each in ranges)
+    return {"hidden_dim": widest, "mean_gain": None, "balance": None, "row_ranges": ranges}
+
+
+def _two_layers(rows_gram: torch.Tensor, projection: torch.Tensor) -> dict[str, Any]:
+    """Return the mean factor of W2 on a gradient, and the distance between the Gram matrices of W1 and W2."""
+    gain = float(projection.double().square().sum()) / projection.shape[1]
+    return {"mean_gain": gain, "balance": balance(rows_gram, projection)}
 
 
 def _recipe_gain(source: Tables) -> float | None:

@@ -60,7 +60,7 @@ def _summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 each["name"],
                 f"{each['num_embeddings']:,}",
-                each["hidden_dim"] or "-",
+                _width(each) or "-",
                 each["embedding_dim"],
                 *plain["counts"].values(),
                 _short(plain["effective_rank"]),
@@ -74,6 +74,13 @@ def _summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return names, [[str(cell) for cell in row] for row in rows]
+
+
+def _width(table: dict[str, Any]) -> str:
+    """Return k, or the widths of a table's ranges of rows, such as 64/16/0; empty for a single layer."""
+    if "row_ranges" in table:
+        return "/".join(str(each["hidden_dim"]) for each in table["row_ranges"])
+    return str(table["hidden_dim"] or "")
 
 
 def _weighting(result: dict[str, Any]) -> str:
@@ -137,7 +144,7 @@ def _plot(table: dict[str, Any]) -> str:
         x = _x(suggested["embedding_dim"] + 0.5, d)
         where = f'x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"'
         parts.append(f'<line {where} stroke="{_CUT}" stroke-dasharray="4 3"/>')
-    sizes = f"{table['num_embeddings']:,} × {d}" + ("" if not table["hidden_dim"] else f", k = {table['hidden_dim']}")
+    sizes = f"{table['num_embeddings']:,} × {d}" + (f", k = {_width(table)}" if _width(table) else "")
     plain = table["plain"]
     caption = f"effective rank {plain['effective_rank']:.3g}, stable rank {plain['stable_rank']:.3g}"
     if suggested["embedding_dim"] < d:

@@ -60,7 +60,7 @@ class _Ranks:
             own = (bucket >= rank.first_bucket) & (bucket < rank.stop_bucket)
             local = rows[own] // self.layout.num_buckets * rank.num_buckets + bucket[own] - rank.first_bucket
             assert torch.equal(rank.row_numbers(local), rows[own])
-            rank.add_gradients(local, [], gradients[own])
+            rank.add_gradients(local, {}, gradients[own])
             rank.step += 1
             for due in rank.due():
                 moved += rank.regrade(due, self._pools(rank), self.projections)
@@ -166,10 +166,10 @@ def test_narrower_rows_are_the_closest_possible() -> None:
 def test_small_gradients_are_not_lost_beside_a_large_utility() -> None:
     slots = SlotMap(_layout(), AdaptiveRows(), 0, 1, CPU)
     row = torch.tensor([17])
-    slots.add_gradients(row, [], torch.tensor([[256.0, 0.0, 0.0, 0.0]]))
+    slots.add_gradients(row, {}, torch.tensor([[256.0, 0.0, 0.0, 0.0]]))
     for _ in range(2000):
         slots.step += 1
-        slots.add_gradients(row, [], torch.tensor([[0.1, 0.0, 0.0, 0.0]]))  # a tenth of bfloat16's resolution there
+        slots.add_gradients(row, {}, torch.tensor([[0.1, 0.0, 0.0, 0.0]]))  # a tenth of bfloat16's resolution there
     assert 446 < float(slots.utilities.view(-1)[17]) < 466
 
 

@@ -1,0 +1,92 @@
+"""The result of a comparison as a Markdown table, which is readable on a terminal, and what it means."""
+
+from typing import Any
+
+SINGLE, SINGLE_COMPRESSED, MLET, CONTROL = "single", "single_compressed", "mlet", "control"
+_TITLES = {
+    SINGLE: "single layer",
+    SINGLE_COMPRESSED: "single layer, compressed",
+    MLET: "MLET",
+    CONTROL: "control: single layer, MLET's rate",
+}
+_CAPTION = """\
+What the table means: the MLET row serves tables of the same size as the single layer's. Compare it with the control, a
+single layer with MLET's effective learning rate and initial scale: what MLET gains over the control is due to the
+factorisation.
+"""
+_COMPRESSED_CAPTION = """\
+What the table means: tables in training are rows, W2 and the optimizer's state, over all ranks, and the share is that
+of the single layer's, which is not compressed. Compressed rows have the same budget. There is no control, because no
+single learning rate makes a single layer learn as compressed MLET tables do: rows of d columns have no W2, and learn at
+the given rate. A part of what MLET gains may be due to the effective learning rate of its other rows.
+"""
+_NOTES = """\
+Each row is one run with one seed, and learning rates are not tuned for each row. The logit difference is the largest
+one, over all {split} rows, between the trained model and its export to plain TorchRec tables."""
+_NEXT = """\
+Next, compare them on your own data:
+
+  mlet prepare criteo train.txt --out data/criteo
+  mlet compare configs/criteo_kaggle.yaml data.path=data/criteo run.dir=runs/compare --nproc 2
+
+`mlet prepare --help` lists the formats of raw data, and `mlet train --help` lists the settings. See also README.md."""
+
+
+def comparison_report(result: dict[str, Any]) -> str:
+    """Return what `mlet compare` prints: the table and what it means, where the results are, and what to do next."""
+    failed = [_TITLES[name] for name, arm in result["arms"].items() if not arm["ok"]]
+    if failed:
+        ending = f"The export of {' and '.join(failed)} is outside its tolerance; `mlet verify` shows the differences."
+    else:
+        ending = _NEXT
+    files = f"Results: {result['run']}/comparison.md and comparison.json; each model's run and export are beside them."
+    return "\n\n".join([comparison_table(result), files, ending])
+
+
+def comparison_table(result: dict[str, Any]) -> str:
+    """Return the arms as a Markdown table, and what it means.
+
+    Args:
+        result: of ``comparison.compare``.
+    """
+    split, arms = result["split"], result["arms"]
+    compressed = SINGLE_COMPRESSED in arms
+    trained = ["tables in training", "share"] if compressed else ["tables trained"]
+    header = ["", *trained, "tables served", f"{split} AUC", f"{split} LogLoss", "largest logit difference"]
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for name, arm in arms.items():
+        sizes = [_size(arm["trained_table_bytes"])]
+        if compressed:
+            share = arm["training_bytes_peak"] / arms[SINGLE]["training_bytes_peak"]
+            sizes = [_size(arm["training_bytes_peak"]), f"{share:.1%}"]
+        rows.append(
+            [
+                "MLET, compressed" if compressed and name == MLET else _TITLES[name],
+                *sizes,
+                _size(arm.get("served_bytes", arm["served_table_bytes"])),
+                _metric(arm[f"{split}_auc"]),
+                _metric(arm[f"{split}_logloss"]),
+                _difference(arm["max_abs_logit_diff"]),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = []
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"| {' | '.join(cells)} |")
+    caption = _COMPRESSED_CAPTION if compressed else _CAPTION
+    return "\n".join([*lines, "", caption, _NOTES.format(split=split)])
+
+
+def _metric(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _difference(value: float | None) -> str:
+    if value is None:
+        return "infinite"
+    return f"{value:.1e}" if value else "none, bitwise identical"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"
