@@ -35,7 +35,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
 
     Returns:
         ``ok`` (whether every export is within its tolerance), ``run`` (the directory), ``split`` (test, or valid if
-        there is no test), and ``arms``: by name, the results of train and verify, and ``served_bytes`` of export.
+        there is no test), and ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by output.
 
     Raises:
         UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, or the data
@@ -76,10 +76,11 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         with _writing(export):
             if export.exists():
                 shutil.rmtree(export)
-        exported = _run_command("export", str(run), "--out", str(export))
+        outputs = ["dcp"] if configs[arm].compression.policy == "none" else ["dcp", "dcp-kept"]
+        exported = _run_command("export", str(run), "--out", str(export), "--outputs", *outputs)
         verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path, "--split", split)
         largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
-        served = {key: exported[key] for key in ("served_bytes",) if key in exported}
+        served = {"served_bytes": exported["served_bytes"]}
         arms[arm] = trained | served | {"ok": verified["ok"], "max_abs_logit_diff": largest}
     result = {
         "ok": all(arm["ok"] for arm in arms.values()),
@@ -139,6 +140,11 @@ def single_layer_compression(compression: CompressionConfig, embedding_dim: int)
     }
     if widths is not None:
         widths = tuple(sorted({d, *(width for width in widths if width < d)}, reverse=True))
+    if not compression.nested:
+        chunks = max((number for number in range(2, compression.chunks + 1) if d % (4 * number) == 0), default=None)
+        if chunks is None:  # the kernels need chunks of 4 columns, of which d has only one
+            return dataclasses.replace(compression, widths=(d,), nested=True)
+        return dataclasses.replace(compression, chunks=chunks)
     return dataclasses.replace(compression, widths=widths, tables=limits)
 
 

@@ -63,7 +63,7 @@ def comparison_table(result: dict[str, Any]) -> str:
             [
                 "MLET, compressed" if compressed and name == MLET else _TITLES[name],
                 *sizes,
-                _size(arm.get("served_bytes", arm["served_table_bytes"])),
+                _size(min(arm["served_bytes"].values())),
                 _metric(arm[f"{split}_auc"]),
                 _metric(arm[f"{split}_logloss"]),
                 _difference(arm["max_abs_logit_diff"]),

@@ -145,9 +145,33 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     sources: dict[str, str] = {}
     for override in overrides:
         apply_override(Config, settings, override, sources)
+    _apply_preset(settings, sources)
     config: Config = parse_section(Config, settings, "", source, sources)
     _check_combinations(config, source, sources)
     return _with_home(config)
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {"policy": "static"},
+    "fiited": {"policy": "adaptive", "nested": False},
+}
+"""The settings of ``compression.preset``."""
+
+
+def _apply_preset(settings: dict[str, Any], sources: Mapping[str, str]) -> None:
+    """Replace a known ``compression.preset`` by its settings, in place; those of the command line stay."""
+    compression = settings.get("compression")
+    if not isinstance(compression, dict):
+        return
+    chosen = compression.get("preset")
+    if not isinstance(chosen, str) or chosen not in _PRESETS:
+        return  # parsing reports a name that is unknown
+    defaults = CompressionConfig()
+    for name, value in _PRESETS[chosen].items():
+        default = getattr(defaults, name)
+        if f"compression.{name}" not in sources and compression.get(name, default) == default:
+            compression[name] = value
+    compression["preset"] = None
 
 
 def _with_home(config: Config) -> Config:
@@ -198,7 +222,7 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
                 f"{sources.get(key, source)}: {key} is {own.min_width}, above max_width {own.max_width} of the same "
                 "table; use the same value for one width for all of its rows"
             )
-    adaptive, optimizer = policy == "adaptive", config.optimizer.name
+    adaptive, optimizer, nested = policy == "adaptive", config.optimizer.name, config.compression.nested
     limited = [name for name, own in config.compression.tables.items() if own.min_width]
     largest = model.hidden_dim or model.embedding_dim
     kinds = sharding.sharding_types
@@ -210,6 +234,20 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
         ("train.initial_weights", config.train.initial_weights, config.train.initial_weights is not None, "use null"),
         ("model.hidden_dim", model.hidden_dim, largest < model.embedding_dim, f"use {model.embedding_dim} or more"),
         ("compression.widths", widths, len(set(widths)) < len(widths), "name each width once"),
+        ("compression.nested", False, not (nested or adaptive), "use true"),
+        ("compression.widths", widths, bool(widths) and not nested, "use null and compression.chunks"),
+        (
+            "compression.tables",
+            list(config.compression.tables),
+            bool(config.compression.tables) and not nested,
+            "use {}",
+        ),
+        (
+            "compression.chunks",
+            config.compression.chunks,
+            not nested and bool(largest % (4 * config.compression.chunks)),
+            f"use a number of chunks that have 4, 8, 12, … of the {largest} columns",
+        ),
         ("optimizer.name", optimizer, adaptive and optimizer == "adam", "use sgd, adagrad or rowwise_adagrad"),
         ("compression.tables", limited, adaptive and bool(limited), "use max_width alone, or policy static"),
         (

@@ -155,6 +155,12 @@ class TableCompressionConfig:
 class CompressionConfig:
     """How tables are made smaller while they are trained, by giving rows of different frequency different widths."""
 
+    preset: Literal["recommended", "fiited"] | None = setting(
+        "Sets those settings of this section that have their default value and are not given on the command line. "
+        "recommended: what the results in the documentation recommend. fiited: FIITED (arXiv:2401.04408), adaptive "
+        "with nested false. null: none. A run's own config.yaml has the settings instead.",
+        None,
+    )
     policy: Literal["none", "static", "adaptive"] = setting(
         "none: all rows of W1 have hidden_dim columns. static: a row gets the more columns the more often the training "
         "split looks it up, and the rarest rows get none and read zero; widths are chosen before training, within "
@@ -171,6 +177,12 @@ class CompressionConfig:
         above=0,
         at_most=1e6,
     )
+    nested: bool = setting(
+        "adaptive: true moves whole rows between widths. false cuts rows into chunks of equally many columns, each of "
+        "which is kept or dropped by its own gradient, whatever the row's other chunks are.",
+        True,
+    )
+    chunks: int = setting("adaptive with nested false: the number of chunks of a row.", 8, at_least=2, at_most=1024)
     widths: tuple[int, ...] | None = setting(
         "List of the widths that a row may have, besides 0; multiples of 4. null: hidden_dim, its halves down to "
         "embedding_dim, embedding_dim, and half of it.",
@@ -191,11 +203,13 @@ class CompressionConfig:
         "are spread over the steps.",
         1000,
         at_least=1,
+        at_most=_MAX_STEPS,
     )
     warmup: int | None = setting(
         "adaptive: steps before the first pass. null: as many as interval.",
         None,
         at_least=0,
+        at_most=_MAX_STEPS,
     )
     decay: float = setting(
         "adaptive: the share of a row's utility, the sum of the norms of its gradients, that is left after a pass.",

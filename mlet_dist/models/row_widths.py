@@ -35,34 +35,46 @@ class Sizes:
     Attributes:
         embedding_dim: d.
         optimizer: the optimizer of the rows. W2 has the same one, but adagrad if the rows have rowwise_adagrad.
-        bytes_per_row: what every row takes besides, whatever its width.
+        bytes_per_row: what every row takes besides, whatever its width: slots and utilities.
+        chunks: the number of chunks into which rows are cut; 0 for whole rows. Their W2 is that of all columns, for
+            each table that has one.
+        hidden_dim: k of these tables; None for single-layer tables.
     """
 
     embedding_dim: int
     optimizer: Optimizer
     bytes_per_row: int = 0
+    chunks: int = 0
+    hidden_dim: int | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, optimizer: Optimizer, compression: CompressionConfig) -> "Sizes":
         """Return the sizes of a config's tables."""
-        return cls(model.embedding_dim, optimizer, BYTES_PER_ROW if compression.policy == "adaptive" else 0)
+        if compression.policy != "adaptive":
+            return cls(model.embedding_dim, optimizer)
+        chunks = 0 if compression.nested else compression.chunks
+        return cls(model.embedding_dim, optimizer, BYTES_PER_ROW * max(1, chunks), chunks, model.hidden_dim)
 
     def row(self, width: int) -> int:
         """Return the bytes of a row of W1; 0 for width 0."""
         return FLOAT * width + row_state_bytes(self.optimizer, width) if width else 0
 
     def projection(self, width: int) -> int:
-        """Return the bytes of W2, without its gradient; 0 for rows of width d, which have none."""
-        if width in (0, self.embedding_dim):
-            return 0
+        """Return the bytes of the W2 of a range, without its gradient; 0 for rows of width d, which have none."""
+        return 0 if self.chunks or width in (0, self.embedding_dim) else self._projection(width)
+
+    def _projection(self, width: int) -> int:
         elements = width * self.embedding_dim
         return replicated_bytes(elements, self.optimizer) - FLOAT * elements
 
     def table(self, ranges: Sequence[RowRange]) -> int:
         """Return the bytes of a table with row ranges."""
         rows = sum(each.rows for each in ranges)
-        return rows * self.bytes_per_row + sum(
-            each.rows * self.row(each.width) + self.projection(each.width) for each in ranges
+        of_chunks = self._projection(self.hidden_dim) if self.chunks and self.hidden_dim else 0
+        return (
+            of_chunks
+            + rows * self.bytes_per_row
+            + sum(each.rows * self.row(each.width) + self.projection(each.width) for each in ranges)
         )
 
     def single(self, rows: int) -> int:
@@ -70,9 +82,16 @@ class Sizes:
         return rows * self.row(self.embedding_dim)
 
 
-def default_widths(model: ModelConfig) -> tuple[int, ...]:
-    """Return hidden_dim and its halves above embedding_dim, embedding_dim, and half of it, if kernels support it."""
+def default_widths(model: ModelConfig, compression: CompressionConfig) -> tuple[int, ...]:
+    """Return the widths that rows may have if the config names none.
+
+    They are hidden_dim and its halves above embedding_dim, embedding_dim, and half of it if kernels support that. Rows
+    cut into chunks may have any number of chunks.
+    """
     d, found = model.embedding_dim, []
+    if not compression.nested:
+        chunk = (model.hidden_dim or d) // compression.chunks
+        return tuple(chunk * number for number in range(compression.chunks, 0, -1))
     width = model.hidden_dim or d
     while width > d and width % 4 == 0:
         found.append(width)
@@ -92,7 +111,7 @@ def permitted_widths(table: str, compression: CompressionConfig, model: ModelCon
     Raises:
         UserError: a limit of ``compression.tables`` is none of the widths.
     """
-    widths = sorted({0, *(compression.widths or default_widths(model))})
+    widths = sorted({0, *(compression.widths or default_widths(model, compression))})
     limits = compression.limits(table)
     for key, limit in (("min_width", limits.min_width), ("max_width", limits.max_width)):
         if limit is not None and limit not in widths:
@@ -124,8 +143,8 @@ def static_ranges(
         UserError: the counts of a table are not sorted, a table's limits are none of the widths, or the budget is too
             small for one row of each table and the limits.
     """
-    widths = sorted(compression.widths or default_widths(model))
-    fewest_rows = FEWEST_SLOTS if compression.policy == "adaptive" else 1
+    widths = sorted(compression.widths or default_widths(model, compression))
+    fewest_rows = FEWEST_SLOTS if compression.policy == "adaptive" and compression.nested else 1
     while True:
         found = _static_ranges(counts, dataclasses.replace(compression, widths=tuple(widths)), model, sizes)
         rows = {width: sum(_rows_of(width, each) for each in found.values()) for width in widths}
@@ -148,7 +167,7 @@ def _static_ranges(
     counts: Mapping[str, Counts], compression: CompressionConfig, model: ModelConfig, sizes: Sizes
 ) -> dict[str, tuple[RowRange, ...]]:
     permitted = {name: permitted_widths(name, compression, model) for name in counts}
-    widths = sorted(compression.widths or default_widths(model))
+    widths = sorted(compression.widths or default_widths(model, compression))
     ordered = {name: _descending(name, each, check=len(permitted[name]) > 1) for name, each in counts.items()}
     single = sizes.single(sum(len(each) for each in counts.values()))
     budget = budget_bytes(compression, single)
@@ -224,13 +243,13 @@ def _ranges(
     upper = [len(counts), *(len(counts) - int(np.searchsorted(ascending, least[each])) for each in permitted[1:]), 0]
     d = sizes.embedding_dim
     rows = {width: upper[i] - upper[i + 1] for i, width in enumerate(permitted)}
-    for i in reversed(range(1, len(permitted))):
+    for i in reversed(range(1, 0 if sizes.chunks else len(permitted))):
         width, next_narrower = permitted[i], permitted[i - 1]
         if width > d and next_narrower and 0 < rows[width] < width:
             rows[next_narrower] += rows[width]
             rows[width] = 0
     for width in permitted:
-        saved = rows[width] * (sizes.row(d) - sizes.row(width)) if 0 < width < d else 0
+        saved = rows[width] * (sizes.row(d) - sizes.row(width)) if 0 < width < d and not sizes.chunks else 0
         if 0 < width < d and d in rows and rows[width] and saved <= sizes.projection(width):
             rows[d] += rows[width]
             rows[width] = 0

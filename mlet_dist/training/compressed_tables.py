@@ -9,7 +9,7 @@ from torch import distributed as dist
 
 from mlet_dist.checkpoint.writer import on_first_rank
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import CompressionConfig
+from mlet_dist.config.sections import CompressionConfig, ModelConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
@@ -128,10 +128,10 @@ def with_row_ranges(
             "which the budget allows"
         )
     plain = {name: tuple((each.rows, each.width, each.share) for each in of) for name, of in ranges.items()}
-    return dataclasses.replace(spec, row_ranges=plain, adaptive=_moves(compression)), lines
+    return dataclasses.replace(spec, row_ranges=plain, adaptive=_moves(compression, spec.model)), lines
 
 
-def _moves(compression: CompressionConfig) -> dict[str, Any]:
+def _moves(compression: CompressionConfig, model: ModelConfig) -> dict[str, Any]:
     """Return when and how rows move, the fields of AdaptiveRows; empty if they do not."""
     if compression.policy != "adaptive":
         return {}
@@ -142,6 +142,7 @@ def _moves(compression: CompressionConfig) -> dict[str, Any]:
         "decay": compression.decay,
         "hysteresis": compression.hysteresis,
         "on_move": compression.on_move,
+        "chunk_width": None if compression.nested else (model.hidden_dim or model.embedding_dim) // compression.chunks,
     }
 
 
