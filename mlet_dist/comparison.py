@@ -35,7 +35,8 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
 
     Returns:
         ``ok`` (whether every export is within its tolerance), ``run`` (the directory), ``split`` (test, or valid if
-        there is no test), and ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by output.
+        there is no test), and ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by
+        output.
 
     Raises:
         UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, or the data

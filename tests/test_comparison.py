@@ -220,7 +220,7 @@ def test_nothing_to_compare_without_a_hidden_dim(small_model: tuple[str, ...], t
 def test_an_undefined_auc_is_shown_as_such() -> None:
     arm = {
         "trained_table_bytes": 3_200_000_000,
-        "served_bytes": {"dcp": 1}00_000,
+        "served_bytes": {"dcp": 100_000},
         "test_auc": None,
         "test_logloss": 0.25,
         "max_abs_logit_diff": 0.0,
