@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,20 +15,26 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mlet_dist.embeddings.table_config import RowRange
+from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.served_layout import ServedLayout
+from mlet_dist.export.verify.run_verify import verify_export
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.row_widths import static_ranges
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training import compressed_tables
+from tests.helpers.export_units import contents, export_in_rank
+from tests.helpers.export_units import export as export_in_units
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
+from tests.helpers.tampered_export import change_manifest, change_tensor
 from tests.helpers.train_in_ranks import Ranks, train_in_ranks
 
 pytestmark = pytest.mark.e2e
 
 FORMS = [name for name, output in OUTPUTS.items() if output.form != "all"]
+STATIC = ("dcp-kept", "int8-kept", "dcp-mixed", "int4-mixed")
 LOGIT = {"fp32": 1e-5, "fp16": 2e-3, "int8": 0.03, "int4": 0.5}
 """The largest difference of a logit from that of the trained model in float64."""
 
@@ -64,7 +71,7 @@ def exported(
     train_in_ranks(ranks, 1, *settings)
     ranks(1).run(_choose_widths, static_ranges)
     # Both kinds of run make all forms; the one whose kept rows are anywhere, in every encoding.
-    names = [*OUTPUTS, "package"] if request.param == "gaps" else ["dcp", "int8", "int8-kept", "int4-mixed", "package"]
+    names = [*OUTPUTS, "package"] if request.param == "gaps" else ["dcp", "int8", *STATIC, "package"]
     tables = ("--package-tables", "int4-mixed") if request.param == "gaps" else ()
     return (
         folder / "run",
@@ -85,7 +92,7 @@ def test_verify_passes_and_bytes_are_those_of_the_stored_rows(exported: Exported
     for name, each in found["outputs"].items():
         if each["encoding"] == "fp32" and not name.startswith("package"):
             assert each["max_abs_logit_diff"] < 1e-5
-    gaps = len(served) > 5
+    gaps = "fp16" in served
     assert served["package"] == served["int4-mixed" if gaps else "int8-kept"]
     for name, output in ((name, output) for name, output in OUTPUTS.items() if name in served):
         expected, row, d = 0, output.encoding.row_bytes, spec.model.embedding_dim
@@ -107,7 +114,7 @@ def test_verify_passes_and_bytes_are_those_of_the_stored_rows(exported: Exported
             expected += sum(sizes) + zero_row
         assert served[name] == expected, name
     assert served["int4-mixed"] < served["int8-kept"] < served["int8"] < served["dcp"]
-    for name in ("dcp", "fp16", "int8", "int4") if gaps else ():
+    for name in ("dcp", "fp16", "int8", "int4") if gaps else ("dcp",):
         assert served[f"{name}-mixed"] < served[f"{name}-kept"] < served[name]
     assert set(result.get("kept_ids_bytes", {})) == ({*FORMS, "package"} if gaps else set())
 
@@ -161,6 +168,48 @@ def test_encoded_rows_are_those_of_the_run(exported: Exported, tmp_path: Path) -
             assert bool(((rows[: len(expected)] - expected).abs() <= 0.51 * step[: len(expected)] + 2e-3).all())
             assert not bool(rows[len(expected) :].any())
     assert narrow > 5
+
+
+def test_verify_names_the_id_of_a_row_that_differs(exported: Exported, small_data: Path, tmp_path: Path) -> None:
+    run, export, _ = exported
+    ranges = ModelSpec.load(run / "model.json").row_ranges["C3"]
+    stored = torch.cat([torch.full((rows,), bool(width)) for rows, width, _ in ranges])
+    kept, weight = int(stored.sum()), f"{TABLES_PREFIX}embedding_bags.C3.weight"
+    copy = shutil.copytree(
+        export, tmp_path / "export", ignore=shutil.ignore_patterns("int*", "fp16*", "safe*", "pack*")
+    )
+    change_manifest(copy, lambda manifest: manifest.update(outputs={"dcp-kept": manifest["outputs"]["dcp-kept"]}))
+    # A kept row, and the zero row, which stands for all that are not stored.
+    for number, row in ((kept - 1, int(stored.nonzero()[-1])), (kept, int((~stored).nonzero()[0]))):
+        changed = shutil.copytree(copy, tmp_path / str(number))
+        change_tensor(changed, "dcp-kept", weight, lambda table: table[number].add_(1.0))  # noqa: B023
+        found = verify_export(changed, run, small_data)["outputs"]["dcp-kept"]
+        assert found["ok"] is False
+        assert found["tables"]["C3"]["worst_row"] == row
+        assert found["tables"]["C3"]["max_abs_error"] == pytest.approx(1.0, abs=1e-4)
+        assert found["tables"]["C4"]["max_abs_error"] < 1e-6
+    assert found["max_abs_logit_diff"] > 1e-3
+
+    def fewer(manifest: dict[str, Any]) -> None:
+        manifest["outputs"]["dcp-kept"]["layout"]["tables"]["C3"]["kept"] -= 1
+
+    change_manifest(copy, fewer)
+    with pytest.raises(UserError, match=f"keeps {kept - 1} rows of table 'C3', which are not the {kept} that"):
+        verify_export(copy, run, small_data)
+
+
+@pytest.mark.multirank
+def test_any_number_of_ranks_writes_the_same_files(exported: Exported, ranks: Ranks, tmp_path: Path) -> None:
+    options = {"outputs": ("dcp", *STATIC, "int8-mixed"), "gather": "fp16" in exported[2]["outputs"]}
+    single = export_in_units(exported[0], tmp_path / "1", **options)
+    found = ranks(2).run(export_in_rank, exported[0], tmp_path / "2", options)[0]
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+    assert found["served_bytes"] == single["served_bytes"]
+    whole = _loaded(exported[1] / "model-kept", tmp_path / "whole.pt")
+    units = _loaded(tmp_path / "1" / "model-kept", tmp_path / "units.pt")
+    assert whole.keys() == units.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, units[name], rtol=1e-5, atol=1e-6)
 
 
 def test_mixed_widths_have_no_serving_plan(exported: Exported, tmp_path: Path) -> None:
