@@ -31,10 +31,13 @@ class ExportDirectory:
         model/            state dict of a plain TorchRec DLRM, written as by torch.distributed.checkpoint
         safetensors/      the same state dict as safetensors files, for torch's HuggingFaceStorageReader or any reader
         fp16/ int8/ int4/ state dict with TorchRec's quantised tables, written as by torch.distributed.checkpoint
+        model-kept/ …     each of these with only the rows that a compressed run stores
+        model-mixed/ …    the same, with narrow rows as they are, and their W2
         package/          a scripted model that contains the tables of one output, and programs that run it
 
     A file ``TABLE-00000-of-00003`` with the suffix ``.distcp`` or ``.safetensors`` contains a range of rows of a table,
-    and a file ``TABLE`` of a gathered export all of them; ``_dense`` contains the other layers.
+    and a file ``TABLE`` of a gathered export all of them; ``_dense`` contains the other layers, and
+    what an output of kept rows or mixed widths has besides tables.
     """
 
     path: Path

@@ -27,9 +27,12 @@ PREFIX = "sparse_arch.embedding_bag_collection."
 
 
 class Tables(torch.nn.Module):
-    """The tables of an output, which take the ids of the data set and return d columns for each feature."""
+    """The tables of an output, which take the ids of the data set and return d columns for each feature.
 
-    def __init__(self, layout: dict, manifest: dict) -> None:
+    Tables have sum pooling here: for mean pooling, divide the sum of the parts by the size of the bag.
+    """
+
+    def __init__(self, layout: dict) -> None:
         super().__init__()
         self.layout = layout["tables"]
         self.d = layout["embedding_dim"]
@@ -85,15 +88,15 @@ def load(export: Path, manifest: dict, output: str) -> DLRM:
     described = manifest["outputs"][output]
     directory, layers = export / described["directory"], manifest["model"]["model"]
     model = DLRM(
-        embedding_bag_collection=Tables(described["layout"], manifest),
+        embedding_bag_collection=Tables(described["layout"]),
         dense_in_features=len(manifest["model"]["dense"]),
         dense_arch_layer_sizes=[*layers["bottom_mlp"], layers["embedding_dim"]],
         over_arch_layer_sizes=[*layers["top_mlp"], 1],
     )
-    tables = model.sparse_arch.embedding_bag_collection
     if described["encoding"] != "fp32":
         quant_prep_enable_quant_state_dict_split_scale_bias_for_types(model, [EmbeddingBagCollection])
         model = quantize_inference_model(model, quantization_dtype=DTYPES[described["encoding"]])
+    tables = model.sparse_arch.embedding_bag_collection
     state = {
         name.replace(f"{PREFIX}embedding_bags.", PREFIX): tensor.view(torch.uint8)
         if isinstance(tensor, UInt4Tensor)
@@ -101,15 +104,14 @@ def load(export: Path, manifest: dict, output: str) -> DLRM:
         for name, tensor in model.state_dict().items()
         if ".tbes." not in name
     }
-    metadata = (
-        dcp.FileSystemReader(directory) if described["format"] == "distcp" else HuggingFaceStorageReader(str(directory))
-    )
-    stored = metadata.read_metadata().state_dict_metadata
+    is_dcp = described["format"] == "distcp"
+    reader = dcp.FileSystemReader(directory) if is_dcp else HuggingFaceStorageReader(str(directory))
+    stored = reader.read_metadata().state_dict_metadata
     for table in tables.layout.values():
         for name in [table["kept_ids"], *(part["projection"] for part in table["parts"])]:
             if name is not None:
                 tables.extra[name] = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
-    dcp.load(state | tables.extra, storage_reader=metadata, no_dist=True)  # in place
+    dcp.load(state | tables.extra, storage_reader=reader, no_dist=True)  # in place
     return model
 
 

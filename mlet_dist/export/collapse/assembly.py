@@ -95,6 +95,8 @@ class Assembly:
             check_fits(self._layout(self._package), self._package.encoding)
         for name, shape in self._dense_shapes.items():
             self.source.check_shape(name, shape)
+        for group in self.groups.values():
+            self._check_finite(group.served.tensors)
 
     def unfinished(self) -> list[Unit]:
         """Return the units that remain to be run."""
@@ -278,10 +280,13 @@ class Assembly:
 
     def _load_dense(self) -> dict[str, torch.Tensor]:
         dense = {name: self.source.load_dense(name) for name in self._dense_shapes}
-        for name, tensor in dense.items():
+        self._check_finite(dense)
+        return dense
+
+    def _check_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise UserError(f"{self.source.files.location}: {name!r} holds values that are not finite")
-        return dense
 
 
 def _joined(group: str, table: str) -> str:

@@ -19,7 +19,7 @@ class MixedWidthCollection(nn.Module):
 
     Args:
         spec: of the model.
-        layout: of its tables, in the same order.
+        layout: of its tables.
         data_type: of the rows; W2 and results are float32.
 
     Attributes:
@@ -29,6 +29,7 @@ class MixedWidthCollection(nn.Module):
 
     def __init__(self, spec: ModelSpec, layout: ServedLayout, data_type: DataType) -> None:
         super().__init__()
+        parts = [(table, part) for table in spec.tables for part in layout.tables[table.name].parts]
         stored = [
             EmbeddingBagConfig(
                 name=part.name,
@@ -38,8 +39,7 @@ class MixedWidthCollection(nn.Module):
                 pooling=PoolingType.SUM,
                 data_type=data_type,
             )
-            for table in spec.tables
-            for part in layout.tables[table.name].parts
+            for table, part in parts
         ]
         self._embedding_dim = spec.model.embedding_dim
         is_mean = spec.model.pooling == "mean" and any(table.multi_valued for table in spec.tables)
@@ -57,13 +57,13 @@ class MixedWidthCollection(nn.Module):
         self.projections: dict[str, str] = {}
         self._widths = list[int]()
         pieces: dict[str, list[tuple[int, str | None]]] = {name: [] for name in self._features}
-        for number, part in enumerate(layout.parts):
+        for number, (table, part) in enumerate(parts):
             buffer = None
             if part.projection is not None:
                 buffer = self.projections[part.projection] = f"projection_{number}"
                 self.register_buffer(buffer, torch.zeros(part.embedding_dim, self._embedding_dim))
-            for key in stored[number].feature_names:
-                pieces[key.removesuffix(f"@{part.name}")].append((len(self._widths), buffer))
+            for feature in table.features:
+                pieces[feature.name].append((len(self._widths), buffer))
                 self._widths.append(part.embedding_dim)
         self._pieces = list(pieces.values())
 

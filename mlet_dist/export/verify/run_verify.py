@@ -154,7 +154,7 @@ def _check_outputs(directory: ExportDirectory, manifest: Mapping[str, Any]) -> d
             if not {"directory", "format", "files"} <= set(entry) or entry["encoding"] not in ENCODINGS:
                 raise KeyError(name)
             _layout_of(entry)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory.path}: broken manifest: {error!r}; export again") from None
     return outputs
 
