@@ -45,24 +45,25 @@ def choose_pools(
     """Give the slots of each pool, widest first, to the rows of the highest utility that have none yet.
 
     Args:
-        utility: of n rows, ``(n,)`` float32, 0 or more.
-        held: the pool that each row is in now, ``(n,)`` int64; -1 for none.
-        permitted: the pools that each row may be in, ``(n, P)`` bool.
-        slots: the number of slots of each pool.
+        utility: of n rows of each of B buckets, ``(n, B)`` float32, 0 or more.
+        held: the pool that each row is in now, ``(n, B)`` int64; -1 for none.
+        permitted: the pools that each row may be in, ``(n, B, P)`` bool.
+        slots: the number of a bucket's slots of each pool.
         hysteresis: the utility of a row that is in a pool, or in a wider one, counts 1 + hysteresis times there.
 
     Returns:
-        The pool of each row ``(n,)`` int64; -1 for none. Rows of equal utility stay where they are; beyond that, the
+        The pool of each row ``(n, B)`` int64; -1 for none. Rows of equal utility stay where they are; beyond that, the
         first ones come first.
     """
     chosen = torch.full_like(held, -1)
     for pool, number in enumerate(slots):
         holds = (held >= 0) & (held <= pool)
         value = torch.where(holds, utility * (1 + hysteresis), utility)
-        candidates = ((chosen < 0) & permitted[:, pool]).nonzero().squeeze(1)
-        candidates = candidates[holds[candidates].int().argsort(descending=True, stable=True)]
-        best = candidates[value[candidates].argsort(descending=True, stable=True)[:number]]
-        chosen[best] = pool
+        value = torch.where((chosen < 0) & permitted[:, :, pool], value, -1.0)
+        order = holds.byte().argsort(dim=0, descending=True, stable=True)
+        order = order.gather(0, value.gather(0, order).argsort(dim=0, descending=True, stable=True))
+        best = order[:number]
+        chosen.scatter_(0, best, torch.where(value.gather(0, best) >= 0, pool, chosen.gather(0, best)))
     return chosen
 
 

@@ -15,7 +15,7 @@ What holds for rows above, then holds for chunks.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +31,7 @@ FEWEST_SLOTS = _NUMBERS_OF_BUCKETS[-1]
 """The fewest rows that a width must have."""
 
 _SLOTS_PER_BUCKET = 16  # of each width, so that a bucket's frequent rows are about as many as another's
+_GROUP_ROWS = 1 << 18  # rows that are worked on together
 MAX_SLOTS = 2**31 - 1
 
 
@@ -198,12 +199,41 @@ class SlotLayout:
         """Return the index of the part of each row, by its number."""
         return torch.searchsorted(self.first_rows().to(rows.device), rows, right=True) - 1
 
-    def slots_of(self, bucket: int) -> list[range]:
-        """Return the codes of a bucket's slots by pool."""
-        return [
-            range(first + bucket * pool.slots_per_bucket, first + (bucket + 1) * pool.slots_per_bucket)
-            for first, pool in zip(self.first_codes().tolist(), self.pools, strict=True)
-        ]
+    def pools_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the pool of each code; -1 for no slot."""
+        return torch.searchsorted(self.first_codes().to(codes.device), codes, right=True) - 1
+
+    def new_codes(self, first_bucket: int, codes: torch.Tensor, pools: torch.Tensor) -> torch.Tensor:
+        """Return the slots of rows once they have other pools.
+
+        Rows that stay in their pool keep their slots, and the others get free ones of their bucket, the first rows the
+        first ones.
+
+        Args:
+            first_bucket: that of the first column.
+            codes: of n rows of each of B consecutive buckets, ``(n, B)`` int64; -1 for none.
+            pools: that each row shall be in, ``(n, B)`` int64; -1 for none. No more than the pool has slots.
+        """
+        held, device = self.pools_of(codes), codes.device
+        found = torch.where(pools == held, codes, -1)
+        buckets = torch.arange(codes.shape[1], device=device)
+        for pool, first_code in enumerate(self.first_codes().tolist()):
+            size = self.pools[pool].slots_per_bucket
+            starts = first_code + (first_bucket + buckets) * size
+            row, bucket = ((pools == pool) & (held == pool)).nonzero(as_tuple=True)
+            taken = torch.zeros(len(buckets), size, dtype=torch.uint8, device=device)
+            taken[bucket, codes[row, bucket] - starts[bucket]] = 1
+            free = taken.argsort(dim=1, stable=True)
+            enters = (pools == pool) & (held != pool)
+            row, bucket = enters.nonzero(as_tuple=True)
+            found[row, bucket] = starts[bucket] + free[bucket, enters.cumsum(dim=0)[row, bucket] - 1]
+        return found
+
+    def groups_of_buckets(self, first_bucket: int, stop_bucket: int) -> Iterator[tuple[int, int]]:
+        """Yield the first and the stop bucket of groups that are so small that work on one takes little memory."""
+        size = max(1, _GROUP_ROWS // (self.num_chunks * self.rows_per_bucket))
+        for first in range(first_bucket, stop_bucket, size):
+            yield first, min(first + size, stop_bucket)
 
     def initial_slots(self, first_bucket: int, stop_bucket: int) -> torch.Tensor:
         """Return the slots of the rows of buckets before training: codes of ``rows_of``'s shape, int32; -1 for none.
@@ -211,7 +241,6 @@ class SlotLayout:
         A bucket's slots of a pool go to its rows with this initial width. If a bucket has more of these rows than
         slots, the last ones get narrower slots; if it has fewer, narrower rows get the slots left.
         """
-        rows, permitted = self.rows_of(first_bucket, stop_bucket), self.permitted()
         starts: list[int] = []
         widths: list[int] = []
         for first, of_part in zip(self.first_rows().tolist(), self.initial_widths, strict=True):
@@ -219,20 +248,17 @@ class SlotLayout:
                 starts.append(first)
                 widths.append(each)
                 first += number
-        width = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows.clamp(min=0), right=True) - 1]
-        codes = torch.full(rows.shape, -1, dtype=torch.int32)
-        for column, bucket in enumerate(range(first_bucket, stop_bucket)):
-            exists = rows[:, column] >= 0
-            parts = self.parts_of(rows[exists, column])
-            wanted = width[exists, column].float()
-            held = torch.full_like(parts, -1)
-            slots = self.slots_of(bucket)
-            chosen = choose_pools(wanted, held, permitted[parts], [len(each) for each in slots], hysteresis=0.0)
-            of_bucket = torch.full_like(parts, -1)
-            for pool, codes_of_pool in enumerate(slots):
-                into = (chosen == pool).nonzero().squeeze(1)
-                of_bucket[into] = torch.arange(codes_of_pool.start, codes_of_pool.start + len(into))
-            codes[exists, column] = of_bucket.int()
+        permitted, slots = self.permitted(), [pool.slots_per_bucket for pool in self.pools]
+        lines = self.num_chunks * self.rows_per_bucket
+        codes = torch.empty(lines, stop_bucket - first_bucket, dtype=torch.int32)
+        for first, stop in self.groups_of_buckets(first_bucket, stop_bucket):
+            rows = self.rows_of(first, stop)
+            exists, rows = rows >= 0, rows.clamp(min=0)
+            wanted = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows, right=True) - 1]
+            nowhere = torch.full_like(rows, -1)
+            may = permitted[self.parts_of(rows)] & exists.unsqueeze(2)
+            pools = choose_pools(wanted.float(), nowhere, may, slots, hysteresis=0.0)
+            codes[:, first - first_bucket : stop - first_bucket] = self.new_codes(first, nowhere, pools)
         return codes
 
 
@@ -267,23 +293,26 @@ class SlotInitializer:
     def fill(self, weight: torch.Tensor, first_row: int) -> None:
         """Fill a shard ``(slots, width)`` of whole buckets with slots [first_row, first_row + slots) of the pool."""
         size = self.layout.pools[self.pool].slots_per_bucket
-        first_bucket, stop_bucket = first_row // size, (first_row + weight.shape[0]) // size
-        codes = self.layout.initial_slots(first_bucket, stop_bucket).long()
-        first_code = int(self.layout.first_codes()[self.pool]) + first_row
-        inside = (codes >= first_code) & (codes < first_code + weight.shape[0])
+        buckets = first_row // size, (first_row + weight.shape[0]) // size
+        for first, stop in self.layout.groups_of_buckets(*buckets):
+            self._fill_buckets(weight[first * size - first_row : stop * size - first_row], first, stop)
+
+    def _fill_buckets(self, weight: torch.Tensor, first_bucket: int, stop_bucket: int) -> None:
+        layout, first_slot = self.layout, first_bucket * self.layout.pools[self.pool].slots_per_bucket
+        codes = layout.initial_slots(first_bucket, stop_bucket).long()
+        slots = codes - int(layout.first_codes()[self.pool]) - first_slot
+        inside = (codes >= 0) & (slots >= 0) & (slots < weight.shape[0])
         rows = torch.full((weight.shape[0],), -1)
-        rows[codes[inside] - first_code] = self.layout.rows_of(first_bucket, stop_bucket)[inside]
-        tables = self.layout.parts_of(rows.clamp(min=0)) % len(self.layout.tables)
+        rows[slots[inside]] = layout.rows_of(first_bucket, stop_bucket)[inside]
+        tables = layout.parts_of(rows.clamp(min=0)) % len(layout.tables)
         unit = {each.distribution: dataclasses.replace(each, scale=1.0, center=0.0) for each in self.initializers}
         for distribution, initializer in unit.items():
             drawn = torch.empty(weight.shape)
-            initializer.fill(drawn, first_row)
+            initializer.fill(drawn, first_slot)
             own = torch.tensor([each.distribution == distribution for each in self.initializers])[tables]
             scales = torch.tensor([each.scale for each in self.initializers])[tables].unsqueeze(1)
             centers = torch.tensor([each.center for each in self.initializers])[tables].unsqueeze(1)
             weight[own.to(weight.device)] = (drawn * scales + centers)[own].to(weight)
-        empty = (rows < 0) | torch.isin(
-            rows % (self.layout.rows_per_bucket * self.layout.num_buckets),
-            torch.tensor(self.zero_rows, dtype=torch.int64),
-        )
+        of_rows = rows % (layout.rows_per_bucket * layout.num_buckets)
+        empty = (rows < 0) | torch.isin(of_rows, torch.tensor(self.zero_rows, dtype=torch.int64))
         weight[empty.to(weight.device)] = 0

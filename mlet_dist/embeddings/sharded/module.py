@@ -239,8 +239,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if self.slots is None:
             return 0
         self.slots.step += 1
-        due = self.slots.due()
-        if not due:
+        first, stop = self.slots.due()
+        if first == stop:
             return 0
         weights = projection_weights(self.projections)
         names = {table.row_width: table.name for table in self._row_tables if table.num_buckets}
@@ -260,7 +260,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             pools.append(PoolTensors(self.embedding_bags[name].weight, squares))
             parts = zip(self.slots.segments(index), of_segments[pool.width], strict=True)
             projections |= {(index, part): weights[each.name] for part, each in parts if each.name in weights}
-        return sum(self.slots.regrade(bucket, pools, projections) for bucket in due)
+        return self.slots.regrade(pools, projections)
 
     def _located(self, ctx: CheckedContext, dist_input: KJTList) -> KJTList:
         """Return the lookups' input with the slots of adaptive rows, which may have moved since ``input_dist``."""

@@ -95,9 +95,8 @@ class SlotMap:
             self.slots = layout.initial_slots(self.first_bucket, self.stop_bucket).to(device)
         self.utilities = torch.zeros(self.slots.shape, dtype=torch.bfloat16, device=device)
         self.moves = torch.zeros(1, self.num_buckets, dtype=torch.int64, device=device)
-        self._first_codes = layout.first_codes().to(device)
         first_slots = [self.first_bucket * pool.slots_per_bucket for pool in layout.pools]
-        self._first_own_codes = self._first_codes + torch.tensor(first_slots, device=device)
+        self._first_own_codes = (layout.first_codes() + torch.tensor(first_slots)).to(device)
         permitted = layout.permitted()
         self._parts_of_pools = [permitted[:, pool].nonzero().squeeze(1).tolist() for pool in range(len(layout.pools))]
         self._set_order(range(len(layout.pools)))
@@ -180,15 +179,20 @@ class SlotMap:
 
     def kept_rows(self) -> torch.Tensor:
         """Return the number of this rank's rows of each table that have a slot ``(T,)`` int64."""
-        kept = (self.slots.view(self.layout.num_chunks, -1) >= 0).any(dim=0)
-        tables = self.layout.parts_of(self.row_numbers(kept.nonzero().squeeze(1)))
-        return torch.bincount(tables, minlength=len(self.layout.tables))
+        tables = len(self.layout.tables)
+        kept = torch.zeros(tables, dtype=torch.int64, device=self.device)
+        for first, stop in self.layout.groups_of_buckets(self.first_bucket, self.stop_bucket):
+            slots = self.slots[:, first - self.first_bucket : stop - self.first_bucket]
+            has_slot = (slots.unflatten(0, (self.layout.num_chunks, -1)) >= 0).any(dim=0)
+            rows = self.layout.rows_of(first, stop)[: self.layout.rows_per_bucket].to(self.device)
+            kept += torch.bincount(self.layout.parts_of(rows[has_slot]), minlength=tables)
+        return kept
 
     def locate(self, local_rows: torch.Tensor) -> Located:
         """Find the slots of distinct local rows ``(U,)``, and of all their chunks, ``(G·U,)``."""
         local_rows = self._with_chunks(local_rows)
         codes = self.slots.view(-1)[local_rows].long()
-        pools = torch.searchsorted(self._first_codes, codes, right=True) - 1
+        pools = self.layout.pools_of(codes)
         segments = self._segments[pools, self.layout.parts_of(self.row_numbers(local_rows))]
         segments = torch.where(codes < 0, self._num_segments, segments)
         order = segments.argsort(stable=True)
@@ -249,55 +253,56 @@ class SlotMap:
                     norms[chunk, own] = (gradients[own] @ projection.t()).norm(dim=1)
         return norms.view(-1)
 
-    def due(self) -> list[int]:
-        """Return this rank's buckets whose pass is due after ``step`` steps."""
+    def due(self) -> tuple[int, int]:
+        """Return the first and the stop bucket of those of this rank whose pass is due after ``step`` steps."""
         every, after = self.settings.interval, int(self.step) - self.settings.warmup
         if after < 0:
-            return []
+            return self.first_bucket, self.first_bucket
         start, stop = (-(-each * self.layout.num_buckets // every) for each in (after % every, after % every + 1))
-        return [bucket for bucket in range(start, stop) if self.first_bucket <= bucket < self.stop_bucket]
+        first = min(max(start, self.first_bucket), self.stop_bucket)
+        return first, min(max(stop, first), self.stop_bucket)
 
-    @torch.no_grad()
-    def regrade(
-        self, bucket: int, pools: list[PoolTensors], projections: Mapping[tuple[int, int], torch.Tensor]
-    ) -> int:
-        """Give the slots of a bucket to the rows of the highest utility, and move their values and optimizer state.
+    def regrade(self, pools: list[PoolTensors], projections: Mapping[tuple[int, int], torch.Tensor]) -> int:
+        """Give the slots of the buckets whose pass is due to the rows of the highest utility.
+
+        The values and the optimizer state of rows that get another width move with them.
 
         Args:
-            bucket: one of this rank's.
             pools: this rank's part of each pool.
             projections: W2 ``(width, d)`` by pool and part; whole rows of d columns have none.
 
         Returns:
             The number of rows that moved.
         """
-        column = bucket - self.first_bucket
-        numbers = self.layout.rows_of(bucket, bucket + 1).squeeze(1).to(self.device)
-        exists = numbers >= 0
-        parts = self.layout.parts_of(numbers[exists])
-        codes = self.slots[exists, column].long()
-        held = torch.searchsorted(self._first_codes, codes, right=True) - 1
-        utilities = self.utilities[exists, column]
-        permitted = self.layout.permitted().to(self.device)[parts]
-        slots = self.layout.slots_of(bucket)
-        chosen = choose_pools(
-            utilities.float(), held, permitted, [len(each) for each in slots], self.settings.hysteresis
-        )
-        self.utilities[exists, column] = utilities * self.settings.decay
-        moved = (chosen != held).nonzero().squeeze(1)
-        if not len(moved):
-            return 0
-        found = codes.clone()
-        for pool, of_pool in enumerate(slots):
-            new = ((chosen == pool) & (held != pool)).nonzero().squeeze(1)
-            taken = torch.zeros(len(of_pool), dtype=torch.bool, device=self.device)
-            taken[codes[(chosen == pool) & (held == pool)] - of_pool.start] = True
-            found[new] = (~taken).nonzero().squeeze(1)[: len(new)] + of_pool.start
-        found[chosen < 0] = -1
-        self._move(codes[moved], found[moved], parts[moved], pools, projections)
-        self.moves[0, column] += len(moved)
-        self.slots[exists, column] = found.int()
-        return len(moved)
+        groups = self.layout.groups_of_buckets(*self.due())
+        return sum(self._regrade_buckets(first, stop, pools, projections) for first, stop in groups)
+
+    @torch.no_grad()
+    def _regrade_buckets(
+        self,
+        first_bucket: int,
+        stop_bucket: int,
+        pools: list[PoolTensors],
+        projections: Mapping[tuple[int, int], torch.Tensor],
+    ) -> int:
+        columns = slice(first_bucket - self.first_bucket, stop_bucket - self.first_bucket)
+        rows = self.layout.rows_of(first_bucket, stop_bucket).to(self.device)
+        exists, parts = rows >= 0, self.layout.parts_of(rows.clamp(min=0))
+        codes, utilities = self.slots[:, columns].long(), self.utilities[:, columns]
+        held = self.layout.pools_of(codes)
+        permitted = self.layout.permitted().to(self.device)[parts] & exists.unsqueeze(2)
+        slots = [pool.slots_per_bucket for pool in self.layout.pools]
+        chosen = choose_pools(utilities.float(), held, permitted, slots, self.settings.hysteresis)
+        utilities *= self.settings.decay
+        moved = chosen != held
+        moves = moved.sum(dim=0)
+        number = int(moves.sum())
+        if number:
+            found = self.layout.new_codes(first_bucket, codes, chosen)
+            self._move(codes[moved], found[moved], parts[moved], pools, projections)
+            self.slots[:, columns] = found.int()
+            self.moves[0, columns] += moves
+        return number
 
     def _move(
         self,
@@ -308,7 +313,7 @@ class SlotMap:
         projections: Mapping[tuple[int, int], torch.Tensor],
     ) -> None:
         """Copy the values and the optimizer state of rows from slots to slots of other pools; -1 is no slot."""
-        old, new = (torch.searchsorted(self._first_codes, codes, right=True) - 1 for codes in (old_codes, new_codes))
+        old, new = self.layout.pools_of(old_codes), self.layout.pools_of(new_codes)
         kinds = torch.stack([old, new, parts], dim=1)
         writes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for source, target, part in kinds.unique(dim=0).tolist():
