@@ -185,7 +185,7 @@ class CompressionConfig:
     chunks: int = setting("adaptive with nested false: the number of chunks of a row.", 8, at_least=2, at_most=1024)
     widths: tuple[int, ...] | None = setting(
         "List of the widths that a row may have, besides 0; multiples of 4. null: hidden_dim, its halves down to "
-        "embedding_dim, embedding_dim, and half of it.",
+        "embedding_dim, embedding_dim, and a half and a quarter of it.",
         None,
         at_least=4,
         at_most=_MAX_COLUMNS,

@@ -85,8 +85,8 @@ class Sizes:
 def default_widths(model: ModelConfig, compression: CompressionConfig) -> tuple[int, ...]:
     """Return the widths that rows may have if the config names none.
 
-    They are hidden_dim and its halves above embedding_dim, embedding_dim, and half of it if kernels support that. Rows
-    cut into chunks may have any number of chunks.
+    They are hidden_dim and its halves above embedding_dim, embedding_dim, and a half and a quarter of it if kernels
+    support that. Rows cut into chunks may have any number of chunks.
     """
     d, found = model.embedding_dim, []
     if not compression.nested:
@@ -96,7 +96,7 @@ def default_widths(model: ModelConfig, compression: CompressionConfig) -> tuple[
     while width > d and width % 4 == 0:
         found.append(width)
         width //= 2
-    return (*found, d, *([d // 2] if d % 8 == 0 else []))
+    return (*found, d, *(d // part for part in (2, 4) if d % (4 * part) == 0))
 
 
 def budget_bytes(compression: CompressionConfig, single: int) -> int:

@@ -102,8 +102,8 @@ def test_row_0_is_kept_with_the_most_frequent_rows() -> None:
 
 
 def test_default_widths() -> None:
-    assert default_widths(MODEL, CompressionConfig()) == (64, 32, 16, 8)
-    assert default_widths(ModelConfig(embedding_dim=16, hidden_dim=None), CompressionConfig()) == (16, 8)
+    assert default_widths(MODEL, CompressionConfig()) == (64, 32, 16, 8, 4)
+    assert default_widths(ModelConfig(embedding_dim=16, hidden_dim=None), CompressionConfig()) == (16, 8, 4)
     assert default_widths(ModelConfig(embedding_dim=4, hidden_dim=12), CompressionConfig()) == (12, 4)
 
 
@@ -184,7 +184,7 @@ def test_limits_that_cannot_be_met_are_named() -> None:
     counts = counts_of(7, tables=1)
     for limits, key in (((12, None), "min_width is 12"), ((0, 128), "max_width is 128")):
         with pytest.raises(
-            UserError, match=rf"compression\.tables\.t0\.{key}, .* none of the widths 8, 16, 32, 64; use"
+            UserError, match=rf"compression\.tables\.t0\.{key}, .* none of the widths 4, 8, 16, 32, 64; use"
         ):
             static_ranges(counts, limited(0.5, t0=limits), MODEL, Sizes(16, "sgd"))
     with pytest.raises(
