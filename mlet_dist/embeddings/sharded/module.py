@@ -63,7 +63,7 @@ from mlet_dist.embeddings.sharded.pooled import (
 from mlet_dist.embeddings.sharded.row_index import SlotIndex
 from mlet_dist.embeddings.sharded.slot_map import PoolTensors, SlotMap
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
-from mlet_dist.embeddings.slot_layout import SlotLayout
+from mlet_dist.embeddings.slot_layout import SlotInitializer, SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 _SLOTS = "row_slots"
@@ -173,7 +173,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             sharding = self.module_sharding_plan[config.name]
             if weight.numel() == 0:  # all rows are on other ranks
                 continue
-            if isinstance(config.init_fn, RowInitializer | SegmentInitializer):
+            if isinstance(config.init_fn, RowInitializer | SegmentInitializer | SlotInitializer):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)

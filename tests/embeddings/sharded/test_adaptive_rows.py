@@ -250,3 +250,17 @@ def test_outputs_and_weights_equal_the_masked_reference_while_rows_move(
         torch.testing.assert_close(last.product().detach(), masked.product().detach(), rtol=1e-4, atol=1e-5)
         for width, projection in masked.projections.items():
             torch.testing.assert_close(last.projections[width].detach(), projection.detach(), rtol=1e-4, atol=1e-5)
+
+
+def _initial_weights() -> dict[str, torch.Tensor]:
+    meta = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=3, adaptive=MOVES)
+    return full_weights(shard(meta, "adagrad", exchange="unique_rows"))
+
+
+def test_initial_values_do_not_depend_on_the_number_of_ranks(ranks: Ranks) -> None:
+    whole = ranks(1).run(_initial_weights)[0]
+    for world_size in (2, 3):
+        found = ranks(world_size).run(_initial_weights)[0]
+        assert found.keys() == whole.keys()
+        for name, values in whole.items():
+            assert torch.equal(found[name], values), name
