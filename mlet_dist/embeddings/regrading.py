@@ -40,7 +40,12 @@ class AdaptiveRows:
 
 
 def choose_pools(
-    utility: torch.Tensor, held: torch.Tensor, permitted: torch.Tensor, slots: Sequence[int], hysteresis: float
+    utility: torch.Tensor,
+    held: torch.Tensor,
+    permitted: torch.Tensor,
+    buckets: torch.Tensor,
+    slots: Sequence[int],
+    hysteresis: float,
 ) -> torch.Tensor:
     """Give the slots of each pool, widest first, to the rows of the highest utility that have none yet.
 
@@ -48,7 +53,8 @@ def choose_pools(
         utility: of n rows, ``(n,)`` float32, 0 or more.
         held: the pool that each row is in now, ``(n,)`` int64; -1 for none.
         permitted: the pools that each row may be in, ``(n, P)`` bool.
-        slots: the number of slots of each pool.
+        buckets: the bucket of each row, ascending ``(n,)`` int64; only the rows of a bucket compete with each other.
+        slots: the number of slots of each pool in every bucket.
         hysteresis: the utility of a row that is in a pool, or in a wider one, counts 1 + hysteresis times there.
 
     Returns:
@@ -61,9 +67,15 @@ def choose_pools(
         value = torch.where(holds, utility * (1 + hysteresis), utility)
         candidates = ((chosen < 0) & permitted[:, pool]).nonzero().squeeze(1)
         candidates = candidates[holds[candidates].int().argsort(descending=True, stable=True)]
-        best = candidates[value[candidates].argsort(descending=True, stable=True)[:number]]
-        chosen[best] = pool
+        candidates = candidates[value[candidates].argsort(descending=True, stable=True)]
+        candidates = candidates[buckets[candidates].argsort(stable=True)]
+        chosen[candidates[positions_in_groups(buckets[candidates]) < number]] = pool
     return chosen
+
+
+def positions_in_groups(groups: torch.Tensor) -> torch.Tensor:
+    """Return the position of each element ``(n,)`` among those of its group, for groups in ascending order."""
+    return torch.arange(len(groups), device=groups.device) - torch.searchsorted(groups, groups)
 
 
 def least_squares_inverse(projection: torch.Tensor) -> torch.Tensor:

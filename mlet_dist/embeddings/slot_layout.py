@@ -2,7 +2,8 @@
 
 The rows of one width, of all adaptive tables, are stored in one table, a *pool* (see ``row_ranges``). A row of a pool
 is a *slot*. Which row has which slot changes while training runs, but the number of slots of each width does not: it is
-that of the rows that the tables' ``row_ranges`` give this width. So the memory of the tables is fixed from the start.
+that of the rows that the tables' ``row_ranges`` give this width, rounded down to a multiple of V (below). So the memory
+of the tables is fixed from the start.
 
 All rows of all adaptive tables, numbered one table after the other, are spread over V buckets: row g is in bucket
 g mod V. Each bucket has its own slots of each pool, and rows only move between the slots of their bucket. A rank owns
@@ -14,16 +15,16 @@ others have (FIITED, arXiv:2401.04408). A *part* is a chunk of all rows of a tab
 What holds for rows above, then holds for chunks.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
+from math import gcd
 
 import torch
 from torchrec.modules.embedding_configs import DataType
 
-from mlet_dist.embeddings.initializers import RowInitializer
-from mlet_dist.embeddings.regrading import choose_pools
+from mlet_dist.embeddings.regrading import choose_pools, positions_in_groups
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 _NUMBERS_OF_BUCKETS = (53_760, 6_720, 840, 120, 24)  # multiples of most numbers of ranks in use
@@ -32,6 +33,9 @@ FEWEST_SLOTS = _NUMBERS_OF_BUCKETS[-1]
 
 _SLOTS_PER_BUCKET = 16  # of each width, so that a bucket's frequent rows are about as many as another's
 MAX_SLOTS = 2**31 - 1
+
+_GOLDEN = 0.618  # of the golden ratio: the multiples of such a share of a circle are spread evenly over it
+_BLOCK_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -198,12 +202,55 @@ class SlotLayout:
         """Return the index of the part of each row, by its number."""
         return torch.searchsorted(self.first_rows().to(rows.device), rows, right=True) - 1
 
-    def slots_of(self, bucket: int) -> list[range]:
-        """Return the codes of a bucket's slots by pool."""
-        return [
-            range(first + bucket * pool.slots_per_bucket, first + (bucket + 1) * pool.slots_per_bucket)
-            for first, pool in zip(self.first_codes().tolist(), self.pools, strict=True)
-        ]
+    def choose_slots(
+        self,
+        buckets: torch.Tensor,
+        parts: torch.Tensor,
+        utility: torch.Tensor,
+        codes: torch.Tensor,
+        hysteresis: float,
+    ) -> torch.Tensor:
+        """Return the codes of the slots that the rows of some buckets get, ``(n,)`` int64; -1 for none.
+
+        A row whose pool does not change keeps its slot. The others get the free slots of their bucket in order.
+
+        Args:
+            buckets: of all rows of these buckets, ascending ``(n,)`` int64.
+            parts: the part of each row.
+            utility: as in ``choose_pools``.
+            codes: the slots that the rows have now.
+            hysteresis: as in ``choose_pools``.
+        """
+        device = codes.device
+        first_codes = self.first_codes()
+        held = torch.searchsorted(first_codes.to(device), codes, right=True) - 1
+        sizes = [pool.slots_per_bucket for pool in self.pools]
+        chosen = choose_pools(utility, held, self.permitted().to(device)[parts], buckets, sizes, hysteresis)
+        found = torch.where(chosen == held, codes, -1)
+        distinct, index = torch.unique_consecutive(buckets, return_inverse=True)
+        for pool, (first, size) in enumerate(zip(first_codes.tolist(), sizes, strict=True)):
+            first_of_bucket = first + buckets * size
+            stays = ((chosen == pool) & (held == pool)).nonzero().squeeze(1)
+            taken = torch.zeros(len(distinct), size, dtype=torch.bool, device=device)
+            taken[index[stays], codes[stays] - first_of_bucket[stays]] = True
+            free_in, free = (~taken).nonzero().unbind(1)
+            new = ((chosen == pool) & (held != pool)).nonzero().squeeze(1)
+            own = index[new]
+            nth_free = torch.searchsorted(free_in, own) + positions_in_groups(own)
+            found[new] = first_of_bucket[new] + free[nth_free]
+        return found
+
+    def bucket_of_pass(self, number: int) -> int:
+        """Return the bucket whose pass is pass ``number`` of the V passes of an interval.
+
+        Buckets of consecutive passes are far apart, so that at any time each rank has its share of the passes.
+        """
+        return number * self._pass_stride % self.num_buckets
+
+    @cached_property
+    def _pass_stride(self) -> int:
+        golden = round(self.num_buckets * _GOLDEN)
+        return next(each for each in count(golden) if gcd(each, self.num_buckets) == 1)
 
     def initial_slots(self, first_bucket: int, stop_bucket: int) -> torch.Tensor:
         """Return the slots of the rows of buckets before training: codes of ``rows_of``'s shape, int32; -1 for none.
@@ -211,7 +258,6 @@ class SlotLayout:
         A bucket's slots of a pool go to its rows with this initial width. If a bucket has more of these rows than
         slots, the last ones get narrower slots; if it has fewer, narrower rows get the slots left.
         """
-        rows, permitted = self.rows_of(first_bucket, stop_bucket), self.permitted()
         starts: list[int] = []
         widths: list[int] = []
         for first, of_part in zip(self.first_rows().tolist(), self.initial_widths, strict=True):
@@ -219,20 +265,18 @@ class SlotLayout:
                 starts.append(first)
                 widths.append(each)
                 first += number
-        width = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows.clamp(min=0), right=True) - 1]
-        codes = torch.full(rows.shape, -1, dtype=torch.int32)
-        for column, bucket in enumerate(range(first_bucket, stop_bucket)):
-            exists = rows[:, column] >= 0
-            parts = self.parts_of(rows[exists, column])
-            wanted = width[exists, column].float()
-            held = torch.full_like(parts, -1)
-            slots = self.slots_of(bucket)
-            chosen = choose_pools(wanted, held, permitted[parts], [len(each) for each in slots], hysteresis=0.0)
-            of_bucket = torch.full_like(parts, -1)
-            for pool, codes_of_pool in enumerate(slots):
-                into = (chosen == pool).nonzero().squeeze(1)
-                of_bucket[into] = torch.arange(codes_of_pool.start, codes_of_pool.start + len(into))
-            codes[exists, column] = of_bucket.int()
+        lines = self.num_chunks * self.rows_per_bucket
+        codes = torch.full((lines, stop_bucket - first_bucket), -1, dtype=torch.int32)
+        for start in range(first_bucket, stop_bucket, max(1, _BLOCK_ROWS // lines)):
+            stop = min(start + max(1, _BLOCK_ROWS // lines), stop_bucket)
+            rows = self.rows_of(start, stop).t()
+            bucket, line = (rows >= 0).nonzero().unbind(1)
+            rows = rows[bucket, line]
+            width = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows, right=True) - 1]
+            chosen = self.choose_slots(
+                bucket + start, self.parts_of(rows), width.float(), torch.full_like(rows, -1), hysteresis=0.0
+            )
+            codes[line, bucket + start - first_bucket] = chosen.int()
         return codes
 
 
@@ -241,49 +285,3 @@ def _width_of_chunk(width: int, chunk: int, chunk_width: int | None) -> int:
     if chunk_width is None:
         return width
     return chunk_width if width > chunk * chunk_width else 0
-
-
-@dataclass(frozen=True)
-class SlotInitializer:
-    """A TorchRec ``init_fn`` of a pool of adaptive tables: a slot begins as a row of the table that has it first.
-
-    Args:
-        layout: of all pools.
-        pool: the index of this one.
-        initializers: of each table, with ``num_rows`` the slots of the pool, and all of the same name and seed.
-        zero_rows: the numbers of rows that begin at zero.
-    """
-
-    layout: SlotLayout
-    pool: int
-    initializers: tuple[RowInitializer, ...]
-    zero_rows: tuple[int, ...]
-
-    def __call__(self, weight: torch.Tensor) -> None:
-        """Fill the complete weight ``(slots, width)``."""
-        self.fill(weight, first_row=0)
-
-    @torch.no_grad()
-    def fill(self, weight: torch.Tensor, first_row: int) -> None:
-        """Fill a shard ``(slots, width)`` of whole buckets with slots [first_row, first_row + slots) of the pool."""
-        size = self.layout.pools[self.pool].slots_per_bucket
-        first_bucket, stop_bucket = first_row // size, (first_row + weight.shape[0]) // size
-        codes = self.layout.initial_slots(first_bucket, stop_bucket).long()
-        first_code = int(self.layout.first_codes()[self.pool]) + first_row
-        inside = (codes >= first_code) & (codes < first_code + weight.shape[0])
-        rows = torch.full((weight.shape[0],), -1)
-        rows[codes[inside] - first_code] = self.layout.rows_of(first_bucket, stop_bucket)[inside]
-        tables = self.layout.parts_of(rows.clamp(min=0)) % len(self.layout.tables)
-        unit = {each.distribution: dataclasses.replace(each, scale=1.0, center=0.0) for each in self.initializers}
-        for distribution, initializer in unit.items():
-            drawn = torch.empty(weight.shape)
-            initializer.fill(drawn, first_row)
-            own = torch.tensor([each.distribution == distribution for each in self.initializers])[tables]
-            scales = torch.tensor([each.scale for each in self.initializers])[tables].unsqueeze(1)
-            centers = torch.tensor([each.center for each in self.initializers])[tables].unsqueeze(1)
-            weight[own.to(weight.device)] = (drawn * scales + centers)[own].to(weight)
-        empty = (rows < 0) | torch.isin(
-            rows % (self.layout.rows_per_bucket * self.layout.num_buckets),
-            torch.tensor(self.zero_rows, dtype=torch.int64),
-        )
-        weight[empty.to(weight.device)] = 0

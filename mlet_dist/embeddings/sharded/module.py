@@ -63,7 +63,8 @@ from mlet_dist.embeddings.sharded.pooled import (
 from mlet_dist.embeddings.sharded.row_index import SlotIndex
 from mlet_dist.embeddings.sharded.slot_map import PoolTensors, SlotMap
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
-from mlet_dist.embeddings.slot_layout import SlotInitializer, SlotLayout
+from mlet_dist.embeddings.slot_initializer import SlotInitializer
+from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 _SLOTS = "row_slots"
@@ -260,7 +261,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             pools.append(PoolTensors(self.embedding_bags[name].weight, squares))
             parts = zip(self.slots.segments(index), of_segments[pool.width], strict=True)
             projections |= {(index, part): weights[each.name] for part, each in parts if each.name in weights}
-        return sum(self.slots.regrade(bucket, pools, projections) for bucket in due)
+        return self.slots.regrade(due, pools, projections)
 
     def _located(self, ctx: CheckedContext, dist_input: KJTList) -> KJTList:
         """Return the lookups' input with the slots of adaptive rows, which may have moved since ``input_dist``."""

@@ -9,8 +9,9 @@ A pass considers the rows of a bucket anew: those of the highest utility get the
 of the buckets are spread over the steps of an interval. A slot takes 4 bytes a row, and a utility 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 
-from mlet_dist.embeddings.regrading import AdaptiveRows, choose_pools, least_squares_inverse, rescaled_state
+from mlet_dist.embeddings.regrading import AdaptiveRows, least_squares_inverse, rescaled_state
 from mlet_dist.embeddings.slot_layout import SlotLayout
 
 BYTES_PER_ROW = torch.int32.itemsize + torch.bfloat16.itemsize
@@ -34,13 +35,11 @@ class PoolTensors:
 
     Attributes:
         rows: W1 ``(slots, width)``.
-        squares: optimizer states that are sums or means of squared gradients, ``(slots, width)`` or ``(slots,)``.
-        means: optimizer states that are means of gradients, ``(slots, width)``.
+        squares: optimizer states that are sums of squared gradients, ``(slots, width)`` or ``(slots,)``.
     """
 
     rows: torch.Tensor
     squares: tuple[torch.Tensor, ...] = ()
-    means: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,12 @@ class SlotMap:
         self.utilities = torch.zeros(self.slots.shape, dtype=torch.bfloat16, device=device)
         self.moves = torch.zeros(1, self.num_buckets, dtype=torch.int64, device=device)
         self._first_codes = layout.first_codes().to(device)
+        self._first_rows = layout.first_rows().to(device)
         first_slots = [self.first_bucket * pool.slots_per_bucket for pool in layout.pools]
         self._first_own_codes = self._first_codes + torch.tensor(first_slots, device=device)
         permitted = layout.permitted()
         self._parts_of_pools = [permitted[:, pool].nonzero().squeeze(1).tolist() for pool in range(len(layout.pools))]
-        self._set_order(range(len(layout.pools)))
+        self.set_order(range(len(layout.pools)))
 
     @property
     def num_buckets(self) -> int:
@@ -111,11 +111,8 @@ class SlotMap:
         """Return the parts, by index, that may have rows in a pool, in the order of its segments."""
         return list(self._parts_of_pools[pool])
 
-    def set_order(self, pools: list[int]) -> None:
+    def set_order(self, pools: Sequence[int]) -> None:
         """Set the order in which ``locate`` returns the pools."""
-        self._set_order(pools)
-
-    def _set_order(self, pools: "range | list[int]") -> None:
         segments = torch.full((len(self.layout.pools), self.layout.num_parts), -1, dtype=torch.int64)
         number = 0
         self._order = list(pools)
@@ -124,6 +121,7 @@ class SlotMap:
                 segments[pool, part] = number
                 number += 1
         self._num_segments = number
+        self._segment_numbers = torch.arange(-1, number, device=self.device)
         self._segments = segments.to(self.device)
 
     def state(self, process_group: dist.ProcessGroup) -> dict[str, torch.Tensor | ShardedTensor]:
@@ -178,10 +176,14 @@ class SlotMap:
         within, bucket = local_rows // self.num_buckets, local_rows % self.num_buckets
         return within * self.layout.num_buckets + bucket + self.first_bucket
 
+    def _parts_of(self, local_rows: torch.Tensor) -> torch.Tensor:
+        """Return the part of each local row."""
+        return torch.searchsorted(self._first_rows, self.row_numbers(local_rows), right=True) - 1
+
     def kept_rows(self) -> torch.Tensor:
         """Return the number of this rank's rows of each table that have a slot ``(T,)`` int64."""
         kept = (self.slots.view(self.layout.num_chunks, -1) >= 0).any(dim=0)
-        tables = self.layout.parts_of(self.row_numbers(kept.nonzero().squeeze(1)))
+        tables = self._parts_of(kept.nonzero().squeeze(1))
         return torch.bincount(tables, minlength=len(self.layout.tables))
 
     def locate(self, local_rows: torch.Tensor) -> Located:
@@ -189,11 +191,12 @@ class SlotMap:
         local_rows = self._with_chunks(local_rows)
         codes = self.slots.view(-1)[local_rows].long()
         pools = torch.searchsorted(self._first_codes, codes, right=True) - 1
-        segments = self._segments[pools, self.layout.parts_of(self.row_numbers(local_rows))]
+        segments = self._segments[pools, self._parts_of(local_rows)]
         segments = torch.where(codes < 0, self._num_segments, segments)
-        order = segments.argsort(stable=True)
-        counts = torch.bincount(segments, minlength=self._num_segments + 1).tolist()
-        stored = len(local_rows) - counts.pop()
+        segments, order = segments.sort(stable=True)
+        # Not bincount, which waits for the device twice on CUDA.
+        counts = torch.searchsorted(segments, self._segment_numbers, right=True).diff().tolist()
+        stored = sum(counts)
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order), device=order.device).clamp_(max=stored)
         slots = (codes - self._first_own_codes[pools])[order[:stored]]
@@ -239,7 +242,7 @@ class SlotMap:
         self, local_rows: torch.Tensor, projections: Mapping[int, torch.Tensor], gradients: torch.Tensor
     ) -> torch.Tensor:
         """Return the norms of the gradients of all chunks ``(G·U,)``."""
-        tables, num_tables = self.layout.parts_of(self.row_numbers(local_rows)), len(self.layout.tables)
+        tables, num_tables = self._parts_of(local_rows), len(self.layout.tables)
         norms = gradients.new_zeros(self.layout.num_chunks, len(local_rows))
         for table in tables.unique().tolist():
             own = (tables == table).nonzero().squeeze(1)
@@ -255,48 +258,42 @@ class SlotMap:
         if after < 0:
             return []
         start, stop = (-(-each * self.layout.num_buckets // every) for each in (after % every, after % every + 1))
-        return [bucket for bucket in range(start, stop) if self.first_bucket <= bucket < self.stop_bucket]
+        buckets = (self.layout.bucket_of_pass(number) for number in range(start, stop))
+        return sorted(bucket for bucket in buckets if self.first_bucket <= bucket < self.stop_bucket)
 
     @torch.no_grad()
     def regrade(
-        self, bucket: int, pools: list[PoolTensors], projections: Mapping[tuple[int, int], torch.Tensor]
+        self, buckets: Sequence[int], pools: list[PoolTensors], projections: Mapping[tuple[int, int], torch.Tensor]
     ) -> int:
-        """Give the slots of a bucket to the rows of the highest utility, and move their values and optimizer state.
+        """Give the slots of buckets to their rows of the highest utility, and move values and optimizer state.
 
         Args:
-            bucket: one of this rank's.
+            buckets: some of this rank's, ascending.
             pools: this rank's part of each pool.
             projections: W2 ``(width, d)`` by pool and part; whole rows of d columns have none.
 
         Returns:
             The number of rows that moved.
         """
-        column = bucket - self.first_bucket
-        numbers = self.layout.rows_of(bucket, bucket + 1).squeeze(1).to(self.device)
-        exists = numbers >= 0
-        parts = self.layout.parts_of(numbers[exists])
-        codes = self.slots[exists, column].long()
-        held = torch.searchsorted(self._first_codes, codes, right=True) - 1
-        utilities = self.utilities[exists, column]
-        permitted = self.layout.permitted().to(self.device)[parts]
-        slots = self.layout.slots_of(bucket)
-        chosen = choose_pools(
-            utilities.float(), held, permitted, [len(each) for each in slots], self.settings.hysteresis
+        columns = torch.tensor(buckets, device=self.device) - self.first_bucket
+        lines = torch.arange(self.slots.shape[0], device=self.device)
+        local_rows = (lines * self.num_buckets + columns.unsqueeze(1)).view(-1)
+        first_rows = self.layout.rows_per_bucket * self.layout.num_buckets
+        local_rows = local_rows[self.row_numbers(local_rows) % first_rows < self.layout.num_rows]
+        columns = local_rows % self.num_buckets
+        parts = self._parts_of(local_rows)
+        slots, utilities = self.slots.view(-1), self.utilities.view(-1)
+        codes, utility = slots[local_rows].long(), utilities[local_rows]
+        found = self.layout.choose_slots(
+            columns + self.first_bucket, parts, utility.float(), codes, self.settings.hysteresis
         )
-        self.utilities[exists, column] = utilities * self.settings.decay
-        moved = (chosen != held).nonzero().squeeze(1)
+        utilities[local_rows] = utility * self.settings.decay
+        moved = (found != codes).nonzero().squeeze(1)
         if not len(moved):
             return 0
-        found = codes.clone()
-        for pool, of_pool in enumerate(slots):
-            new = ((chosen == pool) & (held != pool)).nonzero().squeeze(1)
-            taken = torch.zeros(len(of_pool), dtype=torch.bool, device=self.device)
-            taken[codes[(chosen == pool) & (held == pool)] - of_pool.start] = True
-            found[new] = (~taken).nonzero().squeeze(1)[: len(new)] + of_pool.start
-        found[chosen < 0] = -1
         self._move(codes[moved], found[moved], parts[moved], pools, projections)
-        self.moves[0, column] += len(moved)
-        self.slots[exists, column] = found.int()
+        self.moves.view(-1).index_add_(0, columns[moved], torch.ones_like(moved))
+        slots[local_rows] = found.int()
         return len(moved)
 
     def _move(
@@ -309,45 +306,30 @@ class SlotMap:
     ) -> None:
         """Copy the values and the optimizer state of rows from slots to slots of other pools; -1 is no slot."""
         old, new = (torch.searchsorted(self._first_codes, codes, right=True) - 1 for codes in (old_codes, new_codes))
-        kinds = torch.stack([old, new, parts], dim=1)
+        kinds, kind, counts = torch.stack([old, new, parts], dim=1).unique(
+            dim=0, return_inverse=True, return_counts=True
+        )
+        rows_of_kinds = kind.argsort(stable=True).split(counts.tolist())
+        inverse_of = cache(lambda pool, part: least_squares_inverse(projections[pool, part]))
         writes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for source, target, part in kinds.unique(dim=0).tolist():
+        for (source, target, part), rows in zip(kinds.tolist(), rows_of_kinds, strict=True):
             if target < 0:
                 continue
-            rows = (kinds == kinds.new_tensor([source, target, part])).all(dim=1)
-            into = new_codes[rows] - self._first_own_codes[target]
-            from_pool = old_codes[rows] - self._first_own_codes[source] if source >= 0 else None
-            after = pools[target]
-            writes.append(
-                (after.rows, into, self._new_values(pools, projections, source, target, part, from_pool, into))
-            )
-            widths = self.layout.pools[source].width, self.layout.pools[target].width
-            for index, state in enumerate(after.squares):
-                if from_pool is None:
-                    values = state.new_zeros(into.shape + state.shape[1:])
-                else:
-                    values = rescaled_state(pools[source].squares[index][from_pool], *widths)
-                writes.append((state, into, values))
-            writes += [(state, into, state.new_zeros(into.shape + state.shape[1:])) for state in after.means]
+            into, after = new_codes[rows] - self._first_own_codes[target], pools[target]
+            states = [state.new_zeros(into.shape + state.shape[1:]) for state in after.squares]
+            vectors = after.rows.new_zeros(len(into), self.layout.pools[target].width)
+            if source >= 0:
+                before, from_pool = pools[source], old_codes[rows] - self._first_own_codes[source]
+                widths = self.layout.pools[source].width, self.layout.pools[target].width
+                states = [rescaled_state(state[from_pool], *widths) for state in before.squares]
+                if target < source or self.settings.on_move == "project":
+                    vectors = before.rows[from_pool]
+                    if (source, part) in projections:
+                        vectors = vectors @ projections[source, part]
+                    if (target, part) in projections:
+                        vectors = vectors @ inverse_of(target, part)
+            writes += [(after.rows, into, vectors)]
+            writes += [(state, into, values) for state, values in zip(after.squares, states, strict=True)]
         # Rows may exchange their slots, so all are read before the first is written.
         for tensor, rows, values in writes:
-            tensor[rows] = values.to(tensor.dtype)
-
-    def _new_values(
-        self,
-        pools: list[PoolTensors],
-        projections: Mapping[tuple[int, int], torch.Tensor],
-        source: int,
-        target: int,
-        part: int,
-        from_pool: torch.Tensor | None,
-        into: torch.Tensor,
-    ) -> torch.Tensor:
-        gets_narrower = target > source
-        if from_pool is None or (gets_narrower and self.settings.on_move == "reset"):
-            return pools[target].rows.new_zeros(len(into), self.layout.pools[target].width)
-        vectors = pools[source].rows[from_pool].float()
-        before, after = projections.get((source, part)), projections.get((target, part))
-        if before is not None:
-            vectors = vectors @ before
-        return vectors if after is None else vectors @ least_squares_inverse(after)
+            tensor[rows] = values

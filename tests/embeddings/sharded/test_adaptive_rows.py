@@ -206,8 +206,11 @@ def _check_utilities(
     utilities: list[torch.Tensor], state: dict[str, torch.Tensor], layout: SlotLayout, step: int
 ) -> None:
     """Compare utilities after a step, and let those of the buckets that had their pass decay."""
-    every = torch.arange(layout.num_rows) % layout.num_buckets * MOVES.interval // layout.num_buckets
-    due = (every == (step - MOVES.warmup) % MOVES.interval) & (step >= MOVES.warmup)
+    order = torch.tensor([layout.bucket_of_pass(number) for number in range(layout.num_buckets)])
+    every = order.argsort() * MOVES.interval // layout.num_buckets
+    due = (every[torch.arange(layout.num_rows) % layout.num_buckets] == (step - MOVES.warmup) % MOVES.interval) & (
+        step >= MOVES.warmup
+    )
     found = state["row_slots.utilities"].double().view(-1)[: layout.num_rows]
     expected = torch.cat(utilities)
     expected[due] *= MOVES.decay

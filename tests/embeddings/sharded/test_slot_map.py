@@ -62,8 +62,8 @@ class _Ranks:
             assert torch.equal(rank.row_numbers(local), rows[own])
             rank.add_gradients(local, {}, gradients[own])
             rank.step += 1
-            for due in rank.due():
-                moved += rank.regrade(due, self._pools(rank), self.projections)
+            if rank.due():
+                moved += rank.regrade(rank.due(), self._pools(rank), self.projections)
         return moved
 
     def _pools(self, rank: SlotMap) -> list[PoolTensors]:
@@ -124,7 +124,8 @@ def test_random_sequences_keep_slots_and_rows_consistent_on_any_number_of_ranks(
             assert torch.equal(ranks.codes(), systems[0].codes())
         for ranks in systems[1:]:
             pairs = zip(ranks.whole + ranks.sums, systems[0].whole + systems[0].sums, strict=True)
-            assert all(torch.equal(found, expected) for found, expected in pairs)
+            for found, expected in pairs:  # products round differently where a rank moves other numbers of rows
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         widths, after = _widths(systems[0]), systems[0].vectors()
         assert int((widths != before_widths).sum()) == moved[0]
         wider = (widths >= before_widths) & (before_widths > 0) | (widths == before_widths)
@@ -145,14 +146,27 @@ def test_the_rows_of_the_highest_utility_get_the_widest_slots() -> None:
     utility = torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0, 0.0])
     permitted = torch.ones(6, 2, dtype=torch.bool)
     permitted[1, 0] = False
-    nowhere = torch.full((6,), -1)
-    assert choose_pools(utility, nowhere, permitted, [1, 2], 0.0).tolist() == [-1, 1, 1, 0, -1, -1]
+    nowhere, one_bucket = torch.full((6,), -1), torch.zeros(6, dtype=torch.int64)
+    assert choose_pools(utility, nowhere, permitted, one_bucket, [1, 2], 0.0).tolist() == [-1, 1, 1, 0, -1, -1]
     held = torch.tensor([0, -1, -1, -1, -1, -1])
-    assert choose_pools(utility, held, permitted, [1, 2], 3.5).tolist() == [0, 1, -1, 1, -1, -1]
-    equal = torch.zeros(6)
-    assert choose_pools(equal, torch.tensor([-1, -1, 0, 1, -1, 1]), permitted, [1, 2], 0.0).tolist() == [
-        -1, -1, 0, 1, -1, 1,
-    ]  # fmt: skip
+    assert choose_pools(utility, held, permitted, one_bucket, [1, 2], 3.5).tolist() == [0, 1, -1, 1, -1, -1]
+    held = torch.tensor([-1, -1, 0, 1, -1, 1])
+    assert choose_pools(torch.zeros(6), held, permitted, one_bucket, [1, 2], 0.0).tolist() == held.tolist()
+    two_buckets = torch.tensor([0, 0, 0, 1, 1, 1])
+    assert choose_pools(utility, nowhere, permitted, two_buckets, [1, 1], 0.0).tolist() == [-1, 1, 0, 0, 1, -1]
+
+
+def test_each_rank_has_its_share_of_the_passes_at_any_time() -> None:
+    settings = AdaptiveRows(interval=6, warmup=0)
+    ranks = [SlotMap(_layout(), settings, rank, 4, CPU) for rank in range(4)]
+    due: list[int] = []
+    for step in range(6):
+        for rank in ranks:
+            rank.step.fill_(step)
+        of_ranks = [rank.due() for rank in ranks]
+        assert max(len(each) for each in of_ranks) <= 2
+        due += [bucket for each in of_ranks for bucket in each]
+    assert sorted(due) == list(range(24))
 
 
 def test_narrower_rows_are_the_closest_possible() -> None:
