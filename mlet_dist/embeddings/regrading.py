@@ -5,6 +5,7 @@ least-squares solution of x'·W2' = x·W2 with the smallest norm. The vector sta
 more, and is the closest possible one otherwise. (FIITED, arXiv:2401.04408, drops columns instead.)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,9 @@ class AdaptiveRows:
             had been dropped.
         chunk_width: if given, rows are cut into chunks of this many columns, each of which has its own utility, that of
             its own gradient; None moves whole rows.
+
+    Raises:
+        ValueError: ``interval`` is below 1, ``warmup`` or ``hysteresis`` below 0, or ``decay`` not between 0 and 1.
     """
 
     interval: int = 1000
@@ -37,6 +41,18 @@ class AdaptiveRows:
     hysteresis: float = 0.2
     on_move: Literal["project", "reset"] = "project"
     chunk_width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("interval", 1, math.inf),
+            ("warmup", 0, math.inf),
+            ("decay", 0, 1),
+            ("hysteresis", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+                raise ValueError(f"{name} of adaptive rows is {value}, it must be {limit}")
 
 
 def choose_pools(

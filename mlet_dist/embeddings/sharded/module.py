@@ -231,6 +231,9 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def regrade(self) -> int:
         """Count a step, and move rows of adaptive tables whose pass is due; call it after each optimizer step.
 
+        No batch may be between its lookup and its backward then, as in TorchRec's semi-synchronous pipeline: its
+        gradients would change the rows that have the slots after the move.
+
         Returns:
             The number of this rank's rows that moved.
 

@@ -278,8 +278,8 @@ class SlotMap:
         columns = torch.tensor(buckets, device=self.device) - self.first_bucket
         lines = torch.arange(self.slots.shape[0], device=self.device)
         local_rows = (lines * self.num_buckets + columns.unsqueeze(1)).view(-1)
-        first_rows = self.layout.rows_per_bucket * self.layout.num_buckets
-        local_rows = local_rows[self.row_numbers(local_rows) % first_rows < self.layout.num_rows]
+        rows_of_chunk = self.layout.rows_per_bucket * self.layout.num_buckets
+        local_rows = local_rows[self.row_numbers(local_rows) % rows_of_chunk < self.layout.num_rows]
         columns = local_rows % self.num_buckets
         parts = self._parts_of(local_rows)
         slots, utilities = self.slots.view(-1), self.utilities.view(-1)

@@ -207,3 +207,9 @@ def test_tables_that_cannot_be_adaptive_are_refused(ranges: list[tuple[int, int]
         SlotLayout.of([table])
     with pytest.raises(ValueError, match="24 buckets, of which 25 ranks cannot each own one"):
         _layout().first_bucket(0, 25)
+
+
+def test_settings_beyond_their_limits_are_refused() -> None:
+    for name, value in (("interval", 0), ("warmup", -1), ("decay", 1.5), ("hysteresis", -0.1)):
+        with pytest.raises(ValueError, match=f"{name} of adaptive rows is {value}, it must be"):
+            AdaptiveRows(**{name: value})  # type: ignore[arg-type]
