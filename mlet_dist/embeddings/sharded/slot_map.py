@@ -227,9 +227,12 @@ class SlotMap:
         norms.nan_to_num_(nan=0.0, posinf=0.0)
         local_rows = self._with_chunks(local_rows)
         utilities = self.utilities.view(-1)
-        bits = (utilities[local_rows].float() + norms).view(torch.int32)
+        utilities[local_rows] = self._rounded(utilities[local_rows].float() + norms, local_rows)
+
+    def _rounded(self, utilities: torch.Tensor, local_rows: torch.Tensor) -> torch.Tensor:
+        """Return utilities ``(n,)`` of local rows in bfloat16, rounded up or down in turns."""
         dither = (self.row_numbers(local_rows) * 40_503 + int(self.step) * 30_011) & _LOW_BITS
-        utilities[local_rows] = ((bits + dither.int()) & ~_LOW_BITS).view(torch.float32).bfloat16()
+        return ((utilities.view(torch.int32) + dither.int()) & ~_LOW_BITS).view(torch.float32).bfloat16()
 
     def _with_chunks(self, local_rows: torch.Tensor) -> torch.Tensor:
         """Return the local rows of all chunks ``(G·U,)``."""
@@ -283,11 +286,9 @@ class SlotMap:
         columns = local_rows % self.num_buckets
         parts = self._parts_of(local_rows)
         slots, utilities = self.slots.view(-1), self.utilities.view(-1)
-        codes, utility = slots[local_rows].long(), utilities[local_rows]
-        found = self.layout.choose_slots(
-            columns + self.first_bucket, parts, utility.float(), codes, self.settings.hysteresis
-        )
-        utilities[local_rows] = utility * self.settings.decay
+        codes, utility = slots[local_rows].long(), utilities[local_rows].float()
+        found = self.layout.choose_slots(columns + self.first_bucket, parts, utility, codes, self.settings.hysteresis)
+        utilities[local_rows] = self._rounded(utility * self.settings.decay, local_rows)
         moved = (found != codes).nonzero().squeeze(1)
         if not len(moved):
             return 0

@@ -213,3 +213,12 @@ def test_settings_beyond_their_limits_are_refused() -> None:
     for name, value in (("interval", 0), ("warmup", -1), ("decay", 1.5), ("hysteresis", -0.1)):
         with pytest.raises(ValueError, match=f"{name} of adaptive rows is {value}, it must be"):
             AdaptiveRows(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_utility_decays_however_slowly() -> None:
+    ranks = _Ranks(1, AdaptiveRows(interval=1, warmup=0, decay=0.999))
+    ranks.ranks[0].utilities.fill_(100.0)
+    for _ in range(500):
+        ranks.step(torch.empty(0, dtype=torch.int64), torch.empty(0, DIM))
+    found = ranks.ranks[0].utilities.view(-1)[: ranks.layout.num_rows].float()
+    torch.testing.assert_close(found.mean(), torch.tensor(100 * 0.999**500), rtol=0.01, atol=0.0)
