@@ -96,6 +96,7 @@ class SlotMap:
         self.moves = torch.zeros(1, self.num_buckets, dtype=torch.int64, device=device)
         self._first_codes = layout.first_codes().to(device)
         self._first_rows = layout.first_rows().to(device)
+        self._table_numbers = torch.arange(len(layout.tables) + 1, device=device)
         first_slots = [self.first_bucket * pool.slots_per_bucket for pool in layout.pools]
         self._first_own_codes = self._first_codes + torch.tensor(first_slots, device=device)
         permitted = layout.permitted()
@@ -213,8 +214,8 @@ class SlotMap:
     ) -> None:
         """Add the norms of the gradients ``(U, d)`` of the vectors of distinct local rows to their utilities.
 
-        With chunks, ``projections`` has the W2 ``(width, d)`` of each part, and the utility of a chunk grows by the
-        norm of its own gradient, which it would have had if it had a slot.
+        With chunks, ``local_rows`` are ascending, ``projections`` has the W2 ``(width, d)`` of each part, and the
+        utility of a chunk grows by the norm of its own gradient, which it would have had if it had a slot.
 
         Sums are rounded to bfloat16 up or down, in turns that depend on the step and the row alone, so that small
         gradients are not lost on average. A gradient that is not finite counts as zero.
@@ -244,15 +245,18 @@ class SlotMap:
     def _norms(
         self, local_rows: torch.Tensor, projections: Mapping[int, torch.Tensor], gradients: torch.Tensor
     ) -> torch.Tensor:
-        """Return the norms of the gradients of all chunks ``(G·U,)``."""
-        tables, num_tables = self._parts_of(local_rows), len(self.layout.tables)
+        """Return the norms of the gradients of all chunks ``(G·U,)``, of local rows in ascending order."""
+        num_tables = len(self.layout.tables)
         norms = gradients.new_zeros(self.layout.num_chunks, len(local_rows))
-        for table in tables.unique().tolist():
-            own = (tables == table).nonzero().squeeze(1)
-            for chunk in range(self.layout.num_chunks):
-                projection = projections.get(chunk * num_tables + table)
-                if projection is not None:
-                    norms[chunk, own] = (gradients[own] @ projection.t()).norm(dim=1)
+        # Rows in ascending order are those of one table after the other.
+        bounds = torch.searchsorted(self._parts_of(local_rows), self._table_numbers).tolist()
+        for table, (start, stop) in enumerate(pairwise(bounds)):
+            chunks = [
+                projections[part] for part in range(table, self.layout.num_parts, num_tables) if part in projections
+            ]
+            if chunks and start < stop:
+                products = gradients[start:stop] @ torch.cat(chunks).t()
+                norms[: len(chunks), start:stop] = products.view(stop - start, len(chunks), -1).norm(dim=2).t()
         return norms.view(-1)
 
     def due(self) -> list[int]:
