@@ -248,6 +248,12 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
             not nested and bool(largest % (4 * config.compression.chunks)),
             f"use a number of chunks that have 4, 8, 12, … of the {largest} columns",
         ),
+        (
+            "sharding.compute_kernels",
+            sharding.compute_kernels,
+            adaptive and "fused_uvm_caching" in sharding.compute_kernels,
+            "use fused_uvm in the place of fused_uvm_caching",
+        ),
         ("optimizer.name", optimizer, adaptive and optimizer == "adam", "use sgd, adagrad or rowwise_adagrad"),
         ("compression.tables", limited, adaptive and bool(limited), "use max_width alone, or policy static"),
         (

@@ -4,7 +4,7 @@ Modules:
 
 - ``collection``: the unsharded module, a drop-in for TorchRec's EmbeddingBagCollection.
 - ``table_config``: its table config; ``row_ranges``: tables whose rows have different widths.
-- ``slot_layout``, ``regrading``: tables whose rows change their width while they train.
+- ``slot_layout``, ``slot_initializer``, ``regrading``: tables whose rows change their width while they train.
 - ``projection``: the second layer W2 and its application to pooled vectors or to rows.
 - ``initializers``: initial values that depend on seed, table and row only.
 - ``collapse``: the product W1·W2 in blocks of rows.

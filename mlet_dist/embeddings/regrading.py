@@ -5,6 +5,7 @@ least-squares solution of x'·W2' = x·W2 with the smallest norm. The vector sta
 more, and is the closest possible one otherwise. (FIITED, arXiv:2401.04408, drops columns instead.)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,9 @@ class AdaptiveRows:
             had been dropped.
         chunk_width: if given, rows are cut into chunks of this many columns, each of which has its own utility, that of
             its own gradient; None moves whole rows.
+
+    Raises:
+        ValueError: ``interval`` is below 1, ``warmup`` or ``hysteresis`` below 0, or ``decay`` not between 0 and 1.
     """
 
     interval: int = 1000
@@ -38,33 +42,56 @@ class AdaptiveRows:
     on_move: Literal["project", "reset"] = "project"
     chunk_width: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("interval", 1, math.inf),
+            ("warmup", 0, math.inf),
+            ("decay", 0, 1),
+            ("hysteresis", 0, math.inf),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+                raise ValueError(f"{name} of adaptive rows is {value}, it must be {limit}")
+
 
 def choose_pools(
-    utility: torch.Tensor, held: torch.Tensor, permitted: torch.Tensor, slots: Sequence[int], hysteresis: float
+    utility: torch.Tensor,
+    held: torch.Tensor,
+    permitted: torch.Tensor,
+    buckets: torch.Tensor,
+    slots: Sequence[int],
+    hysteresis: float,
 ) -> torch.Tensor:
     """Give the slots of each pool, widest first, to the rows of the highest utility that have none yet.
 
     Args:
-        utility: of n rows of each of B buckets, ``(n, B)`` float32, 0 or more.
-        held: the pool that each row is in now, ``(n, B)`` int64; -1 for none.
-        permitted: the pools that each row may be in, ``(n, B, P)`` bool.
-        slots: the number of a bucket's slots of each pool.
+        utility: of n rows, ``(n,)`` float32, 0 or more.
+        held: the pool that each row is in now, ``(n,)`` int64; -1 for none.
+        permitted: the pools that each row may be in, ``(n, P)`` bool.
+        buckets: the bucket of each row, ascending ``(n,)`` int64; only the rows of a bucket compete with each other.
+        slots: the number of slots of each pool in every bucket.
         hysteresis: the utility of a row that is in a pool, or in a wider one, counts 1 + hysteresis times there.
 
     Returns:
-        The pool of each row ``(n, B)`` int64; -1 for none. Rows of equal utility stay where they are; beyond that, the
+        The pool of each row ``(n,)`` int64; -1 for none. Rows of equal utility stay where they are; beyond that, the
         first ones come first.
     """
     chosen = torch.full_like(held, -1)
     for pool, number in enumerate(slots):
         holds = (held >= 0) & (held <= pool)
         value = torch.where(holds, utility * (1 + hysteresis), utility)
-        value = torch.where((chosen < 0) & permitted[:, :, pool], value, -1.0)
-        order = holds.byte().argsort(dim=0, descending=True, stable=True)
-        order = order.gather(0, value.gather(0, order).argsort(dim=0, descending=True, stable=True))
-        best = order[:number]
-        chosen.scatter_(0, best, torch.where(value.gather(0, best) >= 0, pool, chosen.gather(0, best)))
+        candidates = ((chosen < 0) & permitted[:, pool]).nonzero().squeeze(1)
+        candidates = candidates[holds[candidates].int().argsort(descending=True, stable=True)]
+        candidates = candidates[value[candidates].argsort(descending=True, stable=True)]
+        candidates = candidates[buckets[candidates].argsort(stable=True)]
+        chosen[candidates[positions_in_groups(buckets[candidates]) < number]] = pool
     return chosen
+
+
+def positions_in_groups(groups: torch.Tensor) -> torch.Tensor:
+    """Return the position of each element ``(n,)`` among those of its group, for groups in ascending order."""
+    return torch.arange(len(groups), device=groups.device) - torch.searchsorted(groups, groups)
 
 
 def least_squares_inverse(projection: torch.Tensor) -> torch.Tensor:

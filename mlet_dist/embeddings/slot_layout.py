@@ -2,7 +2,8 @@
 
 The rows of one width, of all adaptive tables, are stored in one table, a *pool* (see ``row_ranges``). A row of a pool
 is a *slot*. Which row has which slot changes while training runs, but the number of slots of each width does not: it is
-that of the rows that the tables' ``row_ranges`` give this width. So the memory of the tables is fixed from the start.
+that of the rows that the tables' ``row_ranges`` give this width, rounded down to a multiple of V (below). So the memory
+of the tables is fixed from the start.
 
 All rows of all adaptive tables, numbered one table after the other, are spread over V buckets: row g is in bucket
 g mod V. Each bucket has its own slots of each pool, and rows only move between the slots of their bucket. A rank owns
@@ -14,16 +15,16 @@ others have (FIITED, arXiv:2401.04408). A *part* is a chunk of all rows of a tab
 What holds for rows above, then holds for chunks.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
+from math import gcd
 
 import torch
 from torchrec.modules.embedding_configs import DataType
 
-from mlet_dist.embeddings.initializers import RowInitializer
-from mlet_dist.embeddings.regrading import choose_pools
+from mlet_dist.embeddings.regrading import choose_pools, positions_in_groups
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 _NUMBERS_OF_BUCKETS = (53_760, 6_720, 840, 120, 24)  # multiples of most numbers of ranks in use
@@ -31,8 +32,10 @@ FEWEST_SLOTS = _NUMBERS_OF_BUCKETS[-1]
 """The fewest rows that a width must have."""
 
 _SLOTS_PER_BUCKET = 16  # of each width, so that a bucket's frequent rows are about as many as another's
-_GROUP_ROWS = 1 << 18  # rows that are worked on together
 MAX_SLOTS = 2**31 - 1
+
+_GOLDEN = 0.618  # of the golden ratio: the multiples of such a share of a circle are spread evenly over it
+_BLOCK_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -199,41 +202,55 @@ class SlotLayout:
         """Return the index of the part of each row, by its number."""
         return torch.searchsorted(self.first_rows().to(rows.device), rows, right=True) - 1
 
-    def pools_of(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the pool of each code; -1 for no slot."""
-        return torch.searchsorted(self.first_codes().to(codes.device), codes, right=True) - 1
+    def choose_slots(
+        self,
+        buckets: torch.Tensor,
+        parts: torch.Tensor,
+        utility: torch.Tensor,
+        codes: torch.Tensor,
+        hysteresis: float,
+    ) -> torch.Tensor:
+        """Return the codes of the slots that the rows of some buckets get, ``(n,)`` int64; -1 for none.
 
-    def new_codes(self, first_bucket: int, codes: torch.Tensor, pools: torch.Tensor) -> torch.Tensor:
-        """Return the slots of rows once they have other pools.
-
-        Rows that stay in their pool keep their slots, and the others get free ones of their bucket, the first rows the
-        first ones.
+        A row whose pool does not change keeps its slot. The others get the free slots of their bucket in order.
 
         Args:
-            first_bucket: that of the first column.
-            codes: of n rows of each of B consecutive buckets, ``(n, B)`` int64; -1 for none.
-            pools: that each row shall be in, ``(n, B)`` int64; -1 for none. No more than the pool has slots.
+            buckets: of all rows of these buckets, ascending ``(n,)`` int64.
+            parts: the part of each row.
+            utility: as in ``choose_pools``.
+            codes: the slots that the rows have now.
+            hysteresis: as in ``choose_pools``.
         """
-        held, device = self.pools_of(codes), codes.device
-        found = torch.where(pools == held, codes, -1)
-        buckets = torch.arange(codes.shape[1], device=device)
-        for pool, first_code in enumerate(self.first_codes().tolist()):
-            size = self.pools[pool].slots_per_bucket
-            starts = first_code + (first_bucket + buckets) * size
-            row, bucket = ((pools == pool) & (held == pool)).nonzero(as_tuple=True)
-            taken = torch.zeros(len(buckets), size, dtype=torch.uint8, device=device)
-            taken[bucket, codes[row, bucket] - starts[bucket]] = 1
-            free = taken.argsort(dim=1, stable=True)
-            enters = (pools == pool) & (held != pool)
-            row, bucket = enters.nonzero(as_tuple=True)
-            found[row, bucket] = starts[bucket] + free[bucket, enters.cumsum(dim=0)[row, bucket] - 1]
+        device = codes.device
+        first_codes = self.first_codes()
+        held = torch.searchsorted(first_codes.to(device), codes, right=True) - 1
+        sizes = [pool.slots_per_bucket for pool in self.pools]
+        chosen = choose_pools(utility, held, self.permitted().to(device)[parts], buckets, sizes, hysteresis)
+        found = torch.where(chosen == held, codes, -1)
+        distinct, index = torch.unique_consecutive(buckets, return_inverse=True)
+        for pool, (first, size) in enumerate(zip(first_codes.tolist(), sizes, strict=True)):
+            first_of_bucket = first + buckets * size
+            stays = ((chosen == pool) & (held == pool)).nonzero().squeeze(1)
+            taken = torch.zeros(len(distinct), size, dtype=torch.bool, device=device)
+            taken[index[stays], codes[stays] - first_of_bucket[stays]] = True
+            free_in, free = (~taken).nonzero().unbind(1)
+            new = ((chosen == pool) & (held != pool)).nonzero().squeeze(1)
+            own = index[new]
+            nth_free = torch.searchsorted(free_in, own) + positions_in_groups(own)
+            found[new] = first_of_bucket[new] + free[nth_free]
         return found
 
-    def groups_of_buckets(self, first_bucket: int, stop_bucket: int) -> Iterator[tuple[int, int]]:
-        """Yield the first and the stop bucket of groups that are so small that work on one takes little memory."""
-        size = max(1, _GROUP_ROWS // (self.num_chunks * self.rows_per_bucket))
-        for first in range(first_bucket, stop_bucket, size):
-            yield first, min(first + size, stop_bucket)
+    def bucket_of_pass(self, number: int) -> int:
+        """Return the bucket whose pass is pass ``number`` of the V passes of an interval.
+
+        Buckets of consecutive passes are far apart, so that at any time each rank has its share of the passes.
+        """
+        return number * self._pass_stride % self.num_buckets
+
+    @cached_property
+    def _pass_stride(self) -> int:
+        golden = round(self.num_buckets * _GOLDEN)
+        return next(each for each in count(golden) if gcd(each, self.num_buckets) == 1)
 
     def initial_slots(self, first_bucket: int, stop_bucket: int) -> torch.Tensor:
         """Return the slots of the rows of buckets before training: codes of ``rows_of``'s shape, int32; -1 for none.
@@ -248,17 +265,18 @@ class SlotLayout:
                 starts.append(first)
                 widths.append(each)
                 first += number
-        permitted, slots = self.permitted(), [pool.slots_per_bucket for pool in self.pools]
         lines = self.num_chunks * self.rows_per_bucket
-        codes = torch.empty(lines, stop_bucket - first_bucket, dtype=torch.int32)
-        for first, stop in self.groups_of_buckets(first_bucket, stop_bucket):
-            rows = self.rows_of(first, stop)
-            exists, rows = rows >= 0, rows.clamp(min=0)
-            wanted = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows, right=True) - 1]
-            nowhere = torch.full_like(rows, -1)
-            may = permitted[self.parts_of(rows)] & exists.unsqueeze(2)
-            pools = choose_pools(wanted.float(), nowhere, may, slots, hysteresis=0.0)
-            codes[:, first - first_bucket : stop - first_bucket] = self.new_codes(first, nowhere, pools)
+        codes = torch.full((lines, stop_bucket - first_bucket), -1, dtype=torch.int32)
+        for start in range(first_bucket, stop_bucket, max(1, _BLOCK_ROWS // lines)):
+            stop = min(start + max(1, _BLOCK_ROWS // lines), stop_bucket)
+            rows = self.rows_of(start, stop).t()
+            bucket, line = (rows >= 0).nonzero().unbind(1)
+            rows = rows[bucket, line]
+            width = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows, right=True) - 1]
+            chosen = self.choose_slots(
+                bucket + start, self.parts_of(rows), width.float(), torch.full_like(rows, -1), hysteresis=0.0
+            )
+            codes[line, bucket + start - first_bucket] = chosen.int()
         return codes
 
 
@@ -267,52 +285,3 @@ def _width_of_chunk(width: int, chunk: int, chunk_width: int | None) -> int:
     if chunk_width is None:
         return width
     return chunk_width if width > chunk * chunk_width else 0
-
-
-@dataclass(frozen=True)
-class SlotInitializer:
-    """A TorchRec ``init_fn`` of a pool of adaptive tables: a slot begins as a row of the table that has it first.
-
-    Args:
-        layout: of all pools.
-        pool: the index of this one.
-        initializers: of each table, with ``num_rows`` the slots of the pool, and all of the same name and seed.
-        zero_rows: the numbers of rows that begin at zero.
-    """
-
-    layout: SlotLayout
-    pool: int
-    initializers: tuple[RowInitializer, ...]
-    zero_rows: tuple[int, ...]
-
-    def __call__(self, weight: torch.Tensor) -> None:
-        """Fill the complete weight ``(slots, width)``."""
-        self.fill(weight, first_row=0)
-
-    @torch.no_grad()
-    def fill(self, weight: torch.Tensor, first_row: int) -> None:
-        """Fill a shard ``(slots, width)`` of whole buckets with slots [first_row, first_row + slots) of the pool."""
-        size = self.layout.pools[self.pool].slots_per_bucket
-        buckets = first_row // size, (first_row + weight.shape[0]) // size
-        for first, stop in self.layout.groups_of_buckets(*buckets):
-            self._fill_buckets(weight[first * size - first_row : stop * size - first_row], first, stop)
-
-    def _fill_buckets(self, weight: torch.Tensor, first_bucket: int, stop_bucket: int) -> None:
-        layout, first_slot = self.layout, first_bucket * self.layout.pools[self.pool].slots_per_bucket
-        codes = layout.initial_slots(first_bucket, stop_bucket).long()
-        slots = codes - int(layout.first_codes()[self.pool]) - first_slot
-        inside = (codes >= 0) & (slots >= 0) & (slots < weight.shape[0])
-        rows = torch.full((weight.shape[0],), -1)
-        rows[slots[inside]] = layout.rows_of(first_bucket, stop_bucket)[inside]
-        tables = layout.parts_of(rows.clamp(min=0)) % len(layout.tables)
-        unit = {each.distribution: dataclasses.replace(each, scale=1.0, center=0.0) for each in self.initializers}
-        for distribution, initializer in unit.items():
-            drawn = torch.empty(weight.shape)
-            initializer.fill(drawn, first_slot)
-            own = torch.tensor([each.distribution == distribution for each in self.initializers])[tables]
-            scales = torch.tensor([each.scale for each in self.initializers])[tables].unsqueeze(1)
-            centers = torch.tensor([each.center for each in self.initializers])[tables].unsqueeze(1)
-            weight[own.to(weight.device)] = (drawn * scales + centers)[own].to(weight)
-        of_rows = rows % (layout.rows_per_bucket * layout.num_buckets)
-        empty = (rows < 0) | torch.isin(of_rows, torch.tensor(self.zero_rows, dtype=torch.int64))
-        weight[empty.to(weight.device)] = 0

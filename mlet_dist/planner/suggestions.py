@@ -84,7 +84,7 @@ def _half_rows(case: Case) -> Iterator[tuple[str, Case]]:
 def _host_rows(case: Case) -> Iterator[tuple[str, Case]]:
     """Store rows in host memory where device memory cannot hold them."""
     if not case.ranks.on_cpu and case.config.sharding.compute_kernels == ("fused",):
-        kernels = ("fused", "fused_uvm_caching")
+        kernels = ("fused", "fused_uvm" if case.spec.adaptive else "fused_uvm_caching")
         text = f"sharding.compute_kernels=[{','.join(kernels)}]"
         yield text, case.with_settings("sharding", compute_kernels=kernels)
 

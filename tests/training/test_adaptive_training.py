@@ -106,7 +106,11 @@ def test_a_resumed_run_is_bitwise_identical_and_other_ranks_continue_with_the_sa
 
 def test_settings_that_do_not_go_with_it_are_refused(settings: tuple[str, ...], tmp_path: Path) -> None:
     start = ("train", CONFIG, *settings, f"run.dir={tmp_path / 'run'}")
-    for setting in ("optimizer.name=adam", "compression.tables.C3.min_width=4"):
+    for setting in (
+        "optimizer.name=adam",
+        "compression.tables.C3.min_width=4",
+        "sharding.compute_kernels=[fused,fused_uvm_caching]",
+    ):
         assert "does not go with compression.policy adaptive" in error_line(*start, setting)
 
 

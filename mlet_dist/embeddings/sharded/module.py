@@ -63,6 +63,7 @@ from mlet_dist.embeddings.sharded.pooled import (
 from mlet_dist.embeddings.sharded.row_index import SlotIndex
 from mlet_dist.embeddings.sharded.slot_map import PoolTensors, SlotMap
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
+from mlet_dist.embeddings.slot_initializer import SlotInitializer
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
@@ -173,7 +174,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             sharding = self.module_sharding_plan[config.name]
             if weight.numel() == 0:  # all rows are on other ranks
                 continue
-            if isinstance(config.init_fn, RowInitializer | SegmentInitializer):
+            if isinstance(config.init_fn, RowInitializer | SegmentInitializer | SlotInitializer):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)
@@ -230,6 +231,9 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def regrade(self) -> int:
         """Count a step, and move rows of adaptive tables whose pass is due; call it after each optimizer step.
 
+        No batch may be between its lookup and its backward then, as in TorchRec's semi-synchronous pipeline: its
+        gradients would change the rows that have the slots after the move.
+
         Returns:
             The number of this rank's rows that moved.
 
@@ -239,8 +243,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if self.slots is None:
             return 0
         self.slots.step += 1
-        first, stop = self.slots.due()
-        if first == stop:
+        due = self.slots.due()
+        if not due:
             return 0
         weights = projection_weights(self.projections)
         names = {table.row_width: table.name for table in self._row_tables if table.num_buckets}
@@ -260,7 +264,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             pools.append(PoolTensors(self.embedding_bags[name].weight, squares))
             parts = zip(self.slots.segments(index), of_segments[pool.width], strict=True)
             projections |= {(index, part): weights[each.name] for part, each in parts if each.name in weights}
-        return self.slots.regrade(pools, projections)
+        return self.slots.regrade(due, pools, projections)
 
     def _located(self, ctx: CheckedContext, dist_input: KJTList) -> KJTList:
         """Return the lookups' input with the slots of adaptive rows, which may have moved since ``input_dist``."""

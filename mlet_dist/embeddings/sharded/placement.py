@@ -24,6 +24,9 @@ BLOCK_SHARDING_TYPES = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE
 """Sharding types that split a table into equal blocks of rows."""
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
+_OPTIMIZERS_OF_MOVING_ROWS = ("SGD", "Adagrad", "RowWiseAdagrad")
+# Not fused_uvm_caching: the cache on the device would have the values that a slot had before a row moved to it.
+_KERNELS_OF_MOVING_ROWS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.FUSED_UVM.value)
 
 
 def check_plan(
@@ -113,6 +116,29 @@ def check_rows_dtype(table: MultiLayerEmbeddingBagConfig, sharding: ParameterSha
         raise ValueError(
             f"table {table.name!r}: rows in FP16 need a fused kernel, but the plan's kernel is {_DENSE} (on a CPU, "
             "Adam has no fused kernel); use FP32 rows or another optimizer"
+        )
+
+
+def check_moving_rows(
+    table: MultiLayerEmbeddingBagConfig, sharding: ParameterSharding, optimizers: Sequence[type]
+) -> None:
+    """Raise ValueError if rows of a pool of adaptive tables cannot move with its optimizer or its plan's kernel.
+
+    Args:
+        table: the pool.
+        sharding: its plan.
+        optimizers: the classes that were passed to apply_optimizer_in_backward; none for the kernel's own optimizer.
+    """
+    unknown = [kind.__name__ for kind in optimizers if kind.__name__ not in _OPTIMIZERS_OF_MOVING_ROWS]
+    if unknown:
+        raise ValueError(
+            f"table {table.name!r}: rows that move between widths cannot have optimizer {unknown[0]}; use "
+            f"{', '.join(_OPTIMIZERS_OF_MOVING_ROWS)}"
+        )
+    if sharding.compute_kernel not in _KERNELS_OF_MOVING_ROWS:
+        raise ValueError(
+            f"table {table.name!r}: rows that move between widths cannot have kernel {sharding.compute_kernel}; use "
+            f"{' or '.join(_KERNELS_OF_MOVING_ROWS)}"
         )
 
 

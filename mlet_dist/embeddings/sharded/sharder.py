@@ -26,6 +26,7 @@ from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCol
 from mlet_dist.embeddings.sharded.placement import (
     BLOCK_SHARDING_TYPES,
     HOST_KERNELS,
+    check_moving_rows,
     check_node_placement,
     check_plan,
     check_rows_dtype,
@@ -101,10 +102,13 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """Shard ``module`` by the plan ``params``, which is changed in place as ``finalize_plan`` describes.
 
         Raises:
-            ValueError: a table's plan is not supported (see ``placement``), or ``env`` is two-dimensional.
+            ValueError: a table's plan is not supported (see ``placement``), ``env`` is two-dimensional, or it asks for
+                DTensors of an adaptive collection.
         """
         if isinstance(env, ShardingEnv2D):
             raise ValueError("multi-layer tables cannot be sharded in 2D (DMPCollection); use DistributedModelParallel")
+        if env.output_dtensor and module.adaptive is not None:
+            raise ValueError("tables whose rows move between widths cannot be DTensors; leave output_dtensor out")
         by_nodes = {
             name: each for name, each in params.items() if each.sharding_type == ShardingType.TABLE_ROW_WISE.value
         }
@@ -172,12 +176,12 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         if stagger:
             staggered = [name for name, (exchange, _) in chosen.items() if exchange == "unique_rows"]
             stagger_blocks([params[name] for name in staggered if not tables[name].num_buckets])
-        for name, table in tables.items():
-            if table.num_buckets:
-                place_buckets(table, params[name])
         if on_cpu:
             use_dense_kernels([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
         for name, table in tables.items():
+            if table.num_buckets:
+                place_buckets(table, params[name])
+                check_moving_rows(table, params[name], _optimizers(module.embedding_bags[name].weight))
             check_rows_dtype(table, params[name])
             if params[name].compute_kernel != EmbeddingComputeKernel.FUSED_UVM_CACHING.value:
                 params[name].cache_params = None
@@ -254,5 +258,9 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
 
 def _is_adam(rows: torch.Tensor) -> bool:
+    return any(issubclass(kind, Adam | torch.optim.Adam) for kind in _optimizers(rows))
+
+
+def _optimizers(rows: torch.Tensor) -> list[type]:
     # apply_optimizer_in_backward sets this attribute on a parameter.
-    return any(issubclass(kind, Adam | torch.optim.Adam) for kind in getattr(rows, "_optimizer_classes", []))
+    return getattr(rows, "_optimizer_classes", [])

@@ -9,8 +9,9 @@ A pass considers the rows of a bucket anew: those of the highest utility get the
 of the buckets are spread over the steps of an interval. A slot takes 4 bytes a row, and a utility 2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -19,12 +20,13 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 
-from mlet_dist.embeddings.regrading import AdaptiveRows, choose_pools, least_squares_inverse, rescaled_state
+from mlet_dist.embeddings.regrading import AdaptiveRows, least_squares_inverse, rescaled_state
 from mlet_dist.embeddings.slot_layout import SlotLayout
 
 BYTES_PER_ROW = torch.int32.itemsize + torch.bfloat16.itemsize
 """The bytes of the slot and the utility of a row."""
 
+_BLOCK_ROWS = 1 << 20  # rows that are counted together, for little memory
 _LOW_BITS = 0xFFFF  # those that bfloat16 lacks
 
 
@@ -34,13 +36,11 @@ class PoolTensors:
 
     Attributes:
         rows: W1 ``(slots, width)``.
-        squares: optimizer states that are sums or means of squared gradients, ``(slots, width)`` or ``(slots,)``.
-        means: optimizer states that are means of gradients, ``(slots, width)``.
+        squares: optimizer states that are sums of squared gradients, ``(slots, width)`` or ``(slots,)``.
     """
 
     rows: torch.Tensor
     squares: tuple[torch.Tensor, ...] = ()
-    means: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,14 @@ class SlotMap:
             self.slots = layout.initial_slots(self.first_bucket, self.stop_bucket).to(device)
         self.utilities = torch.zeros(self.slots.shape, dtype=torch.bfloat16, device=device)
         self.moves = torch.zeros(1, self.num_buckets, dtype=torch.int64, device=device)
+        self._first_codes = layout.first_codes().to(device)
+        self._first_rows = layout.first_rows().to(device)
+        self._table_numbers = torch.arange(len(layout.tables) + 1, device=device)
         first_slots = [self.first_bucket * pool.slots_per_bucket for pool in layout.pools]
-        self._first_own_codes = (layout.first_codes() + torch.tensor(first_slots)).to(device)
+        self._first_own_codes = self._first_codes + torch.tensor(first_slots, device=device)
         permitted = layout.permitted()
         self._parts_of_pools = [permitted[:, pool].nonzero().squeeze(1).tolist() for pool in range(len(layout.pools))]
-        self._set_order(range(len(layout.pools)))
+        self.set_order(range(len(layout.pools)))
 
     @property
     def num_buckets(self) -> int:
@@ -110,11 +113,8 @@ class SlotMap:
         """Return the parts, by index, that may have rows in a pool, in the order of its segments."""
         return list(self._parts_of_pools[pool])
 
-    def set_order(self, pools: list[int]) -> None:
+    def set_order(self, pools: Sequence[int]) -> None:
         """Set the order in which ``locate`` returns the pools."""
-        self._set_order(pools)
-
-    def _set_order(self, pools: "range | list[int]") -> None:
         segments = torch.full((len(self.layout.pools), self.layout.num_parts), -1, dtype=torch.int64)
         number = 0
         self._order = list(pools)
@@ -123,6 +123,7 @@ class SlotMap:
                 segments[pool, part] = number
                 number += 1
         self._num_segments = number
+        self._segment_numbers = torch.arange(-1, number, device=self.device)
         self._segments = segments.to(self.device)
 
     def state(self, process_group: dist.ProcessGroup) -> dict[str, torch.Tensor | ShardedTensor]:
@@ -177,27 +178,31 @@ class SlotMap:
         within, bucket = local_rows // self.num_buckets, local_rows % self.num_buckets
         return within * self.layout.num_buckets + bucket + self.first_bucket
 
+    def _parts_of(self, local_rows: torch.Tensor) -> torch.Tensor:
+        """Return the part of each local row."""
+        return torch.searchsorted(self._first_rows, self.row_numbers(local_rows), right=True) - 1
+
     def kept_rows(self) -> torch.Tensor:
         """Return the number of this rank's rows of each table that have a slot ``(T,)`` int64."""
+        kept = (self.slots.view(self.layout.num_chunks, -1) >= 0).any(dim=0)
         tables = len(self.layout.tables)
-        kept = torch.zeros(tables, dtype=torch.int64, device=self.device)
-        for first, stop in self.layout.groups_of_buckets(self.first_bucket, self.stop_bucket):
-            slots = self.slots[:, first - self.first_bucket : stop - self.first_bucket]
-            has_slot = (slots.unflatten(0, (self.layout.num_chunks, -1)) >= 0).any(dim=0)
-            rows = self.layout.rows_of(first, stop)[: self.layout.rows_per_bucket].to(self.device)
-            kept += torch.bincount(self.layout.parts_of(rows[has_slot]), minlength=tables)
-        return kept
+        found = torch.zeros(tables, dtype=torch.int64, device=self.device)
+        for start in range(0, len(kept), _BLOCK_ROWS):
+            local_rows = start + kept[start : start + _BLOCK_ROWS].nonzero().squeeze(1)
+            found += torch.bincount(self._parts_of(local_rows), minlength=tables)
+        return found
 
     def locate(self, local_rows: torch.Tensor) -> Located:
         """Find the slots of distinct local rows ``(U,)``, and of all their chunks, ``(G·U,)``."""
         local_rows = self._with_chunks(local_rows)
         codes = self.slots.view(-1)[local_rows].long()
-        pools = self.layout.pools_of(codes)
-        segments = self._segments[pools, self.layout.parts_of(self.row_numbers(local_rows))]
+        pools = torch.searchsorted(self._first_codes, codes, right=True) - 1
+        segments = self._segments[pools, self._parts_of(local_rows)]
         segments = torch.where(codes < 0, self._num_segments, segments)
-        order = segments.argsort(stable=True)
-        counts = torch.bincount(segments, minlength=self._num_segments + 1).tolist()
-        stored = len(local_rows) - counts.pop()
+        segments, order = segments.sort(stable=True)
+        # Not bincount, which waits for the device twice on CUDA.
+        counts = torch.searchsorted(segments, self._segment_numbers, right=True).diff().tolist()
+        stored = sum(counts)
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order), device=order.device).clamp_(max=stored)
         slots = (codes - self._first_own_codes[pools])[order[:stored]]
@@ -214,8 +219,8 @@ class SlotMap:
     ) -> None:
         """Add the norms of the gradients ``(U, d)`` of the vectors of distinct local rows to their utilities.
 
-        With chunks, ``projections`` has the W2 ``(width, d)`` of each part, and the utility of a chunk grows by the
-        norm of its own gradient, which it would have had if it had a slot.
+        With chunks, ``local_rows`` are ascending, ``projections`` has the W2 ``(width, d)`` of each part, and the
+        utility of a chunk grows by the norm of its own gradient, which it would have had if it had a slot.
 
         Sums are rounded to bfloat16 up or down, in turns that depend on the step and the row alone, so that small
         gradients are not lost on average. A gradient that is not finite counts as zero.
@@ -228,9 +233,12 @@ class SlotMap:
         norms.nan_to_num_(nan=0.0, posinf=0.0)
         local_rows = self._with_chunks(local_rows)
         utilities = self.utilities.view(-1)
-        bits = (utilities[local_rows].float() + norms).view(torch.int32)
+        utilities[local_rows] = self._rounded(utilities[local_rows].float() + norms, local_rows)
+
+    def _rounded(self, utilities: torch.Tensor, local_rows: torch.Tensor) -> torch.Tensor:
+        """Return utilities ``(n,)`` of local rows in bfloat16, rounded up or down in turns."""
         dither = (self.row_numbers(local_rows) * 40_503 + int(self.step) * 30_011) & _LOW_BITS
-        utilities[local_rows] = ((bits + dither.int()) & ~_LOW_BITS).view(torch.float32).bfloat16()
+        return ((utilities.view(torch.int32) + dither.int()) & ~_LOW_BITS).view(torch.float32).bfloat16()
 
     def _with_chunks(self, local_rows: torch.Tensor) -> torch.Tensor:
         """Return the local rows of all chunks ``(G·U,)``."""
@@ -242,67 +250,61 @@ class SlotMap:
     def _norms(
         self, local_rows: torch.Tensor, projections: Mapping[int, torch.Tensor], gradients: torch.Tensor
     ) -> torch.Tensor:
-        """Return the norms of the gradients of all chunks ``(G·U,)``."""
-        tables, num_tables = self.layout.parts_of(self.row_numbers(local_rows)), len(self.layout.tables)
+        """Return the norms of the gradients of all chunks ``(G·U,)``, of local rows in ascending order."""
+        num_tables = len(self.layout.tables)
         norms = gradients.new_zeros(self.layout.num_chunks, len(local_rows))
-        for table in tables.unique().tolist():
-            own = (tables == table).nonzero().squeeze(1)
-            for chunk in range(self.layout.num_chunks):
-                projection = projections.get(chunk * num_tables + table)
-                if projection is not None:
-                    norms[chunk, own] = (gradients[own] @ projection.t()).norm(dim=1)
+        # Rows in ascending order are those of one table after the other.
+        bounds = torch.searchsorted(self._parts_of(local_rows), self._table_numbers).tolist()
+        for table, (start, stop) in enumerate(pairwise(bounds)):
+            chunks = [
+                projections[part] for part in range(table, self.layout.num_parts, num_tables) if part in projections
+            ]
+            if chunks and start < stop:
+                products = gradients[start:stop] @ torch.cat(chunks).t()
+                norms[: len(chunks), start:stop] = products.view(stop - start, len(chunks), -1).norm(dim=2).t()
         return norms.view(-1)
 
-    def due(self) -> tuple[int, int]:
-        """Return the first and the stop bucket of those of this rank whose pass is due after ``step`` steps."""
+    def due(self) -> list[int]:
+        """Return this rank's buckets whose pass is due after ``step`` steps."""
         every, after = self.settings.interval, int(self.step) - self.settings.warmup
         if after < 0:
-            return self.first_bucket, self.first_bucket
+            return []
         start, stop = (-(-each * self.layout.num_buckets // every) for each in (after % every, after % every + 1))
-        first = min(max(start, self.first_bucket), self.stop_bucket)
-        return first, min(max(stop, first), self.stop_bucket)
+        buckets = (self.layout.bucket_of_pass(number) for number in range(start, stop))
+        return sorted(bucket for bucket in buckets if self.first_bucket <= bucket < self.stop_bucket)
 
-    def regrade(self, pools: list[PoolTensors], projections: Mapping[tuple[int, int], torch.Tensor]) -> int:
-        """Give the slots of the buckets whose pass is due to the rows of the highest utility.
-
-        The values and the optimizer state of rows that get another width move with them.
+    @torch.no_grad()
+    def regrade(
+        self, buckets: Sequence[int], pools: list[PoolTensors], projections: Mapping[tuple[int, int], torch.Tensor]
+    ) -> int:
+        """Give the slots of buckets to their rows of the highest utility, and move values and optimizer state.
 
         Args:
+            buckets: some of this rank's, ascending.
             pools: this rank's part of each pool.
             projections: W2 ``(width, d)`` by pool and part; whole rows of d columns have none.
 
         Returns:
             The number of rows that moved.
         """
-        groups = self.layout.groups_of_buckets(*self.due())
-        return sum(self._regrade_buckets(first, stop, pools, projections) for first, stop in groups)
-
-    @torch.no_grad()
-    def _regrade_buckets(
-        self,
-        first_bucket: int,
-        stop_bucket: int,
-        pools: list[PoolTensors],
-        projections: Mapping[tuple[int, int], torch.Tensor],
-    ) -> int:
-        columns = slice(first_bucket - self.first_bucket, stop_bucket - self.first_bucket)
-        rows = self.layout.rows_of(first_bucket, stop_bucket).to(self.device)
-        exists, parts = rows >= 0, self.layout.parts_of(rows.clamp(min=0))
-        codes, utilities = self.slots[:, columns].long(), self.utilities[:, columns]
-        held = self.layout.pools_of(codes)
-        permitted = self.layout.permitted().to(self.device)[parts] & exists.unsqueeze(2)
-        slots = [pool.slots_per_bucket for pool in self.layout.pools]
-        chosen = choose_pools(utilities.float(), held, permitted, slots, self.settings.hysteresis)
-        utilities *= self.settings.decay
-        moved = chosen != held
-        moves = moved.sum(dim=0)
-        number = int(moves.sum())
-        if number:
-            found = self.layout.new_codes(first_bucket, codes, chosen)
-            self._move(codes[moved], found[moved], parts[moved], pools, projections)
-            self.slots[:, columns] = found.int()
-            self.moves[0, columns] += moves
-        return number
+        columns = torch.tensor(buckets, device=self.device) - self.first_bucket
+        lines = torch.arange(self.slots.shape[0], device=self.device)
+        local_rows = (lines * self.num_buckets + columns.unsqueeze(1)).view(-1)
+        rows_of_chunk = self.layout.rows_per_bucket * self.layout.num_buckets
+        local_rows = local_rows[self.row_numbers(local_rows) % rows_of_chunk < self.layout.num_rows]
+        columns = local_rows % self.num_buckets
+        parts = self._parts_of(local_rows)
+        slots, utilities = self.slots.view(-1), self.utilities.view(-1)
+        codes, utility = slots[local_rows].long(), utilities[local_rows].float()
+        found = self.layout.choose_slots(columns + self.first_bucket, parts, utility, codes, self.settings.hysteresis)
+        utilities[local_rows] = self._rounded(utility * self.settings.decay, local_rows)
+        moved = (found != codes).nonzero().squeeze(1)
+        if not len(moved):
+            return 0
+        self._move(codes[moved], found[moved], parts[moved], pools, projections)
+        self.moves.view(-1).index_add_(0, columns[moved], torch.ones_like(moved))
+        slots[local_rows] = found.int()
+        return len(moved)
 
     def _move(
         self,
@@ -313,46 +315,31 @@ class SlotMap:
         projections: Mapping[tuple[int, int], torch.Tensor],
     ) -> None:
         """Copy the values and the optimizer state of rows from slots to slots of other pools; -1 is no slot."""
-        old, new = self.layout.pools_of(old_codes), self.layout.pools_of(new_codes)
-        kinds = torch.stack([old, new, parts], dim=1)
+        old, new = (torch.searchsorted(self._first_codes, codes, right=True) - 1 for codes in (old_codes, new_codes))
+        kinds, kind, counts = torch.stack([old, new, parts], dim=1).unique(
+            dim=0, return_inverse=True, return_counts=True
+        )
+        rows_of_kinds = kind.argsort(stable=True).split(counts.tolist())
+        inverse_of = cache(lambda pool, part: least_squares_inverse(projections[pool, part]))
         writes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for source, target, part in kinds.unique(dim=0).tolist():
+        for (source, target, part), rows in zip(kinds.tolist(), rows_of_kinds, strict=True):
             if target < 0:
                 continue
-            rows = (kinds == kinds.new_tensor([source, target, part])).all(dim=1)
-            into = new_codes[rows] - self._first_own_codes[target]
-            from_pool = old_codes[rows] - self._first_own_codes[source] if source >= 0 else None
-            after = pools[target]
-            writes.append(
-                (after.rows, into, self._new_values(pools, projections, source, target, part, from_pool, into))
-            )
-            widths = self.layout.pools[source].width, self.layout.pools[target].width
-            for index, state in enumerate(after.squares):
-                if from_pool is None:
-                    values = state.new_zeros(into.shape + state.shape[1:])
-                else:
-                    values = rescaled_state(pools[source].squares[index][from_pool], *widths)
-                writes.append((state, into, values))
-            writes += [(state, into, state.new_zeros(into.shape + state.shape[1:])) for state in after.means]
+            into, after = new_codes[rows] - self._first_own_codes[target], pools[target]
+            states = [state.new_zeros(into.shape + state.shape[1:]) for state in after.squares]
+            vectors = after.rows.new_zeros(len(into), self.layout.pools[target].width)
+            if source >= 0:
+                before, from_pool = pools[source], old_codes[rows] - self._first_own_codes[source]
+                widths = self.layout.pools[source].width, self.layout.pools[target].width
+                states = [rescaled_state(state[from_pool], *widths) for state in before.squares]
+                if target < source or self.settings.on_move == "project":
+                    vectors = before.rows[from_pool]
+                    if (source, part) in projections:
+                        vectors = vectors @ projections[source, part]
+                    if (target, part) in projections:
+                        vectors = vectors @ inverse_of(target, part)
+            writes += [(after.rows, into, vectors)]
+            writes += [(state, into, values) for state, values in zip(after.squares, states, strict=True)]
         # Rows may exchange their slots, so all are read before the first is written.
         for tensor, rows, values in writes:
-            tensor[rows] = values.to(tensor.dtype)
-
-    def _new_values(
-        self,
-        pools: list[PoolTensors],
-        projections: Mapping[tuple[int, int], torch.Tensor],
-        source: int,
-        target: int,
-        part: int,
-        from_pool: torch.Tensor | None,
-        into: torch.Tensor,
-    ) -> torch.Tensor:
-        gets_narrower = target > source
-        if from_pool is None or (gets_narrower and self.settings.on_move == "reset"):
-            return pools[target].rows.new_zeros(len(into), self.layout.pools[target].width)
-        vectors = pools[source].rows[from_pool].float()
-        before, after = projections.get((source, part)), projections.get((target, part))
-        if before is not None:
-            vectors = vectors @ before
-        return vectors if after is None else vectors @ least_squares_inverse(after)
+            tensor[rows] = values

@@ -206,8 +206,11 @@ def _check_utilities(
     utilities: list[torch.Tensor], state: dict[str, torch.Tensor], layout: SlotLayout, step: int
 ) -> None:
     """Compare utilities after a step, and let those of the buckets that had their pass decay."""
-    every = torch.arange(layout.num_rows) % layout.num_buckets * MOVES.interval // layout.num_buckets
-    due = (every == (step - MOVES.warmup) % MOVES.interval) & (step >= MOVES.warmup)
+    order = torch.tensor([layout.bucket_of_pass(number) for number in range(layout.num_buckets)])
+    every = order.argsort() * MOVES.interval // layout.num_buckets
+    due = (every[torch.arange(layout.num_rows) % layout.num_buckets] == (step - MOVES.warmup) % MOVES.interval) & (
+        step >= MOVES.warmup
+    )
     found = state["row_slots.utilities"].double().view(-1)[: layout.num_rows]
     expected = torch.cat(utilities)
     expected[due] *= MOVES.decay
@@ -250,3 +253,17 @@ def test_outputs_and_weights_equal_the_masked_reference_while_rows_move(
         torch.testing.assert_close(last.product().detach(), masked.product().detach(), rtol=1e-4, atol=1e-5)
         for width, projection in masked.projections.items():
             torch.testing.assert_close(last.projections[width].detach(), projection.detach(), rtol=1e-4, atol=1e-5)
+
+
+def _initial_weights() -> dict[str, torch.Tensor]:
+    meta = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=3, adaptive=MOVES)
+    return full_weights(shard(meta, "adagrad", exchange="unique_rows"))
+
+
+def test_initial_values_do_not_depend_on_the_number_of_ranks(ranks: Ranks) -> None:
+    whole = ranks(1).run(_initial_weights)[0]
+    for world_size in (2, 3):
+        found = ranks(world_size).run(_initial_weights)[0]
+        assert found.keys() == whole.keys()
+        for name, values in whole.items():
+            assert torch.equal(found[name], values), name

@@ -1,10 +1,13 @@
 import pytest
+import torch
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.types import ParameterSharding
+from torchrec.optim import LarsSGD
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.sharded.placement import (
+    check_moving_rows,
     check_node_placement,
     check_plan,
     ranks_of_blocks,
@@ -102,3 +105,19 @@ def test_a_plan_for_other_nodes_is_refused() -> None:
         ValueError, match=r"table 't': .* on ranks \[0, 1\]; with 4 ranks per node .* on \[0, 1, 2, 3\]"
     ):
         check_node_placement("t", plan, 4)
+
+
+def test_rows_move_with_some_optimizers_and_kernels_only() -> None:
+    table = MultiLayerEmbeddingBagConfig(
+        name="rows_8x4", num_embeddings=240, embedding_dim=4, hidden_dim=8, feature_names=["f"], num_buckets=24
+    )
+    plan = _plan(240, 2)
+    for allowed in ([], [torch.optim.SGD], [torch.optim.Adagrad]):
+        check_moving_rows(table, plan, allowed)
+    # Its state has the name of Adagrad's, but is a momentum.
+    with pytest.raises(ValueError, match="'rows_8x4': rows that move between widths cannot have optimizer LarsSGD"):
+        check_moving_rows(table, plan, [LarsSGD])
+    for kernel in ("dense", "fused_uvm_caching"):
+        plan.compute_kernel = kernel
+        with pytest.raises(ValueError, match=f"cannot have kernel {kernel}; use fused or fused_uvm"):
+            check_moving_rows(table, plan, [])

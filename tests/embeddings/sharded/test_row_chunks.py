@@ -98,10 +98,11 @@ def _check_utilities(
 ) -> None:
     """Compare utilities after a step, and let those of the buckets that had their pass decay."""
     found = state["row_slots.utilities"].double().view(layout.num_chunks, -1)[:, : layout.num_rows]
+    order = [layout.bucket_of_pass(number) for number in range(layout.num_buckets)]
     row = 0
     for utility in utilities:
         buckets = torch.arange(row, row + utility.shape[1]) % layout.num_buckets
-        passes = buckets * MOVES.interval // layout.num_buckets
+        passes = torch.tensor(order).argsort()[buckets] * MOVES.interval // layout.num_buckets
         utility[:, (passes == (step - MOVES.warmup) % MOVES.interval) & (step >= MOVES.warmup)] *= MOVES.decay
         own = found[: len(utility), row : row + utility.shape[1]]
         torch.testing.assert_close(own, utility, rtol=0.02, atol=1e-6)

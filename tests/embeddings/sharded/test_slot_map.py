@@ -62,7 +62,8 @@ class _Ranks:
             assert torch.equal(rank.row_numbers(local), rows[own])
             rank.add_gradients(local, {}, gradients[own])
             rank.step += 1
-            moved += rank.regrade(self._pools(rank), self.projections)
+            if rank.due():
+                moved += rank.regrade(rank.due(), self._pools(rank), self.projections)
         return moved
 
     def _pools(self, rank: SlotMap) -> list[PoolTensors]:
@@ -107,7 +108,7 @@ def _check_invariants(ranks: _Ranks) -> None:
 @pytest.mark.parametrize("on_move", ["project", "reset"])
 def test_random_sequences_keep_slots_and_rows_consistent_on_any_number_of_ranks(on_move: str) -> None:
     settings = AdaptiveRows(interval=5, warmup=3, decay=0.6, hysteresis=0.1, on_move=on_move)  # type: ignore[arg-type]
-    systems = [_Ranks(size, settings) for size in (1, 5, 24)]
+    systems = [_Ranks(size, settings) for size in (1, 3, 24)]
     generator = torch.Generator().manual_seed(7)
     total = 0
     for step in range(60):
@@ -123,7 +124,8 @@ def test_random_sequences_keep_slots_and_rows_consistent_on_any_number_of_ranks(
             assert torch.equal(ranks.codes(), systems[0].codes())
         for ranks in systems[1:]:
             pairs = zip(ranks.whole + ranks.sums, systems[0].whole + systems[0].sums, strict=True)
-            assert all(torch.equal(found, expected) for found, expected in pairs)
+            for found, expected in pairs:  # products round differently where a rank moves other numbers of rows
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         widths, after = _widths(systems[0]), systems[0].vectors()
         assert int((widths != before_widths).sum()) == moved[0]
         wider = (widths >= before_widths) & (before_widths > 0) | (widths == before_widths)
@@ -140,24 +142,31 @@ def _widths(ranks: _Ranks) -> torch.Tensor:
     return torch.tensor([*(pool.width for pool in layout.pools), 0])[pools]
 
 
-def _chosen(utility: list[float], held: list[int], permitted: torch.Tensor, hysteresis: float = 0.0) -> list[int]:
-    """Return the choice for one bucket, after checking that another bucket beside it changes nothing."""
-    values, pools = torch.tensor([utility, utility[::-1]]).t(), torch.tensor([held, held[::-1]]).t()
-    both = choose_pools(values, pools, torch.stack([permitted, permitted.flip(0)], dim=1), [1, 2], hysteresis)
-    alone = choose_pools(values[:, :1], pools[:, :1], permitted.unsqueeze(1), [1, 2], hysteresis)
-    assert torch.equal(both[:, :1], alone)
-    found: list[int] = alone[:, 0].tolist()
-    return found
-
-
 def test_the_rows_of_the_highest_utility_get_the_widest_slots() -> None:
-    utility = [1.0, 5.0, 3.0, 4.0, 2.0, 0.0]
+    utility = torch.tensor([1.0, 5.0, 3.0, 4.0, 2.0, 0.0])
     permitted = torch.ones(6, 2, dtype=torch.bool)
     permitted[1, 0] = False
-    assert _chosen(utility, [-1] * 6, permitted) == [-1, 1, 1, 0, -1, -1]
-    assert _chosen(utility, [0, -1, -1, -1, -1, -1], permitted, hysteresis=3.5) == [0, 1, -1, 1, -1, -1]
-    assert _chosen([0.0] * 6, [-1, -1, 0, 1, -1, 1], permitted) == [-1, -1, 0, 1, -1, 1]
-    assert _chosen(utility, [-1] * 6, torch.zeros(6, 2, dtype=torch.bool)) == [-1] * 6
+    nowhere, one_bucket = torch.full((6,), -1), torch.zeros(6, dtype=torch.int64)
+    assert choose_pools(utility, nowhere, permitted, one_bucket, [1, 2], 0.0).tolist() == [-1, 1, 1, 0, -1, -1]
+    held = torch.tensor([0, -1, -1, -1, -1, -1])
+    assert choose_pools(utility, held, permitted, one_bucket, [1, 2], 3.5).tolist() == [0, 1, -1, 1, -1, -1]
+    held = torch.tensor([-1, -1, 0, 1, -1, 1])
+    assert choose_pools(torch.zeros(6), held, permitted, one_bucket, [1, 2], 0.0).tolist() == held.tolist()
+    two_buckets = torch.tensor([0, 0, 0, 1, 1, 1])
+    assert choose_pools(utility, nowhere, permitted, two_buckets, [1, 1], 0.0).tolist() == [-1, 1, 0, 0, 1, -1]
+
+
+def test_each_rank_has_its_share_of_the_passes_at_any_time() -> None:
+    settings = AdaptiveRows(interval=6, warmup=0)
+    ranks = [SlotMap(_layout(), settings, rank, 4, CPU) for rank in range(4)]
+    due: list[int] = []
+    for step in range(6):
+        for rank in ranks:
+            rank.step.fill_(step)
+        of_ranks = [rank.due() for rank in ranks]
+        assert max(len(each) for each in of_ranks) <= 2
+        due += [bucket for each in of_ranks for bucket in each]
+    assert sorted(due) == list(range(24))
 
 
 def test_narrower_rows_are_the_closest_possible() -> None:
@@ -198,3 +207,18 @@ def test_tables_that_cannot_be_adaptive_are_refused(ranges: list[tuple[int, int]
         SlotLayout.of([table])
     with pytest.raises(ValueError, match="24 buckets, of which 25 ranks cannot each own one"):
         _layout().first_bucket(0, 25)
+
+
+def test_settings_beyond_their_limits_are_refused() -> None:
+    for name, value in (("interval", 0), ("warmup", -1), ("decay", 1.5), ("hysteresis", -0.1)):
+        with pytest.raises(ValueError, match=f"{name} of adaptive rows is {value}, it must be"):
+            AdaptiveRows(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_utility_decays_however_slowly() -> None:
+    ranks = _Ranks(1, AdaptiveRows(interval=1, warmup=0, decay=0.999))
+    ranks.ranks[0].utilities.fill_(100.0)
+    for _ in range(500):
+        ranks.step(torch.empty(0, dtype=torch.int64), torch.empty(0, DIM))
+    found = ranks.ranks[0].utilities.view(-1)[: ranks.layout.num_rows].float()
+    torch.testing.assert_close(found.mean(), torch.tensor(100 * 0.999**500), rtol=0.01, atol=0.0)
