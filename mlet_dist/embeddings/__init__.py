@@ -4,7 +4,7 @@ Modules:
 
 - ``collection``: the unsharded module, a drop-in for TorchRec's EmbeddingBagCollection.
 - ``table_config``: its table config; ``row_ranges``: tables whose rows have different widths.
-- ``slot_layout``, ``slot_initializer``, ``regrading``: tables whose rows change their width while they train.
+- ``slot_layout``, ``slot_initializer``, ``row_moves``: tables whose rows change their width while they train.
 - ``projection``: the second layer W2 and its application to pooled vectors or to rows.
 - ``initializers``: initial values that depend on seed, table and row only.
 - ``collapse``: the product W1·W2 in blocks of rows.
@@ -18,7 +18,7 @@ Modules:
 from mlet_dist.embeddings.adam import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.planning.planner import multi_layer_planner
-from mlet_dist.embeddings.regrading import AdaptiveRows
+from mlet_dist.embeddings.row_moves import AdaptiveRows
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig

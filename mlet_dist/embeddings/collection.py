@@ -20,7 +20,7 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.embeddings.input_check import check_batch, smallest_tables
 from mlet_dist.embeddings.projection import Projection, project
-from mlet_dist.embeddings.regrading import AdaptiveRows
+from mlet_dist.embeddings.row_moves import AdaptiveRows
 from mlet_dist.embeddings.row_ranges import join_ranges, segments_of, split_by_range, tables_of_rows
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, as_multi_layer
 

@@ -20,7 +20,7 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mlet_dist.embeddings.initializers import RowInitializer
-from mlet_dist.embeddings.regrading import AdaptiveRows
+from mlet_dist.embeddings.row_moves import AdaptiveRows
 from mlet_dist.embeddings.slot_initializer import SlotInitializer
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment, row_initializer

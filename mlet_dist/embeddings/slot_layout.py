@@ -24,7 +24,7 @@ from math import gcd
 import torch
 from torchrec.modules.embedding_configs import DataType
 
-from mlet_dist.embeddings.regrading import choose_pools, positions_in_groups
+from mlet_dist.embeddings.row_moves import choose_pools, positions_in_groups
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 _NUMBERS_OF_BUCKETS = (53_760, 6_720, 840, 120, 24)  # multiples of most numbers of ranks in use
@@ -32,10 +32,16 @@ FEWEST_SLOTS = _NUMBERS_OF_BUCKETS[-1]
 """The fewest rows that a width must have."""
 
 _SLOTS_PER_BUCKET = 16  # of each width, so that a bucket's frequent rows are about as many as another's
+_LARGEST_BUCKET = 1 << 17  # rows, of which a pass should not have many more
 MAX_SLOTS = 2**31 - 1
 
 _GOLDEN = 0.618  # of the golden ratio: the multiples of such a share of a circle are spread evenly over it
 _BLOCK_ROWS = 1 << 20
+
+
+def fewest_rows_of_width(num_rows: int) -> int:
+    """Return the rows that each width should have at least, so that buckets of ``num_rows`` rows are small enough."""
+    return max(FEWEST_SLOTS, num_rows * _SLOTS_PER_BUCKET // _LARGEST_BUCKET)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mlet_dist.config.sections import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
-from mlet_dist.embeddings.regrading import AdaptiveRows
+from mlet_dist.embeddings.row_moves import AdaptiveRows
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.models.spec import ModelSpec
 

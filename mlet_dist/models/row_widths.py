@@ -18,7 +18,7 @@ from mlet_dist.config.byte_sizes import bytes_of
 from mlet_dist.config.sections import CompressionConfig, ModelConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer, replicated_bytes, row_state_bytes
 from mlet_dist.embeddings.sharded.slot_map import BYTES_PER_ROW
-from mlet_dist.embeddings.slot_layout import FEWEST_SLOTS
+from mlet_dist.embeddings.slot_layout import fewest_rows_of_width
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
 
@@ -144,7 +144,8 @@ def static_ranges(
             small for one row of each table and the limits.
     """
     widths = sorted(compression.widths or default_widths(model, compression))
-    fewest_rows = FEWEST_SLOTS if compression.policy == "adaptive" and compression.nested else 1
+    adaptive = compression.policy == "adaptive" and compression.nested
+    fewest_rows = fewest_rows_of_width(sum(len(each) for each in counts.values())) if adaptive else 1
     while True:
         found = _static_ranges(counts, dataclasses.replace(compression, widths=tuple(widths)), model, sizes)
         rows = {width: sum(_rows_of(width, each) for each in found.values()) for width in widths}

@@ -49,7 +49,7 @@ class ModelSpec:
         zero_first_rows: the tables whose row 0 no training row looks up; it is zero.
         row_ranges: by table, the rows, width and expected share of lookups of ranges of rows of different widths
             (``embeddings.row_ranges``); the rows of other tables all have hidden_dim columns.
-        adaptive: the fields of ``embeddings.regrading.AdaptiveRows`` if rows of the tables with row ranges move
+        adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
     """
 

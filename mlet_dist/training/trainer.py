@@ -31,8 +31,8 @@ from mlet_dist.training.job import Job, open_job
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
 from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
 from mlet_dist.training.process_group import join_ranks
-from mlet_dist.training.regrading_schedule import RegradingSchedule, kept_shares
 from mlet_dist.training.reporting import Recorder, TrainingReport
+from mlet_dist.training.row_move_schedule import RowMoveSchedule, kept_shares
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.signals import StopSignal
@@ -154,8 +154,8 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             checkpoints = CheckpointSchedule(config, saver, stop, fields, saved_step, guard, timer)
             if config.on_non_finite == "rollback":
                 checkpoints.save_first(training)
-            regrading = RegradingSchedule(training.model, recorder, config.log_every)
-            after_step: list[AfterStep] = [learning_rates, regrading, report, checkpoints]
+            row_moves = RowMoveSchedule(training.model, recorder, config.log_every)
+            after_step: list[AfterStep] = [learning_rates, row_moves, report, checkpoints]
             pipelined = pipeline_is_faster(worker) if config.pipelined is None else config.pipelined
             while not training.is_done:
                 try:

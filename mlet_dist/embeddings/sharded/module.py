@@ -8,10 +8,12 @@ part of ``output_dist``. The output is a KeyedTensor with values ``(b, sum of d)
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
@@ -228,7 +230,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self._combine_weights()
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
 
-    def regrade(self) -> int:
+    def move_rows(self) -> int:
         """Count a step, and move rows of adaptive tables whose pass is due; call it after each optimizer step.
 
         No batch may be between its lookup and its backward then, as in TorchRec's semi-synchronous pipeline: its
@@ -247,14 +249,27 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if not due:
             return 0
         weights = projection_weights(self.projections)
-        names = {table.row_width: table.name for table in self._row_tables if table.num_buckets}
-        of_segments = {table.row_width: table.segments for table in self._row_tables if table.num_buckets}
+        projections = {key: weights[name] for key, name in self._names_of_w2.items() if name in weights}
+        return self.slots.move_rows(due, self._pools, projections)
+
+    @cached_property
+    def _names_of_w2(self) -> dict[tuple[int, int], str]:
+        """The name of W2 of each pool and part of adaptive tables."""
+        slots, segments = none_throws(self.slots), {table.row_width: table.segments for table in self._adaptive_pools()}
+        return {
+            (index, part): segment.name
+            for index, pool in enumerate(slots.layout.pools)
+            for part, segment in zip(slots.segments(index), segments[pool.width], strict=True)
+        }
+
+    @cached_property
+    def _pools(self) -> list[PoolTensors]:
+        """This rank's rows and optimizer state of each pool of adaptive tables: views of fbgemm's memory."""
         states = self.fused_optimizer.state_dict()["state"]
-        pools: list[PoolTensors] = []
-        projections: dict[tuple[int, int], torch.Tensor] = {}
-        for index, pool in enumerate(self.slots.layout.pools):
-            name = names[pool.width]
-            own = states.get(f"embedding_bags.{name}.weight", {})
+        pools = []
+        for pool in none_throws(self.slots).layout.pools:
+            (name,) = (table.name for table in self._adaptive_pools() if table.row_width == pool.width)
+            own = states.get(f"embedding_bags.{name}.weight", {})  # SGD has none
             unknown = [key for key in own if key != f"{name}.momentum1"]
             if unknown:
                 raise ValueError(
@@ -262,9 +277,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 )
             squares = tuple(state.local_shards()[0].tensor for state in own.values())
             pools.append(PoolTensors(self.embedding_bags[name].weight, squares))
-            parts = zip(self.slots.segments(index), of_segments[pool.width], strict=True)
-            projections |= {(index, part): weights[each.name] for part, each in parts if each.name in weights}
-        return self.slots.regrade(due, pools, projections)
+        return pools
+
+    def _adaptive_pools(self) -> list[MultiLayerEmbeddingBagConfig]:
+        return [table for table in self._row_tables if table.num_buckets]
 
     def _located(self, ctx: CheckedContext, dist_input: KJTList) -> KJTList:
         """Return the lookups' input with the slots of adaptive rows, which may have moved since ``input_dist``."""
@@ -287,6 +303,12 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         found = {name.removeprefix(f"{prefix}{_SLOTS}."): state_dict.pop(name) for name in names}
         if self.slots is not None and found:
             self.slots.load(found)
+        elif self.slots is not None:
+            pools = (state_dict.get(f"{prefix}embedding_bags.{table.name}.weight") for table in self._adaptive_pools())
+            if any(isinstance(pool, ShardedTensor) for pool in pools):
+                raise ValueError(
+                    f"the state has rows of adaptive tables, but not {prefix}{_SLOTS}.slots, which tell theirs"
+                )
         ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
     def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:

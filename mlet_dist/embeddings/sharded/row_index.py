@@ -39,8 +39,7 @@ class Routing:
         rows_per_segment: number of distinct rows that this rank looks up in each segment of a table; the sum is U.
         position_of_request: position of each received request among the U rows.
         local_rows: with a SlotIndex, the distinct rows among the received requests, ``(U,)``; some may have no slot.
-        position_of_row: with a SlotIndex, the position of each of them among the rows that are looked up, and after the
-            last one for a row without slot.
+        rows_with_slot: with a SlotIndex, which of them are looked up, in the order of the lookup (``Located.rows``).
     """
 
     lengths: torch.Tensor
@@ -53,7 +52,7 @@ class Routing:
     position_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     some_not_stored: bool = False
     local_rows: torch.Tensor | None = None
-    position_of_row: torch.Tensor | None = None
+    rows_with_slot: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors."""
@@ -63,7 +62,7 @@ class Routing:
             self.position_of_id,
             self.position_of_request,
             self.local_rows,
-            self.position_of_row,
+            self.rows_with_slot,
         )
         return [tensor for tensor in found if tensor is not None]
 
@@ -246,7 +245,7 @@ class SlotIndex(RowIndex):
         """Return the slots of the pools, one key with one bag per pool."""
         assert routing.local_rows is not None
         located = self.slots.locate(routing.local_rows)
-        routing.rows_per_segment, routing.position_of_row = located.rows_per_segment, located.position
+        routing.rows_per_segment, routing.rows_with_slot = located.rows_per_segment, located.rows
         return one_bag_per_table(self._pools, torch.cat(located.pools), [len(each) for each in located.pools])
 
 

@@ -20,7 +20,7 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 
-from mlet_dist.embeddings.regrading import AdaptiveRows, least_squares_inverse, rescaled_state
+from mlet_dist.embeddings.row_moves import AdaptiveRows, least_squares_inverse, rescaled_state
 from mlet_dist.embeddings.slot_layout import SlotLayout
 
 BYTES_PER_ROW = torch.int32.itemsize + torch.bfloat16.itemsize
@@ -50,13 +50,13 @@ class Located:
     Attributes:
         pools: the slots to look up in each pool, in order of their segments, counted from this rank's first.
         rows_per_segment: number of rows of each pool and part that are looked up, pool by pool.
-        position: for each of the U rows its position among the rows that are looked up, and after the last one for a
-            row that has no slot, ``(U,)``; of chunks ``(G·U,)``, the first chunks of all rows first.
+        rows: which of the U rows are looked up, in the order of the lookup; of chunks, which of the G·U, where first
+            chunks of all rows come before second ones.
     """
 
     pools: list[torch.Tensor]
     rows_per_segment: list[int]
-    position: torch.Tensor
+    rows: torch.Tensor
 
 
 class SlotMap:
@@ -203,15 +203,13 @@ class SlotMap:
         # Not bincount, which waits for the device twice on CUDA.
         counts = torch.searchsorted(segments, self._segment_numbers, right=True).diff().tolist()
         stored = sum(counts)
-        position = torch.empty_like(order)
-        position[order] = torch.arange(len(order), device=order.device).clamp_(max=stored)
         slots = (codes - self._first_own_codes[pools])[order[:stored]]
         per_pool, start = [], 0
         for pool in self._order:
             of_pool = len(self._parts_of_pools[pool])
             per_pool.append(sum(counts[start : start + of_pool]))
             start += of_pool
-        return Located(list(slots.split(per_pool)), counts, position)
+        return Located(list(slots.split(per_pool)), counts, order[:stored])
 
     @torch.no_grad()
     def add_gradients(
@@ -274,7 +272,7 @@ class SlotMap:
         return sorted(bucket for bucket in buckets if self.first_bucket <= bucket < self.stop_bucket)
 
     @torch.no_grad()
-    def regrade(
+    def move_rows(
         self, buckets: Sequence[int], pools: list[PoolTensors], projections: Mapping[tuple[int, int], torch.Tensor]
     ) -> int:
         """Give the slots of buckets to their rows of the highest utility, and move values and optimizer state.
@@ -328,16 +326,15 @@ class SlotMap:
             into, after = new_codes[rows] - self._first_own_codes[target], pools[target]
             states = [state.new_zeros(into.shape + state.shape[1:]) for state in after.squares]
             vectors = after.rows.new_zeros(len(into), self.layout.pools[target].width)
-            if source >= 0:
+            if source >= 0 and (target < source or self.settings.on_move == "project"):
                 before, from_pool = pools[source], old_codes[rows] - self._first_own_codes[source]
                 widths = self.layout.pools[source].width, self.layout.pools[target].width
                 states = [rescaled_state(state[from_pool], *widths) for state in before.squares]
-                if target < source or self.settings.on_move == "project":
-                    vectors = before.rows[from_pool]
-                    if (source, part) in projections:
-                        vectors = vectors @ projections[source, part]
-                    if (target, part) in projections:
-                        vectors = vectors @ inverse_of(target, part)
+                vectors = before.rows[from_pool]
+                if (source, part) in projections:
+                    vectors = vectors @ projections[source, part]
+                if (target, part) in projections:
+                    vectors = vectors @ inverse_of(target, part)
             writes += [(after.rows, into, vectors)]
             writes += [(state, into, values) for state, values in zip(after.squares, states, strict=True)]
         # Rows may exchange their slots, so all are read before the first is written.

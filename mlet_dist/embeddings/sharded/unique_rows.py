@@ -258,7 +258,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         weights = self.projections_of(self._segments)
         of_segments = [weights.get(name, self._selections.get(name)) for name in self._segments]
         rows = project_tables(local_embs, routing.rows_per_segment, self._widths, of_segments)
-        if routing.position_of_row is not None:
+        if routing.rows_with_slot is not None:
             rows = self._with_absent_rows(rows, routing, of_segments)
         rows = rows.index_select(0, routing.position_of_request)
         received = AllToAllRows.apply(
@@ -271,9 +271,11 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
     ) -> torch.Tensor:
         """Return the vectors of all distinct rows ``(U, d)``, zero for those without slot, and note their gradients."""
         slots = none_throws(self._slots)
-        rows = functional.pad(rows, (0, 0, 0, 1)).index_select(0, none_throws(routing.position_of_row))
+        number, width = len(none_throws(routing.local_rows)), rows.shape[1]
+        vectors = rows.new_zeros(slots.layout.num_chunks * number, width)
+        rows = vectors.index_copy(0, none_throws(routing.rows_with_slot), rows)
         if slots.layout.num_chunks > 1:
-            rows = rows.view(slots.layout.num_chunks, -1, rows.shape[1]).sum(dim=0)
+            rows = rows.view(slots.layout.num_chunks, number, width).sum(dim=0)
         if rows.requires_grad:
             of_parts: dict[int, torch.Tensor] = {}
             if slots.layout.num_chunks > 1:

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.regrading import AdaptiveRows
+from mlet_dist.embeddings.row_moves import AdaptiveRows
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import RowRange
 from tests.helpers.dense_reference import Bags, toy_loss
@@ -64,7 +64,7 @@ def _train() -> dict[str, Any]:
         toy_loss(found).backward()
         stepper.step()
         outputs.append({name: output.detach() for name, output in found.items()})
-        moved.append(model.module[0].regrade())
+        moved.append(model.module[0].move_rows())
         states.append(full_weights(model))
     return {"outputs": outputs, "states": states, "moved": moved}
 

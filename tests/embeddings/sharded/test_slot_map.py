@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.regrading import AdaptiveRows, choose_pools, least_squares_inverse
+from mlet_dist.embeddings.row_moves import AdaptiveRows, choose_pools, least_squares_inverse
 from mlet_dist.embeddings.sharded.slot_map import PoolTensors, SlotMap
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import RowRange
@@ -63,7 +63,7 @@ class _Ranks:
             rank.add_gradients(local, {}, gradients[own])
             rank.step += 1
             if rank.due():
-                moved += rank.regrade(rank.due(), self._pools(rank), self.projections)
+                moved += rank.move_rows(rank.due(), self._pools(rank), self.projections)
         return moved
 
     def _pools(self, rank: SlotMap) -> list[PoolTensors]:

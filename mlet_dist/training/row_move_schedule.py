@@ -10,7 +10,7 @@ from mlet_dist.training.reporting import Recorder
 from mlet_dist.training.state import Training
 
 
-class RegradingSchedule:
+class RowMoveSchedule:
     """Gives rows their new widths after each step in which their pass is due; does nothing without adaptive tables.
 
     Every ``log_every`` steps a record of the split ``compression`` has ``moves``, how often rows have changed their
@@ -34,7 +34,7 @@ class RegradingSchedule:
         if not self._adaptive:
             return
         for collection in self._collections:
-            collection.regrade()
+            collection.move_rows()
         if training.step % self._log_every == 0 or training.is_done:
             moves = torch.stack([slots.moves.sum() for slots in _slot_maps(training.model)]).sum()
             dist.all_reduce(moves)
