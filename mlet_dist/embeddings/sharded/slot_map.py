@@ -25,6 +25,12 @@ from mlet_dist.embeddings.slot_layout import SlotLayout
 BYTES_PER_ROW = torch.int32.itemsize + torch.bfloat16.itemsize
 """The bytes of the slot and the utility of a row."""
 
+BYTES_PER_BUCKET = torch.int64.itemsize
+"""The bytes of the number of moves of a bucket's rows."""
+
+BYTES_PER_STEP = torch.int64.itemsize
+"""The bytes of the number of steps."""
+
 _LOW_BITS = 0xFFFF  # those that bfloat16 lacks
 
 
