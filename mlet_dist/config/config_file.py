@@ -249,6 +249,12 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
             f"use a number of chunks that have 4, 8, 12, … of the {largest} columns",
         ),
         ("optimizer.name", optimizer, adaptive and optimizer == "adam", "use sgd, adagrad or rowwise_adagrad"),
+        (
+            "sharding.compute_kernels",  # a pass would move rows whose latest values are in the cache alone
+            sharding.compute_kernels,
+            adaptive and "fused_uvm_caching" in sharding.compute_kernels,
+            "use fused or fused_uvm",
+        ),
         ("compression.tables", limited, adaptive and bool(limited), "use max_width alone, or policy static"),
         (
             "compression.widths",

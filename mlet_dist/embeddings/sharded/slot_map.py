@@ -256,12 +256,16 @@ class SlotMap:
         return norms.view(-1)
 
     def due(self) -> list[int]:
-        """Return this rank's buckets whose pass is due after ``step`` steps."""
+        """Return this rank's buckets whose pass is due after ``step`` steps.
+
+        Consecutive passes are far apart among the buckets, so that those of a step are on different ranks.
+        """
         every, after = self.settings.interval, int(self.step) - self.settings.warmup
         if after < 0:
             return []
         start, stop = (-(-each * self.layout.num_buckets // every) for each in (after % every, after % every + 1))
-        return [bucket for bucket in range(start, stop) if self.first_bucket <= bucket < self.stop_bucket]
+        buckets = (number * self.layout.pass_stride % self.layout.num_buckets for number in range(start, stop))
+        return sorted(bucket for bucket in buckets if self.first_bucket <= bucket < self.stop_bucket)
 
     @torch.no_grad()
     def regrade(

@@ -206,7 +206,8 @@ def _check_utilities(
     utilities: list[torch.Tensor], state: dict[str, torch.Tensor], layout: SlotLayout, step: int
 ) -> None:
     """Compare utilities after a step, and let those of the buckets that had their pass decay."""
-    every = torch.arange(layout.num_rows) % layout.num_buckets * MOVES.interval // layout.num_buckets
+    order = pow(layout.pass_stride, -1, layout.num_buckets) * torch.arange(layout.num_rows) % layout.num_buckets
+    every = order * MOVES.interval // layout.num_buckets
     due = (every == (step - MOVES.warmup) % MOVES.interval) & (step >= MOVES.warmup)
     found = state["row_slots.utilities"].double().view(-1)[: layout.num_rows]
     expected = torch.cat(utilities)

@@ -101,7 +101,8 @@ def _check_utilities(
     row = 0
     for utility in utilities:
         buckets = torch.arange(row, row + utility.shape[1]) % layout.num_buckets
-        passes = buckets * MOVES.interval // layout.num_buckets
+        order = buckets * pow(layout.pass_stride, -1, layout.num_buckets) % layout.num_buckets
+        passes = order * MOVES.interval // layout.num_buckets
         utility[:, (passes == (step - MOVES.warmup) % MOVES.interval) & (step >= MOVES.warmup)] *= MOVES.decay
         own = found[: len(utility), row : row + utility.shape[1]]
         torch.testing.assert_close(own, utility, rtol=0.02, atol=1e-6)
