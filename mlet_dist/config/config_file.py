@@ -249,7 +249,7 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
             f"use a number of chunks that have 4, 8, 12, … of the {largest} columns",
         ),
         (
-            "sharding.compute_kernels",
+            "sharding.compute_kernels",  # a pass would move rows whose latest values are in the cache alone
             sharding.compute_kernels,
             adaptive and "fused_uvm_caching" in sharding.compute_kernels,
             "use fused_uvm in the place of fused_uvm_caching",

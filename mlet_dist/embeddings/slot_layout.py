@@ -137,8 +137,7 @@ class SlotLayout:
                 f"{rows[fewest]} rows of all tables together have {fewest} columns; rows that move need at least "
                 f"{FEWEST_SLOTS} of each width"
             )
-        wanted = rows[fewest] // _SLOTS_PER_BUCKET
-        buckets = next((number for number in _NUMBERS_OF_BUCKETS if number <= wanted), FEWEST_SLOTS)
+        buckets = number_of_buckets(rows[fewest])
         return cls(
             tuple(table.name for table in tables),
             tuple(table.num_embeddings for table in tables),
@@ -284,6 +283,12 @@ class SlotLayout:
             )
             codes[line, bucket + start - first_bucket] = chosen.int()
         return codes
+
+
+def number_of_buckets(fewest: int) -> int:
+    """Return V, for the fewest rows, or chunks, that a width has."""
+    wanted = fewest // _SLOTS_PER_BUCKET
+    return next((number for number in _NUMBERS_OF_BUCKETS if number <= wanted), FEWEST_SLOTS)
 
 
 def _width_of_chunk(width: int, chunk: int, chunk_width: int | None) -> int:

@@ -8,7 +8,7 @@ first. Tables may have limits of their own on the widths of their rows.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from mlet_dist.config.byte_sizes import bytes_of
 from mlet_dist.config.sections import CompressionConfig, ModelConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer, replicated_bytes, row_state_bytes
-from mlet_dist.embeddings.sharded.slot_map import BYTES_PER_ROW
-from mlet_dist.embeddings.slot_layout import fewest_rows_of_width
+from mlet_dist.embeddings.sharded.slot_map import BYTES_PER_BUCKET, BYTES_PER_ROW, BYTES_PER_STEP
+from mlet_dist.embeddings.slot_layout import FEWEST_SLOTS, fewest_rows_of_width, number_of_buckets
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
 
@@ -56,8 +56,17 @@ class Sizes:
         return cls(model.embedding_dim, optimizer, BYTES_PER_ROW * max(1, chunks), chunks, model.hidden_dim)
 
     def row(self, width: int) -> int:
-        """Return the bytes of a row of W1; 0 for width 0."""
+        """Return the bytes of a row of W1, each of whose chunks has a state of its own; 0 for width 0."""
+        if not self.chunks:
+            return self._row(width)
+        return width // self._chunk_width * self._row(self._chunk_width)
+
+    def _row(self, width: int) -> int:
         return FLOAT * width + row_state_bytes(self.optimizer, width) if width else 0
+
+    @property
+    def _chunk_width(self) -> int:
+        return (self.hidden_dim or self.embedding_dim) // self.chunks
 
     def projection(self, width: int) -> int:
         """Return the bytes of the W2 of a range, without its gradient; 0 for rows of width d, which have none."""
@@ -77,9 +86,31 @@ class Sizes:
             + sum(each.rows * self.row(each.width) + self.projection(each.width) for each in ranges)
         )
 
+    def total(self, tables: Collection[Sequence[RowRange]]) -> int:
+        """Return the bytes of tables with row ranges, or a few more where rows move: a pool has as many in each bucket.
+
+        Slots and utilities are those of whole buckets, so that there are some for rows that do not exist.
+        """
+        size = sum(self.table(ranges) for ranges in tables)
+        if not self.bytes_per_row:
+            return size
+        stored = self.stored(tables)
+        buckets = number_of_buckets(min(stored.values(), default=0))
+        rows = sum(each.rows for ranges in tables for each in ranges)
+        return size + -rows % buckets * self.bytes_per_row + buckets * BYTES_PER_BUCKET + BYTES_PER_STEP
+
+    def stored(self, tables: Collection[Sequence[RowRange]]) -> dict[int, int]:
+        """Return the number of rows of each width above 0; of chunks, their number under the key of one chunk."""
+        chunk = self._chunk_width if self.chunks else 0
+        found: dict[int, int] = {}
+        for width, rows in ((each.width, each.rows) for ranges in tables for each in ranges if each.width):
+            key, number = (chunk, rows * width // chunk) if chunk else (width, rows)
+            found[key] = found.get(key, 0) + number
+        return found
+
     def single(self, rows: int) -> int:
         """Return the bytes of this many rows of single-layer tables."""
-        return rows * self.row(self.embedding_dim)
+        return rows * self._row(self.embedding_dim)
 
 
 def default_widths(model: ModelConfig, compression: CompressionConfig) -> tuple[int, ...]:
@@ -148,6 +179,12 @@ def static_ranges(
     fewest_rows = fewest_rows_of_width(sum(len(each) for each in counts.values())) if adaptive else 1
     while True:
         found = _static_ranges(counts, dataclasses.replace(compression, widths=tuple(widths)), model, sizes)
+        chunks = sum(sizes.stored(found.values()).values()) if sizes.chunks else FEWEST_SLOTS
+        if chunks < FEWEST_SLOTS:
+            raise UserError(
+                f"compression.budget {compression.budget} stores {chunks} chunks of rows, and compression.nested false "
+                f"needs {FEWEST_SLOTS}; use a larger budget, more compression.chunks, or policy static"
+            )
         rows = {width: sum(_rows_of(width, each) for each in found.values()) for width in widths}
         rare = [width for width in widths if 0 < rows[width] < fewest_rows]
         if not rare:
@@ -178,7 +215,7 @@ def _static_ranges(
         return {name: _ranges(each, permitted[name], least, sizes) for name, each in ordered.items()}
 
     def size(ranges: Mapping[str, Sequence[RowRange]]) -> int:
-        return sum(sizes.table(each) for each in ranges.values())
+        return sizes.total(ranges.values())
 
     top = max(float(each[0]) for each in ordered.values())
     # With the lowest scale all rows have the least width of their table, with the highest the largest one.
@@ -201,7 +238,7 @@ def _static_ranges(
 def largest_bytes(rows: Mapping[str, int], compression: CompressionConfig, model: ModelConfig, sizes: Sizes) -> int:
     """Return the bytes of tables of these numbers of rows, all of the largest width that their tables permit."""
     widest = {name: permitted_widths(name, compression, model)[-1] for name in rows}
-    return sum(sizes.table([RowRange(number, widest[name])]) for name, number in rows.items())
+    return sizes.total([[RowRange(number, widest[name])] for name, number in rows.items()])
 
 
 def _rounded_up(share: float) -> str:
@@ -223,10 +260,10 @@ def _descending(name: str, counts: Counts, *, check: bool) -> npt.NDArray[np.flo
         cut = max(1, len(known) // 4)
         if known[:cut].sum() < 0.5 * sorted_counts[:cut].sum():
             raise UserError(
-                f"compression.policy is static, but the ids of table {name!r} are not sorted by descending frequency: "
+                f"the ids of table {name!r} are not sorted by descending frequency: "
                 f"the first quarter of its rows has {known[:cut].sum():,} lookups, and the most frequent quarter "
-                f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, one width "
-                f"for the whole table (compression.tables.{name}), or policy none"
+                f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, policy static "
+                f"with one width for the whole table (compression.tables.{name}), or policy none"
             )
     envelope = np.maximum.accumulate(known[::-1])[::-1]
     return envelope + np.linspace(_TIE, 0, len(known), endpoint=False)

@@ -46,7 +46,7 @@ def _entry(case: Case, sizes: Sizes, single: int, share: float) -> dict[str, Any
     shares = width_shares(ranges, case.counts)
     kept = [each for each in shares if each.width]
     values = (
-        sum(sizes.table(each) for each in ranges.values()),
+        sizes.total(ranges.values()),
         sum(each.rows for each in kept),
         sum(each.lookups for each in kept),
         sum(each.lookups for each in kept if each.width >= sizes.embedding_dim),

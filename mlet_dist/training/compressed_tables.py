@@ -79,10 +79,12 @@ def lookup_counts(spec: ModelSpec, config: Config) -> dict[str, Counts]:
         made = spec.preprocessing.sparse.get(feature.name, {}) if spec.preprocessing else {}
         name = feature.table_name
         if made.get("encoding") == "hash" and len(permitted_widths(name, config.compression, spec.model)) > 1:
+            policy = config.compression.policy
+            limits = f"one width for the whole table (compression.tables.{name}.min_width and max_width), "
             raise UserError(
-                f"compression.policy is {config.compression.policy}, but the ids of feature {feature.name!r} are "
-                "hashes, which are not sorted by frequency; use `encoding: vocabulary` for it, one width for the whole "
-                f"table (compression.tables.{name}.min_width and max_width), or policy none"
+                f"compression.policy is {policy}, but the ids of feature {feature.name!r} are hashes, which are not "
+                f"sorted by frequency; use `encoding: vocabulary` for it, {limits if policy == 'static' else ''}"
+                "or policy none"
             )
     data = data_set_path(config.data.path)
     schema, features = DatasetSchema.load(data), [feature.name for feature in spec.sparse]
@@ -109,7 +111,7 @@ def with_row_ranges(
     sizes = Sizes.of(spec.model, config.optimizer.name, compression)
     ranges = static_ranges(counts, compression, spec.model, sizes)
     rows = {table.name: table.num_embeddings for table in spec.tables}
-    size, single = sum(sizes.table(each) for each in ranges.values()), sizes.single(sum(rows.values()))
+    size, single = sizes.total(ranges.values()), sizes.single(sum(rows.values()))
     budget, largest = (
         budget_bytes(compression, single),
         largest_bytes(rows, compression, spec.model, sizes),

@@ -23,6 +23,7 @@ from mlet_dist.urls import is_url
 
 # Keys of a run's identity, beside those that are names of settings.
 DENSE_FEATURES, SPARSE_FEATURES = "data.dense_features", "data.sparse_features"
+_STATIC = ("policy", "budget", "widths", "alpha", "tables")  # settings of compression that others than adaptive read
 VOCABULARY_ID, _PREPROCESSING = "the data set's vocabulary_id", "preprocessing"
 
 
@@ -56,8 +57,9 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
     if config.optimizer.decay != "constant":
         identity |= {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
     if spec.row_ranges:
-        compression = {key: value for key, value in plain["compression"].items() if value != {}}
-        identity |= {f"compression.{key}": value for key, value in compression.items()}
+        compression = {key: value for key, value in plain["compression"].items() if value != {} and key != "preset"}
+        decisive = compression if spec.adaptive else {key: compression[key] for key in _STATIC if key in compression}
+        identity |= {f"compression.{key}": value for key, value in decisive.items()}
         identity |= {
             f"row ranges of table {name}": [[rows, width] for rows, width, _ in ranges]
             for name, ranges in spec.row_ranges.items()

@@ -10,6 +10,8 @@ import pytest
 from mlet_dist.config.byte_sizes import ByteSize
 from mlet_dist.config.sections import CompressionConfig, ModelConfig, TableCompressionConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT
+from mlet_dist.embeddings.slot_layout import SlotLayout
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.models.row_widths import Sizes, budget_bytes, default_widths, largest_bytes, static_ranges
 
@@ -205,6 +207,51 @@ def test_adaptive_tables_have_slots_and_utilities_within_the_budget(optimizer: A
     slots = 6 * sum(len(each) for each in counts.values())
     assert stored + slots <= budget * single_bytes(counts, optimizer)
     assert stored + slots >= 0.9 * budget * single_bytes(counts, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("hidden_dim", [None, 64])
+@pytest.mark.parametrize("rows", [[25], [25, 100], [3001, 10], [1000, 1, 20001, 25, 10]])
+def test_what_adaptive_tables_hold_stays_within_the_budget(
+    optimizer: Any, nested: bool, hidden_dim: int | None, rows: list[int]
+) -> None:
+    counts = {f"t{i}": np.sort(1000 // np.arange(1, each + 1))[::-1] for i, each in enumerate(rows)}
+    model = ModelConfig(embedding_dim=16, hidden_dim=hidden_dim)
+    chunk_width = None if nested else (hidden_dim or 16) // 4
+    for budget in (0.3, 0.5, 1.0, 3.0, 10.0):
+        compression = CompressionConfig(policy="adaptive", budget=budget, nested=nested, chunks=4)
+        sizes = Sizes.of(model, optimizer, compression)
+        try:
+            found = static_ranges(counts, compression, model, sizes)
+        except UserError:  # too small a budget
+            continue
+        tables = [
+            MultiLayerEmbeddingBagConfig(
+                name=name,
+                num_embeddings=sum(each.rows for each in ranges),
+                embedding_dim=16,
+                hidden_dim=hidden_dim,
+                feature_names=[name],
+                row_ranges=ranges,
+            )
+            for name, ranges in found.items()
+        ]
+        layout = SlotLayout.of(tables, chunk_width)
+        slots = layout.num_chunks * layout.rows_per_bucket * layout.num_buckets
+        plain = Sizes(16, optimizer)
+        pools = sum(layout.slots(index) * plain.row(pool.width) for index, pool in enumerate(layout.pools))
+        of_ranges = sum(plain.projection(each.width) for of in found.values() for each in of)
+        of_tables = len(rows) * plain.projection(64) if hidden_dim else 0
+        held = pools + (of_ranges if nested else of_tables) + 6 * slots + 8 * layout.num_buckets + 8
+        assert held <= sizes.total(found.values()) <= budget_bytes(compression, sizes.single(sum(rows)))
+
+
+def test_too_few_chunks_are_refused() -> None:
+    compression = CompressionConfig(policy="adaptive", nested=False, chunks=2, budget=1e3)
+    sizes = Sizes.of(MODEL, "sgd", compression)
+    with pytest.raises(UserError, match=r"stores 4 chunks of rows, and compression.nested false needs 24; use"):
+        static_ranges({"t": np.array([5, 2])}, compression, MODEL, sizes)
 
 
 def test_adaptive_tables_leave_out_widths_of_a_few_rows() -> None:

@@ -16,6 +16,7 @@ from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors,
 pytestmark = pytest.mark.e2e
 
 _MODEL = f"/model/{TABLES_PREFIX}"
+_CACHED = "sharding.compute_kernels=[fused,fused_uvm_caching]"
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 
 
@@ -64,6 +65,8 @@ def test_the_export_has_the_rows_of_the_run_and_zeros(
     assert made["served_bytes"]["int8-kept"] < made["served_bytes"]["dcp"] / 2
     assert mlet_json("verify", export, "--run", path, "--data", small_data)["ok"] is True
     evaluated = mlet_json("evaluate", export, "--data", small_data)
+    assert mlet_json("factorize", export, "--hidden-dim", 8, "--out", tmp_path / "factors")
+    assert mlet_json("spectrum", export)["tables"]
     assert evaluated["logloss"] == pytest.approx(result["test_logloss"], abs=2e-6)
     trained, layout, spec = tensors(path, 57, tmp_path), _layout(path), ModelSpec.load(path / "model.json")
     dcp_to_torch_save(export / "model", tmp_path / "export.pt")

@@ -26,6 +26,12 @@ from mlet_dist.embeddings.slot_layout import SlotLayout
 BYTES_PER_ROW = torch.int32.itemsize + torch.bfloat16.itemsize
 """The bytes of the slot and the utility of a row."""
 
+BYTES_PER_BUCKET = torch.int64.itemsize
+"""The bytes of the number of moves of a bucket's rows."""
+
+BYTES_PER_STEP = torch.int64.itemsize
+"""The bytes of the number of steps."""
+
 _BLOCK_ROWS = 1 << 20  # rows that are counted together, for little memory
 _LOW_BITS = 0xFFFF  # those that bfloat16 lacks
 
@@ -263,7 +269,10 @@ class SlotMap:
         return norms.view(-1)
 
     def due(self) -> list[int]:
-        """Return this rank's buckets whose pass is due after ``step`` steps."""
+        """Return this rank's buckets whose pass is due after ``step`` steps.
+
+        Consecutive passes are far apart among the buckets, so that those of a step are on different ranks.
+        """
         every, after = self.settings.interval, int(self.step) - self.settings.warmup
         if after < 0:
             return []

@@ -69,7 +69,9 @@ class Assembly:
     def served(self) -> ModelSpec:
         """The exported model, whose tables have a single layer."""
         spec = self.source.spec
-        return dataclasses.replace(spec, model=dataclasses.replace(spec.model, hidden_dim=None), row_ranges={})
+        return dataclasses.replace(
+            spec, model=dataclasses.replace(spec.model, hidden_dim=None), row_ranges={}, adaptive={}
+        )
 
     def job(self, device: torch.device) -> dict[str, Any]:
         """Return everything that the bytes of finished units depend on."""

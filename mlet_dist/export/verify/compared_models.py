@@ -128,6 +128,7 @@ def with_rows(spec: ModelSpec, rows: Mapping[str, int]) -> ModelSpec:
         spec,
         sparse=tuple(dataclasses.replace(each, num_embeddings=max(1, rows[each.table_name])) for each in spec.sparse),
         row_ranges={},
+        adaptive={},
     )
 
 

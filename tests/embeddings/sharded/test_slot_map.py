@@ -222,3 +222,21 @@ def test_a_utility_decays_however_slowly() -> None:
         ranks.step(torch.empty(0, dtype=torch.int64), torch.empty(0, DIM))
     found = ranks.ranks[0].utilities.view(-1)[: ranks.layout.num_rows].float()
     torch.testing.assert_close(found.mean(), torch.tensor(100 * 0.999**500), rtol=0.01, atol=0.0)
+
+
+@pytest.mark.parametrize("rows", [400, 2_000, 14_000, 110_000])
+def test_the_passes_of_a_step_are_spread_over_the_ranks(rows: int) -> None:
+    table = MultiLayerEmbeddingBagConfig(
+        name="t", num_embeddings=rows, embedding_dim=4, feature_names=["f"], row_ranges=[RowRange(rows, 4)]
+    )
+    layout, interval, world = SlotLayout.of([table]), 12, 4
+    settings = AdaptiveRows(interval=interval, warmup=0)
+    ranks = [SlotMap(layout, settings, rank, world, torch.device("cpu")) for rank in range(world)]
+    seen: list[int] = []
+    for step in range(interval):
+        for rank in ranks:
+            rank.step.fill_(step)
+        due = [rank.due() for rank in ranks]
+        seen += [bucket for of_rank in due for bucket in of_rank]
+        assert max(map(len, due)) <= sum(map(len, due)) / world + 2
+    assert sorted(seen) == list(range(layout.num_buckets))
