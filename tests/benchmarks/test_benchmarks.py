@@ -29,6 +29,9 @@ PRINTED = {
         ),
         rf"projection alone +{NUMBER}",
     ],
+    "compression_arms": [
+        rf'\{{.*"test_auc": {NUMBER}, "test_logloss": {NUMBER}, .*"training_share": 0\.[23]\d*, .*"form": "mixed".*\}}'
+    ],
     "pipeline": [
         rf"auto .*\b8\b.*, 2 ranks, (cpu|cuda) +plain {NUMBER} ms .* pipelined {NUMBER} ms .* ratio {NUMBER} .*"
     ],
