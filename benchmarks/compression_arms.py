@@ -18,7 +18,7 @@ Policies:
   row that moves keeps its vector as well as its new width can express it (``--moved fit``).
 - ``chunks``: one width, of which ``--chunks`` groups of columns are stored or not for each row, by their own utility.
 
-Rows of width 0 read zero, or with ``--shared-rows`` rows that they share: one for each table, or several by a hash.
+Rows of width 0 read zero, or with ``--shared-rows`` rows that they share: one for each table, or some by a hash.
 
 A row's utility is summed over steps and decays by ``--decay`` at each pass: the norm of the gradient of its vector
 (``gradient``), its lookups (``count``), or their product (``count_gradient``).

@@ -198,6 +198,11 @@ class CompressionConfig:
         at_least=0.01,
         at_most=10,
     )
+    shared_rows: bool = setting(
+        "static: true lets the rows of a table that get no columns share one row of embedding_dim columns, which "
+        "learns from all of them; false lets them read zero.",
+        True,
+    )
     interval: int = setting(
         "adaptive: steps between two passes over a row, in which it may change its width. The passes of different rows "
         "are spread over the steps.",

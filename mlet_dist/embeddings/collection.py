@@ -160,7 +160,9 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
                     rows = self.embedding_bags[stored.name].weight[segment.offset : segment.offset + segment.rows]
                     rows = collapse_rows(rows, weights[segment.name]) if segment.name in weights else rows
                     whole = plain.embedding_bags[segment.table].weight
-                    whole[segment.first_row : segment.first_row + segment.rows].copy_(rows)
+                    stop = segment.first_row + segment.rows
+                    whole[segment.first_row : stop].copy_(rows)
+                    whole[stop : stop + segment.shared_by] = rows[-1]
         return plain
 
 

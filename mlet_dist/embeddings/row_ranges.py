@@ -1,8 +1,8 @@
 """Row ranges: tables whose frequent rows are wider than their rare rows (mixed dimensions, arXiv:1909.11810).
 
 A table is cut into ranges of consecutive rows, each with its own width and its own W2 ``(width, d)``. A range whose
-width is d is stored as it is, without W2, and the rows of a range of width 0 are not stored and read zero. Where ids
-are sorted by descending frequency, the first ranges hold the frequent rows.
+width is d is stored as it is, without W2, and the rows of a range of width 0 are not stored: they read zero, or the row
+before them, which they share. Where ids are sorted by descending frequency, the first ranges hold the frequent rows.
 
 All rows of one width, of all tables, are stored in one table, a *pool*, so that the lookup takes one kernel per width
 rather than one per range, and ranges of a few rows can be spread over many ranks. A range is a segment of its pool.
@@ -77,7 +77,10 @@ def _pool(
         first_row = 0
         for index, (rows, of_range, share) in enumerate(table.row_ranges or ()):
             if (of_range, table.embedding_dim, table.data_type) == (width, embedding_dim, data_type):
-                segments.append(Segment(table.name, index, first_row, rows, offset, tuple(table.feature_names), share))
+                shared_by = _shared_by(table, index)
+                segments.append(
+                    Segment(table.name, index, first_row, rows, offset, tuple(table.feature_names), share, shared_by)
+                )
                 initializers.append(_initializer(table, index, first_row, rows, seed))
                 offset += rows
             first_row += rows
@@ -91,6 +94,13 @@ def _pool(
         init_fn=SegmentInitializer(tuple(initializers)),
         segments=tuple(segments),
     )
+
+
+def _shared_by(table: MultiLayerEmbeddingBagConfig, index: int) -> int:
+    """Return the ids of the next range, if they read the last row of range ``index``."""
+    ranges = table.row_ranges or ()
+    is_shared = table.shared_row and index == len(ranges) - 2 and not ranges[-1].width
+    return ranges[-1].rows if is_shared else 0
 
 
 def _pool_of_chunks(tables: Sequence[MultiLayerEmbeddingBagConfig], width: int) -> MultiLayerEmbeddingBagConfig:
@@ -190,10 +200,11 @@ def split_by_range(
     for segment in [segment for table in stored for segment in table.segments]:
         for feature in segment.features:
             ids, sizes, weights = parts[feature].values(), parts[feature].lengths(), parts[feature].weights_or_none()
-            inside = (ids >= segment.first_row) & (ids < segment.first_row + segment.rows)
+            last = segment.first_row + segment.rows - 1
+            inside = (ids >= segment.first_row) & (ids <= last + segment.shared_by)
             bag = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
             selected[f"{feature}@{segment.name}"] = (
-                ids[inside] - segment.first_row + segment.offset,
+                ids[inside].clamp(max=last) - segment.first_row + segment.offset,
                 torch.bincount(bag[inside], minlength=sizes.numel()).to(sizes.dtype),
                 None if weights is None else weights[inside],
             )

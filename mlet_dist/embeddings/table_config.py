@@ -36,6 +36,7 @@ class Segment:
         rows: their number.
         offset: the first of its rows in the table that stores them.
         features: the features of ``table``.
+        shared_by: the ids after them that read the last of its rows, because they have none of their own.
         share: the share of the lookups of ``table`` that is expected for them.
     """
 
@@ -46,6 +47,7 @@ class Segment:
     offset: int
     features: tuple[str, ...]
     share: float = 1.0
+    shared_by: int = 0
 
     @property
     def name(self) -> str:
@@ -85,6 +87,7 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
             sees: the row W[0] that is served for them is then zero, and not random.
         row_ranges: ranges of rows of different widths (see ``row_ranges``). None stores all rows with ``hidden_dim``
             columns.
+        shared_row: whether ids of a last range of width 0 read the row before it, which they share, instead of zero.
         segments: the ranges of other tables whose rows this one stores (``row_ranges.tables_of_rows``).
         num_buckets: for a pool of adaptive tables, the number of equal parts of which ranks own whole ones
             (``slot_layout``); 0 for other tables.
@@ -100,6 +103,7 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
     projection_init_std: float | None = None
     zero_first_row: bool = False
     row_ranges: Sequence[RowRange] | None = None
+    shared_row: bool = False
     segments: tuple[Segment, ...] = ()
     num_buckets: int = 0
     moving_rows: int = 0
@@ -116,6 +120,11 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         if self.row_ranges is not None:
             self.row_ranges = tuple(RowRange(*each) for each in self.row_ranges)
             check_ranges(self.name, self.row_ranges, self.num_embeddings)
+            if self.shared_row and any(not each.width for each in self.row_ranges[:-1]):
+                raise ValueError(
+                    f"table {self.name!r}: shared_row needs a range of width 0 to be the last one; the widths are "
+                    f"{[each.width for each in self.row_ranges]}"
+                )
 
     @property
     def row_width(self) -> int:

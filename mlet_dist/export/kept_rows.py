@@ -15,7 +15,7 @@ _BLOCK_ROWS = 1 << 20
 class KeptRows:
     """The rows of a table that are stored, numbered from 0 in the order of their ids.
 
-    Ids of other rows get the number ``count``, that of a zero row behind the kept rows.
+    Ids of other rows get the number ``count``, that of a row behind the kept rows: zero, or the table's shared row.
 
     Attributes:
         num_embeddings: n of the table.
@@ -30,6 +30,8 @@ class KeptRows:
     @classmethod
     def of(cls, table: TableSource) -> Self:
         """Return the kept rows of a table; takes 8 bytes for each unless they are its first rows."""
+        if table.shared_row is not None:
+            return cls(table.num_embeddings, table.shared_row)
         count, parts = 0, list[torch.Tensor]()
         for start in range(0, table.num_embeddings, _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, table.num_embeddings)
@@ -96,7 +98,8 @@ class KeptTableSource(TableSource):
 
     def read_into(self, start: int, rows: torch.Tensor) -> None:
         """Fill ``rows`` with the rows from number ``start`` on."""
-        wanted = min(len(rows), self.kept.count - start)
+        shared = int(self.whole.shared_row is not None)  # it is the row after the kept ones
+        wanted = min(len(rows), self.kept.count + shared - start)
         rows[wanted:] = 0
         if self.kept.ids is None:
             if wanted:

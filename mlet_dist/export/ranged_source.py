@@ -23,10 +23,19 @@ class RangedTableSource(TableSource):
     Attributes:
         ranges: of the table.
         pools: for each range the name of its pool in the files, and its first row there; None if it is not stored.
+        shares_row: whether a last range that is not stored reads the row before it.
     """
 
     ranges: tuple[RowRange, ...]
     pools: tuple[tuple[str, int] | None, ...]
+    shares_row: bool = False
+
+    @property
+    def shared_row(self) -> int | None:
+        """The id of the row that ids of a last range that is not stored read; None if they read zero."""
+        if not self.shares_row or self.ranges[-1].width:
+            return None
+        return self.num_embeddings - self.ranges[-1].rows - 1
 
     @property
     def stored_bytes(self) -> int:
@@ -63,6 +72,7 @@ class RangedTableSource(TableSource):
             projection=torch.cat(projections) if collapsed else None,
             ranges=tuple(ranges),
             pools=(*(self.pools[index] for index in indices), *[None] * zero_row),
+            shares_row=False,
         )
 
     def stored_rows(self, start: int, stop: int) -> torch.Tensor | None:
@@ -88,6 +98,11 @@ class RangedTableSource(TableSource):
                 rows[begin - start : end - start, column : column + each.width] = of_range
             first += each.rows
             column += each.width
+        shared = self.shared_row
+        if shared is not None and start + rows.shape[0] > shared + 1:
+            row = torch.empty(1, rows.shape[1], dtype=self.rows_dtype)
+            self.read_into(shared, row)
+            rows[max(shared + 1 - start, 0) :] = row
 
 
 def pools_of(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, int], int]]:
@@ -140,5 +155,16 @@ def open_ranged_table(
     state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
     rows, width = sum(each.rows for each in ranges), sum(each.width for each in ranges)
     return RangedTableSource(
-        name, state_name, rows, width, d, torch.cat(projections), dtype, "", files, ranges, tuple(where)
+        name,
+        state_name,
+        rows,
+        width,
+        d,
+        torch.cat(projections),
+        dtype,
+        "",
+        files,
+        ranges,
+        tuple(where),
+        spec.shared_rows,
     )

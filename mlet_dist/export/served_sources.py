@@ -73,7 +73,7 @@ def _parts(
     groups = _groups(table, encoding)
     starts = accumulate((sum(table.ranges[i].rows for i in group) for group in groups), initial=0)
     for number, (group, first_row) in enumerate(zip(groups, starts, strict=False)):
-        zero_row = number == len(groups) - 1 and kept.rows > kept.count
+        zero_row = number == len(groups) - 1 and kept.rows > kept.count and table.shared_row is None
         name = table.name if len(groups) == 1 else f"{table.name}:{group[0]}"
         narrow = _is_narrow(table.ranges[group[0]], table.embedding_dim, encoding)
         source = table.select(name, group, zero_row=zero_row, collapsed=not narrow)

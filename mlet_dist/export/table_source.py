@@ -65,10 +65,18 @@ class TableSource:
         """Fill ``rows``, contiguous, with the rows from ``start`` on that ``read_stored`` would return."""
         self._files.read_rows(self.stored_name, start, rows)
 
+    @property
+    def shared_row(self) -> int | None:
+        """The id of the row that ids of rows that are not stored read; None if they read zero.
+
+        All rows up to it are stored, and none after it.
+        """
+        return None
+
     def stored_rows(self, start: int, stop: int) -> torch.Tensor | None:
         """Return which rows of ``[start, stop)`` are stored, bool ``(stop - start,)``; None if all are.
 
-        Rows that are not stored read zero.
+        Rows that are not stored read zero, or ``shared_row``.
         """
         return None
 

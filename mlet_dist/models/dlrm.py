@@ -155,6 +155,7 @@ def _table_configs(
                 projection_init_std=model.projection_init_std,
                 zero_first_row=table.name in spec.zero_first_rows,
                 row_ranges=_row_ranges(spec, table.name),
+                shared_row=spec.shared_rows and table.name in spec.row_ranges,
             )
         )
     return tables

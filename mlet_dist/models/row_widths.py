@@ -130,6 +130,11 @@ def default_widths(model: ModelConfig, compression: CompressionConfig) -> tuple[
     return (*found, d, *(d // part for part in (2, 4) if d % (4 * part) == 0))
 
 
+def shares_rows(compression: CompressionConfig) -> bool:
+    """Return whether rows of width 0 share a row of their table."""
+    return compression.policy == "static" and compression.shared_rows
+
+
 def budget_bytes(compression: CompressionConfig, single: int) -> int:
     """Return the budget in bytes; ``single`` is the size of the single-layer tables, of which it may be a share."""
     budget = compression.budget
@@ -210,9 +215,11 @@ def _static_ranges(
     single = sizes.single(sum(len(each) for each in counts.values()))
     budget = budget_bytes(compression, single)
 
+    shared = shares_rows(compression)
+
     def at(log_scale: float) -> dict[str, list[RowRange]]:
         least = {width: (width / math.exp(log_scale)) ** (1 / compression.alpha) for width in widths}
-        return {name: _ranges(each, permitted[name], least, sizes) for name, each in ordered.items()}
+        return {name: _ranges(each, permitted[name], least, sizes, shared=shared) for name, each in ordered.items()}
 
     def size(ranges: Mapping[str, Sequence[RowRange]]) -> int:
         return sizes.total(ranges.values())
@@ -270,9 +277,16 @@ def _descending(name: str, counts: Counts, *, check: bool) -> npt.NDArray[np.flo
 
 
 def _ranges(
-    counts: npt.NDArray[np.float64], permitted: Sequence[int], least: Mapping[int, float], sizes: Sizes
+    counts: npt.NDArray[np.float64],
+    permitted: Sequence[int],
+    least: Mapping[int, float],
+    sizes: Sizes,
+    *,
+    shared: bool,
 ) -> list[RowRange]:
     """Return the ranges of a table, widest first, of rows with at least ``least`` lookups for each permitted width.
+
+    If rows of width 0 share a row, it is a range of d columns before theirs.
 
     Rows that are too few for a width pass to a neighbouring one: wide rows are no more than W2 has rows, so that they
     take no more than the next narrower width; narrow ones save less than their W2 takes, and get d columns.
@@ -294,7 +308,11 @@ def _ranges(
     if rows.get(0) == len(counts):  # every table stores its first row at least
         first = d if d in rows else min(permitted[1:])
         rows[first], rows[0] = 1, len(counts) - 1
-    return [RowRange(rows[width], width) for width in sorted(rows, reverse=True) if rows[width]]
+    found = [RowRange(rows[width], width) for width in sorted(rows, reverse=True) if rows[width]]
+    if shared and d in rows and not found[-1].width:
+        others = found[-1].rows - 1
+        found[-1:] = [RowRange(1, d), *([RowRange(others, 0)] if others else [])]
+    return found
 
 
 def _with_shares(ranges: Sequence[RowRange], counts: npt.NDArray[np.float64]) -> tuple[RowRange, ...]:

@@ -49,6 +49,7 @@ class ModelSpec:
         zero_first_rows: the tables whose row 0 no training row looks up; it is zero.
         row_ranges: by table, the rows, width and expected share of lookups of ranges of rows of different widths
             (``embeddings.row_ranges``); the rows of other tables all have hidden_dim columns.
+        shared_rows: whether rows of width 0 read a row of their table that they share, instead of zero.
         adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
     """
@@ -62,6 +63,7 @@ class ModelSpec:
     zero_first_rows: tuple[str, ...] = ()
     row_ranges: Mapping[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
     adaptive: Mapping[str, Any] = field(default_factory=dict)
+    shared_rows: bool = False
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -172,6 +174,8 @@ class ModelSpec:
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         if not self.row_ranges:
             del plain["row_ranges"]
+        if not self.shared_rows:
+            del plain["shared_rows"]
         if not self.adaptive:
             del plain["adaptive"]
         return plain
@@ -224,6 +228,7 @@ class ModelSpec:
                     for name, ranges in plain.get("row_ranges", {}).items()
                 },
                 dict(plain.get("adaptive", {})),
+                bool(plain.get("shared_rows", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None

@@ -16,7 +16,15 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.row_widths import Counts, Sizes, budget_bytes, largest_bytes, permitted_widths, static_ranges
+from mlet_dist.models.row_widths import (
+    Counts,
+    Sizes,
+    budget_bytes,
+    largest_bytes,
+    permitted_widths,
+    shares_rows,
+    static_ranges,
+)
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.models.width_shares import describe_shares, width_shares
 from mlet_dist.training.state import Training
@@ -130,7 +138,9 @@ def with_row_ranges(
             "which the budget allows"
         )
     plain = {name: tuple((each.rows, each.width, each.share) for each in of) for name, of in ranges.items()}
-    return dataclasses.replace(spec, row_ranges=plain, adaptive=_moves(compression, spec.model)), lines
+    return dataclasses.replace(
+        spec, row_ranges=plain, adaptive=_moves(compression, spec.model), shared_rows=shares_rows(compression)
+    ), lines
 
 
 def _moves(compression: CompressionConfig, model: ModelConfig) -> dict[str, Any]:
@@ -160,9 +170,9 @@ def shared_row_ranges(spec: ModelSpec, config: Config) -> tuple[ModelSpec, list[
 
     def read() -> None:
         made, lines = with_row_ranges(spec, config)
-        found[0] = made.row_ranges, made.adaptive, lines
+        found[0] = {name: getattr(made, name) for name in ("row_ranges", "adaptive", "shared_rows")}, lines
 
     on_first_rank(read, f"{config.data.path}: the counts of ids cannot be read", None)
     dist.broadcast_object_list(found, src=0)
-    ranges, adaptive, lines = found[0]
-    return dataclasses.replace(spec, row_ranges=ranges, adaptive=adaptive), lines
+    fields, lines = found[0]
+    return dataclasses.replace(spec, **fields), lines

@@ -57,9 +57,15 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
     if config.optimizer.decay != "constant":
         identity |= {"train.epochs": config.train.epochs, "train.max_steps": config.train.max_steps}
     if spec.row_ranges:
-        compression = {key: value for key, value in plain["compression"].items() if value != {} and key != "preset"}
+        compression = {
+            key: value
+            for key, value in plain["compression"].items()
+            if value != {} and key not in ("preset", "shared_rows")
+        }
         decisive = compression if spec.adaptive else {key: compression[key] for key in _STATIC if key in compression}
         identity |= {f"compression.{key}": value for key, value in decisive.items()}
+        if spec.shared_rows:  # versions that did not know of it read zero
+            identity["compression.shared_rows"] = True
         identity |= {
             f"row ranges of table {name}": [[rows, width] for rows, width, _ in ranges]
             for name, ranges in spec.row_ranges.items()

@@ -12,7 +12,8 @@ Bags = dict[str, list[list[tuple[int, float]]]]
 class Table:
     """A table: ``rows`` is W1 ``(n, k)``, ``projection`` W2 ``(k, d)`` or None, ``pooling`` sum or mean.
 
-    The rows of a table with ``ranges`` are those of tables of other widths; ranges without columns are zero.
+    The rows of a table with ``ranges`` are those of tables of other widths; ranges without columns are zero, or if
+    ``shared_row`` is set the row before them.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Table:
     pooling: str
     features: list[str]
     ranges: list["Table"] = field(default_factory=list)
+    shared_row: bool = False
 
     @property
     def stored(self) -> list[tuple[int, "Table"]]:
@@ -38,6 +40,8 @@ class Table:
             each.product(embedding_dim) if each.rows.shape[1] else zero.expand(len(each.rows), -1)
             for each in self.ranges
         ]
+        if self.shared_row and not self.ranges[-1].rows.shape[1]:
+            products[-1] = products[-2][-1:].expand(len(self.ranges[-1].rows), -1)
         return torch.cat(products)
 
 
@@ -87,6 +91,8 @@ class DenseReference:
         with torch.no_grad():
             for table in self.tables:
                 ids = {each for feature in table.features for bag in bags[feature] for each, _ in bag}
+                if table.shared_row:
+                    ids = {min(each, sum(len(part.rows) for part in table.ranges[:-1]) - 1) for each in ids}
                 for first, part in table.stored:
                     own = sorted(each - first for each in ids if first <= each < first + len(part.rows))
                     self._update_rows(f"{part.name}.rows", part.rows, own, factor * self.rates["rows"])

@@ -61,7 +61,7 @@ def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
             whole = part(table.name, table.num_embeddings)
         else:
             ranges = [part(f"{table.name}:{index}", rows) for index, (rows, _, _) in enumerate(table.row_ranges)]
-            whole = Table(table.name, torch.empty(0), None, "sum", [], ranges)
+            whole = Table(table.name, torch.empty(0), None, "sum", [], ranges, table.shared_row)
         whole.pooling, whole.features = table.pooling.value.lower(), table.feature_names
         found.append(whole)
     return found

@@ -41,7 +41,7 @@ def single_bytes(counts: dict[str, np.ndarray[Any, Any]], optimizer: str) -> int
 def test_the_bytes_are_just_below_the_budget(optimizer: Any, budget: float) -> None:
     counts = counts_of(3)
     sizes = Sizes(16, optimizer)
-    found = static_ranges(counts, CompressionConfig(policy="static", budget=budget), MODEL, sizes)
+    found = static_ranges(counts, CompressionConfig(shared_rows=False, policy="static", budget=budget), MODEL, sizes)
     size = sum(sizes.table(each) for each in found.values())
     limit = budget * single_bytes(counts, optimizer)
     widest = sizes.row(64) + sizes.projection(64)
@@ -56,7 +56,9 @@ def test_the_same_number_of_lookups_decides_on_a_width_in_every_table() -> None:
     draw, compared = random.Random(5), 0
     for seed in range(8):
         counts = counts_of(seed)
-        compression = CompressionConfig(policy="static", budget=draw.uniform(0.05, 1.5), alpha=draw.uniform(0.2, 1.0))
+        compression = CompressionConfig(
+            shared_rows=False, policy="static", budget=draw.uniform(0.05, 1.5), alpha=draw.uniform(0.2, 1.0)
+        )
         found = static_ranges(counts, compression, MODEL, Sizes(16, "sgd"))
         for width in (64, 32):
             # Counts of the last row that has the width, and of the row after it, in each table.
@@ -77,7 +79,7 @@ def test_wide_rows_are_never_fewer_than_their_columns_and_narrow_ones_save_more_
     sizes = Sizes(16, "adagrad")
     for seed in range(6):
         for ranges in static_ranges(
-            counts_of(seed), CompressionConfig(policy="static", budget=0.4), MODEL, sizes
+            counts_of(seed), CompressionConfig(shared_rows=False, policy="static", budget=0.4), MODEL, sizes
         ).values():
             for each in ranges:
                 assert each.width <= 16 or each.rows >= each.width
@@ -90,7 +92,9 @@ def test_wide_rows_are_never_fewer_than_their_columns_and_narrow_ones_save_more_
 
 def test_a_generous_budget_gives_all_rows_the_largest_width() -> None:
     counts = {"t": np.arange(5000, 0, -1)}
-    (whole,) = static_ranges(counts, CompressionConfig(policy="static", budget=1e3), MODEL, Sizes(16, "sgd"))["t"]
+    (whole,) = static_ranges(
+        counts, CompressionConfig(shared_rows=False, policy="static", budget=1e3), MODEL, Sizes(16, "sgd")
+    )["t"]
     assert (whole.rows, whole.width) == (5000, 64)
 
 
@@ -98,7 +102,7 @@ def test_row_0_is_kept_with_the_most_frequent_rows() -> None:
     counts = counts_of(1, tables=1)["t0"]
     counts[0] = 0
     first, *_, last = static_ranges(
-        {"t": counts}, CompressionConfig(policy="static", budget=0.2), MODEL, Sizes(16, "sgd")
+        {"t": counts}, CompressionConfig(shared_rows=False, policy="static", budget=0.2), MODEL, Sizes(16, "sgd")
     )["t"]
     assert first.width > last.width == 0
 
@@ -112,7 +116,7 @@ def test_default_widths() -> None:
 def test_ids_that_are_not_sorted_are_refused() -> None:
     counts = np.arange(1, 5001)
     with pytest.raises(UserError, match=r"the ids of table 't' are not sorted by descending frequency"):
-        static_ranges({"t": counts}, CompressionConfig(policy="static"), MODEL, Sizes(16, "sgd"))
+        static_ranges({"t": counts}, CompressionConfig(shared_rows=False, policy="static"), MODEL, Sizes(16, "sgd"))
 
 
 def test_a_budget_without_room_for_a_row_says_what_is_possible() -> None:
@@ -120,12 +124,16 @@ def test_a_budget_without_room_for_a_row_says_what_is_possible() -> None:
     with pytest.raises(
         UserError, match=r"one row of each table cannot be stored; it must be at least 64 bytes, which is 0\.001 of the"
     ):
-        static_ranges(counts, CompressionConfig(policy="static", budget=1e-4), MODEL, Sizes(16, "sgd"))
+        static_ranges(
+            counts, CompressionConfig(shared_rows=False, policy="static", budget=1e-4), MODEL, Sizes(16, "sgd")
+        )
 
 
 def test_every_table_stores_a_row() -> None:
     counts = {"frequent": np.arange(90_000, 0, -30), "rare": np.ones(2000, dtype=np.int64)}
-    found = static_ranges(counts, CompressionConfig(policy="static", budget=0.2), MODEL, Sizes(16, "sgd"))
+    found = static_ranges(
+        counts, CompressionConfig(shared_rows=False, policy="static", budget=0.2), MODEL, Sizes(16, "sgd")
+    )
     assert [(each.rows, each.width) for each in found["rare"]] == [(1, 16), (1999, 0)]
 
 
@@ -135,7 +143,12 @@ def test_row_0_does_not_count() -> None:
     for outside in (0, 10**9):
         counts[0] = outside
         found.append(
-            static_ranges({"t": counts}, CompressionConfig(policy="static", budget=0.3), MODEL, Sizes(16, "adagrad"))
+            static_ranges(
+                {"t": counts},
+                CompressionConfig(shared_rows=False, policy="static", budget=0.3),
+                MODEL,
+                Sizes(16, "adagrad"),
+            )
         )
     assert found[0] == found[1]
 
@@ -143,25 +156,33 @@ def test_row_0_does_not_count() -> None:
 def test_a_budget_of_bytes_is_that_of_its_share() -> None:
     counts = counts_of(2)
     single = single_bytes(counts, "sgd")
-    share = CompressionConfig(policy="static", budget=0.25)
-    size = CompressionConfig(policy="static", budget=ByteSize(f"{single // 4}B"))
+    share = CompressionConfig(shared_rows=False, policy="static", budget=0.25)
+    size = CompressionConfig(shared_rows=False, policy="static", budget=ByteSize(f"{single // 4}B"))
     assert budget_bytes(share, single) == budget_bytes(size, single) == single // 4
     found = [static_ranges(counts, each, MODEL, Sizes(16, "sgd")) for each in (share, size)]
     assert found[0] == found[1]
     with pytest.raises(UserError, match=r"compression\.budget 100B is 100 bytes, in which .* at least 320 bytes"):
-        static_ranges(counts, CompressionConfig(policy="static", budget=ByteSize("100B")), MODEL, Sizes(16, "sgd"))
+        static_ranges(
+            counts,
+            CompressionConfig(shared_rows=False, policy="static", budget=ByteSize("100B")),
+            MODEL,
+            Sizes(16, "sgd"),
+        )
 
 
 def limited(budget: float | ByteSize, **tables: tuple[int, int | None]) -> CompressionConfig:
     return CompressionConfig(
-        policy="static", budget=budget, tables={name: TableCompressionConfig(*of) for name, of in tables.items()}
+        shared_rows=False,
+        policy="static",
+        budget=budget,
+        tables={name: TableCompressionConfig(*of) for name, of in tables.items()},
     )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_tables_keep_to_their_limits_and_the_others_take_the_rest(optimizer: Any) -> None:
     counts, sizes = counts_of(6), Sizes(16, optimizer)
-    free = static_ranges(counts, CompressionConfig(policy="static", budget=0.4), MODEL, sizes)
+    free = static_ranges(counts, CompressionConfig(shared_rows=False, policy="static", budget=0.4), MODEL, sizes)
     found = static_ranges(counts, limited(0.4, t0=(8, None), t1=(0, 16), t2=(16, 32)), MODEL, sizes)
     widths = {name: {each.width for each in ranges} for name, ranges in found.items()}
     assert {0, 32} <= {each.width for name in ("t0", "t1", "t2") for each in free[name]}
@@ -257,10 +278,28 @@ def test_too_few_chunks_are_refused() -> None:
 def test_adaptive_tables_leave_out_widths_of_a_few_rows() -> None:
     counts = {"t": np.array([1_000_000] * 10 + [1] * 600)}
     static, adaptive = (
-        static_ranges(counts, CompressionConfig(policy=policy, budget=0.3, widths=(16, 8)), MODEL, Sizes(16, "sgd"))
+        static_ranges(
+            counts,
+            CompressionConfig(shared_rows=False, policy=policy, budget=0.3, widths=(16, 8)),
+            MODEL,
+            Sizes(16, "sgd"),
+        )
         for policy in ("static", "adaptive")
     )
     assert [each.width for each in static["t"]] == [16, 8, 0]
     assert [each.width for each in adaptive["t"]] == [8, 0]
     with pytest.raises(UserError, match="policy adaptive needs 24"):
         static_ranges(counts, CompressionConfig(policy="adaptive", budget=0.01, widths=(16,)), MODEL, Sizes(16, "sgd"))
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.2, 0.3])
+def test_rows_of_width_0_share_a_row_within_the_budget(budget: float) -> None:
+    counts, sizes = counts_of(3), Sizes(16, "adagrad")
+    found = static_ranges(counts, CompressionConfig(policy="static", budget=budget), MODEL, sizes)
+    assert sum(sizes.table(each) for each in found.values()) <= budget * single_bytes(counts, "adagrad")
+    assert any(not ranges[-1].width for ranges in found.values())
+    for name, ranges in found.items():
+        assert sum(each.rows for each in ranges) == len(counts[name])
+        assert all(each.width for each in ranges[:-1])
+        if not ranges[-1].width:
+            assert ranges[-2][:2] == (1, 16)

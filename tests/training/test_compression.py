@@ -57,7 +57,7 @@ def test_the_bytes_in_training_stay_within_the_budget(run: tuple[Path, dict[str,
     assert min(kept.values()) < 1
 
 
-def test_the_export_has_the_rows_of_the_run_and_zeros(
+def test_the_export_has_the_rows_of_the_run_and_shared_ones(
     run: tuple[Path, dict[str, Any]], small_data: Path, tmp_path: Path
 ) -> None:
     path, result = run
@@ -81,6 +81,9 @@ def test_the_export_has_the_rows_of_the_run_and_zeros(
                 offsets[width] = start + rows
             if width not in (0, 4):
                 expected = expected @ trained[f"{TABLES_PREFIX}projections.{name}:{index}.weight"].double()
+            if not width:
+                assert ranges[index - 1][0] == 1
+                expected = whole[first - 1].double().expand(rows, -1)  # the row that they share
             torch.testing.assert_close(whole[first : first + rows].double(), expected, rtol=1e-5, atol=1e-6)
             first += rows
 

@@ -134,22 +134,27 @@ class RangeIndex(RowIndex):
         # The model's tables one after the other, cut into ranges of rows that are stored in one table or not at all.
         rows_of_tables = {each.table: each.num_embeddings for each in served}
         first_row_of = dict(zip(rows_of_tables, accumulate(rows_of_tables.values(), initial=0), strict=False))
-        ranges = {start: (-1, 0) for start in first_row_of.values()}
+        # Each has a table, a step and an offset: id i reads row i·step + offset. Ids that share a row have step 0.
+        ranges = {start: (-1, 1, 0) for start in first_row_of.values()}
         for table, own in enumerate(segments):
             for segment in own:
                 start = first_row_of[segment.table] + segment.first_row
-                ranges[start] = (table, segment.offset - start)
-                ranges.setdefault(start + segment.rows, (-1, 0))
+                stop = start + segment.rows
+                ranges[start] = (table, 1, segment.offset - start)
+                if segment.shared_by:
+                    ranges[stop] = (table, 0, segment.offset + segment.rows - 1)
+                ranges.setdefault(stop + segment.shared_by, (-1, 1, 0))
         ranges = {start: ranges[start] for start in sorted(ranges)}
         self._has_ranges = any(segment.index is not None for own in segments for segment in own)
-        of_tables = [table for table, _ in ranges.values()]
+        of_tables = [table for table, _, _ in ranges.values()]
         self._some_not_stored = -1 in of_tables[:-1] or max(ranges) < sum(rows_of_tables.values())
 
         self._blocks = constant(blocks)
         self._shifts = constant(shifts)
         self._first_rows = constant(list(ranges))
         self._table_of_range = constant(of_tables)
-        self._offset_of_range = constant([offset for _, offset in ranges.values()])
+        self._step_of_range = constant([step for _, step, _ in ranges.values()])
+        self._offset_of_range = constant([offset for _, _, offset in ranges.values()])
         self._first_row_of_feature = constant([first_row_of[each.table] for each in served])
         self._table_of_feature = constant([ranges[first_row_of[each.table]][0] for each in served])
         rank = dist.get_rank(process_group)
@@ -186,7 +191,7 @@ class RangeIndex(RowIndex):
             return by_feature(self._table_of_feature), ids, None
         rows = ids + by_feature(self._first_row_of_feature)
         found = torch.searchsorted(self._first_rows, rows, right=True) - 1
-        table, row = self._table_of_range[found], rows + self._offset_of_range[found]
+        table, row = self._table_of_range[found], rows * self._step_of_range[found] + self._offset_of_range[found]
         if not self._some_not_stored:
             return table, row, None
         stored = table >= 0

@@ -32,7 +32,11 @@ STEPS, GLOBAL_BATCH = 4, 12
 
 
 def _table(
-    name: str, ranges: list[tuple[int, int]], features: list[str], pooling: PoolingType = PoolingType.SUM
+    name: str,
+    ranges: list[tuple[int, int]],
+    features: list[str],
+    pooling: PoolingType = PoolingType.SUM,
+    shared_row: bool = False,
 ) -> MultiLayerEmbeddingBagConfig:
     return MultiLayerEmbeddingBagConfig(
         name=name,
@@ -42,6 +46,7 @@ def _table(
         feature_names=features,
         pooling=pooling,
         row_ranges=[RowRange(*each) for each in ranges],
+        shared_row=shared_row,
     )
 
 
@@ -50,6 +55,8 @@ def _tables() -> list[MultiLayerEmbeddingBagConfig]:
         _table("staircase", [(3, 16), (10, 8), (20, 4), (30, 0)], ["f0", "f1"]),
         _table("hole", [(5, 8), (4, 0), (7, 4), (2, 16)], ["f2"]),
         _table("averaged", [(2, 16), (9, 0)], ["f3", "f0"], PoolingType.MEAN),
+        _table("shared", [(3, 8), (5, 4), (1, 4), (40, 0)], ["f7", "f0"], shared_row=True),
+        _table("shared_narrow", [(4, 16), (11, 0)], ["f8"], PoolingType.MEAN, shared_row=True),
         _table("first_missing", [(4, 0), (6, 4)], ["f4"]),
         MultiLayerEmbeddingBagConfig(
             name="whole", num_embeddings=33, embedding_dim=4, hidden_dim=12, feature_names=["f5", "f2"]
@@ -143,7 +150,9 @@ def test_the_unsharded_module_and_the_collapsed_tables_equal_the_dense_reference
     expected = DenseReference(dense_tables(module), "sgd", RATES).forward(bags := _bags(0, weighted))
     batch = to_kjt(bags, 0, GLOBAL_BATCH, weighted)
     found = module(batch).to_dict()
-    assert list(found) == ["f0@staircase", "f1", "f2@hole", "f3", "f0@averaged", "f4", "f5", "f2@whole", "f6"]
+    assert list(found) == [
+        *("f0@staircase", "f1", "f2@hole", "f3", "f0@averaged", "f7", "f0@shared", "f8", "f4", "f5", "f2@whole", "f6")
+    ]
     for feature, values in expected.items():
         torch.testing.assert_close(found[feature].double(), values, rtol=2e-5, atol=2e-6)
     plain = module.collapse()
