@@ -234,9 +234,11 @@ def _static_ranges(
     found = at(low)
     if size(found) > budget:
         limits = " with the widths of compression.tables" if compression.tables else ""
+        slots = sizes.bytes_per_row * sum(len(each) for each in counts.values())
+        of_slots = f", of which {slots:,} are slots and utilities of all rows," if slots else ""
         raise UserError(
             f"compression.budget {compression.budget} is {budget:,} bytes, in which one row of each table{limits} "
-            f"cannot be stored; it must be at least {size(found):,} bytes, which is {_rounded_up(size(found) / single)}"
+            f"cannot be stored; it must be at least {size(found):,} bytes{of_slots or ','} which is {_rounded_up(size(found) / single)}"
             f" of the {single:,} bytes of single-layer tables"
         )
     return {name: _with_shares(found[name], each) for name, each in ordered.items()}

@@ -68,6 +68,6 @@ def budget_lines(report: dict[str, Any]) -> list[str]:
 def _cells(entry: dict[str, Any]) -> list[str]:
     if entry["training_bytes"] is None:
         return [f"{entry['budget']:.0%}", "too small", *["-"] * 4]
-    lookups = (entry["kept_lookups"], entry["wide_lookups"], 1 - entry["kept_lookups"])
+    lookups = (entry["kept_lookups"], entry["wide_lookups"], max(0.0, 1 - entry["kept_lookups"]))
     shares = (f"{share:.1%}" for share in (entry["kept_rows"], *lookups))
     return [f"{entry['budget']:.0%}", f"{entry['training_bytes'] / 1e6:,.3f}", *shares]

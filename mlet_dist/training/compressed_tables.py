@@ -143,6 +143,16 @@ def with_row_ranges(
     ), lines
 
 
+def compression_warnings(spec: ModelSpec, steps: int) -> list[str]:
+    """Return a warning if rows of adaptive tables do not move in a run of this many steps."""
+    if not spec.adaptive or spec.adaptive["warmup"] < steps:
+        return []
+    return [
+        f"no row changes its width: the run has {steps:,} steps, and compression.warmup, by default that of "
+        f"compression.interval, is {spec.adaptive['warmup']:,}"
+    ]
+
+
 def _moves(compression: CompressionConfig, model: ModelConfig) -> dict[str, Any]:
     """Return when and how rows move, the fields of AdaptiveRows; empty if they do not."""
     if compression.policy != "adaptive":

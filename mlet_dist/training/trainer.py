@@ -24,7 +24,7 @@ from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
-from mlet_dist.training.compressed_tables import compression_summary, training_bytes
+from mlet_dist.training.compressed_tables import compression_summary, compression_warnings, training_bytes
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.job import Job, open_job
@@ -111,7 +111,8 @@ def begin_training(job: Job, model: DistributedModelParallel) -> Training:
     Raises:
         UserError: the checkpoint does not fit the model, or cannot be read.
     """
-    job.log(f"warning: {warning}" for warning in schedule_warnings(job.config.optimizer, job.steps))
+    warnings = schedule_warnings(job.config.optimizer, job.steps) + compression_warnings(job.spec, job.steps)
+    job.log(f"warning: {warning}" for warning in warnings)
     training = Training(
         model,
         build_optimizer(model, job.config.optimizer),

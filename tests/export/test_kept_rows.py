@@ -60,3 +60,25 @@ def test_kept_rows_keep_their_order_and_others_read_zero(mask: torch.Tensor, mon
     for size in (1, 7):
         parts = [compact.read_stored(start, min(start + size, kept.rows)) for start in range(0, kept.rows, size)]
         assert torch.equal(torch.cat(parts)[numbers], table.values)
+
+
+@dataclass(frozen=True)
+class _Shared(_Masked):
+    """A table whose rows after the first 21 read the last of these."""
+
+    @property
+    def shared_row(self) -> int:
+        return 20
+
+
+def test_rows_that_share_one_read_it_behind_the_others() -> None:
+    mask = torch.arange(50) < 21
+    table = _table(mask)
+    values = table.values.clone()
+    values[21:] = values[20]
+    shared = _Shared("t", "t.weight", 50, None, 3, None, torch.float32, "", None, values, mask)  # type: ignore[arg-type]
+    kept = KeptRows.of(shared)
+    assert (kept.count, kept.rows, kept.ids) == (20, 21, None)
+    compact = KeptTableSource.of(shared, kept)
+    assert torch.equal(compact.read_stored(0, 21)[kept.renumber(torch.arange(50))], values)
+    assert torch.equal(compact.read_stored(18, 21), values[18:21])

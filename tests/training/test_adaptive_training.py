@@ -1,5 +1,6 @@
 """Training with adaptive compression, its checkpoints and exports, as a user does it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from mlet_dist.config.config_file import Config, load_config
+from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.compressed_tables import compression_warnings
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
 
@@ -121,3 +125,17 @@ def _layout(run: Path) -> SlotLayout:
     meta = torch.device("meta")
     collection = build_dlrm(ModelSpec.load(run / "model.json"), meta, dense_device=meta).sparse_arch
     return SlotLayout.of(collection.embedding_bag_collection.embedding_bag_configs())
+
+
+def test_a_run_too_short_for_a_pass_is_warned_of(settings: tuple[str, ...], tmp_path: Path) -> None:
+    spec = ModelSpec.of(*_config_and_schema(settings, tmp_path))
+    assert compression_warnings(spec, 9) == []
+    moving = dataclasses.replace(spec, adaptive={"warmup": 9})
+    assert compression_warnings(moving, 10) == []
+    (warning,) = compression_warnings(moving, 9)
+    assert "the run has 9 steps" in warning
+
+
+def _config_and_schema(settings: tuple[str, ...], tmp_path: Path) -> tuple[Config, DatasetSchema]:
+    config = load_config(CONFIG, [*settings, f"run.dir={tmp_path}"])
+    return config, DatasetSchema.load(Path(config.data.path))
