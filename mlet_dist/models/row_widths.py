@@ -238,8 +238,8 @@ def _static_ranges(
         of_slots = f", of which {slots:,} are slots and utilities of all rows," if slots else ""
         raise UserError(
             f"compression.budget {compression.budget} is {budget:,} bytes, in which one row of each table{limits} "
-            f"cannot be stored; it must be at least {size(found):,} bytes{of_slots or ','} which is {_rounded_up(size(found) / single)}"
-            f" of the {single:,} bytes of single-layer tables"
+            f"cannot be stored; it must be at least {size(found):,} bytes{of_slots or ','} which is "
+            f"{_rounded_up(size(found) / single)} of the {single:,} bytes of single-layer tables"
         )
     return {name: _with_shares(found[name], each) for name, each in ordered.items()}
 
