@@ -77,7 +77,8 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         with _writing(export):
             if export.exists():
                 shutil.rmtree(export)
-        outputs = ["dcp"] if configs[arm].compression.policy == "none" else ["dcp", "dcp-kept"]
+        smaller = {"none": [], "static": ["dcp-kept", "dcp-mixed"], "adaptive": ["dcp-kept"]}
+        outputs = ["dcp", *smaller[configs[arm].compression.policy]]
         exported = _run_command("export", str(run), "--out", str(export), "--outputs", *outputs)
         verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path, "--split", split)
         largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]

@@ -54,8 +54,5 @@ def kept_shares(model: DistributedModelParallel) -> dict[str, float]:
 
 
 def _slot_maps(model: DistributedModelParallel) -> list[SlotMap]:
-    return [
-        module.slots
-        for module in model.modules()
-        if isinstance(module, ShardedMultiLayerEmbeddingBagCollection) and module.slots is not None
-    ]
+    collections = (each for each in model.modules() if isinstance(each, ShardedMultiLayerEmbeddingBagCollection))
+    return [each.adaptive_tables.slots for each in collections if each.adaptive_tables is not None]

@@ -8,12 +8,10 @@ part of ``output_dist``. The output is a KeyedTensor with values ``(b, sum of d)
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
@@ -28,7 +26,6 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
-from torchrec.distributed.utils import none_throws
 from torchrec.modules.embedding_configs import DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -45,6 +42,7 @@ from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.row_ranges import SegmentInitializer, segments_of
+from mlet_dist.embeddings.sharded.adaptive_tables import AdaptiveTables, build_slot_map, locate_rows
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
 from mlet_dist.embeddings.sharded.collectives import with_combined_gradients
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange
@@ -62,15 +60,9 @@ from mlet_dist.embeddings.sharded.pooled import (
     mean_keys,
     normalize_by_bag_size,
 )
-from mlet_dist.embeddings.sharded.row_index import SlotIndex
-from mlet_dist.embeddings.sharded.slot_map import PoolTensors, SlotMap
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
 from mlet_dist.embeddings.slot_initializer import SlotInitializer
-from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
-
-_SLOTS = "row_slots"
-"""The prefix of the slots and utilities of adaptive rows in the state dict."""
 
 
 @dataclass
@@ -122,7 +114,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         rows.exchanged_dims = {table.name: table.embedding_dim for table in row_tables}
         rows.segments = {table.name: tuple(segments_of([table])) for table in row_tables}
         rows.served = _served_features(tables, row_tables)
-        rows.slots = _slot_map(module, env, device)
+        rows.slots = build_slot_map(module, env, device)
         check_widths(row_tables)
         for config in rows.embedding_bag_configs():
             # Replicated rows have a dense gradient and a torch optimizer, both of which use the weight's dtype.
@@ -137,7 +129,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         )
         self.projections = build_projections(tables, module.seed, device, module.adaptive)
         self._row_tables = row_tables
-        self.slots = rows.slots
+        self.adaptive_tables: AdaptiveTables | None = None
+        if rows.slots is not None:
+            pools = [table for table in row_tables if table.num_buckets]
+            self.adaptive_tables = AdaptiveTables(rows.slots, pools, self)
         self._exchanges = rows.exchanges
         after = [table for table in row_tables if self._exchanges.get(table.name, "after") == "after"]
         self._projection_of_key_after = {
@@ -155,8 +150,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for segment in rows.segments[table]
         }
         self._combined_weights: dict[str, torch.Tensor] = {}
-        if self.slots is not None:
-            self._register_state_dict_hook(_add_slots)
+        self._register_state_dict_hook(_add_slots)
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
         replicated = [
@@ -242,56 +236,12 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         Raises:
             ValueError: the optimizer of the rows is not SGD, Adagrad or RowWiseAdagrad.
         """
-        if self.slots is None:
-            return 0
-        self.slots.step += 1
-        due = self.slots.due()
-        if not due:
-            return 0
-        weights = projection_weights(self.projections)
-        projections = {key: weights[name] for key, name in self._names_of_w2.items() if name in weights}
-        return self.slots.move_rows(due, self._pools, projections)
-
-    @cached_property
-    def _names_of_w2(self) -> dict[tuple[int, int], str]:
-        """The name of W2 of each pool and part of adaptive tables."""
-        slots, segments = none_throws(self.slots), {table.row_width: table.segments for table in self._adaptive_pools()}
-        return {
-            (index, part): segment.name
-            for index, pool in enumerate(slots.layout.pools)
-            for part, segment in zip(slots.segments(index), segments[pool.width], strict=True)
-        }
-
-    @cached_property
-    def _pools(self) -> list[PoolTensors]:
-        """This rank's rows and optimizer state of each pool of adaptive tables: views of fbgemm's memory."""
-        states = self.fused_optimizer.state_dict()["state"]
-        pools = []
-        for pool in none_throws(self.slots).layout.pools:
-            (name,) = (table.name for table in self._adaptive_pools() if table.row_width == pool.width)
-            own = states.get(f"embedding_bags.{name}.weight", {})  # SGD has none
-            unknown = [key for key in own if key != f"{name}.momentum1"]
-            if unknown:
-                raise ValueError(
-                    f"pool {name!r}: rows with the optimizer state {unknown[0]!r} cannot move; use Adagrad"
-                )
-            squares = tuple(state.local_shards()[0].tensor for state in own.values())
-            pools.append(PoolTensors(self.embedding_bags[name].weight, squares))
-        return pools
-
-    def _adaptive_pools(self) -> list[MultiLayerEmbeddingBagConfig]:
-        return [table for table in self._row_tables if table.num_buckets]
+        return 0 if self.adaptive_tables is None else self.adaptive_tables.move_rows()
 
     def _located(self, ctx: CheckedContext, dist_input: KJTList) -> KJTList:
-        """Return the lookups' input with the slots of adaptive rows, which may have moved since ``input_dist``."""
-        if self.slots is None:
+        if self.adaptive_tables is None:
             return dist_input
-        features = list(dist_input)
-        for index, input_dist in enumerate(self._input_dists):
-            if isinstance(input_dist, UniqueRowsInputDist) and isinstance(input_dist.index, SlotIndex):
-                routing = none_throws(ctx.sharding_contexts[index].routing)
-                features[index] = input_dist.index.locate(routing)
-        return KJTList(features)
+        return locate_rows(self._input_dists, ctx.sharding_contexts, dist_input)
 
     @staticmethod
     def _pre_load_state_dict_hook(
@@ -299,16 +249,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     ) -> None:
         # Check here: TorchRec cuts a full tensor to the shard's columns, which would hide a tensor that is too wide.
         check_loaded_shapes(self._row_tables, state_dict, prefix)
-        names = [name for name in state_dict if name.startswith(f"{prefix}{_SLOTS}.")]
-        found = {name.removeprefix(f"{prefix}{_SLOTS}."): state_dict.pop(name) for name in names}
-        if self.slots is not None and found:
-            self.slots.load(found)
-        elif self.slots is not None:
-            pools = (state_dict.get(f"{prefix}embedding_bags.{table.name}.weight") for table in self._adaptive_pools())
-            if any(isinstance(pool, ShardedTensor) for pool in pools):
-                raise ValueError(
-                    f"the state has rows of adaptive tables, but not {prefix}{_SLOTS}.slots, which tell theirs"
-                )
+        if self.adaptive_tables is not None:
+            self.adaptive_tables.take_state(state_dict, prefix)
         ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
     def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:
@@ -404,26 +346,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
 
 def _add_slots(module: "ShardedMultiLayerEmbeddingBagCollection", state: dict[str, Any], prefix: str, _: Any) -> None:
-    assert module.slots is not None
-    state |= {
-        f"{prefix}{_SLOTS}.{name}": tensor for name, tensor in module.slots.state(module._env.process_group).items()
-    }
-
-
-def _slot_map(
-    module: MultiLayerEmbeddingBagCollection, env: ShardingEnv, device: torch.device | None
-) -> SlotMap | None:
-    """Return the slots of this rank's rows of adaptive tables, if the collection has any."""
-    ranged = [table for table in module.embedding_bag_configs() if table.row_ranges is not None]
-    if module.adaptive is None or not ranged:
-        return None
-    return SlotMap(
-        SlotLayout.of(ranged, module.adaptive.chunk_width),
-        module.adaptive,
-        env.rank,
-        env.world_size,
-        device or torch.device("cpu"),
-    )
+    if module.adaptive_tables is not None:
+        module.adaptive_tables.add_state(state, prefix, module._env.process_group)
 
 
 def _served_features(

@@ -67,6 +67,7 @@ def exported(
     settings += ("optimizer.learning_rate=0.05", f"run.dir={folder / 'run'}", "compression.policy=static")
     settings += ("compression.budget=0.45", "compression.widths=[16,8,4]")
     if request.param == "gaps":
+        settings += ("compression.shared_rows=false",)
         ranks(1).run(_choose_widths, ranges_with_gaps)
     train_in_ranks(ranks, 1, *settings)
     ranks(1).run(_choose_widths, static_ranges)
@@ -101,7 +102,8 @@ def test_verify_passes_and_bytes_are_those_of_the_stored_rows(exported: Exported
                 expected += sum(rows for rows, _, _ in ranges) * row(d)
                 continue
             sizes = [rows * row(d) for rows, width, _ in ranges if width]
-            zero_row = row(d) if any(not width for _, width, _ in ranges) else 0
+            missing = any(not width for _, width, _ in ranges)
+            zero_row = row(d) if missing and not spec.shared_rows else 0
             if output.form == "mixed":
                 stored = [(rows, width) for rows, width, _ in ranges if width]
                 sizes = [
@@ -145,14 +147,16 @@ def test_encoded_rows_are_those_of_the_run(exported: Exported, tmp_path: Path) -
     }
     layout = ServedLayout.from_dict(manifest["outputs"]["int8-kept"]["layout"])
     mixed = ServedLayout.from_dict(manifest["outputs"]["int4-mixed"]["layout"])
-    narrow = 0
-    for name, ranges in ModelSpec.load(run / "model.json").row_ranges.items():
+    narrow, spec = 0, ModelSpec.load(run / "model.json")
+    for name, ranges in spec.row_ranges.items():
         stored = torch.cat([torch.full((rows,), bool(width)) for rows, width, _ in ranges])
         weight = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
+        missing, count = not bool(stored.all()), int(stored.sum())
+        assert layout.tables[name].kept == count - (missing and spec.shared_rows)  # the last one is shared
         for suffix in ("", "_qscale", "_qbias"):
             kept = state["int8-kept"][f"{weight}{suffix}"]
-            assert torch.equal(kept[: layout.tables[name].kept], state["int8"][f"{weight}{suffix}"][stored])
-            assert len(kept) == layout.tables[name].kept + (not bool(stored.all()))
+            assert torch.equal(kept[:count], state["int8"][f"{weight}{suffix}"][stored])
+            assert len(kept) == count + (missing and not spec.shared_rows)
         ids = layout.tables[name].kept_ids
         assert ids is None or torch.equal(state["int8-kept"][ids].long(), stored.nonzero()[:, 0])
         whole = state["dcp"][weight][stored].double()
@@ -172,14 +176,16 @@ def test_encoded_rows_are_those_of_the_run(exported: Exported, tmp_path: Path) -
 
 def test_verify_names_the_id_of_a_row_that_differs(exported: Exported, small_data: Path, tmp_path: Path) -> None:
     run, export, _ = exported
-    ranges = ModelSpec.load(run / "model.json").row_ranges["C3"]
-    stored = torch.cat([torch.full((rows,), bool(width)) for rows, width, _ in ranges])
+    spec = ModelSpec.load(run / "model.json")
+    stored = torch.cat([torch.full((rows,), bool(width)) for rows, width, _ in spec.row_ranges["C3"]])
+    if spec.shared_rows:  # it is not among the kept rows, but behind them
+        stored[int(stored.nonzero()[-1])] = False
     kept, weight = int(stored.sum()), f"{TABLES_PREFIX}embedding_bags.C3.weight"
     copy = shutil.copytree(
         export, tmp_path / "export", ignore=shutil.ignore_patterns("int*", "fp16*", "safe*", "pack*")
     )
     change_manifest(copy, lambda manifest: manifest.update(outputs={"dcp-kept": manifest["outputs"]["dcp-kept"]}))
-    # A kept row, and the zero row, which stands for all that are not stored.
+    # A kept row, and the row behind them, which stands for all others.
     for number, row in ((kept - 1, int(stored.nonzero()[-1])), (kept, int((~stored).nonzero()[0]))):
         changed = shutil.copytree(copy, tmp_path / str(number))
         change_tensor(changed, "dcp-kept", weight, lambda table: table[number].add_(1.0))  # noqa: B023
@@ -239,13 +245,15 @@ def _dlrm_in_float64(run: Path, part: Path, scratch: Path) -> torch.Tensor:
     for layer in ("0", "1"):
         dense = linear(dense, f"dense_arch.model._mlp.{layer}._linear").relu()
     vectors, offsets = [dense], dict[int, int]()
-    for name, ranges in ModelSpec.load(run / "model.json").row_ranges.items():
-        products = []
+    spec = ModelSpec.load(run / "model.json")
+    for name, ranges in spec.row_ranges.items():
+        products: list[torch.Tensor] = []
         for index, (count, width, _) in enumerate(ranges):
             start = offsets.get(width, 0)
             offsets[width] = start + count
             if not width:
-                products.append(torch.zeros(count, 8, dtype=torch.float64))
+                shared = products[-1][-1:].expand(count, -1) if spec.shared_rows else None
+                products.append(torch.zeros(count, 8, dtype=torch.float64) if shared is None else shared)
                 continue
             of_range = weights[f"{TABLES_PREFIX}embedding_bags.rows_{width}x8.weight"][start : start + count]
             w2 = None if width == 8 else weights[f"{TABLES_PREFIX}projections.{name}:{index}.weight"]
@@ -253,6 +261,6 @@ def _dlrm_in_float64(run: Path, part: Path, scratch: Path) -> torch.Tensor:
         vectors.append(torch.cat(products)[rows[name].to_pylist()])
     stacked = torch.stack(vectors, dim=1)
     above = torch.triu_indices(len(vectors), len(vectors), offset=1)
-    products = (stacked @ stacked.transpose(1, 2))[:, above[0], above[1]]
-    hidden = linear(torch.cat([dense, products], dim=1), "over_arch.model.0._mlp.0._linear").relu()
+    pairs = (stacked @ stacked.transpose(1, 2))[:, above[0], above[1]]
+    hidden = linear(torch.cat([dense, pairs], dim=1), "over_arch.model.0._mlp.0._linear").relu()
     return linear(hidden, "over_arch.model.1").squeeze(1)
