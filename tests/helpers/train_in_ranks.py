@@ -3,7 +3,9 @@
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +19,35 @@ from tests.helpers.ranks import RankPool
 
 Ranks = Callable[..., RankPool]
 
+_STORES = tempfile.TemporaryDirectory()  # the file of a process group is needed for as long as the group
+_numbers = count()
+
 
 def train_in_ranks(ranks: Ranks, world_size: int | tuple[int, ...], *overrides: str) -> dict[str, Any]:
     """Return the summary of a run of as many ranks, with ``weights_sha256``; (4, 2) are 4 ranks on 2 "nodes"."""
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("localhost", 0))
-        other.bind(("localhost", 0))
-        ports = one.getsockname()[1], other.getsockname()[1]
     pool = ranks(*world_size) if isinstance(world_size, tuple) else ranks(world_size)
-    result: dict[str, Any] = pool.run(_train, overrides, ports)[0]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = f"file://{_STORES.name}/{next(_numbers)}"
+    result: dict[str, Any] = pool.run(_train, overrides, port, group)[0]
     return result
 
 
-def _train(overrides: Sequence[str], ports: tuple[int, int]) -> dict[str, Any]:
+def _train(overrides: Sequence[str], port: int, group: str) -> dict[str, Any]:
     from mlet_dist.config.config_file import load_config
     from mlet_dist.training.trainer import train
 
     _leave_group()  # training joins ranks itself
-    os.environ["MASTER_PORT"] = str(ports[0])
+    os.environ["MASTER_PORT"] = str(port)
     try:
         return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides), fingerprint=True)
     finally:
         _leave_group()
-        os.environ["MASTER_PORT"] = str(ports[1])
-        dist.init_process_group("gloo")
+        # By a file, because a port that was free before may be taken by now.
+        dist.init_process_group(
+            "gloo", init_method=group, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+        )
 
 
 def _leave_group() -> None:
