@@ -7,8 +7,9 @@ of the tables is fixed from the start.
 
 All rows of all adaptive tables, numbered one table after the other, are spread over V buckets: row g is in bucket
 g mod V. Each bucket has its own slots of each pool, and rows only move between the slots of their bucket. A rank owns
-consecutive buckets. Therefore moving rows takes no communication and gives the same result on any number of ranks, and
-every rank has its share of the memory and, where ids are sorted by frequency, of the lookups.
+consecutive buckets. Therefore moving rows takes no communication and gives rows the same slots on any number of ranks
+(their values but for rounding), and every rank has its share of the memory and, where ids are sorted by frequency, of
+the lookups.
 
 Rows may also be cut into chunks, groups of equally many columns of W1, each of which has a slot or none whatever the
 others have (FIITED, arXiv:2401.04408). A *part* is a chunk of all rows of a table, or the table if its rows are whole.

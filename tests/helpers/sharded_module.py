@@ -1,7 +1,7 @@
 """Helpers for tests of the sharded module: building one on each rank, its optimizers, its batches, its full weights."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlet_dist.embeddings import (
 )
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
-from tests.helpers.dense_reference import Bags, Table
+from tests.helpers.dense_reference import Bags, Table, toy_loss
 from tests.helpers.ranks import full_tensor
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
@@ -132,3 +132,25 @@ def to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJa
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the full tensors of the state dict, on every rank."""
     return {name.removeprefix("0."): full_tensor(tensor) for name, tensor in model.state_dict().items()}
+
+
+def record_steps(
+    model: DistributedModelParallel,
+    stepper: CombinedOptimizer,
+    batches: Iterable[KeyedJaggedTensor],
+) -> dict[str, Any]:
+    """Train a sharded adaptive collection on ``toy_loss``, and move its rows after each step.
+
+    Returns:
+        The ``outputs`` of each step, the ``states`` before the first and after each step, and the rows ``moved``.
+    """
+    outputs, states, moved = [], [full_weights(model)], []
+    for batch in batches:
+        stepper.zero_grad()
+        found = model(batch).to_dict()
+        toy_loss(found).backward()
+        stepper.step()
+        outputs.append({name: output.detach() for name, output in found.items()})
+        moved.append(model.module[0].move_rows())
+        states.append(full_weights(model))
+    return {"outputs": outputs, "states": states, "moved": moved}

@@ -14,7 +14,7 @@ from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import RowRange
 from tests.helpers.dense_reference import Bags, toy_loss
 from tests.helpers.ranks import RankPool
-from tests.helpers.sharded_module import full_weights, optimizer_of, shard, to_kjt
+from tests.helpers.sharded_module import optimizer_of, record_steps, shard, to_kjt
 
 pytestmark = pytest.mark.multirank
 
@@ -57,16 +57,8 @@ def _train() -> dict[str, Any]:
     first, last = rank * GLOBAL_BATCH // world, (rank + 1) * GLOBAL_BATCH // world
     meta = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=3, adaptive=MOVES)
     model = shard(meta, "sgd", exchange="unique_rows")
-    stepper, outputs, states, moved = optimizer_of(model, "sgd", RATES), [], [full_weights(model)], []
-    for step in range(STEPS):
-        stepper.zero_grad()
-        found = model(to_kjt(_bags(step), first, last)).to_dict()
-        toy_loss(found).backward()
-        stepper.step()
-        outputs.append({name: output.detach() for name, output in found.items()})
-        moved.append(model.module[0].move_rows())
-        states.append(full_weights(model))
-    return {"outputs": outputs, "states": states, "moved": moved}
+    batches = (to_kjt(_bags(step), first, last) for step in range(STEPS))
+    return record_steps(model, optimizer_of(model, "sgd", RATES), batches)
 
 
 def _masks(state: dict[str, torch.Tensor], layout: SlotLayout) -> list[torch.Tensor]:
