@@ -17,8 +17,8 @@ class ServedPart:
     Attributes:
         name: of the TorchRec table.
         first_row: the first of them, in the numbering of the kept rows.
-        num_embeddings: the rows of the TorchRec table; the last part has one more than kept rows, which is zero, if
-            the table has rows that are not stored.
+        num_embeddings: the rows of the TorchRec table; the last part has one more than kept rows, the shared row or
+            zero, if the table has rows that are not stored.
         embedding_dim: d, or the width of a range of rows.
         projection: the state name of W2 (embedding_dim, d), by which looked-up rows are multiplied; None for d columns.
     """
@@ -35,14 +35,14 @@ class ServedTable:
     """How an output holds a table of the model.
 
     The rows that are stored, in the order of their ids, are numbered from 0: the *kept* rows. Every other id stands for
-    the zero row behind them, whose number is ``kept``.
+    the row behind them, shared or zero, whose number is ``kept``.
 
     Attributes:
         num_embeddings: n; ids are below it.
         kept: the number of kept rows.
         kept_ids: the state name of their ids, ascending; None if they are the first rows, so that the number of an id
             is min(id, kept).
-        parts: cover the kept rows and the zero row.
+        parts: cover the kept rows and the row behind them.
     """
 
     num_embeddings: int
