@@ -27,6 +27,7 @@ from mlet_dist.models.row_widths import (
 )
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.models.width_shares import describe_shares, width_shares
+from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.state import Training
 
 
@@ -37,9 +38,9 @@ def training_bytes(training: Training, device: torch.device) -> int:
     """
     state = training.model.state_dict()
     tensors = [tensor for name, tensor in state.items() if name.startswith(TABLES_PREFIX)]
-    for name, own in training.optimizer.state_dict()["state"].items():
+    for name, own in optimizer_state(training.optimizer).items():
         if name.startswith(TABLES_PREFIX):
-            tensors += [each for key, each in own.items() if key.rpartition(".")[2] != "step"]
+            tensors += [each for key, each in own.items() if key != "step"]
     total = 0
     for tensor in tensors:
         if hasattr(tensor, "local_shards"):

@@ -122,7 +122,7 @@ def test_the_spectrum_describes_each_range(run: tuple[Path, dict[str, Any]]) -> 
     assert f"k = {shown['C3']}<" in html_page(result)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adam"])
 def test_the_ranks_change_nothing_but_rounding(
     ranks: Ranks, settings: tuple[str, ...], tmp_path: Path, optimizer: str
 ) -> None:
