@@ -222,7 +222,7 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
                 f"{sources.get(key, source)}: {key} is {own.min_width}, above max_width {own.max_width} of the same "
                 "table; use the same value for one width for all of its rows"
             )
-    adaptive, optimizer, nested = policy == "adaptive", config.optimizer.name, config.compression.nested
+    adaptive, nested = policy == "adaptive", config.compression.nested
     limited = [name for name, own in config.compression.tables.items() if own.min_width]
     largest = model.hidden_dim or model.embedding_dim
     kinds = sharding.sharding_types
@@ -254,7 +254,6 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
             adaptive and "fused_uvm_caching" in sharding.compute_kernels,
             "use fused_uvm in the place of fused_uvm_caching",
         ),
-        ("optimizer.name", optimizer, adaptive and optimizer == "adam", "use sgd, adagrad or rowwise_adagrad"),
         ("compression.tables", limited, adaptive and bool(limited), "use max_width alone, or policy static"),
         (
             "compression.widths",

@@ -3,6 +3,10 @@
 A row of width w with W2 ``(w, d)`` has the vector x·W2. When it moves to another width, its new values are the
 least-squares solution of x'·W2' = x·W2 with the smallest norm. The vector stays what it was if the new width is d or
 more, and is the closest possible one otherwise. (FIITED, arXiv:2401.04408, drops columns instead.)
+
+The gradient of the row is g·W2ᵀ, where g is the gradient of its vector. So a mean of its gradients moves the other way:
+g is the least-squares solution, exact if the old width is d or more, and the new mean is g·W2'ᵀ. Of squares of
+gradients only the size is kept (``rescaled_state``).
 """
 
 import math
@@ -101,10 +105,11 @@ def least_squares_inverse(projection: torch.Tensor) -> torch.Tensor:
 
 
 def rescaled_state(state: torch.Tensor, old_width: int, new_width: int) -> torch.Tensor:
-    """Return sums of squared gradients of rows that move from one width to another.
+    """Return sums of squared gradients of rows that move from one width to another, or Adam's mean of them.
 
     The gradient of a row is g·W2ᵀ for the gradient g of its vector. As all W2 begin with unit gain, its mean square
-    over the columns is about |g|²/w, so the mean of the state is kept, times old width / new width.
+    over the columns is about |g|²/w, so the mean of the state is kept, times old width / new width. The weights of the
+    steps do not matter, as they are the same for all columns.
 
     Args:
         state: ``(n, old_width)``, or ``(n,)`` if the optimizer has one number a row.

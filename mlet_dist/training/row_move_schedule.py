@@ -34,7 +34,7 @@ class RowMoveSchedule:
         if not self._adaptive:
             return
         for collection in self._collections:
-            collection.move_rows()
+            collection.move_rows(training.optimizer)
         if training.step % self._log_every == 0 or training.is_done:
             moves = torch.stack([slots.moves.sum() for slots in _slot_maps(training.model)]).sum()
             dist.all_reduce(moves)

@@ -151,6 +151,6 @@ def record_steps(
         toy_loss(found).backward()
         stepper.step()
         outputs.append({name: output.detach() for name, output in found.items()})
-        moved.append(model.module[0].move_rows())
+        moved.append(model.module[0].move_rows(stepper))
         states.append(full_weights(model))
     return {"outputs": outputs, "states": states, "moved": moved}

@@ -111,10 +111,38 @@ def test_a_resumed_run_is_bitwise_identical_and_other_ranks_continue_with_the_sa
         assert found["logloss"] == pytest.approx(result["test_logloss"], abs=2e-6)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("compression.budget=0.9",),
+        ("compression.budget=0.9", "compression.nested=false", "compression.chunks=3", "compression.widths=null"),
+    ],
+    ids=["rows", "chunks"],
+)
+def test_adam_on_a_cpu_resumes_bitwise_within_the_budget(
+    ranks: Ranks, settings: tuple[str, ...], tmp_path: Path, parts: tuple[str, ...]
+) -> None:
+    """Its rows have no fused kernel, and their state is an optimizer's that steps after backward."""
+    adam = (*settings, *parts, "optimizer.name=adam", "optimizer.learning_rate=0.01")
+    path = tmp_path / "run"
+    result = train_in_ranks(ranks, 2, *adam, f"run.dir={path}")
+    single = result["single_layer_training_bytes"]
+    assert 0.8 * single < result["training_bytes_peak"] <= 0.9 * single
+    assert {width for of in ModelSpec.load(path / "model.json").row_ranges.values() for _, width, _ in of} >= {12, 4}
+    assert [record for record in records(path) if record["split"] == "compression"][-1]["moves"] > 500
+    resumed = train_in_ranks(ranks, 2, *adam, f"run.dir={stopped_after(40, path, tmp_path / 'same')}")
+    assert resumed["first_step"] == 40
+    assert resumed["weights_sha256"] == result["weights_sha256"]
+    for size in (1, 4):
+        other = train_in_ranks(ranks, size, *adam, f"run.dir={stopped_after(40, path, tmp_path / str(size))}")
+        assert other["first_step"] == 40
+        assert other["training_bytes_peak"] == result["training_bytes_peak"]
+        assert other["test_logloss"] == pytest.approx(result["test_logloss"], abs=2e-6)
+
+
 def test_settings_that_do_not_go_with_it_are_refused(settings: tuple[str, ...], tmp_path: Path) -> None:
     start = ("train", CONFIG, *settings, f"run.dir={tmp_path / 'run'}")
     for setting in (
-        "optimizer.name=adam",
         "compression.tables.C3.min_width=4",
         "sharding.compute_kernels=[fused,fused_uvm_caching]",
     ):

@@ -1,6 +1,6 @@
 """What the sharded module does for adaptive tables: their slots, their state, their lookups, and moving their rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -87,15 +87,23 @@ class AdaptiveTables:
         if any(isinstance(pool, ShardedTensor) for pool in pools):
             raise ValueError(f"the state has rows of adaptive tables, but not {start}slots, which tell theirs")
 
-    def move_rows(self) -> int:
-        """Count a step, and move rows whose pass is due; return how many of this rank's rows moved."""
+    def move_rows(self, optimizer: torch.optim.Optimizer | None) -> int:
+        """Count a step, and move rows whose pass is due; return how many of this rank's rows moved.
+
+        Args:
+            optimizer: steps the rows that have no fused kernel.
+
+        Raises:
+            ValueError: there are such rows, and it does not step them; or an optimizer has a state of another kind than
+                those of SGD, Adagrad, RowWiseAdagrad and Adam.
+        """
         self.slots.step += 1
         due = self.slots.due()
         if not due:
             return 0
         weights = projection_weights(self._module.projections)
         projections = {key: weights[name] for key, name in self._names_of_w2.items() if name in weights}
-        return self.slots.move_rows(due, self._pools, projections)
+        return self.slots.move_rows(due, self._pools(optimizer), projections)
 
     @cached_property
     def _names_of_w2(self) -> dict[tuple[int, int], str]:
@@ -106,19 +114,51 @@ class AdaptiveTables:
             for part, segment in zip(self.slots.segments(index), self._tables[pool.width].segments, strict=True)
         }
 
-    @cached_property
-    def _pools(self) -> list[PoolTensors]:
-        """This rank's rows and optimizer state of each pool: views of fbgemm's memory."""
-        states = self._module.fused_optimizer.state_dict()["state"]
+    def _pools(self, optimizer: torch.optim.Optimizer | None) -> list[PoolTensors]:
+        """Return this rank's rows and optimizer state of each pool, not copied."""
         pools = []
         for pool in self.slots.layout.pools:
             name = self._tables[pool.width].name
-            own = states.get(f"embedding_bags.{name}.weight", {})  # SGD has none
-            unknown = [key for key in own if key != f"{name}.momentum1"]
-            if unknown:
+            rows, states = self._module.embedding_bags[name].weight, self._fused_states.get(name)
+            if states is None:
+                states = None if optimizer is None else optimizer.state.get(rows)
+            if states is None:
                 raise ValueError(
-                    f"pool {name!r}: rows with the optimizer state {unknown[0]!r} cannot move; use Adagrad"
+                    f"pool {name!r}: its rows have no fused kernel, as with Adam on a CPU; give move_rows the "
+                    "optimizer that steps them, so that their state moves with them"
                 )
-            squares = tuple(state.local_shards()[0].tensor for state in own.values())
-            pools.append(PoolTensors(self._module.embedding_bags[name].weight, squares))
+            pools.append(_pool_tensors(name, rows, states))
         return pools
+
+    @cached_property
+    def _fused_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The state of each pool that has a fused kernel, by name: views of fbgemm's memory."""
+        optimizer = self._module.fused_optimizer
+        states = optimizer.state_dict()["state"]
+        found = {}
+        for table in self._tables.values():
+            key = f"embedding_bags.{table.name}.weight"
+            if key in optimizer.params:
+                own = states.get(key, {})  # SGD has none
+                found[table.name] = {
+                    name.removeprefix(f"{table.name}."): state.local_shards()[0].tensor
+                    for name, state in own.items()
+                    if isinstance(state, ShardedTensor)  # not the number of steps
+                }
+        return found
+
+
+def _pool_tensors(pool: str, rows: torch.Tensor, states: Mapping[str, torch.Tensor]) -> PoolTensors:
+    """Return a pool's rows with the states of their optimizer, by fbgemm's names or torch's."""
+    squares, means = [], []
+    for name, state in states.items():
+        if name == "exp_avg_sq" or (name == "momentum1" and "exp_avg_sq" not in states):
+            squares.append(state)
+        elif name in ("exp_avg", "momentum1"):
+            means.append(state)
+        elif name != "step":
+            raise ValueError(
+                f"pool {pool!r}: rows with the optimizer state {name!r} cannot move; use SGD, Adagrad, RowWiseAdagrad "
+                "or Adam"
+            )
+    return PoolTensors(rows, tuple(squares), tuple(means))

@@ -224,19 +224,24 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self._combine_weights()
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
 
-    def move_rows(self) -> int:
+    def move_rows(self, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Count a step, and move rows of adaptive tables whose pass is due; call it after each optimizer step.
 
         No batch may be between its lookup and its backward then, as in TorchRec's semi-synchronous pipeline: its
         gradients would change the rows that have the slots after the move.
 
+        Args:
+            optimizer: steps the rows that have no fused kernel, which are those with Adam on a CPU; their state moves
+                with them. It may have other parameters, too.
+
         Returns:
             The number of this rank's rows that moved.
 
         Raises:
-            ValueError: the optimizer of the rows is not SGD, Adagrad or RowWiseAdagrad.
+            ValueError: there are such rows, and ``optimizer`` does not step them; or the optimizer of the rows is none
+                of SGD, Adagrad, RowWiseAdagrad and Adam.
         """
-        return 0 if self.adaptive_tables is None else self.adaptive_tables.move_rows()
+        return 0 if self.adaptive_tables is None else self.adaptive_tables.move_rows(optimizer)
 
     def _located(self, ctx: CheckedContext, dist_input: KJTList) -> KJTList:
         if self.adaptive_tables is None:

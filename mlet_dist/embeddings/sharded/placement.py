@@ -24,7 +24,7 @@ BLOCK_SHARDING_TYPES = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE
 """Sharding types that split a table into equal blocks of rows."""
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
-_OPTIMIZERS_OF_MOVING_ROWS = ("SGD", "Adagrad", "RowWiseAdagrad")
+_OPTIMIZERS_OF_MOVING_ROWS = ("SGD", "Adagrad", "RowWiseAdagrad", "Adam")
 # Not fused_uvm_caching: the cache on the device would have the values that a slot had before a row moved to it.
 _KERNELS_OF_MOVING_ROWS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.FUSED_UVM.value)
 
@@ -129,13 +129,15 @@ def check_moving_rows(
         sharding: its plan.
         optimizers: the classes that were passed to apply_optimizer_in_backward; none for the kernel's own optimizer.
     """
-    unknown = [kind.__name__ for kind in optimizers if kind.__name__ not in _OPTIMIZERS_OF_MOVING_ROWS]
+    names = [kind.__name__ for kind in optimizers]
+    unknown = [name for name in names if name not in _OPTIMIZERS_OF_MOVING_ROWS]
     if unknown:
         raise ValueError(
             f"table {table.name!r}: rows that move between widths cannot have optimizer {unknown[0]}; use "
             f"{', '.join(_OPTIMIZERS_OF_MOVING_ROWS)}"
         )
-    if sharding.compute_kernel not in _KERNELS_OF_MOVING_ROWS:
+    kernels = (*_KERNELS_OF_MOVING_ROWS, _DENSE) if "Adam" in names else _KERNELS_OF_MOVING_ROWS  # LazyAdam's is dense
+    if sharding.compute_kernel not in kernels:
         raise ValueError(
             f"table {table.name!r}: rows that move between widths cannot have kernel {sharding.compute_kernel}; use "
             f"{' or '.join(_KERNELS_OF_MOVING_ROWS)}"

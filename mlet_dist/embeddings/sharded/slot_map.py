@@ -42,11 +42,13 @@ class PoolTensors:
 
     Attributes:
         rows: W1 ``(slots, width)``.
-        squares: optimizer states that are sums of squared gradients, ``(slots, width)`` or ``(slots,)``.
+        squares: optimizer states that are sums or means of squared gradients, ``(slots, width)`` or ``(slots,)``.
+        means: optimizer states that are means of gradients, ``(slots, width)``.
     """
 
     rows: torch.Tensor
     squares: tuple[torch.Tensor, ...] = ()
+    means: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -333,19 +335,24 @@ class SlotMap:
             if target < 0:
                 continue
             into, after = new_codes[rows] - self._first_own_codes[target], pools[target]
-            states = [state.new_zeros(into.shape + state.shape[1:]) for state in after.squares]
+            squares, means = (
+                [state.new_zeros(into.shape + state.shape[1:]) for state in states]
+                for states in (after.squares, after.means)
+            )
             vectors = after.rows.new_zeros(len(into), self.layout.pools[target].width)
             if source >= 0 and (target < source or self.settings.on_move == "project"):
                 before, from_pool = pools[source], old_codes[rows] - self._first_own_codes[source]
                 widths = self.layout.pools[source].width, self.layout.pools[target].width
-                states = [rescaled_state(state[from_pool], *widths) for state in before.squares]
-                vectors = before.rows[from_pool]
+                squares = [rescaled_state(state[from_pool], *widths) for state in before.squares]
+                means, vectors = [state[from_pool] for state in before.means], before.rows[from_pool]
                 if (source, part) in projections:
                     vectors = vectors @ projections[source, part]
+                    means = [each @ inverse_of(source, part).t() for each in means]
                 if (target, part) in projections:
                     vectors = vectors @ inverse_of(target, part)
-            writes += [(after.rows, into, vectors)]
-            writes += [(state, into, values) for state, values in zip(after.squares, states, strict=True)]
+                    means = [each @ projections[target, part].t() for each in means]
+            tensors = zip((after.rows, *after.squares, *after.means), (vectors, *squares, *means), strict=True)
+            writes += [(tensor, into, values) for tensor, values in tensors]
         # Rows may exchange their slots, so all are read before the first is written.
         for tensor, rows, values in writes:
             tensor[rows] = values

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 from torchrec.modules.embedding_configs import PoolingType
+from torchrec.optim.keyed import KeyedOptimizer
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.row_moves import AdaptiveRows
@@ -84,7 +86,9 @@ class Masked:
     projections: dict[int, torch.Tensor]
     widths: torch.Tensor
     sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    means: dict[int, torch.Tensor] = field(default_factory=dict)
     projection_sums: dict[int, torch.Tensor] = field(default_factory=dict)
+    projection_means: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def product(self) -> torch.Tensor:
         total = torch.zeros(len(self.widths), DIM, dtype=torch.float64, requires_grad=True) * 1
@@ -102,14 +106,24 @@ class Masked:
                 continue
             vector = vectors[row]
             if new in self.projections:
-                # The solution of smallest norm, without the directions of small singular values.
-                left, values, right = torch.linalg.svd(self.projections[new].detach(), full_matrices=False)
-                kept = values > 0.05 * values.max()
-                vector = (vector @ right[kept].T / values[kept]) @ left[:, kept].T
+                vector = vector @ _inverse(self.projections[new].detach())
             with torch.no_grad():
                 self.rows[new][row] = vector if old else 0.0
             self.sums[new][row] = self.sums[old][row].mean() * old / new if old else 0.0
+            mean = self.means[old][row] if old else torch.zeros(DIM, dtype=torch.float64)
+            if old in self.projections:
+                mean = mean @ _inverse(self.projections[old].detach()).T
+            if new in self.projections:
+                mean = mean @ self.projections[new].detach().T
+            self.means[new][row] = mean
         self.widths = widths
+
+
+def _inverse(projection: torch.Tensor) -> torch.Tensor:
+    """Return the matrix of the solution of smallest norm, without the directions of small singular values."""
+    left, values, right = torch.linalg.svd(projection, full_matrices=False)
+    kept = values > 0.05 * values.max()
+    return (right[kept].T / values[kept]) @ left[:, kept].T
 
 
 def _masked(module_tables: list[MultiLayerEmbeddingBagConfig], state: dict[str, torch.Tensor]) -> list[Masked]:
@@ -133,8 +147,13 @@ def _masked(module_tables: list[MultiLayerEmbeddingBagConfig], state: dict[str, 
             if (name := f"projections.{table.name}:{number}.weight") in state
         }
         masked = Masked(rows, projections, widths)
-        masked.sums = {width: torch.zeros_like(values) for width, values in rows.items()}
-        masked.projection_sums = {width: torch.zeros_like(values) for width, values in projections.items()}
+        for states, weights in (
+            (masked.sums, rows),
+            (masked.means, rows),
+            (masked.projection_sums, projections),
+            (masked.projection_means, projections),
+        ):
+            states |= {width: torch.zeros_like(values) for width, values in weights.items()}
         found.append(masked)
     return found
 
@@ -175,18 +194,27 @@ def _note_norms(norms: torch.Tensor, gradient: torch.Tensor) -> None:
     norms.copy_(gradient.norm(dim=1))
 
 
-def _update(masked: Masked, optimizer: str) -> None:
+def _update(masked: Masked, optimizer: str, step: int) -> None:
     with torch.no_grad():
-        for values, sums, rate, by_row in (
-            *((each, masked.sums[width], RATES["rows"], True) for width, each in masked.rows.items()),
+        for values, sums, means, rate, by_row in (
             *(
-                (each, masked.projection_sums[width], RATES["projections"], False)
+                (each, masked.sums[width], masked.means[width], RATES["rows"], True)
+                for width, each in masked.rows.items()
+            ),
+            *(
+                (each, masked.projection_sums[width], masked.projection_means[width], RATES["projections"], False)
                 for width, each in masked.projections.items()
             ),
         ):
             gradient = values.grad
             if optimizer == "sgd":
                 values -= rate * gradient
+            elif optimizer == "adam":
+                own = (gradient != 0).any(dim=1) if by_row else torch.ones(len(values), dtype=torch.bool)
+                means[own] += 0.1 * (gradient - means)[own]
+                sums[own] += 0.001 * (gradient**2 - sums)[own]
+                mean, square = means / (1 - 0.9**step), sums / (1 - 0.999**step)
+                values[own] -= rate * (mean / (square.sqrt() + 1e-8))[own]
             else:
                 rowwise = by_row and optimizer == "rowwise_adagrad"
                 sums += (gradient**2).mean(dim=1, keepdim=True) if rowwise else gradient**2
@@ -215,7 +243,15 @@ def _check_utilities(
 
 @pytest.mark.parametrize(
     ("world_size", "optimizer", "weighted"),
-    [(1, "adagrad", True), (2, "sgd", True), (2, "rowwise_adagrad", False), (3, "adagrad", False)],
+    [
+        (1, "adagrad", True),
+        (2, "sgd", True),
+        (2, "rowwise_adagrad", False),
+        (3, "adagrad", False),
+        (1, "adam", False),
+        (2, "adam", True),
+        (3, "adam", True),
+    ],
 )
 def test_outputs_and_weights_equal_the_masked_reference_while_rows_move(
     ranks: Ranks, world_size: int, optimizer: str, weighted: bool
@@ -236,7 +272,7 @@ def test_outputs_and_weights_equal_the_masked_reference_while_rows_move(
         for utility, gradient in zip(utilities, gradients, strict=True):
             utility += gradient
         for masked in tables:
-            _update(masked, optimizer)
+            _update(masked, optimizer, step + 1)
         _check_utilities(utilities, states[step + 1], layout, step + 1)
         for masked, widths in zip(tables, _widths(states[step + 1], layout), strict=True):
             masked.move(widths)
@@ -245,6 +281,44 @@ def test_outputs_and_weights_equal_the_masked_reference_while_rows_move(
         torch.testing.assert_close(last.product().detach(), masked.product().detach(), rtol=1e-4, atol=1e-5)
         for width, projection in masked.projections.items():
             torch.testing.assert_close(last.projections[width].detach(), projection.detach(), rtol=1e-4, atol=1e-5)
+
+
+def _move_without_optimizer() -> str:
+    meta = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=3, adaptive=MOVES)
+    model = shard(meta, "adam", exchange="unique_rows")
+    with pytest.raises(ValueError, match="pool") as caught:
+        model.module[0].move_rows()
+    return str(caught.value)
+
+
+def test_rows_without_a_fused_kernel_need_their_optimizer_to_move(ranks: Ranks) -> None:
+    for message in ranks(2).run(_move_without_optimizer):
+        assert message.startswith(f"pool 'rows_16x{DIM}': its rows have no fused kernel, as with Adam on a CPU; give")
+
+
+def _roles_of_fused_states() -> list[tuple[bool, bool]]:
+    meta = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=3, adaptive=MOVES)
+    collection = shard(meta, "sgd", exchange="unique_rows").module[0]
+    params, states, local = collection.fused_optimizer.params, {}, {}
+    for key, weight in params.items():
+        pool, (shard_of_rows,) = key.split(".")[1], weight.local_shards()
+        local[pool] = [torch.rand_like(shard_of_rows.tensor) for _ in range(2)]
+        means, squares = (
+            init_from_local_shards([Shard(each, shard_of_rows.metadata)], *weight.size()) for each in local[pool]
+        )
+        states[weight] = {f"{pool}.momentum1": means, f"{pool}.exp_avg_sq": squares, "step": torch.tensor(3)}
+    collection._optim = KeyedOptimizer(params, states, [])
+    return [
+        (pool.means[0] is means, pool.squares[0] is squares)
+        for pool, (means, squares) in (
+            (pool, local[f"rows_{pool.rows.shape[1]}x{DIM}"]) for pool in collection.adaptive_tables._pools(None)
+        )
+    ]
+
+
+def test_the_first_state_of_fused_adam_is_the_mean(ranks: Ranks) -> None:
+    """TorchRec's names, as they are where fbgemm has the kernel: on CUDA."""
+    assert ranks(2).run(_roles_of_fused_states) == [[(True, True)] * 3] * 2
 
 
 def _initial_weights() -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@ import torch
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.types import ParameterSharding
-from torchrec.optim import LarsSGD
+from torchrec.optim import Adam, LarsSGD
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.sharded.placement import (
@@ -112,7 +112,7 @@ def test_rows_move_with_some_optimizers_and_kernels_only() -> None:
         name="rows_8x4", num_embeddings=240, embedding_dim=4, hidden_dim=8, feature_names=["f"], num_buckets=24
     )
     plan = _plan(240, 2)
-    for allowed in ([], [torch.optim.SGD], [torch.optim.Adagrad]):
+    for allowed in ([], [torch.optim.SGD], [torch.optim.Adagrad], [Adam]):
         check_moving_rows(table, plan, allowed)
     # Its state has the name of Adagrad's, but is a momentum.
     with pytest.raises(ValueError, match="'rows_8x4': rows that move between widths cannot have optimizer LarsSGD"):
@@ -120,4 +120,6 @@ def test_rows_move_with_some_optimizers_and_kernels_only() -> None:
     for kernel in ("dense", "fused_uvm_caching"):
         plan.compute_kernel = kernel
         with pytest.raises(ValueError, match=f"cannot have kernel {kernel}; use fused or fused_uvm"):
-            check_moving_rows(table, plan, [])
+            check_moving_rows(table, plan, [torch.optim.SGD])
+    plan.compute_kernel = "dense"
+    check_moving_rows(table, plan, [Adam])

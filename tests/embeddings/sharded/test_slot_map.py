@@ -1,5 +1,7 @@
 """Long random sequences of gradients and passes: no slot is shared or lost, and rows keep their vectors."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -52,6 +54,11 @@ class _Ranks:
             for table in self.ranks[0].segments(pool)
             if each.width != DIM
         }
+        self.means = [torch.zeros_like(values) for values in self.whole]
+        for pool, table, _, slots in self._groups():
+            gradients = torch.randn(len(slots), DIM, generator=generator)
+            projection = self.projections.get((pool, table))
+            self.means[pool][slots] = gradients if projection is None else gradients @ projection.T
 
     def step(self, rows: torch.Tensor, gradients: torch.Tensor) -> int:
         moved = 0
@@ -68,9 +75,10 @@ class _Ranks:
 
     def _pools(self, rank: SlotMap) -> list[PoolTensors]:
         found = []
-        for pool, (values, sums) in zip(self.layout.pools, zip(self.whole, self.sums, strict=True), strict=True):
+        for pool, *tensors in zip(self.layout.pools, self.whole, self.sums, self.means, strict=True):
             own = slice(rank.first_bucket * pool.slots_per_bucket, rank.stop_bucket * pool.slots_per_bucket)
-            found.append(PoolTensors(values[own], (sums[own],)))
+            values, sums, means = (tensor[own] for tensor in tensors)
+            found.append(PoolTensors(values, (sums,), (means,)))
         return found
 
     def codes(self) -> torch.Tensor:
@@ -78,16 +86,29 @@ class _Ranks:
 
     def vectors(self) -> torch.Tensor:
         """Return the vector of each row ``(N, d)``."""
+        found = torch.zeros(self.layout.num_rows, DIM)
+        for pool, table, rows, slots in self._groups():
+            values, projection = self.whole[pool][slots], self.projections.get((pool, table))
+            found[rows] = values if projection is None else values @ projection
+        return found
+
+    def gradients(self) -> torch.Tensor:
+        """Return the mean gradient of each row's vector ``(N, d)``, from that of its columns."""
+        found = torch.zeros(self.layout.num_rows, DIM)
+        for pool, table, rows, slots in self._groups():
+            means, projection = self.means[pool][slots], self.projections.get((pool, table))
+            found[rows] = means if projection is None else torch.linalg.lstsq(projection, means.T).solution.T
+        return found
+
+    def _groups(self) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        """Yield the rows of each pool and table, with their slots."""
         codes = self.codes()[: self.layout.num_rows].long()
         pools = torch.searchsorted(self.layout.first_codes(), codes, right=True) - 1
         tables = self.layout.parts_of(torch.arange(self.layout.num_rows))
-        found = torch.zeros(self.layout.num_rows, DIM)
         for pool, first in enumerate(self.layout.first_codes().tolist()):
             for table in self.ranks[0].segments(pool):
                 own = ((pools == pool) & (tables == table)).nonzero().squeeze(1)
-                values, projection = self.whole[pool][codes[own] - first], self.projections.get((pool, table))
-                found[own] = values if projection is None else values @ projection
-        return found
+                yield pool, table, own, codes[own] - first
 
 
 def _check_invariants(ranks: _Ranks) -> None:
@@ -116,24 +137,31 @@ def test_random_sequences_keep_slots_and_rows_consistent_on_any_number_of_ranks(
         gradients = torch.randn(len(rows), DIM, generator=generator) * 10.0 ** torch.randint(-4, 2, (len(rows), 1))
         if step == 12:
             gradients[:3] = float("nan")
-        before, before_widths = systems[0].vectors(), _widths(systems[0])
+        before, before_widths = (systems[0].vectors(), systems[0].gradients()), _widths(systems[0])
         moved = [ranks.step(rows, gradients) for ranks in systems]
         total += moved[0]
         for ranks in systems:
             _check_invariants(ranks)
             assert torch.equal(ranks.codes(), systems[0].codes())
         for ranks in systems[1:]:
-            pairs = zip(ranks.whole + ranks.sums, systems[0].whole + systems[0].sums, strict=True)
+            pairs = zip(_tensors(ranks), _tensors(systems[0]), strict=True)
             for found, expected in pairs:  # products round differently where a rank moves other numbers of rows
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        widths, after = _widths(systems[0]), systems[0].vectors()
+        widths = _widths(systems[0])
         assert int((widths != before_widths).sum()) == moved[0]
-        wider = (widths >= before_widths) & (before_widths > 0) | (widths == before_widths)
-        torch.testing.assert_close(after[wider], before[wider], rtol=1e-3, atol=1e-4)
-        assert not after[(before_widths == 0) & (widths > 0)].any()
-        if on_move == "reset":
-            assert not after[widths < before_widths].any()
+        same = (widths >= before_widths) & (before_widths > 0) | (widths == before_widths)
+        if on_move == "project":  # no width is below d
+            same |= (widths > 0) & (before_widths > 0)
+        for after, earlier in zip((systems[0].vectors(), systems[0].gradients()), before, strict=True):
+            torch.testing.assert_close(after[same], earlier[same], rtol=1e-3, atol=1e-4)
+            assert not after[(before_widths == 0) & (widths > 0)].any()
+            if on_move == "reset":
+                assert not after[widths < before_widths].any()
     assert total > 300
+
+
+def _tensors(ranks: _Ranks) -> list[torch.Tensor]:
+    return ranks.whole + ranks.sums + ranks.means
 
 
 def _widths(ranks: _Ranks) -> torch.Tensor:
@@ -175,6 +203,36 @@ def test_narrower_rows_are_the_closest_possible() -> None:
     found = vectors @ least_squares_inverse(projection)
     expected = torch.linalg.lstsq(projection.T.double(), vectors.T.double()).solution.T
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_of_adam_moves_as_gradients_do_also_below_d() -> None:
+    """Rows of 4 and 8 columns, with d = 8, exchange their slots."""
+    generator = torch.Generator().manual_seed(5)
+    table = MultiLayerEmbeddingBagConfig(
+        name="t",
+        num_embeddings=48,
+        embedding_dim=8,
+        hidden_dim=None,
+        feature_names=["t"],
+        row_ranges=[RowRange(24, 8), RowRange(24, 4)],
+    )
+    layout = SlotLayout.of([table])
+    slots = SlotMap(layout, AdaptiveRows(interval=1, warmup=0), 0, 1, CPU)
+    slots.utilities.view(-1)[24:] = 1.0
+    before = slots.slots.long().view(-1)
+    tensors = [[torch.rand(24, width, generator=generator) for _ in range(3)] for width in (8, 4)]
+    wide, narrow = ([each.double() for each in of_pool] for of_pool in tensors)
+    pools = [PoolTensors(rows, (squares,), (means,)) for rows, squares, means in tensors]
+    projection = torch.randn(4, 8, generator=generator)
+    assert slots.move_rows(range(24), pools, {(1, 0): projection}) == 48
+    after, w2 = slots.slots.long().view(-1), projection.double()
+    _, squares, means = (each[before[24:] - 24] for each in narrow)
+    widened = torch.linalg.lstsq(w2, means.T).solution.T, squares.mean(dim=1, keepdim=True).expand(-1, 8) / 2
+    _, squares, means = (each[before[:24]] for each in wide)
+    narrowed = means @ w2.T, squares.mean(dim=1, keepdim=True).expand(-1, 4) * 2
+    for pool, own, (expected_means, expected_squares) in ((0, after[24:], widened), (1, after[:24] - 24, narrowed)):
+        torch.testing.assert_close(pools[pool].means[0][own].double(), expected_means, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(pools[pool].squares[0][own].double(), expected_squares, rtol=1e-5, atol=1e-6)
 
 
 def test_small_gradients_are_not_lost_beside_a_large_utility() -> None:
