@@ -29,7 +29,8 @@ import torch
 from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig, ShardingConfig
+from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.data.loading.loader import BATCHES_AHEAD, Batch, DataLoader
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES

@@ -10,8 +10,8 @@ import yaml
 from mlet_dist import comparison as compare_module
 from mlet_dist.comparison import compare, single_layer_compression
 from mlet_dist.comparison_report import comparison_table
+from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config
-from mlet_dist.config.sections import CompressionConfig, TableCompressionConfig
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec

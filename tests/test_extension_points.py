@@ -9,7 +9,7 @@ import pytest
 
 from mlet_dist import cli
 from mlet_dist.cli.main import main, parse
-from mlet_dist.config.sections import ShardingConfig, TableShardingConfig
+from mlet_dist.config.sharding_section import ShardingConfig, TableShardingConfig
 from mlet_dist.data.prepare import raw_formats
 from mlet_dist.data.prepare.raw_formats import TableSpec
 from mlet_dist.embeddings.sharded.exchange_choice import (

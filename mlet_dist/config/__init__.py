@@ -1,7 +1,10 @@
 """The configuration of a training run.
 
 Modules:
-    sections: the settings of each section, as dataclasses with defaults, limits and meanings.
+    sections, compression_section, sharding_section: the settings of each section, as dataclasses with defaults, limits
+        and meanings.
+    limits: what several sections allow at most.
+    byte_sizes: sizes in bytes, such as 12GB.
     config_file: the config of all sections; reads and writes config files, and describes the settings for `--help`.
     overrides: settings of the command line, `section.key=value`.
     parser: builds dataclasses from plain data and checks keys, types and limits.

@@ -11,17 +11,11 @@ from typing import Any
 
 import yaml
 
+from mlet_dist.config.compression_section import CompressionConfig
 from mlet_dist.config.overrides import apply_override
 from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_section, section_type, to_yaml
-from mlet_dist.config.sections import (
-    CompressionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    ShardingConfig,
-    TrainConfig,
-)
+from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url

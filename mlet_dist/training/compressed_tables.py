@@ -8,8 +8,9 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.writer import on_first_rank
+from mlet_dist.config.compression_section import CompressionConfig
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import CompressionConfig, ModelConfig
+from mlet_dist.config.sections import ModelConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema

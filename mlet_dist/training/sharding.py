@@ -16,7 +16,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingType
 from torchrec.models.dlrm import DLRM
 
-from mlet_dist.config.sections import ShardingConfig
+from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.cost_model import Device
 from mlet_dist.embeddings.row_ranges import segments_of

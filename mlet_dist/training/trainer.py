@@ -17,7 +17,7 @@ from torchrec.distributed import DistributedModelParallel
 
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import RowsDtype
+from mlet_dist.config.sharding_section import RowsDtype
 from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.models.dlrm import build_dlrm, table_bytes

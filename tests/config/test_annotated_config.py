@@ -5,9 +5,10 @@ import re
 
 import pytest
 
+from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.parser import section_type
-from mlet_dist.config.sections import CompressionConfig, ShardingConfig, TableCompressionConfig, TableShardingConfig
+from mlet_dist.config.sharding_section import ShardingConfig, TableShardingConfig
 from tests.helpers.annotated_config import annotated
 from tests.helpers.mlet_command import ROOT
 

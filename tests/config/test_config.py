@@ -9,18 +9,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config, save_config
-from mlet_dist.config.sections import (
-    CompressionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    ShardingConfig,
-    TableCompressionConfig,
-    TableShardingConfig,
-    TrainConfig,
-)
+from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from mlet_dist.config.sharding_section import ShardingConfig, TableShardingConfig
 from mlet_dist.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

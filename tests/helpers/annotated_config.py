@@ -1,4 +1,4 @@
-"""A config file that explains every setting: its comments are the meanings of `mlet_dist.config.sections`.
+"""A config file that explains every setting: its comments are the meanings of the sections in `mlet_dist.config`.
 
     python -m tests.helpers.annotated_config configs/criteo_kaggle.yaml
 

@@ -17,7 +17,8 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_checkpoint, load_model, load_state
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig, ShardingConfig, TableShardingConfig
+from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.sharding_section import ShardingConfig, TableShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.adam import fused_kernels

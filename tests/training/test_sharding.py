@@ -8,7 +8,8 @@ import torch
 from torch import distributed as dist
 from torchrec.distributed import comm
 
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig, ShardingConfig
+from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import build_dlrm

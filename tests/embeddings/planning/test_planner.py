@@ -20,7 +20,8 @@ from torchrec.models.dlrm import DLRM
 from torchrec.optim.keyed import CombinedOptimizer
 
 from benchmarks.traffic import count_traffic
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig, RowsDtype
+from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.sharding_section import RowsDtype
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.cost_model import (
