@@ -56,7 +56,7 @@ def describe_type(kind: Any) -> str:
     if typing.get_origin(kind) is dict:
         return "mapping"
     if kind is ByteSize:
-        return "size"
+        return "size or percentage"
     return {int: "integer", float: "number", str: "text", bool: "`true` or `false`"}[kind]
 
 

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as a config writes them: a number with a unit, such as 12GB."""
+"""Sizes in bytes as a config writes them: a number with a unit, such as 12GB, or a share of another, such as 50%."""
 
 import re
 from typing import NewType
@@ -13,6 +13,7 @@ UNITS = {"B": 1} | {
 }
 """Bytes of each unit: KB, MB, GB and TB are powers of 1,000, and KiB, MiB, GiB and TiB powers of 1,024."""
 
+_PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 _PATTERN = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?i?B)", re.IGNORECASE)
 _UNIT_OF = {unit.lower(): size for unit, size in UNITS.items()}
 
@@ -28,3 +29,9 @@ def bytes_of(text: str) -> int:
     if size < 1:
         raise ValueError(f"{text!r} is not a size; write a number above 0 and one of {', '.join(UNITS)}")
     return size
+
+
+def share_of(text: str) -> float | None:
+    """Return the share that a percentage such as ``50%`` or ``12.5 %`` is; None for any other text."""
+    found = _PERCENTAGE.fullmatch(text.strip())
+    return None if found is None else float(f"{found[1]}e-2")

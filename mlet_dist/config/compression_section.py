@@ -48,8 +48,8 @@ class CompressionConfig:
     )
     budget: float | ByteSize = setting(
         "Bytes of the tables in training (rows, W2 and the optimizer's state, over all ranks): a size such as 12GB or "
-        "4GiB (KB, MB, GB, TB: powers of 1,000; KiB, MiB, GiB, TiB: powers of 1,024), or a number, the share of those "
-        "of single-layer tables of embedding_dim columns with the same optimizer.",
+        "4GiB (KB, MB, GB, TB: powers of 1,000; KiB, MiB, GiB, TiB: powers of 1,024), or a share such as 0.5 or 50% of "
+        "those of single-layer tables of embedding_dim columns with the same optimizer.",
         0.5,
         above=0,
         at_most=1e6,

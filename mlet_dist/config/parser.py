@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mlet_dist.config.byte_sizes import ByteSize, bytes_of
+from mlet_dist.config.byte_sizes import ByteSize, bytes_of, share_of
 from mlet_dist.errors import UserError
 
 _SHOWN_CHARACTERS = 200
@@ -176,6 +176,9 @@ def _coerce(kind: Any, value: Any) -> Any:
     if kind is ByteSize:
         if not isinstance(value, str):
             raise TypeError
+        share = share_of(value)
+        if share is not None:
+            return share
         bytes_of(value)
         return value
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -192,7 +195,7 @@ def _describe_type(kind: Any) -> str:
     if origin is tuple:
         return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
     if kind is ByteSize:
-        return "a size such as 12GB or 4GiB"
+        return "a size such as 12GB, 4GiB or 50%"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
 
 

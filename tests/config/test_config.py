@@ -258,14 +258,16 @@ def test_errors_in_the_settings_of_tables(override: str, file: Path) -> None:
 def test_a_budget_is_a_share_or_a_size(file: Path) -> None:
     file.write_text(f"{MINIMAL}compression: {{budget: 1e-3}}\n")
     assert load_config(file).compression.budget == 0.001
-    for text, expected in {"2": 2.0, "12GB": "12GB", "1.5 GiB": "1.5 GiB"}.items():
+    for text, expected in {"2": 2.0, "50%": 0.5, "1.7 %": 0.017, "12GB": "12GB", "1.5 GiB": "1.5 GiB"}.items():
         found = load_config(file, [f"compression.budget={text}"]).compression.budget
         assert (found, type(found)) == (expected, type(expected))
     messages = {
-        "12G": "expected a number or a size such as 12GB or 4GiB, found 12G",
-        "[1]": r"expected a number or a size such as 12GB or 4GiB, found \[1\]",
-        "null": "expected a number or a size such as 12GB or 4GiB, found null",
+        "12G": "expected a number or a size such as 12GB, 4GiB or 50%, found 12G",
+        "[1]": r"expected a number or a size such as 12GB, 4GiB or 50%, found \[1\]",
+        "null": "expected a number or a size such as 12GB, 4GiB or 50%, found null",
+        "-5%": "expected a number or a size such as 12GB, 4GiB or 50%, found -5%",
         "0": "is 0, it must be a finite number above 0",
+        "0%": "is 0%, it must be a finite number above 0",
         "12000000000": r"it must be at most 1000000\.0; a size in bytes needs a unit, such as 12GB",
     }
     for text, message in messages.items():
