@@ -139,7 +139,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     sources: dict[str, str] = {}
     for override in overrides:
         apply_override(Config, settings, override, sources)
-    _apply_preset(settings, sources)
+    _apply_preset(settings, source, sources)
     config: Config = parse_section(Config, settings, "", source, sources)
     _check_combinations(config, source, sources)
     return _with_home(config)
@@ -152,8 +152,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
 """The settings of ``compression.preset``."""
 
 
-def _apply_preset(settings: dict[str, Any], sources: Mapping[str, str]) -> None:
-    """Replace a known ``compression.preset`` by its settings, in place; those of the command line stay."""
+def _apply_preset(settings: dict[str, Any], source: str, sources: dict[str, str]) -> None:
+    """Replace a known ``compression.preset`` by its settings, in place; those of the command line stay.
+
+    It becomes their source in ``sources``.
+    """
     compression = settings.get("compression")
     if not isinstance(compression, dict):
         return
@@ -165,6 +168,7 @@ def _apply_preset(settings: dict[str, Any], sources: Mapping[str, str]) -> None:
         default = getattr(defaults, name)
         if f"compression.{name}" not in sources and compression.get(name, default) == default:
             compression[name] = value
+            sources[f"compression.{name}"] = f"{sources.get('compression.preset', source)}: compression.preset {chosen}"
     compression["preset"] = None
 
 
@@ -217,7 +221,6 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
                 "table; use the same value for one width for all of its rows"
             )
     adaptive, nested = policy == "adaptive", config.compression.nested
-    limited = [name for name, own in config.compression.tables.items() if own.min_width]
     largest = model.hidden_dim or model.embedding_dim
     kinds = sharding.sharding_types
     for key, value, wrong, remedy in (
@@ -248,7 +251,15 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
             adaptive and "fused_uvm_caching" in sharding.compute_kernels,
             "use fused_uvm in the place of fused_uvm_caching",
         ),
-        ("compression.tables", limited, adaptive and bool(limited), "use max_width alone, or policy static"),
+        *(
+            (
+                f"compression.tables.{name}.min_width",
+                own.min_width,
+                adaptive and bool(own.min_width),
+                "use max_width alone, or policy static",
+            )
+            for name, own in config.compression.tables.items()
+        ),
         (
             "compression.widths",
             widths,
@@ -257,10 +268,21 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
         ),
     ):
         if wrong:
+            of_policy = sources.get("compression.policy", source)
+            where = _source_of(key, value, source, sources) or of_policy
+            named = policy if where == of_policy else f"{policy} ({of_policy})"
             raise UserError(
-                f"{sources.get(key, source)}: {key} is {to_yaml(value)}, which does not go with compression.policy "
-                f"{policy}; {remedy}"
+                f"{where}: {key} is {to_yaml(value)}, which does not go with compression.policy {named}; {remedy}"
             )
+
+
+def _source_of(key: str, value: Any, source: str, sources: Mapping[str, str]) -> str | None:
+    """Return where a setting, or a part of it, was given; None for a default, for which only others can be blamed."""
+    given = next((where for name, where in sources.items() if f"{name}.".startswith(f"{key}.")), None)
+    section, _, name = key.partition(".")
+    setting = section_type(next(each for each in dataclasses.fields(Config) if each.name == section))
+    defaults = {each.name: each.default for each in dataclasses.fields(setting)}
+    return given or (None if defaults.get(name) == value else source)
 
 
 def _check_combinations(config: Config, source: str, sources: Mapping[str, str]) -> None:

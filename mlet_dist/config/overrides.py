@@ -37,7 +37,7 @@ def apply_override(config: type, settings: dict[str, Any], override: str, source
         )
     *sections, last = keys = _keys(config, section, name)
     value = _parse(text, _setting(config, keys), override)
-    sources[key] = COMMAND_LINE
+    _note(key, value, sources)
     path = ""
     for each in sections:
         path = f"{path}.{each}" if path else each
@@ -49,6 +49,14 @@ def apply_override(config: type, settings: dict[str, Any], override: str, source
             return  # parse_section reports it
         settings = settings[each]
     settings[last] = value
+
+
+def _note(key: str, value: Any, sources: dict[str, str]) -> None:
+    """Note the command line as the source of a key, and of those in its value."""
+    sources[key] = COMMAND_LINE
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _note(f"{key}.{name}", each, sources)
 
 
 def _keys(config: type, section: str, name: str) -> list[str]:

@@ -187,6 +187,62 @@ def test_an_error_in_an_override_names_the_command_line(override: str, file: Pat
     assert re.match(f"command line: {WRONG_OVERRIDES[override]}", error_of(file, override))
 
 
+# What a file adds, overrides, and the error, in which FILE is the file's name.
+WRONG_COMPRESSION = {
+    "a value within a table's settings": (
+        "compression: {policy: static, tables: {C2: {max_width: 8}}}",
+        ["compression.tables={C1: {min_width: 8, max_width: 4}}"],
+        "command line: compression.tables.C1.min_width is 8, above max_width 4 of the same table; use the same value",
+    ),
+    "an unknown key within a table's settings": (
+        "compression: {tables: {}}",
+        ["compression.tables={C1: {widht: 8}}"],
+        "command line: compression.tables.C1.widht: unknown key",
+    ),
+    "one table of several": (
+        "compression: {policy: adaptive, tables: {C2: {max_width: 8}}}",
+        ["compression.tables.C1.min_width=8"],
+        "command line: compression.tables.C1.min_width is 8, which does not go with compression.policy adaptive "
+        "(FILE); use max_width alone, or policy static",
+    ),
+    "tables of the file and one of the command line": (
+        "sharding: {tables: {C2: {exchange: auto}}}",
+        ["sharding.tables.C1.exchange=auto", "compression.policy=static"],
+        "command line: sharding.tables is [C1, C2], which does not go with compression.policy static; leave it out",
+    ),
+    "the file against a policy of the command line": (
+        "sharding: {exchange: after}",
+        ["compression.policy=static"],
+        "FILE: sharding.exchange is after, which does not go with compression.policy static (command line); use auto",
+    ),
+    "the file against a preset": (
+        "sharding: {exchange: after}",
+        ["compression.preset=recommended"],
+        "FILE: sharding.exchange is after, which does not go with compression.policy static (command line: "
+        "compression.preset recommended); use auto",
+    ),
+    "a default against a preset": (
+        "model: {hidden_dim: 12, embedding_dim: 4}",
+        ["compression.preset=fiited"],
+        "command line: compression.preset fiited: compression.chunks is 8, which does not go with compression.policy "
+        "adaptive; use a number of chunks that have 4, 8, 12, … of the 12 columns",
+    ),
+    "a preset of the file against the command line": (
+        "compression: {preset: fiited}",
+        ["compression.policy=static"],
+        "FILE: compression.preset fiited: compression.nested is false, which does not go with compression.policy "
+        "static (command line); use true",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_COMPRESSION)
+def test_an_error_names_what_gave_the_value(case: str, file: Path) -> None:
+    added, overrides, message = WRONG_COMPRESSION[case]
+    file.write_text(f"{MINIMAL}{added}\n")
+    assert error_of(file, *overrides).startswith(message.replace("FILE", str(file)))
+
+
 def test_an_error_in_the_file_beside_overrides_names_the_file(file: Path) -> None:
     file.write_text(f"{MINIMAL}model: {{hiden_dim: 8}}\n")
     assert error_of(file, "model.embedding_dim=4").startswith(f"{file}: model.hiden_dim: unknown key")
