@@ -1,5 +1,6 @@
 """The section `compression` of a config: how tables are made smaller while they are trained."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,3 +123,12 @@ class CompressionConfig:
     def limits(self, table: str) -> TableCompressionConfig:
         """Return the limits on the widths of a table's rows."""
         return self.tables.get(table, TableCompressionConfig())
+
+    def without_effect(self) -> list[str]:
+        """Return the names of the settings that are not at their defaults and have no effect under this policy."""
+        ignored = {
+            "none": [each.name for each in dataclasses.fields(self) if each.name not in ("policy", "preset")],
+            "static": ["chunks", "interval", "warmup", "decay", "hysteresis", "on_move"],
+            "adaptive": ["shared_rows"],
+        }[self.policy]
+        return [name for name in ignored if getattr(self, name) != getattr(CompressionConfig(), name)]

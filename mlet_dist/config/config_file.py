@@ -56,6 +56,13 @@ class Config:
                 f"{self.data.batch_size}: rows are then mixed among two batches, and neighbouring rows stay close to "
                 f"each other; use {2 * self.data.batch_size} or more, preferably above {16 * self.data.batch_size}"
             )
+        ignored = [f"compression.{name}" for name in self.compression.without_effect()]
+        if ignored:
+            policy = self.compression.policy
+            found.append(
+                f"{' and '.join(ignored)} {'has' if len(ignored) == 1 else 'have'} no effect, because "
+                f"compression.policy is {policy}"
+            )
         return found
 
     def check_world_size(self, world_size: int) -> None:

@@ -393,6 +393,24 @@ def test_a_buffer_of_less_than_two_batches_is_a_warning(file: Path) -> None:
     assert load_config(file, ["data.shuffle=false", "data.shuffle_buffer=1"]).warnings() == []
 
 
+def test_settings_of_compression_without_effect_are_a_warning(file: Path) -> None:
+    everything = [
+        *("compression.budget=0.3", "compression.alpha=0.4", "compression.widths=[8]", "compression.interval=9"),
+        *("compression.shared_rows=false", "compression.tables.C1.max_width=8"),
+    ]
+    for policy, names in {
+        "none": ["budget", "widths", "alpha", "shared_rows", "interval", "tables"],
+        "static": ["interval"],
+        "adaptive": ["shared_rows"],
+    }.items():
+        (warning,) = load_config(file, [*everything, f"compression.policy={policy}"]).warnings()
+        settings = " and ".join(f"compression.{name}" for name in names)
+        verb = "have" if len(names) > 1 else "has"
+        assert warning == f"{settings} {verb} no effect, because compression.policy is {policy}"
+    for quiet in ([], [*everything[:2], "compression.policy=static"], ["compression.preset=fiited"]):
+        assert load_config(file, quiet).warnings() == []
+
+
 @pytest.mark.parametrize(("batch", "ranks", "advice"), [(512, 3, "510 or 513"), (2, 3, "3"), (3, 2, "2 or 4")])
 def test_a_batch_that_ranks_cannot_share_names_both(batch: int, ranks: int, advice: str, file: Path) -> None:
     config = load_config(file, [f"data.batch_size={batch}"])
