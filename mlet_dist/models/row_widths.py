@@ -88,17 +88,31 @@ class Sizes:
         )
 
     def total(self, tables: Collection[Sequence[RowRange]]) -> int:
-        """Return the bytes of tables with row ranges, or a few more where rows move: a pool has as many in each bucket.
+        """Return the bytes of tables with row ranges, or a few more where rows move (see ``trained``).
 
         Slots and utilities are those of whole buckets, so that there are some for rows that do not exist.
         """
         size = sum(self.table(ranges) for ranges in tables)
         if not self.bytes_per_row:
             return size
-        stored = self.stored(tables)
-        buckets = number_of_buckets(min(stored.values(), default=0))
+        buckets = self._buckets(tables)
         rows = sum(each.rows for ranges in tables for each in ranges)
         return size + -rows % buckets * self.bytes_per_row + buckets * BYTES_PER_BUCKET + BYTES_PER_STEP
+
+    def trained(self, tables: Collection[Sequence[RowRange]]) -> int:
+        """Return the bytes that tables with row ranges take in training.
+
+        Where rows move, a width has equally many slots in each bucket, so a few less than rows; ``total`` leaves this
+        out, because it must not be smaller for more rows.
+        """
+        if not self.bytes_per_row:
+            return self.total(tables)
+        buckets = self._buckets(tables)
+        without_slot = {width: number % buckets for width, number in self.stored(tables).items()}
+        return self.total(tables) - sum(number * self._row(width) for width, number in without_slot.items())
+
+    def _buckets(self, tables: Collection[Sequence[RowRange]]) -> int:
+        return number_of_buckets(min(self.stored(tables).values(), default=0))
 
     def stored(self, tables: Collection[Sequence[RowRange]]) -> dict[int, int]:
         """Return the number of rows of each width above 0; of chunks, their number under the key of one chunk."""

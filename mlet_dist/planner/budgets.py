@@ -46,7 +46,7 @@ def _entry(case: Case, sizes: Sizes, single: int, share: float) -> dict[str, Any
     shares = width_shares(ranges, case.counts)
     kept = [each for each in shares if each.width]
     values = (
-        sizes.total(ranges.values()),
+        sizes.trained(ranges.values()),
         sum(each.rows for each in kept),
         sum(each.lookups for each in kept),
         sum(each.lookups for each in kept if each.width >= sizes.embedding_dim),

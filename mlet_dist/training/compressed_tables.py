@@ -121,7 +121,7 @@ def with_row_ranges(
     sizes = Sizes.of(spec.model, config.optimizer.name, compression)
     ranges = static_ranges(counts, compression, spec.model, sizes)
     rows = {table.name: table.num_embeddings for table in spec.tables}
-    size, single = sizes.total(ranges.values()), sizes.single(sum(rows.values()))
+    size, single = sizes.trained(ranges.values()), sizes.single(sum(rows.values()))
     budget, largest = (
         budget_bytes(compression, single),
         largest_bytes(rows, compression, spec.model, sizes),

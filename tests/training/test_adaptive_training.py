@@ -13,7 +13,7 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.compressed_tables import compression_warnings
+from mlet_dist.training.compressed_tables import compression_warnings, with_row_ranges
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
 
@@ -49,6 +49,10 @@ def test_the_bytes_in_training_stay_within_the_budget(run: tuple[Path, dict[str,
     path, result = run
     single = result["single_layer_training_bytes"]
     assert 0.5 * single < result["training_bytes_peak"] <= 0.6 * single
+    config = load_config(path / "config.yaml")
+    assert _announced_bytes(config) == result["training_bytes_peak"]
+    plan = mlet_json("plan", path / "config.yaml", "--world-size", 2)
+    assert plan["compression"]["training_bytes"] == result["training_bytes_peak"]
     found = [record for record in records(path) if record["split"] == "compression"]
     assert found[-1]["moves"] > found[0]["moves"] > 0
     layout = _layout(path)
@@ -128,6 +132,7 @@ def test_adam_on_a_cpu_resumes_bitwise_within_the_budget(
     result = train_in_ranks(ranks, 2, *adam, f"run.dir={path}")
     single = result["single_layer_training_bytes"]
     assert 0.8 * single < result["training_bytes_peak"] <= 0.9 * single
+    assert _announced_bytes(load_config(path / "config.yaml")) == result["training_bytes_peak"]
     assert {width for of in ModelSpec.load(path / "model.json").row_ranges.values() for _, width, _ in of} >= {12, 4}
     assert [record for record in records(path) if record["split"] == "compression"][-1]["moves"] > 500
     resumed = train_in_ranks(ranks, 2, *adam, f"run.dir={stopped_after(40, path, tmp_path / 'same')}")
@@ -147,6 +152,11 @@ def test_settings_that_do_not_go_with_it_are_refused(settings: tuple[str, ...], 
         "sharding.compute_kernels=[fused,fused_uvm_caching]",
     ):
         assert "does not go with compression.policy adaptive" in error_line(*start, setting)
+
+
+def _announced_bytes(config: Config) -> int:
+    _, (line, *_) = with_row_ranges(ModelSpec.of(config, DatasetSchema.load(Path(config.data.path))), config)
+    return int(line.removeprefix("compression  ").partition(" bytes in training")[0].replace(",", ""))
 
 
 def _layout(run: Path) -> SlotLayout:
