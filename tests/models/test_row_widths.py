@@ -217,7 +217,7 @@ def test_limits_that_cannot_be_met_are_named() -> None:
         static_ranges(counts, limited(0.5, t0=(16, None)), MODEL, Sizes(16, "sgd"))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("budget", [0.15, 0.5, 1.0])
 def test_adaptive_tables_have_slots_and_utilities_within_the_budget(optimizer: Any, budget: float) -> None:
     counts, compression = counts_of(3), CompressionConfig(policy="adaptive", budget=budget)
@@ -231,7 +231,7 @@ def test_adaptive_tables_have_slots_and_utilities_within_the_budget(optimizer: A
     assert stored + slots >= 0.9 * budget * single_bytes(counts, optimizer)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("hidden_dim", [None, 64])
 @pytest.mark.parametrize("rows", [[25], [25, 100], [3001, 10], [1000, 1, 20001, 25, 10]])
@@ -266,6 +266,7 @@ def test_what_adaptive_tables_hold_stays_within_the_budget(
         of_ranges = sum(plain.projection(each.width) for of in found.values() for each in of)
         of_tables = len(rows) * plain.projection(64) if hidden_dim else 0
         held = pools + (of_ranges if nested else of_tables) + 6 * slots + 8 * layout.num_buckets + 8
+        assert held == sizes.trained(found.values())
         assert held <= sizes.total(found.values()) <= budget_bytes(compression, sizes.single(sum(rows)))
 
 
