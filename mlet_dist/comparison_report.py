@@ -31,6 +31,11 @@ Next, compare them on your own data:
 
 `mlet prepare --help` lists the formats of raw data, and `mlet train --help` lists the settings. See also README.md."""
 
+_NEXT_COMPRESSED = """\
+Next, compare other budgets: the same command with another compression.budget and run.dir. `mlet plan` with the same
+settings and --world-size shows what other budgets would keep. Tune the learning rate of each model before you draw a
+conclusion. See also docs/compression.md."""
+
 
 def comparison_report(result: dict[str, Any]) -> str:
     """Return what `mlet compare` prints: the table and what it means, where the results are, and what to do next."""
@@ -38,7 +43,7 @@ def comparison_report(result: dict[str, Any]) -> str:
     if failed:
         ending = f"The export of {' and '.join(failed)} is outside its tolerance; `mlet verify` shows the differences."
     else:
-        ending = _NEXT
+        ending = _NEXT_COMPRESSED if SINGLE_COMPRESSED in result["arms"] else _NEXT
     files = f"Results: {result['run']}/comparison.md and comparison.json; each model's run and export are beside them."
     return "\n\n".join([comparison_table(result), files, ending])
 

@@ -9,7 +9,7 @@ import yaml
 
 from mlet_dist import comparison as compare_module
 from mlet_dist.comparison import compare, single_layer_compression
-from mlet_dist.comparison_report import comparison_table
+from mlet_dist.comparison_report import comparison_report, comparison_table
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.schema import DatasetSchema
@@ -140,6 +140,8 @@ def test_a_single_layer_can_be_compared_with_itself_compressed(
     assert list(result["arms"]) == ["single", "single_compressed"]
     trained_in = ("single_compressed", "single")
     assert commands.ran == [(command, arm) for arm in trained_in for command in ("train", "export", "verify")]
+    assert comparison_report(result).endswith("See also docs/compression.md.")
+    assert "mlet compare configs/criteo_kaggle.yaml" not in comparison_report(result)
     assert "| 2.0 MB " in comparison_table(result)
     assert "9.0 MB" not in comparison_table(result)
 
@@ -169,6 +171,7 @@ def test_a_comparison_that_was_stopped_resumes(commands: Commands, settings: Cal
     assert commands.ran == ALL[:6]
     commands.ran, commands.stop = [], None
     result = compare(settings(), 1)
+    assert "compare them on your own data" in comparison_report(result)
     assert commands.ran == [each for each in ALL if each not in (("train", "single"), ("train", "mlet"))]
     assert list(result["arms"]) == ["single", "mlet", "control"]
     commands.ran = []
