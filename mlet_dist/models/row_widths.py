@@ -6,7 +6,6 @@ rows, W2 and the optimizer's state of both together. Of rows with as many lookup
 first. Tables may have limits of their own on the widths of their rows.
 """
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,13 +191,22 @@ def static_ranges(
 
     Raises:
         UserError: the counts of a table are not sorted, a table's limits are none of the widths, or the budget is too
-            small for one row of each table and the limits.
+            small for one row of each table and the limits, or for the rows that a width needs where rows move.
     """
+    permitted = {name: permitted_widths(name, compression, model) for name in counts}
     widths = sorted(compression.widths or default_widths(model, compression))
     adaptive = compression.policy == "adaptive" and compression.nested
     fewest_rows = fewest_rows_of_width(sum(len(each) for each in counts.values())) if adaptive else 1
     while True:
-        found = _static_ranges(counts, dataclasses.replace(compression, widths=tuple(widths)), model, sizes)
+        left = {name: tuple(each for each in of_table if each in (0, *widths)) for name, of_table in permitted.items()}
+        for name, of_table in left.items():
+            if of_table == (0,):
+                raise UserError(
+                    f"compression.tables.{name}.max_width is {compression.limits(name).max_width}, and with "
+                    f"compression.budget {compression.budget} too few rows have so few columns: policy "
+                    f"{compression.policy} needs {fewest_rows} of each width; use a larger max_width, or policy static"
+                )
+        found = _static_ranges(counts, compression, left, widths, sizes)
         chunks = sum(sizes.stored(found.values()).values()) if sizes.chunks else FEWEST_SLOTS
         if chunks < FEWEST_SLOTS:
             raise UserError(
@@ -222,10 +230,13 @@ def _rows_of(width: int, ranges: Sequence[RowRange]) -> int:
 
 
 def _static_ranges(
-    counts: Mapping[str, Counts], compression: CompressionConfig, model: ModelConfig, sizes: Sizes
+    counts: Mapping[str, Counts],
+    compression: CompressionConfig,
+    permitted: Mapping[str, Sequence[int]],
+    widths: Sequence[int],
+    sizes: Sizes,
 ) -> dict[str, tuple[RowRange, ...]]:
-    permitted = {name: permitted_widths(name, compression, model) for name in counts}
-    widths = sorted(compression.widths or default_widths(model, compression))
+    """Return the row ranges within the budget, of the ``permitted`` widths of each table; all are ascending."""
     ordered = {name: _descending(name, each, check=len(permitted[name]) > 1) for name, each in counts.items()}
     single = sizes.single(sum(len(each) for each in counts.values()))
     budget = budget_bytes(compression, single)

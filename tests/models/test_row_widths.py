@@ -294,6 +294,31 @@ def test_adaptive_tables_leave_out_widths_of_a_few_rows() -> None:
         static_ranges(counts, CompressionConfig(policy="adaptive", budget=0.01, widths=(16,)), MODEL, Sizes(16, "sgd"))
 
 
+def test_the_largest_width_of_an_adaptive_table_may_be_one_that_is_left_out() -> None:
+    counts = {"t": np.array([1_000_000] * 10 + [1] * 600)}
+
+    def of(**limits: Any) -> dict[str, Any]:
+        tables = {"t": TableCompressionConfig(**limits)}
+        compression = CompressionConfig(policy="adaptive", budget=0.3, widths=(16, 8), tables=tables)
+        return static_ranges(counts, compression, MODEL, Sizes(16, "sgd"))
+
+    assert of(max_width=16) == of() == of(max_width=8)
+    assert [each.width for each in of()["t"]] == [8, 0]
+
+
+def test_an_adaptive_table_without_any_width_left_is_refused() -> None:
+    counts = {"small": np.full(10, 50), "large": np.full(600, 50)}
+    compression = CompressionConfig(
+        policy="adaptive", budget=10.0, widths=(16, 8), tables={"small": TableCompressionConfig(max_width=8)}
+    )
+    message = (
+        r"compression\.tables\.small\.max_width is 8, and with compression\.budget 10\.0 too few rows have so few "
+        r"columns: policy adaptive needs 24 of each width; use a larger max_width, or policy static$"
+    )
+    with pytest.raises(UserError, match=message):
+        static_ranges(counts, compression, MODEL, Sizes(16, "sgd"))
+
+
 @pytest.mark.parametrize("budget", [0.05, 0.2, 0.3])
 def test_rows_of_width_0_share_a_row_within_the_budget(budget: float) -> None:
     counts, sizes = counts_of(3), Sizes(16, "adagrad")

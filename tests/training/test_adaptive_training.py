@@ -145,13 +145,32 @@ def test_adam_on_a_cpu_resumes_bitwise_within_the_budget(
         assert other["test_logloss"] == pytest.approx(result["test_logloss"], abs=2e-6)
 
 
+def test_rows_never_get_more_columns_than_their_table_may_have(
+    ranks: Ranks, settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    limits = ("compression.tables.C3.max_width=4", "compression.tables.C4.max_width=12", "compression.budget=0.9")
+    train_in_ranks(ranks, 2, *settings, *limits, f"run.dir={path}")
+    assert [record for record in records(path) if record["split"] == "compression"][-1]["moves"] > 500
+    layout = _layout(path)
+    slots = tensors(path, 57, tmp_path)[f"{_MODEL}row_slots.slots"].view(-1)[: layout.num_rows]
+    rows = dict(zip(layout.tables, slots.split(list(layout.num_embeddings)), strict=True))
+    assert [pool.width for pool in layout.pools] == [12, 4]
+    narrow = layout.first_codes()[1]
+    assert len(rows["C3"]) > 100
+    assert int(((rows["C3"] >= 0) & (rows["C3"] < narrow)).sum()) == 0 < int((rows["C3"] >= narrow).sum())
+    assert sum(int(((of_table >= 0) & (of_table < narrow)).sum()) for of_table in rows.values()) == layout.slots(0)
+
+
 def test_settings_that_do_not_go_with_it_are_refused(settings: tuple[str, ...], tmp_path: Path) -> None:
     start = ("train", CONFIG, *settings, f"run.dir={tmp_path / 'run'}")
     for setting in (
         "compression.tables.C3.min_width=4",
         "sharding.compute_kernels=[fused,fused_uvm_caching]",
     ):
-        assert "does not go with compression.policy adaptive" in error_line(*start, setting)
+        message = error_line(*start, setting)
+        assert "does not go with compression.policy adaptive" in message
+        assert setting.partition("=")[0] in message
 
 
 def _announced_bytes(config: Config) -> int:
