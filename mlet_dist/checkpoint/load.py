@@ -109,18 +109,22 @@ def latest_finished(store: CheckpointStore) -> tuple[Checkpoint, Manifest]:
     return latest, manifest
 
 
-def load_model(model: nn.Module, checkpoint: Location, key: str | None = MODEL_KEY) -> None:
+def load_model(
+    model: nn.Module, checkpoint: Location, key: str | None = MODEL_KEY, *, without: str | None = None
+) -> None:
     """Fill ``model``, sharded in any way over any number of ranks, from a checkpoint. A collective call.
 
     Args:
         key: the prefix of the model's names in the checkpoint; None if they have none, as in an export.
+        without: the prefix of the names of tensors that stay as they are; None fills all.
 
     Raises:
         UserError: a tensor is missing, has another shape, or cannot be read.
     """
     state = model.state_dict()
-    check_shapes(state, read_metadata(checkpoint), checkpoint, key)
-    load_state(state if key is None else {key: state}, checkpoint)
+    filled = {name: tensor for name, tensor in state.items() if without is None or not name.startswith(without)}
+    check_shapes(filled, read_metadata(checkpoint), checkpoint, key)
+    load_state(filled if key is None else {key: filled}, checkpoint)
     model.load_state_dict(state)
 
 

@@ -63,11 +63,15 @@ class ChunkedTensors(ABC):
         """Fill ``out`` with rows of a tensor from row ``start`` on.
 
         Args:
-            out: ``(rows, columns)`` of the tensor's dtype, contiguous, on the CPU.
+            out: ``(rows, columns)`` of the tensor's dtype, contiguous, on the CPU; ``(rows,)`` of a tensor that has
+                one dimension.
 
         Raises:
             UserError: there is no such tensor, or a file is missing or damaged.
         """
+        if out.dim() == 1:
+            self._read_elements(name, start, out)
+            return
         stop, covered = start + len(out), 0
         for chunk in self._chunks_over(name, start, stop):
             first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
@@ -83,6 +87,16 @@ class ChunkedTensors(ABC):
             covered += part.numel()
         if covered != out.numel():
             raise UserError(f"{self.location}: holds {covered:,} of {out.numel():,} values of rows of {name!r}")
+
+    def _read_elements(self, name: str, start: int, out: torch.Tensor) -> None:
+        stop, covered = start + len(out), 0
+        for chunk in self._chunks_over(name, start, stop):
+            first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
+            if first < last:
+                self._read(chunk, (first - chunk.offsets[0]) * out.element_size(), out[first - start : last - start])
+                covered += last - first
+        if covered != len(out):
+            raise UserError(f"{self.location}: holds {covered:,} of {len(out):,} values of {name!r}")
 
     def load(self, name: str) -> torch.Tensor:
         """Return a full tensor, meant for small ones.

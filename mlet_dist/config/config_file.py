@@ -235,7 +235,6 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
         ("sharding.sharding_types", kinds, kinds is not None and "row_wise" not in kinds, "add row_wise"),
         ("sharding.rows_dtype", sharding.rows_dtype, sharding.rows_dtype != "fp32", "use fp32"),
         ("sharding.tables", sorted(sharding.tables), bool(sharding.tables), "leave it out"),
-        ("train.initial_weights", config.train.initial_weights, config.train.initial_weights is not None, "use null"),
         ("model.hidden_dim", model.hidden_dim, largest < model.embedding_dim, f"use {model.embedding_dim} or more"),
         ("compression.widths", widths, len(set(widths)) < len(widths), "name each width once"),
         ("compression.nested", False, not (nested or adaptive), "use true"),

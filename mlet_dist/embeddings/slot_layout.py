@@ -16,7 +16,7 @@ others have (FIITED, arXiv:2401.04408). A *part* is a chunk of all rows of a tab
 What holds for rows above, then holds for chunks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -271,6 +271,21 @@ class SlotLayout:
                 starts.append(first)
                 widths.append(each)
                 first += number
+
+        def initial_width(rows: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows, right=True) - 1].float()
+
+        return self.slots_by(initial_width, first_bucket, stop_bucket)
+
+    def slots_by(
+        self, utility_of: Callable[[torch.Tensor], torch.Tensor], first_bucket: int, stop_bucket: int
+    ) -> torch.Tensor:
+        """Return slots with which the rows of the highest utility have the widest ones, as ``initial_slots`` does.
+
+        Args:
+            utility_of: from numbers of rows ``(n,)``, those of a bucket together, to their utilities ``(n,)`` float32.
+            first_bucket, stop_bucket: the buckets.
+        """
         lines = self.num_chunks * self.rows_per_bucket
         codes = torch.full((lines, stop_bucket - first_bucket), -1, dtype=torch.int32)
         for start in range(first_bucket, stop_bucket, max(1, _BLOCK_ROWS // lines)):
@@ -278,9 +293,8 @@ class SlotLayout:
             rows = self.rows_of(start, stop).t()
             bucket, line = (rows >= 0).nonzero().unbind(1)
             rows = rows[bucket, line]
-            width = torch.tensor(widths)[torch.searchsorted(torch.tensor(starts), rows, right=True) - 1]
             chosen = self.choose_slots(
-                bucket + start, self.parts_of(rows), width.float(), torch.full_like(rows, -1), hysteresis=0.0
+                bucket + start, self.parts_of(rows), utility_of(rows), torch.full_like(rows, -1), hysteresis=0.0
             )
             codes[line, bucket + start - first_bucket] = chosen.int()
         return codes

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
-from mlet_dist.export.table_source import TableSource
+from mlet_dist.stored_tables.table_source import TableSource
 
 _BLOCK_ROWS = 1 << 20
 

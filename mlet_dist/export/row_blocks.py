@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 
 from mlet_dist.errors import UserError
-from mlet_dist.export.table_source import TableSource
 from mlet_dist.progress import Progress
+from mlet_dist.stored_tables.table_source import TableSource
 
 BLOCK_BYTES = 1 << 25
 """Bytes of a block in float64. A pass over a table takes memory for about four blocks."""

@@ -10,10 +10,10 @@ from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.kept_rows import KeptRows, KeptTableSource
-from mlet_dist.export.ranged_source import RangedTableSource
 from mlet_dist.export.served_layout import Form, ServedLayout, ServedPart, ServedTable, projection_bytes
-from mlet_dist.export.table_source import TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.stored_tables.ranged_source import RangedTableSource
+from mlet_dist.stored_tables.table_source import TableSource
 
 _INT32_ROWS = 1 << 31
 

@@ -13,13 +13,12 @@ from mlet_dist.checkpoint.manifest import MANIFEST, Manifest
 from mlet_dist.checkpoint.store import INCOMPLETE, Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
 from mlet_dist.errors import UserError
-from mlet_dist.export.adaptive_source import open_adaptive_tables
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
-from mlet_dist.export.ranged_source import open_ranged_table, pools_of
-from mlet_dist.export.table_source import TableSource, open_table
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.stored_tables.open_tables import open_factors, open_tables
+from mlet_dist.stored_tables.table_source import TableSource
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.urls import no_such_directory
 
@@ -134,7 +133,7 @@ class ModelSource(Tables):
         files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
         return cls(
             path=path,
-            tables=_tables_of(spec, files, _IN_CHECKPOINTS),
+            tables=open_tables(spec, files, _IN_CHECKPOINTS),
             dense=_dense_of(files, _IN_CHECKPOINTS),
             spec=spec,
             config=config,
@@ -172,7 +171,7 @@ def _open_export(path: Path) -> Tables:
     name = next((each for each in ("dcp", "safetensors") if each in manifest["outputs"]), "dcp")
     where, entries = directory.output(name, manifest)
     files = open_output(where, entries, manifest["outputs"][name]["format"])
-    return Tables(path, _tables_of(spec, files, ""), _dense_of(files, ""), spec, manifest["config"], files)
+    return Tables(path, open_tables(spec, files, ""), _dense_of(files, ""), spec, manifest["config"], files)
 
 
 def _open_factors(path: Path) -> Tables:
@@ -190,28 +189,8 @@ def _open_factors(path: Path) -> Tables:
         found = ModelSource.of_checkpoint(path, checkpoint, manifest, model, {}, {})
         return found if found.dense else Tables(path, found.tables, {}, model, {}, found.files)
     files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
-    tables = {
-        each["name"]: open_table(each["name"], each["shape"], each["hidden_dim"], files, _IN_CHECKPOINTS)
-        for each in manifest.about["factorized"]["tables"]
-    }
+    tables = open_factors(manifest.about, files, _IN_CHECKPOINTS)
     return Tables(path, tables, _dense_of(files, _IN_CHECKPOINTS), None, {}, files)
-
-
-def _tables_of(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str, TableSource]:
-    k, d = spec.model.hidden_dim, spec.model.embedding_dim
-    if spec.adaptive:
-        adaptive = open_adaptive_tables(spec, files, prefix)
-        plain = [each for each in spec.tables if each.name not in adaptive]
-        return {
-            each.name: open_table(each.name, (each.num_embeddings, d), k, files, prefix) for each in plain
-        } | adaptive
-    pools = pools_of(spec) if spec.row_ranges else {}
-    return {
-        each.name: open_ranged_table(each.name, spec, pools, files, prefix)
-        if each.name in spec.row_ranges
-        else open_table(each.name, (each.num_embeddings, d), k, files, prefix)
-        for each in spec.tables
-    }
 
 
 def _dense_of(files: ChunkedTensors, prefix: str) -> dict[str, str]:

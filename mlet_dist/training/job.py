@@ -133,6 +133,7 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
         store, identity = run.checkpoint_store(config), identity_of(config, spec, schema.content_id("train"))
         resume_point = find_resume_point(config, store, identity)
         if resume_point is not None:
+            resume_point = resume_point.open(spec)
             loader.load_state_dict(resume_point.found.manifest.about["data"])
         initial = find_initial_weights(config, spec) if resume_point is None else None
         if resume_point is not None and resume_point.is_own:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import run_id_of_yaml
 from mlet_dist.urls import is_url
@@ -24,6 +25,7 @@ from mlet_dist.urls import is_url
 # Keys of a run's identity, beside those that are names of settings.
 DENSE_FEATURES, SPARSE_FEATURES = "data.dense_features", "data.sparse_features"
 _STATIC = ("policy", "budget", "widths", "alpha", "tables")  # settings of compression that others than adaptive read
+_RANGES = "row ranges of table "
 VOCABULARY_ID, _PREPROCESSING = "the data set's vocabulary_id", "preprocessing"
 
 
@@ -67,8 +69,7 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         if spec.shared_rows:  # versions that did not know of it read zero
             identity["compression.shared_rows"] = True
         identity |= {
-            f"row ranges of table {name}": [[rows, width] for rows, width, _ in ranges]
-            for name, ranges in spec.row_ranges.items()
+            f"{_RANGES}{name}": [[rows, width] for rows, width, _ in ranges] for name, ranges in spec.row_ranges.items()
         }
     dtypes = config.sharding.rows_dtypes([table.name for table in spec.tables])
     identity |= {f"rows of table {table.name}": table.num_embeddings for table in spec.tables}
@@ -109,6 +110,15 @@ def without_learning_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _compression(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key.startswith(("compression.", _RANGES))}
+
+
+def _without_compression(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without what ``train.resume: PATH`` refits rows to."""
+    return {key: value for key, value in identity.items() if key not in _compression(identity)}
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """A checkpoint to resume from.
@@ -116,10 +126,30 @@ class ResumePoint:
     Attributes:
         found: the complete checkpoint.
         is_own: whether it belongs to this run, rather than to the path in ``train.resume``.
+        refits: whether rows have other widths than there, because compression has changed.
+        tables: those of the checkpoint if it ``refits`` and is ``open``.
     """
 
     found: CompleteCheckpoint
     is_own: bool
+    refits: bool = False
+    tables: RefittedTables | None = None
+
+    def open(self, spec: ModelSpec) -> "ResumePoint":
+        """Return the same with the tables that the model begins with, if it ``refits``; log where the run resumes.
+
+        Raises:
+            UserError: the model cannot begin with the rows of these tables.
+        """
+        found, tables = self.found, None
+        if self.refits:
+            tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest)
+            tables.check_has_states()
+        size = found.manifest.about["world_size"]
+        ranks = f"{size} rank{'s' if size > 1 else ''}"
+        rows = "; its rows get the widths of this run's compression" if self.refits else ""
+        _log(f"resuming from {found.checkpoint}, saved on {ranks} after step {found.manifest.step:,}{rows}")
+        return replace(self, tables=tables)
 
 
 def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[str, Any]) -> ResumePoint | None:
@@ -158,15 +188,11 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
             )
         check_same_run(about["identity"], identity, str(checkpoint), alternative)
     else:
-        check_same_run(
-            without_learning_rates(about["identity"]),
-            without_learning_rates(identity),
-            str(checkpoint),
-            "resume from another checkpoint",
-        )
+        saved, wanted = without_learning_rates(about["identity"]), without_learning_rates(identity)
+        same_but_rows = _without_compression(saved), _without_compression(wanted)
+        check_same_run(*same_but_rows, str(checkpoint), "resume from another checkpoint")
+        point = replace(point, refits=_compression(saved) != _compression(wanted))
     _check_steps_left(config, point.found)
-    ranks = f"{about['world_size']} rank{'s' if about['world_size'] > 1 else ''}"
-    _log(f"resuming from {checkpoint}, saved on {ranks} after step {point.found.manifest.step:,}")
     return point
 
 

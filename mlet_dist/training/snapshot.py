@@ -25,10 +25,12 @@ from mlet_dist.checkpoint.load import (
 )
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.job import Job
 from mlet_dist.training.model_plan import ModelPlan
 from mlet_dist.training.non_finite_guard import NonFinite
+from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.state import Training
 
@@ -78,8 +80,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def restore(training: Training, found: CompleteCheckpoint) -> None:
+def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTables | None = None) -> None:
     """Load a complete checkpoint into ``training``, in any sharding, on any number of ranks. A collective call.
+
+    Args:
+        training: what is restored.
+        found: the checkpoint.
+        tables: its tables, if rows have other widths now.
 
     Random states are restored only on the same number of ranks and the same kind of device. Training depends on them
     only for half-precision rows on CUDA, which are rounded stochastically.
@@ -88,9 +95,14 @@ def restore(training: Training, found: CompleteCheckpoint) -> None:
         UserError: a tensor is missing, has another shape, or cannot be read.
     """
     location = found.checkpoint.location
-    load_model(training.model, location)
+    load_model(training.model, location, without=None if tables is None else TABLES_PREFIX)
     state = state_to_save(training)
     del state[MODEL_KEY]
+    if tables is not None:
+        states = state.get(OPTIMIZER_KEY, {})
+        tables.load(training.model, states)
+        if states:
+            state[OPTIMIZER_KEY] = {name: of for name, of in states.items() if not name.startswith(TABLES_PREFIX)}
     about = found.manifest.about
     same_ranks = about["world_size"] == dist.get_world_size() and about["device"] == _device(training)
     if not same_ranks:

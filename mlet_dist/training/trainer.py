@@ -123,7 +123,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> Training:
         rows_per_epoch=job.loader.rows,
     )
     if job.resume_point is not None:
-        restore(training, job.resume_point.found)
+        restore(training, job.resume_point.found, job.resume_point.tables)
     elif job.initial is not None:
         job.initial.load(model)
     return training

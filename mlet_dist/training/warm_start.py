@@ -18,6 +18,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec, describe_bag
+from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.resume import DENSE_FEATURES, SPARSE_FEATURES, VOCABULARY_ID, checkpoint_at
 
 
@@ -28,10 +29,12 @@ class InitialWeights:
     Attributes:
         found: the checkpoint.
         has_dense: whether it holds the dense layers as well as the tables.
+        tables: its tables, if their rows are not those of the model: where either has rows of several widths.
     """
 
     found: CompleteCheckpoint
     has_dense: bool
+    tables: RefittedTables | None = None
 
     def load(self, model: nn.Module) -> None:
         """Load the weights into ``model``, in any sharding on any number of ranks. A collective call.
@@ -42,9 +45,16 @@ class InitialWeights:
         state = model.state_dict()
         load_state({MODEL_KEY: self._covered(state)}, self.found.checkpoint.location)
         model.load_state_dict(state)
+        if self.tables is not None:
+            self.tables.load(model)
 
     def _covered(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: tensor for name, tensor in state.items() if self.has_dense or name.startswith(TABLES_PREFIX)}
+        """Return what is loaded by name."""
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if (self.tables is None if name.startswith(TABLES_PREFIX) else self.has_dense)
+        }
 
 
 def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | None:
@@ -67,8 +77,11 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     location, about = found.checkpoint.location, found.manifest.about
     metadata = read_metadata(location)
     stored = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}
-    initial = InitialWeights(found, has_dense=any(not name.startswith(TABLES_PREFIX) for name in stored))
-    if spec.model.hidden_dim is None:
+    tables = (
+        RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest) if _changes_rows(about, spec) else None
+    )
+    initial = InitialWeights(found, any(not name.startswith(TABLES_PREFIX) for name in stored), tables)
+    if spec.model.hidden_dim is None and tables is None:
         for table in spec.tables:
             if f"{TABLES_PREFIX}projections.{table.name}.weight" in stored:
                 raise UserError(
@@ -82,6 +95,11 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     for line in warnings:
         _log(f"warning: {location}: {line}")
     return initial
+
+
+def _changes_rows(about: Mapping[str, Any], spec: ModelSpec) -> bool:
+    """Return whether the model, or that of a checkpoint, has rows of several widths."""
+    return bool(spec.row_ranges or (about.get("spec") or {}).get("row_ranges"))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from mlet_dist.export import kept_rows
 from mlet_dist.export.kept_rows import KeptRows, KeptTableSource
-from mlet_dist.export.table_source import TableSource
+from mlet_dist.stored_tables.table_source import TableSource
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,6 @@ def test_wrong_settings_are_refused(small_model: tuple[str, ...], tmp_path: Path
         "sharding.sharding_types=[table_wise]",
         "sharding.tables.C3.exchange=unique_rows",
         "sharding.rows_dtype=fp16",
-        "train.initial_weights=x",
         "model.hidden_dim=null compression.widths=[12]",
         "compression.widths=[16]",
         "compression.widths=[4,4]",

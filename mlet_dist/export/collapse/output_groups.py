@@ -8,7 +8,7 @@ from mlet_dist.export.collapse.units import Unit, units_of
 from mlet_dist.export.outputs import Output
 from mlet_dist.export.served_layout import Form
 from mlet_dist.export.served_sources import ServedSources, served_sources
-from mlet_dist.export.table_source import TableSource
+from mlet_dist.stored_tables.table_source import TableSource
 
 
 @dataclass(frozen=True)

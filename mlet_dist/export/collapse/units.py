@@ -13,7 +13,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.encoding import RowOverflow
 from mlet_dist.export.outputs import Output
-from mlet_dist.export.table_source import TableSource
+from mlet_dist.stored_tables.table_source import TableSource
 
 UNIT_BYTES = 1 << 26
 """Approximate bytes of W in float32 per unit: what one file contains, and what is repeated after a kill."""

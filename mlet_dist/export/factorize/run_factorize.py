@@ -21,9 +21,9 @@ from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.export.row_blocks import read_blocks, sum_grams
 from mlet_dist.export.source import Tables
-from mlet_dist.export.table_source import TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.progress import Progress
+from mlet_dist.stored_tables.table_source import TableSource
 from mlet_dist.training.snapshot import versions
 
 _MAX_RELATIVE_ERROR = 1e-6  # float32 factors reach 4e-8; a larger error means overflow or underflow

@@ -12,14 +12,14 @@ from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.factors import FLOOR
 from mlet_dist.errors import UserError
-from mlet_dist.export.ranged_source import RangedTableSource
 from mlet_dist.export.row_blocks import sum_grams
 from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_smaller
 from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
-from mlet_dist.export.table_source import TableSource
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
+from mlet_dist.stored_tables.ranged_source import RangedTableSource
+from mlet_dist.stored_tables.table_source import TableSource
 
 
 def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.errors import UserError
 from mlet_dist.export.kept_rows import KeptRows, KeptTableSource
 from mlet_dist.export.outputs import read_parts
-from mlet_dist.export.table_source import TableSource
 from mlet_dist.export.verify.table_check import (
     CheckedTable,
     FormRows,
@@ -18,6 +17,7 @@ from mlet_dist.export.verify.table_check import (
     empty_parts,
 )
 from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.stored_tables.table_source import TableSource
 
 
 def check_form(

@@ -12,7 +12,7 @@ from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.outputs import read_parts
 from mlet_dist.export.served_layout import ServedLayout
-from mlet_dist.export.table_source import TableSource
+from mlet_dist.stored_tables.table_source import TableSource
 
 _BLOCK_BYTES = 1 << 25  # of the widest rows
 

@@ -11,13 +11,13 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.export.encoding import ENCODINGS
-from mlet_dist.export.ranged_source import RangedTableSource
 from mlet_dist.export.served_sources import ServedSources, served_sources
 from mlet_dist.export.serving.package import Package
 from mlet_dist.export.serving.predictor import Request
-from mlet_dist.export.table_source import TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.stored_tables.ranged_source import RangedTableSource
+from mlet_dist.stored_tables.table_source import TableSource
 
 RANGES = {
     "shared": (RowRange(4, 16), RowRange(6, 8), RowRange(150, 4), RowRange(40, 0)),

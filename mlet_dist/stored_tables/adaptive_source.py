@@ -1,6 +1,5 @@
 """Adaptive tables on disk: their rows are in slots of pools, and a tensor of the checkpoint says which row is where."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +8,9 @@ from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
-from mlet_dist.export.table_source import TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
-
-_GAP = 64  # slots that are read and thrown away rather than begin another read
+from mlet_dist.stored_tables.table_source import LocatedRows, TableSource, projection_name
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,7 @@ class PoolSource:
         first_code: the code of its first slot.
         slots: their number.
         first_column: where the pool's columns are in the table's W1.
+        projection_name: of the part's W2 for the pool; None if there is none.
     """
 
     first_row: int
@@ -35,6 +33,7 @@ class PoolSource:
     first_code: int
     slots: int
     first_column: int
+    projection_name: str | None
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,13 @@ class AdaptiveTableSource(TableSource):
         pools: that may hold rows, or chunks of rows, of the table.
         slots_name: the name of the slots of all rows in the files.
         num_buckets: rows in a line of the slots.
+        is_chunked: whether rows are cut into chunks.
     """
 
     pools: tuple[PoolSource, ...]
     slots_name: str
     num_buckets: int
+    is_chunked: bool
 
     @property
     def stored_bytes(self) -> int:
@@ -72,6 +73,21 @@ class AdaptiveTableSource(TableSource):
             stored |= self._codes(first_row, start, stop) >= 0
         return None if bool(stored.all()) else stored
 
+    @property
+    def projections(self) -> dict[int, tuple[str, torch.Tensor]]:
+        """The name in the state dict and the values ``(w, d)`` of each W2 of whole rows, by w."""
+        if self.is_chunked:
+            return {}
+        return {pool.width: (pool.projection_name, self._of(pool)) for pool in self.pools if pool.projection_name}
+
+    def locate(self, ids: torch.Tensor) -> list[LocatedRows]:
+        """Return where the rows of ascending ``ids`` are stored, ``(n,)`` int64; none for those without slot.
+
+        Raises:
+            UserError: as for ``read_into``.
+        """
+        return [located for located, _ in self._located(ids)]
+
     def read_into(self, start: int, rows: torch.Tensor) -> None:
         """Fill ``rows`` with the rows from ``start`` on.
 
@@ -79,28 +95,39 @@ class AdaptiveTableSource(TableSource):
             UserError: a file is missing or damaged, or a row has a slot that is none of its table's pools'.
         """
         rows.zero_()
-        for first_row, pools in self._parts():
-            self._read_part(first_row, pools, start, rows)
-
-    def _read_part(self, first_row: int, pools: Sequence[PoolSource], start: int, rows: torch.Tensor) -> None:
-        codes = self._codes(first_row, start, start + len(rows))
-        known = codes < 0
-        for pool in pools:
-            inside = self._inside(codes, pool)
-            known |= inside
-            positions = inside.nonzero().squeeze(1)
-            slots, order = (codes[positions] - pool.first_code).sort()
+        for located, pool in self._located(torch.arange(start, start + len(rows))):
             columns = slice(pool.first_column, pool.first_column + pool.width)
-            for first, begin, end in _runs(slots):
-                read = torch.empty(int(slots[end - 1]) + 1 - first, pool.width, dtype=self.rows_dtype)
-                self._files.read_rows(pool.name, first, read)
-                rows[positions[order[begin:end]], columns] = read[slots[begin:end] - first]
-        if not bool(known.all()):
-            row = start + int(known.int().argmin())
-            raise UserError(
-                f"{self.location}: row {row:,} of table {self.name!r} has slot {int(codes[row - start])}, none "
-                "of its table"
-            )
+            rows[located.positions, columns] = self.read_located(pool.name, located.stored_rows)
+
+    def _located(self, ids: torch.Tensor) -> list[tuple[LocatedRows, PoolSource]]:
+        """Return the rows of ascending ids by part and pool."""
+        found = []
+        start, stop = (int(ids[0]), int(ids[-1]) + 1) if len(ids) else (0, 0)
+        for first_row, pools in self._parts():
+            codes = self._codes(first_row, start, stop)[ids - start]
+            known = codes < 0
+            for pool in pools:
+                inside = self._inside(codes, pool)
+                known |= inside
+                positions = inside.nonzero().squeeze(1)
+                slots = codes[positions] - pool.first_code
+                projection = None if pool.projection_name is None else self._of(pool)
+                if self.is_chunked:
+                    projection = self._of(pool)
+                located = LocatedRows(positions, pool.name, slots, pool.width, pool.projection_name, projection)
+                found.append((located, pool))
+            if not bool(known.all()):
+                wrong = int(known.int().argmin())
+                raise UserError(
+                    f"{self.location}: row {int(ids[wrong]):,} of table {self.name!r} has slot {int(codes[wrong])}, "
+                    "none of its table"
+                )
+        return found
+
+    def _of(self, pool: PoolSource) -> torch.Tensor:
+        """Return the W2 of a pool; rows of the identity if it has none."""
+        assert self.projection is not None
+        return self.projection[pool.first_column : pool.first_column + pool.width]
 
     def _parts(self) -> list[tuple[int, list[PoolSource]]]:
         """Return the number of the first row of each part, and its pools."""
@@ -109,28 +136,31 @@ class AdaptiveTableSource(TableSource):
             found.setdefault(pool.first_row, []).append(pool)
         return list(found.items())
 
+    def utilities(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the utilities of the rows of ascending ids ``(n,)`` bfloat16; of their first chunks if they are cut.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        start, stop = (int(ids[0]), int(ids[-1]) + 1) if len(ids) else (0, 0)
+        name = f"{self.slots_name.removesuffix('slots')}utilities"
+        return self._of_rows(name, torch.bfloat16, self.pools[0].first_row, start, stop)[ids - start]
+
     def _codes(self, first_row: int, start: int, stop: int) -> torch.Tensor:
         """Return the codes of the slots of rows ``[start, stop)`` of a part, -1 for none."""
+        return self._of_rows(self.slots_name, torch.int32, first_row, start, stop).long()
+
+    def _of_rows(self, name: str, dtype: torch.dtype, first_row: int, start: int, stop: int) -> torch.Tensor:
+        """Return the values of rows ``[start, stop)`` of a part in a tensor of all rows."""
         first, last = first_row + start, first_row + stop
         line = first // self.num_buckets
-        lines = torch.empty(-(-last // self.num_buckets) - line, self.num_buckets, dtype=torch.int32)
-        self._files.read_rows(self.slots_name, line, lines)
-        return lines.view(-1)[first - line * self.num_buckets : last - line * self.num_buckets].long()
+        lines = torch.empty(-(-last // self.num_buckets) - line, self.num_buckets, dtype=dtype)
+        self._files.read_rows(name, line, lines)
+        return lines.view(-1)[first - line * self.num_buckets : last - line * self.num_buckets]
 
     @staticmethod
     def _inside(codes: torch.Tensor, pool: PoolSource) -> torch.Tensor:
         return (codes >= pool.first_code) & (codes < pool.first_code + pool.slots)
-
-
-def _runs(slots: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yield (first slot, begin, end) of runs of ascending slots that are read together."""
-    if not len(slots):
-        return
-    ends = [*(slots.diff() > _GAP).nonzero().squeeze(1).add(1).tolist(), len(slots)]
-    begin = 0
-    for end in ends:
-        yield int(slots[begin]), begin, end
-        begin = end
 
 
 def open_adaptive_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str, TableSource]:
@@ -161,11 +191,18 @@ def open_adaptive_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) ->
                 if pool.width not in layout.permitted_widths[part]:
                     continue
                 column = sum(each.width for each in pools)
-                slots = layout.slots(number)
-                pools.append(
-                    PoolSource(first_rows[part], names[pool.width], pool.width, first_codes[number], slots, column)
-                )
                 which = _projection_index(table, pool.width, part // len(tables), chunk_width)
+                pools.append(
+                    PoolSource(
+                        first_rows[part],
+                        names[pool.width],
+                        pool.width,
+                        first_codes[number],
+                        layout.slots(number),
+                        column,
+                        None if which is None else projection_name(f"{name}:{which}"),
+                    )
+                )
                 projections.append(_projection(files, prefix, table, which, pool.width, column))
         found[name] = AdaptiveTableSource(
             name,
@@ -180,6 +217,7 @@ def open_adaptive_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) ->
             tuple(pools),
             slots_name,
             layout.num_buckets,
+            chunk_width is not None,
         )
     return found
 
@@ -201,7 +239,7 @@ def _projection(
     if index is None:
         first = 0 if width == table.embedding_dim else column
         return torch.eye(table.embedding_dim)[first : first + width]
-    name = f"{prefix}{TABLES_PREFIX}projections.{table.name}:{index}.weight"
+    name = f"{prefix}{projection_name(f'{table.name}:{index}')}"
     _check_shape(files, name, (width, table.embedding_dim))
     return files.load(name).float()
 

@@ -8,9 +8,9 @@ import torch
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
-from mlet_dist.export.table_source import TableSource
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.stored_tables.table_source import LocatedRows, TableSource, projection_name
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,37 @@ class RangedTableSource(TableSource):
         assert self.projection is not None
         first = sum(each.width for each in self.ranges[:index])
         return self.projection[first : first + self.ranges[index].width]
+
+    @property
+    def projections(self) -> dict[int, tuple[str, torch.Tensor]]:
+        """The name in the state dict and the values ``(w, d)`` of each W2, by w."""
+        return {
+            each.width: (projection_name(f"{self.name}:{index}"), self.projection_of(index))
+            for index, each in enumerate(self.ranges)
+            if each.width not in (0, self.embedding_dim)
+        }
+
+    def locate(self, ids: torch.Tensor) -> list[LocatedRows]:
+        """Return where the rows of ``ids`` are stored, ``(n,)`` int64; none for those that read zero."""
+        ids = ids if self.shared_row is None else ids.clamp(max=self.shared_row)
+        found, first = [], 0
+        for index, (each, pool) in enumerate(zip(self.ranges, self.pools, strict=True)):
+            if pool is not None:
+                name, offset = pool
+                positions = ((ids >= first) & (ids < first + each.rows)).nonzero().squeeze(1)
+                has_w2 = each.width != self.embedding_dim
+                found.append(
+                    LocatedRows(
+                        positions,
+                        name,
+                        ids[positions] - first + offset,
+                        each.width,
+                        projection_name(f"{self.name}:{index}") if has_w2 else None,
+                        self.projection_of(index) if has_w2 else None,
+                    )
+                )
+            first += each.rows
+        return found
 
     def select(self, name: str, indices: Sequence[int], *, zero_row: bool, collapsed: bool) -> "RangedTableSource":
         """Return a table of some of the ranges.
@@ -145,7 +176,7 @@ def open_ranged_table(
         if each.width == d:
             projections.append(torch.eye(d))
             continue
-        projection = files.load(f"{prefix}{TABLES_PREFIX}projections.{name}:{index}.weight").float()
+        projection = files.load(f"{prefix}{projection_name(f'{name}:{index}')}").float()
         if projection.shape != (each.width, d):
             raise UserError(
                 f"{files.location}: the W2 of rows of {each.width} columns of table {name!r} is "

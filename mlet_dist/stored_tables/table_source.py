@@ -1,6 +1,6 @@
 """One table of a run, an export or factors on disk, of which ranges of rows are read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,6 +10,30 @@ from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.collection import check_layers_fit
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
+
+_GAP = 64  # rows that are read and thrown away rather than begin another read
+
+
+@dataclass(frozen=True)
+class LocatedRows:
+    """Rows of one width among those that were asked for, and where they are stored.
+
+    Attributes:
+        positions: which of the ids they are ``(m,)`` int64.
+        stored_name: the tensor that holds them in the files.
+        stored_rows: their rows there ``(m,)`` int64.
+        width: their columns.
+        projection_name: the name of their W2 in the state dict of the trained model; None if they have none.
+        projection: W2 ``(width, d)`` float32. The vector of a row is the sum over all of its parts, of which rows that
+            are not cut into chunks have one at most.
+    """
+
+    positions: torch.Tensor
+    stored_name: str
+    stored_rows: torch.Tensor
+    width: int
+    projection_name: str | None
+    projection: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +90,40 @@ class TableSource:
         self._files.read_rows(self.stored_name, start, rows)
 
     @property
+    def projections(self) -> dict[int, tuple[str, torch.Tensor]]:
+        """The name in the state dict and the values ``(w, d)`` of each W2 of whole rows, by w."""
+        if self.projection is None:
+            return {}
+        return {self.projection.shape[0]: (projection_name(self.name), self.projection)}
+
+    def locate(self, ids: torch.Tensor) -> list[LocatedRows]:
+        """Return where the rows of ``ids`` are stored, ``(n,)`` int64; none for those that read zero."""
+        name = None if self.projection is None else projection_name(self.name)
+        width = self.hidden_dim or self.embedding_dim
+        return [LocatedRows(torch.arange(len(ids)), self.stored_name, ids, width, name, self.projection)]
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return a small tensor of the files."""
+        return self._files.load(name)
+
+    def read_located(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Read rows of a tensor of the files, in any order: ``(m, columns)``, or ``(m,)`` if it has one dimension.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        found = self._files.tensors.get(name)
+        if found is None:
+            raise UserError(f"{self.location}: holds no tensor {name!r}")
+        ordered, order = rows.sort()
+        values = torch.empty((len(rows), *found.shape[1:]), dtype=found.dtype)
+        for first, begin, end in _runs(ordered):
+            read = torch.empty((int(ordered[end - 1]) + 1 - first, *found.shape[1:]), dtype=found.dtype)
+            self._files.read_rows(name, first, read)
+            values[order[begin:end]] = read[ordered[begin:end] - first]
+        return values
+
+    @property
     def shared_row(self) -> int | None:
         """The id of the row that ids of rows that are not stored read; None if they read zero.
 
@@ -85,6 +143,22 @@ class TableSource:
         return replace(self, _files=files)
 
 
+def projection_name(name: str) -> str:
+    """Return the name in the state dict of a W2: of a table, or of a part of one, ``<table>:<part>``."""
+    return f"{TABLES_PREFIX}projections.{name}.weight"
+
+
+def _runs(rows: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yield (first row, begin, end) of runs of ascending rows that are read together."""
+    if not len(rows):
+        return
+    ends = [*(rows.diff() > _GAP).nonzero().squeeze(1).add(1).tolist(), len(rows)]
+    begin = 0
+    for end in ends:
+        yield int(rows[begin]), begin, end
+        begin = end
+
+
 def open_table(
     name: str, shape: Sequence[int], hidden_dim: int | None, files: ChunkedTensors, prefix: str
 ) -> TableSource:
@@ -97,7 +171,7 @@ def open_table(
         raise UserError(f"{files.location}: holds no tensor {state_name!r}, which the model has")
     found = files.tensors[stored_name]
     if hidden_dim is not None:
-        projection = files.load(f"{prefix}{TABLES_PREFIX}projections.{name}.weight").float()
+        projection = files.load(f"{prefix}{projection_name(name)}").float()
         try:
             check_layers_fit(name, torch.Size(found.shape), projection.size())
         except ValueError as error:

@@ -1,0 +1,49 @@
+"""Open all tables of a model on disk."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.stored_tables.adaptive_source import open_adaptive_tables
+from mlet_dist.stored_tables.ranged_source import open_ranged_table, pools_of
+from mlet_dist.stored_tables.table_source import TableSource, open_table
+
+
+def open_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str, TableSource]:
+    """Return the tables of a model by name, after checking the shapes of their tensors.
+
+    Args:
+        spec: the model.
+        files: an open checkpoint or export.
+        prefix: of the model's names in the files.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    k, d = spec.model.hidden_dim, spec.model.embedding_dim
+    if spec.adaptive:
+        adaptive = open_adaptive_tables(spec, files, prefix)
+        plain = [each for each in spec.tables if each.name not in adaptive]
+        return {
+            each.name: open_table(each.name, (each.num_embeddings, d), k, files, prefix) for each in plain
+        } | adaptive
+    pools = pools_of(spec) if spec.row_ranges else {}
+    return {
+        each.name: open_ranged_table(each.name, spec, pools, files, prefix)
+        if each.name in spec.row_ranges
+        else open_table(each.name, (each.num_embeddings, d), k, files, prefix)
+        for each in spec.tables
+    }
+
+
+def open_factors(about: Mapping[str, Any], files: ChunkedTensors, prefix: str) -> dict[str, TableSource]:
+    """Return the tables of `mlet factorize` that belong to no model of this project; ``about`` is of their manifest.
+
+    Raises:
+        UserError: as for ``open_tables``.
+    """
+    return {
+        each["name"]: open_table(each["name"], each["shape"], each["hidden_dim"], files, prefix)
+        for each in about["factorized"]["tables"]
+    }

@@ -1,0 +1,271 @@
+"""Start the tables of a model from tables with other widths of rows: another budget or policy, or no compression.
+
+Every row gets the vector that it had, as ``stored_tables.refitted_rows`` says. A rank reads the rows that it owns.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY
+from mlet_dist.checkpoint.manifest import Manifest
+from mlet_dist.checkpoint.store import Checkpoint
+from mlet_dist.checkpoint.tensor_ranges import DcpFiles
+from mlet_dist.embeddings.row_ranges import segments_of
+from mlet_dist.embeddings.slot_layout import SlotLayout
+from mlet_dist.embeddings.table_config import Segment
+from mlet_dist.errors import UserError
+from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.stored_tables.adaptive_source import AdaptiveTableSource
+from mlet_dist.stored_tables.open_tables import open_factors, open_tables
+from mlet_dist.stored_tables.refitted_rows import RefittedRows, check_source, closest_projection
+from mlet_dist.stored_tables.table_source import TableSource, projection_name
+
+_BLOCK_ROWS = 1 << 18
+_STEP = "step"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Rows of a part of a table, and where this rank has them.
+
+    Attributes:
+        segment: the part.
+        ids: ascending ids of the table ``(n,)``.
+        name: of the tensor that stores them.
+        positions: theirs in this rank's part of it ``(n,)``.
+    """
+
+    segment: Segment
+    ids: torch.Tensor
+    name: str
+    positions: torch.Tensor
+
+
+class RefittedTables:
+    """The tables of a model, filled with the rows of tables on disk.
+
+    Args:
+        spec: the model.
+        sources: the tables on disk, by name, in a checkpoint.
+
+    Raises:
+        UserError: a table is missing, or has other rows or vectors of another width; or the model's rows are cut into
+            chunks.
+    """
+
+    def __init__(self, spec: ModelSpec, sources: Mapping[str, TableSource]) -> None:
+        meta = torch.device("meta")
+        collection = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection
+        self._sources = sources
+        tables = collection.embedding_bag_configs()
+        for table in tables:
+            if table.name not in sources:
+                raise UserError(f"{_location(sources)}: holds no table {table.name!r}, which the model has")
+            check_source(sources[table.name], table.num_embeddings, table.embedding_dim)
+        if collection.adaptive is not None and collection.adaptive.chunk_width is not None:
+            raise UserError(
+                f"{_location(sources)}: rows that are cut into chunks (compression.nested false) cannot begin with the "
+                "rows of other settings; use compression.nested true, or policy static"
+            )
+        self._row_tables = {
+            f"{TABLES_PREFIX}embedding_bags.{table.name}.weight": table for table in collection.row_tables()
+        }
+        ranged = [table for table in tables if table.row_ranges is not None]
+        self._layout = SlotLayout.of(ranged) if collection.adaptive is not None else None
+        self._refitted: dict[str, RefittedRows] = {}
+
+    @classmethod
+    def of_checkpoint(cls, spec: ModelSpec, checkpoint: Checkpoint, manifest: Manifest) -> "RefittedTables":
+        """Open the tables of a checkpoint of a run, or of `mlet factorize`.
+
+        Raises:
+            UserError: as above, a tensor is missing, or the checkpoint does not say which model it is of.
+        """
+        about, location, prefix = manifest.about, checkpoint.location, f"{MODEL_KEY}."
+        files = DcpFiles(location, checkpoint.open, manifest.files)
+        if about.get("spec") is not None:
+            return cls(spec, open_tables(ModelSpec.from_dict(about["spec"], str(location)), files, prefix))
+        if "factorized" not in about:
+            raise UserError(
+                f"{location}: was saved by a version that did not record the model, so that its rows cannot begin a "
+                "run with compression; use the export of that run, and `mlet factorize`"
+            )
+        return cls(spec, open_factors(about, files, prefix))
+
+    def check_has_states(self) -> None:
+        """Raise UserError if the optimizer states on disk fit no other rows."""
+        if any(isinstance(each, AdaptiveTableSource) and each.is_chunked for each in self._sources.values()):
+            raise UserError(
+                f"{_location(self._sources)}: its rows are cut into chunks (compression.nested false), whose optimizer "
+                "state does not fit other settings; begin with its weights alone (train.initial_weights)"
+            )
+
+    @torch.no_grad()
+    def load(self, model: nn.Module, states: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Fill the model's tables, and their optimizer states if given. A collective call.
+
+        Args:
+            model: the sharded model.
+            states: the ``optimizer_state`` of a run that goes on; rows of adaptive tables then keep their utilities,
+                too. None for a run that begins.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        weights = model.state_dict()
+        self._fill_projections(weights, states or {})
+        if states is not None and self._layout is not None:
+            self._fill_slots(self._layout, weights)
+        for place in self._places(weights):
+            if not len(place.ids):
+                continue
+            refitted, weight = self._refitted[place.segment.name], weights[place.name]
+            shared = self._newly_shared(place)
+            _write(weight, place.positions, refitted.rows(place.ids))
+            if shared:
+                _write(weight, place.positions[-1:], refitted.mean_row(*shared))
+            for name, state in (states or {}).get(place.name, {}).items():
+                if name == _STEP:
+                    state.copy_(self._steps(refitted.source))
+                    continue
+                how: dict[str, Any] = {"stored_as": partial(_state_name, name), "by_row": len(state.size()) == 1}
+                _write(state, place.positions, refitted.state(place.ids, name, **how))
+                if shared:
+                    _write(state, place.positions[-1:], refitted.sum_of_states(*shared, name, **how))
+        model.load_state_dict(weights)
+
+    def _fill_projections(self, weights: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Fill every W2: with that of the same width on disk, or with the directions that lose least, or not at all."""
+        ranks, number = dist.get_world_size(), 0
+        for table in self._row_tables.values():
+            for segment in segments_of([table]):
+                source, width = self._sources[segment.table], table.row_width
+                name = projection_name(segment.name)
+                if table.hidden_dim is None:
+                    self._refitted[segment.name] = RefittedRows(source, width)
+                    continue
+                weight, same_as = weights[name], None
+                if width in source.projections:
+                    same_as, found = source.projections[width]
+                    weight.copy_(found)
+                    for each, state in states.get(name, {}).items():
+                        state.copy_(source.load(_state_name(each, same_as)))
+                elif width < table.embedding_dim:
+                    if dist.get_rank() == number % ranks:
+                        first, stop = segment.first_row, segment.first_row + segment.rows
+                        weight.copy_(closest_projection(source, first, stop, weight.cpu()))
+                    dist.broadcast(weight, src=number % ranks)
+                    number += 1
+                self._refitted[segment.name] = RefittedRows(source, width, weight.detach().cpu().clone(), same_as)
+
+    def _fill_slots(self, layout: SlotLayout, weights: Mapping[str, Any]) -> None:
+        """Give the widest slots to the rows of the highest utility on disk, if there are any."""
+        adaptive = {name: each for name, each in self._sources.items() if isinstance(each, AdaptiveTableSource)}
+        if not adaptive:
+            return
+        start, first_rows = f"{TABLES_PREFIX}row_slots.", layout.first_rows().tolist()
+
+        def utilities_of(rows: torch.Tensor) -> torch.Tensor:
+            parts = layout.parts_of(rows)
+            found = torch.empty(len(rows), dtype=torch.bfloat16)
+            for part, table in enumerate(layout.tables):
+                own = (parts == part).nonzero().squeeze(1)
+                ids, order = (rows[own] - first_rows[part]).sort()
+                found[own[order]] = adaptive[table].utilities(ids)
+            return found
+
+        slots, utilities = (weights[f"{start}{name}"].local_shards()[0] for name in ("slots", "utilities"))
+        first = slots.metadata.shard_offsets[1]
+        stop = first + slots.metadata.shard_sizes[1]
+        slots.tensor.copy_(layout.slots_by(lambda rows: utilities_of(rows).float(), first, stop))
+        rows = layout.rows_of(first, stop)
+        exists = rows >= 0
+        found = torch.zeros(rows.shape, dtype=torch.bfloat16)
+        found[exists] = utilities_of(rows[exists])
+        utilities.tensor.copy_(found)
+        step = f"{start}{_STEP}"
+        weights[step].copy_(adaptive[layout.tables[0]].load(f"{MODEL_KEY}.{step}"))
+
+    def _places(self, weights: Mapping[str, Any]) -> Iterator[_Place]:
+        """Yield all rows of this rank, in blocks."""
+        for name, table in self._row_tables.items():
+            if table.num_buckets:
+                continue
+            first, rows = _local_rows(weights[name])
+            for segment in segments_of([table]):
+                begin = max(segment.offset, first)
+                end = min(segment.offset + segment.rows, first + rows)
+                for start in range(begin, end, _BLOCK_ROWS):
+                    stored = torch.arange(start, min(start + _BLOCK_ROWS, end))
+                    yield _Place(segment, stored - segment.offset + segment.first_row, name, stored - first)
+        if self._layout is not None:
+            yield from self._places_of_slots(self._layout, weights)
+
+    def _places_of_slots(self, layout: SlotLayout, weights: Mapping[str, Any]) -> Iterator[_Place]:
+        shard = weights[f"{TABLES_PREFIX}row_slots.slots"].local_shards()[0]
+        first_bucket, buckets = shard.metadata.shard_offsets[1], shard.metadata.shard_sizes[1]
+        pools = {table.row_width: (name, table) for name, table in self._row_tables.items() if table.num_buckets}
+        first_codes, first_rows = layout.first_codes().tolist(), layout.first_rows().tolist()
+        lines = max(1, _BLOCK_ROWS // buckets)
+        for start in range(0, layout.rows_per_bucket, lines):
+            codes = shard.tensor[start : start + lines].cpu().long()
+            line = torch.arange(start, start + len(codes)).unsqueeze(1)
+            rows = line * layout.num_buckets + torch.arange(first_bucket, first_bucket + buckets)
+            for pool, first_code in zip(layout.pools, first_codes, strict=True):
+                name, table = pools[pool.width]
+                slots = codes - first_code
+                inside = (slots >= 0) & (slots < table.num_embeddings)
+                numbers, positions = rows[inside], slots[inside] - first_bucket * pool.slots_per_bucket
+                parts = layout.parts_of(numbers)
+                for segment in table.segments:
+                    part = layout.tables.index(segment.table)
+                    own = parts == part
+                    yield _Place(segment, numbers[own] - first_rows[part], name, positions[own])
+
+    def _newly_shared(self, place: _Place) -> tuple[int, int] | None:
+        """Return the ids [first, stop) that will share the last row of a place, if they do not on disk."""
+        segment, on_disk = place.segment, self._sources[place.segment.table].shared_row
+        last = segment.first_row + segment.rows - 1
+        if not segment.shared_by or int(place.ids[-1]) != last or (on_disk is not None and on_disk <= last):
+            return None
+        return last, last + 1 + segment.shared_by
+
+    def _steps(self, source: TableSource) -> torch.Tensor:
+        """Return the number of steps that Adam counts for the rows on disk."""
+        (part, *_) = source.locate(torch.zeros(1, dtype=torch.int64))
+        return source.load(_state_name(_STEP, part.stored_name))
+
+
+def _location(sources: Mapping[str, TableSource]) -> str:
+    return next((source.location for source in sources.values()), "")
+
+
+def _state_name(state: str, tensor: str) -> str:
+    """Return the name of an optimizer state of a tensor of the model, both in the files."""
+    return f"{OPTIMIZER_KEY}.{tensor.removeprefix(f'{MODEL_KEY}.')}.{state}"
+
+
+def _local_rows(tensor: torch.Tensor | ShardedTensor) -> tuple[int, int]:
+    """Return the first row of this rank's part of a tensor, and the number of its rows."""
+    if not isinstance(tensor, ShardedTensor):
+        return 0, tensor.shape[0]
+    shards = tensor.local_shards()
+    return (shards[0].metadata.shard_offsets[0], shards[0].metadata.shard_sizes[0]) if shards else (0, 0)
+
+
+def _write(tensor: torch.Tensor | ShardedTensor, positions: torch.Tensor, rows: torch.Tensor) -> None:
+    """Write rows to this rank's part of a tensor, of which it may have some columns only."""
+    parts = [(tensor, 0)]
+    if isinstance(tensor, ShardedTensor):
+        parts = [(shard.tensor, shard.metadata.shard_offsets[-1]) for shard in tensor.local_shards()]
+    for part, column in parts:
+        values = rows if part.dim() == 1 else rows[:, column : column + part.shape[1]]
+        part[positions.to(part.device)] = values.to(part.device, part.dtype)
