@@ -24,6 +24,7 @@ from mlet_dist.cli import (
     synth,
     train,
     verify,
+    widths,
 )
 from mlet_dist.cli.options import Parser, check_options
 from mlet_dist.cli.output import Result, print_error, print_result
@@ -46,7 +47,7 @@ class _Command(Protocol):
 
 
 _COMMANDS: tuple[_Command, ...] = (
-    describe, prepare, synth, train, compare, plan, evaluate, export, verify, factorize, spectrum, doctor,
+    describe, prepare, synth, train, compare, plan, evaluate, export, verify, factorize, spectrum, widths, doctor,
 )  # fmt: skip
 
 

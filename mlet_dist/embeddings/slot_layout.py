@@ -164,6 +164,15 @@ class SlotLayout:
         """T·G, the number of parts."""
         return len(self.initial_widths)
 
+    def row_ranges(self) -> list[tuple[str, int, int]]:
+        """Return table, rows and width before training of consecutive rows, in the order of all rows."""
+        num_tables = len(self.tables)
+        found = []
+        for index, table in enumerate(self.tables):
+            chunks = self.initial_widths[index::num_tables]  # each has the table's ranges of rows
+            found += [(table, of[0][0], sum(width for _, width in of)) for of in zip(*chunks, strict=True)]
+        return found
+
     def first_bucket(self, rank: int, world_size: int) -> int:
         """Return the first bucket that a rank owns; its buckets end where those of the next rank begin.
 

@@ -22,22 +22,26 @@ class WidthShare:
     lookups: float
 
 
-def width_shares(ranges: Mapping[str, Sequence[RowRange]], counts: Mapping[str, Counts]) -> list[WidthShare]:
+def width_shares(ranges: Mapping[str, Sequence[RowRange]], lookups: Mapping[str, float]) -> list[WidthShare]:
     """Return the shares of each width, the largest width first.
 
     Args:
         ranges: the row ranges of each table, with their shares of its lookups.
-        counts: the lookups of each row by table.
+        lookups: those of each table, in any unit.
     """
     rows: dict[int, int] = {}
-    lookups: dict[int, float] = {}
+    found: dict[int, float] = {}
     for name, of_table in ranges.items():
-        total = float(counts[name].sum())
         for each in of_table:
             rows[each.width] = rows.get(each.width, 0) + each.rows
-            lookups[each.width] = lookups.get(each.width, 0.0) + each.share * total
-    all_rows, all_lookups = sum(rows.values()), max(1.0, sum(lookups.values()))
-    return [WidthShare(each, rows[each] / all_rows, lookups[each] / all_lookups) for each in sorted(rows, reverse=True)]
+            found[each.width] = found.get(each.width, 0.0) + each.share * lookups[name]
+    all_rows, all_lookups = sum(rows.values()), sum(found.values()) or 1.0
+    return [WidthShare(each, rows[each] / all_rows, found[each] / all_lookups) for each in sorted(rows, reverse=True)]
+
+
+def total_lookups(counts: Mapping[str, Counts]) -> dict[str, float]:
+    """Return the lookups of each table, given those of its rows."""
+    return {name: float(of_table.sum()) for name, of_table in counts.items()}
 
 
 def describe_shares(shares: Sequence[WidthShare]) -> str:

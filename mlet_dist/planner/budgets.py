@@ -6,7 +6,7 @@ from typing import Any
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import text_table
 from mlet_dist.models.row_widths import Sizes, budget_bytes, static_ranges
-from mlet_dist.models.width_shares import width_shares
+from mlet_dist.models.width_shares import total_lookups, width_shares
 from mlet_dist.planner.configurations import Case, budget_share
 
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)
@@ -43,7 +43,7 @@ def _entry(case: Case, sizes: Sizes, single: int, share: float) -> dict[str, Any
         ranges = static_ranges(case.counts, compression, case.spec.model, sizes)
     except UserError:
         return found | dict.fromkeys(keys)
-    shares = width_shares(ranges, case.counts)
+    shares = width_shares(ranges, total_lookups(case.counts))
     kept = [each for each in shares if each.width]
     values = (
         sizes.trained(ranges.values()),

@@ -27,7 +27,7 @@ from mlet_dist.models.row_widths import (
     static_ranges,
 )
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.models.width_shares import describe_shares, width_shares
+from mlet_dist.models.width_shares import describe_shares, total_lookups, width_shares
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.state import Training
 
@@ -129,7 +129,7 @@ def with_row_ranges(
     lines = [
         f"compression  {size:,} bytes in training, {size / single:.1%} of those of single-layer tables (budget "
         f"{budget:,} bytes, {budget / single:.1%})",
-        f"compression  {describe_shares(width_shares(ranges, counts))}",
+        f"compression  {describe_shares(width_shares(ranges, total_lookups(counts)))}",
     ]
     d, widest = spec.model.embedding_dim, max(each.width for of_table in ranges.values() for each in of_table)
     if widest <= d < (spec.model.hidden_dim or d):

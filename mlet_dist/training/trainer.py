@@ -80,7 +80,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         summary = {"run": str(job.run.path), "steps": training.step, "checkpoint": checkpoint}
         size = training_bytes(training, worker.device)
         summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
-        summary |= compression_summary(job.spec, config.optimizer.name, size, kept_shares(model))
+        summary |= compression_summary(job.spec, config.optimizer.name, size, kept_shares(model)[0])
         stop.ignore()
         dist.barrier()  # a rank that a signal has ended before keeps the others from finishing the run
         if worker.is_first:

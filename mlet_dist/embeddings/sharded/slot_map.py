@@ -191,13 +191,15 @@ class SlotMap:
         return torch.searchsorted(self._first_rows, self.row_numbers(local_rows), right=True) - 1
 
     def kept_rows(self) -> torch.Tensor:
-        """Return the number of this rank's rows of each table that have a slot ``(T,)`` int64."""
+        """Return how many of this rank's rows have a slot, for each range of ``layout.row_ranges()``, int64."""
         kept = (self.slots.view(self.layout.num_chunks, -1) >= 0).any(dim=0)
-        tables = len(self.layout.tables)
-        found = torch.zeros(tables, dtype=torch.int64, device=self.device)
+        rows = torch.tensor([rows for _, rows, _ in self.layout.row_ranges()])
+        ends = rows.cumsum(0).to(self.device)
+        found = torch.zeros_like(ends)
         for start in range(0, len(kept), _BLOCK_ROWS):
             local_rows = start + kept[start : start + _BLOCK_ROWS].nonzero().squeeze(1)
-            found += torch.bincount(self._parts_of(local_rows), minlength=tables)
+            ranges = torch.searchsorted(ends, self.row_numbers(local_rows), right=True)
+            found += torch.bincount(ranges, minlength=len(ends))
         return found
 
     def locate(self, local_rows: torch.Tensor) -> Located:

@@ -184,6 +184,35 @@ def test_the_rows_of_the_highest_utility_get_the_widest_slots() -> None:
     assert choose_pools(utility, nowhere, permitted, two_buckets, [1, 1], 0.0).tolist() == [-1, 1, 0, 0, 1, -1]
 
 
+@pytest.mark.parametrize("chunk_width", [None, 8])
+def test_kept_rows_are_counted_by_range_on_any_number_of_ranks(chunk_width: int | None) -> None:
+    ranges = {"wide": [(30, 16), (40, 8), (90, 0)], "plain": [(35, 8), (25, 0)]}
+    configs = [
+        MultiLayerEmbeddingBagConfig(
+            name=name,
+            num_embeddings=sum(rows for rows, _ in of_table),
+            embedding_dim=DIM,
+            hidden_dim=16,
+            feature_names=[name],
+            row_ranges=[RowRange(*each) for each in of_table],
+        )
+        for name, of_table in ranges.items()
+    ]
+    layout = SlotLayout.of(configs, chunk_width)
+    assert layout.row_ranges() == [(name, *each) for name, of_table in ranges.items() for each in of_table]
+    of_rows = layout.num_buckets * layout.rows_per_bucket
+    for size in (1, 2, 3):
+        maps = [SlotMap(layout, AdaptiveRows(chunk_width=chunk_width), rank, size, CPU) for rank in range(size)]
+        for each in maps:
+            missing = torch.rand(each.slots.shape, generator=torch.Generator().manual_seed(each.first_bucket)) < 0.5
+            each.slots[missing] = -1
+        slots = torch.cat([each.slots for each in maps], dim=1)
+        kept = (slots.view(-1, of_rows) >= 0).any(dim=0)[: layout.num_rows]  # rows in their order
+        expected = [int(part.sum()) for part in kept.split([rows for _, rows, _ in layout.row_ranges()])]
+        assert sum(each.kept_rows() for each in maps).tolist() == expected
+        assert 0 < sum(expected) < layout.num_rows
+
+
 def test_each_rank_has_its_share_of_the_passes_at_any_time() -> None:
     settings = AdaptiveRows(interval=6, warmup=0)
     ranks = [SlotMap(_layout(), settings, rank, 4, CPU) for rank in range(4)]
