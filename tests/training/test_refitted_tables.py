@@ -10,7 +10,7 @@ from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.stored_tables.refitted_rows import closest_projection, gram_of
 from mlet_dist.stored_tables.table_source import TableSource
-from tests.helpers.mlet_command import ROOT, error_line
+from tests.helpers.mlet_command import ROOT, error_line, mlet
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
 
 pytestmark = pytest.mark.e2e
@@ -281,6 +281,39 @@ def test_the_state_of_a_shared_row_is_counted_once(after: str, runs: Runs, ranks
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-12)
         compared += now != shared
     assert compared
+
+
+def test_other_intervals_keep_every_bit(runs: Runs, ranks: Ranks, tmp_path: Path) -> None:
+    """Settings that change neither policy nor widths leave all rows where they are, even if they are cut."""
+    for policy in ("adaptive", "chunks"):
+        old, new = runs(policy), tmp_path / policy
+        settings = (*runs.settings(policy), "compression.interval=7", f"run.dir={new}", f"train.resume={old}")
+        train_in_ranks(ranks, 2, *settings)
+        before, after = (tensors(path, STEPS, tmp_path) for path in (old, new))
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            if "/rng/" not in name:
+                assert torch.equal(after[name], tensor), name
+
+
+def test_a_run_does_not_change_its_own_compression(runs: Runs, tmp_path: Path) -> None:
+    """Neither where train.resume is still set to the run that it began with, nor from a checkpoint of its own."""
+    run = stopped_after(STEPS, runs("static"), tmp_path / "run")
+    for path in (runs("none"), run / "checkpoints" / f"step-{STEPS:08d}"):
+        line = error_line(
+            "train", CONFIG, *runs.settings("smaller"), "train.max_steps=40", f"run.dir={run}", f"train.resume={path}"
+        )
+        assert "compression.budget was 1.1, is 0.4" in line
+        assert line.endswith("choose another run.dir")
+
+
+@pytest.mark.parametrize("setting", ["train.resume", "train.initial_weights"])
+def test_a_run_is_not_removed_by_the_run_that_begins_with_it(setting: str, runs: Runs, tmp_path: Path) -> None:
+    run = stopped_after(STEPS, runs("static"), tmp_path / "run")
+    settings = (*runs.settings("smaller"), "train.max_steps=40", f"run.dir={run}", "run.overwrite=true")
+    error = mlet("train", CONFIG, *settings, f"{setting}={run}", expect=2).stderr
+    assert "is to begin with it, and would remove it first; choose another run.dir" in error
+    assert (run / "checkpoints" / f"step-{STEPS:08d}" / ".metadata").exists()
 
 
 def test_narrow_rows_lose_as_little_as_any_projection_could(runs: Runs) -> None:
