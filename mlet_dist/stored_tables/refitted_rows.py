@@ -21,7 +21,8 @@ class RefittedRows:
     """A table on disk, seen as rows of one width with one W2.
 
     A row whose width and W2 are those on disk is what it is there. Any other gets the least-squares solution of
-    x'·W2' = x·W2 with the smallest norm: its vector stays what it was if the new width is d or more.
+    x'·W2' = x·W2 with the smallest norm: its vector stays what it was if the new width is d or more, but for directions
+    that W2' has hardly (``row_moves.least_squares_inverse``).
 
     Attributes:
         source: the table.
@@ -70,11 +71,20 @@ class RefittedRows:
             stored_as: from the name of a tensor in the files to that of its state.
             by_row: whether the optimizer has one number a row.
 
-        The rows must be whole in the files.
+        The rows must be whole in the files. Ids that share a row there have equal parts of its state.
 
         Raises:
             UserError: a file is missing or damaged.
         """
+        found = self._stored_state(ids, name, stored_as, by_row=by_row)
+        if self.source.shared_row is not None:
+            found[ids >= self.source.shared_row] /= self.source.num_embeddings - self.source.shared_row
+        return found
+
+    def _stored_state(
+        self, ids: torch.Tensor, name: str, stored_as: Callable[[str], str], *, by_row: bool
+    ) -> torch.Tensor:
+        """Return the ``state`` of rows, which for all ids of a shared row is that of the row."""
         found = torch.zeros(len(ids) if by_row else (len(ids), self.width))
         for part in self.source.locate(ids):
             values = self.source.read_located(stored_as(part.stored_name), part.stored_rows).float()
@@ -93,10 +103,15 @@ class RefittedRows:
 
         It is about that of a row that all of them share, whose gradient is the sum of theirs.
         """
+        rows = self.source.num_embeddings
+        shared = rows if self.source.shared_row is None else self.source.shared_row
         total = torch.zeros(1 if by_row else (1, self.width))
-        for start in range(first, stop, _BLOCK_ROWS):
-            ids = torch.arange(start, min(start + _BLOCK_ROWS, stop))
-            total += self.state(ids, name, stored_as, by_row=by_row).sum(dim=0)
+        for start in range(first, min(stop, shared), _BLOCK_ROWS):
+            ids = torch.arange(start, min(start + _BLOCK_ROWS, stop, shared))
+            total += self._stored_state(ids, name, stored_as, by_row=by_row).sum(dim=0)
+        if stop > shared:
+            share = (stop - max(first, shared)) / (rows - shared)
+            total += share * self._stored_state(torch.tensor([shared]), name, stored_as, by_row=by_row)
         return total
 
     def _is_same(self, part: LocatedRows) -> bool:
@@ -122,21 +137,35 @@ def vectors_of(source: TableSource, first: int, stop: int) -> Iterator[torch.Ten
         yield plain.rows(torch.arange(start, min(start + _BLOCK_ROWS, stop))).double()
 
 
-def closest_projection(source: TableSource, first: int, stop: int, initial: torch.Tensor) -> torch.Tensor:
-    """Return the W2 ``(w, d)``, w < d, with which rows of w columns lose least of the vectors of given ids.
-
-    Its rows are the directions in which the vectors of ids ``[first, stop)`` are longest, scaled to the mean norm of
-    those of ``initial``. If all vectors are zero, it is ``initial``.
-    """
-    d = initial.shape[1]
+def gram_of(source: TableSource, first: int, stop: int) -> torch.Tensor:
+    """Return the Gram matrix ``(d, d)`` float64 of the vectors of ids ``[first, stop)`` of a table."""
+    d = source.embedding_dim
     gram = torch.zeros(d, d, dtype=torch.float64)
     for vectors in vectors_of(source, first, stop):
         gram.addmm_(vectors.T, vectors)
+    return gram
+
+
+def closest_projection(gram: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """Return the W2 ``(w, d)``, w < d, with which rows of w columns lose least of vectors with a Gram matrix.
+
+    Its rows are the directions in which the vectors are longest, scaled to the mean norm of those of ``initial``. If
+    all vectors are zero, it is ``initial``.
+    """
     if not bool(gram.any()):
         return initial
     _, directions = torch.linalg.eigh(gram)
     longest = directions.flip(1)[:, : len(initial)].T
     return (longest * (float(initial.double().norm()) / math.sqrt(len(initial)))).to(initial.dtype)
+
+
+def even_projection(initial: torch.Tensor) -> torch.Tensor:
+    """Return the W2 ``(w, d)``, w >= d, closest to ``initial`` that has the same gain for all vectors.
+
+    A random W2 of few more than d rows has hardly any gain in some directions, in which vectors would be lost.
+    """
+    left, _, right = torch.linalg.svd(initial.double(), full_matrices=False)
+    return (left @ right * (float(initial.double().norm()) / math.sqrt(initial.shape[1]))).to(initial.dtype)
 
 
 def check_source(source: TableSource, num_embeddings: int, embedding_dim: int) -> None:

@@ -12,6 +12,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 
 _GAP = 64  # rows that are read and thrown away rather than begin another read
+_MOST_ROWS = 1 << 16  # that are read together
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def _runs(rows: torch.Tensor) -> Iterator[tuple[int, int, int]]:
     """Yield (first row, begin, end) of runs of ascending rows that are read together."""
     if not len(rows):
         return
-    ends = [*(rows.diff() > _GAP).nonzero().squeeze(1).add(1).tolist(), len(rows)]
+    cuts = (rows.diff() > _GAP) | ((rows // _MOST_ROWS).diff() > 0)
+    ends = [*cuts.nonzero().squeeze(1).add(1).tolist(), len(rows)]
     begin = 0
     for end in ends:
         yield int(rows[begin]), begin, end

@@ -29,6 +29,7 @@ from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.resume import (
     ResumePoint,
+    check_outlives,
     check_replaceable,
     drop_later_checkpoints,
     find_resume_point,
@@ -133,9 +134,13 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
         store, identity = run.checkpoint_store(config), identity_of(config, spec, schema.content_id("train"))
         resume_point = find_resume_point(config, store, identity)
         if resume_point is not None:
+            if not resume_point.is_own:
+                check_outlives(resume_point.found, run, store)
             resume_point = resume_point.open(spec)
             loader.load_state_dict(resume_point.found.manifest.about["data"])
         initial = find_initial_weights(config, spec) if resume_point is None else None
+        if initial is not None:
+            check_outlives(initial.found, run, store)
         if resume_point is not None and resume_point.is_own:
             run = replace(run, run_id=resume_point.found.manifest.about.get(RUN_ID))
         else:

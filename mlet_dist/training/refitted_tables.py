@@ -16,7 +16,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.store import Checkpoint
-from mlet_dist.checkpoint.tensor_ranges import DcpFiles
+from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import Segment
@@ -25,10 +25,16 @@ from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.stored_tables.adaptive_source import AdaptiveTableSource
 from mlet_dist.stored_tables.open_tables import open_factors, open_tables
-from mlet_dist.stored_tables.refitted_rows import RefittedRows, check_source, closest_projection
+from mlet_dist.stored_tables.refitted_rows import (
+    RefittedRows,
+    check_source,
+    closest_projection,
+    even_projection,
+    gram_of,
+)
 from mlet_dist.stored_tables.table_source import TableSource, projection_name
 
-_BLOCK_ROWS = 1 << 18
+_BLOCK_ROWS = 1 << 16
 _STEP = "step"
 
 
@@ -55,16 +61,17 @@ class RefittedTables:
     Args:
         spec: the model.
         sources: the tables on disk, by name, in a checkpoint.
+        files: those of the checkpoint, which are closed whenever the tables have been filled.
 
     Raises:
         UserError: a table is missing, or has other rows or vectors of another width; or the model's rows are cut into
             chunks.
     """
 
-    def __init__(self, spec: ModelSpec, sources: Mapping[str, TableSource]) -> None:
+    def __init__(self, spec: ModelSpec, sources: Mapping[str, TableSource], files: ChunkedTensors) -> None:
         meta = torch.device("meta")
         collection = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection
-        self._sources = sources
+        self._sources, self._files = sources, files
         tables = collection.embedding_bag_configs()
         for table in tables:
             if table.name not in sources:
@@ -80,7 +87,6 @@ class RefittedTables:
         }
         ranged = [table for table in tables if table.row_ranges is not None]
         self._layout = SlotLayout.of(ranged) if collection.adaptive is not None else None
-        self._refitted: dict[str, RefittedRows] = {}
 
     @classmethod
     def of_checkpoint(cls, spec: ModelSpec, checkpoint: Checkpoint, manifest: Manifest) -> "RefittedTables":
@@ -92,13 +98,14 @@ class RefittedTables:
         about, location, prefix = manifest.about, checkpoint.location, f"{MODEL_KEY}."
         files = DcpFiles(location, checkpoint.open, manifest.files)
         if about.get("spec") is not None:
-            return cls(spec, open_tables(ModelSpec.from_dict(about["spec"], str(location)), files, prefix))
+            tables = open_tables(ModelSpec.from_dict(about["spec"], str(location)), files, prefix)
+            return cls(spec, tables, files)
         if "factorized" not in about:
             raise UserError(
                 f"{location}: was saved by a version that did not record the model, so that its rows cannot begin a "
                 "run with compression; use the export of that run, and `mlet factorize`"
             )
-        return cls(spec, open_factors(about, files, prefix))
+        return cls(spec, open_factors(about, files, prefix), files)
 
     def check_has_states(self) -> None:
         """Raise UserError if the optimizer states on disk fit no other rows."""
@@ -121,50 +128,79 @@ class RefittedTables:
             UserError: a file is missing or damaged.
         """
         weights = model.state_dict()
-        self._fill_projections(weights, states or {})
-        if states is not None and self._layout is not None:
-            self._fill_slots(self._layout, weights)
-        for place in self._places(weights):
-            if not len(place.ids):
-                continue
-            refitted, weight = self._refitted[place.segment.name], weights[place.name]
-            shared = self._newly_shared(place)
-            _write(weight, place.positions, refitted.rows(place.ids))
-            if shared:
-                _write(weight, place.positions[-1:], refitted.mean_row(*shared))
-            for name, state in (states or {}).get(place.name, {}).items():
-                if name == _STEP:
-                    state.copy_(self._steps(refitted.source))
-                    continue
-                how: dict[str, Any] = {"stored_as": partial(_state_name, name), "by_row": len(state.size()) == 1}
-                _write(state, place.positions, refitted.state(place.ids, name, **how))
-                if shared:
-                    _write(state, place.positions[-1:], refitted.sum_of_states(*shared, name, **how))
+        with self._files:
+            refitted = self._fill_projections(weights, states or {})
+            if states is not None and self._layout is not None:
+                self._fill_slots(self._layout, weights)
+            self._fill_steps(states or {})
+            for place in self._places(weights):
+                if len(place.ids):
+                    rows, of_place = refitted[place.segment.name], (states or {}).get(place.name, {})
+                    self._fill(place, rows, weights[place.name], of_place)
         model.load_state_dict(weights)
 
-    def _fill_projections(self, weights: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Fill every W2: with that of the same width on disk, or with the directions that lose least, or not at all."""
-        ranks, number = dist.get_world_size(), 0
+    def _fill(self, place: _Place, refitted: RefittedRows, weight: Any, states: Mapping[str, Any]) -> None:
+        """Write the rows of a place, and their optimizer states."""
+        segment, on_disk = place.segment, refitted.source.shared_row
+        last = segment.first_row + segment.rows - 1
+        stop = last + 1 + segment.shared_by
+        has_shared = segment.shared_by > 0 and int(place.ids[-1]) == last
+        _write(weight, place.positions, refitted.rows(place.ids))
+        if has_shared and (on_disk is None or on_disk > last):  # otherwise they read the same vector on disk
+            _write(weight, place.positions[-1:], refitted.mean_row(last, stop))
+        for name, state in states.items():
+            if name != _STEP:
+                how: dict[str, Any] = {"stored_as": partial(_state_name, name), "by_row": len(state.size()) == 1}
+                _write(state, place.positions, refitted.state(place.ids, name, **how))
+                if has_shared:
+                    _write(state, place.positions[-1:], refitted.sum_of_states(last, stop, name, **how))
+
+    def _fill_steps(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Fill the number of steps that Adam counts, on ranks without rows, too."""
+        for name, table in self._row_tables.items():
+            if _STEP in states.get(name, {}):
+                source = self._sources[segments_of([table])[0].table]
+                (part, *_) = source.locate(torch.zeros(1, dtype=torch.int64))
+                states[name][_STEP].copy_(source.load(_state_name(_STEP, part.stored_name)))
+
+    def _fill_projections(
+        self, weights: Mapping[str, Any], states: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, RefittedRows]:
+        """Fill every W2, and return the rows of each segment by name.
+
+        A W2 is that of the same width on disk, or one that loses nothing, or least, of the vectors of its rows.
+        """
+        found: dict[str, RefittedRows] = {}
         for table in self._row_tables.values():
             for segment in segments_of([table]):
                 source, width = self._sources[segment.table], table.row_width
-                name = projection_name(segment.name)
                 if table.hidden_dim is None:
-                    self._refitted[segment.name] = RefittedRows(source, width)
+                    found[segment.name] = RefittedRows(source, width)
                     continue
-                weight, same_as = weights[name], None
-                if width in source.projections:
-                    same_as, found = source.projections[width]
-                    weight.copy_(found)
+                name = projection_name(segment.name)
+                same_as, on_disk = source.projections.get(width, (None, None))
+                if same_as is not None and on_disk is not None:
+                    weights[name].copy_(on_disk)
                     for each, state in states.get(name, {}).items():
                         state.copy_(source.load(_state_name(each, same_as)))
-                elif width < table.embedding_dim:
-                    if dist.get_rank() == number % ranks:
-                        first, stop = segment.first_row, segment.first_row + segment.rows
-                        weight.copy_(closest_projection(source, first, stop, weight.cpu()))
-                    dist.broadcast(weight, src=number % ranks)
-                    number += 1
-                self._refitted[segment.name] = RefittedRows(source, width, weight.detach().cpu().clone(), same_as)
+                else:
+                    self._choose_projection(source, segment, weights[name])
+                found[segment.name] = RefittedRows(source, width, weights[name].detach().cpu().clone(), same_as)
+        return found
+
+    def _choose_projection(self, source: TableSource, segment: Segment, weight: torch.Tensor) -> None:
+        """Fill a W2 that the table on disk does not have. Each rank reads its share of the rows."""
+        width, d = weight.shape
+        if width >= d:
+            chosen = even_projection(weight.cpu())
+        else:
+            rank, ranks = dist.get_rank(), dist.get_world_size()
+            begin, end = (segment.first_row + segment.rows * each // ranks for each in (rank, rank + 1))
+            gram = gram_of(source, begin, end).to(weight.device)
+            dist.all_reduce(gram)
+            chosen = closest_projection(gram.cpu(), weight.cpu())
+        weight.copy_(chosen)
+        dist.broadcast(weight, src=0)  # hosts may round differently
 
     def _fill_slots(self, layout: SlotLayout, weights: Mapping[str, Any]) -> None:
         """Give the widest slots to the rows of the highest utility on disk, if there are any."""
@@ -172,24 +208,26 @@ class RefittedTables:
         if not adaptive:
             return
         start, first_rows = f"{TABLES_PREFIX}row_slots.", layout.first_rows().tolist()
-
-        def utilities_of(rows: torch.Tensor) -> torch.Tensor:
-            parts = layout.parts_of(rows)
-            found = torch.empty(len(rows), dtype=torch.bfloat16)
-            for part, table in enumerate(layout.tables):
-                own = (parts == part).nonzero().squeeze(1)
-                ids, order = (rows[own] - first_rows[part]).sort()
-                found[own[order]] = adaptive[table].utilities(ids)
-            return found
-
         slots, utilities = (weights[f"{start}{name}"].local_shards()[0] for name in ("slots", "utilities"))
         first = slots.metadata.shard_offsets[1]
         stop = first + slots.metadata.shard_sizes[1]
-        slots.tensor.copy_(layout.slots_by(lambda rows: utilities_of(rows).float(), first, stop))
-        rows = layout.rows_of(first, stop)
-        exists = rows >= 0
-        found = torch.zeros(rows.shape, dtype=torch.bfloat16)
-        found[exists] = utilities_of(rows[exists])
+        found = torch.zeros(utilities.tensor.shape, dtype=torch.bfloat16)
+        lines = max(1, _BLOCK_ROWS // (stop - first))
+        for rows, block in zip(layout.rows_of(first, stop).split(lines), found.split(lines), strict=True):
+            exists = rows >= 0
+            numbers = rows[exists]  # ascending, so those of one table after the other
+            parts = layout.parts_of(numbers)
+            block[exists] = torch.cat(
+                [
+                    adaptive[table].utilities(numbers[parts == part] - first_rows[part])
+                    for part, table in enumerate(layout.tables)
+                ]
+            )
+
+        def utility_of(rows: torch.Tensor) -> torch.Tensor:
+            return found[rows // layout.num_buckets, rows % layout.num_buckets - first].float()
+
+        slots.tensor.copy_(layout.slots_by(utility_of, first, stop))
         utilities.tensor.copy_(found)
         step = f"{start}{_STEP}"
         weights[step].copy_(adaptive[layout.tables[0]].load(f"{MODEL_KEY}.{step}"))
@@ -229,19 +267,6 @@ class RefittedTables:
                     part = layout.tables.index(segment.table)
                     own = parts == part
                     yield _Place(segment, numbers[own] - first_rows[part], name, positions[own])
-
-    def _newly_shared(self, place: _Place) -> tuple[int, int] | None:
-        """Return the ids [first, stop) that will share the last row of a place, if they do not on disk."""
-        segment, on_disk = place.segment, self._sources[place.segment.table].shared_row
-        last = segment.first_row + segment.rows - 1
-        if not segment.shared_by or int(place.ids[-1]) != last or (on_disk is not None and on_disk <= last):
-            return None
-        return last, last + 1 + segment.shared_by
-
-    def _steps(self, source: TableSource) -> torch.Tensor:
-        """Return the number of steps that Adam counts for the rows on disk."""
-        (part, *_) = source.locate(torch.zeros(1, dtype=torch.int64))
-        return source.load(_state_name(_STEP, part.stored_name))
 
 
 def _location(sources: Mapping[str, TableSource]) -> str:

@@ -26,6 +26,7 @@ from mlet_dist.urls import is_url
 DENSE_FEATURES, SPARSE_FEATURES = "data.dense_features", "data.sparse_features"
 _STATIC = ("policy", "budget", "widths", "alpha", "tables")  # settings of compression that others than adaptive read
 _RANGES = "row ranges of table "
+_LAYOUT = tuple(f"compression.{key}" for key in ("policy", "nested", "chunks", "shared_rows"))  # beside the ranges
 VOCABULARY_ID, _PREPROCESSING = "the data set's vocabulary_id", "preprocessing"
 
 
@@ -110,13 +111,14 @@ def without_learning_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compression(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in identity.items() if key.startswith(("compression.", _RANGES))}
+def _layout(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides where rows are stored, and with which widths."""
+    return {key: value for key, value in identity.items() if key in _LAYOUT or key.startswith(_RANGES)}
 
 
 def _without_compression(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without what ``train.resume: PATH`` refits rows to."""
-    return {key: value for key, value in identity.items() if key not in _compression(identity)}
+    """Return an identity without what ``train.resume: PATH`` may change of the tables."""
+    return {key: value for key, value in identity.items() if not key.startswith(("compression.", _RANGES))}
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,12 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
         check_same_run(about["identity"], identity, str(checkpoint), alternative)
     else:
         saved, wanted = without_learning_rates(about["identity"]), without_learning_rates(identity)
-        same_but_rows = _without_compression(saved), _without_compression(wanted)
-        check_same_run(*same_but_rows, str(checkpoint), "resume from another checkpoint")
-        point = replace(point, refits=_compression(saved) != _compression(wanted))
+        if point.is_own:  # the other checkpoints of the run have the same rows
+            check_same_run(saved, wanted, str(checkpoint), "choose another run.dir")
+        else:
+            same_but_rows = _without_compression(saved), _without_compression(wanted)
+            check_same_run(*same_but_rows, str(checkpoint), "resume from another checkpoint")
+            point = replace(point, refits=_layout(saved) != _layout(wanted))
     _check_steps_left(config, point.found)
     return point
 
@@ -222,6 +227,16 @@ def check_replaceable(store: CheckpointStore, run: RunDirectory) -> None:
                 f"{checkpoint} is a checkpoint of another run than {run.path}, and a new run would remove it; choose "
                 "another train.checkpoint_dir, or remove the checkpoints there"
             )
+
+
+def check_outlives(found: CompleteCheckpoint, run: RunDirectory, store: CheckpointStore) -> None:
+    """Raise UserError if a new run would remove the checkpoint that it begins with."""
+    removed = (store.identity, CheckpointStore(run.checkpoints).identity)
+    if found.checkpoint.store.identity in removed:
+        raise UserError(
+            f"{found.checkpoint}: the new run in {run.path} is to begin with it, and would remove it first; choose "
+            "another run.dir (and another train.checkpoint_dir if that is set)"
+        )
 
 
 def drop_later_checkpoints(store: CheckpointStore, resume_point: ResumePoint | None) -> None:

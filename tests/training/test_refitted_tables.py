@@ -8,9 +8,9 @@ import torch
 from mlet_dist.export.source import ModelSource, Tables
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.stored_tables.refitted_rows import closest_projection
+from mlet_dist.stored_tables.refitted_rows import closest_projection, gram_of
 from mlet_dist.stored_tables.table_source import TableSource
-from tests.helpers.mlet_command import ROOT, error_line
+from tests.helpers.mlet_command import ROOT, error_line, mlet
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
 
 pytestmark = pytest.mark.e2e
@@ -22,9 +22,17 @@ POLICIES = {
     "none": (),
     "static": ("compression.policy=static", "compression.budget=1.1", _WIDTHS),
     "smaller": ("compression.policy=static", "compression.budget=0.4", _WIDTHS),
+    "smallest": ("compression.policy=static", "compression.budget=0.25", _WIDTHS),
     "zeros": ("compression.policy=static", "compression.budget=0.4", _WIDTHS, "compression.shared_rows=false"),
     "adaptive": ("compression.policy=adaptive", "compression.budget=1.2", _WIDTHS, "compression.interval=9"),
     "less adaptive": ("compression.policy=adaptive", "compression.budget=0.6", _WIDTHS, "compression.interval=9"),
+    "square": ("model.hidden_dim=8",),
+    "no wider": (
+        "model.hidden_dim=8",
+        "compression.policy=static",
+        "compression.budget=0.9",
+        "compression.widths=[8,4]",
+    ),
     "chunks": (
         "compression.policy=adaptive",
         "compression.budget=1.5",
@@ -102,6 +110,7 @@ def _expected(before: torch.Tensor, table: TableSource) -> torch.Tensor:
         ("adaptive", "static", 3),
         ("adaptive", "none", 2),
         ("adaptive", "less adaptive", 3),
+        ("no wider", "square", 1),
     ],
 )
 def test_every_row_keeps_its_vector_and_its_optimizer_state(
@@ -122,7 +131,12 @@ def test_every_row_keeps_its_vector_and_its_optimizer_state(
                 narrow += int(((found - vectors).abs() > 1e-4 * scale).any(dim=1).sum())
             exact += int(((found - vectors).abs() <= 1e-5 * scale).all(dim=1).sum())
     assert exact
-    assert narrow or (before, after) in (("zeros", "static"), ("static", "none"), ("adaptive", "none"))
+    assert narrow or (before, after) in (
+        ("zeros", "static"),
+        ("static", "none"),
+        ("adaptive", "none"),
+        ("no wider", "square"),
+    )
     first, second = (_dense_of(path, tmp_path) for path in (old, new))
     assert first.keys() == second.keys()
     for key in first:
@@ -236,11 +250,77 @@ def test_a_row_that_ids_share_has_the_sum_of_their_states(runs: Runs, ranks: Ran
     assert seen > 0
 
 
+def _sums_by_id(run: Path, scratch: Path) -> tuple[dict[str, torch.Tensor], dict[str, int | None]]:
+    """Return the mean sum of squares, times the width, of the row that each id reads, and the shared rows."""
+    found, shared, stored = {}, {}, tensors(run, STEPS, scratch)
+    with Tables.open(run) as source:
+        for name, table in source.tables.items():
+            found[name], shared[name] = torch.zeros(table.num_embeddings, dtype=torch.float64), table.shared_row
+            for part in table.locate(torch.arange(table.num_embeddings)):
+                sums = stored[f"/optimizer/{part.stored_name.removeprefix('model.')}/sum"][part.stored_rows]
+                found[name][part.positions] = sums.double().sum(dim=1)
+    return found, shared
+
+
+@pytest.mark.parametrize("after", ["smallest", "static", "none"])
+def test_the_state_of_a_shared_row_is_counted_once(after: str, runs: Runs, ranks: Ranks, tmp_path: Path) -> None:
+    """It goes to the row that more ids share, or, in equal parts, to ids that have rows of their own from now on."""
+    old, new = runs("smaller"), tmp_path / "new"
+    train_in_ranks(ranks, 2, *runs.settings(after), f"run.dir={new}", f"train.resume={old}")
+    (before, shared_before), (found, shared_after) = (_sums_by_id(path, tmp_path) for path in (old, new))
+    compared = 0
+    for name, sums in before.items():
+        shared, ids = shared_before[name], len(sums)
+        if shared is None or float(sums[shared]) == 0:
+            continue
+        per_id = sums.clone()
+        per_id[shared:] /= ids - shared
+        expected, now = per_id.clone(), shared_after[name]
+        if now is not None:
+            expected[now:] = per_id[now:].sum()
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-12)
+        compared += now != shared
+    assert compared
+
+
+def test_other_intervals_keep_every_bit(runs: Runs, ranks: Ranks, tmp_path: Path) -> None:
+    """Settings that change neither policy nor widths leave all rows where they are, even if they are cut."""
+    for policy in ("adaptive", "chunks"):
+        old, new = runs(policy), tmp_path / policy
+        settings = (*runs.settings(policy), "compression.interval=7", f"run.dir={new}", f"train.resume={old}")
+        train_in_ranks(ranks, 2, *settings)
+        before, after = (tensors(path, STEPS, tmp_path) for path in (old, new))
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            if "/rng/" not in name:
+                assert torch.equal(after[name], tensor), name
+
+
+def test_a_run_does_not_change_its_own_compression(runs: Runs, tmp_path: Path) -> None:
+    """Neither where train.resume is still set to the run that it began with, nor from a checkpoint of its own."""
+    run = stopped_after(STEPS, runs("static"), tmp_path / "run")
+    for path in (runs("none"), run / "checkpoints" / f"step-{STEPS:08d}"):
+        line = error_line(
+            "train", CONFIG, *runs.settings("smaller"), "train.max_steps=40", f"run.dir={run}", f"train.resume={path}"
+        )
+        assert "compression.budget was 1.1, is 0.4" in line
+        assert line.endswith("choose another run.dir")
+
+
+@pytest.mark.parametrize("setting", ["train.resume", "train.initial_weights"])
+def test_a_run_is_not_removed_by_the_run_that_begins_with_it(setting: str, runs: Runs, tmp_path: Path) -> None:
+    run = stopped_after(STEPS, runs("static"), tmp_path / "run")
+    settings = (*runs.settings("smaller"), "train.max_steps=40", f"run.dir={run}", "run.overwrite=true")
+    error = mlet("train", CONFIG, *settings, f"{setting}={run}", expect=2).stderr
+    assert "is to begin with it, and would remove it first; choose another run.dir" in error
+    assert (run / "checkpoints" / f"step-{STEPS:08d}" / ".metadata").exists()
+
+
 def test_narrow_rows_lose_as_little_as_any_projection_could(runs: Runs) -> None:
     with Tables.open(runs("none")) as source:
         table = max(source.tables.values(), key=lambda each: each.num_embeddings)
         vectors, initial = _vectors(table)[20:200], torch.randn(3, D, generator=torch.Generator().manual_seed(0))
-        w2 = closest_projection(table, 20, 200, initial)
+        w2 = closest_projection(gram_of(table, 20, 200), initial)
     left = vectors - vectors @ torch.linalg.pinv(w2.double()) @ w2.double()
     assert float(left.square().sum()) == pytest.approx(
         float(torch.linalg.svdvals(vectors)[3:].square().sum()), rel=1e-6
