@@ -17,6 +17,7 @@ from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.node_log import log_of_first_rank
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import run_id_of_yaml
 from mlet_dist.urls import is_url
@@ -166,7 +167,9 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
         )
     _check_steps_left(config, point.found)
     ranks = f"{about['world_size']} rank{'s' if about['world_size'] > 1 else ''}"
-    _log(f"resuming from {checkpoint}, saved on {ranks} after step {point.found.manifest.step:,}")
+    resuming = f"resuming from {checkpoint}, saved on {ranks} after step {point.found.manifest.step:,}"
+    _log(resuming)
+    log_of_first_rank(resuming)
     return point
 
 
