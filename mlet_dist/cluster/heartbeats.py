@@ -54,6 +54,7 @@ class Heartbeats:
         self._store: dist.Store | None = None
         self._lock = threading.Lock()
         self._wake, self._has_failed, self._end = threading.Event(), threading.Event(), threading.Event()
+        self._is_connected = threading.Event()
         self._own: Failure | None = None
         self._marks: list[str] = []
         self._delivered: set[str] = set()
@@ -66,6 +67,7 @@ class Heartbeats:
     def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
+        self._is_connected.wait(_CONNECT.total_seconds())  # so that ranks start where node 0 is reached
         return self
 
     def __exit__(
@@ -121,6 +123,7 @@ class Heartbeats:
             else:
                 count += 1
                 self._answers = count
+                self._is_connected.set()
             self._wake.wait(_POLL_SECONDS)
             self._wake.clear()
 

@@ -152,7 +152,7 @@ class Supervisor:
             self._leave(heartbeats, kind, str(error) if kind == "input" else f"{name} was asked to stop by a signal")
             raise error
         told = None if heartbeats is None else heartbeats.wait_for_failure(_CAUSE_SECONDS * (kind == "connection"))
-        text = f"{name}: {_EARLY_TEXTS[kind] if kind == 'connection' else error}"
+        text = f"{name}: " * (self._nodes.count > 1) + (_EARLY_TEXTS[kind] if kind == "connection" else str(error))
         own = Failure(kind, self._nodes.rank, str(error) if kind == "lost" else text)
         failure = own if told is None or (told.node == own.node and told.kind == own.kind) else told
         # Where others found that a collective timed out, the rank that had to be killed is the one that hung.
@@ -166,7 +166,8 @@ class Supervisor:
             error = self._exhausted(error)
         elif self._limit.most:
             self._leave(heartbeats, failure.kind, failure.text, for_good=False)
-            self._log(f"the ranks have failed: {failure.text}; they start again when all nodes have met")
+            again = "when all nodes have met" if self._nodes.count > 1 else "now"
+            self._log(f"the ranks have failed: {failure.text}; they start again {again}")
             return "fault" if is_own else failure.kind if failure.kind in ("lost", "stopped") else "unknown"
         self._leave(heartbeats, failure.kind, failure.text)
         raise error
