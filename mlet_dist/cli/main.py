@@ -165,7 +165,9 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="mlet",
         description="Train recommendation models with multi-layer embeddings (MLET), and serve plain TorchRec tables.",
-        epilog="`mlet COMMAND --help` explains a command and its options.",
+        epilog="`mlet COMMAND --help` explains a command and its options. Exit codes: 0 success; 2 input error; 69 not "
+        "all nodes of a job joined in time; 75 start the same command again, because a signal stopped the run or "
+        "another node was lost; 130 and 143 interrupted and terminated; 1 anything else.",
     )
     parser.add_argument("--version", action="version", version=f"mlet-dist {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")

@@ -37,7 +37,11 @@ def error_of_failure(failed: ChildFailedError, *, trains: bool = False, killed: 
         trains: whether the ranks run `mlet train`, which stop signals are meant for.
         killed: process ids of ranks that the launcher killed.
     """
-    failures = {rank: failure for rank, failure in failed.failures.items() if failure.pid not in killed}
+    failures = {
+        rank: failure
+        for rank, failure in failed.failures.items()
+        if failure.pid not in killed or isinstance(failure.message, dict)  # it had recorded an error before
+    }
     if not failures:
         return RanksKilled("the ranks were killed")
     # When one rank ends, the others fail too: they lose a connection, or torch elastic terminates them.

@@ -156,25 +156,12 @@ def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
     return data, run, export
 
 
-def strike(
-    name: str, moments: int, dice: random.Random, folder: Path, inputs: tuple[Path, Path, Path]
-) -> list[tuple[float, End, str]]:
-    """Send SIGTERM at random moments of a command; return each moment, how the command ended, and what is wrong."""
-    found = []
-    for number in range(moments + 1):
-        place = folder / f"{name.replace(' ', '-')}-{number}"
-        place.mkdir()
-        command, result = commands(place, *inputs)[name]
-        if number == 0:  # undisturbed, to know how long it takes
-            started = time.monotonic()
-            end = run_as_first_process([*MLET, *command], None, place)
-            assert end.code == 0, end.stderr
-            seconds = time.monotonic() - started
-            continue
-        moment = dice.uniform(0, seconds)
-        end = run_as_first_process([*MLET, *command], moment, place)
-        found.append((moment, end, wrong(name, end, result.exists())))
-    return found
+def strike(name: str, moment: float | None, place: Path, inputs: tuple[Path, Path, Path]) -> tuple[End, str]:
+    """Run a command, send it SIGTERM after so many seconds, and return how it ended and what is wrong with that."""
+    place.mkdir()
+    command, result = commands(place, *inputs)[name]
+    end = run_as_first_process([*MLET, *command], moment, place)
+    return end, wrong(name, end, result.exists())
 
 
 def main() -> int:
@@ -188,15 +175,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder))
         for name in args.commands or commands(Path(folder), *inputs):
-            results = strike(name, args.moments, random.Random(f"{args.seed} {name}"), Path(folder), inputs)
+            dice, results = random.Random(f"{args.seed} {name}"), []
+            started = time.monotonic()
+            _, problem = strike(name, None, Path(folder) / f"{name}-undisturbed", inputs)
+            assert not problem, problem
+            seconds = time.monotonic() - started
+            for number in range(args.moments):
+                moment = dice.uniform(0, seconds)
+                results.append((moment, *strike(name, moment, Path(folder) / f"{name}-{number}", inputs)))
             codes = Counter(end.code for _, end, _ in results if end.was_sent)
             slowest = max((end.seconds for _, end, _ in results), default=0.0)
             shown = ", ".join(f"{count} with {code}" for code, count in sorted(codes.items()))
-            print(f"{name}: {sum(codes.values())} signals: {shown}; slowest end {slowest:.1f} s", flush=True)
+            print(f"{name}: {sum(codes.values())} signals in {seconds:.1f} s: {shown}; slowest end {slowest:.1f} s")
             for moment, end, problem in results:
                 if problem:
                     failed = True
-                    print(f"  after {moment:.3f} s: {problem}\n{end.stderr}", flush=True)
+                    print(f"  after {moment:.3f} s: {problem}\n{end.stderr}")
+            sys.stdout.flush()
     return int(failed)
 
 
