@@ -19,12 +19,12 @@ from mlet_dist.cluster.failure import Failure
 from mlet_dist.cluster.nodes import Nodes
 
 _POLL_SECONDS = 0.5
-_LOST_POLLS = 30
-"""How many looks without a sign of life make a node lost, 15 s.
+_LOST_SECONDS, _LOST_LOOKS = 15.0, 10
+"""How long a node may give no sign of life, and how many looks in a row must find none.
 
-A launcher has nothing else to do, so that only a machine that does not answer misses so many: live migrations,
-failovers of a network and retransmissions take a few seconds. Looks are counted, because time also passes for a node
-that was suspended and wakes up.
+A launcher has nothing else to do, so that only a machine that does not answer is silent for so long: live migrations,
+failovers of a network and retransmissions take a few seconds. Looks are counted, too, because time also passes for a
+node that was suspended itself, wakes up and has not looked since.
 """
 
 _TOLD_SECONDS = 10.0  # for the other nodes to learn why this one ends
@@ -59,7 +59,7 @@ class Heartbeats:
         self._marks: list[str] = []
         self._delivered: set[str] = set()
         self._answers = 0
-        self._beats: dict[int, tuple[bytes, int]] = {}
+        self._silences: dict[int, _Silence] = {}
         self._others = [each for each in range(nodes.count) if each != nodes.rank] if nodes.rank == 0 else []
         self._gone: set[int] = set()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._beat, self._await_answers)]
@@ -158,19 +158,15 @@ class Heartbeats:
                 self._gone.add(node)
                 continue
             beat = store.get(_beat_of(node)) if store.check([_beat_of(node)]) else b""
-            before, missed = self._beats.get(node, (b"", 0))
-            missed = missed + 1 if beat == before else 0
-            self._beats[node] = beat, missed
-            if missed >= _LOST_POLLS:
+            if self._silences.setdefault(node, _Silence()).is_too_long(beat):
                 self._gone.add(node)
                 lost = Failure("lost", node, _without_sign_of_life(self._names[node]))
                 store.compare_set(FAILED, "", lost.to_json())
 
     def _await_answers(self) -> None:
-        answers, missed = 0, 0
+        silence = _Silence()
         while not self._end.wait(_POLL_SECONDS):
-            answers, missed = self._answers, missed + 1 if answers == self._answers else 0
-            if missed >= _LOST_POLLS:
+            if silence.is_too_long(self._answers):
                 self._note(Failure("lost", 0, _without_sign_of_life(self._names[0])))
                 return
 
@@ -183,12 +179,27 @@ class Heartbeats:
         self._on_failure(failure)
 
 
+class _Silence:
+    """How long a value has not changed."""
+
+    def __init__(self) -> None:
+        self._last: object = None
+        self._since, self._looks = time.monotonic(), 0
+
+    def is_too_long(self, value: object) -> bool:
+        """Look at the value; return whether it has not changed for so long that its node is lost."""
+        if value != self._last:
+            self._last, self._since, self._looks = value, time.monotonic(), 0
+        self._looks += 1
+        return self._looks > _LOST_LOOKS and time.monotonic() - self._since >= _LOST_SECONDS
+
+
 def _beat_of(node: int) -> str:
     return f"beat/{node}"
 
 
 def _without_sign_of_life(name: str) -> str:
-    return f"{name} is lost: it has given no sign of life for {_LOST_POLLS * _POLL_SECONDS:g} s"
+    return f"{name} is lost: it has given no sign of life for {_LOST_SECONDS:g} s"
 
 
 def _listens(nodes: Nodes) -> bool:
