@@ -38,15 +38,28 @@ class Interrupted(Exception):
 class RanksLost(Exception):
     """Other ranks do not respond any more. The exit code is 1."""
 
+    EXIT_CODE = 1
+
 
 class ConnectionLost(RanksLost):
-    """The connection to another rank broke, because that rank has ended. The exit code is that of ``Interrupted``.
+    """Another rank has ended, or another node is lost. The exit code is that of ``Interrupted``.
 
     The rank that ended reports the cause. Nothing is wrong with this rank: a scheduler should start it again, and
     should not count it as a failure.
     """
 
     EXIT_CODE = Interrupted.EXIT_CODE
+
+
+class NodesMissing(RanksLost):
+    """Not all nodes of a job joined in time. Exit code 69.
+
+    Nothing is wrong with the command: a scheduler should start it again when there is room for all nodes, and should
+    not count it as a failure.
+    """
+
+    EXIT_CODE = 69
+    """EX_UNAVAILABLE of sysexits.h: a service is not available."""
 
 
 def one_line(text: str) -> str:

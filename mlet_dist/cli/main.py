@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from mlet_dist.cli import (
     compare,
@@ -28,8 +28,14 @@ from mlet_dist.cli import (
 )
 from mlet_dist.cli.options import Parser, check_options
 from mlet_dist.cli.output import Result, print_error, print_result
-from mlet_dist.cli.process import die_with_parent, is_launched_rank, is_reported_elsewhere, rank_of
-from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError, refusal
+from mlet_dist.cli.process import (
+    die_with_parent,
+    is_launched_rank,
+    is_reported_elsewhere,
+    rank_of,
+    tell_launcher_of_success,
+)
+from mlet_dist.errors import Interrupted, RanksLost, UserError, refusal
 
 
 class _Command(Protocol):
@@ -64,9 +70,9 @@ _NOTHING_WRITTEN = "nothing was written, run the command again"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    The exit code is 0 on success; 2 for an input error (a wrong argument, config or file); 75 for a run that should be
-    started again, because a signal stopped it or another node was lost; 130 and 143 when a command was interrupted or
-    terminated; and 1 for all else.
+    The exit code is 0 on success; 2 for an input error (a wrong argument, config or file); 69 if not all nodes joined
+    in time; 75 for a run that should be started again, because a signal stopped it or another node was lost; 130 and
+    143 when a command was interrupted or terminated; and 1 for all else.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stderr is None:  # closed by `2>&-`; print would use stdout instead
@@ -79,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result, ok = args.command(args, arguments)
         if result is not None and not rank:
             print_result(result, args.json)
+        tell_launcher_of_success()
         return 0 if ok else 1
     except UserError as error:
         if not is_reported_elsewhere(error):
@@ -91,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RanksLost as error:
         if not is_reported_elsewhere(error):
             print_error(error)
-        return ConnectionLost.EXIT_CODE if isinstance(error, ConnectionLost) else 1
+        return error.EXIT_CODE
     except ChildProcessError as error:  # the child process has printed its traceback, if it could
         print_error(error)
         return 1
@@ -159,7 +166,9 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="mlet",
         description="Train recommendation models with multi-layer embeddings (MLET), and serve plain TorchRec tables.",
-        epilog="`mlet COMMAND --help` explains a command and its options.",
+        epilog="`mlet COMMAND --help` explains a command and its options. Exit codes: 0 success; 2 input error; 69 not "
+        "all nodes of a job joined in time; 75 start the same command again, because a signal stopped the run or "
+        "another node was lost; 130 and 143 interrupted and terminated; 1 anything else.",
     )
     parser.add_argument("--version", action="version", version=f"mlet-dist {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
@@ -181,23 +190,18 @@ def build_parser() -> Parser:
 
 @contextmanager
 def handle_signals(args: argparse.Namespace, rank: int | None) -> Iterator[None]:
-    """Handle SIGTERM, and for `train` SIGUSR1, until training handles them itself."""
-    from mlet_dist.training.signals import STOP_SIGNALS, exit_on_stop_signal
+    """Handle SIGTERM and SIGUSR1 until training or a launcher handles them itself."""
+    if args.name == "train" and not is_launched_rank():
+        from mlet_dist.training.signals import exit_on_stop_signal
 
-    # For ranks that a launcher started, the launcher reports the signal.
-    if args.name == "train" and args.nproc is None and not is_launched_rank():
         with exit_on_stop_signal():
             yield
-        return
-    numbers = STOP_SIGNALS if args.name == "train" else (signal.SIGTERM,)
-    before = {number: signal.signal(number, _unwind) for number in numbers if rank is None}
-    try:
+    elif rank is None:
+        from mlet_dist.cli.interrupts import InterruptOnStopSignal
+
+        with InterruptOnStopSignal():
+            yield
+    else:  # the launcher or torchrun reports what ends its ranks
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _unwind(number: int, _: object) -> NoReturn:
-    """Raise KeyboardInterrupt, as Ctrl-C does, so that temporary directories are removed."""
-    raise KeyboardInterrupt(number)

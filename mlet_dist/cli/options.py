@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LAST_PORT = 65_535
 _MAX_DIGITS = 15  # numbers of rows, ranks and seconds
-_MAX_RANKS_OF_A_NODE, _MAX_WAIT_S = 1024, 10_000_000
+_MAX_RANKS_OF_A_NODE, _MAX_WAIT_S, _MAX_RESTARTS = 1024, 10_000_000, 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,6 +91,23 @@ def add_nodes(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_max_restarts(parser: argparse.ArgumentParser) -> None:
+    """Add ``--max-restarts``."""
+    parser.add_argument(
+        "--max-restarts",
+        type=_restarts,
+        default=0,
+        metavar="N",
+        help="after a failure of a rank or of another node, let all nodes meet again and restart their ranks, which "
+        "resume from the latest checkpoint; a failure of this node's ranks is forgiven N times in a row without a new "
+        "checkpoint in between (default: 0, which ends the command)",
+    )
+
+
+def _restarts(text: str) -> int:
+    return 0 if text == "0" else up_to(_MAX_RESTARTS)(text)
+
+
 def positive(text: str) -> int:
     """Return the value of an option that is a whole number of at least 1."""
     if not text.isdecimal() or not text.strip("0"):
@@ -130,6 +147,8 @@ def check_options(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} needs --nnodes, the number of nodes of the job")
     if getattr(args, "nnodes", None) is not None and args.nproc is None:
         raise UserError("--nnodes needs --nproc, the number of ranks on each node")
+    if getattr(args, "max_restarts", None) and args.nproc is None:
+        raise UserError("--max-restarts needs --nproc, the number of ranks on each node; torchrun has its own")
 
 
 def load_checked_config(args: argparse.Namespace) -> Config:
@@ -201,6 +220,7 @@ def without_launch_options(arguments: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_nproc(parser)
     add_nodes(parser)
+    add_max_restarts(parser)
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--export")
     return parser.parse_known_args(arguments)[1]

@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 
 from mlet_dist.errors import UserError
 
@@ -57,10 +59,20 @@ def is_reported_elsewhere(error: BaseException) -> bool:
     # TorchX also sets the file for whole nodes, without RANK, and would print the traceback besides our line.
     if "TORCHELASTIC_ERROR_FILE" not in os.environ or "RANK" not in os.environ:
         return False
-    from mlet_dist.cluster.launcher import record_failure, reported_by_another_rank
+    from mlet_dist.cluster.rank_errors import record_failure, reported_by_another_rank
 
     record_failure(error)
     return is_launched_rank() or reported_by_another_rank(error)
+
+
+def tell_launcher_of_success() -> None:
+    """Tell the launcher that this rank has not been killed; without effect if no launcher started this process."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None and is_launched_rank():
+        from mlet_dist.training.attempts import ENDED
+
+        with suppress(OSError):
+            Path(file).with_name(ENDED).touch()
 
 
 def configure_torch() -> None:

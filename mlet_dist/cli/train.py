@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mlet_dist.atomic_directory import check_free
 from mlet_dist.child_command import run_child_command
-from mlet_dist.cli.options import add_config, add_nodes, load_checked_config
+from mlet_dist.cli.interrupts import InterruptOnStopSignal
+from mlet_dist.cli.options import add_config, add_max_restarts, add_nodes, load_checked_config
 from mlet_dist.cli.output import Result, print_result, print_text
 from mlet_dist.cli.process import (
     configure_torch,
@@ -23,7 +24,7 @@ from mlet_dist.config.config_file import Config, describe_settings, load_config
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import Interrupted, UserError
-from mlet_dist.training.signals import STOP_SIGNALS, interrupt_on_stop_signal
+from mlet_dist.training.signals import STOP_SIGNALS
 from mlet_dist.urls import is_url
 
 TEXT = "Train a model and evaluate it, on one machine or as one node of several."
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add_config(parser)
     add_nodes(parser)
+    add_max_restarts(parser)
     parser.add_argument(
         "--export",
         metavar="DIR",
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
     if not args.json and summary is not None:
         print_result(summary, as_json=False)
     try:
-        with interrupt_on_stop_signal():
+        with InterruptOnStopSignal():
             verified, ok = _export_and_verify(config, args.export)
     except KeyboardInterrupt as stopped:
         if not stopped.args:  # Ctrl-C
@@ -91,7 +93,8 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
 
     def check() -> Config:
         config = load_checked_config(args)
-        if not is_launched_rank() and not args.node_rank:  # ranks of the first node may already write there
+        # Ranks of the first node may already write there. A run that a restart finds finished is not trained again.
+        if not is_launched_rank() and not args.node_rank and finished_summary(config) is None:
             RunDirectory(Path(config.run.dir)).check_available(config_of_attempt(config))
         return config
 

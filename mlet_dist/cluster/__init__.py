@@ -1,9 +1,17 @@
 """Start the ranks of a job on one node or several, after checking that all nodes can run it.
 
-- ``launcher``: start the ranks of this node with torch elastic, and report how they ended.
-- ``hung_ranks``: kill ranks of this node that hang when the job ends.
+- ``launcher``: start a command in ranks on this node, as the only node or as one of several.
+- ``restarts``: run attempts one after the other, and decide after a failure who ends and who meets again.
+- ``attempt``: run the ranks of this node once with torch elastic.
+- ``heartbeats``: find nodes that are lost, and tell all nodes why an attempt has failed.
+- ``failure``: why an attempt has failed.
+- ``rank_watch``: watch the rank processes of this node: report, pass signals on, kill.
+- ``rank_errors``: find the error that is the cause among those of several ranks.
+- ``stop_request``: note the signals that ask a launcher to stop.
 - ``nodes``: describe the nodes of a job, from the options that every node is given.
-- ``rendezvous``: let the nodes of a job find one another at node 0, and give torch elastic their store.
+- ``rendezvous``: let the nodes of a job meet at node 0.
+- ``registration``: how a node reaches node 0 and is admitted.
+- ``torch_rendezvous``: give torch elastic the nodes that have met.
 - ``preflight``: compare what the nodes or ranks report about themselves before a job starts.
 - ``rank_checks``: run `mlet doctor --distributed`, in which all ranks of a job check one another.
 - ``machine_checks``: run `mlet doctor`, which checks one machine or container.

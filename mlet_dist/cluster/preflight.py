@@ -133,7 +133,8 @@ def digest_of_code(package: Path) -> str:
 def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that configure rendezvous, gloo, NCCL and threads, as far as they are set."""
     prefixes = ("MASTER_", "GLOO_", "NCCL_", "TORCH_NCCL_", "TORCH_ELASTIC_", "FI_", "UCX_", "OMP_", "CUDA_VISIBLE_")
-    return {name: value for name, value in sorted(environment.items()) if name.startswith(prefixes)}
+    own = "TORCH_ELASTIC_WORKER_IDENTICAL"  # set by the launcher
+    return {name: value for name, value in sorted(environment.items()) if name.startswith(prefixes) and name != own}
 
 
 def _differing_versions(reports: Sequence[Report]) -> list[str]:

@@ -10,11 +10,30 @@ from mlet_dist.config.parser import to_yaml
 from mlet_dist.errors import UserError
 from mlet_dist.training.run_directory import RunDirectory
 
+ENDED = "ended"
+"""The file beside a rank's error file that says to its launcher that the rank has succeeded."""
+
+_ATTEMPT = "MLET_ATTEMPT"
 _SHOWN = 5  # settings that differ
 
 
+def mark_attempt(number: int, name: str = "") -> None:
+    """Tell this process, and the ranks that it starts, which attempt of its nodes to run the job this is, from 0.
+
+    Args:
+        number: how often the nodes have started their ranks before.
+        name: a name that no other attempt has.
+    """
+    os.environ[_ATTEMPT] = f"{number}.{name}"
+
+
+def name_of_attempt() -> str:
+    """Return a name that all ranks of this attempt share, and no other attempt has; "" if no launcher gave one."""
+    return os.environ.get(_ATTEMPT, "").partition(".")[2]
+
+
 def config_of_attempt(config: Config) -> Config:
-    """Return the config without ``run.overwrite`` and ``train.resume: never`` if torch elastic restarted this job."""
+    """Return the config without ``run.overwrite`` and ``train.resume: never`` if ranks of this job were restarted."""
     if not _is_restart():
         return config
     resume = "auto" if config.train.resume == "never" else config.train.resume
@@ -26,7 +45,7 @@ def finished_summary(config: Config, *, by_any: bool = False) -> dict[str, Any] 
 
     Args:
         config: the resolved settings.
-        by_any: whether any earlier job counts as an attempt, and not only those restarted by torch elastic.
+        by_any: whether any earlier job counts as an attempt, and not only those whose ranks were restarted.
 
     Raises:
         UserError: the summary cannot be read; or ``by_any``, and the run that finished had other settings.
@@ -63,5 +82,6 @@ def _is_restart() -> bool:
 
 
 def restarts() -> int:
-    """Return how often the ranks of this job have been restarted."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    """Return how often the ranks of this job have been restarted, by the launcher or by torch elastic."""
+    by_launcher = os.environ.get(_ATTEMPT, "").partition(".")[0]
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + int(by_launcher or 0)

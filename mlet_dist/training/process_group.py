@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.errors import ConnectionLost, RanksLost, UserError
+from mlet_dist.training.attempts import name_of_attempt
 from mlet_dist.training.lost_ranks import RankRegistry, connection_lost, timed_out
 
 _TIMEOUT, _START_TIMEOUT = timedelta(minutes=10), timedelta(minutes=30)
@@ -108,7 +109,7 @@ def join_ranks(
         # Ranks may start minutes apart; `timeout` applies to collectives only.
         try:
             store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=start)))
-            store = attempt_store(dist.PrefixStore("mlet", store), rank, world_size, start)
+            store = attempt_store(dist.PrefixStore(f"mlet/{name_of_attempt()}", store), rank, world_size, start)
             registry = RankRegistry(store, rank, world_size, start)
         except (RuntimeError, ValueError) as error:
             raise RanksLost(

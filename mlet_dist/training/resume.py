@@ -17,6 +17,7 @@ from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.node_log import log_of_first_rank
 from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import run_id_of_yaml
@@ -150,7 +151,9 @@ class ResumePoint:
         size = found.manifest.about["world_size"]
         ranks = f"{size} rank{'s' if size > 1 else ''}"
         rows = "; its rows get the widths of this run's compression" if self.refits else ""
-        _log(f"resuming from {found.checkpoint}, saved on {ranks} after step {found.manifest.step:,}{rows}")
+        resuming = f"resuming from {found.checkpoint}, saved on {ranks} after step {found.manifest.step:,}{rows}"
+        _log(resuming)
+        log_of_first_rank(resuming)
         return replace(self, tables=tables)
 
 

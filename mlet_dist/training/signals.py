@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from mlet_dist.errors import Interrupted
 
@@ -25,13 +25,13 @@ def exit_on_stop_signal() -> Iterator[None]:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     threading.Thread(target=_exit_on_signal, args=(read_end,), daemon=True).start()
+    signal.set_wakeup_fd(write_end)  # before the handlers, so that no signal reaches neither
     before = {number: signal.signal(number, _ignore) for number in STOP_SIGNALS}
-    signal.set_wakeup_fd(write_end)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(-1)
         restore_handlers(before)
+        signal.set_wakeup_fd(-1)
         os.close(write_end)
 
 
@@ -54,22 +54,6 @@ def _exit_on_signal(read_end: int) -> None:
                     with suppress(OSError):  # stderr may be closed
                         print(f"mlet: {interrupted_unsaved(number[0])}", file=sys.stderr, flush=True)
                 os._exit(Interrupted.EXIT_CODE)
-
-
-@contextmanager
-def interrupt_on_stop_signal() -> Iterator[None]:
-    """Raise KeyboardInterrupt, with the signal's number, when a stop signal arrives: the run has finished."""
-    signal.set_wakeup_fd(-1)
-    before = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt(number)
 
 
 class StopSignal:

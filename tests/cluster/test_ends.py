@@ -39,7 +39,7 @@ def two_nodes(settings: list[str]) -> Iterator[list["subprocess.Popen[str]"]]:
     finally:
         for node in nodes:
             node.kill()
-            node.communicate()
+            print(node.communicate())
 
 
 def last_line(node: "subprocess.Popen[str]") -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from mlet_dist.cluster.launcher import error_of_failure, record_failure, reported_by_another_rank
+from mlet_dist.cluster.rank_errors import error_of_failure, record_failure, reported_by_another_rank
 from mlet_dist.errors import ConnectionLost, UserError
 from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
 

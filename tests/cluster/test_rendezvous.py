@@ -3,7 +3,8 @@
 import json
 import shutil
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import distributed as dist
 from mlet_dist import __version__
 from mlet_dist.cluster.nodes import Nodes, default_port, job_id, parse_node_count
 from mlet_dist.cluster.preflight import collect_report, digest_of_code, find_problems
-from mlet_dist.cluster.rendezvous import rendezvous
+from mlet_dist.cluster.registration import Meeting
+from mlet_dist.cluster.rendezvous import Rendezvous
 from mlet_dist.errors import RanksLost, UserError
 from tests.cluster.test_wrong_launch import connect
 from tests.helpers.mlet_command import ROOT
@@ -31,6 +33,12 @@ def port() -> int:
         free.bind(("localhost", 0))
         found: int = free.getsockname()[1]
         return found
+
+
+def rendezvous(
+    nodes: Nodes, job: str, report: dict[str, Any], find_problems: Callable[[Sequence[dict[str, Any]]], str]
+) -> dist.Store:
+    return Rendezvous(nodes, job).meet(report, find_problems).store
 
 
 def no_problem(reports: Sequence[dict[str, Any]]) -> str:
@@ -77,7 +85,8 @@ def test_nodes_that_joined_report_who_is_missing(port: int) -> None:
 
 def test_the_store_of_an_earlier_attempt_is_not_joined(port: int) -> None:
     old = dist.TCPStore("localhost", port, None, True, timedelta(seconds=30), wait_for_workers=False)
-    left = dist.PrefixStore("job", old)
+    dist.PrefixStore("job", old).set("meeting", "old")
+    left = dist.PrefixStore("job/old", old)
     left.set("report/0", json.dumps({"token": "old"}))
     left.set("roster", json.dumps({"tokens": {"0": "old", "1": "older", "2": "oldest"}}))
     with ThreadPoolExecutor(3) as pool:
@@ -100,7 +109,8 @@ def test_two_nodes_of_the_same_rank_are_reported(port: int) -> None:
 
 
 def test_a_node_that_waits_less_long_than_node_0_reports_that(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlet_dist.cluster.rendezvous._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("mlet_dist.cluster.registration.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("mlet_dist.cluster.rendezvous.ANSWER_SECONDS", 0.5)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(rendezvous, nodes(0, port, wait=4), "job", {}, no_problem)
         connect(port).close()
@@ -123,6 +133,44 @@ def test_other_connections_to_the_port_are_ignored(port: int) -> None:
         assert [other.result().get("attempt") for other in others] == [b"this", b"this"]
     for stranger in strangers:
         stranger.close()
+
+
+def test_nodes_meet_again_at_the_same_node_0_and_a_new_process_joins_them(port: int) -> None:
+    everyone = [Rendezvous(nodes(rank, port), "job") for rank in range(3)]
+
+    def meet(rank: int, number: int, cause: str) -> Meeting:
+        return everyone[rank].meet({"name": f"n{rank}", "meetings": number, "cause": cause}, no_problem)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = list(pool.map(meet, range(3), (0, 0, 0), ("new", "new", "new")))
+        first[0].store.set("key", "of the first meeting")
+        everyone[1] = Rendezvous(nodes(1, port), "job")  # a pod that was replaced
+        second = list(pool.map(meet, range(3), (1, 0, 1), ("unknown", "new", "unknown")))
+        third = list(pool.map(meet, range(3), (2, 2, 2), ("unknown", "unknown", "unknown")))
+    assert len({each.prefix for each in (*first, *second, *third)}) == 3
+    assert [[each.number for each in meetings] for meetings in (first, second, third)] == [[0] * 3, [1] * 3, [2] * 3]
+    assert {each.is_unexplained for each in (*first, *second)} == {False}
+    assert {each.is_unexplained for each in third} == {True}
+    assert third[2].names == ["n0", "n1", "n2"]
+    assert not second[1].store.check(["key"])
+
+
+def test_a_stop_ends_the_wait_for_a_node_0_that_does_not_answer(port: int) -> None:
+    """Another process listens there, and never answers, as a machine that has vanished."""
+    calls = []
+
+    def check_stop() -> None:
+        calls.append(time.monotonic())
+        if calls[-1] - calls[0] > 1:
+            raise KeyboardInterrupt(15)
+
+    with socket.socket() as silent:
+        silent.bind(("localhost", port))
+        silent.listen()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            Rendezvous(nodes(1, port), "job", check_stop).meet({}, no_problem)
+        assert time.monotonic() - started < 10
 
 
 def test_a_job_is_its_command() -> None:

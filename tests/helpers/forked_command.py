@@ -6,6 +6,7 @@ what a command does before it has imported torch start an interpreter.
 """
 
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -133,6 +134,7 @@ def _become(
     args: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int, new_session: bool
 ) -> NoReturn:
     """Run a command line in this process, which was forked for it, as if the process had just been started."""
+    gc.freeze()  # an object of the process before, if it were collected now, would close a file of this one
     if new_session:
         os.setsid()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGCHLD):

@@ -1,0 +1,33 @@
+"""Why an attempt to run the ranks of a job failed, as one node tells it to the others."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+Kind = Literal["crash", "connection", "timeout", "input", "stopped", "lost"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt failed.
+
+    Attributes:
+        kind: ``crash`` if a rank crashed or was killed; ``connection`` if one lost its connection to another;
+            ``timeout`` if a rank took no part in a collective; ``input`` for an input error; ``stopped`` if a signal
+            asked the node to stop; ``lost`` if the node gives no sign of life.
+        node: the number of the node that failed.
+        text: the reason in one line, which names the node.
+    """
+
+    kind: Kind
+    node: int
+    text: str
+
+    def to_json(self) -> str:
+        """Return the failure as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Failure":
+        """Return the failure that ``to_json`` wrote."""
+        return cls(**json.loads(data))

@@ -1,0 +1,205 @@
+"""Restarts the ranks of a job in place: after a failure all nodes meet again, and no command ends.
+
+A failure counts against the node whose rank crashed or hung, and against no other.
+"""
+
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+from torch import distributed as dist
+
+from mlet_dist.cluster.attempt import run_ranks, shutdown_seconds
+from mlet_dist.cluster.failure import Failure, Kind
+from mlet_dist.cluster.heartbeats import Heartbeats
+from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.rank_errors import RankAborted, RanksKilled
+from mlet_dist.cluster.rank_watch import RankWatch
+from mlet_dist.cluster.registration import Meeting
+from mlet_dist.cluster.stop_request import StopRequest
+from mlet_dist.errors import ConnectionLost, Interrupted, NodesMissing, RanksLost, UserError
+from mlet_dist.node_log import log_of_node
+from mlet_dist.training.attempts import mark_attempt
+
+_CAUSE_SECONDS = 2.0  # for the node whose rank crashed to tell it, before another tells that it lost a connection
+
+_GRACE_SECONDS: dict[Kind, float] = {"crash": 5, "connection": 5, "lost": 5, "timeout": 15, "stopped": 15, "input": 40}
+"""How long ranks may take to end by themselves after an attempt has failed.
+
+Without its peers a rank cannot save, and soon ends itself. After a collective has timed out, the ranks that wait need
+10 s to find out which of them hang. After an input error, a checkpoint that is being written may be completed (30 s).
+"""
+
+_EARLY_TEXTS: dict[Kind, str] = {
+    "crash": "a rank has crashed; see its log",
+    "connection": "a rank has lost its connection to another",
+    "timeout": "a collective has timed out",
+}
+"""What the other nodes are told at once; the log of the node has more."""
+
+Meet = Callable[[int, str], Meeting]
+"""Lets the nodes meet, given the number of earlier attempts and why the last one failed."""
+
+
+class RestartLimit:
+    """Counts failures of this node's ranks.
+
+    Args:
+        most: how many restarts in a row are allowed without a new checkpoint in between.
+        latest_step: returns the step of the latest complete checkpoint, or -1.
+    """
+
+    def __init__(self, most: int, latest_step: Callable[[], int]) -> None:
+        self.most = most
+        self._latest_step = latest_step
+        self._used, self._step = 0, -1
+
+    def allows_another(self) -> bool:
+        """Count a failure; return whether the ranks may be restarted."""
+        step = self._latest_step()
+        if step > self._step:
+            self._used, self._step = 0, step
+        self._used += 1
+        return self._used <= self.most
+
+
+class Supervisor:
+    """Runs the ranks of this node, and again after a failure, until they succeed.
+
+    Args:
+        nproc, arguments, job: as for ``run_ranks``.
+        nodes: the nodes of the job, or None if this is the only one.
+        stop: the signals that arrive.
+        limit: how many restarts are allowed.
+        on_cuda: whether the ranks use NCCL, whose watchdog aborts a rank that has lost another.
+    """
+
+    def __init__(
+        self,
+        nproc: int,
+        arguments: Sequence[str],
+        nodes: Nodes | None,
+        job: str,
+        stop: StopRequest,
+        limit: RestartLimit,
+        on_cuda: Callable[[], bool],
+    ) -> None:
+        self._nproc, self._arguments, self._job = nproc, arguments, job
+        self._stop, self._limit, self._on_cuda = stop, limit, on_cuda
+        self._alone = None if nodes is not None else _own_store()
+        self._nodes = nodes or Nodes(1, 1, 0, "localhost", self._alone.port if self._alone is not None else 0, 0)
+
+    def run(self, meet: Meet | None) -> None:
+        """Let the nodes meet and run the ranks of this one, again after each failure that allows it.
+
+        Args:
+            meet: None if this is the only node.
+
+        Raises:
+            ConnectionLost: another node was lost, and restarts are not allowed.
+            Exception: as ``meet`` and ``run_ranks`` raise.
+        """
+        number, cause = 0, "new"
+        while True:
+            mark_attempt(number)
+            meeting = None if meet is None else meet(number, cause)
+            if meeting is not None:
+                number = meeting.number
+            mark_attempt(number, uuid.uuid4().hex if meeting is None else meeting.prefix.rpartition("/")[2])
+            if meeting is not None and meeting.is_unexplained and not self._limit.allows_another():
+                raise self._exhausted(RanksLost("the ranks have failed again, and no node knows why"))
+            self._log(f"all {self._nodes.count} nodes have joined" + f"; restart {number}" * (number > 0))
+            found = self._attempt(meeting)
+            if found is None:
+                self._log("ended: its ranks have succeeded")
+                return
+            cause = found
+            number += 1
+
+    def _attempt(self, meeting: Meeting | None) -> str | None:
+        """Run the ranks once; return None if they succeeded, and otherwise why they failed, as the next report says."""
+        heartbeats: Heartbeats | None = None
+        watch = RankWatch(
+            self._stop.received,
+            shutdown_seconds(),
+            lambda kind, text: self._tell(heartbeats, kind, text or f"{name}: {_EARLY_TEXTS[kind]}"),
+        )
+        name = f"node {self._nodes.rank}"
+        if meeting is not None and self._nodes.count > 1:
+            name = meeting.names[self._nodes.rank]
+            heartbeats = Heartbeats(
+                self._nodes, meeting.prefix, meeting.names, lambda failure: watch.kill_all(_GRACE_SECONDS[failure.kind])
+            )
+        with heartbeats or nullcontext():
+            try:
+                self._stop.check()
+                if meeting is not None and meeting.silent:
+                    gone = meeting.names[meeting.silent[0]]
+                    raise NodesMissing(f"{gone} joined, but ended before the job started; see its log")
+                run_ranks(self._nproc, self._arguments, self._nodes, self._job, watch, self._stop)
+            except (Exception, KeyboardInterrupt) as error:
+                return self._after(error, watch, heartbeats, name)
+            if heartbeats is not None:
+                heartbeats.finish()
+        return None
+
+    def _after(self, error: BaseException, watch: RankWatch, heartbeats: Heartbeats | None, name: str) -> str:
+        """Tell the other nodes why the ranks have failed, and raise the error unless the nodes meet again."""
+        kind = self._kind_of(error)
+        if kind in ("stopped", "input"):
+            self._leave(heartbeats, kind, str(error) if kind == "input" else f"{name} was asked to stop by a signal")
+            raise error
+        told = None if heartbeats is None else heartbeats.wait_for_failure(_CAUSE_SECONDS * (kind == "connection"))
+        text = f"{name}: " * (self._nodes.count > 1) + (_EARLY_TEXTS[kind] if kind == "connection" else str(error))
+        own = Failure(kind, self._nodes.rank, str(error) if kind == "lost" else text)
+        failure = own if told is None or (told.node == own.node and told.kind == own.kind) else told
+        # Where others found that a collective timed out, the rank that had to be killed is the one that hung.
+        hung = watch.hung or (isinstance(error, RanksKilled) and failure.kind == "timeout")
+        is_own = hung or kind == "crash"
+        if isinstance(error, RanksKilled):
+            error = RanksLost(failure.text) if hung else ConnectionLost(failure.text)
+        if failure.kind == "input":
+            error = UserError(failure.text)
+        elif self._limit.most and is_own and not self._limit.allows_another():
+            error = self._exhausted(error)
+        elif self._limit.most:
+            self._leave(heartbeats, failure.kind, failure.text, for_good=False)
+            again = "when all nodes have met" if self._nodes.count > 1 else "now"
+            self._log(f"the ranks have failed: {failure.text}; they start again {again}")
+            return "fault" if is_own else failure.kind if failure.kind in ("lost", "stopped") else "unknown"
+        self._leave(heartbeats, failure.kind, failure.text)
+        raise error
+
+    def _kind_of(self, error: BaseException) -> Kind:
+        if isinstance(error, KeyboardInterrupt | Interrupted):
+            return "stopped"
+        if isinstance(error, UserError):
+            return "input"
+        if isinstance(error, NodesMissing | RanksKilled):
+            return "lost"
+        if isinstance(error, ConnectionLost) or (isinstance(error, RankAborted) and self._on_cuda()):
+            return "connection"
+        return "timeout" if isinstance(error, RanksLost) else "crash"
+
+    def _exhausted(self, error: BaseException) -> Exception:
+        most = self._limit.most
+        again = f"restarted {most} time{'s' * (most > 1)} (--max-restarts) without a new checkpoint in between"
+        return ChildProcessError(f"{error}; {again}")
+
+    def _tell(self, heartbeats: Heartbeats | None, kind: Kind, text: str) -> None:
+        if heartbeats is not None:
+            heartbeats.tell(Failure(kind, self._nodes.rank, text))
+
+    def _leave(self, heartbeats: Heartbeats | None, kind: Kind, text: str, *, for_good: bool = True) -> None:
+        if heartbeats is not None:
+            heartbeats.leave_with(Failure(kind, self._nodes.rank, text), for_good=for_good)
+
+    def _log(self, text: str) -> None:
+        if self._nodes.count > 1 or "failed" in text:
+            log_of_node(self._nodes.rank, self._nodes.count, text)
+
+
+def _own_store() -> Any:
+    return dist.TCPStore("localhost", 0, None, True, timedelta(minutes=5), wait_for_workers=False)

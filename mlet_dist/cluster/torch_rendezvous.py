@@ -1,0 +1,71 @@
+"""Gives torch elastic the nodes that have met already (``rendezvous.py``), instead of a rendezvous of its own."""
+
+import uuid
+from typing import Any
+
+from torch import distributed as dist
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
+
+from mlet_dist.cluster.nodes import Nodes
+
+
+class _LocalStore(dist.HashStore):
+    """The store of torch elastic's agent, which uses it for a barrier at the end: the launchers have their own there.
+
+    A call that waits for another node would wait in C++, where a signal is not answered.
+    """
+
+    def wait(self, *arguments: Any) -> None:
+        """Return at once."""
+
+
+class FixedRendezvous(RendezvousHandler):
+    """A handler that gives torch elastic a fixed set of nodes, which nobody joins later.
+
+    Args:
+        nodes: the nodes of the job; node 0 keeps a store at their port, which the ranks use.
+        job: the id of the job.
+
+    Attributes:
+        backend: the name under which it is registered.
+    """
+
+    def __init__(self, nodes: Nodes, job: str) -> None:
+        self._nodes, self._job = nodes, job
+        self.backend = f"mlet-{uuid.uuid4().hex}"  # torch elastic registers a name once
+        rendezvous_handler_registry.register(self.backend, lambda parameters: self)
+
+    def get_backend(self) -> str:
+        """Return the name of the backend."""
+        return self.backend
+
+    @property
+    def use_agent_store(self) -> bool:
+        """True: the ranks use the store that node 0 keeps."""
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Return the rank of this node and the address of the store."""
+        master = "localhost" if self._nodes.rank == 0 else self._nodes.master
+        address = RendezvousStoreInfo(master, self._nodes.port)
+        return RendezvousInfo(_LocalStore(), self._nodes.rank, self._nodes.count, address)
+
+    def is_closed(self) -> bool:
+        """Return False: torch elastic calls this before it restarts ranks, which it does not do here."""
+        return False
+
+    def set_closed(self) -> None:
+        """Do nothing."""
+
+    def num_nodes_waiting(self) -> int:
+        """Return 0: a node that is late is not admitted."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """Return the id of the job."""
+        return self._job
+
+    def shutdown(self) -> bool:
+        """Do nothing: the store ends with the process that keeps it."""
+        return True

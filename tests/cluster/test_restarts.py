@@ -1,0 +1,240 @@
+"""Nodes whose ranks fail start them again in place, and the run ends with the bits of an undisturbed one."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.test_wrong_launch import free_port
+from tests.conftest import TrainedRun
+from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
+from tests.helpers.mlet_command import error_line, mlet_json
+from tests.training.test_kills import children
+
+pytestmark = pytest.mark.e2e
+
+CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+
+
+class Job:
+    """Nodes of one rank each on this host, which train the run of ``trained`` again and save every few steps."""
+
+    def __init__(self, trained: TrainedRun, folder: Path, count: int, *options: object) -> None:
+        self.run, self.folder, self.count = folder / "run", folder, count
+        self.nodes: dict[int, subprocess.Popen[str]] = {}
+        command = [*MLET, "train", CONFIG, *trained.overrides, f"run.dir={self.run}", "train.checkpoint_every=2"]
+        command += ["--nproc", 1, "--nnodes", count, "--master-addr", "localhost", "--master-port", free_port()]
+        self._command = [*command, "--json", *options]
+
+    def start(self, *ranks: int) -> None:
+        for rank in ranks:
+            with (self.folder / f"out-{rank}").open("a") as out, (self.folder / f"err-{rank}").open("a") as err:
+                self.nodes[rank] = ForkedCommand([*self._command, "--node-rank", rank], stdout=out, stderr=err)
+
+    def log(self, rank: int) -> str:
+        return (self.folder / f"err-{rank}").read_text()
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            assert any(node.poll() is None for node in self.nodes.values())
+            time.sleep(0.02)
+
+    def checkpoints(self) -> set[str]:
+        return {path.parent.name for path in (self.run / "checkpoints").glob("*/manifest.json")}
+
+    def wait_for_a_checkpoint(self) -> None:
+        """Wait until the run has saved a checkpoint later than all that there are now."""
+        before = max(self.checkpoints(), default="")
+        self.wait_until(lambda: max(self.checkpoints(), default="") > before)
+
+    def rank_of(self, node: int) -> int:
+        (found,) = children(self.nodes[node].pid)
+        return found
+
+    def kill_rank(self, node: int) -> None:
+        os.kill(self.rank_of(node), signal.SIGKILL)
+
+    def kill_node(self, node: int) -> None:
+        """Kill a node at once, as if its pod were deleted without a grace period."""
+        self.nodes[node].kill()
+        self.nodes[node].wait()
+
+    def send(self, node: int, number: int) -> None:
+        """Send a signal to all processes of a node."""
+        for pid in (*children(self.nodes[node].pid), self.nodes[node].pid):
+            os.kill(pid, number)
+
+    def codes(self, seconds: float = 120) -> list[int]:
+        deadline = time.monotonic() + seconds
+        return [self.nodes[rank].wait(deadline - time.monotonic()) for rank in sorted(self.nodes)]
+
+    def result(self) -> dict[str, object]:
+        result: dict[str, object] = json.loads((self.folder / "out-0").read_text().splitlines()[-1])
+        return result
+
+
+@contextmanager
+def job(trained: TrainedRun, folder: Path, count: int, *options: object) -> Iterator[Job]:
+    """Start the nodes of a job, which are killed at the end of the block."""
+    found = Job(trained, folder, count, *options)
+    try:
+        found.start(*range(count))
+        yield found
+    finally:
+        for rank, node in found.nodes.items():
+            for pid in (*children(node.pid), node.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            node.wait()
+            print(f"node {rank}:\n{found.log(rank)}")
+
+
+def reasons(log: str) -> list[str]:
+    """Return why the ranks have failed, according to the log of a node."""
+    return re.findall(r"the ranks have failed: (.*); they start again when all nodes have met", log)
+
+
+def test_killed_ranks_are_restarted_in_place(trained: TrainedRun, tmp_path: Path) -> None:
+    with job(trained, tmp_path, 2, "--max-restarts", 1) as nodes:
+        for victim in (1, 0, 1):
+            nodes.wait_for_a_checkpoint()
+            nodes.kill_rank(victim)
+        assert nodes.codes() == [0, 0]
+        logs = [nodes.log(rank) for rank in (0, 1)]
+    assert nodes.result()["weights_sha256"] == trained.result["weights_sha256"]
+    assert nodes.result()["first_step"] > 0
+    for log in logs:
+        assert [re.match(r"node (\d) on ", reason)[1] for reason in reasons(log)] == ["1", "0", "1"]
+        assert "Traceback" not in log
+    times = r"mlet: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ node 1 of 2: "
+    for text in ("started; joins at ", "all 2 nodes have joined; restart 3", "resuming from ", "ended: its ranks have"):
+        assert re.search(times + text, logs[1])
+
+
+def test_a_replaced_node_and_one_that_vanishes(trained: TrainedRun, tmp_path: Path) -> None:
+    """Three nodes: 1 is killed and started again; then 2 stops to answer, is killed and started again; then 0."""
+    settings = [each for each in trained.overrides if not each.startswith("data.batch_size=")] + ["data.batch_size=66"]
+    whole = mlet_json("train", CONFIG, *settings, f"run.dir={tmp_path / 'whole'}", "--nproc", 3)
+    with job(trained, tmp_path, 3, "--max-restarts", 1, "data.batch_size=66") as nodes:
+        nodes.wait_for_a_checkpoint()
+        nodes.kill_node(1)
+        nodes.start(1)
+        nodes.wait_for_a_checkpoint()
+        nodes.send(2, signal.SIGSTOP)
+        stopped = time.monotonic()
+        nodes.wait_until(lambda: len(reasons(nodes.log(0))) == 2, 30)
+        assert time.monotonic() - stopped < 25
+        assert "node 2 on" in reasons(nodes.log(0))[1]
+        nodes.send(2, signal.SIGKILL)
+        nodes.nodes[2].wait()
+        nodes.start(2)
+        nodes.wait_for_a_checkpoint()
+        nodes.kill_node(0)
+        nodes.start(0)
+        assert nodes.codes(180) == [0, 0, 0]
+    assert nodes.result()["weights_sha256"] == whole["weights_sha256"]
+    assert nodes.result()["first_step"] > 0
+
+
+@pytest.mark.parametrize("vanished", [0, 1])
+def test_a_vanished_machine_is_found_in_seconds(trained: TrainedRun, tmp_path: Path, vanished: int) -> None:
+    """Its connections stay open, and the collective would time out after ten minutes."""
+    with job(trained, tmp_path, 2, "train.max_steps=null", "train.epochs=100000") as nodes:
+        nodes.wait_for_a_checkpoint()
+        nodes.send(vanished, signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert nodes.nodes[1 - vanished].wait(60) == 75
+        assert time.monotonic() - stopped < 30
+        assert nodes.log(1 - vanished).splitlines()[-1] == (
+            f"mlet: error: node {vanished} on {socket.gethostname()} is lost: it has given no sign of life for 15 s"
+        )
+
+
+def test_a_node_that_crashes_too_often_ends_and_can_be_replaced(trained: TrainedRun, tmp_path: Path) -> None:
+    with job(trained, tmp_path, 2, "--max-restarts", 1, "train.checkpoint_every=40") as nodes:
+        for number in range(2):
+            nodes.wait_until(lambda: f"all 2 nodes have joined{'; restart 1' * number}" in nodes.log(1))  # noqa: B023
+            nodes.wait_until(lambda: children(nodes.nodes[1].pid))
+            nodes.kill_rank(1)
+            nodes.wait_until(lambda: len(reasons(nodes.log(0))) == number + 1)  # noqa: B023
+        assert nodes.nodes[1].wait(60) == 1
+        assert nodes.log(1).splitlines()[-1] == (
+            f"mlet: error: rank 1 on {socket.gethostname()} was killed by signal 9 (SIGKILL); it may have run out of "
+            "memory, see `dmesg`; restarted 1 time (--max-restarts) without a new checkpoint in between"
+        )
+        nodes.start(1)
+        assert nodes.codes() == [0, 0]
+    assert nodes.result()["weights_sha256"] == trained.result["weights_sha256"]
+
+
+def test_an_input_error_after_a_restart_ends_all_nodes(trained: TrainedRun, tmp_path: Path) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    with job(trained, tmp_path, 2, "--max-restarts", 3, f"data.path={data}") as nodes:
+        nodes.wait_for_a_checkpoint()
+        data.rename(tmp_path / "unmounted")
+        nodes.kill_rank(1)
+        assert nodes.codes(40) == [2, 2]
+        for rank in (0, 1):
+            assert f"{data}: no such data set" in nodes.log(rank).splitlines()[-1]
+
+
+def test_a_node_that_waits_for_the_others_can_be_stopped(trained: TrainedRun, tmp_path: Path) -> None:
+    with job(trained, tmp_path, 2, "--max-restarts", 3, "--wait", 300) as nodes:
+        nodes.wait_for_a_checkpoint()
+        for waiting in (0, 1):
+            nodes.kill_node(1 - waiting)
+            nodes.wait_until(lambda: len(reasons(nodes.log(waiting))) == 1)  # noqa: B023
+            time.sleep(0.5)
+            nodes.nodes[waiting].terminate()
+            assert nodes.nodes[waiting].wait(20) == 75
+            assert nodes.log(waiting).splitlines()[-1].startswith("mlet: SIGTERM: stopped without saving; run the same")
+            (tmp_path / f"err-{waiting}").write_text("")
+            if waiting == 0:
+                nodes.start(0, 1)
+                nodes.wait_for_a_checkpoint()
+
+
+def test_the_ranks_of_one_machine_are_restarted(trained: TrainedRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [*MLET, "train", CONFIG, *trained.overrides, f"run.dir={run}", "train.checkpoint_every=2"]
+    command += ["--nproc", 2, "--max-restarts", 1, "--json"]
+    with ForkedCommand(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not list((run / "checkpoints").glob("*/manifest.json")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [line for line in errors.splitlines() if "the ranks have failed" in line] == [
+        f"mlet: the ranks have failed: rank 1 on {socket.gethostname()} was killed by signal 9 (SIGKILL); it "
+        "may have run out of memory, see `dmesg`; they start again now"
+    ]
+    result = json.loads(output.splitlines()[-1])
+    assert result["weights_sha256"] == trained.result["weights_sha256"]
+    assert result["first_step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-restarts", 1), "--max-restarts needs --nproc, the number of ranks on each node; torchrun has its own"),
+        (("--max-restarts", -1, "--nproc", 2), "'-1' is not a whole number of at least 1"),
+        (
+            ("--max-restarts", 1, "--nproc", 2, "--nnodes", "1:2", "--node-rank", 0, "--master-addr", "a"),
+            "--max-restarts needs a fixed number of nodes, and --nnodes is 1:2",
+        ),
+    ],
+)
+def test_options_that_restarts_need(options: tuple[object, ...], message: str) -> None:
+    assert message in error_line("train", CONFIG, *options)
