@@ -1,6 +1,7 @@
 """Validate objects as an API server would: core types strictly, custom ones by their CustomResourceDefinitions."""
 
 import copy
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,13 @@ ENUMS = {
     "protocol": {"TCP", "UDP", "SCTP"},
     "restartPolicy": {"Never", "OnFailure"},
 }
+JOB_FAILURE_REASONS = {
+    "BackoffLimitExceeded",
+    "DeadlineExceeded",
+    "FailedIndexes",
+    "MaxFailedIndexesExceeded",
+    "PodFailurePolicy",
+}
 RULE_ACTIONS = {"FailJob", "FailIndex", "Ignore", "Count"}
 
 
@@ -49,6 +57,21 @@ def check(thing: Object) -> None:
                 assert rule["action"] in RULE_ACTIONS
                 assert rule.get("onExitCodes", {"operator": "In"})["operator"] in ("In", "NotIn")
                 assert 0 not in rule.get("onExitCodes", {}).get("values", [])
+                assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
+                codes = rule.get("onExitCodes", {}).get("values", [])
+                assert codes == sorted(set(codes)), "exit codes must be in order, each once"
+    for _, job in jobs(thing):
+        if "backoffLimitPerIndex" in job:
+            assert job["completionMode"] == "Indexed"
+            assert job["template"]["spec"]["restartPolicy"] == "Never"
+            assert job.get("maxFailedIndexes", 0) <= job["completions"]
+        else:
+            assert "maxFailedIndexes" not in job
+            assert "FailIndex" not in [rule["action"] for rule in job.get("podFailurePolicy", {}).get("rules", [])]
+    for policy in [value for key, value in fields(thing) if key == "failurePolicy"]:
+        for rule in policy["rules"]:
+            assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+            assert JOB_FAILURE_REASONS >= set(rule.get("onJobFailureReasons", []))
 
 
 def fields(thing: Any) -> Iterator[tuple[str, Any]]:

@@ -10,8 +10,8 @@ import subprocess
 
 import pytest
 
+from tests.helpers.rendered_manifests import K8S, RENDERED, render
 from tests.helpers.torchx_cli import COMPONENTS, run_torchx
-from tests.launch.test_manifests import K8S, RENDERED, render
 
 pytestmark = [
     pytest.mark.e2e,
