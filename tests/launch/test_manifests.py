@@ -79,10 +79,6 @@ def test_selectors_match_pods_and_ports_are_open(name: str) -> None:
             assert pod["spec"]["subdomain"] == service["metadata"]["name"]
             open_ports = {port["containerPort"] for each in pod["spec"]["containers"] for port in each["ports"]}
             assert {port["port"] for port in service["spec"]["ports"]} <= open_ports
-    for budget in of_kind(name, "PodDisruptionBudget"):
-        wanted = budget["spec"]["selector"]["matchLabels"]
-        assert [pod for pod in pods if wanted.items() <= pod["metadata"]["labels"].items()]
-        assert budget["spec"]["minAvailable"] > 1000 * node_count(name)  # of all jobs with that label
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -239,6 +235,21 @@ def test_networks_reach_every_kind(kind: str, component: str, resource: str, tmp
     assert "NCCL_SOCKET_IFNAME" in environment
     assert len(environment) == len(set(environment))
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in environment
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_nothing_keeps_machines_from_being_drained(name: str) -> None:
+    assert of_kind(name, "PodDisruptionBudget") == []
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+def test_a_budget_against_drains_can_be_added(kind: str, tmp_path: Path) -> None:
+    name = overlay(tmp_path, kind, components=[os.path.relpath(K8S / "components" / "disruption-budget", tmp_path)])
+    (budget,) = of_kind(name, "PodDisruptionBudget")
+    check(budget)
+    wanted = budget["spec"]["selector"]["matchLabels"]
+    assert wanted.items() <= training_pod(name)[0]["template"]["metadata"]["labels"].items()
+    assert budget["spec"]["minAvailable"] > 1000 * node_count(name)  # of all jobs with that label
 
 
 @pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
