@@ -253,6 +253,18 @@ def test_a_budget_against_drains_can_be_added(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+def test_a_placement_can_be_added(kind: str, tmp_path: Path) -> None:
+    name = overlay(tmp_path, kind, components=[os.path.relpath(K8S / "components" / "placement", tmp_path)])
+    for thing in render(name):
+        check(thing)
+    job, pod = training_pod(name)
+    assert {"nodeSelector", "priorityClassName", "imagePullSecrets", "affinity"} <= pod.keys()
+    (near,) = pod["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    wanted = near["podAffinityTerm"]["labelSelector"]["matchLabels"]
+    assert wanted.items() <= job["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
 def test_one_image_is_set_everywhere(kind: str, tmp_path: Path) -> None:
     shutil.copy(K8S / "trainjob" / "image.yaml", tmp_path)
     images = [{"name": "mlet-dist", "newName": "elsewhere/mine", "newTag": "7"}]
