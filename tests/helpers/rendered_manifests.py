@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ RENDERED = sorted(
     for path in K8S.rglob("kustomization.yaml")
     if path.relative_to(K8S).parts[0] not in ("base", "components")
 )
-TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data")]
+STORAGE = [name for name in RENDERED if Path(name).name == "storage"]
+TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data", *STORAGE)]
 KUBECTL = shutil.which("kubectl")
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl, which renders the manifests, is not installed")
@@ -34,10 +36,11 @@ def render(name: str) -> list[Object]:
     return [thing for thing in yaml.safe_load_all(done.stdout) if thing is not None]
 
 
-def overlay(folder: Path, kind: str, **more: Any) -> str:
-    """Write a kustomization on top of k8s/KIND into ``folder``, and return its name."""
+def overlay(folder: Path, *kinds: str, components: Sequence[str] = (), **more: Any) -> str:
+    """Write a kustomization on top of each k8s/KIND, with components, into ``folder``, and return its name."""
     kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", **more}
-    kustomization["resources"] = [os.path.relpath(K8S / kind, folder)]
+    kustomization["resources"] = [os.path.relpath(K8S / kind, folder) for kind in kinds]
+    kustomization["components"] = [os.path.relpath(K8S / "components" / each, folder) for each in components]
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     return str(folder)
 
@@ -49,7 +52,10 @@ def of_kind(name: str, kind: str) -> list[Object]:
 def training_pod(name: str) -> tuple[Object, Object]:
     """Return the spec of the training Job, and of its pod."""
     found = [
-        job for thing in render(name) for job_name, job in jobs(thing) if job_name in ("mlet-train", "train", "node")
+        job
+        for thing in render(name)
+        for _, job in jobs(thing)
+        if job["template"]["metadata"]["labels"]["app.kubernetes.io/name"] == "mlet-train"
     ]
     (job,) = found
     return job, job["template"]["spec"]
@@ -74,16 +80,36 @@ def node_count(name: str) -> int:
     return int(job["parallelism"])
 
 
-def command(container: Object) -> Any:
-    """Parse a container's command as mlet does, with the variables that Kubernetes substitutes."""
-    known = {"JOB_COMPLETION_INDEX": "1", "JOB_NAME": "mlet-train"}
-    known |= {"PET_NPROC_PER_NODE": "8", "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_PORT": "29400"}
-    known |= {"PET_MASTER_ADDR": "mlet-train-node-0-0.mlet-train"}
-    own = {each["name"] for each in container.get("env", [])}
+def names(things: list[Object]) -> set[tuple[str, str]]:
+    """Return kind and name of each object."""
+    return {(thing["kind"], thing["metadata"]["name"]) for thing in things}
 
-    def fill(match: re.Match[str]) -> str:
-        assert match[1] in own | (known.keys() - {"JOB_NAME"}), match[0]
-        return known[match[1]]
 
+def command(container: Object, thing: Object) -> Any:
+    """Parse a container's command as mlet does, with the variables that Kubernetes substitutes.
+
+    Args:
+        container: of a pod that ``thing`` creates, for node 1 of 2.
+        thing: a Job, JobSet, TrainingRuntime or TrainJob.
+    """
+    own = thing["metadata"]["name"]
+    labels = {"batch.kubernetes.io/job-name": own, "jobset.sigs.k8s.io/jobset-name": own}
+    known = {"JOB_COMPLETION_INDEX": "1"}
+    if thing["kind"] == "TrainJob":
+        known |= {"PET_NPROC_PER_NODE": "8", "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_PORT": "29400"}
+        known |= {"PET_MASTER_ADDR": f"{own}-node-0-0.{own}"}
+    for variable in container.get("env", []):
+        if "value" in variable:
+            known[variable["name"]] = variable["value"]
+        else:
+            (label,) = re.findall(r"metadata\.labels\['(.+)'\]", variable["valueFrom"]["fieldRef"]["fieldPath"])
+            known[variable["name"]] = labels[label]
     assert container["command"] == ["mlet"]
-    return parse([re.sub(r"\$\((\w+)\)", fill, word) for word in container["args"]])
+    return parse([re.sub(r"\$\((\w+)\)", lambda match: known[match[1]], word) for word in container["args"]])
+
+
+def training_command(name: str) -> Any:
+    """Parse the command of the second node of a job."""
+    things = [thing for thing in render(name) if thing["kind"] in ("Job", "JobSet", "TrainJob")]
+    (thing,) = [each for each in things if each["metadata"]["labels"]["app.kubernetes.io/name"] != "mlet-export"]
+    return command(training_container(name), thing)
