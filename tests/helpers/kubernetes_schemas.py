@@ -41,7 +41,7 @@ RULE_ACTIONS = {"FailJob", "FailIndex", "Ignore", "Count"}
 
 def check(thing: Object) -> None:
     """Raise an error if a server would reject the object, as far as that can be found without a server."""
-    if thing["apiVersion"].partition("/")[0] in ("v1", "batch", "policy", "apps"):
+    if thing["apiVersion"].partition("/")[0] in ("v1", "batch", "policy", "apps", "networking.k8s.io"):
         kubernetes_validate.validate(thing, VERSION, strict=True)
     else:
         jsonschema.Draft202012Validator(_schema(thing["apiVersion"], thing["kind"])).validate(thing)

@@ -100,15 +100,15 @@ def test_references_follow_the_storage_if_it_is_renamed_with_the_job(name: str, 
 def test_jobs_of_all_kinds_can_be_in_one_namespace() -> None:
     """Also with what their controllers make: a TrainJob a JobSet of its name, a JobSet Jobs and a Service."""
     found: list[tuple[str, str]] = []
-    for name in ("storage", "job", "jobset", "cpu/storage", "cpu/data", "cpu"):
-        found += [each for each in names(render(name)) if each[0] != "ConfigMap"]
-        for job_set in of_kind(name, "JobSet"):
-            own = job_set["metadata"]["name"]
-            found += [("Job", f"{own}-{each['name']}-0") for each in job_set["spec"]["replicatedJobs"]]
-            found.append(("Service", own))
-    (train_job,) = of_kind("trainjob", "TrainJob")
-    own = train_job["metadata"]["name"]
-    found += [("TrainJob", own), ("JobSet", own), ("Job", f"{own}-node-0"), ("Service", own)]
+    for name in ("storage", "job", "jobset", "trainjob", "cpu/storage", "cpu/data", "cpu"):
+        found += names(render(name))
+        for thing in render(name):
+            own = thing["metadata"]["name"]
+            if thing["kind"] == "JobSet":
+                found += [("Job", f"{own}-{each['name']}-0") for each in thing["spec"]["replicatedJobs"]]
+                found.append(("Service", own))
+            if thing["kind"] == "TrainJob":
+                found += [("JobSet", own), ("Job", f"{own}-node-0"), ("Service", own)]
     assert sorted(set(found)) == sorted(found)
 
 
