@@ -24,6 +24,7 @@ RENDERED = sorted(
 )
 STORAGE = [name for name in RENDERED if Path(name).name == "storage"]
 TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data", *STORAGE)]
+KINDS = ["job", "jobset", "trainjob", "volcano/job"]  # the others are made of these
 KUBECTL = shutil.which("kubectl")
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl, which renders the manifests, is not installed")
@@ -76,6 +77,8 @@ def node_count(name: str) -> int:
     for train_job in of_kind(name, "TrainJob"):
         return int(train_job["spec"]["trainer"]["numNodes"])
     job = training_pod(name)[0]
+    if "replicas" in job:  # a task of Volcano
+        return int(job["replicas"])
     assert job["parallelism"] == job["completions"]
     return int(job["parallelism"])
 
@@ -93,8 +96,8 @@ def command(container: Object, thing: Object) -> Any:
         thing: a Job, JobSet, TrainingRuntime or TrainJob.
     """
     own = thing["metadata"]["name"]
-    labels = {"batch.kubernetes.io/job-name": own, "jobset.sigs.k8s.io/jobset-name": own}
-    known = {"JOB_COMPLETION_INDEX": "1"}
+    labels = {"batch.kubernetes.io/job-name": own, "jobset.sigs.k8s.io/jobset-name": own, "volcano.sh/job-name": own}
+    known = {"JOB_COMPLETION_INDEX": "1", "VC_TASK_INDEX": "1"}
     if thing["kind"] == "TrainJob":
         known |= {"PET_NPROC_PER_NODE": "8", "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_PORT": "29400"}
         known |= {"PET_MASTER_ADDR": f"{own}-node-0-0.{own}"}

@@ -13,6 +13,7 @@ from mlet_dist.config.config_file import load_config
 from tests.helpers.kubernetes_schemas import Object, check, fields, templates
 from tests.helpers.mlet_command import ROOT
 from tests.helpers.rendered_manifests import (
+    KINDS,
     RENDERED,
     TRAINING,
     needs_kubectl,
@@ -29,7 +30,7 @@ pytestmark = needs_kubectl
 
 
 def test_all_kustomizations_of_the_documentation_exist() -> None:
-    required = {"job", "jobset", "trainjob", "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
+    required = {"storage", *KINDS, "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
     assert required <= set(RENDERED)
     text = (ROOT / "docs" / "cluster.md").read_text()
     named = set(re.findall(r"-k k8s/([\w/-]+)", text))
@@ -129,10 +130,10 @@ def test_training_pods_of_all_kinds_are_equal() -> None:
         words = training_container(name)["args"]
         return [word for word in words if not word.startswith(("--n", "--master"))]
 
-    assert comparable("job") == comparable("jobset") == comparable("trainjob")
-    assert arguments("job") == arguments("jobset") == arguments("trainjob")
-    assert training_container("job")["resources"] == training_container("jobset")["resources"]
-    assert training_container("job")["resources"] == training_container("trainjob")["resources"]
+    for name in KINDS:
+        assert comparable(name) == comparable("job")
+        assert arguments(name) == arguments("job")
+        assert training_container(name)["resources"] == training_container("job")["resources"]
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -142,7 +143,7 @@ def test_a_running_job_keeps_its_config(name: str) -> None:
     assert re.fullmatch(r"mlet-config(-\w+)?-\w{10}", configuration["metadata"]["name"])
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_object_store_reaches_every_command(kind: str, tmp_path: Path) -> None:
     name = overlay(tmp_path, kind, components=["object-store"])
     commands, secrets = [], []
@@ -162,16 +163,7 @@ def test_an_object_store_reaches_every_command(kind: str, tmp_path: Path) -> Non
         ]
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
-def test_kueue_only_adds_its_label(kind: str) -> None:
-    with_queue = render(f"kueue/{kind}")
-    labelled = [thing for thing in with_queue if "kueue.x-k8s.io/queue-name" in thing["metadata"].get("labels", {})]
-    assert [thing["kind"] for thing in labelled] == [{"job": "Job", "jobset": "JobSet", "trainjob": "TrainJob"}[kind]]
-    before = [{**thing, "metadata": {**thing["metadata"], "labels": {}}} for thing in render(kind)]
-    assert [{**thing, "metadata": {**thing["metadata"], "labels": {}}} for thing in with_queue] == before
-
-
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("component", "resource"), [("efa", "vpc.amazonaws.com/efa"), ("infiniband", "rdma/rdma_shared_device_a")]
 )
@@ -193,7 +185,7 @@ def test_nothing_keeps_machines_from_being_drained(name: str) -> None:
     assert of_kind(name, "PodDisruptionBudget") == []
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_budget_against_drains_can_be_added(kind: str, tmp_path: Path) -> None:
     name = overlay(tmp_path, kind, components=["disruption-budget"])
     (budget,) = of_kind(name, "PodDisruptionBudget")
@@ -203,7 +195,7 @@ def test_a_budget_against_drains_can_be_added(kind: str, tmp_path: Path) -> None
     assert budget["spec"]["minAvailable"] > 1000 * node_count(name)  # of all jobs with that label
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_placement_can_be_added(kind: str, tmp_path: Path) -> None:
     name = overlay(tmp_path, kind, components=["placement"])
     for thing in render(name):
@@ -215,7 +207,7 @@ def test_a_placement_can_be_added(kind: str, tmp_path: Path) -> None:
     assert wanted.items() <= job["template"]["metadata"]["labels"].items()
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_image_is_set_everywhere(kind: str, tmp_path: Path) -> None:
     images = [{"name": "mlet-dist", "newName": "elsewhere/mine", "newTag": "7"}]
     name = overlay(tmp_path, kind, images=images)

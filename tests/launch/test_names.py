@@ -7,6 +7,7 @@ import pytest
 from tests.helpers.kubernetes_schemas import Object, templates
 from tests.helpers.rendered_manifests import (
     K8S,
+    KINDS,
     RENDERED,
     STORAGE,
     TRAINING,
@@ -64,6 +65,9 @@ def assert_node_0_is_found(name: str) -> None:
             case "JobSet", _:
                 assert "subdomain" not in thing["spec"]["network"]  # it is the name of the JobSet then
                 assert (host, domain) == (f"{own}-train-0-0", own)
+            case "Job", "batch.volcano.sh":
+                assert [task["name"] for task in thing["spec"]["tasks"]] == ["node"]
+                assert (host, domain) == (f"{own}-node-0", own)
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -100,12 +104,14 @@ def test_references_follow_the_storage_if_it_is_renamed_with_the_job(name: str, 
 def test_jobs_of_all_kinds_can_be_in_one_namespace() -> None:
     """Also with what their controllers make: a TrainJob a JobSet of its name, a JobSet Jobs and a Service."""
     found: list[tuple[str, str]] = []
-    for name in ("storage", "job", "jobset", "trainjob", "cpu/storage", "cpu/data", "cpu"):
+    for name in ("storage", *KINDS, "cpu/storage", "cpu/data", "cpu"):
         found += names(render(name))
         for thing in render(name):
             own = thing["metadata"]["name"]
             if thing["kind"] == "JobSet":
                 found += [("Job", f"{own}-{each['name']}-0") for each in thing["spec"]["replicatedJobs"]]
+                found.append(("Service", own))
+            if thing["apiVersion"].startswith("batch.volcano.sh/"):
                 found.append(("Service", own))
             if thing["kind"] == "TrainJob":
                 found += [("JobSet", own), ("Job", f"{own}-node-0"), ("Service", own)]

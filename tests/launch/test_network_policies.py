@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.kubernetes_schemas import Object, check, templates
-from tests.helpers.rendered_manifests import TRAINING, needs_kubectl, of_kind, overlay, render, training_pod
+from tests.helpers.rendered_manifests import KINDS, TRAINING, needs_kubectl, of_kind, overlay, render, training_pod
 
 pytestmark = needs_kubectl
 
-KINDS = [name for name in TRAINING if "/" not in name]
 STRANGER = {"app": "scanner"}
 
 

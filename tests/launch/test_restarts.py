@@ -10,7 +10,8 @@ from tests.helpers.rendered_manifests import TRAINING, needs_kubectl, of_kind, t
 pytestmark = needs_kubectl
 
 JOB_SETS = [name for name in TRAINING if "jobset" in name or "trainjob" in name]
-JOBS = [name for name in TRAINING if name not in JOB_SETS]
+VOLCANO = ["volcano/job"]
+JOBS = [name for name in TRAINING if name not in (*JOB_SETS, *VOLCANO)]
 
 
 def action(job: Object, container: str, code: int, disrupted: bool) -> tuple[str, str]:
@@ -53,7 +54,8 @@ def test_ranks_restart_in_their_pods(name: str) -> None:
     assert training_command(name).max_restarts >= 1
     job, pod = training_pod(name)
     assert pod["restartPolicy"] == "Never"  # a podFailurePolicy requires this
-    assert job["podReplacementPolicy"] == "Failed"
+    if name not in VOLCANO:
+        assert job["podReplacementPolicy"] == "Failed"
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -106,3 +108,20 @@ def test_the_export_of_a_jobset_waits_for_training() -> None:
     for reason in ("BackoffLimitExceeded", "PodFailurePolicy"):
         message = "matching FailJob rule at index 1"
         assert job_set_action(job_set["spec"]["failurePolicy"], export["name"], reason, message) == "FailJobSet"
+
+
+@pytest.mark.parametrize("name", VOLCANO)
+def test_volcano_restarts_all_nodes_but_stops_at_an_input_error(name: str) -> None:
+    (job,) = (thing for thing in of_kind(name, "Job") if thing["apiVersion"].startswith("batch.volcano.sh/"))
+
+    def found(event: str, code: int) -> str:
+        for policy in job["spec"]["policies"]:  # the first that matches, as Volcano's controller takes
+            if event in policy.get("events", []) or policy.get("exitCode") == code:
+                return str(policy["action"])
+        return ""
+
+    assert {code: found("PodFailed", code) for code in (1, 2, 69, 75)} == {
+        1: "RestartJob", 2: "AbortJob", 69: "RestartJob", 75: "RestartJob",
+    }  # fmt: skip
+    assert found("PodEvicted", 75) == "RestartJob"
+    assert job["spec"]["maxRetry"] >= 100, "lost pods count, too"
