@@ -83,13 +83,18 @@ def test_training_command(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_pod_has_time_to_save(name: str) -> None:
+    assert_time_to_save(name)
+    (shm,) = [volume for volume in training_pod(name)[1]["volumes"] if volume["name"] == "shm"]
+    assert shm["emptyDir"]["medium"] == "Memory"
+
+
+def assert_time_to_save(name: str) -> None:
+    """Assert that a pod outlives its ranks, and these a checkpoint."""
     job, pod = training_pod(name)
     environment = {each["name"]: each.get("value") for each in training_container(name)["env"]}
     to_checkpoint = int(job["template"]["metadata"]["annotations"]["mlet/seconds-to-checkpoint"])
     shutdown = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     assert pod["terminationGracePeriodSeconds"] > shutdown > to_checkpoint > 0
-    (shm,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
-    assert shm["emptyDir"]["medium"] == "Memory"
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -205,6 +210,19 @@ def test_a_placement_can_be_added(kind: str, tmp_path: Path) -> None:
     (near,) = pod["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
     wanted = near["podAffinityTerm"]["labelSelector"]["matchLabels"]
     assert wanted.items() <= job["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spot_machines_have_time_to_save(kind: str, tmp_path: Path) -> None:
+    name = overlay(tmp_path, kind, components=["spot"])
+    for thing in render(name):
+        check(thing)
+    assert_time_to_save(name)
+    _, pod = training_pod(name)
+    assert pod["terminationGracePeriodSeconds"] <= 25  # the shortest notice of the three clouds
+    taints = {each["key"] for each in pod["tolerations"]}
+    assert {"nvidia.com/gpu", "kubernetes.azure.com/scalesetpriority", "cloud.google.com/gke-spot"} == taints
+    assert training_command(name).overrides == ["train.checkpoint_minutes=3"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

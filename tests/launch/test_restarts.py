@@ -9,7 +9,7 @@ from tests.helpers.rendered_manifests import TRAINING, needs_kubectl, of_kind, t
 
 pytestmark = needs_kubectl
 
-JOB_SETS = [name for name in TRAINING if "jobset" in name or "trainjob" in name]
+JOB_SETS = [name for name in TRAINING if {"jobset", "trainjob", "spot"} & set(name.split("/"))]
 VOLCANO = ["volcano/job"]
 JOBS = [name for name in TRAINING if name not in (*JOB_SETS, *VOLCANO)]
 
