@@ -22,12 +22,12 @@ ARG EXTRA_PACKAGES=""
 
 FROM base AS build-cuda
 RUN pip install -c constraints.txt torch==2.13.0 \
-    && pip install -c constraints.txt '.[cuda]' ${EXTRA_PACKAGES}
+    && pip install -c constraints.txt '.[cuda,metrics]' ${EXTRA_PACKAGES}
 
 FROM base AS build-cpu
 ARG PIP_EXTRA_INDEX_URL=""
 RUN pip install -c constraints.txt torch==2.13.0 \
-    && pip install -c constraints.txt '.[cpu]' ${EXTRA_PACKAGES} \
+    && pip install -c constraints.txt '.[cpu,metrics]' ${EXTRA_PACKAGES} \
     && pip install -c constraints.txt --no-deps torchrec==1.8.0
 
 FROM python:${PYTHON} AS runtime

@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -31,12 +31,21 @@ class CheckpointSaver:
         store: where to save.
         timeout: of the collectives between the threads.
         keep_last, keep_every: as in ``apply_retention``.
+        on_saved: called in the thread with the step of a checkpoint that is complete.
 
     Attributes:
         saved: the last checkpoint that was completed; None before the first.
     """
 
-    def __init__(self, store: CheckpointStore, timeout: timedelta, keep_last: int, keep_every: int | None) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        timeout: timedelta,
+        keep_last: int,
+        keep_every: int | None,
+        on_saved: Callable[[int], None] | None = None,
+    ) -> None:
+        self._on_saved = on_saved
         self._store, self._keep_last, self._keep_every = store, keep_last, keep_every
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._thread: threading.Thread | None = None
@@ -80,6 +89,8 @@ class CheckpointSaver:
         try:
             write_checkpoint(checkpoint, state, about, self._group)
             self.saved = checkpoint
+            if self._on_saved is not None:
+                self._on_saved(checkpoint.step)
             remove_old = partial(apply_retention, self._store, about.get(RUN_ID), self._keep_last, self._keep_every)
             on_first_rank(remove_old, f"{self._store}: older checkpoints cannot be removed", self._group)
         except BaseException as error:

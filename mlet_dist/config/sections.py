@@ -390,6 +390,13 @@ class TrainConfig:
     log_every: int = setting(
         "Steps between two records in metrics.jsonl and TensorBoard.", 100, at_least=1, at_most=_MAX_STEPS
     )
+    metrics_port: int | None = setting(
+        "Port on which rank 0 serves these records to Prometheus, for anybody who can reach it; needs the extra "
+        "`metrics`. null: none.",
+        None,
+        at_least=1,
+        at_most=65_535,
+    )
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto, cpu or cuda: the device to train on. auto: cuda where there is one, else cpu.", "auto"
     )

@@ -59,4 +59,9 @@ def _differing(saved: Config, wanted: Config) -> str:
 
 
 def _is_restart() -> bool:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return restarts() > 0
+
+
+def restarts() -> int:
+    """Return how often the ranks of this job have been restarted."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -16,6 +16,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
 from mlet_dist.training.dense_arch_check import DenseArchCheck
+from mlet_dist.training.metrics_endpoint import MetricsEndpoint
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor
@@ -30,10 +31,13 @@ class Recorder:
         run: the run directory.
         enabled: whether this is rank 0.
         step, size: the position to resume from, as in ``roll_back``.
+        endpoint: shows the records to Prometheus, too; closed with the recorder.
     """
 
-    def __init__(self, run: RunDirectory, enabled: bool, step: int = 0, size: int = 0) -> None:
-        self._run, self._enabled = run, enabled
+    def __init__(
+        self, run: RunDirectory, enabled: bool, step: int = 0, size: int = 0, endpoint: MetricsEndpoint | None = None
+    ) -> None:
+        self._run, self._enabled, self._endpoint = run, enabled, endpoint
         self._open(step, size)
 
     @property
@@ -60,6 +64,13 @@ class Recorder:
                     self._tensorboard.add_scalar(f"{split}/{name}", value, step)
                 elif not isinstance(value, str):
                     self._tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
+        if self._endpoint is not None:
+            self._endpoint.record(split, step, values)
+
+    def saved(self, step: int) -> None:
+        """Show Prometheus that the checkpoint of a step is complete."""
+        if self._endpoint is not None:
+            self._endpoint.saved(step)
 
     def roll_back(self, step: int, size: int) -> None:
         """Truncate metrics.jsonl to ``size`` bytes and drop TensorBoard's records after ``step``."""
@@ -98,6 +109,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._endpoint is not None:
+            self._endpoint.close()
         try:
             self._close()
         except UserError:

@@ -22,12 +22,13 @@ from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.models.dlrm import build_dlrm, table_bytes
 from mlet_dist.progress import Progress
-from mlet_dist.training.attempts import config_of_attempt
+from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.compressed_tables import compression_summary, compression_warnings, training_bytes
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.job import Job, open_job
+from mlet_dist.training.metrics_endpoint import MetricsEndpoint
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
 from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
 from mlet_dist.training.process_group import join_ranks
@@ -66,7 +67,11 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         model, plan = build_model(job)
         training = begin_training(job, model)
         stop = stack.enter_context(StopSignal())
-        recorder = stack.enter_context(Recorder(job.run, worker.is_first, job.first_step, job.recorded_bytes))
+        endpoint = None
+        if worker.is_first and config.train.metrics_port is not None:
+            run = str(job.run.path)
+            endpoint = MetricsEndpoint(config.train.metrics_port, run, job.steps, job.first_step, restarts())
+        recorder = stack.enter_context(Recorder(job.run, worker.is_first, job.first_step, job.recorded_bytes, endpoint))
 
         steps_summary = train_steps(job, training, plan, recorder, stop)
         checkpoint = str(job.store.checkpoint(training.step))
@@ -141,7 +146,7 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
     """
     config, worker = job.config.train, job.worker
     guard = Guard(training, worker.device, config.on_non_finite, config.non_finite_limit)
-    with CheckpointSaver(job.store, worker.timeout, config.keep_last, config.keep_every) as saver:
+    with CheckpointSaver(job.store, worker.timeout, config.keep_last, config.keep_every, recorder.saved) as saver:
         with (
             Progress("train", job.steps, "steps", disable=not worker.is_first, done=job.first_step) as progress,
             StepTimer(training.model, worker.device, job.local_batch_size) as timer,
