@@ -23,7 +23,7 @@ RENDERED = sorted(
     if path.relative_to(K8S).parts[0] not in ("base", "components")
 )
 STORAGE = [name for name in RENDERED if Path(name).name == "storage"]
-TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data", *STORAGE)]
+TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data", "monitoring", *STORAGE)]
 KINDS = ["job", "jobset", "trainjob", "volcano/job"]  # the others are made of these
 KUBECTL = shutil.which("kubectl")
 
