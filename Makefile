@@ -4,6 +4,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 MLET  := $(BIN)/mlet
 STAMP := $(VENV)/.complete
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' mlet_dist/__init__.py)
 
 # The first interpreter that runs, is 3.11 or 3.12 and can make virtual environments. A name may exist and still not
 # run (pyenv shims), and python3 comes first because it is the one a machine's wheels are usually laid out for.
@@ -17,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 TEST_WORKERS := -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup check lint types imports format bench docs linkcheck wheel soak slurm clean
+.PHONY: help demo test setup check lint types imports format bench docs linkcheck wheel soak slurm cluster-test clean
 
 ##@ To begin with (each makes .venv first if it is missing)
 
@@ -40,7 +41,7 @@ test: $(STAMP) ## run the tests (about 20 minutes on two cores; ARGS="-k collaps
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^##@ / { print blank substr($$0, 5) ":"; blank = "\n" } \
-	  /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv (for the GPU if torch sees one, else for the CPU), or bring it up to date; PYTHON=… picks Python
 
@@ -102,6 +103,9 @@ soak: $(STAMP) ## kill training 20 times at random moments: the weights must be 
 slurm: $(STAMP) ## install Slurm if it is missing (Debian, as root), and train on two nodes of one that runs here
 	@tests/helpers/install_slurm.sh
 	@$(BIN)/python -m pytest -m slurm $(ARGS)
+
+cluster-test: $(STAMP) ## train on the Kubernetes cluster of KUBECONFIG while pods are killed: IMAGE=REGISTRY/mlet-dist-cpu:TAG
+	@$(BIN)/python -m tests.kubernetes_trial.run_trial --image '$(or $(IMAGE),mlet-dist-cpu:$(VERSION))' $(ARGS)
 
 clean: ## remove .venv, demo/, dist/ and caches
 	rm -rf $(VENV) demo docs/_build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ SMALLEST = {
     "pipeline": f"--ranks 2 {_MODEL} --mlp 8 --rounds 2 --steps 1",
     "checkpoint": "--ranks 2 --num-embeddings 50 --local-batch-size 8 --every 2 --rounds 1 --out {folder}",
     "export": "--rows 1000 --shards 1 --rounds 1 --out {folder}",
+    "job_backoff": "--nodes 2 --faults 3 --trials 1",
     "loader": "--rows 5000 --batch-size 64 --shuffle-buffer 1000 --rounds 1",
     "prepare": "--rows 2000 --times 1 --repeats 1",
 }

@@ -26,6 +26,9 @@ class MetricsEndpoint:
         first_step: the step that this job starts from.
         restarts: how often the ranks of this job have been restarted.
 
+    Attributes:
+        registry: of all metrics.
+
     Raises:
         UserError: prometheus-client is not installed, or the port cannot be opened.
     """
@@ -37,9 +40,9 @@ class MetricsEndpoint:
             raise UserError(
                 f'train.metrics_port is {port}, which needs prometheus-client: pip install "mlet-dist[metrics]"'
             ) from None
-        self._registry, self._gauge = CollectorRegistry(), Gauge
+        self.registry, self._gauge = CollectorRegistry(), Gauge
         self._gauges: dict[str, Gauge] = {}
-        Info("mlet_run", "The run that is trained.", registry=self._registry).info({"run": run})
+        Info("mlet_run", "The run that is trained.", registry=self.registry).info({"run": run})
         self._named("mlet_steps", "Steps of the whole run.").set(steps)
         self._named("mlet_step", "Steps taken.").set(first_step)
         self._named("mlet_restarts", "Restarts of the ranks of this job.").set(restarts)
@@ -47,7 +50,7 @@ class MetricsEndpoint:
         # A job that has saved nothing yet is as old as its start, so that an alert needs no second rule.
         self._named("mlet_checkpoint_time_seconds", "Unix time of the last complete checkpoint.").set(time.time())
         try:
-            self._server, self._thread = start_http_server(port, registry=self._registry)
+            self._server, self._thread = start_http_server(port, registry=self.registry)
         except OSError as error:
             raise UserError(
                 f"train.metrics_port {port} cannot be opened: {error.strerror or error}; choose another, or null"
@@ -78,5 +81,5 @@ class MetricsEndpoint:
 
     def _named(self, name: str, meaning: str, labels: Sequence[str] = ()) -> "Gauge":
         if name not in self._gauges:
-            self._gauges[name] = self._gauge(name, meaning, labels, registry=self._registry)
+            self._gauges[name] = self._gauge(name, meaning, labels, registry=self.registry)
         return self._gauges[name]

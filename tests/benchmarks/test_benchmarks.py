@@ -48,6 +48,10 @@ PRINTED = {
         rf"collapse_over_read +{NUMBER}",
         rf"peak_rss_bytes +{NUMBER}",
     ],
+    "job_backoff": [
+        rf"\| `backoffLimit`, every fault ends all pods \| any \| {NUMBER} \| {NUMBER} \| {NUMBER} \|",
+        rf"\| .*, a rank crashes \| any \| {NUMBER} \| {NUMBER} \| {NUMBER} \|",
+    ],
     "loader": [
         *(
             rf"{way} +{NUMBER} rows/s +{NUMBER} (…|to) {NUMBER}"

@@ -1,6 +1,7 @@
 """Validate objects as an API server would: core types strictly, custom ones by their CustomResourceDefinitions."""
 
 import copy
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -28,14 +29,22 @@ ENUMS = {
     "protocol": {"TCP", "UDP", "SCTP"},
     "restartPolicy": {"Never", "OnFailure"},
 }
+JOB_FAILURE_REASONS = {
+    "BackoffLimitExceeded",
+    "DeadlineExceeded",
+    "FailedIndexes",
+    "MaxFailedIndexesExceeded",
+    "PodFailurePolicy",
+}
+VOLCANO_ACTIONS = {"AbortJob", "RestartJob", "RestartTask", "TerminateJob", "CompleteJob", "ResumeJob"}
 RULE_ACTIONS = {"FailJob", "FailIndex", "Ignore", "Count"}
 
 
 def check(thing: Object) -> None:
     """Raise an error if a server would reject the object, as far as that can be found without a server."""
-    if thing["apiVersion"].partition("/")[0] in ("v1", "batch", "policy", "apps"):
+    if thing["apiVersion"].partition("/")[0] in ("v1", "batch", "policy", "apps", "networking.k8s.io"):
         kubernetes_validate.validate(thing, VERSION, strict=True)
-    else:
+    elif thing["kind"] != "PodMonitor":  # of which tests have no schema
         jsonschema.Draft202012Validator(_schema(thing["apiVersion"], thing["kind"])).validate(thing)
     for path, template in templates(thing):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template.get("metadata", {})}}
@@ -49,6 +58,27 @@ def check(thing: Object) -> None:
                 assert rule["action"] in RULE_ACTIONS
                 assert rule.get("onExitCodes", {"operator": "In"})["operator"] in ("In", "NotIn")
                 assert 0 not in rule.get("onExitCodes", {}).get("values", [])
+                assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
+                codes = rule.get("onExitCodes", {}).get("values", [])
+                assert codes == sorted(set(codes)), "exit codes must be in order, each once"
+    for _, job in jobs(thing):
+        if "backoffLimitPerIndex" in job:
+            assert job["completionMode"] == "Indexed"
+            assert job["template"]["spec"]["restartPolicy"] == "Never"
+            assert job.get("maxFailedIndexes", 0) <= job["completions"]
+        else:
+            assert "maxFailedIndexes" not in job
+            assert "FailIndex" not in [rule["action"] for rule in job.get("podFailurePolicy", {}).get("rules", [])]
+    if thing["apiVersion"].startswith("batch.volcano.sh/"):
+        for policy in thing["spec"]["policies"]:
+            assert len({"event", "events", "exitCode"} & policy.keys()) == 1
+            assert policy.get("exitCode", 1) != 0
+            assert policy["action"] in VOLCANO_ACTIONS
+        assert thing["spec"]["minAvailable"] <= sum(task["replicas"] for task in thing["spec"]["tasks"])
+    for policy in [value for key, value in fields(thing) if key == "failurePolicy"]:
+        for rule in policy["rules"]:
+            assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+            assert JOB_FAILURE_REASONS >= set(rule.get("onJobFailureReasons", []))
 
 
 def fields(thing: Any) -> Iterator[tuple[str, Any]]:
@@ -82,6 +112,8 @@ def templates(thing: Object) -> Iterator[tuple[str, Object]]:
     """Yield the name and template of every kind of pod that an object creates."""
     for name, job in jobs(thing):
         yield name, job["template"]
+    if thing["kind"] == "Deployment":
+        yield thing["metadata"]["name"], thing["spec"]["template"]
 
 
 @cache

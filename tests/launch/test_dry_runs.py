@@ -120,7 +120,7 @@ def test_slurm(torchx_environment: dict[str, str]) -> None:
     headers = re.findall(r"^#SBATCH (--job-name.*)$", script, flags=re.MULTILINE)
     assert [shlex.split(header)[0] for header in headers] == ["--job-name=train-0", "--job-name=train-1"]
     for header in headers:
-        assert {"--requeue", "--gpus-per-task=8", "--cpus-per-task=160"} <= set(shlex.split(header))
+        assert {"--requeue", "--gpus-per-task=8", "--cpus-per-task=88"} <= set(shlex.split(header))
     assert "TORCHX_MAX_RETRIES=3" in script
     nodes = [words for words in shlex.split(script) if words.startswith("exec python -m mlet_dist ")]
     commands = [words_in_bash(node, SLURM_JOB_NODELIST_HET_GROUP_0="node7") for node in nodes]

@@ -10,8 +10,8 @@ import subprocess
 
 import pytest
 
+from tests.helpers.rendered_manifests import K8S, RENDERED, render
 from tests.helpers.torchx_cli import COMPONENTS, run_torchx
-from tests.launch.test_manifests import K8S, RENDERED, render
 
 pytestmark = [
     pytest.mark.e2e,
@@ -33,13 +33,9 @@ def need(*definitions: str) -> None:
 
 @pytest.mark.parametrize("name", RENDERED)
 def test_server_accepts_every_manifest(name: str) -> None:
-    known = {
-        "JobSet": "jobsets.jobset.x-k8s.io",
-        "Queue": "queues.scheduling.volcano.sh",
-        "TrainJob": "trainjobs.trainer.kubeflow.org",
-        "TrainingRuntime": "trainingruntimes.trainer.kubeflow.org",
-    }
-    need(*sorted({known[thing["kind"]] for thing in render(name) if thing["kind"] in known}))
+    groups = ("jobset.x-k8s.io", "scheduling.volcano.sh", "batch.volcano.sh", "trainer.kubeflow.org")
+    used = [(thing["kind"], thing["apiVersion"].partition("/")[0]) for thing in render(name)]
+    need(*sorted({f"{kind.lower()}s.{group}" for kind, group in used if group in groups}))
     done = kubectl("apply", "--dry-run=server", "--validate=strict", "-k", str(K8S / name))
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"\(server dry run\)$", done.stdout, flags=re.MULTILINE)) == len(render(name))

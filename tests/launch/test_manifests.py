@@ -1,10 +1,6 @@
 """Every kustomization of k8s/ renders to objects that a cluster accepts, with commands that mlet understands."""
 
-import os
 import re
-import shutil
-import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,87 +9,28 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from mlet_dist.cli.main import parse
 from mlet_dist.config.config_file import load_config
-from tests.helpers.kubernetes_schemas import Object, check, fields, jobs, templates
+from tests.helpers.kubernetes_schemas import Object, check, fields, templates
 from tests.helpers.mlet_command import ROOT
-
-K8S = ROOT / "k8s"
-RENDERED = sorted(
-    str(path.parent.relative_to(K8S))
-    for path in K8S.rglob("kustomization.yaml")
-    if path.relative_to(K8S).parts[0] not in ("base", "components")
+from tests.helpers.rendered_manifests import (
+    KINDS,
+    RENDERED,
+    TRAINING,
+    needs_kubectl,
+    node_count,
+    of_kind,
+    overlay,
+    render,
+    training_command,
+    training_container,
+    training_pod,
 )
-TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data")]
-KUBECTL = shutil.which("kubectl")
 
-pytestmark = pytest.mark.skipif(KUBECTL is None, reason="kubectl, which renders the manifests, is not installed")
-
-
-@cache
-def render(name: str) -> list[Object]:
-    done = subprocess.run([str(KUBECTL), "kustomize", str(K8S / name)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [thing for thing in yaml.safe_load_all(done.stdout) if thing is not None]
-
-
-def overlay(folder: Path, kind: str, **more: Any) -> str:
-    """Write a kustomization on top of k8s/KIND into ``folder``, and return its name."""
-    kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", **more}
-    kustomization["resources"] = [os.path.relpath(K8S / kind, folder)]
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    return str(folder)
-
-
-def of_kind(name: str, kind: str) -> list[Object]:
-    return [thing for thing in render(name) if thing["kind"] == kind]
-
-
-def training_pod(name: str) -> tuple[Object, Object]:
-    """Return the spec of the training Job, and of its pod."""
-    found = [
-        job for thing in render(name) for job_name, job in jobs(thing) if job_name in ("mlet-train", "train", "node")
-    ]
-    (job,) = found
-    return job, job["template"]["spec"]
-
-
-def training_container(name: str) -> Object:
-    """Return the container that trains, with the fields of a TrainJob that replace those of its runtime."""
-    container = dict(training_pod(name)[1]["containers"][0])
-    for train_job in of_kind(name, "TrainJob"):
-        trainer = train_job["spec"]["trainer"]
-        container |= {"image": trainer["image"], "command": trainer["command"], "args": trainer["args"]}
-        container["resources"] = trainer["resourcesPerNode"]
-        container["env"] = [*container["env"], *trainer.get("env", [])]
-    return container
-
-
-def node_count(name: str) -> int:
-    for train_job in of_kind(name, "TrainJob"):
-        return int(train_job["spec"]["trainer"]["numNodes"])
-    job = training_pod(name)[0]
-    assert job["parallelism"] == job["completions"]
-    return int(job["parallelism"])
-
-
-def command(container: Object) -> Any:
-    """Parse a container's command as mlet does, with the variables that Kubernetes substitutes."""
-    known = {"JOB_COMPLETION_INDEX": "1", "JOB_NAME": "mlet-train"}
-    known |= {"PET_NPROC_PER_NODE": "8", "PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_PORT": "29400"}
-    known |= {"PET_MASTER_ADDR": "mlet-train-node-0-0.mlet-train"}
-    own = {each["name"] for each in container.get("env", [])}
-
-    def fill(match: re.Match[str]) -> str:
-        assert match[1] in own | (known.keys() - {"JOB_NAME"}), match[0]
-        return known[match[1]]
-
-    assert container["command"] == ["mlet"]
-    return parse([re.sub(r"\$\((\w+)\)", fill, word) for word in container["args"]])
+pytestmark = needs_kubectl
 
 
 def test_all_kustomizations_of_the_documentation_exist() -> None:
-    required = {"job", "jobset", "trainjob", "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
+    required = {"storage", *KINDS, "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
     assert required <= set(RENDERED)
     text = (ROOT / "docs" / "cluster.md").read_text()
     named = set(re.findall(r"-k k8s/([\w/-]+)", text))
@@ -110,46 +47,20 @@ def test_schemas(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RENDERED)
-def test_references_between_objects_exist(name: str) -> None:
-    things = render(name)
-    names = {(thing["kind"], thing["metadata"]["name"]) for thing in things}
-    assert len(names) == len(things)
-    for thing in things:
-        for _, template in templates(thing):
-            spec = template["spec"]
-            volumes = {volume["name"]: volume for volume in spec["volumes"]}
-            mounted = [mount["name"] for container in spec["containers"] for mount in container["volumeMounts"]]
-            assert set(mounted) == set(volumes)
-            for volume in volumes.values():
-                if "configMap" in volume:
-                    assert ("ConfigMap", volume["configMap"]["name"]) in names
-                if "persistentVolumeClaim" in volume:
-                    assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in names
-    for train_job in of_kind(name, "TrainJob"):
-        reference = train_job["spec"]["runtimeRef"]
-        assert (reference["kind"], reference["name"]) in names
-
-
-@pytest.mark.parametrize("name", RENDERED)
 def test_selectors_match_pods_and_ports_are_open(name: str) -> None:
     pods = [template for thing in render(name) for _, template in templates(thing)]
     for service in of_kind(name, "Service"):
         chosen = [pod for pod in pods if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()]
         assert chosen
         for pod in chosen:
-            assert pod["spec"]["subdomain"] == service["metadata"]["name"]
             open_ports = {port["containerPort"] for each in pod["spec"]["containers"] for port in each["ports"]}
             assert {port["port"] for port in service["spec"]["ports"]} <= open_ports
-    for budget in of_kind(name, "PodDisruptionBudget"):
-        wanted = budget["spec"]["selector"]["matchLabels"]
-        assert [pod for pod in pods if wanted.items() <= pod["metadata"]["labels"].items()]
-        assert budget["spec"]["minAvailable"] > 1000 * node_count(name)  # of all jobs with that label
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_command(name: str, tmp_path: Path) -> None:
     container, nodes = training_container(name), node_count(name)
-    parsed = command(container)
+    parsed = training_command(name)
     assert (parsed.name, parsed.config, parsed.once, int(parsed.nnodes), parsed.node_rank) == (
         "train",
         "/config/config.yaml",
@@ -160,14 +71,6 @@ def test_training_command(name: str, tmp_path: Path) -> None:
     assert parsed.nproc == container["resources"]["limits"].get("nvidia.com/gpu", 1)
     if not of_kind(name, "TrainJob"):
         assert {port["containerPort"] for port in container["ports"]} == {parsed.master_port}
-    host, _, domain = parsed.master_addr.partition(".")
-    for thing in render(name):
-        match thing["kind"]:
-            case "Service":
-                assert (host, domain) == ("mlet-train-0", thing["metadata"]["name"])
-            case "JobSet":
-                assert host == f"{thing['metadata']['name']}-train-0-0"
-                assert domain == thing["spec"]["network"]["subdomain"]
     (configuration,) = of_kind(name, "ConfigMap")
     (tmp_path / "config.yaml").write_text(configuration["data"]["config.yaml"])
     config = load_config(tmp_path / "config.yaml", parsed.overrides)
@@ -180,28 +83,18 @@ def test_training_command(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_pod_has_time_to_save(name: str) -> None:
+    assert_time_to_save(name)
+    (shm,) = [volume for volume in training_pod(name)[1]["volumes"] if volume["name"] == "shm"]
+    assert shm["emptyDir"]["medium"] == "Memory"
+
+
+def assert_time_to_save(name: str) -> None:
+    """Assert that a pod outlives its ranks, and these a checkpoint."""
     job, pod = training_pod(name)
     environment = {each["name"]: each.get("value") for each in training_container(name)["env"]}
     to_checkpoint = int(job["template"]["metadata"]["annotations"]["mlet/seconds-to-checkpoint"])
     shutdown = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     assert pod["terminationGracePeriodSeconds"] > shutdown > to_checkpoint > 0
-    (shm,) = [volume for volume in pod["volumes"] if volume["name"] == "shm"]
-    assert shm["emptyDir"]["medium"] == "Memory"
-
-
-@pytest.mark.parametrize("name", TRAINING)
-def test_failures_outside_the_job_are_not_counted(name: str) -> None:
-    job, pod = training_pod(name)
-    rules = job["podFailurePolicy"]["rules"]
-    by_code = {code: rule["action"] for rule in rules for code in rule.get("onExitCodes", {}).get("values", [])}
-    assert by_code == {2: "FailJob", 75: "Ignore"}
-    assert {"type": "DisruptionTarget", "status": "True"} in [
-        condition for rule in rules if rule["action"] == "Ignore" for condition in rule.get("onPodConditions", [])
-    ]
-    containers = {container["name"] for container in pod["containers"]}
-    assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == containers
-    assert pod["restartPolicy"] == "Never"  # a podFailurePolicy requires this
-    assert job["podReplacementPolicy"] == "Failed"
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -229,54 +122,35 @@ def test_training_pods_of_all_kinds_are_equal() -> None:
         job, pod = training_pod(name)
         (container,) = pod["containers"]
         own = {"name", "args", "command", "ports", "resources", "env"}
-        environment = [each for each in container["env"] if each["name"] != "JOB_NAME"]
-        rules = [{**rule, "onExitCodes": {**rule.get("onExitCodes", {}), "containerName": ""}} for rule in
-                 job["podFailurePolicy"]["rules"]]  # fmt: skip
+        environment = [each for each in container["env"] if not each["name"].startswith(("JOB", "NODES"))]
+        volumes = [volume for volume in pod["volumes"] if volume["name"] != "config"]  # each has its own
         return {
-            "pod": {key: value for key, value in pod.items() if key not in ("containers", "subdomain")},
+            "pod": {key: value for key, value in pod.items() if key not in ("containers", "subdomain", "volumes")},
+            "volumes": volumes,
             "container": {key: value for key, value in container.items() if key not in own} | {"env": environment},
             "metadata": job["template"]["metadata"],
-            "rules": rules,
         }
 
     def arguments(name: str) -> list[str]:
         words = training_container(name)["args"]
-        return [word for word in words if not word.startswith(("--export", "--nproc", "--n", "--master"))]
+        return [word for word in words if not word.startswith(("--n", "--master"))]
 
-    assert comparable("job") == comparable("jobset") == comparable("trainjob")
-    assert arguments("job") == arguments("jobset") == arguments("trainjob")
-    assert training_container("job")["resources"] == training_container("jobset")["resources"]
-    assert training_container("job")["resources"] == training_container("trainjob")["resources"]
-
-
-def test_the_export_of_a_jobset_waits_for_training() -> None:
-    (job_set,) = of_kind("jobset", "JobSet")
-    train, export = job_set["spec"]["replicatedJobs"]
-    assert export["dependsOn"] == [{"name": train["name"], "status": "Complete"}]
-    (container,) = export["template"]["spec"]["template"]["spec"]["containers"]
-    assert command(container).export == "/storage/exports/mlet-train"
-    assert command(container).once
-    failing = [rule for rule in job_set["spec"]["failurePolicy"]["rules"] if "targetReplicatedJobs" in rule]
-    assert [(rule["action"], rule["targetReplicatedJobs"]) for rule in failing] == [("FailJobSet", [export["name"]])]
+    for name in KINDS:
+        assert comparable(name) == comparable("job")
+        assert arguments(name) == arguments("job")
+        assert training_container(name)["resources"] == training_container("job")["resources"]
 
 
-def test_services_of_job_and_jobset_do_not_collide() -> None:
-    """A JobSet creates a Service with the name of its subdomain and its own selector."""
-    (job_set,) = of_kind("jobset", "JobSet")
-    (service,) = of_kind("job", "Service")
-    assert job_set["spec"]["network"]["subdomain"] != service["metadata"]["name"]
-
-
-@pytest.mark.parametrize("name", [name for name in RENDERED if name != "volcano"])
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_running_job_keeps_its_config(name: str) -> None:
     """The name of a ConfigMap contains a digest of its data, so that another config is another ConfigMap."""
     (configuration,) = of_kind(name, "ConfigMap")
-    assert re.fullmatch(r"mlet-config-\w{10}", configuration["metadata"]["name"])
+    assert re.fullmatch(r"mlet-config(-\w+)?-\w{10}", configuration["metadata"]["name"])
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_object_store_reaches_every_command(kind: str, tmp_path: Path) -> None:
-    name = overlay(tmp_path, kind, components=[os.path.relpath(K8S / "components" / "object-store", tmp_path)])
+    name = overlay(tmp_path, kind, components=["object-store"])
     commands, secrets = [], []
     for thing in render(name):
         check(thing)
@@ -286,7 +160,7 @@ def test_an_object_store_reaches_every_command(kind: str, tmp_path: Path) -> Non
                 commands += [container["args"]] if "args" in container else []
         if thing["kind"] == "TrainJob":
             commands.append(thing["spec"]["trainer"]["args"])
-    assert len(commands) == len(secrets) == (2 if kind == "jobset" else 1)
+    assert len(commands) == len(secrets) == 2  # training and export
     for arguments in commands:
         assert arguments[-2:] == [
             "data.path=s3://BUCKET/data",
@@ -294,21 +168,12 @@ def test_an_object_store_reaches_every_command(kind: str, tmp_path: Path) -> Non
         ]
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
-def test_kueue_only_adds_its_label(kind: str) -> None:
-    with_queue = render(f"kueue/{kind}")
-    labelled = [thing for thing in with_queue if "kueue.x-k8s.io/queue-name" in thing["metadata"].get("labels", {})]
-    assert [thing["kind"] for thing in labelled] == [{"job": "Job", "jobset": "JobSet", "trainjob": "TrainJob"}[kind]]
-    before = [{**thing, "metadata": {**thing["metadata"], "labels": {}}} for thing in render(kind)]
-    assert [{**thing, "metadata": {**thing["metadata"], "labels": {}}} for thing in with_queue] == before
-
-
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("component", "resource"), [("efa", "vpc.amazonaws.com/efa"), ("infiniband", "rdma/rdma_shared_device_a")]
 )
 def test_networks_reach_every_kind(kind: str, component: str, resource: str, tmp_path: Path) -> None:
-    name = overlay(tmp_path, kind, components=[os.path.relpath(K8S / "components" / component, tmp_path)])
+    name = overlay(tmp_path, kind, components=[component])
     for thing in render(name):
         check(thing)
     container = training_container(name)
@@ -320,11 +185,50 @@ def test_networks_reach_every_kind(kind: str, component: str, resource: str, tmp
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in environment
 
 
-@pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])
+@pytest.mark.parametrize("name", RENDERED)
+def test_nothing_keeps_machines_from_being_drained(name: str) -> None:
+    assert of_kind(name, "PodDisruptionBudget") == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_against_drains_can_be_added(kind: str, tmp_path: Path) -> None:
+    name = overlay(tmp_path, kind, components=["disruption-budget"])
+    (budget,) = of_kind(name, "PodDisruptionBudget")
+    check(budget)
+    wanted = budget["spec"]["selector"]["matchLabels"]
+    assert wanted.items() <= training_pod(name)[0]["template"]["metadata"]["labels"].items()
+    assert budget["spec"]["minAvailable"] > 1000 * node_count(name)  # of all jobs with that label
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_placement_can_be_added(kind: str, tmp_path: Path) -> None:
+    name = overlay(tmp_path, kind, components=["placement"])
+    for thing in render(name):
+        check(thing)
+    job, pod = training_pod(name)
+    assert {"nodeSelector", "priorityClassName", "imagePullSecrets", "affinity"} <= pod.keys()
+    (near,) = pod["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    wanted = near["podAffinityTerm"]["labelSelector"]["matchLabels"]
+    assert wanted.items() <= job["template"]["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spot_machines_have_time_to_save(kind: str, tmp_path: Path) -> None:
+    name = overlay(tmp_path, kind, components=["spot"])
+    for thing in render(name):
+        check(thing)
+    assert_time_to_save(name)
+    _, pod = training_pod(name)
+    assert pod["terminationGracePeriodSeconds"] <= 25  # the shortest notice of the three clouds
+    taints = {each["key"] for each in pod["tolerations"]}
+    assert {"nvidia.com/gpu", "kubernetes.azure.com/scalesetpriority", "cloud.google.com/gke-spot"} == taints
+    assert training_command(name).overrides == ["train.checkpoint_minutes=3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_image_is_set_everywhere(kind: str, tmp_path: Path) -> None:
-    shutil.copy(K8S / "trainjob" / "image.yaml", tmp_path)
     images = [{"name": "mlet-dist", "newName": "elsewhere/mine", "newTag": "7"}]
-    name = overlay(tmp_path, kind, images=images, configurations=["image.yaml"])
+    name = overlay(tmp_path, kind, images=images)
     found = {value for thing in render(name) for key, value in fields(thing) if key == "image"}
     assert found - {"mlet-dist-cpu:0.1.0"} == {"elsewhere/mine:7"}
 
