@@ -89,7 +89,6 @@ def add_nodes(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="seconds to wait for all nodes to join (default: %(default)s)",
     )
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="restarts in place (default: 0)")
 
 
 def add_max_restarts(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ import yaml
 
 from mlet_dist.config.config_file import load_config
 from tests.helpers.kubernetes_schemas import Object, check, fields, templates
-from tests.helpers.mlet_command import ROOT
 from tests.helpers.rendered_manifests import (
+    K8S,
     KINDS,
     RENDERED,
     TRAINING,
@@ -27,15 +27,6 @@ from tests.helpers.rendered_manifests import (
 )
 
 pytestmark = needs_kubectl
-
-
-def test_all_kustomizations_of_the_documentation_exist() -> None:
-    required = {"storage", *KINDS, "volcano", "kueue/job", "efa", "infiniband", "object-store", "cpu"}
-    assert required <= set(RENDERED)
-    text = (ROOT / "docs" / "cluster.md").read_text()
-    named = set(re.findall(r"-k k8s/([\w/-]+)", text))
-    assert named <= set(RENDERED)
-    assert len(named) >= 5
 
 
 @pytest.mark.parametrize("name", RENDERED)
@@ -223,6 +214,20 @@ def test_spot_machines_have_time_to_save(kind: str, tmp_path: Path) -> None:
     taints = {each["key"] for each in pod["tolerations"]}
     assert {"nvidia.com/gpu", "kubernetes.azure.com/scalesetpriority", "cloud.google.com/gke-spot"} == taints
     assert training_command(name).overrides == ["train.checkpoint_minutes=3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_components_do_not_disturb_one_another(kind: str, tmp_path: Path) -> None:
+    components = sorted(path.parent.name for path in (K8S / "components").rglob("kustomization.yaml"))
+    if kind == "volcano/job":
+        components.remove("kueue")
+    name = overlay(tmp_path, kind, components=components)
+    for thing in render(name):
+        check(thing)
+    assert_time_to_save(name)
+    limits = training_container(name)["resources"]["limits"]
+    assert {"vpc.amazonaws.com/efa", "rdma/rdma_shared_device_a", "ephemeral-storage", "cpu"} <= limits.keys()
+    assert "train.checkpoint_minutes=3" in training_command(name).overrides
 
 
 @pytest.mark.parametrize("kind", KINDS)

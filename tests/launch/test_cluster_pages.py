@@ -1,0 +1,77 @@
+"""The pages of docs/clusters say the same of each way, and name kustomizations and objects that exist."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.mlet_command import ROOT
+from tests.helpers.rendered_manifests import KINDS, RENDERED, names, needs_kubectl, render
+
+FOLDER = ROOT / "docs" / "clusters"
+PAGES = [ROOT / "docs" / "cluster.md", *sorted(FOLDER.glob("*.md"))]
+WAYS = ["slurm", "job", "jobset", "trainjob", "kueue", "volcano"]
+SECTIONS = ["Apply", "Watch", "Stop", "Resume", "Upgrade", "Read metrics", "Clean up"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_page_says_what_a_user_does_from_apply_to_clean_up(way: str) -> None:
+    headings = re.findall(r"^## (.+)$", (FOLDER / f"{way}.md").read_text(), flags=re.MULTILINE)
+    found = [section for heading in headings for section in SECTIONS if heading.startswith(section)]
+    assert found == SECTIONS
+
+
+def test_every_kustomization_is_documented() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert set(re.findall(r"k8s/([\w/-]+)", text)) >= {*RENDERED, *KINDS}
+    components = {path.parent.name for path in (ROOT / "k8s" / "components").rglob("kustomization.yaml")}
+    assert set(re.findall(r"k8s/components/([\w-]+)", text)) == components
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_kustomizations_that_are_applied_exist(page: Path) -> None:
+    assert set(re.findall(r"(?:apply|delete) -k k8s/([\w/-]+)", page.read_text())) <= set(RENDERED)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_objects_of_commands_exist(page: Path) -> None:
+    kinds = {"job": "Job", "jobset": "JobSet", "trainjob": "TrainJob", "vcjob": "Job"}
+    existing = {each for name in RENDERED for each in names(render(name))}
+    # A TrainJob makes a JobSet of its name.
+    existing |= {("JobSet", name) for kind, name in existing if kind == "TrainJob"}
+    for kind, name in re.findall(r"\b(job|jobset|trainjob|vcjob)[ /](mlet-[\w-]+)", page.read_text()):
+        assert (kinds[kind], name) in existing, f"{kind} {name}"
+
+
+def test_the_fields_that_pages_explain_have_these_values() -> None:
+    manifests = "\n".join(path.read_text() for path in (ROOT / "k8s").rglob("*.yaml"))
+    for page in PAGES:
+        fields = r"`((?:maxRetry|maxRestarts|maxFailedIndexes|backoffLimit\w*): \d+)`"
+        for field in re.findall(fields, page.read_text()):
+            assert field in manifests, f"{page.name}: {field}"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "ends"),
+    [
+        ("Suspended SuccessCriteriaMet Complete", True),
+        ("FailureTarget Failed", True),
+        ("Suspended FailureTarget", False),
+    ],
+)
+def test_the_documented_wait_ends_when_a_job_has_completed_or_failed(
+    conditions: str, ends: bool, tmp_path: Path
+) -> None:
+    script = re.search(r"^    until kubectl get job .*\n    do sleep 30; done$", (FOLDER / "job.md").read_text(), re.M)
+    assert script
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"#!/bin/sh\necho {conditions}\n")
+    kubectl.chmod(0o755)
+    command = script[0].replace("sleep 30", "exit 7")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["sh", "-c", command], env=environment, timeout=30, check=False).returncode == (
+        0 if ends else 7
+    )
