@@ -1,4 +1,4 @@
-"""TorchX components: `torchx run launch/components.py:train …`. docs/cluster.md shows them on each scheduler.
+"""TorchX components: `torchx run launch/components.py:train …`. docs/clusters shows them on each scheduler.
 
 This file depends on torchx.specs only. TorchX executes it inside a module of its own and reads the annotations as
 text. It must therefore neither contain `from __future__ import annotations` nor define names that TorchX uses. TorchX

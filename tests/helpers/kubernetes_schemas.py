@@ -70,11 +70,11 @@ def check(thing: Object) -> None:
             assert "maxFailedIndexes" not in job
             assert "FailIndex" not in [rule["action"] for rule in job.get("podFailurePolicy", {}).get("rules", [])]
     if thing["apiVersion"].startswith("batch.volcano.sh/"):
-        for policy in thing["spec"]["policies"]:
+        for policy in [each for key, value in fields(thing) if key == "policies" for each in value]:
             assert len({"event", "events", "exitCode"} & policy.keys()) == 1
             assert policy.get("exitCode", 1) != 0
             assert policy["action"] in VOLCANO_ACTIONS
-        assert thing["spec"]["minAvailable"] <= sum(task["replicas"] for task in thing["spec"]["tasks"])
+        assert thing["spec"].get("minAvailable", 0) <= sum(task["replicas"] for task in thing["spec"]["tasks"])
     for policy in [value for key, value in fields(thing) if key == "failurePolicy"]:
         for rule in policy["rules"]:
             assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])

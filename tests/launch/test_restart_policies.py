@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from benchmarks.job_backoff import MOST_S
 from tests.helpers.kubernetes_schemas import Object
 from tests.helpers.rendered_manifests import TRAINING, needs_kubectl, of_kind, training_command, training_pod
 
@@ -65,6 +66,7 @@ def test_a_job_waits_for_the_failures_of_one_index_only(name: str) -> None:
     assert "backoffLimit" not in job
     assert job["backoffLimitPerIndex"] >= 1
     assert job["maxFailedIndexes"] == 0, "the other nodes would wait for a node that does not come again"
+    assert training_command(name).wait > MOST_S, "the others would end before the Job replaces a pod"
 
 
 @pytest.mark.parametrize("name", JOBS)
