@@ -29,6 +29,7 @@ def train(
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
     env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
     max_retries: int = 3,
+    max_restarts: int = 3,
     port: int = 0,
     wait: int = 600,
     name: str = "mlet-train",
@@ -50,6 +51,7 @@ def train(
         mounts: mounts as for dist.ddp, e.g. type=volume,src=CLAIM,dst=/data
         env: environment variables of the nodes, e.g. NCCL_DEBUG=INFO
         max_retries: how often the scheduler restarts all nodes
+        max_restarts: how often in a row a node restarts its ranks by itself; MIN:NODESxRANKS ignores it
         port: port on which the first node listens; 0 derives one from the command
         wait: seconds to wait for all nodes to join
         name: name of the job
@@ -65,6 +67,8 @@ def train(
         overrides.insert(2, f"train.checkpoint_dir={checkpoints}")
     count = f"{min_nodes}:{nodes}" if min_nodes < nodes else f"{nodes}"
     options = ["--nproc", f"{ranks}", "--nnodes", count, "--wait", f"{wait}"]
+    if max_restarts and min_nodes == nodes:  # torch elastic restarts the ranks of other jobs
+        options += ["--max-restarts", f"{max_restarts}"]
     if port:
         options += ["--master-port", f"{port}"]
     if export is not None:

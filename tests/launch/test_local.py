@@ -82,7 +82,8 @@ def test_a_killed_rank_does_not_change_the_result(
     run, export, log = tmp_path / "run", tmp_path / "export", tmp_path / "log"
     settings = [each for each in trained.overrides if not each.startswith("data.path=")]
     job = [f"{COMPONENTS}:train", "--config", CONFIG, "--data", trained.data, "--run", run, "--export", export]
-    job += ["-j", "2x1", "--wait", 60, "--", *settings, "train.checkpoint_every=3", "train.keep_last=1"]
+    job += ["-j", "2x1", "--wait", 60, "--max_restarts", 0]
+    job += ["--", *settings, "train.checkpoint_every=3", "train.keep_last=1"]
 
     with launched(torchx_environment, log, *job) as torchx_run:
         deadline = time.monotonic() + 120

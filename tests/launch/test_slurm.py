@@ -77,7 +77,7 @@ def test_a_crash_is_requeued_and_does_not_change_the_result(
     slurm: SlurmCluster, torchx_environment: dict[str, str], trained: TrainedRun, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = submit(slurm, torchx_environment, trained, run)
+    job = submit(slurm, torchx_environment, trained, run, "--max_restarts", 0)
     deadline = time.monotonic() + 120
     while checkpoints(run) == 0:
         assert time.monotonic() < deadline, slurm.logs()
