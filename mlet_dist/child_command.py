@@ -5,11 +5,15 @@ import subprocess
 import sys
 from contextlib import suppress
 
-_STOP_SECONDS = 10  # shorter than the 30 s that schedulers give by default; finished work is kept
+_STOP_SECONDS = 30.0
 
 
-def run_child_command(*arguments: str) -> str:
+def run_child_command(*arguments: str, stop_seconds: float = _STOP_SECONDS) -> str:
     """Run `mlet ARGUMENTS` in a new process, print it on stderr, and return the last line of its stdout.
+
+    Args:
+        arguments: the command line.
+        stop_seconds: how long the command may take to end, when this process is interrupted, before it is killed.
 
     Raises:
         SystemExit: the command failed without a result, and has printed the reason; with its exit code.
@@ -25,7 +29,7 @@ def run_child_command(*arguments: str) -> str:
         except KeyboardInterrupt:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):
-                child.wait(_STOP_SECONDS)
+                child.wait(stop_seconds)
             child.kill()
             raise
     if child.returncode < 0:

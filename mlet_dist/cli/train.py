@@ -28,6 +28,7 @@ from mlet_dist.training.signals import STOP_SIGNALS
 from mlet_dist.urls import is_url
 
 TEXT = "Train a model and evaluate it, on one machine or as one node of several."
+_STOP_SECONDS = 5.0  # of the 30 s that schedulers give by default; finished work of an export is kept
 EPILOG = f"settings, as section.key=value or in the YAML file:\n{describe_settings()}"
 
 
@@ -145,10 +146,9 @@ def _export_and_verify(config: Config, out: str) -> tuple[Result, bool]:
     """Export the run and verify the export, in new processes: torch elastic handles the signals of this one."""
     run = config.run.dir
     if not (Path(out) / "manifest.json").exists():  # an export gets its name when it is complete
-        run_child_command("export", run, "--out", out, "--json")
+        run_child_command("export", run, "--out", out, "--json", stop_seconds=_STOP_SECONDS)
     parts = DatasetSchema.load(data_set_path(config.data.path)).parts
     split = next(each for each in ("test", "valid", "train") if each in parts)
-    found: Result = json.loads(
-        run_child_command("verify", out, "--run", run, "--data", config.data.path, "--split", split, "--json")
-    )
+    verify = ("verify", out, "--run", run, "--data", config.data.path, "--split", split, "--json")
+    found: Result = json.loads(run_child_command(*verify, stop_seconds=_STOP_SECONDS))
     return found, bool(found["ok"])

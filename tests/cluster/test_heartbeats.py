@@ -24,7 +24,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     store = dist.TCPStore("localhost", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
     dist.PrefixStore("job/a", store).set("roster", json.dumps({}))
     yield store.port
-    del store  # which has kept the port open
+    del store  # it ends with the fixture, and not before
 
 
 def node(rank: int, port: int, seen: list[Failure]) -> Heartbeats:

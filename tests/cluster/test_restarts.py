@@ -189,6 +189,17 @@ def test_an_input_error_after_a_restart_ends_all_nodes(trained: TrainedRun, tmp_
             assert f"{data}: no such data set" in nodes.log(rank).splitlines()[-1]
 
 
+def test_a_rank_that_hangs_on_another_node_is_killed_and_restarted(trained: TrainedRun, tmp_path: Path) -> None:
+    with job(trained, tmp_path, 2, "--max-restarts", 1, "train.collective_timeout_s=5") as nodes:
+        nodes.wait_for_a_checkpoint()
+        os.kill(nodes.rank_of(1), signal.SIGSTOP)
+        assert nodes.codes() == [0, 0]
+        for rank in (0, 1):
+            (reason,) = reasons(nodes.log(rank))
+            assert f"rank 1 on {socket.gethostname()} took no part in a collective for 5 s" in reason
+    assert nodes.result()["weights_sha256"] == trained.result["weights_sha256"]
+
+
 def test_a_node_that_waits_for_the_others_can_be_stopped(trained: TrainedRun, tmp_path: Path) -> None:
     with job(trained, tmp_path, 2, "--max-restarts", 3, "--wait", 300) as nodes:
         nodes.wait_for_a_checkpoint()
