@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -35,6 +36,7 @@ class CheckpointSaver:
 
     Attributes:
         saved: the last checkpoint that was completed; None before the first.
+        write_seconds: how long it took to write.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.saved: Checkpoint | None = None
+        self.write_seconds = 0.0
 
     def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
         """Start to write a checkpoint; ``state`` may change as soon as this returns. A collective call.
@@ -86,9 +89,10 @@ class CheckpointSaver:
         if sys.platform == "linux":  # threads have their own priority there; training comes first
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        started = time.monotonic()
         try:
             write_checkpoint(checkpoint, state, about, self._group)
-            self.saved = checkpoint
+            self.saved, self.write_seconds = checkpoint, time.monotonic() - started
             if self._on_saved is not None:
                 self._on_saved(checkpoint.step)
             remove_old = partial(apply_retention, self._store, about.get(RUN_ID), self._keep_last, self._keep_every)

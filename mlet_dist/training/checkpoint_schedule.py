@@ -1,5 +1,6 @@
 """When a run is saved: every N steps, every N minutes, when a signal asks it to stop, and at its end."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -17,6 +18,8 @@ from mlet_dist.training.signals import StopSignal, interrupted
 from mlet_dist.training.snapshot import state_to_save
 from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
+
+_GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 class CheckpointSchedule:
@@ -56,6 +59,7 @@ class CheckpointSchedule:
         self._saved_step, self._saved_at = saved_step, time.monotonic()
         self._guard, self._timer = guard, timer
         self.seconds, self.saved, self.failed = 0.0, 0, 0
+        self._warned = False
 
     def __call__(self, training: Training) -> None:
         """Save if a checkpoint is due; called after each step.
@@ -113,6 +117,20 @@ class CheckpointSchedule:
             self.failed += 1
             if dist.get_rank() == 0:
                 print_warning(str(error))
+        else:
+            self._warn_of_short_grace()
+
+    def _warn_of_short_grace(self) -> None:
+        """Warn once if ranks that are told to stop could not complete a checkpoint."""
+        seconds, given = self._saver.write_seconds, os.environ.get(_GRACE)
+        if self._warned or given is None or seconds <= float(given) or dist.get_rank() != 0:
+            return
+        self._warned = True
+        print_warning(
+            f"a checkpoint took {seconds:.1f} s to write, and ranks that are told to stop have {given} s ({_GRACE}), "
+            "so that a stop would lose the steps since the last checkpoint; raise it, and the scheduler's grace period "
+            "above it, or lower train.checkpoint_minutes to what you can lose"
+        )
 
     def _start_agreement(self, signal: int, due: bool, failed: bool) -> None:
         self._agreement = AsyncAllReduceMax(torch.tensor([signal, due, failed], dtype=torch.int64), self._group)

@@ -1,6 +1,7 @@
 """Training as a user starts it, on one and on several ranks, and its errors."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,7 +9,8 @@ import pytest
 
 from tests.conftest import TrainedRun
 from tests.helpers.data_set_parts import replace_part
-from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json, torchrun_mlet
+from tests.helpers.forked_command import MLET
+from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json, run_command, torchrun_mlet
 
 pytestmark = pytest.mark.e2e
 
@@ -59,6 +61,21 @@ def test_one_rank_and_torchrun_agree_with_two_ranks(trained: TrainedRun, tmp_pat
         assert other["test_auc"] == pytest.approx(trained.result["test_auc"], abs=2e-3)
         assert other["trained_table_bytes"] == trained.result["trained_table_bytes"]
         assert other["served_table_bytes"] == trained.result["served_table_bytes"]
+
+
+@pytest.mark.parametrize(("given", "warned"), [("0", True), ("60", False)])
+def test_checkpoints_that_take_longer_than_a_stop_gives_are_warned_of(
+    small_model: tuple[str, ...], tmp_path: Path, given: str, warned: bool
+) -> None:
+    settings = (*small_model, "train.max_steps=4", "train.checkpoint_every=1", f"run.dir={tmp_path / 'run'}")
+    command = [*MLET, "train", CONFIG, *settings]
+    done = run_command(command, environment=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": given})
+    lines = [line for line in done.stderr.splitlines() if "a stop would lose the steps since the last" in line]
+    assert len(lines) == warned
+    assert all(
+        "s to write, and ranks that are told to stop have 0 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)" in each
+        for each in lines
+    )
 
 
 def test_table_bytes_are_those_of_w1_w2_and_w(trained: TrainedRun) -> None:
