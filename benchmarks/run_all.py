@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 _MODEL = "--batch 8 --tables 2 --num-embeddings 50 --hidden-dim 8 --embedding-dim 4"
 SMALLEST = {
     "compression_arms": "--drift 0 --drift-rows 3000 --policy adaptive --widths 16 8 --budget 0.3 --interval 5 --serve",
+    "compression_grid": "--drift --drift-rows 2000 --arms single graded --budgets 0.3 --seeds 2 --out /dev/null",
     "exchange": f"--ranks 2 {_MODEL} --steps 2",
     "pipeline": f"--ranks 2 {_MODEL} --mlp 8 --rounds 2 --steps 1",
     "checkpoint": "--ranks 2 --num-embeddings 50 --local-batch-size 8 --every 2 --rounds 1 --out {folder}",

@@ -32,6 +32,10 @@ PRINTED = {
     "compression_arms": [
         rf'\{{.*"test_auc": {NUMBER}, "test_logloss": {NUMBER}, .*"training_share": 0\.[23]\d*, .*"form": "mixed".*\}}'
     ],
+    "compression_grid": [
+        rf"\| static 16, 8, 4 \| [+-]{NUMBER} ± {NUMBER} \(2\), 0\.\d\d \|",
+        rf"\| static 16, 8, 4 \| 30% \| mixed \| {NUMBER}x [+-]{NUMBER} ± {NUMBER} \(2\) \|.*",
+    ],
     "pipeline": [
         rf"auto .*\b8\b.*, 2 ranks, (cpu|cuda) +plain {NUMBER} ms .* pipelined {NUMBER} ms .* ratio {NUMBER} .*"
     ],
