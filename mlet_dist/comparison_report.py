@@ -16,9 +16,9 @@ factorisation.
 """
 _COMPRESSED_CAPTION = """\
 What the table means: tables in training are rows, W2 and the optimizer's state, over all ranks, and the share is that
-of the single layer's, which is not compressed. Compressed rows have the same budget. There is no control, because no
-single learning rate makes a single layer learn as compressed MLET tables do: rows of d columns have no W2, and learn at
-the given rate. A part of what MLET gains may be due to the effective learning rate of its other rows.
+of the single layer's, which is not compressed. Both compressed models have the same budget. There is no control,
+because no single learning rate makes a single layer learn as compressed MLET tables do: table rows of d columns have no
+W2, and learn at the given rate. A part of what MLET gains may be due to the effective learning rate of the others.
 """
 _NOTES = """\
 Each row is one run with one seed, and learning rates are not tuned for each row. The logit difference is the largest

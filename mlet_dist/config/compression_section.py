@@ -35,16 +35,16 @@ class CompressionConfig:
 
     preset: Literal["recommended", "fiited"] | None = setting(
         "Sets those settings of this section that have their default value and are not given on the command line. "
-        "recommended: what the results in the documentation recommend. fiited: FIITED (arXiv:2401.04408), adaptive "
-        "with nested false. null: none. A run's own config.yaml has the settings instead.",
+        "recommended: static, as the results in the documentation recommend. fiited: FIITED (arXiv:2401.04408), "
+        "adaptive with nested false. null: none. A run's own config.yaml has the settings instead.",
         None,
     )
     policy: Literal["none", "static", "adaptive"] = setting(
         "none: all rows of W1 have hidden_dim columns. static: a row gets the more columns the more often the training "
-        "split looks it up, and the rarest rows get none and read zero; widths are chosen before training, within "
-        "budget. Ids must be sorted by descending frequency, as vocabularies are; tables are row_wise, with exchange "
-        "unique_rows. adaptive: begins as static; then rows with large gradients take the place of rows with small "
-        "ones, so that tables follow ids whose frequency changes over time.",
+        "split looks it up, and the rarest rows get none (see shared_rows); widths are chosen before training, "
+        "within budget. Ids must be sorted by descending frequency, as vocabularies are; tables are row_wise, with "
+        "exchange unique_rows. adaptive: begins as static; then rows with large gradients take the place of rows with "
+        "small ones, so that tables follow ids whose frequency changes over time.",
         "none",
     )
     budget: float | ByteSize = setting(
@@ -124,11 +124,19 @@ class CompressionConfig:
         """Return the limits on the widths of a table's rows."""
         return self.tables.get(table, TableCompressionConfig())
 
-    def without_effect(self) -> list[str]:
-        """Return the names of the settings that are not at their defaults and have no effect under this policy."""
+    def without_effect(self) -> dict[str, list[str]]:
+        """Return the names of the settings that are not at their defaults and have no effect, by the setting why."""
         ignored = {
-            "none": [each.name for each in dataclasses.fields(self) if each.name not in ("policy", "preset")],
-            "static": ["chunks", "interval", "warmup", "decay", "hysteresis", "on_move"],
-            "adaptive": ["shared_rows"],
-        }[self.policy]
-        return [name for name in ignored if getattr(self, name) != getattr(CompressionConfig(), name)]
+            "policy": {
+                "none": [each.name for each in dataclasses.fields(self) if each.name not in ("policy", "preset")],
+                "static": ["chunks", "interval", "warmup", "decay", "hysteresis", "on_move"],
+                "adaptive": ["shared_rows"],
+            }[self.policy]
+        }
+        if self.policy == "adaptive":  # chunks have one width, so that none gets narrower
+            ignored["nested"] = ["chunks"] if self.nested else ["on_move"]
+        defaults = CompressionConfig()
+        return {
+            why: [name for name in names if getattr(self, name) != getattr(defaults, name)]
+            for why, names in ignored.items()
+        }

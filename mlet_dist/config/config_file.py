@@ -56,13 +56,12 @@ class Config:
                 f"{self.data.batch_size}: rows are then mixed among two batches, and neighbouring rows stay close to "
                 f"each other; use {2 * self.data.batch_size} or more, preferably above {16 * self.data.batch_size}"
             )
-        ignored = [f"compression.{name}" for name in self.compression.without_effect()]
-        if ignored:
-            policy = self.compression.policy
-            found.append(
-                f"{' and '.join(ignored)} {'has' if len(ignored) == 1 else 'have'} no effect, because "
-                f"compression.policy is {policy}"
-            )
+        for why, names in self.compression.without_effect().items():
+            if names:
+                ignored = " and ".join(f"compression.{name}" for name in names)
+                value = to_yaml(getattr(self.compression, why))
+                verb = "has" if len(names) == 1 else "have"
+                found.append(f"{ignored} {verb} no effect, because compression.{why} is {value}")
         return found
 
     def check_world_size(self, world_size: int) -> None:

@@ -126,6 +126,9 @@ class Case:
 
 def budget_share(case: Case) -> float:
     """Return the budget of compressed tables as a share of the bytes of single-layer tables."""
+    budget = case.config.compression.budget
+    if not isinstance(budget, str):
+        return budget
     sizes = Sizes(case.spec.model.embedding_dim, case.config.optimizer.name)
     single = sizes.single(sum(table.num_embeddings for table in case.spec.tables))
     return budget_bytes(case.config.compression, single) / single

@@ -131,13 +131,16 @@ def with_row_ranges(
         f"{budget:,} bytes, {budget / single:.1%})",
         f"compression  {describe_shares(width_shares(ranges, total_lookups(counts)))}",
     ]
+    if slots := sizes.bytes_per_row * sum(rows.values()):
+        lines.append(f"compression  {slots:,} bytes of them are slots and utilities of all rows")
     d, widest = spec.model.embedding_dim, max(each.width for of_table in ranges.values() for each in of_table)
     if widest <= d < (spec.model.hidden_dim or d):
         lines.append(f"compression  no row has more than {d} columns: with this budget it is a single-layer model")
     if largest <= budget:
+        unit = "" if isinstance(compression.budget, str) else "; a budget without a unit is a share"
         lines.append(
             f"compression  nothing is compressed: with the largest width for all rows, tables take {largest:,} bytes, "
-            "which the budget allows"
+            f"which the budget allows{unit}"
         )
     plain = {name: tuple((each.rows, each.width, each.share) for each in of) for name, of in ranges.items()}
     return dataclasses.replace(

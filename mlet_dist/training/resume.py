@@ -92,11 +92,10 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoi
         saved, wanted = (
             each | Preprocessing.from_dict(of).by_column() for each, of in zip((saved, wanted), made, strict=True)
         )
-    differing = []
-    for key in sorted(saved.keys() | wanted.keys()):
-        before, now = saved.get(key), wanted.get(key)
-        if before != now:
-            differing.append(f"{key} was {to_json(before)}, is {to_json(now)}")
+    keys = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
+    if any(key.startswith("compression.") for key in keys):  # which says why the rows have other widths
+        keys = [key for key in keys if not key.startswith(_RANGES)]
+    differing = [f"{key} was {to_json(saved.get(key))}, is {to_json(wanted.get(key))}" for key in keys]
     if differing:
         shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
         raise UserError(f"{checkpoint} was saved with other settings: {shown}; change them back, or {alternative}")
@@ -179,7 +178,7 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
     if own is not None:
         point = ResumePoint(own, is_own=True)
     else:
-        point = ResumePoint(checkpoint_at(resume, "train.resume"), is_own=_is_of(resume, store))
+        point = ResumePoint(checkpoint_at(resume, "train.resume", ", or auto or never"), is_own=_is_of(resume, store))
     for line in point.found.damage:
         _log(f"warning: {line}; using the one before it")
     checkpoint, about = point.found.checkpoint, point.found.manifest.about
@@ -191,6 +190,8 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
                 "choose another train.checkpoint_dir, or, if this is the run of run.dir, start over with "
                 "run.overwrite=true"
             )
+        if _without_compression(about["identity"]) == _without_compression(identity):
+            alternative = f"begin another run with train.resume={checkpoint} and another run.dir, or {alternative}"
         check_same_run(about["identity"], identity, str(checkpoint), alternative)
     else:
         saved, wanted = without_learning_rates(about["identity"]), without_learning_rates(identity)
@@ -264,6 +265,11 @@ def checkpoint_at(path: str, setting: str, advice: str = "") -> CompleteCheckpoi
         UserError: there is none; the message names ``setting``, such as ``train.resume``, and ends with ``advice``.
     """
     single = Checkpoint.at(path)
+    kinds = f"it must be a checkpoint, or a run that has one{advice}"
+    if not is_url(path) and not Path(path).exists():
+        names = [each.name for each in single.store.checkpoints()] if single is not None else []
+        beside = f"; its directory has {', '.join(names)}" if names else ""
+        raise UserError(f"{setting} {path}: does not exist{beside}; {kinds}")
     found: CompleteCheckpoint | None
     if single is not None:
         found = require_complete(single)
@@ -274,9 +280,7 @@ def checkpoint_at(path: str, setting: str, advice: str = "") -> CompleteCheckpoi
     else:
         found = latest_complete(CheckpointStore(path))
     if found is None:
-        raise UserError(
-            f"{setting} {path}: no complete checkpoint is there; it must be a checkpoint, or a run that has one{advice}"
-        )
+        raise UserError(f"{setting} {path}: no complete checkpoint is there; {kinds}")
     return found
 
 

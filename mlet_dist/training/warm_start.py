@@ -87,6 +87,12 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
                 raise UserError(
                     f"{location}: table {table.name!r} has two layers there and one in the model; set model.hidden_dim"
                 )
+    k, stored_k = spec.model.hidden_dim, about.get("identity", {}).get("model.hidden_dim")
+    if tables is None and k is not None and stored_k not in (None, k):
+        raise UserError(
+            f"{location}: model.hidden_dim was {stored_k} there and is {k}; without compression it must be the same: "
+            f"set model.hidden_dim={stored_k}, or export that run and take `mlet factorize EXPORT --hidden-dim {k}`"
+        )
     warnings = SourceInputs.of(about, str(location)).check(spec, config.data.path, dense_layers=initial.has_dense)
     wanted = initial._covered(build_dlrm(spec, torch.device("meta")).state_dict())
     check_shapes(wanted, metadata, location, MODEL_KEY)

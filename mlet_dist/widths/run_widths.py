@@ -92,7 +92,7 @@ def _bytes(
     return {
         "single_layer_training_bytes": single,
         "budget_bytes": budget_bytes(config.compression, single),
-        "training_bytes": sizes.total(ranges.values()) if summary is None else summary["training_bytes_peak"],
+        "training_bytes": sizes.trained(ranges.values()) if summary is None else summary["training_bytes_peak"],
     }
 
 

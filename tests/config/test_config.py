@@ -398,6 +398,7 @@ def test_settings_of_compression_without_effect_are_a_warning(file: Path) -> Non
         *("compression.budget=0.3", "compression.alpha=0.4", "compression.widths=[8]", "compression.interval=9"),
         *("compression.shared_rows=false", "compression.tables.C1.max_width=8"),
     ]
+    chunks, adaptive = "compression.chunks=4", "compression.policy=adaptive"
     for policy, names in {
         "none": ["budget", "widths", "alpha", "shared_rows", "interval", "tables"],
         "static": ["interval"],
@@ -407,6 +408,16 @@ def test_settings_of_compression_without_effect_are_a_warning(file: Path) -> Non
         settings = " and ".join(f"compression.{name}" for name in names)
         verb = "have" if len(names) > 1 else "has"
         assert warning == f"{settings} {verb} no effect, because compression.policy is {policy}"
+    for settings_of, warning in {
+        (chunks, adaptive): "compression.chunks has no effect, because compression.nested is true",
+        (
+            chunks,
+            adaptive,
+            "compression.nested=false",
+            "compression.on_move=reset",
+        ): "compression.on_move has no effect, because compression.nested is false",
+    }.items():
+        assert load_config(file, settings_of).warnings() == [warning]
     for quiet in ([], [*everything[:2], "compression.policy=static"], ["compression.preset=fiited"]):
         assert load_config(file, quiet).warnings() == []
 

@@ -59,6 +59,9 @@ def test_the_text_has_a_line_for_each_budget(command: list[str], capsys: pytest.
     assert [line.split()[0] for line in lines] == ["100%", "50%", "34%", "25%", "10%", "5%"]
     assert re.fullmatch(r" +34% +0\.0(19|20)( +\d+\.\d%){4}", lines[2])
     assert re.fullmatch(r" +5% +too small( +-){4}", lines[-1])
+    assert main([*command, "compression.budget=10%"]) == 0  # a share of which the bytes are rounded
+    lines = capsys.readouterr().out.partition("\nwhat a budget keeps")[2].splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["100%", "50%", "25%", "10%", "5%"]
 
 
 def test_a_smaller_budget_is_suggested_and_its_widths_are_chosen_anew(

@@ -181,6 +181,12 @@ def test_a_budget_without_wide_rows_is_said_to_give_a_single_layer(settings: tup
 def test_a_budget_above_all_rows_is_said_to_compress_nothing(settings: tuple[str, ...]) -> None:
     _, lines = with_row_ranges(*_spec_of([*settings, "compression.budget=4GB", "run.dir=x"]))
     assert lines[-1].startswith("compression  nothing is compressed: with the largest width for all rows, tables take ")
+    assert lines[-1].endswith(" bytes, which the budget allows")
+    _, lines = with_row_ranges(*_spec_of([*settings, "compression.budget=4000", "run.dir=x"]))
+    assert lines[-1].endswith(" bytes, which the budget allows; a budget without a unit is a share")
+    _, lines = with_row_ranges(*_spec_of([*settings, "compression.policy=adaptive", "run.dir=x"]))
+    rows = sum(table.num_embeddings for table in _spec_of([*settings, "run.dir=x"])[0].tables)
+    assert lines[2] == f"compression  {6 * rows:,} bytes of them are slots and utilities of all rows"
 
 
 def test_an_error_of_the_rank_that_reads_the_counts_is_that_of_every_rank(

@@ -304,7 +304,12 @@ def test_a_run_does_not_change_its_own_compression(runs: Runs, tmp_path: Path) -
             "train", CONFIG, *runs.settings("smaller"), "train.max_steps=40", f"run.dir={run}", f"train.resume={path}"
         )
         assert "compression.budget was 1.1, is 0.4" in line
+        assert "row ranges" not in line
         assert line.endswith("choose another run.dir")
+    line = error_line("train", CONFIG, *runs.settings("smaller"), f"run.dir={run}")
+    assert f"begin another run with train.resume={run}/checkpoints/step-{STEPS:08d} and another run.dir, or" in line
+    line = error_line("train", CONFIG, *runs.settings("smaller"), "train.seed=9", f"run.dir={run}")
+    assert "begin another run" not in line
 
 
 @pytest.mark.parametrize("setting", ["train.resume", "train.initial_weights"])
@@ -380,3 +385,9 @@ def test_another_width_of_vectors_is_refused_with_the_table(runs: Runs, tmp_path
         "train", CONFIG, f"run.dir={tmp_path / 'new'}", *settings, f"train.initial_weights={runs('none')}"
     )
     assert "has 8 columns as served, and 4 in the model" in line
+
+
+def test_another_hidden_dim_without_compression_is_refused_with_what_to_do(runs: Runs, tmp_path: Path) -> None:
+    settings = (*runs.settings("none"), "model.hidden_dim=24", f"run.dir={tmp_path / 'new'}")
+    line = error_line("train", CONFIG, *settings, f"train.initial_weights={runs('none')}")
+    assert "model.hidden_dim was 16 there and is 24; without compression it must be the same" in line

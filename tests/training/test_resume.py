@@ -223,9 +223,13 @@ def test_a_resume_path_is_used_until_the_run_has_its_own_checkpoints(
     assert back["first_step"] == 28
     assert back["weights_sha256"] == first["weights_sha256"]
     assert records(run) == records(later)
-    assert "no complete checkpoint is there" in refusal(
-        ranks, 1, *settings, f"run.dir={tmp_path / 'x'}", f"train.resume={tmp_path}"
-    )
+    for path, message in {
+        tmp_path: f"train.resume {tmp_path}: no complete checkpoint is there; it must be a checkpoint, or a run that "
+        "has one, or auto or never",
+        tmp_path / "gone": f"train.resume {tmp_path / 'gone'}: does not exist; it must be a checkpoint",
+        run / "checkpoints" / "step-00000001": "step-00000001: does not exist; its directory has step-",
+    }.items():
+        assert message in refusal(ranks, 1, *settings, f"run.dir={tmp_path / 'x'}", f"train.resume={path}")
 
 
 def test_never_requires_an_empty_directory_and_overwrite_starts_over(

@@ -178,7 +178,11 @@ def test_initial_weights_that_do_not_fit_the_model_are_rejected_by_name(
         ("table 'C1' has two layers there and one in the model", factors, "model.hidden_dim=null"),
         (rf"over_arch\..* is \(\d+, \d+\) {there} and", factors, "model.top_mlp=[24]"),
         (r"holds no tensor '.*embedding_bags\.C7\.weight', which the model has", tmp_path / "missing", ""),
-        ("train.initial_weights .*gone: no complete checkpoint is there", tmp_path / "gone", ""),
+        (
+            "train.initial_weights .*gone: does not exist; it must be a checkpoint, .*; `mlet factorize` makes",
+            tmp_path / "gone",
+            "",
+        ),
         (r"table-3\.distcp is damaged", tmp_path / "damaged", ""),
         ("the ids of sparse feature C5 belong to another vocabulary in .* than where", tmp_path / "strange", ""),
         (
