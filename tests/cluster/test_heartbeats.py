@@ -69,6 +69,8 @@ def test_a_node_0_that_has_ended_is_noticed_at_once() -> None:
         assert second.wait_for_failure(1) is None
         del store
         assert second.wait_for_failure(5) == Failure("lost", 0, "node 0 on a has ended")
+        second._threads[0].join(1)
+        assert not second._threads[0].is_alive(), "it would connect again, and the library print a stack trace"
 
 
 def test_failures_are_counted_anew_after_each_checkpoint() -> None:
