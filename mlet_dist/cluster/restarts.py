@@ -74,6 +74,7 @@ class Supervisor:
         stop: the signals that arrive.
         limit: how many restarts are allowed.
         on_cuda: whether the ranks use NCCL, whose watchdog aborts a rank that has lost another.
+        has_replaced: whether earlier attempts have replaced the run that ``run.dir`` held before the job.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Supervisor:
         stop: StopRequest,
         limit: RestartLimit,
         on_cuda: Callable[[], bool],
+        has_replaced: Callable[[], bool],
     ) -> None:
         self._nproc, self._arguments, self._job = nproc, arguments, job
-        self._stop, self._limit, self._on_cuda = stop, limit, on_cuda
+        self._stop, self._limit, self._on_cuda, self._has_replaced = stop, limit, on_cuda, has_replaced
         self._alone = None if nodes is not None else _own_store()
         self._nodes = nodes or Nodes(1, 1, 0, "localhost", self._alone.port if self._alone is not None else 0, 0)
 
@@ -103,11 +105,12 @@ class Supervisor:
         """
         number, cause = 0, "new"
         while True:
-            mark_attempt(number)
+            has_replaced, name = self._has_replaced(), uuid.uuid4().hex
+            mark_attempt(number, has_replaced=has_replaced)
             meeting = None if meet is None else meet(number, cause)
             if meeting is not None:
-                number = meeting.number
-            mark_attempt(number, uuid.uuid4().hex if meeting is None else meeting.prefix.rpartition("/")[2])
+                number, has_replaced, name = meeting.number, meeting.has_replaced, meeting.prefix.rpartition("/")[2]
+            mark_attempt(number, name, has_replaced=has_replaced)
             if meeting is not None and meeting.is_unexplained and not self._limit.allows_another():
                 raise self._exhausted(RanksLost("the ranks have failed again, and no node knows why"))
             self._log(f"all {self._nodes.count} nodes have joined" + f"; restart {number}" * (number > 0))

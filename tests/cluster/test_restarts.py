@@ -225,6 +225,26 @@ def test_the_ranks_of_one_machine_are_restarted(trained: TrainedRun, tmp_path: P
     assert result["first_step"] > 0
 
 
+def test_a_crash_before_the_earlier_run_is_replaced(trained: TrainedRun, tmp_path: Path) -> None:
+    """Its result is not that of the job that is to replace it."""
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    before = (run / "config.yaml").read_text()
+    command = [*MLET, "train", CONFIG, *trained.overrides, f"run.dir={run}", "run.overwrite=true"]
+    command += ["--nproc", 2, "--max-restarts", 1, "--json"]
+    with ForkedCommand(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while len(children(process.pid)) < 2:
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "they start again now" in errors
+    assert (run / "config.yaml").read_text() != before
+    result = json.loads(output.splitlines()[-1])
+    assert result["weights_sha256"] == trained.result["weights_sha256"]
+    assert result["first_step"] == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
