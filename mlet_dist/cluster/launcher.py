@@ -15,9 +15,9 @@ from mlet_dist.cluster.rendezvous import Rendezvous
 from mlet_dist.cluster.restarts import RestartLimit, Supervisor
 from mlet_dist.cluster.stop_request import StopRequest
 from mlet_dist.config.config_file import Config
-from mlet_dist.errors import RanksLost, UserError
+from mlet_dist.errors import NodesMissing, RanksLost, UserError
 from mlet_dist.node_log import log_of_node
-from mlet_dist.training.attempts import run_to_replace
+from mlet_dist.training.attempts import finished_summary, run_to_replace
 from mlet_dist.training.run_directory import RunDirectory
 
 
@@ -103,8 +103,22 @@ class _Node:
         """Return whether the ranks use NCCL."""
         return _uses_cuda(self._config)
 
-    def meet(self, number: int, cause: str) -> Meeting:
-        """Check this node, exchange reports with the other nodes, and return the meeting of all nodes."""
+    def meet(self, number: int, cause: str) -> Meeting | None:
+        """Check this node, exchange reports with the other nodes, and return the meeting of all nodes.
+
+        Returns None if a rank has failed when the run had finished: then its ranks need no other node, and nodes whose
+        ranks have all succeeded have ended.
+        """
+        if number and self._has_finished():
+            return None
+        try:
+            return self._meet(number, cause)
+        except NodesMissing:
+            if number and self._has_finished():  # this node's view of shared storage was not current before
+                return None
+            raise
+
+    def _meet(self, number: int, cause: str) -> Meeting:
         assert self._nodes is not None
         assert self._rendezvous is not None
         problem = ""
@@ -125,6 +139,11 @@ class _Node:
                 raise
         self._run_before = meeting.run_before
         return meeting
+
+    def _has_finished(self) -> bool:
+        with suppress(UserError):
+            return self._config is not None and finished_summary(self._config) is not None
+        return False
 
     def latest_step(self) -> int:
         """Return the step of the run's latest complete checkpoint; -1 if there is none, or it cannot be read."""

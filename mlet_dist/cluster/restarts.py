@@ -39,8 +39,8 @@ _EARLY_TEXTS: dict[Kind, str] = {
 }
 """What the other nodes are told at once; the log of the node has more."""
 
-Meet = Callable[[int, str], Meeting]
-"""Lets the nodes meet, given the number of earlier attempts and why the last one failed."""
+Meet = Callable[[int, str], Meeting | None]
+"""Lets the nodes meet, given the number of earlier attempts and why the last failed; None if the run has finished."""
 
 
 class RestartLimit:
@@ -113,7 +113,10 @@ class Supervisor:
             mark_attempt(number, name, has_replaced=has_replaced)
             if meeting is not None and meeting.is_unexplained and not self._limit.allows_another():
                 raise self._exhausted(RanksLost("the ranks have failed again, and no node knows why"))
-            self._log(f"all {self._nodes.count} nodes have joined" + f"; restart {number}" * (number > 0))
+            joined = f"all {self._nodes.count} nodes have joined"
+            if meet is not None and meeting is None:
+                joined = "the run has finished; the other nodes are not needed"
+            self._log(joined + f"; restart {number}" * (number > 0))
             found = self._attempt(meeting)
             if found is None:
                 self._log("ended: its ranks have succeeded")

@@ -14,6 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from mlet_dist.cluster.launcher import _Node
+from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.stop_request import StopRequest
+from mlet_dist.config.config_file import load_config
+from mlet_dist.errors import NodesMissing
+from mlet_dist.training.attempts import mark_attempt
 from tests.cluster.test_wrong_launch import free_port
 from tests.conftest import TrainedRun
 from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
@@ -243,6 +249,26 @@ def test_a_crash_before_the_earlier_run_is_replaced(trained: TrainedRun, tmp_pat
     result = json.loads(output.splitlines()[-1])
     assert result["weights_sha256"] == trained.result["weights_sha256"]
     assert result["first_step"] == 0
+
+
+def test_a_node_that_fails_after_the_end_of_the_run_needs_no_other_node(
+    trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of the other nodes may have succeeded, and these nodes have ended."""
+    for name in ("MLET_ATTEMPT", "MLET_RUN_NOT_REPLACED"):
+        monkeypatch.setenv(name, "")
+    config = load_config(CONFIG, [*trained.overrides, f"run.dir={trained.path}"])
+    nodes = Nodes(min_count=2, count=2, rank=1, master="localhost", port=free_port(), wait=1)
+    with StopRequest() as stop:
+        node = _Node(1, nodes, "job", lambda: config, stop)
+        mark_attempt(0)
+        with pytest.raises(NodesMissing):
+            node.meet(0, "new")
+        mark_attempt(1)
+        assert node.meet(1, "fault") is None
+        mark_attempt(1, has_replaced=False)
+        with pytest.raises(NodesMissing):
+            node.meet(1, "fault")
 
 
 @pytest.mark.parametrize(
