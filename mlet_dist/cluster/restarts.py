@@ -166,6 +166,8 @@ class Supervisor:
         is_own = hung or kind == "crash"
         if isinstance(error, RanksKilled):
             error = RanksLost(failure.text) if hung else ConnectionLost(failure.text)
+        elif isinstance(error, ConnectionLost) and failure.node != own.node and failure.kind != "connection":
+            error = ConnectionLost(f"another rank has ended: {failure.text}")
         if failure.kind == "input":
             error = UserError(failure.text)
         elif self._limit.most and is_own and not self._limit.allows_another():
