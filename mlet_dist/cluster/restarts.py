@@ -160,7 +160,8 @@ class Supervisor:
         told = None if heartbeats is None else heartbeats.wait_for_failure(_CAUSE_SECONDS * (kind == "connection"))
         text = f"{name}: " * (self._nodes.count > 1) + (_EARLY_TEXTS[kind] if kind == "connection" else str(error))
         own = Failure(kind, self._nodes.rank, str(error) if kind == "lost" else text)
-        failure = own if told is None or (told.node == own.node and told.kind == own.kind) else told
+        knows_more = told is not None and (told.node, told.kind) == (own.node, own.kind)  # than the others were told
+        failure = own if told is None or (knows_more and not isinstance(error, RanksKilled)) else told
         # Where others found that a collective timed out, the rank that had to be killed is the one that hung.
         hung = watch.hung or (isinstance(error, RanksKilled) and failure.kind == "timeout")
         is_own = hung or kind == "crash"
