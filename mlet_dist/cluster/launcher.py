@@ -147,7 +147,7 @@ class _Node:
 
     def latest_step(self) -> int:
         """Return the step of the run's latest complete checkpoint; -1 if there is none, or it cannot be read."""
-        if self._config is None:
+        if self._config is None or not self.has_replaced():  # then they are an earlier run's
             return -1
         store = RunDirectory(Path(self._config.run.dir)).checkpoint_store(self._config)
         with suppress(UserError, OSError):

@@ -271,6 +271,17 @@ def test_a_node_that_fails_after_the_end_of_the_run_needs_no_other_node(
             node.meet(1, "fault")
 
 
+def test_checkpoints_of_a_run_that_is_to_be_replaced_are_no_progress(trained: TrainedRun) -> None:
+    def latest_step(*settings: str) -> int:
+        config = load_config(CONFIG, [*trained.overrides, f"run.dir={trained.path}", *settings])
+        node = _Node(1, None, "job", lambda: config, StopRequest())
+        node.check()
+        return node.latest_step()
+
+    assert latest_step() == trained.result["steps"]
+    assert latest_step("run.overwrite=true") == -1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
