@@ -119,7 +119,9 @@ class Heartbeats:
             except (OSError, RuntimeError):
                 self._store = None
                 if not _listens(self._nodes):
+                    # The library prints a stack trace if it cannot connect: do not try again.
                     self._note(Failure("lost", 0, f"{self._names[0]} has ended"))
+                    return
             else:
                 count += 1
                 self._answers = count

@@ -15,8 +15,9 @@ from mlet_dist.cluster.rendezvous import Rendezvous
 from mlet_dist.cluster.restarts import RestartLimit, Supervisor
 from mlet_dist.cluster.stop_request import StopRequest
 from mlet_dist.config.config_file import Config
-from mlet_dist.errors import RanksLost, UserError
+from mlet_dist.errors import NodesMissing, RanksLost, UserError
 from mlet_dist.node_log import log_of_node
+from mlet_dist.training.attempts import finished_summary, run_to_replace
 from mlet_dist.training.run_directory import RunDirectory
 
 
@@ -57,7 +58,9 @@ def launch(
         limit = RestartLimit(max_restarts, node.latest_step)
         if nodes is None:
             node.check()
-        Supervisor(nproc, arguments, nodes, job, stop, limit, node.uses_cuda).run(None if nodes is None else node.meet)
+        Supervisor(nproc, arguments, nodes, job, stop, limit, node.uses_cuda, node.has_replaced).run(
+            None if nodes is None else node.meet
+        )
     stop.check()
 
 
@@ -74,6 +77,8 @@ class _Node:
     ) -> None:
         self._nproc, self._nodes, self._check = nproc, nodes, check
         self._config: Config | None = None
+        self._run_before: str | None = None
+        self._has_started = False
         self._rendezvous = None if nodes is None else Rendezvous(nodes, job, stop.check)
 
     def check(self) -> None:
@@ -84,13 +89,36 @@ class _Node:
         """
         self._config = self._check()
         _check_devices(self._nproc, self._config)
+        if not self._has_started:
+            self._has_started, self._run_before = True, self._run_now()
+
+    def has_replaced(self) -> bool:
+        """Return whether the ranks have replaced the run that ``run.dir`` held before the job, if they are to."""
+        return self._run_before is None or self._run_now() != self._run_before
+
+    def _run_now(self) -> str | None:
+        return None if self._config is None else run_to_replace(self._config)
 
     def uses_cuda(self) -> bool:
         """Return whether the ranks use NCCL."""
         return _uses_cuda(self._config)
 
-    def meet(self, number: int, cause: str) -> Meeting:
-        """Check this node, exchange reports with the other nodes, and return the meeting of all nodes."""
+    def meet(self, number: int, cause: str) -> Meeting | None:
+        """Check this node, exchange reports with the other nodes, and return the meeting of all nodes.
+
+        Returns None if a rank has failed when the run had finished: then its ranks need no other node, and nodes whose
+        ranks have all succeeded have ended.
+        """
+        if number and self._has_finished():
+            return None
+        try:
+            return self._meet(number, cause)
+        except NodesMissing:
+            if number and self._has_finished():  # this node's view of shared storage was not current before
+                return None
+            raise
+
+    def _meet(self, number: int, cause: str) -> Meeting:
         assert self._nodes is not None
         assert self._rendezvous is not None
         problem = ""
@@ -100,20 +128,26 @@ class _Node:
             problem = str(error)
         if self._nodes.count > 1 and number == 0:
             log_of_node(self._nodes.rank, self._nodes.count, f"started; joins at {self._nodes.endpoint}")
+        own = {"meetings": number, "cause": cause, "run_before": self._run_before, "run_now": self._run_now()}
         with collect_report(f"node {self._nodes.rank}", self._config, problem, self.uses_cuda()) as report:
             try:
-                return self._rendezvous.meet(
-                    report | {"meetings": number, "cause": cause}, lambda reports: "; ".join(find_problems(reports))
-                )
+                meeting = self._rendezvous.meet(report | own, lambda reports: "; ".join(find_problems(reports)))
             except RanksLost as lost:
                 # The other nodes may never receive this node's problems, so that they must be in this node's log.
                 for found in report["problems"]:
                     raise UserError(found) from lost
                 raise
+        self._run_before = meeting.run_before
+        return meeting
+
+    def _has_finished(self) -> bool:
+        with suppress(UserError):
+            return self._config is not None and finished_summary(self._config) is not None
+        return False
 
     def latest_step(self) -> int:
         """Return the step of the run's latest complete checkpoint; -1 if there is none, or it cannot be read."""
-        if self._config is None:
+        if self._config is None or not self.has_replaced():  # then they are an earlier run's
             return -1
         store = RunDirectory(Path(self._config.run.dir)).checkpoint_store(self._config)
         with suppress(UserError, OSError):

@@ -41,6 +41,8 @@ class Meeting:
         number: how often the nodes have met before.
         names: the name of each node.
         is_unexplained: whether no node knows why the attempt before this meeting failed.
+        run_before: ``run_to_replace`` before the first attempt of the job.
+        has_replaced: whether the ranks have replaced that run since.
         silent: the nodes that joined, but have ended since.
     """
 
@@ -49,6 +51,8 @@ class Meeting:
     number: int
     names: list[str]
     is_unexplained: bool
+    run_before: str | None = None
+    has_replaced: bool = True
     silent: tuple[int, ...] = ()
 
 
@@ -98,7 +102,7 @@ class Registration:
             raise NodesMissing(roster["ranks_lost"])
         if "user_error" in roster:
             raise UserError(roster["user_error"])
-        return Meeting(store, prefix, roster["number"], roster["names"], roster["is_unexplained"])
+        return Meeting(store, prefix, **{key: value for key, value in roster.items() if key != "tokens"})
 
     def _has(self, store: dist.Store, key: str, deadline: float) -> bool:
         while not self.is_cancelled and time.monotonic() <= deadline:

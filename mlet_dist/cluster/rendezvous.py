@@ -55,7 +55,8 @@ class Rendezvous:
 
         Args:
             report: the report of this node, which must be serializable as JSON. ``name`` is its name, ``meetings`` the
-                number of its meetings before this one, and ``cause`` why its last attempt failed, or ``unknown``.
+                number of its meetings before this one, and ``cause`` why its last attempt failed, or ``unknown``;
+                ``run_before`` and ``run_now`` are ``run_to_replace`` before the job and now.
             find_problems: called on node 0 with the reports of all nodes, by rank; returns what is wrong, or "".
 
         Raises:
@@ -63,6 +64,7 @@ class Rendezvous:
             NodesMissing: node 0 cannot be reached, or a node did not join in time.
         """
         report = {"meetings": 0, "cause": "", "name": f"node {self._nodes.rank}"} | report
+        report = {"run_before": None, "run_now": None} | report
         report |= {"token": uuid.uuid4().hex}
         return self._host(report, find_problems) if self._nodes.rank == 0 else self._join(report)
 
@@ -88,10 +90,14 @@ class Rendezvous:
             raise NodesMissing(lost)
         reports = _read_reports(store, everyone)
         problem = find_problems(list(reports.values()))
+        first = max(reports.values(), key=lambda each: each["meetings"])  # it knows how the job began
         roster = {
-            "number": max(each["meetings"] for each in reports.values()),
+            "number": first["meetings"],
             "names": [each["name"] for each in reports.values()],
             "is_unexplained": all(each["cause"] == "unknown" for each in reports.values()),
+            "run_before": first["run_before"],
+            # Node 0 decides, because other nodes may see an older state of shared storage.
+            "has_replaced": first["run_before"] is None or first["run_before"] != report["run_now"],
         }
         silent = self._publish_roster(store, reports, roster | ({"user_error": problem} if problem else {}))
         if problem:

@@ -39,8 +39,8 @@ _EARLY_TEXTS: dict[Kind, str] = {
 }
 """What the other nodes are told at once; the log of the node has more."""
 
-Meet = Callable[[int, str], Meeting]
-"""Lets the nodes meet, given the number of earlier attempts and why the last one failed."""
+Meet = Callable[[int, str], Meeting | None]
+"""Lets the nodes meet, given the number of earlier attempts and why the last failed; None if the run has finished."""
 
 
 class RestartLimit:
@@ -74,6 +74,7 @@ class Supervisor:
         stop: the signals that arrive.
         limit: how many restarts are allowed.
         on_cuda: whether the ranks use NCCL, whose watchdog aborts a rank that has lost another.
+        has_replaced: whether earlier attempts have replaced the run that ``run.dir`` held before the job.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Supervisor:
         stop: StopRequest,
         limit: RestartLimit,
         on_cuda: Callable[[], bool],
+        has_replaced: Callable[[], bool],
     ) -> None:
         self._nproc, self._arguments, self._job = nproc, arguments, job
-        self._stop, self._limit, self._on_cuda = stop, limit, on_cuda
+        self._stop, self._limit, self._on_cuda, self._has_replaced = stop, limit, on_cuda, has_replaced
         self._alone = None if nodes is not None else _own_store()
         self._nodes = nodes or Nodes(1, 1, 0, "localhost", self._alone.port if self._alone is not None else 0, 0)
 
@@ -103,14 +105,18 @@ class Supervisor:
         """
         number, cause = 0, "new"
         while True:
-            mark_attempt(number)
+            has_replaced, name = self._has_replaced(), uuid.uuid4().hex
+            mark_attempt(number, has_replaced=has_replaced)
             meeting = None if meet is None else meet(number, cause)
             if meeting is not None:
-                number = meeting.number
-            mark_attempt(number, uuid.uuid4().hex if meeting is None else meeting.prefix.rpartition("/")[2])
+                number, has_replaced, name = meeting.number, meeting.has_replaced, meeting.prefix.rpartition("/")[2]
+            mark_attempt(number, name, has_replaced=has_replaced)
             if meeting is not None and meeting.is_unexplained and not self._limit.allows_another():
                 raise self._exhausted(RanksLost("the ranks have failed again, and no node knows why"))
-            self._log(f"all {self._nodes.count} nodes have joined" + f"; restart {number}" * (number > 0))
+            joined = f"all {self._nodes.count} nodes have joined"
+            if meet is not None and meeting is None:
+                joined = "the run has finished; the other nodes are not needed"
+            self._log(joined + f"; restart {number}" * (number > 0))
             found = self._attempt(meeting)
             if found is None:
                 self._log("ended: its ranks have succeeded")
@@ -154,12 +160,15 @@ class Supervisor:
         told = None if heartbeats is None else heartbeats.wait_for_failure(_CAUSE_SECONDS * (kind == "connection"))
         text = f"{name}: " * (self._nodes.count > 1) + (_EARLY_TEXTS[kind] if kind == "connection" else str(error))
         own = Failure(kind, self._nodes.rank, str(error) if kind == "lost" else text)
-        failure = own if told is None or (told.node == own.node and told.kind == own.kind) else told
+        knows_more = told is not None and (told.node, told.kind) == (own.node, own.kind)  # than the others were told
+        failure = own if told is None or (knows_more and not isinstance(error, RanksKilled)) else told
         # Where others found that a collective timed out, the rank that had to be killed is the one that hung.
         hung = watch.hung or (isinstance(error, RanksKilled) and failure.kind == "timeout")
         is_own = hung or kind == "crash"
         if isinstance(error, RanksKilled):
             error = RanksLost(failure.text) if hung else ConnectionLost(failure.text)
+        elif isinstance(error, ConnectionLost) and failure.node != own.node and failure.kind != "connection":
+            error = ConnectionLost(f"another rank has ended: {failure.text}")
         if failure.kind == "input":
             error = UserError(failure.text)
         elif self._limit.most and is_own and not self._limit.allows_another():

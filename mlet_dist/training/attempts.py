@@ -1,6 +1,8 @@
 """A job that is started again: what its settings mean then, and the result if an earlier attempt finished."""
 
+import hashlib
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,32 @@ ENDED = "ended"
 """The file beside a rank's error file that says to its launcher that the rank has succeeded."""
 
 _ATTEMPT = "MLET_ATTEMPT"
+_NOT_REPLACED = "MLET_RUN_NOT_REPLACED"
 _SHOWN = 5  # settings that differ
 
 
-def mark_attempt(number: int, name: str = "") -> None:
+def mark_attempt(number: int, name: str = "", *, has_replaced: bool = True) -> None:
     """Tell this process, and the ranks that it starts, which attempt of its nodes to run the job this is, from 0.
 
     Args:
         number: how often the nodes have started their ranks before.
         name: a name that no other attempt has.
+        has_replaced: whether an earlier attempt has replaced the run that ``run.dir`` held before the job.
     """
     os.environ[_ATTEMPT] = f"{number}.{name}"
+    os.environ[_NOT_REPLACED] = "" if has_replaced else "1"
+
+
+def run_to_replace(config: Config) -> str | None:
+    """Return a digest of the run in ``run.dir``, which changes when ranks replace it; None if the settings keep it.
+
+    A rank may crash before it has replaced the run. What is there then is not a result of this job.
+    """
+    if not (config.run.overwrite or config.train.resume == "never"):
+        return None
+    with suppress(OSError):
+        return hashlib.sha256(RunDirectory(Path(config.run.dir)).config.read_bytes()).hexdigest()
+    return ""
 
 
 def name_of_attempt() -> str:
@@ -33,7 +50,7 @@ def name_of_attempt() -> str:
 
 
 def config_of_attempt(config: Config) -> Config:
-    """Return the config without ``run.overwrite`` and ``train.resume: never`` if ranks of this job were restarted."""
+    """Return the config without ``run.overwrite`` and ``train.resume: never`` if an earlier attempt has obeyed them."""
     if not _is_restart():
         return config
     resume = "auto" if config.train.resume == "never" else config.train.resume
@@ -78,7 +95,8 @@ def _differing(saved: Config, wanted: Config) -> str:
 
 
 def _is_restart() -> bool:
-    return restarts() > 0
+    """Return whether what ``run.dir`` holds may come from an earlier attempt of this job."""
+    return restarts() > 0 and not os.environ.get(_NOT_REPLACED)
 
 
 def restarts() -> int:

@@ -24,6 +24,7 @@ from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.attempts import restarts
 from mlet_dist.training.compressed_tables import shared_row_ranges
 from mlet_dist.training.evaluation import evaluation_loader
 from mlet_dist.training.process_group import Worker
@@ -38,6 +39,12 @@ from mlet_dist.training.resume import (
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import new_run_id
 from mlet_dist.training.warm_start import InitialWeights, find_initial_weights
+
+_LOCK_SECONDS = 120.0
+"""How long a restarted job waits for the lock of its own earlier attempt, whose rank 0 may be on a lost machine.
+
+A file server releases the locks of such a machine after a lease, for NFS usually 90 s.
+"""
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,9 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     split_loaders = {
         split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker) for split in evaluated
     }
-    with run.lock(config) if worker.is_first else nullcontext():
+    # The other ranks wait at the barrier.
+    wait = min(_LOCK_SECONDS, worker.timeout.total_seconds() / 2) if restarts() else 0.0
+    with run.lock(config, wait) if worker.is_first else nullcontext():
         dist.barrier()
         store, identity = run.checkpoint_store(config), identity_of(config, spec, schema.content_id("train"))
         resume_point = find_resume_point(config, store, identity)

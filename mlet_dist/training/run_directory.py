@@ -4,11 +4,12 @@ import fcntl
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mlet_dist.atomic_file import replaced_file, temporary_of
 from mlet_dist.checkpoint.manifest import RUN_ID
@@ -111,8 +112,12 @@ class RunDirectory:
             )
 
     @contextmanager
-    def lock(self, config: Config) -> Iterator[None]:
+    def lock(self, config: Config, wait: float = 0.0) -> Iterator[None]:
         """Lock the directory within the block, and ``train.checkpoint_dir`` unless that is a URL.
+
+        Args:
+            config: the resolved settings.
+            wait: seconds to wait for a process that holds a lock.
 
         Raises:
             UserError: training into it is not allowed, another job holds it, or a directory cannot be written.
@@ -121,10 +126,10 @@ class RunDirectory:
         store = self.checkpoint_store(config)
         created = not self.path.exists()
         with ExitStack() as stack:
-            stack.enter_context(lock_file(self.marker, f"run.dir {self.path}"))
+            stack.enter_context(lock_file(self.marker, f"run.dir {self.path}", wait))
             stack.enter_context(self._removed_if_unused(created))
             if config.train.checkpoint_dir is not None and store.is_local:
-                stack.enter_context(lock_file(Path(store.root) / ".mlet-lock", f"train.checkpoint_dir {store}"))
+                stack.enter_context(lock_file(Path(store.root) / ".mlet-lock", f"train.checkpoint_dir {store}", wait))
             if not store.is_local:
                 store.check_writable()
             yield
@@ -261,7 +266,7 @@ class RunDirectory:
 
 
 @contextmanager
-def lock_file(file: Path, name: str) -> Iterator[None]:
+def lock_file(file: Path, name: str, wait: float = 0.0) -> Iterator[None]:
     """Lock ``file`` within the block, and create it and its directory if they do not exist.
 
     The lock ends with the process at the latest.
@@ -269,6 +274,7 @@ def lock_file(file: Path, name: str) -> Iterator[None]:
     Args:
         file: the file to lock; it names the process that holds the lock.
         name: the name of the directory in messages.
+        wait: seconds to wait for another process that holds the lock.
 
     Raises:
         UserError: another process holds the lock, or the file cannot be written.
@@ -280,7 +286,7 @@ def lock_file(file: Path, name: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, wait)
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
@@ -291,3 +297,15 @@ def lock_file(file: Path, name: str) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
         yield
+
+
+def _lock(handle: TextIO, wait: float) -> None:
+    """Lock a file; raise BlockingIOError if another process still holds the lock after so many seconds."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)

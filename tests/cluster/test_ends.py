@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tests.conftest import TrainedRun
 from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
 from tests.helpers.mlet_command import error_line, mlet_json
 from tests.launch.test_local import checkpoints
+from tests.training.test_kills import children
 
 pytestmark = pytest.mark.e2e
 
@@ -56,6 +58,11 @@ def test_exit_codes_tell_schedulers_what_to_do(trained: TrainedRun, tmp_path: Pa
         assert [node.returncode for node in nodes] == [75, 75]
         assert lines[0] == lines[1]
         assert re.fullmatch(r"mlet: SIGTERM: saved \S+; run the same command again to resume from it", lines[0])
+    with two_nodes(endless) as nodes:  # a rank crashes: the other node names it
+        os.kill(children(nodes[1].pid)[0], signal.SIGKILL)
+        lines = [last_line(node) for node in nodes]
+        assert [node.returncode for node in nodes] == [75, 1]
+        assert f"node 1 on {socket.gethostname()}: " in lines[0]
     with two_nodes(endless) as nodes:  # a machine is gone: the other node is started again
         os.kill(nodes[1].pid, signal.SIGKILL)
         assert "another rank has ended" in last_line(nodes[0])

@@ -13,7 +13,11 @@ from mlet_dist.cluster import heartbeats as module
 from mlet_dist.cluster.failure import Failure
 from mlet_dist.cluster.heartbeats import Heartbeats
 from mlet_dist.cluster.nodes import Nodes
-from mlet_dist.cluster.restarts import RestartLimit
+from mlet_dist.cluster.rank_errors import RanksKilled
+from mlet_dist.cluster.rank_watch import RankWatch
+from mlet_dist.cluster.restarts import RestartLimit, Supervisor
+from mlet_dist.cluster.stop_request import StopRequest
+from mlet_dist.errors import ConnectionLost
 
 
 @pytest.fixture
@@ -69,6 +73,20 @@ def test_a_node_0_that_has_ended_is_noticed_at_once() -> None:
         assert second.wait_for_failure(1) is None
         del store
         assert second.wait_for_failure(5) == Failure("lost", 0, "node 0 on a has ended")
+        second._threads[0].join(1)
+        assert not second._threads[0].is_alive(), "it would connect again, and the library print a stack trace"
+
+
+def test_a_node_that_was_taken_for_lost_says_so(port: int) -> None:
+    with node(0, port, []) as first, node(2, port, []) as third:
+        lost = Failure("lost", 2, "node 2 on c is lost: it has given no sign of life for 15 s")
+        first.tell(lost)
+        assert third.wait_for_failure(5) == lost
+        nodes = Nodes(min_count=3, count=3, rank=2, master="localhost", port=port, wait=1)
+        limit = RestartLimit(0, lambda: -1)
+        supervisor = Supervisor(1, [], nodes, "job", StopRequest(), limit, lambda: False, lambda: True)
+        with pytest.raises(ConnectionLost, match="node 2 on c is lost: it has given no sign of life"):
+            supervisor._after(RanksKilled("the ranks were killed"), RankWatch((), 1, print), third, "node 2 on c")
 
 
 def test_failures_are_counted_anew_after_each_checkpoint() -> None:

@@ -155,6 +155,20 @@ def test_nodes_meet_again_at_the_same_node_0_and_a_new_process_joins_them(port: 
     assert not second[1].store.check(["key"])
 
 
+def test_a_new_node_0_learns_what_the_job_was_to_replace(port: int) -> None:
+    everyone = [Rendezvous(nodes(rank, port), "job") for rank in range(3)]
+
+    def meet(rank: int, number: int, before: str, now: str) -> Meeting:
+        report = {"meetings": number, "cause": "lost", "run_before": before, "run_now": now}
+        return everyone[rank].meet(report, no_problem)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = list(pool.map(meet, range(3), (1, 1, 1), ("old",) * 3, ("old", "new", "old")))
+        second = list(pool.map(meet, range(3), (0, 2, 2), ("new", "old", "old"), ("new", "old", "old")))
+    assert {each.has_replaced for each in first} == {False}
+    assert {(each.has_replaced, each.run_before) for each in second} == {(True, "old")}
+
+
 def test_a_stop_ends_the_wait_for_a_node_0_that_does_not_answer(port: int) -> None:
     """Another process listens there, and never answers, as a machine that has vanished."""
     calls = []

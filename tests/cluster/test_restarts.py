@@ -14,6 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from mlet_dist.cluster.launcher import _Node
+from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.stop_request import StopRequest
+from mlet_dist.config.config_file import load_config
+from mlet_dist.errors import NodesMissing
+from mlet_dist.training.attempts import mark_attempt
 from tests.cluster.test_wrong_launch import free_port
 from tests.conftest import TrainedRun
 from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
@@ -234,6 +240,57 @@ def test_the_ranks_of_one_machine_are_restarted(trained: TrainedRun, tmp_path: P
     result = json.loads(output.splitlines()[-1])
     assert result["weights_sha256"] == trained.result["weights_sha256"]
     assert result["first_step"] > 0
+
+
+def test_a_crash_before_the_earlier_run_is_replaced(trained: TrainedRun, tmp_path: Path) -> None:
+    """Its result is not that of the job that is to replace it."""
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    before = (run / "config.yaml").read_text()
+    command = [*MLET, "train", CONFIG, *trained.overrides, f"run.dir={run}", "run.overwrite=true"]
+    command += ["--nproc", 2, "--max-restarts", 1, "--json"]
+    with ForkedCommand(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while len(children(process.pid)) < 2:
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "they start again now" in errors
+    assert (run / "config.yaml").read_text() != before
+    result = json.loads(output.splitlines()[-1])
+    assert result["weights_sha256"] == trained.result["weights_sha256"]
+    assert result["first_step"] == 0
+
+
+def test_a_node_that_fails_after_the_end_of_the_run_needs_no_other_node(
+    trained: TrainedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks of the other nodes may have succeeded, and these nodes have ended."""
+    for name in ("MLET_ATTEMPT", "MLET_RUN_NOT_REPLACED"):
+        monkeypatch.setenv(name, "")
+    config = load_config(CONFIG, [*trained.overrides, f"run.dir={trained.path}"])
+    nodes = Nodes(min_count=2, count=2, rank=1, master="localhost", port=free_port(), wait=1)
+    with StopRequest() as stop:
+        node = _Node(1, nodes, "job", lambda: config, stop)
+        mark_attempt(0)
+        with pytest.raises(NodesMissing):
+            node.meet(0, "new")
+        mark_attempt(1)
+        assert node.meet(1, "fault") is None
+        mark_attempt(1, has_replaced=False)
+        with pytest.raises(NodesMissing):
+            node.meet(1, "fault")
+
+
+def test_checkpoints_of_a_run_that_is_to_be_replaced_are_no_progress(trained: TrainedRun) -> None:
+    def latest_step(*settings: str) -> int:
+        config = load_config(CONFIG, [*trained.overrides, f"run.dir={trained.path}", *settings])
+        node = _Node(1, None, "job", lambda: config, StopRequest())
+        node.check()
+        return node.latest_step()
+
+    assert latest_step() == trained.result["steps"]
+    assert latest_step("run.overwrite=true") == -1
 
 
 @pytest.mark.parametrize(

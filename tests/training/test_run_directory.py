@@ -3,6 +3,8 @@ import json
 import os
 import re
 import socket
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,22 @@ def test_a_second_job_is_refused_until_the_first_has_ended(run: RunDirectory) ->
         assert run.metrics.read_text() == "of the first"
     start(run, config_of(run), SPEC)
     assert not run.metrics.exists()
+
+
+def test_a_restarted_job_waits_for_the_lock_of_a_process_that_ends(run: RunDirectory) -> None:
+    with ExitStack() as first:
+        first.enter_context(run.lock(config_of(run)))
+        release = threading.Timer(0.5, first.pop_all().close)
+        release.start()
+        with run.lock(config_of(run), wait=20):
+            pass
+        release.join()
+    with (
+        run.lock(config_of(run)),
+        pytest.raises(UserError, match="another job is training into it"),
+        run.lock(config_of(run), wait=0.3),
+    ):
+        pass
 
 
 def test_two_runs_do_not_share_a_directory_of_checkpoints(run: RunDirectory, tmp_path: Path) -> None:
