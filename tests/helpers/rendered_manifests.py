@@ -26,6 +26,8 @@ STORAGE = [name for name in RENDERED if Path(name).name == "storage"]
 TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data", "monitoring", *STORAGE)]
 KINDS = ["job", "jobset", "trainjob", "volcano/job"]  # the others are made of these
 KUBECTL = shutil.which("kubectl")
+COMMAND = ["env", "--block-signal=TERM", "--block-signal=USR1", "mlet"]
+"""Signals that arrive before mlet handles them are kept for it: the first process of a container would lose them."""
 
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl, which renders the manifests, is not installed")
 
@@ -107,7 +109,7 @@ def command(container: Object, thing: Object) -> Any:
         else:
             (label,) = re.findall(r"metadata\.labels\['(.+)'\]", variable["valueFrom"]["fieldRef"]["fieldPath"])
             known[variable["name"]] = labels[label]
-    assert container["command"] == ["mlet"]
+    assert container["command"] == COMMAND
     return parse([re.sub(r"\$\((\w+)\)", lambda match: known[match[1]], word) for word in container["args"]])
 
 

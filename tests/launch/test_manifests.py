@@ -9,6 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from mlet_dist.cluster.nodes import parse_node_count
 from mlet_dist.config.config_file import load_config
 from tests.helpers.kubernetes_schemas import Object, check, fields, templates
 from tests.helpers.rendered_manifests import (
@@ -52,7 +53,8 @@ def test_selectors_match_pods_and_ports_are_open(name: str) -> None:
 def test_training_command(name: str, tmp_path: Path) -> None:
     container, nodes = training_container(name), node_count(name)
     parsed = training_command(name)
-    assert (parsed.name, parsed.config, parsed.once, int(parsed.nnodes), parsed.node_rank) == (
+    smallest, largest = parse_node_count(parsed.nnodes)
+    assert (parsed.name, parsed.config, parsed.once, largest, parsed.node_rank) == (
         "train",
         "/config/config.yaml",
         True,
@@ -65,7 +67,8 @@ def test_training_command(name: str, tmp_path: Path) -> None:
     (configuration,) = of_kind(name, "ConfigMap")
     (tmp_path / "config.yaml").write_text(configuration["data"]["config.yaml"])
     config = load_config(tmp_path / "config.yaml", parsed.overrides)
-    config.check_world_size(nodes * parsed.nproc)
+    for number in range(smallest, largest + 1):
+        config.check_world_size(number * parsed.nproc)
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts == {"/storage", "/config", "/dev/shm", "/tmp"}
     for place in (config.run.dir, config.data.path, config.train.checkpoint_dir or "/storage/"):
