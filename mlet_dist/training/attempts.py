@@ -71,6 +71,7 @@ def finished_summary(config: Config, *, by_any: bool = False) -> dict[str, Any] 
     if not (by_any or _is_restart()) or not run.summary.exists():
         return None
     saved, _, summary = run.load()
+    saved = replace(saved, run=replace(saved.run, overwrite=False))  # what the run replaced is gone
     differing = _differing(config_of_attempt(saved), config_of_attempt(config))
     if not differing:
         return summary

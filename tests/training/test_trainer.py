@@ -105,6 +105,9 @@ def test_a_finished_run_is_replaced_only_when_asked_to(trained: TrainedRun, tmp_
     assert (run / "summary.json").read_text() == before
     mlet(*arguments, "run.overwrite=true", "train.max_steps=2")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    summary = json.loads((run / "summary.json").read_text())
+    again = mlet_json(*arguments, "train.max_steps=2", "--once")  # it does not matter what the run replaced
+    assert again == {key: value for key, value in summary.items() if key != "seal"}
 
 
 def test_an_attempt_after_the_one_that_finished_shows_the_summary(
