@@ -111,9 +111,7 @@ class AdaptiveTableSource(TableSource):
                 known |= inside
                 positions = inside.nonzero().squeeze(1)
                 slots = codes[positions] - pool.first_code
-                projection = None if pool.projection_name is None else self._of(pool)
-                if self.is_chunked:
-                    projection = self._of(pool)
+                projection = self._of(pool) if self.is_chunked or pool.projection_name is not None else None
                 located = LocatedRows(positions, pool.name, slots, pool.width, pool.projection_name, projection)
                 found.append((located, pool))
             if not bool(known.all()):
