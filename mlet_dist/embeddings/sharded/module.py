@@ -141,7 +141,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for output_dist in self._output_dists:
             if isinstance(output_dist, ProjectingDist):
                 output_dist.projections_of = self._projections_of
-        self._checker = self._build_checker(tables)
+        unique_rows = [each for each in self._embedding_shardings if isinstance(each, UniqueRowsSharding)]
+        self._checker = self._build_checker(tables, codes_exchanged=bool(unique_rows))
+        for sharding in unique_rows:
+            sharding.checker = self._checker
         self._mean_keys = mean_keys(tables)
         self._projected_before = {
             segment.name
@@ -258,7 +261,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             self.adaptive_tables.take_state(state_dict, prefix)
         ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
-    def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:
+    def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig], *, codes_exchanged: bool) -> BatchChecker:
         # If batches have the order of the lookups, TorchRec need not permute them. It does if a feature occurs twice.
         served = [feature for sharding in self._embedding_shardings for feature in sharding.feature_names()]
         limits = smallest_tables(tables)
@@ -274,7 +277,14 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for table, sharding in self.module_sharding_plan.items()
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value and device.type == "cpu"
         ]
-        return BatchChecker(limits, self._is_weighted, self._env.process_group, device, refused[0] if refused else None)
+        return BatchChecker(
+            limits,
+            self._is_weighted,
+            self._env.process_group,
+            device,
+            refused[0] if refused else None,
+            codes_exchanged=codes_exchanged,
+        )
 
     def _project_when_ready(
         self, ctx: CheckedContext, pooled: LazyAwaitable[KeyedTensor]
@@ -311,21 +321,17 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 if exchange == "after":
                     grouped[sharding_type].append(info)
                     continue
-                dim = module.exchanged_dims[table.name]
-                # A group of unique_rows tables has one d; the other exchanges take all tables together.
-                shape = f" {dim}" if exchange == "unique_rows" else ""
-                if module.slots is not None and module.segments[table.name][0].index is not None:
-                    shape += " adaptive"
+                adaptive = module.slots is not None and module.segments[table.name][0].index is not None
                 values = {field.name: getattr(info, field.name) for field in fields(EmbeddingShardingInfo)}
-                grouped[f"{sharding_type} {exchange}{shape}"].append(
+                grouped[f"{sharding_type} {exchange}{' adaptive' if adaptive else ''}"].append(
                     ExchangedShardingInfo(
                         **values,
                         exchange=exchange,
-                        exchanged_dim=dim,
+                        exchanged_dim=module.exchanged_dims[table.name],
                         expected_rows=module.expected_rows.get(table.name, 0.0),
                         segments=module.segments[table.name],
                         served=served,
-                        slots=module.slots if module.segments[table.name][0].index is not None else None,
+                        slots=module.slots if adaptive else None,
                     )
                 )
         return grouped
