@@ -1,6 +1,6 @@
 """Collectives of the sharded module.
 
-- ``with_combined_gradients``: the all-reduce of W2's gradients in backward.
+- ``with_combined_gradients``: the all-reduce of W2's gradients in backward; ``gradient_factors``: what it averages.
 - ``AllToAllRows``: the all-to-all of rows in forward, and of their gradients in backward.
 - ``exchange_codecs``: codecs that round vectors and gradients to fp16 or bf16 on the network.
 - ``AsyncAllReduceMax``: an all-reduce of a few integers that the host reads later.
@@ -48,14 +48,18 @@ def with_combined_gradients(
     """
     if not weights or not torch.is_grad_enabled() or dist.get_world_size(process_group) == 1:
         return dict(weights)
-    mean, of_partial = 1 / dist.get_world_size(process_group), _partial_factor(process_group)
-    factors = [of_partial if name in partial else mean for name in weights]
+    factors = list(gradient_factors(weights, partial, process_group).values())
     return dict(zip(weights, _CombinedGradients.apply(process_group, factors, *weights.values()), strict=True))
 
 
-def _partial_factor(process_group: dist.ProcessGroup | None) -> float:
+def gradient_factors(
+    tables: Collection[str], partial: Collection[str], process_group: dist.ProcessGroup | None
+) -> dict[str, float]:
+    """Return by table the factor of a rank's gradient of W2 in the sum over all ranks (``with_combined_gradients``)."""
+    mean = 1 / dist.get_world_size(process_group)
     # By default TorchRec divides gradients by the world size in the exchange's backward (comm_ops.GRADIENT_DIVISION).
-    return 1.0 if get_gradient_division() else 1 / dist.get_world_size(process_group)
+    of_partial = 1.0 if get_gradient_division() else mean
+    return {name: of_partial if name in partial else mean for name in tables}
 
 
 class _CombinedGradients(torch.autograd.Function):

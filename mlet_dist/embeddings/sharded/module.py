@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
@@ -44,7 +45,7 @@ from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.row_ranges import SegmentInitializer, segments_of
 from mlet_dist.embeddings.sharded.adaptive_tables import AdaptiveTables, build_slot_map, locate_rows
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
-from mlet_dist.embeddings.sharded.collectives import with_combined_gradients
+from mlet_dist.embeddings.sharded.collectives import gradient_factors, with_combined_gradients
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange
 from mlet_dist.embeddings.sharded.placement import check_widths, first_row
 from mlet_dist.embeddings.sharded.pooled import (
@@ -153,15 +154,11 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for segment in rows.segments[table]
         }
         self._combined_weights: dict[str, torch.Tensor] = {}
+        self._gradients_deferred = False
         self._register_state_dict_hook(_add_slots)
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
-        replicated = [
-            self.embedding_bags[name].weight
-            for name, sharding in self.module_sharding_plan.items()
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
-        ]
-        for weight in (*self.projections.parameters(), *replicated):
+        for weight in (*self.projections.parameters(), *self._replicated_rows()):
             dist.broadcast(weight.data, group=env.process_group, group_src=0)
 
     def reset_parameters(self) -> None:
@@ -226,6 +223,26 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """Exchange and project the lookups' output as each table's exchange requires: values ``(b, sum of d)``."""
         self._combine_weights()
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
+
+    def defer_gradients(self) -> dict[torch.Tensor, float]:
+        """Leave it to the caller to combine the gradients of replicated parameters over ranks.
+
+        By default the module does so itself inside backward. A trainer that all-reduces one buffer of all gradients
+        of its model can include these and save collectives. It may be called again.
+
+        Returns:
+            W2 and the rows of data_parallel tables, with the factor of a rank's gradient in the sum over all ranks. A
+            rank's gradient of W2 may be None, which counts as zero.
+        """
+        self._gradients_deferred = True
+        for index, lookup in enumerate(self._lookups):
+            if isinstance(lookup, DistributedDataParallel):
+                self._lookups[index] = lookup.module
+        factors = gradient_factors(list(self.projections), self._projected_before, self._env.process_group)
+        weights = projection_weights(self.projections)
+        mean = 1 / dist.get_world_size(self._env.process_group)
+        found = {weights[name]: factor for name, factor in factors.items()}
+        return found | dict.fromkeys(self._replicated_rows(), mean)
 
     def move_rows(self, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Count a step, and move rows of adaptive tables whose pass is due; call it after each optimizer step.
@@ -298,9 +315,19 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         pooled.callbacks.append(finish)
         return pooled
 
+    def _replicated_rows(self) -> list[torch.Tensor]:
+        return [
+            self.embedding_bags[name].weight
+            for name, sharding in self.module_sharding_plan.items()
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        ]
+
     def _combine_weights(self) -> None:
         # Called once per forward pass, for all exchanges together, so that backward has a single all-reduce.
         weights = projection_weights(self.projections)
+        if self._gradients_deferred:
+            self._combined_weights = dict(weights)
+            return
         self._combined_weights = with_combined_gradients(weights, self._projected_before, self._env.process_group)
 
     def _projections_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -97,7 +97,7 @@ def _look_up(kernel: torch.nn.Module, ids: KeyedJaggedTensor, unpooled: bool) ->
 
 
 def _pooled_rows(padded: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
-    """Return the rows ``(U, k)`` of a pooled kernel on a CPU, of which the bags ``filled`` ``(T, slots)`` have an id."""
+    """Return the rows ``(U, k)`` of a pooled kernel on a CPU, whose bags ``filled`` ``(T, slots)`` have an id."""
     tables, slots = filled.shape
     by_table = padded.view(slots, tables, padded.shape[1] // tables)
     return by_table.transpose(0, 1).flatten(0, 1).index_select(0, filled.view(-1).nonzero().squeeze(1))
