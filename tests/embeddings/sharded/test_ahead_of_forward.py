@@ -74,17 +74,18 @@ class _Watched(TrainPipelineSparseDist):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         self.started: list[StepOperations] = []
-        self.waited = 0
         super().__init__(*args, **named)
 
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
         def wait(*_: Any) -> bool:
-            self.waited += 1
             raise AssertionError("a collective was waited for")
 
-        with mock.patch.object(dist.Work, "wait", wait), count_step_operations() as counts:
+        if context.index == 0:  # ahead of nothing
             super().start_sparse_data_dist(batch, context)
-        self.started.append(counts)
+        elif batch is not None:
+            with mock.patch.object(dist.Work, "wait", wait), count_step_operations() as counts:
+                super().start_sparse_data_dist(batch, context)
+            self.started.append(counts)
 
 
 @torch.fx.wrap
@@ -109,7 +110,7 @@ def _start(longest: int, weighted: bool, ranged: bool, exchange: str) -> list[tu
     batches = iter([_batch(step, longest, weighted) for step in range(STEPS)])
     for _ in range(STEPS):
         pipeline.progress(batches)
-    assert len(pipeline.started) == STEPS - 1  # the first batch is not ahead of anything
+    assert len(pipeline.started) == STEPS - 1
     return [
         (
             [(call.name, call.place) for call in each.synchronisation_calls],
@@ -137,7 +138,8 @@ def test_nothing_waits_ahead_of_a_forward_pass(
 def test_the_agreement_of_other_exchanges_is_not_waited_for_either(ranks: Ranks) -> None:
     for started in ranks(2).run(_start, 1, False, False, "after"):
         for synchronisations, collectives in started:
-            assert [place for _, place in synchronisations if "mlet" in place or "batch_agreement" in place] == []
+            # TorchRec itself reads numbers of ids that it has just copied to the device.
+            assert {place.split(":")[0] for _, place in synchronisations} <= {"jagged_tensor.py", "dist_data.py"}
             assert collectives == ["allreduce_", "alltoall_base_"]
 
 
