@@ -16,6 +16,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.process_group import Worker
+from mlet_dist.training.replicated_gradients import ReplicatedGradients
 from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
 
@@ -94,6 +95,7 @@ class TrainStep:
 
     def __init__(self, training: Training, guard: Guard, timer: StepTimer) -> None:
         self.training, self.timer, self._guard = training, timer, guard
+        self._gradients = ReplicatedGradients(training.model)
 
     def zero_grad(self) -> None:
         self.training.optimizer.zero_grad()
@@ -110,6 +112,8 @@ class TrainStep:
 
     def step(self) -> None:
         """Update W2, the dense layers and rows without a fused kernel, unless the batch is skipped."""
+        if self._guard.skip_reason is None:
+            self._gradients.combine()
         self.timer.end_backward()
         if self._guard.skip_reason is None:
             with self.timer.phase("update"):
