@@ -3,10 +3,12 @@
 ``plain_single`` and ``plain_mlet`` are written in PyTorch alone: an ``nn.EmbeddingBag`` for each table, for MLET an
 ``nn.Linear`` behind it, sparse gradients and one torch optimizer. On several ranks DDP wraps the whole model.
 
-All others take the steps of `mlet train`: ``take_steps``, with its guard, timers and training metrics. ``single`` and
-``single_planned`` have TorchRec's own collection instead, sharded row_wise and as TorchRec's planner decides.
-``mlet_single`` is `mlet train` with ``model.hidden_dim: null``. ``composed`` is MLET with W2 behind TorchRec's exchange
-(``after``), and ``mlet`` is MLET as `mlet train` plans it.
+``single`` and ``single_planned`` are TorchRec alone: its own collection, sharded row_wise and as its planner decides, with
+its DistributedModelParallel, fused optimizers and, on several ranks or CUDA, its pipeline.
+
+The others take the steps of `mlet train`: ``take_steps``, with its guard, timers and training metrics. ``mlet_single``
+has ``model.hidden_dim: null``, ``composed`` is MLET with W2 behind TorchRec's exchange (``after``), and ``mlet`` is MLET
+as `mlet train` plans it.
 
 Not included are the loader, whose threads work beside a step, and what happens every few steps: records, checkpoints.
 """
@@ -25,7 +27,10 @@ from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.models.dlrm import DLRM, DenseArch, InteractionArch, OverArch
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import ShardingConfig
@@ -101,15 +106,34 @@ def torchrec_steps(
     spec = spec_of(case, sizes, single_layer=True)
     configs = build_plain_dlrm(spec).sparse_arch.embedding_bag_collection.embedding_bag_configs()
     model = build_around(EmbeddingBagCollection(configs, device=torch.device("meta")), spec)
-    optimizer = OptimizerConfig(name=case.optimizer, learning_rate=_RATE)
-    fuse_row_optimizer(model, optimizer)
+    fuse_row_optimizer(model, OptimizerConfig(name=case.optimizer, learning_rate=_RATE))
     topology = Topology(
         world_size=worker.world_size, local_world_size=worker.local_world_size, compute_device=worker.device.type
     )
     planner = EmbeddingShardingPlanner(topology=topology, batch_size=case.batch_size)
     plan = planner.collective_plan(model, [sharder], dist.group.WORLD)
     sharded = DistributedModelParallel(model, device=worker.device, plan=plan, sharders=[sharder])
-    return _trained(sharded, optimizer, case, batches, worker)
+    sharded.train()
+    kind = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.Adagrad
+    dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
+    parts = [sharded.fused_optimizer, KeyedOptimizerWrapper(dense, lambda parameters: kind(parameters, lr=_RATE))]
+    optimizer = CombinedOptimizer(parts)
+
+    def forward(batch: Batch) -> tuple[torch.Tensor, None]:
+        logits = sharded(batch.dense, batch.sparse).squeeze(-1)
+        return functional.binary_cross_entropy_with_logits(logits, batch.labels), None
+
+    if pipeline_is_faster(worker):
+        pipeline = TrainPipelineSparseDist(sharded, optimizer, worker.device, custom_model_fwd=forward)
+        prepared = cycle(batches)
+        while True:
+            pipeline.progress(prepared)
+            yield
+    for batch in cycle(batches):
+        optimizer.zero_grad()
+        forward(batch)[0].backward()
+        optimizer.step()
+        yield
 
 
 def mlet_steps(
@@ -118,21 +142,15 @@ def mlet_steps(
     """Train without end as `mlet train` does."""
     spec = spec_of(case, sizes, single_layer=single)
     model: DLRM = build_dlrm(spec, torch.device("meta"))
-    optimizer = OptimizerConfig(name=case.optimizer, learning_rate=_RATE)
-    fuse_row_optimizer(model, optimizer)
-    config = ShardingConfig(exchange=exchange)
-    sharded, _ = shard_model(model, worker, case.batch_size, config, spec.pooling_factors)
-    return _trained(sharded, optimizer, case, batches, worker)
-
-
-def _trained(
-    model: DistributedModelParallel, config: OptimizerConfig, case: Case, batches: list[Batch], worker: Worker
-) -> Iterator[None]:
-    model.train()
+    config = OptimizerConfig(name=case.optimizer, learning_rate=_RATE)
+    fuse_row_optimizer(model, config)
+    sharding = ShardingConfig(exchange=exchange)
+    sharded, _ = shard_model(model, worker, case.batch_size, sharding, spec.pooling_factors)
+    sharded.train()
     rows = case.batch_size * case.ranks
     training = Training(
-        model,
-        build_optimizer(model, config),
+        sharded,
+        build_optimizer(sharded, config),
         BinaryMetrics(worker.device, _PROGRESS_BINS),
         steps=1 << 30,
         batches_per_epoch=1 << 30,
@@ -140,7 +158,7 @@ def _trained(
         rows_per_epoch=rows,
     )
     guard = Guard(training, worker.device, "stop", 0)
-    timer = StepTimer(model, worker.device, case.batch_size)
+    timer = StepTimer(sharded, worker.device, case.batch_size)
     pipelined = pipeline_is_faster(worker)
     for outcome in take_steps(training, cycle(batches), worker.device, guard, timer, pipelined=pipelined):
         if not isinstance(outcome, Finding):

@@ -6,7 +6,7 @@ It reads its settings from the environment when torch is imported.
 import os
 from collections.abc import Mapping
 
-SPIN_COUNT = 2_000
+SPIN_COUNT = 1_000
 """How often a waiting thread of GNU's OpenMP looks before it sleeps; a measured value, see docs/design/failures.md."""
 
 _CHOSEN = "MLET_OPENMP"  # set with the variables below, so that a process that this one starts chooses anew
@@ -14,7 +14,7 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def thread_environment(ranks: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables for ``ranks`` processes that compute on this machine together; none that the user has set.
+    """Return the variables to set for processes that share this machine; those that the user has set are left out.
 
     Each of several ranks gets its share of the cores. Threads that wait look for their work for some microseconds and
     then sleep. They sleep at once where ranks have more threads than cores.
