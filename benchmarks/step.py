@@ -17,137 +17,24 @@ import argparse
 import json
 import logging
 import os
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Iterator
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-MODELS = ("plain_single", "plain_mlet", "single", "single_planned", "mlet_single", "composed", "mlet")
-RATIOS = {
-    "single_over_plain": ("single", "plain_single"),
-    "mlet_single_over_plain": ("mlet_single", "plain_single"),
-    "mlet_over_plain_mlet": ("mlet", "plain_mlet"),
-    "mlet_over_single": ("mlet", "single"),
-    "mlet_over_mlet_single": ("mlet", "mlet_single"),
-    "mlet_over_single_planned": ("mlet", "single_planned"),
-    "composed_over_mlet": ("composed", "mlet"),
-}
-_NOT_TIMED = 2  # the first steps of a round find the caches filled by other models
-_FEWEST_ROUNDS = 3
-_ROWS_A_ROUND = 1280
+from step_arms import ARMS
+from step_cases import DEFAULT, Sizes, all_cases
+from step_measure import RATIOS, measure
 
-
-def measure(case: Any, sizes: Any, worker: Any, seconds: float, steps: int | None) -> dict[str, Any]:
-    """Run the models of a case in turn for about ``seconds``, and return its figures."""
-    from step_arms import ARMS
-    from step_cases import batches_of, spec_of
-    from step_counters import count_step_operations
-    from step_floor import floor
-    from traffic import count_traffic
-
-    batches = batches_of(case, sizes, worker.rank)
-    runs = {name: arm(case, sizes, batches, worker) for name, arm in ARMS.items()}
-    operations, sent = {}, {}
-    for name, run in runs.items():
-        for _ in islice(run, _NOT_TIMED):  # creates what is created lazily
-            pass
-        with count_step_operations() as counts:
-            next(run)
-        operations[name] = {
-            "collectives": counts.collectives,
-            "host_synchronisations": counts.host_synchronisations,
-        }
-        with count_traffic() as traffic:
-            next(run)
-        sent[name] = traffic.vector_bytes
-    wall, cpu = _times(runs, worker, seconds, steps or max(1, _ROWS_A_ROUND // case.batch_size))
-    for run in runs.values():
-        run.close()  # type: ignore[attr-defined]
-    product = operations["mlet"]
-    return {
-        **vars(case),
-        "case": case.name,
-        "ids_from": "data set" if case.ids == "real" and sizes.data is not None else "made",
-        "device": worker.device.type,
-        "threads": _threads(),
-        "rounds": len(wall["mlet"]),
-        "ms": {name: statistics.median(times) for name, times in wall.items()},
-        "quartiles_ms": {name: _quartiles(times) for name, times in wall.items()},
-        "cpu_ms": {name: statistics.median(times) for name, times in cpu.items()},
-        **{ratio: _paired(wall, *names) for ratio, names in RATIOS.items()},
-        "quartiles": {ratio: _quartiles(_pairs(wall, *names)) for ratio, names in RATIOS.items()},
-        "cpu_ratios": {ratio: _paired(cpu, *names) for ratio, names in RATIOS.items()},
-        "collectives_per_step": sum(product["collectives"].values()),
-        "host_synchronisations_per_step": product["host_synchronisations"],
-        "operations": operations,
-        "vector_bytes": sent,
-        "floor": floor(
-            spec_of(case, sizes, single_layer=False), batches[0], worker, adagrad=case.optimizer == "adagrad"
-        ),
-    }
-
-
-def _times(
-    runs: dict[str, Iterator[None]], worker: Any, seconds: float, steps: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return milliseconds of a step by model and round: wall time, and this process's processor time."""
-    import torch
-    from step_floor import synchronize
-    from torch import distributed as dist
-
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    started = time.perf_counter()
-    goes_on = True
-    while goes_on:
-        forward = len(wall["mlet"]) % 2
-        for name in list(runs)[:: 1 if forward else -1]:
-            dist.barrier()
-            for _ in islice(runs[name], min(_NOT_TIMED, steps)):
-                pass
-            synchronize(worker.device)
-            before, cpu_before = time.perf_counter(), time.process_time()
-            for _ in islice(runs[name], steps):
-                pass
-            synchronize(worker.device)
-            wall[name].append((time.perf_counter() - before) / steps * 1e3)
-            cpu[name].append((time.process_time() - cpu_before) / steps * 1e3)
-        is_time_left = time.perf_counter() - started < seconds or len(wall["mlet"]) < _FEWEST_ROUNDS
-        decision = torch.tensor([int(is_time_left)], device=worker.device)
-        dist.broadcast(decision, 0)
-        goes_on = bool(decision.item())
-    return wall, cpu
-
-
-def _pairs(times: dict[str, list[float]], numerator: str, denominator: str) -> list[float]:
-    return [above / below for above, below in zip(times[numerator], times[denominator], strict=True)]
-
-
-def _paired(times: dict[str, list[float]], numerator: str, denominator: str) -> float:
-    return statistics.median(_pairs(times, numerator, denominator))
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive")[::2]
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+from mlet_dist.openmp import thread_environment
+from mlet_dist.training.process_group import join_ranks
 
 
 def run_rank(names: list[str], args: argparse.Namespace) -> None:
     """Run cases as one of their ranks; rank 0 prints a line of JSON for each."""
-    from step_cases import all_cases
-
-    from mlet_dist.training.process_group import join_ranks
-
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     by_name = {case.name: case for case in all_cases()}
@@ -160,8 +47,6 @@ def run_rank(names: list[str], args: argparse.Namespace) -> None:
 
 def start_ranks(ranks: int, names: list[str]) -> Iterator[dict[str, Any]]:
     """Start the ranks of some cases on this machine, with their threads as `mlet train --nproc` sets them."""
-    from mlet_dist.openmp import thread_environment
-
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *launch, os.path.abspath(__file__), *sys.argv[1:], "--case", *names]
     environment = os.environ | thread_environment(ranks, os.environ) | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -183,7 +68,7 @@ def show(result: dict[str, Any]) -> None:
         f"{result['rounds']} rounds\n"
         f"{'':16}{'ms':>9}{'quartiles':>18}{'cpu ms':>9}{'collectives':>13}{'syncs':>7}{'MB sent':>9}"
     )
-    for name in MODELS:
+    for name in ARMS:
         low, high = result["quartiles_ms"][name]
         counted = result["operations"][name]
         print(
@@ -201,9 +86,7 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
-def _sizes(args: argparse.Namespace) -> Any:
-    from step_cases import Sizes
-
+def _sizes(args: argparse.Namespace) -> Sizes:
     data = None if args.data is None else Path(args.data)
     mlps = tuple(args.bottom_mlp), tuple(args.top_mlp)
     return Sizes(data, args.tables, args.num_embeddings, args.hidden_dim, args.embedding_dim, *mlps)
@@ -232,8 +115,6 @@ def main() -> int:
     if "RANK" in os.environ:
         run_rank(args.case, args)
         return 0
-    from step_cases import DEFAULT, all_cases
-
     cases = {case.name: case for case in all_cases()}
     if args.list:
         for name in cases:

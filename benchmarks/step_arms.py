@@ -3,17 +3,17 @@
 ``plain_single`` and ``plain_mlet`` are written in PyTorch alone: an ``nn.EmbeddingBag`` for each table, for MLET an
 ``nn.Linear`` behind it, sparse gradients and one torch optimizer. On several ranks DDP wraps the whole model.
 
-``single`` and ``single_planned`` are TorchRec alone: its own collection, sharded row_wise and as its planner decides, with
-its DistributedModelParallel, fused optimizers and, on several ranks or CUDA, its pipeline.
+``single`` and ``single_planned`` are TorchRec alone: its own collection, sharded row_wise and as its planner decides,
+with its DistributedModelParallel, fused optimizers and, on several ranks or CUDA, its pipeline.
 
 The others take the steps of `mlet train`: ``take_steps``, with its guard, timers and training metrics. ``mlet_single``
-has ``model.hidden_dim: null``, ``composed`` is MLET with W2 behind TorchRec's exchange (``after``), and ``mlet`` is MLET
-as `mlet train` plans it.
+has ``model.hidden_dim: null``, ``composed`` is MLET with W2 behind TorchRec's exchange (``after``), and ``mlet`` is
+MLET as `mlet train` plans it.
 
 Not included are the loader, whose threads work beside a step, and what happens every few steps: records, checkpoints.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from itertools import cycle
 from typing import Any
 
@@ -45,6 +45,8 @@ from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.state import Training
 from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
+
+Steps = Generator[None, None, None]
 
 _RATE = 0.01
 _PROGRESS_BINS = 1 << 16
@@ -80,7 +82,7 @@ class PlainDlrm(nn.Module):
         return logits.squeeze(-1)
 
 
-def plain_steps(case: Case, sizes: Sizes, batches: list[Batch], worker: Worker, *, single: bool) -> Iterator[None]:
+def plain_steps(case: Case, sizes: Sizes, batches: list[Batch], worker: Worker, *, single: bool) -> Steps:
     """Train a ``PlainDlrm`` without end."""
     model: nn.Module = PlainDlrm(spec_of(case, sizes, single_layer=single)).to(worker.device)
     if worker.world_size > 1:
@@ -96,12 +98,13 @@ def plain_steps(case: Case, sizes: Sizes, batches: list[Batch], worker: Worker, 
 
 
 def _bags(features: KeyedJaggedTensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(features[key].values(), features[key].offsets()[:-1].clone()) for key in features.keys()]
+    keys = features.keys()
+    return [(features[key].values(), features[key].offsets()[:-1].clone()) for key in keys]
 
 
 def torchrec_steps(
     case: Case, sizes: Sizes, batches: list[Batch], worker: Worker, *, sharder: EmbeddingBagCollectionSharder
-) -> Iterator[None]:
+) -> Steps:
     """Train TorchRec's own collection without end, sharded as TorchRec plans among what ``sharder`` offers."""
     spec = spec_of(case, sizes, single_layer=True)
     configs = build_plain_dlrm(spec).sparse_arch.embedding_bag_collection.embedding_bag_configs()
@@ -138,7 +141,7 @@ def torchrec_steps(
 
 def mlet_steps(
     case: Case, sizes: Sizes, batches: list[Batch], worker: Worker, *, single: bool, exchange: Any = "auto"
-) -> Iterator[None]:
+) -> Steps:
     """Train without end as `mlet train` does."""
     spec = spec_of(case, sizes, single_layer=single)
     model: DLRM = build_dlrm(spec, torch.device("meta"))
@@ -166,7 +169,7 @@ def mlet_steps(
         yield
 
 
-Arm = Callable[[Case, Sizes, list[Batch], Worker], Iterator[None]]
+Arm = Callable[[Case, Sizes, list[Batch], Worker], Steps]
 ARMS: dict[str, Arm] = {
     "plain_single": lambda *given: plain_steps(*given, single=True),
     "plain_mlet": lambda *given: plain_steps(*given, single=False),

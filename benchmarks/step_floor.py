@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,13 +43,14 @@ def _products(spec: ModelSpec, batch: Batch) -> Iterator[tuple[int, int, int]]:
     bottom = [len(spec.dense), *model.bottom_mlp, model.embedding_dim]
     top = [interactions, *model.top_mlp, 1]
     for sizes in (bottom, top):
-        yield from ((rows, inner, outer) for inner, outer in zip(sizes, sizes[1:], strict=False))
+        yield from ((rows, inner, outer) for inner, outer in pairwise(sizes))
     if model.hidden_dim:
         yield from ((len(ids.unique()), model.hidden_dim, model.embedding_dim) for ids in _ids(batch))
 
 
 def _ids(batch: Batch) -> list[torch.Tensor]:
-    return [batch.sparse[key].values() for key in batch.sparse.keys()]
+    keys = batch.sparse.keys()
+    return [batch.sparse[key].values() for key in keys]
 
 
 def _products_ms(shapes: list[tuple[int, int, int]], device: torch.device) -> float:
