@@ -16,11 +16,12 @@ from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCol
 
 
 class DeferredDataParallel(DataParallelWrapper):
-    """Gives the ranks the same dense layers and wraps nothing: ``ReplicatedGradients`` combines their gradients."""
+    """Gives the ranks the same dense layers and wraps nothing: ``ReplicatedGradients`` combines all gradients."""
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
         """Move the model to ``device``, and broadcast its dense layers. A collective call."""
         dmp._dmp_wrapped_module = dmp._dmp_wrapped_module.to(device)
+        _gradient_factors(dmp)
         for parameter in _dense_parameters(dmp):
             dist.broadcast(parameter.data, group=env.process_group, group_src=0)
 
@@ -29,17 +30,14 @@ class ReplicatedGradients:
     """The gradients of a model's replicated parameters.
 
     Args:
-        model: sharded with ``DeferredDataParallel``; its embeddings no longer combine the gradients of their parameters.
+        model: sharded with ``DeferredDataParallel``, which leaves the gradients of W2 to this class, too.
         process_group: the ranks; all by default.
     """
 
     def __init__(self, model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
         self._process_group = process_group
         self._world_size = dist.get_world_size(process_group)
-        factors: dict[torch.Tensor, float] = {}
-        for module in model.modules():
-            if isinstance(module, ShardedMultiLayerEmbeddingBagCollection):
-                factors |= module.defer_gradients()
+        factors = _gradient_factors(model)
         self._summed = [parameter for parameter, factor in factors.items() if factor == 1]
         averaged = [parameter for parameter, factor in factors.items() if factor != 1]
         self._dense = _dense_parameters(model)
@@ -73,6 +71,15 @@ class ReplicatedGradients:
             for index in unused:
                 if not used_by[index]:
                     self._dense[index].grad = None
+
+
+def _gradient_factors(model: nn.Module) -> dict[torch.Tensor, float]:
+    """Return the factors of ``defer_gradients`` of all embeddings."""
+    factors: dict[torch.Tensor, float] = {}
+    for module in model.modules():
+        if isinstance(module, ShardedMultiLayerEmbeddingBagCollection):
+            factors |= module.defer_gradients()
+    return factors
 
 
 def _dense_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -173,9 +173,9 @@ class _TimedPipeline(TrainPipelineSparseDist):
         super().__init__(*arguments, **named)
 
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
-        with self._timer.phase("ids"):
+        with self._timer.phase("ids", self._data_dist_stream):
             super().start_sparse_data_dist(batch, context)
 
     def wait_sparse_data_dist(self, context: Any) -> None:
-        with self._timer.phase("ids"):
+        with self._timer.phase("ids", self._data_dist_stream):
             super().wait_sparse_data_dist(context)
