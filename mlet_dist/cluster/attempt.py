@@ -22,6 +22,7 @@ from mlet_dist.cluster.rank_watch import RankWatch
 from mlet_dist.cluster.stop_request import FORWARDED, StopRequest
 from mlet_dist.cluster.torch_rendezvous import FixedRendezvous
 from mlet_dist.errors import NodesMissing
+from mlet_dist.openmp import thread_environment
 
 _SHUTDOWN_TIMEOUT_S = 600
 _ELASTIC_RESTARTS = 10
@@ -120,8 +121,7 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str) ->
 
 
 def _launch(config: dict[str, Any], nproc: int, logs: Path, arguments: Sequence[str]) -> None:
-    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.update(thread_environment(nproc, os.environ))
     logging.disable(logging.ERROR)  # torch elastic would log its own report of a failure before our message
     complete = LaunchConfig(
         nproc_per_node=nproc,

@@ -1,7 +1,9 @@
 """Every benchmark runs at its smallest size, and prints its figures."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,16 @@ PRINTED = {
         rf"from disk: ours_from_disk_rows_per_s {NUMBER}, .*torchrec_from_disk_rows_per_s {NUMBER}, .*",
         rf"one thread, ns (a|per) row: decode {NUMBER}, .*",
     ],
+    "openmp_waiting": [rf"(0|default) +{NUMBER} +{NUMBER} \({NUMBER}\)"],
+    "step": [
+        r"64-2-uniform-sgd: 64 rows on each of 2 ranks, uniform ids \(made\), sgd; .*",
+        *(
+            rf"{model} +{NUMBER} +{NUMBER} - {NUMBER} +{NUMBER} +\d+ +\d+ +{NUMBER}"
+            for model in ("plain_single", "plain_mlet", "single", "single_planned", "mlet_single", "composed", "mlet")
+        ),
+        rf"composed_over_mlet +{NUMBER} +\({NUMBER} - {NUMBER}; cpu {NUMBER}\)",
+        rf"floor: products {NUMBER} ms, .*",
+    ],
     "prepare": [
         rf"ours {NUMBER} rows/s, line_by_line {NUMBER} rows/s, polars {NUMBER} rows/s",
         rf"rows 2000 .*rows_per_s {NUMBER} +over_line_by_line {NUMBER}",
@@ -77,10 +89,26 @@ def test_every_benchmark_has_a_smallest_size_and_a_check() -> None:
     assert scripts - {"run_all", "loader_from_disk"} == set(SMALLEST) == set(PRINTED)
 
 
+def check_step_cases(cases: list[dict[str, Any]]) -> None:
+    (case,) = cases
+    assert (case["batch_size"], case["ranks"], case["ids"], case["optimizer"]) == (64, 2, "uniform", "sgd")
+    models = {"plain_single", "plain_mlet", "single", "single_planned", "composed", "mlet"}
+    assert models <= case["ms"].keys()
+    assert all(case["ms"][model] > 0 for model in models)
+    ratios = "single_over_plain mlet_over_plain_mlet mlet_over_single mlet_over_single_planned composed_over_mlet"
+    assert all(case[ratio] > 0 for ratio in ratios.split())
+    assert 0 < case["collectives_per_step"] <= 6
+    assert case["host_synchronisations_per_step"] <= 2
+    assert case["operations"]["plain_mlet"]["collectives"]["allreduce_"] > 0
+    assert case["floor"]["flops"] > 0
+
+
 @pytest.mark.parametrize("name", SMALLEST)
 def test_benchmark_prints_its_figures(name: str, tmp_path: Path) -> None:
     output = run_command(command(name, tmp_path)).stdout
     lines = [line.strip() for line in output.splitlines()]
     for pattern in PRINTED[name]:
         assert any(re.fullmatch(pattern, line) for line in lines), f"no line is {pattern!r} in\n{output}"
+    if name == "step":
+        check_step_cases(json.loads(lines[-1])["cases"])
     assert list(tmp_path.iterdir()) == []

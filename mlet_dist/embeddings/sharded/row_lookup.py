@@ -5,14 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
-from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mlet_dist.embeddings.sharded.table_pool import TablePool
+
 PADDED_BYTES = 1 << 18
-"""On a CPU, a table with at most this many bytes of rows per batch shares a padded kernel with others. A measured
-value, about the size of a core's cache; above it a kernel of its own is cheaper than padding."""
+"""On a CPU, a table without a fused optimizer and at most this many bytes of rows per batch shares a padded kernel with
+others. A measured value, about the size of a core's cache; above it a kernel of its own is cheaper than padding."""
 
 
 def group_for_rows(
@@ -25,8 +28,9 @@ def group_for_rows(
     """Regroup tables into the kernels of RowLookup, in the order of their d.
 
     On CUDA one unpooled kernel serves all tables of a group with the same k and d. On the CPU fbgemm's unpooled
-    backward is many times slower than the pooled one, but a pooled kernel pads the rows of its tables to the longest.
-    There, tables with few expected rows share a pooled kernel, and each other table has its own.
+    backward is many times slower than the pooled one. There, one pooled kernel with a fused optimizer serves all
+    tables (``table_pool``). A kernel without one pads the rows of its tables to the longest: tables with few expected
+    rows share such a kernel, and each other table has its own.
 
     Args:
         groups: TorchRec's groups.
@@ -44,11 +48,12 @@ def group_for_rows(
                 if (dims[table.name], table.local_cols) == shape
             ]
             row_bytes = shape[1] * 4
-            small = [table for table in tables if unpooled or expected_rows[table.name] * row_bytes <= PADDED_BYTES]
-            for together in ([small] if small else []) + [[table] for table in tables if table not in small]:
+            together = unpooled or group.compute_kernel == EmbeddingComputeKernel.FUSED
+            small = [table for table in tables if together or expected_rows[table.name] * row_bytes <= PADDED_BYTES]
+            for of_kernel in ([small] if small else []) + [[table] for table in tables if table not in small]:
                 kernel = dataclasses.replace(
                     group,
-                    embedding_tables=together,
+                    embedding_tables=of_kernel,
                     pooling=PoolingType.NONE if unpooled else PoolingType.SUM,
                     is_weighted=False,
                 )
@@ -67,11 +72,20 @@ class RowLookup(GroupedPooledEmbeddingsLookup):
     def __init__(self, grouped_configs: list[GroupedEmbeddingConfig], **torchrec_arguments: Any) -> None:
         super().__init__(grouped_configs, **torchrec_arguments)
         self._unpooled = grouped_configs[0].pooling == PoolingType.NONE
+        self._pools = [
+            TablePool(kernel.emb_module)
+            if len(config.embedding_tables) > 1 and not self._unpooled and isinstance(kernel, BatchedFusedEmbeddingBag)
+            else None
+            for kernel, config in zip(self._emb_modules, grouped_configs, strict=True)
+        ]
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
         """Look up ``sparse_features``, which has one key per table in the order of the kernels, each with one bag."""
-        parts = zip(self._emb_modules, sparse_features.split(self._feature_splits), strict=True)
-        rows = [_look_up(kernel, ids, self._unpooled).view(-1) for kernel, ids in parts]
+        parts = zip(self._emb_modules, self._pools, sparse_features.split(self._feature_splits), strict=True)
+        rows = [
+            (_look_up(kernel, ids, self._unpooled) if pool is None else pool(ids)).view(-1)
+            for kernel, pool, ids in parts
+        ]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
