@@ -84,16 +84,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a prepared data set whose counts are used, too")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1024, 16_384], help="of one rank")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--largest", type=int, default=GIANT[0], help="most rows of a made table")
     args = parser.parse_args()
     cases: dict[str, Sequence[torch.Tensor]] = {}
     if args.data is not None:
         cases[f"counts of {args.data.name}"] = data_shares(args.data)
     found: list[Mapping[str, Any]] = []
-    for name, sizes in (("Criteo-1TB", CRITEO_1TB), ("one table of 40 M", GIANT)):
+    for name, sizes in (("Criteo-1TB", CRITEO_1TB), ("one table", GIANT)):
         for exponent in (1.05, 1.2):
-            drawn = {size: zipf(size, exponent) for size in set(sizes)}
+            drawn = {size: zipf(min(size, args.largest), exponent) for size in set(sizes)}
             cases[f"{name}, Zipf {exponent}"] = [drawn[size] for size in sizes]
-    print("| ids | batch of a rank | ranks | before | after | least possible |\n|---|---|---|---|---|---|")
+    print("| ids | batch of a rank | ranks | before | after | least possible |\n|---|--:|--:|--:|--:|--:|", flush=True)
     for name, shares in cases.items():
         for batch_size in args.batch_size:
             for ranks in args.ranks:

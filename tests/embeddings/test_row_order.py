@@ -97,7 +97,7 @@ def test_initial_values_are_those_of_rows_by_id(ranks: int, zero_first_row: bool
         StoredRowInitializer(order, parts).fill(shard, rank * block)
         shards.append(shard)
     assert torch.equal(order.from_stored(torch.cat(shards)), by_id)
-    with pytest.raises(ValueError, match="do not lie inside 0..29006"):
+    with pytest.raises(ValueError, match=r"do not lie inside 0\.\.29006"):
         StoredRowInitializer(order, parts).fill(torch.empty(2, 4), 29_005)
 
 
