@@ -102,6 +102,7 @@ class CheckedFile:
             self.verify_streamed()
         continues = self._streamed is not None
         if self._sums is None or number in self._verified or not (continues or within == 0):
+            self._streamed = None  # another thread may have verified the block meanwhile
             self._read_block(number, within, out)
             return
         self._read(number * BLOCK_BYTES + within, out)
