@@ -24,6 +24,7 @@ SMALLEST = {
     "compression_arms": "--drift 0 --drift-rows 3000 --policy adaptive --widths 16 8 --budget 0.3 --interval 5 --serve",
     "compression_grid": "--drift --drift-rows 2000 --arms single graded --budgets 0.3 --seeds 2 --out /dev/null",
     "exchange": f"--ranks 2 {_MODEL} --steps 2",
+    "owners": "--largest 100000 --batch-size 4096 --ranks 2 8",
     "pipeline": f"--ranks 2 {_MODEL} --mlp 8 --rounds 2 --steps 1",
     "checkpoint": "--ranks 2 --num-embeddings 50 --local-batch-size 8 --every 2 --rounds 1 --out {folder}",
     "export": "--rows 1000 --shards 1 --rounds 1 --out {folder}",

@@ -21,7 +21,8 @@ from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+_OLDEST_VERSION = 4  # its tables are stored by id, as those of all checkpoints whose manifest has no ``row_order``
 RUN_ID = "run"
 """The key of ``Manifest.about`` under which a run's checkpoints hold its id."""
 
@@ -90,11 +91,11 @@ class Manifest:
             if _with_checksum(content) != data:
                 raise ValueError("its checksum is wrong")
             found = content["format_version"]
-            if found != FORMAT_VERSION:
+            if not _OLDEST_VERSION <= found <= FORMAT_VERSION:
                 # Not a ManifestError, which makes callers fall back to an older checkpoint: this one is complete.
                 raise UserError(
-                    f"{where}: format_version is {found}, and this version of mlet_dist reads {FORMAT_VERSION}; use "
-                    "the version that wrote it"
+                    f"{where}: format_version is {found}, and this version of mlet_dist reads {_OLDEST_VERSION} to "
+                    f"{FORMAT_VERSION}; use the version that wrote it"
                 )
             return cls(content["step"], content["files"], content["about"])
         except (ValueError, KeyError, TypeError) as error:

@@ -178,6 +178,8 @@ class DcpFiles(ChunkedTensors):
                     for each in found.chunks
                 ]
         self._opened: dict[str, CheckedFile] = {}
+        # Rows of consecutive ids are in many files, which are opened again and again; their blocks are verified once.
+        self._verified: dict[str, set[int]] = {name: set() for name in files or ()}
         self._streams = False
         self._data_starts: dict[Chunk, int] = {}
 
@@ -251,7 +253,7 @@ class DcpFiles(ChunkedTensors):
                 raise UserError(f"{path} is missing") from None
             except Exception as error:  # each fsspec implementation raises its own errors
                 raise UserError(f"{path} cannot be read: {error or type(error).__name__}") from None
-            self._opened[name] = CheckedFile(path, file, expected)
+            self._opened[name] = CheckedFile(path, file, expected, self._verified.get(name))
         return self._opened[name]
 
     @contextmanager

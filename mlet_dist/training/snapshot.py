@@ -25,6 +25,7 @@ from mlet_dist.checkpoint.load import (
 )
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.job import Job
@@ -67,6 +68,7 @@ def manifest_fields(
         "spec": job.spec.to_dict(),
         "config": job.config.to_dict(),
         "plan": plan.entries(),
+        ROW_ORDER: SPREAD,
     }
 
 
@@ -86,7 +88,7 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
     Args:
         training: what is restored.
         found: the checkpoint.
-        tables: its tables, if rows have other widths now.
+        tables: its tables, if rows have other widths now. Rows that are stored by id there are converted without them.
 
     Random states are restored only on the same number of ranks and the same kind of device. Training depends on them
     only for half-precision rows on CUDA, which are rounded stochastically.
@@ -95,6 +97,7 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
         UserError: a tensor is missing, has another shape, or cannot be read.
     """
     location = found.checkpoint.location
+    tables = tables or RefittedTables.of_rows_by_id(found.checkpoint, found.manifest)
     load_model(training.model, location, without=None if tables is None else TABLES_PREFIX)
     state = state_to_save(training)
     del state[MODEL_KEY]

@@ -58,6 +58,15 @@ PRINTED = {
         rf"\| `backoffLimit`, every fault ends all pods \| any \| {NUMBER} \| {NUMBER} \| {NUMBER} \|",
         rf"\| .*, a rank crashes \| any \| {NUMBER} \| {NUMBER} \| {NUMBER} \|",
     ],
+    "owners": [
+        *(
+            rf"\| {ids}, Zipf {exponent} \| 4,096 \| {ranks} \| {NUMBER} \| 1\.[01]\d \| 1\.00 \|"
+            for ids in ("Criteo-1TB", "one table")
+            for exponent in (r"1\.05", r"1\.2")
+            for ranks in (2, 8)
+        ),
+        r'\{"cases": .*\}',
+    ],
     "loader": [
         *(
             rf"{way} +{NUMBER} rows/s +{NUMBER} (…|to) {NUMBER}"

@@ -39,10 +39,10 @@ from mlet_dist.embeddings.collection import (
     check_loaded_shapes,
     projection_weights,
 )
-from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.initializers import StoredRowInitializer
 from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
-from mlet_dist.embeddings.row_ranges import SegmentInitializer, segments_of
+from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.adaptive_tables import AdaptiveTables, build_slot_map, locate_rows
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
 from mlet_dist.embeddings.sharded.collectives import gradient_factors, with_combined_gradients
@@ -61,6 +61,7 @@ from mlet_dist.embeddings.sharded.pooled import (
     mean_keys,
     normalize_by_bag_size,
 )
+from mlet_dist.embeddings.sharded.stored_ids import look_up_stored
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
 from mlet_dist.embeddings.slot_initializer import SlotInitializer
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
@@ -135,6 +136,12 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             pools = [table for table in row_tables if table.num_buckets]
             self.adaptive_tables = AdaptiveTables(rows.slots, pools, self)
         self._exchanges = rows.exchanges
+        self._order_of_key = {
+            served.key: order
+            for table in row_tables
+            if (order := table.row_order) is not None
+            for served in rows.served[table.name]
+        }
         after = [table for table in row_tables if self._exchanges.get(table.name, "after") == "after"]
         self._projection_of_key_after = {
             served.key: table.name for table in after for served in rows.served[table.name]
@@ -170,7 +177,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             sharding = self.module_sharding_plan[config.name]
             if weight.numel() == 0:  # all rows are on other ranks
                 continue
-            if isinstance(config.init_fn, RowInitializer | SegmentInitializer | SlotInitializer):
+            if isinstance(config.init_fn, StoredRowInitializer | SlotInitializer):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)
@@ -196,6 +203,13 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if self._mean_keys:
             ctx.divisor = bag_sizes(features, self._mean_keys)
         return sent
+
+    def _create_input_dist(self, input_feature_names: list[str]) -> None:
+        super()._create_input_dist(input_feature_names)
+        for sharding, input_dist in zip(self._embedding_shardings, self._input_dists, strict=True):
+            if not isinstance(input_dist, UniqueRowsInputDist):  # which does it itself
+                orders = [self._order_of_key[key] for key in sharding.embedding_names()]
+                look_up_stored(input_dist, orders, self._device or torch.device("cpu"))
 
     def compute(self, ctx: CheckedContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Look up the rows of W1.

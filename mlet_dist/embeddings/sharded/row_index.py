@@ -3,7 +3,7 @@
 An id is turned into a *key*. The keys of rank r are [r·keys_per_rank, (r + 1)·keys_per_rank), so that sorted keys are
 grouped by owner rank. Two indices differ in what a key says:
 
-- ``RangeIndex``: table and row. Rows of tables without row ranges, and of those whose ranges do not change.
+- ``RangeIndex``: segment and row. Rows of tables without row ranges, and of those whose ranges do not change.
 - ``SlotIndex``: the row of an adaptive table, whose slot only the owner rank knows, and only until rows move.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
+from mlet_dist.embeddings.row_order import RowOrder, stored_rows
 from mlet_dist.embeddings.sharded.pooled import ServedFeature
 from mlet_dist.embeddings.sharded.slot_map import SlotMap
 from mlet_dist.embeddings.table_config import Segment
@@ -110,7 +111,7 @@ class RangeIndex(RowIndex):
     Args:
         process_group: the ranks.
         tables: names of the T tables that store rows, in the order of the lookup.
-        segments: the segments of each of them.
+        segments: the segments of each of them, in the order of its parts.
         num_embeddings: rows of each.
         served: the features of the batch in order, each of one of the T tables, or of one with row ranges.
         ranks: for each table, the owner rank of each block of rows.
@@ -132,63 +133,60 @@ class RangeIndex(RowIndex):
         self._tables = tables
         self.device, self.num_features = device, len(served)
         blocks = [-(-rows // self._world_size) for rows in num_embeddings]
-        # Key of an id = (owner·T + table)·stride + row in the owner's shard = id + shift of the id's block, so that
-        # sorted keys are grouped by owner, and by table for each owner.
-        self._stride = max(blocks)
-        self.keys_per_rank = self._stride * len(tables)
-        self.first_keys = [self._stride * table for table in range(len(tables))]
+        # Key of an id = (owner·S + segment)·stride + row in the owner's shard = stored row + shift of the row's block,
+        # so that sorted keys are grouped by owner, and by segment for each owner. S is the number of segments.
+        table_of_segment = [table for table, own in enumerate(segments) for _ in own]
+        self._stride, number = max(blocks), len(table_of_segment)
+        self.keys_per_rank = self._stride * number
+        self.first_keys = [self._stride * table_of_segment.index(table) for table in range(len(tables))]
         shifts = [
-            (owner * len(tables) + table) * self._stride - block * blocks[table]
-            for table, owners in enumerate(ranks)
-            for block, owner in enumerate(owners)
+            (owner * number + segment) * self._stride - block * blocks[table]
+            for segment, table in enumerate(table_of_segment)
+            for block, owner in enumerate(ranks[table])
         ]
-        # The model's tables one after the other, cut into ranges of rows that are stored in one table or not at all.
+        # The model's tables one after the other, cut into ranges of rows that are stored in one segment or not at all.
         rows_of_tables = {each.table: each.num_embeddings for each in served}
         first_row_of = dict(zip(rows_of_tables, accumulate(rows_of_tables.values(), initial=0), strict=False))
-        # Each has a table, a step and an offset: id i reads row i·step + offset. Ids that share a row have step 0.
+        # Each has a segment, a step and an offset: id i has row i·step + offset of the segment. Ids that share a row
+        # have step 0.
         ranges = {start: (-1, 1, 0) for start in first_row_of.values()}
-        for table, own in enumerate(segments):
-            for segment in own:
-                start = first_row_of[segment.table] + segment.first_row
-                stop = start + segment.rows
-                ranges[start] = (table, 1, segment.offset - start)
-                if segment.shared_by:
-                    ranges[stop] = (table, 0, segment.offset + segment.rows - 1)
-                ranges.setdefault(stop + segment.shared_by, (-1, 1, 0))
+        for index, segment in enumerate(segment for own in segments for segment in own):
+            start = first_row_of[segment.table] + segment.first_row
+            stop = start + segment.rows
+            ranges[start] = (index, 1, -start)
+            if segment.shared_by:
+                ranges[stop] = (index, 0, segment.rows - 1)
+            ranges.setdefault(stop + segment.shared_by, (-1, 1, 0))
         ranges = {start: ranges[start] for start in sorted(ranges)}
         self._has_ranges = any(segment.index is not None for own in segments for segment in own)
-        of_tables = [table for table, _, _ in ranges.values()]
-        self.some_not_stored = -1 in of_tables[:-1] or max(ranges) < sum(rows_of_tables.values())
+        of_ranges = [segment for segment, _, _ in ranges.values()]
+        self.some_not_stored = -1 in of_ranges[:-1] or max(ranges) < sum(rows_of_tables.values())
 
-        self._blocks = constant(blocks)
+        orders = [RowOrder(tuple(segment.rows for segment in own)) for own in segments]
+        self._first_stored = torch.cat([order.first_stored for order in orders]).to(device)
+        self._blocks = constant([blocks[table] for table in table_of_segment])
         self._shifts = constant(shifts)
         self._first_rows = constant(list(ranges))
-        self._table_of_range = constant(of_tables)
+        self._segment_of_range = constant(of_ranges)
         self._step_of_range = constant([step for _, step, _ in ranges.values()])
         self._offset_of_range = constant([offset for _, _, offset in ranges.values()])
         self._first_row_of_feature = constant([first_row_of[each.table] for each in served])
-        self._table_of_feature = constant([ranges[first_row_of[each.table]][0] for each in served])
-        rank = dist.get_rank(process_group)
-        own_rows = [(blocks[table] * owners.index(rank), blocks[table]) for table, owners in enumerate(ranks)]
-        starts = [
-            self._stride * table + min(max(segment.offset - first, 0), rows)
-            for table, (first, rows) in enumerate(own_rows)
-            for segment in segments[table]
-        ]
-        self._first_keys_of_segments = constant([*starts, self.keys_per_rank])
+        self._segment_of_feature = constant([ranges[first_row_of[each.table]][0] for each in served])
+        self._first_keys_of_segments = constant([self._stride * segment for segment in range(number + 1)])
         self._num_segments = [len(own) for own in segments]
 
     def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        table, row = self._stored_rows(ids, counts)
+        segment, row = self._segment_rows(ids, counts)
         if not self.some_not_stored:
-            return self._keys_of_rows(table, row)
-        stored = table >= 0
-        keys = self._keys_of_rows(torch.where(stored, table, 0), torch.where(stored, row, 0))
+            return self._keys_of_rows(segment, row)
+        stored = segment >= 0
+        keys = self._keys_of_rows(torch.where(stored, segment, 0), torch.where(stored, row, 0))
         return torch.where(stored, keys, self._world_size * self.keys_per_rank)
 
-    def _keys_of_rows(self, table: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        block = row.div(self._blocks[table], rounding_mode="floor")
-        return row + self._shifts[table * self._world_size + block]
+    def _keys_of_rows(self, segment: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        row = stored_rows(self._first_stored, row, segment)
+        block = row.div(self._blocks[segment], rounding_mode="floor")
+        return row + self._shifts[segment * self._world_size + block]
 
     def lookup_features(self, keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
         """Return the rows of the tables, one key with one bag per table."""
@@ -197,17 +195,17 @@ class RangeIndex(RowIndex):
         counts = [sum(islice(of_segments, number)) for number in self._num_segments]
         return one_bag_per_table(self._tables, keys[: sum(counts)] % self._stride, counts)
 
-    def _stored_rows(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the table and the row of each id; the table of a row that is not stored is -1."""
+    def _segment_rows(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the segment of each id and the row in it; the segment of a row that is not stored is -1."""
 
         def by_feature(constants: torch.Tensor) -> torch.Tensor:
             return torch.repeat_interleave(constants, counts, output_size=ids.numel())
 
         if not self._has_ranges:
-            return by_feature(self._table_of_feature), ids
+            return by_feature(self._segment_of_feature), ids
         rows = ids + by_feature(self._first_row_of_feature)
         found = torch.searchsorted(self._first_rows, rows, right=True) - 1
-        return self._table_of_range[found], rows * self._step_of_range[found] + self._offset_of_range[found]
+        return self._segment_of_range[found], rows * self._step_of_range[found] + self._offset_of_range[found]
 
 
 class SlotIndex(RowIndex):
