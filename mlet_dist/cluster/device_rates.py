@@ -1,0 +1,89 @@
+"""Measures what one rank's device and host do by themselves, while all ranks work."""
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mlet_dist.cluster.collective_rates import median_of_ranks, synchronize
+from mlet_dist.training.process_group import Worker
+
+_ROWS, _WIDTH, _BATCH = 1 << 17, 64, 1 << 15
+_LAYERS = (256, 512, 256, 64)
+_IDS = 1 << 16
+_SMALL_OPERATIONS = 200
+_SECONDS = 0.4  # of each measurement
+
+
+def measure_device(worker: Worker) -> tuple[float, float, float, float]:
+    """Measure a rank's rates; they are medians over all ranks. A collective call.
+
+    Returns:
+        Bytes of rows per second, operations of layers per second, ids per second, and seconds of a small operation.
+    """
+    moved, operations, small = *(work(worker.device) for work in (_rows, _layers)), _small(worker.device)
+    rates = [moved[0] / _seconds(moved[1], worker), operations[0] / _seconds(operations[1], worker)]
+    found, ids = _ids(worker.device)
+    values = [*rates, found / _seconds(ids, worker), _seconds(small, worker) / _SMALL_OPERATIONS]
+    memory, flops, per_second, launch = median_of_ranks(values, worker)
+    return memory, flops, per_second, launch
+
+
+def _seconds(work: Callable[[], object], worker: Worker) -> float:
+    work()
+    synchronize(worker.device)
+    times, ends = list[float](), time.perf_counter() + _SECONDS
+    while not times or time.perf_counter() < ends:
+        started = time.perf_counter()
+        work()
+        synchronize(worker.device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _rows(device: torch.device) -> tuple[float, Callable[[], object]]:
+    """Gather rows into new memory and add their gradients, as a lookup and its update do."""
+    rows = torch.zeros(_ROWS, _WIDTH, device=device)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(_ROWS, (_BATCH,), generator=generator).to(device)
+
+    def work() -> None:
+        rows.index_add_(0, index, rows.index_select(0, index), alpha=1e-3)
+
+    return 4.0 * _BATCH * _WIDTH * 5, work
+
+
+def _layers(device: torch.device) -> tuple[float, Callable[[], object]]:
+    """Run dense layers forward and backward, as those of a model."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(_LAYERS):
+        layers += [nn.Linear(inputs, outputs, device=device), nn.ReLU()]
+    model, batch = nn.Sequential(*layers), torch.rand(512, _LAYERS[0], device=device, requires_grad=True)
+    weights = sum(inputs * outputs for inputs, outputs in pairwise(_LAYERS))
+
+    def work() -> None:
+        loss = functional.mse_loss(model(batch), torch.zeros((), device=device).expand(512, _LAYERS[-1]))
+        torch.autograd.grad(loss, [batch, *model.parameters()])
+
+    return 6.0 * 512 * weights, work
+
+
+def _ids(device: torch.device) -> tuple[float, Callable[[], object]]:
+    generator = torch.Generator().manual_seed(0)
+    # The squares of uniform numbers repeat small ids, as real ids do.
+    ids = (torch.rand(_IDS, generator=generator).square() * 1e6).long().to(device)
+    return float(_IDS), lambda: torch.unique(ids, return_inverse=True)
+
+
+def _small(device: torch.device) -> Callable[[], object]:
+    tensor = torch.zeros(8, device=device)
+
+    def work() -> None:
+        for _ in range(_SMALL_OPERATIONS):
+            tensor.add_(1.0)
+
+    return work

@@ -1,0 +1,63 @@
+"""A plan's tables with the lookups that a data set's counts let expect, and how uneven their owners are."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mlet_dist.embeddings.planning.cost_model import Device, step_time
+from mlet_dist.embeddings.planning.owner_skew import ExpectedLookups, busiest_owner, expected_lookups
+from mlet_dist.embeddings.planning.plan_cost import Tables
+from mlet_dist.embeddings.planning.table_cost import TableCost
+from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.row_widths import Counts
+from mlet_dist.training.model_plan import ModelPlan
+
+
+@dataclass(frozen=True)
+class ExpectedStep:
+    """What a data set's counts say of a step.
+
+    Attributes:
+        lookups: of the unique_rows tables whose counts are known.
+        busiest: the work of the busiest owner of their rows over the mean.
+    """
+
+    lookups: Mapping[str, ExpectedLookups] = field(default_factory=dict)
+    busiest: float = 1.0
+
+    def costs(self, tables: Tables) -> Tables:
+        """Return the costs of tables with the expected numbers of distinct rows."""
+        return {
+            name: (self._with_counts(name, cost) if cost.exchange == "unique_rows" else cost, rows)
+            for name, (cost, rows) in tables.items()
+        }
+
+    def _with_counts(self, name: str, cost: TableCost) -> TableCost:
+        own = self.lookups.get(name)
+        if own is None:
+            return cost
+        return dataclasses.replace(cost, distinct_ids=own.distinct_ids, distinct_of_all=own.distinct_of_all)
+
+
+def expected_step(planned: ModelPlan, counts: Mapping[str, Counts], device: Device) -> ExpectedStep:
+    """Return what the counts say of a step of a plan.
+
+    Args:
+        planned: the plan.
+        counts: how often the data set looks up each row, by table, where it is known.
+        device: hardware of a rank.
+    """
+    params = planned.plan.plan[TABLES_PREFIX.rstrip(".")]
+    found, ranks = {}, {}
+    for name, (cost, rows) in planned.tables.items():
+        if cost.exchange != "unique_rows" or name not in counts:
+            continue
+        traffic = cost.traffic
+        ids = traffic.local_batch_size * traffic.num_features * traffic.pooling_factor
+        found[name] = expected_lookups(counts[name], ids, len(rows))
+        shards = params[name].sharding_spec.shards
+        ranks[name] = [shard.placement.rank() for shard in sorted(shards, key=lambda each: each.shard_offsets[0])]
+    step = ExpectedStep(found)
+    costs = step.costs(planned.tables)
+    seconds = {name: step_time(costs[name][0].owner_step(), device).total for name in found}
+    return ExpectedStep(found, busiest_owner(found, seconds, ranks))
