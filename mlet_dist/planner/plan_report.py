@@ -55,6 +55,8 @@ def text_report(plan: dict[str, Any]) -> str:
             "memory per rank in GB (10^9 bytes); one line for ranks with the same tables and nearly the same memory",
             *text_table(["ranks", "tables", "rows", *kinds], ranks, left=1),
             "",
+            _copy_line(plan),
+            "",
             *_predicted_lines(plan),
             "",
             "cost of a step on the slowest rank, whose parts are assumed to follow one another",
@@ -68,6 +70,18 @@ def text_report(plan: dict[str, Any]) -> str:
             *([] if compression is None else ["", *budget_lines(compression)]),
         ]
     )
+
+
+def _copy_line(plan: dict[str, Any]) -> str:
+    copy, device = plan["checkpoint_copy"], plan["device"]
+    line = (
+        f"checkpoint      its copy in host memory takes up to {gigabytes(copy['bytes_per_rank'])} a rank, "
+        f"{gigabytes(copy['bytes_per_node'])} a node"
+    )
+    if copy["fits"]:
+        return line
+    given = device["memory"] if device["kind"] == "cpu" else device["host_memory"]
+    return f"{line}: with the rows that are there, more than the {gigabytes(given)} of host memory a rank allow"
 
 
 def _predicted_lines(plan: dict[str, Any]) -> list[str]:

@@ -87,6 +87,7 @@ def make_plan(
         "summary": describe_plan(planned),
         "ranks": _grouped_ranks(planned),
         "configurations": found,
+        "checkpoint_copy": _checkpoint_copy(planned, device, local_world_size),
         "predicted_step_ms": predicted_step(time, device),
         "busiest_owner": measured.busiest if measured.lookups else None,
         "collectives": _collectives(planned, device),
@@ -132,6 +133,18 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _checkpoint_copy(planned: ModelPlan, device: Device, local_world_size: int) -> dict[str, Any]:
+    """Return the host memory that the copy for a checkpoint takes, and whether it fits beside what is there already."""
+    memories = [
+        memory_of_rank(planned.tables, planned.dense, group[0]) for group in group_identical_ranks(planned.tables)
+    ]
+    on_cpu = device.kind == "cpu"
+    usable = device.usable_memory if on_cpu else device.usable_host_memory
+    needed = max(each.checkpoint_copy + (each.total if on_cpu else each.host) for each in memories)
+    copy = max(each.checkpoint_copy for each in memories)
+    return {"bytes_per_rank": copy, "bytes_per_node": copy * local_world_size, "fits": needed <= usable}
 
 
 def predicted_step(time: StepTime, device: Device) -> dict[str, float | None]:

@@ -90,7 +90,8 @@ def default_latency(backend: Backend, collective: Collective, ranks: int, nodes:
         return _GLOO_BASE + hops * (ranks - 1) * hop
     if collective == "all_to_all":
         of_node = ranks // nodes - 1
-        return _P2P_BASE + of_node * _P2P_NODE + (ranks - 1 - of_node) * _P2P_NETWORK
+        way = _TREE_NETWORK if nodes > 1 else 0.0  # of the last message
+        return _P2P_BASE + way + of_node * _P2P_NODE + (ranks - 1 - of_node) * _P2P_NETWORK
     slower = _LL_BETWEEN_NODES if nodes > 1 else 1.0
     ring = inside * _RING_NODE * slower + between * _RING_NETWORK
     if collective != "all_reduce":

@@ -61,6 +61,15 @@ class Memory(_Summable):
         """Bytes on the device."""
         return self.weights + self.optimizer + self.buffers + self.dense
 
+    @property
+    def checkpoint_copy(self) -> float:
+        """Bytes of host memory that a copy of this rank's rows, weights and optimizer state takes, at most.
+
+        A checkpoint in the background makes such a copy. Dense gradients, which are counted with the state, are not
+        part of it, nor is a cache of rows in host memory.
+        """
+        return self.weights + self.optimizer + self.dense + self.host
+
 
 @dataclass(frozen=True)
 class Step(_Summable):
