@@ -23,7 +23,7 @@ that it will write to. All ranks then join an all-reduce, which is timed. If a c
 ends.
 
 With --calibrate FILE all ranks then measure, within a minute, the latency and bandwidth of collectives in groups of
-several sizes, the bandwidth of rows, the rate of dense layers and the host's own work in a step. Give the file to
+several sizes, the bandwidth of rows, the rate of matrix products and the host's own work in a step. Give the file to
 `mlet plan --calibration FILE`. Measure on the ranks, with the threads and at the load of the job that you plan."""
 
 

@@ -3,17 +3,14 @@
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from mlet_dist.cluster.collective_rates import median_of_ranks, synchronize
 from mlet_dist.training.process_group import Worker
 
 _ROWS, _WIDTH, _BATCH = 1 << 17, 64, 1 << 15
-_LAYERS = (256, 512, 256, 64)
+_PRODUCT_ROWS, _INPUTS, _OUTPUTS = 512, 512, 256
 _IDS = 1 << 16
 _SMALL_OPERATIONS = 200
 _SECONDS = 0.4  # of each measurement
@@ -23,9 +20,9 @@ def measure_device(worker: Worker) -> tuple[float, float, float, float]:
     """Measure a rank's rates; they are medians over all ranks. A collective call.
 
     Returns:
-        Bytes of rows per second, operations of layers per second, ids per second, and seconds of a small operation.
+        Bytes of rows per second, operations of matrix products per second, ids per second, and seconds of a small operation.
     """
-    moved, operations, small = *(work(worker.device) for work in (_rows, _layers)), _small(worker.device)
+    moved, operations, small = *(work(worker.device) for work in (_rows, _products)), _small(worker.device)
     rates = [moved[0] / _seconds(moved[1], worker), operations[0] / _seconds(operations[1], worker)]
     found, ids = _ids(worker.device)
     values = [*rates, found / _seconds(ids, worker), _seconds(small, worker) / _SMALL_OPERATIONS]
@@ -46,30 +43,27 @@ def _seconds(work: Callable[[], object], worker: Worker) -> float:
 
 
 def _rows(device: torch.device) -> tuple[float, Callable[[], object]]:
-    """Gather rows into new memory and add their gradients, as a lookup and its update do."""
+    """Gather rows, compute on them and add to them, each into new memory, as lookups, activations and updates do."""
     rows = torch.zeros(_ROWS, _WIDTH, device=device)
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(_ROWS, (_BATCH,), generator=generator).to(device)
 
     def work() -> None:
-        rows.index_add_(0, index, rows.index_select(0, index), alpha=1e-3)
+        rows.index_add_(0, index, rows.index_select(0, index) * 0.5)
 
-    return 4.0 * _BATCH * _WIDTH * 5, work
+    return 4.0 * _BATCH * _WIDTH * 7, work  # two passes, two and three
 
 
-def _layers(device: torch.device) -> tuple[float, Callable[[], object]]:
-    """Run dense layers forward and backward, as those of a model."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(_LAYERS):
-        layers += [nn.Linear(inputs, outputs, device=device), nn.ReLU()]
-    model, batch = nn.Sequential(*layers), torch.rand(512, _LAYERS[0], device=device, requires_grad=True)
-    weights = sum(inputs * outputs for inputs, outputs in pairwise(_LAYERS))
+def _products(device: torch.device) -> tuple[float, Callable[[], object]]:
+    """Multiply a batch by a layer's weights, and compute both gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((_PRODUCT_ROWS, _INPUTS), (_INPUTS, _OUTPUTS), (_PRODUCT_ROWS, _OUTPUTS))
+    batch, weights, gradient = (torch.randn(*shape, generator=generator).to(device) for shape in shapes)
 
     def work() -> None:
-        loss = functional.mse_loss(model(batch), torch.zeros((), device=device).expand(512, _LAYERS[-1]))
-        torch.autograd.grad(loss, [batch, *model.parameters()])
+        batch @ weights, gradient @ weights.t(), batch.t() @ gradient
 
-    return 6.0 * 512 * weights, work
+    return 6.0 * _PRODUCT_ROWS * _INPUTS * _OUTPUTS, work
 
 
 def _ids(device: torch.device) -> tuple[float, Callable[[], object]]:

@@ -120,7 +120,7 @@ def _calibrate(worker: Worker, path: Path) -> Check:
     times = [f"{group.collective} {group.latency_us:,.0f} us" for group in largest]
     shown = "; ".join(times or ["one rank has no collectives"])
     rates = (
-        f"memory {found.memory_bandwidth_gbs:.3g} GB/s, layers {1e3 * found.tflops:.3g} GFLOPS, host "
+        f"memory {found.memory_bandwidth_gbs:.3g} GB/s, products {1e3 * found.tflops:.3g} GFLOPS, host "
         f"{found.host_step_us / 1e3:.3g} ms a step and {found.host_table_us:.3g} us a table"
     )
     return Check("rates", "ok", f"{shown}; {rates}; written to {path}")

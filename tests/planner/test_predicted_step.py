@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.cli import main
 from mlet_dist.config.calibration_file import COLLECTIVES, GroupRates, write_calibration
+from mlet_dist.data.prepare.dataset_manifest import VOCABULARY
+from mlet_dist.data.schema import DatasetSchema
 from tests.config.test_calibration_file import FOUND
 from tests.helpers.mlet_command import ROOT
 
@@ -129,12 +134,19 @@ def test_optional_rates_of_a_hardware_file(tables: Path, tmp_path: Path, capsys:
     assert "mine.launch_us is 0, it must be a number above 0" in capsys.readouterr().err
 
 
-def test_counts_of_a_vocabulary_give_the_skew(small_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_of_a_vocabulary_give_the_skew(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(small_data, tmp_path / "data")
+    (data / VOCABULARY).mkdir()
+    for name, rows in DatasetSchema.load(data).num_embeddings.items():
+        counts = [6001 // (2 * row * row) for row in range(1, rows)]
+        pq.write_table(pa.table({"count": pa.array(counts, pa.int64())}), data / VOCABULARY / f"{name}.parquet")
     limits = ("--world-size", 4, "--device", "cpu", "sharding.data_parallel_up_to_mb=0", "data.batch_size=1024")
-    plan = _plan(capsys, f"data.path={small_data}", *limits)
+    plan = _plan(capsys, f"data.path={data}", *limits)
     assert plan["busiest_owner"] > 1
     assert plan["predicted_step_ms"]["skew"] > 0
-    assert main(["plan", str(CONFIG), f"data.path={small_data}", *map(str, limits)]) == 0
+    assert main(["plan", str(CONFIG), f"data.path={data}", *map(str, limits)]) == 0
     shown = capsys.readouterr().out
     assert f"the busiest owner of rows is asked {plan['busiest_owner']:.2f} times the mean" in shown
     assert "\nlower bound  " in shown
