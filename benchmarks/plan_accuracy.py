@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[128, 1024], help="rows on each rank")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3, help="of steps, for each batch size in each round")
+    parser.add_argument("--threads", type=int, default=1, help="of torch in each rank (default %(default)s)")
     args = parser.parse_args()
     configure_torch()
     if "RANK" in os.environ:
@@ -210,8 +211,7 @@ def main() -> None:
         return
     cases = []
     for ranks in args.ranks:
-        cores = len(os.sched_getaffinity(0))
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *launch, os.path.abspath(__file__), *sys.argv[1:]]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -9,7 +9,7 @@ import torch
 from mlet_dist.cluster.collective_rates import median_of_ranks, synchronize
 from mlet_dist.training.process_group import Worker
 
-_ROWS, _WIDTH, _BATCH = 1 << 17, 64, 1 << 15
+_ROWS, _WIDTH, _BATCH = 1 << 17, 64, {"cpu": 1 << 11, "cuda": 1 << 16}  # as many as a table has in a batch
 _PRODUCT_ROWS, _INPUTS, _OUTPUTS = 512, 512, 256
 _IDS = 1 << 16
 _SMALL_OPERATIONS = 200
@@ -20,9 +20,9 @@ def measure_device(worker: Worker) -> tuple[float, float, float, float]:
     """Measure a rank's rates; they are medians over all ranks. A collective call.
 
     Returns:
-        Bytes of rows per second, operations of matrix products per second, ids per second, and seconds of a small operation.
+        Bytes of rows, operations of matrix products and ids, each per second, and the seconds of a small operation.
     """
-    moved, operations, small = *(work(worker.device) for work in (_rows, _products)), _small(worker.device)
+    moved, operations, small = _rows(worker.device), _products(worker.device), _small(worker.device)
     rates = [moved[0] / _seconds(moved[1], worker), operations[0] / _seconds(operations[1], worker)]
     found, ids = _ids(worker.device)
     values = [*rates, found / _seconds(ids, worker), _seconds(small, worker) / _SMALL_OPERATIONS]
@@ -46,12 +46,12 @@ def _rows(device: torch.device) -> tuple[float, Callable[[], object]]:
     """Gather rows, compute on them and add to them, each into new memory, as lookups, activations and updates do."""
     rows = torch.zeros(_ROWS, _WIDTH, device=device)
     generator = torch.Generator().manual_seed(0)
-    index = torch.randint(_ROWS, (_BATCH,), generator=generator).to(device)
+    index = torch.randint(_ROWS, (_BATCH[device.type],), generator=generator).to(device)
 
     def work() -> None:
         rows.index_add_(0, index, rows.index_select(0, index) * 0.5)
 
-    return 4.0 * _BATCH * _WIDTH * 7, work  # two passes, two and three
+    return 4.0 * len(index) * _WIDTH * 7, work  # two passes, two and three
 
 
 def _products(device: torch.device) -> tuple[float, Callable[[], object]]:

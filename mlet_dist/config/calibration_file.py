@@ -59,7 +59,7 @@ class Calibration:
         world_size: the number of ranks.
         local_world_size: the ranks of each node.
         threads: torch's threads of each rank.
-        memory_bandwidth_gbs: GB per second that a rank reads and writes when it gathers rows, computes on them and updates them.
+        memory_bandwidth_gbs: GB per second that a rank reads and writes when it gathers and updates rows.
         tflops: 10^12 float32 operations per second of matrix products.
         million_ids_per_s: ids among which a rank finds the distinct ones.
         launch_us: microseconds of one small operation.

@@ -140,7 +140,7 @@ def test_counts_of_a_vocabulary_give_the_skew(
     data = shutil.copytree(small_data, tmp_path / "data")
     (data / VOCABULARY).mkdir()
     for name, rows in DatasetSchema.load(data).num_embeddings.items():
-        counts = [6001 // (2 * row * row) for row in range(1, rows)]
+        counts = [3000 // (2 * row * row) for row in range(1, rows)]
         pq.write_table(pa.table({"count": pa.array(counts, pa.int64())}), data / VOCABULARY / f"{name}.parquet")
     limits = ("--world-size", 4, "--device", "cpu", "sharding.data_parallel_up_to_mb=0", "data.batch_size=1024")
     plan = _plan(capsys, f"data.path={data}", *limits)
