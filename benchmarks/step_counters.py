@@ -11,6 +11,7 @@ On a CPU nothing waits for a device. There, the operators are counted that would
 that a machine without a GPU can tell. Code that only runs for tensors on a CPU is left out (``CPU_ONLY``).
 """
 
+import os
 import sys
 import threading
 from collections import Counter
@@ -52,7 +53,7 @@ _WAITING = frozenset(
 _INDEXING = frozenset({"_index_put_impl_", "index", "index_put", "index_put_"})
 # They are no collectives, or end the process group's work on the host alone.
 _NOT_COLLECTIVE = frozenset({"monitored_barrier_", "recv_", "recv_any_source_", "send"})
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.comm import intra_and_cross_node_pg
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingType
@@ -25,6 +24,7 @@ from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.training.model_plan import ModelPlan, plan_model
 from mlet_dist.training.process_group import Worker
+from mlet_dist.training.replicated_gradients import DeferredDataParallel
 
 _AS_BY_DEFAULT = ShardingConfig()
 
@@ -84,7 +84,7 @@ def shard_model(
     config: ShardingConfig = _AS_BY_DEFAULT,
     pooling_factors: Mapping[str, float] | None = None,
 ) -> tuple[DistributedModelParallel, ModelPlan]:
-    """Plan the model, shard every W1 and wrap replicated parameters in DDP. A collective call.
+    """Plan the model and shard every W1; ``ReplicatedGradients`` combines the other gradients. A collective call.
 
     Args:
         model: the model, with tables on the meta device.
@@ -114,9 +114,7 @@ def shard_model(
         device=worker.device,
         plan=planned.plan,
         sharders=[sharding.sharder],
-        # By default DDP rearranges its buckets after a job's first step, and then sums the gradients of three and more
-        # ranks in another order: a resumed run would not be bitwise identical to an uninterrupted one.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+        data_parallel_wrapper=DeferredDataParallel(),
     )
     if any(each["sharding_type"] == ShardingType.TABLE_ROW_WISE.value for each in planned.entries()):
         # TorchRec created the process groups within and across nodes with torch's default timeout of 30 minutes.

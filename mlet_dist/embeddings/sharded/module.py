@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
@@ -44,7 +45,7 @@ from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.row_ranges import SegmentInitializer, segments_of
 from mlet_dist.embeddings.sharded.adaptive_tables import AdaptiveTables, build_slot_map, locate_rows
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
-from mlet_dist.embeddings.sharded.collectives import with_combined_gradients
+from mlet_dist.embeddings.sharded.collectives import gradient_factors, with_combined_gradients
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange
 from mlet_dist.embeddings.sharded.placement import check_widths, first_row
 from mlet_dist.embeddings.sharded.pooled import (
@@ -141,7 +142,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for output_dist in self._output_dists:
             if isinstance(output_dist, ProjectingDist):
                 output_dist.projections_of = self._projections_of
-        self._checker = self._build_checker(tables)
+        unique_rows = [each for each in self._embedding_shardings if isinstance(each, UniqueRowsSharding)]
+        self._checker = self._build_checker(tables, codes_exchanged=bool(unique_rows))
+        for sharding in unique_rows:
+            sharding.checker = self._checker
         self._mean_keys = mean_keys(tables)
         self._projected_before = {
             segment.name
@@ -150,15 +154,11 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for segment in rows.segments[table]
         }
         self._combined_weights: dict[str, torch.Tensor] = {}
+        self._gradients_deferred = False
         self._register_state_dict_hook(_add_slots)
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
-        replicated = [
-            self.embedding_bags[name].weight
-            for name, sharding in self.module_sharding_plan.items()
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
-        ]
-        for weight in (*self.projections.parameters(), *replicated):
+        for weight in (*self.projections.parameters(), *self._replicated_rows()):
             dist.broadcast(weight.data, group=env.process_group, group_src=0)
 
     def reset_parameters(self) -> None:
@@ -224,6 +224,26 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         self._combine_weights()
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
 
+    def defer_gradients(self) -> dict[torch.Tensor, float]:
+        """Leave it to the caller to combine the gradients of replicated parameters over ranks.
+
+        By default the module does so itself inside backward. A trainer that all-reduces one buffer of all gradients
+        of its model can include these and save collectives. It may be called again.
+
+        Returns:
+            W2 and the rows of data_parallel tables, with the factor of a rank's gradient in the sum over all ranks. A
+            rank's gradient of W2 may be None, which counts as zero.
+        """
+        self._gradients_deferred = True
+        for index, lookup in enumerate(self._lookups):
+            if isinstance(lookup, DistributedDataParallel):
+                self._lookups[index] = lookup.module
+        factors = gradient_factors(list(self.projections), self._projected_before, self._env.process_group)
+        weights = projection_weights(self.projections)
+        mean = 1 / dist.get_world_size(self._env.process_group)
+        found = {weights[name]: factor for name, factor in factors.items()}
+        return found | dict.fromkeys(self._replicated_rows(), mean)
+
     def move_rows(self, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Count a step, and move rows of adaptive tables whose pass is due; call it after each optimizer step.
 
@@ -258,7 +278,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             self.adaptive_tables.take_state(state_dict, prefix)
         ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
-    def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:
+    def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig], *, codes_exchanged: bool) -> BatchChecker:
         # If batches have the order of the lookups, TorchRec need not permute them. It does if a feature occurs twice.
         served = [feature for sharding in self._embedding_shardings for feature in sharding.feature_names()]
         limits = smallest_tables(tables)
@@ -274,7 +294,14 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for table, sharding in self.module_sharding_plan.items()
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value and device.type == "cpu"
         ]
-        return BatchChecker(limits, self._is_weighted, self._env.process_group, device, refused[0] if refused else None)
+        return BatchChecker(
+            limits,
+            self._is_weighted,
+            self._env.process_group,
+            device,
+            refused[0] if refused else None,
+            codes_exchanged=codes_exchanged,
+        )
 
     def _project_when_ready(
         self, ctx: CheckedContext, pooled: LazyAwaitable[KeyedTensor]
@@ -288,9 +315,19 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         pooled.callbacks.append(finish)
         return pooled
 
+    def _replicated_rows(self) -> list[torch.Tensor]:
+        return [
+            self.embedding_bags[name].weight
+            for name, sharding in self.module_sharding_plan.items()
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        ]
+
     def _combine_weights(self) -> None:
         # Called once per forward pass, for all exchanges together, so that backward has a single all-reduce.
         weights = projection_weights(self.projections)
+        if self._gradients_deferred:
+            self._combined_weights = dict(weights)
+            return
         self._combined_weights = with_combined_gradients(weights, self._projected_before, self._env.process_group)
 
     def _projections_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -311,21 +348,17 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 if exchange == "after":
                     grouped[sharding_type].append(info)
                     continue
-                dim = module.exchanged_dims[table.name]
-                # A group of unique_rows tables has one d; the other exchanges take all tables together.
-                shape = f" {dim}" if exchange == "unique_rows" else ""
-                if module.slots is not None and module.segments[table.name][0].index is not None:
-                    shape += " adaptive"
+                adaptive = module.slots is not None and module.segments[table.name][0].index is not None
                 values = {field.name: getattr(info, field.name) for field in fields(EmbeddingShardingInfo)}
-                grouped[f"{sharding_type} {exchange}{shape}"].append(
+                grouped[f"{sharding_type} {exchange}{' adaptive' if adaptive else ''}"].append(
                     ExchangedShardingInfo(
                         **values,
                         exchange=exchange,
-                        exchanged_dim=dim,
+                        exchanged_dim=module.exchanged_dims[table.name],
                         expected_rows=module.expected_rows.get(table.name, 0.0),
                         segments=module.segments[table.name],
                         served=served,
-                        slots=module.slots if module.segments[table.name][0].index is not None else None,
+                        slots=module.slots if adaptive else None,
                     )
                 )
         return grouped

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, islice, pairwise
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import distributed as dist
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
 from mlet_dist.embeddings.sharded.pooled import ServedFeature
 from mlet_dist.embeddings.sharded.slot_map import SlotMap
@@ -25,46 +27,45 @@ from mlet_dist.embeddings.table_config import Segment
 class Routing:
     """Where the rows of one batch are requested from and sent to.
 
-    A rank has two roles: it requests the rows of its own batch, and it serves the rows that it owns.
+    A rank has two roles: it requests the rows of its own batch, and it serves the rows that it owns. Vectors have one
+    of W widths, and the tables come in order of the width of their vectors.
 
     Attributes:
         lengths: bag sizes of the own batch, ``(F·b,)``.
         weights: per-sample weights of the ids, or None.
+        ids_per_feature: the number of ids of each feature of the own batch.
+        position_of_id: position of each id of the batch among this rank's distinct ids. Ids of rows that are not stored
+            have the position after the last.
         one_id_per_bag: whether every bag has exactly one id and no weight.
-        position_of_id: position of each id of the batch among this rank's distinct ids.
-        requests_sent: number of rows that this rank requests from each rank.
-        requests_received: number of rows that each rank requests from this rank.
-        some_not_stored: whether the batch may have ids of rows that are not stored; they have the position after the
-            last distinct id.
+        some_not_stored: whether there may be such ids.
+        requests_sent: number of rows of each width that this rank requests from each rank, ``(R, W)``.
+        requests_received: number of rows of each width that each rank requests from this rank, ``(R, W)``.
+        width_of_id: the position of each distinct id's width among the W; None if W is 1.
         rows_per_segment: number of distinct rows that this rank looks up in each segment of a table; the sum is U.
-        position_of_request: position of each received request among the U rows.
+        position_of_request: position of each received request among the U rows; None if requests and rows are the same.
+        width_of_request: like ``width_of_id``, of each received request.
         local_rows: with a SlotIndex, the distinct rows among the received requests, ``(U,)``; some may have no slot.
         rows_with_slot: with a SlotIndex, which of them are looked up, in the order of the lookup (``Located.rows``).
     """
 
     lengths: torch.Tensor
     weights: torch.Tensor | None
-    one_id_per_bag: bool
+    ids_per_feature: list[int]
     position_of_id: torch.Tensor
-    requests_sent: list[int] = field(default_factory=list)
-    requests_received: list[int] = field(default_factory=list)
-    rows_per_segment: list[int] = field(default_factory=list)
-    position_of_request: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    one_id_per_bag: bool = False
     some_not_stored: bool = False
+    requests_sent: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    requests_received: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
+    width_of_id: torch.Tensor | None = None
+    rows_per_segment: list[int] = field(default_factory=list)
+    position_of_request: torch.Tensor | None = None
+    width_of_request: torch.Tensor | None = None
     local_rows: torch.Tensor | None = None
     rows_with_slot: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors."""
-        found = (
-            self.lengths,
-            self.weights,
-            self.position_of_id,
-            self.position_of_request,
-            self.local_rows,
-            self.rows_with_slot,
-        )
-        return [tensor for tensor in found if tensor is not None]
+        return [each for each in vars(self).values() if isinstance(each, torch.Tensor)]
 
 
 class RowIndex(ABC):
@@ -73,16 +74,20 @@ class RowIndex(ABC):
     Attributes:
         device: of the ids.
         keys_per_rank: as above.
+        first_keys: the first key of each table of a rank, counted from the rank's first; ascending.
         num_features: F, the features of a batch.
+        some_not_stored: whether there are ids whose rows are not stored.
     """
 
     device: torch.device
     keys_per_rank: int
+    first_keys: list[int]
     num_features: int
+    some_not_stored: bool = False
 
     @abstractmethod
-    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the keys of the ids that are stored, and which ids these are ``(len(ids),)`` bool, or None for all.
+    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Return the keys of the ids; that of a row that is not stored is R·keys_per_rank. Does not wait for a device.
 
         Args:
             ids: of all features, one after the other.
@@ -91,7 +96,12 @@ class RowIndex(ABC):
 
     @abstractmethod
     def lookup_features(self, keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
-        """Return the input of the lookup for distinct keys that this rank owns, counted from its first, sorted."""
+        """Return the input of the lookup for distinct keys that this rank owns. Waits for the device once.
+
+        Args:
+            keys: counted from this rank's first, sorted; behind them any number of keys that are ``keys_per_rank``.
+            routing: of the batch; it receives what the owner rank must know.
+        """
 
 
 class RangeIndex(RowIndex):
@@ -126,6 +136,7 @@ class RangeIndex(RowIndex):
         # sorted keys are grouped by owner, and by table for each owner.
         self._stride = max(blocks)
         self.keys_per_rank = self._stride * len(tables)
+        self.first_keys = [self._stride * table for table in range(len(tables))]
         shifts = [
             (owner * len(tables) + table) * self._stride - block * blocks[table]
             for table, owners in enumerate(ranks)
@@ -147,7 +158,7 @@ class RangeIndex(RowIndex):
         ranges = {start: ranges[start] for start in sorted(ranges)}
         self._has_ranges = any(segment.index is not None for own in segments for segment in own)
         of_tables = [table for table, _, _ in ranges.values()]
-        self._some_not_stored = -1 in of_tables[:-1] or max(ranges) < sum(rows_of_tables.values())
+        self.some_not_stored = -1 in of_tables[:-1] or max(ranges) < sum(rows_of_tables.values())
 
         self._blocks = constant(blocks)
         self._shifts = constant(shifts)
@@ -167,35 +178,36 @@ class RangeIndex(RowIndex):
         self._first_keys_of_segments = constant([*starts, self.keys_per_rank])
         self._num_segments = [len(own) for own in segments]
 
-    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        table, row, stored = self._stored_rows(ids, counts)
+    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        table, row = self._stored_rows(ids, counts)
+        if not self.some_not_stored:
+            return self._keys_of_rows(table, row)
+        stored = table >= 0
+        keys = self._keys_of_rows(torch.where(stored, table, 0), torch.where(stored, row, 0))
+        return torch.where(stored, keys, self._world_size * self.keys_per_rank)
+
+    def _keys_of_rows(self, table: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         block = row.div(self._blocks[table], rounding_mode="floor")
-        return row + self._shifts[table * self._world_size + block], stored
+        return row + self._shifts[table * self._world_size + block]
 
     def lookup_features(self, keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
         """Return the rows of the tables, one key with one bag per table."""
         routing.rows_per_segment = torch.searchsorted(keys, self._first_keys_of_segments).diff().tolist()
         of_segments = iter(routing.rows_per_segment)
         counts = [sum(islice(of_segments, number)) for number in self._num_segments]
-        return one_bag_per_table(self._tables, keys % self._stride, counts)
+        return one_bag_per_table(self._tables, keys[: sum(counts)] % self._stride, counts)
 
-    def _stored_rows(
-        self, ids: torch.Tensor, counts: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the table and the row of each id that is stored, and which ids are, or None if all of them are."""
+    def _stored_rows(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the table and the row of each id; the table of a row that is not stored is -1."""
 
         def by_feature(constants: torch.Tensor) -> torch.Tensor:
             return torch.repeat_interleave(constants, counts, output_size=ids.numel())
 
         if not self._has_ranges:
-            return by_feature(self._table_of_feature), ids, None
+            return by_feature(self._table_of_feature), ids
         rows = ids + by_feature(self._first_row_of_feature)
         found = torch.searchsorted(self._first_rows, rows, right=True) - 1
-        table, row = self._table_of_range[found], rows * self._step_of_range[found] + self._offset_of_range[found]
-        if not self._some_not_stored:
-            return table, row, None
-        stored = table >= 0
-        return table[stored], row[stored], stored
+        return self._table_of_range[found], rows * self._step_of_range[found] + self._offset_of_range[found]
 
 
 class SlotIndex(RowIndex):
@@ -226,8 +238,10 @@ class SlotIndex(RowIndex):
         starts = [layout.first_bucket(rank, world_size) for rank in range(world_size + 1)]
         sizes = [stop - start for start, stop in pairwise(starts)]
         self.keys_per_rank = layout.rows_per_bucket * max(sizes)
+        self.first_keys = [0] * len(pools)
         first_row_of = dict(zip(layout.tables, layout.first_rows().tolist(), strict=False))  # of the first chunk
         self._num_buckets = layout.num_buckets
+        self._keys_per_rank = constant([self.keys_per_rank])
         # Key of row g in bucket b of rank r = r·keys_per_rank + (g // V)·(buckets of r) + b - (first bucket of r).
         self._first_row_of_feature = constant([first_row_of[each.table] for each in served])
         owners = [rank for rank, size in enumerate(sizes) for _ in range(size)]
@@ -235,16 +249,17 @@ class SlotIndex(RowIndex):
         shifts = [owner * self.keys_per_rank + bucket - starts[owner] for bucket, owner in enumerate(owners)]
         self._shifts = constant(shifts)
 
-    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def keys(self, ids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         rows = ids + torch.repeat_interleave(self._first_row_of_feature, counts, output_size=ids.numel())
         bucket = rows % self._num_buckets
         within = rows.div(self._num_buckets, rounding_mode="floor")
-        return within * self._buckets_of_owner[bucket] + self._shifts[bucket], None
+        return within * self._buckets_of_owner[bucket] + self._shifts[bucket]
 
     def lookup_features(self, keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
-        """Return the rows in one bag of one key, for ``locate``."""
-        routing.local_rows = keys
-        return one_bag_per_table(["rows"], keys, [keys.numel()])
+        """Return the rows in one bag of one key, for ``locate``, which waits for the device once more."""
+        (number,) = torch.searchsorted(keys, self._keys_per_rank).tolist()
+        routing.local_rows = keys[:number]
+        return one_bag_per_table(["rows"], routing.local_rows, [number])
 
     def locate(self, routing: Routing) -> KeyedJaggedTensor:
         """Return the slots of the pools, one key with one bag per pool."""
@@ -256,5 +271,5 @@ class SlotIndex(RowIndex):
 
 def one_bag_per_table(tables: list[str], rows: torch.Tensor, counts: list[int]) -> KeyedJaggedTensor:
     """Return ``rows`` as one bag for each of ``tables``, of ``counts`` rows."""
-    lengths = torch.tensor(counts, dtype=torch.int64, device=rows.device)
+    lengths = _pin_and_move(torch.tensor(counts, dtype=torch.int64), rows.device)
     return KeyedJaggedTensor(tables, rows, lengths=lengths, stride=1, length_per_key=counts)
