@@ -44,7 +44,6 @@ from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.planner.run_plan import predicted_step
 from mlet_dist.training.evaluation import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
-from mlet_dist.training.model_plan import ModelPlan
 from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.process_group import Worker, join_ranks
 from mlet_dist.training.sharding import shard_model
@@ -72,6 +71,7 @@ class Run:
         spec = ModelSpec(layers, tuple(f"I{index}" for index in range(1, 14)), features, seed=0)
         model, config = build_dlrm(spec, torch.device("meta")), OptimizerConfig(learning_rate=0.01)
         fuse_row_optimizer(model, config)
+        self.tables = model.sparse_arch.embedding_bag_collection.row_tables()
         sharded, self.plan = shard_model(model, worker, local_batch_size)
         sharded.train()
         training = Training(
@@ -144,10 +144,10 @@ def median_of(found: Sequence[Calibration]) -> Calibration:
     return dataclasses.replace(found[0], **numbers, groups=groups)
 
 
-def predicted_ms(plan: ModelPlan, device: Device) -> dict[str, Any]:
-    """Return the predicted milliseconds of a step of a plan, by part, for ids of this benchmark."""
+def predicted_ms(run: Run, device: Device) -> dict[str, Any]:
+    """Return the predicted milliseconds of a step, by part, for ids of this benchmark."""
     counts = {f"C{index}": (1e9 * weights(rows)).astype(np.int64) for index, rows in enumerate(SIZES, 1)}
-    expected = expected_step(plan, counts, device)
+    plan, expected = run.plan, expected_step(run.plan, run.tables, counts, device)
     _, found = slowest_step(expected.costs(plan.tables), plan.dense, device, expected.busiest)
     return predicted_step(found, device) | {"busiest_owner": expected.busiest}
 
@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace, worker: Worker) -> list[dict[str, Any]]:
     device = build_device(presets()["cpu"], "fp32", median_of(calibrations))
     found = []
     for run in runs:
-        predicted, measured = predicted_ms(run.plan, device), statistics.median(run.times)
+        predicted, measured = predicted_ms(run, device), statistics.median(run.times)
         found.append(
             {
                 "ranks": worker.world_size,

@@ -75,7 +75,8 @@ def make_plan(
         planned = error.planned
         numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(suggestions(case), 1))
         shortage = f"{error}; what fits: {numbered or 'nothing that was tried'}"
-    measured = expected_step(planned, lookups, device)
+    tables = case.model().sparse_arch.embedding_bag_collection.row_tables()
+    measured = expected_step(planned, tables, lookups, device)
     found = [_configuration(*each, device, measured) for each in configurations(case, planned)]
     _, time = slowest_step(measured.costs(planned.tables), planned.dense, device, measured.busiest)
     return {
