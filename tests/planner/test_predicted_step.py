@@ -128,7 +128,7 @@ def test_optional_rates_of_a_hardware_file(tables: Path, tmp_path: Path, capsys:
     arguments = ["--tables", tables, "--world-size", 16, "--device", own]
     own.write_text(f"mine: {{{entry}, launch_us: 20}}")
     plan = _plan(capsys, *arguments)
-    assert plan["device"]["host_step"] == pytest.approx(20e-6 * 330)
+    assert plan["device"]["host_step"] == pytest.approx(20e-6 * 340)
     own.write_text(f"mine: {{{entry}, launch_us: 0}}")
     assert main(["plan", str(CONFIG), *map(str, arguments)]) == 2
     assert "mine.launch_us is 0, it must be a number above 0" in capsys.readouterr().err

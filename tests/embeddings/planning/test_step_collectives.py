@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, repeat
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import KeyedJaggedTensor
 
 from benchmarks.step_counters import count_step_operations
@@ -15,6 +17,7 @@ from mlet_dist.config.sharding_section import ShardingConfig, TableShardingConfi
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.planning.collective_time import CollectiveTimes
+from mlet_dist.embeddings.planning.cost_model import HOST_OPERATIONS, TABLE_OPERATIONS
 from mlet_dist.embeddings.planning.step_collectives import Group, latency, step_collectives
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
@@ -72,6 +75,27 @@ def _steps(plan: list[tuple[str, str | None]], worker: Worker) -> tuple[Iterator
     return steps, [(cost.sharding_type, cost.exchange) for cost, _ in planned.tables.values()]
 
 
+class _Operations(TorchDispatchMode):
+    """Counts the operations of this thread."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def _operations(tables: int) -> float:
+    worker = Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
+    steps, _ = _steps([UNIQUE] * tables, worker)
+    for _ in islice(steps, 3):
+        pass
+    with _Operations() as counted:
+        for _ in islice(steps, STEPS):
+            pass
+    return counted.number / STEPS
+
+
 def _count(plan: list[tuple[str, str | None]]) -> tuple[dict[str, float], list[Group]]:
     worker = Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
     steps, groups = _steps(plan, worker)
@@ -91,6 +115,13 @@ def test_the_planner_counts_the_collectives_of_a_step(plan: str, ranks: Ranks) -
     for each in step_collectives(groups, 2, 2):
         expected[each.collective] += each.count
     assert found == dict(expected)
+
+
+@pytest.mark.multirank
+def test_the_planner_counts_the_operations_of_a_step(ranks: Ranks) -> None:
+    few, many = (ranks(2).run(_operations, tables)[0] for tables in (4, 20))
+    assert (many - few) / 16 == pytest.approx(TABLE_OPERATIONS, abs=2)
+    assert few - 4 * TABLE_OPERATIONS == pytest.approx(HOST_OPERATIONS, rel=0.15)
 
 
 def test_one_more_table_of_a_group_costs_nothing() -> None:
