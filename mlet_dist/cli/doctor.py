@@ -66,13 +66,16 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
 
 def _check_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Check the ranks of a job: start them, or be one of them."""
+    file = None if args.calibrate is None else Path(args.calibrate)
+    # Before all ranks measure for a minute. The first rank, which writes, is on node 0.
+    if file is not None and not rank_of(args) and not args.node_rank and not file.parent.is_dir():
+        raise UserError(f"--calibrate {file}: there is no directory {file.parent}")
     if args.nproc is not None:
         return run_in_ranks(args, arguments, lambda: None)
     configure_torch()
     from mlet_dist.cluster.rank_checks import check_ranks
     from mlet_dist.cluster.software_checks import format_checks
 
-    file = None if args.calibrate is None else Path(args.calibrate)
     result = check_ranks(None if args.config is None else lambda: load_checked_config(args), file)
     if not rank_of(args):
         print_text(to_json(result) if args.json else format_checks(result))

@@ -42,5 +42,8 @@ def test_rates_are_measured_and_planned_with(tmp_path: Path) -> None:
     assert plan["predicted_step_ms"]["host"] >= found.host_step_us / 1e3
 
 
-def test_calibrate_needs_ranks(tmp_path: Path) -> None:
+def test_calibrate_needs_ranks_and_a_directory(tmp_path: Path) -> None:
+    file = tmp_path / "no" / "rates.yaml"
+    line = error_line("doctor", "--distributed", "--nproc", 2, "--calibrate", file)
+    assert line == f"mlet: error: --calibrate {file}: there is no directory {file.parent}"
     assert "calibrate needs --distributed" in error_line("doctor", "--calibrate", tmp_path / "rates.yaml")
