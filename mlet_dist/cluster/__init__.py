@@ -14,6 +14,8 @@
 - ``torch_rendezvous``: give torch elastic the nodes that have met.
 - ``preflight``: compare what the nodes or ranks report about themselves before a job starts.
 - ``rank_checks``: run `mlet doctor --distributed`, in which all ranks of a job check one another.
+- ``calibration``: measure the rates of a job's ranks for `mlet plan`.
+- ``collective_rates``, ``device_rates``, ``host_rates``: of collectives, of a device, of the host's work in a step.
 - ``machine_checks``: run `mlet doctor`, which checks one machine or container.
 - ``software_checks``: check that Python, torch, fbgemm and TorchRec are installed and compatible.
 """

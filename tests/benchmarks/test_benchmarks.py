@@ -41,6 +41,10 @@ PRINTED = {
     "pipeline": [
         rf"auto .*\b8\b.*, 2 ranks, (cpu|cuda) +plain {NUMBER} ms .* pipelined {NUMBER} ms .* ratio {NUMBER} .*"
     ],
+    "plan_accuracy": [
+        rf"2 ranks, +8 rows each: predicted {NUMBER} ms, measured {NUMBER} ms, ratio {NUMBER} +\(latency .*\)",
+        r'\{"cases": \[\{"ranks": 2, .*\}\], "lowest_ratio": .*, "within_1.5": (true|false)\}',
+    ],
     "checkpoint": [
         r"ranks +2",
         *(rf"{name}_gb_per_s +{NUMBER}" for name in ("save", "write", "load", "verify", "read", "stage")),
