@@ -16,5 +16,6 @@ it is damaged. The modules of this package:
     writer.py         writes one checkpoint from all ranks
     load.py           finds a complete checkpoint and loads it
     checked_file.py   reads parts of a file and verifies their checksums
+    long_work.py      work that takes ranks different times
     tensor_ranges.py  reads ranges of rows without a model or a process group
 """

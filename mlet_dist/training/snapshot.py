@@ -1,18 +1,13 @@
-"""What a checkpoint of a run holds, how a run is restored or rolled back from it, and a hash of its weights."""
+"""What a checkpoint of a run holds, and how a run is restored or rolled back from it."""
 
-import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed.utils import none_throws
 
 from mlet_dist import __version__
 from mlet_dist.checkpoint.load import (
@@ -35,7 +30,6 @@ from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.state import Training
 
 _METRICS_KEY, _RANDOM_KEY = "metrics", "rng"
-_BLOCK_BYTES = 64 << 20
 
 
 def state_to_save(training: Training) -> dict[str, Any]:
@@ -170,49 +164,3 @@ def roll_back(training: Training, store: CheckpointStore, error: NonFinite, limi
     restore(training, found)
     training.excluded_steps = excluded_steps
     return found.manifest.about
-
-
-def weights_sha256(model: nn.Module, device: torch.device) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and values of all full tensors in name order; "" on other ranks.
-
-    The hash does not depend on the sharding. Rank 0 receives the shards of the other ranks in blocks of at most 64 MiB
-    and never holds a full table. A collective call, which takes as long as sending the model to one rank.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for block in _blocks_on_rank_0(tensor, device):
-            digest.update(block.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest() if dist.get_rank() == 0 else ""
-
-
-def _blocks_on_rank_0(tensor: torch.Tensor | ShardedTensor, device: torch.device) -> Iterator[torch.Tensor]:
-    """Yield the rows of a tensor in order, in blocks, on rank 0; the other ranks send theirs and yield nothing."""
-    rank = dist.get_rank()
-    if not isinstance(tensor, ShardedTensor):
-        if rank == 0:
-            yield tensor.reshape(-1)
-        return
-    local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in tensor.local_shards()}
-    shards = sorted(tensor.metadata().shards_metadata, key=lambda shard: tuple(shard.shard_offsets))
-    # Shards side by side, which split a tensor by columns, are sent together.
-    for _, group in groupby(shards, key=lambda shard: shard.shard_offsets[0]):
-        beside = list(group)
-        rows, width = beside[0].shard_sizes[0], sum(shard.shard_sizes[1] for shard in beside)
-        step = max(1, _BLOCK_BYTES // (width * tensor.dtype.itemsize))
-        for start in range(0, rows, step):
-            size = min(step, rows - start)
-            parts = []
-            for shard in beside:
-                owner = none_throws(shard.placement).rank()
-                if owner == rank:
-                    block = local[tuple(shard.shard_offsets)][start : start + size].contiguous()
-                    if rank != 0:
-                        dist.send(block, dst=0)
-                elif rank == 0:
-                    block = torch.empty(size, shard.shard_sizes[1], dtype=tensor.dtype, device=device)
-                    dist.recv(block, src=owner)
-                if rank == 0:
-                    parts.append(block)
-            if rank == 0:
-                yield torch.cat(parts, dim=1).reshape(-1)

@@ -26,6 +26,7 @@ from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.compressed_tables import compression_summary, compression_warnings, training_bytes
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
+from mlet_dist.training.fingerprint import weights_sha256
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.job import Job, open_job
 from mlet_dist.training.metrics_endpoint import MetricsEndpoint
@@ -37,7 +38,7 @@ from mlet_dist.training.row_move_schedule import RowMoveSchedule, kept_shares
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.signals import StopSignal
-from mlet_dist.training.snapshot import manifest_fields, restore, roll_back, weights_sha256
+from mlet_dist.training.snapshot import manifest_fields, restore, roll_back
 from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
@@ -45,12 +46,11 @@ from mlet_dist.training.timing import StepTimer
 _PROGRESS_BINS = 1 << 16
 
 
-def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
+def train(config: Config) -> dict[str, Any]:
     """Train, checkpoint and evaluate; every rank makes the same call.
 
     Args:
         config: the resolved settings.
-        fingerprint: also compute ``weights_sha256``, which sends the whole model through rank 0.
 
     Returns:
         The summary that is written into the run directory.
@@ -81,14 +81,11 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         size = training_bytes(training, worker.device)
         summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
         summary |= compression_summary(job.spec, config.optimizer.name, size, kept_shares(model)[0])
+        summary["weights_sha256"] = weights_sha256(model)
         stop.ignore()
         dist.barrier()  # a rank that a signal has ended before keeps the others from finishing the run
         if worker.is_first:
             job.run.finish(summary)
-        if fingerprint:  # after the run has finished, so that a failure here cannot cost the run
-            summary["weights_sha256"] = weights_sha256(model, worker.device)
-            if worker.is_first:
-                job.run.finish(summary)
         dist.barrier()
     return summary
 
