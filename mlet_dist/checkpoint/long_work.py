@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
+from mlet_dist.errors import UserError
+
 T = TypeVar("T")
 
 _AGREE_SECONDS = 1.0
@@ -55,7 +57,8 @@ def run_long(work: Callable[[Advance], T]) -> T:
             must not call collectives.
 
     Raises:
-        Exception: what ``work`` raised on this rank, once all ranks have finished.
+        UserError: on every rank, once all have finished: ``work`` raised it on some rank. Those of several ranks are one.
+        Exception: what else ``work`` raised on this rank.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work(Advance())
@@ -82,10 +85,20 @@ def run_long(work: Callable[[Advance], T]) -> T:
         seen = advance.wait_for_more(seen)
         unfinished.fill_(not advance.is_finished)
         dist.all_reduce(unfinished, dist.ReduceOp.MAX)
-    if failure:
+    messages = _of_all_ranks(str(failure[0]) if failure and isinstance(failure[0], UserError) else None)
+    if failure and not isinstance(failure[0], UserError):
         raise failure[0]
+    if messages:
+        raise UserError("; ".join(messages))
     found: T = result[0]
     return found
+
+
+def _of_all_ranks(message: str | None) -> list[str]:
+    """Return the different messages of all ranks."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return sorted({each for each in messages if each is not None})
 
 
 def collective_device() -> torch.device:

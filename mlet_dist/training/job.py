@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import distributed as dist
 
+from mlet_dist.checkpoint.long_work import Advance, run_long
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import on_first_rank
@@ -132,10 +133,15 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]
     warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)
-    loader = _training_loader(config, data, spec, worker)
-    split_loaders = {
-        split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker) for split in evaluated
-    }
+
+    def open_loaders(advance: Advance) -> tuple[DataLoader, dict[str, DataLoader]]:
+        loader, others = _training_loader(config, data, spec, worker), {}
+        for split in evaluated:
+            advance()
+            others[split] = evaluation_loader(data, split, spec, config.data.eval_batch_size, worker)
+        return loader, others
+
+    loader, split_loaders = run_long(open_loaders)  # each rank opens a share of the files
     # The other ranks wait at the barrier.
     wait = min(_LOCK_SECONDS, worker.timeout.total_seconds() / 2) if restarts() else 0.0
     with run.lock(config, wait) if worker.is_first else nullcontext():
