@@ -57,7 +57,7 @@ def run_long(work: Callable[[Advance], T]) -> T:
             must not call collectives.
 
     Raises:
-        UserError: on every rank, once all have finished: ``work`` raised it on some rank. Those of several ranks are one.
+        UserError: on every rank, once all have finished: ``work`` raised it on some of them.
         Exception: what else ``work`` raised on this rank.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -104,8 +104,8 @@ class DataLoader:
 
     Raises:
         UserError: the data set does not exist, a part of this rank's share is damaged, the data set lacks the split or
-            a feature, or the batch size does not fit; or, while iterating, a part is unreadable or holds a label other than 0 and 1, a dense value or
-            weight that is not finite, an id outside its table, or a missing value.
+            a feature, or the batch size does not fit; or, while iterating, a part is unreadable or holds a label other
+            than 0 and 1, a dense value or weight that is not finite, an id outside its table, or a missing value.
     """
 
     def __init__(

@@ -104,12 +104,12 @@ class SplitRows:
         part, group = self._groups[index]
         file, _ = self._parts[part]
         footer = self._footer(part)
-        with _user_errors(file, f"row group {group} cannot be read"):
-            with (
-                _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
-                pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as parquet,
-            ):
-                return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
+        with (
+            _user_errors(file, f"row group {group} cannot be read"),
+            _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
+            pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as parquet,
+        ):
+            return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
 
     def convert(self, index: int, table: pa.Table) -> Rows:
         """Check the table that ``read`` returned for row group ``index``, and lay it out as ``Rows``.
