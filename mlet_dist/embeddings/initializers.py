@@ -69,3 +69,13 @@ class RowInitializer:
         if self.distribution == "uniform":
             return block.uniform_(self.center - self.scale, self.center + self.scale, generator=generator)
         return block.normal_(self.center, self.scale, generator=generator)
+
+
+class LeftUndrawn:
+    """A TorchRec ``init_fn`` that leaves a weight as it is, because it will be loaded."""
+
+    def __call__(self, weight: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def fill(self, weight: torch.Tensor, first_row: int) -> None:
+        """Do nothing."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import distributed as dist
 
+from mlet_dist.checkpoint.load import CompleteCheckpoint
 from mlet_dist.checkpoint.long_work import Advance, run_long
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
@@ -36,6 +37,7 @@ from mlet_dist.training.resume import (
     drop_later_checkpoints,
     find_resume_point,
     identity_of,
+    warn_of_damage,
 )
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import new_run_id
@@ -102,6 +104,25 @@ class Job:
             if self.resume_point is not None and self.resume_point.is_own
             else 0
         )
+
+    @property
+    def restores_rows(self) -> bool:
+        """Whether every row of the tables is loaded from a checkpoint, so that none needs an initial value."""
+        return self.resume_point is not None and self.resume_point.tables is None
+
+    def resumed_from(self, found: CompleteCheckpoint) -> "Job":
+        """Return the job as it is if it resumes from ``found``, an own checkpoint. A collective call.
+
+        Raises:
+            UserError: a later checkpoint is damaged and cannot be removed.
+        """
+        if self.resume_point is None or found is self.resume_point.found:
+            return self
+        warn_of_damage(found)
+        point = replace(self.resume_point, found=found)
+        self.loader.load_state_dict(found.manifest.about["data"])
+        on_first_rank(lambda: drop_later_checkpoints(self.store, point), f"{self.store} cannot be changed", None)
+        return replace(self, resume_point=point)
 
     @property
     def local_batch_size(self) -> int:

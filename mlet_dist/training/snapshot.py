@@ -14,12 +14,16 @@ from mlet_dist.checkpoint.load import (
     MODEL_KEY,
     OPTIMIZER_KEY,
     CompleteCheckpoint,
+    check_shapes,
     latest_complete,
+    latest_unverified,
     load_model,
-    load_state,
+    read_metadata,
 )
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.checkpoint.verified_load import load_verified
+from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.job import Job
@@ -89,10 +93,10 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
         UserError: a tensor is missing, has another shape, or cannot be read.
     """
     location = found.checkpoint.location
-    load_model(training.model, location, without=None if tables is None else TABLES_PREFIX)
     state = state_to_save(training)
-    del state[MODEL_KEY]
     if tables is not None:
+        load_model(training.model, location, without=TABLES_PREFIX)
+        del state[MODEL_KEY]
         states = state.get(OPTIMIZER_KEY, {})
         tables.load(training.model, states)
         if states:
@@ -102,12 +106,38 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
     if not same_ranks:
         del state[_RANDOM_KEY]
     state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
-    load_state(state, location)
+    if tables is None:
+        check_shapes(state[MODEL_KEY], read_metadata(location), location, MODEL_KEY)
+    load_verified(state, found.checkpoint, found.manifest)
+    if tables is None:
+        training.model.load_state_dict(state[MODEL_KEY])
     training.metrics.load_state_dict(state[_METRICS_KEY])
     if same_ranks:
         _set_random_state(state[_RANDOM_KEY])
     training.step, training.skipped = found.manifest.step, about["skipped"]
     training.excluded_steps = set(about["passed_over"])
+
+
+def restore_latest(training: Training, store: CheckpointStore, found: CompleteCheckpoint) -> CompleteCheckpoint:
+    """Restore a checkpoint of the run that was not verified, or the latest complete one if it is damaged.
+
+    A collective call. Only if loading fails are the files of the checkpoints read for verification.
+
+    Returns:
+        The checkpoint that was restored. Its ``damage`` describes later ones that were passed over.
+
+    Raises:
+        UserError: it cannot be loaded, and no other one is complete.
+    """
+    try:
+        restore(training, found)
+    except UserError:
+        complete = latest_complete(store)
+        if complete is None or complete.manifest.step >= found.manifest.step:
+            raise
+        restore(training, complete)
+        return complete
+    return found
 
 
 def rank_info(training: Training) -> dict[str, Any]:
@@ -156,11 +186,11 @@ def roll_back(training: Training, store: CheckpointStore, error: NonFinite, limi
         raise NonFinite(
             error.finding, f"the run was rolled back {limit} times, and train.non_finite_limit allows no more"
         ) from None
-    found = latest_complete(store)
+    found = latest_unverified(store)
     if found is None:
         raise NonFinite(error.finding, f"{store} holds no checkpoint to roll back to") from None
     # The checkpoint does not hold steps that were excluded after it was saved.
     excluded_steps = training.excluded_steps | {error.finding.step}
-    restore(training, found)
+    found = restore_latest(training, store, found)
     training.excluded_steps = excluded_steps
     return found.manifest.about

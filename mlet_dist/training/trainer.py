@@ -38,7 +38,7 @@ from mlet_dist.training.row_move_schedule import RowMoveSchedule, kept_shares
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.signals import StopSignal
-from mlet_dist.training.snapshot import manifest_fields, restore, roll_back
+from mlet_dist.training.snapshot import manifest_fields, restore, restore_latest, roll_back
 from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
@@ -65,7 +65,7 @@ def train(config: Config) -> dict[str, Any]:
     with join_ranks(config.train.device, timeout) as worker, ExitStack() as stack:
         job = stack.enter_context(open_job(config, worker))
         model, plan = build_model(job)
-        training = begin_training(job, model)
+        job, training = begin_training(job, model)
         stop = stack.enter_context(StopSignal())
         endpoint = None
         if worker.is_first and config.train.metrics_port is not None:
@@ -91,7 +91,9 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
-    """Build the model with initial values, sharded over all ranks; log and save its plan. A collective call.
+    """Build the model, sharded over all ranks; log and save its plan. A collective call.
+
+    It has initial values, except for rows that ``begin_training`` restores.
 
     Raises:
         UserError: no plan fits, or none meets the constraints of the config.
@@ -100,6 +102,8 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
     rows_dtypes = config.sharding.rows_dtypes([table.name for table in job.spec.tables])
     model = build_dlrm(job.spec, torch.device("meta"), rows_dtypes)
     fuse_row_optimizer(model, config.optimizer)
+    if job.restores_rows:
+        model.sparse_arch.embedding_bag_collection.leave_rows_undrawn()
     sharded, plan = shard_model(model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors)
     if job.worker.is_first:
         job.run.save_plan(plan.entries(), job.worker.world_size)
@@ -107,8 +111,11 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
     return sharded, plan
 
 
-def begin_training(job: Job, model: DistributedModelParallel) -> Training:
+def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Training]:
     """Return the state that this job starts from: initial values, given weights, or a checkpoint. A collective call.
+
+    Returns:
+        The job, which resumes from an earlier checkpoint than before if the latest one is found damaged; and the state.
 
     Raises:
         UserError: the checkpoint does not fit the model, or cannot be read.
@@ -124,11 +131,14 @@ def begin_training(job: Job, model: DistributedModelParallel) -> Training:
         batch_size=job.config.data.batch_size,
         rows_per_epoch=job.loader.rows,
     )
-    if job.resume_point is not None:
-        restore(training, job.resume_point.found, job.resume_point.tables)
+    point = job.resume_point
+    if point is not None and point.is_own:
+        job = job.resumed_from(restore_latest(training, job.store, point.found))
+    elif point is not None:
+        restore(training, point.found, point.tables)
     elif job.initial is not None:
         job.initial.load(model)
-    return training
+    return job, training
 
 
 def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorder, stop: StopSignal) -> dict[str, Any]:

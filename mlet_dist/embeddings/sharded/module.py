@@ -38,7 +38,7 @@ from mlet_dist.embeddings.collection import (
     check_loaded_shapes,
     projection_weights,
 )
-from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.initializers import LeftUndrawn, RowInitializer
 from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.row_ranges import SegmentInitializer, segments_of
@@ -170,7 +170,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             sharding = self.module_sharding_plan[config.name]
             if weight.numel() == 0:  # all rows are on other ranks
                 continue
-            if isinstance(config.init_fn, RowInitializer | SegmentInitializer | SlotInitializer):
+            if isinstance(config.init_fn, RowInitializer | SegmentInitializer | SlotInitializer | LeftUndrawn):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)
