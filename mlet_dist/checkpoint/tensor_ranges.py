@@ -186,6 +186,9 @@ class DcpFiles(ChunkedTensors):
 
     def position(self, name: str, row: int) -> tuple[str, int]:
         """Return the file that holds a row of a tensor, and about where in it, to read in the order of the files."""
+        chunks = self._chunks_of(name)
+        if chunks and not chunks[0].sizes:  # a single number
+            return chunks[0].file, chunks[0].start
         chunk = next(self._chunks_over(name, row, row + 1), None)
         if chunk is None:
             return "", 0

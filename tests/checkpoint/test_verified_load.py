@@ -44,17 +44,17 @@ def _state(seed: int, drawn: bool = True) -> tuple[Any, dict[str, Any], int]:
     config = ModelConfig(embedding_dim=4, hidden_dim=8, bottom_mlp=(6,), top_mlp=(6,))
     spec = ModelSpec(config, ("I1",), tuple(SparseFeature(name, n) for name, n in SIZES.items()), seed)
     model = build_dlrm(spec, torch.device("meta"))
-    fuse_row_optimizer(model, OptimizerConfig(name="adagrad"))
+    settings = OptimizerConfig(name="adagrad")
+    fuse_row_optimizer(model, settings)
     if not drawn:
         model.sparse_arch.embedding_bag_collection.leave_rows_undrawn()
     worker = Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RowInitializer, "_draw", counting)
         sharded = shard_model(model, worker, 8)[0]
-    state = {
-        MODEL_KEY: sharded.state_dict(),
-        OPTIMIZER_KEY: optimizer_state(build_optimizer(sharded, OptimizerConfig())),
-    }
+    optimizer = build_optimizer(sharded, settings)
+    state = {MODEL_KEY: sharded.state_dict(), OPTIMIZER_KEY: optimizer_state(optimizer)}
+    state["number"] = {"scalar": torch.tensor(float(seed))}
     return sharded, state, rows
 
 
@@ -87,6 +87,7 @@ def _load(directory: Path) -> tuple[str, int, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "open", lambda self, name: Counting(io.FileIO(f"{self.path}/{name}")))
         load_verified(state, found.checkpoint, found.manifest)
+    assert state["number"]["scalar"] == 3
     model.load_state_dict(state[MODEL_KEY])
     return weights_sha256(model), drawn, read
 
