@@ -101,14 +101,23 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise ManifestError(f"{where} is damaged: {' '.join(str(error).split())}") from None
 
-    def find_damage(self, name: str, open_file: Callable[[str], Any]) -> str | None:
-        """Read all of file ``name`` and return a description of its damage, or None if it is intact."""
+    def find_damage(
+        self, name: str, open_file: Callable[[str], Any], advance: Callable[[], None] = lambda: None
+    ) -> str | None:
+        """Read all of file ``name`` and return a description of its damage, or None if it is intact.
+
+        Args:
+            name: of the file.
+            open_file: opens a file by name.
+            advance: called after each block.
+        """
         expected = self.files[name]
         found = Checksum()
         try:
             with open_file(name) as file:
                 while block := file.read(1 << 22):
                     found.update(block)
+                    advance()
         except FileNotFoundError:
             return f"{name} is missing"
         except Exception as error:  # each fsspec implementation raises its own errors

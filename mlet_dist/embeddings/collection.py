@@ -20,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mlet_dist.embeddings.collapse import block_rows, collapse_rows
+from mlet_dist.embeddings.initializers import LeftUndrawn
 from mlet_dist.embeddings.input_check import check_batch, smallest_tables
 from mlet_dist.embeddings.projection import Projection, project
 from mlet_dist.embeddings.row_moves import AdaptiveRows
@@ -117,6 +118,14 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         # TorchRec's constructor calls this before the projections exist; each projection then draws its own values.
         for projection in getattr(self, "projections", {}).values():
             projection.reset_parameters()
+
+    def leave_rows_undrawn(self) -> None:
+        """Let ``reset_parameters``, also that of the sharded module, leave the rows of all tables as they are.
+
+        For a module whose rows are all loaded from a checkpoint, since drawing many takes minutes.
+        """
+        for table in self._embedding_bag_configs:
+            table.init_fn = LeftUndrawn()
 
     def embedding_bag_configs(self) -> list[MultiLayerEmbeddingBagConfig]:
         """Return the tables' configs, whose ``embedding_dim`` is d, as the model expects."""

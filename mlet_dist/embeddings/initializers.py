@@ -139,3 +139,13 @@ class GivenInitializer:
         by_id = torch.empty_like(weight)
         self.init_fn(by_id)
         weight.copy_(self.order.to_stored(by_id))
+
+
+class LeftUndrawn:
+    """A TorchRec ``init_fn`` that leaves a weight as it is, because it will be loaded."""
+
+    def __call__(self, weight: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def fill(self, weight: torch.Tensor, first_row: int) -> None:
+        """Do nothing."""

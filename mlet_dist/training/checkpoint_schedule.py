@@ -92,7 +92,7 @@ class CheckpointSchedule:
         """
         self.wait()
         if self._saved_step != training.step:
-            self._save(training)
+            self._save(training, is_last=True)
         started = time.monotonic()
         self._saver.wait()
         self.seconds += time.monotonic() - started
@@ -135,14 +135,17 @@ class CheckpointSchedule:
         waited = time.monotonic() - self._saved_at
         return minutes is not None and dist.get_rank() == 0 and waited >= 60 * minutes
 
-    def _save(self, training: Training) -> None:
+    def _save(self, training: Training, *, is_last: bool = False) -> None:
+        """Save. No step follows the last checkpoint, so it is written without a copy, and ``save_last`` waits."""
+        in_background = self._config.checkpoint_async and not is_last
         self._guard.flush()
         started = time.monotonic()
         self.wait()
-        self._saver.save(training.step, state_to_save(training), self._manifest_fields(training))
+        fields = self._manifest_fields(training)
+        self._saver.save(training.step, state_to_save(training), fields, in_background=in_background)
         self.saved += 1
         self._saved_step = training.step
-        if not self._config.checkpoint_async:
+        if not self._config.checkpoint_async and not is_last:
             self.wait()
         self._saved_at = time.monotonic()
         self.seconds += self._saved_at - started

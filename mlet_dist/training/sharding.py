@@ -1,6 +1,5 @@
 """Plans and shards a DLRM whose tables are on the meta device, as TorchRec's DistributedModelParallel."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
+from mlet_dist.machine_limits import memory_bytes
 from mlet_dist.training.model_plan import ModelPlan, plan_model
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.replicated_gradients import DeferredDataParallel
@@ -106,7 +106,7 @@ def shard_model(
         compute_device=worker.device.type,
         # TorchRec's defaults describe one kind of host: 32 GB per GPU and 128 GB per rank.
         hbm_cap=torch.cuda.get_device_properties(worker.device).total_memory if on_cuda else None,
-        ddr_cap=_host_memory() // worker.local_world_size,
+        ddr_cap=memory_bytes()[0] // worker.local_world_size,
     )
     planned = _plan_on_rank_0(model, sharding, topology, worker)
     sharded = DistributedModelParallel(
@@ -165,7 +165,3 @@ def _check_nodes(worker: Worker) -> None:
                 f"the node of rank 0 has {sizes[0]} ranks and that of rank {rank} has {size}; start as many ranks on "
                 "every node"
             )
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -41,7 +41,7 @@ def _train(overrides: Sequence[str], port: int, group: str) -> dict[str, Any]:
     _leave_group()  # training joins ranks itself
     os.environ["MASTER_PORT"] = str(port)
     try:
-        return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides), fingerprint=True)
+        return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides))
     finally:
         _leave_group()
         # By a file, because a port that was free before may be taken by now.

@@ -39,7 +39,7 @@ from mlet_dist.embeddings.collection import (
     check_loaded_shapes,
     projection_weights,
 )
-from mlet_dist.embeddings.initializers import StoredRowInitializer
+from mlet_dist.embeddings.initializers import LeftUndrawn, StoredRowInitializer
 from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.row_ranges import segments_of
@@ -177,7 +177,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             sharding = self.module_sharding_plan[config.name]
             if weight.numel() == 0:  # all rows are on other ranks
                 continue
-            if isinstance(config.init_fn, StoredRowInitializer | SlotInitializer):
+            if isinstance(config.init_fn, StoredRowInitializer | SlotInitializer | LeftUndrawn):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)
