@@ -8,8 +8,10 @@ from torch import distributed as dist
 from torchrec.distributed.types import QuantizedCommCodecs
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
+from mlet_dist.config.sections import Precision
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
+from mlet_dist.training.dense_arithmetic import forward_precision
 from tests.helpers.dense_reference import Bags, DenseReference, toy_loss
 from tests.helpers.sharded_module import dense_tables, full_weights, make_positive, optimizer_of, shard, to_kjt
 
@@ -60,12 +62,14 @@ def train_small(
     codecs: dict[str, QuantizedCommCodecs] | None = None,
     only_rank: int | None = None,
     kind: str = "row_wise",
+    precision: Precision = "fp32",
 ) -> dict[str, Any]:
     """Train on all ranks; return this rank's ``outputs`` by step, full ``weights``, and dtypes of weights and states.
 
     Args:
         only_rank: the rank that gets the batch; the others' batches are empty.
         kind: sharding type of all tables.
+        precision: of the products with W2.
     """
     types = {table.name: kind for table in small_tables()}
     model = shard(small_module(rows), optimizer, exchange=exchange, codecs=codecs, sharding_types=types)
@@ -77,7 +81,8 @@ def train_small(
     outputs = []
     for step in range(steps):
         stepper.zero_grad()
-        found = model(to_kjt(small_bags(step), begin, end)).to_dict()
+        with forward_precision(precision, torch.device("cpu")):
+            found = model(to_kjt(small_bags(step), begin, end)).to_dict()
         (toy_loss(found) if begin < end else sum(each.sum() for each in found.values())).backward()
         stepper.step()
         outputs.append({name: output.detach() for name, output in found.items()})
