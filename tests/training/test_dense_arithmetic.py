@@ -14,7 +14,7 @@ from torch import nn
 
 from mlet_dist.config.config_file import load_config
 from mlet_dist.config.sections import ModelConfig, Precision, TrainConfig
-from mlet_dist.data.location import DataPath
+from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, ExchangeChoice
 from mlet_dist.errors import UserError
@@ -26,25 +26,18 @@ from mlet_dist.training.non_finite_guard import Guard, NonFinite
 from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer
 from tests.helpers.mlet_command import ROOT
-from tests.helpers.precision_model import largest_relative_error, small_bags, small_reference, train_small
+from tests.helpers.precision_model import (
+    UNITS,
+    check_rounding,
+    error_bound,
+    largest_relative_error,
+    train_in_precision,
+)
 from tests.helpers.small_run import SETTINGS, loader, training_of
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
 
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 CPU = torch.device("cpu")
-FLOAT32 = 2.0**-20
-UNITS = {"fp32": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}
-"""The largest relative error of rounding to each format: half a unit in the last place."""
-
-
-def _growth(roundings: int, precision: Precision) -> float:
-    """Return the largest relative error after as many roundings of positive values that are multiplied and added."""
-    return (1 + UNITS[precision]) ** roundings - 1 + FLOAT32
-
-
-def _train_tables(exchange: ExchangeChoice, precision: Precision) -> dict[str, Any]:
-    with dense_arithmetic(TrainConfig(precision=precision), nn.Identity(), CPU):
-        return train_small("sgd", exchange, 1, precision=precision)
 
 
 @pytest.mark.multirank
@@ -54,32 +47,7 @@ def _train_tables(exchange: ExchangeChoice, precision: Precision) -> dict[str, A
 def test_projections_err_by_what_their_format_rounds(
     ranks: Ranks, world_size: int, exchange: ExchangeChoice, precision: Precision
 ) -> None:
-    by_rank = ranks(world_size).run(_train_tables, exchange, precision)
-    reference = small_reference("sgd")
-    before = {table.name: (table.rows.clone(), table.projection) for table in reference.tables}
-    before = {name: (rows, None if second is None else second.clone()) for name, (rows, second) in before.items()}
-    largest = 0.0
-    for name, expected in reference.step(small_bags(0)).items():
-        error = largest_relative_error(torch.cat([each["outputs"][0][name] for each in by_rank]), expected)
-        # A row, W2 and their product are rounded; tables without W2 are not.
-        assert error <= (FLOAT32 if name == "f_single_layer" else _growth(3, precision)), name
-        largest = max(largest, error)
-    if precision == "bf16":
-        assert largest > UNITS["bf16"] / 4  # it was used
-    for table in reference.tables:
-        for kind, now, then in (
-            ("embedding_bags", table.rows, before[table.name][0]),
-            ("projections", table.projection, before[table.name][1]),
-        ):
-            if now is None:
-                continue
-            step, found = (now - then).detach(), by_rank[0]["weights"][f"{kind}.{table.name}.weight"]
-            assert found.dtype == torch.float32
-            # The gradient of the output errs as the output does, and is rounded in two products.
-            error = (found.double() - now.detach()).abs()
-            assert (error <= _growth(6, precision) * step.abs() + FLOAT32 * now.detach().abs()).all(), table.name
-    dtypes = set(by_rank[0]["dtypes"].values()) | by_rank[0]["optimizer_dtypes"]
-    assert dtypes <= {torch.float32, torch.int64}
+    check_rounding(ranks(world_size).run(train_in_precision, exchange, precision), precision)
 
 
 def _positive_model() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -116,7 +84,7 @@ def test_dense_layers_err_by_what_their_format_rounds(precision: Precision) -> N
     # arch of 2 layers, 6 roundings each, and adds 3; the over arch has 3 layers.
     forward = 2 * 6 + 3 + 9
     error = largest_relative_error(logits.detach(), expected.detach())
-    assert error <= _growth(forward, precision)
+    assert error <= error_bound(forward, precision)
     if precision == "bf16":
         assert error > UNITS["bf16"] / 4
     for (name, found), of_exact in zip(model.named_parameters(), exact.parameters(), strict=True):
@@ -124,7 +92,7 @@ def test_dense_layers_err_by_what_their_format_rounds(precision: Precision) -> N
             continue
         assert found.grad.dtype == torch.float32
         # Backward has as many products as forward, and each takes a factor from there.
-        assert largest_relative_error(found.grad, of_exact.grad) <= _growth(3 * forward, precision), name
+        assert largest_relative_error(found.grad, of_exact.grad) <= error_bound(3 * forward, precision), name
 
 
 @pytest.mark.parametrize("precision", UNITS)
@@ -216,7 +184,7 @@ def test_a_run_in_bf16_resumes_bitwise_and_is_evaluated_in_float32(
     assert records(resumed) == records(whole)
     for name, tensor in tensors(whole, 24, tmp_path).items():
         assert not tensor.is_floating_point() or tensor.dtype == torch.float32, name
-    found = evaluate_path(whole, DataPath(str(small_data)), "valid", 250)  # on one rank, and without the setting
+    found = evaluate_path(whole, data_set_path(str(small_data)), "valid", 250)  # on one rank, and without the setting
     assert found["auc"] == pytest.approx(result["valid_auc"], abs=1e-6)
     assert found["logloss"] == pytest.approx(result["valid_logloss"], abs=1e-6)
 

@@ -24,15 +24,20 @@ def _after(step: int) -> Any:
     return SimpleNamespace(step=step)
 
 
+def _fail_in_a_step(frozen: int) -> None:
+    with GarbageCollection():
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+        raise ValueError("in a step")
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_pythons_own_collection_is_as_before(enabled: bool) -> None:
     frozen = gc.get_freeze_count()
     (gc.enable if enabled else gc.disable)()
     try:
-        with pytest.raises(ValueError, match="in a step"), GarbageCollection():
-            assert not gc.isenabled()
-            assert gc.get_freeze_count() > frozen
-            raise ValueError("in a step")
+        with pytest.raises(ValueError, match="in a step"):
+            _fail_in_a_step(frozen)
         assert gc.isenabled() is enabled
         assert gc.get_freeze_count() == 0
     finally:
