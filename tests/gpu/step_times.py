@@ -9,6 +9,7 @@ from tests.helpers.mlet_command import ROOT
 
 _SCRIPT = ROOT / "benchmarks" / "step.py"
 _LIMIT_S = 200.0
+_CASES = (("128", "uniform-sgd"), ("4096", "zipf-sgd"), ("16384", "zipf-adagrad"))
 
 
 def step_benchmark(machine: Machine) -> str:
@@ -16,7 +17,8 @@ def step_benchmark(machine: Machine) -> str:
     machine.needs_cuda("times on a CPU are those of `make bench`")
     if not _SCRIPT.exists():
         raise NotHere("benchmarks/step.py is not here")
-    command = [sys.executable, str(_SCRIPT), "--json"]
+    command = [sys.executable, str(_SCRIPT), "--json", "--seconds", "15"]
+    command += ["--case", *(f"{batch}-{machine.largest}-{ids}" for batch, ids in _CASES)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_LIMIT_S)
     except subprocess.TimeoutExpired as error:
