@@ -144,7 +144,7 @@ def half_precision_rows(machine: Machine) -> str:
 
 def _small_updates(steps: int) -> tuple[float, float]:
     """Return the sum of ``steps`` equal updates of fp16 rows, and what all rows moved by on average."""
-    rows, columns, update = 512, 64, 2.0**-15  # an eighth of a unit in the last place of 0.5
+    rows, columns, update = 512, 64, 2.0**-15  # a sixteenth of a unit in the last place
     table = EmbeddingBagConfig(
         name="t", num_embeddings=rows, embedding_dim=columns, feature_names=["f"], data_type=DataType.FP16
     )
