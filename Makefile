@@ -18,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 TEST_WORKERS := -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup check lint types imports format bench docs linkcheck wheel soak slurm cluster-test clean
+.PHONY: help demo test setup check lint types imports format bench docs linkcheck wheel soak gpu slurm cluster-test clean
 
 ##@ To begin with (each makes .venv first if it is missing)
 
@@ -99,6 +99,10 @@ wheel: $(STAMP) ## build the sdist and the wheel in dist/, and check their metad
 
 soak: $(STAMP) ## kill training 20 times at random moments: the weights must be bitwise identical
 	@MLET_SOAK_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_kills.py $(ARGS)
+
+# GPU_PYTHON is a Python that has torch, TorchRec and fbgemm already, on a machine without a network for example.
+gpu: $(if $(GPU_PYTHON),,$(STAMP)) ## check everything on the NVIDIA GPUs of this machine, in ten minutes; ARGS="--device cpu" rehearses
+	@$(or $(GPU_PYTHON),$(BIN)/python) -m tests.gpu.run_checks $(ARGS)
 
 slurm: $(STAMP) ## install Slurm if it is missing (Debian, as root), and train on two nodes of one that runs here
 	@tests/helpers/install_slurm.sh

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mlet_dist.config.compression_section import CompressionConfig
+from mlet_dist.config.limits import MAX_CUDA_COLUMNS
 from mlet_dist.config.overrides import apply_override
 from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_section, section_type, to_yaml
 from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -73,7 +74,9 @@ class Config:
             )
 
     def check_device(self, device: str) -> None:
-        """Raise UserError if ``device`` has no kernel for a requested dtype or memory of rows."""
+        """Raise UserError if ``device`` has no kernel for a requested width, dtype or memory of rows."""
+        if device == "cuda":
+            self._check_cuda_columns()
         if device != "cpu":
             return
         sharding = self.sharding
@@ -95,6 +98,20 @@ class Config:
                         f"{prefix}compute_kernels names {kernel}, a CUDA kernel that stores rows in host memory; on a "
                         "CPU all rows are in host memory: use [fused]"
                     )
+
+    def _check_cuda_columns(self) -> None:
+        model, compression = self.model, self.compression
+        key = "model.embedding_dim" if model.hidden_dim is None else "model.hidden_dim"
+        columns = model.hidden_dim or model.embedding_dim
+        if compression.policy != "none" and compression.widths is not None:
+            key, columns = "compression.widths", max(compression.widths)
+        elif compression.policy == "adaptive" and not compression.nested:
+            columns //= compression.chunks  # each chunk of a row is looked up by itself
+        if columns > MAX_CUDA_COLUMNS:
+            raise UserError(
+                f"{key} makes rows of {columns} columns, and fbgemm's CUDA kernels support at most {MAX_CUDA_COLUMNS}; "
+                f"use {MAX_CUDA_COLUMNS} or less, or train on a CPU"
+            )
 
     def check_features(self, dense: Sequence[str], sparse: Sequence[str]) -> None:
         """Raise UserError if a feature of the config is not a column of the data set."""

@@ -13,6 +13,9 @@ from typing import Literal
 from mlet_dist.config.limits import MAX_COLUMNS, MAX_STEPS
 from mlet_dist.config.parser import setting
 
+Precision = Literal["fp32", "tf32", "bf16"]
+"""In which dense layers and W2 compute while they train."""
+
 _MAX_LAYER = 10**9  # torch counts the bytes of two such layers in 64 bits
 _MAX_ROWS = 2**31 - 1
 _MAX_EPOCHS = 10**9
@@ -203,6 +206,24 @@ class TrainConfig:
         "computed; false: train one batch after the other, with the same result; null: true, but false on a single "
         "CPU rank.",
         None,
+    )
+    precision: Precision = setting(
+        "fp32, tf32 or bf16: the precision in which the dense layers and W2 compute in training. tf32 rounds the "
+        "factors of matrix products to 10 bits for the tensor cores of NVIDIA GPUs; most CPUs compute in fp32 then. "
+        "bf16 computes forward and backward with 7 bits (autocast). Weights, optimizer states, losses, rows, what "
+        "crosses the network and evaluation are fp32 in any case, unless other settings say otherwise.",
+        "fp32",
+    )
+    compile: bool = setting(
+        "true: compile the dense layers by torch.compile, which takes up to some minutes at the start of a job and "
+        "changes results by rounding; needs a C++ compiler. Evaluation is not compiled. false: do not.",
+        False,
+    )
+    deterministic: bool = setting(
+        "true: use algorithms with a fixed order of additions on CUDA, which are slower, so that a run can be repeated "
+        "and resumed bitwise; an operation without such an algorithm is an error. CPUs need no such setting. false: "
+        "use the fastest algorithms.",
+        False,
     )
     resume: str = setting(
         "auto: resume an unfinished run in run.dir from its latest complete checkpoint; never: require an empty "

@@ -65,16 +65,47 @@ class LazyAdam(torch.optim.Optimizer):
 
 
 def _step_rows(weight: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    step = int(state["step"])
+    """Update a weight and its state; both ways round alike."""
+    if weight.is_cpu:
+        _step_looked_up_rows(weight, gradient, state, group)
+    else:
+        _step_by_mask(weight, gradient, state, group)
+
+
+def _step_looked_up_rows(
+    weight: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> None:
+    """Compute the looked-up rows alone. Their number has to be on the host, for which a GPU would be waited for."""
     rows = (gradient != 0).any(dim=1).nonzero().squeeze(1)
-    gradient = gradient[rows]
-    mean = state["exp_avg"][rows].mul_(beta1).add_(gradient, alpha=1 - beta1)
-    square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    mean, square = state["exp_avg"][rows], state["exp_avg_sq"][rows]
+    update, rate = _adam_update(mean, square, gradient[rows], int(state["step"]), group)
     state["exp_avg"][rows] = mean
     state["exp_avg_sq"][rows] = square
+    weight.index_add_(0, rows, update, alpha=-rate)
+
+
+def _step_by_mask(weight: torch.Tensor, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Compute all rows, and keep the old values of those that were not looked up: nothing waits for the device."""
+    looked_up = (gradient != 0).any(dim=1, keepdim=True)
+    mean, square = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
+    update, rate = _adam_update(mean, square, gradient, int(state["step"]), group)
+    for kept, computed in (
+        (state["exp_avg"], mean),
+        (state["exp_avg_sq"], square),
+        (weight, weight.add(update, alpha=-rate)),
+    ):
+        torch.where(looked_up, computed, kept, out=kept)
+
+
+def _adam_update(
+    mean: torch.Tensor, square: torch.Tensor, gradient: torch.Tensor, step: int, group: dict[str, Any]
+) -> tuple[torch.Tensor, float]:
+    """Update both moments in place; return what times the rate, which is returned, too, is subtracted from rows."""
+    beta1, beta2 = group["betas"]
+    mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     divisor = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    weight.index_add_(0, rows, mean.div_(divisor), alpha=-group["lr"] / (1 - beta1**step))
+    return mean / divisor, group["lr"] / (1 - beta1**step)
 
 
 class StepCountingOptimizer(OptimizerWrapper):

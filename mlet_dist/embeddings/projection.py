@@ -117,10 +117,18 @@ def project_rows(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tenso
         counts: the number of rows of each table; their sum is U.
         weights: W2 of the tables, ``(T, k, d)``.
     """
+    dtype = _product_dtype(rows)
+    narrow, narrow_weights = rows.to(dtype), weights.to(dtype)
     padded = len(counts) * max(counts)
     if rows.is_cuda and padded <= _MAX_PADDING_FACTOR * rows.shape[0]:
-        return _project_padded(rows, counts, weights)
-    return _ProjectedRows.apply(rows, counts, weights)
+        return _project_padded(narrow, counts, narrow_weights).to(rows.dtype)
+    return _ProjectedRows.apply(narrow, counts, narrow_weights).to(rows.dtype)
+
+
+def _product_dtype(rows: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which autocast, if it is enabled, computes products; it leaves custom functions alone."""
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
 
 
 def project_tables(
@@ -183,7 +191,7 @@ def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Te
     slot = table * longest + torch.arange(rows.shape[0], device=rows.device) - (sizes.cumsum(0) - sizes)[table]
     padded = rows.new_zeros(tables * longest, width).index_copy(0, slot, rows)
     products = torch.bmm(padded.view(tables, longest, width), weights)
-    return products.flatten(0, 1).index_select(0, slot).to(rows.dtype)
+    return products.flatten(0, 1).index_select(0, slot)
 
 
 def _project_run(block: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

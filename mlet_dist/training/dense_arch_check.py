@@ -48,7 +48,8 @@ class DenseArchCheck:
         if self._dense_arch is None or rows is None:
             return None
         with torch.no_grad():
-            found = [_extremes(rows), _extremes(self._dense_arch(rows))]
+            # By forward, because the module itself may be compiled for training batches.
+            found = [_extremes(rows), _extremes(self._dense_arch.forward(rows))]
         extremes = torch.cat(found, dim=1)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         highest, lowest = extremes[0], -extremes[1]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from mlet_dist.config.sections import Precision
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.evaluation import BinaryMetrics
 
@@ -25,6 +26,7 @@ class Training:
         step: steps taken, by this job and those before it; batch ``step``, counted over all epochs, comes next.
         skipped: steps whose batch was skipped; the learning rates advance with the other steps alone.
         excluded_steps: steps whose batch is skipped whatever it holds, because the run was rolled back because of it.
+        precision: in which the dense layers and W2 compute (``dense_arithmetic``).
         batch: this rank's batch of the last step that this job took, on the model's device; not part of checkpoints.
     """
 
@@ -38,6 +40,7 @@ class Training:
     step: int = 0
     skipped: int = 0
     excluded_steps: set[int] = field(default_factory=set)
+    precision: Precision = "fp32"
     batch: Batch | None = None
 
     @property

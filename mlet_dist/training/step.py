@@ -14,6 +14,7 @@ from torch.nn import functional
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from mlet_dist.data.loading.loader import Batch
+from mlet_dist.training.dense_arithmetic import forward_precision
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.replicated_gradients import ReplicatedGradients
@@ -104,7 +105,9 @@ class TrainStep:
         """Return the loss for backward, and what the step yields."""
         self.training.batch = batch
         with self.timer.phase("forward"):
-            logits = self.training.model(batch.dense, batch.sparse).squeeze(-1)
+            with forward_precision(self.training.precision, batch.dense.device):
+                logits = self.training.model(batch.dense, batch.sparse)
+            logits = logits.squeeze(-1).float()
             loss = mean_loss(logits, batch, self.training.complete_rows)
             with self.timer.phase("exchange"):
                 loss = self._guard.check_loss(loss)

@@ -25,9 +25,11 @@ from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.compressed_tables import compression_summary, compression_warnings, training_bytes
+from mlet_dist.training.dense_arithmetic import configure_cublas, dense_arithmetic
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
 from mlet_dist.training.fingerprint import weights_sha256
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
+from mlet_dist.training.garbage_collection import GarbageCollection
 from mlet_dist.training.job import Job, open_job
 from mlet_dist.training.metrics_endpoint import MetricsEndpoint
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
@@ -62,6 +64,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     config = config_of_attempt(config)
     timeout = timedelta(seconds=config.train.collective_timeout_s)
+    configure_cublas(config.train)
     with join_ranks(config.train.device, timeout) as worker, ExitStack() as stack:
         job = stack.enter_context(open_job(config, worker))
         model, plan = build_model(job)
@@ -130,6 +133,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
         batches_per_epoch=len(job.loader),
         batch_size=job.config.data.batch_size,
         rows_per_epoch=job.loader.rows,
+        precision=job.config.train.precision,
     )
     point = job.resume_point
     if point is not None and point.is_own:
@@ -157,6 +161,8 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
         with (
             Progress("train", job.steps, "steps", disable=not worker.is_first, done=job.first_step) as progress,
             StepTimer(training.model, worker.device, job.local_batch_size) as timer,
+            dense_arithmetic(config, training.model, worker.device),
+            GarbageCollection() as collect_garbage,
         ):
             report = TrainingReport(job.config, training, progress, recorder, guard, timer)
             if job.resume_point is not None:
@@ -168,7 +174,7 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             if config.on_non_finite == "rollback":
                 checkpoints.save_first(training)
             row_moves = RowMoveSchedule(training.model, recorder, config.log_every)
-            after_step: list[AfterStep] = [learning_rates, row_moves, report, checkpoints]
+            after_step: list[AfterStep] = [learning_rates, row_moves, report, checkpoints, collect_garbage]
             pipelined = pipeline_is_faster(worker) if config.pipelined is None else config.pipelined
             while not training.is_done:
                 try:

@@ -291,6 +291,37 @@ def test_the_settings_of_a_table_replace_those_of_all_tables(file: Path) -> None
         config.check_tables(["C1", "C3", "C12"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "key", "columns"),
+    [
+        (["model.hidden_dim=2052"], r"model\.hidden_dim", 2052),
+        (["model.hidden_dim=null", "model.embedding_dim=4096"], r"model\.embedding_dim", 4096),
+        (["model.hidden_dim=4096", "compression.policy=static"], r"model\.hidden_dim", 4096),
+        (["model.hidden_dim=4096", "compression={policy: static, widths: [8, 3000]}"], r"compression\.widths", 3000),
+        (["model.hidden_dim=32768", "compression={policy: adaptive, nested: false}"], r"model\.hidden_dim", 4096),
+    ],
+)
+def test_rows_wider_than_the_cuda_kernels_support_are_refused(
+    file: Path, settings: list[str], key: str, columns: int
+) -> None:
+    file.write_text("data: {path: d}\nrun: {dir: r}\n")
+    config = load_config(file, settings)
+    with pytest.raises(UserError, match=rf"^{key} makes rows of {columns} columns, .* at most 2048"):
+        config.check_device("cuda")
+    config.check_device("cpu")
+
+
+def test_rows_of_the_most_columns_that_cuda_supports_are_allowed(file: Path) -> None:
+    file.write_text("data: {path: d}\nrun: {dir: r}\n")
+    for settings in (
+        ["model.hidden_dim=2048"],
+        ["model.hidden_dim=64", "model.embedding_dim=4096"],  # no row has as many columns as a vector
+        ["model.hidden_dim=4096", "compression={policy: static, widths: [8, 2048]}"],
+        ["model.hidden_dim=16384", "compression={policy: adaptive, nested: false}"],
+    ):
+        load_config(file, settings).check_device("cuda")
+
+
 WRONG_TABLES = {
     "sharding.tables.C1.exchnge=after": r"sharding\.tables\.C1\.exchnge: unknown key \(did you mean 'exchange'\?\)",
     "sharding.tables.C1=after": r"sharding\.tables\.C1: expected a section of keys, found after",

@@ -143,7 +143,8 @@ def toy_loss(outputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     total: torch.Tensor | float = 0.0
     for index, name in enumerate(sorted(outputs)):
-        columns = torch.linspace(0.5, 1.5, outputs[name].shape[1], dtype=outputs[name].dtype)
-        total = total + (outputs[name] * columns).sum(dim=1) * (1 + 0.3 * index)
+        of_name = outputs[name]
+        columns = torch.linspace(0.5, 1.5, of_name.shape[1], dtype=of_name.dtype, device=of_name.device)
+        total = total + (of_name * columns).sum(dim=1) * (1 + 0.3 * index)
     assert isinstance(total, torch.Tensor)
     return (total**2).mean() / 100

@@ -1,7 +1,7 @@
 """Helpers for tests of the sharded module: building one on each rank, its optimizers, its batches, its full weights."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +29,7 @@ from mlet_dist.embeddings import (
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from tests.helpers.dense_reference import Bags, Table, toy_loss
-from tests.helpers.ranks import full_tensor
+from tests.helpers.ranks import full_tensor, rank_device
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 _SGD, _ADAGRAD = torch.optim.SGD, torch.optim.Adagrad
@@ -80,25 +80,35 @@ def shard(
     around: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Sequential,
     codecs: dict[str, QuantizedCommCodecs] | None = None,
     sharding_types: Mapping[str, str] = MappingProxyType({}),
+    kernels: Sequence[str] = (),
 ) -> DistributedModelParallel:
-    """Shard the collection, wrapped by ``around``, with W1's optimizer in backward; row_wise unless given otherwise."""
+    """Shard the collection, wrapped by ``around``, with W1's optimizer in backward; row_wise unless given otherwise.
+
+    ``kernels`` are the compute kernels that the planner may use.
+    """
     arguments = {"lr": rate, **_eps(optimizer)}
     apply_optimizer_in_backward(_FUSED[optimizer], embeddings.embedding_bags.parameters(), arguments)
     sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange, qcomm_codecs_registry=codecs)]
     model = around(embeddings)
-    plan = planner(embeddings, sharding_types).collective_plan(model, sharders, dist.group.WORLD)
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    plan = planner(embeddings, sharding_types, kernels).collective_plan(model, sharders, dist.group.WORLD)
+    return DistributedModelParallel(model, device=rank_device(), plan=plan, sharders=sharders)
 
 
 def planner(
-    embeddings: EmbeddingBagCollection, sharding_types: Mapping[str, str] = MappingProxyType({})
+    embeddings: EmbeddingBagCollection,
+    sharding_types: Mapping[str, str] = MappingProxyType({}),
+    kernels: Sequence[str] = (),
 ) -> EmbeddingShardingPlanner:
     """Return TorchRec's planner for all ranks; tables missing from ``sharding_types`` are row_wise."""
     topology = Topology(
-        world_size=dist.get_world_size(), local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]), compute_device="cpu"
+        world_size=dist.get_world_size(),
+        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+        compute_device=rank_device().type,
     )
     constraints = {
-        table.name: ParameterConstraints(sharding_types=[sharding_types.get(table.name, "row_wise")])
+        table.name: ParameterConstraints(
+            sharding_types=[sharding_types.get(table.name, "row_wise")], compute_kernels=list(kernels)
+        )
         for table in getattr(embeddings, "row_tables", embeddings.embedding_bag_configs)()
     }
     return EmbeddingShardingPlanner(topology=topology, constraints=constraints)
@@ -123,15 +133,16 @@ def _eps(optimizer: str) -> dict[str, Any]:
 
 
 def to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJaggedTensor:
-    """Return rows [first, last) of the bags as a KeyedJaggedTensor."""
+    """Return rows [first, last) of the bags as a KeyedJaggedTensor on the rank's device."""
     entries = [each for rows in bags.values() for ids in rows[first:last] for each in ids]
     lengths = [len(ids) for rows in bags.values() for ids in rows[first:last]]
-    return KeyedJaggedTensor(
+    found = KeyedJaggedTensor(
         keys=list(bags),
         values=torch.tensor([each for each, _ in entries], dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int32),
         weights=torch.tensor([weight for _, weight in entries]) if weighted else None,
     )
+    return found if rank_device().type == "cpu" else found.to(rank_device())
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

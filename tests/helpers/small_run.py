@@ -49,6 +49,7 @@ def training_of(config: Config, steps: int) -> tuple[Training, torch.nn.Module]:
     training = Training(
         sharded, optimizer, metrics, steps, batches_per_epoch=batches, batch_size=batch_size, rows_per_epoch=rows
     )
+    training.precision = config.train.precision
     return training, embeddings
 
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrec.distributed import comm
 
 from tests.helpers.mlet_command import ROOT
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks import RankPool, rank_backend, rank_device
 
 Ranks = Callable[..., RankPool]
 
@@ -41,12 +41,13 @@ def _train(overrides: Sequence[str], port: int, group: str) -> dict[str, Any]:
     _leave_group()  # training joins ranks itself
     os.environ["MASTER_PORT"] = str(port)
     try:
+        overrides = [*overrides, f"train.device={rank_device().type}"]
         return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides))
     finally:
         _leave_group()
         # By a file, because a port that was free before may be taken by now.
         dist.init_process_group(
-            "gloo", init_method=group, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+            rank_backend(), init_method=group, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
         )
 
 

@@ -275,6 +275,10 @@ ERRORS = {
         ["sharding.tables.C77.exchange=after"],
         "sharding.tables: the model has no table 'C77' (did you mean ",
     ),
+    "columns": (
+        ["model.hidden_dim=4096"],
+        "model.hidden_dim makes rows of 4096 columns, and fbgemm's CUDA kernels support at most 2048; use 2048 or less",
+    ),
     "no file": (["--tables", "no.yaml"], "no.yaml: cannot read the tables: No such file or directory"),
     "no hardware": (["--device", "no.yaml"], "no.yaml: cannot read the hardware: No such file or directory"),
 }

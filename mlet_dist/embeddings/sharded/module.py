@@ -117,7 +117,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         rows.segments = {table.name: tuple(segments_of([table])) for table in row_tables}
         rows.served = _served_features(tables, row_tables)
         rows.slots = build_slot_map(module, env, device)
-        check_widths(row_tables)
+        check_widths(row_tables, device)
         for config in rows.embedding_bag_configs():
             # Replicated rows have a dense gradient and a torch optimizer, both of which use the weight's dtype.
             if table_name_to_parameter_sharding[config.name].sharding_type == ShardingType.DATA_PARALLEL.value:

@@ -24,6 +24,7 @@ BLOCK_SHARDING_TYPES = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE
 """Sharding types that split a table into equal blocks of rows."""
 
 _DENSE = EmbeddingComputeKernel.DENSE.value
+_MAX_CUDA_COLUMNS = 2048  # `max_embedding_dim` of the code generator of fbgemm, which checks it in backward alone
 _OPTIMIZERS_OF_MOVING_ROWS = ("SGD", "Adagrad", "RowWiseAdagrad", "Adam")
 # Not fused_uvm_caching: the cache on the device would have the values that a slot had before a row moved to it.
 _KERNELS_OF_MOVING_ROWS = (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.FUSED_UVM.value)
@@ -99,13 +100,18 @@ def check_node_placement(name: str, sharding: ParameterSharding, local_world_siz
         )
 
 
-def check_widths(tables: list[MultiLayerEmbeddingBagConfig]) -> None:
-    """Raise ValueError if fbgemm's kernels do not support the row width of a table."""
+def check_widths(tables: list[MultiLayerEmbeddingBagConfig], device: torch.device | None = None) -> None:
+    """Raise ValueError if fbgemm's kernels for a device, by default the CPU, do not support the width of a row."""
     for table in tables:
+        key = "embedding_dim" if table.hidden_dim is None else "hidden_dim"
         if table.row_width % 4:
-            key = "embedding_dim" if table.hidden_dim is None else "hidden_dim"
             raise ValueError(
                 f"table {table.name!r}: {key} is {table.row_width}; fbgemm's kernels need a multiple of 4 columns"
+            )
+        if device is not None and device.type == "cuda" and table.row_width > _MAX_CUDA_COLUMNS:
+            raise ValueError(
+                f"table {table.name!r}: {key} is {table.row_width}; fbgemm's CUDA kernels support at most "
+                f"{_MAX_CUDA_COLUMNS} columns"
             )
 
 

@@ -10,6 +10,7 @@ from mlet_dist.embeddings.sharded.placement import (
     check_moving_rows,
     check_node_placement,
     check_plan,
+    check_widths,
     ranks_of_blocks,
     replicate_if_too_small,
     stagger_blocks,
@@ -105,6 +106,19 @@ def test_a_plan_for_other_nodes_is_refused() -> None:
         ValueError, match=r"table 't': .* on ranks \[0, 1\]; with 4 ranks per node .* on \[0, 1, 2, 3\]"
     ):
         check_node_placement("t", plan, 4)
+
+
+def test_rows_wider_than_fbgemms_cuda_kernels_are_refused_there() -> None:
+    table = MultiLayerEmbeddingBagConfig(
+        name="t", num_embeddings=9, embedding_dim=16, hidden_dim=2048, feature_names=["f"]
+    )
+    check_widths([table], torch.device("cuda"))
+    table.hidden_dim = 2052
+    check_widths([table], torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"table 't': hidden_dim is 2052; fbgemm's CUDA kernels support at most 2048"):
+        check_widths([table], torch.device("cuda"))
+    table.hidden_dim = None
+    check_widths([table], torch.device("cuda"))
 
 
 def test_rows_move_with_some_optimizers_and_kernels_only() -> None:
