@@ -30,6 +30,8 @@ A machine or a job that was suspended as a whole continues one process after the
 _CONSEQUENCE_SECONDS = 2.0
 """How long what follows from a failure elsewhere is not reported, because the node of that failure reports it."""
 
+_ENDED = "ZX"  # states of processes: not collected yet, and gone
+
 _KINDS: dict[str, Kind] = {"ConnectionLost": "connection", "RanksLost": "timeout", "UserError": "input"}
 
 
@@ -70,6 +72,7 @@ class RankWatch:
         self._received, self._shutdown_seconds, self._report = received, shutdown_seconds, report
         self._has_peers = has_peers
         self._children = Path(f"/proc/self/task/{os.getpid()}/children")
+        self._folders: dict[int, RankFolder] = {}
         self._hung_since: dict[int, float] = {}
         self._stops: dict[int, Silence] = {}
         self._seen: set[int] = set()
@@ -110,15 +113,17 @@ class RankWatch:
     def _look(self) -> None:
         now = time.monotonic()
         states = {pid: _state(pid) for pid in map(int, self._children.read_text().split())}
-        ranks = {pid for pid, state in states.items() if state not in "ZX"}  # the others have ended
+        ranks = {pid for pid, state in states.items() if state not in _ENDED}
         self._seen |= set(states)
+        if not self._seen <= set(self._folders):
+            self._folders = folders_by_process(self._logs)
         self._pass_on_signals(ranks, now)
         if self._kill_at is not None and now > self._kill_at and ranks:
             self.killed |= ranks
             _kill(ranks)
         self._kill_hung(ranks, now)
         self._kill_stopped({pid for pid in ranks if states[pid] == "T"})
-        self._report_failure(self._seen - ranks, now)
+        self._report_failure(ranks, now)
 
     def _pass_on_signals(self, ranks: set[int], now: float) -> None:
         for number in self._received:
@@ -131,7 +136,7 @@ class RankWatch:
             _kill(ranks)
 
     def _kill_hung(self, ranks: set[int], now: float) -> None:
-        reported = {int(marker.read_text()) for marker in self._logs.rglob(HUNG)} & ranks
+        reported = {pid for pid in ranks if pid in self._folders and (self._folders[pid].path / HUNG).exists()}
         self._hung_since = {pid: self._hung_since.get(pid, now) for pid in reported}
         hung = {pid for pid, since in self._hung_since.items() if now - since > _GRACE_SECONDS}
         self.hung = self.hung or bool(hung)
@@ -149,12 +154,16 @@ class RankWatch:
             self._report_once("crash", f"{self._named(found[0])} {was_stopped()}")
             _kill(set(found))
 
-    def _report_failure(self, gone: set[int], now: float) -> None:
+    def _report_failure(self, alive: set[int], now: float) -> None:
         """Report the first rank that has failed: it left an error, or nothing at all if it was killed."""
         if self._has_reported or self._asked_to_stop is not None or self._kill_at is not None:
             return
-        folders = folders_by_process(self._logs)
-        found = [each for each in (self._failure_of(pid, folders.get(pid), gone) for pid in self._seen) if each]
+        # A rank may have ended, or started, since this node's processes were listed.
+        started = {
+            pid: pid in alive or (pid not in self._seen and _state(pid) not in _ENDED)
+            for pid in self._seen | set(self._folders)
+        }
+        found = [each for each in (self._failure_of(self._folders.get(pid), started[pid]) for pid in started) if each]
         causes = [each for each in found if each[0] not in CONSEQUENCES]
         if not causes and found:
             self._first_consequence = self._first_consequence or now
@@ -163,10 +172,10 @@ class RankWatch:
         if causes:
             self._report_once(*causes[0])
 
-    def _failure_of(self, pid: int, folder: RankFolder | None, gone: set[int]) -> tuple[Kind, str] | None:
+    def _failure_of(self, folder: RankFolder | None, is_alive: bool) -> tuple[Kind, str] | None:
         """Return why a rank has failed, and a text as ``report`` takes it; None if it runs, succeeded or was asked."""
         if folder is None:
-            return ("crash", "a rank has ended at its start") if pid in gone else None
+            return None if is_alive else ("crash", "a rank has ended at its start; see its log")
         with suppress(FileNotFoundError, ValueError):  # the rank has not written it yet, or not to the end
             recorded = json.loads((folder.path / "error.json").read_text(encoding="utf-8"))["message"]
             text = recorded["message"] if isinstance(recorded, dict) else str(recorded)
@@ -178,7 +187,7 @@ class RankWatch:
                 return kind, message
             how = "has lost its connection to another rank" if kind == "connection" else "has failed; see its log"
             return kind, f"rank {folder.rank} {how}"
-        if pid not in gone or (folder.path / ENDED).exists():
+        if is_alive or (folder.path / ENDED).exists():
             return None
         if is_aborted(folder.path):
             return "aborted" if self.on_cuda else "crash", f"rank {folder.rank} was aborted (SIGABRT); see its log"
@@ -190,8 +199,7 @@ class RankWatch:
             self._report(kind, text)
 
     def _named(self, pid: int) -> str:
-        folder = folders_by_process(self._logs).get(pid)
-        return "a rank" if folder is None else f"rank {folder.rank}"
+        return f"rank {self._folders[pid].rank}" if pid in self._folders else "a rank"
 
 
 def was_stopped() -> str:

@@ -15,14 +15,17 @@ from pathlib import Path
 HOLD = "TESTS_HOLD_RANKS"
 
 
-def hold(folder: Path, ranks: list[int]) -> None:
-    """Hold these ranks, and wait until they are."""
+def hold(folder: Path, ranks: list[int], *, once: bool = False) -> None:
+    """Hold these ranks, and wait until they are; ``once``: and not those that are started in their places."""
     for rank in ranks:
         (folder / f"hold-{rank}").touch()
     deadline = time.monotonic() + 60
     while not all((folder / f"held-{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    if once:
+        for rank in ranks:
+            (folder / f"hold-{rank}").unlink()
 
 
 def _wait(folder: Path, rank: str) -> None:
