@@ -97,8 +97,9 @@ wheel: $(STAMP) ## build the sdist and the wheel in dist/, and check their metad
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/packaging/check_distributions.py dist
 
-soak: $(STAMP) ## kill training 20 times at random moments: the weights must be bitwise identical
+soak: $(STAMP) ## kill training 20 times at random moments; stop, abort and kill ranks ten times each: none hangs
 	@MLET_SOAK_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_kills.py $(ARGS)
+	@MLET_SOAK_FAULTS=10 $(BIN)/python -m pytest -s tests/cluster/test_rank_faults.py $(ARGS)
 
 slurm: $(STAMP) ## install Slurm if it is missing (Debian, as root), and train on two nodes of one that runs here
 	@tests/helpers/install_slurm.sh

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mlet_dist.cluster.rank_watch import STOPPED_SECONDS
 from tests.cluster.test_wrong_launch import free_port
 from tests.conftest import TrainedRun
 from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
@@ -108,3 +109,48 @@ def test_every_node_ends_and_names_the_rank(
         (line,) = (each for each in log.splitlines() if each.startswith("mlet: error: "))
         assert re.search(rf"\brank {victim}\b", line)
         assert HOST in line
+
+
+def test_survivors_of_a_vanished_machine_end_wherever_they_wait(trained: TrainedRun, tmp_path: Path) -> None:
+    with job(trained, tmp_path, 2, 1) as nodes:
+        nodes.wait_until_it_trains()
+        nodes.hold_all_but(1)
+        for pid in (nodes.pids()[1], nodes.nodes[1].pid):
+            os.kill(pid, signal.SIGSTOP)
+        assert nodes.nodes[0].wait(HANG) == 75
+        assert nodes.log(0).splitlines()[-1] == (
+            f"mlet: error: node 1 on {HOST} is lost: it has given no sign of life for 15 s"
+        )
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(trained: TrainedRun, tmp_path: Path) -> None:
+    """As by a batch system, or with a laptop; the launcher continues before its ranks."""
+    with job(trained, tmp_path, 1, 2) as nodes:
+        nodes.wait_until_it_trains()
+        pids = [*nodes.pids(), nodes.nodes[0].pid]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(STOPPED_SECONDS + 2)
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(1)
+        metrics = nodes.run / "metrics.jsonl"
+        before, deadline = metrics.stat().st_size, time.monotonic() + HANG
+        while metrics.stat().st_size == before:
+            assert time.monotonic() < deadline
+            assert nodes.nodes[0].poll() is None
+            time.sleep(0.02)
+
+
+def test_a_job_that_is_asked_to_stop_ends_though_a_rank_is_stopped(trained: TrainedRun, tmp_path: Path) -> None:
+    """The ranks cannot save without it, and their launchers would wait for ten minutes."""
+    with job(trained, tmp_path, 2, 1) as nodes:
+        nodes.wait_until_it_trains()
+        pids = nodes.pids()
+        nodes.hold_all_but(1)
+        os.kill(pids[1], signal.SIGSTOP)
+        for node in nodes.nodes:
+            node.terminate()
+        assert nodes.codes() == [75, 75]
+        for node in (0, 1):
+            assert nodes.log(node).splitlines()[-1].startswith("mlet: SIGTERM: stopped without saving; run the same")
