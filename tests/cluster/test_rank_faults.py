@@ -154,3 +154,15 @@ def test_a_job_that_is_asked_to_stop_ends_though_a_rank_is_stopped(trained: Trai
         assert nodes.codes() == [75, 75]
         for node in (0, 1):
             assert nodes.log(node).splitlines()[-1].startswith("mlet: SIGTERM: stopped without saving; run the same")
+
+
+def test_torch_elastic_restarts_the_ranks_of_an_elastic_job(trained: TrainedRun, tmp_path: Path) -> None:
+    options = ["--nnodes", "1:2", "--node-rank", 0, "--master-addr", "localhost", "--master-port", free_port()]
+    with job(trained, tmp_path, 1, 2, *options, "--wait", 2) as nodes:
+        nodes.wait_until_it_trains()
+        before, deadline = nodes.pids(), time.monotonic() + HANG
+        os.kill(before[1], signal.SIGSTOP)
+        while len(nodes.pids()) < 2 or set(nodes.pids()) & set(before):
+            assert time.monotonic() < deadline
+            assert nodes.nodes[0].poll() is None
+            time.sleep(0.1)
