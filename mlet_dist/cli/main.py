@@ -36,6 +36,7 @@ from mlet_dist.cli.process import (
     tell_launcher_of_success,
 )
 from mlet_dist.errors import Interrupted, RanksLost, UserError, refusal
+from mlet_dist.training.rank_files import record_process
 
 
 class _Command(Protocol):
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         die_with_parent()
+        if is_launched_rank():
+            record_process()
         args = parse(arguments)
         rank = rank_of(args)
         with handle_signals(args, rank):
