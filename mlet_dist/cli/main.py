@@ -36,6 +36,7 @@ from mlet_dist.cli.process import (
     tell_launcher_of_success,
 )
 from mlet_dist.errors import Interrupted, RanksLost, UserError, refusal
+from mlet_dist.json_log import log_as_asked
 from mlet_dist.training.rank_files import record_process
 
 
@@ -78,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stderr is None:  # closed by `2>&-`; print would use stdout instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        with log_as_asked():
+            return _run(arguments)
+    except UserError as error:  # of the format of the log
+        print_error(error)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
     try:
         die_with_parent()
         if is_launched_rank():
