@@ -58,7 +58,8 @@ def measure(shares: Sequence[torch.Tensor], batch_size: int, ranks: int) -> dict
             id(each): requests_of_owners(RowOrder((len(each),)) if spread else None, each, ranks)
             for each in distinct.values()
         }
-        step = max(1, ranks // len(tables))  # as in stagger_blocks
+        # As in stagger_blocks; before, the first blocks of few tables were further apart.
+        step = 1 if spread else max(1, ranks // len(tables))
         by_rank = [by_block[id(each)].roll(index * step % ranks) for index, each in enumerate(tables)]
         found[name] = busiest_over_mean(by_rank)
     mean = sum(float(requests.sum()) for requests in tables) / ranks
