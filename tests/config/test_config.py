@@ -297,8 +297,16 @@ def test_the_settings_of_a_table_replace_those_of_all_tables(file: Path) -> None
         (["model.hidden_dim=2052"], r"model\.hidden_dim", 2052),
         (["model.hidden_dim=null", "model.embedding_dim=4096"], r"model\.embedding_dim", 4096),
         (["model.hidden_dim=4096", "compression.policy=static"], r"model\.hidden_dim", 4096),
-        (["model.hidden_dim=4096", "compression={policy: static, widths: [8, 3000]}"], r"compression\.widths", 3000),
-        (["model.hidden_dim=32768", "compression={policy: adaptive, nested: false}"], r"model\.hidden_dim", 4096),
+        (
+            ["model.hidden_dim=4096", "compression.policy=static", "compression.widths=[8,3000]"],
+            r"compression\.widths",
+            3000,
+        ),
+        (
+            ["model.hidden_dim=32768", "compression.policy=adaptive", "compression.nested=false"],
+            r"model\.hidden_dim",
+            4096,
+        ),
     ],
 )
 def test_rows_wider_than_the_cuda_kernels_support_are_refused(
@@ -316,8 +324,8 @@ def test_rows_of_the_most_columns_that_cuda_supports_are_allowed(file: Path) -> 
     for settings in (
         ["model.hidden_dim=2048"],
         ["model.hidden_dim=64", "model.embedding_dim=4096"],  # no row has as many columns as a vector
-        ["model.hidden_dim=4096", "compression={policy: static, widths: [8, 2048]}"],
-        ["model.hidden_dim=16384", "compression={policy: adaptive, nested: false}"],
+        ["model.hidden_dim=4096", "compression.policy=static", "compression.widths=[8,2048]"],
+        ["model.hidden_dim=16384", "compression.policy=adaptive", "compression.nested=false"],
     ):
         load_config(file, settings).check_device("cuda")
 
