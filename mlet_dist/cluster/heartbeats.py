@@ -31,7 +31,7 @@ failovers of a network and retransmissions take a few seconds.
 
 _SILENT_SECONDS = 2.0  # without a sign of life, after which node 0 says that a node may be lost
 _HOLD_SECONDS = 3.0  # for node 0 to notice that, before a node tells that a rank was aborted
-_HOLD_CONNECTION_SECONDS = 1.0  # likewise if a rank has lost a connection; its launcher has waited for 2 s before
+_HOLD_CONNECTION_SECONDS = 2.0  # likewise if a rank has lost a connection, which its own node reports late
 
 _TOLD_SECONDS = 10.0  # for the other nodes to learn why this one ends
 _DONE_SECONDS = 60.0  # for the other nodes to end after the run has finished

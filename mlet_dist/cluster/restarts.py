@@ -162,7 +162,8 @@ class Supervisor:
             self._leave(heartbeats, kind, str(error) if kind == "input" else f"{name} was asked to stop by a signal")
             raise error
         prefix = f"{name}: " * (self._nodes.count > 1 and kind != "lost")
-        own, told = Failure(kind, self._nodes.rank, f"{prefix}{error}"), None
+        text = "a rank has lost its connection to another rank" if kind == "connection" else str(error)
+        own, told = Failure(kind, self._nodes.rank, f"{prefix}{text}"), None
         if heartbeats is not None:
             seconds = 0.0
             if kind in CONSEQUENCES or isinstance(error, RankAborted):
