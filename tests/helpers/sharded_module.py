@@ -148,8 +148,13 @@ def to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJa
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the full tensors of the state dict of a sharded collection, on every rank; rows of W1 by id."""
     state = {name.removeprefix("0."): full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    return weights_by_id(state, row_tables_of(model))
+
+
+def row_tables_of(model: torch.nn.Module) -> list[MultiLayerEmbeddingBagConfig]:
+    """Return the tables that store the rows of all sharded collections of a model."""
     sharded = [each for each in model.modules() if isinstance(each, ShardedMultiLayerEmbeddingBagCollection)]
-    return weights_by_id(state, [table for each in sharded for table in each._row_tables])
+    return [table for each in sharded for table in each._row_tables]
 
 
 def unsharded_weights(module: MultiLayerEmbeddingBagCollection) -> dict[str, torch.Tensor]:
@@ -160,12 +165,13 @@ def unsharded_weights(module: MultiLayerEmbeddingBagCollection) -> dict[str, tor
 def weights_by_id(
     state: Mapping[str, torch.Tensor], tables: Iterable[MultiLayerEmbeddingBagConfig]
 ) -> dict[str, torch.Tensor]:
-    """Return a state dict of full tensors of a collection with the rows of W1 by id."""
-    orders = {f"embedding_bags.{table.name}.weight": table.row_order for table in tables}
+    """Return a state dict of full tensors of a collection, or of a model with one, with the rows of W1 by id."""
     found = dict(state)
-    for name, order in orders.items():
-        if order is not None:
-            found[name] = order.from_stored(found[name])
+    for table in tables:
+        if table.row_order is not None:
+            suffix = f"embedding_bags.{table.name}.weight"
+            (name,) = (each for each in state if each == suffix or each.endswith(f".{suffix}"))
+            found[name] = table.row_order.from_stored(found[name])
     return found
 
 

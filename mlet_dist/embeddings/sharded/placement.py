@@ -209,9 +209,9 @@ def place_buckets(table: MultiLayerEmbeddingBagConfig, sharding: ParameterShardi
 def stagger_blocks(shardings: Sequence[ParameterSharding]) -> None:
     """Place the first blocks of the tables on different ranks, in place; the plans are row_wise.
 
-    Blocks have nearly equal shares of the requests (``row_order``), but those with one frequent row more than others are
-    the same in every table, and the last blocks of small tables have few rows. So block b of the i-th table is on rank
-    (b + i) mod R. The blocks themselves do not change, so checkpoints do not change either.
+    Blocks have nearly equal shares of the requests (``row_order``), but those with one frequent row more than others
+    are the same in every table, and the last blocks of small tables have few rows. So block b of the i-th table is on
+    rank (b + i) mod R. The blocks themselves do not change, so checkpoints do not change either.
     """
     for index, sharding in enumerate(shardings):
         assert sharding.sharding_spec is not None

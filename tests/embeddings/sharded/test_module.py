@@ -1,7 +1,7 @@
 """The sharded module against the dense float64 reference, on 1, 2, 3 and 4 ranks."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from unittest import mock
 
@@ -167,9 +167,10 @@ def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
 
 
 def _train_averaging_partial_gradients(exchange: Exchange) -> dict[str, Any]:
-    with mock.patch.object(
-        collectives, "_partial_factor", lambda process_group: 1 / dist.get_world_size(process_group)
-    ):
+    def averaged(tables: Collection[str], *_: object) -> dict[str, float]:
+        return dict.fromkeys(tables, 1 / dist.get_world_size())
+
+    with mock.patch.object(collectives, "gradient_factors", averaged):
         return _train_sharded("sgd", False, exchange)
 
 
