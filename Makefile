@@ -97,8 +97,9 @@ wheel: $(STAMP) ## build the sdist and the wheel in dist/, and check their metad
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/packaging/check_distributions.py dist
 
-soak: $(STAMP) ## kill training 20 times at random moments: the weights must be bitwise identical
+soak: $(STAMP) ## kill training 20 times at random moments; stop, abort and kill ranks ten times each: none hangs
 	@MLET_SOAK_KILLS=20 $(BIN)/python -m pytest -s tests/training/test_kills.py $(ARGS)
+	@MLET_SOAK_FAULTS=10 $(BIN)/python -m pytest -s tests/cluster/test_rank_faults.py $(ARGS)
 
 # GPU_PYTHON is a Python that has torch, TorchRec and fbgemm already, on a machine without a network for example.
 gpu: $(if $(GPU_PYTHON),,$(STAMP)) ## check everything on the NVIDIA GPUs of this machine, in ten minutes; ARGS="--device cpu" rehearses

@@ -31,10 +31,11 @@ import torch
 from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
+from mlet_dist.checkpoint.host_copy import copy_to_cpu
 from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_complete, load_state
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
-from mlet_dist.checkpoint.writer import copy_to_cpu, write_checkpoint
+from mlet_dist.checkpoint.writer import write_checkpoint
 from mlet_dist.config.sections import ModelConfig, OptimizerConfig
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature

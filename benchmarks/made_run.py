@@ -12,6 +12,7 @@ from mlet_dist.checkpoint.writer import ChecksumStream
 from mlet_dist.config.config_file import Config, save_config
 from mlet_dist.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
 from mlet_dist.data.schema import SparseFeature
+from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD
 from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
@@ -36,6 +37,7 @@ def make_run(
     rows_dtype: torch.dtype = torch.float32,
     rows: Rows = random_rows,
     checkpoint_dir: str | None = None,
+    spread: bool = False,
 ) -> ModelSpec:
     """Write a finished run with one checkpoint, as ``shards`` ranks would. At most one shard of a table is in memory.
 
@@ -47,6 +49,7 @@ def make_run(
         rows_dtype: The dtype of W1.
         rows: Returns the values of each shard of W1, and of each W2 as the table ``<name>.projection``.
         checkpoint_dir: A directory or URL for the checkpoint; by default, it is in the run.
+        spread: Whether the rows are stored rows, as those of `mlet train` are, rather than rows by id.
     """
     spec = ModelSpec(
         model,
@@ -88,7 +91,7 @@ def make_run(
         stream = ChecksumStream(raw)
         stream.write(content)
     files[index] = stream.checksum.entry()
-    checkpoint.finish(Manifest(checkpoint.step, files, {}))
+    checkpoint.finish(Manifest(checkpoint.step, files, {ROW_ORDER: SPREAD} if spread else {}))
     run.finish({"test_auc": 0.5, "test_logloss": 0.7, "test_rows": 1})
     return spec
 

@@ -18,16 +18,21 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-_MODEL = "--batch 8 --tables 2 --num-embeddings 50 --hidden-dim 8 --embedding-dim 4"
+_TABLES = "--tables 2 --num-embeddings 50 --hidden-dim 8 --embedding-dim 4"
+_MODEL = f"--batch 8 {_TABLES}"
 SMALLEST = {
     "compression_arms": "--drift 0 --drift-rows 3000 --policy adaptive --widths 16 8 --budget 0.3 --interval 5 --serve",
     "compression_grid": "--drift --drift-rows 2000 --arms single graded --budgets 0.3 --seeds 2 --out /dev/null",
     "exchange": f"--ranks 2 {_MODEL} --steps 2",
+    "owners": "--largest 100000 --batch-size 4096 --ranks 2 8",
     "pipeline": f"--ranks 2 {_MODEL} --mlp 8 --rounds 2 --steps 1",
+    "plan_accuracy": "--ranks 2 --batch 8 --rounds 1 --seconds 0.1",
     "checkpoint": "--ranks 2 --num-embeddings 50 --local-batch-size 8 --every 2 --rounds 1 --out {folder}",
     "export": "--rows 1000 --shards 1 --rounds 1 --out {folder}",
     "job_backoff": "--nodes 2 --faults 3 --trials 1",
     "loader": "--rows 5000 --batch-size 64 --shuffle-buffer 1000 --rounds 1",
+    "openmp_waiting": "--batch 8 --busy 0 --seconds 0.01 --repeats 1 --spins 0",
+    "step": (f"--case 64-2-uniform-sgd {_TABLES} --bottom-mlp 8 --top-mlp 8 --seconds 0 --steps 1 --json"),
     "prepare": "--rows 2000 --times 1 --repeats 1",
 }
 """By name, the arguments of each benchmark; ``{folder}`` is an empty directory."""

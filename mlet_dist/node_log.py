@@ -3,21 +3,26 @@
 import os
 import sys
 from contextlib import suppress
-from datetime import UTC, datetime
 
 from mlet_dist.errors import one_line
+from mlet_dist.json_log import JsonLog, timestamp
 
 
 def log_of_node(rank: int, count: int, text: str) -> None:
     """Print a line on stderr, in a job of several nodes with the time (UTC) and the number of the node.
+
+    Where stderr is a JsonLog, these are fields: `time`, `node` and `nodes`.
 
     Args:
         rank: the number of this node.
         count: the number of nodes of the job.
         text: the line.
     """
-    where = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} node {rank} of {count}: " if count > 1 else ""
     with suppress(OSError):  # stderr may be closed
+        if isinstance(sys.stderr, JsonLog):
+            sys.stderr.log(one_line(text), node=rank, nodes=count)
+            return
+        where = f"{timestamp()} node {rank} of {count}: " if count > 1 else ""
         print(f"mlet: {where}{one_line(text)}", file=sys.stderr, flush=True)
 
 

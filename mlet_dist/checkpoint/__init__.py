@@ -12,9 +12,12 @@ it is damaged. The modules of this package:
 
     store.py          where checkpoints are stored: a directory or a URL
     manifest.py       contents, writing and parsing of ``manifest.json``; checksums
-    saver.py          asynchronous saving in a background thread; retention
+    saver.py          saving in a thread; retention
+    host_copy.py      what is written: a copy in host memory, or the state in small chunks
     writer.py         writes one checkpoint from all ranks
     load.py           finds a complete checkpoint and loads it
+    verified_load.py  loads a checkpoint and verifies what it reads
     checked_file.py   reads parts of a file and verifies their checksums
+    long_work.py      work that takes ranks different times
     tensor_ranges.py  reads ranges of rows without a model or a process group
 """

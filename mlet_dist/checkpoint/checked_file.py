@@ -19,12 +19,15 @@ class CheckedFile:
         name: the file's name in messages.
         file: open and seekable.
         expected: the manifest's entry, ``bytes`` and ``crc32``; None for a file without one, which is not verified.
+        verified: numbers of blocks that are known to be good, to which this adds; other threads may share the set.
 
     Raises:
         UserError: by the constructor and by reads: the file has another size, cannot be read, or a block is damaged.
     """
 
-    def __init__(self, name: str, file: IO[bytes], expected: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, name: str, file: IO[bytes], expected: Mapping[str, Any] | None = None, verified: set[int] | None = None
+    ) -> None:
         self._name, self._file = name, file
         self.size = file.seek(0, io.SEEK_END)
         self._sums: list[str] | None = None  # expected, by block
@@ -32,7 +35,7 @@ class CheckedFile:
             self._sums = expected["crc32"]
             if self.size != expected["bytes"]:
                 raise UserError(f"{name} has {self.size:,} bytes instead of {expected['bytes']:,}: it is damaged")
-        self._verified: set[int] = set()  # blocks
+        self._verified = set[int]() if verified is None else verified
         self._cached: tuple[int, memoryview] | None = None  # number and bytes of a block that was read in part
         self._streamed: tuple[int, int, int] | None = None  # number of a block, bytes of it streamed, their checksum
 
@@ -99,6 +102,7 @@ class CheckedFile:
             self.verify_streamed()
         continues = self._streamed is not None
         if self._sums is None or number in self._verified or not (continues or within == 0):
+            self._streamed = None  # another thread may have verified the block meanwhile
             self._read_block(number, within, out)
             return
         self._read(number * BLOCK_BYTES + within, out)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from mlet_dist.checkpoint.long_work import Advance, run_long
 from mlet_dist.checkpoint.manifest import Manifest, ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.embeddings.collection import check_layers_fit
@@ -61,6 +62,48 @@ def latest_complete(store: CheckpointStore) -> CompleteCheckpoint | None:
     return None
 
 
+def latest_unverified(store: CheckpointStore) -> CompleteCheckpoint | None:
+    """Return what ``latest_complete`` does, after comparing the sizes of files alone. A collective call.
+
+    It is for callers that verify what they load (``verified_load``), so that no file is read twice.
+
+    Raises:
+        UserError: all finished checkpoints are damaged; the message names the files.
+    """
+    message, found = _from_first_rank(_latest_by_sizes(store) if _is_first_rank() else None)
+    if message:
+        raise UserError(message)
+    return None if found is None else CompleteCheckpoint(store.checkpoint(found[0].step), *found)
+
+
+def _latest_by_sizes(store: CheckpointStore) -> tuple[str, tuple[Manifest, list[str]] | None]:
+    """Return an error message, or the latest checkpoint's manifest and the damage to later ones."""
+    damage: list[str] = []
+    try:
+        for checkpoint in reversed([each for each in store.checkpoints() if not each.is_unfinished]):
+            try:
+                manifest = checkpoint.manifest()
+            except ManifestError as error:
+                damage.append(str(error))
+                continue
+            found = _damage_by_sizes(checkpoint, manifest)
+            if not found:
+                return "", (manifest, damage)
+            damage += found
+    except UserError as error:
+        return str(error), None
+    return f"{store}: no checkpoint is complete: {'; '.join(damage)}" if damage else "", None
+
+
+def _damage_by_sizes(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
+    sizes, damage = checkpoint.sizes(), []
+    for name, expected in sorted(manifest.files.items()):
+        if sizes.get(name) != expected["bytes"]:
+            found = f"has {sizes[name]:,} bytes instead of {expected['bytes']:,}" if name in sizes else "is missing"
+            damage.append(f"{checkpoint}: {name} {found}")
+    return damage
+
+
 def require_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:
     """Verify one checkpoint. A collective call.
 
@@ -101,11 +144,9 @@ def latest_finished(store: CheckpointStore) -> tuple[Checkpoint, Manifest]:
         manifest = latest.manifest()
     except ManifestError as error:
         raise UserError(f"the run's last checkpoint is damaged: {error}") from None
-    sizes = latest.sizes()
-    for name, expected in sorted(manifest.files.items()):
-        found = f"has {sizes[name]:,} bytes instead of {expected['bytes']:,}" if name in sizes else "is missing"
-        if sizes.get(name) != expected["bytes"]:
-            raise UserError(f"the run's last checkpoint is damaged: {latest}: {name} {found}")
+    damage = _damage_by_sizes(latest, manifest)
+    if damage:
+        raise UserError(f"the run's last checkpoint is damaged: {damage[0]}")
     return latest, manifest
 
 
@@ -188,16 +229,24 @@ def _reader(checkpoint: Location) -> dcp.StorageReader:
 
 def _verify(checkpoint: Checkpoint) -> tuple[Manifest | None, list[str]]:
     """Read all files of a checkpoint, each rank its share; return its manifest, or None and the damage of all ranks."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    manifest = None
-    try:
-        manifest = checkpoint.manifest()
-        names = sorted(manifest.files)[rank::world_size]
-        damage = [f"{checkpoint}: {each}" for name in names if (each := manifest.find_damage(name, checkpoint.open))]
-    except ManifestError as error:
-        damage = [str(error)]
+    manifest, damage = run_long(lambda advance: _verify_share(checkpoint, advance))
     damage = sorted({each for share in _from_all_ranks(damage) for each in share})
     return (None, damage) if damage else (manifest, [])
+
+
+def _verify_share(checkpoint: Checkpoint, advance: Advance) -> tuple[Manifest | None, list[str]]:
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        manifest = checkpoint.manifest()
+    except ManifestError as error:
+        return None, [str(error)]
+    names = sorted(manifest.files)[rank::world_size]
+    found = [manifest.find_damage(name, checkpoint.open, advance) for name in names]
+    return manifest, [f"{checkpoint}: {each}" for each in found if each]
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _from_first_rank(value: Any) -> Any:

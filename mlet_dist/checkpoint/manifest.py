@@ -21,7 +21,8 @@ from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+_OLDEST_VERSION = 4  # its tables are stored by id, as those of all checkpoints whose manifest has no ``row_order``
 RUN_ID = "run"
 """The key of ``Manifest.about`` under which a run's checkpoints hold its id."""
 
@@ -90,24 +91,33 @@ class Manifest:
             if _with_checksum(content) != data:
                 raise ValueError("its checksum is wrong")
             found = content["format_version"]
-            if found != FORMAT_VERSION:
+            if not _OLDEST_VERSION <= found <= FORMAT_VERSION:
                 # Not a ManifestError, which makes callers fall back to an older checkpoint: this one is complete.
                 raise UserError(
-                    f"{where}: format_version is {found}, and this version of mlet_dist reads {FORMAT_VERSION}; use "
-                    "the version that wrote it"
+                    f"{where}: format_version is {found}, and this version of mlet_dist reads {_OLDEST_VERSION} to "
+                    f"{FORMAT_VERSION}; use the version that wrote it"
                 )
             return cls(content["step"], content["files"], content["about"])
         except (ValueError, KeyError, TypeError) as error:
             raise ManifestError(f"{where} is damaged: {' '.join(str(error).split())}") from None
 
-    def find_damage(self, name: str, open_file: Callable[[str], Any]) -> str | None:
-        """Read all of file ``name`` and return a description of its damage, or None if it is intact."""
+    def find_damage(
+        self, name: str, open_file: Callable[[str], Any], advance: Callable[[], None] = lambda: None
+    ) -> str | None:
+        """Read all of file ``name`` and return a description of its damage, or None if it is intact.
+
+        Args:
+            name: of the file.
+            open_file: opens a file by name.
+            advance: called after each block.
+        """
         expected = self.files[name]
         found = Checksum()
         try:
             with open_file(name) as file:
                 while block := file.read(1 << 22):
                     found.update(block)
+                    advance()
         except FileNotFoundError:
             return f"{name} is missing"
         except Exception as error:  # each fsspec implementation raises its own errors

@@ -1,25 +1,29 @@
-"""Asynchronous saving: the state is copied to host memory, and a background thread writes it and applies retention."""
+"""Saving in a thread of each rank, which writes and applies retention.
+
+In the background it writes a copy of the state, which takes as much host memory; otherwise the state itself, in chunks.
+"""
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
+from mlet_dist.checkpoint.host_copy import copied_bytes, copy_to_cpu, in_chunks
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.checkpoint.writer import copy_to_cpu, on_first_rank, write_checkpoint
-from mlet_dist.errors import UserError
+from mlet_dist.checkpoint.writer import on_first_rank, write_checkpoint
+from mlet_dist.errors import UserError, print_warning
+from mlet_dist.machine_limits import memory_bytes
 
 _JOIN_SECONDS_ON_ERROR = 30.0
-_NICENESS = 10
+_COPY_SHARE = 0.9  # of the available memory: the rest is left for buffers of the file system and for loaders
 
 
 class CheckpointSaver:
@@ -51,21 +55,53 @@ class CheckpointSaver:
         self._store, self._keep_last, self._keep_every = store, keep_last, keep_every
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._thread: threading.Thread | None = None
+        self._has_room: bool | None = None
         self._error: BaseException | None = None
         self.saved: Checkpoint | None = None
         self.write_seconds = 0.0
 
-    def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
-        """Start to write a checkpoint; ``state`` may change as soon as this returns. A collective call.
+    def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any], *, in_background: bool = True) -> None:
+        """Write a checkpoint; ``state`` may change as soon as this returns. A collective call.
+
+        Args:
+            step: of the checkpoint.
+            state: nested dicts of tensors, sharded or the same on all ranks.
+            about: as in ``write_checkpoint``.
+            in_background: write a copy of the state while training continues. The copy is made only if some host has
+                memory for those of its ranks; otherwise, and where this is false, the state is written in chunks
+                before this returns.
 
         Raises:
             UserError: the previous checkpoint could not be written.
         """
         self.wait()
-        copy = copy_to_cpu(state)
+        copies = in_background and self._copies_fit(state)
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        written = copy_to_cpu(state) if copies else in_chunks(state)
         checkpoint = self._store.checkpoint(step)
-        self._thread = threading.Thread(target=self._run, args=(checkpoint, copy, about), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(checkpoint, written, about, device), daemon=True)
         self._thread.start()
+        if not copies:
+            self._thread.join()
+
+    def _copies_fit(self, state: dict[str, Any]) -> bool:
+        """Return whether all hosts have memory for copies, found out before the first; warn if not. A collective call.
+
+        Ranks of a host are taken to have as much as the fullest one.
+        """
+        if self._has_room is None:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            counts = torch.tensor([copied_bytes(state) * ranks, -int(_COPY_SHARE * memory_bytes()[1])])
+            dist.all_reduce(counts, dist.ReduceOp.MAX, self._group)
+            needed, available = int(counts[0]), -int(counts[1])
+            self._has_room = needed <= available
+            if not self._has_room and dist.get_rank() == 0:
+                print_warning(
+                    f"checkpoints are written while training waits: for train.checkpoint_async a host would need "
+                    f"{needed:,} bytes for copies of the weights and optimizer state, and {available:,} can be used "
+                    "there; raise the host's or container's memory, or set train.checkpoint_async=false"
+                )
+        return self._has_room
 
     @property
     def has_failed(self) -> bool:
@@ -85,10 +121,10 @@ class CheckpointSaver:
         if error is not None:
             raise error
 
-    def _run(self, checkpoint: Checkpoint, state: dict[str, Any], about: Mapping[str, Any]) -> None:
-        if sys.platform == "linux":  # threads have their own priority there; training comes first
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    def _run(self, checkpoint: Checkpoint, state: dict[str, Any], about: Mapping[str, Any], device: int | None) -> None:
+        # At the priority of training, since a thread of a lower one that holds Python's lock would delay training.
+        if device is not None:  # each thread begins with the first
+            torch.cuda.set_device(device)
         started = time.monotonic()
         try:
             write_checkpoint(checkpoint, state, about, self._group)

@@ -59,12 +59,13 @@ class ChunkedTensors(ABC):
         self._chunks: dict[str, list[Chunk]] = {}
         self._by_rows: dict[str, tuple[list[Chunk], list[int]]] = {}
 
-    def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
+    def read_rows(self, name: str, start: int, out: torch.Tensor, first_column: int = 0) -> None:
         """Fill ``out`` with rows of a tensor from row ``start`` on.
 
         Args:
             out: ``(rows, columns)`` of the tensor's dtype, contiguous, on the CPU; ``(rows,)`` of a tensor that has
                 one dimension.
+            first_column: where the columns of ``out`` begin.
 
         Raises:
             UserError: there is no such tensor, or a file is missing or damaged.
@@ -75,16 +76,18 @@ class ChunkedTensors(ABC):
         stop, covered = start + len(out), 0
         for chunk in self._chunks_over(name, start, stop):
             first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
-            if first >= last or not chunk.sizes[1]:
+            left = max(first_column, chunk.offsets[1])
+            right = min(first_column + out.shape[1], chunk.offsets[1] + chunk.sizes[1])
+            if first >= last or left >= right:
                 continue
-            columns = slice(chunk.offsets[1], chunk.offsets[1] + chunk.sizes[1])
-            rows = out[first - start : last - start, columns]
-            part = rows if rows.is_contiguous() else torch.empty_like(rows, memory_format=torch.contiguous_format)
+            rows = out[first - start : last - start, left - first_column : right - first_column]
+            is_direct = rows.is_contiguous() and rows.shape[1] == chunk.sizes[1]
+            part = rows if is_direct else torch.empty(last - first, chunk.sizes[1], dtype=out.dtype)
             row_bytes = chunk.sizes[1] * out.element_size()
             self._read(chunk, (first - chunk.offsets[0]) * row_bytes, part)
-            if part is not rows:
-                rows.copy_(part)
-            covered += part.numel()
+            if not is_direct:
+                rows.copy_(part[:, left - chunk.offsets[1] : right - chunk.offsets[1]])
+            covered += rows.numel()
         if covered != out.numel():
             raise UserError(f"{self.location}: holds {covered:,} of {out.numel():,} values of rows of {name!r}")
 
@@ -178,16 +181,34 @@ class DcpFiles(ChunkedTensors):
                     for each in found.chunks
                 ]
         self._opened: dict[str, CheckedFile] = {}
+        # Rows of consecutive ids are in many files, which are opened again and again; their blocks are verified once.
+        self._verified: dict[str, set[int]] = {name: set() for name in files or ()}
         self._streams = False
         self._data_starts: dict[Chunk, int] = {}
+
+    def position(self, name: str, row: int) -> tuple[str, int]:
+        """Return the file that holds a row of a tensor, and about where in it, to read in the order of the files."""
+        chunks = self._chunks_of(name)
+        if chunks and not chunks[0].sizes:  # a single number
+            return chunks[0].file, chunks[0].start
+        chunk = next(self._chunks_over(name, row, row + 1), None)
+        if chunk is None:
+            return "", 0
+        return chunk.file, chunk.start + (row - chunk.offsets[0]) * chunk.length // max(1, chunk.sizes[0])
+
+    def separate(self) -> "DcpFiles":
+        """Return a copy with its own open files, for one thread."""
+        other = copy(self)
+        other._opened = {}
+        return other
 
     def streaming(self) -> "DcpFiles":
         """Return a copy with its own open files, for one thread that reads sequentially.
 
         Its rows are verified only once ``verify_streamed`` has returned: a block is verified after all of it was read.
         """
-        other = copy(self)
-        other._opened, other._streams = {}, True
+        other = self.separate()
+        other._streams = True
         return other
 
     def verify_streamed(self) -> None:
@@ -251,7 +272,7 @@ class DcpFiles(ChunkedTensors):
                 raise UserError(f"{path} is missing") from None
             except Exception as error:  # each fsspec implementation raises its own errors
                 raise UserError(f"{path} cannot be read: {error or type(error).__name__}") from None
-            self._opened[name] = CheckedFile(path, file, expected)
+            self._opened[name] = CheckedFile(path, file, expected, self._verified.get(name))
         return self._opened[name]
 
     @contextmanager

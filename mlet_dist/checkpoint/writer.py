@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.utils.serialization import config as serialization
@@ -189,23 +189,6 @@ class ChecksumStream(io.RawIOBase):
 
     def flush(self) -> None:
         self._file.flush()
-
-
-def copy_to_cpu(state: Any) -> Any:
-    """Return a copy of nested dicts of tensors in new host memory; the copy is finished on return."""
-    if isinstance(state, dict):
-        return {key: copy_to_cpu(value) for key, value in state.items()}
-    if isinstance(state, ShardedTensor):
-        shards = state.local_shards()
-        if any(shard.tensor.device.type != "cpu" for shard in shards):
-            return state.cpu()
-        copies = [Shard(shard.tensor.detach().clone(), shard.metadata) for shard in shards]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(
-            copies, state.metadata(), process_group=state._process_group
-        )
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    return state
 
 
 def written_bytes(state: Any, rank: int) -> int:

@@ -1,6 +1,7 @@
 """`mlet doctor`."""
 
 import argparse
+from pathlib import Path
 
 from mlet_dist.cli.options import add_nodes, add_nproc, load_checked_config
 from mlet_dist.cli.output import Result, print_text
@@ -19,7 +20,11 @@ will start the job:
 
 Every rank checks its versions, its environment variables of gloo and NCCL, /dev/shm, the data set, and the storage
 that it will write to. All ranks then join an all-reduce, which is timed. If a check fails, every rank reports it and
-ends."""
+ends.
+
+With --calibrate FILE all ranks then measure, within a minute, the latency and bandwidth of collectives in groups of
+several sizes, the bandwidth of rows, the rate of matrix products and the host's own work in a step. Give the file to
+`mlet plan --calibration FILE`. Measure on the ranks, with the threads and at the load of the job that you plan."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace those of the file"
     )
+    parser.add_argument(
+        "--calibrate", metavar="FILE", help="measure the ranks' rates and write FILE, for `mlet plan --calibration`"
+    )
     add_nproc(parser)
     add_nodes(parser)
 
@@ -44,7 +52,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
 
     if args.distributed:
         return _check_ranks(args, arguments)
-    for name in ("config", "nproc", "nnodes"):
+    for name in ("config", "nproc", "nnodes", "calibrate"):
         if getattr(args, name) is not None:
             raise UserError(f"{name} needs --distributed; without it, `mlet doctor` checks this machine")
     from mlet_dist.cluster.machine_checks import run_doctor
@@ -58,13 +66,17 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
 
 def _check_ranks(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Check the ranks of a job: start them, or be one of them."""
+    file = None if args.calibrate is None else Path(args.calibrate)
+    # Before all ranks measure for a minute. The first rank, which writes, is on node 0.
+    if file is not None and not rank_of(args) and not args.node_rank and not file.parent.is_dir():
+        raise UserError(f"--calibrate {file}: there is no directory {file.parent}")
     if args.nproc is not None:
         return run_in_ranks(args, arguments, lambda: None)
     configure_torch()
     from mlet_dist.cluster.rank_checks import check_ranks
     from mlet_dist.cluster.software_checks import format_checks
 
-    result = check_ranks(None if args.config is None else lambda: load_checked_config(args))
+    result = check_ranks(None if args.config is None else lambda: load_checked_config(args), file)
     if not rank_of(args):
         print_text(to_json(result) if args.json else format_checks(result))
     if result["wrong"]:

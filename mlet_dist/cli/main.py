@@ -36,6 +36,8 @@ from mlet_dist.cli.process import (
     tell_launcher_of_success,
 )
 from mlet_dist.errors import Interrupted, RanksLost, UserError, refusal
+from mlet_dist.json_log import log_as_asked
+from mlet_dist.training.rank_files import record_process
 
 
 class _Command(Protocol):
@@ -78,7 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr is None:  # closed by `2>&-`; print would use stdout instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
+        with log_as_asked():
+            return _run(arguments)
+    except UserError as error:  # of the format of the log
+        print_error(error)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    try:
         die_with_parent()
+        if is_launched_rank():
+            record_process()
         args = parse(arguments)
         rank = rank_of(args)
         with handle_signals(args, rank):

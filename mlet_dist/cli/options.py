@@ -173,8 +173,8 @@ def load_checked_config(args: argparse.Namespace) -> Config:
 
 def _check_memory(config: Config, spec: "ModelSpec", ranks: int, world_size: int) -> None:
     """Raise UserError if the host's memory cannot hold the layers that every rank has."""
-    from mlet_dist.cluster.machine_checks import memory_bytes
     from mlet_dist.cluster.software_checks import has_nvidia_driver
+    from mlet_dist.machine_limits import memory_bytes
     from mlet_dist.models.dense_memory import check_dense_memory
 
     device = config.train.device

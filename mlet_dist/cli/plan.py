@@ -23,9 +23,11 @@ The command needs no GPU, no data set and no other process. An example with tabl
 
 It prints the sharding plan with its reasons; the memory of each rank (rows, their optimizer state, the buffers of a
 step, and W2 and the dense layers, which are on every rank); and, for comparison, the cost of a step for single layers
-of d and of k columns, for MLET with W2 after the exchange, and for MLET as configured. Times assume the hardware's peak
-rates (mlet_dist/planner/hardware.yaml) and leave out kernel launches and waiting: they are lower bounds, for
-comparison only. With compression, which needs the data set, it also shows what the budget and others keep.
+of d and of k columns, for MLET with W2 after the exchange, and for MLET as configured. The time of a step is the sum of
+the latency of collectives, bytes on the network, bytes of memory, matrix products, the host's own work, and the skew of
+the ids. By default it assumes the hardware's peak rates (mlet_dist/planner/hardware.yaml) and estimated latencies; with
+--calibration the rates are those of your own cluster. With compression, which needs the data set, it also shows what
+the budget and others keep.
 
 If the tables do not fit, the exit code is 2, and one line says how much memory is missing and suggests
 settings that fit; the page of --out is written all the same. `mlet train --help` lists the settings."""
@@ -54,17 +56,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tables", metavar="FILE", help="YAML file of table sizes (default: the sizes of the data set at data.path)"
     )
+    parser.add_argument(
+        "--calibration", metavar="FILE",
+        help="rates that `mlet doctor --distributed --calibrate FILE` measured, in place of those of --device, whose "
+        "memory stays",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="PLAN.html", help="also write a page with a chart of the memory of each rank")
 
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run the command; return the result to print, or None, and whether it succeeded."""
-    from mlet_dist.planner.plan_inputs import load_hardware, load_tables
+    from mlet_dist.config.calibration_file import load_calibration
+    from mlet_dist.planner.plan_inputs import load_hardware, load_lookups, load_tables
 
     if args.out is not None and Path(args.out).suffix not in (".html", ".htm"):
         raise UserError(f"--out {args.out}: the plan is written as an HTML page; name a file that ends in .html")
     config = load_config(Path(args.config), args.overrides)
     hardware = load_hardware(args.device)
+    calibration = None if args.calibration is None else load_calibration(Path(args.calibration))
+    if calibration is not None and calibration.device != hardware["kind"]:
+        raise UserError(
+            f"--calibration {args.calibration}: it was measured on {calibration.device} ranks, and --device "
+            f"{args.device} is of kind {hardware['kind']}; name a device of kind {calibration.device}"
+        )
     args.local_world_size = args.local_world_size or min(8, args.world_size)
     if args.local_world_size > _MAX_LOCAL_RANKS:
         raise UserError(
@@ -82,11 +96,15 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     spec, pooling_factors = load_tables(config, None if args.tables is None else Path(args.tables))
     print_warnings(config)
     configure_torch()
-    from mlet_dist.embeddings.planning.cost_model import Device
+    from mlet_dist.planner.hardware_rates import build_device, precision_of, rate_sources
     from mlet_dist.planner.plan_report import html_page, text_report
     from mlet_dist.planner.run_plan import make_plan
 
-    plan = make_plan(config, spec, pooling_factors, Device(**hardware), args.world_size, args.local_world_size)
+    lookups = load_lookups(config, spec) if args.tables is None and config.compression.policy == "none" else {}
+    device = build_device(hardware, precision_of(config), calibration)
+    plan = make_plan(config, spec, pooling_factors, device, args.world_size, args.local_world_size, lookups)
+    nodes = args.world_size // args.local_world_size
+    plan["rates"] = rate_sources(hardware, calibration, args.world_size, nodes)
     if args.out is not None:
         _write(Path(args.out), html_page(plan))
     if plan["shortage"] is not None:

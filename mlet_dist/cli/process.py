@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlet_dist.errors import UserError
+from mlet_dist.openmp import thread_environment
 
 _LAUNCHED = "MLET_LAUNCHED"
 _RESULT_LATER = "MLET_RESULT_LATER"
@@ -81,9 +82,8 @@ def configure_torch() -> None:
     import warnings
 
     threading.excepthook = _show_failure_of_thread
-    # By default OpenMP's threads spin while they wait: training took 10 times as long where other processes used the
-    # cores, too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    local_ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    os.environ.update(thread_environment(int(local_ranks) if local_ranks.isdecimal() else 1, os.environ))
     # On each rank DDP would warn about an option that training/sharding.py sets on purpose.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # These libraries log at start-up; their errors still show.

@@ -117,7 +117,7 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> Result | None:
     configure_torch()
     from mlet_dist.training.trainer import train
 
-    summary = train(config, fingerprint=args.json)
+    summary = train(config)
     return None if result_is_left_to_parent() else summary
 
 

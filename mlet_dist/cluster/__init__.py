@@ -5,7 +5,9 @@
 - ``attempt``: run the ranks of this node once with torch elastic.
 - ``heartbeats``: find nodes that are lost, and tell all nodes why an attempt has failed.
 - ``failure``: why an attempt has failed.
-- ``rank_watch``: watch the rank processes of this node: report, pass signals on, kill.
+- ``verdict``: what a failure means for this node: the reason, whether it counts, the exit code.
+- ``rank_watch``: watch the rank processes of this node: report, find those that are stopped, pass signals on, kill.
+- ``silence``: how long a value has not changed, for a process that may be suspended itself.
 - ``rank_errors``: find the error that is the cause among those of several ranks.
 - ``stop_request``: note the signals that ask a launcher to stop.
 - ``nodes``: describe the nodes of a job, from the options that every node is given.
@@ -14,6 +16,8 @@
 - ``torch_rendezvous``: give torch elastic the nodes that have met.
 - ``preflight``: compare what the nodes or ranks report about themselves before a job starts.
 - ``rank_checks``: run `mlet doctor --distributed`, in which all ranks of a job check one another.
+- ``calibration``: measure the rates of a job's ranks for `mlet plan`.
+- ``collective_rates``, ``device_rates``, ``host_rates``: of collectives, of a device, of the host's work in a step.
 - ``machine_checks``: run `mlet doctor`, which checks one machine or container.
 - ``software_checks``: check that Python, torch, fbgemm and TorchRec are installed and compatible.
 """

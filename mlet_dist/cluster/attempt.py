@@ -22,6 +22,8 @@ from mlet_dist.cluster.rank_watch import RankWatch
 from mlet_dist.cluster.stop_request import FORWARDED, StopRequest
 from mlet_dist.cluster.torch_rendezvous import FixedRendezvous
 from mlet_dist.errors import NodesMissing
+from mlet_dist.openmp import thread_environment
+from mlet_dist.training.rank_files import folders_by_process
 
 _SHUTDOWN_TIMEOUT_S = 600
 _ELASTIC_RESTARTS = 10
@@ -71,16 +73,16 @@ def run_ranks(
         except ChildFailedError as failed:
             if stop.received:
                 raise error_in_logs(logs) or KeyboardInterrupt(stop.received[0]) from None
-            trains = list(arguments[:1]) == ["train"]
-            raise error_of_failure(failed, trains=trains, killed=watch.killed) from None
+            raise _error_of(failed, arguments, watch, logs) from None
     stop.check()
 
 
-def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str) -> None:
+def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *, on_cuda: bool) -> None:
     """Run the ranks of this node of a job whose nodes may leave and join; torch elastic restarts them.
 
     Args:
         nproc, arguments, nodes, job: as for ``run_ranks``.
+        on_cuda: whether the ranks use NCCL.
 
     Raises:
         NodesMissing: too few nodes joined.
@@ -103,7 +105,7 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str) ->
         "max_restarts": _ELASTIC_RESTARTS,
         "signals_to_handle": ",".join(number.name for number in FORWARDED),
     }
-    watch = RankWatch((), shutdown_seconds(), lambda kind, text: None)
+    watch = RankWatch((), shutdown_seconds(), lambda kind, text: None, on_cuda=on_cuda)
     with _log_directory() as logs:
         try:
             with _raised_signals(), watch.watch(logs):
@@ -111,7 +113,7 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str) ->
         except SignalException as stopped:
             raise error_in_logs(logs) or KeyboardInterrupt(stopped.sigval) from None
         except ChildFailedError as failed:
-            raise error_of_failure(failed, trains=list(arguments[:1]) == ["train"]) from None
+            raise _error_of(failed, arguments, watch, logs) from None
         except RendezvousError as error:
             raise NodesMissing(
                 f"fewer than {nodes.min_count} nodes joined at {nodes.endpoint} in time (--wait {nodes.wait:g}; "
@@ -119,9 +121,21 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str) ->
             ) from None
 
 
+def _error_of(failed: ChildFailedError, arguments: Sequence[str], watch: RankWatch, logs: Path) -> Exception:
+    return error_of_failure(
+        failed,
+        trains=list(arguments[:1]) == ["train"],
+        killed=watch.killed,
+        stopped=watch.stopped,
+        on_cuda=watch.on_cuda,
+        folders={pid: folder.path for pid, folder in folders_by_process(logs).items()},
+    )
+
+
 def _launch(config: dict[str, Any], nproc: int, logs: Path, arguments: Sequence[str]) -> None:
-    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.update(thread_environment(nproc, os.environ))
+    # As without torch elastic, which sets 1: then NCCL's watchdog first aborts communicators, which may hang.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     logging.disable(logging.ERROR)  # torch elastic would log its own report of a failure before our message
     complete = LaunchConfig(
         nproc_per_node=nproc,

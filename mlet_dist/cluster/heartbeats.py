@@ -5,27 +5,33 @@ all of them still change. The others notice by the answers of the store whether 
 attempt has failed writes the reason under one key, which all of them watch.
 """
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 from torch import distributed as dist
 
-from mlet_dist.cluster.failure import Failure
+from mlet_dist.cluster.failure import CONSEQUENCES, Failure
 from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.silence import Silence
 
 _POLL_SECONDS = 0.5
 _LOST_SECONDS, _LOST_LOOKS = 15.0, 10
 """How long a node may give no sign of life, and how many looks in a row must find none.
 
 A launcher has nothing else to do, so that only a machine that does not answer is silent for so long: live migrations,
-failovers of a network and retransmissions take a few seconds. Looks are counted, too, because time also passes for a
-node that was suspended itself, wakes up and has not looked since.
+failovers of a network and retransmissions take a few seconds.
 """
+
+_SILENT_SECONDS = 2.0  # without a sign of life, after which node 0 says that a node may be lost
+_HOLD_SECONDS = 3.0  # for node 0 to notice that, before a node tells that a rank was aborted
+_HOLD_CONNECTION_SECONDS = 2.0  # likewise if a rank has lost a connection, which its own node reports late
 
 _TOLD_SECONDS = 10.0  # for the other nodes to learn why this one ends
 _DONE_SECONDS = 60.0  # for the other nodes to end after the run has finished
@@ -33,6 +39,9 @@ _CONNECT = timedelta(seconds=10)
 
 FAILED = "failed"
 """The key of the reason why an attempt failed."""
+
+_SILENT = "silent"
+"""The key of the nodes that node 0 has heard nothing of for some seconds."""
 
 
 class Heartbeats:
@@ -56,10 +65,12 @@ class Heartbeats:
         self._wake, self._has_failed, self._end = threading.Event(), threading.Event(), threading.Event()
         self._is_connected = threading.Event()
         self._own: Failure | None = None
+        self._told = 0.0
         self._marks: list[str] = []
         self._delivered: set[str] = set()
         self._answers = 0
-        self._silences: dict[int, _Silence] = {}
+        self._silences: dict[int, Silence] = {}
+        self._silent: list[int] | None = None
         self._others = [each for each in range(nodes.count) if each != nodes.rank] if nodes.rank == 0 else []
         self._gone: set[int] = set()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._beat, self._await_answers)]
@@ -78,8 +89,14 @@ class Heartbeats:
         self._threads[1].join()  # the first may wait for node 0 for ever
 
     def tell(self, failure: Failure) -> None:
-        """Tell all nodes that the attempt has failed, unless one has told another reason before; does not wait."""
-        self._own = self._own or failure
+        """Tell all nodes that the attempt has failed, unless one has told another reason before; does not wait.
+
+        A rank that was aborted is not told while a node is silent, because that node may be found lost.
+        """
+        if self._own is None:
+            self._told = time.monotonic()
+        if self._own is None or (self._own.kind in CONSEQUENCES and failure.kind not in CONSEQUENCES):
+            self._own = failure
         self._wake.set()
 
     def wait_for_failure(self, seconds: float) -> Failure | None:
@@ -139,8 +156,12 @@ class Heartbeats:
 
     def _exchange(self, store: dist.Store, count: int) -> None:
         store.set(_beat_of(self._nodes.rank), f"{count}")
+        if self._others:
+            self._look_at_others(store)
         if self._own is not None and self.failure is None:
-            store.compare_set(FAILED, "", self._own.to_json())
+            told = self._with_silent_nodes(store, self._own)
+            if told is not None:
+                store.compare_set(FAILED, "", told.to_json())
         if self.failure is None and store.check([FAILED]):
             self._note(Failure.from_json(store.get(FAILED)))
         marks = [*self._marks, *(["told"] if self.failure is not None else [])]
@@ -148,8 +169,17 @@ class Heartbeats:
             if mark not in self._delivered:
                 store.set(f"{mark}/{self._nodes.rank}", "")
                 self._delivered.add(mark)
-        if self._others:
-            self._look_at_others(store)
+
+    def _with_silent_nodes(self, store: dist.Store, own: Failure) -> Failure | None:
+        """Return what to tell of this node's failure, or None if it is too early, because another may be the reason."""
+        if own.kind not in CONSEQUENCES:
+            return own
+        hold = _HOLD_SECONDS if own.kind == "aborted" else _HOLD_CONNECTION_SECONDS
+        silent = json.loads(store.get(_SILENT)) if store.check([_SILENT]) else []
+        if time.monotonic() - self._told < hold or (silent and own.kind == "aborted"):
+            return None
+        names = ", ".join(self._names[node] for node in silent)
+        return replace(own, text=f"{own.text}; no sign of life from {names}") if silent else own
 
     def _look_at_others(self, store: dist.Store) -> None:
         """On node 0: find nodes that have left or are lost."""
@@ -160,13 +190,18 @@ class Heartbeats:
                 self._gone.add(node)
                 continue
             beat = store.get(_beat_of(node)) if store.check([_beat_of(node)]) else b""
-            if self._silences.setdefault(node, _Silence()).is_too_long(beat):
+            if self._silences.setdefault(node, _new_silence()).is_too_long(beat):
                 self._gone.add(node)
                 lost = Failure("lost", node, _without_sign_of_life(self._names[node]))
                 store.compare_set(FAILED, "", lost.to_json())
+        watched = {node: silence for node, silence in self._silences.items() if node not in self._gone}
+        silent = [node for node, silence in watched.items() if silence.seconds > _SILENT_SECONDS]
+        if silent != self._silent:
+            store.set(_SILENT, json.dumps(silent))
+            self._silent = silent
 
     def _await_answers(self) -> None:
-        silence = _Silence()
+        silence = _new_silence()
         while not self._end.wait(_POLL_SECONDS):
             if silence.is_too_long(self._answers):
                 self._note(Failure("lost", 0, _without_sign_of_life(self._names[0])))
@@ -181,19 +216,8 @@ class Heartbeats:
         self._on_failure(failure)
 
 
-class _Silence:
-    """How long a value has not changed."""
-
-    def __init__(self) -> None:
-        self._last: object = None
-        self._since, self._looks = time.monotonic(), 0
-
-    def is_too_long(self, value: object) -> bool:
-        """Look at the value; return whether it has not changed for so long that its node is lost."""
-        if value != self._last:
-            self._last, self._since, self._looks = value, time.monotonic(), 0
-        self._looks += 1
-        return self._looks > _LOST_LOOKS and time.monotonic() - self._since >= _LOST_SECONDS
+def _new_silence() -> Silence:
+    return Silence(_LOST_SECONDS, _LOST_LOOKS)
 
 
 def _beat_of(node: int) -> str:

@@ -48,10 +48,11 @@ def launch(
         Exception: as ``attempt.run_ranks`` raises.
     """
     if nodes is not None and nodes.is_elastic:  # the nodes join one by one and are not compared
-        _check_devices(nproc, check())
+        config = check()
+        _check_devices(nproc, config)
         if nodes.rank > 0:
             wait_for_node_0(nodes)
-        run_elastic(nproc, arguments, nodes, job)
+        run_elastic(nproc, arguments, nodes, job, on_cuda=_uses_cuda(config))
         return
     with StopRequest() as stop:
         node = _Node(nproc, nodes, job, check, stop)

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from mlet_dist.cluster.calibration import calibrate
 from mlet_dist.cluster.preflight import Report, collect_report, find_problems
 from mlet_dist.cluster.software_checks import Check
+from mlet_dist.config.calibration_file import write_calibration
 from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError
 from mlet_dist.training.process_group import Worker, join_ranks
@@ -23,16 +26,18 @@ _ALL_REDUCE_BYTES = 16 << 20
 _MOST_HOSTS_SHOWN = 8
 
 
-def check_ranks(load: Callable[[], Config] | None) -> dict[str, Any]:
-    """Check the ranks that torchrun's environment describes. A collective call, which ends within two minutes.
+def check_ranks(load: Callable[[], Config] | None, calibration: Path | None = None) -> dict[str, Any]:
+    """Check the ranks that torchrun's environment describes. A collective call, which ends within three minutes.
 
     Args:
         load: loads and checks the config of the job; None to check the ranks alone.
+        calibration: a file that the first rank writes with the rates of the ranks; None measures an all-reduce alone.
 
     Returns:
         ``ok``, ``checks`` (each ``Check`` as a dict) and ``wrong`` (lines); the same on every rank.
 
     Raises:
+        UserError: the calibration file cannot be written; raised on the first rank.
         RanksLost: ranks did not join, or did not take part in a collective.
     """
     config, problem = None, ""
@@ -51,6 +56,8 @@ def check_ranks(load: Callable[[], Config] | None) -> dict[str, Any]:
             reports = _gather(report | {"host": socket.gethostname()}, worker)
             wrong = _broadcast(find_problems(reports) if worker.is_first else [])
         checks = [_check_hosts(reports), _check_variables(reports, worker), _time_all_reduce(worker)]
+        if calibration is not None and not wrong:
+            checks.append(_calibrate(worker, calibration))
     checks += [Check("wrong", "fail", line) for line in wrong] or [_describe_storage(config)]
     return {"ok": not wrong, "checks": [asdict(check) for check in checks], "wrong": wrong}
 
@@ -103,6 +110,20 @@ def _time_all_reduce(worker: Worker) -> Check:
         f"{sent / best / 1e9:.2f} GB/s a rank"
     )
     return Check("all-reduce", "ok", found)
+
+
+def _calibrate(worker: Worker, path: Path) -> Check:
+    found = calibrate(worker)
+    if worker.is_first:
+        write_calibration(path, found)
+    largest = [group for group in found.groups if group.ranks == worker.world_size]
+    times = [f"{group.collective} {group.latency_us:,.0f} us" for group in largest]
+    shown = "; ".join(times or ["one rank has no collectives"])
+    rates = (
+        f"memory {found.memory_bandwidth_gbs:.3g} GB/s, products {1e3 * found.tflops:.3g} GFLOPS, host "
+        f"{found.host_step_us / 1e3:.3g} ms a step and {found.host_table_us:.3g} us a table"
+    )
+    return Check("rates", "ok", f"{shown}; {rates}; written to {path}")
 
 
 def _describe_storage(config: Config | None) -> Check:

@@ -6,14 +6,17 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
 
+from mlet_dist.cluster.rank_watch import was_stopped
 from mlet_dist.errors import ConnectionLost, Interrupted, RanksLost, UserError
+from mlet_dist.training.rank_files import fatal_stack, fatal_time
 from mlet_dist.training.signals import STOP_SIGNALS, interrupted_unsaved
 
 _ONE_LINE_ERRORS: dict[str, type[Exception]] = {
@@ -22,21 +25,39 @@ _ONE_LINE_ERRORS: dict[str, type[Exception]] = {
 
 
 class RankAborted(ChildProcessError):
-    """SIGABRT ended a rank, by which NCCL's watchdog ends a rank when it has lost another; exit code 1."""
+    """SIGABRT ended a rank, by which NCCL's watchdog ends a rank that waits for another in vain; exit code 1."""
 
 
 class RanksKilled(ChildProcessError):
     """The launcher killed the ranks, because another node had failed."""
 
 
-def error_of_failure(failed: ChildFailedError, *, trains: bool = False, killed: Collection[int] = ()) -> Exception:
+def error_of_failure(
+    failed: ChildFailedError,
+    *,
+    trains: bool = False,
+    killed: Collection[int] = (),
+    stopped: Collection[int] = (),
+    on_cuda: bool = False,
+    folders: Mapping[int, Path] = MappingProxyType({}),
+) -> Exception:
     """Return the exception that describes why the ranks of this node failed; print the traceback, if there is one.
 
     Args:
         failed: torch elastic's error.
         trains: whether the ranks run `mlet train`, which stop signals are meant for.
-        killed: process ids of ranks that the launcher killed.
+        killed: process ids of ranks that the launcher killed, because others had failed.
+        stopped: process ids of ranks that the launcher killed, because they were stopped.
+        on_cuda: whether the ranks use NCCL, so that SIGABRT is likely the consequence of another failure.
+        folders: the directories of the ranks' error files, by process id.
     """
+
+    def time_of(failure: ProcessFailure) -> float:
+        """Return when a rank failed; torch elastic knows the second in which it looked."""
+        with suppress(OSError, KeyError):
+            return fatal_time(folders[failure.pid])
+        return failure.timestamp
+
     failures = {
         rank: failure
         for rank, failure in failed.failures.items()
@@ -45,16 +66,25 @@ def error_of_failure(failed: ChildFailedError, *, trains: bool = False, killed: 
     if not failures:
         return RanksKilled("the ranks were killed")
     # When one rank ends, the others fail too: they lose a connection, or torch elastic terminates them.
-    rank, failure = min(failures.items(), key=lambda item: (_order_of_cause(item[1]), item[1].timestamp))
+    rank, failure = min(failures.items(), key=lambda item: (_order_of_cause(item[1], on_cuda), time_of(item[1])))
     message = _message(failure)
     error = _one_line_error(message)
     if error is not None:
         return error
     where = f"rank {rank} on {socket.gethostname()}"
+    if failure.pid in stopped:
+        return ChildProcessError(f"{where} {was_stopped()}")
     if trains and -failure.exitcode in STOP_SIGNALS:  # it came before the rank could handle it
         return interrupted_unsaved(-failure.exitcode)
     if failure.exitcode < 0:
-        hint = "; it may have run out of memory, see `dmesg`" if failure.exitcode == -signal.SIGKILL else ""
+        is_consequence = on_cuda and failure.exitcode == -signal.SIGABRT
+        if not is_consequence and failure.pid in folders:
+            print(fatal_stack(folders[failure.pid]), end="", file=sys.stderr)
+        hint = ""
+        if failure.exitcode == -signal.SIGKILL:
+            hint = "; it may have run out of memory, see `dmesg`"
+        elif is_consequence:
+            hint = "; NCCL's watchdog does that when another rank does not answer" + _not_ended(failed, killed)
         kind = RankAborted if failure.exitcode == -signal.SIGABRT else ChildProcessError
         return kind(f"{where} was killed by signal {-failure.exitcode} ({failure.signal_name()}){hint}")
     if isinstance(failure.message, dict):
@@ -65,16 +95,26 @@ def error_of_failure(failed: ChildFailedError, *, trains: bool = False, killed: 
     return ChildProcessError(f"{where} failed with exit code {failure.exitcode}{reason}")
 
 
-def _order_of_cause(failure: ProcessFailure) -> int:
+def _order_of_cause(failure: ProcessFailure, on_cuda: bool) -> int:
     """Return a number that is the larger, the likelier the failure is a consequence of another rank's failure."""
     error = _one_line_error(_message(failure))
     if isinstance(error, ConnectionLost):
-        return 3
+        return 4
     if error is not None:
         return 0
-    if failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT):
-        return 4
+    if failure.exitcode == -signal.SIGTERM:
+        return 5
+    if failure.exitcode == -signal.SIGABRT and on_cuda:
+        return 3
     return 1 if failure.exitcode < 0 else 2
+
+
+def _not_ended(failed: ChildFailedError, killed: Collection[int]) -> str:
+    """Return which ranks had to be killed: they are not those that waited, or they could not notice that they do."""
+    ranks = [f"{rank}" for rank, failure in failed.failures.items() if failure.pid in killed]
+    if not ranks:
+        return ""
+    return f"; rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} did not end and had to be killed"
 
 
 def _message(failure: ProcessFailure) -> str:

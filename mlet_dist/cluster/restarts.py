@@ -12,32 +12,33 @@ from typing import Any
 from torch import distributed as dist
 
 from mlet_dist.cluster.attempt import run_ranks, shutdown_seconds
-from mlet_dist.cluster.failure import Failure, Kind
+from mlet_dist.cluster.failure import CONSEQUENCES, Failure, Kind
 from mlet_dist.cluster.heartbeats import Heartbeats
 from mlet_dist.cluster.nodes import Nodes
-from mlet_dist.cluster.rank_errors import RankAborted, RanksKilled
+from mlet_dist.cluster.rank_errors import RankAborted
 from mlet_dist.cluster.rank_watch import RankWatch
 from mlet_dist.cluster.registration import Meeting
 from mlet_dist.cluster.stop_request import StopRequest
-from mlet_dist.errors import ConnectionLost, Interrupted, NodesMissing, RanksLost, UserError
+from mlet_dist.cluster.verdict import judge, kind_of
+from mlet_dist.errors import NodesMissing, RanksLost
 from mlet_dist.node_log import log_of_node
 from mlet_dist.training.attempts import mark_attempt
 
-_CAUSE_SECONDS = 2.0  # for the node whose rank crashed to tell it, before another tells that it lost a connection
+_CAUSE_SECONDS, _LOST_CAUSE_SECONDS = 5.0, 25.0
+"""How long to wait for the reason of a failure that may follow from one elsewhere; the second if it may be a lost node.
 
-_GRACE_SECONDS: dict[Kind, float] = {"crash": 5, "connection": 5, "lost": 5, "timeout": 15, "stopped": 15, "input": 40}
+A connection is lost when a process ends. NCCL's watchdog also aborts a rank whose peer's machine does not answer.
+"""
+
+_GRACE_SECONDS: dict[Kind, float] = {
+    **{"crash": 5, "connection": 5, "aborted": 5, "lost": 5},
+    **{"timeout": 15, "stopped": 15, "input": 40},
+}
 """How long ranks may take to end by themselves after an attempt has failed.
 
 Without its peers a rank cannot save, and soon ends itself. After a collective has timed out, the ranks that wait need
 10 s to find out which of them hang. After an input error, a checkpoint that is being written may be completed (30 s).
 """
-
-_EARLY_TEXTS: dict[Kind, str] = {
-    "crash": "a rank has crashed; see its log",
-    "connection": "a rank has lost its connection to another",
-    "timeout": "a collective has timed out",
-}
-"""What the other nodes are told at once; the log of the node has more."""
 
 Meet = Callable[[int, str], Meeting | None]
 """Lets the nodes meet, given the number of earlier attempts and why the last failed; None if the run has finished."""
@@ -127,11 +128,14 @@ class Supervisor:
     def _attempt(self, meeting: Meeting | None) -> str | None:
         """Run the ranks once; return None if they succeeded, and otherwise why they failed, as the next report says."""
         heartbeats: Heartbeats | None = None
-        watch = RankWatch(
-            self._stop.received,
-            shutdown_seconds(),
-            lambda kind, text: self._tell(heartbeats, kind, text or f"{name}: {_EARLY_TEXTS[kind]}"),
-        )
+
+        def report(kind: Kind, text: str) -> None:
+            """Tell the other nodes, and end the other ranks of this one, which can neither train nor save any more."""
+            watch.kill_all(_GRACE_SECONDS[kind])
+            self._tell(heartbeats, kind, text if kind in ("input", "timeout") else f"{name}: {text}")
+
+        has_peers = self._nproc * self._nodes.count > 1
+        watch = RankWatch(self._stop.received, shutdown_seconds(), report, has_peers=has_peers, on_cuda=self._on_cuda())
         name = f"node {self._nodes.rank}"
         if meeting is not None and self._nodes.count > 1:
             name = meeting.names[self._nodes.rank]
@@ -153,44 +157,33 @@ class Supervisor:
 
     def _after(self, error: BaseException, watch: RankWatch, heartbeats: Heartbeats | None, name: str) -> str:
         """Tell the other nodes why the ranks have failed, and raise the error unless the nodes meet again."""
-        kind = self._kind_of(error)
+        kind = kind_of(error, on_cuda=self._on_cuda())
         if kind in ("stopped", "input"):
             self._leave(heartbeats, kind, str(error) if kind == "input" else f"{name} was asked to stop by a signal")
             raise error
-        told = None if heartbeats is None else heartbeats.wait_for_failure(_CAUSE_SECONDS * (kind == "connection"))
-        text = f"{name}: " * (self._nodes.count > 1) + (_EARLY_TEXTS[kind] if kind == "connection" else str(error))
-        own = Failure(kind, self._nodes.rank, str(error) if kind == "lost" else text)
-        knows_more = told is not None and (told.node, told.kind) == (own.node, own.kind)  # than the others were told
-        failure = own if told is None or (knows_more and not isinstance(error, RanksKilled)) else told
-        # Where others found that a collective timed out, the rank that had to be killed is the one that hung.
-        hung = watch.hung or (isinstance(error, RanksKilled) and failure.kind == "timeout")
-        is_own = hung or kind == "crash"
-        if isinstance(error, RanksKilled):
-            error = RanksLost(failure.text) if hung else ConnectionLost(failure.text)
-        elif isinstance(error, ConnectionLost) and failure.node != own.node and failure.kind != "connection":
-            error = ConnectionLost(f"another rank has ended: {failure.text}")
-        if failure.kind == "input":
-            error = UserError(failure.text)
-        elif self._limit.most and is_own and not self._limit.allows_another():
-            error = self._exhausted(error)
-        elif self._limit.most:
-            self._leave(heartbeats, failure.kind, failure.text, for_good=False)
-            again = "when all nodes have met" if self._nodes.count > 1 else "now"
-            self._log(f"the ranks have failed: {failure.text}; they start again {again}")
-            return "fault" if is_own else failure.kind if failure.kind in ("lost", "stopped") else "unknown"
+        prefix = f"{name}: " * (self._nodes.count > 1 and kind != "lost")
+        text = "a rank has lost its connection to another rank" if kind == "connection" else str(error)
+        own, told = Failure(kind, self._nodes.rank, f"{prefix}{text}"), None
+        if heartbeats is not None:
+            seconds = 0.0
+            if kind in CONSEQUENCES or isinstance(error, RankAborted):
+                heartbeats.tell(own)  # unless the watch has
+                seconds = _LOST_CAUSE_SECONDS if kind == "aborted" else _CAUSE_SECONDS
+            told = heartbeats.wait_for_failure(seconds)
+        verdict = judge(error, own, told, hung=watch.hung, is_alone=self._nodes.count == 1)
+        failure, error = verdict.failure, verdict.error
+        if self._limit.most and failure.kind != "input":
+            if verdict.is_own and not self._limit.allows_another():
+                error = self._exhausted(error)
+            else:
+                self._leave(heartbeats, failure.kind, failure.text, for_good=False)
+                again = "when all nodes have met" if self._nodes.count > 1 else "now"
+                self._log(f"the ranks have failed: {failure.text}; they start again {again}")
+                if verdict.is_own:
+                    return "fault"
+                return failure.kind if failure.kind in ("lost", "stopped") else "unknown"
         self._leave(heartbeats, failure.kind, failure.text)
         raise error
-
-    def _kind_of(self, error: BaseException) -> Kind:
-        if isinstance(error, KeyboardInterrupt | Interrupted):
-            return "stopped"
-        if isinstance(error, UserError):
-            return "input"
-        if isinstance(error, NodesMissing | RanksKilled):
-            return "lost"
-        if isinstance(error, ConnectionLost) or (isinstance(error, RankAborted) and self._on_cuda()):
-            return "connection"
-        return "timeout" if isinstance(error, RanksLost) else "crash"
 
     def _exhausted(self, error: BaseException) -> Exception:
         most = self._limit.most

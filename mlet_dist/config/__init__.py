@@ -3,6 +3,7 @@
 Modules:
     sections, compression_section, sharding_section: the settings of each section, as dataclasses with defaults, limits
         and meanings.
+    calibration_file: the file of rates that `mlet doctor --distributed --calibrate` writes and `mlet plan` reads.
     limits: what several sections allow at most.
     byte_sizes: sizes in bytes, such as 12GB.
     config_file: the config of all sections; reads and writes config files, and describes the settings for `--help`.

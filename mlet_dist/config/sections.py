@@ -254,8 +254,8 @@ class TrainConfig:
         "Directory or URL (s3://…) for the checkpoints of this run, and of no other; null: run.dir/checkpoints.", None
     )
     checkpoint_async: bool = setting(
-        "true: write checkpoints in the background, from a copy that needs as much host memory again; false: write "
-        "them while training waits.",
+        "true: write checkpoints in the background, from a copy that needs as much host memory again; false, or where "
+        "that memory is missing: write them while training waits.",
         True,
     )
     checkpoint_failure: Literal["stop", "continue"] = setting(

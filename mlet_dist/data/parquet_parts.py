@@ -9,12 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mlet_dist.data.schema import SPLITS, Part
+from mlet_dist.data.schema import ROW_GROUP_ROWS, SPLITS, Part
 from mlet_dist.errors import UserError
 
 PART_ROWS = 1 << 20
-# Small, so that a rank can skip the rows of the other ranks without decoding them.
-ROW_GROUP_ROWS = 1 << 14
 PART_VERSION = 3  # changes when the encoding of parts changes; part of the write pass's fingerprint, not of any file
 PAGES_KEY = b"mlet_dist.pages_sha256"  # in the footer of a part
 MIN_ROWS = 10
@@ -72,7 +70,8 @@ class PartWriter:
         file = self._directory / path
         sums = write_parquet(table, file)
         positives = pc.sum(table[self._label]).as_py()
-        self.parts[split].append(Part(path, table.num_rows, positives, sums.bytes, sums.sha256, sums.pages_sha256))
+        hashes = sums.sha256, sums.pages_sha256
+        self.parts[split].append(Part(path, table.num_rows, positives, sums.bytes, *hashes, ROW_GROUP_ROWS))
         self._pending, self._pending_rows = [], 0
 
 

@@ -35,15 +35,25 @@ def count_ids(
     own = [feature for feature in schema.sparse if feature.table_name == table]
     counted = [feature for feature in own if features is None or feature.name in features]
     counts = np.zeros(own[0].num_embeddings, np.int64)
-    if len(counted) == len(own) and _read_vocabulary(path / VOCABULARY / f"{table}.parquet", counts[1:]):
-        # Id 0 stands for all values outside the vocabulary.
-        ids = sum(round(feature.pooling_factor * schema.rows["train"]) for feature in own)
-        counts[0] = ids - counts[1:].sum()
-        return counts
+    if len(counted) == len(own):
+        of_vocabulary = vocabulary_counts(path, schema, table)
+        if of_vocabulary is not None:
+            return of_vocabulary
     split = SplitRows(path, schema, schema.parts["train"], [], [feature.name for feature in counted], by_row=False)
     for group in range(len(split.group_rows)):
         for column in split.decode(group).sparse:
             np.add.at(counts, column.ids.ravel(), 1)
+    return counts
+
+
+def vocabulary_counts(path: DataPath, schema: DatasetSchema, table: str) -> npt.NDArray[np.int64] | None:
+    """Return what ``count_ids`` does of all features of a table, or None if the table has no vocabulary."""
+    own = [feature for feature in schema.sparse if feature.table_name == table]
+    counts = np.zeros(own[0].num_embeddings, np.int64)
+    if not _read_vocabulary(path / VOCABULARY / f"{table}.parquet", counts[1:]):
+        return None
+    # Id 0 stands for all values outside the vocabulary.
+    counts[0] = sum(round(each.pooling_factor * schema.rows["train"]) for each in own) - counts[1:].sum()
     return counts
 
 

@@ -22,12 +22,14 @@ FORMAT_VERSION = 3
 SPLITS = ("train", "valid", "test")
 FILE_NAME = "schema.json"
 SAMPLE_WEIGHT = "sample_weight"  # name of the column with the weights of rows
+ROW_GROUP_ROWS = 1 << 14  # small, so that a rank can skip the rows of the other ranks without decoding them
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
 
 _TABLE_SIZE = (
     lambda value: values.is_integer(value, 1, MAX_NUM_EMBEDDINGS),
     f"a whole number from 1 to {MAX_NUM_EMBEDDINGS}",
 )
+_ROW_GROUP = (lambda value: values.is_integer(value, 1, 2**31 - 1), "a whole number of at least 1")
 _BY_SPLIT = (
     lambda value: values.is_object(value) and set(value) <= set(SPLITS),
     f"an object with the keys {', '.join(SPLITS)}, of which valid and test may be missing",
@@ -72,6 +74,7 @@ class Part:
         bytes: size of the file.
         sha256: SHA-256 of the file's content, in hexadecimal.
         pages_sha256: SHA-256 of its bytes before the Parquet footer; the footer repeats it.
+        row_group_rows: rows of each of its row groups but the last, which has the rest.
     """
 
     path: str
@@ -80,6 +83,13 @@ class Part:
     bytes: int
     sha256: str
     pages_sha256: str
+    row_group_rows: int = ROW_GROUP_ROWS
+
+    @property
+    def group_rows(self) -> list[int]:
+        """The rows of each row group."""
+        starts = range(0, self.rows, self.row_group_rows)
+        return [min(self.row_group_rows, self.rows - start) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,7 @@ class DatasetSchema:
             "preprocessing": self.preprocessing.to_dict(),
             "vocabulary_id": self.vocabulary_id,
             "rows": self.rows,
-            "parts": {split: [asdict(part) for part in parts] for split, parts in self.parts.items()},
+            "parts": {split: [_plain_part(part) for part in parts] for split, parts in self.parts.items()},
         }
         if self.id_counts:
             content["id_counts"] = counts_to_plain(self.id_counts)
@@ -244,6 +254,7 @@ class DatasetSchema:
                         take(p, "bytes", *values.COUNT, within),
                         take(p, "sha256", *values.SHA256, within),
                         take(p, "pages_sha256", *values.SHA256, within),
+                        take({"row_group_rows": ROW_GROUP_ROWS} | p, "row_group_rows", *_ROW_GROUP, within),
                     )
                     for within, p in values.enumerated(f"parts.{split}", take(parts, split, *values.OBJECTS, "parts."))
                 )
@@ -299,6 +310,11 @@ class DatasetSchema:
 def _plain_feature(feature: SparseFeature) -> dict[str, Any]:
     """Return the feature as plain data for JSON; ``table`` only where it has another name."""
     return {key: value for key, value in asdict(feature).items() if key != "table" or value}
+
+
+def _plain_part(part: Part) -> dict[str, Any]:
+    """Return the part as plain data for JSON; ``row_group_rows`` only where it is another number than usual."""
+    return {key: value for key, value in asdict(part).items() if key != "row_group_rows" or value != ROW_GROUP_ROWS}
 
 
 def _preprocessing(path: DataPath, plain: dict[str, Any]) -> Preprocessing:

@@ -7,6 +7,7 @@ Modules:
 - ``slot_layout``, ``slot_initializer``, ``row_moves``: tables whose rows change their width while they train.
 - ``projection``: the second layer W2 and its application to pooled vectors or to rows.
 - ``initializers``: initial values that depend on seed, table and row only.
+- ``row_order``: the order in which rows are stored, with which ranks own equal shares of the frequent ids.
 - ``collapse``: the product W1·W2 in blocks of rows.
 - ``factors``: the reverse, exact factors W1 and W2 of an existing table.
 - ``adam``: row-wise lazy Adam, and the step count of fbgemm's fused Adam.

@@ -8,21 +8,25 @@ plain table W = W1·W2 for serving.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torchrec.distributed.utils import none_throws
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from mlet_dist.embeddings.collapse import collapse_rows
+from mlet_dist.embeddings.collapse import block_rows, collapse_rows
+from mlet_dist.embeddings.initializers import LeftUndrawn
 from mlet_dist.embeddings.input_check import check_batch, smallest_tables
 from mlet_dist.embeddings.projection import Projection, project
 from mlet_dist.embeddings.row_moves import AdaptiveRows
+from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.row_ranges import join_ranges, segments_of, split_by_range, tables_of_rows
-from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, as_multi_layer
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment, as_multi_layer
 
 
 class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
@@ -31,6 +35,9 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
     It maps a KeyedJaggedTensor to a KeyedTensor of d-dimensional vectors, and ``embedding_bag_configs()`` reports d, so
     TorchRec's models accept it unchanged. In the state dict W1 is ``embedding_bags.<table>.weight`` and W2 is
     ``projections.<table>.weight``.
+
+    The rows of W1 are not stored by id, here and in the sharded module, so that all ranks own their share of the
+    frequent ids (see ``row_order``). The config's ``row_order`` converts: ``from_stored(weight)`` is W1 by id.
 
     Args:
         tables: one config per table. TorchRec's own EmbeddingBagConfig is treated as a single-layer table.
@@ -70,6 +77,10 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         self.seed = seed
         self.adaptive = adaptive if any(table.row_ranges is not None for table in multi_layer) else None
         self.projections = build_projections(self._tables, seed, self.device, self.adaptive)
+        for table in self._row_tables:
+            if (order := table.row_order) is not None:
+                bag = self.embedding_bags[table.name]
+                bag.register_forward_pre_hook(partial(_look_up_stored, order), with_kwargs=True)
         self._projection_of_key = projection_of_key(self._row_tables)
         self._smallest_tables = smallest_tables(self._tables)
         self.register_load_state_dict_pre_hook(_check_before_load)
@@ -107,6 +118,14 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
         # TorchRec's constructor calls this before the projections exist; each projection then draws its own values.
         for projection in getattr(self, "projections", {}).values():
             projection.reset_parameters()
+
+    def leave_rows_undrawn(self) -> None:
+        """Let ``reset_parameters``, also that of the sharded module, leave the rows of all tables as they are.
+
+        For a module whose rows are all loaded from a checkpoint, since drawing many takes minutes.
+        """
+        for table in self._embedding_bag_configs:
+            table.init_fn = LeftUndrawn()
 
     def embedding_bag_configs(self) -> list[MultiLayerEmbeddingBagConfig]:
         """Return the tables' configs, whose ``embedding_dim`` is d, as the model expects."""
@@ -157,13 +176,35 @@ class MultiLayerEmbeddingBagCollection(EmbeddingBagCollection):
                 bag.weight.zero_()  # rows that are not stored
             for stored in self._row_tables:
                 for segment in segments_of([stored]):
-                    rows = self.embedding_bags[stored.name].weight[segment.offset : segment.offset + segment.rows]
-                    rows = collapse_rows(rows, weights[segment.name]) if segment.name in weights else rows
                     whole = plain.embedding_bags[segment.table].weight
                     stop = segment.first_row + segment.rows
-                    whole[segment.first_row : stop].copy_(rows)
-                    whole[stop : stop + segment.shared_by] = rows[-1]
+                    self._collapse_segment(stored, segment, weights.get(segment.name), whole[segment.first_row : stop])
+                    whole[stop : stop + segment.shared_by] = whole[stop - 1]
         return plain
+
+    def _collapse_segment(
+        self,
+        stored: MultiLayerEmbeddingBagConfig,
+        segment: Segment,
+        projection: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Fill ``out`` ``(rows, d)`` with the served rows of a segment of a stored table, by id."""
+        weight, order = self.embedding_bags[stored.name].weight, none_throws(stored.row_order)
+        step = block_rows(weight.shape[1], out.shape[1])
+        for start in range(0, segment.rows, step):
+            stop = min(start + step, segment.rows)
+            ids = torch.arange(segment.offset + start, segment.offset + stop, device="cpu")
+            rows = weight[order.stored_rows(ids).to(weight.device)]
+            out[start:stop].copy_(rows if projection is None else collapse_rows(rows, projection))
+
+
+def _look_up_stored(
+    order: RowOrder, bag: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn the rows in the arguments of an EmbeddingBag into stored rows."""
+    rows = kwargs["input"]
+    return args, kwargs | {"input": order.stored_rows(rows).to(rows.dtype)}
 
 
 def build_projections(

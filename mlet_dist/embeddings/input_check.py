@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
 SmallestTables = Mapping[str, tuple[str, int]]
 """The smallest table of each feature and its num_embeddings, below which the feature's ids must stay."""
@@ -162,7 +162,8 @@ def outside_ids(features: KeyedJaggedTensor, rows: torch.Tensor) -> torch.Tensor
     if min(counts) == max(counts):
         values, limits = values.view(len(counts), -1), rows.unsqueeze(1)
     else:
-        limits = torch.repeat_interleave(rows, torch.tensor(counts, device=rows.device), output_size=values.numel())
+        repeats = _pin_and_move(torch.tensor(counts), rows.device)
+        limits = torch.repeat_interleave(rows, repeats, output_size=values.numel())
     return ((values < 0) | (values >= limits)).view(-1)
 
 

@@ -12,15 +12,15 @@ W2 drawn from N(0, 1/width), a row keeps its scale on average. A W2 that all ran
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.initializers import RowInitializer, StoredRowInitializer
 from mlet_dist.embeddings.row_moves import AdaptiveRows
+from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.slot_initializer import SlotInitializer
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, Segment, row_initializer
@@ -91,7 +91,7 @@ def _pool(
         hidden_dim=None if width == embedding_dim else width,
         feature_names=[f"{feature}@{segment.name}" for segment in segments for feature in segment.features],
         data_type=data_type,
-        init_fn=SegmentInitializer(tuple(initializers)),
+        init_fn=StoredRowInitializer(RowOrder(tuple(each.rows for each in segments)), tuple(initializers)),
         segments=tuple(segments),
     )
 
@@ -150,27 +150,6 @@ def _initializer(
         raise ValueError(f"table {table.name!r}: row ranges cannot go with an init_fn")
     zero = table.zero_first_row and first_row == 0
     return row_initializer(table, f"{table.name}:{index}", rows, seed, zero_first_row=zero)
-
-
-@dataclass(frozen=True)
-class SegmentInitializer:
-    """A TorchRec ``init_fn`` of a pool: each segment, in order, has an initializer of its own."""
-
-    segments: tuple[RowInitializer, ...]
-
-    def __call__(self, weight: torch.Tensor) -> None:
-        """Fill the complete weight ``(rows, width)``."""
-        self.fill(weight, first_row=0)
-
-    @torch.no_grad()
-    def fill(self, weight: torch.Tensor, first_row: int) -> None:
-        """Fill a shard ``(rows, width)`` with rows [first_row, first_row + rows) of the weight."""
-        start, rows = 0, weight.shape[0]
-        for segment in self.segments:
-            first, last = max(start, first_row), min(start + segment.num_rows, first_row + rows)
-            if first < last:
-                segment.fill(weight[first - first_row : last - first_row], first - start)
-            start += segment.num_rows
 
 
 def segments_of(tables: Sequence[MultiLayerEmbeddingBagConfig]) -> list[Segment]:

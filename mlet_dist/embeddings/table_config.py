@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, data_type_to_dtype
 
-from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.initializers import GivenInitializer, RowInitializer, StoredRowInitializer
+from mlet_dist.embeddings.row_order import RowOrder
 
 
 class RowRange(NamedTuple):
@@ -131,13 +132,25 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         """The columns of W1: k, or d for a single-layer table."""
         return self.hidden_dim if self.hidden_dim is not None else self.embedding_dim
 
+    @property
+    def row_order(self) -> RowOrder | None:
+        """The order in which W1's rows are stored; None for pools of adaptive tables, whose rows have slots."""
+        if self.num_buckets:
+            return None
+        return RowOrder(tuple(segment.rows for segment in self.segments) or (self.num_embeddings,))
+
     def rows_config(self, seed: int) -> EmbeddingBagConfig:
         """Return the TorchRec config of W1: ``row_width`` columns, initial values fixed by seed, table and row."""
         plain = self.plain_config()
         plain.embedding_dim = self.row_width
-        if self.init_fn is not None:
+        if self.segments:
             return plain
-        plain.init_fn = row_initializer(self, self.name, self.num_embeddings, seed, zero_first_row=self.zero_first_row)
+        order = RowOrder((self.num_embeddings,))
+        if self.init_fn is not None:
+            plain.init_fn = GivenInitializer(order, self.init_fn)
+            return plain
+        by_id = row_initializer(self, self.name, self.num_embeddings, seed, zero_first_row=self.zero_first_row)
+        plain.init_fn = StoredRowInitializer(order, (by_id,))
         return plain
 
     def plain_config(self) -> EmbeddingBagConfig:

@@ -13,10 +13,13 @@ from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.export_directory import ExportDirectory
+from mlet_dist.export.outputs import open_output
 from mlet_dist.export.source import describe_unknown
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.stored_tables.open_tables import open_tables
 from mlet_dist.training.evaluation import evaluate, evaluation_loader, undefined_auc
 from mlet_dist.training.process_group import Worker, join_ranks
+from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.sharding import shard_model
 
@@ -61,12 +64,19 @@ def evaluate_path(
             local_batch_size,
             pooling_factors=spec.pooling_factors,
         )
+        tables: RefittedTables | None
         if store is None:
-            load_model(model, served, key=None)
+            files = open_output(served, manifest["outputs"]["dcp"]["files"], manifest["outputs"]["dcp"]["format"])
+            tables = RefittedTables(spec, open_tables(spec, files, "", spread=False), files)
+            load_model(model, served, key=None, without=TABLES_PREFIX)
         else:
             checkpoint = latest_checkpoint(store)
-            run.check_own(checkpoint, checkpoint.manifest().about)
-            load_model(model, checkpoint.location)
+            stored = checkpoint.manifest()
+            run.check_own(checkpoint, stored.about)
+            tables = RefittedTables.of_rows_by_id(checkpoint, stored)
+            load_model(model, checkpoint.location, without=None if tables is None else TABLES_PREFIX)
+        if tables is not None:
+            tables.load(model)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
         undefined = undefined_auc(found, f"{data}: {split}")
         if undefined is not None and worker.is_first:

@@ -12,6 +12,7 @@ from mlet_dist.checkpoint.load import MODEL_KEY, latest_finished
 from mlet_dist.checkpoint.manifest import MANIFEST, Manifest
 from mlet_dist.checkpoint.store import INCOMPLETE, Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
+from mlet_dist.embeddings.row_order import is_spread
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
@@ -133,7 +134,7 @@ class ModelSource(Tables):
         files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
         return cls(
             path=path,
-            tables=open_tables(spec, files, _IN_CHECKPOINTS),
+            tables=open_tables(spec, files, _IN_CHECKPOINTS, spread=is_spread(manifest.about)),
             dense=_dense_of(files, _IN_CHECKPOINTS),
             spec=spec,
             config=config,
@@ -171,7 +172,9 @@ def _open_export(path: Path) -> Tables:
     name = next((each for each in ("dcp", "safetensors") if each in manifest["outputs"]), "dcp")
     where, entries = directory.output(name, manifest)
     files = open_output(where, entries, manifest["outputs"][name]["format"])
-    return Tables(path, open_tables(spec, files, ""), _dense_of(files, ""), spec, manifest["config"], files)
+    return Tables(
+        path, open_tables(spec, files, "", spread=False), _dense_of(files, ""), spec, manifest["config"], files
+    )
 
 
 def _open_factors(path: Path) -> Tables:

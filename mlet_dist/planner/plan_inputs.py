@@ -1,7 +1,7 @@
 """The inputs of a plan: hardware from presets or a file, and the sizes of tables from a data set or a file."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.strict_yaml import load_yaml
@@ -9,6 +9,10 @@ from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import MAX_NUM_EMBEDDINGS, DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _FIELDS = {
     "memory_gb": ("memory", 1e9),
@@ -19,13 +23,21 @@ _FIELDS = {
 }
 # Not for a CPU, whose memory is the host's.
 _HOST_FIELDS = {"host_memory_gb": ("host_memory", 1e9), "host_link_gbs": ("host_bandwidth", 1e9)}
+_OPTIONAL_FIELDS = {
+    "tf32_tflops": ("tf32_flops", 1e12),
+    "bf16_tflops": ("bf16_flops", 1e12),
+    "launch_us": ("launch", 1e-6),
+}
 _MAX = 1e9  # TorchRec stores the bytes of a device in an int64
 _DENSE_FEATURES = 13  # as in Criteo
 _KEYS = ("num_embeddings", "pooling_factor")
 
 
+PRECISIONS = {"tf32": "tf32_flops", "bf16": "bf16_flops"}
+"""The key in ``Hardware`` of the operations per second in each precision, which may be missing."""
+
 Hardware = dict[str, Any]
-"""The arguments of ``embeddings.planning.cost_model.Device``, which is not imported here, because it imports torch."""
+"""Numbers of a device, for ``hardware_rates.build_device``, which is not imported here, because it imports torch."""
 
 
 def presets() -> dict[str, Hardware]:
@@ -61,13 +73,17 @@ def _hardware(path: Path, name: str, entry: Any) -> Hardware:
     if isinstance(entry, dict) and entry.get("kind") == "cpu":
         numbers = _FIELDS
     known = ["kind", *numbers]
-    if not isinstance(entry, dict) or set(entry) != set(known):
+    if not isinstance(entry, dict) or set(entry) - set(_OPTIONAL_FIELDS) != set(known):
         found = sorted(map(str, entry)) if isinstance(entry, dict) else [type(entry).__name__]
-        raise UserError(f"{path}: {name}: expected the keys {', '.join(known)}, found {', '.join(found)}")
+        raise UserError(
+            f"{path}: {name}: expected the keys {', '.join(known)}, and perhaps {', '.join(_OPTIONAL_FIELDS)}, found "
+            f"{', '.join(found)}"
+        )
     if entry["kind"] not in ("cuda", "cpu"):
         raise UserError(f"{path}: {name}.kind is {entry['kind']!r}, it must be cuda or cpu")
     values = {}
-    for key, (attribute, unit) in numbers.items():
+    optional = {key: field for key, field in _OPTIONAL_FIELDS.items() if key in entry}
+    for key, (attribute, unit) in (numbers | optional).items():
         value = entry[key]
         if type(value) not in (int, float) or not 0 < value <= _MAX:
             raise UserError(f"{path}: {name}.{key} is {value!r}, it must be a number above 0, at most {_MAX:.0e}")
@@ -131,6 +147,20 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
         for name in wanted
     )
     return ModelSpec(config.model, dense, features, config.train.seed), {name: pooling[name] for name in wanted}
+
+
+def load_lookups(config: Config, spec: ModelSpec) -> "dict[str, npt.NDArray[np.int64]]":
+    """Return how often the config's data set looks up each row, for the tables that have a vocabulary.
+
+    Raises:
+        UserError: the data set cannot be read.
+    """
+    from mlet_dist.data.row_counts import vocabulary_counts
+
+    path = data_set_path(config.data.path)
+    schema = DatasetSchema.load(path)
+    found = {table.name: vocabulary_counts(path, schema, table.name) for table in spec.tables}
+    return {name: counts for name, counts in found.items() if counts is not None}
 
 
 def _read(path: Path) -> dict[Any, Any]:

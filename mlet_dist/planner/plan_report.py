@@ -8,6 +8,7 @@ from mlet_dist.formatting import text_table
 from mlet_dist.planner.budgets import budget_lines
 
 _KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
+_PARTS = ("latency", "network", "memory", "compute", "host", "skew")
 _LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60
 _TEXT_CHARACTERS, _PAGE_CHARACTERS = 40, 18  # of a list of ranks, in the text and on the page
 
@@ -17,7 +18,10 @@ def text_report(plan: dict[str, Any]) -> str:
     device, compression = plan["device"], plan.get("compression")
     # Columns for host memory are shown only if it holds rows, which is the exception.
     hosted = any(each["host"] for each in plan["ranks"])
-    kinds, parts = [*_KINDS, "total"], ["step_s", "network_s", "memory_s", "compute_s"]
+    kinds, parts = (
+        [*_KINDS, "total"],
+        ["step_s", "latency_s", "network_s", "memory_s", "compute_s", "host_floor_s", "skew_s"],
+    )
     if hosted:
         kinds.append("host")
         parts.append("host_s")
@@ -51,9 +55,13 @@ def text_report(plan: dict[str, Any]) -> str:
             "memory per rank in GB (10^9 bytes); one line for ranks with the same tables and nearly the same memory",
             *text_table(["ranks", "tables", "rows", *kinds], ranks, left=1),
             "",
-            "cost of a step on the slowest rank, at the hardware's peak rates and without overlap, for comparison only",
+            _copy_line(plan),
+            "",
+            *_predicted_lines(plan),
+            "",
+            "cost of a step on the slowest rank, whose parts are assumed to follow one another",
             *text_table(
-                ["configuration", "GB", "MB sent", "step ms", "network", "memory", "compute"]
+                ["configuration", "GB", "MB sent", "step ms", "latency", "network", "memory", "compute", "host", "skew"]
                 + (["host link"] if hosted else [])
                 + ["bound by"],
                 configurations,
@@ -62,6 +70,47 @@ def text_report(plan: dict[str, Any]) -> str:
             *([] if compression is None else ["", *budget_lines(compression)]),
         ]
     )
+
+
+def _copy_line(plan: dict[str, Any]) -> str:
+    copy, device = plan["checkpoint_copy"], plan["device"]
+    line = (
+        f"checkpoint      its copy in host memory takes up to {gigabytes(copy['bytes_per_rank'])} a rank, "
+        f"{gigabytes(copy['bytes_per_node'])} a node"
+    )
+    if copy["fits"]:
+        return line
+    given = device["memory"] if device["kind"] == "cpu" else device["host_memory"]
+    return f"{line}: with the rows that are there, more than the {gigabytes(given)} of host memory a rank allow"
+
+
+def _predicted_lines(plan: dict[str, Any]) -> list[str]:
+    """Return lines about the predicted step: its parts, its lower bound, its collectives, and where rates come from."""
+    predicted = plan["predicted_step_ms"]
+    parts = [f"{name} {predicted[name]:.3g}" for name in _PARTS]
+    counts = [
+        f"{each['count']} {each['collective']}" + (f" of {each['ranks']}" if each["scope"] != "all" else "")
+        for each in plan["collectives"]
+    ]
+    number = sum(each["count"] for each in plan["collectives"])
+    busiest, bound = plan["busiest_owner"], predicted["lower_bound"]
+    skew = (
+        "ids are assumed to be even: without counts of a data set's vocabulary, the skew of owners is not known, and "
+        "the times are lower than those of skewed ids"
+        if busiest is None
+        else f"the busiest owner of rows is asked {busiest:.2f} times the mean, by the counts of the data set"
+    )
+    return [
+        f"predicted step  {predicted['total']:.3g} ms = {' + '.join(parts)}",
+        *(
+            []
+            if bound is None
+            else [f"lower bound     {bound:.3g} ms, which no run undercuts: the longest part at peak rates"]
+        ),
+        f"collectives     {number} a step" + (f": {', '.join(counts)}" if counts else ""),
+        *(f"rates           {line}" for line in plan.get("rates", [])),
+        *([f"skew            {skew}"] if plan["world_size"] > 1 else []),
+    ]
 
 
 def html_page(plan: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """`mlet plan`: the plan of TorchRec's planner and its cost, on hardware that need not be there."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from mlet_dist.config.config_file import Config
-from mlet_dist.embeddings.planning.cost_model import Device, Memory
+from mlet_dist.embeddings.planning.cost_model import Device, Memory, StepTime
 from mlet_dist.embeddings.planning.plan_cost import (
     DenseCost,
     Ranks,
@@ -15,10 +16,13 @@ from mlet_dist.embeddings.planning.plan_cost import (
     memory_of_rank,
     slowest_step,
 )
+from mlet_dist.embeddings.planning.step_collectives import step_collectives
 from mlet_dist.errors import UserError
+from mlet_dist.models.row_widths import Counts
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.planner.budgets import budget_report
 from mlet_dist.planner.configurations import Case, configurations
+from mlet_dist.planner.expected_step import ExpectedStep, expected_step
 from mlet_dist.planner.suggestions import suggestions
 from mlet_dist.training.compressed_tables import lookup_counts, with_row_ranges
 from mlet_dist.training.model_plan import DoesNotFit, ModelPlan, describe_plan
@@ -33,6 +37,7 @@ def make_plan(
     device: Device,
     world_size: int,
     local_world_size: int,
+    lookups: Mapping[str, Counts] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Plan one run; this needs neither the hardware nor a process group.
 
@@ -41,10 +46,12 @@ def make_plan(
         spec: the model, before compression.
         pooling_factors: the mean ids of a bag, by table.
         device: the hardware of each rank.
+        lookups: how often the data set looks up each row, by table, where it is known.
 
     Returns:
         Plain data: ``tables`` (as in a run's plan.json), ``ranks`` (with one entry for ranks of nearly the same
-        memory), ``configurations``, ``summary`` (the lines that a run prints of its plan) and the device; for
+        memory), ``configurations``, ``predicted_step_ms`` (``predicted_step``), ``collectives`` (of a step of the
+        plan), ``summary`` (the lines that a run prints of its plan) and the device; for
         compressed tables also ``compression``: a ``budget_report``, and ``summary`` (the lines that a run prints).
         ``shortage`` is null, or if the tables do not fit, a text: which rank lacks how much memory, and which settings
         fit. The plan is then the one that spreads rows most evenly.
@@ -68,15 +75,23 @@ def make_plan(
         planned = error.planned
         numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(suggestions(case), 1))
         shortage = f"{error}; what fits: {numbered or 'nothing that was tried'}"
+    tables = case.model().sparse_arch.embedding_bag_collection.row_tables()
+    measured = expected_step(planned, tables, lookups, device)
+    found = [_configuration(*each, device, measured) for each in configurations(case, planned)]
+    _, time = slowest_step(measured.costs(planned.tables), planned.dense, device, measured.busiest)
     return {
         "world_size": world_size,
         "local_world_size": local_world_size,
         "batch_size": config.data.batch_size,
-        "device": {**dataclasses.asdict(device), "usable_memory": device.usable_memory},
+        "device": _plain_device(device),
         "shortage": shortage,
         "summary": describe_plan(planned),
         "ranks": _grouped_ranks(planned),
-        "configurations": [_configuration(*each, device) for each in configurations(case, planned)],
+        "configurations": found,
+        "checkpoint_copy": _checkpoint_copy(planned, device, local_world_size),
+        "predicted_step_ms": predicted_step(time, device),
+        "busiest_owner": measured.busiest if measured.lookups else None,
+        "collectives": _collectives(planned, device),
         "tables": planned.entries(),
         **({"compression": budget_report(case) | {"summary": lines}} if spec.row_ranges else {}),
     }
@@ -121,10 +136,59 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def _configuration(name: str, tables: Tables, dense: DenseCost, device: Device) -> dict[str, Any]:
+def _checkpoint_copy(planned: ModelPlan, device: Device, local_world_size: int) -> dict[str, Any]:
+    """Return the host memory that the copy for a checkpoint takes, and whether it fits beside what is there already."""
+    memories = [
+        memory_of_rank(planned.tables, planned.dense, group[0]) for group in group_identical_ranks(planned.tables)
+    ]
+    on_cpu = device.kind == "cpu"
+    usable = device.usable_memory if on_cpu else device.usable_host_memory
+    needed = max(each.checkpoint_copy + (each.total if on_cpu else each.host) for each in memories)
+    copy = max(each.checkpoint_copy for each in memories)
+    return {"bytes_per_rank": copy, "bytes_per_node": copy * local_world_size, "fits": needed <= usable}
+
+
+def predicted_step(time: StepTime, device: Device) -> dict[str, float | None]:
+    """Return the milliseconds of a step: ``total``, the parts that it is the sum of, and ``lower_bound``.
+
+    ``memory`` includes sorting ids and the link between host and device; ``host`` is the host's own work. Measured
+    rates have no lower bound, which is null then.
+    """
+    parts = {
+        "total": time.total,
+        "latency": time.latency,
+        "network": time.network,
+        "memory": time.memory + time.sorting + time.host,
+        "compute": time.compute,
+        "host": time.floor,
+        "skew": time.skew,
+    }
+    bound = 1e3 * time.lower_bound if device.at_peak else None
+    return {**{name: 1e3 * seconds for name, seconds in parts.items()}, "lower_bound": bound}
+
+
+def _plain_device(device: Device) -> dict[str, Any]:
+    found = {field.name: getattr(device, field.name) for field in dataclasses.fields(device)}
+    found["collectives"] = device.collectives.backend
+    return found | {"usable_memory": device.usable_memory}
+
+
+def _collectives(planned: ModelPlan, device: Device) -> list[dict[str, Any]]:
+    """Return the collectives of a step, with their latency."""
+    dense = planned.dense
+    groups = [(cost.sharding_type, cost.exchange) for cost, _ in planned.tables.values()]
+    return [
+        {**dataclasses.asdict(each), "latency_ms": 1e3 * each.latency(device.collectives)}
+        for each in step_collectives(groups, dense.world_size, dense.local_world_size)
+    ]
+
+
+def _configuration(
+    name: str, tables: Tables, dense: DenseCost, device: Device, measured: ExpectedStep
+) -> dict[str, Any]:
     """Return the memory and the cost of a step of one configuration."""
     memory = fullest_memory(tables, dense)
-    step, time = slowest_step(tables, dense, device)
+    step, time = slowest_step(measured.costs(tables), dense, device, measured.busiest)
     return {
         "name": name,
         "memory": memory.total,
@@ -143,9 +207,12 @@ def _configuration(name: str, tables: Tables, dense: DenseCost, device: Device) 
         "flops": step.flops,
         "sent_bytes": step.sent_bytes,
         "network_s": time.network,
-        "memory_s": time.memory,
+        "memory_s": time.memory + time.sorting,
         "host_s": time.host,
         "compute_s": time.compute,
+        "latency_s": time.latency,
+        "host_floor_s": time.floor,
+        "skew_s": time.skew,
         "step_s": time.total,
         "bound": time.bound,
     }

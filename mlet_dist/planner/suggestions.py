@@ -8,6 +8,7 @@ from mlet_dist.embeddings.planning.cost_model import Device, Memory, gigabytes, 
 from mlet_dist.embeddings.planning.plan_cost import fullest_memory, slowest_step
 from mlet_dist.errors import UserError
 from mlet_dist.planner.configurations import Case, budget_share, even_memory
+from mlet_dist.planner.hardware_rates import build_device, precision_of
 from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.training.model_plan import DoesNotFit
 
@@ -125,7 +126,7 @@ def _smaller_batch(case: Case) -> Iterator[tuple[str, Case]]:
 
 def _larger_device(case: Case) -> Iterator[tuple[str, Case]]:
     """Use a device with more memory, the smallest one first."""
-    devices = [Device(**each) for each in presets().values()]
+    devices = [build_device(each, precision_of(case.config)) for each in presets().values()]
     larger = [device for device in devices if device.kind == case.device.kind]
     for device in sorted(larger, key=lambda each: each.memory):
         if device.memory > case.device.memory:

@@ -10,13 +10,14 @@ from mlet_dist.stored_tables.ranged_source import open_ranged_table, pools_of
 from mlet_dist.stored_tables.table_source import TableSource, open_table
 
 
-def open_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str, TableSource]:
+def open_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str, *, spread: bool) -> dict[str, TableSource]:
     """Return the tables of a model by name, after checking the shapes of their tensors.
 
     Args:
         spec: the model.
         files: an open checkpoint or export.
         prefix: of the model's names in the files.
+        spread: whether rows are stored in the order of ``row_order``, rather than by id.
 
     Raises:
         UserError: a tensor is missing or has another shape.
@@ -26,13 +27,14 @@ def open_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) -> dict[str
         adaptive = open_adaptive_tables(spec, files, prefix)
         plain = [each for each in spec.tables if each.name not in adaptive]
         return {
-            each.name: open_table(each.name, (each.num_embeddings, d), k, files, prefix) for each in plain
+            each.name: open_table(each.name, (each.num_embeddings, d), k, files, prefix, spread=spread)
+            for each in plain
         } | adaptive
-    pools = pools_of(spec) if spec.row_ranges else {}
+    pools = pools_of(spec, spread=spread) if spec.row_ranges else {}
     return {
         each.name: open_ranged_table(each.name, spec, pools, files, prefix)
         if each.name in spec.row_ranges
-        else open_table(each.name, (each.num_embeddings, d), k, files, prefix)
+        else open_table(each.name, (each.num_embeddings, d), k, files, prefix, spread=spread)
         for each in spec.tables
     }
 

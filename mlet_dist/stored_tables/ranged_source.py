@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
+from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
@@ -22,12 +23,13 @@ class RangedTableSource(TableSource):
 
     Attributes:
         ranges: of the table.
-        pools: for each range the name of its pool in the files, and its first row there; None if it is not stored.
+        pools: for each range the name of its pool in the files, its first row there, and the order in which the pool's
+            rows are stored, None for the order of rows; None if the range is not stored.
         shares_row: whether a last range that is not stored reads the row before it.
     """
 
     ranges: tuple[RowRange, ...]
-    pools: tuple[tuple[str, int] | None, ...]
+    pools: tuple[tuple[str, int, RowOrder | None] | None, ...]
     shares_row: bool = False
 
     @property
@@ -65,14 +67,15 @@ class RangedTableSource(TableSource):
         found, first = [], 0
         for index, (each, pool) in enumerate(zip(self.ranges, self.pools, strict=True)):
             if pool is not None:
-                name, offset = pool
+                name, offset, order = pool
                 positions = ((ids >= first) & (ids < first + each.rows)).nonzero().squeeze(1)
+                rows = ids[positions] - first + offset
                 has_w2 = each.width != self.embedding_dim
                 found.append(
                     LocatedRows(
                         positions,
                         name,
-                        ids[positions] - first + offset,
+                        rows if order is None else order.stored_rows(rows),
                         each.width,
                         projection_name(f"{self.name}:{index}") if has_w2 else None,
                         self.projection_of(index) if has_w2 else None,
@@ -123,9 +126,9 @@ class RangedTableSource(TableSource):
         for each, pool in zip(self.ranges, self.pools, strict=True):
             begin, end = max(start, first), min(start + rows.shape[0], first + each.rows)
             if pool is not None and begin < end:
-                name, offset = pool
+                name, offset, order = pool
                 of_range = torch.empty(end - begin, each.width, dtype=self.rows_dtype)
-                self._files.read_rows(name, offset + begin - first, of_range)
+                self.read_by_id(name, order, offset + begin - first, of_range)
                 rows[begin - start : end - start, column : column + each.width] = of_range
             first += each.rows
             column += each.width
@@ -136,8 +139,12 @@ class RangedTableSource(TableSource):
             rows[max(shared + 1 - start, 0) :] = row
 
 
-def pools_of(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, int], int]]:
-    """Return the pool of each segment: its state name, its shape, and the first row of the segment."""
+Pool = tuple[str, tuple[int, int], int, RowOrder | None]
+"""The pool of a segment: its state name, its shape, the first row of the segment, and the order of its rows."""
+
+
+def pools_of(spec: ModelSpec, *, spread: bool) -> dict[str, Pool]:
+    """Return the pool of each segment by name; ``spread`` as in open_tables."""
     meta = torch.device("meta")
     stored = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.row_tables()
     return {
@@ -145,6 +152,7 @@ def pools_of(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, int], int]]:
             f"{TABLES_PREFIX}embedding_bags.{table.name}.weight",
             (table.num_embeddings, table.row_width),
             segment.offset,
+            table.row_order if spread else None,
         )
         for table in stored
         for segment in table.segments
@@ -154,24 +162,24 @@ def pools_of(spec: ModelSpec) -> dict[str, tuple[str, tuple[int, int], int]]:
 def open_ranged_table(
     name: str,
     spec: ModelSpec,
-    pools: Mapping[str, tuple[str, tuple[int, int], int]],
+    pools: Mapping[str, Pool],
     files: ChunkedTensors,
     prefix: str,
 ) -> TableSource:
     """Return a table with row ranges after checking the shapes of its pools and of every W2."""
     ranges, d = tuple(RowRange(*each) for each in spec.row_ranges[name]), spec.model.embedding_dim
-    where: list[tuple[str, int] | None] = []
+    where: list[tuple[str, int, RowOrder | None] | None] = []
     projections, dtype = [], torch.float32
     for index, each in enumerate(ranges):
         if not each.width:
             where.append(None)
             continue
-        state_name, shape, offset = pools[f"{name}:{index}"]
+        state_name, shape, offset, order = pools[f"{name}:{index}"]
         pool = files.tensors.get(f"{prefix}{state_name}")
         if pool is None or pool.shape != shape:
             found = "missing" if pool is None else f"{pool.shape}"
             raise UserError(f"{files.location}: {state_name!r} is {found} in the files and {shape} in the model")
-        where.append((f"{prefix}{state_name}", offset))
+        where.append((f"{prefix}{state_name}", offset, order))
         dtype = pool.dtype
         if each.width == d:
             projections.append(torch.eye(d))

@@ -1,13 +1,14 @@
 """One table of a run, an export or factors on disk, of which ranges of rows are read."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.collection import check_layers_fit
+from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 
@@ -48,6 +49,7 @@ class TableSource:
         projection: W2, float32; None for a single layer.
         rows_dtype: of W1, or of W for a single layer.
         stored_name: name of W1, or of W for a single layer, in the files.
+        order: in which its rows are stored; None for rows that are stored by id.
     """
 
     name: str
@@ -59,6 +61,7 @@ class TableSource:
     rows_dtype: torch.dtype
     stored_name: str
     _files: ChunkedTensors
+    order: RowOrder | None = field(default=None, kw_only=True)
 
     @property
     def location(self) -> str:
@@ -88,7 +91,19 @@ class TableSource:
 
     def read_into(self, start: int, rows: torch.Tensor) -> None:
         """Fill ``rows``, contiguous, with the rows from ``start`` on that ``read_stored`` would return."""
-        self._files.read_rows(self.stored_name, start, rows)
+        self.read_by_id(self.stored_name, self.order, start, rows)
+
+    def read_by_id(self, name: str, order: RowOrder | None, start: int, rows: torch.Tensor) -> None:
+        """Fill ``rows`` with the rows from ``start`` on of a tensor whose rows are stored in ``order``.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        if order is None:
+            self._files.read_rows(name, start, rows)
+        else:
+            ids = torch.arange(start, start + len(rows))
+            self._read_located(name, order.stored_rows(ids), rows)
 
     @property
     def projections(self) -> dict[int, tuple[str, torch.Tensor]]:
@@ -101,7 +116,8 @@ class TableSource:
         """Return where the rows of ``ids`` are stored, ``(n,)`` int64; none for those that read zero."""
         name = None if self.projection is None else projection_name(self.name)
         width = self.hidden_dim or self.embedding_dim
-        return [LocatedRows(torch.arange(len(ids)), self.stored_name, ids, width, name, self.projection)]
+        rows = ids if self.order is None else self.order.stored_rows(ids)
+        return [LocatedRows(torch.arange(len(ids)), self.stored_name, rows, width, name, self.projection)]
 
     def load(self, name: str) -> torch.Tensor:
         """Return a small tensor of the files."""
@@ -116,13 +132,17 @@ class TableSource:
         found = self._files.tensors.get(name)
         if found is None:
             raise UserError(f"{self.location}: holds no tensor {name!r}")
-        ordered, order = rows.sort()
         values = torch.empty((len(rows), *found.shape[1:]), dtype=found.dtype)
+        self._read_located(name, rows, values)
+        return values
+
+    def _read_located(self, name: str, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill ``values`` with rows of a tensor of the files, in any order."""
+        ordered, order = rows.sort()
         for first, begin, end in _runs(ordered):
-            read = torch.empty((int(ordered[end - 1]) + 1 - first, *found.shape[1:]), dtype=found.dtype)
+            read = values.new_empty((int(ordered[end - 1]) + 1 - first, *values.shape[1:]))
             self._files.read_rows(name, first, read)
             values[order[begin:end]] = read[ordered[begin:end] - first]
-        return values
 
     @property
     def shared_row(self) -> int | None:
@@ -162,9 +182,15 @@ def _runs(rows: torch.Tensor) -> Iterator[tuple[int, int, int]]:
 
 
 def open_table(
-    name: str, shape: Sequence[int], hidden_dim: int | None, files: ChunkedTensors, prefix: str
+    name: str,
+    shape: Sequence[int],
+    hidden_dim: int | None,
+    files: ChunkedTensors,
+    prefix: str,
+    *,
+    spread: bool = False,
 ) -> TableSource:
-    """Return table ``name`` of ``files`` after checking that its W has ``shape`` (n, d)."""
+    """Return a table of ``files`` after checking that its W has ``shape`` (n, d); ``spread`` as in open_tables."""
     state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
     stored_name = f"{prefix}{state_name}"
     num_embeddings, embedding_dim = shape
@@ -182,5 +208,14 @@ def open_table(
     if found.shape != expected or (projection is not None and projection.shape[1] != embedding_dim):
         raise UserError(f"{files.location}: {state_name!r} is {found.shape} in the files and {expected} in the model")
     return TableSource(
-        name, state_name, num_embeddings, hidden_dim, embedding_dim, projection, found.dtype, stored_name, files
+        name,
+        state_name,
+        num_embeddings,
+        hidden_dim,
+        embedding_dim,
+        projection,
+        found.dtype,
+        stored_name,
+        files,
+        order=RowOrder((num_embeddings,)) if spread else None,
     )

@@ -7,6 +7,7 @@ One run, from top to bottom:
 
 Before the first step:
     process_group, lost_ranks: joins the ranks; which of them are missing when a collective fails.
+    rank_files: what a rank records about its process for its launcher.
     job, run_directory: the data, the locked run directory and where the job starts.
     attempts, run_seal: a job that is started again; checksums that tie the files of a run to it.
     resume, warm_start: the checkpoint to resume from; weights for a new run.

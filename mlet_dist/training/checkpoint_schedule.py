@@ -3,20 +3,18 @@
 import os
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any
 
-import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.sections import TrainConfig
-from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.signals import StopSignal, interrupted
 from mlet_dist.training.snapshot import state_to_save
 from mlet_dist.training.state import Training
+from mlet_dist.training.step_agreement import Flags
 from mlet_dist.training.timing import StepTimer
 
 _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -25,8 +23,8 @@ _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 class CheckpointSchedule:
     """Saves the run after the steps for which a checkpoint is due, the same steps on every rank.
 
-    Clocks and signals differ between ranks. Ranks therefore start an asynchronous agreement on their flags after each
-    step and read it after the next one. Its process group is gloo's, so that no CUDA stream waits for it.
+    Clocks and signals differ between ranks. They are therefore flags of the agreement that starts in each forward pass,
+    and are acted upon after the following step, when all ranks have read it (``StepAgreement``).
 
     Args:
         config: the ``train`` section.
@@ -34,7 +32,7 @@ class CheckpointSchedule:
         stop: the signal that asks the run to stop, if one came.
         manifest_fields: returns what goes into the manifest beside the tensors.
         saved_step: the step of the checkpoint of this run that training was resumed from, if any.
-        guard: flushed before anything is saved.
+        guard: flushed before anything is saved; its agreement takes the flags along.
         timer: receives the time that training was blocked.
 
     Attributes:
@@ -54,10 +52,9 @@ class CheckpointSchedule:
         timer: StepTimer,
     ) -> None:
         self._config, self._saver, self._stop, self._manifest_fields = config, saver, stop, manifest_fields
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.collective_timeout_s))
-        self._start_agreement(signal=0, due=False, failed=False)
         self._saved_step, self._saved_at = saved_step, time.monotonic()
         self._guard, self._timer = guard, timer
+        guard.agreement.flags_of_rank = self._flags
         self.seconds, self.saved, self.failed = 0.0, 0, 0
         self._warned = False
 
@@ -69,8 +66,7 @@ class CheckpointSchedule:
             UserError: a checkpoint could not be written.
             NonFinite: a loss or gradient is not finite; nothing is saved.
         """
-        signal, due, failed = self._agreement.read()
-        self._start_agreement(self._stop.number, self._is_due(), self._saver.has_failed)
+        signal, due, failed = self._guard.agreement.flags
         if failed:
             self.wait()
         if signal and not training.is_done:
@@ -94,10 +90,9 @@ class CheckpointSchedule:
         Raises:
             UserError: it cannot be written.
         """
-        self._agreement.read()
         self.wait()
         if self._saved_step != training.step:
-            self._save(training)
+            self._save(training, is_last=True)
         started = time.monotonic()
         self._saver.wait()
         self.seconds += time.monotonic() - started
@@ -132,22 +127,25 @@ class CheckpointSchedule:
             "above it, or lower train.checkpoint_minutes to what you can lose"
         )
 
-    def _start_agreement(self, signal: int, due: bool, failed: bool) -> None:
-        self._agreement = AsyncAllReduceMax(torch.tensor([signal, due, failed], dtype=torch.int64), self._group)
+    def _flags(self) -> Flags:
+        return Flags(self._stop.number, int(self._is_due()), int(self._saver.has_failed))
 
     def _is_due(self) -> bool:
         minutes = self._config.checkpoint_minutes
         waited = time.monotonic() - self._saved_at
         return minutes is not None and dist.get_rank() == 0 and waited >= 60 * minutes
 
-    def _save(self, training: Training) -> None:
+    def _save(self, training: Training, *, is_last: bool = False) -> None:
+        """Save. No step follows the last checkpoint, so it is written without a copy, and ``save_last`` waits."""
+        in_background = self._config.checkpoint_async and not is_last
         self._guard.flush()
         started = time.monotonic()
         self.wait()
-        self._saver.save(training.step, state_to_save(training), self._manifest_fields(training))
+        fields = self._manifest_fields(training)
+        self._saver.save(training.step, state_to_save(training), fields, in_background=in_background)
         self.saved += 1
         self._saved_step = training.step
-        if not self._config.checkpoint_async:
+        if not self._config.checkpoint_async and not is_last:
             self.wait()
         self._saved_at = time.monotonic()
         self.seconds += self._saved_at - started

@@ -16,6 +16,7 @@ from mlet_dist.progress import Progress
 from mlet_dist.training.process_group import Worker
 
 _LOGIT_LIMIT = 30.0
+_ROWS_TOGETHER = 1 << 14
 
 
 class BinaryMetrics:
@@ -39,26 +40,46 @@ class BinaryMetrics:
         self._counts = torch.zeros(2, bins, dtype=torch.float64 if weighted else torch.int64, device=device)
         self._rows = torch.zeros((), dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self._pending_rows = 0
+
+    def update(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Count rows; ``logits`` ``(b,)`` float, ``labels`` ``(b,)`` 0 or 1, ``weights`` ``(b,)`` if there are any.
+
+        The tensors must not be changed afterwards: the rows of small batches are counted together, which saves a dozen
+        kernels a step.
+        """
+        self._pending.append((logits.detach(), labels, weights))
+        self._pending_rows += len(logits)
+        if self._pending_rows >= _ROWS_TOGETHER:
+            self._count_pending()
 
     @torch.no_grad()
-    def update(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Count rows; ``logits`` ``(b,)`` float, ``labels`` ``(b,)`` 0 or 1, ``weights`` ``(b,)`` if there are any."""
-        wide = logits.double()
+    def _count_pending(self) -> None:
+        """Count the rows of all updates so far, with the same result whenever it is called."""
+        if not self._pending:
+            return
+        logits, labels, weights = zip(*self._pending, strict=True)
+        self._rows += self._pending_rows
+        self._pending, self._pending_rows = [], 0
+        wide, of_rows = torch.cat(logits).double(), torch.cat(labels)
         binned = wide.nan_to_num()  # a NaN is visible in the loss
         scaled = (binned.clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT) + _LOGIT_LIMIT) * (self._bins / (2 * _LOGIT_LIMIT))
         bin_of_row = scaled.long().clamp_(max=self._bins - 1)
-        flat = bin_of_row + labels.long() * self._bins
-        counted = torch.ones_like(flat, dtype=self._counts.dtype) if weights is None else weights.double()
+        flat = bin_of_row + of_rows.long() * self._bins
+        weighted = None if weights[0] is None else torch.cat(weights).double()
+        counted = torch.ones_like(flat, dtype=self._counts.dtype) if weighted is None else weighted
         self._counts.view(-1).scatter_add_(0, flat, counted)
-        self._rows += len(flat)
-        weighted = None if weights is None else counted
-        self._loss += functional.binary_cross_entropy_with_logits(wide, labels.double(), weighted, reduction="sum")
+        losses = functional.binary_cross_entropy_with_logits(wide, of_rows.double(), weighted, reduction="none")
+        for of_update in losses.split([len(each) for each in logits]):  # one sum for all would round differently
+            self._loss += of_update.sum()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return ``counts`` ``(2, bins)`` of all ranks, and ``loss`` ``(R,)`` float64 by rank. A collective call.
 
         Weighted metrics also have ``rows``, the number of rows of all ranks.
         """
+        self._count_pending()
         counts, rows = self._counts.clone(), self._rows.clone()
         losses = [self._loss.clone()]
         if dist.is_initialized():
@@ -72,6 +93,7 @@ class BinaryMetrics:
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from a state on any number of ranks; on the same number, sums are bitwise identical."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._pending, self._pending_rows = [], 0
         self._counts.copy_(state["counts"] if rank == 0 else torch.zeros_like(self._counts))
         rows = state["rows"] if self._weighted else state["counts"].sum()
         self._rows.copy_(rows if rank == 0 else torch.zeros_like(self._rows))
@@ -82,6 +104,7 @@ class BinaryMetrics:
 
         Weighted metrics also have ``weight``, the sum of all weights. A collective call of all ranks of the group.
         """
+        self._count_pending()
         counts, loss, rows = self._counts.clone(), self._loss.clone(), self._rows.clone()
         if dist.is_initialized():
             dist.all_reduce(counts, group=process_group)

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import distributed as dist
 
+from mlet_dist.checkpoint.load import CompleteCheckpoint
+from mlet_dist.checkpoint.long_work import Advance, run_long
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import on_first_rank
@@ -35,6 +37,7 @@ from mlet_dist.training.resume import (
     drop_later_checkpoints,
     find_resume_point,
     identity_of,
+    warn_of_damage,
 )
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import new_run_id
@@ -103,6 +106,25 @@ class Job:
         )
 
     @property
+    def restores_rows(self) -> bool:
+        """Whether every row of the tables is loaded from a checkpoint, so that none needs an initial value."""
+        return self.resume_point is not None and self.resume_point.tables is None
+
+    def resumed_from(self, found: CompleteCheckpoint) -> "Job":
+        """Return the job as it is if it resumes from ``found``, an own checkpoint. A collective call.
+
+        Raises:
+            UserError: a later checkpoint is damaged and cannot be removed.
+        """
+        if self.resume_point is None or found is self.resume_point.found:
+            return self
+        warn_of_damage(found)
+        point = replace(self.resume_point, found=found)
+        self.loader.load_state_dict(found.manifest.about["data"])
+        on_first_rank(lambda: drop_later_checkpoints(self.store, point), f"{self.store} cannot be changed", None)
+        return replace(self, resume_point=point)
+
+    @property
     def local_batch_size(self) -> int:
         """The number of rows of a training batch on one rank."""
         return self.config.data.batch_size // self.worker.world_size
@@ -132,10 +154,15 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]
     warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)
-    loader = _training_loader(config, data, spec, worker)
-    split_loaders = {
-        split: evaluation_loader(data, split, spec, config.data.eval_batch_size, worker) for split in evaluated
-    }
+
+    def open_loaders(advance: Advance) -> tuple[DataLoader, dict[str, DataLoader]]:
+        loader, others = _training_loader(config, data, spec, worker), {}
+        for split in evaluated:
+            advance()
+            others[split] = evaluation_loader(data, split, spec, config.data.eval_batch_size, worker)
+        return loader, others
+
+    loader, split_loaders = run_long(open_loaders)  # each rank opens a share of the files
     # The other ranks wait at the barrier.
     wait = min(_LOCK_SECONDS, worker.timeout.total_seconds() / 2) if restarts() else 0.0
     with run.lock(config, wait) if worker.is_first else nullcontext():

@@ -15,7 +15,10 @@ HUNG = "hung"
 """The file beside a rank's error file that asks its launcher to kill it; it holds the rank's process id."""
 
 _NOTICE_SECONDS = 10.0
-_PEER_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+_PEER_GONE = (
+    "connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited",
+    "connection was likely closed",  # by the store, which ends with the launcher of node 0
+)  # fmt: skip
 
 
 class RankRegistry:
@@ -74,6 +77,6 @@ def timed_out(error: BaseException) -> bool:
 
 
 def connection_lost(error: BaseException) -> bool:
-    """Return whether this is gloo's or nccl's error for a rank that ended while others waited for it."""
+    """Return whether this is gloo's, nccl's or the store's error for a process that ended while this one waited."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(each in text for each in _PEER_GONE)

@@ -1,7 +1,7 @@
 """Finds batches whose loss or gradient is not finite, on all ranks at the same step, and skips them if asked to.
 
-Ranks agree on their findings in an asynchronous all-reduce (``AsyncAllReduceMax``) that is read one step later, so
-that neither a rank nor a device waits for it; only the policy ``skip`` waits in every step.
+Ranks agree on their findings in an asynchronous all-reduce (``StepAgreement``) that is read one step later, so that
+neither a rank nor a device waits for it; only the policy ``skip`` waits in every step.
 """
 
 from collections import deque
@@ -13,10 +13,10 @@ from torch import distributed as dist
 from torch.nn.utils import get_total_norm
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.state import Training
+from mlet_dist.training.step_agreement import StepAgreement
 
 OnNonFinite = Literal["stop", "skip", "rollback"]
 
@@ -73,10 +73,12 @@ class Guard:
 
     Attributes:
         skip_reason: why the batch whose loss was checked last is skipped, or None.
+        agreement: the ranks' agreements, in which the guard takes part and which it starts and reads.
     """
 
     def __init__(self, training: Training, device: torch.device, policy: OnNonFinite, limit: int) -> None:
         self.skip_reason: Finding | None = None
+        self.agreement = StepAgreement(device)
         self._training, self._policy, self._limit = training, policy, limit
         self._parameters = [
             parameter
@@ -90,7 +92,7 @@ class Guard:
     def reset(self) -> None:
         """Drop all findings and pending agreements: the run is rolled back."""
         self._gradient = self._no_failure
-        self._pending: deque[tuple[int, AsyncAllReduceMax]] = deque()
+        self.agreement.reset()
         self._findings: deque[Finding] = deque()
 
     def check_loss(self, loss: torch.Tensor) -> torch.Tensor:
@@ -148,12 +150,10 @@ class Guard:
         """Start to agree on the loss of ``step`` and on the gradient of the step before it; True is not finite."""
         codes = torch.stack([self._gradient, loss]).long() * self._rank_code
         self._gradient = self._no_failure
-        self._pending.append((step, AsyncAllReduceMax(codes, None)))
+        self.agreement.start(step, codes)
 
     def _read_until(self, step: int) -> None:
-        while self._pending and self._pending[0][0] <= step:
-            of_step, agreement = self._pending.popleft()
-            gradient, loss = agreement.read()
+        for of_step, gradient, loss in self.agreement.read_until(step):
             if gradient:
                 self._findings.append(Finding(of_step - 1, "gradient"))
             if loss:

@@ -1,6 +1,5 @@
 """Joins the ranks of a job in a process group, and turns lost ranks into errors (``lost_ranks.py``)."""
 
-import json
 import os
 import socket
 import time
@@ -18,14 +17,17 @@ from mlet_dist.training.attempts import name_of_attempt
 from mlet_dist.training.lost_ranks import RankRegistry, connection_lost, timed_out
 
 _TIMEOUT, _START_TIMEOUT = timedelta(minutes=10), timedelta(minutes=30)
+_POLL_SECONDS = 0.05
 
 
 def attempt_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """Return a part of ``store`` that no earlier attempt of the same job has written to.
 
     torch elastic keeps its store when it restarts the ranks, and with it the addresses of ranks that have ended. The
-    restart count does not tell attempts apart, since an agent that joins later counts from 0. So every rank publishes a
-    random token, and rank 0 publishes a roster of the tokens it reads until each rank has found its own in it.
+    restart count does not tell attempts apart, since an agent that joins later counts from 0. So every rank posts a
+    random token, and rank 0 answers each token with the name of the attempt. Tokens of an earlier attempt may be among
+    them, so rank 0 goes on until every rank has joined. A rank reads and writes a few short values, and waits without
+    polling; rank 0 reads each post once.
 
     Args:
         store: the store of all attempts.
@@ -36,30 +38,25 @@ def attempt_store(store: dist.Store, rank: int, world_size: int, timeout: timede
         RuntimeError: a rank did not join in time.
     """
     token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    store.set(f"token/{rank}", token)
     if rank != 0:
-        while True:
-            roster = json.loads(store.get("roster"))
-            if roster["tokens"].get(str(rank)) == token:
-                break
-            _sleep_until(deadline)
-        attempt = dist.PrefixStore(roster["attempt"], store)
-        attempt.set(f"joined/{rank}", "")
+        store.set(f"post/{store.add('posts', 1)}", token)
+        store.wait([f"attempt/{token}"], timeout)
+        attempt = dist.PrefixStore(store.get(f"attempt/{token}").decode(), store)
+        if attempt.add(f"joined/{rank}", 1) == 1:
+            attempt.add("joined", 1)
         return attempt
     attempt = dist.PrefixStore(token, store)
-    others = range(1, world_size)
-    while True:
-        tokens = {str(each): store.get(f"token/{each}").decode() for each in others if store.check([f"token/{each}"])}
-        store.set("roster", json.dumps({"attempt": token, "tokens": tokens}))
-        if all(attempt.check([f"joined/{each}"]) for each in others):
-            return attempt
-        _sleep_until(deadline)
-
-
-def _sleep_until(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise RuntimeError("not all ranks have started")
-    time.sleep(0.05)
+    posts, unread = 0, []
+    while attempt.add("joined", 0) < world_size - 1:
+        if time.monotonic() > deadline:
+            raise RuntimeError("not all ranks have started")
+        known, posts = posts, store.add("posts", 0)
+        unread += [f"post/{each}" for each in range(known + 1, posts + 1)]
+        for post in [each for each in unread if store.check([each])]:  # a rank may have ended before it wrote its post
+            unread.remove(post)
+            store.set(f"attempt/{store.get(post).decode()}", token)
+        time.sleep(_POLL_SECONDS)
+    return attempt
 
 
 @dataclass(frozen=True)

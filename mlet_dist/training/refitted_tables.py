@@ -12,11 +12,13 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.utils import none_throws
 
 from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.store import Checkpoint
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
+from mlet_dist.embeddings.row_order import is_spread
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import Segment
@@ -98,7 +100,8 @@ class RefittedTables:
         about, location, prefix = manifest.about, checkpoint.location, f"{MODEL_KEY}."
         files = DcpFiles(location, checkpoint.open, manifest.files)
         if about.get("spec") is not None:
-            tables = open_tables(ModelSpec.from_dict(about["spec"], str(location)), files, prefix)
+            stored = ModelSpec.from_dict(about["spec"], str(location))
+            tables = open_tables(stored, files, prefix, spread=is_spread(about))
             return cls(spec, tables, files)
         if "factorized" not in about:
             raise UserError(
@@ -106,6 +109,26 @@ class RefittedTables:
                 "run with compression; use the export of that run, and `mlet factorize`"
             )
         return cls(spec, open_factors(about, files, prefix), files)
+
+    @classmethod
+    def of_rows_by_id(cls, checkpoint: Checkpoint, manifest: Manifest) -> "RefittedTables | None":
+        """Open the tables of a checkpoint of a run whose rows are stored by id, for the same model.
+
+        Returns:
+            None if they are stored as in the model, or have slots.
+
+        Raises:
+            UserError: as for ``of_checkpoint``.
+        """
+        about, location = manifest.about, str(checkpoint.location)
+        if is_spread(about):
+            return None
+        if about.get("spec") is None:
+            raise UserError(
+                f"{location}: does not say which model it is of; use the version of mlet_dist that saved it"
+            )
+        spec = ModelSpec.from_dict(about["spec"], location)
+        return cls.of_checkpoint(spec, checkpoint, manifest) if has_spread_rows(spec) else None
 
     def check_has_states(self) -> None:
         """Raise UserError if the optimizer states on disk fit no other rows."""
@@ -238,12 +261,15 @@ class RefittedTables:
             if table.num_buckets:
                 continue
             first, rows = _local_rows(weights[name])
-            for segment in segments_of([table]):
-                begin = max(segment.offset, first)
-                end = min(segment.offset + segment.rows, first + rows)
-                for start in range(begin, end, _BLOCK_ROWS):
-                    stored = torch.arange(start, min(start + _BLOCK_ROWS, end))
-                    yield _Place(segment, stored - segment.offset + segment.first_row, name, stored - first)
+            order = none_throws(table.row_order)
+            for start in range(first, first + rows, _BLOCK_ROWS):
+                ordered, positions = order.rows(start, min(start + _BLOCK_ROWS, first + rows)).sort()
+                for segment in segments_of([table]):
+                    begin, end = torch.searchsorted(
+                        ordered, torch.tensor([segment.offset, segment.offset + segment.rows])
+                    ).tolist()
+                    ids = ordered[begin:end] - segment.offset + segment.first_row
+                    yield _Place(segment, ids, name, positions[begin:end] + start - first)
         if self._layout is not None:
             yield from self._places_of_slots(self._layout, weights)
 
@@ -267,6 +293,11 @@ class RefittedTables:
                     part = layout.tables.index(segment.table)
                     own = parts == part
                     yield _Place(segment, numbers[own] - first_rows[part], name, positions[own])
+
+
+def has_spread_rows(spec: ModelSpec) -> bool:
+    """Return whether a model has tables whose rows are not stored by id; those of adaptive tables have slots."""
+    return not spec.adaptive or any(table.name not in spec.row_ranges for table in spec.tables)
 
 
 def _location(sources: Mapping[str, TableSource]) -> str:

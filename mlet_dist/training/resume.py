@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, require_complete
+from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, latest_unverified, require_complete
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.config.config_file import Config
@@ -159,6 +159,9 @@ class ResumePoint:
 def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[str, Any]) -> ResumePoint | None:
     """Return the checkpoint to resume from, or None for a new run. A collective call.
 
+    The sizes of the files of the run's own latest checkpoint are compared; its checksums are, when it is loaded.
+    Other checkpoints are verified here, since a new run may replace an earlier one before it loads anything.
+
     Args:
         config: the resolved settings.
         store: the run's own checkpoints.
@@ -172,15 +175,14 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
         raise UserError(f"{store} holds checkpoints, and train.resume is never; choose an empty directory")
     if resume == "never" or (resume == "auto" and config.run.overwrite):
         return None
-    own = None if config.run.overwrite or _is_of(resume, store) else latest_complete(store)
+    own = None if config.run.overwrite or _is_of(resume, store) else latest_unverified(store)
     if own is None and resume == "auto":
         return None
     if own is not None:
         point = ResumePoint(own, is_own=True)
     else:
         point = ResumePoint(checkpoint_at(resume, "train.resume", ", or auto or never"), is_own=_is_of(resume, store))
-    for line in point.found.damage:
-        _log(f"warning: {line}; using the one before it")
+    warn_of_damage(point.found)
     checkpoint, about = point.found.checkpoint, point.found.manifest.about
     if resume == "auto":
         if config.train.checkpoint_dir is None:
@@ -203,6 +205,12 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
             point = replace(point, refits=_layout(saved) != _layout(wanted))
     _check_steps_left(config, point.found)
     return point
+
+
+def warn_of_damage(found: CompleteCheckpoint) -> None:
+    """Log which later checkpoints were passed over, because they are damaged."""
+    for line in found.damage:
+        _log(f"warning: {line}; using the one before it")
 
 
 def _check_steps_left(config: Config, found: CompleteCheckpoint) -> None:

@@ -1,6 +1,5 @@
 """Plans and shards a DLRM whose tables are on the meta device, as TorchRec's DistributedModelParallel."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.comm import intra_and_cross_node_pg
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingType
@@ -23,8 +21,10 @@ from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
+from mlet_dist.machine_limits import memory_bytes
 from mlet_dist.training.model_plan import ModelPlan, plan_model
 from mlet_dist.training.process_group import Worker
+from mlet_dist.training.replicated_gradients import DeferredDataParallel
 
 _AS_BY_DEFAULT = ShardingConfig()
 
@@ -84,7 +84,7 @@ def shard_model(
     config: ShardingConfig = _AS_BY_DEFAULT,
     pooling_factors: Mapping[str, float] | None = None,
 ) -> tuple[DistributedModelParallel, ModelPlan]:
-    """Plan the model, shard every W1 and wrap replicated parameters in DDP. A collective call.
+    """Plan the model and shard every W1; ``ReplicatedGradients`` combines the other gradients. A collective call.
 
     Args:
         model: the model, with tables on the meta device.
@@ -106,7 +106,7 @@ def shard_model(
         compute_device=worker.device.type,
         # TorchRec's defaults describe one kind of host: 32 GB per GPU and 128 GB per rank.
         hbm_cap=torch.cuda.get_device_properties(worker.device).total_memory if on_cuda else None,
-        ddr_cap=_host_memory() // worker.local_world_size,
+        ddr_cap=memory_bytes()[0] // worker.local_world_size,
     )
     planned = _plan_on_rank_0(model, sharding, topology, worker)
     sharded = DistributedModelParallel(
@@ -114,9 +114,7 @@ def shard_model(
         device=worker.device,
         plan=planned.plan,
         sharders=[sharding.sharder],
-        # By default DDP rearranges its buckets after a job's first step, and then sums the gradients of three and more
-        # ranks in another order: a resumed run would not be bitwise identical to an uninterrupted one.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+        data_parallel_wrapper=DeferredDataParallel(),
     )
     if any(each["sharding_type"] == ShardingType.TABLE_ROW_WISE.value for each in planned.entries()):
         # TorchRec created the process groups within and across nodes with torch's default timeout of 30 minutes.
@@ -167,7 +165,3 @@ def _check_nodes(worker: Worker) -> None:
                 f"the node of rank 0 has {sizes[0]} ranks and that of rank {rank} has {size}; start as many ranks on "
                 "every node"
             )
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,30 +1,30 @@
-"""What a checkpoint of a run holds, how a run is restored or rolled back from it, and a hash of its weights."""
+"""What a checkpoint of a run holds, and how a run is restored or rolled back from it."""
 
-import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torchrec.distributed.utils import none_throws
 
 from mlet_dist import __version__
 from mlet_dist.checkpoint.load import (
     MODEL_KEY,
     OPTIMIZER_KEY,
     CompleteCheckpoint,
+    check_shapes,
     latest_complete,
+    latest_unverified,
     load_model,
-    load_state,
+    read_metadata,
 )
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.checkpoint.verified_load import load_verified
+from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD
+from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.job import Job
@@ -35,7 +35,6 @@ from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.state import Training
 
 _METRICS_KEY, _RANDOM_KEY = "metrics", "rng"
-_BLOCK_BYTES = 64 << 20
 
 
 def state_to_save(training: Training) -> dict[str, Any]:
@@ -67,6 +66,7 @@ def manifest_fields(
         "spec": job.spec.to_dict(),
         "config": job.config.to_dict(),
         "plan": plan.entries(),
+        ROW_ORDER: SPREAD,
     }
 
 
@@ -86,7 +86,7 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
     Args:
         training: what is restored.
         found: the checkpoint.
-        tables: its tables, if rows have other widths now.
+        tables: its tables, if rows have other widths now. Rows that are stored by id there are converted without them.
 
     Random states are restored only on the same number of ranks and the same kind of device. Training depends on them
     only for half-precision rows on CUDA, which are rounded stochastically.
@@ -95,10 +95,11 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
         UserError: a tensor is missing, has another shape, or cannot be read.
     """
     location = found.checkpoint.location
-    load_model(training.model, location, without=None if tables is None else TABLES_PREFIX)
+    tables = tables or RefittedTables.of_rows_by_id(found.checkpoint, found.manifest)
     state = state_to_save(training)
-    del state[MODEL_KEY]
     if tables is not None:
+        load_model(training.model, location, without=TABLES_PREFIX)
+        del state[MODEL_KEY]
         states = state.get(OPTIMIZER_KEY, {})
         tables.load(training.model, states)
         if states:
@@ -108,12 +109,38 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
     if not same_ranks:
         del state[_RANDOM_KEY]
     state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
-    load_state(state, location)
+    if tables is None:
+        check_shapes(state[MODEL_KEY], read_metadata(location), location, MODEL_KEY)
+    load_verified(state, found.checkpoint, found.manifest)
+    if tables is None:
+        training.model.load_state_dict(state[MODEL_KEY])
     training.metrics.load_state_dict(state[_METRICS_KEY])
     if same_ranks:
         _set_random_state(state[_RANDOM_KEY])
     training.step, training.skipped = found.manifest.step, about["skipped"]
     training.excluded_steps = set(about["passed_over"])
+
+
+def restore_latest(training: Training, store: CheckpointStore, found: CompleteCheckpoint) -> CompleteCheckpoint:
+    """Restore a checkpoint of the run that was not verified, or the latest complete one if it is damaged.
+
+    A collective call. Only if loading fails are the files of the checkpoints read for verification.
+
+    Returns:
+        The checkpoint that was restored. Its ``damage`` describes later ones that were passed over.
+
+    Raises:
+        UserError: it cannot be loaded, and no other one is complete.
+    """
+    try:
+        restore(training, found)
+    except UserError:
+        complete = latest_complete(store)
+        if complete is None or complete.manifest.step >= found.manifest.step:
+            raise
+        restore(training, complete)
+        return complete
+    return found
 
 
 def rank_info(training: Training) -> dict[str, Any]:
@@ -162,57 +189,11 @@ def roll_back(training: Training, store: CheckpointStore, error: NonFinite, limi
         raise NonFinite(
             error.finding, f"the run was rolled back {limit} times, and train.non_finite_limit allows no more"
         ) from None
-    found = latest_complete(store)
+    found = latest_unverified(store)
     if found is None:
         raise NonFinite(error.finding, f"{store} holds no checkpoint to roll back to") from None
     # The checkpoint does not hold steps that were excluded after it was saved.
     excluded_steps = training.excluded_steps | {error.finding.step}
-    restore(training, found)
+    found = restore_latest(training, store, found)
     training.excluded_steps = excluded_steps
     return found.manifest.about
-
-
-def weights_sha256(model: nn.Module, device: torch.device) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and values of all full tensors in name order; "" on other ranks.
-
-    The hash does not depend on the sharding. Rank 0 receives the shards of the other ranks in blocks of at most 64 MiB
-    and never holds a full table. A collective call, which takes as long as sending the model to one rank.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for block in _blocks_on_rank_0(tensor, device):
-            digest.update(block.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest() if dist.get_rank() == 0 else ""
-
-
-def _blocks_on_rank_0(tensor: torch.Tensor | ShardedTensor, device: torch.device) -> Iterator[torch.Tensor]:
-    """Yield the rows of a tensor in order, in blocks, on rank 0; the other ranks send theirs and yield nothing."""
-    rank = dist.get_rank()
-    if not isinstance(tensor, ShardedTensor):
-        if rank == 0:
-            yield tensor.reshape(-1)
-        return
-    local = {tuple(shard.metadata.shard_offsets): shard.tensor for shard in tensor.local_shards()}
-    shards = sorted(tensor.metadata().shards_metadata, key=lambda shard: tuple(shard.shard_offsets))
-    # Shards side by side, which split a tensor by columns, are sent together.
-    for _, group in groupby(shards, key=lambda shard: shard.shard_offsets[0]):
-        beside = list(group)
-        rows, width = beside[0].shard_sizes[0], sum(shard.shard_sizes[1] for shard in beside)
-        step = max(1, _BLOCK_BYTES // (width * tensor.dtype.itemsize))
-        for start in range(0, rows, step):
-            size = min(step, rows - start)
-            parts = []
-            for shard in beside:
-                owner = none_throws(shard.placement).rank()
-                if owner == rank:
-                    block = local[tuple(shard.shard_offsets)][start : start + size].contiguous()
-                    if rank != 0:
-                        dist.send(block, dst=0)
-                elif rank == 0:
-                    block = torch.empty(size, shard.shard_sizes[1], dtype=tensor.dtype, device=device)
-                    dist.recv(block, src=owner)
-                if rank == 0:
-                    parts.append(block)
-            if rank == 0:
-                yield torch.cat(parts, dim=1).reshape(-1)

@@ -17,6 +17,7 @@ from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.dense_arithmetic import forward_precision
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.process_group import Worker
+from mlet_dist.training.replicated_gradients import ReplicatedGradients
 from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
 
@@ -95,6 +96,7 @@ class TrainStep:
 
     def __init__(self, training: Training, guard: Guard, timer: StepTimer) -> None:
         self.training, self.timer, self._guard = training, timer, guard
+        self._gradients = ReplicatedGradients(training.model)
 
     def zero_grad(self) -> None:
         self.training.optimizer.zero_grad()
@@ -113,6 +115,8 @@ class TrainStep:
 
     def step(self) -> None:
         """Update W2, the dense layers and rows without a fused kernel, unless the batch is skipped."""
+        if self._guard.skip_reason is None:
+            self._gradients.combine()
         self.timer.end_backward()
         if self._guard.skip_reason is None:
             with self.timer.phase("update"):
@@ -172,9 +176,9 @@ class _TimedPipeline(TrainPipelineSparseDist):
         super().__init__(*arguments, **named)
 
     def start_sparse_data_dist(self, batch: Any, context: Any) -> None:
-        with self._timer.phase("ids"):
+        with self._timer.phase("ids", self._data_dist_stream):
             super().start_sparse_data_dist(batch, context)
 
     def wait_sparse_data_dist(self, context: Any) -> None:
-        with self._timer.phase("ids"):
+        with self._timer.phase("ids", self._data_dist_stream):
             super().wait_sparse_data_dist(context)

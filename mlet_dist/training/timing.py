@@ -25,7 +25,7 @@ _GATHERED = ("step", *_PARTS, "other", "own")
 
 
 class Stopwatch:
-    """Adds up intervals by name; on CUDA, intervals between events of the current stream, without waiting for them.
+    """Adds up intervals by name; on CUDA, intervals between events of a stream, without waiting for them.
 
     Args:
         device: the device whose time is measured.
@@ -41,11 +41,12 @@ class Stopwatch:
         """Whether the host's time is measured."""
         return self._device.type != "cuda"
 
-    def now(self) -> Any:
-        """Return the current time, or on CUDA an event."""
+    def now(self, stream: torch.Stream | None = None) -> Any:
+        """Return the current time, or on CUDA an event of ``stream``, by default the current one."""
         if self.is_host:
             return time.perf_counter()
-        return torch.cuda.current_stream(self._device).record_event(torch.cuda.Event(enable_timing=True))
+        stream = stream or torch.cuda.current_stream(self._device)
+        return stream.record_event(torch.cuda.Event(enable_timing=True))
 
     def add(self, name: str, start: Any, end: Any) -> None:
         """Add the time between two results of ``now``."""
@@ -86,7 +87,8 @@ class StepTimer:
     - ``backward``: backward and the update. The exchange of gradients happens inside autograd functions, so it is
       included here, as is the waiting for ranks that enter backward later.
     - ``checkpoint``: the time that saving blocks training.
-    - ``other``: the remaining time of the step: metrics, records, copies of batches, and Python in between.
+    - ``other``: the remaining time of the step: metrics, records, copies of batches, and Python in between. On CUDA
+      the next batch's ids are exchanged while the device computes, and their time is not subtracted here.
 
     Ranks take their steps together, so the step time does not tell which rank is slow. The time that no other rank
     prolongs does: data_wait, forward and the update.
@@ -137,13 +139,20 @@ class StepTimer:
             yield batch
 
     @contextmanager
-    def phase(self, name: Literal["forward", "exchange", "ids", "update"]) -> Iterator[None]:
-        """Measure the block; ``exchange`` is nested in ``forward``, and ``ids`` is exchange anywhere else."""
-        started = self._watch.now()
+    def phase(
+        self, name: Literal["forward", "exchange", "ids", "update"], stream: torch.Stream | None = None
+    ) -> Iterator[None]:
+        """Measure the block; ``exchange`` is nested in ``forward``, and ``ids`` is exchange anywhere else.
+
+        Args:
+            name: of the phase.
+            stream: that works on it on CUDA; None for the current one.
+        """
+        started = self._watch.now(stream)
         yield
-        ended = self._watch.now()
+        ended = self._watch.now(stream)
         self._watch.add(name, started, ended)
-        if name == "ids" and self._forward_ended is not None:
+        if name == "ids" and self._watch.is_host and self._forward_ended is not None:
             self._watch.add("ids before backward", started, ended)
         if name == "forward":
             self._forward_ended = ended
@@ -189,7 +198,8 @@ class StepTimer:
         taken["forward"] -= taken["exchange"]
         taken["exchange"] += taken["ids"]
         taken["backward"] += taken["update"] - taken["ids before backward"]
-        taken["other"] = taken["step"] - sum(taken[name] for name in _PARTS)
+        overlapped = 0.0 if self._watch.is_host else taken["ids"]
+        taken["other"] = taken["step"] + overlapped - sum(taken[name] for name in _PARTS)
         taken["own"] = taken["data_wait"] + taken["forward"] + taken["update"]
         numbers = [taken[name] for name in _GATHERED] + [self._peak_memory()]
         mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)

@@ -27,6 +27,7 @@ from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.compressed_tables import compression_summary, compression_warnings, training_bytes
 from mlet_dist.training.dense_arithmetic import configure_cublas, dense_arithmetic
 from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
+from mlet_dist.training.fingerprint import weights_sha256
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.garbage_collection import GarbageCollection
 from mlet_dist.training.job import Job, open_job
@@ -39,7 +40,7 @@ from mlet_dist.training.row_move_schedule import RowMoveSchedule, kept_shares
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.signals import StopSignal
-from mlet_dist.training.snapshot import manifest_fields, restore, roll_back, weights_sha256
+from mlet_dist.training.snapshot import manifest_fields, restore, restore_latest, roll_back
 from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
@@ -47,12 +48,11 @@ from mlet_dist.training.timing import StepTimer
 _PROGRESS_BINS = 1 << 16
 
 
-def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
+def train(config: Config) -> dict[str, Any]:
     """Train, checkpoint and evaluate; every rank makes the same call.
 
     Args:
         config: the resolved settings.
-        fingerprint: also compute ``weights_sha256``, which sends the whole model through rank 0.
 
     Returns:
         The summary that is written into the run directory.
@@ -68,7 +68,7 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
     with join_ranks(config.train.device, timeout) as worker, ExitStack() as stack:
         job = stack.enter_context(open_job(config, worker))
         model, plan = build_model(job)
-        training = begin_training(job, model)
+        job, training = begin_training(job, model)
         stop = stack.enter_context(StopSignal())
         endpoint = None
         if worker.is_first and config.train.metrics_port is not None:
@@ -84,20 +84,19 @@ def train(config: Config, *, fingerprint: bool = False) -> dict[str, Any]:
         size = training_bytes(training, worker.device)
         summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
         summary |= compression_summary(job.spec, config.optimizer.name, size, kept_shares(model)[0])
+        summary["weights_sha256"] = weights_sha256(model)
         stop.ignore()
         dist.barrier()  # a rank that a signal has ended before keeps the others from finishing the run
         if worker.is_first:
             job.run.finish(summary)
-        if fingerprint:  # after the run has finished, so that a failure here cannot cost the run
-            summary["weights_sha256"] = weights_sha256(model, worker.device)
-            if worker.is_first:
-                job.run.finish(summary)
         dist.barrier()
     return summary
 
 
 def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
-    """Build the model with initial values, sharded over all ranks; log and save its plan. A collective call.
+    """Build the model, sharded over all ranks; log and save its plan. A collective call.
+
+    It has initial values, except for rows that ``begin_training`` restores.
 
     Raises:
         UserError: no plan fits, or none meets the constraints of the config.
@@ -106,6 +105,8 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
     rows_dtypes = config.sharding.rows_dtypes([table.name for table in job.spec.tables])
     model = build_dlrm(job.spec, torch.device("meta"), rows_dtypes)
     fuse_row_optimizer(model, config.optimizer)
+    if job.restores_rows:
+        model.sparse_arch.embedding_bag_collection.leave_rows_undrawn()
     sharded, plan = shard_model(model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors)
     if job.worker.is_first:
         job.run.save_plan(plan.entries(), job.worker.world_size)
@@ -113,8 +114,11 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
     return sharded, plan
 
 
-def begin_training(job: Job, model: DistributedModelParallel) -> Training:
+def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Training]:
     """Return the state that this job starts from: initial values, given weights, or a checkpoint. A collective call.
+
+    Returns:
+        The job, which resumes from an earlier checkpoint than before if the latest one is found damaged; and the state.
 
     Raises:
         UserError: the checkpoint does not fit the model, or cannot be read.
@@ -131,11 +135,14 @@ def begin_training(job: Job, model: DistributedModelParallel) -> Training:
         rows_per_epoch=job.loader.rows,
         precision=job.config.train.precision,
     )
-    if job.resume_point is not None:
-        restore(training, job.resume_point.found, job.resume_point.tables)
+    point = job.resume_point
+    if point is not None and point.is_own:
+        job = job.resumed_from(restore_latest(training, job.store, point.found))
+    elif point is not None:
+        restore(training, point.found, point.tables)
     elif job.initial is not None:
         job.initial.load(model)
-    return training
+    return job, training
 
 
 def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorder, stop: StopSignal) -> dict[str, Any]:

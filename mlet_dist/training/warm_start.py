@@ -14,11 +14,12 @@ from mlet_dist.checkpoint.load import MODEL_KEY, CompleteCheckpoint, check_shape
 from mlet_dist.config.config_file import Config
 from mlet_dist.data.preprocessing import Preprocessing, find_difference
 from mlet_dist.data.schema import SparseFeature
+from mlet_dist.embeddings.row_order import is_spread
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.models.spec import ModelSpec, describe_bag
-from mlet_dist.training.refitted_tables import RefittedTables
+from mlet_dist.training.refitted_tables import RefittedTables, has_spread_rows
 from mlet_dist.training.resume import DENSE_FEATURES, SPARSE_FEATURES, VOCABULARY_ID, checkpoint_at
 
 
@@ -29,7 +30,8 @@ class InitialWeights:
     Attributes:
         found: the checkpoint.
         has_dense: whether it holds the dense layers as well as the tables.
-        tables: its tables, if their rows are not those of the model: where either has rows of several widths.
+        tables: its tables, if their rows are not those of the model: where either has rows of several widths, or where
+            they are stored by id.
     """
 
     found: CompleteCheckpoint
@@ -77,18 +79,17 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     location, about = found.checkpoint.location, found.manifest.about
     metadata = read_metadata(location)
     stored = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}
-    tables = (
-        RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest) if _changes_rows(about, spec) else None
-    )
+    refits, spread = _changes_rows(about, spec), is_spread(about) or not has_spread_rows(spec)
+    tables = None if spread and not refits else RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest)
     initial = InitialWeights(found, any(not name.startswith(TABLES_PREFIX) for name in stored), tables)
-    if spec.model.hidden_dim is None and tables is None:
+    if spec.model.hidden_dim is None and not refits:
         for table in spec.tables:
             if f"{TABLES_PREFIX}projections.{table.name}.weight" in stored:
                 raise UserError(
                     f"{location}: table {table.name!r} has two layers there and one in the model; set model.hidden_dim"
                 )
     k, stored_k = spec.model.hidden_dim, about.get("identity", {}).get("model.hidden_dim")
-    if tables is None and k is not None and stored_k not in (None, k):
+    if not refits and k is not None and stored_k not in (None, k):
         raise UserError(
             f"{location}: model.hidden_dim was {stored_k} there and is {k}; without compression it must be the same: "
             f"set model.hidden_dim={stored_k}, or export that run and take `mlet factorize EXPORT --hidden-dim {k}`"

@@ -1,7 +1,9 @@
 """Every benchmark runs at its smallest size, and prints its figures."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +41,10 @@ PRINTED = {
     "pipeline": [
         rf"auto .*\b8\b.*, 2 ranks, (cpu|cuda) +plain {NUMBER} ms .* pipelined {NUMBER} ms .* ratio {NUMBER} .*"
     ],
+    "plan_accuracy": [
+        rf"2 ranks, +8 rows each: predicted {NUMBER} ms, measured {NUMBER} ms, ratio {NUMBER} +\(latency .*\)",
+        r'\{"cases": \[\{"ranks": 2, .*\}\], "lowest_ratio": .*, "within_1.5": (true|false)\}',
+    ],
     "checkpoint": [
         r"ranks +2",
         *(rf"{name}_gb_per_s +{NUMBER}" for name in ("save", "write", "load", "verify", "read", "stage")),
@@ -56,6 +62,15 @@ PRINTED = {
         rf"\| `backoffLimit`, every fault ends all pods \| any \| {NUMBER} \| {NUMBER} \| {NUMBER} \|",
         rf"\| .*, a rank crashes \| any \| {NUMBER} \| {NUMBER} \| {NUMBER} \|",
     ],
+    "owners": [
+        *(
+            rf"\| {ids}, Zipf {exponent} \| 4,096 \| {ranks} \| {NUMBER} \| 1\.[01]\d \| 1\.00 \|"
+            for ids in ("Criteo-1TB", "one table")
+            for exponent in (r"1\.05", r"1\.2")
+            for ranks in (2, 8)
+        ),
+        r'\{"cases": .*\}',
+    ],
     "loader": [
         *(
             rf"{way} +{NUMBER} rows/s +{NUMBER} (…|to) {NUMBER}"
@@ -63,6 +78,16 @@ PRINTED = {
         ),
         rf"from disk: ours_from_disk_rows_per_s {NUMBER}, .*torchrec_from_disk_rows_per_s {NUMBER}, .*",
         rf"one thread, ns (a|per) row: decode {NUMBER}, .*",
+    ],
+    "openmp_waiting": [rf"(0|default) +{NUMBER} +{NUMBER} \({NUMBER}\)"],
+    "step": [
+        r"64-2-uniform-sgd: 64 rows on each of 2 ranks, uniform ids \(made\), sgd; .*",
+        *(
+            rf"{model} +{NUMBER} +{NUMBER} - {NUMBER} +{NUMBER} +\d+ +\d+ +{NUMBER}"
+            for model in ("plain_single", "plain_mlet", "single", "single_planned", "mlet_single", "composed", "mlet")
+        ),
+        rf"composed_over_mlet +{NUMBER} +\({NUMBER} - {NUMBER}; cpu {NUMBER}\)",
+        rf"floor: products {NUMBER} ms, .*",
     ],
     "prepare": [
         rf"ours {NUMBER} rows/s, line_by_line {NUMBER} rows/s, polars {NUMBER} rows/s",
@@ -77,10 +102,26 @@ def test_every_benchmark_has_a_smallest_size_and_a_check() -> None:
     assert scripts - {"run_all", "loader_from_disk"} == set(SMALLEST) == set(PRINTED)
 
 
+def check_step_cases(cases: list[dict[str, Any]]) -> None:
+    (case,) = cases
+    assert (case["batch_size"], case["ranks"], case["ids"], case["optimizer"]) == (64, 2, "uniform", "sgd")
+    models = {"plain_single", "plain_mlet", "single", "single_planned", "composed", "mlet"}
+    assert models <= case["ms"].keys()
+    assert all(case["ms"][model] > 0 for model in models)
+    ratios = "single_over_plain mlet_over_plain_mlet mlet_over_single mlet_over_single_planned composed_over_mlet"
+    assert all(case[ratio] > 0 for ratio in ratios.split())
+    assert 0 < case["collectives_per_step"] <= 6
+    assert case["host_synchronisations_per_step"] <= 2
+    assert case["operations"]["plain_mlet"]["collectives"]["allreduce_"] > 0
+    assert case["floor"]["flops"] > 0
+
+
 @pytest.mark.parametrize("name", SMALLEST)
 def test_benchmark_prints_its_figures(name: str, tmp_path: Path) -> None:
     output = run_command(command(name, tmp_path)).stdout
     lines = [line.strip() for line in output.splitlines()]
     for pattern in PRINTED[name]:
         assert any(re.fullmatch(pattern, line) for line in lines), f"no line is {pattern!r} in\n{output}"
+    if name == "step":
+        check_step_cases(json.loads(lines[-1])["cases"])
     assert list(tmp_path.iterdir()) == []

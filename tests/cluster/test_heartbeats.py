@@ -10,7 +10,7 @@ import pytest
 from torch import distributed as dist
 
 from mlet_dist.cluster import heartbeats as module
-from mlet_dist.cluster.failure import Failure
+from mlet_dist.cluster.failure import Failure, Kind
 from mlet_dist.cluster.heartbeats import Heartbeats
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.rank_errors import RanksKilled
@@ -56,6 +56,53 @@ def test_the_first_reason_is_told_to_all(port: int) -> None:
         nodes[0].leave_with(Failure("connection", 0, "node 0 on a: the same"), for_good=True)
         assert time.monotonic() - started < 5, "the others know it"
         assert [each.wait_for_failure(5) for each in nodes] == [crash] * 3
+
+
+def test_an_aborted_rank_is_not_the_reason_while_a_node_is_silent(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's watchdog may abort a rank before its peer's machine is found lost, or because the peer was aborted."""
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_HOLD_SECONDS", 0.4)
+    with node(0, port, []) as first, node(1, port, []) as second:
+        with node(2, port, []):
+            assert first.wait_for_failure(0.5) is None
+        second.tell(Failure("aborted", 1, "node 1 on b: rank 1 was aborted (SIGABRT)"))
+        found = second.wait_for_failure(20)
+    assert found == Failure("lost", 2, "node 2 on c is lost: it has given no sign of life for 1 s")
+
+
+@pytest.mark.parametrize("kind", ["aborted", "connection"])
+def test_the_first_of_several_aborted_ranks_is_told_where_all_nodes_are_alive(port: int, kind: Kind) -> None:
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(node(rank, port, [])) for rank in range(3)]
+        time.sleep(0.5)
+        for rank in (1, 0, 2):
+            nodes[rank].tell(Failure(kind, rank, f"{rank}"))
+            time.sleep(0.2)
+        assert nodes[2].wait_for_failure(20) == Failure(kind, 1, "1")
+
+
+def test_a_crash_replaces_what_followed_from_it(port: int) -> None:
+    with node(0, port, []) as first, node(1, port, []), node(2, port, []):
+        first.tell(Failure("aborted", 0, "rank 0 was aborted"))
+        crash = Failure("crash", 0, "rank 1 was killed")
+        first.tell(crash)
+        first.tell(Failure("crash", 0, "rank 2 was killed, too"))
+        assert first.wait_for_failure(20) == crash
+
+
+def test_the_nodes_that_may_be_the_reason_of_a_lost_connection_are_named(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOST_SECONDS", 60.0)
+    monkeypatch.setattr(module, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_HOLD_CONNECTION_SECONDS", 2.0)
+    with node(0, port, []), node(1, port, []) as second:
+        with node(2, port, []):
+            pass
+        second.tell(Failure("connection", 1, "node 1 on b: rank 1 has lost its connection to another rank"))
+        found = second.wait_for_failure(20)
+    text = "node 1 on b: rank 1 has lost its connection to another rank; no sign of life from node 2 on c"
+    assert found == Failure("connection", 1, text)
 
 
 def test_node_0_keeps_the_store_until_the_others_have_succeeded(port: int) -> None:

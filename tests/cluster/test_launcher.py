@@ -1,6 +1,7 @@
 """How `mlet train --nproc` ends if it, or one of its ranks, is stopped from outside."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -14,13 +15,15 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from mlet_dist.cluster.rank_errors import error_of_failure, record_failure, reported_by_another_rank
+from mlet_dist.cluster import attempt
+from mlet_dist.cluster.rank_errors import RankAborted, error_of_failure, record_failure, reported_by_another_rank
 from mlet_dist.errors import ConnectionLost, UserError
 from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
 
 pytestmark = pytest.mark.e2e
 
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
+NCCL = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -193,6 +196,42 @@ def test_the_rank_that_failed_is_shown_and_not_those_that_lost_their_connection_
     assert (type(error), str(error)) == (UserError, "no such file")
 
 
+def died(rank: int, pid: int, number: int) -> ProcessFailure:
+    """Return what torch elastic reports of a rank that a signal has ended."""
+    return ProcessFailure(rank, pid, -number, "/none")
+
+
+def test_of_ranks_that_nccl_aborted_the_first_is_shown(tmp_path: Path) -> None:
+    """Torch elastic knows the second in which it looked; ranks that had to be killed are those that did not wait."""
+    folders = {pid: tmp_path / f"{pid}" for pid in (10, 11, 12)}
+    for pid, seconds in ((10, 5.75), (11, 5.25), (12, 5.5)):
+        folders[pid].mkdir()
+        (folders[pid] / "fatal").write_text("Fatal Python error: Aborted")
+        os.utime(folders[pid] / "fatal", (seconds, seconds))
+    aborted = {rank: died(rank, 10 + rank, signal.SIGABRT) for rank in range(3)}
+    failed = ChildFailedError("mlet", aborted | {3: died(3, 13, signal.SIGKILL)})
+    error = error_of_failure(failed, on_cuda=True, killed={13}, folders=folders)
+    assert isinstance(error, RankAborted)
+    assert str(error) == (
+        f"rank 1 on {socket.gethostname()} was killed by signal 6 (SIGABRT); NCCL's watchdog does that when another "
+        "rank does not answer; rank 3 did not end and had to be killed"
+    )
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_sigkill_is_the_cause_of_sigabrt_with_nccl(on_cuda: bool) -> None:
+    failed = ChildFailedError("mlet", {0: died(0, 10, signal.SIGABRT), 1: died(1, 11, signal.SIGKILL)})
+    shown = "rank 1" if on_cuda else "rank 0"
+    assert str(error_of_failure(failed, on_cuda=on_cuda)).startswith(f"{shown} on {socket.gethostname()} was killed by")
+
+
+def test_sigabrt_is_the_cause_of_a_lost_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = failure_of(0, ConnectionLost("another rank has ended"), tmp_path, monkeypatch)
+    failed = ChildFailedError("mlet", {0: lost, 1: died(1, 11, signal.SIGABRT)})
+    for on_cuda in (False, True):
+        assert isinstance(error_of_failure(failed, on_cuda=on_cuda), RankAborted)
+
+
 def test_ranks_of_a_host_print_the_same_error_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reported = []
     for rank, text in enumerate(("one", "one", "two")):
@@ -202,6 +241,20 @@ def test_ranks_of_a_host_print_the_same_error_once(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "termination-log"))  # not a file of torchrun
     assert not reported_by_another_rank(UserError("one"))
     assert [path.name for path in tmp_path.iterdir()] == ["attempt_0"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "3"), ("1", "1")])
+def test_nccl_ends_a_rank_without_aborting_communicators_unless_you_say_so(
+    given: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's default; torch elastic would set 1, with which the watchdog may hang."""
+    seen = []
+    environment = {name: value for name, value in os.environ.items() if name != NCCL} | ({NCCL: given} if given else {})
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    monkeypatch.setattr(attempt, "elastic_launch", lambda config, program: lambda *_: seen.append(os.environ[NCCL]))
+    attempt._launch({"min_nodes": 1, "max_nodes": 1}, 2, tmp_path, ["train"])
+    assert seen == [expected]
 
 
 NOTHING_SAVED = "stopped without saving; run the same command again to resume from the last checkpoint, or to start"

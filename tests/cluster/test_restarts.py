@@ -23,6 +23,7 @@ from mlet_dist.training.attempts import mark_attempt
 from tests.cluster.test_wrong_launch import free_port
 from tests.conftest import TrainedRun
 from tests.helpers.forked_command import MLET, ROOT, ForkedCommand
+from tests.helpers.held_ranks import HOLD, hold
 from tests.helpers.mlet_command import error_line, mlet_json
 from tests.training.test_kills import children
 
@@ -195,14 +196,37 @@ def test_an_input_error_after_a_restart_ends_all_nodes(trained: TrainedRun, tmp_
             assert f"{data}: no such data set" in nodes.log(rank).splitlines()[-1]
 
 
-def test_a_rank_that_hangs_on_another_node_is_killed_and_restarted(trained: TrainedRun, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_on_another_node_is_killed_and_restarted(
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HOLD, str(tmp_path))
     with job(trained, tmp_path, 2, "--max-restarts", 1, "train.collective_timeout_s=5") as nodes:
         nodes.wait_for_a_checkpoint()
-        os.kill(nodes.rank_of(1), signal.SIGSTOP)
+        hold(tmp_path, [1], once=True)
         assert nodes.codes() == [0, 0]
         for rank in (0, 1):
             (reason,) = reasons(nodes.log(rank))
             assert f"rank 1 on {socket.gethostname()} took no part in a collective for 5 s" in reason
+    assert nodes.result()["weights_sha256"] == trained.result["weights_sha256"]
+
+
+def test_only_the_node_of_a_stopped_rank_counts_it(
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is held in C each time, so that its launcher has to kill it; one more restart would end node 1."""
+    monkeypatch.setenv(HOLD, str(tmp_path))
+    with job(trained, tmp_path, 2, "--max-restarts", 1) as nodes:
+        nodes.wait_for_a_checkpoint()
+        hold(tmp_path, [0], once=True)
+        os.kill(nodes.rank_of(1), signal.SIGSTOP)
+        nodes.wait_until(lambda: "all 2 nodes have joined; restart 1" in nodes.log(0))
+        nodes.wait_until(lambda: children(nodes.nodes[0].pid))
+        nodes.kill_rank(0)
+        assert nodes.codes() == [0, 0]
+        for rank in (0, 1):
+            stopped, killed = reasons(nodes.log(rank))
+            assert re.match(r"node 1 on \S+: rank 1( on \S+)? was stopped \(SIGSTOP\) for 15 s, and killed", stopped)
+            assert killed.startswith("node 0 on ")
     assert nodes.result()["weights_sha256"] == trained.result["weights_sha256"]
 
 

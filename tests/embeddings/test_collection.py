@@ -9,6 +9,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
+from tests.helpers.sharded_module import unsharded_weights
 
 META = torch.device("meta")
 KEYS = ["f1", "f2"]
@@ -47,7 +48,7 @@ def features(weighted: bool = False) -> KeyedJaggedTensor:
 
 def expected_output(module: MultiLayerEmbeddingBagCollection, key: str, weighted: bool, mean: bool) -> torch.Tensor:
     feature, _, name = key.partition("@")
-    state = {name: value.double() for name, value in module.state_dict().items()}
+    state = {name: value.double() for name, value in unsharded_weights(module).items()}
     product = state[f"embedding_bags.{name}.weight"]
     if f"projections.{name}.weight" in state:
         product = product @ state[f"projections.{name}.weight"]
@@ -104,13 +105,13 @@ def test_collapse_is_a_plain_collection_of_the_products(rows: int) -> None:
     assert type(collapsed) is EmbeddingBagCollection
     assert [type(config) for config in collapsed.embedding_bag_configs()] == [EmbeddingBagConfig] * 2
     assert list(collapsed.state_dict()) == ["embedding_bags.t.weight", "embedding_bags.single.weight"]
-    state = {name: value.double() for name, value in module.state_dict().items()}
+    state = {name: value.double() for name, value in unsharded_weights(module).items()}
     first, second = state["embedding_bags.t.weight"], state["projections.t.weight"]
     rounding = 64 * 2**-24 * (first.abs() @ second.abs())
     found = collapsed.state_dict()["embedding_bags.t.weight"]
     assert ((found.double() - first @ second).abs() <= rounding).all()
     single = collapsed.state_dict()["embedding_bags.single.weight"]
-    assert torch.equal(single, module.state_dict()["embedding_bags.single.weight"])
+    assert torch.equal(single, unsharded_weights(module)["embedding_bags.single.weight"])
     assert single.data_ptr() != module.embedding_bags["single"].weight.data_ptr()
 
 
@@ -119,7 +120,7 @@ def test_half_precision_rows_are_projected_in_float32() -> None:
     rows = module.embedding_bags["t"].weight
     assert rows.dtype == torch.float16
     assert module.projections["t"].weight.dtype == module(features()).values().dtype == torch.float32
-    product = rows.double() @ module.projections["t"].weight.double()
+    product = unsharded_weights(module)["embedding_bags.t.weight"].double() @ module.projections["t"].weight.double()
     torch.testing.assert_close(module.collapse().embedding_bags["t"].weight.double(), product, rtol=1e-3, atol=1e-4)
 
 
@@ -199,6 +200,14 @@ def test_an_init_fn_of_the_users_own_is_used() -> None:
     assert (drawn["embedding_bags.plain.weight"] == 3).all()
     values = drawn["embedding_bags.partial.weight"]
     assert 10 <= float(values.min()) < 10.1 < 10.9 < float(values.max()) <= 11
+
+
+def test_an_init_fn_fills_rows_by_id() -> None:
+    pretrained = torch.randn(20_000, 4)
+    own = [table(n=20_000, d=4, k=None, feature_names=["f1"], init_fn=lambda weight: weight.copy_(pretrained))]
+    module = MultiLayerEmbeddingBagCollection(own)
+    assert torch.equal(module.collapse().embedding_bags["t"].weight, pretrained)
+    assert not torch.equal(module.embedding_bags["t"].weight, pretrained)
 
 
 def test_a_table_without_features_takes_the_feature_of_its_name() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mlet_dist.checkpoint.manifest import Checksum, Manifest
 from mlet_dist.checkpoint.store import Checkpoint
+from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD
 from mlet_dist.training.run_directory import RUN_ID
 from mlet_dist.training.run_seal import run_id_of_yaml
 
@@ -19,5 +20,5 @@ def write_manifest(directory: Path) -> None:
     checkpoint = Checkpoint.at(str(directory))
     assert checkpoint is not None
     config = directory.parent.parent / "config.yaml"
-    about = {RUN_ID: run_id_of_yaml(config)} if config.exists() else {}
+    about = {ROW_ORDER: SPREAD} | ({RUN_ID: run_id_of_yaml(config)} if config.exists() else {})
     (directory / "manifest.json").write_bytes(Manifest(checkpoint.step, files, about).render())

@@ -26,6 +26,7 @@ def write_part(data: Path, name: str, table: pa.Table, *, positives: int = 0, **
         "bytes": len(content),
         "sha256": _sha256(content),
         "pages_sha256": _sha256(content[:-footer]),
+        "row_group_rows": row_group_size or 1 << 20,  # as pyarrow writes them
     }
 
 

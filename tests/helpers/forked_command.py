@@ -7,6 +7,7 @@ what a command does before it has imported torch start an interpreter.
 
 import functools
 import gc
+import importlib
 import inspect
 import logging
 import os
@@ -21,7 +22,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests.helpers import held_ranks
 from tests.helpers.fork_server import fork_server
+from tests.helpers.held_ranks import HOLD
 
 ROOT = Path(__file__).parents[2]
 MLET = (sys.executable, "-m", "mlet_dist")
@@ -148,6 +151,8 @@ def _become(
             os.dup2(file, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False, buffering=1) for number in (1, 2))
+    if HOLD in os.environ:
+        importlib.reload(held_ranks)
     found = _program(args)
     assert found is not None
     program, arguments = found

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 CRDS = Path(__file__).parents[3] / "shared" / "crds"
-VERSION = "1.33"
+VERSION, NEWEST_VERSION = "1.33", "1.36"  # the second one for k8s/prompt-replacement, which needs it
 Object = dict[str, Any]
 
 # The values that servers accept for fields whose schemas do not list them, wherever the field occurs.
@@ -44,6 +44,8 @@ def check(thing: Object) -> None:
     """Raise an error if a server would reject the object, as far as that can be found without a server."""
     if thing["apiVersion"].partition("/")[0] in ("v1", "batch", "policy", "apps", "networking.k8s.io"):
         kubernetes_validate.validate(thing, VERSION, strict=True)
+    elif thing["apiVersion"].startswith("admissionregistration.k8s.io/"):
+        kubernetes_validate.validate(thing, NEWEST_VERSION, strict=True)
     elif thing["kind"] != "PodMonitor":  # of which tests have no schema
         jsonschema.Draft202012Validator(_schema(thing["apiVersion"], thing["kind"])).validate(thing)
     for path, template in templates(thing):
@@ -75,7 +77,7 @@ def check(thing: Object) -> None:
             assert policy.get("exitCode", 1) != 0
             assert policy["action"] in VOLCANO_ACTIONS
         assert thing["spec"].get("minAvailable", 0) <= sum(task["replicas"] for task in thing["spec"]["tasks"])
-    for policy in [value for key, value in fields(thing) if key == "failurePolicy"]:
+    for policy in [value for key, value in fields(thing) if key == "failurePolicy" and isinstance(value, dict)]:
         for rule in policy["rules"]:
             assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
             assert JOB_FAILURE_REASONS >= set(rule.get("onJobFailureReasons", []))

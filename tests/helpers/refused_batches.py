@@ -20,7 +20,7 @@ from mlet_dist.embeddings import (
 )
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from tests.helpers.ranks import full_tensor
-from tests.helpers.sharded_module import planner
+from tests.helpers.sharded_module import planner, row_tables_of, weights_by_id
 
 Bags = dict[str, list[list[int]]]
 ROWS_RATE, PROJECTIONS_RATE, SHARE = 0.05, 0.02, 3
@@ -129,4 +129,6 @@ def train(
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("embeddings."): full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    """Return the full tensors of the state dict, with the rows of W1 by id."""
+    state = {name.removeprefix("embeddings."): full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    return weights_by_id(state, row_tables_of(model))

@@ -23,7 +23,8 @@ RENDERED = sorted(
     if path.relative_to(K8S).parts[0] not in ("base", "components")
 )
 STORAGE = [name for name in RENDERED if Path(name).name == "storage"]
-TRAINING = [name for name in RENDERED if name not in ("volcano", "cpu/data", "monitoring", *STORAGE)]
+WITHOUT_PODS = ["prompt-replacement", "volcano", *STORAGE]
+TRAINING = [name for name in RENDERED if name not in ("cpu/data", "monitoring", *WITHOUT_PODS)]
 KINDS = ["job", "jobset", "trainjob", "volcano/job"]  # the others are made of these
 KUBECTL = shutil.which("kubectl")
 COMMAND = ["env", "--block-signal=TERM", "--block-signal=USR1", "mlet"]

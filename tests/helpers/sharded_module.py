@@ -12,6 +12,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import QuantizedCommCodecs
+from torchrec.distributed.utils import none_throws
 from torchrec.optim import Adam
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
@@ -22,6 +23,8 @@ from mlet_dist.embeddings import (
     LazyAdam,
     MultiLayerEmbeddingBagCollection,
     MultiLayerEmbeddingBagCollectionSharder,
+    MultiLayerEmbeddingBagConfig,
+    ShardedMultiLayerEmbeddingBagCollection,
 )
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
@@ -46,13 +49,15 @@ def make_positive(module: MultiLayerEmbeddingBagCollection) -> MultiLayerEmbeddi
 def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
     """Return the tables of an unsharded module for the dense reference."""
     state = module.state_dict()
+    orders = {table.name: none_throws(table.row_order) for table in module.row_tables()}
     stored = {segment.name: (table.name, segment) for table in module.row_tables() for segment in segments_of([table])}
 
     def part(name: str, rows: int) -> Table:
         if name not in stored:
             return Table(name, torch.zeros(rows, 0), None, "sum", [])
         where, segment = stored[name]
-        of_segment = state[f"embedding_bags.{where}.weight"][segment.offset : segment.offset + segment.rows]
+        by_id = orders[where].from_stored(state[f"embedding_bags.{where}.weight"])
+        of_segment = by_id[segment.offset : segment.offset + segment.rows]
         return Table(name, of_segment, state.get(f"projections.{name}.weight"), "sum", [])
 
     found = []
@@ -141,8 +146,33 @@ def to_kjt(bags: Bags, first: int, last: int, weighted: bool = False) -> KeyedJa
 
 
 def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the full tensors of the state dict, on every rank."""
-    return {name.removeprefix("0."): full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    """Return the full tensors of the state dict of a sharded collection, on every rank; rows of W1 by id."""
+    state = {name.removeprefix("0."): full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    return weights_by_id(state, row_tables_of(model))
+
+
+def row_tables_of(model: torch.nn.Module) -> list[MultiLayerEmbeddingBagConfig]:
+    """Return the tables that store the rows of all sharded collections of a model."""
+    sharded = [each for each in model.modules() if isinstance(each, ShardedMultiLayerEmbeddingBagCollection)]
+    return [table for each in sharded for table in each._row_tables]
+
+
+def unsharded_weights(module: MultiLayerEmbeddingBagCollection) -> dict[str, torch.Tensor]:
+    """Return the state dict of an unsharded collection with the rows of W1 by id."""
+    return weights_by_id(module.state_dict(), module.row_tables())
+
+
+def weights_by_id(
+    state: Mapping[str, torch.Tensor], tables: Iterable[MultiLayerEmbeddingBagConfig]
+) -> dict[str, torch.Tensor]:
+    """Return a state dict of full tensors of a collection, or of a model with one, with the rows of W1 by id."""
+    found = dict(state)
+    for table in tables:
+        if table.row_order is not None:
+            suffix = f"embedding_bags.{table.name}.weight"
+            (name,) = (each for each in state if each == suffix or each.endswith(f".{suffix}"))
+            found[name] = table.row_order.from_stored(found[name])
+    return found
 
 
 def record_steps(

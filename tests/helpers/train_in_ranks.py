@@ -42,7 +42,7 @@ def _train(overrides: Sequence[str], port: int, group: str) -> dict[str, Any]:
     os.environ["MASTER_PORT"] = str(port)
     try:
         overrides = [*overrides, f"train.device={rank_device().type}"]
-        return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides), fingerprint=True)
+        return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides))
     finally:
         _leave_group()
         # By a file, because a port that was free before may be taken by now.

@@ -28,11 +28,11 @@ class Kubectl:
     poll_s: float = 2.0
     executable: str = "kubectl"
 
-    def run(self, *arguments: str, timeout: float = 120) -> str:
+    def run(self, *arguments: str, timeout: float = 120, stdin: str | None = None) -> str:
         """Return what kubectl prints; raise TrialError with its error."""
         words = [self.executable, "--namespace", self.namespace, *arguments]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)
+            done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
         except FileNotFoundError:
             raise TrialError(f"{self.executable} is not installed") from None
         except subprocess.TimeoutExpired:
@@ -53,13 +53,23 @@ class Kubectl:
             raise TrialError("kubectl version names no server")
         return str(found["serverVersion"]["gitVersion"])
 
-    def pods(self, job: str) -> list[Object]:
-        """Return the pods of a Job that run and are not being deleted, by their index."""
+    def pods(self, job: str, *, ending: bool = False) -> list[Object]:
+        """Return the pods of a Job that run, by their index; with ``ending`` also those that are being deleted."""
         found = self.get("pods", f"--selector=batch.kubernetes.io/job-name={job}")["items"]
         return sorted(
-            (pod for pod in found if pod["status"].get("phase") == "Running" and not _is_deleted(pod)),
+            (pod for pod in found if pod["status"].get("phase") == "Running" and (ending or not _is_deleted(pod))),
             key=lambda pod: str(pod["metadata"]["name"]),
         )
+
+    def evict(self, pod: str) -> None:
+        """Evict a pod as `kubectl drain` does, but none beside it."""
+        about = {"name": pod, "namespace": self.namespace}
+        eviction = json.dumps({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": about})
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction"
+        self.run("create", f"--raw={path}", "--filename=-", stdin=eviction)
+
+    def suspend(self, job: str, *, suspended: bool) -> None:
+        self.run("patch", "job", job, "--patch", json.dumps({"spec": {"suspend": suspended}}))
 
     def logs(self, job: str) -> list[str]:
         """Return the log of each pod of a Job, also of those that have ended."""

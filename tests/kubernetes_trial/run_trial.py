@@ -83,6 +83,8 @@ class Trial:
             ("a rank is killed (SIGKILL); no pod ends", self._kill_a_rank),
             ("a pod is deleted", lambda pod: self._delete(pod)),
             ("a pod is deleted by force", lambda pod: self._delete(pod, "--grace-period=0", "--force")),
+            ("a pod is evicted, as kubectl drain does", self.kubectl.evict),
+            ("the Job is suspended and resumed", self._suspend),
         ):
             if not step(f"killed: {name}", lambda kill=kill: self._survive(kill)):  # type: ignore[misc]
                 break
@@ -155,6 +157,11 @@ class Trial:
     def _delete(self, pod: str, *options: str) -> None:
         self.kubectl.run("delete", "pod", pod, "--wait=false", *options)
 
+    def _suspend(self, _: str) -> None:
+        self.kubectl.suspend(self._killed, suspended=True)
+        self.kubectl.wait("the end of all pods", _KILL_S, lambda: not self.kubectl.pods(self._killed, ending=True))
+        self.kubectl.suspend(self._killed, suspended=False)
+
     def _same_weights(self) -> str:
         logs = [self.kubectl.logs(job) for job in ("mlet-train-cpu-quiet", self._killed)]
         quiet, killed = (str(last_result(each, "weights_sha256")["weights_sha256"]) for each in logs)
@@ -163,7 +170,7 @@ class Trial:
         return killed[:12]
 
     def _export(self) -> str:
-        self.jobs.start_export(self._export_job)
+        self.kubectl.suspend(self._export_job, suspended=False)
         self.kubectl.complete(self._export_job, _PULL_S)
         verified = last_result(self.kubectl.logs(self._export_job), "export")["export"]
         if not verified["ok"]:

@@ -48,7 +48,7 @@ def test_a_cluster_that_does_everything_right(
     assert cluster.trial(monkeypatch) == 0
     output = capsys.readouterr().out
     assert "FAILED" not in output
-    assert "12 of 12 steps succeeded" in output
+    assert "14 of 14 steps succeeded" in output
     commands = [" ".join(words) for words in cluster.state["commands"]]
     assert [each for each in commands if each.startswith("delete pod")] == [
         f"delete pod {KILLED}-1 --wait=false",

@@ -36,9 +36,6 @@ class TrialJobs:
         self._apply(name, "cpu", nameSuffix=f"-{name}", patches=patches)
         return f"mlet-train-cpu-{name}", f"mlet-export-cpu-{name}"
 
-    def start_export(self, job: str) -> None:
-        self.kubectl.run("patch", "job", job, "--patch", '{"spec":{"suspend":false}}')
-
     def _apply(self, name: str, kustomization: str, **more: object) -> None:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)

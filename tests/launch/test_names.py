@@ -45,6 +45,8 @@ def unresolved(things: list[Object], given: set[tuple[str, str]]) -> list[tuple[
             wanted += [("PodGroup", group)] if group else []
         if thing["kind"] == "TrainJob":
             wanted.append((thing["spec"]["runtimeRef"]["kind"], thing["spec"]["runtimeRef"]["name"]))
+        if thing["kind"] == "MutatingAdmissionPolicyBinding":
+            wanted.append(("MutatingAdmissionPolicy", thing["spec"]["policyName"]))
     return [each for each in wanted if each not in names(things) | given]
 
 
@@ -86,7 +88,11 @@ def test_references_follow_a_prefix_a_suffix_and_a_namespace(name: str, tmp_path
     before = sorted(f"team-{each['metadata']['name']}-7" for each in render(name) if each["kind"] != "ConfigMap")
     assert sorted(each["metadata"]["name"] for each in things if each["kind"] != "ConfigMap") == before
     for thing in things:
-        if thing["kind"] != "Queue":  # which belongs to no namespace
+        if thing["kind"] not in (
+            "Queue",
+            "MutatingAdmissionPolicy",
+            "MutatingAdmissionPolicyBinding",
+        ):  # of the cluster
             assert thing["metadata"]["namespace"] == "elsewhere"
     # The storage is not among these objects, and keeps the name by which they know it.
     assert unresolved(things, stores()) == []

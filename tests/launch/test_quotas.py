@@ -12,7 +12,7 @@ from tests.helpers.kubernetes_schemas import Object, check, templates
 from tests.helpers.quantities import quantity
 from tests.helpers.rendered_manifests import (
     RENDERED,
-    STORAGE,
+    WITHOUT_PODS,
     needs_kubectl,
     of_kind,
     overlay,
@@ -22,7 +22,7 @@ from tests.helpers.rendered_manifests import (
 
 pytestmark = needs_kubectl
 
-WITH_PODS = [name for name in RENDERED if name not in (*STORAGE, "volcano")]
+WITH_PODS = [name for name in RENDERED if name not in WITHOUT_PODS]
 QUOTA = [f"{kind}.{what}" for kind in ("requests", "limits") for what in ("cpu", "memory", "ephemeral-storage")]
 DEFAULT_LIMITS = {"cpu": "1", "memory": "2Gi", "ephemeral-storage": "1Gi"}  # small, as administrators choose them
 

@@ -10,6 +10,7 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm, table_bytes
 from mlet_dist.models.spec import ModelSpec
+from tests.helpers.rows_by_id import model_by_id
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 MODEL = ModelConfig(
@@ -37,7 +38,7 @@ def dense_layers(model: DLRM) -> dict[str, torch.Tensor]:
 
 def logits_in_float64(spec: ModelSpec, state: dict[str, torch.Tensor]) -> torch.Tensor:
     """Compute a DLRM in plain torch: an MLP of the dense inputs, products of all pairs of vectors, an MLP of both."""
-    state = {name: value.double() for name, value in state.items()}
+    state = {name: value.double() for name, value in model_by_id(state, spec).items()}
     dense, sparse = inputs()
 
     def linear(name: str, layer: int, x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.compressed_tables import shared_row_ranges, with_row_ranges
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
+from tests.helpers.rows_by_id import model_by_id
 from tests.helpers.tables import PLAIN, prepare_table
 from tests.helpers.train_in_ranks import Ranks, stopped_after, train_in_ranks
 
@@ -70,6 +71,7 @@ def test_the_export_has_the_rows_of_the_run_and_shared_ones(
     dcp_to_torch_save(checkpoint, tmp_path / "run.pt")
     dcp_to_torch_save(export / "model", tmp_path / "export.pt")
     trained, served = torch.load(tmp_path / "run.pt")["model"], torch.load(tmp_path / "export.pt")
+    trained = model_by_id(trained, ModelSpec.load(path / "model.json"))
     offsets: dict[int, int] = {}
     for name, ranges in ModelSpec.load(path / "model.json").row_ranges.items():
         first, whole = 0, served[f"{TABLES_PREFIX}embedding_bags.{name}.weight"]

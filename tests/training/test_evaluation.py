@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed as dist
+from torch.nn import functional
 
 from mlet_dist.training.evaluation import BinaryMetrics
 from tests.helpers.ranks import RankPool
@@ -106,6 +107,31 @@ def test_rows_can_be_added_after_computing() -> None:
     metrics.update(torch.tensor([2.0]), torch.tensor([0]))
     assert metrics.compute()["auc"] == 0.5
     assert metrics.compute()["rows"] == 3
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [97, 40_000])
+def test_when_rows_are_counted_changes_no_bit(size: int, weighted: bool) -> None:
+    draw = torch.Generator().manual_seed(size)
+    together, one_by_one = BinaryMetrics(CPU, weighted=weighted), BinaryMetrics(CPU, weighted=weighted)
+    loss = torch.zeros((), dtype=torch.float64)
+    for _ in range(400 if size < 100 else 3):
+        logits, labels = torch.randn(size, generator=draw) * 5, (torch.rand(size, generator=draw) < 0.3).float()
+        weights = torch.rand(size, generator=draw) if weighted else None
+        for metrics in (together, one_by_one):
+            metrics.update(logits, labels, weights)
+        one_by_one.compute()
+        factors = None if weights is None else weights.double()
+        loss += functional.binary_cross_entropy_with_logits(logits.double(), labels.double(), factors, reduction="sum")
+    found, expected = together.state_dict(), one_by_one.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert float(found["loss"]) == float(loss)
+    assert together.compute() == one_by_one.compute()
+    restored = BinaryMetrics(CPU, weighted=weighted)
+    restored.update(torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([1.0]) if weighted else None)
+    restored.load_state_dict(found)
+    assert restored.compute() == together.compute()
 
 
 def test_half_precision_logits_and_integer_labels_are_accepted() -> None:

@@ -30,9 +30,11 @@ from mlet_dist.training.fused_optimizers import (
     optimizer_state,
 )
 from mlet_dist.training.process_group import Worker
+from mlet_dist.training.replicated_gradients import ReplicatedGradients
 from mlet_dist.training.sharding import shard_model
 from tests.helpers.mlet_command import ROOT, mlet_json
 from tests.helpers.ranks import RankPool, full_tensor
+from tests.helpers.sharded_module import row_tables_of, weights_by_id
 
 Ranks = Callable[..., RankPool]
 OPTIMIZERS = ["sgd", "adagrad", "rowwise_adagrad", "adam"]
@@ -74,11 +76,13 @@ def _batch(step: int) -> tuple[torch.Tensor, KeyedJaggedTensor, torch.Tensor]:
 
 
 def _take_steps(model: DistributedModelParallel, optimizer: CombinedOptimizer, steps: range) -> None:
+    gradients = ReplicatedGradients(model)
     for step in steps:
         dense, features, labels = _batch(step)
         optimizer.zero_grad()
         logits = model(dense, features).squeeze(-1)
         torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+        gradients.combine()
         optimizer.step()
 
 
@@ -95,7 +99,8 @@ def _whole_state(optimizer: CombinedOptimizer) -> Trained:
 
 
 def _whole_weights(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
-    return {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
+    return weights_by_id(state, row_tables_of(model))
 
 
 def _train(

@@ -1,6 +1,5 @@
-"""The fingerprint of the weights, and checkpoints, across numbers of ranks."""
+"""Checkpoints across numbers of ranks."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import RowsDtype, build_dlrm
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.fingerprint import weights_sha256
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
-from mlet_dist.training.snapshot import weights_sha256
 from tests.helpers.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.multirank
@@ -28,40 +27,13 @@ Ranks = Callable[[int], RankPool]
 SIZES = {"uneven": 101, "tiny": 5, "two": 2}
 
 
-def _spec(seed: int = 3, hidden_dim: int | None = 8, sizes: dict[str, int] = SIZES) -> ModelSpec:
-    model = ModelConfig(embedding_dim=4, hidden_dim=hidden_dim, bottom_mlp=(6,), top_mlp=(6,))
+def _spec(seed: int = 3, sizes: dict[str, int] = SIZES) -> ModelSpec:
+    model = ModelConfig(embedding_dim=4, hidden_dim=8, bottom_mlp=(6,), top_mlp=(6,))
     return ModelSpec(model, ("I1", "I2"), tuple(SparseFeature(name, n) for name, n in sizes.items()), seed)
 
 
 def _worker() -> Worker:
     return Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
-
-
-def _fingerprint(spec: ModelSpec, block_bytes: int) -> str:
-    import mlet_dist.training.snapshot
-
-    mlet_dist.training.snapshot._BLOCK_BYTES = block_bytes
-    model = build_dlrm(spec, tables_device=torch.device("meta"))
-    fuse_row_optimizer(model, OptimizerConfig())
-    return weights_sha256(shard_model(model, _worker(), 8)[0], torch.device("cpu"))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("block_bytes", [64 << 20, 200])
-def test_the_fingerprint_does_not_depend_on_the_ranks(ranks: Ranks, world_size: int, block_bytes: int) -> None:
-    expected = hashlib.sha256()
-    state = build_dlrm(_spec(), tables_device=torch.device("cpu")).state_dict()
-    for name in sorted(state):
-        expected.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}\n".encode())
-        expected.update(state[name].numpy().tobytes())
-    first, *others = ranks(world_size).run(_fingerprint, _spec(), block_bytes)
-    assert first == expected.hexdigest()
-    assert others == [""] * (world_size - 1)
-
-
-def test_another_seed_or_shape_has_another_fingerprint(ranks: Ranks) -> None:
-    prints = {ranks(2).run(_fingerprint, spec, 1 << 20)[0] for spec in (_spec(), _spec(seed=4), _spec(hidden_dim=12))}
-    assert len(prints) == 3
 
 
 def _save(directory: Path, rows_dtype: RowsDtype = "fp32") -> str:
@@ -71,7 +43,7 @@ def _save(directory: Path, rows_dtype: RowsDtype = "fp32") -> str:
     optimizer = build_optimizer(sharded, OptimizerConfig(name="adagrad"))
     state = {MODEL_KEY: sharded.state_dict(), OPTIMIZER_KEY: optimizer_state(optimizer)}
     write_checkpoint(CheckpointStore(directory).checkpoint(7), state, {})
-    return weights_sha256(sharded, torch.device("cpu"))
+    return weights_sha256(sharded)
 
 
 def _load(directory: Path, spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> str:
@@ -79,7 +51,7 @@ def _load(directory: Path, spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> s
     fuse_row_optimizer(model, OptimizerConfig())
     sharded = shard_model(model, _worker(), 8)[0]
     load_model(sharded, latest_checkpoint(CheckpointStore(directory)).location)
-    return weights_sha256(sharded, torch.device("cpu"))
+    return weights_sha256(sharded)
 
 
 @pytest.mark.parametrize(("saved_on", "loaded_on"), [(2, 3), (4, 1), (1, 4)])

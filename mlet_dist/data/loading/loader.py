@@ -103,9 +103,9 @@ class DataLoader:
         pin_memory: put batches into pinned memory, for asynchronous copies to CUDA devices.
 
     Raises:
-        UserError: the data set does not exist or is damaged, it lacks the split or a feature, or the batch size does
-            not fit; or, while iterating, a part is unreadable or holds a label other than 0 and 1, a dense value or
-            weight that is not finite, an id outside its table, or a missing value.
+        UserError: the data set does not exist, a part of this rank's share is damaged, the data set lacks the split or
+            a feature, or the batch size does not fit; or, while iterating, a part is unreadable or holds a label other
+            than 0 and 1, a dense value or weight that is not finite, an id outside its table, or a missing value.
     """
 
     def __init__(
@@ -133,7 +133,10 @@ class DataLoader:
         dense = _choose(path, "dense", dense_features, schema.dense)
         sparse = _choose(path, "sparse", sparse_features, tuple(schema.num_embeddings))
         by_row = shuffle is not None
-        self._parts = SplitRows(path, schema, schema.parts[split], dense, sparse, by_row=by_row)
+        parts = schema.parts[split]
+        # Each rank looks for damage to its share of the files at once: together they open every file once.
+        checked = range(rank, len(parts), world_size)
+        self._parts = SplitRows(path, schema, parts, dense, sparse, by_row=by_row, checked=checked)
         self._order = Order(
             self._parts.group_rows,
             batch_size=batch_size,

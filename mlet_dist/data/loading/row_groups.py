@@ -35,6 +35,8 @@ class SplitRows:
         schema: the data set's schema.
         parts: the split's parts.
         dense, sparse: the features to read, in order.
+        checked: positions of the parts whose files are compared with the schema at once; None for all. The others are
+            compared when they are first read.
         by_row: lay single-valued ids out by row, which makes picking rows seven times as fast; False lays them out by
             column, the layout of Parquet and of a KeyedJaggedTensor.
 
@@ -43,7 +45,8 @@ class SplitRows:
         weighted: whether any feature has weights.
 
     Raises:
-        UserError: a part is missing, is not Parquet, lacks a column, or is not the file that the schema describes.
+        UserError: a part that is compared at once is missing, is not Parquet, lacks a column, or is not the file that
+            the schema describes.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class SplitRows:
         sparse: Sequence[str],
         *,
         by_row: bool,
+        checked: range | None = None,
     ) -> None:
         features = {feature.name: feature for feature in schema.sparse}
         self._schema = schema
@@ -68,15 +72,16 @@ class SplitRows:
             self._types[feature.name] = pa.list_(pa.int32()) if feature.multi_valued else pa.int32()
             if feature.weighted:
                 self._types[_weight(feature)] = pa.list_(pa.float32())
-        self._footer = lru_cache(_FOOTERS_KEPT)(self._read_footer)
-        self._groups: list[tuple[DataPath, int]] = []
-        group_rows: list[int] = []
-        files = [path / part.path for part in parts]
-        footers = map_ahead(self._checked_group_rows, zip(files, parts, strict=True), threads=_FOOTER_THREADS, ahead=64)
-        for file, found in zip(files, footers, strict=True):
-            self._groups += [(file, group) for group in range(len(found))]
-            group_rows += found
-        self.group_rows: npt.NDArray[np.int64] = np.array(group_rows, dtype=np.int64)
+        self._footer = lru_cache(_FOOTERS_KEPT)(self._checked_footer)
+        # By part, not read from the files: a job of many ranks would open each file once for every rank.
+        self._parts = [(path / part.path, part) for part in parts]
+        self._groups = [(part, group) for part, each in enumerate(parts) for group in range(len(each.group_rows))]
+        self.group_rows: npt.NDArray[np.int64] = np.array(
+            [rows for part in parts for rows in part.group_rows], dtype=np.int64
+        )
+        checks = range(len(parts)) if checked is None else checked
+        for _ in map_ahead(self._footer, checks, threads=_FOOTER_THREADS, ahead=64):
+            pass
 
     def empty(self) -> Rows:
         """Return zero rows with all columns."""
@@ -94,16 +99,17 @@ class SplitRows:
         """Return the columns of row group ``index`` as they are in its file.
 
         Raises:
-            UserError: the row group cannot be read.
+            UserError: the row group cannot be read, or its file is not the one that the schema describes.
         """
-        file, group = self._groups[index]
-        with _user_errors(file, f"row group {group} cannot be read"):
-            footer, _, _ = self._footer(file)
-            with (
-                _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
-                pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as parquet,
-            ):
-                return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
+        part, group = self._groups[index]
+        file, _ = self._parts[part]
+        footer = self._footer(part)
+        with (
+            _user_errors(file, f"row group {group} cannot be read"),
+            _opened(file, block_bytes=_compressed_bytes(footer.row_group(group))) as source,
+            pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as parquet,
+        ):
+            return parquet.read_row_group(group, columns=list(self._types), use_threads=False)
 
     def convert(self, index: int, table: pa.Table) -> Rows:
         """Check the table that ``read`` returned for row group ``index``, and lay it out as ``Rows``.
@@ -111,7 +117,8 @@ class SplitRows:
         Raises:
             UserError: a value is missing or out of range.
         """
-        return self._converted(self._groups[index][0], table)
+        part, _ = self._groups[index]
+        return self._converted(self._parts[part][0], table)
 
     def _read_footer(self, file: DataPath) -> tuple[pq.FileMetaData, pa.Schema, int]:
         """Return the footer, the columns and the size of a file."""
@@ -121,10 +128,11 @@ class SplitRows:
                 # Not `metadata.schema`: pyarrow 26 would never free the footer.
                 return parquet.metadata, parquet.schema_arrow, size
 
-    def _checked_group_rows(self, file_and_part: tuple[DataPath, Part]) -> list[int]:
-        file, part = file_and_part
+    def _checked_footer(self, index: int) -> pq.FileMetaData:
+        """Return the footer of part ``index`` after comparing the file with the schema."""
+        file, part = self._parts[index]
         with _user_errors(file, "not a complete Parquet file"):
-            footer, found, size = self._footer(file)
+            footer, found, size = self._read_footer(file)
         pages = (footer.metadata or {}).get(PAGES_KEY, b"").decode()
         if pages != part.pages_sha256 and (other := self._schema.part_of(pages)) is not None:
             raise UserError(
@@ -142,7 +150,12 @@ class SplitRows:
                 f"{file}: is not the file that schema.json describes, such as a part of another data set; put the part "
                 "back that belongs there, or prepare the data set again"
             )
-        return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        if [footer.row_group(group).num_rows for group in range(footer.num_row_groups)] != part.group_rows:
+            raise UserError(
+                f"{file}: its row groups do not have {part.row_group_rows:,} rows each, as schema.json says; prepare "
+                "the data set again"
+            )
+        return footer
 
     def _converted(self, file: DataPath, table: pa.Table) -> Rows:
         labels = _values(file, table, self._label)

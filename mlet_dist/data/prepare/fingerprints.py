@@ -9,13 +9,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mlet_dist.data.parquet_parts import PART_VERSION, ROW_GROUP_ROWS
+from mlet_dist.data.parquet_parts import PART_VERSION
 from mlet_dist.data.prepare import chunks, raw_blocks
 from mlet_dist.data.prepare.chunks import CHUNK_VERSION
 from mlet_dist.data.prepare.raw_files import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.splits import SplitRule
-from mlet_dist.data.schema import FORMAT_VERSION
+from mlet_dist.data.schema import FORMAT_VERSION, ROW_GROUP_ROWS
 
 COUNT_VERSION = 2  # changes when the files of the count and vocabulary passes change
 WRITE_VERSION = 3  # changes when the records of the write pass change

@@ -23,6 +23,7 @@ from mlet_dist.data.prepare.work_files import WorkDirectory
 from mlet_dist.data.prepare.worker_pool import WorkerKilledError, Workers, check_main_guard
 from mlet_dist.data.schema import FILE_NAME, SPLITS, DatasetSchema
 from mlet_dist.errors import UserError, one_line
+from mlet_dist.machine_limits import memory_bytes
 from mlet_dist.remote_directory import RemoteDirectory
 
 PASSES = ("read", "count", "vocabulary", "write", "merge")
@@ -51,7 +52,7 @@ class Resources:
     def bytes(self) -> int:
         """``memory``, or its default."""
         if self.memory is None:
-            return max(PROCESS_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+            return max(PROCESS_BYTES, memory_bytes()[0] // 2)
         return self.memory
 
     def workers(self, size: int) -> int:

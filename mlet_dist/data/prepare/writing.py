@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.id_counts import IdCounts, SplitCounts
-from mlet_dist.data.parquet_parts import ROW_GROUP_ROWS, ParquetOutput
+from mlet_dist.data.parquet_parts import ParquetOutput
 from mlet_dist.data.prepare.chunks import (
     LABEL,
     ChunkGroup,
@@ -26,7 +26,7 @@ from mlet_dist.data.prepare.sealed_files import put_in_place
 from mlet_dist.data.prepare.splits import Splitter
 from mlet_dist.data.prepare.typed_columns import FLOAT32_MAX
 from mlet_dist.data.prepare.vocabulary import Lookup
-from mlet_dist.data.schema import SAMPLE_WEIGHT, SPLITS, Part
+from mlet_dist.data.schema import ROW_GROUP_ROWS, SAMPLE_WEIGHT, SPLITS, Part
 from mlet_dist.errors import UserError
 
 
@@ -138,7 +138,8 @@ class _PartWriter:
         assert self._file is not None
         sums = self._file.close()
         put_in_place(self._temporary, self._path)
-        return Part(name, self._rows, self._positives, sums.bytes, sums.sha256, sums.pages_sha256)
+        hashes = sums.sha256, sums.pages_sha256
+        return Part(name, self._rows, self._positives, sums.bytes, *hashes, ROW_GROUP_ROWS)
 
     def _flush(self, rows: int) -> None:
         table = pa.concat_tables(self._pending)

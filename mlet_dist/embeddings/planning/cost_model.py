@@ -1,12 +1,27 @@
-"""Bytes, flops and time of one rank, common to tables and dense layers, and the time of a step at peak rates."""
+"""Bytes, flops and time of one rank, common to tables and dense layers, and the time of a step by part."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Any, Literal, Self
+
+from mlet_dist.embeddings.planning.collective_time import CollectiveTimes
 
 Optimizer = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
 
 FLOAT, INDEX, LENGTH = 4, 8, 4
+HOST_OPERATIONS, TABLE_OPERATIONS = 340, 11
+"""Operations of torch in a step, as counted by ``tests/embeddings/planning/test_step_collectives.py``, and how many of
+them each table adds."""
+
+LAUNCH: dict[str, float] = {"cuda": 5e-6, "cpu": 10e-6}
+"""Seconds in which the host starts an operation: dispatch, autograd and the launch of a kernel (estimates)."""
+
+SORTED_IDS: dict[str, float] = {"cuda": 1e9, "cpu": 1e7}
+"""Ids per second of ``torch.unique`` with positions, which sorts (estimates)."""
+
+_NCCL = CollectiveTimes("nccl")
+
 RESERVED_SHARE = 0.15
 """The share of a device's memory reserved for the CUDA context, NCCL and fragmentation. TorchRec's default."""
 
@@ -46,6 +61,15 @@ class Memory(_Summable):
         """Bytes on the device."""
         return self.weights + self.optimizer + self.buffers + self.dense
 
+    @property
+    def checkpoint_copy(self) -> float:
+        """Bytes of host memory that a copy of this rank's rows, weights and optimizer state takes, at most.
+
+        A checkpoint in the background makes such a copy. Dense gradients, which are counted with the state, are not
+        part of it, nor is a cache of rows in host memory.
+        """
+        return self.weights + self.optimizer + self.dense + self.host
+
 
 @dataclass(frozen=True)
 class Step(_Summable):
@@ -66,6 +90,9 @@ class Step(_Summable):
         memory_bytes: bytes read from and written to the device's memory.
         host_bytes: rows and state copied from host memory to the device; as many bytes go back at the same time.
         flops: floating-point operations of W2 and the dense layers.
+        sorted_ids: ids among which the distinct ones are found.
+        node_reduced_bytes: those of an all-reduce among the bytes over the link inside the node.
+        network_reduced_bytes: those of an all-reduce among the bytes over the link to other nodes.
     """
 
     vector_bytes: float = 0
@@ -78,6 +105,9 @@ class Step(_Summable):
     memory_bytes: float = 0
     host_bytes: float = 0
     flops: float = 0
+    sorted_ids: float = 0
+    node_reduced_bytes: float = 0
+    network_reduced_bytes: float = 0
 
     @property
     def sent_bytes(self) -> float:
@@ -93,11 +123,18 @@ class Device:
         kind: cuda or cpu.
         memory: bytes of the device's memory.
         memory_bandwidth: bytes per second.
-        flops: float32 operations per second.
+        flops: operations per second of matrix products, in the precision of the run.
         node_bandwidth: bytes per second and direction, to ranks of the same node.
         network_bandwidth: bytes per second and direction, to other nodes.
         host_memory: this rank's share of the host's memory in bytes; 0 for a CPU, for which ``memory`` is host memory.
         host_bandwidth: bytes per second and direction, between host and device.
+        collectives: the latencies of collectives.
+        launch: seconds that one more kernel takes.
+        host_step: seconds of the host's own work in a step: Python, TorchRec and torch's dispatch.
+        host_table: seconds that each table adds to ``host_step``.
+        ids: ids per second among which the distinct ones are found, with their positions.
+        reduce_rate: the bandwidth of an all-reduce over that of the links.
+        at_peak: whether bandwidths and operations are peak rates, not measured ones.
     """
 
     name: str
@@ -109,6 +146,13 @@ class Device:
     network_bandwidth: float
     host_memory: float = 0
     host_bandwidth: float = 0
+    collectives: CollectiveTimes = _NCCL
+    launch: float = 0
+    host_step: float = 0
+    host_table: float = 0
+    ids: float = math.inf
+    reduce_rate: float = 1.0
+    at_peak: bool = True
 
     @property
     def usable_memory(self) -> float:
@@ -123,16 +167,41 @@ class Device:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by part. The parts are assumed not to overlap; kernel launches and waiting are not included."""
+    """Seconds of a step by part.
+
+    Attributes:
+        network: bytes on links, by their bandwidth.
+        memory: bytes of the device's memory.
+        host: bytes on the link between host and device.
+        compute: operations of matrix products.
+        sorting: finding the distinct ones among ids.
+        latency: what collectives take however few bytes they have.
+        floor: the host's own work; on CUDA only what of it exceeds the other parts, since the device runs behind.
+        skew: what the busiest owner of rows takes longer than an average one.
+    """
 
     network: float
     memory: float
     host: float
     compute: float
+    sorting: float = 0
+    latency: float = 0
+    floor: float = 0
+    skew: float = 0
 
     @property
     def total(self) -> float:
-        return self.network + self.memory + self.host + self.compute
+        """Seconds of a step whose parts follow one another."""
+        at_work = self.network + self.memory + self.host + self.compute + self.sorting
+        return at_work + self.latency + self.floor + self.skew
+
+    @property
+    def lower_bound(self) -> float:
+        """Seconds in which links, memory and matrix products work in parallel without pause, whatever else happens.
+
+        It is a lower bound of every run if the device's rates are peak rates.
+        """
+        return max(self.network, self.memory, self.host, self.compute)
 
     @property
     def bound(self) -> str:
@@ -142,19 +211,40 @@ class StepTime:
             "memory bandwidth": self.memory,
             "host link": self.host,
             "compute": self.compute,
+            "sorting ids": self.sorting,
+            "latency": self.latency,
+            "host": self.floor,
+            "skew": self.skew,
         }
         return max(parts, key=lambda part: parts[part])
 
 
+def device_defaults(kind: str) -> dict[str, Any]:
+    """Return the attributes of a Device that data sheets do not give: latencies and the host's work."""
+    launch = LAUNCH[kind]
+    return {
+        "collectives": CollectiveTimes("nccl" if kind == "cuda" else "gloo"),
+        "launch": launch,
+        "host_step": HOST_OPERATIONS * launch,
+        "host_table": TABLE_OPERATIONS * launch,
+        "ids": SORTED_IDS[kind],
+    }
+
+
 def step_time(step: Step, device: Device) -> StepTime:
-    """Return the time of a step at peak rates; links inside and between nodes are full duplex and work in parallel."""
-    node = max(step.node_owner_bytes, step.node_requester_bytes)
-    network = max(step.network_owner_bytes, step.network_requester_bytes)
+    """Return the time of a step's bytes and operations at the device's rates, without latency, host and skew.
+
+    Links inside and between nodes are full duplex and work in parallel.
+    """
+    slower = 1 / device.reduce_rate - 1
+    node = max(step.node_owner_bytes, step.node_requester_bytes) + slower * step.node_reduced_bytes
+    network = max(step.network_owner_bytes, step.network_requester_bytes) + slower * step.network_reduced_bytes
     return StepTime(
         network=max(node / device.node_bandwidth, network / device.network_bandwidth),
         memory=step.memory_bytes / device.memory_bandwidth,
         host=step.host_bytes / device.host_bandwidth if step.host_bytes else 0.0,
         compute=step.flops / device.flops,
+        sorting=step.sorted_ids / device.ids,
     )
 
 
@@ -175,6 +265,8 @@ def all_reduce_step(size: float, world_size: int, local_world_size: int) -> Step
         node_requester_bytes=within,
         network_owner_bytes=between,
         network_requester_bytes=between,
+        node_reduced_bytes=within,
+        network_reduced_bytes=between,
     )
 
 

@@ -1,12 +1,16 @@
-"""The reason for each table's sharding type: its cost per step beside that of the best alternative."""
+"""The reason for each table's sharding type: its cost per step beside that of the best alternative.
+
+The cost of an alternative includes the latency of collectives that no other table of the plan has.
+"""
 
 from collections.abc import Mapping, Sequence
 
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
-from mlet_dist.embeddings.planning.cost_model import Device, milliseconds, step_time
+from mlet_dist.embeddings.planning.cost_model import Device, step_time
 from mlet_dist.embeddings.planning.plan_cost import Ranks, table_cost
+from mlet_dist.embeddings.planning.step_collectives import latency
 from mlet_dist.embeddings.planning.table_cost import DATA_PARALLEL, UVM, UVM_CACHING, TableCost
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
 
@@ -32,6 +36,8 @@ def sharding_reasons(
         device: hardware of a rank.
     """
     found = {}
+    groups = [(cost.sharding_type, cost.exchange) for cost, _ in tables.values()]
+    waiting = latency(groups, ranks.world_size, ranks.local_world_size, device.collectives)
     for table in module.row_tables():
         chosen = tables[table.name][0]
         types = constraints[table.name].sharding_types or []
@@ -43,10 +49,18 @@ def sharding_reasons(
         ]
         reason = _cost_of(chosen, device)
         if others:
-            best = min(others, key=lambda cost: step_time(cost.owner_step(), device).total)
-            reason += f", {best.sharding_type} {_cost_of(best, device)}"
-            if chosen.num_owners < best.num_owners:
-                reason += "; the other ranks are free for other tables"
+            added = {
+                cost.sharding_type: latency(
+                    [*groups, (cost.sharding_type, cost.exchange)],
+                    ranks.world_size,
+                    ranks.local_world_size,
+                    device.collectives,
+                )
+                - waiting
+                for cost in others
+            }
+            best = min(others, key=lambda cost: _seconds(cost, device) + added[cost.sharding_type])
+            reason += _compared(chosen, best, added[best.sharding_type], device)
         elif table.name in requested and requested[table.name].sharding_types == [chosen.sharding_type]:
             reason += "; no other type was asked for"
         elif chosen.sharding_type == DATA_PARALLEL:
@@ -59,6 +73,24 @@ def sharding_reasons(
     return found
 
 
+def _compared(chosen: TableCost, other: TableCost, added: float, device: Device) -> str:
+    """Compare with the best alternative; differences below a kernel's launch are not reasons."""
+    if abs(_seconds(other, device) + added - _seconds(chosen, device)) <= device.launch:
+        text = f"; {other.sharding_type} differs by less than the launch of a kernel"
+    else:
+        own = f" and {_milliseconds(added)} for its own collectives" if added else ""
+        text = f"; {other.sharding_type} {_cost_of(other, device)}{own}"
+    return text + ("; the other ranks are free for other tables" if chosen.num_owners < other.num_owners else "")
+
+
+def _seconds(cost: TableCost, device: Device) -> float:
+    return step_time(cost.owner_step(), device).total
+
+
 def _cost_of(cost: TableCost, device: Device) -> str:
     owners = "one rank" if cost.num_owners == 1 else f"each of {cost.num_owners:,} ranks"
-    return f"{milliseconds(step_time(cost.owner_step(), device))} a step on {owners}"
+    return f"{_milliseconds(_seconds(cost, device))} a step on {owners}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2g} ms" if seconds >= 1e-5 else "under 0.01 ms"

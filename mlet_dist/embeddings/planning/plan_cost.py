@@ -27,6 +27,7 @@ from mlet_dist.embeddings.planning.cost_model import (
     total_memory,
     total_step,
 )
+from mlet_dist.embeddings.planning.step_collectives import latency
 from mlet_dist.embeddings.planning.table_cost import (
     CACHE_LOAD_FACTOR,
     DATA_PARALLEL,
@@ -242,10 +243,28 @@ def step_of_rank(tables: Tables, dense: DenseCost, rank: int) -> Step:
     return total_step([*of_tables, dense.step()])
 
 
-def slowest_step(tables: Tables, dense: DenseCost, device: Device) -> tuple[Step, StepTime]:
-    """Return the work and the time of the rank that takes longest."""
-    steps = [step_of_rank(tables, dense, rank) for rank, *_ in group_identical_ranks(tables)]
-    return max(((step, step_time(step, device)) for step in steps), key=lambda each: each[1].total)
+def slowest_step(tables: Tables, dense: DenseCost, device: Device, busiest: float = 1.0) -> tuple[Step, StepTime]:
+    """Return the work and the time of the rank that takes longest.
+
+    Args:
+        tables: cost and rows of each table.
+        dense: cost of the dense layers.
+        device: hardware of a rank.
+        busiest: the work of the busiest owner of unique rows over that of an average one; 1 if owners are even, or if
+            it is not known.
+    """
+    groups = [(cost.sharding_type, cost.exchange) for cost, _ in tables.values()]
+    waiting = latency(groups, dense.world_size, dense.local_world_size, device.collectives)
+    host_work = device.host_step + len(tables) * device.host_table
+    uneven = total_step(cost.owner_step() for cost, _ in tables.values() if cost.exchange == "unique_rows")
+    found = []
+    for rank, *_ in group_identical_ranks(tables):
+        step = step_of_rank(tables, dense, rank)
+        time = step_time(step, device)
+        skew = step_time(step + uneven.times(busiest - 1), device).total - time.total if busiest > 1 else 0.0
+        floor = host_work if device.kind == "cpu" else max(0.0, host_work - time.total - waiting - skew)
+        found.append((step, dataclasses.replace(time, latency=waiting, floor=floor, skew=skew)))
+    return max(found, key=lambda each: each[1].total)
 
 
 def fullest_memory(tables: Tables, dense: DenseCost) -> Memory:

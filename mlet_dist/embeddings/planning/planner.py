@@ -17,8 +17,16 @@ from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.types import Perf, ShardEstimator, ShardingOption, Storage, StorageReservation
 
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
-from mlet_dist.embeddings.planning.cost_model import RESERVED_SHARE, Device, Memory, step_time, total_memory
+from mlet_dist.embeddings.planning.cost_model import (
+    RESERVED_SHARE,
+    Device,
+    Memory,
+    device_defaults,
+    step_time,
+    total_memory,
+)
 from mlet_dist.embeddings.planning.plan_cost import Ranks, load_factor, table_cost
+from mlet_dist.embeddings.planning.plan_rating import FewTypesProposer, Groups, LatencyPerfModel
 from mlet_dist.embeddings.planning.search_space import Constraints, PruningEnumerator, table_constraints
 from mlet_dist.embeddings.planning.table_cost import TableCost
 from mlet_dist.embeddings.sharded.placement import REPLICATED_BYTES
@@ -46,26 +54,36 @@ def multi_layer_planner(
         topology: ranks, memory and bandwidths.
         sharder: the sharder that will shard the model, with its pooling factors and local batch size.
         dense_bytes: memory of the layers other than tables, on every rank.
-        device: hardware of a rank, for the predicted times; by default taken from ``topology``.
+        device: hardware of a rank, for the predicted times and latencies; by default taken from ``topology``.
         constraints: TorchRec's constraints by table; ``table_constraints`` fills in what they leave open.
         replicated_bytes: the limit on a table's rows in bytes up to which it may be data_parallel.
 
     Raises:
         ValueError: the constraints cannot be met, or name an unknown table.
     """
+    device = device or device_of(topology)
+    groups = Groups(tables, topology, sharder, device.collectives)
     limited = table_constraints(tables, Ranks.of(topology), sharder, constraints, replicated_bytes)
     estimators = [
         MultiLayerPerfEstimator(topology, sharder, device, limited),
         MultiLayerStorageEstimator(topology, sharder, limited),
     ]
     # TorchRec's default proposers without the grid search, which tries up to 10,000 plans.
-    proposers: list[Proposer] = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
+    proposers: list[Proposer] = [
+        FewTypesProposer(),
+        GreedyProposer(),
+        GreedyProposer(use_depth=False),
+        UniformProposer(),
+    ]
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=sharder.local_batch_size,
-        enumerator=PruningEnumerator(topology, sharder.local_batch_size, limited, estimators),
+        enumerator=PruningEnumerator(
+            groups, 1e3 * device.launch, topology, sharder.local_batch_size, limited, estimators
+        ),
         storage_reservation=ReplicatedStorageReservation(dense_bytes, sharder),
         proposer=proposers,
+        performance_model=LatencyPerfModel(topology, groups),
         stats=NoopEmbeddingStats(),
         constraints=limited,
     )
@@ -238,4 +256,5 @@ def device_of(topology: Topology) -> Device:
         network_bandwidth=1e3 * topology.inter_host_bw,
         host_memory=0 if on_cpu else storage.ddr,
         host_bandwidth=0 if on_cpu else 1e3 * topology.hbm_to_ddr_mem_bw,
+        **device_defaults(kind),
     )

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -14,6 +16,7 @@ from torchrec.distributed.types import ModuleSharder
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.planning.cost_model import FLOAT
 from mlet_dist.embeddings.planning.plan_cost import Ranks, has_enough_rows
+from mlet_dist.embeddings.planning.plan_rating import Groups, added_latency
 from mlet_dist.embeddings.planning.table_cost import (
     DATA_PARALLEL,
     ROW_WISE,
@@ -30,6 +33,8 @@ Constraints = Mapping[str, ParameterConstraints]
 """TorchRec's constraints by table."""
 
 _FUSED, _DENSE = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value
+
+_NOTHING_ADDED: Mapping[str, float] = MappingProxyType({})
 
 # An uneven option must save at least this share of the work of the best even option.
 _MIN_SAVED_SHARE = 0.5
@@ -149,48 +154,92 @@ class PruningEnumerator(EmbeddingEnumerator):
 
     TorchRec's greedy proposers move the largest table to its next option, and never back. Without pruning they exhaust
     the options of the large tables before they move a small one.
+
+    Args:
+        groups: the groups of tables that share collectives.
+        launch: milliseconds of a kernel, below which differences mean nothing.
+        *torchrec_arguments: positional arguments of TorchRec's enumerator.
     """
+
+    def __init__(self, groups: Groups, launch: float, *torchrec_arguments: Any) -> None:
+        super().__init__(*torchrec_arguments)
+        self._groups, self._launch = groups, launch
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """Return the remaining options, with their estimates."""
         found = super().enumerate(module, sharders)
         own = [each for each in found if isinstance(each.module[1], MultiLayerEmbeddingBagCollection)]
-        dropped = {id(each) for each in own} - {id(each) for each in prune_options(own)}
+        added = added_latency(own, self._groups)
+        dropped = {id(each) for each in own} - {id(each) for each in prune_options(own, self._launch, added)}
         return [each for each in found if id(each) not in dropped]
 
 
-def prune_options(options: Sequence[ShardingOption]) -> list[ShardingOption]:
+def prune_options(
+    options: Sequence[ShardingOption], launch: float = 0.0, added: Mapping[str, float] = _NOTHING_ADDED
+) -> list[ShardingOption]:
     """Return the options of tables without those that no good plan uses.
 
-    An even option loads all ranks equally. Of a table's even options with the same kernel the fastest is kept, and
-    slower ones only if they need less memory. An uneven option loads some ranks only. It is dropped if it takes longer
-    on them than all tables together in the best even plan, or if the total work of its ranks is more than half of that
-    of the best even option.
+    An even option loads all ranks equally. Of a table's even options with the same kernel the best is kept, and others
+    only if they need less memory. The best is the fastest, or of those that differ from it by less than ``launch`` the
+    one with the least memory.
+
+    An uneven option loads some ranks only. It is dropped if it takes longer on them than all tables together in the
+    best even plan, or if the total work of its ranks is more than half of that of the best even option, or if all
+    tables together save less by its sharding type than its collectives take.
+
+    Args:
+        options: of all tables, with estimates.
+        launch: milliseconds of a kernel.
+        added: the milliseconds that the collectives of a sharding type add to a step.
     """
     groups: dict[tuple[str, str], list[ShardingOption]] = defaultdict(list)
     for option in options:
         kernel = option.compute_kernel if option.compute_kernel in (UVM, UVM_CACHING) else ""
         groups[option.fqn, kernel].append(option)
     even = {key: [each for each in group if _is_even(each)] for key, group in groups.items()}
-    fastest = {key: min(group, key=_time) for key, group in even.items() if group}
+    best = {key: _best_even(group, launch) for key, group in even.items() if group}
     by_table: dict[str, float] = {}
-    for (table, _), option in fastest.items():
+    for (table, _), option in best.items():
         by_table[table] = min(_time(option), by_table.get(table, float("inf")))
     all_even = len(by_table) == len({table for table, _ in groups})
     limit = sum(by_table.values()) if all_even else float("inf")
+    saving = [each for each in added if _saved(each, groups, best) > added[each]]
     kept = []
     for key, group in groups.items():
-        best = fastest.get(key)
+        own = best.get(key)
         for option in group:
-            if best is None or option is best or _is_kept(option, best, limit):
+            if own is None or option is own or _is_kept(option, own, limit, saving if added else None):
                 kept.append(option)
     return kept
 
 
-def _is_kept(option: ShardingOption, best: ShardingOption, limit: float) -> bool:
+def _best_even(options: Sequence[ShardingOption], launch: float) -> ShardingOption:
+    fastest = min(map(_time, options))
+    return min(
+        (each for each in options if _time(each) <= fastest + launch), key=lambda each: (_memory(each), _time(each))
+    )
+
+
+def _is_kept(option: ShardingOption, best: ShardingOption, limit: float, saving: Sequence[str] | None) -> bool:
     if _is_even(option):
         return _memory(option) < _memory(best)
+    if saving is not None and option.sharding_type not in saving:
+        return False
     return _time(option) <= limit and _work(option) <= (1 - _MIN_SAVED_SHARE) * _work(best)
+
+
+def _saved(
+    sharding_type: str,
+    groups: Mapping[tuple[str, str], Sequence[ShardingOption]],
+    best: Mapping[tuple[str, str], ShardingOption],
+) -> float:
+    """Return the milliseconds a rank that all tables together save at most by an uneven sharding type."""
+    saved = 0.0
+    for key, group in groups.items():
+        own = [each for each in group if each.sharding_type == sharding_type]
+        if own and key in best:
+            saved += max(0.0, _work(best[key]) - min(map(_work, own))) / len(best[key].shards)
+    return saved
 
 
 def _is_even(option: ShardingOption) -> bool:

@@ -60,6 +60,7 @@ class TableCost:
         value_bytes: bytes on the network of an element of a vector, and of its gradient.
         on_cpu: whether rows are on a CPU, which has no fused Adam; on CUDA unique rows are padded.
         distinct_ids: u if it was measured; by default that of uniformly drawn ids.
+        distinct_of_all: the distinct ids of all ranks' batches together, if they were measured.
         num_projections: how many W2 a projected table has; a pool has one for each of its row ranges.
         pooled: whether it is a pool of row ranges.
         slot_map_bytes: for one of the pools of adaptive tables, the bytes of slots and utilities on all ranks together.
@@ -80,6 +81,7 @@ class TableCost:
     value_bytes: tuple[int, int] = (FLOAT, FLOAT)
     on_cpu: bool = False
     distinct_ids: float | None = None
+    distinct_of_all: float | None = None
     num_projections: int = 1
     pooled: bool = False
     slot_map_bytes: int = 0
@@ -140,12 +142,18 @@ class TableCost:
         updated: float = 2 * requested * (self.row_bytes * k + row_state_bytes(self.optimizer, k))
         if self.exchange == "unique_rows":
             looked_up = projected = requested
+            received = self._distinct_ids() * world / self.num_owners
             moved: float = FLOAT * requested * (5 * k + 3 * d) + self.row_bytes * requested * k
         else:
-            looked_up = ids * world / self.num_owners
+            received, looked_up = 0.0, ids * world / self.num_owners
             projected = 0.0 if self.exchange == "after" else float(bags * world)
             moved = self.row_bytes * 2 * looked_up * k + FLOAT * (bags * world * 4 * k + 3 * projected * d)
-        work = Step(memory_bytes=moved + updated, host_bytes=self._host_bytes(looked_up), flops=self._flops(projected))
+        work = Step(
+            memory_bytes=moved + updated,
+            host_bytes=self._host_bytes(looked_up),
+            flops=self._flops(projected),
+            sorted_ids=received,
+        )
         return work + self._owner_traffic()
 
     def requester_step(self, *, owns_rows: bool) -> Step:
@@ -157,9 +165,10 @@ class TableCost:
         reduced = all_reduce_step(weights, self.world_size, self.local_world_size)
         projects = self.exchange in ("after", None)  # the requester applies W2
         moved: float = FLOAT * bags * (2 * k + 3 * d if projects else 2 * d)
+        ids = bags * traffic.pooling_factor if self.exchange == "unique_rows" else 0
         if self.exchange == "unique_rows":
             moved = FLOAT * (6 * self._distinct_ids() * d + 4 * bags * traffic.pooling_factor * d)
-        work = Step(memory_bytes=moved, flops=self._flops(bags) if projects else 0)
+        work = Step(memory_bytes=moved, flops=self._flops(bags) if projects else 0, sorted_ids=ids)
         return reduced + work + (Step() if owns_rows else self._requester_traffic())
 
     def _owner_buffers(self) -> float:
@@ -285,4 +294,6 @@ class TableCost:
     def _requested_rows(self) -> float:
         """Return U, which is at most the sum of all ranks' distinct ids."""
         together = min(self.traffic.distinct_ids(self.world_size), self._distinct_ids() * self.world_size)
+        if self.distinct_of_all is not None:
+            together = min(together, self.distinct_of_all)
         return together / self.num_owners

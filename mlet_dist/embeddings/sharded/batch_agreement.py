@@ -4,12 +4,13 @@ A rank that raised alone would leave the others waiting in a collective. Instead
 substitutes an empty batch (or, for an id outside its table, id 0) and takes part in the same collectives. All ranks
 raise once they know of the error, before any output is exchanged, so the process group stays usable.
 
-Each rank encodes what it found as one int64, 0 for a valid batch; an all-reduce returns the largest code.
+Each rank encodes what it found as one int64, 0 for a valid batch. Under the exchange unique_rows, every rank sends its
+code to all others beside the numbers of requested rows; elsewhere an all-reduce returns the largest code.
 """
 
 import torch
 from torch import distributed as dist
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
 from mlet_dist.embeddings.input_check import (
     ErrorKind,
@@ -35,7 +36,14 @@ class BatchChecker:
         process_group: the ranks that share the module.
         device: device of the batches.
         refusing: a table that does not support a batch size that varies by feature, and the reason, or None.
+        codes_exchanged: whether an exchange of the module sends the ranks' codes to each other, and calls
+            ``CheckResult.agree``.
+
+    Attributes:
+        latest: the result for the latest batch.
     """
+
+    latest: "CheckResult"
 
     def __init__(
         self,
@@ -44,7 +52,10 @@ class BatchChecker:
         process_group: dist.ProcessGroup,
         device: torch.device,
         refusing: tuple[str, str] | None,
+        *,
+        codes_exchanged: bool,
     ) -> None:
+        self.codes_exchanged = codes_exchanged
         self.process_group = process_group
         self.world_size, self._rank = dist.get_world_size(process_group), dist.get_rank(process_group)
         self._tables, self._is_weighted, self._refusing = tables, is_weighted, refusing
@@ -54,7 +65,7 @@ class BatchChecker:
         self._varying: bool | None = False if refusing else None
 
     def check(self, features: KeyedJaggedTensor) -> "tuple[KeyedJaggedTensor, CheckResult]":
-        """Check this rank's batch. A collective call.
+        """Check this rank's batch, without waiting for a device. A collective call.
 
         Returns:
             The batch to send, with its features in the order of ``tables`` and without invalid ids, and the check
@@ -65,6 +76,10 @@ class BatchChecker:
         """
         if self._varying is None:
             self._varying = self._agree_on_varying(features.variable_stride_per_key())
+        batch, self.latest = self._check(features)
+        return batch, self.latest
+
+    def _check(self, features: KeyedJaggedTensor) -> "tuple[KeyedJaggedTensor, CheckResult]":
         error = find_structural_error(features, self._tables, self._is_weighted) or self._find_variation_error(features)
         code = torch.zeros(1, dtype=torch.int64, device=self._rows.device)
         if error is not None:
@@ -73,9 +88,9 @@ class BatchChecker:
             return batch, CheckResult(self, code, error, batch)
         features = select_features(with_common_dtypes(features), self._names)
         outside = outside_ids(features, self._rows)
-        if not outside.numel() or (not outside.is_cuda and not bool(outside.any())):
+        if not outside.numel() or (not outside.is_cuda and _has_none_outside(outside)):
             return features, CheckResult(self, code, None, features)
-        counts = torch.tensor(features.length_per_key(), device=outside.device)
+        counts = _pin_and_move(torch.tensor(features.length_per_key()), outside.device)
         feature = torch.searchsorted(counts.cumsum(0), outside.int().argmax(), right=True)
         code = torch.where(outside.any(), self._code(ErrorKind.OUTSIDE, feature), code)
         return with_values(features, features.values().masked_fill(outside, 0)), CheckResult(self, code, None, features)
@@ -138,20 +153,37 @@ class BatchChecker:
         )
 
 
+def _has_none_outside(outside: torch.Tensor) -> bool:
+    return not bool(outside.any())
+
+
 class CheckResult:
-    """The result of checking one batch on all ranks; it is read without waiting for other work of a device."""
+    """The result of checking one batch on all ranks; it is read without waiting for other work of a device.
+
+    Attributes:
+        code: what this rank found, ``(1,)`` int64.
+    """
 
     def __init__(self, checker: BatchChecker, code: torch.Tensor, error: InputError | None, batch: KeyedJaggedTensor):
+        self.code = code
         self._checker, self._error, self._batch = checker, error, batch
-        self._codes = AsyncAllReduceMax(code, checker.process_group)
+        self._agreed: int | None = None
+        self._codes = None if checker.codes_exchanged else AsyncAllReduceMax(code, checker.process_group)
+
+    def agree(self, code: int) -> None:
+        """Set the largest code of all ranks."""
+        self._agreed = code
 
     def raise_input_error(self) -> None:
-        """Wait for the results of the other ranks.
+        """Raise the error that some rank found; if the codes are not exchanged with ids, wait for the other ranks.
 
         Raises:
             ValueError: some rank's batch is invalid. The error is this rank's own, with the value found, or else that
                 of another rank.
         """
-        (code,) = self._codes.read()
-        if code:
-            raise ValueError(self._checker.describe(code, self._error, self._batch))
+        if self._codes is not None:
+            (self._agreed,) = self._codes.read()
+        if self._agreed is None:
+            raise RuntimeError("the ids of the batch were not exchanged before they are looked up")
+        if self._agreed:
+            raise ValueError(self._checker.describe(self._agreed, self._error, self._batch))

@@ -1,12 +1,13 @@
 """Collectives of the sharded module.
 
-- ``with_combined_gradients``: the all-reduce of W2's gradients in backward.
+- ``with_combined_gradients``: the all-reduce of W2's gradients in backward; ``gradient_factors``: what it averages.
 - ``AllToAllRows``: the all-to-all of rows in forward, and of their gradients in backward.
 - ``exchange_codecs``: codecs that round vectors and gradients to fp16 or bf16 on the network.
 - ``AsyncAllReduceMax``: an all-reduce of a few integers that the host reads later.
 """
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -47,14 +48,18 @@ def with_combined_gradients(
     """
     if not weights or not torch.is_grad_enabled() or dist.get_world_size(process_group) == 1:
         return dict(weights)
-    mean, of_partial = 1 / dist.get_world_size(process_group), _partial_factor(process_group)
-    factors = [of_partial if name in partial else mean for name in weights]
+    factors = list(gradient_factors(weights, partial, process_group).values())
     return dict(zip(weights, _CombinedGradients.apply(process_group, factors, *weights.values()), strict=True))
 
 
-def _partial_factor(process_group: dist.ProcessGroup | None) -> float:
+def gradient_factors(
+    tables: Collection[str], partial: Collection[str], process_group: dist.ProcessGroup | None
+) -> dict[str, float]:
+    """Return by table the factor of a rank's gradient of W2 in the sum over all ranks (``with_combined_gradients``)."""
+    mean = 1 / dist.get_world_size(process_group)
     # By default TorchRec divides gradients by the world size in the exchange's backward (comm_ops.GRADIENT_DIVISION).
-    return 1.0 if get_gradient_division() else 1 / dist.get_world_size(process_group)
+    of_partial = 1.0 if get_gradient_division() else mean
+    return {name: of_partial if name in partial else mean for name in tables}
 
 
 class _CombinedGradients(torch.autograd.Function):
@@ -78,11 +83,11 @@ class _CombinedGradients(torch.autograd.Function):
 
 
 class AllToAllRows(torch.autograd.Function):
-    """An all-to-all of rows: ``(sum of send, d)`` -> ``(sum of receive, d)``; backward sends their gradients back.
+    """An all-to-all of rows, flat: ``(sum of send,)`` -> ``(sum of receive,)``; backward sends their gradients back.
 
-    ``send`` and ``receive`` are the numbers of rows by rank. ``codecs`` encode rows and gradients. Backward divides by
-    the world size if TorchRec does (``comm_ops.GRADIENT_DIVISION``), so that the owners sum up the gradient of the mean
-    of the ranks' losses.
+    ``send`` and ``receive`` are the numbers of values by rank. ``codecs`` encode rows and gradients. Backward divides
+    by the world size if TorchRec does (``comm_ops.GRADIENT_DIVISION``), so that the owners sum up the gradient of the
+    mean of the ranks' losses.
     """
 
     @staticmethod
@@ -107,20 +112,24 @@ class AllToAllRows(torch.autograd.Function):
 
 
 def _all_to_all(
-    rows: torch.Tensor,
+    values: torch.Tensor,
     send: list[int],
     receive: list[int],
     process_group: dist.ProcessGroup,
     codec: QuantizedCommCodec,
 ) -> torch.Tensor:
-    width, context = rows.shape[1], codec.create_context()
-    encoded = codec.encode(rows.reshape(-1), context)
-    sent, expected = (
-        [codec.calc_quantized_size(count * width, context) for count in counts] for counts in (send, receive)
-    )
+    context = codec.create_context()
+    encoded = codec.encode(values, context)
+    sent, expected = (_encoded_sizes(codec, sizes, context) for sizes in (send, receive))
     received = encoded.new_empty(sum(expected))
     dist.all_to_all_single(received, encoded, expected, sent, group=process_group)
-    return codec.decode(received, context).view(sum(receive), width)
+    return codec.decode(received, context)
+
+
+def _encoded_sizes(codec: QuantizedCommCodec, sizes: list[int], context: Any) -> list[int]:
+    if _dtype(codec).is_floating_point:  # each value is encoded as one
+        return sizes
+    return [codec.calc_quantized_size(size, context) for size in sizes]
 
 
 def exchange_codecs(
@@ -187,6 +196,8 @@ def _dtype(codec: QuantizedCommCodec) -> torch.dtype:
 class AsyncAllReduceMax:
     """An asynchronous all-reduce (MAX) of integers that the host reads later. A collective call.
 
+    Neither the host nor the current stream of a device waits for it.
+
     Args:
         codes: ``(n,)`` int64 on a device that the process group supports; it is overwritten.
         process_group: the ranks.
@@ -198,12 +209,15 @@ class AsyncAllReduceMax:
         if dist.get_world_size(process_group) > 1:
             self._work = dist.all_reduce(codes, dist.ReduceOp.MAX, group=process_group, async_op=True)
         if codes.is_cuda:
-            # Queue the copy behind the all-reduce now, so that read() waits only for the copy and not for later work.
-            if self._work is not None:
-                self._work.wait()
+            stream = _copying_stream(codes.device)
+            stream.wait_stream(torch.cuda.current_stream(codes.device))
+            with torch.cuda.stream(stream):
+                if self._work is not None:
+                    self._work.wait()
+                self._codes = torch.empty_like(codes, device="cpu", pin_memory=True).copy_(codes, non_blocking=True)
+                self._copied = stream.record_event()
+            codes.record_stream(stream)
             self._work = None
-            self._codes = torch.empty_like(codes, device="cpu", pin_memory=True).copy_(codes, non_blocking=True)
-            self._copied = torch.cuda.current_stream(codes.device).record_event()
 
     def read(self) -> list[int]:
         """Return the maxima over all ranks; waits for the all-reduce, but not for other work of the device."""
@@ -212,4 +226,10 @@ class AsyncAllReduceMax:
         if self._copied is not None:
             self._copied.synchronize()
         self._work = self._copied = None
-        return self._codes.tolist()
+        found: list[int] = self._codes.numpy().tolist()  # they are in the host's memory
+        return found
+
+
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
@@ -38,13 +39,13 @@ from mlet_dist.embeddings.collection import (
     check_loaded_shapes,
     projection_weights,
 )
-from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.initializers import LeftUndrawn, StoredRowInitializer
 from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
-from mlet_dist.embeddings.row_ranges import SegmentInitializer, segments_of
+from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.adaptive_tables import AdaptiveTables, build_slot_map, locate_rows
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
-from mlet_dist.embeddings.sharded.collectives import with_combined_gradients
+from mlet_dist.embeddings.sharded.collectives import gradient_factors, with_combined_gradients
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange
 from mlet_dist.embeddings.sharded.placement import check_widths, first_row
 from mlet_dist.embeddings.sharded.pooled import (
@@ -60,6 +61,7 @@ from mlet_dist.embeddings.sharded.pooled import (
     mean_keys,
     normalize_by_bag_size,
 )
+from mlet_dist.embeddings.sharded.stored_ids import look_up_stored
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
 from mlet_dist.embeddings.slot_initializer import SlotInitializer
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
@@ -134,6 +136,12 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             pools = [table for table in row_tables if table.num_buckets]
             self.adaptive_tables = AdaptiveTables(rows.slots, pools, self)
         self._exchanges = rows.exchanges
+        self._order_of_key = {
+            served.key: order
+            for table in row_tables
+            if (order := table.row_order) is not None
+            for served in rows.served[table.name]
+        }
         after = [table for table in row_tables if self._exchanges.get(table.name, "after") == "after"]
         self._projection_of_key_after = {
             served.key: table.name for table in after for served in rows.served[table.name]
@@ -141,7 +149,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for output_dist in self._output_dists:
             if isinstance(output_dist, ProjectingDist):
                 output_dist.projections_of = self._projections_of
-        self._checker = self._build_checker(tables)
+        unique_rows = [each for each in self._embedding_shardings if isinstance(each, UniqueRowsSharding)]
+        self._checker = self._build_checker(tables, codes_exchanged=bool(unique_rows))
+        for sharding in unique_rows:
+            sharding.checker = self._checker
         self._mean_keys = mean_keys(tables)
         self._projected_before = {
             segment.name
@@ -150,15 +161,11 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for segment in rows.segments[table]
         }
         self._combined_weights: dict[str, torch.Tensor] = {}
+        self._gradients_deferred = False
         self._register_state_dict_hook(_add_slots)
         if not any(parameter.is_meta for parameter in module.parameters()):
             self.load_state_dict(module.state_dict())
-        replicated = [
-            self.embedding_bags[name].weight
-            for name, sharding in self.module_sharding_plan.items()
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
-        ]
-        for weight in (*self.projections.parameters(), *replicated):
+        for weight in (*self.projections.parameters(), *self._replicated_rows()):
             dist.broadcast(weight.data, group=env.process_group, group_src=0)
 
     def reset_parameters(self) -> None:
@@ -170,7 +177,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             sharding = self.module_sharding_plan[config.name]
             if weight.numel() == 0:  # all rows are on other ranks
                 continue
-            if isinstance(config.init_fn, RowInitializer | SegmentInitializer | SlotInitializer):
+            if isinstance(config.init_fn, StoredRowInitializer | SlotInitializer | LeftUndrawn):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)
@@ -196,6 +203,13 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if self._mean_keys:
             ctx.divisor = bag_sizes(features, self._mean_keys)
         return sent
+
+    def _create_input_dist(self, input_feature_names: list[str]) -> None:
+        super()._create_input_dist(input_feature_names)
+        for sharding, input_dist in zip(self._embedding_shardings, self._input_dists, strict=True):
+            if not isinstance(input_dist, UniqueRowsInputDist):  # which does it itself
+                orders = [self._order_of_key[key] for key in sharding.embedding_names()]
+                look_up_stored(input_dist, orders, self._device or torch.device("cpu"))
 
     def compute(self, ctx: CheckedContext, dist_input: KJTList) -> list[torch.Tensor]:
         """Look up the rows of W1.
@@ -223,6 +237,26 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """Exchange and project the lookups' output as each table's exchange requires: values ``(b, sum of d)``."""
         self._combine_weights()
         return self._project_when_ready(ctx, super().output_dist(ctx, output))
+
+    def defer_gradients(self) -> dict[torch.Tensor, float]:
+        """Leave it to the caller to combine the gradients of replicated parameters over ranks.
+
+        By default the module does so itself inside backward. A trainer that all-reduces one buffer of all gradients
+        of its model can include these and save collectives. It may be called again.
+
+        Returns:
+            W2 and the rows of data_parallel tables, with the factor of a rank's gradient in the sum over all ranks. A
+            rank's gradient of W2 may be None, which counts as zero.
+        """
+        self._gradients_deferred = True
+        for index, lookup in enumerate(self._lookups):
+            if isinstance(lookup, DistributedDataParallel):
+                self._lookups[index] = lookup.module
+        factors = gradient_factors(list(self.projections), self._projected_before, self._env.process_group)
+        weights = projection_weights(self.projections)
+        mean = 1 / dist.get_world_size(self._env.process_group)
+        found = {weights[name]: factor for name, factor in factors.items()}
+        return found | dict.fromkeys(self._replicated_rows(), mean)
 
     def move_rows(self, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Count a step, and move rows of adaptive tables whose pass is due; call it after each optimizer step.
@@ -258,7 +292,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             self.adaptive_tables.take_state(state_dict, prefix)
         ShardedEmbeddingBagCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
 
-    def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig]) -> BatchChecker:
+    def _build_checker(self, tables: list[MultiLayerEmbeddingBagConfig], *, codes_exchanged: bool) -> BatchChecker:
         # If batches have the order of the lookups, TorchRec need not permute them. It does if a feature occurs twice.
         served = [feature for sharding in self._embedding_shardings for feature in sharding.feature_names()]
         limits = smallest_tables(tables)
@@ -274,7 +308,14 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             for table, sharding in self.module_sharding_plan.items()
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value and device.type == "cpu"
         ]
-        return BatchChecker(limits, self._is_weighted, self._env.process_group, device, refused[0] if refused else None)
+        return BatchChecker(
+            limits,
+            self._is_weighted,
+            self._env.process_group,
+            device,
+            refused[0] if refused else None,
+            codes_exchanged=codes_exchanged,
+        )
 
     def _project_when_ready(
         self, ctx: CheckedContext, pooled: LazyAwaitable[KeyedTensor]
@@ -288,9 +329,19 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         pooled.callbacks.append(finish)
         return pooled
 
+    def _replicated_rows(self) -> list[torch.Tensor]:
+        return [
+            self.embedding_bags[name].weight
+            for name, sharding in self.module_sharding_plan.items()
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        ]
+
     def _combine_weights(self) -> None:
         # Called once per forward pass, for all exchanges together, so that backward has a single all-reduce.
         weights = projection_weights(self.projections)
+        if self._gradients_deferred:
+            self._combined_weights = dict(weights)
+            return
         self._combined_weights = with_combined_gradients(weights, self._projected_before, self._env.process_group)
 
     def _projections_of(self, tables: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -311,21 +362,17 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 if exchange == "after":
                     grouped[sharding_type].append(info)
                     continue
-                dim = module.exchanged_dims[table.name]
-                # A group of unique_rows tables has one d; the other exchanges take all tables together.
-                shape = f" {dim}" if exchange == "unique_rows" else ""
-                if module.slots is not None and module.segments[table.name][0].index is not None:
-                    shape += " adaptive"
+                adaptive = module.slots is not None and module.segments[table.name][0].index is not None
                 values = {field.name: getattr(info, field.name) for field in fields(EmbeddingShardingInfo)}
-                grouped[f"{sharding_type} {exchange}{shape}"].append(
+                grouped[f"{sharding_type} {exchange}{' adaptive' if adaptive else ''}"].append(
                     ExchangedShardingInfo(
                         **values,
                         exchange=exchange,
-                        exchanged_dim=dim,
+                        exchanged_dim=module.exchanged_dims[table.name],
                         expected_rows=module.expected_rows.get(table.name, 0.0),
                         segments=module.segments[table.name],
                         served=served,
-                        slots=module.slots if module.segments[table.name][0].index is not None else None,
+                        slots=module.slots if adaptive else None,
                     )
                 )
         return grouped

@@ -209,15 +209,14 @@ def place_buckets(table: MultiLayerEmbeddingBagConfig, sharding: ParameterShardi
 def stagger_blocks(shardings: Sequence[ParameterSharding]) -> None:
     """Place the first blocks of the tables on different ranks, in place; the plans are row_wise.
 
-    Vocabularies are commonly sorted by frequency, so a table's first block gets the most requests. TorchRec places
-    every first block on rank 0, for which all other ranks then wait. Here block b of the i-th of T tables is on rank
-    (b + i) mod R, or with R > T on rank (b + i·(R/T)) mod R. The blocks themselves do not change, so checkpoints do not
-    change either.
+    Blocks have nearly equal shares of the requests (``row_order``), but those with one frequent row more than others
+    are the same in every table, and the last blocks of small tables have few rows. So block b of the i-th table is on
+    rank (b + i) mod R. The blocks themselves do not change, so checkpoints do not change either.
     """
     for index, sharding in enumerate(shardings):
         assert sharding.sharding_spec is not None
         world_size = len(sharding.sharding_spec.shards)
-        place_blocks(sharding, index * max(1, world_size // len(shardings)) % world_size)
+        place_blocks(sharding, index % world_size)
 
 
 def use_dense_kernels(shardings: Sequence[ParameterSharding]) -> None:

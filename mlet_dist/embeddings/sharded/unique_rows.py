@@ -5,14 +5,20 @@ For a rank's batch of b rows and F features:
 1. The rank finds its distinct ids and sends them to their owner ranks (two all-to-alls: counts, then ids).
 2. Each owner rank merges the requests of all ranks to U distinct rows, looks them up ``(U, k)`` and projects them
    ``(U, d)``, so every requested row is read and projected once. k may differ by table, and by range of rows.
-3. The owner ranks send the vectors back (one all-to-all), and the requesting rank pools them: ``(b, F·d)``.
+3. The owner ranks send the vectors back (one all-to-all), and the requesting rank pools them: ``(b, sum of d)``.
 
-Backward sends the gradients of the vectors the opposite way.
+Backward sends the gradients of the vectors the opposite way. All tables share these four collectives, whatever their k
+and d. A single rank has nobody to exchange with and leaves them out.
+
+Up to the all-to-all of the counts, nothing waits for a device: TorchRec's pipelines do this ahead of the forward pass
+of the batch before. The host waits twice: for the counts, and on the owner rank for the numbers of rows of the tables.
 """
 
 from functools import partial
+from itertools import accumulate, groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed as dist
 from torch.nn import functional
@@ -29,17 +35,18 @@ from torchrec.distributed.embedding_types import (
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.types import Awaitable, NoWait, QuantizedCommCodecs, ShardingType
 from torchrec.distributed.utils import none_throws
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
 from mlet_dist.embeddings.projection import project_tables
+from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
 from mlet_dist.embeddings.sharded.collectives import AllToAllRows, codecs_of
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
+from mlet_dist.embeddings.sharded.flat_rows import FlatRows, sorted_distinct
 from mlet_dist.embeddings.sharded.placement import ranks_of_blocks
 from mlet_dist.embeddings.sharded.pooled import (
     ExchangedDims,
     ExchangedShardingInfo,
     ProjectingDist,
-    tables_by_feature,
 )
 from mlet_dist.embeddings.sharded.row_index import RangeIndex, Routing, RowIndex, SlotIndex
 from mlet_dist.embeddings.sharded.row_lookup import RowLookup, group_for_rows
@@ -61,16 +68,27 @@ class UniqueRowsContext(EmbeddingShardingContext):
 
 
 class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
-    """Row-wise sharding with the unique_rows exchange, for tables with the same d."""
+    """Row-wise sharding with the unique_rows exchange.
+
+    Attributes:
+        checker: checks the batches; the module sets it.
+    """
+
+    checker: BatchChecker
 
     def __init__(self, sharding_infos: list[ExchangedShardingInfo], *args: Any, **kwargs: Any) -> None:
+        # Features with vectors of the same width are then next to each other, and are pooled together.
+        sharding_infos = sorted(sharding_infos, key=lambda info: info.exchanged_dim)
         super().__init__(sharding_infos, *args, **kwargs)
         expected = {info.embedding_config.name: info.expected_rows for info in sharding_infos}
         self._segments = {info.embedding_config.name: info.segments for info in sharding_infos}
         self._served = {info.embedding_config.name: info.served for info in sharding_infos}
         self._slots = sharding_infos[0].slots
         on_cuda = self._device.type == "cuda"
-        self._kernels = group_for_rows(self._grouped_embedding_configs, expected, unpooled=on_cuda)
+        self._kernels = group_for_rows(
+            self._grouped_embedding_configs, expected, self._exchanged_dims, unpooled=on_cuda
+        )
+        self._flat_rows = FlatRows(sorted(set(self._exchanged_dims.values())), self._device)
 
     def create_input_dist(self, device: torch.device | None = None) -> "UniqueRowsInputDist":
         tables = self._tables()
@@ -82,20 +100,24 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
         ]
         device = device or self._device
         names = [table.name for table in tables]
+        index: RowIndex
         if self._slots is not None:
             widths = [pool.width for pool in self._slots.layout.pools]
             pools = {table.name: widths.index(table.local_cols) for table in tables}
-            return UniqueRowsInputDist(self._pg, SlotIndex(self._pg, pools, self._slots, served, device))
-        index = RangeIndex(
-            self._pg,
-            tables=names,
-            segments=[self._segments[name] for name in names],
-            num_embeddings=[table.num_embeddings for table in tables],
-            served=served,
-            ranks=[ranks_of_blocks(table.global_metadata.shards_metadata, table.num_embeddings) for table in tables],
-            device=device,
-        )
-        return UniqueRowsInputDist(self._pg, index)
+            index = SlotIndex(self._pg, pools, self._slots, served, device)
+        else:
+            index = RangeIndex(
+                self._pg,
+                tables=names,
+                segments=[self._segments[name] for name in names],
+                num_embeddings=[table.num_embeddings for table in tables],
+                served=served,
+                ranks=[
+                    ranks_of_blocks(table.global_metadata.shards_metadata, table.num_embeddings) for table in tables
+                ],
+                device=device,
+            )
+        return UniqueRowsInputDist(self._pg, index, [self._exchanged_dims[name] for name in names], self.checker)
 
     def create_lookup(
         self,
@@ -112,10 +134,16 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
         )
 
     def create_output_dist(self, device: torch.device | None = None) -> "UniqueRowsOutputDist":
+        segments = [(self._exchanged_dims[table.name], table) for table in self._tables()]
         return UniqueRowsOutputDist(
             self._pg,
-            {segment.name: table.local_cols for table in self._tables() for segment in self._segments[table.name]},
-            len(tables_by_feature(self._grouped_embedding_configs)),
+            self._flat_rows,
+            {
+                segment.name: (dim, table.local_cols)
+                for dim, table in segments
+                for segment in self._segments[table.name]
+            },
+            self.embedding_dims(),
             codecs_of(self.qcomm_codecs_registry, COMM_OPS["unique_rows"]),
             self._slots,
             self._chunk_selections(),
@@ -137,7 +165,7 @@ class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
         return [self._grouped_embedding_configs]
 
     def _tables(self) -> list[ShardedEmbeddingTable]:
-        """Return the tables in the order of the lookup's rows."""
+        """Return the tables in the order of the lookup's rows, which is that of the widths of their vectors."""
         return [table for kernel in self._kernels for table in kernel.embedding_tables]
 
 
@@ -147,14 +175,25 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
     Args:
         process_group: the ranks.
         index: finds the owner ranks of ids, and the rows of the tables.
+        dims: d of each table, ascending.
+        checker: has checked the batch; the ranks' results are exchanged with the counts.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, index: RowIndex) -> None:
+    def __init__(
+        self, process_group: dist.ProcessGroup, index: RowIndex, dims: list[int], checker: BatchChecker
+    ) -> None:
         super().__init__()
         self.process_group = process_group
         self.index = index
-        first_keys = torch.arange(dist.get_world_size(process_group) + 1) * index.keys_per_rank
-        self._first_keys_of_ranks = first_keys.to(index.device)
+        self.world_size = dist.get_world_size(process_group)
+        self.num_widths = len(set(dims))
+        self._checker = checker
+        constant = partial(torch.tensor, dtype=torch.int64, device=index.device)
+        first_keys = [index.first_keys[dims.index(dim)] for dim in dict.fromkeys(dims)]
+        self._first_keys_of_widths = constant(first_keys)
+        self._end = self.world_size * index.keys_per_rank
+        starts = [rank * index.keys_per_rank + first for rank in range(self.world_size) for first in first_keys]
+        self._first_keys = constant([*starts, self._end])
         self.routing: Routing
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> "Awaitable[Awaitable[KeyedJaggedTensor]]":
@@ -162,43 +201,79 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         values = sparse_features.values()
         lengths, weights = sparse_features.lengths(), sparse_features.weights_or_none()
         counts = lengths.view(self.index.num_features, -1).sum(dim=1)
-        keys, stored = self.index.keys(values, counts)
-        distinct, position = torch.unique(keys, return_inverse=True)
-        if stored is not None:
-            position = torch.full_like(values, distinct.numel()).masked_scatter_(stored, position)
+        distinct, position = sorted_distinct(self.index.keys(values, counts), self._end)
         self.routing = Routing(
             lengths=lengths,
             weights=weights,
-            one_id_per_bag=weights is None and lengths.numel() == values.numel() and bool((lengths == 1).all()),
+            ids_per_feature=sparse_features.length_per_key(),
             position_of_id=position,
-            some_not_stored=stored is not None,
+            some_not_stored=self.index.some_not_stored,
         )
-        requests_sent = torch.searchsorted(distinct, self._first_keys_of_ranks).diff()
-        return _CountsAwaitable(self, requests_sent, distinct % self.index.keys_per_rank)
+        single = weights is None and lengths.numel() == values.numel()
+        return _CountsAwaitable(
+            self,
+            requests_sent=torch.searchsorted(distinct, self._first_keys).diff().view(self.world_size, -1),
+            one_id_per_bag=(lengths == 1).all() if single else None,
+            keys=distinct,
+            check_result=self._checker.latest,
+        )
 
-    def lookup_features(self, requested_keys: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
+    def lookup_features(self, requested: torch.Tensor, routing: Routing) -> KeyedJaggedTensor:
         """Return the distinct rows among the received requests, as input of the lookup."""
-        distinct, routing.position_of_request = torch.unique(requested_keys, return_inverse=True)
-        return self.index.lookup_features(distinct, routing)
+        if self.num_widths > 1:
+            routing.width_of_request = self.widths_of(requested)
+        if self.world_size > 1:
+            requested, routing.position_of_request = sorted_distinct(requested, self.index.keys_per_rank)
+        return self.index.lookup_features(requested, routing)
+
+    def widths_of(self, keys: torch.Tensor) -> torch.Tensor:
+        """Return the position of each key's width among the W; keys are counted from the first of their rank."""
+        return torch.searchsorted(self._first_keys_of_widths, keys, right=True) - 1
 
 
 class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
-    """The all-to-all of the numbers of requests; its result is the all-to-all of the ids."""
+    """The all-to-all of the numbers of requests; its result is the all-to-all of the ids.
 
-    def __init__(self, input_dist: UniqueRowsInputDist, requests_sent: torch.Tensor, ids: torch.Tensor) -> None:
+    With its numbers of requests, each rank sends the result of checking its batch to all others.
+    """
+
+    def __init__(
+        self,
+        input_dist: UniqueRowsInputDist,
+        requests_sent: torch.Tensor,
+        one_id_per_bag: torch.Tensor | None,
+        keys: torch.Tensor,
+        check_result: CheckResult,
+    ) -> None:
         super().__init__()
         self._dist, self._routing = input_dist, input_dist.routing
-        self._requests_sent, self._ids = requests_sent, ids
-        self._requests_received = torch.empty_like(requests_sent)
-        self._work = dist.all_to_all_single(
-            self._requests_received, requests_sent, group=input_dist.process_group, async_op=True
-        )
+        self._one_id_per_bag, self._keys, self._check_result = one_id_per_bag, keys, check_result
+        code = check_result.code.expand(input_dist.world_size, 1)
+        self._sent = self._received = torch.cat([requests_sent, code], dim=1)
+        self._work: dist.Work | None = None
+        if input_dist.world_size > 1:
+            self._received = torch.empty_like(self._sent)
+            self._work = dist.all_to_all_single(
+                self._received, self._sent, group=input_dist.process_group, async_op=True
+            )
 
     def _wait_impl(self) -> Awaitable[KeyedJaggedTensor]:
-        self._work.wait()
-        counts = torch.stack([self._requests_sent, self._requests_received])
-        self._routing.requests_sent, self._routing.requests_received = counts.tolist()
-        return _IdsAwaitable(self._dist, self._routing, self._ids)
+        if self._work is not None:
+            self._work.wait()
+        numbers = [self._sent.view(-1), self._received.view(-1)]
+        if self._one_id_per_bag is not None:
+            numbers.append(self._one_id_per_bag.long().view(1))
+        found = np.array(torch.cat(numbers).tolist(), dtype=np.int64)
+        size = self._sent.numel()
+        sent, received = (found[start : start + size].reshape(self._sent.shape) for start in (0, size))
+        routing = self._routing
+        routing.requests_sent, routing.requests_received = sent[:, :-1], received[:, :-1]
+        routing.one_id_per_bag = self._one_id_per_bag is not None and bool(found[-1])
+        self._check_result.agree(int(received[:, -1].max()))
+        ids = self._keys[: int(routing.requests_sent.sum())] % self._dist.index.keys_per_rank
+        if self._dist.num_widths > 1:
+            routing.width_of_id = self._dist.widths_of(ids)
+        return _IdsAwaitable(self._dist, routing, ids)
 
 
 class _IdsAwaitable(Awaitable[KeyedJaggedTensor]):
@@ -206,29 +281,32 @@ class _IdsAwaitable(Awaitable[KeyedJaggedTensor]):
 
     def __init__(self, input_dist: UniqueRowsInputDist, routing: Routing, ids: torch.Tensor) -> None:
         super().__init__()
-        self._dist, self._routing, self._ids = input_dist, routing, ids
-        self._requested_ids = ids.new_empty(sum(routing.requests_received))
-        self._work = dist.all_to_all_single(
-            self._requested_ids,
-            ids,
-            routing.requests_received,
-            routing.requests_sent,
-            group=input_dist.process_group,
-            async_op=True,
-        )
+        self._dist, self._routing = input_dist, routing
+        self._ids = self._requested_ids = ids
+        self._work: dist.Work | None = None
+        if input_dist.world_size > 1:
+            send, receive = (
+                requests.sum(axis=1).tolist() for requests in (routing.requests_sent, routing.requests_received)
+            )
+            self._requested_ids = ids.new_empty(sum(receive))
+            self._work = dist.all_to_all_single(
+                self._requested_ids, ids, receive, send, group=input_dist.process_group, async_op=True
+            )
 
     def _wait_impl(self) -> KeyedJaggedTensor:
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         return self._dist.lookup_features(self._requested_ids, self._routing)
 
 
 class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, torch.Tensor], ProjectingDist):
-    """Maps the distinct rows of the owner ranks, flat, to the pooled vectors ``(b, F·d)`` of this rank's batch.
+    """Maps the distinct rows of the owner ranks, flat, to the pooled vectors ``(b, sum of d)`` of this rank's batch.
 
     Args:
         process_group: the ranks.
-        widths: the row width of each segment, by the name of its W2, in the order of the lookup.
-        num_features: F.
+        flat_rows: the W widths of vectors.
+        segments: d and the row width of each segment, by the name of its W2, in the order of the lookup.
+        dims: d of each of the F features.
         codecs: the precision of vectors on the network.
         slots: of adaptive tables; their rows' utilities grow by the norms of the gradients.
         selections: the matrices ``(width, d)`` that take the place of W2 for chunks of single-layer tables.
@@ -237,34 +315,53 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
     def __init__(
         self,
         process_group: dist.ProcessGroup,
-        widths: dict[str, int],
-        num_features: int,
+        flat_rows: FlatRows,
+        segments: dict[str, tuple[int, int]],
+        dims: list[int],
         codecs: QuantizedCommCodecs,
         slots: SlotMap | None = None,
         selections: dict[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self._slots, self._selections = slots, selections or {}
-        self._process_group = process_group
-        self._segments, self._widths, self._num_features = list(widths), list(widths.values()), num_features
-        # As in TorchRec, vectors are not rounded if there is no other rank.
-        self._codecs = codecs if dist.get_world_size(process_group) > 1 else QuantizedCommCodecs()
+        self._process_group, self._world_size = process_group, dist.get_world_size(process_group)
+        self._flat_rows, self._segments = flat_rows, segments
+        self._codecs = codecs
+        self._widths = np.array(flat_rows.widths, dtype=np.int64)
+        # The features in runs of the same d, with the position of d among the W.
+        positions = [flat_rows.widths.index(dim) for dim in dims]
+        self._runs = [(width, len(list(run))) for width, run in groupby(positions)]
+        self._num_features = len(dims)
 
     def forward(
         self, local_embs: torch.Tensor, sharding_ctx: UniqueRowsContext | None = None
     ) -> Awaitable[torch.Tensor]:
         """Project each distinct row once, send it to the ranks that requested it, and pool the vectors received."""
         routing = none_throws(none_throws(sharding_ctx).routing)
-        weights = self.projections_of(self._segments)
-        of_segments = [weights.get(name, self._selections.get(name)) for name in self._segments]
-        rows = project_tables(local_embs, routing.rows_per_segment, self._widths, of_segments)
-        if routing.rows_with_slot is not None:
-            rows = self._with_absent_rows(rows, routing, of_segments)
-        rows = rows.index_select(0, routing.position_of_request)
-        received = AllToAllRows.apply(
-            rows, routing.requests_received, routing.requests_sent, self._process_group, self._codecs
-        )
-        return NoWait(self._pool(received, routing))
+        vectors = self._requested(self._project(local_embs, routing), routing)
+        if self._world_size > 1:
+            send, receive = (
+                (requests @ self._widths).tolist() for requests in (routing.requests_received, routing.requests_sent)
+            )
+            vectors = AllToAllRows.apply(vectors, send, receive, self._process_group, self._codecs)
+        return NoWait(self._pool(vectors, routing))
+
+    def _project(self, rows: torch.Tensor, routing: Routing) -> list[torch.Tensor]:
+        """Return the vectors of the distinct rows, ``(number, d)`` for each d."""
+        weights = self.projections_of(list(self._segments))
+        vectors, start, first = [], 0, 0
+        for dim in self._flat_rows.widths:
+            names = [name for name, (each, _) in self._segments.items() if each == dim]
+            widths = [self._segments[name][1] for name in names]
+            counts = routing.rows_per_segment[first : first + len(names)]
+            stop = start + sum(count * width for count, width in zip(counts, widths, strict=True))
+            of_segments = [weights.get(name, self._selections.get(name)) for name in names]
+            projected = project_tables(rows[start:stop], counts, widths, of_segments)
+            if routing.rows_with_slot is not None:
+                projected = self._with_absent_rows(projected, routing, of_segments)
+            vectors.append(projected)
+            start, first = stop, first + len(names)
+        return vectors
 
     def _with_absent_rows(
         self, rows: torch.Tensor, routing: Routing, of_segments: list[torch.Tensor | None]
@@ -284,24 +381,101 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
             rows.register_hook(partial(slots.add_gradients, routing.local_rows, of_parts))
         return rows
 
-    def _pool(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-        batch_size, width = routing.lengths.numel() // self._num_features, rows.shape[1]
-        shape = (batch_size, self._num_features * width)
-        if routing.some_not_stored or not rows.shape[0]:
-            # The zero row after the last one is that of ids that are not stored. embedding_bag rejects an empty table;
-            # padding it keeps the exchange in this rank's backward.
-            rows = functional.pad(rows, (0, 0, 0, 1))
-        if routing.one_id_per_bag:
-            by_row = routing.position_of_id.view(self._num_features, batch_size).t().reshape(-1)
-            return rows.index_select(0, by_row).view(shape)
-        offsets = torch.zeros(routing.lengths.numel() + 1, dtype=torch.int64, device=rows.device)
-        torch.cumsum(routing.lengths, dim=0, out=offsets[1:])
-        pooled = functional.embedding_bag(
-            routing.position_of_id,
-            rows,
-            offsets,
-            mode="sum",
-            per_sample_weights=None if routing.weights is None else routing.weights.to(rows.dtype),
-            include_last_offset=True,
-        )
-        return pooled.view(self._num_features, batch_size, width).transpose(0, 1).reshape(shape)
+    def _requested(self, vectors: list[torch.Tensor], routing: Routing) -> torch.Tensor:
+        """Return the vector of each received request, flat: the requests of one rank after those of another."""
+        position = routing.position_of_request
+        if len(vectors) == 1:
+            (only,) = vectors
+            return (only if position is None else only.index_select(0, position)).view(-1)
+        flat = torch.cat([each.reshape(-1) for each in vectors])
+        if position is None:  # the requests of a single rank are in the order of the rows
+            return flat
+        counts = [len(each) for each in vectors]
+        numbers = _pin_and_move(torch.tensor(counts), flat.device)
+        width_of_row = torch.repeat_interleave(numbers, output_size=sum(counts))
+        size = int((routing.requests_received @ self._widths).sum())
+        return self._flat_rows.gather(flat, width_of_row, position, none_throws(routing.width_of_request), size)
+
+    def _pool(self, flat: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Pool the vectors received, flat, to ``(b, sum of d)``."""
+        batch_size = routing.lengths.numel() // self._num_features
+        rows, position, firsts = self._by_width(flat, routing)
+        pooled: list[torch.Tensor] = []
+        feature, start = 0, 0
+        for width, number in self._runs:
+            stop = start + sum(routing.ids_per_feature[feature : feature + number])
+            bags = slice(feature * batch_size, (feature + number) * batch_size)
+            pooled.append(
+                _pool_bags(
+                    rows[width],
+                    position[start:stop]
+                    if len(rows) == 1
+                    else _within(position[start:stop], firsts[width], rows[width]),
+                    routing.lengths[bags],
+                    None if routing.weights is None else routing.weights[start:stop],
+                    number,
+                    routing,
+                )
+            )
+            feature, start = feature + number, stop
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
+
+    def _by_width(self, flat: torch.Tensor, routing: Routing) -> tuple[list[torch.Tensor], torch.Tensor, list[int]]:
+        """Return the rows of each width, the position of each id if they are put one after another, and their firsts.
+
+        An id whose row is not stored has the position after the last row.
+        """
+        counts = routing.requests_sent.sum(axis=0).tolist()
+        firsts = list(accumulate(counts, initial=0))
+        position = routing.position_of_id
+        if routing.width_of_id is not None and self._world_size > 1:
+            ordered, order = routing.width_of_id.sort(stable=True)
+            flat = self._flat_rows.gather(flat, routing.width_of_id, order, ordered, flat.numel())
+            moved_to = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            position = functional.pad(moved_to, (0, 1), value=len(order))[position]
+        return self._flat_rows.split(flat, counts), position, firsts
+
+
+def _within(position: torch.Tensor, first: int, rows: torch.Tensor) -> torch.Tensor:
+    """Return positions among ``rows``, the first of which has the position ``first``; that after all is after these."""
+    return (position - first).clamp(max=rows.shape[0])
+
+
+def _pool_bags(
+    rows: torch.Tensor,
+    position: torch.Tensor,
+    lengths: torch.Tensor,
+    weights: torch.Tensor | None,
+    num_features: int,
+    routing: Routing,
+) -> torch.Tensor:
+    """Pool rows ``(n, d)`` to the vectors ``(b, F·d)`` of some features.
+
+    Args:
+        rows: the distinct rows.
+        position: of each id of the bags.
+        lengths: bag sizes, feature by feature, ``(F·b,)``.
+        weights: of the ids, if any.
+        num_features: F.
+        routing: of the batch.
+    """
+    batch_size, width = lengths.numel() // num_features, rows.shape[1]
+    shape = (batch_size, num_features * width)
+    if routing.some_not_stored or not rows.shape[0]:
+        # The zero row after the last one is that of ids that are not stored. embedding_bag rejects an empty table;
+        # padding it keeps the exchange in this rank's backward.
+        rows = functional.pad(rows, (0, 0, 0, 1))
+    if routing.one_id_per_bag:
+        by_row = position.view(num_features, batch_size).t().reshape(-1)
+        return rows.index_select(0, by_row).view(shape)
+    offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(lengths, dim=0, out=offsets[1:])
+    pooled = functional.embedding_bag(
+        position,
+        rows,
+        offsets,
+        mode="sum",
+        per_sample_weights=None if weights is None else weights.to(rows.dtype),
+        include_last_offset=True,
+    )
+    return pooled.view(num_features, batch_size, width).transpose(0, 1).reshape(shape)

@@ -1,6 +1,5 @@
 """The serving package: one scripted model that contains its tables, an example request, and programs that run it."""
 
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from mlet_dist.export.serving.predictor import ExportedPredictor, Predictor, Req
 from mlet_dist.export.serving.quantised import load_dense, table_tensors
 from mlet_dist.export.serving.served_model import build_of_layout, layout_of, with_ids_mapped
 from mlet_dist.formatting import to_json
+from mlet_dist.machine_limits import memory_bytes
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
 
@@ -151,9 +151,9 @@ def write_package(
 
 
 def check_fits(layout: ServedLayout, encoding: Encoding) -> None:
-    """Raise UserError if a package's tables do not fit into this machine's memory."""
+    """Raise UserError if a package's tables do not fit into the memory of this machine or container."""
     needed = layout.table_bytes(encoding)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory, _ = memory_bytes()
     if needed > memory:
         raise UserError(
             f"a package keeps all tables in one process: in {encoding.name} they take {needed:,} bytes, and this "

@@ -10,6 +10,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist.data.loading.loader import Batch
+from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.export.export_directory import PACKAGE
 from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.serving.package import EXPORTED, SCRIPTED
@@ -50,7 +51,8 @@ def trained_model(source: ModelSource, tables: Mapping[str, CheckedTable]) -> Pr
     model = build_dlrm(spec, tables_device=torch.device("cpu"), hidden_dims=widths)
     state = {name: source.load_dense(name) for name in source.dense}
     for name, table in source.tables.items():
-        state[table.state_name] = padded(tables[name].stored)
+        rows = padded(tables[name].stored)
+        state[table.state_name] = RowOrder((len(rows),)).to_stored(rows)
         if table.projection is not None:
             state[f"{TABLES_PREFIX}projections.{name}.weight"] = table.projection
     model.load_state_dict(state)

@@ -399,6 +399,48 @@ def test_several_parts_are_one_sequence(broken: Path) -> None:
     assert all(torch.equal(as_rows(a), as_rows(b)) for a, b in zip(batches, expected, strict=True))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_ranks_together_open_each_part_once_at_the_start(
+    broken: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pq.read_table(broken / TRAIN)
+    schema = json.loads((broken / "schema.json").read_text())
+    names = [f"train/part-{index:05}.parquet" for index in range(6)]
+    schema["parts"]["train"] = [
+        write_part(broken, name, table.slice(6000 * index, 6000), row_group_size=1000)
+        for index, name in enumerate(names)
+    ]
+    schema["rows"]["train"] = 36_000
+    write_schema(broken, schema)
+    opened: list[str] = []
+    read_footer = row_groups.SplitRows._read_footer
+
+    def recording(self: row_groups.SplitRows, file: Path) -> object:
+        opened.append(str(file.relative_to(broken)))
+        return read_footer(self, file)
+
+    monkeypatch.setattr(row_groups.SplitRows, "_read_footer", recording)
+    loaders = [make_loader(broken, batch_size=8400, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert sorted(opened) == names
+    opened.clear()
+    (broken / names[5]).unlink()
+    wrong = [rank for rank in range(world_size) if 5 % world_size == rank]
+    for rank in range(world_size):
+        if rank in wrong:
+            with pytest.raises(UserError, match=r"part-00005\.parquet: missing, though"):
+                make_loader(broken, batch_size=8400, rank=rank, world_size=world_size)
+        else:
+            make_loader(broken, batch_size=8400, rank=rank, world_size=world_size)
+    failed = 0
+    for loader in loaders:  # those ranks that have rows of the part find it when they read them
+        try:
+            list(loader)
+        except UserError as error:
+            assert f"{broken / names[5]}: missing, though" in str(error)  # noqa: PT017
+            failed += 1
+    assert failed >= min(world_size, 5)
+
+
 @pytest.mark.parametrize(("batch_size", "rank", "warnings"), [(4500, 0, 1), (4500, 1, 0), (6000, 0, 1), (4000, 0, 0)])
 def test_shuffling_without_effect_logs_a_warning(
     dataset: Path, batch_size: int, rank: int, warnings: int, caplog: pytest.LogCaptureFixture

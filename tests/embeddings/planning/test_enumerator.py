@@ -53,3 +53,19 @@ def test_no_option_may_take_longer_than_the_best_even_plan() -> None:
 def test_slower_kernels_with_rows_in_host_memory_are_kept() -> None:
     fused, cached = _option("a", "row_wise", 2, time=1), _option("a", "row_wise", 2, time=9, kernel="fused_uvm_caching")
     assert _kept(fused, cached) == [("a", "row_wise", "fused"), ("a", "row_wise", "fused_uvm_caching")]
+
+
+def test_differences_below_a_launch_choose_nothing() -> None:
+    rows, copies = _option("a", "row_wise", 4, time=2, size=1), _option("a", "data_parallel", 4, time=1.9, size=4)
+    kept = [(each.name, each.sharding_type) for each in prune_options([rows, copies], launch=0.2)]
+    assert kept == [("a", "row_wise")]  # of equal options the one with less memory
+    kept = [(each.name, each.sharding_type) for each in prune_options([rows, copies], launch=0.05)]
+    assert kept == [("a", "row_wise"), ("a", "data_parallel")]
+
+
+def test_a_type_must_save_more_than_its_collectives_take() -> None:
+    options = [_option(table, "row_wise", 4, time=2) for table in "abc"]
+    options += [_option(table, "table_wise", 1, time=2) for table in "abc"]
+    # Each table saves (4·2 - 2) / 4 = 1.5 a rank.
+    for latency, kept in ((4.4, 6), (4.6, 3)):
+        assert len(prune_options(options, added={"table_wise": latency})) == kept

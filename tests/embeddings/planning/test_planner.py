@@ -45,6 +45,7 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.model_plan import ModelPlan, plan_model
 from tests.helpers.ranks import RankPool
+from tests.helpers.sharded_module import row_tables_of
 
 Ranks = Callable[..., RankPool]
 SIZES = (20_000, 20_000, 15_001, 9_999, 1)  # the last has too few rows to be sharded
@@ -246,7 +247,8 @@ def _traffic(kind: str, exchange: str, ids_a_bag: int, forward: Any, backward: A
         if cost.exchange == "unique_rows":
             spec = planned.plan.plan["sparse_arch.embedding_bag_collection"][name].sharding_spec
             own = next(shard for shard in spec.shards if shard.placement.rank() == rank)
-            ids = batch[name].values().unique()
+            order = next(each.row_order for each in row_tables_of(sharded) if each.name == name)
+            ids = order.stored_rows(batch[name].values().unique())
             first = own.shard_offsets[0]
             away = int(((ids < first) | (ids >= first + own.shard_sizes[0])).sum())
             # Of u ids that are spread evenly, u·(R-1)/R are on other ranks.

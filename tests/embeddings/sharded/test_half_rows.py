@@ -26,7 +26,7 @@ from tests.helpers.precision_model import (
     train_small,
 )
 from tests.helpers.ranks import RankFailed, RankPool
-from tests.helpers.sharded_module import full_weights, shard, to_kjt
+from tests.helpers.sharded_module import full_weights, shard, to_kjt, unsharded_weights
 
 Ranks = Callable[[int], RankPool]
 UNIT = 2.0**-11
@@ -91,9 +91,9 @@ def test_initial_values_do_not_depend_on_the_number_of_ranks(ranks: Ranks, world
     unsharded = (
         small_module(DataType.FP16) if filled else MultiLayerEmbeddingBagCollection(small_tables(DataType.FP16), seed=3)
     )
-    single = MultiLayerEmbeddingBagCollection(small_tables(), seed=3).state_dict()
+    single = unsharded_weights(MultiLayerEmbeddingBagCollection(small_tables(), seed=3))
     for initial in ranks(world_size).run(_initial_weights, filled):
-        for name, tensor in unsharded.state_dict().items():
+        for name, tensor in unsharded_weights(unsharded).items():
             assert torch.equal(initial[name], tensor.float()), name
             if not filled:
                 assert torch.equal(tensor, single[name].to(tensor.dtype))
@@ -109,7 +109,7 @@ def test_the_unsharded_collection_looks_up_and_collapses() -> None:
         assert largest_relative_error(values, expected[name]) < 2 * UNIT  # torch also rounds the pooled vector
     for name, weight in module.collapse().state_dict().items():
         table = name.split(".")[1]
-        rows = module.embedding_bags[table].weight.double()
+        rows = unsharded_weights(module)[f"embedding_bags.{table}.weight"].double()
         product = rows @ module.projections[table].weight.double() if table in module.projections else rows
         assert weight.dtype == (torch.float16 if table in HALF_TABLES else torch.float32)
         assert largest_relative_error(weight, product) < UNIT + FLOAT32

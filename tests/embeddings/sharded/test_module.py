@@ -1,7 +1,7 @@
 """The sharded module against the dense float64 reference, on 1, 2, 3 and 4 ranks."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from unittest import mock
 
@@ -28,6 +28,7 @@ from tests.helpers.sharded_module import (
     optimizer_of,
     shard,
     to_kjt,
+    unsharded_weights,
 )
 
 pytestmark = pytest.mark.multirank
@@ -166,9 +167,10 @@ def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
 
 
 def _train_averaging_partial_gradients(exchange: Exchange) -> dict[str, Any]:
-    with mock.patch.object(
-        collectives, "_partial_factor", lambda process_group: 1 / dist.get_world_size(process_group)
-    ):
+    def averaged(tables: Collection[str], *_: object) -> dict[str, float]:
+        return dict.fromkeys(tables, 1 / dist.get_world_size())
+
+    with mock.patch.object(collectives, "gradient_factors", averaged):
         return _train_sharded("sgd", False, exchange)
 
 
@@ -221,7 +223,7 @@ def _initial_weights() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_initial_values_do_not_depend_on_the_number_of_ranks(ranks: Ranks, world_size: int) -> None:
-    unsharded = MultiLayerEmbeddingBagCollection(_tables(), seed=SEED).state_dict()
+    unsharded = unsharded_weights(MultiLayerEmbeddingBagCollection(_tables(), seed=SEED))
     for initial in ranks(world_size).run(_initial_weights):
         assert set(initial) == set(unsharded)
         for name, tensor in unsharded.items():
@@ -243,7 +245,7 @@ def test_tables_with_too_few_rows_stay_data_parallel(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_the_values_of_a_module_that_is_not_on_meta_are_copied(ranks: Ranks, world_size: int) -> None:
-    expected = _positive_module().state_dict()
+    expected = unsharded_weights(_positive_module())
     for result in ranks(world_size).run(_train_sharded, "sgd"):
         assert set(result["initial"]) == set(expected)
         for name, tensor in expected.items():
@@ -252,9 +254,8 @@ def test_the_values_of_a_module_that_is_not_on_meta_are_copied(ranks: Ranks, wor
 
 def _shard_filled_after_meta() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     module = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta")).to_empty(device="cpu")
-    filled = _positive_module().state_dict()
-    module.load_state_dict(filled)
-    return filled, full_weights(shard(module))
+    module.load_state_dict(_positive_module().state_dict())
+    return unsharded_weights(module), full_weights(shard(module))
 
 
 def test_the_values_of_a_module_filled_after_it_was_built_on_meta_are_copied(ranks: Ranks) -> None:

@@ -22,6 +22,7 @@ from tests.helpers.sharded_module import (
     optimizer_of,
     shard,
     to_kjt,
+    unsharded_weights,
 )
 
 pytestmark = pytest.mark.multirank
@@ -131,9 +132,8 @@ def test_outputs_and_weights_equal_the_dense_reference(
 
 def _initial() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     meta = MultiLayerEmbeddingBagCollection(_tables(), device=torch.device("meta"), seed=5)
-    return full_weights(shard(meta, exchange="unique_rows")), MultiLayerEmbeddingBagCollection(
-        _tables(), seed=5
-    ).state_dict()
+    unsharded = MultiLayerEmbeddingBagCollection(_tables(), seed=5)
+    return full_weights(shard(meta, exchange="unique_rows")), unsharded_weights(unsharded)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

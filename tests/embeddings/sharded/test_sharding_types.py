@@ -1,7 +1,7 @@
 """All sharding types in one model against the dense float64 reference; 4 ranks are 2 nodes of 2."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 from unittest import mock
 
@@ -247,9 +247,10 @@ def test_ranks_without_tables_take_part(ranks: Ranks, nodes: tuple[int, int]) ->
 
 
 def _train_averaging_partial_gradients() -> dict[str, Any]:
-    with mock.patch.object(
-        collectives, "_partial_factor", lambda process_group: 1 / dist.get_world_size(process_group)
-    ):
+    def averaged(tables: Collection[str], *_: object) -> dict[str, float]:
+        return dict.fromkeys(tables, 1 / dist.get_world_size())
+
+    with mock.patch.object(collectives, "gradient_factors", averaged):
         return _train("sgd", "auto")
 
 

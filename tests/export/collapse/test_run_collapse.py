@@ -12,11 +12,13 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.run_collapse import export_run
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
+from mlet_dist.models.spec import ModelSpec
 from tests.conftest import TrainedRun
 from tests.helpers.checkpoint_manifest import write_manifest
 from tests.helpers.export_units import contents
 from tests.helpers.mlet_command import error_line
 from tests.helpers.resealed import reseal_json
+from tests.helpers.rows_by_id import model_by_id
 
 
 def _all_tensors(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
@@ -32,6 +34,7 @@ def test_tables_equal_the_float64_product_and_dense_layers_are_bitwise_identical
     run = _all_tensors(trained.path / "checkpoints" / "step-00000057", tmp_path / "run.pt")["model"]
     served = _all_tensors(exported / "model", tmp_path / "export.pt")
     spec, manifest = ExportDirectory(exported).load()
+    run = model_by_id(run, ModelSpec.load(trained.path / "model.json"))
     assert set(served) == set(build_plain_dlrm(spec).state_dict())
     tables = 0
     for name, tensor in served.items():

@@ -28,6 +28,7 @@ from mlet_dist.training import compressed_tables
 from tests.helpers.export_units import contents, export_in_rank
 from tests.helpers.export_units import export as export_in_units
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
+from tests.helpers.rows_by_id import model_by_id
 from tests.helpers.tampered_export import change_manifest, change_tensor
 from tests.helpers.train_in_ranks import Ranks, train_in_ranks
 
@@ -235,7 +236,8 @@ def _loaded(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
 def _dlrm_in_float64(run: Path, part: Path, scratch: Path) -> torch.Tensor:
     """Compute the logits from the run's pools and W2 in float64, without TorchRec."""
     (checkpoint,) = sorted((run / "checkpoints").iterdir())[-1:]
-    weights = {name: tensor.double() for name, tensor in _loaded(checkpoint, scratch / "run.pt")["model"].items()}
+    state = model_by_id(_loaded(checkpoint, scratch / "run.pt")["model"], ModelSpec.load(run / "model.json"))
+    weights = {name: tensor.double() for name, tensor in state.items()}
     rows = pq.read_table(part)
 
     def linear(values: torch.Tensor, layer: str) -> torch.Tensor:

@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from benchmarks.made_run import make_run, random_rows
 from mlet_dist.config.sections import ModelConfig
 from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.spec import ModelSpec
 from tests.conftest import TrainedRun
 from tests.helpers.export_units import export
 from tests.helpers.mlet_command import ROOT
+from tests.helpers.rows_by_id import model_by_id
 
 TABLES = {"C1": 1, "C2": 1_003, "C3": 50}
 SHARDS = {
@@ -66,7 +68,10 @@ def test_plain_torchrec_serves_the_same_logits_without_mlet_dist(
         cases += [(shards, rows, "row_wise", "dcp_safetensors"), (gathered, rows, "column_wise", "dcp")]
     found = _serve(cases, world_size, tmp_path)
 
-    expected = {part: _dlrm_in_float64(trained.path, part, tmp_path), rows: _dlrm_in_float64(run, rows, tmp_path)}
+    expected = {
+        part: _dlrm_in_float64(trained.path, part, tmp_path, spread=True),
+        rows: _dlrm_in_float64(run, rows, tmp_path, spread=False),
+    }
     assert expected[part].std() > 0.05
     assert expected[rows].std() > 0.05
     for (_, data, sharding, _), served in zip(cases, found, strict=True):
@@ -89,11 +94,13 @@ def _serve(cases: list[tuple[Path, Path, str | None, str]], world_size: int, fol
     return [torch.load(job["out"]) for job in jobs]
 
 
-def _dlrm_in_float64(run: Path, part: Path, scratch: Path) -> torch.Tensor:
+def _dlrm_in_float64(run: Path, part: Path, scratch: Path, *, spread: bool) -> torch.Tensor:
     """Compute the logits of a DLRM of this test's sizes from the factorised weights, without TorchRec, in float64."""
     (checkpoint,) = sorted((run / "checkpoints").iterdir())[-1:]
     dcp_to_torch_save(checkpoint, scratch / "run.pt")
     state = _flat(torch.load(scratch / "run.pt", weights_only=False))
+    if spread:
+        state = model_by_id(state, ModelSpec.load(run / "model.json"))
     weights = {name: tensor.double() for name, tensor in state.items()}
     rows = pq.read_table(part)
 
