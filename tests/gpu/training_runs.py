@@ -13,6 +13,7 @@ from tests.gpu.machine import CONFIG, Machine, NotHere
 from tests.helpers.mlet_command import ROOT
 from tests.helpers.train_in_ranks import records, stopped_after, train_in_ranks
 
+_START_S = 600.0  # within which a job has to save its first checkpoint; only a machine that is busy takes as long
 _END_S = 150.0  # within which a job with a lost rank has to end; the heartbeats say so much earlier
 
 
@@ -86,7 +87,7 @@ def killed_rank(machine: Machine) -> str:
     ended, code, errors = _end(job)
     assert code != 0, "the job has finished before its rank was killed"
     again = _start(machine, size, run, settings)
-    output, more = again.communicate(timeout=_END_S)
+    output, more = again.communicate(timeout=_START_S)
     assert again.returncode == 0, more[-2000:]
     result = json.loads(output.splitlines()[-1])
     assert result["first_step"] > 0, result
@@ -133,7 +134,7 @@ def _start(machine: Machine, world_size: int, run: Path, settings: tuple[str, ..
 
 def _ranks(job: "subprocess.Popen[str]") -> list[int]:
     """Wait until the job has started its ranks; return their process ids."""
-    deadline = time.monotonic() + _END_S
+    deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and job.poll() is None:
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
         found = [int(each) for each in children if b"train" in Path(f"/proc/{each}/cmdline").read_bytes()]
@@ -145,7 +146,7 @@ def _ranks(job: "subprocess.Popen[str]") -> list[int]:
 
 
 def _wait_for_checkpoint(job: "subprocess.Popen[str]", run: Path) -> None:
-    deadline = time.monotonic() + _END_S
+    deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and job.poll() is None:
         complete = [path for path in run.glob("checkpoints/step-*") if not (path / ".incomplete").exists()]
         if complete:
