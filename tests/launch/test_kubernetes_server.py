@@ -31,7 +31,7 @@ IN_CLUSTER = [name for name in RENDERED if name in ("prompt-replacement", "volca
 
 
 def kubectl(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["kubectl", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["kubectl", *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
 def done(*arguments: str) -> str:
