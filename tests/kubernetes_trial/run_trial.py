@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from tests.kubernetes_trial.kubectl import Kubectl, TrialError, end_of, last_result
+from tests.kubernetes_trial.kubectl import Kubectl, Object, TrialError, end_of, last_result
 from tests.kubernetes_trial.trial_jobs import TrialJobs
 
 _JOB_S, _PULL_S, _KILL_S = 1800, 900, 300
@@ -137,15 +137,28 @@ class Trial:
         return newest
 
     def _survive(self, kill: Callable[[str], None]) -> str:
-        """Kill something, and wait for a checkpoint that was not there before."""
-        before, pods = self._checkpoints(), self.kubectl.pods(self._killed)
-        if len(pods) != 2:
-            raise TrialError(f"expected 2 pods that run, found {len(pods)}; a Job that has ended needs more epochs")
+        """Kill something, wait until both pods run, and then for a checkpoint that was not there before."""
+        pods = self._both_run(without="")
         started = time.monotonic()
         kill(str(pods[1]["metadata"]["name"]))
+        if kill != self._kill_a_rank:
+            self._both_run(without=str(pods[1]["metadata"]["uid"]))
+        before = self._checkpoints()
         after = self._next_checkpoint(before, _KILL_S)
         newest = "the end" if after == _ENDED else f"step {after}"
         return f"from step {before} to {newest} in {time.monotonic() - started:.0f} s"
+
+    def _both_run(self, without: str) -> list[Object]:
+        """Wait until two pods run, of which none has this uid, and return them."""
+
+        def found() -> list[Object]:
+            if end := end_of(self.kubectl.get("job", self._killed)):
+                raise TrialError(f"the Job has ended ({end[0]}); it needs more epochs, or see its pods")
+            pods = self.kubectl.pods(self._killed)
+            return pods if len(pods) == 2 and without not in [each["metadata"]["uid"] for each in pods] else []
+
+        pods: list[Object] = self.kubectl.wait("two pods that run", _KILL_S, found)
+        return pods
 
     def _kill_a_rank(self, pod: str) -> None:
         before = {each["metadata"]["uid"] for each in self.kubectl.pods(self._killed)}
