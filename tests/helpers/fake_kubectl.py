@@ -41,6 +41,7 @@ def answer(state: State, words: list[str]) -> str:
         case "patch", ["job", name, patch]:
             if state["jobs"][name]["spec"].get("suspend") and "train" in name:  # resumed, with other pods
                 state["kills"] += 1
+                state["pods"][name] = [_pod(state, pod["metadata"]["name"]) for pod in state["pods"][name]]
             state["jobs"][name]["spec"] |= json.loads(patch)["spec"]
             return ""
         case "create", []:

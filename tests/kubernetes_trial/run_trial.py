@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from tests.kubernetes_trial.kubectl import Kubectl, TrialError, end_of, last_result
+from tests.kubernetes_trial.kubectl import Kubectl, Object, TrialError, end_of, last_result
 from tests.kubernetes_trial.trial_jobs import TrialJobs
 
 _JOB_S, _PULL_S, _KILL_S = 1800, 900, 300
@@ -126,9 +126,7 @@ class Trial:
         """Wait for a checkpoint of a step after ``before``, or the end of training, and return its step."""
 
         def found() -> int:
-            if end := end_of(self.kubectl.get("job", self._killed)):
-                if end[0] == "Failed":
-                    raise TrialError(f"the Job failed: {end[1]}")
+            if self._has_ended():
                 return _ENDED
             step = self._checkpoints()
             return step if step > before else 0
@@ -137,15 +135,32 @@ class Trial:
         return newest
 
     def _survive(self, kill: Callable[[str], None]) -> str:
-        """Kill something, and wait for a checkpoint that was not there before."""
-        before, pods = self._checkpoints(), self.kubectl.pods(self._killed)
-        if len(pods) != 2:
-            raise TrialError(f"expected 2 pods that run, found {len(pods)}; a Job that has ended needs more epochs")
-        started = time.monotonic()
-        kill(str(pods[1]["metadata"]["name"]))
+        """Kill something, wait until both pods run, and then for a checkpoint that was not there before."""
+        self.kubectl.wait("two pods that run", _KILL_S, lambda: self._has_ended() or self._two_pods())
+        if not (pods := self._two_pods()):
+            raise TrialError("the Job has completed; it needs more epochs")
+        victim, started = pods[1]["metadata"], time.monotonic()
+        kill(str(victim["name"]))
+        if kill != self._kill_a_rank:  # a checkpoint may be saved before the pod ends
+            self.kubectl.wait(
+                "two pods that run", _KILL_S, lambda: self._has_ended() or self._two_pods(without=victim["uid"])
+            )
+        before = self._checkpoints()
         after = self._next_checkpoint(before, _KILL_S)
         newest = "the end" if after == _ENDED else f"step {after}"
         return f"from step {before} to {newest} in {time.monotonic() - started:.0f} s"
+
+    def _has_ended(self) -> bool:
+        """Return whether the Job has completed; raise TrialError if it has failed."""
+        end = end_of(self.kubectl.get("job", self._killed))
+        if end and end[0] == "Failed":
+            raise TrialError(f"the Job failed: {end[1]}")
+        return end is not None
+
+    def _two_pods(self, without: str = "") -> list[Object]:
+        """Return the pods if two run, of which none has this uid; else none."""
+        pods = self.kubectl.pods(self._killed)
+        return pods if len(pods) == 2 and without not in [each["metadata"]["uid"] for each in pods] else []
 
     def _kill_a_rank(self, pod: str) -> None:
         before = {each["metadata"]["uid"] for each in self.kubectl.pods(self._killed)}

@@ -61,7 +61,9 @@ def test_jobs_of_volcano_are_in_its_queue() -> None:
     (group,) = of_kind("volcano/podgroup", "PodGroup")
     assert job["spec"]["queue"] == group["spec"]["queue"] == queue["metadata"]["name"]
     needed = training_container("volcano/job")["resources"]["requests"]
-    assert int(queue["spec"]["capability"]["nvidia.com/gpu"]) >= needed["nvidia.com/gpu"] * node_count("volcano/job")
+    assert int(queue["spec"]["capability"]["nvidia.com/gpu"]) >= int(needed["nvidia.com/gpu"]) * node_count(
+        "volcano/job"
+    )
 
 
 @pytest.mark.parametrize("kind", ["job", "jobset", "trainjob"])

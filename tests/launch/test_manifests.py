@@ -61,7 +61,7 @@ def test_training_command(name: str, tmp_path: Path) -> None:
         nodes,
         1,
     )
-    assert parsed.nproc == container["resources"]["limits"].get("nvidia.com/gpu", 1)
+    assert parsed.nproc == int(container["resources"]["limits"].get("nvidia.com/gpu", 1))
     if not of_kind(name, "TrainJob"):
         assert {port["containerPort"] for port in container["ports"]} == {parsed.master_port}
     (configuration,) = of_kind(name, "ConfigMap")
@@ -109,6 +109,16 @@ def test_no_privileges(name: str) -> None:
                 if thing["kind"] != "TrainingRuntime":  # the TrainJob has the resources
                     assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
                     assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", [*RENDERED, "volcano/job with efa", "trainjob with infiniband"])
+def test_quantities_are_text_as_servers_return_them(name: str, tmp_path: Path) -> None:
+    """Servers make text of numbers, so that applying the same again would seem to change the object."""
+    kind, _, component = name.partition(" with ")
+    for thing in render(overlay(tmp_path, kind, components=[component]) if component else kind):
+        for key, value in fields(thing):
+            if key in ("requests", "limits", "capability") and isinstance(value, dict):
+                assert {type(each) for each in value.values()} <= {str}
 
 
 def test_training_pods_of_all_kinds_are_equal() -> None:
