@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from mlet_dist.embeddings.planning.owner_skew import (
 )
 from mlet_dist.embeddings.planning.plan_cost import Tables
 from mlet_dist.embeddings.planning.table_cost import TableCost
+from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.row_widths import Counts
@@ -64,7 +64,7 @@ def expected_step(
         device: hardware of a rank.
     """
     params = planned.plan.plan[TABLES_PREFIX.rstrip(".")]
-    orders = {table.name: getattr(table, "row_order", None) for table in tables}
+    orders = {table.name: table.row_order for table in tables}
     found, ranks = {}, {}
     for name, (cost, rows) in planned.tables.items():
         if cost.exchange != "unique_rows" or name not in counts:
@@ -80,7 +80,7 @@ def expected_step(
     return ExpectedStep(found, busiest_owner(found, seconds, ranks))
 
 
-def _sums_of(order: Any) -> BlockSums:
+def _sums_of(order: RowOrder | None) -> BlockSums:
     """Return the sums over blocks of rows that are stored in an order; None is that of their ids."""
     if order is None:
         return sums_of_blocks

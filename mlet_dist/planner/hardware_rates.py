@@ -31,7 +31,7 @@ def build_device(hardware: Hardware, precision: str = "fp32", calibration: Calib
 
 def precision_of(config: Config) -> str:
     """Return the precision of a run's matrix products."""
-    return str(getattr(config.train, "precision", "fp32"))
+    return config.train.precision
 
 
 def rate_sources(hardware: Hardware, calibration: Calibration | None, world_size: int, nodes: int) -> list[str]:
