@@ -13,6 +13,7 @@ from mlet_dist.checkpoint.load import latest_complete
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.config.config_file import Config, load_config
+from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD
 from mlet_dist.training.snapshot import rank_info, restore, state_to_save
 from tests.helpers.mlet_command import ROOT
 from tests.helpers.ranks import RankFailed
@@ -99,7 +100,9 @@ def _draw_before_and_after_restoring(config: Config, location: str) -> tuple[lis
     torch.rand(3)
     store = CheckpointStore(location)
     with CheckpointSaver(store, timedelta(seconds=60), 1, None) as saver:
-        saver.save(1, state_to_save(training), {**rank_info(training), "skipped": 4, "passed_over": [2]})
+        saver.save(
+            1, state_to_save(training), {**rank_info(training), ROW_ORDER: SPREAD, "skipped": 4, "passed_over": [2]}
+        )
         saver.wait()
     drawn = torch.rand(5).tolist()
     torch.manual_seed(0)
