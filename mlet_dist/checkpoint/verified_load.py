@@ -72,7 +72,7 @@ def _load(tensors: Mapping[str, Any], checkpoint: Checkpoint, manifest: Manifest
     tasks: list[_Task] = []
     for name, tensor in tensors.items():
         _check_shape(name, tensor, files)
-        tasks += _tasks(name, tensor)
+        tasks += _tasks(name, tensor, files)
     tasks.sort(key=lambda task: files.position(task.name, task.row))
     total = sum(task.target.nbytes for task in tasks)
     threads = max(1, min(_THREADS, total // _BYTES_OF_THREAD))
@@ -95,23 +95,27 @@ def _check_shape(name: str, tensor: Any, files: DcpFiles) -> None:
         raise UserError(f"{files.location}: {name!r} is {found.shape} in the checkpoint and {size} in this run")
 
 
-def _tasks(name: str, tensor: torch.Tensor | ShardedTensor) -> Iterator[_Task]:
+def _tasks(name: str, tensor: torch.Tensor | ShardedTensor, files: DcpFiles) -> Iterator[_Task]:
     if not isinstance(tensor, ShardedTensor):
         if tensor.dim() in (1, 2) and tensor.numel():
-            yield from _cut(name, 0, 0, tensor.detach())
+            yield from _cut(name, 0, 0, tensor.detach(), files)
         elif tensor.numel():
             yield _Task(name, 0, 0, tensor.detach(), whole=True)
         return
     for shard in tensor.local_shards():
         if shard.tensor.numel():
             row, *column = shard.metadata.shard_offsets
-            yield from _cut(name, row, column[0] if column else 0, shard.tensor.detach())
+            yield from _cut(name, row, column[0] if column else 0, shard.tensor.detach(), files)
 
 
-def _cut(name: str, row: int, column: int, target: torch.Tensor) -> Iterator[_Task]:
+def _cut(name: str, row: int, column: int, target: torch.Tensor, files: DcpFiles) -> Iterator[_Task]:
+    """Yield rows that are in one file each, so that no file is opened again and read twice."""
     step = max(1, _TASK_BYTES // max(1, target.nbytes // len(target)))
-    for start in range(0, len(target), step):
-        yield _Task(name, row + start, column, target[start : start + step])
+    stop = row + len(target)
+    firsts = files.first_rows(name, row, stop)
+    for first, end in zip(firsts, [*firsts[1:], stop], strict=True):
+        for start in range(first, end, step):
+            yield _Task(name, start, column, target[start - row : min(start + step, end) - row])
 
 
 def _read_share(files: DcpFiles, tasks: list[_Task], advance: Advance) -> None:

@@ -80,8 +80,7 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     metadata = read_metadata(location)
     stored = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}
     refits, spread = _changes_rows(about, spec), is_spread(about) or not has_spread_rows(spec)
-    tables = None if spread and not refits else RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest)
-    initial = InitialWeights(found, any(not name.startswith(TABLES_PREFIX) for name in stored), tables)
+    has_dense = any(not name.startswith(TABLES_PREFIX) for name in stored)
     if spec.model.hidden_dim is None and not refits:
         for table in spec.tables:
             if f"{TABLES_PREFIX}projections.{table.name}.weight" in stored:
@@ -94,14 +93,20 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
             f"{location}: model.hidden_dim was {stored_k} there and is {k}; without compression it must be the same: "
             f"set model.hidden_dim={stored_k}, or export that run and take `mlet factorize EXPORT --hidden-dim {k}`"
         )
-    warnings = SourceInputs.of(about, str(location)).check(spec, config.data.path, dense_layers=initial.has_dense)
-    wanted = initial._covered(build_dlrm(spec, torch.device("meta")).state_dict())
+    warnings = SourceInputs.of(about, str(location)).check(spec, config.data.path, dense_layers=has_dense)
+    state = build_dlrm(spec, torch.device("meta")).state_dict()
+    wanted = {
+        name: tensor
+        for name, tensor in state.items()
+        if (not refits if name.startswith(TABLES_PREFIX) else has_dense)
+    }
     check_shapes(wanted, metadata, location, MODEL_KEY)
-    parts = "tables and dense layers" if initial.has_dense else "tables"
+    tables = None if spread and not refits else RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest)
+    parts = "tables and dense layers" if has_dense else "tables"
     _log(f"starting with the {parts} of {location}")
     for line in warnings:
         _log(f"warning: {location}: {line}")
-    return initial
+    return InitialWeights(found, has_dense, tables)
 
 
 def _changes_rows(about: Mapping[str, Any], spec: ModelSpec) -> bool:

@@ -17,6 +17,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagCollectionSharder,
     MultiLayerEmbeddingBagConfig,
 )
+from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.sharded.collectives import CommPrecision, exchange_codecs
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, Exchange, TableTraffic, cheapest_exchange
 from tests.helpers.ranks import RankPool
@@ -81,7 +82,8 @@ def _vector_bytes(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     block = -(-ROWS // world_size)
     per_table = [ids.unique() for ids in batch.values().view(TABLES, -1)]
-    requested = sum(int(((ids // block + table) % world_size != rank).sum()) for table, ids in enumerate(per_table))
+    stored = [RowOrder((ROWS,)).stored_rows(ids) for ids in per_table]
+    requested = sum(int(((rows // block + table) % world_size != rank).sum()) for table, rows in enumerate(stored))
     return forward.vector_bytes, backward.vector_bytes, requested
 
 

@@ -9,6 +9,7 @@ import torch
 from mlet_dist.config.sections import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.collapse import collapse_rows
+from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.served_sources import ServedSources, served_sources
@@ -65,7 +66,7 @@ def _tables() -> dict[str, TableSource]:
         pools = []
         for index, (rows, width, _) in enumerate(ranges):
             files.tensors[f"{name}:{index}"] = torch.randn(rows, width)
-            pools.append((f"{name}:{index}", 0) if width else None)
+            pools.append((f"{name}:{index}", 0, RowOrder((rows,))) if width else None)
         projection = torch.cat([torch.eye(8) if each.width == 8 else torch.randn(each.width, 8) for each in ranges])
         rows, width = sum(each.rows for each in ranges), sum(each.width for each in ranges)
         common = (name, f"{TABLES_PREFIX}embedding_bags.{name}.weight", rows, width, 8, projection, torch.float32, "")
