@@ -197,7 +197,7 @@ class DcpFiles(ChunkedTensors):
         return chunk.file, chunk.start + (row - chunk.offsets[0]) * chunk.length // max(1, chunk.sizes[0])
 
     def first_rows(self, name: str, start: int, stop: int) -> list[int]:
-        """Return where to split rows ``[start, stop)`` of a tensor, beginning with ``start``: each part is in one file."""
+        """Return where to split rows ``[start, stop)``, ``start`` included, so that each part is in one file."""
         return sorted({max(start, chunk.offsets[0]) for chunk in self._chunks_over(name, start, stop)} | {start})
 
     def separate(self) -> "DcpFiles":

@@ -96,9 +96,7 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     warnings = SourceInputs.of(about, str(location)).check(spec, config.data.path, dense_layers=has_dense)
     state = build_dlrm(spec, torch.device("meta")).state_dict()
     wanted = {
-        name: tensor
-        for name, tensor in state.items()
-        if (not refits if name.startswith(TABLES_PREFIX) else has_dense)
+        name: tensor for name, tensor in state.items() if (not refits if name.startswith(TABLES_PREFIX) else has_dense)
     }
     check_shapes(wanted, metadata, location, MODEL_KEY)
     tables = None if spread and not refits else RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest)
