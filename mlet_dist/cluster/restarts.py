@@ -158,6 +158,11 @@ class Supervisor:
     def _after(self, error: BaseException, watch: RankWatch, heartbeats: Heartbeats | None, name: str) -> str:
         """Tell the other nodes why the ranks have failed, and raise the error unless the nodes meet again."""
         kind = kind_of(error, on_cuda=self._on_cuda())
+        if kind == "stopped" and self._limit.most and self._nodes.count > 1 and not self._stop.received:
+            # Another node was asked to stop, and the ranks of all nodes have saved: that node may be replaced.
+            self._leave(heartbeats, kind, "another node was asked to stop by a signal", for_good=False)
+            self._log("the ranks were stopped with those of another node; they start again when all nodes have met")
+            return kind
         if kind in ("stopped", "input"):
             self._leave(heartbeats, kind, str(error) if kind == "input" else f"{name} was asked to stop by a signal")
             raise error

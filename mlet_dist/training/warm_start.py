@@ -79,7 +79,8 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     location, about = found.checkpoint.location, found.manifest.about
     metadata = read_metadata(location)
     stored = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}
-    refits, spread = _changes_rows(about, spec), is_spread(about) or not has_spread_rows(spec)
+    refits, by_id = _changes_rows(about, spec), not is_spread(about) and has_spread_rows(spec)
+    tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest) if refits else None
     has_dense = any(not name.startswith(TABLES_PREFIX) for name in stored)
     if spec.model.hidden_dim is None and not refits:
         for table in spec.tables:
@@ -99,7 +100,8 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
         name: tensor for name, tensor in state.items() if (not refits if name.startswith(TABLES_PREFIX) else has_dense)
     }
     check_shapes(wanted, metadata, location, MODEL_KEY)
-    tables = None if spread and not refits else RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest)
+    if by_id and tables is None:
+        tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest)
     parts = "tables and dense layers" if has_dense else "tables"
     _log(f"starting with the {parts} of {location}")
     for line in warnings:

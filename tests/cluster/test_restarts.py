@@ -154,6 +154,30 @@ def test_a_replaced_node_and_one_that_vanishes(trained: TrainedRun, tmp_path: Pa
     assert nodes.result()["first_step"] > 0
 
 
+@pytest.mark.parametrize("evicted", [0, 1])
+def test_a_node_that_is_asked_to_stop_alone_is_waited_for(trained: TrainedRun, tmp_path: Path, evicted: int) -> None:
+    """All ranks save, but only the command of the node that received the signal ends."""
+    with job(trained, tmp_path, 2, "--max-restarts", 1) as nodes:
+        nodes.wait_for_a_checkpoint()
+        nodes.nodes[evicted].terminate()
+        assert nodes.nodes[evicted].wait(60) == 75
+        nodes.start(evicted)
+        assert nodes.codes() == [0, 0]
+        assert "stopped with those of another node; they start again when all nodes have met" in nodes.log(1 - evicted)
+        assert not reasons(nodes.log(1 - evicted))
+    assert nodes.result()["weights_sha256"] == trained.result["weights_sha256"]
+    assert nodes.result()["first_step"] > 0
+
+
+def test_nodes_that_are_all_asked_to_stop_end(trained: TrainedRun, tmp_path: Path) -> None:
+    with job(trained, tmp_path, 2, "--max-restarts", 1) as nodes:
+        nodes.wait_for_a_checkpoint()
+        nodes.nodes[0].terminate()
+        time.sleep(1)
+        nodes.nodes[1].terminate()
+        assert nodes.codes(60) == [75, 75]
+
+
 @pytest.mark.parametrize("vanished", [0, 1])
 def test_a_vanished_machine_is_found_in_seconds(trained: TrainedRun, tmp_path: Path, vanished: int) -> None:
     """Its connections stay open, and the collective would time out after ten minutes."""
