@@ -1,7 +1,9 @@
 """The models that benchmarks/step.py compares, each as an endless iterator whose every element is one step.
 
 ``plain_single`` and ``plain_mlet`` are written in PyTorch alone: an ``nn.EmbeddingBag`` for each table, for MLET an
-``nn.Linear`` behind it, sparse gradients and one torch optimizer. On several ranks DDP wraps the whole model.
+``nn.Linear`` behind it, sparse gradients and one torch optimizer. On several ranks DDP combines the dense gradients,
+and one sparse all-reduce those of all tables. (DDP starts one for each table without waiting for the one before: with
+torch 2.13 and gloo that has crashed by a damaged heap, or hung.)
 
 ``single`` and ``single_planned`` are TorchRec alone: its own collection, sharded row_wise and as its planner decides,
 with its DistributedModelParallel, fused optimizers and, on several ranks or CUDA, its pipeline.
@@ -14,7 +16,7 @@ Not included are the loader, whose threads work beside a step, and what happens 
 """
 
 from collections.abc import Callable, Generator
-from itertools import cycle
+from itertools import accumulate, cycle, pairwise
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.utils import none_throws
 from torchrec.models.dlrm import DLRM, DenseArch, InteractionArch, OverArch
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -85,7 +88,10 @@ class PlainDlrm(nn.Module):
 def plain_steps(case: Case, sizes: Sizes, batches: list[Batch], worker: Worker, *, single: bool) -> Steps:
     """Train a ``PlainDlrm`` without end."""
     model: nn.Module = PlainDlrm(spec_of(case, sizes, single_layer=single)).to(worker.device)
+    tables = [table.weight for table in model.modules() if isinstance(table, nn.EmbeddingBag)]
     if worker.world_size > 1:
+        names = [name for name, weight in model.named_parameters() if any(weight is table for table in tables)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     kind = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.Adagrad
     optimizer = kind(model.parameters(), lr=_RATE)
@@ -93,8 +99,23 @@ def plain_steps(case: Case, sizes: Sizes, batches: list[Batch], worker: Worker, 
     for dense, bags, labels in cycle(prepared):
         optimizer.zero_grad()
         functional.binary_cross_entropy_with_logits(model(dense, bags), labels).backward()
+        if worker.world_size > 1:
+            _combine_sparse_gradients(tables, worker)
         optimizer.step()
         yield
+
+
+def _combine_sparse_gradients(tables: list[torch.Tensor], worker: Worker) -> None:
+    """Replace the gradients of all tables by their mean over the ranks."""
+    combined = torch.cat([none_throws(table.grad) for table in tables])
+    dist.all_reduce(combined)
+    combined = combined.coalesce()
+    (rows,), values = combined.indices(), combined.values() / worker.world_size
+    first_rows = torch.tensor([0, *accumulate(len(table) for table in tables)], device=rows.device)
+    firsts = torch.searchsorted(rows, first_rows).tolist()
+    for table, first_row, (start, stop) in zip(tables, first_rows.tolist(), pairwise(firsts), strict=False):
+        of_table = (rows[start:stop] - first_row).unsqueeze(0)
+        table.grad = torch.sparse_coo_tensor(of_table, values[start:stop], table.shape, is_coalesced=True)
 
 
 def _bags(features: KeyedJaggedTensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
