@@ -106,7 +106,9 @@ def table_cost(
     if not has_enough_rows(table, sharding_type, ranks):
         sharding_type = DATA_PARALLEL
     replicated = sharding_type == DATA_PARALLEL
-    exchange = None if replicated else sharder.exchange_for(table, sharding_type, ranks.world_size)[0]
+    exchange = None
+    if not replicated:
+        exchange, _ = sharder.exchange_for(table, sharding_type, ranks.world_size, on_cpu=ranks.on_cpu)
     value_bytes = FLOAT, FLOAT
     if exchange is not None and ranks.world_size > 1:
         operation = COMM_OPS["all_to_all" if sharding_type == TABLE_WISE else exchange]

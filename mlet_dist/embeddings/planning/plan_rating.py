@@ -36,6 +36,7 @@ class Groups:
     ) -> None:
         self._tables = {table.name: table for table in tables}
         self._world_size, self._local_world_size = topology.world_size, topology.intra_group_size
+        self._on_cpu = topology.compute_device == "cpu"
         self._sharder, self._times = sharder, times
 
     def of(self, option: ShardingOption) -> Group:
@@ -43,7 +44,8 @@ class Groups:
         kind = option.sharding_type
         if kind == _DATA_PARALLEL:
             return kind, None
-        return kind, self._sharder.exchange_for(self._tables[option.name], kind, self._world_size)[0]
+        table = self._tables[option.name]
+        return kind, self._sharder.exchange_for(table, kind, self._world_size, on_cpu=self._on_cpu)[0]
 
     def latency(self, options: Sequence[ShardingOption]) -> float:
         """Return the milliseconds that the collectives of a plan take without their bytes."""

@@ -54,7 +54,8 @@ def table_constraints(
 
     - row_wise and table_row_wise if all owner ranks get rows, table_row_wise only with several nodes;
     - table_wise with several ranks;
-    - data_parallel if the table has at most ``replicated_bytes`` of float32 rows, or if nothing else is possible.
+    - data_parallel with several ranks if the table has at most ``replicated_bytes`` of float32 rows, or if nothing else
+      is possible. It would give a single rank a dense gradient and save nothing.
 
     If ``given`` requests several types for a table, the same limits apply among them; a single requested type is used
     without these limits as long as it is possible.
@@ -134,7 +135,7 @@ def _sharding_types(
     if ranks.world_size == ranks.local_world_size:
         ruled_out.add(TABLE_ROW_WISE)  # on a single node it is the same as row_wise
     if ranks.world_size == 1:
-        ruled_out.add(TABLE_WISE)
+        ruled_out |= {TABLE_WISE, DATA_PARALLEL}
     return [kind for kind in found if kind not in ruled_out] or (found if requested else [DATA_PARALLEL])
 
 

@@ -77,6 +77,7 @@ def choose_exchange(
     value_bytes: Mapping[Exchange, int] = _FLOAT32_BYTES,
     *,
     has_projection: bool,
+    on_cpu: bool,
 ) -> tuple[Exchange, str]:
     """Return the exchange of a table, and the reason in a few words.
 
@@ -86,11 +87,13 @@ def choose_exchange(
     Args:
         requested: the exchange that the user chose for the table.
         sharding_type: the table's sharding type in the plan; not data_parallel, which exchanges nothing.
-        table, world_size, value_bytes: as in ``cheapest_exchange``.
+        table, world_size, value_bytes, on_cpu: as in ``cheapest_exchange``.
         has_projection: whether the table has a W2.
     """
     if sharding_type == ShardingType.ROW_WISE.value:
-        return (requested, "asked for") if requested != "auto" else cheapest_exchange(table, world_size, value_bytes)
+        if requested != "auto":
+            return requested, "asked for"
+        return cheapest_exchange(table, world_size, value_bytes, on_cpu=on_cpu)
     if requested == "after":
         return "after", "asked for"
     before = EXCHANGES_OF[sharding_type][-1]
@@ -101,26 +104,32 @@ def choose_exchange(
 
 
 def cheapest_exchange(
-    table: TableTraffic, world_size: int, value_bytes: Mapping[Exchange, int] = _FLOAT32_BYTES
+    table: TableTraffic, world_size: int, value_bytes: Mapping[Exchange, int] = _FLOAT32_BYTES, *, on_cpu: bool
 ) -> tuple[Exchange, str]:
     """Return the exchange of a row_wise table that sends fewer bytes in forward and backward.
 
-    Both candidates send d-dimensional vectors forward and their gradients backward. Per bag the reduce-scatter sends
-    R-1 partial sums. The all-to-all of unique rows sends each distinct id (8 bytes) and its vector once, between the
-    requesting rank and the owner rank.
+    A single rank sends none. On a CPU it has ``unique_rows`` if that looks up and projects no more vectors than there
+    are bags: always where bags hold one id. (On CUDA, where the host would have to wait, nothing was measured.)
+
+    With several ranks both candidates send d-dimensional vectors forward and their gradients backward. Per bag the
+    reduce-scatter sends R-1 partial sums. The all-to-all of unique rows sends each distinct id (8 bytes) and its vector
+    once, between the requesting rank and the owner rank.
 
     Args:
         table: sizes of the table and its batch.
         world_size: R.
         value_bytes: for each exchange, the bytes of a value in forward plus its gradient in backward.
+        on_cpu: whether the ranks compute on a CPU.
 
     Returns:
         The exchange, and the reason in a few words.
     """
+    bags = table.local_batch_size * table.num_features
+    if world_size == 1 and on_cpu and table.distinct_ids() <= bags:
+        return "unique_rows", "one rank: a row that a batch has several times is looked up and projected once"
     if world_size == 1:
         return "after", "one rank: nothing crosses the network"
     others = world_size - 1
-    bags = table.local_batch_size * table.num_features
     ids = bags * table.pooling_factor
     vector = {exchange: size * table.embedding_dim for exchange, size in value_bytes.items()}
     scatter = bags * others * vector["reduce_scatter"] + 8 * ids * others / world_size

@@ -165,7 +165,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
                 replicate_if_too_small(table, params[name], world_size, on_cpu)
             check_plan(table, params[name], self.requested_exchange(table), on_cpu=on_cpu)
         chosen = {
-            name: self.exchange_for(table, params[name].sharding_type, world_size)
+            name: self.exchange_for(table, params[name].sharding_type, world_size, on_cpu=on_cpu)
             for name, table in tables.items()
             if params[name].sharding_type != ShardingType.DATA_PARALLEL.value
         }
@@ -212,7 +212,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             )
 
     def exchange_for(
-        self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int
+        self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int, *, on_cpu: bool
     ) -> tuple[Exchange, str]:
         """Return the exchange of a table under a sharding type, and the reason in a few words."""
         sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
@@ -223,6 +223,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             world_size,
             sizes,
             has_projection=table.hidden_dim is not None,
+            on_cpu=on_cpu,
         )
 
     def traffic(self, table: MultiLayerEmbeddingBagConfig) -> TableTraffic:

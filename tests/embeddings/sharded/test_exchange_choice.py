@@ -136,15 +136,22 @@ def test_auto_is_the_cheaper_of_the_two(ranks: Ranks, ids_a_bag: int) -> None:
 
 
 def test_cheapest_exchange_by_hand() -> None:
-    def choose(pooling_factor: float, world_size: int, rows: int = 10**6, features: int = 1) -> str:
-        return cheapest_exchange(TableTraffic(rows, 16, pooling_factor, features, 512), world_size)[0]
+    def choose(
+        pooling_factor: float, world_size: int, rows: int = 10**6, features: int = 1, on_cpu: bool = False
+    ) -> str:
+        table = TableTraffic(rows, 16, pooling_factor, features, 512)
+        return cheapest_exchange(table, world_size, on_cpu=on_cpu)[0]
 
     assert choose(1, 1) == "after"
+    assert choose(1, 1, on_cpu=True) == "unique_rows"
+    assert choose(1, 1, features=2, on_cpu=True) == "unique_rows"
+    assert choose(50, 1, on_cpu=True) == "after"  # 25,279 distinct rows against the sums of 512 bags
+    assert choose(50, 1, rows=500, on_cpu=True) == "unique_rows"
     assert choose(1, 2) == "unique_rows"
     assert choose(50, 2) == "reduce_scatter"
     assert choose(50, 1024) == "unique_rows"  # 1,023 copies of a bag against 50 ids
     assert choose(50, 2, rows=100) == "unique_rows"  # at most 100 distinct rows, whatever the bags hold
-    chosen, reason = cheapest_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2)
+    chosen, reason = cheapest_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2, on_cpu=False)
     # Unique rows: two vectors of 16 float32 and an id, half of which stay on the local rank. Reduce-scatter: two
     # vectors to one other rank, and half an id.
     assert (chosen, reason) == ("unique_rows", "up to 68 bytes a bag as unique rows, 132 reduce-scattered")
@@ -153,14 +160,15 @@ def test_cheapest_exchange_by_hand() -> None:
 def test_cheapest_exchange_uses_the_bytes_of_a_value_on_the_network() -> None:
     table = TableTraffic(10**6, 4, 5.0, 1, 512)
     # With half the bytes per value, ids take as many bytes as before.
-    assert cheapest_exchange(table, 4)[0] == "reduce_scatter"
-    assert cheapest_exchange(table, 8)[0] == "unique_rows"
+    assert cheapest_exchange(table, 4, on_cpu=False)[0] == "reduce_scatter"
+    assert cheapest_exchange(table, 8, on_cpu=False)[0] == "unique_rows"
     half: dict[Exchange, int] = {"after": 4, "reduce_scatter": 4, "unique_rows": 4}
-    assert cheapest_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2, half) == (
+    assert cheapest_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2, half, on_cpu=False) == (
         "unique_rows",
         "up to 36 bytes a bag as unique rows, 68 reduce-scattered",
     )
-    assert cheapest_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2, half | {"unique_rows": 16})[0] == "reduce_scatter"
+    half["unique_rows"] = 16
+    assert cheapest_exchange(TableTraffic(10**6, 16, 1.0, 1, 512), 2, half, on_cpu=False)[0] == "reduce_scatter"
 
 
 def test_an_unknown_exchange_is_refused() -> None:
