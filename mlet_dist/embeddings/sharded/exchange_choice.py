@@ -39,6 +39,9 @@ COMM_OPS: dict[Exchange, CommOp] = {
 }
 """The key of each exchange's collective in TorchRec's ``qcomm_codecs_registry``."""
 
+_FEWEST_BAGS = 512
+"""On a single rank, with fewer bags finding the distinct ids takes longer than it saves; measured at 128 and 1,024."""
+
 _FLOAT32_BYTES = {exchange: 8 for exchange in COMM_OPS}
 
 
@@ -108,8 +111,9 @@ def cheapest_exchange(
 ) -> tuple[Exchange, str]:
     """Return the exchange of a row_wise table that sends fewer bytes in forward and backward.
 
-    A single rank sends none. On a CPU it has ``unique_rows`` if that looks up and projects no more vectors than there
-    are bags: always where bags hold one id. (On CUDA, where the host would have to wait, nothing was measured.)
+    A single rank sends none. On a CPU it has ``unique_rows`` if there are some hundred bags, and no more distinct rows
+    to look up and project than bags: never more where bags hold one id. (On CUDA, where the host would have to wait,
+    nothing was measured.)
 
     With several ranks both candidates send d-dimensional vectors forward and their gradients backward. Per bag the
     reduce-scatter sends R-1 partial sums. The all-to-all of unique rows sends each distinct id (8 bytes) and its vector
@@ -125,7 +129,7 @@ def cheapest_exchange(
         The exchange, and the reason in a few words.
     """
     bags = table.local_batch_size * table.num_features
-    if world_size == 1 and on_cpu and table.distinct_ids() <= bags:
+    if world_size == 1 and on_cpu and bags >= _FEWEST_BAGS and table.distinct_ids() <= bags:
         return "unique_rows", "one rank: a row that a batch has several times is looked up and projected once"
     if world_size == 1:
         return "after", "one rank: nothing crosses the network"

@@ -147,6 +147,7 @@ def test_cheapest_exchange_by_hand() -> None:
     assert choose(1, 1, features=2, on_cpu=True) == "unique_rows"
     assert choose(50, 1, on_cpu=True) == "after"  # 25,279 distinct rows against the sums of 512 bags
     assert choose(50, 1, rows=500, on_cpu=True) == "unique_rows"
+    assert cheapest_exchange(TableTraffic(10**6, 16, 1.0, 1, 128), 1, on_cpu=True)[0] == "after"
     assert choose(1, 2) == "unique_rows"
     assert choose(50, 2) == "reduce_scatter"
     assert choose(50, 1024) == "unique_rows"  # 1,023 copies of a bag against 50 ids
