@@ -45,7 +45,8 @@ def _offered(
 def test_sharding_types_of_a_table() -> None:
     assert _offered(1000, 4, 2) == set(ALL)
     assert _offered(1000, 4, 4) == {"row_wise", "table_wise", "data_parallel"}
-    assert _offered(1000, 1, 1) == {"row_wise", "data_parallel"}
+    assert _offered(1000, 1, 1) == {"row_wise"}
+    assert _offered(1000, 1, 1, ["data_parallel"]) == {"data_parallel"}
     assert _offered(5, 4, 2) == {"table_row_wise", "table_wise", "data_parallel"}  # 2 + 2 + 1 + 0 rows
     assert _offered(1, 4, 2) == {"table_wise", "data_parallel"}
     assert _offered(1 << 20, 4, 2) == set(ALL) - {"data_parallel"}
