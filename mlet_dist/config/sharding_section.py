@@ -54,8 +54,8 @@ class ShardingConfig:
         below=1,
     )
     data_parallel_up_to_mb: float = setting(
-        "Largest size of a table's W1, in MB (10^6 bytes), with which the planner may make the table data_parallel. "
-        "0: only tables with too few rows for any other type.",
+        "Largest size of a table's W1, in MB (10^6 bytes), with which the planner may make the table data_parallel on "
+        "several ranks. 0: only tables with too few rows for any other type.",
         16.0,
         at_least=0,
         at_most=1e6,
@@ -63,7 +63,8 @@ class ShardingConfig:
     exchange: ExchangeChoice = setting(
         "Where W2 is applied, which decides what crosses the network. after: after the exchange, which sends vectors "
         "of k columns; reduce_scatter: before a reduce-scatter of pooled vectors of d columns; unique_rows: before an "
-        "all-to-all of distinct rows of d columns; auto: for each table, the one that sends the fewest bytes.",
+        "all-to-all of distinct rows of d columns; auto: for each table, the one that sends the fewest bytes; on a "
+        "single rank, which sends none, unique_rows for large batches on a CPU, and otherwise after.",
         "auto",
     )
     forward_comm: CommPrecision = setting(

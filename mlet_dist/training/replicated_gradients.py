@@ -21,7 +21,7 @@ class DeferredDataParallel(DataParallelWrapper):
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
         """Move the model to ``device``, and broadcast its dense layers. A collective call."""
         dmp._dmp_wrapped_module = dmp._dmp_wrapped_module.to(device)
-        _gradient_factors(dmp)
+        _gradient_factors(dmp)  # so that the embeddings leave their gradients to ReplicatedGradients from now on
         for parameter in _dense_parameters(dmp):
             dist.broadcast(parameter.data, group=env.process_group, group_src=0)
 

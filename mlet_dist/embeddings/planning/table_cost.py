@@ -180,7 +180,7 @@ class TableCost:
           table_wise under ``after`` never has the sums and the requester's vectors in full at the same time.
         - data_parallel: a second dense gradient, before it is added to the first.
         - unique_rows: distinct rows ``(U, k)`` and their gradients, or rows and both sides of the exchange. Tables that
-          share a kernel on the CPU also have a padded copy; so do tables on CUDA, which was not measured.
+          share a padded kernel also have a padded copy; so do projected tables on CUDA, which was not measured.
         """
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
         bags = traffic.local_batch_size * traffic.num_features
@@ -190,7 +190,7 @@ class TableCost:
         if self.exchange == "unique_rows":
             distinct, requested = self._distinct_ids(), self._requested_rows()
             rows = requested * k
-            padded = FLOAT * rows <= PADDED_BYTES if self.on_cpu else self.projected
+            padded = self._shares_padded_kernel(rows) if self.on_cpu else self.projected
             backward = (3 if padded and self.on_cpu else 4 if padded else 2) * rows + requested * d
             exchanging = (2 if padded else 1) * rows + 2 * distinct * d
             # Pools share an exchange: their ranges are looked up by id, and their projected rows are concatenated.
@@ -203,6 +203,10 @@ class TableCost:
         exchanged = 0 if self.exchange == "after" or self.world_size == 1 else sums * d
         received = ids * self.world_size / self.num_owners
         return FLOAT * (wide + exchanged) + INDEX * received + 2 * INDEX * sums
+
+    def _shares_padded_kernel(self, elements: float) -> bool:
+        """Return whether ``row_lookup`` pads the table's rows on a CPU: those with Adam, which has no fused kernel."""
+        return self.optimizer == "adam" and FLOAT * elements <= PADDED_BYTES
 
     def _owner_traffic(self) -> Step:
         """Return the traffic over an owner's links. If all ranks own rows, it includes each owner's own requests."""

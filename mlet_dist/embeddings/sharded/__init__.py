@@ -8,7 +8,11 @@ Modules:
 - ``placement``: checks of a table's plan and changes to it.
 - ``pooled``: exchanges of pooled vectors (reduce-scatter, all-to-all), and mean pooling.
 - ``unique_rows``: the exchange of distinct rows (unique_rows).
-- ``row_lookup``: unpooled lookup of distinct rows for unique_rows.
+- ``row_index``: from ids to their owner ranks, and on an owner rank to rows of its tables.
+- ``row_lookup``: unpooled lookup of distinct rows for unique_rows; ``table_pool``: of several tables as one, on a CPU.
+- ``flat_rows``: rows of several widths in one buffer.
+- ``stored_ids``: from ids to stored rows, for all exchanges but unique_rows.
+- ``adaptive_tables``, ``slot_map``: tables whose rows move between widths.
 - ``collectives``: the all-reduce of W2's gradients, the all-to-all of rows, codecs, and small asynchronous all-reduces.
 - ``batch_agreement``: the input check, whose errors are raised on all ranks.
 """

@@ -84,7 +84,7 @@ def choose_exchange(
 ) -> tuple[Exchange, str]:
     """Return the exchange of a table, and the reason in a few words.
 
-    Row_wise tables have the requested exchange, or under ``auto`` the one that sends fewer bytes. The other sharding
+    Row_wise tables have the requested exchange, or under ``auto`` that of ``cheapest_exchange``. The other sharding
     types have one exchange beside ``after``, and use it unless ``after`` is requested.
 
     Args:
@@ -111,9 +111,9 @@ def cheapest_exchange(
 ) -> tuple[Exchange, str]:
     """Return the exchange of a row_wise table that sends fewer bytes in forward and backward.
 
-    A single rank sends none. On a CPU it has ``unique_rows`` if there are some hundred bags, and no more distinct rows
-    to look up and project than bags: never more where bags hold one id. (On CUDA, where the host would have to wait,
-    nothing was measured.)
+    A single rank sends none. On a CPU it has ``unique_rows`` if there are at least ``_FEWEST_BAGS`` bags, and no more
+    distinct rows are expected than bags: never more where bags hold one id. Otherwise it has ``after``. (On CUDA, where
+    the host would have to wait, nothing was measured.)
 
     With several ranks both candidates send d-dimensional vectors forward and their gradients backward. Per bag the
     reduce-scatter sends R-1 partial sums. The all-to-all of unique rows sends each distinct id (8 bytes) and its vector
@@ -130,7 +130,7 @@ def cheapest_exchange(
     """
     bags = table.local_batch_size * table.num_features
     if world_size == 1 and on_cpu and bags >= _FEWEST_BAGS and table.distinct_ids() <= bags:
-        return "unique_rows", "one rank: a row that a batch has several times is looked up and projected once"
+        return "unique_rows", "one rank: a row that a batch has several times is looked up once"
     if world_size == 1:
         return "after", "one rank: nothing crosses the network"
     others = world_size - 1

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
 from mlet_dist.embeddings.input_check import with_values
 from mlet_dist.embeddings.row_order import RowOrder, stored_rows
@@ -27,7 +27,7 @@ class StoredIds:
         """Return the batch with stored rows in the place of ids, which lie inside their tables."""
         ids = features.values()
         if features.variable_stride_per_key():
-            counts = torch.tensor(features.length_per_key(), device=ids.device)
+            counts = _pin_and_move(torch.tensor(features.length_per_key()), ids.device)
         else:
             counts = features.lengths().view(len(self._order_of_feature), -1).sum(dim=1)
         order = torch.repeat_interleave(self._order_of_feature, counts, output_size=ids.numel())

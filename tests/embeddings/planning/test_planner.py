@@ -27,6 +27,7 @@ from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.cost_model import (
     Device,
     Memory,
+    Optimizer,
     Step,
     all_reduce_step,
     step_time,
@@ -40,6 +41,7 @@ from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.sharded.exchange_choice import TableTraffic
 from mlet_dist.embeddings.sharded.placement import max_rows_per_rank
+from mlet_dist.embeddings.sharded.row_lookup import PADDED_BYTES
 from mlet_dist.models.dlrm import build_dlrm
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
@@ -209,10 +211,12 @@ def test_estimated_memory_is_that_of_a_rank(
 
 
 @pytest.mark.multirank
+@pytest.mark.parametrize("exchange", ["after", "unique_rows"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_adam_without_a_fused_kernel_needs_a_dense_gradient(ranks: Ranks, world_size: int) -> None:
-    for resident, _, estimate in ranks(world_size).run(_memory, "adam", "row_wise", "after", 1):
+def test_adam_without_a_fused_kernel_needs_a_dense_gradient(ranks: Ranks, world_size: int, exchange: str) -> None:
+    for resident, peak, estimate in ranks(world_size).run(_memory, "adam", "row_wise", exchange, 1):
         assert estimate.weights + estimate.optimizer + estimate.dense == resident
+        assert resident + peak <= estimate.total
 
 
 @pytest.mark.multirank
@@ -315,6 +319,18 @@ def test_costs_of_row_wise_by_hand() -> None:
     assert [max_rows_per_rank(rows, 16, 4, on_cpu=True) for rows in (3, 4, 5, 8, 1000)] == [None, 1, None, 2, 250]
     assert [max_rows_per_rank(500_000, width, 1024, on_cpu=False) for width in (8, 512)] == [None, 489]
     assert total_memory([Memory(1, 2, 3, 4), Memory(1, 1, 1, 1)]).total == 14
+
+
+def test_only_rows_without_a_fused_optimizer_have_a_padded_copy_on_a_cpu() -> None:
+    unique = _cost(exchange="unique_rows", distinct_ids=6, on_cpu=True)  # 6 rows are requested of each of 4 owners
+    others = 4 * 6 * 4 + 3 * 8 * 8  # projected rows and ids
+    optimizers: tuple[Optimizer, ...] = ("sgd", "adagrad", "rowwise_adagrad")
+    for optimizer in optimizers:
+        assert dataclasses.replace(unique, optimizer=optimizer).owner_memory(250).buffers == 4 * 2 * 6 * 16 + others
+    padded = dataclasses.replace(unique, optimizer="adam")
+    assert padded.owner_memory(250).buffers == 4 * 3 * 6 * 16 + others
+    wide = dataclasses.replace(padded, row_width=PADDED_BYTES // 4 // 6 + 1)  # has a kernel of its own
+    assert wide.owner_memory(250).buffers == 4 * 2 * 6 * wide.row_width + others
 
 
 def test_costs_of_table_wise_by_hand() -> None:
