@@ -21,8 +21,10 @@ from mlet_dist.checkpoint.load import (
     read_metadata,
     require_complete,
 )
+from mlet_dist.checkpoint.long_work import run_long
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.checkpoint.tensor_ranges import INDEX
 from mlet_dist.checkpoint.verified_load import load_verified
 from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD, is_spread
 from mlet_dist.errors import UserError
@@ -111,7 +113,7 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
         del state[_RANDOM_KEY]
     state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
     if tables is None:
-        check_shapes(state[MODEL_KEY], read_metadata(location), location, MODEL_KEY)
+        run_long(lambda _: _check_shapes(state[MODEL_KEY], found))
     load_verified(state, found.checkpoint, found.manifest)
     if tables is None:
         training.model.load_state_dict(state[MODEL_KEY])
@@ -120,6 +122,15 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
         _set_random_state(state[_RANDOM_KEY])
     training.step, training.skipped = found.manifest.step, about["skipped"]
     training.excluded_steps = set(about["passed_over"])
+
+
+def _check_shapes(state: dict[str, Any], found: CompleteCheckpoint) -> None:
+    """Verify the index of a checkpoint, a pickle, before it is opened; compare the shapes of the model's tensors."""
+    damage = found.manifest.find_damage(INDEX, found.checkpoint.open)
+    if damage is not None:
+        raise UserError(f"{found.checkpoint}: {damage}")
+    location = found.checkpoint.location
+    check_shapes(state, read_metadata(location), location, MODEL_KEY)
 
 
 def restore_latest(training: Training, store: CheckpointStore, found: CompleteCheckpoint) -> CompleteCheckpoint:
