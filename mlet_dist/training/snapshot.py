@@ -19,11 +19,14 @@ from mlet_dist.checkpoint.load import (
     latest_unverified,
     load_model,
     read_metadata,
+    require_complete,
 )
+from mlet_dist.checkpoint.long_work import run_long
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
+from mlet_dist.checkpoint.tensor_ranges import INDEX
 from mlet_dist.checkpoint.verified_load import load_verified
-from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD
+from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD, is_spread
 from mlet_dist.errors import UserError
 from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.training.fused_optimizers import optimizer_state
@@ -110,7 +113,7 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
         del state[_RANDOM_KEY]
     state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
     if tables is None:
-        check_shapes(state[MODEL_KEY], read_metadata(location), location, MODEL_KEY)
+        run_long(lambda _: _check_shapes(state[MODEL_KEY], found))
     load_verified(state, found.checkpoint, found.manifest)
     if tables is None:
         training.model.load_state_dict(state[MODEL_KEY])
@@ -121,10 +124,21 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
     training.excluded_steps = set(about["passed_over"])
 
 
+def _check_shapes(state: dict[str, Any], found: CompleteCheckpoint) -> None:
+    """Verify the index of a checkpoint, a pickle, before it is opened; compare the shapes of the model's tensors."""
+    damage = found.manifest.find_damage(INDEX, found.checkpoint.open)
+    if damage is not None:
+        raise UserError(f"{found.checkpoint}: {damage}")
+    location = found.checkpoint.location
+    check_shapes(state, read_metadata(location), location, MODEL_KEY)
+
+
 def restore_latest(training: Training, store: CheckpointStore, found: CompleteCheckpoint) -> CompleteCheckpoint:
     """Restore a checkpoint of the run that was not verified, or the latest complete one if it is damaged.
 
-    A collective call. Only if loading fails are the files of the checkpoints read for verification.
+    A collective call. The files of the checkpoints are read for verification only if loading fails. A checkpoint whose
+    rows are stored by id is verified first, because ``restore`` does not verify its dense layers, and only the ranks
+    that own damaged rows would find them.
 
     Returns:
         The checkpoint that was restored. Its ``damage`` describes later ones that were passed over.
@@ -133,6 +147,8 @@ def restore_latest(training: Training, store: CheckpointStore, found: CompleteCh
         UserError: it cannot be loaded, and no other one is complete.
     """
     try:
+        if not is_spread(found.manifest.about):
+            require_complete(found.checkpoint)
         restore(training, found)
     except UserError:
         complete = latest_complete(store)

@@ -2,8 +2,10 @@
 
 import json
 import math
+import pickle
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -265,3 +267,24 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(
     message = refusal(ranks, 2, *settings, f"run.dir={run}")
     assert "no checkpoint is complete" in message
     assert all(f"step-{step:08d}: .metadata has " in message for step in (28, 42, STEPS))
+
+
+class _Created:
+    """What creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def test_a_damaged_index_is_not_unpickled(ranks: Ranks, settings: tuple[str, ...], whole: Path, tmp_path: Path) -> None:
+    run = stopped_after(28, whole, tmp_path / "run")
+    stopped_after(42, whole, tmp_path / "newer")
+    (tmp_path / "newer" / "checkpoints" / "step-00000042").rename(run / "checkpoints" / "step-00000042")
+    index = run / "checkpoints" / "step-00000042" / ".metadata"
+    index.write_bytes(pickle.dumps(_Created(tmp_path / "unpickled")).ljust(index.stat().st_size))  # of the same size
+    found = train_in_ranks(ranks, 2, *settings, f"run.dir={run}")
+    assert found["first_step"] == 28
+    assert not (tmp_path / "unpickled").exists()

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from mlet_dist.checkpoint import manifest as manifests
+from mlet_dist.checkpoint.load import read_metadata
 from mlet_dist.checkpoint.manifest import Checksum, Manifest
 from mlet_dist.checkpoint.store import Checkpoint
 from mlet_dist.embeddings.row_order import ROW_ORDER
@@ -15,6 +18,7 @@ from mlet_dist.models.spec import ModelSpec
 from tests.conftest import TrainedRun
 from tests.helpers.export_units import contents
 from tests.helpers.mlet_command import mlet_json
+from tests.helpers.ranks import RankFailed
 from tests.helpers.rows_by_id import row_orders
 from tests.helpers.train_in_ranks import Ranks, stopped_after, tensors, train_in_ranks
 
@@ -42,9 +46,9 @@ def by_id(trained: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Path
         state["model"][name] = by_id
         state["optimizer"][name]["sum"] = order.from_stored(state["optimizer"][name]["sum"])
     assert moved > 20
-    torch.save(state, folder / "state.pt")
     shutil.rmtree(directory)
-    torch_save_to_dcp(folder / "state.pt", directory)
+    # A file for each tensor: in a small run, a checksum of one file would otherwise be that of all tensors.
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(directory, single_file_per_rank=False), no_dist=True)
     files = {}
     for path in directory.iterdir():
         checksum = Checksum()
@@ -81,3 +85,22 @@ def test_a_run_resumes_from_it_on_any_number_of_ranks(
     own = stopped_after(STEP, by_id, tmp_path / "own")
     result = train_in_ranks(ranks, 2, *trained.overrides, f"run.dir={own}")
     assert result["test_logloss"] == trained.result["test_logloss"]
+
+
+@pytest.mark.parametrize(
+    "name", ["over_arch.model.0._mlp.0._linear.weight", "sparse_arch.embedding_bag_collection.embedding_bags.C3.weight"]
+)
+def test_every_rank_refuses_it_if_dense_layers_or_rows_are_damaged(
+    trained: TrainedRun, by_id: Path, ranks: Ranks, tmp_path: Path, name: str
+) -> None:
+    own = stopped_after(STEP, by_id, tmp_path / "own")
+    directory = own / "checkpoints" / f"step-{STEP:08d}"
+    part = read_metadata(directory).storage_data[MetadataIndex(f"model.{name}", torch.Size([0, 0]))]
+    path = directory / part.relative_path
+    content = bytearray(path.read_bytes())
+    content[part.offset + part.length // 2] ^= 4
+    path.write_bytes(content)
+    on_one_rank = "sharding.tables={C3: {sharding_types: [table_wise]}}"
+    with pytest.raises(RankFailed) as failed:
+        train_in_ranks(ranks, 2, *trained.overrides, f"run.dir={own}", on_one_rank)
+    assert str(failed.value).count(f"UserError: {own / 'checkpoints'}: no checkpoint is complete") == 2
