@@ -54,7 +54,8 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         return _check_ranks(args, arguments)
     for name in ("config", "nproc", "nnodes", "calibrate"):
         if getattr(args, name) is not None:
-            raise UserError(f"{name} needs --distributed; without it, `mlet doctor` checks this machine")
+            shown = "CONFIG" if name == "config" else f"--{name}"
+            raise UserError(f"{shown} needs --distributed; without it, `mlet doctor` checks this machine")
     from mlet_dist.cluster.machine_checks import run_doctor
 
     result = run_doctor()

@@ -40,8 +40,13 @@ def tables_of_rows(
         adaptive: given if rows of tables with ranges move between pools (``slot_layout``).
 
     Raises:
-        ValueError: a table with ranges has an ``init_fn``, or adaptive tables do not fit together (``SlotLayout.of``).
+        ValueError: a name occurs twice, a table with ranges has an ``init_fn``, or adaptive tables do not fit together
+            (``SlotLayout.of``).
     """
+    own = [table.name for table in tables]
+    twice = next((name for name in own if own.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"table {twice!r}: {own.count(twice)} tables have this name; give each a name of its own")
     plain = [table for table in tables if table.row_ranges is None]
     ranged = [table for table in tables if table.row_ranges is not None]
     shapes = {

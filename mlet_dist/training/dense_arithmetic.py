@@ -90,9 +90,22 @@ def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda value: value * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = _reason(error)
         needed = "a C compiler, Python's headers and Triton" if device.type == "cuda" else "a C++ compiler such as g++"
         raise UserError(
-            f"train.compile is true, and torch.compile fails on this machine: {reason[0]}; install {needed}, or set "
-            "train.compile=false"
+            f"train.compile is true, and torch.compile fails on this machine: {reason}; it needs {needed}; "
+            "mend that, or set train.compile=false"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of torch's message, and the first error of the C++ compiler if it quotes one."""
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0]
+    _, quoted, output = text.partition("\nOutput:\n")
+    if not quoted:
+        return first
+    lines = [line.strip() for line in output.partition("\nSet TORCHDYNAMO")[0].splitlines() if line.strip()]
+    if not lines:
+        return f"{first}, and the compiler printed nothing, as when a signal ends it"
+    return f"{first}: {next((line for line in lines if 'error' in line), lines[0])}"

@@ -46,4 +46,4 @@ def test_calibrate_needs_ranks_and_a_directory(tmp_path: Path) -> None:
     file = tmp_path / "no" / "rates.yaml"
     line = error_line("doctor", "--distributed", "--nproc", 2, "--calibrate", file)
     assert line == f"mlet: error: --calibrate {file}: there is no directory {file.parent}"
-    assert "calibrate needs --distributed" in error_line("doctor", "--calibrate", tmp_path / "rates.yaml")
+    assert "--calibrate needs --distributed" in error_line("doctor", "--calibrate", tmp_path / "rates.yaml")

@@ -41,8 +41,8 @@ def test_a_problem_is_one_line_beside_the_table(small_model: tuple[str, ...], tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("doctor", CONFIG), "config needs --distributed"),
-        (("doctor", "--nproc", 2), "nproc needs --distributed"),
+        (("doctor", CONFIG), "CONFIG needs --distributed"),
+        (("doctor", "--nproc", 2), "--nproc needs --distributed"),
         (("train", CONFIG, "--nnodes", 2), "--nnodes needs --nproc"),
         (
             ("train", CONFIG, "--nproc", 2, "--node-rank", 1),

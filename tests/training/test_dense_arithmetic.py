@@ -215,6 +215,26 @@ def patient_rank() -> Iterator[Ranks]:
     pool.close()
 
 
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (
+            "In file included from a.h:1:\nb.h:3:10: fatal error: omp.h: No such file\n",
+            "b.h:3:10: fatal error: omp.h: No",
+        ),
+        ("", "the compiler printed nothing, as when a signal ends it"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(output: str, reason: str) -> None:
+    text = f"CppCompileError: C++ compile error\n\nCommand:\ng++ a.h\n\nOutput:\n{output}\n\nSet TORCHDYNAMO_VERBOSE=1"
+    with (
+        mock.patch("torch.compile", side_effect=RuntimeError(text)),
+        pytest.raises(UserError, match=f"CppCompileError: C\\+\\+ compile error.*{reason}.*needs a C\\+\\+ compiler"),
+        dense_arithmetic(TrainConfig(compile=True), nn.Linear(2, 2), CPU),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_layers_train_the_same_weights_under_the_same_names(
     patient_rank: Ranks, small_model: tuple[str, ...], tmp_path: Path, precision: Precision

@@ -186,6 +186,12 @@ def test_invalid_ranges_are_refused(ranges: list[tuple[int, int]], message: str)
         MultiLayerEmbeddingBagConfig(name="t", num_embeddings=8, embedding_dim=4, row_ranges=ranges)  # type: ignore[arg-type]
 
 
+def test_tables_with_the_same_name_are_refused() -> None:
+    plain = MultiLayerEmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names=["f"])
+    with pytest.raises(ValueError, match="table 't': 2 tables have this name"):
+        MultiLayerEmbeddingBagCollection([plain, plain], device=torch.device("meta"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("staircase:1", "is also the name of a row range of another table"), ("rows_8x4", "is also the name of a pool")],
