@@ -158,8 +158,8 @@ class Supervisor:
     def _after(self, error: BaseException, watch: RankWatch, heartbeats: Heartbeats | None, name: str) -> str:
         """Tell the other nodes why the ranks have failed, and raise the error unless the nodes meet again."""
         kind = kind_of(error, on_cuda=self._on_cuda())
-        if kind == "stopped" and self._limit.most and self._nodes.count > 1 and not self._stop.received:
-            # Another node was asked to stop, and the ranks of all nodes have saved: that node may be replaced.
+        if kind == "stopped" and self._was_stopped_elsewhere(heartbeats):
+            # The ranks of all nodes have saved, and the node that received the signal may be replaced.
             self._leave(heartbeats, kind, "another node was asked to stop by a signal", for_good=False)
             self._log("the ranks were stopped with those of another node; they start again when all nodes have met")
             return kind
@@ -189,6 +189,16 @@ class Supervisor:
                 return failure.kind if failure.kind in ("lost", "stopped") else "unknown"
         self._leave(heartbeats, failure.kind, failure.text)
         raise error
+
+    def _was_stopped_elsewhere(self, heartbeats: Heartbeats | None) -> bool:
+        """Return whether restarts are allowed, and another node told that it received the signal that ended the ranks.
+
+        Nobody tells so where a signal was sent to a rank alone; then all nodes end.
+        """
+        if not self._limit.most or heartbeats is None or self._stop.received:
+            return False
+        told = heartbeats.wait_for_failure(_CAUSE_SECONDS)
+        return told is not None and told.kind == "stopped" and told.node != self._nodes.rank and not self._stop.received
 
     def _exhausted(self, error: BaseException) -> Exception:
         most = self._limit.most

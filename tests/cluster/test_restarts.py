@@ -169,6 +169,13 @@ def test_a_node_that_is_asked_to_stop_alone_is_waited_for(trained: TrainedRun, t
     assert nodes.result()["first_step"] > 0
 
 
+def test_a_signal_to_a_rank_alone_ends_all_nodes(trained: TrainedRun, tmp_path: Path) -> None:
+    with job(trained, tmp_path, 2, "--max-restarts", 1) as nodes:
+        nodes.wait_for_a_checkpoint()
+        os.kill(nodes.rank_of(1), signal.SIGTERM)
+        assert nodes.codes(90) == [75, 75]
+
+
 def test_nodes_that_are_all_asked_to_stop_end(trained: TrainedRun, tmp_path: Path) -> None:
     with job(trained, tmp_path, 2, "--max-restarts", 1) as nodes:
         nodes.wait_for_a_checkpoint()
