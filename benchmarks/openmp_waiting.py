@@ -1,6 +1,6 @@
 """Measure how OpenMP's threads should wait: steps of DLRM's dense layers, alone and beside busy processes.
 
-    .venv/bin/python benchmarks/openmp_waiting.py                     # in about two minutes on two cores
+    .venv/bin/python benchmarks/openmp_waiting.py                     # in about nine minutes on two cores
     .venv/bin/python benchmarks/openmp_waiting.py --batch 4096 --busy 0 4
 
 Each figure is the mean of one process of torch alone, since OpenMP reads its settings when it starts. ``default`` is
