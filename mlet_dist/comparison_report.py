@@ -24,7 +24,7 @@ _NOTES = """\
 Each row is one run with one seed, and learning rates are not tuned for each row. The logit difference is the largest
 one, over all {split} rows, between the trained model and its export to plain TorchRec tables."""
 _NEXT = """\
-Next, compare them on your own data:
+To compare them on other data:
 
   mlet prepare criteo train.txt --out data/criteo
   mlet compare configs/criteo_kaggle.yaml data.path=data/criteo run.dir=runs/compare --nproc 2

@@ -171,7 +171,7 @@ def test_a_comparison_that_was_stopped_resumes(commands: Commands, settings: Cal
     assert commands.ran == ALL[:6]
     commands.ran, commands.stop = [], None
     result = compare(settings(), 1)
-    assert "compare them on your own data" in comparison_report(result)
+    assert "compare them on other data" in comparison_report(result)
     assert commands.ran == [each for each in ALL if each not in (("train", "single"), ("train", "mlet"))]
     assert list(result["arms"]) == ["single", "mlet", "control"]
     commands.ran = []

@@ -65,8 +65,6 @@ def sharding_reasons(
             reason += "; no other type was asked for"
         elif chosen.sharding_type == DATA_PARALLEL:
             reason += "; it has too few rows to give every rank some"
-        elif ranks.world_size == 1:
-            reason = "one rank"
         if chosen.kernel in (UVM, UVM_CACHING):
             reason += "; rows in host memory"
         found[table.name] = reason
