@@ -2,8 +2,8 @@
 
 ``plain_single`` and ``plain_mlet`` are written in PyTorch alone: an ``nn.EmbeddingBag`` for each table, for MLET an
 ``nn.Linear`` behind it, sparse gradients and one torch optimizer. On several ranks DDP combines the dense gradients,
-and one sparse all-reduce those of all tables. (DDP starts one for each table without waiting for the one before: with
-torch 2.13 and gloo that has crashed by a damaged heap, or hung.)
+and one sparse all-reduce those of all tables. (DDP by itself starts one for each table without waiting for the one
+before: with torch 2.13 and gloo that has crashed by a damaged heap.)
 
 ``single`` and ``single_planned`` are TorchRec alone: its own collection, sharded row_wise and as its planner decides,
 with its DistributedModelParallel, fused optimizers and, on several ranks or CUDA, its pipeline.
@@ -93,6 +93,8 @@ def plain_steps(case: Case, sizes: Sizes, batches: list[Batch], worker: Worker, 
         names = [name for name, weight in model.named_parameters() if any(weight is table for table in tables)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        for table in tables:  # as DDP does with the weights that it is not told to ignore
+            dist.broadcast(table.data, 0)
     kind = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.Adagrad
     optimizer = kind(model.parameters(), lr=_RATE)
     prepared = [(batch.dense, _bags(batch.sparse), batch.labels) for batch in batches]
