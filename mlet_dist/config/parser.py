@@ -75,19 +75,23 @@ def parse_section(
 def _parse_sections(
     setting: dataclasses.Field[Any], named: Any, key: str, source: str, sources: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return sections by name; each is of the dataclass in the field's type."""
+    """Return sections by name, each of the dataclass in the field's type; values of any kind if that is Any."""
     kind = typing.get_args(setting.type)[1]
     if named is None:
         return {}
     if not isinstance(named, Mapping):
-        raise UserError(f"{sources.get(key, source)}: {key}: expected sections by name, found {to_yaml(named)}")
+        expected = "values" if kind is Any else "sections"
+        raise UserError(f"{sources.get(key, source)}: {key}: expected {expected} by name, found {to_yaml(named)}")
     found = {}
     for name, section in named.items():
         if type(name) is not str:
             raise UserError(
                 f"{sources.get(key, source)}: {key}: expected a name, found {to_yaml(name)}; put it in quotes"
             )
-        found[name] = parse_section(kind, {} if section is None else section, f"{key}.{name}.", source, sources)
+        if kind is Any:
+            found[name] = section
+        else:
+            found[name] = parse_section(kind, {} if section is None else section, f"{key}.{name}.", source, sources)
     return found
 
 

@@ -3,26 +3,24 @@
 The field is the only source of a setting: its type, default, limits and meaning. `mlet train --help` prints the
 meanings, the documentation's reference is generated from them, and `configs/criteo_kaggle.yaml` repeats them as
 comments, which a test compares with the fields (`python -m tests.helpers.annotated_config FILE` rewrites them). The
-sections with settings of single tables are in `compression_section` and `sharding_section`. None is beside the code
-that it sets, because the command line checks every setting before torch is imported.
+sections `model`, `compression` and `sharding` have files of their own. None is beside the code that it sets, because
+the command line checks every setting before torch is imported.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mlet_dist.config.limits import MAX_COLUMNS, MAX_STEPS
+from mlet_dist.config.limits import MAX_STEPS
 from mlet_dist.config.parser import setting
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """In which dense layers and W2 compute while they train."""
 
-_MAX_LAYER = 10**9  # torch counts the bytes of two such layers in 64 bits
 _MAX_ROWS = 2**31 - 1
 _MAX_EPOCHS = 10**9
 _MAX_MINUTES, _MAX_SECONDS = 1e7, 1e7  # 19 years and 116 days: gloo counts nanoseconds in 64 bits
-# What float32 holds, and the products of two of them.
+# What float32 holds.
 _FINITE = {"above": 0, "at_least": 1e-30, "at_most": 1e30}
-_SCALE = {"above": 0, "at_least": 1e-15, "at_most": 1e15}
 
 
 @dataclass(frozen=True)
@@ -64,63 +62,6 @@ class DataConfig:
     )
     reader_threads: int = setting(
         "Threads of each rank that decode training rows in advance.", 2, at_least=1, at_most=1024
-    )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model: TorchRec's DLRM with multi-layer embedding tables W1·W2."""
-
-    # fbgemm's kernels need rows whose number of columns is a multiple of 4.
-    embedding_dim: int = setting(
-        "d: the number of columns of the tables that are served; a multiple of 4.",
-        16,
-        at_least=1,
-        at_most=MAX_COLUMNS,
-        multiple_of=4,
-    )
-    hidden_dim: int | None = setting(
-        "k: the number of columns of W1 in training; a multiple of 4. The MLET paper finds values above 4 d best. "
-        "null: train single-layer tables, without W2.",
-        64,
-        at_least=1,
-        at_most=MAX_COLUMNS,
-        multiple_of=4,
-    )
-    bottom_mlp: tuple[int, ...] = setting(
-        "Sizes of the hidden layers of DLRM's dense arch (bottom MLP). A last layer of size embedding_dim is appended.",
-        (512, 256, 128),
-        at_least=1,
-        at_most=_MAX_LAYER,
-    )
-    top_mlp: tuple[int, ...] = setting(
-        "Sizes of the hidden layers of DLRM's over arch (top MLP), at least one. A last layer of size 1 is appended.",
-        (512, 256),
-        at_least=1,
-        at_most=_MAX_LAYER,
-        min_length=1,
-    )
-    pooling: Literal["sum", "mean"] = setting(
-        "sum or mean: how the vectors of a multi-valued feature's ids are pooled. A feature whose ids have weights "
-        "needs sum: its vectors are multiplied by the weights and summed.",
-        "sum",
-    )
-    rows_init: Literal["uniform", "normal"] = setting(
-        "Distribution of the initial values of W1. uniform: ±1/sqrt(num_embeddings), as in DLRM; normal: mean 0 and "
-        "standard deviation rows_init_std.",
-        "uniform",
-    )
-    rows_init_std: float = setting(
-        "Standard deviation of the initial values of W1 when rows_init is normal.", 0.25, **_SCALE
-    )
-    rows_init_gain: float = setting(
-        "Factor on the initial values of W1, or of single-layer tables, under either rows_init.", 1.0, **_SCALE
-    )
-    projection_init_std: float | None = setting(
-        "Standard deviation of the initial values of W2, which are normal. null: 1/sqrt(hidden_dim), so that W1·W2 "
-        "begins at the scale of W1 (unit gain).",
-        None,
-        **_SCALE,
     )
 
 

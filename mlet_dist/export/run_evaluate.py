@@ -15,7 +15,7 @@ from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
 from mlet_dist.export.source import describe_unknown
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.stored_tables.open_tables import open_tables
 from mlet_dist.training.evaluation import evaluate, evaluation_loader, undefined_auc
 from mlet_dist.training.process_group import Worker, join_ranks
@@ -59,22 +59,23 @@ def evaluate_path(
             _check_files(export, manifest, worker)
         local_batch_size = -(-batch_size // worker.world_size)
         model, _ = shard_model(
-            build_dlrm(spec, tables_device=torch.device("meta")),
+            build_training_model(spec, tables_device=torch.device("meta")),
             worker,
             local_batch_size,
             pooling_factors=spec.pooling_factors,
+            dense_columns=len(spec.dense),
         )
         tables: RefittedTables | None
         if store is None:
             files = open_output(served, manifest["outputs"]["dcp"]["files"], manifest["outputs"]["dcp"]["format"])
             tables = RefittedTables(spec, open_tables(spec, files, "", spread=False), files)
-            load_model(model, served, key=None, without=TABLES_PREFIX)
+            load_model(model, served, key=None, without=spec.tables_prefix)
         else:
             checkpoint = latest_checkpoint(store)
             stored = checkpoint.manifest()
             run.check_own(checkpoint, stored.about)
             tables = RefittedTables.of_rows_by_id(checkpoint, stored)
-            load_model(model, checkpoint.location, without=None if tables is None else TABLES_PREFIX)
+            load_model(model, checkpoint.location, without=None if tables is None else spec.tables_prefix)
         if tables is not None:
             tables.load(model)
         found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)

@@ -16,8 +16,7 @@ from mlet_dist.embeddings.row_order import is_spread
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.stored_tables.open_tables import open_factors, open_tables
 from mlet_dist.stored_tables.table_source import TableSource
 from mlet_dist.training.run_directory import RunDirectory
@@ -135,7 +134,7 @@ class ModelSource(Tables):
         return cls(
             path=path,
             tables=open_tables(spec, files, _IN_CHECKPOINTS, spread=is_spread(manifest.about)),
-            dense=_dense_of(files, _IN_CHECKPOINTS),
+            dense=_dense_of(files, _IN_CHECKPOINTS, spec.tables_prefix),
             spec=spec,
             config=config,
             files=files,
@@ -173,7 +172,12 @@ def _open_export(path: Path) -> Tables:
     where, entries = directory.output(name, manifest)
     files = open_output(where, entries, manifest["outputs"][name]["format"])
     return Tables(
-        path, open_tables(spec, files, "", spread=False), _dense_of(files, ""), spec, manifest["config"], files
+        path,
+        open_tables(spec, files, "", spread=False),
+        _dense_of(files, "", spec.tables_prefix),
+        spec,
+        manifest["config"],
+        files,
     )
 
 
@@ -193,10 +197,11 @@ def _open_factors(path: Path) -> Tables:
         return found if found.dense else Tables(path, found.tables, {}, model, {}, found.files)
     files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
     tables = open_factors(manifest.about, files, _IN_CHECKPOINTS)
-    return Tables(path, tables, _dense_of(files, _IN_CHECKPOINTS), None, {}, files)
+    dense = _dense_of(files, _IN_CHECKPOINTS, TABLES_PREFIX)
+    return Tables(path, tables, dense, None, {}, files)
 
 
-def _dense_of(files: ChunkedTensors, prefix: str) -> dict[str, str]:
+def _dense_of(files: ChunkedTensors, prefix: str, tables_prefix: str) -> dict[str, str]:
     """Return the tensors that belong neither to a table nor to an optimizer: state name -> name in ``files``."""
     names = {name.removeprefix(prefix): name for name in files.tensors if name.startswith(prefix)}
-    return {name: stored for name, stored in names.items() if not name.startswith(TABLES_PREFIX)}
+    return {name: stored for name, stored in names.items() if not name.startswith(tables_prefix)}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mlet_dist.config.byte_sizes import bytes_of
 from mlet_dist.config.compression_section import CompressionConfig
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer, replicated_bytes, row_state_bytes
 from mlet_dist.embeddings.sharded.slot_map import BYTES_PER_BUCKET, BYTES_PER_ROW, BYTES_PER_STEP
 from mlet_dist.embeddings.slot_layout import FEWEST_SLOTS, fewest_rows_of_width, number_of_buckets

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.config.parser import parse_section
-from mlet_dist.config.sections import ModelConfig
 from mlet_dist.data.preprocessing import Preprocessing, find_difference
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json
+
+TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
+"""What TorchRec's models, and all that ``model.name`` offers, call their tables in the state dict."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class EmbeddingTable:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes, inputs and seed of a DLRM.
+    """Sizes, inputs and seed of a model.
 
     Attributes:
         model: layer sizes and initial values.
@@ -50,6 +53,7 @@ class ModelSpec:
         row_ranges: by table, the rows, width and expected share of lookups of ranges of rows of different widths
             (``embeddings.row_ranges``); the rows of other tables all have hidden_dim columns.
         shared_rows: whether rows of width 0 read a row of their table that they share, instead of zero.
+        tables_prefix: of ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the state dict.
         adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
     """
@@ -64,6 +68,7 @@ class ModelSpec:
     row_ranges: Mapping[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
     adaptive: Mapping[str, Any] = field(default_factory=dict)
     shared_rows: bool = False
+    tables_prefix: str = TABLES_PREFIX
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -178,6 +183,8 @@ class ModelSpec:
             del plain["shared_rows"]
         if not self.adaptive:
             del plain["adaptive"]
+        if self.tables_prefix == TABLES_PREFIX:
+            del plain["tables_prefix"]
         return plain
 
     @classmethod
@@ -229,6 +236,7 @@ class ModelSpec:
                 },
                 dict(plain.get("adaptive", {})),
                 bool(plain.get("shared_rows", False)),
+                str(plain.get("tables_prefix", TABLES_PREFIX)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None

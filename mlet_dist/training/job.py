@@ -25,6 +25,7 @@ from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
+from mlet_dist.models.build import with_tables_prefix
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.attempts import restarts
 from mlet_dist.training.compressed_tables import shared_row_ranges
@@ -150,7 +151,11 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     config.check_device(worker.device.type)
     data, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data)
-    spec, compressed = shared_row_ranges(ModelSpec.of(config, schema), config)
+    try:
+        spec = with_tables_prefix(ModelSpec.of(config, schema))
+    except ValueError as error:
+        raise UserError(f"{data}: {error}") from None
+    spec, compressed = shared_row_ranges(spec, config)
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]
     warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)

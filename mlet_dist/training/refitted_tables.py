@@ -23,7 +23,7 @@ from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import Segment
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.models.build import build_tables
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.stored_tables.adaptive_source import AdaptiveTableSource
 from mlet_dist.stored_tables.open_tables import open_factors, open_tables
@@ -71,8 +71,7 @@ class RefittedTables:
     """
 
     def __init__(self, spec: ModelSpec, sources: Mapping[str, TableSource], files: ChunkedTensors) -> None:
-        meta = torch.device("meta")
-        collection = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection
+        collection, self._prefix = build_tables(spec, torch.device("meta")), spec.tables_prefix
         self._sources, self._files = sources, files
         tables = collection.embedding_bag_configs()
         for table in tables:
@@ -85,7 +84,7 @@ class RefittedTables:
                 "rows of other settings; use compression.nested true, or policy static"
             )
         self._row_tables = {
-            f"{TABLES_PREFIX}embedding_bags.{table.name}.weight": table for table in collection.row_tables()
+            f"{self._prefix}embedding_bags.{table.name}.weight": table for table in collection.row_tables()
         }
         ranged = [table for table in tables if table.row_ranges is not None]
         self._layout = SlotLayout.of(ranged) if collection.adaptive is not None else None
@@ -200,7 +199,7 @@ class RefittedTables:
                 if table.hidden_dim is None:
                     found[segment.name] = RefittedRows(source, width)
                     continue
-                name = projection_name(segment.name)
+                name = projection_name(self._prefix, segment.name)
                 same_as, on_disk = source.projections.get(width, (None, None))
                 if same_as is not None and on_disk is not None:
                     weights[name].copy_(on_disk)
@@ -230,7 +229,7 @@ class RefittedTables:
         adaptive = {name: each for name, each in self._sources.items() if isinstance(each, AdaptiveTableSource)}
         if not adaptive:
             return
-        start, first_rows = f"{TABLES_PREFIX}row_slots.", layout.first_rows().tolist()
+        start, first_rows = f"{self._prefix}row_slots.", layout.first_rows().tolist()
         slots, utilities = (weights[f"{start}{name}"].local_shards()[0] for name in ("slots", "utilities"))
         first = slots.metadata.shard_offsets[1]
         stop = first + slots.metadata.shard_sizes[1]
@@ -274,7 +273,7 @@ class RefittedTables:
             yield from self._places_of_slots(self._layout, weights)
 
     def _places_of_slots(self, layout: SlotLayout, weights: Mapping[str, Any]) -> Iterator[_Place]:
-        shard = weights[f"{TABLES_PREFIX}row_slots.slots"].local_shards()[0]
+        shard = weights[f"{self._prefix}row_slots.slots"].local_shards()[0]
         first_bucket, buckets = shard.metadata.shard_offsets[1], shard.metadata.shard_sizes[1]
         pools = {table.row_width: (name, table) for name, table in self._row_tables.items() if table.num_buckets}
         first_codes, first_rows = layout.first_codes().tolist(), layout.first_rows().tolist()

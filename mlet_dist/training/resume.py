@@ -1,5 +1,6 @@
 """Finds the checkpoint that a run resumes from, and checks that it belongs to the same run."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, lates
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
@@ -28,6 +30,8 @@ DENSE_FEATURES, SPARSE_FEATURES = "data.dense_features", "data.sparse_features"
 _STATIC = ("policy", "budget", "widths", "alpha", "tables")  # settings of compression that others than adaptive read
 _RANGES = "row ranges of table "
 _LAYOUT = tuple(f"compression.{key}" for key in ("policy", "nested", "chunks", "shared_rows"))  # beside the ranges
+_OF_NETWORKS = ("name", "builder", "arguments", "cross_layers", "cross_rank", "fm_dim", "query_features")
+"""Settings of ``model`` that are recorded where they are not the defaults: once DLRM was the only network."""
 VOCABULARY_ID, _PREPROCESSING = "the data set's vocabulary_id", "preprocessing"
 
 
@@ -43,7 +47,12 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         content_id: ``DatasetSchema.content_id`` of the training split.
     """
     plain = config.to_dict()
-    identity = {f"model.{key}": value for key, value in plain["model"].items()}
+    defaults = dataclasses.asdict(ModelConfig())
+    identity = {
+        f"model.{key}": value
+        for key, value in plain["model"].items()
+        if key not in _OF_NETWORKS or value != defaults[key]
+    }
     identity |= {f"optimizer.{key}": value for key, value in plain["optimizer"].items()}
     identity |= {
         "train.seed": config.train.seed,

@@ -20,7 +20,8 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.config.sharding_section import RowsDtype
 from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
-from mlet_dist.models.dlrm import build_dlrm, table_bytes
+from mlet_dist.models.build import build_training_model, multi_layer_tables, table_bytes
+from mlet_dist.models.network import check_network
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
@@ -103,11 +104,16 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
     """
     config = job.config
     rows_dtypes = config.sharding.rows_dtypes([table.name for table in job.spec.tables])
-    model = build_dlrm(job.spec, torch.device("meta"), rows_dtypes)
+    model = build_training_model(job.spec, torch.device("meta"), rows_dtypes)
+    dense_columns = len(job.spec.dense)
+    if config.model.builder is not None:
+        check_network(model, dense_columns)
     fuse_row_optimizer(model, config.optimizer)
     if job.restores_rows:
-        model.sparse_arch.embedding_bag_collection.leave_rows_undrawn()
-    sharded, plan = shard_model(model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors)
+        multi_layer_tables(model).leave_rows_undrawn()
+    sharded, plan = shard_model(
+        model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors, dense_columns
+    )
     if job.worker.is_first:
         job.run.save_plan(plan.entries(), job.worker.world_size)
     job.log(f"plan  {line}" for line in describe_plan(plan))

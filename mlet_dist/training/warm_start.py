@@ -17,8 +17,9 @@ from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.row_order import is_spread
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
-from mlet_dist.models.spec import ModelSpec, describe_bag
+from mlet_dist.models.build import build_training_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec, describe_bag
+from mlet_dist.models.tables import tables_prefix
 from mlet_dist.training.refitted_tables import RefittedTables, has_spread_rows
 from mlet_dist.training.resume import DENSE_FEATURES, SPARSE_FEATURES, VOCABULARY_ID, checkpoint_at
 
@@ -32,11 +33,13 @@ class InitialWeights:
         has_dense: whether it holds the dense layers as well as the tables.
         tables: its tables, if their rows are not those of the model: where either has rows of several widths, or where
             they are stored by id.
+        tables_prefix: of the names of the tables in the checkpoint.
     """
 
     found: CompleteCheckpoint
     has_dense: bool
     tables: RefittedTables | None = None
+    tables_prefix: str = TABLES_PREFIX
 
     def load(self, model: nn.Module) -> None:
         """Load the weights into ``model``, in any sharding on any number of ranks. A collective call.
@@ -45,17 +48,17 @@ class InitialWeights:
             UserError: a tensor cannot be read.
         """
         state = model.state_dict()
-        load_state({MODEL_KEY: self._covered(state)}, self.found.checkpoint.location)
+        load_state({MODEL_KEY: self._covered(state, tables_prefix(model))}, self.found.checkpoint.location)
         model.load_state_dict(state)
         if self.tables is not None:
             self.tables.load(model)
 
-    def _covered(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is loaded by name."""
+    def _covered(self, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """Return what is loaded by name, by its name in the checkpoint."""
         return {
-            name: tensor
+            _renamed(name, prefix, self.tables_prefix): tensor
             for name, tensor in state.items()
-            if (self.tables is None if name.startswith(TABLES_PREFIX) else self.has_dense)
+            if (self.tables is None if name.startswith(prefix) else self.has_dense)
         }
 
 
@@ -81,10 +84,11 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     stored = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}
     refits, by_id = _changes_rows(about, spec), not is_spread(about) and has_spread_rows(spec)
     tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest) if refits else None
-    has_dense = any(not name.startswith(TABLES_PREFIX) for name in stored)
+    prefix, stored_prefix = spec.tables_prefix, (about.get("spec") or {}).get("tables_prefix", TABLES_PREFIX)
+    has_dense = any(not name.startswith(stored_prefix) for name in stored)
     if spec.model.hidden_dim is None and not refits:
         for table in spec.tables:
-            if f"{TABLES_PREFIX}projections.{table.name}.weight" in stored:
+            if f"{stored_prefix}projections.{table.name}.weight" in stored:
                 raise UserError(
                     f"{location}: table {table.name!r} has two layers there and one in the model; set model.hidden_dim"
                 )
@@ -95,9 +99,11 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
             f"set model.hidden_dim={stored_k}, or export that run and take `mlet factorize EXPORT --hidden-dim {k}`"
         )
     warnings = SourceInputs.of(about, str(location)).check(spec, config.data.path, dense_layers=has_dense)
-    state = build_dlrm(spec, torch.device("meta")).state_dict()
+    state = build_training_model(spec, torch.device("meta")).state_dict()
     wanted = {
-        name: tensor for name, tensor in state.items() if (not refits if name.startswith(TABLES_PREFIX) else has_dense)
+        _renamed(name, prefix, stored_prefix): tensor
+        for name, tensor in state.items()
+        if (not refits if name.startswith(prefix) else has_dense)
     }
     check_shapes(wanted, metadata, location, MODEL_KEY)
     if by_id and tables is None:
@@ -106,7 +112,12 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     _log(f"starting with the {parts} of {location}")
     for line in warnings:
         _log(f"warning: {location}: {line}")
-    return InitialWeights(found, has_dense, tables)
+    return InitialWeights(found, has_dense, tables, stored_prefix)
+
+
+def _renamed(name: str, prefix: str, stored_prefix: str) -> str:
+    """Return the name in a checkpoint of a tensor of the model, whose tables may have another prefix there."""
+    return f"{stored_prefix}{name.removeprefix(prefix)}" if name.startswith(prefix) else name
 
 
 def _changes_rows(about: Mapping[str, Any], spec: ModelSpec) -> bool:

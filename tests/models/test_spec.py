@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import DataConfig, RunConfig, TrainConfig
 from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError

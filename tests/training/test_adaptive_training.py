@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.slot_layout import SlotLayout
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_training_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training.compressed_tables import compression_warnings, with_row_ranges
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
@@ -180,7 +180,7 @@ def _announced_bytes(config: Config) -> int:
 
 def _layout(run: Path) -> SlotLayout:
     meta = torch.device("meta")
-    collection = build_dlrm(ModelSpec.load(run / "model.json"), meta, dense_device=meta).sparse_arch
+    collection = build_training_model(ModelSpec.load(run / "model.json"), meta, dense_device=meta).sparse_arch
     return SlotLayout.of(collection.embedding_bag_collection.embedding_bag_configs())
 
 

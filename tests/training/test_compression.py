@@ -19,8 +19,7 @@ from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.run_spectrum import spectrum_of
 from mlet_dist.export.spectrum.singular_values import balance
 from mlet_dist.export.spectrum.spectrum_report import html_page, report
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training.compressed_tables import shared_row_ranges, with_row_ranges
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
 from tests.helpers.rows_by_id import model_by_id

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from mlet_dist.config.config_file import load_config
-from mlet_dist.config.sections import ModelConfig, Precision, TrainConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import Precision, TrainConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, ExchangeChoice
 from mlet_dist.errors import UserError
 from mlet_dist.export.run_evaluate import evaluate_path
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.dense_arithmetic import configure_cublas, dense_arithmetic, forward_precision
 from mlet_dist.training.non_finite_guard import Guard, NonFinite
@@ -60,7 +61,7 @@ def _positive_model() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         tuple(SparseFeature(name, 50) for name in "ab"),
         seed=1,
     )
-    model = build_dlrm(spec, CPU)
+    model = build_training_model(spec, CPU)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()

@@ -7,8 +7,7 @@ import torch
 
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.export.source import ModelSource, Tables
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.stored_tables.refitted_rows import closest_projection, gram_of
 from mlet_dist.stored_tables.table_source import TableSource
 from tests.helpers.mlet_command import ROOT, error_line, mlet

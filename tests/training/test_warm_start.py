@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.prepare.pipeline import prepare
 from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.preprocessing import Preprocessing

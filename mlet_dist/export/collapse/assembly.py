@@ -22,7 +22,7 @@ from mlet_dist.export.serving.quantised import Serving, plan_serving
 from mlet_dist.export.serving.served_model import spec_of_layout
 from mlet_dist.export.source import ModelSource
 from mlet_dist.formatting import to_json, with_checksum
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 
 _FILE_OVERHEAD_BYTES = 4096  # approximately, for the format's header, the record and the file system
@@ -277,7 +277,7 @@ class Assembly:
     @cached_property
     def _dense_shapes(self) -> dict[str, tuple[int, ...]]:
         tables = {table.state_name for table in self.source.tables.values()}
-        state = build_dlrm(self.served, torch.device("meta")).state_dict()
+        state = build_training_model(self.served, torch.device("meta")).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tables}
 
     def _load_dense(self) -> dict[str, torch.Tensor]:

@@ -26,8 +26,8 @@ from mlet_dist.export.serving.quantised import load_dense, table_tensors
 from mlet_dist.export.serving.served_model import build_of_layout, layout_of, with_ids_mapped
 from mlet_dist.formatting import to_json
 from mlet_dist.machine_limits import memory_bytes
-from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.tables import tables_of
 
 SCRIPTED, EXPORTED = "model.pt", "model.pt2"
 _BLOCK_ROWS = 1 << 16
@@ -75,7 +75,7 @@ class Package:
             UserError: a file cannot be written.
         """
         load_dense(self._model, dense)
-        collection = self._model.sparse_arch.embedding_bag_collection
+        collection = tables_of(self._model)
         if isinstance(collection, MixedWidthCollection):
             collection.load_projections(dense)
             collection = collection.parts
@@ -143,7 +143,7 @@ def write_package(
     """
     package = Package(spec, encoding, layout)
     for part in layout.parts:
-        name = f"{TABLES_PREFIX}embedding_bags.{part.name}.weight"
+        name = f"{spec.tables_prefix}embedding_bags.{part.name}.weight"
         for start in range(0, part.num_embeddings, _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, part.num_embeddings)
             package.write_rows(name, start, read_parts(stored, encoding, name, start, stop, part.embedding_dim))

@@ -18,8 +18,7 @@ from mlet_dist.export.factorize.run_factorize import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import ModelSource, Tables
 from mlet_dist.export.verify.run_verify import verify_export
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training.resume import check_same_run, identity_of
 from mlet_dist.training.warm_start import find_initial_weights
 from tests.conftest import TrainedRun

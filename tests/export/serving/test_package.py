@@ -13,14 +13,14 @@ import torch
 from torchrec.inference.modules import quantize_inference_model
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.serving.package import Package
 from mlet_dist.export.serving.predictor import Request
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_serving_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 
 
 def _spec(weighted: bool) -> ModelSpec:
@@ -45,7 +45,7 @@ def _request(spec: ModelSpec, rows: int) -> Request:
 def _make(directory: Path, spec: ModelSpec, name: str) -> torch.nn.Module:
     """Write a package of a random model, and return the model."""
     torch.manual_seed(5)
-    model, encoding = build_plain_dlrm(spec).eval(), ENCODINGS[name]
+    model, encoding = build_serving_model(spec).eval(), ENCODINGS[name]
     package, dense = Package(spec, encoding), {}
     for key, tensor in model.state_dict().items():
         if not key.startswith(TABLES_PREFIX):
@@ -196,7 +196,7 @@ def test_invalid_weights_are_rejected(
 
 def test_a_package_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     package = Package(_spec(False), ENCODINGS["int8"])
-    dense = {name: tensor for name, tensor in build_plain_dlrm(_spec(False)).state_dict().items()}
+    dense = {name: tensor for name, tensor in build_serving_model(_spec(False)).state_dict().items()}
     with pytest.raises(UserError, match="nowhere: cannot be written"):
         package.save(tmp_path / "nowhere", dense)
 
