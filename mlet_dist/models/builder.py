@@ -91,15 +91,15 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
     tables = inputs.embedding_bag_collection
     places = [name for name, module in model.named_modules(remove_duplicate=False) if module is tables]
     if model is tables or not places:
-        problem = "is the collection itself" if model is tables else "does not hold it"
+        problem = "is" if model is tables else "does not hold"
         raise UserError(
-            f"model.builder: the module that {path} returned {problem}; assign embedding_bag_collection to an "
-            "attribute of it, once"
+            f"model.builder: what {path} returned {problem} embedding_bag_collection; return a module that "
+            "has it as an attribute"
         )
     if len(places) > 1:
         raise UserError(
-            f"model.builder: the module that {path} returned holds embedding_bag_collection twice, as "
-            f"{' and '.join(places[:2])}; assign it to one attribute"
+            f"model.builder: what {path} returned holds embedding_bag_collection twice, as {' and '.join(places[:2])}; "
+            "assign it to one attribute"
         )
     return model
 

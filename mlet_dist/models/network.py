@@ -18,6 +18,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.train_pipeline.tracing import Tracer
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -114,6 +116,16 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
             f"model.builder: the logits do not depend on feature {unused[0]!r}; use it, or leave it out of "
             "data.sparse_features"
         )
+
+
+def tracing_problem(model: nn.Module) -> str | None:
+    """Return why TorchRec's pipeline cannot trace a sharded model by torch.fx; None if it can."""
+    network = model.module if isinstance(model, DistributedModelParallel) else model
+    try:
+        Tracer(leaf_modules=[tables_path(model)]).trace(network)
+    except Exception as error:  # whatever the user's forward raises on proxies
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 class _StandInTables(nn.Module):

@@ -151,7 +151,7 @@ def predict(
     model.eval()
     for batch in loader:
         batch = batch.to(worker.device)
-        yield batch.predicted(model(batch.dense, batch.sparse).squeeze(-1))
+        yield batch.predicted(model(batch.dense, batch.sparse).reshape(-1))
 
 
 def undefined_auc(metrics: Mapping[str, float], description: str) -> str | None:

@@ -107,7 +107,7 @@ class TrainStep:
         with self.timer.phase("forward"):
             with forward_precision(self.training.precision, batch.dense.device):
                 logits = self.training.model(batch.dense, batch.sparse)
-            logits = logits.squeeze(-1).float()
+            logits = logits.reshape(-1).float()
             loss = mean_loss(logits, batch, self.training.complete_rows)
             with self.timer.phase("exchange"):
                 loss = self._guard.check_loss(loss)

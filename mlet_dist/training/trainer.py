@@ -20,8 +20,9 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.config.sharding_section import RowsDtype
 from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
+from mlet_dist.errors import UserError
 from mlet_dist.models.build import build_training_model, multi_layer_tables, table_bytes
-from mlet_dist.models.network import check_network
+from mlet_dist.models.network import check_network, tracing_problem
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
@@ -181,7 +182,7 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
                 checkpoints.save_first(training)
             row_moves = RowMoveSchedule(training.model, recorder, config.log_every)
             after_step: list[AfterStep] = [learning_rates, row_moves, report, checkpoints, collect_garbage]
-            pipelined = pipeline_is_faster(worker) if config.pipelined is None else config.pipelined
+            pipelined = _is_pipelined(job, training)
             while not training.is_done:
                 try:
                     take_all_steps(training, job.loader, worker.device, guard, timer, after_step, pipelined=pipelined)
@@ -203,6 +204,25 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
         "checkpoints_failed": checkpoints.failed,
         "checkpoint_seconds": checkpoints.seconds,
     }
+
+
+def _is_pipelined(job: Job, training: Training) -> bool:
+    """Return whether steps go through TorchRec's pipeline, which must be able to trace the network.
+
+    Raises:
+        UserError: ``train.pipelined`` is true, and it cannot.
+    """
+    wanted = job.config.train.pipelined
+    if not (pipeline_is_faster(job.worker) if wanted is None else wanted):
+        return False
+    problem = None if job.config.model.builder is None else tracing_problem(training.model)
+    if problem is None:
+        return True
+    if wanted:
+        raise UserError(f"train.pipelined is true, but the network cannot be traced ({problem}); use null or false")
+    then = "so that steps follow one another instead of TorchRec's pipeline"
+    job.log([f"warning: the network cannot be traced ({problem}), {then}"])
+    return False
 
 
 def take_all_steps(

@@ -17,7 +17,7 @@ from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE,
 from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.export.outputs import Output, open_output
 from mlet_dist.export.served_layout import ServedLayout
-from mlet_dist.export.serving.package import check_fits, write_package
+from mlet_dist.export.serving.package import check_can_be_packaged, check_fits, write_package
 from mlet_dist.export.serving.quantised import Serving, plan_serving
 from mlet_dist.export.serving.served_model import spec_of_layout
 from mlet_dist.export.source import ModelSource
@@ -95,6 +95,8 @@ class Assembly:
                 self._plan(output, self._serving)
         if self._package is not None:
             check_fits(self._layout(self._package), self._package.encoding)
+            if self.served.model.builder is not None:
+                check_can_be_packaged(self.served, self._package.encoding)
         for name, shape in self._dense_shapes.items():
             self.source.check_shape(name, shape)
         for group in self.groups.values():

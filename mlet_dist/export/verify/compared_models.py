@@ -107,7 +107,7 @@ def predict_logits(model: torch.nn.Module) -> Predict:
     model.eval()
 
     def predict(batch: Batch, bags: KeyedJaggedTensor) -> torch.Tensor:
-        logits: torch.Tensor = model(batch.dense, bags).squeeze(-1)
+        logits: torch.Tensor = model(batch.dense, bags).reshape(-1)
         return logits[: batch.num_rows]
 
     return predict
