@@ -87,6 +87,8 @@ def _names(location: str) -> list[str]:
 def test_the_last_ones_and_every_mth_are_kept(ranks: Ranks, tmp_path: Path) -> None:
     ranks(1).run(_save, str(tmp_path), (2, 4, 5, 6, 8, 9), 2, 4)
     assert _names(str(tmp_path)) == [f"step-{step:08d}" for step in (4, 8, 9)]
+    apply_retention(CheckpointStore(tmp_path), None, 1, None, kept=4)
+    assert _names(str(tmp_path)) == ["step-00000004", "step-00000009"]
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / ".incomplete").touch()  # another job may be writing it
     apply_retention(CheckpointStore(tmp_path), None, 1, None)

@@ -1,4 +1,4 @@
-"""Validation while training changes no bit of a run, whatever interrupts it; the best step is kept, and a run may stop."""
+"""Validation while training changes no bit of a run, whatever interrupts it; the best step is kept, and runs stop."""
 
 import json
 import os
