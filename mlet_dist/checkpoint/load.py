@@ -116,20 +116,6 @@ def require_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:
     return CompleteCheckpoint(checkpoint, manifest, [])
 
 
-def latest_checkpoint(store: CheckpointStore) -> Checkpoint:
-    """Return the last checkpoint of a finished run after verifying its files. A collective call.
-
-    Raises:
-        UserError: there is none, or it is damaged. An older checkpoint is not the result of the run.
-    """
-    found = latest_complete(store)
-    if found is None:
-        raise UserError(f"{store}: no complete checkpoint; the run never finished")
-    if found.damage:
-        raise UserError(f"the run's last checkpoint is damaged: {'; '.join(found.damage)}")
-    return found.checkpoint
-
-
 def latest_finished(store: CheckpointStore) -> tuple[Checkpoint, Manifest]:
     """Return the last checkpoint and its manifest after comparing file sizes alone; readers verify the checksums.
 
@@ -139,15 +125,27 @@ def latest_finished(store: CheckpointStore) -> tuple[Checkpoint, Manifest]:
     finished = [each for each in store.checkpoints() if not each.is_unfinished]
     if not finished:
         raise UserError(f"{store}: no complete checkpoint; the run never finished")
-    latest = finished[-1]
+    return finished[-1], finished_manifest(finished[-1], "the run's last checkpoint")
+
+
+def finished_manifest(checkpoint: Checkpoint, name: str) -> Manifest:
+    """Return the manifest of a checkpoint after comparing file sizes alone; readers verify the checksums.
+
+    Args:
+        checkpoint: must not be unfinished.
+        name: what it is, for messages.
+
+    Raises:
+        UserError: its manifest is damaged, or a file is missing or has another size.
+    """
     try:
-        manifest = latest.manifest()
+        manifest = checkpoint.manifest()
     except ManifestError as error:
-        raise UserError(f"the run's last checkpoint is damaged: {error}") from None
-    damage = _damage_by_sizes(latest, manifest)
+        raise UserError(f"{name} is damaged: {error}") from None
+    damage = _damage_by_sizes(checkpoint, manifest)
     if damage:
-        raise UserError(f"the run's last checkpoint is damaged: {damage[0]}")
-    return latest, manifest
+        raise UserError(f"{name} is damaged: {damage[0]}")
+    return manifest
 
 
 def load_model(

@@ -19,6 +19,7 @@ from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_secti
 from mlet_dist.config.sections import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.config.strict_yaml import load_yaml
+from mlet_dist.config.validation_settings import check_validation_settings
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url
 
@@ -60,6 +61,8 @@ class Config:
             )
         for why, names in self.model.without_effect().items():
             found += [f"model.{name} has no effect, because {why}" for name in names]
+        if self.train.validation_share != 1 and self.train.validate_every is None:
+            found.append("train.validation_share has no effect, because train.validate_every is null")
         for why, names in self.compression.without_effect().items():
             if names:
                 ignored = " and ".join(f"compression.{name}" for name in names)
@@ -349,6 +352,7 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
             "keep checkpoints in a store, set train.checkpoint_dir to a URL"
         )
     _check_compression(config, source, sources)
+    check_validation_settings(config.train, source, sources)
     if config.train.initial_weights is not None and config.train.resume not in ("auto", "never"):
         raise UserError(
             f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights} "

@@ -123,6 +123,7 @@ def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source
     for each in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(each, str):
             _check_text(each, key, source)
+            continue
         at_least, at_most, above = (setting.metadata.get(limit) for limit in ("at_least", "at_most", "above"))
         below = setting.metadata.get("below", math.inf)
         if above is not None and not above < each < below:
@@ -195,7 +196,8 @@ def _coerce(kind: Any, value: Any) -> Any:
 def _describe_type(kind: Any) -> str:
     origin = typing.get_origin(kind)
     if origin is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
+        names = typing.get_args(kind)
+        return "one of " + ", ".join(names) if len(names) > 1 else str(names[0])
     if origin is tuple:
         return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
     if kind is ByteSize:

@@ -211,6 +211,32 @@ class TrainConfig:
         at_least=1,
         at_most=MAX_STEPS,
     )
+    validate_every: int | Literal["epoch"] | None = setting(
+        "Steps between two validations on the split valid while the run trains, or epoch: one after each epoch; one "
+        "more follows the last step. null: evaluate at the end of the run alone. Weights do not depend on it.",
+        None,
+        at_least=1,
+        at_most=MAX_STEPS,
+    )
+    validation_share: float = setting(
+        "Share of the rows of valid that these validations take, from its beginning. The evaluation at the end of the "
+        "run takes all of them.",
+        1.0,
+        above=0,
+        at_most=1,
+    )
+    keep_best: Literal["auc", "logloss"] | None = setting(
+        "auc or logloss: the checkpoint with the highest AUC or the lowest LogLoss of all validations is kept besides "
+        "those of keep_last and keep_every, for `--best` of other commands; needs validate_every. null: none is kept.",
+        None,
+    )
+    patience: int | None = setting(
+        "Stop the run after this many validations in a row none of which was better than the best before them, by "
+        "keep_best, which it needs; null: take all steps.",
+        None,
+        at_least=1,
+        at_most=MAX_STEPS,
+    )
     collective_timeout_s: float = setting(
         "Seconds within which every rank must join a collective; otherwise the run ends with an error. It must be "
         "longer than anything that a rank does alone, such as reading from slow storage.",

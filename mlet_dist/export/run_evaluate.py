@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.load import latest_checkpoint, load_model
+from mlet_dist.checkpoint.load import load_model, require_complete
 from mlet_dist.data.id_counts import of_features, out_of_vocabulary_shares, out_of_vocabulary_warnings
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.location import DataPath
@@ -14,35 +14,44 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
-from mlet_dist.export.source import describe_unknown
+from mlet_dist.export.source import check_is_run, describe_unknown
 from mlet_dist.models.build import build_training_model
 from mlet_dist.stored_tables.open_tables import open_tables
 from mlet_dist.training.evaluation import evaluate, evaluation_loader, undefined_auc
 from mlet_dist.training.process_group import Worker, join_ranks
 from mlet_dist.training.refitted_tables import RefittedTables
+from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice, find_checkpoint, is_checkpoint
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.sharding import shard_model
 
 
 def evaluate_path(
-    target: Path, data: DataPath, split: str, batch_size: int = 8192, device: str = "auto"
+    target: Path,
+    data: DataPath,
+    split: str,
+    batch_size: int = 8192,
+    device: str = "auto",
+    choice: CheckpointChoice = LAST,
 ) -> dict[str, Any]:
     """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export on a split of a data set.
 
-    ``out_of_vocabulary`` is each feature's share of the split's ids that are, for features that have any.
+    ``out_of_vocabulary`` is each feature's share of the split's ids that are, for features that have any. ``step`` is
+    that of the checkpoint of a run.
 
     Raises:
-        UserError: ``target`` is neither a run nor an export, or is damaged, or the data set does not fit the model, or
-            all rows of the training split have the same label and ``split`` is ``train``.
+        UserError: ``target`` is neither a run nor an export, or is damaged or lacks the checkpoint that is chosen, or
+            the data set does not fit the model, or all rows of the training split have the same label and ``split`` is
+            ``train``.
     """
     export, run = ExportDirectory(target), RunDirectory(target)
     if export.exists():
         spec, manifest = export.load()
+        check_is_run(target, choice, "an export")
         served, _ = export.output("dcp", manifest)
-        store = None
-    elif run.config.exists():
-        config, spec, _ = run.load()
-        store = run.checkpoint_store(config)
+        stored = None
+    elif run.config.exists() or is_checkpoint(target):
+        stored = find_checkpoint(target, choice)
+        spec = stored.spec
     else:
         problem = describe_unknown(target, "neither a run nor an export")
         raise UserError(f"{target}: {problem}; expected the directory of a run or an export")
@@ -55,7 +64,7 @@ def evaluate_path(
         if worker.is_first:
             for each in [*([f"{target}: {warning}"] if warning is not None else []), *warnings]:
                 print_warning(each)
-        if store is None:
+        if stored is None:
             _check_files(export, manifest, worker)
         local_batch_size = -(-batch_size // worker.world_size)
         model, _ = shard_model(
@@ -66,15 +75,13 @@ def evaluate_path(
             dense_columns=len(spec.dense),
         )
         tables: RefittedTables | None
-        if store is None:
+        if stored is None:
             files = open_output(served, manifest["outputs"]["dcp"]["files"], manifest["outputs"]["dcp"]["format"])
             tables = RefittedTables(spec, open_tables(spec, files, "", spread=False), files)
             load_model(model, served, key=None, without=spec.tables_prefix)
         else:
-            checkpoint = latest_checkpoint(store)
-            stored = checkpoint.manifest()
-            run.check_own(checkpoint, stored.about)
-            tables = RefittedTables.of_rows_by_id(checkpoint, stored)
+            checkpoint = require_complete(stored.checkpoint).checkpoint
+            tables = RefittedTables.of_rows_by_id(checkpoint, stored.manifest)
             load_model(model, checkpoint.location, without=None if tables is None else spec.tables_prefix)
         if tables is not None:
             tables.load(model)
@@ -83,7 +90,8 @@ def evaluate_path(
         if undefined is not None and worker.is_first:
             print_warning(undefined)
     shares = out_of_vocabulary_shares(counts, split)
-    return {"target": str(target), "split": split, **found, "out_of_vocabulary": shares}
+    step = {} if stored is None else {"step": stored.checkpoint.step}
+    return {"target": str(target), **step, "split": split, **found, "out_of_vocabulary": shares}
 
 
 def _check_files(export: ExportDirectory, manifest: dict[str, Any], worker: Worker) -> None:

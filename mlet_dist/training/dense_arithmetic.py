@@ -47,6 +47,23 @@ def dense_arithmetic(config: TrainConfig, model: nn.Module, device: torch.device
         yield
 
 
+@contextmanager
+def evaluation_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Within the block, which may lie in one of ``dense_arithmetic``, the model computes in float32, not compiled."""
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    calls = [module._compiled_call_impl for module in compiled]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in zip(compiled, calls, strict=True):
+            module._compiled_call_impl = call  # as it was, so that nothing is compiled again
+        torch.set_float32_matmul_precision(precision)
+
+
 def forward_precision(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of a forward pass: autocast to bfloat16 for ``bf16``, nothing for the others."""
     if precision != "bf16":

@@ -1,7 +1,7 @@
 """Predictions, AUC and LogLoss over a split, every row exactly once, in bounded memory."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import torch
 from torch import distributed as dist
@@ -125,9 +125,16 @@ class BinaryMetrics:
         return found | {"weight": total} if self._weighted else found
 
 
-def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: int, worker: Worker) -> DataLoader:
-    """Return a loader of every row of a split; a batch is at most the split, rounded up to a multiple of the ranks."""
-    batch_size = max(1, min(batch_size, DatasetSchema.load(path).rows.get(split, batch_size)))
+def evaluation_loader(
+    path: DataPath, split: str, spec: ModelSpec, batch_size: int, worker: Worker, share: float = 1.0
+) -> DataLoader:
+    """Return a loader of every row of a split; a batch is at most the split, rounded up to a multiple of the ranks.
+
+    With a ``share``, it is that share of the rows, from the beginning of the split and at least one.
+    """
+    all_rows = DatasetSchema.load(path).rows.get(split, batch_size)
+    rows = max(1, math.ceil(share * all_rows))
+    batch_size = max(1, min(batch_size, rows))
     return DataLoader(
         path,
         split,
@@ -137,13 +144,14 @@ def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: i
         dense_features=spec.dense,
         sparse_features=[feature.name for feature in spec.sparse],
         pin_memory=worker.device.type == "cuda",
+        first_rows=None if share == 1 else rows,
     )
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module, loader: DataLoader, worker: Worker
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], None, None]:
     """Yield logits, labels and weights (or None) of each batch, each ``(rows,)`` float32, without padding.
 
     Every rank must take all batches, since the model's exchange is collective.

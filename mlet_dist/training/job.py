@@ -18,6 +18,7 @@ from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import on_first_rank
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.validation_settings import VALIDATED, check_validation_split
 from mlet_dist.data.id_counts import SplitCounts, of_features, out_of_vocabulary_warnings
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.loading.loader import DataLoader
@@ -61,7 +62,8 @@ class Job:
         spec: the model to build.
         loader: the training rows, positioned at the first batch to train on.
         id_counts: counts of the ids of the model's inputs in the data set.
-        split_loaders: the rows to evaluate on, by split.
+        split_loaders: the rows to evaluate on at the end, by split.
+        validation_loader: the rows to evaluate on between steps; None if ``train.validate_every`` is null.
         run: the run directory, locked by this job.
         store: the run's checkpoints.
         identity: the settings that make two jobs the same run, from ``identity_of``.
@@ -75,6 +77,7 @@ class Job:
     loader: DataLoader
     id_counts: SplitCounts
     split_loaders: Mapping[str, DataLoader]
+    validation_loader: DataLoader | None
     run: RunDirectory
     store: CheckpointStore
     identity: Mapping[str, Any]
@@ -158,16 +161,22 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     spec, compressed = shared_row_ranges(spec, config)
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]
+    check_validation_split(config.train, data, schema.rows, schema.positives)
     warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)
 
-    def open_loaders(advance: Advance) -> tuple[DataLoader, dict[str, DataLoader]]:
+    def open_loaders(advance: Advance) -> tuple[DataLoader, dict[str, DataLoader], DataLoader | None]:
         loader, others = _training_loader(config, data, spec, worker), {}
         for split in evaluated:
             advance()
             others[split] = evaluation_loader(data, split, spec, config.data.eval_batch_size, worker)
-        return loader, others
+        share, validated = config.train.validation_share, None
+        if config.train.validate_every is not None:
+            advance()
+            validated = evaluation_loader(data, VALIDATED, spec, config.data.eval_batch_size, worker, share)
+        return loader, others, validated
 
-    loader, split_loaders = run_long(open_loaders)  # each rank opens a share of the files
+    # Each rank opens a share of the files.
+    loader, split_loaders, validation_loader = run_long(open_loaders)
     # The other ranks wait at the barrier.
     wait = min(_LOCK_SECONDS, worker.timeout.total_seconds() / 2) if restarts() else 0.0
     with run.lock(config, wait) if worker.is_first else nullcontext():
@@ -186,7 +195,8 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
             run = replace(run, run_id=resume_point.found.manifest.about.get(RUN_ID))
         else:
             run = replace(run, run_id=new_run_id())
-        job = Job(config, worker, spec, loader, id_counts, split_loaders, run, store, identity, resume_point, initial)
+        loaders = split_loaders, validation_loader
+        job = Job(config, worker, spec, loader, id_counts, *loaders, run, store, identity, resume_point, initial)
         job.log(compressed)
         job.log(f"warning: {warning}" for warning in warnings)
         if config.train.checkpoint_dir is not None and not job.resumes:

@@ -36,6 +36,7 @@ from mlet_dist.training.non_finite_guard import NonFinite
 from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.state import Training
+from mlet_dist.training.validation_state import VALIDATION, ValidationState
 
 _METRICS_KEY, _RANDOM_KEY = "metrics", "rng"
 
@@ -65,6 +66,7 @@ def manifest_fields(
         "data": job.loader.state_dict(training.step),
         "records": recorder.size,
         "report": report.state_dict(),
+        VALIDATION: training.validation.to_dict(),
         "identity": job.identity,
         "spec": job.spec.to_dict(),
         "config": job.config.to_dict(),
@@ -123,6 +125,7 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
         _set_random_state(state[_RANDOM_KEY])
     training.step, training.skipped = found.manifest.step, about["skipped"]
     training.excluded_steps = set(about["passed_over"])
+    training.validation = ValidationState.from_dict(about.get(VALIDATION))
 
 
 def _check_shapes(state: dict[str, Any], found: CompleteCheckpoint) -> None:

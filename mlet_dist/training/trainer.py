@@ -18,6 +18,7 @@ from torchrec.distributed import DistributedModelParallel
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.sharding_section import RowsDtype
+from mlet_dist.config.validation_settings import VALIDATED
 from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.errors import UserError
@@ -46,6 +47,8 @@ from mlet_dist.training.snapshot import manifest_fields, restore, restore_latest
 from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
+from mlet_dist.training.validation import Validation, validated_metrics
+from mlet_dist.training.validation_state import ValidationState, better_step
 
 _PROGRESS_BINS = 1 << 16
 
@@ -86,6 +89,8 @@ def train(config: Config) -> dict[str, Any]:
         size = training_bytes(training, worker.device)
         summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
         summary |= compression_summary(job.spec, config.optimizer.name, size, kept_shares(model)[0])
+        hint = better_step(job.run.path, summary)
+        job.log([] if hint is None else [f"{hint}; `mlet export {job.run.path} --best` takes it"])
         summary["weights_sha256"] = weights_sha256(model)
         stop.ignore()
         dist.barrier()  # a rank that a signal has ended before keeps the others from finishing the run
@@ -132,6 +137,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
     """
     warnings = schedule_warnings(job.config.optimizer, job.steps) + compression_warnings(job.spec, job.steps)
     job.log(f"warning: {warning}" for warning in warnings)
+    every = job.config.train.validate_every
     training = Training(
         model,
         build_optimizer(model, job.config.optimizer),
@@ -140,6 +146,8 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
         batches_per_epoch=len(job.loader),
         batch_size=job.config.data.batch_size,
         rows_per_epoch=job.loader.rows,
+        validate_every=len(job.loader) if every == "epoch" else every,
+        patience=job.config.train.patience,
         precision=job.config.train.precision,
     )
     point = job.resume_point
@@ -147,6 +155,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
         job = job.resumed_from(restore_latest(training, job.store, point.found))
     elif point is not None:
         restore(training, point.found, point.tables)
+        training.validation = ValidationState()  # the best step of another run is none of this one
     elif job.initial is not None:
         job.initial.load(model)
     return job, training
@@ -180,8 +189,10 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             checkpoints = CheckpointSchedule(config, saver, stop, fields, saved_step, guard, timer)
             if config.on_non_finite == "rollback":
                 checkpoints.save_first(training)
+            validation = Validation(job, guard, recorder, report, checkpoints, stop)
+            validation.resume(training)
             row_moves = RowMoveSchedule(training.model, recorder, config.log_every)
-            after_step: list[AfterStep] = [learning_rates, row_moves, report, checkpoints, collect_garbage]
+            after_step: list[AfterStep] = [learning_rates, row_moves, report, validation, checkpoints, collect_garbage]
             pipelined = _is_pipelined(job, training)
             while not training.is_done:
                 try:
@@ -196,9 +207,11 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
                     report.roll_back(training, error.finding, about["report"])
                     guard.reset()
                     learning_rates(training)
+                    validation.resume(training)
         checkpoints.save_last(training)
     return {
         **report.summary(training),
+        **validation.summary(training),
         "first_step": job.first_step,
         "checkpoints": checkpoints.saved,
         "checkpoints_failed": checkpoints.failed,
@@ -244,24 +257,28 @@ def take_all_steps(
     Raises:
         NonFinite: a loss or gradient is not finite; the run can be rolled back to a checkpoint.
     """
-    training.model.train()
-    # One iterator over all epochs, of exactly the remaining steps: a pipeline that fetches ahead neither pauses between
-    # two epochs nor fetches beyond the last step.
-    batches = islice(chain.from_iterable(repeat(loader)), max(0, training.steps - training.step))
-    with closing(take_steps(training, batches, device, guard, timer, pipelined=pipelined)) as outcomes:
-        for outcome in outcomes:
-            if not isinstance(outcome, Finding):
-                training.metrics.update(*outcome)
-            for call in after_step:
-                call(training)
+    epochs = chain.from_iterable(repeat(loader))
+    while not training.is_done:
+        training.model.train()
+        # One iterator over all epochs, of exactly the steps up to the next validation or the end: a pipeline that
+        # fetches ahead neither pauses between two epochs nor fetches beyond the last of these steps.
+        batches = islice(epochs, training.steps_to_validation)
+        with closing(take_steps(training, batches, device, guard, timer, pipelined=pipelined)) as outcomes:
+            for outcome in outcomes:
+                if not isinstance(outcome, Finding):
+                    training.metrics.update(*outcome)
+                for call in after_step:
+                    call(training)
 
 
 def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any]:
     """Return the metrics of the splits that were not trained on. A collective call."""
     summary: dict[str, Any] = {}
     for split, loader in job.split_loaders.items():
-        metrics = evaluate(training.model, loader, job.worker, split)
-        recorder.record(split, training.step, metrics)
+        metrics = validated_metrics(training) if split == VALIDATED else None
+        if metrics is None:
+            metrics = evaluate(training.model, loader, job.worker, split)
+            recorder.record(split, training.step, metrics)
         undefined = undefined_auc(metrics, f"{job.config.data.path}: {split}")
         job.log([] if undefined is None else [f"warning: {undefined}"])
         summary |= {f"{split}_{name}": metrics[name] for name in ("auc", "logloss", "rows")}

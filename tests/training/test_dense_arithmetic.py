@@ -23,7 +23,12 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.run_evaluate import evaluate_path
 from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.dense_arithmetic import configure_cublas, dense_arithmetic, forward_precision
+from mlet_dist.training.dense_arithmetic import (
+    configure_cublas,
+    dense_arithmetic,
+    evaluation_arithmetic,
+    forward_precision,
+)
 from mlet_dist.training.non_finite_guard import Guard, NonFinite
 from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer
@@ -51,6 +56,21 @@ def test_projections_err_by_what_their_format_rounds(
     ranks: Ranks, world_size: int, exchange: ExchangeChoice, precision: Precision
 ) -> None:
     check_rounding(ranks(world_size).run(train_in_precision, exchange, precision), precision)
+
+
+def test_an_evaluation_between_steps_computes_in_float32_and_does_not_compile() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model[0].compile(backend="eager")
+    compiled = model[0]._compiled_call_impl
+    before = torch.get_float32_matmul_precision()
+    with dense_arithmetic(TrainConfig(precision="tf32"), model, CPU):
+        assert torch.get_float32_matmul_precision() == "high"
+        with evaluation_arithmetic(model):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert model[0]._compiled_call_impl is None
+        assert torch.get_float32_matmul_precision() == "high"
+        assert model[0]._compiled_call_impl is compiled
+    assert torch.get_float32_matmul_precision() == before
 
 
 def _positive_model() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

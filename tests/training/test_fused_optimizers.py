@@ -14,7 +14,7 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_checkpoint, load_model, load_state
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_finished, load_model, load_state
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
 from mlet_dist.config.model_section import ModelConfig
@@ -119,7 +119,7 @@ def _train(
     config = OptimizerConfig(name=name, learning_rate=0.01)  # type: ignore[arg-type]
     model, optimizer = _build(config, kind)
     if load is not None:
-        location = latest_checkpoint(CheckpointStore(load)).location
+        location = latest_finished(CheckpointStore(load))[0].location
         load_model(model, location)
         load_state({OPTIMIZER_KEY: optimizer_state(optimizer)}, location)
     for step in steps:

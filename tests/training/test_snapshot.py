@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_checkpoint, load_model
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_finished, load_model
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
 from mlet_dist.config.model_section import ModelConfig
@@ -51,7 +51,7 @@ def _load(directory: Path, spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> s
     model = build_training_model(spec, torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig())
     sharded = shard_model(model, _worker(), 8)[0]
-    load_model(sharded, latest_checkpoint(CheckpointStore(directory)).location)
+    load_model(sharded, latest_finished(CheckpointStore(directory))[0].location)
     return weights_sha256(sharded)
 
 
@@ -71,7 +71,7 @@ def test_a_checkpoint_of_half_rows_loads_on_any_number_of_ranks(
     assert ranks(saved_on).run(_load, tmp_path, _spec(seed=99), "fp16")[0] == saved
     # Into float32, as `mlet verify` and `mlet evaluate` do: the rounded initial values.
     model = build_training_model(_spec(seed=99), torch.device("cpu"))
-    load_model(model, latest_checkpoint(CheckpointStore(tmp_path)).location)
+    load_model(model, latest_finished(CheckpointStore(tmp_path))[0].location)
     single, loaded = build_training_model(_spec(), torch.device("cpu")).state_dict(), model.state_dict()
     for name, tensor in loaded.items():
         expected = single[name].half().float() if ".embedding_bags." in name else single[name]
@@ -96,6 +96,6 @@ def test_an_incomplete_checkpoint_is_ignored(ranks: Ranks, tmp_path: Path) -> No
     cut_short.mkdir()
     for name in (".incomplete", ".metadata", "__0_0.distcp"):
         (cut_short / name).touch()
-    assert latest_checkpoint(CheckpointStore(tmp_path)).name == "step-00000007"
+    assert latest_finished(CheckpointStore(tmp_path))[0].name == "step-00000007"
     with pytest.raises(UserError, match="no complete checkpoint"):
-        latest_checkpoint(CheckpointStore(cut_short))
+        latest_finished(CheckpointStore(cut_short))

@@ -101,6 +101,7 @@ class DataLoader:
         shuffle: shuffling of rows, different in each epoch (training); None keeps the order of the files.
         threads: number of decoding threads; one more thread assembles batches.
         pin_memory: put batches into pinned memory, for asynchronous copies to CUDA devices.
+        first_rows: read only so many rows from the beginning of the split, as if it had no others; None reads all.
 
     Raises:
         UserError: the data set does not exist, a part of this rank's share is damaged, the data set lacks the split or
@@ -121,6 +122,7 @@ class DataLoader:
         shuffle: Shuffle | None = None,
         threads: int = 2,
         pin_memory: bool = False,
+        first_rows: int | None = None,
     ) -> None:
         schema = DatasetSchema.load(path)
         if split not in SPLITS:
@@ -137,8 +139,11 @@ class DataLoader:
         # Each rank looks for damage to its share of the files at once: together they open every file once.
         checked = range(rank, len(parts), world_size)
         self._parts = SplitRows(path, schema, parts, dense, sparse, by_row=by_row, checked=checked)
+        group_rows = self._parts.group_rows
+        if first_rows is not None:
+            group_rows = np.diff(np.minimum(np.cumsum(group_rows), first_rows), prepend=0)
         self._order = Order(
-            self._parts.group_rows,
+            group_rows,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,

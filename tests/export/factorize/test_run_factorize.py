@@ -259,7 +259,7 @@ def test_a_path_without_tables_is_named(factors: Path, tmp_path: Path) -> None:
         Tables.open(tmp_path / "gone")
     with pytest.raises(UserError, match="neither a run, an export nor factors"):
         Tables.open(tmp_path)
-    with pytest.raises(UserError, match="step-00000000: one checkpoint of a run; only a whole run can be named"):
+    with pytest.raises(UserError, match="step-00000000: is a checkpoint, but not of a run; name the directory that it"):
         Tables.open(factors / "step-00000000")
     copy = shutil.copytree(factors, tmp_path / "copy")
     (copy / "step-00000000" / "manifest.json").write_text("{}")
