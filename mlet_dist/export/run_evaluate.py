@@ -1,5 +1,7 @@
 """`mlet evaluate`: metrics of a run or an export, on any number of ranks."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,13 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.load import latest_checkpoint, load_model
-from mlet_dist.data.id_counts import of_features, out_of_vocabulary_shares, out_of_vocabulary_warnings
+from mlet_dist.data.id_counts import (
+    IdCounts,
+    SplitCounts,
+    of_features,
+    out_of_vocabulary_shares,
+    out_of_vocabulary_warnings,
+)
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
@@ -17,7 +25,7 @@ from mlet_dist.export.outputs import open_output
 from mlet_dist.export.source import describe_unknown
 from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
 from mlet_dist.stored_tables.open_tables import open_tables
-from mlet_dist.training.evaluation import evaluate, evaluation_loader, undefined_auc
+from mlet_dist.training.evaluation import count_first_ids, evaluate, evaluation_loader, undefined_auc
 from mlet_dist.training.process_group import Worker, join_ranks
 from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.run_directory import RunDirectory
@@ -49,9 +57,13 @@ def evaluate_path(
     schema = DatasetSchema.load(data)
     warning = spec.check_data(schema, data)
     schema.check_split(data, split)
-    counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
-    warnings = check_classes(data, schema, [split]) + out_of_vocabulary_warnings(data, counts, [split])
+    counts: SplitCounts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
+    warnings = check_classes(data, schema, [split])
     with join_ranks(device) as worker:
+        loader = evaluation_loader(data, split, spec, batch_size, worker)
+        if spec.known_ids(schema):
+            counts = {split: _as_known(counts.get(split, {}), count_first_ids(loader, worker))}
+        warnings += out_of_vocabulary_warnings(data, counts, [split])
         if worker.is_first:
             for each in [*([f"{target}: {warning}"] if warning is not None else []), *warnings]:
                 print_warning(each)
@@ -77,12 +89,20 @@ def evaluate_path(
             load_model(model, checkpoint.location, without=None if tables is None else TABLES_PREFIX)
         if tables is not None:
             tables.load(model)
-        found = evaluate(model, evaluation_loader(data, split, spec, batch_size, worker), worker, split)
+        found = evaluate(model, loader, worker, split)
         undefined = undefined_auc(found, f"{data}: {split}")
         if undefined is not None and worker.is_first:
             print_warning(undefined)
     shares = out_of_vocabulary_shares(counts, split)
     return {"target": str(target), "split": split, **found, "out_of_vocabulary": shares}
+
+
+def _as_known(counts: Mapping[str, IdCounts], first_ids: Mapping[str, int]) -> dict[str, IdCounts]:
+    """Return the counts of a split with the ids that are out of the model's vocabulary, which has grown since."""
+    return {
+        name: each if each.out_of_vocabulary is None else replace(each, out_of_vocabulary=first_ids[name])
+        for name, each in counts.items()
+    }
 
 
 def _check_files(export: ExportDirectory, manifest: dict[str, Any], worker: Worker) -> None:

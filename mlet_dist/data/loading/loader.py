@@ -98,6 +98,8 @@ class DataLoader:
         batch_size: rows of a global batch; a multiple of ``world_size``.
         rank, world_size: the rank whose share to read, and the number of ranks.
         dense_features, sparse_features: the columns to read, in order; None reads all of the schema's.
+        known_ids: of some sparse features, the number of ids that the model knows; the others become id 0, out of
+            vocabulary.
         shuffle: shuffling of rows, different in each epoch (training); None keeps the order of the files.
         threads: number of decoding threads; one more thread assembles batches.
         pin_memory: put batches into pinned memory, for asynchronous copies to CUDA devices.
@@ -118,6 +120,7 @@ class DataLoader:
         world_size: int,
         dense_features: Sequence[str] | None,
         sparse_features: Sequence[str] | None,
+        known_ids: Mapping[str, int] | None = None,
         shuffle: Shuffle | None = None,
         threads: int = 2,
         pin_memory: bool = False,
@@ -136,7 +139,7 @@ class DataLoader:
         parts = schema.parts[split]
         # Each rank looks for damage to its share of the files at once: together they open every file once.
         checked = range(rank, len(parts), world_size)
-        self._parts = SplitRows(path, schema, parts, dense, sparse, by_row=by_row, checked=checked)
+        self._parts = SplitRows(path, schema, parts, dense, sparse, by_row=by_row, checked=checked, known_ids=known_ids)
         self._order = Order(
             self._parts.group_rows,
             batch_size=batch_size,
