@@ -1,6 +1,7 @@
 """Find a complete checkpoint, and load it under any sharding with torch.distributed.checkpoint."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,17 @@ def read_metadata(checkpoint: Location) -> Metadata:
         raise UserError(f"{checkpoint}: not a readable checkpoint: {error or type(error).__name__}") from None
 
 
-def check_shapes(state: dict[str, Any], metadata: Metadata, checkpoint: Location, key: str | None) -> None:
-    """Raise UserError unless the checkpoint contains every tensor of ``state`` with the same shape."""
+def check_shapes(
+    state: dict[str, Any],
+    metadata: Metadata,
+    checkpoint: Location,
+    key: str | None,
+    rows_there: Mapping[str, int] | None = None,
+) -> None:
+    """Raise UserError unless the checkpoint contains every tensor of ``state`` with the same shape.
+
+    ``rows_there`` has the rows that tensors have there, by name, where it is another number than in ``state``.
+    """
     found: dict[str, torch.Size] = {}
     for name in state:
         tensor = metadata.state_dict_metadata.get(name if key is None else f"{key}.{name}")
@@ -209,8 +219,11 @@ def check_shapes(state: dict[str, Any], metadata: Metadata, checkpoint: Location
             except ValueError as error:
                 raise UserError(f"{checkpoint}: {error}") from None
     for name, size in found.items():
-        if size != state[name].size():
-            shapes = f"{tuple(size)} in the checkpoint and {tuple(state[name].size())} in the model"
+        wanted = state[name].size()
+        if size != wanted and size != torch.Size(
+            [(rows_there or {}).get(name, wanted[0] if wanted else 0), *wanted[1:]]
+        ):
+            shapes = f"{tuple(size)} in the checkpoint and {tuple(wanted)} in the model"
             raise UserError(f"{checkpoint}: {name!r} is {shapes}")
 
 

@@ -169,14 +169,16 @@ class TrainConfig:
     resume: str = setting(
         "auto: resume an unfinished run in run.dir from its latest complete checkpoint; never: require an empty "
         "run.dir; or the path of a checkpoint, a run or a directory of checkpoints: a run without checkpoints of its "
-        "own starts from there. Settings that change what weights mean must be the same, but for those of compression.",
+        "own starts from there. Settings that change what weights mean must be the same, but for those of compression. "
+        "With other training data it takes weights and optimizer state, and starts at step 0.",
         "auto",
     )
     initial_weights: str | None = setting(
         "Path of the weights that a new run takes in place of random ones at step 0: what `mlet factorize` made, a "
         "checkpoint, a run or a directory of checkpoints. The run takes all tables from it, and the dense layers "
-        "where it has them; all sizes must be the same (hidden_dim may differ if either has compression). A run that "
-        "resumes uses its own checkpoints. null: random initial values.",
+        "where it has them; all sizes must be the same (hidden_dim may differ if either has compression), but tables "
+        "may have grown (`mlet prepare --grow`). A run that resumes uses its own checkpoints. null: random initial "
+        "values.",
         None,
     )
     checkpoint_every: int | None = setting(

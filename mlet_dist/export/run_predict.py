@@ -53,7 +53,7 @@ def predict_path(
         loader = evaluation_loader(data, split, opened.spec, batch_size, worker)
         rows = DatasetSchema.load(data).rows[split]
         with Progress("predict", rows, "rows", disable=not worker.is_first) as progress:
-            batches = _gathered(predict(model, loader, worker), loader.batch_size // worker.world_size, worker)
+            batches = _gathered(predict(model, loader, worker), loader.local_batch_size, worker)
             if worker.is_first:
                 _write(out, batches, progress)
             else:

@@ -297,8 +297,9 @@ def _descending(name: str, counts: Counts, *, check: bool) -> npt.NDArray[np.flo
             raise UserError(
                 f"the ids of table {name!r} are not sorted by descending frequency: "
                 f"the first quarter of its rows has {known[:cut].sum():,} lookups, and the most frequent quarter "
-                f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, policy static "
-                f"with one width for the whole table (compression.tables.{name}), or policy none"
+                f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, prepared "
+                "without --like, policy static with one width for the whole table "
+                f"(compression.tables.{name}), or policy none"
             )
     envelope = np.maximum.accumulate(known[::-1])[::-1]
     return envelope + np.linspace(_TIE, 0, len(known), endpoint=False)

@@ -10,7 +10,7 @@ from typing import Any
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.config.parser import parse_section
-from mlet_dist.data.preprocessing import Preprocessing, find_difference
+from mlet_dist.data.preprocessing import LIKE_REMEDY, Preprocessing, extends, find_difference
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json
@@ -115,6 +115,9 @@ class ModelSpec:
     def check_data(self, schema: DatasetSchema, path: object) -> str | None:
         """Check that a data set has the inputs of this model, made in the same way, and the same kind of label.
 
+        Its vocabularies may have grown from those of the model's data set, or these from its own. Ids that the model
+        does not know then read row 0 (``known_ids``).
+
         Args:
             schema: the data set's schema.
             path: its location, for messages.
@@ -142,11 +145,10 @@ class ModelSpec:
             found = next((each for each in schema.sparse if each.name == feature.name), None)
             if found is None:
                 raise UserError(f"{path}: the model takes the feature {feature.name!r}, which this data set lacks")
-            if found.num_embeddings != feature.num_embeddings:
+            if found.num_embeddings != feature.num_embeddings and not self._has_grown(schema, feature.name):
                 raise UserError(
                     f"{path}: feature {feature.name!r} has {found.num_embeddings:,} ids here, but the model's table "
-                    f"has {feature.num_embeddings:,} rows; use the data set that the model was trained on, or one with "
-                    "the same vocabulary"
+                    f"has {feature.num_embeddings:,} rows; {LIKE_REMEDY}"
                 )
             if (found.multi_valued, found.weighted) != (feature.multi_valued, feature.weighted):
                 raise UserError(
@@ -154,18 +156,29 @@ class ModelSpec:
                     "the model's data set; prepare both data sets in the same way"
                 )
 
+    def _has_grown(self, schema: DatasetSchema, feature: str) -> bool:
+        """Return whether the feature's vocabulary has grown from the model's to that of a data set, or back."""
+        if self.preprocessing is None:
+            return self.vocabulary_id in schema.extends
+        here, own = schema.preprocessing.sparse[feature], self.preprocessing.sparse[feature]
+        return extends(here, own) or extends(own, here)
+
+    def known_ids(self, schema: DatasetSchema) -> dict[str, int]:
+        """Return the number of ids that the model knows of features of which a data set, which fits it, has more."""
+        sizes = schema.num_embeddings
+        return {each.name: each.num_embeddings for each in self.sparse if sizes[each.name] > each.num_embeddings}
+
     def _check_meaning(self, schema: DatasetSchema, path: object, wanted: Preprocessing | None) -> str | None:
         if wanted is None:
-            if schema.vocabulary_id != self.vocabulary_id:
+            if self.vocabulary_id not in (schema.vocabulary_id, *schema.extends):
                 raise UserError(
-                    f"{path}: its ids belong to another vocabulary than those of the model's data set; prepare both "
-                    "data sets with the same vocabulary"
+                    f"{path}: its ids belong to another vocabulary than those of the model's data set; {LIKE_REMEDY}"
                 )
             return (
                 f"the model does not record how its dense columns and its label were made, so that they cannot be "
                 f"compared with those of {path}; they must have been made in the same way"
             )
-        difference = find_difference(schema.preprocessing, wanted, "here", "in the model's data set")
+        difference = find_difference(schema.preprocessing, wanted, "here", "in the model's data set", "either")
         if difference is not None:
             raise UserError(f"{path}: {difference.text}; {difference.remedy}")
         return None

@@ -130,9 +130,11 @@ def evaluation_loader(
 ) -> DataLoader:
     """Return a loader of every row of a split; a batch is at most the split, rounded up to a multiple of the ranks.
 
-    With a ``share``, it is that share of the rows, from the beginning of the split and at least one.
+    With a ``share``, it is that share of the rows, from the beginning of the split and at least one. Ids of a
+    vocabulary that has grown since the model was trained are out of its vocabulary: they become id 0.
     """
-    all_rows = DatasetSchema.load(path).rows.get(split, batch_size)
+    schema = DatasetSchema.load(path)
+    all_rows = schema.rows.get(split, batch_size)
     rows = max(1, math.ceil(share * all_rows))
     batch_size = max(1, min(batch_size, rows))
     return DataLoader(
@@ -143,9 +145,24 @@ def evaluation_loader(
         world_size=worker.world_size,
         dense_features=spec.dense,
         sparse_features=[feature.name for feature in spec.sparse],
+        known_ids=spec.known_ids(schema),
         pin_memory=worker.device.type == "cuda",
         first_rows=None if share == 1 else rows,
     )
+
+
+def count_first_ids(loader: DataLoader, worker: Worker) -> dict[str, int]:
+    """Return how often each feature has id 0 in a loader's rows, over all ranks. A collective call."""
+    names: list[str] = []
+    counts = torch.zeros(0, dtype=torch.int64)
+    for batch in loader:
+        names = batch.sparse.keys()
+        of_features = batch.sparse.values().split(batch.sparse.length_per_key())
+        own = torch.stack([(ids == 0).sum() for ids in of_features])
+        counts = counts + own if len(counts) else own
+    counts = counts.to(worker.device)
+    dist.all_reduce(counts)
+    return dict(zip(names, counts.tolist(), strict=True))
 
 
 @torch.no_grad()

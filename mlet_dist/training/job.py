@@ -93,7 +93,7 @@ class Job:
     @property
     def first_step(self) -> int:
         """Steps taken by the jobs before this one."""
-        return 0 if self.resume_point is None else self.resume_point.found.manifest.step
+        return 0 if self.resume_point is None else self.resume_point.first_step
 
     @property
     def resumes(self) -> bool:
@@ -186,8 +186,9 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
         if resume_point is not None:
             if not resume_point.is_own:
                 check_outlives(resume_point.found, run, store)
-            resume_point = resume_point.open(spec)
-            loader.load_state_dict(resume_point.found.manifest.about["data"])
+            resume_point = resume_point.open(spec, config.data.path)
+            if resume_point.continues:
+                loader.load_state_dict(resume_point.found.manifest.about["data"])
         initial = find_initial_weights(config, spec) if resume_point is None else None
         if initial is not None:
             check_outlives(initial.found, run, store)

@@ -85,13 +85,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTables | None = None) -> None:
+def restore(
+    training: Training, found: CompleteCheckpoint, tables: RefittedTables | None = None, *, continues: bool = True
+) -> None:
     """Load a complete checkpoint into ``training``, in any sharding, on any number of ranks. A collective call.
 
     Args:
         training: what is restored.
         found: the checkpoint.
-        tables: its tables, if rows have other widths now. Rows that are stored by id there are converted without them.
+        tables: its tables, if rows have other widths now, or tables more rows. Rows that are stored by id there are
+            converted without them.
+        continues: whether training goes on where it was. Otherwise it begins with these weights and optimizer states.
 
     Random states are restored only on the same number of ranks and the same kind of device. Training depends on them
     only for half-precision rows on CUDA, which are rounded stochastically.
@@ -111,21 +115,33 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
         if states:
             state[OPTIMIZER_KEY] = {name: of for name, of in states.items() if not name.startswith(prefix)}
     about = found.manifest.about
+    if not continues:
+        del state[_METRICS_KEY], state[_RANDOM_KEY]
+        _load_rest(training, state, found, tables)
+        return
     same_ranks = about["world_size"] == dist.get_world_size() and about["device"] == _device(training)
     if not same_ranks:
         del state[_RANDOM_KEY]
     state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
-    if tables is None:
-        run_long(lambda _: _check_shapes(state[MODEL_KEY], found))
-    load_verified(state, found.checkpoint, found.manifest)
-    if tables is None:
-        training.model.load_state_dict(state[MODEL_KEY])
+    _load_rest(training, state, found, tables)
     training.metrics.load_state_dict(state[_METRICS_KEY])
     if same_ranks:
         _set_random_state(state[_RANDOM_KEY])
     training.step, training.skipped = found.manifest.step, about["skipped"]
     training.excluded_steps = set(about["passed_over"])
     training.validation = ValidationState.from_dict(about.get(VALIDATION))
+
+
+def _load_rest(
+    training: Training, state: dict[str, Any], found: CompleteCheckpoint, tables: RefittedTables | None
+) -> None:
+    """Fill what ``state`` has left, and the model with it unless its ``tables`` were filled before."""
+    if tables is None:
+        run_long(lambda _: _check_shapes(state[MODEL_KEY], found))
+    if state:
+        load_verified(state, found.checkpoint, found.manifest)
+    if tables is None:
+        training.model.load_state_dict(state[MODEL_KEY])
 
 
 def _check_shapes(state: dict[str, Any], found: CompleteCheckpoint) -> None:

@@ -154,7 +154,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
     if point is not None and point.is_own:
         job = job.resumed_from(restore_latest(training, job.store, point.found))
     elif point is not None:
-        restore(training, point.found, point.tables)
+        restore(training, point.found, point.tables, continues=point.continues)
         training.validation = ValidationState()  # the best step of another run is none of this one
     elif job.initial is not None:
         job.initial.load(model)
@@ -181,7 +181,7 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             GarbageCollection() as collect_garbage,
         ):
             report = TrainingReport(job.config, training, progress, recorder, guard, timer)
-            if job.resume_point is not None:
+            if job.resume_point is not None and job.resume_point.continues:
                 report.load_state_dict(job.resume_point.found.manifest.about["report"])
             learning_rates = LearningRates(job.config.optimizer, training)
             fields = partial(manifest_fields, job, plan, recorder, report)
