@@ -89,8 +89,8 @@ def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype]
     """Return the bytes of all tables in training (W1 in ``rows_dtype``, W2 float32) and in serving (W float32)."""
     meta = torch.device("meta")
     trained = build_dlrm(spec, meta, rows_dtype, meta).sparse_arch.embedding_bag_collection
-    served = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.collapse()
-    return _parameter_bytes(trained), _parameter_bytes(served)
+    served = sum(4 * table.num_embeddings * spec.model.embedding_dim for table in spec.tables)
+    return sum(each.numel() * each.element_size() for each in trained.parameters()), served
 
 
 def dense_cost(
@@ -125,10 +125,6 @@ def build_around(
             dense_arch_layer_sizes=[*spec.model.bottom_mlp, spec.model.embedding_dim],
             over_arch_layer_sizes=[*spec.model.top_mlp, 1],
         )
-
-
-def _parameter_bytes(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _table_configs(
