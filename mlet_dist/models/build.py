@@ -96,8 +96,9 @@ def quantised_collection(
 def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32") -> tuple[int, int]:
     """Return the bytes of all tables in training (W1 in ``rows_dtype``, W2 float32) and in serving (W float32)."""
     meta = torch.device("meta")
-    trained, served = build_tables(spec, meta, rows_dtype), build_tables(spec, meta).collapse()
-    return _parameter_bytes(trained), _parameter_bytes(served)
+    trained = build_tables(spec, meta, rows_dtype)
+    served = sum(4 * table.num_embeddings * spec.model.embedding_dim for table in spec.tables)
+    return sum(each.numel() * each.element_size() for each in trained.parameters()), served
 
 
 def multi_layer_tables(model: nn.Module) -> MultiLayerEmbeddingBagCollection:
@@ -133,10 +134,6 @@ def with_tables_prefix(spec: ModelSpec) -> ModelSpec:
     meta = torch.device("meta")
     model = build_training_model(dataclasses.replace(spec, row_ranges={}, adaptive={}), meta, dense_device=meta)
     return dataclasses.replace(spec, tables_prefix=tables_prefix(model))
-
-
-def _parameter_bytes(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _table_configs(

@@ -138,7 +138,7 @@ def test_adam_on_a_cpu_resumes_bitwise_within_the_budget(
     resumed = train_in_ranks(ranks, 2, *adam, f"run.dir={stopped_after(40, path, tmp_path / 'same')}")
     assert resumed["first_step"] == 40
     assert resumed["weights_sha256"] == result["weights_sha256"]
-    for size in (1, 4):
+    for size in (1, 4) if len(parts) == 1 else (1,):
         other = train_in_ranks(ranks, size, *adam, f"run.dir={stopped_after(40, path, tmp_path / str(size))}")
         assert other["first_step"] == 40
         assert other["training_bytes_peak"] == result["training_bytes_peak"]

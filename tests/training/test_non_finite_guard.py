@@ -19,6 +19,7 @@ from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer
 from tests.helpers.mlet_command import ROOT, mlet
+from tests.helpers.pairwise import pairwise
 from tests.helpers.ranks import RankPool
 from tests.helpers.small_run import SETTINGS, loader, local, training_of
 from tests.helpers.train_in_ranks import records, stopped_after, train_in_ranks
@@ -158,9 +159,7 @@ def test_a_non_finite_value_stops_both_loops_on_every_rank_after_the_same_step(r
     found = [("label", 4), ("feature", 1), ("gradient", 4), ("gradient", STEPS), ("label", STEPS)]
     cases = [
         Case(config, pipelined, policy, step, where)
-        for where, step in found
-        for policy in ("stop", "rollback")
-        for pipelined in (False, True)
+        for (where, step), policy, pipelined in pairwise(found, ("stop", "rollback"), (False, True))
     ]
     every = ranks(2).run(_train_each, cases)
     for case, *outcomes in zip(cases, *every, strict=True):

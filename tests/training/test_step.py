@@ -101,7 +101,7 @@ def _run_both(config: Config, directory: Path) -> list[dict[str, Any]]:
         (2, "sgd", "after"),
         (2, "adagrad", "reduce_scatter"),
         (2, "adam", "unique_rows"),
-        (4, "rowwise_adagrad", "unique_rows"),
+        (2, "rowwise_adagrad", "unique_rows"),
     ],
 )
 def test_both_loops_train_bitwise_identical_weights_over_epochs(

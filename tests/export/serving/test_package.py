@@ -6,7 +6,9 @@ import site
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,15 +164,22 @@ _INVALID: list[tuple[str, Callable[[Request], tuple[object, ...]]]] = [
 ]
 
 
+@cache
+def _loaded(package: Path) -> tuple[Any, Any]:
+    """Return the TorchScript and the exported program of a package, which one server would load once, too."""
+    return torch.jit.load(package / "model.pt"), torch.export.load(package / "model.pt2").module()
+
+
 @pytest.mark.parametrize(("message", "invalid"), _INVALID, ids=[message for message, _ in _INVALID])
 def test_an_invalid_request_is_rejected(
     packages: Callable[[bool], Path], message: str, invalid: Callable[[Request], tuple[object, ...]]
 ) -> None:
-    package, request = packages(False), _request(_spec(False), 9)
+    scripted, exported = _loaded(packages(False))
+    request = _request(_spec(False), 9)
     with pytest.raises(torch.jit.Error, match=message):
-        torch.jit.load(package / "model.pt")(*invalid(request))
+        scripted(*invalid(request))
     with pytest.raises((RuntimeError, AssertionError)):
-        torch.export.load(package / "model.pt2").module()(*invalid(request))
+        exported(*invalid(request))
 
 
 @pytest.mark.parametrize(
@@ -186,12 +195,13 @@ def test_invalid_weights_are_rejected(
 ) -> None:
     request = _request(_spec(True), 9)
     invalid = _with(request, weights=weights(request))
+    scripted, exported = _loaded(packages(True))
     with pytest.raises(torch.jit.Error, match=message):
-        torch.jit.load(packages(True) / "model.pt")(*invalid)
+        scripted(*invalid)
     with pytest.raises((RuntimeError, AssertionError, AttributeError)):
-        torch.export.load(packages(True) / "model.pt2").module()(*invalid)
+        exported(*invalid)
     with pytest.raises(torch.jit.Error, match="weights is given, but"):
-        torch.jit.load(packages(False) / "model.pt")(*_request(_spec(True), 9).tensors())
+        _loaded(packages(False))[0](*request.tensors())
 
 
 def test_a_package_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
