@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mlet_command import ROOT
-from tests.helpers.rendered_manifests import KINDS, RENDERED, names, needs_kubectl, render
+from tests.helpers.quantities import quantity
+from tests.helpers.rendered_manifests import KINDS, RENDERED, names, needs_kubectl, of_kind, render
 
 FOLDER = ROOT / "docs" / "clusters"
 PAGES = [ROOT / "docs" / "cluster.md", *sorted(FOLDER.glob("*.md"))]
@@ -52,6 +53,20 @@ def test_the_fields_that_pages_explain_have_these_values() -> None:
         fields = r"`((?:maxRetry|maxRestarts|maxFailedIndexes|backoffLimit\w*): \d+)`"
         for field in re.findall(fields, page.read_text()):
             assert field in manifests, f"{page.name}: {field}"
+
+
+@needs_kubectl
+def test_the_quota_that_a_job_set_needs_in_kueue_is_documented() -> None:
+    """Kueue takes the pods of all replicated Jobs together, also of those that wait for another one."""
+    (job_set,) = of_kind("kueue/jobset", "JobSet")
+    cores, gib = 0.0, 0.0
+    for each in job_set["spec"]["replicatedJobs"]:
+        job = each["template"]["spec"]
+        (container,) = job["template"]["spec"]["containers"]
+        pods, requests = job.get("parallelism", 1), container["resources"]["requests"]
+        cores += pods * quantity(requests["cpu"])
+        gib += pods * quantity(requests["memory"]) / 2**30
+    assert f"room for {cores:.0f} cores and {gib:,.0f} GiB" in (FOLDER / "kueue.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Each way to start all nodes of a job or none."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -51,15 +52,22 @@ def test_kubeflow_trainer_makes_the_pod_group() -> None:
     (runtime,) = of_kind("volcano/trainjob", "TrainingRuntime")
     assert runtime["spec"]["podGroupPolicy"] == {"volcano": {}}
     assert training_pod("volcano/trainjob")[1]["schedulerName"] == "volcano"
+    rest = deepcopy(render("volcano/trainjob"))
+    for thing in rest:
+        if thing["kind"] == "TrainingRuntime":
+            assert list(thing["spec"]["template"].pop("metadata")) == ["annotations"]
     own = ("schedulerName", "podGroupPolicy")
-    assert without(render("volcano/trainjob"), *own) == without(render("trainjob"), *own)
+    assert without(rest, *own) == without(render("trainjob"), *own)
 
 
 def test_jobs_of_volcano_are_in_its_queue() -> None:
     (queue,) = of_kind("volcano", "Queue")
     (job,) = volcano_jobs("volcano/job")
     (group,) = of_kind("volcano/podgroup", "PodGroup")
-    assert job["spec"]["queue"] == group["spec"]["queue"] == queue["metadata"]["name"]
+    (runtime,) = of_kind("volcano/trainjob", "TrainingRuntime")
+    annotations = runtime["spec"]["template"]["metadata"]["annotations"]  # of which Trainer takes the PodGroup's queue
+    asked = [job["spec"]["queue"], group["spec"]["queue"], annotations["scheduling.volcano.sh/queue-name"]]
+    assert asked == [queue["metadata"]["name"]] * 3
     needed = training_container("volcano/job")["resources"]["requests"]
     assert int(queue["spec"]["capability"]["nvidia.com/gpu"]) >= int(needed["nvidia.com/gpu"]) * node_count(
         "volcano/job"
