@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mlet_dist.cluster.gloo_interface import gloo_interface
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.rank_errors import error_in_logs, error_of_failure
 from mlet_dist.cluster.rank_watch import RankWatch
 from mlet_dist.cluster.stop_request import FORWARDED, StopRequest
 from mlet_dist.cluster.torch_rendezvous import FixedRendezvous
 from mlet_dist.errors import NodesMissing
+from mlet_dist.node_log import log_of_node
 from mlet_dist.openmp import thread_environment
 from mlet_dist.training.rank_files import folders_by_process
 
@@ -65,6 +68,7 @@ def run_ranks(
         "max_restarts": 0,
         "signals_to_handle": "",  # `stop` has them, and raises nothing in the middle of this
     }
+    _choose_interface(nodes)
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # `job` contains nproc: no need to ask the other nodes
     with _log_directory() as logs:
         try:
@@ -105,6 +109,7 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
         "max_restarts": _ELASTIC_RESTARTS,
         "signals_to_handle": ",".join(number.name for number in FORWARDED),
     }
+    _choose_interface(nodes)
     watch = RankWatch((), shutdown_seconds(), lambda kind, text: None, on_cuda=on_cuda)
     with _log_directory() as logs:
         try:
@@ -130,6 +135,15 @@ def _error_of(failed: ChildFailedError, arguments: Sequence[str], watch: RankWat
         on_cuda=watch.on_cuda,
         folders={pid: folder.path for pid, folder in folders_by_process(logs).items()},
     )
+
+
+def _choose_interface(nodes: Nodes) -> None:
+    if nodes.count == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    if interface := gloo_interface(socket.gethostname(), nodes.master):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        text = f"{socket.gethostname()} has no address that other nodes reach; gloo uses the interface {interface}"
+        log_of_node(nodes.rank, nodes.count, text)
 
 
 def _launch(config: dict[str, Any], nproc: int, logs: Path, arguments: Sequence[str]) -> None:
