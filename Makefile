@@ -13,9 +13,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(USABLE)' 
 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-# tests/conftest.py says how many workers there are. A worker keeps rank processes of its own, and the tests of a file
-# share them. ARGS="-n 0" runs all tests in one process.
-TEST_WORKERS := -n auto --dist loadfile
+# tests/conftest.py says how many workers there are, and which files come first. A worker keeps rank processes of its
+# own, and the tests of a file share them. ARGS="-n 0" runs all tests in one process.
+TEST_WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test setup check lint types imports format bench docs linkcheck wheel soak gpu slurm cluster-test clean

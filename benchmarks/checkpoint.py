@@ -36,10 +36,11 @@ from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_complete,
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
@@ -180,7 +181,7 @@ def measure(arguments: argparse.Namespace, worker: Worker) -> dict[str, Any]:
     tables = tuple(SparseFeature(f"C{index}", arguments.num_embeddings) for index in range(TABLES))
     spec = ModelSpec(ModelConfig(hidden_dim=64), tuple(f"I{index}" for index in range(DENSE)), tables, seed=0)
     config = OptimizerConfig("adagrad", 0.01)
-    model = build_dlrm(spec, torch.device("meta"))
+    model = build_training_model(spec, torch.device("meta"))
     fuse_row_optimizer(model, config)
     sharded, _ = shard_model(model, worker, arguments.local_batch_size)
     optimizer = build_optimizer(sharded, config)

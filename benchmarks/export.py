@@ -65,7 +65,7 @@ def load_all(run: Path, out: Path) -> Callable[[], None]:
     import torch
     from torch.distributed import checkpoint as dcp
 
-    from mlet_dist.models.dlrm import TABLES_PREFIX
+    from mlet_dist.models.spec import TABLES_PREFIX
 
     def action() -> None:
         metadata = dcp.FileSystemReader(checkpoint_files(run)[0].parent).read_metadata().state_dict_metadata
@@ -83,7 +83,7 @@ def make(arguments: argparse.Namespace) -> None:
     """Write the run."""
     from made_run import make_run
 
-    from mlet_dist.config.sections import ModelConfig
+    from mlet_dist.config.model_section import ModelConfig
 
     model = ModelConfig(embedding_dim=EMBEDDING_DIM, hidden_dim=HIDDEN_DIM, bottom_mlp=(16,), top_mlp=(16,))
     make_run(Path(arguments.out) / "run", {TABLE: arguments.rows}, model, arguments.shards)

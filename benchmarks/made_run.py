@@ -10,13 +10,14 @@ from mlet_dist.checkpoint.load import MODEL_KEY
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.checkpoint.writer import ChecksumStream
 from mlet_dist.config.config_file import Config, save_config
-from mlet_dist.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import DataConfig, RunConfig, TrainConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD
 from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.tensor_shards import TensorShard
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_training_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training.run_directory import RunDirectory
 
 Rows = Callable[[str, int, int, int], torch.Tensor]
@@ -98,7 +99,7 @@ def make_run(
 
 def _replicated(spec: ModelSpec, rows: Rows) -> dict[str, torch.Tensor]:
     """Return W2 of each table and the dense layers, by their names in the checkpoint."""
-    state = build_dlrm(spec, torch.device("meta")).state_dict()
+    state = build_training_model(spec, torch.device("meta")).state_dict()
     found = {}
     for name, tensor in state.items():
         if ".projections." in name:

@@ -29,12 +29,13 @@ import torch
 from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.data.loading.loader import BATCHES_AHEAD, Batch, DataLoader
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
@@ -117,7 +118,7 @@ def synthetic_batches(case: Case, spec: ModelSpec, worker: Worker) -> list[Batch
 def training(case: Case, worker: Worker, pipelined: bool) -> Iterator[Predicted | Finding]:
     """Train without end; each element is the result of one step."""
     spec = spec_of(case)
-    model = build_dlrm(spec, torch.device("meta"))
+    model = build_training_model(spec, torch.device("meta"))
     config = OptimizerConfig(learning_rate=0.01)
     fuse_row_optimizer(model, config)
     sharded, _ = shard_model(model, worker, case.local_batch_size, ShardingConfig(exchange=case.exchange))

@@ -31,12 +31,13 @@ from torchrec import KeyedJaggedTensor
 from mlet_dist.cli.process import configure_torch
 from mlet_dist.cluster.calibration import calibrate
 from mlet_dist.config.calibration_file import Calibration, GroupRates
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.planning.cost_model import Device
 from mlet_dist.embeddings.planning.plan_cost import slowest_step
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.planner.expected_step import expected_step
 from mlet_dist.planner.hardware_rates import build_device
@@ -69,7 +70,7 @@ class Run:
         layers = ModelConfig(embedding_dim=EMBEDDING_DIM, hidden_dim=HIDDEN_DIM, bottom_mlp=LAYERS, top_mlp=LAYERS)
         features = tuple(SparseFeature(f"C{index}", rows) for index, rows in enumerate(SIZES, 1))
         spec = ModelSpec(layers, tuple(f"I{index}" for index in range(1, 14)), features, seed=0)
-        model, config = build_dlrm(spec, torch.device("meta")), OptimizerConfig(learning_rate=0.01)
+        model, config = build_training_model(spec, torch.device("meta")), OptimizerConfig(learning_rate=0.01)
         fuse_row_optimizer(model, config)
         self.tables = model.sparse_arch.embedding_bag_collection.row_tables()
         sharded, self.plan = shard_model(model, worker, local_batch_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torchrec import KeyedJaggedTensor
 
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.loading.loader import Batch, DataLoader
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.models.spec import ModelSpec

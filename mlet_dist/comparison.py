@@ -14,7 +14,8 @@ from mlet_dist.child_command import run_child_command
 from mlet_dist.comparison_report import CONTROL, MLET, SINGLE, SINGLE_COMPRESSED, comparison_table
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config, save_config
-from mlet_dist.config.sections import ModelConfig, RunConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import RunConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError

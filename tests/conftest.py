@@ -12,6 +12,35 @@ from tests.helpers.mlet_command import mlet_json
 from tests.helpers.ranks import RankPool
 from tests.helpers.s3_server import S3Bucket, S3Server, s3_server
 
+_LONGEST = (
+    "tests/cluster/test_restarts.py",
+    "tests/training/test_refitted_tables.py",
+    "tests/cluster/test_rank_faults.py",
+    "tests/training/test_resume.py",
+    "tests/training/test_dense_arithmetic.py",
+    "tests/export/serving/test_package.py",
+    "tests/embeddings/sharded/test_module.py",
+    "tests/training/test_non_finite_guard.py",
+    "tests/training/test_kills.py",
+    "tests/training/test_faults.py",
+    "tests/training/test_adaptive_training.py",
+    "tests/training/test_compression.py",
+    "tests/cluster/test_launcher.py",
+    "tests/training/test_run_on_s3.py",
+)
+"""The files that take more than a minute. They come first, since all workers would wait for one that began last."""
+
+
+def pytest_configure() -> None:
+    # torch reads it when it is imported. The second thread of a worker would spin on a core that another worker needs.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """Run one worker more than there are CPUs, since tests wait for processes and timers; each takes a few GB."""

@@ -8,10 +8,10 @@ import torch
 from torchrec import KeyedJaggedTensor
 
 from mlet_dist.comparison import single_layer_control
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 
 ROWS, DRAWS, RATE = 400, 60, 0.3
@@ -20,7 +20,7 @@ GRADIENT = torch.tensor([1.0, -2.0, 0.5, 3.0])
 
 def tables(model: ModelConfig, seed: int) -> MultiLayerEmbeddingBagCollection:
     spec = ModelSpec(model, ("I1",), (SparseFeature("C1", ROWS),), seed)
-    found = build_dlrm(spec, torch.device("cpu")).sparse_arch.embedding_bag_collection
+    found = build_training_model(spec, torch.device("cpu")).sparse_arch.embedding_bag_collection
     assert isinstance(found, MultiLayerEmbeddingBagCollection)
     return found
 

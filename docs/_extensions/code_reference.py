@@ -32,7 +32,7 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     for section in dataclasses.fields(Config):
         for setting in dataclasses.fields(typing.cast(Any, section.type)):
             yield f"{section.name}.{setting.name}", setting
-            if typing.get_origin(setting.type) is dict:
+            if typing.get_origin(setting.type) is dict and typing.get_args(setting.type)[1] is not Any:
                 for each in dataclasses.fields(typing.get_args(setting.type)[1]):
                     yield f"{section.name}.{setting.name}.{_BY_NAME}.{each.name}", each
 

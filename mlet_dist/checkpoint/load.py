@@ -1,6 +1,7 @@
 """Find a complete checkpoint, and load it under any sharding with torch.distributed.checkpoint."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,20 +117,6 @@ def require_complete(checkpoint: Checkpoint) -> CompleteCheckpoint:
     return CompleteCheckpoint(checkpoint, manifest, [])
 
 
-def latest_checkpoint(store: CheckpointStore) -> Checkpoint:
-    """Return the last checkpoint of a finished run after verifying its files. A collective call.
-
-    Raises:
-        UserError: there is none, or it is damaged. An older checkpoint is not the result of the run.
-    """
-    found = latest_complete(store)
-    if found is None:
-        raise UserError(f"{store}: no complete checkpoint; the run never finished")
-    if found.damage:
-        raise UserError(f"the run's last checkpoint is damaged: {'; '.join(found.damage)}")
-    return found.checkpoint
-
-
 def latest_finished(store: CheckpointStore) -> tuple[Checkpoint, Manifest]:
     """Return the last checkpoint and its manifest after comparing file sizes alone; readers verify the checksums.
 
@@ -139,15 +126,27 @@ def latest_finished(store: CheckpointStore) -> tuple[Checkpoint, Manifest]:
     finished = [each for each in store.checkpoints() if not each.is_unfinished]
     if not finished:
         raise UserError(f"{store}: no complete checkpoint; the run never finished")
-    latest = finished[-1]
+    return finished[-1], finished_manifest(finished[-1], "the run's last checkpoint")
+
+
+def finished_manifest(checkpoint: Checkpoint, name: str) -> Manifest:
+    """Return the manifest of a checkpoint after comparing file sizes alone; readers verify the checksums.
+
+    Args:
+        checkpoint: must not be unfinished.
+        name: what it is, for messages.
+
+    Raises:
+        UserError: its manifest is damaged, or a file is missing or has another size.
+    """
     try:
-        manifest = latest.manifest()
+        manifest = checkpoint.manifest()
     except ManifestError as error:
-        raise UserError(f"the run's last checkpoint is damaged: {error}") from None
-    damage = _damage_by_sizes(latest, manifest)
+        raise UserError(f"{name} is damaged: {error}") from None
+    damage = _damage_by_sizes(checkpoint, manifest)
     if damage:
-        raise UserError(f"the run's last checkpoint is damaged: {damage[0]}")
-    return latest, manifest
+        raise UserError(f"{name} is damaged: {damage[0]}")
+    return manifest
 
 
 def load_model(
@@ -194,8 +193,17 @@ def read_metadata(checkpoint: Location) -> Metadata:
         raise UserError(f"{checkpoint}: not a readable checkpoint: {error or type(error).__name__}") from None
 
 
-def check_shapes(state: dict[str, Any], metadata: Metadata, checkpoint: Location, key: str | None) -> None:
-    """Raise UserError unless the checkpoint contains every tensor of ``state`` with the same shape."""
+def check_shapes(
+    state: dict[str, Any],
+    metadata: Metadata,
+    checkpoint: Location,
+    key: str | None,
+    rows_there: Mapping[str, int] | None = None,
+) -> None:
+    """Raise UserError unless the checkpoint contains every tensor of ``state`` with the same shape.
+
+    ``rows_there`` has the rows that tensors have there, by name, where it is another number than in ``state``.
+    """
     found: dict[str, torch.Size] = {}
     for name in state:
         tensor = metadata.state_dict_metadata.get(name if key is None else f"{key}.{name}")
@@ -211,8 +219,11 @@ def check_shapes(state: dict[str, Any], metadata: Metadata, checkpoint: Location
             except ValueError as error:
                 raise UserError(f"{checkpoint}: {error}") from None
     for name, size in found.items():
-        if size != state[name].size():
-            shapes = f"{tuple(size)} in the checkpoint and {tuple(state[name].size())} in the model"
+        wanted = state[name].size()
+        if size != wanted and size != torch.Size(
+            [(rows_there or {}).get(name, wanted[0] if wanted else 0), *wanted[1:]]
+        ):
+            shapes = f"{tuple(size)} in the checkpoint and {tuple(wanted)} in the model"
             raise UserError(f"{checkpoint}: {name!r} is {shapes}")
 
 

@@ -60,7 +60,15 @@ class CheckpointSaver:
         self.saved: Checkpoint | None = None
         self.write_seconds = 0.0
 
-    def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any], *, in_background: bool = True) -> None:
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        about: Mapping[str, Any],
+        *,
+        in_background: bool = True,
+        kept: int | None = None,
+    ) -> None:
         """Write a checkpoint; ``state`` may change as soon as this returns. A collective call.
 
         Args:
@@ -70,6 +78,7 @@ class CheckpointSaver:
             in_background: write a copy of the state while training continues. The copy is made only if some host has
                 memory for those of its ranks; otherwise, and where this is false, the state is written in chunks
                 before this returns.
+            kept: the step of a checkpoint that is not removed when this one is complete, however old it is.
 
         Raises:
             UserError: the previous checkpoint could not be written.
@@ -79,7 +88,7 @@ class CheckpointSaver:
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         written = copy_to_cpu(state) if copies else in_chunks(state)
         checkpoint = self._store.checkpoint(step)
-        self._thread = threading.Thread(target=self._run, args=(checkpoint, written, about, device), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(checkpoint, written, about, kept, device), daemon=True)
         self._thread.start()
         if not copies:
             self._thread.join()
@@ -121,7 +130,14 @@ class CheckpointSaver:
         if error is not None:
             raise error
 
-    def _run(self, checkpoint: Checkpoint, state: dict[str, Any], about: Mapping[str, Any], device: int | None) -> None:
+    def _run(
+        self,
+        checkpoint: Checkpoint,
+        state: dict[str, Any],
+        about: Mapping[str, Any],
+        kept: int | None,
+        device: int | None,
+    ) -> None:
         # At the priority of training, since a thread of a lower one that holds Python's lock would delay training.
         if device is not None:  # each thread begins with the first
             torch.cuda.set_device(device)
@@ -131,7 +147,8 @@ class CheckpointSaver:
             self.saved, self.write_seconds = checkpoint, time.monotonic() - started
             if self._on_saved is not None:
                 self._on_saved(checkpoint.step)
-            remove_old = partial(apply_retention, self._store, about.get(RUN_ID), self._keep_last, self._keep_every)
+            run_id = about.get(RUN_ID)
+            remove_old = partial(apply_retention, self._store, run_id, self._keep_last, self._keep_every, kept)
             on_first_rank(remove_old, f"{self._store}: older checkpoints cannot be removed", self._group)
         except BaseException as error:
             self._error = error
@@ -146,8 +163,10 @@ class CheckpointSaver:
             self._thread.join(None if error is None else _JOIN_SECONDS_ON_ERROR)
 
 
-def apply_retention(store: CheckpointStore, run_id: str | None, keep_last: int, keep_every: int | None) -> None:
-    """Remove finished checkpoints except the last ``keep_last`` and those whose step is a multiple of ``keep_every``.
+def apply_retention(
+    store: CheckpointStore, run_id: str | None, keep_last: int, keep_every: int | None, kept: int | None = None
+) -> None:
+    """Remove finished checkpoints but the last ``keep_last``, multiples of ``keep_every``, and that of step ``kept``.
 
     Checkpoints without a valid manifest are left alone: one of them may be being written.
 
@@ -164,5 +183,5 @@ def apply_retention(store: CheckpointStore, run_id: str | None, keep_last: int, 
             )
         finished.append(checkpoint)
     for checkpoint in finished[:-keep_last]:
-        if keep_every is None or checkpoint.step % keep_every:
+        if checkpoint.step != kept and (keep_every is None or checkpoint.step % keep_every):
             checkpoint.remove()

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mlet_dist.cli.options import add_data, add_nproc
+from mlet_dist.cli.options import add_checkpoint_choice, add_data, add_nproc, choice_of
 from mlet_dist.cli.output import Result
 from mlet_dist.cli.process import configure_torch
 from mlet_dist.cli.ranks import run_in_ranks
@@ -14,7 +14,12 @@ EPILOG = None
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("target", metavar="RUN_OR_EXPORT", help="directory that `mlet train` or `mlet export` made")
+    parser.add_argument(
+        "target",
+        metavar="RUN_OR_EXPORT",
+        help="directory that `mlet train` or `mlet export` made, or of a checkpoint of a run",
+    )
+    add_checkpoint_choice(parser, "a run")
     add_data(parser)
     add_nproc(parser)
 
@@ -27,4 +32,4 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
     from mlet_dist.data.location import data_set_path
     from mlet_dist.export.run_evaluate import evaluate_path
 
-    return evaluate_path(Path(args.target), data_set_path(args.data), args.split), True
+    return evaluate_path(Path(args.target), data_set_path(args.data), args.split, choice=choice_of(args)), True

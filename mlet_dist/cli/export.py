@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from mlet_dist.cli.options import add_nproc, byte_size, positive
+from mlet_dist.cli.options import add_checkpoint_choice, add_nproc, byte_size, choice_of, positive
 from mlet_dist.cli.output import Result
 from mlet_dist.cli.process import configure_torch
 from mlet_dist.cli.ranks import run_in_ranks
 
-TEXT = "Collapse the tables W1·W2 of a finished run into plain TorchRec tables for serving."
+TEXT = "Collapse the tables W1·W2 of a run into plain TorchRec tables for serving."
 EPILOG = """\
 The same command again resumes an interrupted export, whose finished work is kept in .NAME.partial beside DIR. The
 files are the same for any number of ranks. To export on several hosts, start the ranks by torchrun; DIR must then be on
@@ -22,7 +22,10 @@ _OUTPUTS = (*_TABLES, "package")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("run", metavar="RUN", help="directory of a finished run that `mlet train` made")
+    parser.add_argument(
+        "run", metavar="RUN", help="directory of a run that `mlet train` made, or of a checkpoint of it"
+    )
+    add_checkpoint_choice(parser)
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="directory or URL for the export; it must be new or empty"
     )
@@ -75,5 +78,6 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         gather=args.gather,
         overwrite=args.overwrite,
         memory=args.memory,
+        choice=choice_of(args),
     )
     return export_run(Path(args.run), args.out, options), True

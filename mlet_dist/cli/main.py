@@ -19,6 +19,7 @@ from mlet_dist.cli import (
     export,
     factorize,
     plan,
+    predict,
     prepare,
     spectrum,
     synth,
@@ -55,7 +56,8 @@ class _Command(Protocol):
 
 
 _COMMANDS: tuple[_Command, ...] = (
-    describe, prepare, synth, train, compare, plan, evaluate, export, verify, factorize, spectrum, widths, doctor,
+    describe, prepare, synth, train, compare, plan, evaluate, predict, export, verify, factorize, spectrum, widths,
+    doctor,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from mlet_dist.errors import UserError, print_warning
 
 if TYPE_CHECKING:
     from mlet_dist.models.spec import ModelSpec
+    from mlet_dist.training.run_checkpoints import CheckpointChoice
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LAST_PORT = 65_535
@@ -54,6 +55,31 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "--split", choices=["train", "valid", "test"], default="test",
         help="split of the data set to evaluate on (default: %(default)s)",
     )  # fmt: skip
+
+
+def add_checkpoint_choice(
+    parser: argparse.ArgumentParser, of: str = "RUN", default: str = "that of the last step of a finished run"
+) -> None:
+    """Add ``--step`` and ``--best``, which choose a checkpoint of the run ``of``."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--step",
+        type=_step,
+        metavar="N",
+        help=f"take the checkpoint of {of} after step N, also of a run that has not finished (default: {default})",
+    )
+    group.add_argument(
+        "--best",
+        action="store_true",
+        help=f"take the best checkpoint of {of} so far, by its train.keep_best, also of a run that has not finished",
+    )
+
+
+def choice_of(args: argparse.Namespace) -> "CheckpointChoice":
+    """Return what ``--step`` and ``--best`` choose; imports torch."""
+    from mlet_dist.training.run_checkpoints import CheckpointChoice
+
+    return CheckpointChoice(args.step, args.best)
 
 
 def add_nproc(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +128,10 @@ def add_max_restarts(parser: argparse.ArgumentParser) -> None:
         "resume from the latest checkpoint; a failure of this node's ranks is forgiven N times in a row without a new "
         "checkpoint in between (default: 0, which ends the command)",
     )
+
+
+def _step(text: str) -> int:
+    return 0 if text.strip("0") == "" and text else positive(text)
 
 
 def _restarts(text: str) -> int:
@@ -153,6 +183,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def load_checked_config(args: argparse.Namespace) -> Config:
     """Return the config, checked against the data set and the number of ranks; torch is not imported for it."""
+    from mlet_dist.config.validation_settings import check_validation_split
     from mlet_dist.data.location import data_set_path
     from mlet_dist.data.schema import DatasetSchema
     from mlet_dist.models.spec import ModelSpec
@@ -160,6 +191,7 @@ def load_checked_config(args: argparse.Namespace) -> Config:
     config = load_config(Path(args.config), args.overrides)
     schema = DatasetSchema.load(data_set_path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
+    check_validation_split(config.train, config.data.path, schema.rows, schema.positives)
     ranks = args.nproc or 1
     config.check_world_size(ranks * node_count(args))
     if not is_launched_rank():

@@ -18,6 +18,7 @@ Examples:
   mlet prepare table ratings.csv --schema configs/tables/movielens.yaml --out data/movielens
   mlet prepare table 's3://logs/day=*' --schema clicks.yaml --out data/clicks
   mlet prepare table --train train.csv --valid valid.csv --test test.csv --schema clicks.yaml --out data/clicks
+  mlet prepare criteo --train day_24.gz --like data/1tb --grow --out data/day24
   mlet prepare --check data/criteo
 
 The same command again resumes an interrupted one, whose finished work is kept in .NAME.prepare beside DIR. With other
@@ -50,8 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="directory or URL for the data set; it must be new or empty")
     parser.add_argument("--schema", metavar="FILE", help="for the format table: YAML file that describes the columns")
     parser.add_argument(
+        "--like", metavar="DATA",
+        help="take the vocabularies, table sizes, means, deviations and all other rules of this data set (a directory "
+        "or URL), so that ids and numbers mean the same; without --schema also its description of the columns. "
+        "--train, --valid or --test alone then puts all rows into one split",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grow", action="store_true",
+        help="with --like: values that its vocabularies lack, and that occur often enough in the training split here, "
+        "get new ids behind those that exist",
+    )  # fmt: skip
+    parser.add_argument(
         "--min-count", type=int, metavar="N",
-        help="values that occur fewer than N times in the training split share id 0, out of vocabulary (default: 2)",
+        help="values that occur fewer than N times in the training split share id 0, out of vocabulary (default: 2; "
+        "with --grow, of new values: as in the data set of --like)",
     )  # fmt: skip
     parser.add_argument(
         "--split", choices=["rows", "paper", "random"],
@@ -106,6 +119,8 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
         out_of_vocabulary_warnings,
     )
     from mlet_dist.data.label_classes import check_classes
+    from mlet_dist.data.location import data_set_path
+    from mlet_dist.data.schema import DatasetSchema
 
     out, held_out = Path(args.out), ("valid", "test")
     warnings = check_classes(out, prepared, held_out)
@@ -122,6 +137,9 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
         "tables": len(sizes),
         "num_embeddings": sum(sizes.values()),
     }
+    if args.grow:
+        before = DatasetSchema.load(data_set_path(args.like)).table_sizes
+        result["new_ids"] = sum(size - before[name] for name, size in sizes.items())
     if args.json:
         shares = {split: out_of_vocabulary_shares(prepared.id_counts, split) for split in prepared.id_counts}
         result["out_of_vocabulary"] = shares

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from mlet_dist.cli.options import add_checkpoint_choice, choice_of
 from mlet_dist.cli.output import Result, print_text
 from mlet_dist.cli.process import configure_torch
 
@@ -13,8 +14,11 @@ EPILOG = None
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument(
-        "source", metavar="RUN_OR_EXPORT", help="directory that `mlet train`, `mlet export` or `mlet factorize` made"
+        "source",
+        metavar="RUN_OR_EXPORT",
+        help="directory that `mlet train`, `mlet export` or `mlet factorize` made, or of a checkpoint of a run",
     )
+    add_checkpoint_choice(parser, "a run")
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -32,7 +36,8 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     from mlet_dist.export.spectrum.run_spectrum import spectrum_of
     from mlet_dist.export.spectrum.spectrum_report import report
 
-    result = spectrum_of(Path(args.source), args.data, None if args.out is None else Path(args.out))
+    out = None if args.out is None else Path(args.out)
+    result = spectrum_of(Path(args.source), args.data, out, choice_of(args))
     if not args.json:
         print_text(report(result))
         return None, True

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlet_dist.cli.options import add_data
+from mlet_dist.cli.options import add_checkpoint_choice, add_data, choice_of
 from mlet_dist.cli.output import Result, print_text
 from mlet_dist.cli.process import configure_torch
 from mlet_dist.formatting import text_table
@@ -18,7 +18,10 @@ _ENCODINGS = ("fp16", "int8", "int4")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("export", metavar="EXPORT", help="directory that `mlet export` made")
-    parser.add_argument("--run", required=True, metavar="RUN", help="directory of the run that was exported")
+    parser.add_argument(
+        "--run", required=True, metavar="RUN", help="directory of the run that was exported, or of a checkpoint of it"
+    )
+    add_checkpoint_choice(parser, default="the one that EXPORT was made from if RUN has it, else the last")
     add_data(parser)
     parser.add_argument(
         "--tolerance", type=_difference, default=1e-5, metavar="X",
@@ -40,7 +43,8 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     from mlet_dist.export.verify.tolerances import DEFAULT_TOLERANCES, Tolerances
 
     tolerances = Tolerances(args.tolerance, {**DEFAULT_TOLERANCES.auc, **dict(args.auc_tolerance)})
-    result = verify_export(Path(args.export), Path(args.run), data_set_path(args.data), args.split, tolerances)
+    data, choice = data_set_path(args.data), choice_of(args)
+    result = verify_export(Path(args.export), Path(args.run), data, args.split, tolerances, choice)
     if args.json:
         return result, result["ok"]
     print_text(verification_table(result))

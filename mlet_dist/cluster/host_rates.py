@@ -10,11 +10,12 @@ from torch import distributed as dist
 from torchrec import KeyedJaggedTensor
 
 from mlet_dist.cluster.collective_rates import median_of_ranks, synchronize
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
@@ -57,7 +58,7 @@ def measure_host(worker: Worker) -> tuple[float, float]:
 def _training(worker: Worker, tables: int) -> Iterator[Predicted | Finding]:
     layers = ModelConfig(embedding_dim=4, hidden_dim=8, bottom_mlp=(8, 8), top_mlp=(8, 8))
     features = tuple(SparseFeature(f"C{index}", _ROWS) for index in range(tables))
-    model = build_dlrm(ModelSpec(layers, ("I1",), features, seed=0), torch.device("meta"))
+    model = build_training_model(ModelSpec(layers, ("I1",), features, seed=0), torch.device("meta"))
     config = OptimizerConfig(learning_rate=0.01)
     fuse_row_optimizer(model, config)
     sharding = ShardingConfig(data_parallel_up_to_mb=0)

@@ -13,11 +13,13 @@ import yaml
 
 from mlet_dist.config.compression_section import CompressionConfig
 from mlet_dist.config.limits import MAX_CUDA_COLUMNS
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.config.overrides import apply_override
 from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_section, section_type, to_yaml
-from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from mlet_dist.config.sections import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.config.strict_yaml import load_yaml
+from mlet_dist.config.validation_settings import check_validation_settings
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url
 
@@ -57,6 +59,10 @@ class Config:
                 f"{self.data.batch_size}: rows are then mixed among two batches, and neighbouring rows stay close to "
                 f"each other; use {2 * self.data.batch_size} or more, preferably above {16 * self.data.batch_size}"
             )
+        for why, names in self.model.without_effect().items():
+            found += [f"model.{name} has no effect, because {why}" for name in names]
+        if self.train.validation_share != 1 and self.train.validate_every is None:
+            found.append("train.validation_share has no effect, because train.validate_every is null")
         for why, names in self.compression.without_effect().items():
             if names:
                 ignored = " and ".join(f"compression.{name}" for name in names)
@@ -338,12 +344,15 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
     ):
         if not text.strip():
             raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")
+    for name, problem in config.model.problems():
+        raise UserError(f"{sources.get(f'model.{name}', source)}: model.{name}{problem}")
     if is_url(config.run.dir):
         raise UserError(
             f"{sources.get('run.dir', source)}: run.dir is the URL {config.run.dir}, but must be a local directory; to "
             "keep checkpoints in a store, set train.checkpoint_dir to a URL"
         )
     _check_compression(config, source, sources)
+    check_validation_settings(config.train, source, sources)
     if config.train.initial_weights is not None and config.train.resume not in ("auto", "never"):
         raise UserError(
             f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights} "

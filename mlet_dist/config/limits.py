@@ -8,3 +8,9 @@ MAX_CUDA_COLUMNS = 2048
 
 MAX_STEPS = 10**15
 """Of a run: its product with the batches of an epoch, and its float64, are exact."""
+
+MAX_LAYER = 10**9
+"""Outputs of a dense layer: torch counts the bytes of two such layers in 64 bits."""
+
+SCALE = {"above": 0, "at_least": 1e-15, "at_most": 1e15}
+"""Of initial values: the products of two of them are finite in float32."""

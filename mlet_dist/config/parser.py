@@ -75,19 +75,23 @@ def parse_section(
 def _parse_sections(
     setting: dataclasses.Field[Any], named: Any, key: str, source: str, sources: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return sections by name; each is of the dataclass in the field's type."""
+    """Return sections by name, each of the dataclass in the field's type; values of any kind if that is Any."""
     kind = typing.get_args(setting.type)[1]
     if named is None:
         return {}
     if not isinstance(named, Mapping):
-        raise UserError(f"{sources.get(key, source)}: {key}: expected sections by name, found {to_yaml(named)}")
+        expected = "values" if kind is Any else "sections"
+        raise UserError(f"{sources.get(key, source)}: {key}: expected {expected} by name, found {to_yaml(named)}")
     found = {}
     for name, section in named.items():
         if type(name) is not str:
             raise UserError(
                 f"{sources.get(key, source)}: {key}: expected a name, found {to_yaml(name)}; put it in quotes"
             )
-        found[name] = parse_section(kind, {} if section is None else section, f"{key}.{name}.", source, sources)
+        if kind is Any:
+            found[name] = section
+        else:
+            found[name] = parse_section(kind, {} if section is None else section, f"{key}.{name}.", source, sources)
     return found
 
 
@@ -119,6 +123,7 @@ def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source
     for each in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(each, str):
             _check_text(each, key, source)
+            continue
         at_least, at_most, above = (setting.metadata.get(limit) for limit in ("at_least", "at_most", "above"))
         below = setting.metadata.get("below", math.inf)
         if above is not None and not above < each < below:
@@ -191,7 +196,8 @@ def _coerce(kind: Any, value: Any) -> Any:
 def _describe_type(kind: Any) -> str:
     origin = typing.get_origin(kind)
     if origin is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
+        names = typing.get_args(kind)
+        return "one of " + ", ".join(names) if len(names) > 1 else str(names[0])
     if origin is tuple:
         return f"a list, each {_describe_type(typing.get_args(kind)[0])}"
     if kind is ByteSize:

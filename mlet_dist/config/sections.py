@@ -3,26 +3,24 @@
 The field is the only source of a setting: its type, default, limits and meaning. `mlet train --help` prints the
 meanings, the documentation's reference is generated from them, and `configs/criteo_kaggle.yaml` repeats them as
 comments, which a test compares with the fields (`python -m tests.helpers.annotated_config FILE` rewrites them). The
-sections with settings of single tables are in `compression_section` and `sharding_section`. None is beside the code
-that it sets, because the command line checks every setting before torch is imported.
+sections `model`, `compression` and `sharding` have files of their own. None is beside the code that it sets, because
+the command line checks every setting before torch is imported.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mlet_dist.config.limits import MAX_COLUMNS, MAX_STEPS
+from mlet_dist.config.limits import MAX_STEPS
 from mlet_dist.config.parser import setting
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """In which dense layers and W2 compute while they train."""
 
-_MAX_LAYER = 10**9  # torch counts the bytes of two such layers in 64 bits
 _MAX_ROWS = 2**31 - 1
 _MAX_EPOCHS = 10**9
 _MAX_MINUTES, _MAX_SECONDS = 1e7, 1e7  # 19 years and 116 days: gloo counts nanoseconds in 64 bits
-# What float32 holds, and the products of two of them.
+# What float32 holds.
 _FINITE = {"above": 0, "at_least": 1e-30, "at_most": 1e30}
-_SCALE = {"above": 0, "at_least": 1e-15, "at_most": 1e15}
 
 
 @dataclass(frozen=True)
@@ -64,63 +62,6 @@ class DataConfig:
     )
     reader_threads: int = setting(
         "Threads of each rank that decode training rows in advance.", 2, at_least=1, at_most=1024
-    )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model: TorchRec's DLRM with multi-layer embedding tables W1·W2."""
-
-    # fbgemm's kernels need rows whose number of columns is a multiple of 4.
-    embedding_dim: int = setting(
-        "d: the number of columns of the tables that are served; a multiple of 4.",
-        16,
-        at_least=1,
-        at_most=MAX_COLUMNS,
-        multiple_of=4,
-    )
-    hidden_dim: int | None = setting(
-        "k: the number of columns of W1 in training; a multiple of 4. The MLET paper finds values above 4 d best. "
-        "null: train single-layer tables, without W2.",
-        64,
-        at_least=1,
-        at_most=MAX_COLUMNS,
-        multiple_of=4,
-    )
-    bottom_mlp: tuple[int, ...] = setting(
-        "Sizes of the hidden layers of DLRM's dense arch (bottom MLP). A last layer of size embedding_dim is appended.",
-        (512, 256, 128),
-        at_least=1,
-        at_most=_MAX_LAYER,
-    )
-    top_mlp: tuple[int, ...] = setting(
-        "Sizes of the hidden layers of DLRM's over arch (top MLP), at least one. A last layer of size 1 is appended.",
-        (512, 256),
-        at_least=1,
-        at_most=_MAX_LAYER,
-        min_length=1,
-    )
-    pooling: Literal["sum", "mean"] = setting(
-        "sum or mean: how the vectors of a multi-valued feature's ids are pooled. A feature whose ids have weights "
-        "needs sum: its vectors are multiplied by the weights and summed.",
-        "sum",
-    )
-    rows_init: Literal["uniform", "normal"] = setting(
-        "Distribution of the initial values of W1. uniform: ±1/sqrt(num_embeddings), as in DLRM; normal: mean 0 and "
-        "standard deviation rows_init_std.",
-        "uniform",
-    )
-    rows_init_std: float = setting(
-        "Standard deviation of the initial values of W1 when rows_init is normal.", 0.25, **_SCALE
-    )
-    rows_init_gain: float = setting(
-        "Factor on the initial values of W1, or of single-layer tables, under either rows_init.", 1.0, **_SCALE
-    )
-    projection_init_std: float | None = setting(
-        "Standard deviation of the initial values of W2, which are normal. null: 1/sqrt(hidden_dim), so that W1·W2 "
-        "begins at the scale of W1 (unit gain).",
-        None,
-        **_SCALE,
     )
 
 
@@ -228,14 +169,16 @@ class TrainConfig:
     resume: str = setting(
         "auto: resume an unfinished run in run.dir from its latest complete checkpoint; never: require an empty "
         "run.dir; or the path of a checkpoint, a run or a directory of checkpoints: a run without checkpoints of its "
-        "own starts from there. Settings that change what weights mean must be the same, but for those of compression.",
+        "own starts from there. Settings that change what weights mean must be the same, but for those of compression. "
+        "With other training data it takes weights and optimizer state, and starts at step 0.",
         "auto",
     )
     initial_weights: str | None = setting(
         "Path of the weights that a new run takes in place of random ones at step 0: what `mlet factorize` made, a "
         "checkpoint, a run or a directory of checkpoints. The run takes all tables from it, and the dense layers "
-        "where it has them; all sizes must be the same (hidden_dim may differ if either has compression). A run that "
-        "resumes uses its own checkpoints. null: random initial values.",
+        "where it has them; all sizes must be the same (hidden_dim may differ if either has compression), but tables "
+        "may have grown (`mlet prepare --grow`). A run that resumes uses its own checkpoints. null: random initial "
+        "values.",
         None,
     )
     checkpoint_every: int | None = setting(
@@ -266,6 +209,32 @@ class TrainConfig:
     keep_last: int = setting("Number of the latest checkpoints to keep.", 2, at_least=1, at_most=MAX_STEPS)
     keep_every: int | None = setting(
         "Checkpoints to keep besides the latest: those whose step is a multiple of this; null: no others.",
+        None,
+        at_least=1,
+        at_most=MAX_STEPS,
+    )
+    validate_every: int | Literal["epoch"] | None = setting(
+        "Steps between two validations on the split valid while the run trains, or epoch: one after each epoch; one "
+        "more follows the last step. null: evaluate at the end of the run alone. Weights do not depend on it.",
+        None,
+        at_least=1,
+        at_most=MAX_STEPS,
+    )
+    validation_share: float = setting(
+        "Share of the rows of valid that these validations take, from its beginning. The evaluation at the end of the "
+        "run takes all of them.",
+        1.0,
+        above=0,
+        at_most=1,
+    )
+    keep_best: Literal["auc", "logloss"] | None = setting(
+        "auc or logloss: the checkpoint with the highest AUC or the lowest LogLoss of all validations is kept besides "
+        "those of keep_last and keep_every, for `--best` of other commands; needs validate_every. null: none is kept.",
+        None,
+    )
+    patience: int | None = setting(
+        "Stop the run after this many validations in a row none of which was better than the best before them, by "
+        "keep_best, which it needs; null: take all steps.",
         None,
         at_least=1,
         at_most=MAX_STEPS,

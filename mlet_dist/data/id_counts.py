@@ -104,7 +104,8 @@ def out_of_vocabulary_warnings(path: DataPath, counts: SplitCounts, splits: Iter
         zero = f"; no training row has id 0 of {', '.join(untrained[:5])}, so its vector is zero" if untrained else ""
         warnings.append(
             f"{path}: more than {LARGE_SHARE:.0%} of the ids of {split} are out of vocabulary (id 0): {shown}{more}; "
-            f"their values do not occur in the training split, or too rarely for min_count or max_num_embeddings{zero}"
+            f"their values do not occur in the training split that the vocabulary was made from, or too rarely for "
+            f"min_count or max_num_embeddings{zero}"
         )
     return warnings
 

@@ -60,6 +60,7 @@ def is_object(value: Any) -> bool:
 
 # The kinds of values: the check, and the description for messages.
 TEXT = (lambda value: isinstance(value, str), "text")
+TEXTS = (lambda value: _is_list(value, lambda each: isinstance(each, str)), "a list of texts")
 OBJECT = (is_object, "an object")
 FLAG = (lambda value: isinstance(value, bool), "true or false")
 COUNT = (lambda value: is_integer(value, 0, float("inf")), "a whole number, 0 or more")

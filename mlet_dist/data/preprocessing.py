@@ -3,10 +3,10 @@
 Data sets record it; models, checkpoints, exports and factors take it over; where two of them meet, it is compared.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mlet_dist.formatting import to_json
 
@@ -22,6 +22,8 @@ _SPARSE_OMITTED = _NAMES | {
     *("multi_valued", "min_count", "max_num_embeddings"),  # in the schema, and in the vocabulary's fingerprint
 }
 _STATISTICS = {"mean", "deviation"}
+_VOCABULARY, _EXTENDS = "vocabulary", "extends"
+_SHORT_DIGITS = 16  # of the fingerprints of vocabularies that a grown one extends, of which there may be hundreds
 _RESOLUTION = 1e-9  # of a deviation: statistics that differ by less give the same float32 values
 
 
@@ -33,7 +35,8 @@ class Preprocessing:
         label: the raw ``column`` and how its values become 0 or 1.
         dense: transform, what replaces a missing number, …, and ``mean`` and ``deviation`` if they were standardised.
         sparse: encoding, …, and ``vocabulary``, the fingerprint of the values in the order of their ids, or for a
-            hashed feature ``num_embeddings``.
+            hashed feature ``num_embeddings``. Of a vocabulary that has grown also ``extends``, the first digits of the
+            fingerprints of those whose ids it kept, the oldest first.
     """
 
     label: Rules
@@ -66,6 +69,13 @@ class Preprocessing:
         }
 
 
+LIKE_REMEDY = (
+    "use the data set that the model was trained on, or prepare this one with --like and that data set "
+    "(see `mlet prepare --help`)"
+)
+"""What to do about a vocabulary, or a mean and deviation, of another data set."""
+
+
 class Difference(NamedTuple):
     """How a column of two data sets or models was made differently, and what the user can do, as texts."""
 
@@ -83,42 +93,67 @@ def dense_rules(column: Any, **statistics: float) -> dict[str, Any]:
     return _rules(column, _DENSE_OMITTED) | statistics
 
 
-def sparse_rules(column: Any, vocabulary: str | None) -> dict[str, Any]:
-    """Return the rules of a sparse column, a dataclass, with the fingerprint of its vocabulary, None if hashed."""
+def sparse_rules(column: Any, vocabulary: str | None, extends: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the rules of a sparse column, a dataclass.
+
+    Args:
+        column: the description of the column.
+        vocabulary: the fingerprint of its vocabulary; None if it is hashed.
+        extends: of the vocabularies that it has grown from, as ``grown_from`` returns them.
+    """
     rules = _rules(column, _SPARSE_OMITTED)
     if rules.get("cast") == "text":  # makes of numbers the texts that other files hold
         del rules["cast"]
     if "max_len" not in rules:
         rules.pop("keep", None)
-    return rules if vocabulary is None else rules | {"vocabulary": vocabulary}
+    if vocabulary is None:
+        return rules
+    return rules | {_VOCABULARY: vocabulary} | ({_EXTENDS: list(extends)} if extends else {})
 
 
-def find_difference(found: Preprocessing, wanted: Preprocessing, here: str, there: str) -> Difference | None:
+def grown_from(rules: Rules) -> list[str]:
+    """Return what a vocabulary that grows from the one in ``rules`` extends: that one, and all that it extends."""
+    return [*rules.get(_EXTENDS, ()), rules[_VOCABULARY][:_SHORT_DIGITS]]
+
+
+def extends(rules: Rules, other: Rules) -> bool:
+    """Return whether a feature's vocabulary has grown from that of ``other``, whose ids mean the same in both."""
+    return other.get(_VOCABULARY, "")[:_SHORT_DIGITS] in rules.get(_EXTENDS, ())
+
+
+Relation = Literal["same", "extends", "either"]
+"""Which vocabularies fit: the same one; also one that extends the wanted one; or one that it extends, too."""
+
+
+def find_difference(
+    found: Preprocessing, wanted: Preprocessing, here: str, there: str, vocabularies: Relation = "same"
+) -> Difference | None:
     """Return how columns of ``wanted`` were made differently in ``found``, which has them all; None if they were not.
 
     Args:
         found: of the data at hand.
         wanted: of the model.
         here, there: where the two are, for the message, such as ``here`` and ``in the model's data set``.
+        vocabularies: which of ``found`` fit those of ``wanted``.
     """
     differing = {}
     others = found.by_column()
     for column, rules in wanted.by_column().items():
-        keys = _differing_keys(others[column], rules)
+        keys = _differing_keys(others[column], rules, vocabularies)
         if keys:
             differing[column] = keys
     if not differing:
         return None
     column, keys = next(iter(differing.items()))
     more = f" (and {len(differing) - 1} more made differently)" if len(differing) > 1 else ""
-    if keys == ["vocabulary"]:
+    if keys == [_VOCABULARY]:
         text = f"the ids of {column} belong to another vocabulary {here} than {there}{more}"
-        return Difference(text, "use the data set that the model was trained on, or one with the same vocabulary")
-    keys = [key for key in keys if key != "vocabulary"]
+        return Difference(text, LIKE_REMEDY)
+    keys = [key for key in keys if key != _VOCABULARY]
     one, other = _show(others[column], wanted.by_column()[column], keys)
     text = f"{column} has {one} {here} and {other} {there}{more}"
     if set(keys) <= _STATISTICS:  # which nobody can set, since they come from each data set's own training split
-        return Difference(text, "use the data set that the model was trained on")
+        return Difference(text, LIKE_REMEDY)
     return Difference(text, "prepare both data sets in the same way")
 
 
@@ -135,8 +170,12 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Fraction) else value
 
 
-def _differing_keys(found: Rules, wanted: Rules) -> list[str]:
-    return [key for key in dict.fromkeys([*wanted, *found]) if not _is_same(key, found, wanted)]
+def _differing_keys(found: Rules, wanted: Rules, vocabularies: Relation) -> list[str]:
+    fits = (vocabularies != "same" and extends(found, wanted)) or (vocabularies == "either" and extends(wanted, found))
+    # What else a vocabulary extends does not change what its ids mean.
+    omitted = {_EXTENDS, _VOCABULARY} if fits else {_EXTENDS}
+    keys = (key for key in dict.fromkeys([*wanted, *found]) if key not in omitted)
+    return [key for key in keys if not _is_same(key, found, wanted)]
 
 
 def _is_same(key: str, found: Rules, wanted: Rules) -> bool:

@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 
 from mlet_dist.data.loading.row_groups import SplitRows
 from mlet_dist.data.location import DataPath, RemotePath
-from mlet_dist.data.prepare.dataset_manifest import VOCABULARY
-from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.data.schema import VOCABULARY, DatasetSchema
 
 _READ_BYTES = 1 << 20
 
@@ -39,7 +38,8 @@ def count_ids(
         of_vocabulary = vocabulary_counts(path, schema, table)
         if of_vocabulary is not None:
             return of_vocabulary
-    split = SplitRows(path, schema, schema.parts["train"], [], [feature.name for feature in counted], by_row=False)
+    parts, names = schema.parts.get("train", ()), [feature.name for feature in counted]
+    split = SplitRows(path, schema, parts, [], names, by_row=False)
     for group in range(len(split.group_rows)):
         for column in split.decode(group).sparse:
             np.add.at(counts, column.ids.ravel(), 1)
@@ -53,7 +53,8 @@ def vocabulary_counts(path: DataPath, schema: DatasetSchema, table: str) -> npt.
     if not _read_vocabulary(path / VOCABULARY / f"{table}.parquet", counts[1:]):
         return None
     # Id 0 stands for all values outside the vocabulary.
-    counts[0] = sum(round(each.pooling_factor * schema.rows["train"]) for each in own) - counts[1:].sum()
+    rows = schema.rows.get("train", 0)
+    counts[0] = sum(round(each.pooling_factor * rows) for each in own) - counts[1:].sum()
     return counts
 
 

@@ -21,6 +21,7 @@ from mlet_dist.regular_file import read_regular_file
 FORMAT_VERSION = 3
 SPLITS = ("train", "valid", "test")
 FILE_NAME = "schema.json"
+MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabulary"  # beside it, of `mlet prepare`
 SAMPLE_WEIGHT = "sample_weight"  # name of the column with the weights of rows
 ROW_GROUP_ROWS = 1 << 14  # small, so that a rank can skip the rows of the other ranks without decoding them
 MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
@@ -32,7 +33,7 @@ _TABLE_SIZE = (
 _ROW_GROUP = (lambda value: values.is_integer(value, 1, 2**31 - 1), "a whole number of at least 1")
 _BY_SPLIT = (
     lambda value: values.is_object(value) and set(value) <= set(SPLITS),
-    f"an object with the keys {', '.join(SPLITS)}, of which valid and test may be missing",
+    f"an object with one or more of the keys {', '.join(SPLITS)}",
 )
 
 
@@ -102,9 +103,11 @@ class DatasetSchema:
         dense: names of the dense columns (float32), already transformed; there may be none.
         sparse: the sparse features (int32 ids).
         malformed: number of raw lines that were skipped.
-        parts: the Parquet files of each split that the data set has, in row order; train is one of them.
+        parts: the Parquet files of each split that the data set has, in row order. Only a data set that was prepared
+            like another one may lack train.
         preprocessing: how each column was made.
         vocabulary_id: fingerprint of the mapping from values to ids; equal for data sets with the same mapping.
+        extends: the ``vocabulary_id`` of the data sets whose mapping this one has grown from, the oldest first.
         id_counts: how many ids of each split and feature are out of vocabulary; empty where that is not known.
         sample_weight: whether the column ``sample_weight`` (float32, 0 or more) holds each row's weight in the loss and
             in metrics.
@@ -120,6 +123,7 @@ class DatasetSchema:
     vocabulary_id: str = ""
     id_counts: SplitCounts = field(default_factory=dict)
     sample_weight: bool = False
+    extends: tuple[str, ...] = ()
 
     @property
     def rows(self) -> dict[str, int]:
@@ -187,6 +191,8 @@ class DatasetSchema:
             content["id_counts"] = counts_to_plain(self.id_counts)
         if self.sample_weight:
             content["sample_weight"] = True
+        if self.extends:
+            content["extends"] = list(self.extends)
         (directory / FILE_NAME).write_text(json.dumps(with_checksum(content), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -259,12 +265,13 @@ class DatasetSchema:
                     for within, p in values.enumerated(f"parts.{split}", take(parts, split, *values.OBJECTS, "parts."))
                 )
                 for split in SPLITS
-                if split in parts or split == "train"
+                if split in parts or (split == "train" and not parts)
             },
             preprocessing=_preprocessing(path, take(content, "preprocessing", *values.OBJECT)),
             vocabulary_id=take(content, "vocabulary_id", *values.TEXT),
             id_counts=counts_from_plain(content.get("id_counts", {}), path),
             sample_weight=take({"sample_weight": False} | content, "sample_weight", *values.FLAG),
+            extends=tuple(take({"extends": []} | content, "extends", *values.TEXTS)),
         )
         for index, feature in enumerate(schema.sparse):
             if feature.multi_valued:

@@ -28,7 +28,7 @@ class ExportDirectory:
     ::
 
         manifest.json     tables, dense weights, files with checksums, versions, config, provenance
-        model/            state dict of a plain TorchRec DLRM, written as by torch.distributed.checkpoint
+        model/            state dict of the model with plain TorchRec tables, written as by torch.distributed.checkpoint
         safetensors/      the same state dict as safetensors files, for torch's HuggingFaceStorageReader or any reader
         fp16/ int8/ int4/ state dict with TorchRec's quantised tables, written as by torch.distributed.checkpoint
         model-kept/ …     each of these with only the rows that a compressed run stores

@@ -11,7 +11,6 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.export.kept_rows import KeptRows, KeptTableSource
 from mlet_dist.export.served_layout import Form, ServedLayout, ServedPart, ServedTable, projection_bytes
-from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.stored_tables.ranged_source import RangedTableSource
 from mlet_dist.stored_tables.table_source import TableSource
 
@@ -47,7 +46,7 @@ def served_sources(tables: Mapping[str, TableSource], form: Form, encoding: Enco
         kept = KeptRows.of(table)
         kept_ids = None
         if kept.ids is not None:
-            kept_ids = f"{TABLES_PREFIX}kept_ids.{name}"
+            kept_ids = f"{table.tables_prefix}kept_ids.{name}"
             tensors[kept_ids] = kept.ids if table.num_embeddings >= _INT32_ROWS else kept.ids.int()
         parts = []
         for part, source, projection in _parts(table, kept, form, encoding):
@@ -78,7 +77,7 @@ def _parts(
         narrow = _is_narrow(table.ranges[group[0]], table.embedding_dim, encoding)
         source = table.select(name, group, zero_row=zero_row, collapsed=not narrow)
         projection = table.projection_of(group[0]) if narrow else None
-        state_name = f"{TABLES_PREFIX}projections.{name}.weight" if narrow else None
+        state_name = f"{table.tables_prefix}projections.{name}.weight" if narrow else None
         yield ServedPart(name, first_row, source.num_embeddings, source.embedding_dim, state_name), source, projection
 
 

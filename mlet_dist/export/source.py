@@ -1,4 +1,4 @@
-"""Open the tables of a run's latest checkpoint, an export or the output of `mlet factorize`, to read ranges of rows."""
+"""Open the tables of a run's checkpoint, an export or the output of `mlet factorize`, to read ranges of rows."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from typing import Any, Self
 import torch
 
 from mlet_dist.checkpoint.load import MODEL_KEY, latest_finished
-from mlet_dist.checkpoint.manifest import MANIFEST, Manifest
-from mlet_dist.checkpoint.store import INCOMPLETE, Checkpoint, CheckpointStore
+from mlet_dist.checkpoint.manifest import Manifest
+from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors, DcpFiles
 from mlet_dist.embeddings.row_order import is_spread
 from mlet_dist.errors import UserError
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import open_output
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.stored_tables.open_tables import open_factors, open_tables
 from mlet_dist.stored_tables.table_source import TableSource
+from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice, find_checkpoint, is_checkpoint
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.urls import no_such_directory
 
@@ -47,18 +47,20 @@ class Tables:
     files: ChunkedTensors
 
     @classmethod
-    def open(cls, path: Path) -> "Tables":
-        """Open a run, an export or factors.
+    def open(cls, path: Path, choice: CheckpointChoice = LAST) -> "Tables":
+        """Open a checkpoint of a run, an export or factors.
 
         Raises:
             UserError: ``path`` is none of these, or it is incomplete or damaged, or a tensor is missing or has another
-                shape than in the model.
+                shape than in the model; or a checkpoint is chosen, and ``path`` is no run.
         """
         if ExportDirectory(path).exists():
+            check_is_run(path, choice, "an export")
             return _open_export(path)
         run = RunDirectory(path)
-        if run.config.exists() or run.marker.exists():
-            return ModelSource.of_run(path)
+        if run.config.exists() or run.marker.exists() or is_checkpoint(path):
+            return ModelSource.of_run(path, choice)
+        check_is_run(path, choice, "no run")
         return _open_factors(path)
 
     def load_dense(self, name: str) -> torch.Tensor:
@@ -89,8 +91,8 @@ class ModelSource(Tables):
     summary: Mapping[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> "ModelSource":
-        """Open a run, or factors with the dense layers of their model.
+    def open(cls, path: Path, choice: CheckpointChoice = LAST) -> "ModelSource":
+        """Open a checkpoint of a run, or factors with the dense layers of their model.
 
         Raises:
             UserError: ``path`` is neither, or as for ``Tables.open``.
@@ -99,7 +101,7 @@ class ModelSource(Tables):
             raise UserError(f"{path}: is an export already; name the run that it was made from")
         if not path.is_dir():
             raise UserError(f"{path}: {no_such_directory(path)}; expected a run or the output of `mlet factorize`")
-        found = Tables.open(path)
+        found = Tables.open(path, choice)
         if not isinstance(found, ModelSource):
             raise UserError(
                 f"{path}: holds only tables and no dense layers; train a model from them with "
@@ -108,17 +110,14 @@ class ModelSource(Tables):
         return found
 
     @classmethod
-    def of_run(cls, run: Path) -> "ModelSource":
-        """Open the latest checkpoint of a finished run; checksums are verified as the files are read.
+    def of_run(cls, run: Path, choice: CheckpointChoice = LAST) -> "ModelSource":
+        """Open a checkpoint of a run, as ``find_checkpoint`` finds it; checksums are verified as the files are read.
 
         Raises:
-            UserError: the run never finished, or a tensor is missing or has another shape than in the model.
+            UserError: there is no such checkpoint, or a tensor is missing or has another shape than in the model.
         """
-        directory = RunDirectory(run)
-        config, spec, summary = directory.load()
-        checkpoint, manifest = latest_finished(directory.checkpoint_store(config))
-        directory.check_own(checkpoint, manifest.about)
-        return cls.of_checkpoint(run, checkpoint, manifest, spec, config.to_dict(), summary)
+        found = find_checkpoint(run, choice)
+        return cls.of_checkpoint(run, found.checkpoint, found.manifest, found.spec, found.config, found.summary)
 
     @classmethod
     def of_checkpoint(
@@ -135,7 +134,7 @@ class ModelSource(Tables):
         return cls(
             path=path,
             tables=open_tables(spec, files, _IN_CHECKPOINTS, spread=is_spread(manifest.about)),
-            dense=_dense_of(files, _IN_CHECKPOINTS),
+            dense=_dense_of(files, _IN_CHECKPOINTS, spec.tables_prefix),
             spec=spec,
             config=config,
             files=files,
@@ -155,14 +154,14 @@ class ModelSource(Tables):
 
 def describe_unknown(path: Path, kinds: str) -> str:
     """Return why a path is none of the ``kinds`` that a command takes, in words for a message."""
-    if not path.exists():
-        return no_such_directory(path)
-    if (path / MANIFEST).exists() or (path / INCOMPLETE).exists():
-        return (
-            "one checkpoint of a run; only a whole run can be named here, whose latest checkpoint is taken (a run with "
-            "train.resume set to this one continues from it)"
-        )
-    return kinds
+    return kinds if path.exists() else no_such_directory(path)
+
+
+def check_is_run(path: Path, choice: CheckpointChoice, kind: str) -> None:
+    """Raise UserError if a checkpoint is chosen of what is no run, but of this ``kind``."""
+    if choice:
+        option = "--best" if choice.best else "--step"
+        raise UserError(f"{path}: is {kind}; {option} chooses a checkpoint of a run")
 
 
 def _open_export(path: Path) -> Tables:
@@ -173,7 +172,12 @@ def _open_export(path: Path) -> Tables:
     where, entries = directory.output(name, manifest)
     files = open_output(where, entries, manifest["outputs"][name]["format"])
     return Tables(
-        path, open_tables(spec, files, "", spread=False), _dense_of(files, ""), spec, manifest["config"], files
+        path,
+        open_tables(spec, files, "", spread=False),
+        _dense_of(files, "", spec.tables_prefix),
+        spec,
+        manifest["config"],
+        files,
     )
 
 
@@ -193,10 +197,11 @@ def _open_factors(path: Path) -> Tables:
         return found if found.dense else Tables(path, found.tables, {}, model, {}, found.files)
     files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
     tables = open_factors(manifest.about, files, _IN_CHECKPOINTS)
-    return Tables(path, tables, _dense_of(files, _IN_CHECKPOINTS), None, {}, files)
+    dense = _dense_of(files, _IN_CHECKPOINTS, TABLES_PREFIX)
+    return Tables(path, tables, dense, None, {}, files)
 
 
-def _dense_of(files: ChunkedTensors, prefix: str) -> dict[str, str]:
+def _dense_of(files: ChunkedTensors, prefix: str, tables_prefix: str) -> dict[str, str]:
     """Return the tensors that belong neither to a table nor to an optimizer: state name -> name in ``files``."""
     names = {name.removeprefix(prefix): name for name in files.tensors if name.startswith(prefix)}
-    return {name: stored for name, stored in names.items() if not name.startswith(TABLES_PREFIX)}
+    return {name: stored for name, stored in names.items() if not name.startswith(tables_prefix)}

@@ -2,7 +2,7 @@
 
 Modules:
 
-- ``dlrm``: TorchRec's DLRM around multi-layer, plain or quantised tables.
+- ``build``: the model of a spec around multi-layer, plain or quantised tables.
 - ``dense_memory``: the memory of the layers that every rank holds, computed without torch.
 - ``spec``: the description from which a model is built again without its data set.
 """

@@ -13,14 +13,28 @@ _GB = 1e9
 
 
 def dense_parameters(spec: ModelSpec) -> dict[str, int]:
-    """Return the number of weights that every rank holds, by the setting that decides most of it."""
-    model, features = spec.model, len(spec.sparse)
-    interaction = model.embedding_dim + features + features * (features - 1) // 2
-    return {
-        "model.bottom_mlp": _mlp([len(spec.dense), *model.bottom_mlp, model.embedding_dim]),
-        "model.top_mlp": _mlp([interaction, *model.top_mlp, 1]),
-        "model.hidden_dim": features * model.embedding_dim * (model.hidden_dim or 0),
-    }
+    """Return the number of weights that every rank holds, by the setting that decides most of it.
+
+    Of a model of ``model.builder`` only those of W2 are known.
+    """
+    model, d, features, dense = spec.model, spec.model.embedding_dim, len(spec.sparse), len(spec.dense)
+    found = {"model.hidden_dim": len(spec.tables) * d * (model.hidden_dim or 0)}
+    if model.builder is not None:
+        return found
+    if model.name == "two_tower":
+        query = len(set(model.query_features or ()))
+        widths = (dense + query * d, (features - query) * d)
+        return found | {"model.top_mlp": sum(_mlp([width, *model.top_mlp]) for width in widths)}
+    vectors = (features + 1) * d
+    found["model.bottom_mlp"] = _mlp([dense, *model.bottom_mlp, d])
+    interaction = d + features + features * (features - 1) // 2
+    if model.name == "dlrm_dcn":
+        found["model.cross_rank"] = model.cross_layers * vectors * (2 * model.cross_rank + 1)
+        interaction = vectors
+    elif model.name == "deepfm":
+        found["model.fm_dim"] = _mlp([vectors, model.fm_dim])
+        interaction = d + model.fm_dim + 1
+    return found | {"model.top_mlp": _mlp([interaction, *model.top_mlp, 1])}
 
 
 def check_dense_memory(

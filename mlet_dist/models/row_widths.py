@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mlet_dist.config.byte_sizes import bytes_of
 from mlet_dist.config.compression_section import CompressionConfig
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer, replicated_bytes, row_state_bytes
 from mlet_dist.embeddings.sharded.slot_map import BYTES_PER_BUCKET, BYTES_PER_ROW, BYTES_PER_STEP
 from mlet_dist.embeddings.slot_layout import FEWEST_SLOTS, fewest_rows_of_width, number_of_buckets
@@ -297,8 +297,9 @@ def _descending(name: str, counts: Counts, *, check: bool) -> npt.NDArray[np.flo
             raise UserError(
                 f"the ids of table {name!r} are not sorted by descending frequency: "
                 f"the first quarter of its rows has {known[:cut].sum():,} lookups, and the most frequent quarter "
-                f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, policy static "
-                f"with one width for the whole table (compression.tables.{name}), or policy none"
+                f"{sorted_counts[:cut].sum():,}; use a vocabulary of the features that the model takes, prepared "
+                "without --like, policy static with one width for the whole table "
+                f"(compression.tables.{name}), or policy none"
             )
     envelope = np.maximum.accumulate(known[::-1])[::-1]
     return envelope + np.linspace(_TIE, 0, len(known), endpoint=False)

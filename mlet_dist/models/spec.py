@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.config.parser import parse_section
-from mlet_dist.config.sections import ModelConfig
-from mlet_dist.data.preprocessing import Preprocessing, find_difference
+from mlet_dist.data.preprocessing import LIKE_REMEDY, Preprocessing, extends, find_difference
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json
+
+TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
+"""What TorchRec's models, and all that ``model.name`` offers, call their tables in the state dict."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class EmbeddingTable:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes, inputs and seed of a DLRM.
+    """Sizes, inputs and seed of a model.
 
     Attributes:
         model: layer sizes and initial values.
@@ -50,6 +53,7 @@ class ModelSpec:
         row_ranges: by table, the rows, width and expected share of lookups of ranges of rows of different widths
             (``embeddings.row_ranges``); the rows of other tables all have hidden_dim columns.
         shared_rows: whether rows of width 0 read a row of their table that they share, instead of zero.
+        tables_prefix: of ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the state dict.
         adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
     """
@@ -64,6 +68,7 @@ class ModelSpec:
     row_ranges: Mapping[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
     adaptive: Mapping[str, Any] = field(default_factory=dict)
     shared_rows: bool = False
+    tables_prefix: str = TABLES_PREFIX
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -110,6 +115,9 @@ class ModelSpec:
     def check_data(self, schema: DatasetSchema, path: object) -> str | None:
         """Check that a data set has the inputs of this model, made in the same way, and the same kind of label.
 
+        Its vocabularies may have grown from those of the model's data set, or these from its own. Ids that the model
+        does not know then read row 0 (``known_ids``).
+
         Args:
             schema: the data set's schema.
             path: its location, for messages.
@@ -137,11 +145,10 @@ class ModelSpec:
             found = next((each for each in schema.sparse if each.name == feature.name), None)
             if found is None:
                 raise UserError(f"{path}: the model takes the feature {feature.name!r}, which this data set lacks")
-            if found.num_embeddings != feature.num_embeddings:
+            if found.num_embeddings != feature.num_embeddings and not self._has_grown(schema, feature.name):
                 raise UserError(
                     f"{path}: feature {feature.name!r} has {found.num_embeddings:,} ids here, but the model's table "
-                    f"has {feature.num_embeddings:,} rows; use the data set that the model was trained on, or one with "
-                    "the same vocabulary"
+                    f"has {feature.num_embeddings:,} rows; {LIKE_REMEDY}"
                 )
             if (found.multi_valued, found.weighted) != (feature.multi_valued, feature.weighted):
                 raise UserError(
@@ -149,18 +156,29 @@ class ModelSpec:
                     "the model's data set; prepare both data sets in the same way"
                 )
 
+    def _has_grown(self, schema: DatasetSchema, feature: str) -> bool:
+        """Return whether the feature's vocabulary has grown from the model's to that of a data set, or back."""
+        if self.preprocessing is None:
+            return self.vocabulary_id in schema.extends
+        here, own = schema.preprocessing.sparse[feature], self.preprocessing.sparse[feature]
+        return extends(here, own) or extends(own, here)
+
+    def known_ids(self, schema: DatasetSchema) -> dict[str, int]:
+        """Return the number of ids that the model knows of features of which a data set, which fits it, has more."""
+        sizes = schema.num_embeddings
+        return {each.name: each.num_embeddings for each in self.sparse if sizes[each.name] > each.num_embeddings}
+
     def _check_meaning(self, schema: DatasetSchema, path: object, wanted: Preprocessing | None) -> str | None:
         if wanted is None:
-            if schema.vocabulary_id != self.vocabulary_id:
+            if self.vocabulary_id not in (schema.vocabulary_id, *schema.extends):
                 raise UserError(
-                    f"{path}: its ids belong to another vocabulary than those of the model's data set; prepare both "
-                    "data sets with the same vocabulary"
+                    f"{path}: its ids belong to another vocabulary than those of the model's data set; {LIKE_REMEDY}"
                 )
             return (
                 f"the model does not record how its dense columns and its label were made, so that they cannot be "
                 f"compared with those of {path}; they must have been made in the same way"
             )
-        difference = find_difference(schema.preprocessing, wanted, "here", "in the model's data set")
+        difference = find_difference(schema.preprocessing, wanted, "here", "in the model's data set", "either")
         if difference is not None:
             raise UserError(f"{path}: {difference.text}; {difference.remedy}")
         return None
@@ -178,6 +196,8 @@ class ModelSpec:
             del plain["shared_rows"]
         if not self.adaptive:
             del plain["adaptive"]
+        if self.tables_prefix == TABLES_PREFIX:
+            del plain["tables_prefix"]
         return plain
 
     @classmethod
@@ -229,6 +249,7 @@ class ModelSpec:
                 },
                 dict(plain.get("adaptive", {})),
                 bool(plain.get("shared_rows", False)),
+                str(plain.get("tables_prefix", TABLES_PREFIX)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torchrec.distributed.planner import Topology
-from torchrec.models.dlrm import DLRM
 
 from mlet_dist.config.config_file import Config
 from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memory
 from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints
-from mlet_dist.models.dlrm import build_dlrm, dense_cost
+from mlet_dist.models.build import build_training_model, multi_layer_tables
+from mlet_dist.models.network import dense_cost
 from mlet_dist.models.row_widths import Counts, Sizes, budget_bytes
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.compressed_tables import with_row_ranges
@@ -64,23 +65,30 @@ class Case:
         """Return this case on another number of ranks."""
         return dataclasses.replace(self, ranks=dataclasses.replace(self.ranks, world_size=world_size))
 
-    def model(self) -> DLRM:
+    def model(self) -> nn.Module:
         """Build the model on the meta device."""
         names = [table.name for table in self.spec.tables]
         meta = torch.device("meta")
-        model = build_dlrm(self.spec, meta, self.config.sharding.rows_dtypes(names), dense_device=meta)
+        model = build_training_model(self.spec, meta, self.config.sharding.rows_dtypes(names), dense_device=meta)
         fuse_row_optimizer(model, self.config.optimizer)
         return model
 
-    def sharding(self, model: DLRM) -> Sharding:
+    def sharding(self, model: nn.Module) -> Sharding:
         """Return the constraints of the config on the plan."""
-        return Sharding.of(self.config.sharding, model, self.local_batch_size, self.pooling_factors)
+        return Sharding.of(
+            self.config.sharding, model, self.local_batch_size, self.pooling_factors, len(self.spec.dense)
+        )
 
-    def dense(self, model: DLRM) -> DenseCost:
+    def dense(self, model: nn.Module) -> DenseCost:
         """Return the cost of the dense layers."""
         ranks = self.ranks
         return dense_cost(
-            model, self.local_batch_size, self.config.optimizer.name, ranks.world_size, ranks.local_world_size
+            model,
+            len(self.spec.dense),
+            self.local_batch_size,
+            self.config.optimizer.name,
+            ranks.world_size,
+            ranks.local_world_size,
         )
 
     def topology(self) -> Topology:
@@ -138,7 +146,7 @@ def even_memory(case: Case) -> Memory:
     """Return a lower bound of every plan's fullest rank: its memory with rows spread as evenly as the config allows."""
     model = case.model()
     sharding = case.sharding(model)
-    tables = model.sparse_arch.embedding_bag_collection
+    tables = multi_layer_tables(model)
     configs = tables.row_tables()
     limited = table_constraints(configs, case.ranks, sharding.sharder, sharding.constraints, sharding.replicated_bytes)
     parts = []

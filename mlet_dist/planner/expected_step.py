@@ -18,7 +18,6 @@ from mlet_dist.embeddings.planning.plan_cost import Tables
 from mlet_dist.embeddings.planning.table_cost import TableCost
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
-from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.row_widths import Counts
 from mlet_dist.training.model_plan import ModelPlan
 
@@ -63,7 +62,7 @@ def expected_step(
         counts: how often the data set looks up each row, by table, where it is known.
         device: hardware of a rank.
     """
-    params = planned.plan.plan[TABLES_PREFIX.rstrip(".")]
+    (params,) = planned.plan.plan.values()
     orders = {table.name: table.row_order for table in tables}
     found, ranks = {}, {}
     for name, (cost, rows) in planned.tables.items():

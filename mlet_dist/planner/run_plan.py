@@ -18,6 +18,7 @@ from mlet_dist.embeddings.planning.plan_cost import (
 )
 from mlet_dist.embeddings.planning.step_collectives import step_collectives
 from mlet_dist.errors import UserError
+from mlet_dist.models.build import multi_layer_tables, with_tables_prefix
 from mlet_dist.models.row_widths import Counts
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.planner.budgets import budget_report
@@ -59,6 +60,10 @@ def make_plan(
     Raises:
         UserError: a constraint of the config on a table cannot be met, or compression is impossible.
     """
+    try:
+        spec = with_tables_prefix(spec)
+    except ValueError as error:
+        raise UserError(f"--tables: {error}") from None
     counts = lookup_counts(spec, config)
     spec, lines = with_row_ranges(spec, config, counts)
     case = Case(
@@ -66,16 +71,12 @@ def make_plan(
     )
     shortage = None
     try:
-        case.model()
-    except ValueError as error:
-        raise UserError(f"--tables: {error}") from None
-    try:
         planned = case.plan()
     except DoesNotFit as error:
         planned = error.planned
         numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(suggestions(case), 1))
         shortage = f"{error}; what fits: {numbered or 'nothing that was tried'}"
-    tables = case.model().sparse_arch.embedding_bag_collection.row_tables()
+    tables = multi_layer_tables(case.model()).row_tables()
     measured = expected_step(planned, tables, lookups, device)
     found = [_configuration(*each, device, measured) for each in configurations(case, planned)]
     _, time = slowest_step(measured.costs(planned.tables), planned.dense, device, measured.busiest)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+from torchrec.distributed.utils import none_throws
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.models.build import build_tables
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.stored_tables.table_source import LocatedRows, TableSource, projection_name
 
@@ -167,17 +168,16 @@ def open_adaptive_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) ->
     Raises:
         UserError: a tensor is missing or has another shape.
     """
-    meta = torch.device("meta")
-    collection = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection
+    collection, tables_prefix = build_tables(spec, torch.device("meta")), spec.tables_prefix
     tables = {table.name: table for table in collection.embedding_bag_configs() if table.row_ranges is not None}
-    chunk_width = collection.adaptive.chunk_width
+    chunk_width = none_throws(collection.adaptive).chunk_width
     layout = SlotLayout.of(list(tables.values()), chunk_width)
-    slots_name = f"{prefix}{TABLES_PREFIX}row_slots.slots"
+    slots_name = f"{prefix}{tables_prefix}row_slots.slots"
     _check_shape(files, slots_name, (layout.num_chunks * layout.rows_per_bucket, layout.num_buckets))
     names = {}
     for table in collection.row_tables():
         if table.num_buckets:
-            names[table.row_width] = f"{prefix}{TABLES_PREFIX}embedding_bags.{table.name}.weight"
+            names[table.row_width] = f"{prefix}{tables_prefix}embedding_bags.{table.name}.weight"
             _check_shape(files, names[table.row_width], (table.num_embeddings, table.row_width))
     first_codes, first_rows = layout.first_codes().tolist(), layout.first_rows().tolist()
     found: dict[str, TableSource] = {}
@@ -198,13 +198,13 @@ def open_adaptive_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) ->
                         first_codes[number],
                         layout.slots(number),
                         column,
-                        None if which is None else projection_name(f"{name}:{which}"),
+                        None if which is None else projection_name(tables_prefix, f"{name}:{which}"),
                     )
                 )
-                projections.append(_projection(files, prefix, table, which, pool.width, column))
+                projections.append(_projection(files, f"{prefix}{tables_prefix}", table, which, pool.width, column))
         found[name] = AdaptiveTableSource(
             name,
-            f"{TABLES_PREFIX}embedding_bags.{name}.weight",
+            f"{tables_prefix}embedding_bags.{name}.weight",
             table.num_embeddings,
             sum(pool.width for pool in pools),
             table.embedding_dim,
@@ -237,7 +237,7 @@ def _projection(
     if index is None:
         first = 0 if width == table.embedding_dim else column
         return torch.eye(table.embedding_dim)[first : first + width]
-    name = f"{prefix}{projection_name(f'{table.name}:{index}')}"
+    name = projection_name(prefix, f"{table.name}:{index}")
     _check_shape(files, name, (width, table.embedding_dim))
     return files.load(name).float()
 

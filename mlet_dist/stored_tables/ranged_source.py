@@ -9,7 +9,7 @@ from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.models.build import build_tables
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.stored_tables.table_source import LocatedRows, TableSource, projection_name
 
@@ -56,7 +56,7 @@ class RangedTableSource(TableSource):
     def projections(self) -> dict[int, tuple[str, torch.Tensor]]:
         """The name in the state dict and the values ``(w, d)`` of each W2, by w."""
         return {
-            each.width: (projection_name(f"{self.name}:{index}"), self.projection_of(index))
+            each.width: (projection_name(self.tables_prefix, f"{self.name}:{index}"), self.projection_of(index))
             for index, each in enumerate(self.ranges)
             if each.width not in (0, self.embedding_dim)
         }
@@ -77,7 +77,7 @@ class RangedTableSource(TableSource):
                         name,
                         rows if order is None else order.stored_rows(rows),
                         each.width,
-                        projection_name(f"{self.name}:{index}") if has_w2 else None,
+                        projection_name(self.tables_prefix, f"{self.name}:{index}") if has_w2 else None,
                         self.projection_of(index) if has_w2 else None,
                     )
                 )
@@ -99,7 +99,7 @@ class RangedTableSource(TableSource):
         return replace(
             self,
             name=name,
-            state_name=f"{TABLES_PREFIX}embedding_bags.{name}.weight",
+            state_name=f"{self.tables_prefix}embedding_bags.{name}.weight",
             num_embeddings=sum(each.rows for each in ranges),
             hidden_dim=width if collapsed else None,
             embedding_dim=self.embedding_dim if collapsed else width,
@@ -145,11 +145,10 @@ Pool = tuple[str, tuple[int, int], int, RowOrder | None]
 
 def pools_of(spec: ModelSpec, *, spread: bool) -> dict[str, Pool]:
     """Return the pool of each segment by name; ``spread`` as in open_tables."""
-    meta = torch.device("meta")
-    stored = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.row_tables()
+    stored = build_tables(spec, torch.device("meta")).row_tables()
     return {
         segment.name: (
-            f"{TABLES_PREFIX}embedding_bags.{table.name}.weight",
+            f"{spec.tables_prefix}embedding_bags.{table.name}.weight",
             (table.num_embeddings, table.row_width),
             segment.offset,
             table.row_order if spread else None,
@@ -184,14 +183,14 @@ def open_ranged_table(
         if each.width == d:
             projections.append(torch.eye(d))
             continue
-        projection = files.load(f"{prefix}{projection_name(f'{name}:{index}')}").float()
+        projection = files.load(f"{prefix}{projection_name(spec.tables_prefix, f'{name}:{index}')}").float()
         if projection.shape != (each.width, d):
             raise UserError(
                 f"{files.location}: the W2 of rows of {each.width} columns of table {name!r} is "
                 f"{tuple(projection.shape)}, it must be {(each.width, d)}"
             )
         projections.append(projection)
-    state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
+    state_name = f"{spec.tables_prefix}embedding_bags.{name}.weight"
     rows, width = sum(each.rows for each in ranges), sum(each.width for each in ranges)
     return RangedTableSource(
         name,

@@ -10,7 +10,6 @@ from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
 from mlet_dist.embeddings.collection import check_layers_fit
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import TABLES_PREFIX
 
 _GAP = 64  # rows that are read and thrown away rather than begin another read
 _MOST_ROWS = 1 << 16  # that are read together
@@ -69,6 +68,11 @@ class TableSource:
         return str(self._files.location)
 
     @property
+    def tables_prefix(self) -> str:
+        """The prefix of the tables' names in the state dict."""
+        return self.state_name.removesuffix(f"embedding_bags.{self.name}.weight")
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of W1 and W2, or of W for a single layer, as stored."""
         projection = 0 if self.projection is None else self.projection.numel() * self.projection.element_size()
@@ -110,11 +114,11 @@ class TableSource:
         """The name in the state dict and the values ``(w, d)`` of each W2 of whole rows, by w."""
         if self.projection is None:
             return {}
-        return {self.projection.shape[0]: (projection_name(self.name), self.projection)}
+        return {self.projection.shape[0]: (projection_name(self.tables_prefix, self.name), self.projection)}
 
     def locate(self, ids: torch.Tensor) -> list[LocatedRows]:
         """Return where the rows of ``ids`` are stored, ``(n,)`` int64; none for those that read zero."""
-        name = None if self.projection is None else projection_name(self.name)
+        name = None if self.projection is None else projection_name(self.tables_prefix, self.name)
         width = self.hidden_dim or self.embedding_dim
         rows = ids if self.order is None else self.order.stored_rows(ids)
         return [LocatedRows(torch.arange(len(ids)), self.stored_name, rows, width, name, self.projection)]
@@ -164,9 +168,9 @@ class TableSource:
         return replace(self, _files=files)
 
 
-def projection_name(name: str) -> str:
+def projection_name(tables_prefix: str, name: str) -> str:
     """Return the name in the state dict of a W2: of a table, or of a part of one, ``<table>:<part>``."""
-    return f"{TABLES_PREFIX}projections.{name}.weight"
+    return f"{tables_prefix}projections.{name}.weight"
 
 
 def _runs(rows: torch.Tensor) -> Iterator[tuple[int, int, int]]:
@@ -187,11 +191,12 @@ def open_table(
     hidden_dim: int | None,
     files: ChunkedTensors,
     prefix: str,
+    tables_prefix: str,
     *,
     spread: bool = False,
 ) -> TableSource:
     """Return a table of ``files`` after checking that its W has ``shape`` (n, d); ``spread`` as in open_tables."""
-    state_name = f"{TABLES_PREFIX}embedding_bags.{name}.weight"
+    state_name = f"{tables_prefix}embedding_bags.{name}.weight"
     stored_name = f"{prefix}{state_name}"
     num_embeddings, embedding_dim = shape
     projection = None
@@ -199,7 +204,7 @@ def open_table(
         raise UserError(f"{files.location}: holds no tensor {state_name!r}, which the model has")
     found = files.tensors[stored_name]
     if hidden_dim is not None:
-        projection = files.load(f"{prefix}{projection_name(name)}").float()
+        projection = files.load(f"{prefix}{projection_name(tables_prefix, name)}").float()
         try:
             check_layers_fit(name, torch.Size(found.shape), projection.size())
         except ValueError as error:

@@ -1,9 +1,9 @@
-"""When a run is saved: every N steps, every N minutes, when a signal asks it to stop, and at its end."""
+"""When a run is saved: every N steps or minutes, at its best validation, when a signal stops it, and at its end."""
 
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import distributed as dist
 
@@ -70,13 +70,31 @@ class CheckpointSchedule:
         if failed:
             self.wait()
         if signal and not training.is_done:
-            self.save_last(training)
-            raise interrupted(signal, str(self._saver.saved or f"step {training.step}"))
+            self.stop(training, signal)
         every = self._config.checkpoint_every
         by_steps = every is not None and training.step % every == 0
         # A flag set before the last save is out of date.
         by_clock = due and training.step - (self._saved_step or 0) > 1
-        if (by_steps or by_clock) and not training.is_done:
+        if (by_steps or by_clock) and not training.is_done and self._saved_step != training.step:
+            self._save(training)
+
+    def stop(self, training: Training, signal: int) -> NoReturn:
+        """Save the run, and end it because of a signal.
+
+        Raises:
+            Interrupted: the run is saved.
+            UserError: it cannot be saved.
+        """
+        self.save_last(training)
+        raise interrupted(signal, str(self._saver.saved or f"step {training.step}"))
+
+    def save_best(self, training: Training) -> None:
+        """Save the weights of the best validation, which is that of the current step, unless there is a checkpoint.
+
+        Raises:
+            UserError: an earlier checkpoint could not be written.
+        """
+        if self._saved_step != training.step and not training.is_done:  # the last step is saved anyway
             self._save(training)
 
     def save_first(self, training: Training) -> None:
@@ -142,7 +160,8 @@ class CheckpointSchedule:
         started = time.monotonic()
         self.wait()
         fields = self._manifest_fields(training)
-        self._saver.save(training.step, state_to_save(training), fields, in_background=in_background)
+        best = training.validation.best_step
+        self._saver.save(training.step, state_to_save(training), fields, in_background=in_background, kept=best)
         self.saved += 1
         self._saved_step = training.step
         if not self._config.checkpoint_async and not is_last:

@@ -10,13 +10,12 @@ from torch import distributed as dist
 from mlet_dist.checkpoint.writer import on_first_rank
 from mlet_dist.config.compression_section import CompressionConfig
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.row_counts import count_ids
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.row_widths import (
     Counts,
     Sizes,
@@ -27,6 +26,7 @@ from mlet_dist.models.row_widths import (
     static_ranges,
 )
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.tables import tables_prefix
 from mlet_dist.models.width_shares import describe_shares, total_lookups, width_shares
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.state import Training
@@ -37,10 +37,10 @@ def training_bytes(training: Training, device: torch.device) -> int:
 
     What is replicated on all ranks is counted once.
     """
-    state = training.model.state_dict()
-    tensors = [tensor for name, tensor in state.items() if name.startswith(TABLES_PREFIX)]
+    state, prefix = training.model.state_dict(), tables_prefix(training.model)
+    tensors = [tensor for name, tensor in state.items() if name.startswith(prefix)]
     for name, own in optimizer_state(training.optimizer).items():
-        if name.startswith(TABLES_PREFIX):
+        if name.startswith(prefix):
             tensors += [each for key, each in own.items() if key != "step"]
     total = 0
     for tensor in tensors:

@@ -10,12 +10,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import torch
 from torch import nn
-from torchrec.models.dlrm import DLRM
 
 from mlet_dist.config.sections import Precision, TrainConfig
 from mlet_dist.errors import UserError
-
-_COMPILED = ("dense_arch", "inter_arch", "over_arch")
+from mlet_dist.models.tables import tables_of
 
 
 def configure_cublas(config: TrainConfig) -> None:
@@ -49,6 +47,23 @@ def dense_arithmetic(config: TrainConfig, model: nn.Module, device: torch.device
         yield
 
 
+@contextmanager
+def evaluation_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Within the block, which may lie in one of ``dense_arithmetic``, the model computes in float32, not compiled."""
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    calls = [module._compiled_call_impl for module in compiled]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in zip(compiled, calls, strict=True):
+            module._compiled_call_impl = call  # as it was, so that nothing is compiled again
+        torch.set_float32_matmul_precision(precision)
+
+
 def forward_precision(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of a forward pass: autocast to bfloat16 for ``bf16``, nothing for the others."""
     if precision != "bf16":
@@ -74,7 +89,7 @@ def _deterministic_algorithms() -> Iterator[None]:
 def _compiled(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Compile the dense layers in place; each is compiled when it is first called."""
     _check_compiler(device)
-    layers = [getattr(each, name) for each in model.modules() if isinstance(each, DLRM) for name in _COMPILED]
+    layers = list(_without_tables(model))
     for layer in layers:
         # Every training batch of a run has the same shape, since an incomplete one is padded.
         layer.compile(dynamic=False)
@@ -83,6 +98,16 @@ def _compiled(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def _without_tables(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules that do not hold the tables."""
+    tables = tables_of(model)
+    for module in model.children():
+        if tables not in module.modules():
+            yield module
+        elif module is not tables:
+            yield from _without_tables(module)
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Predictions, AUC and LogLoss over a split, every row exactly once, in bounded memory."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import torch
 from torch import distributed as dist
@@ -125,9 +125,18 @@ class BinaryMetrics:
         return found | {"weight": total} if self._weighted else found
 
 
-def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: int, worker: Worker) -> DataLoader:
-    """Return a loader of every row of a split; a batch is at most the split, rounded up to a multiple of the ranks."""
-    batch_size = max(1, min(batch_size, DatasetSchema.load(path).rows.get(split, batch_size)))
+def evaluation_loader(
+    path: DataPath, split: str, spec: ModelSpec, batch_size: int, worker: Worker, share: float = 1.0
+) -> DataLoader:
+    """Return a loader of every row of a split; a batch is at most the split, rounded up to a multiple of the ranks.
+
+    With a ``share``, it is that share of the rows, from the beginning of the split and at least one. Ids of a
+    vocabulary that has grown since the model was trained are out of its vocabulary: they become id 0.
+    """
+    schema = DatasetSchema.load(path)
+    all_rows = schema.rows.get(split, batch_size)
+    rows = max(1, math.ceil(share * all_rows))
+    batch_size = max(1, min(batch_size, rows))
     return DataLoader(
         path,
         split,
@@ -136,14 +145,30 @@ def evaluation_loader(path: DataPath, split: str, spec: ModelSpec, batch_size: i
         world_size=worker.world_size,
         dense_features=spec.dense,
         sparse_features=[feature.name for feature in spec.sparse],
+        known_ids=spec.known_ids(schema),
         pin_memory=worker.device.type == "cuda",
+        first_rows=None if share == 1 else rows,
     )
+
+
+def count_first_ids(loader: DataLoader, worker: Worker) -> dict[str, int]:
+    """Return how often each feature has id 0 in a loader's rows, over all ranks. A collective call."""
+    names: list[str] = []
+    counts = torch.zeros(0, dtype=torch.int64)
+    for batch in loader:
+        names = batch.sparse.keys()
+        of_features = batch.sparse.values().split(batch.sparse.length_per_key())
+        own = torch.stack([(ids == 0).sum() for ids in of_features])
+        counts = counts + own if len(counts) else own
+    counts = counts.to(worker.device)
+    dist.all_reduce(counts)
+    return dict(zip(names, counts.tolist(), strict=True))
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module, loader: DataLoader, worker: Worker
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], None, None]:
     """Yield logits, labels and weights (or None) of each batch, each ``(rows,)`` float32, without padding.
 
     Every rank must take all batches, since the model's exchange is collective.
@@ -151,7 +176,7 @@ def predict(
     model.eval()
     for batch in loader:
         batch = batch.to(worker.device)
-        yield batch.predicted(model(batch.dense, batch.sparse).squeeze(-1))
+        yield batch.predicted(model(batch.dense, batch.sparse).reshape(-1))
 
 
 def undefined_auc(metrics: Mapping[str, float], description: str) -> str | None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, init_from_local_shards
 from torchrec.distributed import DistributedModelParallel
-from torchrec.models.dlrm import DLRM
 from torchrec.optim import Adam as FusedAdam
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -20,7 +20,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
-from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.build import multi_layer_tables
+from mlet_dist.models.tables import tables_prefix
 
 # fbgemm's default eps is 1e-8 and that of torch's Adagrad 1e-10: rows and dense layers get the same.
 _EPS = {"eps": 1e-8}
@@ -52,10 +53,10 @@ _RULES = {
 }
 
 
-def fuse_row_optimizer(model: DLRM, config: OptimizerConfig) -> None:
+def fuse_row_optimizer(model: nn.Module, config: OptimizerConfig) -> None:
     """Have fbgemm update every W1 inside backward, where it has a kernel for that; call this before sharding."""
     kind, arguments = _RULES[config.name].fused
-    rows = model.sparse_arch.embedding_bag_collection.embedding_bags.parameters()
+    rows = multi_layer_tables(model).embedding_bags.parameters()
     apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _or_common(config.rows_learning_rate, config)})
 
 
@@ -65,14 +66,14 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
     Rows without a fused kernel, such as those of tables too small to be sharded, are updated here by the same rule and
     at the same learning rate. Call ``zero_grad`` before the forward pass, where fused kernels read their learning rate.
     """
-    rule = _RULES[config.name]
+    rule, prefix = _RULES[config.name], tables_prefix(model)
     rows: dict[str, torch.Tensor] = {}
     projections: dict[str, torch.Tensor] = {}
     dense: dict[str, torch.Tensor] = {}
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
-        if name.startswith(f"{TABLES_PREFIX}embedding_bags."):
+        if name.startswith(f"{prefix}embedding_bags."):
             rows[name] = parameter
-        elif name.startswith(f"{TABLES_PREFIX}projections."):
+        elif name.startswith(f"{prefix}projections."):
             projections[name] = parameter
         else:
             dense[name] = parameter

@@ -18,6 +18,7 @@ from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import on_first_rank
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.validation_settings import VALIDATED, check_validation_split
 from mlet_dist.data.id_counts import SplitCounts, of_features, out_of_vocabulary_warnings
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.loading.loader import DataLoader
@@ -25,6 +26,7 @@ from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
+from mlet_dist.models.build import with_tables_prefix
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.attempts import restarts
 from mlet_dist.training.compressed_tables import shared_row_ranges
@@ -60,7 +62,8 @@ class Job:
         spec: the model to build.
         loader: the training rows, positioned at the first batch to train on.
         id_counts: counts of the ids of the model's inputs in the data set.
-        split_loaders: the rows to evaluate on, by split.
+        split_loaders: the rows to evaluate on at the end, by split.
+        validation_loader: the rows to evaluate on between steps; None if ``train.validate_every`` is null.
         run: the run directory, locked by this job.
         store: the run's checkpoints.
         identity: the settings that make two jobs the same run, from ``identity_of``.
@@ -74,6 +77,7 @@ class Job:
     loader: DataLoader
     id_counts: SplitCounts
     split_loaders: Mapping[str, DataLoader]
+    validation_loader: DataLoader | None
     run: RunDirectory
     store: CheckpointStore
     identity: Mapping[str, Any]
@@ -89,7 +93,7 @@ class Job:
     @property
     def first_step(self) -> int:
         """Steps taken by the jobs before this one."""
-        return 0 if self.resume_point is None else self.resume_point.found.manifest.step
+        return 0 if self.resume_point is None else self.resume_point.first_step
 
     @property
     def resumes(self) -> bool:
@@ -150,19 +154,29 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     config.check_device(worker.device.type)
     data, run = data_set_path(config.data.path), RunDirectory(Path(config.run.dir))
     schema = DatasetSchema.load(data)
-    spec, compressed = shared_row_ranges(ModelSpec.of(config, schema), config)
+    try:
+        spec = with_tables_prefix(ModelSpec.of(config, schema))
+    except ValueError as error:
+        raise UserError(f"{data}: {error}") from None
+    spec, compressed = shared_row_ranges(spec, config)
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]
+    check_validation_split(config.train, data, schema.rows, schema.positives)
     warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)
 
-    def open_loaders(advance: Advance) -> tuple[DataLoader, dict[str, DataLoader]]:
+    def open_loaders(advance: Advance) -> tuple[DataLoader, dict[str, DataLoader], DataLoader | None]:
         loader, others = _training_loader(config, data, spec, worker), {}
         for split in evaluated:
             advance()
             others[split] = evaluation_loader(data, split, spec, config.data.eval_batch_size, worker)
-        return loader, others
+        share, validated = config.train.validation_share, None
+        if config.train.validate_every is not None:
+            advance()
+            validated = evaluation_loader(data, VALIDATED, spec, config.data.eval_batch_size, worker, share)
+        return loader, others, validated
 
-    loader, split_loaders = run_long(open_loaders)  # each rank opens a share of the files
+    # Each rank opens a share of the files.
+    loader, split_loaders, validation_loader = run_long(open_loaders)
     # The other ranks wait at the barrier.
     wait = min(_LOCK_SECONDS, worker.timeout.total_seconds() / 2) if restarts() else 0.0
     with run.lock(config, wait) if worker.is_first else nullcontext():
@@ -172,8 +186,9 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
         if resume_point is not None:
             if not resume_point.is_own:
                 check_outlives(resume_point.found, run, store)
-            resume_point = resume_point.open(spec)
-            loader.load_state_dict(resume_point.found.manifest.about["data"])
+            resume_point = resume_point.open(spec, config.data.path)
+            if resume_point.continues:
+                loader.load_state_dict(resume_point.found.manifest.about["data"])
         initial = find_initial_weights(config, spec) if resume_point is None else None
         if initial is not None:
             check_outlives(initial.found, run, store)
@@ -181,7 +196,8 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
             run = replace(run, run_id=resume_point.found.manifest.about.get(RUN_ID))
         else:
             run = replace(run, run_id=new_run_id())
-        job = Job(config, worker, spec, loader, id_counts, split_loaders, run, store, identity, resume_point, initial)
+        loaders = split_loaders, validation_loader
+        job = Job(config, worker, spec, loader, id_counts, *loaders, run, store, identity, resume_point, initial)
         job.log(compressed)
         job.log(f"warning: {warning}" for warning in warnings)
         if config.train.checkpoint_dir is not None and not job.resumes:

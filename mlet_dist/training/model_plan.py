@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan
-from torchrec.models.dlrm import DLRM
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.cost_model import Device
@@ -31,7 +31,9 @@ from mlet_dist.embeddings.sharded.collectives import codecs_of
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
 from mlet_dist.embeddings.sharded.placement import REPLICATED_BYTES
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import TABLES_PREFIX, dense_cost
+from mlet_dist.models.build import multi_layer_tables
+from mlet_dist.models.network import dense_cost
+from mlet_dist.models.tables import tables_path
 
 _UNLIMITED = 1 << 60
 _DENSE = EmbeddingComputeKernel.DENSE.value
@@ -80,12 +82,13 @@ class DoesNotFit(UserError):
 
 
 def plan_model(
-    model: DLRM,
+    model: nn.Module,
     sharder: MultiLayerEmbeddingBagCollectionSharder,
     topology: Topology,
     device: Device | None = None,
     constraints: Constraints | None = None,
     replicated_bytes: float = REPLICATED_BYTES,
+    dense_columns: int | None = None,
 ) -> ModelPlan:
     """Plan with TorchRec's planner and the estimates of ``embeddings.planning``, without a process group.
 
@@ -96,16 +99,19 @@ def plan_model(
         device: the hardware of a rank; by default that of the topology.
         constraints: TorchRec's constraints by table, which override ``table_constraints``.
         replicated_bytes: the largest W1, in bytes, that may be data_parallel.
+        dense_columns: as in ``dense_cost``.
 
     Raises:
         DoesNotFit: no plan fits; the message names the table and the missing bytes.
         UserError: the constraints cannot be met, or only by a plan that cannot run.
     """
-    tables = model.sparse_arch.embedding_bag_collection
+    tables, path = multi_layer_tables(model), tables_path(model)
     configs, ranks, device = tables.row_tables(), Ranks.of(topology), device or device_of(topology)
     requested = constraints or {}
     optimizer = optimizer_of(next(iter(tables.embedding_bags.values())).weight)
-    dense = dense_cost(model, sharder.local_batch_size, optimizer, ranks.world_size, ranks.local_world_size)
+    dense = dense_cost(
+        model, dense_columns, sharder.local_batch_size, optimizer, ranks.world_size, ranks.local_world_size
+    )
     try:
         limited = table_constraints(configs, ranks, sharder, constraints, replicated_bytes)
     except ValueError as error:
@@ -123,7 +129,7 @@ def plan_model(
         )
         with _without_false_warnings():
             plan = planner.plan(model, [sharder])
-        params = plan.plan[TABLES_PREFIX.rstrip(".")]
+        params = plan.plan[path]
         try:
             sharder.finalize_plan(tables, params, ranks.world_size, on_cpu=ranks.on_cpu)
         except ValueError as error:
@@ -174,6 +180,8 @@ def describe_plan(planned: ModelPlan) -> list[str]:
         lines.append(_describe_codecs(codecs_of(codecs, COMM_OPS["unique_rows"])))
     if {entry["compute_kernel"] for entry in entries.values()} == {_DENSE} and planned.sharder.chosen:
         lines.append("all rows have dense gradients: fbgemm has a fused kernel for this optimizer only on CUDA")
+    if planned.dense.note is not None:
+        lines.append(planned.dense.note)
     return lines
 
 

@@ -1,10 +1,11 @@
-"""Start the tables of a model from tables with other widths of rows: another budget or policy, or no compression.
+"""Start the tables of a model from tables with other rows: of other widths, in another order, or fewer of them.
 
-Every row gets the vector that it had, as ``stored_tables.refitted_rows`` says. A rank reads the rows that it owns.
+Every row gets the vector that it had, as ``stored_tables.refitted_rows`` says; where the table on disk has fewer rows,
+since its vocabulary has grown, the others keep their initial values. A rank reads the rows that it owns.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import Segment
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
+from mlet_dist.models.build import build_tables
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.stored_tables.adaptive_source import AdaptiveTableSource
 from mlet_dist.stored_tables.open_tables import open_factors, open_tables
@@ -56,6 +57,13 @@ class _Place:
     name: str
     positions: torch.Tensor
 
+    def below(self, stop: int) -> "_Place":
+        """Return the part with ids below ``stop``."""
+        if not len(self.ids) or int(self.ids[-1]) < stop:
+            return self
+        kept = int((self.ids < stop).sum())
+        return replace(self, ids=self.ids[:kept], positions=self.positions[:kept])
+
 
 class RefittedTables:
     """The tables of a model, filled with the rows of tables on disk.
@@ -64,34 +72,43 @@ class RefittedTables:
         spec: the model.
         sources: the tables on disk, by name, in a checkpoint.
         files: those of the checkpoint, which are closed whenever the tables have been filled.
+        grown: how many rows the tables on disk have whose vocabularies have grown since, by name.
 
     Raises:
         UserError: a table is missing, or has other rows or vectors of another width; or the model's rows are cut into
             chunks.
     """
 
-    def __init__(self, spec: ModelSpec, sources: Mapping[str, TableSource], files: ChunkedTensors) -> None:
-        meta = torch.device("meta")
-        collection = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sources: Mapping[str, TableSource],
+        files: ChunkedTensors,
+        grown: Mapping[str, int] | None = None,
+    ) -> None:
+        collection, self._prefix = build_tables(spec, torch.device("meta")), spec.tables_prefix
         self._sources, self._files = sources, files
         tables = collection.embedding_bag_configs()
         for table in tables:
             if table.name not in sources:
                 raise UserError(f"{_location(sources)}: holds no table {table.name!r}, which the model has")
-            check_source(sources[table.name], table.num_embeddings, table.embedding_dim)
+            rows = (grown or {}).get(table.name, table.num_embeddings)
+            check_source(sources[table.name], rows, table.embedding_dim)
         if collection.adaptive is not None and collection.adaptive.chunk_width is not None:
             raise UserError(
                 f"{_location(sources)}: rows that are cut into chunks (compression.nested false) cannot begin with the "
                 "rows of other settings; use compression.nested true, or policy static"
             )
         self._row_tables = {
-            f"{TABLES_PREFIX}embedding_bags.{table.name}.weight": table for table in collection.row_tables()
+            f"{self._prefix}embedding_bags.{table.name}.weight": table for table in collection.row_tables()
         }
         ranged = [table for table in tables if table.row_ranges is not None]
         self._layout = SlotLayout.of(ranged) if collection.adaptive is not None else None
 
     @classmethod
-    def of_checkpoint(cls, spec: ModelSpec, checkpoint: Checkpoint, manifest: Manifest) -> "RefittedTables":
+    def of_checkpoint(
+        cls, spec: ModelSpec, checkpoint: Checkpoint, manifest: Manifest, grown: Mapping[str, int] | None = None
+    ) -> "RefittedTables":
         """Open the tables of a checkpoint of a run, or of `mlet factorize`.
 
         Raises:
@@ -102,7 +119,7 @@ class RefittedTables:
         if about.get("spec") is not None:
             stored = ModelSpec.from_dict(about["spec"], str(location))
             tables = open_tables(stored, files, prefix, spread=is_spread(about))
-            return cls(spec, tables, files)
+            return cls(spec, tables, files, grown)
         if "factorized" not in about:
             raise UserError(
                 f"{location}: was saved by a version that did not record the model, so that its rows cannot begin a "
@@ -163,10 +180,13 @@ class RefittedTables:
         model.load_state_dict(weights)
 
     def _fill(self, place: _Place, refitted: RefittedRows, weight: Any, states: Mapping[str, Any]) -> None:
-        """Write the rows of a place, and their optimizer states."""
-        segment, on_disk = place.segment, refitted.source.shared_row
+        """Write the rows of a place that are on disk, and their optimizer states."""
+        segment, on_disk, rows_on_disk = place.segment, refitted.source.shared_row, refitted.source.num_embeddings
+        place = place.below(rows_on_disk)
+        if not len(place.ids):
+            return
         last = segment.first_row + segment.rows - 1
-        stop = last + 1 + segment.shared_by
+        stop = min(last + 1 + segment.shared_by, rows_on_disk)
         has_shared = segment.shared_by > 0 and int(place.ids[-1]) == last
         _write(weight, place.positions, refitted.rows(place.ids))
         if has_shared and (on_disk is None or on_disk > last):  # otherwise they read the same vector on disk
@@ -200,7 +220,7 @@ class RefittedTables:
                 if table.hidden_dim is None:
                     found[segment.name] = RefittedRows(source, width)
                     continue
-                name = projection_name(segment.name)
+                name = projection_name(self._prefix, segment.name)
                 same_as, on_disk = source.projections.get(width, (None, None))
                 if same_as is not None and on_disk is not None:
                     weights[name].copy_(on_disk)
@@ -219,7 +239,7 @@ class RefittedTables:
         else:
             rank, ranks = dist.get_rank(), dist.get_world_size()
             begin, end = (segment.first_row + segment.rows * each // ranks for each in (rank, rank + 1))
-            gram = gram_of(source, begin, end).to(weight.device)
+            gram = gram_of(source, begin, min(end, source.num_embeddings)).to(weight.device)
             dist.all_reduce(gram)
             chosen = closest_projection(gram.cpu(), weight.cpu())
         weight.copy_(chosen)
@@ -230,7 +250,7 @@ class RefittedTables:
         adaptive = {name: each for name, each in self._sources.items() if isinstance(each, AdaptiveTableSource)}
         if not adaptive:
             return
-        start, first_rows = f"{TABLES_PREFIX}row_slots.", layout.first_rows().tolist()
+        start, first_rows = f"{self._prefix}row_slots.", layout.first_rows().tolist()
         slots, utilities = (weights[f"{start}{name}"].local_shards()[0] for name in ("slots", "utilities"))
         first = slots.metadata.shard_offsets[1]
         stop = first + slots.metadata.shard_sizes[1]
@@ -242,7 +262,7 @@ class RefittedTables:
             parts = layout.parts_of(numbers)
             block[exists] = torch.cat(
                 [
-                    adaptive[table].utilities(numbers[parts == part] - first_rows[part])
+                    _utilities(adaptive[table], numbers[parts == part] - first_rows[part])
                     for part, table in enumerate(layout.tables)
                 ]
             )
@@ -274,7 +294,7 @@ class RefittedTables:
             yield from self._places_of_slots(self._layout, weights)
 
     def _places_of_slots(self, layout: SlotLayout, weights: Mapping[str, Any]) -> Iterator[_Place]:
-        shard = weights[f"{TABLES_PREFIX}row_slots.slots"].local_shards()[0]
+        shard = weights[f"{self._prefix}row_slots.slots"].local_shards()[0]
         first_bucket, buckets = shard.metadata.shard_offsets[1], shard.metadata.shard_sizes[1]
         pools = {table.row_width: (name, table) for name, table in self._row_tables.items() if table.num_buckets}
         first_codes, first_rows = layout.first_codes().tolist(), layout.first_rows().tolist()
@@ -293,6 +313,12 @@ class RefittedTables:
                     part = layout.tables.index(segment.table)
                     own = parts == part
                     yield _Place(segment, numbers[own] - first_rows[part], name, positions[own])
+
+
+def _utilities(source: AdaptiveTableSource, ids: torch.Tensor) -> torch.Tensor:
+    """Return the utilities of rows; 0 for those that are not on disk."""
+    known = source.utilities(ids[ids < source.num_embeddings])
+    return torch.cat([known, known.new_zeros(len(ids) - len(known))])
 
 
 def has_spread_rows(spec: ModelSpec) -> bool:

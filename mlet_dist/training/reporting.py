@@ -124,6 +124,8 @@ _SHOWN_DATA_WAIT = 0.1  # share of a step
 class TrainingReport:
     """Reports every ``log_every`` steps: loss since the last report, AUC of the run, throughput of this job.
 
+    It also reports before each validation, whose metrics then have those of training beside them.
+
     Args:
         config: the resolved settings.
         training: the state that this job starts from.
@@ -169,7 +171,7 @@ class TrainingReport:
         if self._guard.skip_reason is not None:
             self._report_skipped(training, self._guard.skip_reason)
         self._dense_arch.note(training)
-        if step % self._config.train.log_every == 0 or training.is_done:
+        if step % self._config.train.log_every == 0 or training.is_done or training.needs_validation:
             self._guard.flush()
             warning = self._dense_arch()
             if warning is not None:
@@ -183,8 +185,8 @@ class TrainingReport:
             self._recorder.record("train", step, values)
             self._recorder.record("timing", step, timing)
             fields = {
-                "loss": _shown(values["loss"]),
-                "AUC": _shown(values["auc"]),
+                "loss": shown_metric(values["loss"]),
+                "AUC": shown_metric(values["auc"]),
                 "samples/s": f"{values['samples_per_s']:,.0f}",
             }
             share = timing["data_wait_ms"] / timing["step_ms"]
@@ -193,6 +195,15 @@ class TrainingReport:
                 fields["data wait"] = f"{share:.0%}"
         self._progress.update(step - self._shown_step, **fields)
         self._shown_step = step
+
+    def log(self, line: str) -> None:
+        """Show a line beside the progress of training."""
+        self._progress.log(line)
+
+    def exclude(self, seconds: float) -> None:
+        """Leave the last ``seconds``, in which no step was taken, out of all rates and times."""
+        self._started += seconds
+        self._timer.exclude(seconds)
 
     def roll_back(self, training: Training, finding: Finding, state: dict[str, Any]) -> None:
         """Continue after a rollback; ``state`` is that of ``state_dict`` in the checkpoint."""
@@ -239,6 +250,6 @@ class TrainingReport:
         return rows / (time.monotonic() - self._started)
 
 
-def _shown(value: float) -> str:
+def shown_metric(value: float) -> str:
     """Return a loss or AUC as text; NaN is one that no row of weight above 0, or no row of one class, defines."""
     return "undefined" if math.isnan(value) else f"{value:.4f}"

@@ -1,5 +1,6 @@
 """Finds the checkpoint that a run resumes from, and checks that it belongs to the same run."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, lates
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
@@ -21,14 +23,23 @@ from mlet_dist.node_log import log_of_first_rank
 from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.run_seal import run_id_of_yaml
+from mlet_dist.training.source_inputs import (
+    DENSE_FEATURES,
+    SPARSE_FEATURES,
+    VOCABULARY_ID,
+    SourceInputs,
+    describe_growth,
+)
 from mlet_dist.urls import is_url
 
-# Keys of a run's identity, beside those that are names of settings.
-DENSE_FEATURES, SPARSE_FEATURES = "data.dense_features", "data.sparse_features"
+# Keys of a run's identity, beside those that are names of settings, and those of ``source_inputs``.
 _STATIC = ("policy", "budget", "widths", "alpha", "tables")  # settings of compression that others than adaptive read
 _RANGES = "row ranges of table "
 _LAYOUT = tuple(f"compression.{key}" for key in ("policy", "nested", "chunks", "shared_rows"))  # beside the ranges
-VOCABULARY_ID, _PREPROCESSING = "the data set's vocabulary_id", "preprocessing"
+_OF_NETWORKS = ("name", "builder", "arguments", "cross_layers", "cross_rank", "fm_dim", "query_features")
+"""Settings of ``model`` that are recorded where they are not the defaults: once DLRM was the only network."""
+_PREPROCESSING, _TRAINING_FILES = "preprocessing", "the training split's files, by fingerprint,"
+_ROWS = "rows of table "
 
 
 def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, Any]:
@@ -43,7 +54,12 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         content_id: ``DatasetSchema.content_id`` of the training split.
     """
     plain = config.to_dict()
-    identity = {f"model.{key}": value for key, value in plain["model"].items()}
+    defaults = dataclasses.asdict(ModelConfig())
+    identity = {
+        f"model.{key}": value
+        for key, value in plain["model"].items()
+        if key not in _OF_NETWORKS or value != defaults[key]
+    }
     identity |= {f"optimizer.{key}": value for key, value in plain["optimizer"].items()}
     identity |= {
         "train.seed": config.train.seed,
@@ -53,7 +69,7 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         DENSE_FEATURES: list(spec.dense),
         SPARSE_FEATURES: [feature.name for feature in spec.sparse],
         VOCABULARY_ID: spec.vocabulary_id,
-        "the training split's files, by fingerprint,": content_id,
+        _TRAINING_FILES: content_id,
         _PREPROCESSING: spec.preprocessing and spec.preprocessing.to_dict(),
     }
     if config.data.shuffle:
@@ -74,7 +90,7 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
             f"{_RANGES}{name}": [[rows, width] for rows, width, _ in ranges] for name, ranges in spec.row_ranges.items()
         }
     dtypes = config.sharding.rows_dtypes([table.name for table in spec.tables])
-    identity |= {f"rows of table {table.name}": table.num_embeddings for table in spec.tables}
+    identity |= {f"{_ROWS}{table.name}": table.num_embeddings for table in spec.tables}
     return identity | {f"rows_dtype of table {name}": dtype for name, dtype in dtypes.items()}
 
 
@@ -121,6 +137,12 @@ def _without_compression(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if not key.startswith(("compression.", _RANGES))}
 
 
+def _without_data(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity without what another data set changes, whose columns are compared by ``SourceInputs``."""
+    free = (_TRAINING_FILES, VOCABULARY_ID, _PREPROCESSING)
+    return {key: value for key, value in identity.items() if key not in free and not key.startswith(_ROWS)}
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """A checkpoint to resume from.
@@ -129,29 +151,46 @@ class ResumePoint:
         found: the complete checkpoint.
         is_own: whether it belongs to this run, rather than to the path in ``train.resume``.
         refits: whether rows have other widths than there, because compression has changed.
-        tables: those of the checkpoint if it ``refits`` and is ``open``.
+        continues: whether training goes on where it was in the data. With other training data, only weights and
+            optimizer states are taken, and training begins with the first batch.
+        tables: those of the checkpoint if it is ``open`` and their rows are not those of the model: it ``refits``, or
+            vocabularies have grown.
     """
 
     found: CompleteCheckpoint
     is_own: bool
     refits: bool = False
+    continues: bool = True
     tables: RefittedTables | None = None
 
-    def open(self, spec: ModelSpec) -> "ResumePoint":
-        """Return the same with the tables that the model begins with, if it ``refits``; log where the run resumes.
+    @property
+    def first_step(self) -> int:
+        """The number of steps that training has taken before it goes on."""
+        return self.found.manifest.step if self.continues else 0
+
+    def open(self, spec: ModelSpec, data: str) -> "ResumePoint":
+        """Return the same with the tables that the model begins with, if they differ; log where the run resumes.
 
         Raises:
-            UserError: the model cannot begin with the rows of these tables.
+            UserError: the model cannot begin with the rows of these tables, or its inputs in ``data`` are not theirs.
         """
         found, tables = self.found, None
-        if self.refits:
-            tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest)
+        warnings, grown = [], {}
+        if not self.continues:
+            inputs = SourceInputs.of(found.manifest.about, str(found.checkpoint))
+            warnings, grown = inputs.check(spec, data, dense_layers=True), inputs.grown_tables(spec)
+        if self.refits or grown:
+            tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest, grown)
             tables.check_has_states()
         size = found.manifest.about["world_size"]
         ranks = f"{size} rank{'s' if size > 1 else ''}"
         rows = "; its rows get the widths of this run's compression" if self.refits else ""
-        resuming = f"resuming from {found.checkpoint}, saved on {ranks} after step {found.manifest.step:,}{rows}"
+        rows += describe_growth(grown, spec)
+        other = "" if self.continues else f"; training begins with the first batch of {data}, which is other data"
+        resuming = f"resuming from {found.checkpoint}, saved on {ranks} after step {found.manifest.step:,}{rows}{other}"
         _log(resuming)
+        for line in warnings:
+            _log(f"warning: {found.checkpoint}: {line}")
         log_of_first_rank(resuming)
         return replace(self, tables=tables)
 
@@ -200,10 +239,14 @@ def find_resume_point(config: Config, store: CheckpointStore, identity: Mapping[
         if point.is_own:  # the other checkpoints of the run have the same rows
             check_same_run(saved, wanted, str(checkpoint), "choose another run.dir")
         else:
+            continues = saved.get(_TRAINING_FILES) == wanted[_TRAINING_FILES] or about.get("spec") is None
             same_but_rows = _without_compression(saved), _without_compression(wanted)
+            if not continues:
+                same_but_rows = _without_data(same_but_rows[0]), _without_data(same_but_rows[1])
             check_same_run(*same_but_rows, str(checkpoint), "resume from another checkpoint")
-            point = replace(point, refits=_layout(saved) != _layout(wanted))
-    _check_steps_left(config, point.found)
+            point = replace(point, refits=_layout(saved) != _layout(wanted), continues=continues)
+    if point.continues:
+        _check_steps_left(config, point.found)
     return point
 
 

@@ -15,9 +15,9 @@ from mlet_dist.training.state import Training
 class RowMoveSchedule:
     """Gives rows their new widths after each step in which their pass is due; does nothing without adaptive tables.
 
-    Every ``log_every`` steps a record of the split ``compression`` has ``moves``, how often rows have changed their
-    width so far; ``kept_<table>``, the share of a table's rows that have columns; and ``width_<w>_kept``, the share of
-    those rows of all tables that began with w columns because of their counts.
+    Every ``log_every`` steps, and before each validation, a record of the split ``compression`` has ``moves``, how
+    often rows have changed their width so far; ``kept_<table>``, the share of a table's rows that have columns; and
+    ``width_<w>_kept``, the share of those rows of all tables that began with w columns because of their counts.
 
     Args:
         model: the sharded model.
@@ -38,7 +38,7 @@ class RowMoveSchedule:
             return
         for collection in self._collections:
             collection.move_rows(training.optimizer)
-        if training.step % self._log_every == 0 or training.is_done:
+        if training.step % self._log_every == 0 or training.is_done or training.needs_validation:
             moves = torch.stack([slots.moves.sum() for slots in _slot_maps(training.model)]).sum()
             dist.all_reduce(moves)
             by_table, by_width = kept_shares(training.model)

@@ -217,18 +217,32 @@ class RunDirectory:
         Raises:
             UserError: the directory is not a run, or the run has not finished.
         """
+        config, spec, summary = self.load_unfinished()
+        if summary is None:
+            raise UserError(self.never_finished)
+        return config, spec, summary
+
+    @property
+    def never_finished(self) -> str:
+        """The message about a run without a summary."""
+        return (
+            f"{self.path}: this run never finished: it has no {self.summary.name}; train it to the end first (the same "
+            "`mlet train` command resumes it)"
+        )
+
+    def load_unfinished(self) -> tuple[Config, ModelSpec, dict[str, Any] | None]:
+        """Return config, model and summary of a run; the summary is None if the run has not finished.
+
+        Raises:
+            UserError: the directory is not a run, or a file of it is missing, was changed or is another run's.
+        """
         if not self.path.is_dir():
             raise UserError(f"{self.path}: {no_such_directory(self.path)}; expected a run made by `mlet train`")
         if not self.config.exists():
             raise UserError(f"{self.path}: not a run of `mlet train`: it has no {self.config.name}")
-        if not self.summary.exists():
-            raise UserError(
-                f"{self.path}: this run never finished: it has no {self.summary.name}; train it to the end first "
-                "(the same `mlet train` command resumes it)"
-            )
+        summary = load_sealed_json(self.summary)[0] if self.summary.exists() else None
         config = self.load_config()
-        model, summary = (load_sealed_json(file)[0] for file in (self.model, self.summary))
-        return config, ModelSpec.from_dict(model, str(self.model)), summary
+        return config, ModelSpec.from_dict(load_sealed_json(self.model)[0], str(self.model)), summary
 
     def load_config(self) -> Config:
         """Return the resolved config that the run wrote.

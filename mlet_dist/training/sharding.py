@@ -1,4 +1,4 @@
-"""Plans and shards a DLRM whose tables are on the meta device, as TorchRec's DistributedModelParallel."""
+"""Plans and shards a model whose tables are on the meta device, as TorchRec's DistributedModelParallel."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.comm import intra_and_cross_node_pg
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingType
-from torchrec.models.dlrm import DLRM
 
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
@@ -22,6 +22,7 @@ from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.machine_limits import memory_bytes
+from mlet_dist.models.build import multi_layer_tables
 from mlet_dist.training.model_plan import ModelPlan, plan_model
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.replicated_gradients import DeferredDataParallel
@@ -37,22 +38,25 @@ class Sharding:
         sharder: the sharder, with exchanges, codecs and the batches' sizes.
         constraints: the planner's constraints, by table.
         replicated_bytes: the largest W1, in bytes, that may be data_parallel.
+        dense_columns: of the model, for the costs of its dense layers; None if it is not known.
     """
 
     sharder: MultiLayerEmbeddingBagCollectionSharder
     constraints: dict[str, ParameterConstraints]
     replicated_bytes: float
+    dense_columns: int | None = None
 
     @classmethod
     def of(
         cls,
         config: ShardingConfig,
-        model: DLRM,
+        model: nn.Module,
         local_batch_size: int,
         pooling_factors: Mapping[str, float] | None = None,
+        dense_columns: int | None = None,
     ) -> "Sharding":
         """Build from the ``sharding`` section, for the tables of ``model``."""
-        tables = model.sparse_arch.embedding_bag_collection.row_tables()
+        tables = multi_layer_tables(model).row_tables()
         settings = {table.name: config.of_table(table.name) for table in tables}
         names = {segment.table for segment in segments_of(tables)}
         exchanges = {name: config.of_table(name).exchange or config.exchange for name in names}
@@ -70,19 +74,22 @@ class Sharding:
             )
             for name, own in settings.items()
         }
-        return cls(sharder, constraints, config.data_parallel_up_to_mb * 1e6)
+        return cls(sharder, constraints, config.data_parallel_up_to_mb * 1e6, dense_columns)
 
-    def plan(self, model: DLRM, topology: Topology, device: Device | None = None) -> ModelPlan:
+    def plan(self, model: nn.Module, topology: Topology, device: Device | None = None) -> ModelPlan:
         """Plan the model; see ``plan_model``."""
-        return plan_model(model, self.sharder, topology, device, self.constraints, self.replicated_bytes)
+        return plan_model(
+            model, self.sharder, topology, device, self.constraints, self.replicated_bytes, self.dense_columns
+        )
 
 
 def shard_model(
-    model: DLRM,
+    model: nn.Module,
     worker: Worker,
     local_batch_size: int,
     config: ShardingConfig = _AS_BY_DEFAULT,
     pooling_factors: Mapping[str, float] | None = None,
+    dense_columns: int | None = None,
 ) -> tuple[DistributedModelParallel, ModelPlan]:
     """Plan the model and shard every W1; ``ReplicatedGradients`` combines the other gradients. A collective call.
 
@@ -92,13 +99,14 @@ def shard_model(
         local_batch_size: rows of a batch on one rank.
         config: the ``sharding`` section.
         pooling_factors: average ids per bag of each table; 1 for a table without an entry.
+        dense_columns: of the model, for the plan's estimate of its dense layers; None estimates them by their sizes.
 
     Raises:
         UserError: no plan fits the device's memory, none meets the constraints, or nodes have different numbers of
             ranks; raised on every rank.
     """
     _check_nodes(worker)
-    sharding = Sharding.of(config, model, local_batch_size, pooling_factors)
+    sharding = Sharding.of(config, model, local_batch_size, pooling_factors, dense_columns)
     on_cuda = worker.device.type == "cuda"
     topology = Topology(
         world_size=worker.world_size,
@@ -136,7 +144,7 @@ def _pooling_factors(tables: Sequence[MultiLayerEmbeddingBagConfig], factors: Ma
     return found
 
 
-def _plan_on_rank_0(model: DLRM, sharding: Sharding, topology: Topology, worker: Worker) -> ModelPlan:
+def _plan_on_rank_0(model: nn.Module, sharding: Sharding, topology: Topology, worker: Worker) -> ModelPlan:
     """Plan on rank 0, by its memory, and broadcast the plan or the error to all ranks."""
     result: list[Any] = [None, None]
     if worker.is_first:

@@ -28,7 +28,7 @@ from mlet_dist.checkpoint.tensor_ranges import INDEX
 from mlet_dist.checkpoint.verified_load import load_verified
 from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD, is_spread
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.tables import tables_prefix
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.job import Job
 from mlet_dist.training.model_plan import ModelPlan
@@ -36,6 +36,7 @@ from mlet_dist.training.non_finite_guard import NonFinite
 from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.reporting import Recorder, TrainingReport
 from mlet_dist.training.state import Training
+from mlet_dist.training.validation_state import VALIDATION, ValidationState
 
 _METRICS_KEY, _RANDOM_KEY = "metrics", "rng"
 
@@ -65,6 +66,7 @@ def manifest_fields(
         "data": job.loader.state_dict(training.step),
         "records": recorder.size,
         "report": report.state_dict(),
+        VALIDATION: training.validation.to_dict(),
         "identity": job.identity,
         "spec": job.spec.to_dict(),
         "config": job.config.to_dict(),
@@ -83,13 +85,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTables | None = None) -> None:
+def restore(
+    training: Training, found: CompleteCheckpoint, tables: RefittedTables | None = None, *, continues: bool = True
+) -> None:
     """Load a complete checkpoint into ``training``, in any sharding, on any number of ranks. A collective call.
 
     Args:
         training: what is restored.
         found: the checkpoint.
-        tables: its tables, if rows have other widths now. Rows that are stored by id there are converted without them.
+        tables: its tables, if rows have other widths now, or tables more rows. Rows that are stored by id there are
+            converted without them.
+        continues: whether training goes on where it was. Otherwise it begins with these weights and optimizer states.
 
     Random states are restored only on the same number of ranks and the same kind of device. Training depends on them
     only for half-precision rows on CUDA, which are rounded stochastically.
@@ -100,28 +106,42 @@ def restore(training: Training, found: CompleteCheckpoint, tables: RefittedTable
     location = found.checkpoint.location
     tables = tables or RefittedTables.of_rows_by_id(found.checkpoint, found.manifest)
     state = state_to_save(training)
+    prefix = tables_prefix(training.model)
     if tables is not None:
-        load_model(training.model, location, without=TABLES_PREFIX)
+        load_model(training.model, location, without=prefix)
         del state[MODEL_KEY]
         states = state.get(OPTIMIZER_KEY, {})
         tables.load(training.model, states)
         if states:
-            state[OPTIMIZER_KEY] = {name: of for name, of in states.items() if not name.startswith(TABLES_PREFIX)}
+            state[OPTIMIZER_KEY] = {name: of for name, of in states.items() if not name.startswith(prefix)}
     about = found.manifest.about
+    if not continues:
+        del state[_METRICS_KEY], state[_RANDOM_KEY]
+        _load_rest(training, state, found, tables)
+        return
     same_ranks = about["world_size"] == dist.get_world_size() and about["device"] == _device(training)
     if not same_ranks:
         del state[_RANDOM_KEY]
     state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
-    if tables is None:
-        run_long(lambda _: _check_shapes(state[MODEL_KEY], found))
-    load_verified(state, found.checkpoint, found.manifest)
-    if tables is None:
-        training.model.load_state_dict(state[MODEL_KEY])
+    _load_rest(training, state, found, tables)
     training.metrics.load_state_dict(state[_METRICS_KEY])
     if same_ranks:
         _set_random_state(state[_RANDOM_KEY])
     training.step, training.skipped = found.manifest.step, about["skipped"]
     training.excluded_steps = set(about["passed_over"])
+    training.validation = ValidationState.from_dict(about.get(VALIDATION))
+
+
+def _load_rest(
+    training: Training, state: dict[str, Any], found: CompleteCheckpoint, tables: RefittedTables | None
+) -> None:
+    """Fill what ``state`` has left, and the model with it unless its ``tables`` were filled before."""
+    if tables is None:
+        run_long(lambda _: _check_shapes(state[MODEL_KEY], found))
+    if state:
+        load_verified(state, found.checkpoint, found.manifest)
+    if tables is None:
+        training.model.load_state_dict(state[MODEL_KEY])
 
 
 def _check_shapes(state: dict[str, Any], found: CompleteCheckpoint) -> None:

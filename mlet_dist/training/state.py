@@ -9,6 +9,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from mlet_dist.config.sections import Precision
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.validation_state import ValidationState
 
 
 @dataclass
@@ -26,6 +27,9 @@ class Training:
         step: steps taken, by this job and those before it; batch ``step``, counted over all epochs, comes next.
         skipped: steps whose batch was skipped; the learning rates advance with the other steps alone.
         excluded_steps: steps whose batch is skipped whatever it holds, because the run was rolled back because of it.
+        validate_every: steps between two validations; None if there are none. One more follows the last step.
+        patience: how many validations that are not the best so far, one after the other, stop the run; None for any.
+        validation: what the validations have found.
         precision: in which the dense layers and W2 compute (``dense_arithmetic``).
         batch: this rank's batch of the last step that this job took, on the model's device; not part of checkpoints.
     """
@@ -40,6 +44,9 @@ class Training:
     step: int = 0
     skipped: int = 0
     excluded_steps: set[int] = field(default_factory=set)
+    validate_every: int | None = None
+    patience: int | None = None
+    validation: ValidationState = field(default_factory=ValidationState)
     precision: Precision = "fp32"
     batch: Batch | None = None
 
@@ -76,7 +83,27 @@ class Training:
     @property
     def is_done(self) -> bool:
         """Whether no step is left."""
-        return self.step >= self.steps
+        return self.step >= self.steps or self.stops_early
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the last validations were so many that were not the best that the run takes no more steps."""
+        return self.patience is not None and self.validation.worse >= self.patience
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether a validation is due after the last step taken, and has not been done."""
+        if self.validate_every is None or self.step <= self.validation.step:
+            return False
+        return self.step % self.validate_every == 0 or self.step >= self.steps
+
+    @property
+    def steps_to_validation(self) -> int:
+        """The number of steps that come before the next validation, or before the end of the run."""
+        left = max(0, self.steps - self.step)
+        if self.validate_every is None:
+            return left
+        return min(left, self.validate_every - self.step % self.validate_every)
 
 
 AfterStep = Callable[[Training], None]

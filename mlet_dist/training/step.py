@@ -45,8 +45,8 @@ def take_steps(
     """Train on every batch of one iterator, and yield after each step what was predicted for its batch.
 
     For a skipped batch it yields the reason instead. ``training`` counts both. Between two steps the caller may change
-    learning rates, since forward of the next batch has not begun. When it is exhausted or closed, the model is as it
-    was before, ready for evaluation or for another iterator.
+    learning rates, since forward of the next batch has not begun. After the last batch, and when it is closed, the
+    model is as it was before, ready for evaluation or for another iterator.
 
     Args:
         guard: decides which batches are skipped.
@@ -107,7 +107,7 @@ class TrainStep:
         with self.timer.phase("forward"):
             with forward_precision(self.training.precision, batch.dense.device):
                 logits = self.training.model(batch.dense, batch.sparse)
-            logits = logits.squeeze(-1).float()
+            logits = logits.reshape(-1).float()
             loss = mean_loss(logits, batch, self.training.complete_rows)
             with self.timer.phase("exchange"):
                 loss = self._guard.check_loss(loss)
@@ -157,15 +157,19 @@ def _pipelined_steps(
     while True:
         try:
             outcome = pipeline.progress(batches)
-        except StopIteration:
-            break
+        except StopIteration:  # there was no batch
+            pipeline.detach()
+            return
         try:
             step.finish()
+            if not pipeline.batches:
+                break
             yield outcome
         except BaseException:  # raised between two steps, when the modules can be restored
             pipeline.detach()
             raise
-    pipeline.detach()
+    pipeline.detach()  # before the last step is yielded, after which the caller may evaluate the model
+    yield outcome
 
 
 class _TimedPipeline(TrainPipelineSparseDist):

@@ -161,6 +161,10 @@ class StepTimer:
         """Add seconds to ``checkpoint``."""
         self._watch.add_seconds("checkpoint", seconds)
 
+    def exclude(self, seconds: float) -> None:
+        """Do not count the last ``seconds``, in which no step was taken."""
+        self._started += seconds
+
     def end_backward(self) -> None:
         """Mark the end of backward; only the step's update is left."""
         self._watch.add("backward", self._forward_ended, self._watch.now())

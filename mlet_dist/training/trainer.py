@@ -18,9 +18,12 @@ from torchrec.distributed import DistributedModelParallel
 from mlet_dist.checkpoint.saver import CheckpointSaver
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.sharding_section import RowsDtype
+from mlet_dist.config.validation_settings import VALIDATED
 from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
-from mlet_dist.models.dlrm import build_dlrm, table_bytes
+from mlet_dist.errors import UserError
+from mlet_dist.models.build import build_training_model, multi_layer_tables, table_bytes
+from mlet_dist.models.network import check_network, tracing_problem
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
@@ -44,6 +47,8 @@ from mlet_dist.training.snapshot import manifest_fields, restore, restore_latest
 from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
+from mlet_dist.training.validation import Validation, validated_metrics
+from mlet_dist.training.validation_state import ValidationState, better_step
 
 _PROGRESS_BINS = 1 << 16
 
@@ -84,6 +89,8 @@ def train(config: Config) -> dict[str, Any]:
         size = training_bytes(training, worker.device)
         summary |= _evaluate(job, training, recorder) | _model_summary(job, plan) | steps_summary
         summary |= compression_summary(job.spec, config.optimizer.name, size, kept_shares(model)[0])
+        hint = better_step(job.run.path, summary)
+        job.log([] if hint is None else [f"{hint}; `mlet export {job.run.path} --best` takes it"])
         summary["weights_sha256"] = weights_sha256(model)
         stop.ignore()
         dist.barrier()  # a rank that a signal has ended before keeps the others from finishing the run
@@ -103,11 +110,16 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
     """
     config = job.config
     rows_dtypes = config.sharding.rows_dtypes([table.name for table in job.spec.tables])
-    model = build_dlrm(job.spec, torch.device("meta"), rows_dtypes)
+    model = build_training_model(job.spec, torch.device("meta"), rows_dtypes)
+    dense_columns = len(job.spec.dense)
+    if config.model.builder is not None:
+        check_network(model, dense_columns)
     fuse_row_optimizer(model, config.optimizer)
     if job.restores_rows:
-        model.sparse_arch.embedding_bag_collection.leave_rows_undrawn()
-    sharded, plan = shard_model(model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors)
+        multi_layer_tables(model).leave_rows_undrawn()
+    sharded, plan = shard_model(
+        model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors, dense_columns
+    )
     if job.worker.is_first:
         job.run.save_plan(plan.entries(), job.worker.world_size)
     job.log(f"plan  {line}" for line in describe_plan(plan))
@@ -125,6 +137,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
     """
     warnings = schedule_warnings(job.config.optimizer, job.steps) + compression_warnings(job.spec, job.steps)
     job.log(f"warning: {warning}" for warning in warnings)
+    every = job.config.train.validate_every
     training = Training(
         model,
         build_optimizer(model, job.config.optimizer),
@@ -133,13 +146,16 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
         batches_per_epoch=len(job.loader),
         batch_size=job.config.data.batch_size,
         rows_per_epoch=job.loader.rows,
+        validate_every=len(job.loader) if every == "epoch" else every,
+        patience=job.config.train.patience,
         precision=job.config.train.precision,
     )
     point = job.resume_point
     if point is not None and point.is_own:
         job = job.resumed_from(restore_latest(training, job.store, point.found))
     elif point is not None:
-        restore(training, point.found, point.tables)
+        restore(training, point.found, point.tables, continues=point.continues)
+        training.validation = ValidationState()  # the best step of another run is none of this one
     elif job.initial is not None:
         job.initial.load(model)
     return job, training
@@ -165,7 +181,7 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             GarbageCollection() as collect_garbage,
         ):
             report = TrainingReport(job.config, training, progress, recorder, guard, timer)
-            if job.resume_point is not None:
+            if job.resume_point is not None and job.resume_point.continues:
                 report.load_state_dict(job.resume_point.found.manifest.about["report"])
             learning_rates = LearningRates(job.config.optimizer, training)
             fields = partial(manifest_fields, job, plan, recorder, report)
@@ -173,9 +189,11 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             checkpoints = CheckpointSchedule(config, saver, stop, fields, saved_step, guard, timer)
             if config.on_non_finite == "rollback":
                 checkpoints.save_first(training)
+            validation = Validation(job, guard, recorder, report, checkpoints, stop)
+            validation.resume(training)
             row_moves = RowMoveSchedule(training.model, recorder, config.log_every)
-            after_step: list[AfterStep] = [learning_rates, row_moves, report, checkpoints, collect_garbage]
-            pipelined = pipeline_is_faster(worker) if config.pipelined is None else config.pipelined
+            after_step: list[AfterStep] = [learning_rates, row_moves, report, validation, checkpoints, collect_garbage]
+            pipelined = _is_pipelined(job, training)
             while not training.is_done:
                 try:
                     take_all_steps(training, job.loader, worker.device, guard, timer, after_step, pipelined=pipelined)
@@ -189,14 +207,35 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
                     report.roll_back(training, error.finding, about["report"])
                     guard.reset()
                     learning_rates(training)
+                    validation.resume(training)
         checkpoints.save_last(training)
     return {
         **report.summary(training),
+        **validation.summary(training),
         "first_step": job.first_step,
         "checkpoints": checkpoints.saved,
         "checkpoints_failed": checkpoints.failed,
         "checkpoint_seconds": checkpoints.seconds,
     }
+
+
+def _is_pipelined(job: Job, training: Training) -> bool:
+    """Return whether steps go through TorchRec's pipeline, which must be able to trace the network.
+
+    Raises:
+        UserError: ``train.pipelined`` is true, and it cannot.
+    """
+    wanted = job.config.train.pipelined
+    if not (pipeline_is_faster(job.worker) if wanted is None else wanted):
+        return False
+    problem = None if job.config.model.builder is None else tracing_problem(training.model)
+    if problem is None:
+        return True
+    if wanted:
+        raise UserError(f"train.pipelined is true, but the network cannot be traced ({problem}); use null or false")
+    then = "so that steps follow one another instead of TorchRec's pipeline"
+    job.log([f"warning: the network cannot be traced ({problem}), {then}"])
+    return False
 
 
 def take_all_steps(
@@ -218,24 +257,28 @@ def take_all_steps(
     Raises:
         NonFinite: a loss or gradient is not finite; the run can be rolled back to a checkpoint.
     """
-    training.model.train()
-    # One iterator over all epochs, of exactly the remaining steps: a pipeline that fetches ahead neither pauses between
-    # two epochs nor fetches beyond the last step.
-    batches = islice(chain.from_iterable(repeat(loader)), max(0, training.steps - training.step))
-    with closing(take_steps(training, batches, device, guard, timer, pipelined=pipelined)) as outcomes:
-        for outcome in outcomes:
-            if not isinstance(outcome, Finding):
-                training.metrics.update(*outcome)
-            for call in after_step:
-                call(training)
+    epochs = chain.from_iterable(repeat(loader))
+    while not training.is_done:
+        training.model.train()
+        # One iterator over all epochs, of exactly the steps up to the next validation or the end: a pipeline that
+        # fetches ahead neither pauses between two epochs nor fetches beyond the last of these steps.
+        batches = islice(epochs, training.steps_to_validation)
+        with closing(take_steps(training, batches, device, guard, timer, pipelined=pipelined)) as outcomes:
+            for outcome in outcomes:
+                if not isinstance(outcome, Finding):
+                    training.metrics.update(*outcome)
+                for call in after_step:
+                    call(training)
 
 
 def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any]:
     """Return the metrics of the splits that were not trained on. A collective call."""
     summary: dict[str, Any] = {}
     for split, loader in job.split_loaders.items():
-        metrics = evaluate(training.model, loader, job.worker, split)
-        recorder.record(split, training.step, metrics)
+        metrics = validated_metrics(training) if split == VALIDATED else None
+        if metrics is None:
+            metrics = evaluate(training.model, loader, job.worker, split)
+            recorder.record(split, training.step, metrics)
         undefined = undefined_auc(metrics, f"{job.config.data.path}: {split}")
         job.log([] if undefined is None else [f"warning: {undefined}"])
         summary |= {f"{split}_{name}": metrics[name] for name in ("auc", "logloss", "rows")}

@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint import manifest
-from mlet_dist.checkpoint.load import latest_checkpoint, latest_complete, load_state
+from mlet_dist.checkpoint.load import latest_complete, latest_finished, load_state, require_complete
 from mlet_dist.checkpoint.manifest import BLOCK_BYTES, FORMAT_VERSION, RUN_ID, Checksum, Manifest, ManifestError
 from mlet_dist.checkpoint.saver import CheckpointSaver, apply_retention
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
@@ -87,6 +87,8 @@ def _names(location: str) -> list[str]:
 def test_the_last_ones_and_every_mth_are_kept(ranks: Ranks, tmp_path: Path) -> None:
     ranks(1).run(_save, str(tmp_path), (2, 4, 5, 6, 8, 9), 2, 4)
     assert _names(str(tmp_path)) == [f"step-{step:08d}" for step in (4, 8, 9)]
+    apply_retention(CheckpointStore(tmp_path), None, 1, None, kept=4)
+    assert _names(str(tmp_path)) == ["step-00000004", "step-00000009"]
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / ".incomplete").touch()  # another job may be writing it
     apply_retention(CheckpointStore(tmp_path), None, 1, None)
@@ -128,8 +130,8 @@ def test_damage_to_any_file_is_found_and_named(two: Path, tmp_path: Path, damage
         assert found.checkpoint.step == 3
         (line,) = found.damage
         assert f"step-00000005: {name} " in line
-        with pytest.raises(UserError, match=f"last checkpoint is damaged: .*step-00000005: {name} "):
-            latest_checkpoint(CheckpointStore(copy))
+        with pytest.raises(UserError, match=f"the checkpoint is not complete: .*step-00000005: {name} "):
+            require_complete(CheckpointStore(copy).checkpoint(5))
         damage(copy / "step-00000003" / name)
         with pytest.raises(UserError, match=f"no checkpoint is complete: .*-00000005: {name} .*-00000003: {name} "):
             latest_complete(CheckpointStore(copy))
@@ -317,7 +319,7 @@ def test_a_failed_save_is_an_error_on_every_rank_and_leaves_no_files(ranks: Rank
     assert len(lines) == 2
     assert all("step-00000002: rank 1 cannot write it: " in line and "Input/output error" in line for line in lines)
     assert _names(str(tmp_path)) == ["step-00000001"]
-    assert latest_checkpoint(CheckpointStore(tmp_path)).step == 1
+    assert latest_finished(CheckpointStore(tmp_path))[0].step == 1
 
 
 def _fill_the_disk(location: str) -> None:
@@ -354,4 +356,4 @@ def test_errors_of_the_disk_are_in_the_message(ranks: Ranks, tmp_path: Path) -> 
         ranks(1).run(_fail_to_remove, str(kept))
     expected = f"UserError: {kept}: older checkpoints cannot be removed: [Errno 13] Permission denied"
     assert expected in str(failed.value)
-    assert latest_checkpoint(CheckpointStore(kept)).step == 2
+    assert latest_finished(CheckpointStore(kept))[0].step == 2

@@ -13,11 +13,12 @@ from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_unverifie
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.checkpoint.verified_load import load_verified
 from mlet_dist.checkpoint.writer import write_checkpoint
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.initializers import RowInitializer
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.fingerprint import weights_sha256
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
@@ -43,7 +44,7 @@ def _state(seed: int, drawn: bool = True) -> tuple[Any, dict[str, Any], int]:
     draw = RowInitializer._draw
     config = ModelConfig(embedding_dim=4, hidden_dim=8, bottom_mlp=(6,), top_mlp=(6,))
     spec = ModelSpec(config, ("I1",), tuple(SparseFeature(name, n) for name, n in SIZES.items()), seed)
-    model = build_dlrm(spec, torch.device("meta"))
+    model = build_training_model(spec, torch.device("meta"))
     settings = OptimizerConfig(name="adagrad")
     fuse_row_optimizer(model, settings)
     if not drawn:

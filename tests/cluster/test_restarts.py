@@ -38,7 +38,7 @@ class Job:
     def __init__(self, trained: TrainedRun, folder: Path, count: int, *options: object) -> None:
         self.run, self.folder, self.count = folder / "run", folder, count
         self.nodes: dict[int, subprocess.Popen[str]] = {}
-        command = [*MLET, "train", CONFIG, *trained.overrides, f"run.dir={self.run}", "train.checkpoint_every=2"]
+        command = [*MLET, "train", CONFIG, *trained.overrides, f"run.dir={self.run}", "train.checkpoint_every=6"]
         command += ["--nproc", 1, "--nnodes", count, "--master-addr", "localhost", "--master-port", free_port()]
         self._command = [*command, "--json", *options]
 

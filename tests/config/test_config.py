@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config, save_config
-from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from mlet_dist.config.sharding_section import ShardingConfig, TableShardingConfig
 from mlet_dist.errors import UserError
 

@@ -14,9 +14,12 @@ from mlet_dist.data.prepare.pipeline import prepare
 from mlet_dist.data.prepare.raw_formats import DenseColumn, LabelColumn, SparseColumn
 from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.preprocessing import (
+    LIKE_REMEDY,
     Preprocessing,
+    Relation,
     dense_rules,
     find_difference,
+    grown_from,
     label_rules,
     sparse_rules,
 )
@@ -127,8 +130,7 @@ def test_every_other_rule_is_named(changes: dict[str, Any], expected: str) -> No
     found = difference(made(**changes))
     assert found is not None
     assert found[0].startswith(expected)
-    kept = "use the data set that the model was trained on, or one with the same vocabulary"
-    assert found[1] == (kept if set(changes) == {"vocabulary"} else "prepare both data sets in the same way")
+    assert found[1] == (LIKE_REMEDY if set(changes) == {"vocabulary"} else "prepare both data sets in the same way")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,8 @@ def test_another_mean_or_deviation_is_named_with_the_digits_that_differ() -> Non
     wanted = with_statistics(3.125, 2.25)
     text, remedy = difference(with_statistics(3.5, 2.25), wanted) or ("", "")
     assert text == "dense column price has mean 3.5 here and mean 3.125 there"
-    assert remedy == "use the data set that the model was trained on"
+    assert remedy == LIKE_REMEDY
+    assert remedy.startswith("use the data set that the model was trained on, or prepare this one with --like")
     text, _ = difference(with_statistics(3.125, 2.25000001), wanted) or ("", "")
     assert text == "dense column price has deviation 2.2500000099999999 here and deviation 2.25 there"
 
@@ -235,3 +238,32 @@ def test_synthetic_data_sets_have_an_identity_that_depends_on_their_model(tmp_pa
         text, _ = difference(of(name, **changes), first) or ("", "")
         assert text.startswith("the ids of sparse feature C1 belong to another vocabulary here than there")
         assert text.endswith("(and 25 more made differently)")
+
+
+def test_a_vocabulary_that_has_grown_fits_where_it_may() -> None:
+    """One grows into the next twice; the other is its brother, whose ids behind the first ones mean something else."""
+    first, second, third, brother = (made(vocabulary=letter * 64) for letter in "abcd")
+    grown: dict[str, Preprocessing] = {"first": first}
+    for name, one, before in (("second", second, first), ("third", third, None), ("brother", brother, first)):
+        rules = (before or grown["second"]).sparse["user"]
+        own = sparse_rules(USER, one.sparse["user"]["vocabulary"], grown_from(rules))
+        grown[name] = dataclasses.replace(one, sparse={"user": own})
+    assert grown["third"].sparse["user"]["extends"] == ["a" * 16, "b" * 16]
+
+    def fits(found: str, wanted: str, vocabularies: Relation) -> bool:
+        return find_difference(grown[found], grown[wanted], "here", "there", vocabularies) is None
+
+    names = list(grown)
+    pairs = [(found, wanted) for found in names for wanted in names]
+    later = [("second", "first"), ("third", "first"), ("third", "second"), ("brother", "first")]
+    same = [(name, name) for name in names]
+    assert [pair for pair in pairs if fits(*pair, "same")] == same
+    assert {pair for pair in pairs if fits(*pair, "extends")} == {*same, *later}
+    assert {pair for pair in pairs if fits(*pair, "either")} == {*same, *later, *(pair[::-1] for pair in later)}
+    # Another history of the same values is no difference, and other rules are one whatever has grown.
+    found = dataclasses.replace(third, sparse={"user": sparse_rules(USER, "c" * 64)})
+    assert find_difference(found, grown["third"], "here", "there") is None
+    other = grown["second"].sparse["user"] | {"cast": "integer"}
+    different = find_difference(dataclasses.replace(second, sparse={"user": other}), first, "here", "there", "either")
+    assert different is not None
+    assert different.text == "sparse feature user has cast integer here and no cast there"

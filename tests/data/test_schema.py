@@ -106,7 +106,14 @@ def test_content_that_is_not_a_schema(tmp_path: Path, content: bytes, message: s
         DatasetSchema.load(tmp_path)
 
 
-OPTIONAL = {"id_counts", "sample_weight"}
+OPTIONAL = {"id_counts", "sample_weight", "extends"}
+
+
+def test_a_data_set_that_has_grown_may_lack_the_training_split(tmp_path: Path) -> None:
+    parts = {split: each for split, each in SCHEMA.parts.items() if split != "train"}
+    schema = dataclasses.replace(SCHEMA, parts=parts, extends=("one", "two"))
+    schema.save(tmp_path)
+    assert DatasetSchema.load(tmp_path) == schema
 
 
 @pytest.mark.parametrize("key", sorted({f.name for f in dataclasses.fields(DatasetSchema)} - OPTIONAL | {"rows"}))
@@ -184,7 +191,7 @@ def part(**changes: object) -> dict[str, object]:
         ("malformed", 2, "the SHA-256 of its content is "),
         ("sha256", 64 * "0", "the SHA-256 of its content is "),
         ("vocabulary_id", 7, "vocabulary_id is 7; it must be text"),
-        ("parts", 3, "parts is 3; it must be an object with the keys train, valid, test"),
+        ("parts", 3, "parts is 3; it must be an object with one or more of the keys train, valid, test"),
         ("parts", {"train": "x"}, 'parts.train is "x"; it must be a list of objects'),
         ("parts", {"train": [part(rows="8")]}, 'parts.train[0].rows is "8"; it must be a whole number'),
         ("parts", {"train": [part(bytes=-8)]}, "parts.train[0].bytes is -8; it must be a whole number"),
@@ -198,7 +205,9 @@ def part(**changes: object) -> dict[str, object]:
             for path in (7, "", ".", "/etc/passwd", "../other/part.parquet", "train/../../part.parquet", "a\0b")
         ),
         ("parts", {"train": [], "dev": []}, "parts is {"),
-        ("parts", {"valid": [], "test": []}, "key 'parts.train' is missing"),
+        ("parts", {}, "key 'parts.train' is missing"),
+        ("parts", {"valid": [], "test": []}, "the parts add up to"),
+        ("extends", "v", 'extends is "v"; it must be a list of texts'),
         ("rows", {"train": 9, "valid": 1, "test": 1}, "the parts add up to"),
         ("rows", 10, "rows is 10; it must be an object"),
         ("source", 1000 * [1], "…; it must be text"),
@@ -237,7 +246,7 @@ def test_a_data_set_may_lack_splits(tmp_path: Path, absent: tuple[str, ...]) -> 
 
 def test_optional_keys_are_read_back_and_may_be_missing(tmp_path: Path) -> None:
     counts = {"train": {"C1": IdCounts(20, 3, 0)}, "test": {"C1": IdCounts(5, 5, 0)}}
-    for schema in (SCHEMA, dataclasses.replace(SCHEMA, id_counts=counts, sample_weight=True)):
+    for schema in (SCHEMA, dataclasses.replace(SCHEMA, id_counts=counts, sample_weight=True, extends=("a",))):
         schema.save(tmp_path)
         assert DatasetSchema.load(tmp_path) == schema
         assert OPTIONAL & set(json.loads((tmp_path / "schema.json").read_text())) == (

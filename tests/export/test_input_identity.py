@@ -11,6 +11,7 @@ import pytest
 from mlet_dist.checkpoint.manifest import Manifest
 from mlet_dist.data.prepare.pipeline import prepare
 from mlet_dist.data.prepare.table_description import load_table
+from mlet_dist.data.preprocessing import LIKE_REMEDY
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.run_evaluate import evaluate_path
@@ -97,7 +98,7 @@ def test_a_run_does_not_start_from_weights_of_columns_that_were_made_differently
     start = (f"train.initial_weights={base / 'run'}", f"data.path={data}", f"run.dir={tmp_path / 'warm'}")
     message = error_line("train", base / "config.yaml", *start)
     assert "step-00000006: dense column price has mean " in message
-    assert message.endswith(" where the weights were trained; use the data set that the model was trained on")
+    assert message.endswith(" where the weights were trained; " + LIKE_REMEDY)
     assert not (tmp_path / "warm" / "config.yaml").exists()
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from tests.helpers.mlet_command import mlet
+
 ROOT = Path(__file__).parents[2]
 MLET = (sys.executable, "-m", "mlet_dist")
 _NAMESPACE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child=SIGKILL")
@@ -152,7 +154,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
         ["train", config, f"data.path={data}", *SMALL, f"run.dir={run}"],
         ["export", run, "--out", export],
     ):
-        subprocess.run([*MLET, *map(str, command)], cwd=ROOT, capture_output=True, check=True)
+        mlet(*command)
     return data, run, export
 
 

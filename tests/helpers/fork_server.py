@@ -22,6 +22,7 @@ def fork_server() -> ForkServerContext:
     )
     # What is read when torch is imported, with the values that ranks have.
     settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    settings["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more of them are processes that import torch again
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 import torch
 
 from mlet_dist.embeddings.row_order import RowOrder
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_training_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 
 
 def row_orders(spec: ModelSpec) -> dict[str, RowOrder]:
     """Return the order of the stored rows of each W1 that has one, by state name."""
     meta = torch.device("meta")
-    stored = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.row_tables()
+    stored = build_training_model(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.row_tables()
     names = {f"{TABLES_PREFIX}embedding_bags.{table.name}.weight": table.row_order for table in stored}
     return {name: order for name, order in names.items() if order is not None}
 

@@ -11,7 +11,7 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
@@ -38,7 +38,7 @@ def training_of(config: Config, steps: int) -> tuple[Training, torch.nn.Module]:
     """Return the state of a new run, and the sharded collection within its model."""
     schema = DatasetSchema.load(Path(config.data.path))
     spec = ModelSpec.of(config, schema)
-    model = build_dlrm(spec, torch.device("meta"))
+    model = build_training_model(spec, torch.device("meta"))
     fuse_row_optimizer(model, config.optimizer)
     local_batch_size = config.data.batch_size // dist.get_world_size()
     sharded, _ = shard_model(model, this_worker(), local_batch_size, config.sharding)

@@ -1,5 +1,6 @@
 """Runs `mlet train` within the tests' ranks, where a run takes one second instead of ten."""
 
+import gc
 import json
 import os
 import socket
@@ -44,6 +45,9 @@ def _train(overrides: Sequence[str], port: int, group: str) -> dict[str, Any]:
         overrides = [*overrides, f"train.device={rank_device().type}"]
         return train(load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides))
     finally:
+        # Training unfroze what the fork server had frozen, and the next run would look at all of it.
+        gc.collect(1)
+        gc.freeze()
         _leave_group()
         # By a file, because a port that was free before may be taken by now.
         dist.init_process_group(

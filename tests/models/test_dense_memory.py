@@ -1,15 +1,17 @@
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
 
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from mlet_dist.config.model_section import ModelConfig, ModelName
+from mlet_dist.config.sections import DataConfig, OptimizerConfig, RunConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.dense_memory import check_dense_memory, dense_parameters
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 
 MODEL = ModelConfig(embedding_dim=4, hidden_dim=12, bottom_mlp=(8, 5), top_mlp=(7,))
 FEATURES = tuple(SparseFeature(name, 10) for name in ("C1", "C2", "C3"))
@@ -22,10 +24,15 @@ def spec_of(model: ModelConfig) -> ModelSpec:
 
 @pytest.mark.parametrize("hidden_dim", [12, None])
 @pytest.mark.parametrize("bottom_mlp", [(), (8, 5)])
-def test_the_weights_are_those_of_the_model(hidden_dim: int | None, bottom_mlp: tuple[int, ...]) -> None:
-    spec = spec_of(dataclasses.replace(MODEL, hidden_dim=hidden_dim, bottom_mlp=bottom_mlp))
+@pytest.mark.parametrize("name", get_args(ModelName))
+def test_the_weights_are_those_of_the_model(
+    name: ModelName, hidden_dim: int | None, bottom_mlp: tuple[int, ...]
+) -> None:
+    network = ModelConfig(name, cross_layers=2, cross_rank=3, fm_dim=5, query_features=("C2",))
+    model = dataclasses.replace(network, embedding_dim=4, hidden_dim=hidden_dim, bottom_mlp=bottom_mlp, top_mlp=(7, 6))
+    spec = spec_of(model)
     meta = torch.device("meta")
-    state = build_dlrm(spec, meta, dense_device=meta).state_dict()
+    state = build_training_model(spec, meta, dense_device=meta).state_dict()
     assert all(each.is_meta for each in state.values())
     rows = f"{TABLES_PREFIX}embedding_bags."
     expected = sum(value.numel() for name, value in state.items() if not name.startswith(rows))

@@ -9,7 +9,7 @@ import pytest
 
 from mlet_dist.config.byte_sizes import ByteSize
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.embeddings.planning.cost_model import FLOAT
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig

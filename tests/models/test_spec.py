@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
-from mlet_dist.data.preprocessing import Preprocessing
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import DataConfig, RunConfig, TrainConfig
+from mlet_dist.data.preprocessing import LIKE_REMEDY, Preprocessing, grown_from
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
@@ -135,7 +136,7 @@ def test_a_data_set_with_more_columns_than_the_model_is_accepted() -> None:
         (
             schema(C1=9, C2=1_235),
             "some/data: feature 'C2' has 1,235 ids here, but the model's table has 1,234 rows; use the data set that "
-            "the model was trained on, or one with the same vocabulary",
+            "the model was trained on, or prepare this one with --like and that data set",
         ),
         (schema(C1=8, C2=1_234), "some/data: feature 'C1' has 8 ids here, but the model's table has 9 rows; "),
     ],
@@ -204,15 +205,35 @@ def changed(kind: str, name: str, **rules: Any) -> DatasetSchema:
 def test_a_data_set_whose_columns_were_made_differently_is_refused() -> None:
     assert SPEC.check_data(changed("dense", "I3", transform="raw"), HERE) is None  # the model does not take it
     assert message_of(SPEC.check_data, changed("dense", "I2", mean=2.5), HERE) == (
-        "some/data: dense column I2 has mean 2.5 here and mean 3.125 in the model's data set; use the data set that "
-        "the model was trained on"
+        f"some/data: dense column I2 has mean 2.5 here and mean 3.125 in the model's data set; {LIKE_REMEDY}"
     )
     assert message_of(SPEC.check_data, changed("sparse", "C1", vocabulary="another"), HERE) == (
-        "some/data: the ids of sparse feature C1 belong to another vocabulary here than in the model's data set; use "
-        "the data set that the model was trained on, or one with the same vocabulary"
+        "some/data: the ids of sparse feature C1 belong to another vocabulary here than in the model's data set; "
+        f"{LIKE_REMEDY}"
     )
     SPEC.check_ids(changed("dense", "I2", mean=2.5), HERE)
     assert "C1 belong to another" in message_of(SPEC.check_ids, changed("sparse", "C1", vocabulary="another"), HERE)
+
+
+def test_a_data_set_whose_vocabulary_has_grown_is_accepted_with_the_ids_that_the_model_knows() -> None:
+    """And so is the one from which that of the model has grown, of which it knows all ids."""
+    before = schema(C1=9, C2=1_234).preprocessing
+    extended = grown_from(before.sparse["C2"])
+    rules = before.sparse | {"C2": before.sparse["C2"] | {"vocabulary": "later", "extends": extended}}
+    data = dataclasses.replace(schema(C1=9, C2=2_000), preprocessing=dataclasses.replace(before, sparse=rules))
+    assert SPEC.check_data(data, HERE) is None
+    SPEC.check_ids(data, HERE)
+    assert SPEC.known_ids(data) == {"C2": 1_234}
+    later = ModelSpec.of(config(), data)
+    earlier = schema(C1=9, C2=1_234)
+    assert later.check_data(earlier, HERE) is None
+    assert later.known_ids(earlier) == {}
+    apart = dataclasses.replace(data, preprocessing=before)
+    assert "feature 'C2' has 2,000 ids here" in message_of(SPEC.check_data, apart, HERE)
+    plain = {key: value for key, value in SPEC.to_dict().items() if key != "preprocessing"} | {"vocabulary_id": "one"}
+    old = ModelSpec.from_dict(plain, "here")
+    assert old.check_data(dataclasses.replace(data, vocabulary_id="two", extends=("zero", "one")), HERE)
+    assert "feature 'C2' has" in message_of(old.check_data, dataclasses.replace(data, extends=("zero",)), HERE)
 
 
 def test_a_model_that_does_not_record_how_columns_were_made_is_compared_by_ids_with_a_warning() -> None:

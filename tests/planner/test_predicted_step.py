@@ -12,8 +12,7 @@ import pytest
 
 from mlet_dist.cli import main
 from mlet_dist.config.calibration_file import COLLECTIVES, GroupRates, write_calibration
-from mlet_dist.data.prepare.dataset_manifest import VOCABULARY
-from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.data.schema import VOCABULARY, DatasetSchema
 from tests.config.test_calibration_file import FOUND
 from tests.helpers.mlet_command import ROOT
 

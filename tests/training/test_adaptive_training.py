@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.slot_layout import SlotLayout
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_training_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training.compressed_tables import compression_warnings, with_row_ranges
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
@@ -138,7 +138,7 @@ def test_adam_on_a_cpu_resumes_bitwise_within_the_budget(
     resumed = train_in_ranks(ranks, 2, *adam, f"run.dir={stopped_after(40, path, tmp_path / 'same')}")
     assert resumed["first_step"] == 40
     assert resumed["weights_sha256"] == result["weights_sha256"]
-    for size in (1, 4):
+    for size in (1, 4) if len(parts) == 1 else (1,):
         other = train_in_ranks(ranks, size, *adam, f"run.dir={stopped_after(40, path, tmp_path / str(size))}")
         assert other["first_step"] == 40
         assert other["training_bytes_peak"] == result["training_bytes_peak"]
@@ -180,7 +180,7 @@ def _announced_bytes(config: Config) -> int:
 
 def _layout(run: Path) -> SlotLayout:
     meta = torch.device("meta")
-    collection = build_dlrm(ModelSpec.load(run / "model.json"), meta, dense_device=meta).sparse_arch
+    collection = build_training_model(ModelSpec.load(run / "model.json"), meta, dense_device=meta).sparse_arch
     return SlotLayout.of(collection.embedding_bag_collection.embedding_bag_configs())
 
 

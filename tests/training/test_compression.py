@@ -19,8 +19,7 @@ from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.run_spectrum import spectrum_of
 from mlet_dist.export.spectrum.singular_values import balance
 from mlet_dist.export.spectrum.spectrum_report import html_page, report
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training.compressed_tables import shared_row_ranges, with_row_ranges
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json
 from tests.helpers.rows_by_id import model_by_id
@@ -129,9 +128,8 @@ def test_the_ranks_change_nothing_but_rounding(
     ranks: Ranks, settings: tuple[str, ...], tmp_path: Path, optimizer: str
 ) -> None:
     rates = (f"optimizer.name={optimizer}", "optimizer.learning_rate=0.05", "data.batch_size=60")
-    found = {
-        size: train_in_ranks(ranks, size, *settings, *rates, f"run.dir={tmp_path / str(size)}") for size in (1, 2, 3)
-    }
+    sizes = (1, 2, 3) if optimizer == "sgd" else (1, 3)
+    found = {size: train_in_ranks(ranks, size, *settings, *rates, f"run.dir={tmp_path / str(size)}") for size in sizes}
     for result in found.values():
         assert result["test_logloss"] == pytest.approx(found[1]["test_logloss"], abs=5e-6)
         assert result["training_bytes_peak"] == found[1]["training_bytes_peak"]

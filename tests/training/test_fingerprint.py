@@ -10,10 +10,11 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.data.schema import SparseFeature
-from mlet_dist.models.dlrm import RowsDtype, build_dlrm
+from mlet_dist.models.build import RowsDtype, build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training import fingerprint
 from mlet_dist.training.fingerprint import weights_sha256
@@ -50,7 +51,7 @@ def _fingerprint(
     spec: ModelSpec, block_bytes: int, sharding: str | None = None, rows_dtype: RowsDtype = "fp32"
 ) -> tuple[str, int]:
     """Return the fingerprint, and the bytes that this rank sent to other ranks for blocks on borders."""
-    model = build_dlrm(spec, torch.device("meta"), rows_dtype)
+    model = build_training_model(spec, torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig())
     worker = Worker(
         dist.get_rank(),
@@ -89,7 +90,7 @@ def _counted(model: nn.Module, block_bytes: int) -> tuple[str, int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("block_bytes", [1 << 20, 200, 1])
 def test_it_does_not_depend_on_the_ranks(ranks: Ranks, world_size: int, block_bytes: int) -> None:
-    expected = reference(build_dlrm(_spec(), tables_device=torch.device("cpu")).state_dict(), block_bytes)
+    expected = reference(build_training_model(_spec(), tables_device=torch.device("cpu")).state_dict(), block_bytes)
     found = ranks(world_size).run(_fingerprint, _spec(), block_bytes)
     assert [each for each, _ in found] == [expected] * world_size
 
@@ -98,7 +99,7 @@ def test_it_does_not_depend_on_the_ranks(ranks: Ranks, world_size: int, block_by
 @pytest.mark.parametrize("rows_dtype", ["fp32", "fp16"])
 def test_it_does_not_depend_on_the_sharding(ranks: Ranks, sharding: str, rows_dtype: RowsDtype) -> None:
     spec = _spec(sizes=ROWS_FOR_ALL)
-    model = build_dlrm(spec, tables_device=torch.device("cpu"))
+    model = build_training_model(spec, tables_device=torch.device("cpu"))
     state = model.state_dict()
     if rows_dtype == "fp16" and sharding != "data_parallel":  # these stay float32
         state = {name: each.half() if ".embedding_bags." in name else each for name, each in state.items()}

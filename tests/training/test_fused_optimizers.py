@@ -14,15 +14,16 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_checkpoint, load_model, load_state
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_finished, load_model, load_state
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import ShardingConfig, TableShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.adam import fused_kernels
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.fused_optimizers import (
     build_optimizer,
@@ -55,7 +56,7 @@ def _build(config: OptimizerConfig, kind: str = "row_wise") -> tuple[Distributed
     spec = ModelSpec(model_config, ("I1", "I2"), tuple(SparseFeature(*each) for each in SIZES.items()), seed=3)
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     worker = Worker(dist.get_rank(), dist.get_world_size(), local, torch.device("cpu"))
-    model = build_dlrm(spec, tables_device=torch.device("meta"))
+    model = build_training_model(spec, tables_device=torch.device("meta"))
     fuse_row_optimizer(model, config)
     blocks = {"row_wise": worker.world_size, "table_row_wise": local}.get(kind, 1)
     every_block_has_rows = {name: -(-rows // blocks) * (blocks - 1) < rows for name, rows in SIZES.items()}
@@ -118,7 +119,7 @@ def _train(
     config = OptimizerConfig(name=name, learning_rate=0.01)  # type: ignore[arg-type]
     model, optimizer = _build(config, kind)
     if load is not None:
-        location = latest_checkpoint(CheckpointStore(load)).location
+        location = latest_finished(CheckpointStore(load))[0].location
         load_model(model, location)
         load_state({OPTIMIZER_KEY: optimizer_state(optimizer)}, location)
     for step in steps:

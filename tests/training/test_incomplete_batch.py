@@ -16,7 +16,7 @@ from torchrec import KeyedJaggedTensor
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.loading.loader import Batch, DataLoader
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.step import mean_loss, take_steps
@@ -86,7 +86,7 @@ def _train(config: Config, pipelined: bool) -> tuple[list[int], dict[str, torch.
 def _expected(config: Config) -> dict[str, torch.Tensor]:
     """Train in one process without sharding, by torch alone: SGD on the loss of each batch by its share of rows."""
     spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
-    model = build_dlrm(spec, torch.device("cpu"))
+    model = build_training_model(spec, torch.device("cpu"))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     alone = DataLoader(
         Path(config.data.path),

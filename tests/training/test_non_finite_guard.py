@@ -2,14 +2,11 @@
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import distributed as dist
@@ -21,8 +18,8 @@ from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
 from mlet_dist.training.schedule import LearningRates
 from mlet_dist.training.step import take_steps
 from mlet_dist.training.timing import StepTimer
-from tests.helpers.data_set_parts import replace_part
 from tests.helpers.mlet_command import ROOT, mlet
+from tests.helpers.pairwise import pairwise
 from tests.helpers.ranks import RankPool
 from tests.helpers.small_run import SETTINGS, loader, local, training_of
 from tests.helpers.train_in_ranks import records, stopped_after, train_in_ranks
@@ -162,9 +159,7 @@ def test_a_non_finite_value_stops_both_loops_on_every_rank_after_the_same_step(r
     found = [("label", 4), ("feature", 1), ("gradient", 4), ("gradient", STEPS), ("label", STEPS)]
     cases = [
         Case(config, pipelined, policy, step, where)
-        for where, step in found
-        for policy in ("stop", "rollback")
-        for pipelined in (False, True)
+        for (where, step), policy, pipelined in pairwise(found, ("stop", "rollback"), (False, True))
     ]
     every = ranks(2).run(_train_each, cases)
     for case, *outcomes in zip(cases, *every, strict=True):
@@ -203,21 +198,6 @@ def test_rolling_back_is_bitwise_identical_to_a_run_without_the_batch(ranks: Ran
             assert found["error"] is None
             assert found["skipped"] == [Finding(5, "earlier")]
             _assert_same_bits(found["tensors"], never["tensors"])
-
-
-@pytest.fixture(scope="module")
-def data_that_overflows(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small data set, with values in its eleventh batch of 64 that float32 holds and products of them not."""
-    out = tmp_path_factory.mktemp("overflow") / "data"
-    shutil.copytree(small_data, out)
-    (part,) = (out / "train").iterdir()
-    table = pq.read_table(part)
-    columns = {name: table.column(name).to_pylist() for name in table.schema.names}
-    for name, values in columns.items():
-        if name.startswith("I"):
-            values[64 * 10 + 40] = 3e38
-    replace_part(out, f"train/{part.name}", pa.table(columns, schema=table.schema))
-    return out
 
 
 @pytest.mark.multirank

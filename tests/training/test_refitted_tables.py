@@ -7,8 +7,7 @@ import torch
 
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.export.source import ModelSource, Tables
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.stored_tables.refitted_rows import closest_projection, gram_of
 from mlet_dist.stored_tables.table_source import TableSource
 from tests.helpers.mlet_command import ROOT, error_line, mlet
@@ -161,9 +160,14 @@ def _rows_of(run: Path, scratch: Path, state: str = "") -> dict[tuple[str, int],
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad"])
 @pytest.mark.parametrize(
-    ("before", "after"), [("none", "static"), ("static", "adaptive"), ("adaptive", "less adaptive")]
+    ("before", "after", "optimizer"),
+    [
+        ("none", "static", "adagrad"),
+        ("none", "static", "rowwise_adagrad"),
+        ("static", "adaptive", "rowwise_adagrad"),
+        ("adaptive", "less adaptive", "adagrad"),
+    ],
 )
 def test_rows_that_keep_their_width_keep_every_bit(
     before: str, after: str, optimizer: str, runs: Runs, ranks: Ranks, tmp_path: Path

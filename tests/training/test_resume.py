@@ -79,18 +79,19 @@ def test_a_resumed_run_is_bitwise_identical_in_both_loops(
     [
         (2, ("optimizer.name=sgd", "optimizer.warmup_steps=20", "optimizer.decay=cosine")),
         (2, ("optimizer.name=adam", "optimizer.learning_rate=0.01")),
-        (4, ("optimizer.name=rowwise_adagrad",)),
-        (4, ("optimizer.name=adagrad", "sharding.sharding_types=[data_parallel]")),
+        (3, ("optimizer.name=rowwise_adagrad",)),
+        (2, ("optimizer.name=adagrad", "sharding.sharding_types=[data_parallel]")),
     ],
-    ids=["sgd", "adam", "rowwise_adagrad of 4", "data_parallel of 4"],
+    ids=["sgd", "adam", "rowwise_adagrad of 3", "data_parallel"],
 )
 def test_a_resumed_run_is_bitwise_identical_with_every_optimizer(
     ranks: Ranks, settings: tuple[str, ...], tmp_path: Path, world_size: int, changes: tuple[str, ...]
 ) -> None:
-    once = train_in_ranks(ranks, world_size, *settings, *changes, f"run.dir={tmp_path / 'once'}")
-    run = stopped_after(42, tmp_path / "once", tmp_path / "run")
-    again = train_in_ranks(ranks, world_size, *settings, *changes, f"run.dir={run}")
-    assert again["first_step"] == 42
+    settings = (*settings, *changes, "train.max_steps=28")  # one epoch: the data are those of the test above
+    once = train_in_ranks(ranks, world_size, *settings, f"run.dir={tmp_path / 'once'}")
+    run = stopped_after(14, tmp_path / "once", tmp_path / "run")
+    again = train_in_ranks(ranks, world_size, *settings, f"run.dir={run}")
+    assert again["first_step"] == 14
     assert again["weights_sha256"] == once["weights_sha256"]
     assert records(run) == records(tmp_path / "once")
 
@@ -132,7 +133,7 @@ def test_a_run_resumed_on_other_ranks_sees_the_same_rows(
     whole = tmp_path / "whole"
     train_in_ranks(ranks, 2, *settings, f"run.dir={whole}")
     expected = tensors(whole, STEPS, tmp_path)
-    for world_size in (1, 3, 4):
+    for world_size in (1, 3):
         run = stopped_after(14, whole, tmp_path / f"on {world_size}")
         assert train_in_ranks(ranks, world_size, *settings, f"run.dir={run}")["first_step"] == 14
         found = tensors(run, STEPS, tmp_path)

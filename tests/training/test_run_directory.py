@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.sections import DataConfig, ModelConfig, RunConfig, TrainConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import DataConfig, RunConfig, TrainConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec

@@ -27,7 +27,7 @@ def settings_on(s3: S3Bucket, trained: TrainedRun) -> tuple[str, ...]:
         *(each for each in trained.overrides if not each.startswith("data.path=")),
         f"data.path={s3.url}/data",
         f"train.checkpoint_dir={s3.url}/checkpoints",
-        "train.checkpoint_every=5",
+        "train.checkpoint_every=15",
     )
 
 
@@ -52,7 +52,7 @@ def test_a_run_that_is_killed_and_resumed_on_s3(s3: S3Bucket, trained: TrainedRu
         while not any(name.endswith("/manifest.json") for name in s3.files.find(f"{s3.url}/checkpoints")):
             assert job.poll() is None, job.communicate()[0]
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.5)  # each look is a request that the server answers
         os.killpg(job.pid, signal.SIGKILL)
     assert not (run / "summary.json").exists()
     done = mlet("train", CONFIG, *settings, f"run.dir={run}", "--nproc", 2, "--json")

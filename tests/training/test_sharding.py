@@ -8,11 +8,12 @@ import torch
 from torch import distributed as dist
 from torchrec.distributed import comm
 
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.fused_optimizers import fuse_row_optimizer
 from mlet_dist.training.lost_ranks import timed_out
@@ -27,7 +28,7 @@ AUTO = ShardingConfig()
 
 def _shard(local_world_sizes: tuple[int, ...], sharding: ShardingConfig = AUTO, seconds: float = 600) -> str:
     model = ModelConfig(embedding_dim=4, hidden_dim=8, bottom_mlp=(6,), top_mlp=(6,))
-    dlrm = build_dlrm(ModelSpec(model, ("I1",), (SparseFeature("C1", 100),), 0), torch.device("meta"))
+    dlrm = build_training_model(ModelSpec(model, ("I1",), (SparseFeature("C1", 100),), 0), torch.device("meta"))
     fuse_row_optimizer(dlrm, OptimizerConfig())
     rank = dist.get_rank()
     timeout = timedelta(seconds=seconds)

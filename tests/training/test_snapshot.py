@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_checkpoint, load_model
+from mlet_dist.checkpoint.load import MODEL_KEY, OPTIMIZER_KEY, latest_finished, load_model
 from mlet_dist.checkpoint.store import CheckpointStore
 from mlet_dist.checkpoint.writer import write_checkpoint
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
-from mlet_dist.models.dlrm import RowsDtype, build_dlrm
+from mlet_dist.models.build import RowsDtype, build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.fingerprint import weights_sha256
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
@@ -37,7 +38,7 @@ def _worker() -> Worker:
 
 
 def _save(directory: Path, rows_dtype: RowsDtype = "fp32") -> str:
-    model = build_dlrm(_spec(), torch.device("meta"), rows_dtype)
+    model = build_training_model(_spec(), torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig(name="adagrad"))
     sharded = shard_model(model, _worker(), 8)[0]
     optimizer = build_optimizer(sharded, OptimizerConfig(name="adagrad"))
@@ -47,10 +48,10 @@ def _save(directory: Path, rows_dtype: RowsDtype = "fp32") -> str:
 
 
 def _load(directory: Path, spec: ModelSpec, rows_dtype: RowsDtype = "fp32") -> str:
-    model = build_dlrm(spec, torch.device("meta"), rows_dtype)
+    model = build_training_model(spec, torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig())
     sharded = shard_model(model, _worker(), 8)[0]
-    load_model(sharded, latest_checkpoint(CheckpointStore(directory)).location)
+    load_model(sharded, latest_finished(CheckpointStore(directory))[0].location)
     return weights_sha256(sharded)
 
 
@@ -69,9 +70,9 @@ def test_a_checkpoint_of_half_rows_loads_on_any_number_of_ranks(
     ranks(loaded_on).run(_load, tmp_path, _spec(seed=99), "fp16")
     assert ranks(saved_on).run(_load, tmp_path, _spec(seed=99), "fp16")[0] == saved
     # Into float32, as `mlet verify` and `mlet evaluate` do: the rounded initial values.
-    model = build_dlrm(_spec(seed=99), torch.device("cpu"))
-    load_model(model, latest_checkpoint(CheckpointStore(tmp_path)).location)
-    single, loaded = build_dlrm(_spec(), torch.device("cpu")).state_dict(), model.state_dict()
+    model = build_training_model(_spec(seed=99), torch.device("cpu"))
+    load_model(model, latest_finished(CheckpointStore(tmp_path))[0].location)
+    single, loaded = build_training_model(_spec(), torch.device("cpu")).state_dict(), model.state_dict()
     for name, tensor in loaded.items():
         expected = single[name].half().float() if ".embedding_bags." in name else single[name]
         assert tensor.dtype == torch.float32
@@ -95,6 +96,6 @@ def test_an_incomplete_checkpoint_is_ignored(ranks: Ranks, tmp_path: Path) -> No
     cut_short.mkdir()
     for name in (".incomplete", ".metadata", "__0_0.distcp"):
         (cut_short / name).touch()
-    assert latest_checkpoint(CheckpointStore(tmp_path)).name == "step-00000007"
+    assert latest_finished(CheckpointStore(tmp_path))[0].name == "step-00000007"
     with pytest.raises(UserError, match="no complete checkpoint"):
-        latest_checkpoint(CheckpointStore(cut_short))
+        latest_finished(CheckpointStore(cut_short))

@@ -80,7 +80,7 @@ def _run(config: Config, directory: Path, pipelined: bool) -> dict[str, Any]:
     records = [record for record in records if record["split"] != "timing"]
     assert [record["step"] for record in timings] == [record["step"] for record in records]
     assert all(record.pop("samples_per_s") > 0 for record in records)
-    assert recorder.rewritten == [pipelined] * 7
+    assert recorder.rewritten == [pipelined] * 6 + [False]  # after the last step the model may be evaluated
     assert not _is_rewritten(embeddings)
     spec = ModelSpec.of(config, DatasetSchema.load(Path(config.data.path)))
     found = evaluate(model, evaluation_loader(Path(config.data.path), "valid", spec, 250, worker), worker, "valid")
@@ -101,7 +101,7 @@ def _run_both(config: Config, directory: Path) -> list[dict[str, Any]]:
         (2, "sgd", "after"),
         (2, "adagrad", "reduce_scatter"),
         (2, "adam", "unique_rows"),
-        (4, "rowwise_adagrad", "unique_rows"),
+        (2, "rowwise_adagrad", "unique_rows"),
     ],
 )
 def test_both_loops_train_bitwise_identical_weights_over_epochs(

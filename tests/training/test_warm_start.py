@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.prepare.pipeline import prepare
 from mlet_dist.data.prepare.table_description import load_table
-from mlet_dist.data.preprocessing import Preprocessing
+from mlet_dist.data.preprocessing import Preprocessing, grown_from
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.export.factorize.run_factorize import factorize_tables
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.warm_start import SourceInputs
+from mlet_dist.training.source_inputs import SourceInputs, describe_growth
 from tests.helpers.mlet_command import error_line, mlet, mlet_json
 
 SPEC = ModelSpec(
@@ -182,6 +182,38 @@ def test_tables_of_another_program_give_warnings() -> None:
     assert by_position.endswith("price, age; user, item, tags")
     assert ids == "names no vocabulary; its rows must belong to the ids of data/new"
     assert unknown.check(SPEC, "data/new", dense_layers=False) == [ids]
+
+
+def grown(spec: ModelSpec, name: str, rows: int, vocabulary: str) -> ModelSpec:
+    """Return the spec with a feature whose vocabulary has grown to ``rows`` rows."""
+    made = spec.preprocessing
+    assert made is not None
+    rules = made.sparse[name] | {"vocabulary": vocabulary, "extends": grown_from(made.sparse[name])}
+    sparse = tuple(
+        dataclasses.replace(each, num_embeddings=rows) if each.name == name else each for each in spec.sparse
+    )
+    return dataclasses.replace(
+        spec, sparse=sparse, preprocessing=dataclasses.replace(made, sparse=made.sparse | {name: rules})
+    )
+
+
+def test_a_vocabulary_that_has_grown_is_taken_and_one_that_shrinks_is_refused_by_name() -> None:
+    second = grown(SPEC, "item", 9, "later items")
+    third = grown(grown(second, "item", 12, "last items"), "user", 8, "later users")
+    for later, expected in ((second, {"item": 5}), (third, {"user": 7, "item": 5}), (SPEC, {})):
+        assert source().check(later, "data/new", dense_layers=True) == []
+        assert source().grown_tables(later) == expected
+    assert source(second).grown_tables(third) == {"user": 7, "item": 9}
+    assert describe_growth({"user": 7, "item": 5}, third) == "; 8 rows of 2 tables are new, and are drawn"
+    assert describe_growth({"item": 5}, second) == "; 4 rows of 1 table are new, and are drawn"
+    assert describe_growth({}, SPEC) == ""
+    assert refusal(SPEC, found=source(second)) == (
+        "old/step-9: table 'item' has 9 rows there, and only 5 in the model: its vocabulary has grown from that of "
+        "data/new; prepare that data with --like and the data set of the weights"
+    )
+    brother = grown(SPEC, "item", 9, "other items")
+    assert "the ids of sparse feature item belong to another vocabulary" in refusal(brother, found=source(second))
+    assert source(second).grown_tables(brother) == {}
 
 
 CONFIG = """

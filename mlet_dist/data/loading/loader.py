@@ -98,9 +98,12 @@ class DataLoader:
         batch_size: rows of a global batch; a multiple of ``world_size``.
         rank, world_size: the rank whose share to read, and the number of ranks.
         dense_features, sparse_features: the columns to read, in order; None reads all of the schema's.
+        known_ids: of some sparse features, the number of ids that the model knows; the others become id 0, out of
+            vocabulary.
         shuffle: shuffling of rows, different in each epoch (training); None keeps the order of the files.
         threads: number of decoding threads; one more thread assembles batches.
         pin_memory: put batches into pinned memory, for asynchronous copies to CUDA devices.
+        first_rows: read only so many rows from the beginning of the split, as if it had no others; None reads all.
 
     Raises:
         UserError: the data set does not exist, a part of this rank's share is damaged, the data set lacks the split or
@@ -118,9 +121,11 @@ class DataLoader:
         world_size: int,
         dense_features: Sequence[str] | None,
         sparse_features: Sequence[str] | None,
+        known_ids: Mapping[str, int] | None = None,
         shuffle: Shuffle | None = None,
         threads: int = 2,
         pin_memory: bool = False,
+        first_rows: int | None = None,
     ) -> None:
         schema = DatasetSchema.load(path)
         if split not in SPLITS:
@@ -136,9 +141,12 @@ class DataLoader:
         parts = schema.parts[split]
         # Each rank looks for damage to its share of the files at once: together they open every file once.
         checked = range(rank, len(parts), world_size)
-        self._parts = SplitRows(path, schema, parts, dense, sparse, by_row=by_row, checked=checked)
+        self._parts = SplitRows(path, schema, parts, dense, sparse, by_row=by_row, checked=checked, known_ids=known_ids)
+        group_rows = self._parts.group_rows
+        if first_rows is not None:
+            group_rows = np.diff(np.minimum(np.cumsum(group_rows), first_rows), prepend=0)
         self._order = Order(
-            self._parts.group_rows,
+            group_rows,
             batch_size=batch_size,
             rank=rank,
             world_size=world_size,
@@ -162,6 +170,11 @@ class DataLoader:
     def __len__(self) -> int:
         """Return the number of batches per epoch, the same on every rank."""
         return self._order.batches
+
+    @property
+    def local_batch_size(self) -> int:
+        """The rows of a batch on one rank, with padding."""
+        return self._local_size
 
     @property
     def rows(self) -> int:

@@ -3,7 +3,7 @@
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from itertools import groupby
@@ -37,6 +37,7 @@ class SplitRows:
         dense, sparse: the features to read, in order.
         checked: positions of the parts whose files are compared with the schema at once; None for all. The others are
             compared when they are first read.
+        known_ids: of some sparse features, the number of ids that are known; others of their table become id 0.
         by_row: lay single-valued ids out by row, which makes picking rows seven times as fast; False lays them out by
             column, the layout of Parquet and of a KeyedJaggedTensor.
 
@@ -59,8 +60,10 @@ class SplitRows:
         *,
         by_row: bool,
         checked: range | None = None,
+        known_ids: Mapping[str, int] | None = None,
     ) -> None:
         features = {feature.name: feature for feature in schema.sparse}
+        self._known_ids = known_ids or {}
         self._schema = schema
         self._path, self._label, self._dense, self._by_row = path, schema.label, dense, by_row
         self._sparse = [features[name] for name in sparse]
@@ -174,9 +177,9 @@ class SplitRows:
         sparse: list[SingleValued | MultiValued] = []
         for multi_valued, features in groupby(self._sparse, key=lambda feature: feature.multi_valued):
             if multi_valued:
-                sparse += [_multi_valued(file, table, feature) for feature in features]
+                sparse += [_multi_valued(file, table, feature, self._known_ids) for feature in features]
             else:
-                sparse.append(_single_valued(file, table, list(features), self._by_row))
+                sparse.append(_single_valued(file, table, list(features), self._known_ids, self._by_row))
         weights = _sample_weights(file, table) if SAMPLE_WEIGHT in self._types else None
         return Rows(labels.astype(np.float32), dense, tuple(sparse), weights)
 
@@ -229,18 +232,21 @@ def read_windows(
         decoded.close()
 
 
-def _single_valued(file: DataPath, table: pa.Table, features: list[SparseFeature], by_row: bool) -> SingleValued:
+def _single_valued(
+    file: DataPath, table: pa.Table, features: list[SparseFeature], known_ids: Mapping[str, int], by_row: bool
+) -> SingleValued:
     ids = np.empty((table.num_rows, len(features)), dtype=np.int32, order="C" if by_row else "F")
     for index, feature in enumerate(features):
         column = _values(file, table, feature.name)
         _check_ids(file, feature, column)
-        ids[:, index] = column
+        ids[:, index] = _known(column, known_ids.get(feature.name))
     return SingleValued(ids)
 
 
-def _multi_valued(file: DataPath, table: pa.Table, feature: SparseFeature) -> MultiValued:
+def _multi_valued(file: DataPath, table: pa.Table, feature: SparseFeature, known_ids: Mapping[str, int]) -> MultiValued:
     offsets, ids = _lists(file, table, feature.name)
     _check_ids(file, feature, ids)
+    ids = _known(ids, known_ids.get(feature.name))
     if not feature.weighted:
         return MultiValued(offsets, ids, None)
     weight_offsets, weights = _lists(file, table, _weight(feature))
@@ -273,6 +279,11 @@ def _check_ids(file: DataPath, feature: SparseFeature, ids: npt.NDArray[np.int32
             f"{file}: column {feature.name} holds id {wrong[0]}, outside [0, {limit}): its table has "
             f"num_embeddings {limit}"
         )
+
+
+def _known(ids: npt.NDArray[np.int32], known: int | None) -> npt.NDArray[np.int32]:
+    """Return ids with 0 in place of those from ``known`` on."""
+    return ids if known is None else np.where(ids < known, ids, np.int32(0))
 
 
 def _values(file: DataPath, table: pa.Table, name: str) -> npt.NDArray[Any]:

@@ -19,7 +19,9 @@ Modules, in the order in which data runs through them:
     splits, split_files: the split that each row, or each file, belongs to.
     counting: the count pass of one group.
     vocabulary: the ids of a feature's values.
+    like_dataset, known_values: the data set that this one is prepared like, and the values that have ids there.
     writing: the write pass of one group.
+    recorded_description: the description of a table in the manifest.
     dataset_manifest: the merge pass: schema, manifest and quarantine of the finished data set.
     dataset_check: verification of a prepared data set (``mlet prepare --check``).
     fingerprints: what the result of each pass depends on.

@@ -36,9 +36,18 @@ class Moments:
         return Moments(count, mean, self.squares + other.squares + gap * gap * self.count * other.count / count)
 
     @property
-    def deviation(self) -> float:
-        """Standard deviation of the numbers; 1 if they are all the same, since numbers are divided by it."""
-        return float(np.sqrt(self.squares / self.count)) if self.count and self.squares > 0 else 1.0
+    def scale(self) -> "Scale":
+        """Mean and standard deviation of the numbers; 1 if they are all the same, since numbers are divided by it."""
+        deviation = float(np.sqrt(self.squares / self.count)) if self.count and self.squares > 0 else 1.0
+        return Scale(self.mean, deviation)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What standardises a column: ``mean`` is subtracted, and the difference divided by ``deviation``."""
+
+    mean: float
+    deviation: float
 
 
 @dataclass(frozen=True)

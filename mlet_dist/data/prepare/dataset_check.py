@@ -11,9 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlet_dist.data.parquet_parts import PAGES_KEY, sha256_of
-from mlet_dist.data.prepare.dataset_manifest import MANIFEST, VOCABULARY
 from mlet_dist.data.prepare.vocabulary import values_fingerprint
-from mlet_dist.data.schema import FILE_NAME, SAMPLE_WEIGHT, DatasetSchema, Part, SparseFeature
+from mlet_dist.data.schema import FILE_NAME, MANIFEST, SAMPLE_WEIGHT, VOCABULARY, DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import CHECKSUM, load_json, with_checksum
 from mlet_dist.progress import Progress
@@ -41,18 +40,17 @@ def check(directory: Path) -> DatasetSchema:
                 f"{directory / MANIFEST}: {key} is {manifest[key]}, but {FILE_NAME} has {getattr(schema, key)}"
             )
     with Progress("check", sum(schema.rows.values()), "rows") as progress:
+        in_training = _counts_of(directory, schema)
         for split, parts in schema.parts.items():
-            counted = _counts_of(directory, schema) if split == "train" else {}
             for part in parts:
                 named.add(part.path)
                 _check_place(directory, schema, part)
                 _check_file(directory / part.path, part.bytes, part.sha256)
-                _check_part(directory / part.path, schema, part, counted)
+                _check_part(directory / part.path, schema, part, in_training if split == "train" else {})
                 progress.update(part.rows)
-            if split == "train":
-                for feature in schema.sparse:
-                    _check_counts(directory, schema, feature, counted[feature.name])
-                    _check_id_0(directory, schema, feature, counted[feature.name])
+        for feature in schema.sparse:
+            _check_counts(directory, schema, feature, in_training[feature.name])
+            _check_id_0(directory, schema, feature, in_training[feature.name])
     for path in sorted(directory.rglob("*")):
         if not path.is_dir() and str(path.relative_to(directory)) not in named:
             raise UserError(f"{path}: neither {FILE_NAME} nor {MANIFEST} lists this file; remove it")
@@ -202,9 +200,9 @@ def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dic
 
 
 def _check_counts(directory: Path, schema: DatasetSchema, feature: SparseFeature, counts: _Counts) -> None:
-    rows = schema.rows["train"]
+    rows = schema.rows.get("train")  # without it, the factor is that of the data set that this one is like
     pooling = counts.total / rows if rows else 0.0
-    if not np.isclose(pooling, feature.pooling_factor, rtol=1e-9):
+    if rows is not None and not np.isclose(pooling, feature.pooling_factor, rtol=1e-9):
         raise UserError(
             f"{directory / FILE_NAME}: pooling_factor of {feature.name} is {feature.pooling_factor}, but the training "
             f"split has {pooling} ids per row"

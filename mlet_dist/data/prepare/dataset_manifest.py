@@ -7,20 +7,16 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
 from mlet_dist import __version__
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.parquet_parts import sha256_of
 from mlet_dist.data.prepare.pass_results import PassResults
+from mlet_dist.data.prepare.recorded_description import to_record
 from mlet_dist.data.prepare.work_files import save_json
 from mlet_dist.data.preprocessing import Preprocessing, dense_rules, label_rules, sparse_rules
-from mlet_dist.data.schema import FILE_NAME, DatasetSchema, SparseFeature
+from mlet_dist.data.schema import FILE_NAME, MANIFEST, QUARANTINE, VOCABULARY, DatasetSchema, SparseFeature
 from mlet_dist.formatting import with_checksum
-
-MANIFEST, QUARANTINE, VOCABULARY = "manifest.json", "quarantine.jsonl", "vocabulary"
 
 
 def assemble(passes: PassResults) -> DatasetSchema:
@@ -29,7 +25,7 @@ def assemble(passes: PassResults) -> DatasetSchema:
     Raises:
         UserError: a pass is not finished, or all rows of the training split have the same label.
     """
-    data, spec = passes.data, passes.spec
+    data, spec, like = passes.data, passes.spec, passes.like
     schema = _schema(passes)  # before any change, since it raises if a pass is not finished
     check_classes(passes.files[0].path, schema, ["train"])
     (data / VOCABULARY).mkdir(exist_ok=True)
@@ -49,7 +45,8 @@ def assemble(passes: PassResults) -> DatasetSchema:
             {
                 "mlet_dist": __version__,
                 "source": spec.source,
-                "arguments": _plain(dataclasses.asdict(spec)),
+                "arguments": to_record(spec),
+                **({} if like is None else {"like": {"data_set": like.path, "grow": like.grows}}),
                 "inputs": [
                     {
                         "path": file.path,
@@ -65,8 +62,7 @@ def assemble(passes: PassResults) -> DatasetSchema:
                 "malformed": schema.malformed,
                 "num_embeddings": schema.num_embeddings,
                 "standardised": {
-                    name: {"mean": moments.mean, "deviation": moments.deviation}
-                    for name, moments in passes.moments.items()
+                    name: {"mean": scale.mean, "deviation": scale.deviation} for name, scale in passes.scales.items()
                 },
                 "files": {
                     name: {"bytes": (data / name).stat().st_size, "sha256": sha256_of(data / name)} for name in files
@@ -85,11 +81,14 @@ def _schema(passes: PassResults) -> DatasetSchema:
     for sparse in spec.sparse:
         digest.update(f"{sparse.name} {passes.mapping_fingerprint(sparse.name)}\n".encode())
         pooling = 1.0
-        if sparse.multi_valued:
+        if sparse.multi_valued and train:
             pooling = sum(counts.values[sparse.name] for counts in passes.counts) / train
+        elif sparse.multi_valued and passes.like is not None:
+            pooling = passes.like.pooling_factor(sparse.name)
         size = passes.num_embeddings(sparse.name)
         table = sparse.table or ""
         features.append(SparseFeature(sparse.name, size, sparse.multi_valued, sparse.weighted, pooling, table))
+    vocabulary_id = digest.hexdigest()
     return DatasetSchema(
         source=spec.source,
         label="label",
@@ -98,31 +97,23 @@ def _schema(passes: PassResults) -> DatasetSchema:
         malformed=sum(read.malformed for read in passes.reads),
         parts=parts,
         preprocessing=_preprocessing(passes),
-        vocabulary_id=digest.hexdigest(),
+        vocabulary_id=vocabulary_id,
         sample_weight=spec.sample_weight is not None,
         id_counts=passes.id_counts,
+        extends=() if passes.like is None else passes.like.extended_sets(vocabulary_id),
     )
 
 
 def _preprocessing(passes: PassResults) -> Preprocessing:
     spec = passes.spec
-    statistics = {name: {"mean": each.mean, "deviation": each.deviation} for name, each in passes.moments.items()}
+    statistics = {name: {"mean": each.mean, "deviation": each.deviation} for name, each in passes.scales.items()}
     return Preprocessing(
         label=label_rules(spec.label),
         dense={dense.name: dense_rules(dense, **statistics.get(dense.name, {})) for dense in spec.dense},
         sparse={
-            sparse.name: sparse_rules(
-                sparse, passes.mapping_fingerprint(sparse.name) if sparse.encoding == "vocabulary" else None
-            )
+            sparse.name: sparse_rules(sparse, passes.mapping_fingerprint(sparse.name), passes.extends(sparse.name))
+            if sparse.encoding == "vocabulary"
+            else sparse_rules(sparse, None)
             for sparse in spec.sparse
         },
     )
-
-
-def _plain(value: Any) -> Any:
-    """Return the value in types that JSON has."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Fraction | Path) else value

@@ -12,6 +12,7 @@ from dataclasses import replace
 from mlet_dist.data.parquet_parts import PART_VERSION
 from mlet_dist.data.prepare import chunks, raw_blocks
 from mlet_dist.data.prepare.chunks import CHUNK_VERSION
+from mlet_dist.data.prepare.known_values import KnownValues
 from mlet_dist.data.prepare.raw_files import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.splits import SplitRule
@@ -31,14 +32,16 @@ def counts_fingerprint(spec: TableSpec, chunk_fingerprints: Sequence[str]) -> st
     return fingerprint(COUNT_VERSION, chunks.GROUP_ROWS, count_spec(spec), *chunk_fingerprints)
 
 
-def vocabulary_fingerprint(sparse: SparseColumn, counts: str) -> str:
-    """Return the fingerprint of a feature's vocabulary, given that of the counts."""
-    return fingerprint(COUNT_VERSION, sparse.table_name, sparse.min_count, sparse.max_num_embeddings, counts)
+def vocabulary_fingerprint(sparse: SparseColumn, counts: str, known: KnownValues | None = None) -> str:
+    """Return the fingerprint of a feature's vocabulary, given that of the counts, and the values that have an id."""
+    given = () if known is None else (known.fingerprint, known.grows)
+    return fingerprint(COUNT_VERSION, sparse.table_name, sparse.min_count, sparse.max_num_embeddings, counts, *given)
 
 
-def parts_fingerprint(spec: TableSpec, counts: str) -> str:
-    """Return the fingerprint of the parts, given that of the counts."""
-    return fingerprint(FORMAT_VERSION, WRITE_VERSION, PART_VERSION, ROW_GROUP_ROWS, write_spec(spec), counts)
+def parts_fingerprint(spec: TableSpec, counts: str, like: tuple[object, ...] = ()) -> str:
+    """Return the fingerprint of the parts, given that of the counts, and the identity of the data set they are like."""
+    versions = FORMAT_VERSION, WRITE_VERSION, PART_VERSION, ROW_GROUP_ROWS
+    return fingerprint(*versions, write_spec(spec), counts, *like)
 
 
 def fingerprint(*values: object) -> str:

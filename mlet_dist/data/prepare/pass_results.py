@@ -7,13 +7,15 @@ from typing import Any
 
 from mlet_dist.data.id_counts import IdCounts, add_counts, counts_from_plain
 from mlet_dist.data.prepare.chunks import ChunkGroup, ChunkTimes, make_groups
-from mlet_dist.data.prepare.counting import GroupCounts, Moments, moments_of
+from mlet_dist.data.prepare.counting import GroupCounts, Moments, Scale, moments_of
 from mlet_dist.data.prepare.fingerprints import (
     chunks_fingerprint,
     counts_fingerprint,
     parts_fingerprint,
     vocabulary_fingerprint,
 )
+from mlet_dist.data.prepare.known_values import KnownValues
+from mlet_dist.data.prepare.like_dataset import LikeDataset
 from mlet_dist.data.prepare.raw_files import RawFile
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.reading import FileRead, NoRowsError, Reading
@@ -31,19 +33,23 @@ class PassResults:
     Attributes:
         spec: the table's description.
         files: the raw files, in order.
+        like: the data set whose vocabularies and statistics are taken over, if any.
         work: the work directory.
         data: the directory that parts are written to, which becomes the data set.
     """
 
-    def __init__(self, spec: TableSpec, files: Sequence[RawFile], out: Path) -> None:
-        self.spec, self.files = spec, files
+    def __init__(self, spec: TableSpec, files: Sequence[RawFile], out: Path, like: LikeDataset | None = None) -> None:
+        self.spec, self.files, self.like = spec, files, like
         self._file_splits = assign_files(spec.split, [file.path for file in files]) if spec.split.by == "file" else ()
         # One feature of each table with a vocabulary, which all features of the table share.
         self._counted = {each.table_name: each for each in spec.sparse if each.encoding == "vocabulary"}
         chunks = [chunks_fingerprint(spec, file) for file in files]
         counts = counts_fingerprint(spec, chunks)
-        vocabularies = {table: vocabulary_fingerprint(each, counts) for table, each in self._counted.items()}
-        parts = parts_fingerprint(spec, counts)
+        vocabularies = {
+            table: vocabulary_fingerprint(each, counts, self._known_values(table))
+            for table, each in self._counted.items()
+        }
+        parts = parts_fingerprint(spec, counts, () if like is None else like.identity)
         self._fingerprints = {"read": chunks, "count": [counts], "vocabulary": [*vocabularies.values()]}
         self._fingerprints |= {"write": [parts], "data": [parts]}
         self.work = WorkDirectory(out)
@@ -117,10 +123,12 @@ class PassResults:
         return found
 
     @cached_property
-    def moments(self) -> dict[str, Moments]:
-        """The moments, over the training split, of each dense feature that is standardised."""
+    def scales(self) -> dict[str, Scale]:
+        """Mean and deviation, over the training split, of each dense feature that is standardised."""
+        if self.like is not None:
+            return self.like.scales
         names = [dense.name for dense in self.spec.dense if dense.transform == "standardise"]
-        return {name: moments_of(self.counts, name) for name in names}
+        return {name: moments_of(self.counts, name).scale for name in names}
 
     @property
     def parts(self) -> dict[str, tuple[Part, ...]]:
@@ -155,6 +163,15 @@ class PassResults:
         if sparse.num_embeddings is not None:
             return f"hash modulo {sparse.num_embeddings}" + (f", salted with {sparse.table}" if sparse.table else "")
         return str(self._vocabulary(sparse.table_name)["fingerprint"])
+
+    def extends(self, feature: str) -> list[str]:
+        """Return what the vocabulary of a feature has grown from, as ``sparse_rules`` takes it."""
+        if self.like is None:
+            return []
+        return self.like.extended_by(self._sparse(feature).table_name, self.mapping_fingerprint(feature))
+
+    def _known_values(self, table: str) -> KnownValues | None:
+        return None if self.like is None else self.like.known_values(table)
 
     def _sparse(self, feature: str) -> SparseColumn:
         return next(sparse for sparse in self.spec.sparse if sparse.name == feature)

@@ -22,9 +22,11 @@ from mlet_dist.data.prepare.fingerprints import (
     count_spec,
     write_spec,
 )
+from mlet_dist.data.prepare.known_values import KnownValues, make_known_vocabulary
+from mlet_dist.data.prepare.like_dataset import LikeDataset
 from mlet_dist.data.prepare.pass_results import PassResults
 from mlet_dist.data.prepare.raw_files import RawFile
-from mlet_dist.data.prepare.raw_formats import TableSpec
+from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.sealed_files import (
     Repairs,
     check_sealed,
@@ -63,10 +65,18 @@ class Passes(PassResults):
         files: the raw files, in order.
         out: the directory of the data set.
         range_values: about how many counts are in memory at a time while vocabularies are merged.
+        like: the data set whose vocabularies and statistics are taken over, if any.
     """
 
-    def __init__(self, spec: TableSpec, files: Sequence[RawFile], out: Path, range_values: int) -> None:
-        super().__init__(spec, files, out)
+    def __init__(
+        self,
+        spec: TableSpec,
+        files: Sequence[RawFile],
+        out: Path,
+        range_values: int,
+        like: LikeDataset | None = None,
+    ) -> None:
+        super().__init__(spec, files, out, like)
         self._range_values = range_values
         self._intact: set[int] = set()  # groups whose parts this process has written or verified
         self._repairs = Repairs()
@@ -109,9 +119,12 @@ class Passes(PassResults):
         runs = [self._counts / f"{group.number:06}.run" for group in self.groups]
         if left:
             _run(workers, check_sealed, ((run,) for run in runs))
-        calls = ((self._vocabularies[name], self._counted[name], runs, self._range_values) for name in left)
+        calls = (
+            (self._vocabularies[name], self._counted[name], runs, self._range_values, self._known_values(name))
+            for name in left
+        )
         with Progress("vocabulary", len(left), "tables") as progress:
-            for _ in workers.map(make_vocabulary, calls):
+            for _ in workers.map(_make_vocabulary, calls):
                 progress.update(1)
 
     def write(self, workers: Workers, shard: Shard) -> None:
@@ -135,7 +148,7 @@ class Passes(PassResults):
         directories = [self.data / split for split in self.spec.split.splits]
         for path in (*directories, self._parts):  # the data first, see `is_published`
             path.mkdir(parents=True, exist_ok=True)
-        encoder = Encoder(write_spec(self.spec), self._vocabularies, self.moments)
+        encoder = Encoder(write_spec(self.spec), self._vocabularies, self.scales)
         names = self._part_names()
         if left:
             _run(workers, check_sealed, ((lookup_path(path, name),) for name, path in self._vocabularies.items()))
@@ -190,6 +203,15 @@ class Passes(PassResults):
         else:
             redo = self._count if kind == "count" else self._write
             redo(workers, [self.groups[int(Path(name).stem)]])
+
+
+def _make_vocabulary(
+    directory: Path, sparse: SparseColumn, runs: list[Path], range_values: int, known: KnownValues | None
+) -> None:
+    if known is None:
+        make_vocabulary(directory, sparse, runs, range_values)
+    else:
+        make_known_vocabulary(directory, sparse, runs, range_values, known)
 
 
 def _run(workers: Workers, function: Callable[..., object], calls: Iterable[tuple[Any, ...]]) -> None:

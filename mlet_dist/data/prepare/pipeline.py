@@ -14,11 +14,13 @@ from mlet_dist.atomic_directory import check_free
 from mlet_dist.data.location import RemotePath, data_set_path
 from mlet_dist.data.prepare.dataset_manifest import assemble
 from mlet_dist.data.prepare.file_lists import check_distinct, expand
+from mlet_dist.data.prepare.like_dataset import LikeDataset
 from mlet_dist.data.prepare.passes import Passes, Shard
 from mlet_dist.data.prepare.raw_files import RawFile, inspect_file
 from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT, JsonLines, TableSpec, criteo
 from mlet_dist.data.prepare.reading import NoRowsError
 from mlet_dist.data.prepare.split_files import misleading_names, rule_of_lists
+from mlet_dist.data.prepare.splits import whole
 from mlet_dist.data.prepare.work_files import WorkDirectory
 from mlet_dist.data.prepare.worker_pool import WorkerKilledError, Workers, check_main_guard
 from mlet_dist.data.schema import FILE_NAME, SPLITS, DatasetSchema
@@ -71,6 +73,7 @@ def prepare(
     raw: Sequence[str | Path] | Mapping[str, Sequence[str | Path]],
     out: Path | str,
     *,
+    like: LikeDataset | None = None,
     resources: Resources | None = None,
     only: str | None = None,
     shard: Shard | None = None,
@@ -88,6 +91,8 @@ def prepare(
             ``*``, ``?``, ``[…]`` and ``**``; or such a list for each split, in place of ``spec.split``.
         out: a directory, or its URL, that does not exist or is empty. For a URL, the work directory is in the current
             directory, and the data set is uploaded when it is complete.
+        like: take the vocabularies, sizes, means and deviations of this data set, whose features ``spec`` must make in
+            the same way. A list for valid or test alone is then enough.
         resources: limits on memory and processes.
         only: run only this one of ``PASSES``, to share the work among machines; the passes before it must be finished.
         shard: this machine's shard of the pass ``only``.
@@ -96,8 +101,8 @@ def prepare(
         The data set's schema, or None after a pass other than merge.
 
     Raises:
-        UserError: ``out`` is not empty, a raw file is unusable or given twice, none has rows, a split is empty, or the
-            passes before ``only`` are not finished.
+        UserError: ``out`` is not empty, a raw file is unusable or given twice, none has rows, a split is empty, the
+            passes before ``only`` are not finished, or ``spec`` does not make the features of ``like``.
         WorkerKilledError: a worker process was killed.
     """
     resources = resources or Resources()
@@ -119,15 +124,25 @@ def prepare(
             raise UserError(f"min_count is {sparse.min_count}; it must be at least 1 and at most {MAX_MIN_COUNT}")
     out = Path(os.path.realpath(out))
     check_main_guard()
-    spec, paths = _split_lists(spec, raw)
+    spec, paths = _split_lists(spec, raw, alone=like is not None)
+    warnings = []
+    if like is not None:
+        spec, of_label = like.check(spec)
+        warnings.append(of_label)
+        if like.grows and "train" not in spec.split.splits:
+            raise UserError(
+                f"{like.path}: --grow takes new values from the training split, but all rows are "
+                f"{' and '.join(spec.split.splits)}; give files with --train, or leave out --grow"
+            )
     check_distinct(paths)
     # Inspect all files first, so that a missing last file is found before an hour of reading.
     files = [inspect_file(path, spec.text, spec.used_columns) for path in paths]
-    _check_keys(spec, files)
+    _check_keys(spec, files, like)
     processes = resources.workers(sum(file.size for file in files))
-    passes = Passes(spec, files, out, max(1 << 16, resources.bytes // processes // RANGE_VALUE_BYTES))
-    if (warning := misleading_names(spec.split, paths)) is not None:
-        _logger.warning("%s", one_line(warning))
+    passes = Passes(spec, files, out, max(1 << 16, resources.bytes // processes // RANGE_VALUE_BYTES), like)
+    for warning in (*warnings, misleading_names(spec.split, paths)):
+        if warning is not None:
+            _logger.warning("%s", one_line(warning))
     if passes.is_published:  # by a run that was killed before it could remove the work directory
         passes.work.remove()
     passes.work.remove_leftovers()
@@ -180,20 +195,35 @@ def prepare_criteo(raw: Sequence[Path], out: Path, *, min_count: int = 1) -> Dat
 
 
 def _split_lists(
-    spec: TableSpec, raw: Sequence[str | Path] | Mapping[str, Sequence[str | Path]]
+    spec: TableSpec, raw: Sequence[str | Path] | Mapping[str, Sequence[str | Path]], *, alone: bool
 ) -> tuple[TableSpec, list[str]]:
-    """Return the description with the rule for ``raw``, and the raw files that ``raw`` names."""
+    """Return the description with the rule for ``raw``, and the raw files that ``raw`` names.
+
+    ``alone`` lets the files of one split be all of them, also of valid or test.
+    """
     if not isinstance(raw, Mapping):
         return spec, expand([str(path) for path in raw])
     lists = {split: expand([str(path) for path in paths]) for split, paths in raw.items()}
+    if alone and len(lists) == 1 and set(lists) <= set(SPLITS):
+        [(split, paths)] = lists.items()
+        return replace(spec, split=whole(split)), paths
     return replace(spec, split=rule_of_lists(lists)), [path for split in SPLITS for path in lists.get(split, ())]
 
 
-def _check_keys(spec: TableSpec, files: Sequence[RawFile]) -> None:
-    """Warn of used columns that are keys of no object at the start of any file of JSON lines."""
+def _check_keys(spec: TableSpec, files: Sequence[RawFile], like: LikeDataset | None) -> None:
+    """Warn of used columns that are keys of no object at the start of any file of JSON lines; an error with ``like``.
+
+    Raises:
+        UserError: as above, since rows without a column would be taken for rows of the same kind as before.
+    """
     found = {name for file in files for name in (*file.columns, *(key for key, _ in file.constants))}
     if isinstance(spec.text, JsonLines) and found:
         for column in spec.used_columns:
+            if column not in found and like is not None:
+                raise UserError(
+                    f"{files[0].path}: no object at the start of a file has the key {column!r}, which {like.path} was "
+                    f"made from; the keys are {', '.join(sorted(found)):.300}"
+                )
             if column not in found:
                 _logger.warning(
                     "%s: no object at the start of a file has the key %r, so it is missing there; the keys are %.300s",

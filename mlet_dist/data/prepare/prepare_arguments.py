@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from mlet_dist.data.prepare.file_lists import expand
+from mlet_dist.data.prepare.like_dataset import LikeDataset
 from mlet_dist.data.prepare.passes import Shard
 from mlet_dist.data.prepare.pipeline import Resources, prepare
 from mlet_dist.data.prepare.raw_files import inspect_file
@@ -25,10 +26,14 @@ def prepare_from(args: argparse.Namespace) -> DatasetSchema | None:
     raw = _raw_arguments(args)
     if args.out is None:
         raise UserError("--out is missing; name the directory for the data set (see `mlet prepare --help`)")
+    if args.grow and args.like is None:
+        raise UserError("--grow goes with --like, which names the data set whose vocabularies grow")
+    like = None if args.like is None else LikeDataset.open(args.like, grows=args.grow)
     return prepare(
-        _spec(args),
+        _spec(args) if like is None else _spec_like(args, like),
         raw,
         args.out,
+        like=like,
         resources=Resources(args.memory, args.processes),
         only=args.only,
         shard=None if args.shard is None else _shard(args.shard),
@@ -53,7 +58,7 @@ def _raw_arguments(args: argparse.Namespace) -> list[str] | dict[str, list[str]]
 
 def _first_columns(args: argparse.Namespace, text: TextFormat | JsonLines | None) -> tuple[str, ...]:
     """Return the columns of the first raw file that has rows."""
-    given = args.raw or args.train
+    given = args.raw or args.train or args.valid or args.test
     columns = (inspect_file(path, text, ()).columns for path in expand(given or ()))
     return next(filter(None, columns), ())
 
@@ -74,11 +79,44 @@ def _spec(args: argparse.Namespace) -> TableSpec:
             raise UserError(f"--schema goes with `mlet prepare table`; {args.format} has fixed columns")
         spec = RAW_FORMATS[args.format](DEFAULT_MIN_COUNT if args.min_count is None else args.min_count)
         spec = replace(spec, split=_split_rule(args, default=spec.split))
-    if args.max_malformed is not None:
-        if not 0 <= args.max_malformed <= 1:
-            raise UserError(f"--max-malformed {args.max_malformed} is not a share from 0 to 1")
-        spec = replace(spec, max_malformed=args.max_malformed)
-    return spec
+    return _with_max_malformed(args, spec)
+
+
+def _spec_like(args: argparse.Namespace, like: LikeDataset) -> TableSpec:
+    """Return the description of --schema, or else that of the data set of --like, with its rule of splits."""
+    like.check_format(args.format)
+    lists = [split for split in SPLITS if getattr(args, split)]
+    if args.min_count is not None and not args.grow:
+        raise UserError("--min-count goes with --grow here: without it, --like takes the vocabularies as they are")
+    if args.schema is not None:
+        return _spec(args)
+    spec = like.description
+    if args.format == "table":
+        for name, value in (("--split", args.split), ("--seed", args.seed)):
+            if value is not None:
+                raise UserError(
+                    f"{name} goes with {' and '.join(RAW_FORMATS)}; for a table, give the files of each split with "
+                    "--train, --valid and --test, or set the split in a description (--schema)"
+                )
+    else:
+        spec = replace(spec, split=_split_rule(args, default=spec.split))
+    if spec.split.files is not None and not lists:
+        raise UserError(
+            f"{like.path}: was split by the names of its files, which are others here; give the files of each split "
+            "with --train, --valid and --test"
+        )
+    if args.min_count is not None:
+        sparse = (replace(e, min_count=args.min_count) if e.encoding == "vocabulary" else e for e in spec.sparse)
+        spec = replace(spec, sparse=tuple(sparse))
+    return _with_max_malformed(args, spec)
+
+
+def _with_max_malformed(args: argparse.Namespace, spec: TableSpec) -> TableSpec:
+    if args.max_malformed is None:
+        return spec
+    if not 0 <= args.max_malformed <= 1:
+        raise UserError(f"--max-malformed {args.max_malformed} is not a share from 0 to 1")
+    return replace(spec, max_malformed=args.max_malformed)
 
 
 def _split_rule(args: argparse.Namespace, default: SplitRule) -> SplitRule:

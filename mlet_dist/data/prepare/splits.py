@@ -71,6 +71,11 @@ PAPER_CRITEO_FILES = SplitRule("file", HALVES)
 PAPER_AVAZU = SplitRule("random")
 
 
+def whole(split: str) -> SplitRule:
+    """Return the rule that gives all rows to one split."""
+    return SplitRule("rows", {split: Fraction(1)})
+
+
 @dataclass(frozen=True)
 class Splitter:
     """A split rule, applied to files whose numbers of rows are known.

@@ -5,7 +5,7 @@ ranges of hashes, so that memory holds only one range of all values, and the val
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,35 +29,17 @@ _BATCH = 1 << 18  # values to hash at a time
 
 def make_vocabulary(directory: Path, sparse: SparseColumn, runs: list[Path], range_values: int) -> None:
     """Merge the runs, which were verified, into the vocabulary's files in ``directory``; their record is the last."""
-    directory.mkdir(parents=True, exist_ok=True)
     limit = None if sparse.max_num_embeddings is None else sparse.max_num_embeddings - 1  # id 0 is a row, too
     table = merge_runs(sparse.table_name, runs, sparse.min_count, range_values, limit)
-    seal = save_vocabulary(directory, sparse.table_name, table)
-    fingerprint = values_fingerprint(sparse.table_name, table["value"]).hex()
-    record = {"values": table.num_rows, "fingerprint": fingerprint, "seal": seal}
-    save_record(directory / f"{sparse.table_name}.json", record)
+    record_vocabulary(directory, sparse.table_name, table)
 
 
-def merge_runs(
-    feature: str, runs: Sequence[Path], min_count: int, range_values: int, max_values: int | None = None
-) -> pa.Table:
-    """Return the columns value and count of the values with at least ``min_count`` occurrences; row i has id i + 1.
-
-    Rows are sorted by descending count, ties by value, and at most ``max_values`` are returned. About ``range_values``
-    counts are in memory at a time, beside the values that are kept.
+def record_vocabulary(directory: Path, feature: str, table: pa.Table) -> None:
+    """Write a vocabulary's files, of the columns value and count in the order of ids, and then their record.
 
     Raises:
         UserError: there are more values than a vocabulary can have.
     """
-    values = sum(SortedRun(path).size(feature) for path in runs)
-    ranges = 1 + values // range_values
-    bounds = [2**64 * index // ranges for index in range(ranges + 1)]
-    kept = []
-    for low, high in pairwise(bounds):
-        summed = sum_counts([SortedRun(path).part(feature, low, high) for path in runs])
-        kept.append(summed.filter(pc.greater_equal(summed["count"], min_count)))
-    table = pa.concat_tables(kept)
-    table = table.sort_by([("count", "descending"), ("value", "ascending")]).slice(0, max_values)
     size = pc.sum(pc.binary_length(table["value"])).as_py() or 0
     if table.num_rows >= MAX_NUM_EMBEDDINGS or size > MAX_BYTES:
         raise UserError(
@@ -65,7 +47,41 @@ def merge_runs(
             f"({MAX_NUM_EMBEDDINGS - 1} values of {MAX_BYTES} bytes); raise its min_count, set "
             "max_num_embeddings or use `encoding: hash`"
         )
-    return table.combine_chunks()
+    directory.mkdir(parents=True, exist_ok=True)
+    table = table.combine_chunks()
+    seal = save_vocabulary(directory, feature, table)
+    fingerprint = values_fingerprint(feature, table["value"]).hex()
+    record = {"values": table.num_rows, "fingerprint": fingerprint, "seal": seal}
+    save_record(directory / f"{feature}.json", record)
+
+
+def merge_runs(
+    feature: str, runs: Sequence[Path], min_count: int, range_values: int, max_values: int | None = None
+) -> pa.Table:
+    """Return the columns value and count of the values with at least ``min_count`` occurrences; row i has id i + 1.
+
+    Rows are sorted by descending count, ties by value, and at most ``max_values`` are returned.
+    """
+    kept = [
+        summed.filter(pc.greater_equal(summed["count"], min_count))
+        for summed in merged_counts(feature, runs, range_values)
+    ]
+    return most_frequent(kept, max_values)
+
+
+def merged_counts(feature: str, runs: Sequence[Path], range_values: int) -> Iterator[pa.Table]:
+    """Yield the columns value and count of all values of the runs, about ``range_values`` counts at a time."""
+    values = sum(SortedRun(path).size(feature) for path in runs)
+    ranges = 1 + values // range_values
+    bounds = [2**64 * index // ranges for index in range(ranges + 1)]
+    for low, high in pairwise(bounds):
+        yield sum_counts([SortedRun(path).part(feature, low, high) for path in runs])
+
+
+def most_frequent(tables: Sequence[pa.Table], max_values: int | None) -> pa.Table:
+    """Return the values of all tables by descending count, ties by value; at most ``max_values``."""
+    table = pa.concat_tables(tables)
+    return table.sort_by([("count", "descending"), ("value", "ascending")]).slice(0, max_values)
 
 
 def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> str:
@@ -74,20 +90,18 @@ def save_vocabulary(directory: Path, feature: str, table: pa.Table) -> str:
     with temporary_for(path) as temporary:
         write_parquet(table, temporary)
         seal = seal_of(temporary, final=path)
-    texts = table["value"].chunk(0) if table.num_rows else pa.array([], pa.string())
-    hashes = hash_texts(texts, feature)
-    order = np.argsort(hashes, kind="stable")
-    lookup = pa.table(
-        {
-            "hash": hashes[order],
-            "id": (order + 1).astype(np.int32),
-            "value": texts.take(pa.array(order)),
-        }
-    )
+    lookup = index_of(feature, table["value"].chunk(0) if table.num_rows else pa.array([], pa.string()))
     with new_sealed(lookup_path(directory, feature)) as sink, pa.ipc.new_file(sink, lookup.schema) as writer:
         for batch in lookup.combine_chunks().to_batches():
             writer.write_batch(batch)
     return seal
+
+
+def index_of(feature: str, values: pa.StringArray) -> pa.Table:
+    """Return what ``Lookup`` needs of a vocabulary: hash, id and value, by hash; ``values`` are in the order of ids."""
+    hashes = hash_texts(values, feature)
+    order = np.argsort(hashes, kind="stable")
+    return pa.table({"hash": hashes[order], "id": (order + 1).astype(np.int32), "value": values.take(pa.array(order))})
 
 
 def lookup_path(directory: Path, feature: str) -> Path:
@@ -96,19 +110,23 @@ def lookup_path(directory: Path, feature: str) -> Path:
 
 
 class Lookup:
-    """The ids of a feature's texts, from its vocabulary on disk, memory-mapped and so shared by processes.
+    """The ids of a feature's texts, from the ``index_of`` its vocabulary."""
 
-    Opening does not verify the seal, since every group opens all vocabularies: call ``check_sealed`` before.
-    """
-
-    def __init__(self, directory: Path, feature: str) -> None:
-        table = pa.ipc.open_file(map_sealed(lookup_path(directory, feature))).read_all()
+    def __init__(self, feature: str, index: pa.Table) -> None:
         self._feature = feature
-        self.num_embeddings = 1 + table.num_rows
-        if table.num_rows:
-            self._hashes = table["hash"].chunk(0).to_numpy()
-            self._ids = table["id"].chunk(0).to_numpy()
-            self._values = table["value"].chunk(0)
+        self.num_embeddings = 1 + index.num_rows
+        if index.num_rows:
+            self._hashes = index["hash"].chunk(0).to_numpy()
+            self._ids = index["id"].chunk(0).to_numpy()
+            self._values = index["value"].chunk(0)
+
+    @classmethod
+    def open(cls, directory: Path, feature: str) -> "Lookup":
+        """Open a vocabulary on disk, memory-mapped and so shared by processes.
+
+        This does not verify the seal, since every group opens all vocabularies: call ``check_sealed`` before.
+        """
+        return cls(feature, pa.ipc.open_file(map_sealed(lookup_path(directory, feature))).read_all())
 
     def ids(self, texts: pa.StringArray) -> npt.NDArray[np.int32]:
         """Return the id of each text, 0 if the vocabulary does not contain it: (len(texts),) int32."""

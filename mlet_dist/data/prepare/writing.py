@@ -20,7 +20,7 @@ from mlet_dist.data.prepare.chunks import (
     values_and_indices,
     weight_column,
 )
-from mlet_dist.data.prepare.counting import Moments
+from mlet_dist.data.prepare.counting import Scale
 from mlet_dist.data.prepare.raw_formats import SparseColumn, TableSpec
 from mlet_dist.data.prepare.sealed_files import put_in_place
 from mlet_dist.data.prepare.splits import Splitter
@@ -37,12 +37,12 @@ class Encoder:
     Attributes:
         spec: description of the table.
         vocabularies: the directory of each table's vocabulary.
-        moments: the training split's moments of each dense feature that is standardised.
+        scales: mean and deviation of each dense feature that is standardised.
     """
 
     spec: TableSpec
     vocabularies: Mapping[str, Path]
-    moments: Mapping[str, Moments]
+    scales: Mapping[str, Scale]
 
     def write(
         self, splitter: Splitter, group: ChunkGroup, directory: Path, names: Mapping[str, str], scratch: Path
@@ -59,7 +59,7 @@ class Encoder:
         Returns:
             The parts that have rows, by split, and the counts of their ids.
         """
-        lookups = {name: Lookup(directory, name) for name, directory in self.vocabularies.items()}
+        lookups = {name: Lookup.open(directory, name) for name, directory in self.vocabularies.items()}
         # A unique name, since a shard that is started twice must not write to the same file.
         temporary = scratch / f"{group.number:06}.{uuid4().hex}"
         writers = {
@@ -81,14 +81,14 @@ class Encoder:
             columns[SAMPLE_WEIGHT] = chunk[SAMPLE_WEIGHT]
         for dense in self.spec.dense:
             column = chunk[dense_column(dense.name)]
-            if dense.name in self.moments:
-                moments = self.moments[dense.name]
-                numbers = column.fill_null(moments.mean).to_numpy()
-                scaled = (numbers - moments.mean) / moments.deviation
+            if dense.name in self.scales:
+                scale = self.scales[dense.name]
+                numbers = column.fill_null(scale.mean).to_numpy()
+                scaled = (numbers - scale.mean) / scale.deviation
                 if not (np.abs(scaled) <= FLOAT32_MAX).all():
                     raise UserError(
                         f"dense feature {dense.name}: {numbers[np.abs(scaled).argmax()]} is too many deviations "
-                        f"({moments.deviation}) from the training split's mean {moments.mean}; choose another transform"
+                        f"({scale.deviation}) from the training split's mean {scale.mean}; choose another transform"
                     )
                 column = pa.array(scaled.astype(np.float32))
             columns[dense.name] = column

@@ -186,27 +186,29 @@ def optimizer_of(rows: torch.Tensor) -> Optimizer:
 
 @dataclass(frozen=True)
 class DenseCost:
-    """The cost of the replicated dense layers of a DLRM.
+    """The cost of the replicated layers of a model: all but its tables.
 
     Args:
         parameters: the number of elements of their weights.
-        widths: the number of outputs of each layer.
-        features: the number of vectors that interact, including the dense one.
-        embedding_dim: d.
+        row_flops: floating-point operations of forward for one row; a step has three times as many.
+        row_activations: float32 values of one row that a step holds at their peak, with their gradients.
+        row_traffic: float32 values of one row that the operations of a step read and write.
         local_batch_size: b.
-        optimizer: the optimizer of the dense layers.
+        optimizer: the optimizer of the layers.
         world_size: R.
         local_world_size: L.
+        note: why the operations and values are only estimated; None if they are measured.
     """
 
     parameters: int
-    widths: tuple[int, ...]
-    features: int
-    embedding_dim: int
+    row_flops: float
+    row_activations: float
+    row_traffic: float
     local_batch_size: int
     optimizer: Optimizer
     world_size: int
     local_world_size: int
+    note: str | None = None
 
     def memory(self, table_buffers: float = 0) -> Memory:
         """Return the memory of weights, gradients, optimizer state, and activations beyond the tables' buffers.
@@ -219,18 +221,14 @@ class DenseCost:
         return Memory(dense=replicated_bytes(self.parameters, self.optimizer), buffers=buffers)
 
     def activation_bytes(self) -> float:
-        """Return the bytes of the layers' outputs, the widest layer's gradient, and the interaction's vectors and
-        products."""
-        layers = sum(self.widths) + max(self.widths)
-        interaction = 2 * self.features * self.embedding_dim + 2 * self.features**2
-        return FLOAT * self.local_batch_size * (layers + interaction)
+        """Return the bytes of the layers' outputs and their gradients at their peak."""
+        return FLOAT * self.local_batch_size * self.row_activations
 
     def step(self) -> Step:
-        """Return the work of the matrix products and the interaction; every weight is read three times and updated."""
-        flops = 6 * self.local_batch_size * (self.parameters + self.features**2 * self.embedding_dim)
-        moved = 3 * self.activation_bytes() + 8 * FLOAT * self.parameters
+        """Return the work of the layers; every weight is read three times and updated."""
+        moved = FLOAT * self.local_batch_size * self.row_traffic + 8 * FLOAT * self.parameters
         reduced = all_reduce_step(FLOAT * self.parameters, self.world_size, self.local_world_size)
-        return reduced + Step(memory_bytes=moved, flops=flops)
+        return reduced + Step(memory_bytes=moved, flops=3 * self.local_batch_size * self.row_flops)
 
 
 def memory_of_rank(tables: Tables, dense: DenseCost, rank: int) -> Memory:

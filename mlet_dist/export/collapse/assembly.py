@@ -17,12 +17,12 @@ from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE,
 from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.export.outputs import Output, open_output
 from mlet_dist.export.served_layout import ServedLayout
-from mlet_dist.export.serving.package import check_fits, write_package
+from mlet_dist.export.serving.package import check_can_be_packaged, check_fits, write_package
 from mlet_dist.export.serving.quantised import Serving, plan_serving
 from mlet_dist.export.serving.served_model import spec_of_layout
 from mlet_dist.export.source import ModelSource
 from mlet_dist.formatting import to_json, with_checksum
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 
 _FILE_OVERHEAD_BYTES = 4096  # approximately, for the format's header, the record and the file system
@@ -95,6 +95,8 @@ class Assembly:
                 self._plan(output, self._serving)
         if self._package is not None:
             check_fits(self._layout(self._package), self._package.encoding)
+            if self.served.model.builder is not None:
+                check_can_be_packaged(self.served, self._package.encoding)
         for name, shape in self._dense_shapes.items():
             self.source.check_shape(name, shape)
         for group in self.groups.values():
@@ -277,7 +279,7 @@ class Assembly:
     @cached_property
     def _dense_shapes(self) -> dict[str, tuple[int, ...]]:
         tables = {table.state_name for table in self.source.tables.values()}
-        state = build_dlrm(self.served, torch.device("meta")).state_dict()
+        state = build_training_model(self.served, torch.device("meta")).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tables}
 
     def _load_dense(self) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.writer import on_first_rank
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.collapse.assembly import Assembly
 from mlet_dist.export.collapse.units import Unit, UnitWorker, worker_bytes
 from mlet_dist.export.collapse.work_directory import DiskFull, WorkDirectory
@@ -25,6 +25,8 @@ from mlet_dist.export.serving.quantised import Serving
 from mlet_dist.export.source import ModelSource
 from mlet_dist.progress import Progress
 from mlet_dist.training.process_group import Worker, join_ranks
+from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice
+from mlet_dist.training.validation_state import better_step
 
 MEMORY = 512 << 20
 SMALLEST_INT8 = "smallest int8"
@@ -44,6 +46,7 @@ class ExportOptions:
         gather: write one file per table.
         overwrite: replace an existing export.
         memory: bytes that a process may use for rows.
+        choice: the checkpoint of the run.
     """
 
     outputs: tuple[str, ...] = ("dcp",)
@@ -52,6 +55,7 @@ class ExportOptions:
     gather: bool = False
     overwrite: bool = False
     memory: int = MEMORY
+    choice: CheckpointChoice = LAST
 
     def package_output(self, source: ModelSource) -> Output | None:
         """Return the output whose tables the package contains."""
@@ -64,7 +68,7 @@ class ExportOptions:
 
 
 def export_run(run: Path, out: Path | str, options: ExportOptions = ExportOptions()) -> dict[str, Any]:
-    """Collapse the latest checkpoint of a finished run into the export ``out``, on all ranks that torchrun started.
+    """Collapse a checkpoint of a run into the export ``out``, on all ranks that torchrun started.
 
     ``out`` is a directory or a URL. To a URL the export is uploaded once it is complete beside ``run``.
 
@@ -74,8 +78,9 @@ def export_run(run: Path, out: Path | str, options: ExportOptions = ExportOption
         ``kept_ids_bytes`` are, by output, those of the ids of kept rows, for outputs that need them.
 
     Raises:
-        UserError: the run never finished, a tensor is missing, damaged or not finite, or ``out`` exists or cannot be
-            written. Finished units are kept beside ``out``, and the next call resumes from them.
+        UserError: the run never finished and no checkpoint is chosen, or the chosen one is not there, a tensor is
+            missing, damaged or not finite, or ``out`` exists or cannot be written. Finished units are kept beside
+            ``out``, and the next call resumes from them.
     """
     with join_ranks("auto", _COLLECTIVE_TIMEOUT) as worker:
         return collapse_run(run, out, options, worker)
@@ -84,7 +89,10 @@ def export_run(run: Path, out: Path | str, options: ExportOptions = ExportOption
 def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Worker) -> dict[str, Any]:
     """Run ``export_run`` on ranks whose process group exists. A collective call."""
     work = WorkDirectory.of(out, run)
-    source = ModelSource.open(run)
+    source = ModelSource.open(run, options.choice)
+    better = None if options.choice else better_step(run, source.summary)
+    if better is not None and worker.is_first:
+        print_warning(f"{better}; --best exports it")
     package = options.package_output(source)
     outputs = dict.fromkeys([*(OUTPUTS[name] for name in options.outputs), *([] if package is None else [package])])
     assembly = Assembly(source, list(outputs), options.gather, work, package, options.serving)

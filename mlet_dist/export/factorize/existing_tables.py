@@ -10,7 +10,7 @@ from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.formats.safetensors import SafetensorsFiles
 from mlet_dist.export.formats.torch_file import TorchFile
 from mlet_dist.export.source import Tables
-from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.spec import TABLES_PREFIX
 from mlet_dist.regular_file import open_regular
 from mlet_dist.stored_tables.table_source import TableSource
 from mlet_dist.training.run_directory import RunDirectory

@@ -21,9 +21,8 @@ from mlet_dist.export.formats.dcp import DcpFormat
 from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.export.row_blocks import read_blocks, sum_grams
 from mlet_dist.export.source import Tables
-from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.progress import Progress
-from mlet_dist.stored_tables.table_source import TableSource
+from mlet_dist.stored_tables.table_source import TableSource, projection_name
 from mlet_dist.training.snapshot import versions
 
 _MAX_RELATIVE_ERROR = 1e-6  # float32 factors reach 4e-8; a larger error means overflow or underflow
@@ -121,7 +120,7 @@ def _factorize(
     squared_errors: list[float] = []
     with writer.file(file_name) as file:
         file.add(table.state_name, _first_layer(table, factors, squared_errors, progress))
-        file.add(f"{TABLES_PREFIX}projections.{table.name}.weight", [factors.projection])
+        file.add(projection_name(table.tables_prefix, table.name), [factors.projection])
     energy = float(gram.trace())
     relative_error = (sum(squared_errors) / energy) ** 0.5 if energy else 0.0
     if not relative_error <= _MAX_RELATIVE_ERROR:

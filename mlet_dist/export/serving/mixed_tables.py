@@ -8,7 +8,7 @@ from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, Poo
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mlet_dist.export.served_layout import ServedLayout
-from mlet_dist.models.dlrm import quantised_collection
+from mlet_dist.models.build import quantised_collection
 from mlet_dist.models.spec import ModelSpec
 
 

@@ -2,9 +2,11 @@
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import fbgemm_gpu
@@ -13,6 +15,7 @@ from torch import fx, nn
 from torchrec.distributed.types import BoundsCheckMode
 from torchrec.fx import Tracer
 from torchrec.pt2.utils import deregister_fake_classes, register_fake_classes
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist import __version__
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
@@ -26,11 +29,12 @@ from mlet_dist.export.serving.quantised import load_dense, table_tensors
 from mlet_dist.export.serving.served_model import build_of_layout, layout_of, with_ids_mapped
 from mlet_dist.formatting import to_json
 from mlet_dist.machine_limits import memory_bytes
-from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.tables import tables_of
 
 SCRIPTED, EXPORTED = "model.pt", "model.pt2"
 _BLOCK_ROWS = 1 << 16
+_TRIAL_ROWS = 8
 _PROGRAMS = Path(__file__).parent / "package_files"
 _TABLES = "IntNBitTableBatchedEmbeddingBagsCodegen"
 
@@ -75,7 +79,7 @@ class Package:
             UserError: a file cannot be written.
         """
         load_dense(self._model, dense)
-        collection = self._model.sparse_arch.embedding_bag_collection
+        collection = tables_of(self._model)
         if isinstance(collection, MixedWidthCollection):
             collection.load_projections(dense)
             collection = collection.parts
@@ -86,9 +90,11 @@ class Package:
                 # By default fbgemm looks up row 0 for an invalid id. Predictor rejects these.
                 module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         request = example_request(self._spec)
+        scripted = _script(self._mapped(_traced(self._model), dense), self._spec)
+        exported = _export(self._mapped(self._model, dense), self._spec, request)
         try:
-            torch.jit.save(_script(self._mapped(_traced(self._model), dense), self._spec), directory / SCRIPTED)
-            torch.export.save(_export(self._mapped(self._model, dense), self._spec, request), directory / EXPORTED)
+            torch.jit.save(scripted, directory / SCRIPTED)
+            torch.export.save(exported, directory / EXPORTED)
         except RuntimeError as error:  # torch's writers raise no OSError
             raise UserError(f"{directory}: cannot be written: {' '.join(str(error).split())[:200]}") from None
         answer = torch.jit.load(directory / SCRIPTED)(*request.tensors())
@@ -97,6 +103,10 @@ class Package:
         for program in sorted(_PROGRAMS.iterdir()):
             if program.is_file():
                 shutil.copyfile(program, directory / program.name)
+
+    def dense_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what ``save`` takes of the layers other than tables, with their initial values."""
+        return self._model.named_parameters()
 
     def _mapped(self, model: nn.Module, dense: Mapping[str, torch.Tensor]) -> nn.Module:
         return with_ids_mapped(model, self._spec, self._layout, dense)
@@ -143,7 +153,7 @@ def write_package(
     """
     package = Package(spec, encoding, layout)
     for part in layout.parts:
-        name = f"{TABLES_PREFIX}embedding_bags.{part.name}.weight"
+        name = f"{spec.tables_prefix}embedding_bags.{part.name}.weight"
         for start in range(0, part.num_embeddings, _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, part.num_embeddings)
             package.write_rows(name, start, read_parts(stored, encoding, name, start, stop, part.embedding_dim))
@@ -161,8 +171,33 @@ def check_fits(layout: ServedLayout, encoding: Encoding) -> None:
         )
 
 
+def check_can_be_packaged(spec: ModelSpec, encoding: Encoding) -> None:
+    """Check that the network of a spec can be traced, scripted and exported, on tables of a few rows.
+
+    Raises:
+        UserError: it cannot.
+    """
+    sparse = tuple(replace(each, num_embeddings=min(_TRIAL_ROWS, each.num_embeddings)) for each in spec.sparse)
+    with TemporaryDirectory() as directory:
+        try:
+            package = Package(replace(spec, sparse=sparse), encoding)
+            package.save(Path(directory), dict(package.dense_parameters()))
+        except UserError:
+            raise
+        except Exception as error:  # whatever torch raises at code that it cannot trace
+            raise UserError(
+                f"the network cannot be packaged: {type(error).__name__}: {' '.join(str(error).split())[:300]}; write "
+                "forward so that torch.fx, torch.jit.script and torch.export can trace it, or leave package out of the "
+                "outputs"
+            ) from error
+
+
 def _traced(model: nn.Module) -> fx.GraphModule:
-    return fx.GraphModule(model, Tracer(leaf_modules=[_TABLES]).trace(model))
+    graph = Tracer(leaf_modules=[_TABLES]).trace(model)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, kind in zip(inputs, (torch.Tensor, KeyedJaggedTensor), strict=True):
+        node.type = kind  # a forward without annotations would be scripted as one of tensors
+    return fx.GraphModule(model, graph)
 
 
 def _script(model: nn.Module, spec: ModelSpec) -> torch.jit.ScriptModule:

@@ -53,7 +53,7 @@ def example_request(spec: ModelSpec) -> Request:
 
 
 class Predictor(nn.Module):
-    """A DLRM that validates its input and returns probabilities; compatible with TorchScript.
+    """A model that validates its input and returns probabilities; compatible with TorchScript.
 
     ``forward(dense, ids, lengths, weights)`` for B rows, D dense columns and F features returns (B,) float32:
 
@@ -67,7 +67,7 @@ class Predictor(nn.Module):
             with one id per row, not 1; an id is not in its table.
 
     Args:
-        logits: DLRM or its trace, ``(dense, KeyedJaggedTensor) -> (B, 1)``.
+        logits: the model or its trace, ``(dense, KeyedJaggedTensor) -> (B,)`` or ``(B, 1)``.
         spec: names and sizes of its inputs.
     """
 
@@ -91,7 +91,7 @@ class Predictor(nn.Module):
         self.check_lengths(ids, lengths)
         self.check_ids(ids, lengths)
         bags = KeyedJaggedTensor(self.features, ids, weights, lengths.flatten())
-        return torch.sigmoid(self.logits(dense, bags).squeeze(1))
+        return torch.sigmoid(self.logits(dense, bags).reshape(-1))
 
     def check_shapes(self, dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> None:
         """Raise ValueError unless shapes and dtypes are those of ``forward`` and ``dense`` is finite."""
@@ -160,4 +160,4 @@ class ExportedPredictor(Predictor):
         limits = torch.repeat_interleave(self.rows, lengths.sum(1), output_size=ids.size(0))
         torch._assert_async(torch.logical_and(ids >= 0, ids < limits).all(), "an id is not in its table")
         bags = KeyedJaggedTensor(self.features, ids, weights, lengths.flatten())
-        return torch.sigmoid(self.logits(dense, bags).squeeze(1))
+        return torch.sigmoid(self.logits(dense, bags).reshape(-1))

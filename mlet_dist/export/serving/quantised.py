@@ -1,4 +1,4 @@
-"""TorchRec's quantised DLRM: access to its encoded tables, and their sharding plan for serving."""
+"""The quantised model for serving: access to its encoded tables, and their sharding plan for serving."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,32 +15,32 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.quant_embeddingbag import QuantEmbeddingBagCollectionSharder
 from torchrec.distributed.types import BoundsCheckMode
 from torchrec.inference.modules import shard_quant_model
-from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import DataType
 from torchrec.tensor_types import UInt4Tensor
 
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_quantised_dlrm
+from mlet_dist.models.build import build_quantised_model
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.tables import tables_prefix
 
 _CPU = torch.device("cpu")
 
 
-def build_served(spec: ModelSpec, encoding: Encoding, device: torch.device = _CPU) -> DLRM:
-    """Return an uninitialised DLRM with encoded tables, to be filled by ``table_tensors`` and ``load_dense``."""
-    return build_quantised_dlrm(spec, DataType(encoding.name.upper()), device)
+def build_served(spec: ModelSpec, encoding: Encoding, device: torch.device = _CPU) -> nn.Module:
+    """Return an uninitialised model with encoded tables, to be filled by ``table_tensors`` and ``load_dense``."""
+    return build_quantised_model(spec, DataType(encoding.name.upper()), device)
 
 
 def table_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return views of the tables' memory by state name: values uint8 (also for fp32), scales and biases float16."""
-    state = model.state_dict()
-    named = {name.replace(f"{TABLES_PREFIX}parts.", TABLES_PREFIX, 1): tensor for name, tensor in state.items()}
+    state, prefix = model.state_dict(), tables_prefix(model)
+    named = {name.replace(f"{prefix}parts.", prefix, 1): tensor for name, tensor in state.items()}
     return {
         # TorchRec presents int4 values with a column each.
         name: tensor.view(torch.uint8) if isinstance(tensor, UInt4Tensor) else tensor
         for name, tensor in named.items()
-        if name.startswith(f"{TABLES_PREFIX}embedding_bags.")
+        if name.startswith(f"{prefix}embedding_bags.")
     }
 
 
@@ -92,7 +92,7 @@ def plan_serving(spec: ModelSpec, encoding: Encoding, serving: Serving) -> dict[
         raise UserError(
             f"--serving-ranks {serving.ranks}: TorchRec finds no plan for {encoding.name}: {cause[:200]}"
         ) from None
-    tables = plan.plan[TABLES_PREFIX.removesuffix(".")]
+    (tables,) = plan.plan.values()
     return {
         "ranks": serving.ranks,
         "device": serving.device,

@@ -1,11 +1,10 @@
-"""The model that serves an output of any form: TorchRec's quantised DLRM behind a mapping of the data set's ids."""
+"""The model that serves an output of any form: the quantised model behind a mapping of the data set's ids."""
 
 import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import DataType
 
 from mlet_dist.export.encoding import Encoding
@@ -13,7 +12,7 @@ from mlet_dist.export.served_layout import ServedLayout, ServedPart, ServedTable
 from mlet_dist.export.serving.id_mapping import KeptIds, MappedIds, SplitIds
 from mlet_dist.export.serving.mixed_tables import MixedWidthCollection
 from mlet_dist.export.serving.quantised import build_served
-from mlet_dist.models.dlrm import build_around
+from mlet_dist.models.build import build_around
 from mlet_dist.models.spec import ModelSpec
 
 
@@ -34,8 +33,8 @@ def spec_of_layout(spec: ModelSpec, layout: ServedLayout) -> ModelSpec:
     return dataclasses.replace(spec, sparse=sparse)
 
 
-def build_of_layout(spec: ModelSpec, layout: ServedLayout, encoding: Encoding) -> DLRM:
-    """Return an uninitialised DLRM on the CPU, to be filled as that of ``build_served`` and by ``load_projections``.
+def build_of_layout(spec: ModelSpec, layout: ServedLayout, encoding: Encoding) -> nn.Module:
+    """Return an uninitialised model on the CPU, to be filled as that of ``build_served`` and by ``load_projections``.
 
     Its ids are those that ``with_ids_mapped`` turns the ids of the data set into.
     """

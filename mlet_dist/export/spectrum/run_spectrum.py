@@ -20,9 +20,12 @@ from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
 from mlet_dist.stored_tables.ranged_source import RangedTableSource
 from mlet_dist.stored_tables.table_source import TableSource
+from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice
 
 
-def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) -> dict[str, Any]:
+def spectrum_of(
+    path: Path, data: str | None = None, out: Path | None = None, choice: CheckpointChoice = LAST
+) -> dict[str, Any]:
     """Compute the spectra of all tables in one pass, in blocks of rows.
 
     Memory is a few blocks, the Gram matrices and 8 bytes per row of one table.
@@ -30,6 +33,7 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
     Args:
         data: the data set whose training split gives the frequencies of rows; None for that of the run, if available.
         out: directory for ``spectrum.json`` and ``spectrum.html``; must not exist or be empty.
+        choice: the checkpoint of a run.
 
     Returns:
         Plain data: ``tables``, and how they were read. ``plain`` and ``weighted`` are ``Spectrum``s: of W, and of
@@ -43,7 +47,7 @@ def spectrum_of(path: Path, data: str | None = None, out: Path | None = None) ->
     """
     if out is not None:
         check_free(out)
-    with Tables.open(path) as source:
+    with Tables.open(path, choice) as source:
         counted, schema, missing = _find_data_set(source, data)
         tables = []
         with Progress("spectrum", sum(each.num_embeddings for each in source.tables.values()), "rows") as progress:

@@ -17,7 +17,7 @@ from mlet_dist.export.serving.package import EXPORTED, SCRIPTED
 from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
 from mlet_dist.export.source import ModelSource
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm
+from mlet_dist.models.build import build_serving_model, build_training_model
 from mlet_dist.models.spec import ModelSpec
 
 _BUFFERED = 1 << 22  # ids per table that are collected before duplicates are removed
@@ -48,13 +48,13 @@ def trained_model(source: ModelSource, tables: Mapping[str, CheckedTable]) -> Pr
     spec = with_rows(source.spec, {name: len(table.stored) for name, table in tables.items()})
     # A table with row ranges is read as one of W1 and W2 with as many columns as the ranges have together.
     widths = {name: table.hidden_dim for name, table in source.tables.items()}
-    model = build_dlrm(spec, tables_device=torch.device("cpu"), hidden_dims=widths)
+    model = build_training_model(spec, tables_device=torch.device("cpu"), hidden_dims=widths)
     state = {name: source.load_dense(name) for name in source.dense}
     for name, table in source.tables.items():
         rows = padded(tables[name].stored)
         state[table.state_name] = RowOrder((len(rows),)).to_stored(rows)
         if table.projection is not None:
-            state[f"{TABLES_PREFIX}projections.{name}.weight"] = table.projection
+            state[f"{spec.tables_prefix}projections.{name}.weight"] = table.projection
     model.load_state_dict(state)
     return predict_logits(model)
 
@@ -76,7 +76,7 @@ def output_model(
         for name, tensor in table_tensors(model).items():
             tensor.copy_(rows[name])
     else:
-        model = build_plain_dlrm(spec)
+        model = build_serving_model(spec)
         model.load_state_dict(rows | dense)
     return ExportedModel(output.encoding.name, output.name, "logit", predict_logits(model))
 
@@ -107,7 +107,7 @@ def predict_logits(model: torch.nn.Module) -> Predict:
     model.eval()
 
     def predict(batch: Batch, bags: KeyedJaggedTensor) -> torch.Tensor:
-        logits: torch.Tensor = model(batch.dense, bags).squeeze(-1)
+        logits: torch.Tensor = model(batch.dense, bags).reshape(-1)
         return logits[: batch.num_rows]
 
     return predict

@@ -16,7 +16,6 @@ from mlet_dist.export.verify.table_check import (
     check_block_rows,
     empty_parts,
 )
-from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.stored_tables.table_source import TableSource
 
 
@@ -46,7 +45,7 @@ def check_form(
     used = numbers.unique()
     parts = []
     for part in layout.parts:
-        state_name = f"{TABLES_PREFIX}embedding_bags.{part.name}.weight"
+        state_name = f"{table.tables_prefix}embedding_bags.{part.name}.weight"
         projection = None if part.projection is None else output.files.load(part.projection)
         first, last = torch.searchsorted(used, torch.tensor([part.first_row, part.first_row + part.num_embeddings]))
         rows = used[int(first) : int(last)] - part.first_row

@@ -15,7 +15,7 @@ from mlet_dist.export.serving.served_model import build_of_layout
 from mlet_dist.export.source import ModelSource
 from mlet_dist.export.verify.compared_models import ExportedModel, by_feature, padded, predict_logits, with_rows
 from mlet_dist.export.verify.table_check import CheckedTable, FormRows, StoredOutput
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
+from mlet_dist.models.build import build_serving_model
 from mlet_dist.models.spec import ModelSpec
 
 
@@ -28,7 +28,7 @@ def form_model(
     spec = with_rows(served, {name: len(rows.numbers) for name, rows in found.items()})
     dense = {name: output.files.load(name) for name in source.dense}
     rows = {
-        f"{TABLES_PREFIX}embedding_bags.{part.name}.weight{suffix}": padded(encoded)
+        f"{served.tables_prefix}embedding_bags.{part.name}.weight{suffix}": padded(encoded)
         for name, table in output.layout.tables.items()
         for part, by_suffix in zip(table.parts, found[name].parts, strict=True)
         for suffix, encoded in by_suffix.items()
@@ -54,7 +54,7 @@ def _filled(
 ) -> torch.nn.Module:
     """Return TorchRec's float or quantised model of kept rows, or that of a package of mixed widths."""
     if layout.form == "kept" and not output.encoding.is_quantised:
-        plain = build_plain_dlrm(spec)
+        plain = build_serving_model(spec)
         plain.load_state_dict({**rows, **dense})
         return plain
     wanted = _with_wanted_rows(layout, found)

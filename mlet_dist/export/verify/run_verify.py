@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mlet_dist.checkpoint.store import Checkpoint
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.location import DataPath
@@ -27,15 +28,23 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
 from mlet_dist.training.evaluation import BinaryMetrics, evaluation_loader
 from mlet_dist.training.process_group import Worker
+from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice, finished_steps
 
 _INDEX_PATTERNS = {"distcp": ".metadata", "safetensors": "*.json"}
 _SINGLE_PROCESS = Worker(rank=0, world_size=1, local_world_size=1, device=torch.device("cpu"))
 
 
 def verify_export(
-    export: Path, run: Path, data: DataPath, split: str = "test", tolerances: Tolerances = DEFAULT_TOLERANCES
+    export: Path,
+    run: Path,
+    data: DataPath,
+    split: str = "test",
+    tolerances: Tolerances = DEFAULT_TOLERANCES,
+    choice: CheckpointChoice = LAST,
 ) -> dict[str, Any]:
     """Compare the factorised model of a run with every model of its export on every row of a split.
+
+    Without a ``choice``, the checkpoint is the one that the export was made from if the run has it, else the last one.
 
     This runs in one process on the CPU. It reads all files of the export and of the run's checkpoint, and keeps the
     rows that the split looks up in memory. A package is loaded with all its tables.
@@ -53,9 +62,9 @@ def verify_export(
     """
     directory = ExportDirectory(export)
     with ExitStack() as stack:
-        source = ModelSource.of_run(run)
-        stack.enter_context(source.files)
         served, manifest = directory.load()
+        source = ModelSource.of_run(run, choice or _exported(manifest, run))
+        stack.enter_context(source.files)
         trained = source.spec
         if _shapes(served) != _shapes(trained):
             raise UserError(
@@ -130,6 +139,12 @@ def verify_export(
         "logloss_run": found["logloss"],
         "outputs": results,
     }
+
+
+def _exported(manifest: Mapping[str, Any], run: Path) -> CheckpointChoice:
+    """Return the checkpoint that an export was made from, by its name, if the run still has it; else the last one."""
+    found = Checkpoint.at(str(manifest["run"].get("checkpoint")))
+    return LAST if found is None or found.step not in finished_steps(run) else CheckpointChoice(found.step)
 
 
 def _shapes(spec: ModelSpec) -> tuple[object, ...]:

@@ -113,6 +113,18 @@ def test_evaluation_covers_every_row_once(dataset: Path, split: str, batch_size:
             assert batch.labels[batch.num_rows :].eq(0).all()
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("rows", [1, 700, 2401])
+def test_the_first_rows_alone_as_if_there_were_no_others(dataset: Path, rows: int, world_size: int) -> None:
+    expected = as_rows(next(iter(make_loader(dataset, batch_size=6000))))[:rows]
+    found: list[list[torch.Tensor]] = []
+    for rank in range(world_size):
+        loader = make_loader(dataset, batch_size=600, rank=rank, world_size=world_size, first_rows=rows)
+        assert (loader.rows, len(loader)) == (rows, -(-rows // 600))
+        found.append([as_rows(batch) for batch in loader])
+    assert torch.equal(torch.cat([part for batch in zip(*found, strict=True) for part in batch]), expected)
+
+
 def test_a_rank_s_share_may_be_padding_alone(dataset: Path) -> None:
     """test has 4,501 rows: of its second batch of 4,500, rank 0 has one row and rank 1 has none."""
     shares = [list(make_loader(dataset, "test", batch_size=4500, rank=r, world_size=2))[1] for r in range(2)]

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torchrec.distributed.planner import Topology
 
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.collective_time import CollectiveTimes, MeasuredGroup
 from mlet_dist.embeddings.planning.cost_model import Device, device_defaults
 from mlet_dist.embeddings.planning.plan_cost import slowest_step
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.fused_optimizers import fuse_row_optimizer
 from mlet_dist.training.model_plan import ModelPlan, plan_model
@@ -28,7 +29,7 @@ COLLECTIVES = ("all_to_all", "all_reduce", "reduce_scatter", "all_gather")
 def _plan(device: Device, pooling_factor: float = 1.0, ranks: int = 16) -> ModelPlan:
     layers = ModelConfig(embedding_dim=32, hidden_dim=128, bottom_mlp=(64,), top_mlp=(64,))
     spec = ModelSpec(layers, ("I1",), tuple(SparseFeature(name, rows) for name, rows in SIZES.items()), seed=0)
-    model = build_dlrm(spec, torch.device("meta"), dense_device=torch.device("meta"))
+    model = build_training_model(spec, torch.device("meta"), dense_device=torch.device("meta"))
     fuse_row_optimizer(model, OptimizerConfig(name="adagrad"))
     factors = dict.fromkeys(SIZES, pooling_factor)
     sharder = MultiLayerEmbeddingBagCollectionSharder(pooling_factors=factors, local_batch_size=1024)

@@ -20,7 +20,8 @@ from torchrec.models.dlrm import DLRM
 from torchrec.optim.keyed import CombinedOptimizer
 
 from benchmarks.traffic import count_traffic
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import RowsDtype
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
@@ -42,7 +43,7 @@ from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.sharded.exchange_choice import TableTraffic
 from mlet_dist.embeddings.sharded.placement import max_rows_per_rank
 from mlet_dist.embeddings.sharded.row_lookup import PADDED_BYTES
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.model_plan import ModelPlan, plan_model
@@ -79,7 +80,7 @@ def _model(optimizer: str = "sgd", rows_dtype: RowsDtype = "fp32", kind: str = "
             (rows, width, rows / feature.num_embeddings) for rows, width in zip(sizes, (K, 4, D), strict=False)
         )
     spec = ModelSpec(layers, ("I1", "I2"), features, 0, row_ranges=ranges)
-    model = build_dlrm(spec, torch.device("meta"), rows_dtype)
+    model = build_training_model(spec, torch.device("meta"), rows_dtype)
     fuse_row_optimizer(model, OptimizerConfig(name=optimizer))  # type: ignore[arg-type]
     return model
 
@@ -381,7 +382,7 @@ def test_costs_of_rows_in_host_memory_by_hand() -> None:
 
 
 def test_the_fullest_host_may_be_that_of_another_rank_than_the_fullest_device() -> None:
-    dense = DenseCost(0, (1,), 1, 4, 8, "sgd", 2, 2)
+    dense = DenseCost(0, 0, 5, 9, 8, "sgd", 2, 2)
     owned = _cost(sharding_type="table_wise", exchange="all_to_all", world_size=2, optimizer="sgd")
     hosted = dataclasses.replace(owned, kernel="fused_uvm")
     memory = fullest_memory({"device": (owned, [1000, 0]), "host": (hosted, [0, 1000])}, dense)

@@ -12,14 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec import KeyedJaggedTensor
 
 from benchmarks.step_counters import count_step_operations
-from mlet_dist.config.sections import ModelConfig, OptimizerConfig
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import ShardingConfig, TableShardingConfig
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.planning.collective_time import CollectiveTimes
 from mlet_dist.embeddings.planning.cost_model import HOST_OPERATIONS, TABLE_OPERATIONS
 from mlet_dist.embeddings.planning.step_collectives import Group, latency, step_collectives
-from mlet_dist.models.dlrm import build_dlrm
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.evaluation import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
@@ -55,7 +56,7 @@ def _steps(plan: list[tuple[str, str | None]], worker: Worker) -> tuple[Iterator
     names = [f"C{index}" for index in range(len(plan))]
     layers = ModelConfig(embedding_dim=4, hidden_dim=8, bottom_mlp=(4,), top_mlp=(4,))
     spec = ModelSpec(layers, ("I1",), tuple(SparseFeature(name, ROWS) for name in names), seed=0)
-    model, config = build_dlrm(spec, torch.device("meta")), OptimizerConfig()
+    model, config = build_training_model(spec, torch.device("meta")), OptimizerConfig()
     fuse_row_optimizer(model, config)
     tables = {
         name: TableShardingConfig(sharding_types=(kind,), exchange=exchange)  # type: ignore[arg-type]

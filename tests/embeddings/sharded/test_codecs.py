@@ -16,6 +16,7 @@ from mlet_dist.embeddings.sharded.collectives import (
     value_bytes,
 )
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS, EXCHANGES, ExchangeChoice
+from tests.helpers.pairwise import pairwise
 from tests.helpers.precision_model import largest_relative_error, small_bags, small_reference, train_small
 from tests.helpers.ranks import RankPool
 
@@ -42,9 +43,7 @@ def _train(
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("world_size", "precision", "method"), pairwise([2, 4], ["fp16", "bf16"], METHODS))
 def test_outputs_are_within_rounding_of_the_dense_reference(
     ranks: Ranks, world_size: int, precision: CommPrecision, method: tuple[ExchangeChoice, str]
 ) -> None:
@@ -64,10 +63,9 @@ def test_outputs_are_within_rounding_of_the_dense_reference(
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(
+    ("world_size", "optimizer", "precision", "method"), pairwise([2, 4], ["sgd", "adagrad"], ["fp16", "bf16"], METHODS)
+)
 def test_weights_are_near_the_reference_and_equal_on_all_ranks(
     ranks: Ranks, world_size: int, optimizer: str, precision: CommPrecision, method: tuple[ExchangeChoice, str]
 ) -> None:

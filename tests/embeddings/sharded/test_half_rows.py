@@ -15,6 +15,7 @@ from mlet_dist.embeddings import (
     MultiLayerEmbeddingBagConfig,
 )
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, Exchange
+from tests.helpers.pairwise import pairwise
 from tests.helpers.precision_model import (
     GLOBAL_BATCH,
     HALF_TABLES,
@@ -40,9 +41,9 @@ def _train(optimizer: str, exchange: Exchange) -> dict[str, Any]:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("world_size", "optimizer", "exchange"), pairwise([1, 2, 4], ["sgd", "adagrad", "rowwise_adagrad"], EXCHANGES)
+)
 def test_rows_are_within_rounding_of_the_dense_reference(
     ranks: Ranks, world_size: int, optimizer: str, exchange: Exchange
 ) -> None:

@@ -19,6 +19,7 @@ from mlet_dist.embeddings.sharded import collectives, row_lookup, unique_rows
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, Exchange
 from mlet_dist.embeddings.sharded.row_lookup import group_for_rows
 from tests.helpers.dense_reference import Bags, DenseReference, toy_loss
+from tests.helpers.pairwise import pairwise
 from tests.helpers.ranks import RankFailed, RankPool
 from tests.helpers.sharded_module import (
     OPTIMIZERS,
@@ -144,12 +145,14 @@ def _assert_equal_reference(
                 )
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("world_size", "weighted"), [(1, True), (2, False), (2, True), (3, False), (4, True)])
+@pytest.mark.parametrize(
+    ("ranks_and_weights", "optimizer", "exchange"),
+    pairwise([(1, True), (2, False), (2, True), (3, False), (4, True)], OPTIMIZERS, EXCHANGES),
+)
 def test_outputs_and_weights_equal_the_dense_reference(
-    ranks: Ranks, world_size: int, optimizer: str, weighted: bool, exchange: Exchange
+    ranks: Ranks, ranks_and_weights: tuple[int, bool], optimizer: str, exchange: Exchange
 ) -> None:
+    world_size, weighted = ranks_and_weights
     by_rank = ranks(world_size).run(_train_sharded, optimizer, weighted, exchange)
     _assert_equal_reference(by_rank, optimizer, weighted)
 

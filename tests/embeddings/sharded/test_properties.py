@@ -1,5 +1,6 @@
 """Random tables, bags, ranks, exchanges and optimizers against the dense float64 reference."""
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from tests.helpers.sharded_module import (
 
 Ranks = Callable[..., RankPool]
 STEPS = 2
+EXAMPLES = int(os.environ.get("MLET_PROPERTY_EXAMPLES", "25"))
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _train(case: Case) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.T
 
 
 @pytest.mark.multirank
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=EXAMPLES, derandomize=True)
 @given(case=cases)
 def test_any_setting_equals_the_dense_reference(ranks: Ranks, case: Case) -> None:
     reference = DenseReference(dense_tables(case.module()), case.optimizer, case.rates)

@@ -18,7 +18,6 @@ from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from tests.helpers.dense_reference import Bags, DenseReference, toy_loss
 from tests.helpers.ranks import RankPool
 from tests.helpers.sharded_module import (
-    OPTIMIZERS,
     dense_tables,
     full_weights,
     make_positive,
@@ -138,10 +137,13 @@ def _assert_equal_reference(by_rank: list[dict[str, Any]], optimizer: str, weigh
                 torch.testing.assert_close(second.double(), table.projection.detach(), rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize(
-    ("nodes", "optimizer"),
-    [(nodes, each) for nodes in NODES for each in OPTIMIZERS if nodes == (4, 2) or each == "rowwise_adagrad"],
+    ("nodes", "optimizer", "exchange"),
+    [
+        *((nodes, "rowwise_adagrad", exchange) for nodes in NODES[:-1] for exchange in EXCHANGES),
+        (NODES[-1], "rowwise_adagrad", "auto"),
+        *(((4, 2), *each) for each in zip(("sgd", "adagrad", "adam"), EXCHANGES, strict=True)),
+    ],
 )
 def test_all_types_in_one_model_equal_the_dense_reference(
     ranks: Ranks, nodes: tuple[int, int], exchange: ExchangeChoice, optimizer: str

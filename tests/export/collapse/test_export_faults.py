@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.made_run import make_run, random_rows
 from mlet_dist.atomic_directory import swap_directories
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.export_directory import ExportDirectory

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_s
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.run_collapse import export_run
 from mlet_dist.export.export_directory import ExportDirectory
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_serving_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from tests.conftest import TrainedRun
 from tests.helpers.checkpoint_manifest import write_manifest
 from tests.helpers.export_units import contents
@@ -35,7 +35,7 @@ def test_tables_equal_the_float64_product_and_dense_layers_are_bitwise_identical
     served = _all_tensors(exported / "model", tmp_path / "export.pt")
     spec, manifest = ExportDirectory(exported).load()
     run = model_by_id(run, ModelSpec.load(trained.path / "model.json"))
-    assert set(served) == set(build_plain_dlrm(spec).state_dict())
+    assert set(served) == set(build_serving_model(spec).state_dict())
     tables = 0
     for name, tensor in served.items():
         if name.startswith(TABLES_PREFIX):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.made_run import make_run, random_rows
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.errors import UserError
 from tests.helpers.export_units import contents, export

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from benchmarks.made_run import make_run, random_rows
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.embeddings.collapse import block_rows, collapse_rows
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.run_collapse import ExportOptions, export_run
@@ -18,7 +18,7 @@ from mlet_dist.export.collapse.units import UnitWorker, read_rows, units_of, wor
 from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.source import ModelSource
-from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.spec import TABLES_PREFIX
 from tests.conftest import TrainedRun
 from tests.helpers.export_units import contents, export, export_in_rank
 from tests.helpers.ranks import RankPool

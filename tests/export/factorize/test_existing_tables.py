@@ -12,7 +12,7 @@ import torch
 from mlet_dist.errors import UserError
 from mlet_dist.export.factorize.existing_tables import open_existing
 from mlet_dist.export.source import Tables
-from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.spec import TABLES_PREFIX
 from tests.conftest import TrainedRun
 from tests.helpers import sharded_tables
 from tests.helpers.train_in_ranks import Ranks

@@ -18,8 +18,7 @@ from mlet_dist.export.factorize.run_factorize import factorize_tables
 from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import ModelSource, Tables
 from mlet_dist.export.verify.run_verify import verify_export
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training.resume import check_same_run, identity_of
 from mlet_dist.training.warm_start import find_initial_weights
 from tests.conftest import TrainedRun
@@ -260,7 +259,7 @@ def test_a_path_without_tables_is_named(factors: Path, tmp_path: Path) -> None:
         Tables.open(tmp_path / "gone")
     with pytest.raises(UserError, match="neither a run, an export nor factors"):
         Tables.open(tmp_path)
-    with pytest.raises(UserError, match="step-00000000: one checkpoint of a run; only a whole run can be named"):
+    with pytest.raises(UserError, match="step-00000000: is a checkpoint, but not of a run; name the directory that it"):
         Tables.open(factors / "step-00000000")
     copy = shutil.copytree(factors, tmp_path / "copy")
     (copy / "step-00000000" / "manifest.json").write_text("{}")

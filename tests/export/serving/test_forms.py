@@ -21,9 +21,8 @@ from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.verify.run_verify import verify_export
-from mlet_dist.models.dlrm import TABLES_PREFIX
 from mlet_dist.models.row_widths import static_ranges
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training import compressed_tables
 from tests.helpers.export_units import contents, export_in_rank
 from tests.helpers.export_units import export as export_in_units

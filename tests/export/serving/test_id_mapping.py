@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.collapse import collapse_rows
 from mlet_dist.embeddings.row_order import RowOrder
@@ -15,8 +15,8 @@ from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.served_sources import ServedSources, served_sources
 from mlet_dist.export.serving.package import Package
 from mlet_dist.export.serving.predictor import Request
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_serving_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.stored_tables.ranged_source import RangedTableSource
 from mlet_dist.stored_tables.table_source import TableSource
 
@@ -95,7 +95,7 @@ def _package(
         decoded[part.name] = encoding.decode(encoded).double()
         if part.projection is not None:
             decoded[part.name] = decoded[part.name] @ served.tensors[part.projection].double()
-    model = build_plain_dlrm(spec)
+    model = build_serving_model(spec)
     dense = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(TABLES_PREFIX)}
     directory.mkdir()
     package.save(directory, dense | dict(served.tensors))

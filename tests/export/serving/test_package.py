@@ -6,21 +6,23 @@ import site
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torchrec.inference.modules import quantize_inference_model
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.serving.package import Package
 from mlet_dist.export.serving.predictor import Request
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_serving_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 
 
 def _spec(weighted: bool) -> ModelSpec:
@@ -45,7 +47,7 @@ def _request(spec: ModelSpec, rows: int) -> Request:
 def _make(directory: Path, spec: ModelSpec, name: str) -> torch.nn.Module:
     """Write a package of a random model, and return the model."""
     torch.manual_seed(5)
-    model, encoding = build_plain_dlrm(spec).eval(), ENCODINGS[name]
+    model, encoding = build_serving_model(spec).eval(), ENCODINGS[name]
     package, dense = Package(spec, encoding), {}
     for key, tensor in model.state_dict().items():
         if not key.startswith(TABLES_PREFIX):
@@ -162,15 +164,22 @@ _INVALID: list[tuple[str, Callable[[Request], tuple[object, ...]]]] = [
 ]
 
 
+@cache
+def _loaded(package: Path) -> tuple[Any, Any]:
+    """Return the TorchScript and the exported program of a package, which one server would load once, too."""
+    return torch.jit.load(package / "model.pt"), torch.export.load(package / "model.pt2").module()
+
+
 @pytest.mark.parametrize(("message", "invalid"), _INVALID, ids=[message for message, _ in _INVALID])
 def test_an_invalid_request_is_rejected(
     packages: Callable[[bool], Path], message: str, invalid: Callable[[Request], tuple[object, ...]]
 ) -> None:
-    package, request = packages(False), _request(_spec(False), 9)
+    scripted, exported = _loaded(packages(False))
+    request = _request(_spec(False), 9)
     with pytest.raises(torch.jit.Error, match=message):
-        torch.jit.load(package / "model.pt")(*invalid(request))
+        scripted(*invalid(request))
     with pytest.raises((RuntimeError, AssertionError)):
-        torch.export.load(package / "model.pt2").module()(*invalid(request))
+        exported(*invalid(request))
 
 
 @pytest.mark.parametrize(
@@ -186,17 +195,18 @@ def test_invalid_weights_are_rejected(
 ) -> None:
     request = _request(_spec(True), 9)
     invalid = _with(request, weights=weights(request))
+    scripted, exported = _loaded(packages(True))
     with pytest.raises(torch.jit.Error, match=message):
-        torch.jit.load(packages(True) / "model.pt")(*invalid)
+        scripted(*invalid)
     with pytest.raises((RuntimeError, AssertionError, AttributeError)):
-        torch.export.load(packages(True) / "model.pt2").module()(*invalid)
+        exported(*invalid)
     with pytest.raises(torch.jit.Error, match="weights is given, but"):
-        torch.jit.load(packages(False) / "model.pt")(*_request(_spec(True), 9).tensors())
+        _loaded(packages(False))[0](*request.tensors())
 
 
 def test_a_package_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     package = Package(_spec(False), ENCODINGS["int8"])
-    dense = {name: tensor for name, tensor in build_plain_dlrm(_spec(False)).state_dict().items()}
+    dense = {name: tensor for name, tensor in build_serving_model(_spec(False)).state_dict().items()}
     with pytest.raises(UserError, match="nowhere: cannot be written"):
         package.save(tmp_path / "nowhere", dense)
 

@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.tensor_types import UInt4Tensor
 
 from mlet_dist.checkpoint.load import load_model
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
@@ -27,8 +27,8 @@ from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.serving.package import check_fits
 from mlet_dist.export.serving.quantised import Serving, plan_serving
 from mlet_dist.export.serving.served_model import layout_of
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_plain_dlrm
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_serving_model
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT
 
@@ -37,7 +37,7 @@ _DTYPES = {"fp16": torch.float16, "int8": torch.int8, "int4": torch.quint4x2}
 
 def _quantised(exported: Path, name: str) -> torch.nn.Module:
     """Quantise the float32 output with TorchRec alone."""
-    model = build_plain_dlrm(ExportDirectory(exported).load()[0])
+    model = build_serving_model(ExportDirectory(exported).load()[0])
     load_model(model, exported / "model", key=None)
     kind = type(model.sparse_arch.embedding_bag_collection)
     quant_prep_enable_quant_state_dict_split_scale_bias_for_types(model, [kind])

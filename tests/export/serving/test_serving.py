@@ -15,9 +15,8 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from benchmarks.made_run import make_run, random_rows
-from mlet_dist.config.sections import ModelConfig
-from mlet_dist.models.dlrm import TABLES_PREFIX
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from tests.conftest import TrainedRun
 from tests.helpers.export_units import export
 from tests.helpers.mlet_command import ROOT

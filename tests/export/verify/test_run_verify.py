@@ -11,7 +11,7 @@ import torch
 from mlet_dist.errors import UserError
 from mlet_dist.export.run_evaluate import evaluate_path
 from mlet_dist.export.verify.run_verify import verify_export
-from mlet_dist.models.dlrm import TABLES_PREFIX
+from mlet_dist.models.spec import TABLES_PREFIX
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 from tests.helpers.tampered_export import change_manifest, change_tensor

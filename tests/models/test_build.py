@@ -5,11 +5,11 @@ import torch
 from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM
 
-from mlet_dist.config.sections import ModelConfig
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
-from mlet_dist.models.dlrm import TABLES_PREFIX, build_dlrm, build_plain_dlrm, table_bytes
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.build import build_serving_model, build_training_model, table_bytes
+from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from tests.helpers.rows_by_id import model_by_id
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -63,7 +63,7 @@ def logits_in_float64(spec: ModelSpec, state: dict[str, torch.Tensor]) -> torch.
 
 @pytest.mark.parametrize("spec", [SPEC, SINGLE], ids=["mlet", "single"])
 def test_logits_equal_a_plain_torch_dlrm_in_float64(spec: ModelSpec) -> None:
-    model = build_dlrm(spec, CPU)
+    model = build_training_model(spec, CPU)
     logits = model(*inputs())
     assert logits.shape == (ROWS, 1)
     assert float(logits.detach().std()) > 0.01
@@ -71,7 +71,7 @@ def test_logits_equal_a_plain_torch_dlrm_in_float64(spec: ModelSpec) -> None:
 
 
 def test_the_plain_model_with_collapsed_tables_gives_the_same_logits() -> None:
-    factorised, plain = build_dlrm(SPEC, CPU), build_plain_dlrm(SPEC)
+    factorised, plain = build_training_model(SPEC, CPU), build_serving_model(SPEC)
     assert type(tables_of(plain)) is EmbeddingBagCollection
     expected = factorised(*inputs()).detach()
     assert float((plain(*inputs()).detach() - expected).abs().max()) > 1e-2
@@ -82,31 +82,31 @@ def test_the_plain_model_with_collapsed_tables_gives_the_same_logits() -> None:
 @pytest.mark.parametrize("tables_device", [CPU, META], ids=str)
 def test_dense_layers_depend_on_the_seed_only(tables_device: torch.device) -> None:
     torch.manual_seed(12345)
-    first = dense_layers(build_dlrm(SPEC, tables_device))
+    first = dense_layers(build_training_model(SPEC, tables_device))
     torch.manual_seed(54321)
-    others = [build_dlrm(SPEC, CPU), build_plain_dlrm(SPEC), build_dlrm(SINGLE, META)]
+    others = [build_training_model(SPEC, CPU), build_serving_model(SPEC), build_training_model(SINGLE, META)]
     for other in map(dense_layers, others):
         assert list(other) == list(first)
         assert all(torch.equal(other[name], value) for name, value in first.items())
-    reseeded = dense_layers(build_dlrm(dataclasses.replace(SPEC, seed=4), CPU))
+    reseeded = dense_layers(build_training_model(dataclasses.replace(SPEC, seed=4), CPU))
     assert not any(torch.equal(reseeded[name], value) for name, value in first.items())
 
 
 def test_building_on_meta_does_not_change_the_global_generator() -> None:
     before = torch.get_rng_state()
-    build_dlrm(SPEC, META)
+    build_training_model(SPEC, META)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_model_without_hidden_layers_in_the_bottom_mlp_works() -> None:
     spec = dataclasses.replace(SPEC, model=dataclasses.replace(MODEL, bottom_mlp=(), top_mlp=(1,)))
-    model = build_dlrm(spec, CPU)
+    model = build_training_model(spec, CPU)
     torch.testing.assert_close(model(*inputs()).double(), logits_in_float64(spec, model.state_dict()))
 
 
 def test_state_names_of_the_served_model_are_those_of_the_single_layer() -> None:
-    assert list(build_plain_dlrm(SPEC).state_dict()) == list(build_dlrm(SINGLE, META).state_dict())
-    shapes = {name: tuple(value.shape) for name, value in build_dlrm(SPEC, META).state_dict().items()}
+    assert list(build_serving_model(SPEC).state_dict()) == list(build_training_model(SINGLE, META).state_dict())
+    shapes = {name: tuple(value.shape) for name, value in build_training_model(SPEC, META).state_dict().items()}
     assert {name: shape for name, shape in shapes.items() if name.startswith(TABLES_PREFIX)} == {
         f"{TABLES_PREFIX}embedding_bags.C1.weight": (10, 6),
         f"{TABLES_PREFIX}embedding_bags.C2.weight": (7, 6),
@@ -125,7 +125,7 @@ def test_table_bytes_by_hand() -> None:
 
 def rows_and_projection(**changes: object) -> tuple[torch.Tensor, torch.Tensor]:
     spec = ModelSpec(dataclasses.replace(MODEL, **changes), ("I1",), (SparseFeature("C1", 10_000),), seed=0)
-    tables = tables_of(build_dlrm(spec, CPU))
+    tables = tables_of(build_training_model(spec, CPU))
     assert isinstance(tables, MultiLayerEmbeddingBagCollection)
     return tables.embedding_bags["C1"].weight.detach(), tables.projections["C1"].weight.detach()
 
@@ -148,7 +148,9 @@ LISTS = (SparseFeature("C1", 10), SparseFeature("tags", 7, multi_valued=True))
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 def test_lists_are_pooled_as_configured(pooling: str) -> None:
-    model = build_dlrm(dataclasses.replace(SPEC, sparse=LISTS, model=dataclasses.replace(MODEL, pooling=pooling)), CPU)
+    model = build_training_model(
+        dataclasses.replace(SPEC, sparse=LISTS, model=dataclasses.replace(MODEL, pooling=pooling)), CPU
+    )
     tables = tables_of(model)
     batch = KeyedJaggedTensor(["C1", "tags"], torch.tensor([3, 4, 5, 6, 1]), lengths=torch.tensor([1, 1, 3, 0]))
     vectors = tables(batch).to_dict()
@@ -168,7 +170,7 @@ def test_a_weighted_feature_makes_both_models_weighted() -> None:
         weights=torch.tensor([1.0, 1.0, 0.5, -2.0, 3.0]),
         lengths=torch.tensor([1, 1, 3, 0]),
     )
-    model, plain = build_dlrm(spec, CPU), build_plain_dlrm(spec)
+    model, plain = build_training_model(spec, CPU), build_serving_model(spec)
     tables_of(plain).load_state_dict(tables_of(model).collapse().state_dict())
     expected = torch.tensor([0.5, -2.0, 3.0]) @ tables_of(plain).embedding_bags["tags"].weight[[5, 6, 1]]
     for tables in (tables_of(model), tables_of(plain)):
@@ -177,8 +179,8 @@ def test_a_weighted_feature_makes_both_models_weighted() -> None:
 
 @pytest.mark.parametrize("spec", [SPEC, SINGLE])
 def test_a_table_whose_id_0_is_never_trained_begins_with_a_zero_row(spec: ModelSpec) -> None:
-    expected = build_dlrm(spec, CPU).state_dict()
-    found = build_dlrm(dataclasses.replace(spec, zero_first_rows=("C2",)), CPU).state_dict()
+    expected = build_training_model(spec, CPU).state_dict()
+    found = build_training_model(dataclasses.replace(spec, zero_first_rows=("C2",)), CPU).state_dict()
     row = found[f"{TABLES_PREFIX}embedding_bags.C2.weight"]
     assert row[0].eq(0).all()
     row[0] = expected[f"{TABLES_PREFIX}embedding_bags.C2.weight"][0]

@@ -1,36 +1,35 @@
-"""TorchRec's DLRM, built from a ModelSpec around multi-layer, plain or quantised tables."""
+"""Models built from a ModelSpec around multi-layer, plain or quantised tables."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
 import torch
-from torchrec.models.dlrm import DLRM
+from torch import nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantisedEmbeddingBagCollection
 
 from mlet_dist.config.sharding_section import RowsDtype
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig
-from mlet_dist.embeddings.planning.cost_model import Optimizer
-from mlet_dist.embeddings.planning.plan_cost import DenseCost
 from mlet_dist.embeddings.row_moves import AdaptiveRows
 from mlet_dist.embeddings.table_config import RowRange
+from mlet_dist.models.architectures import ARCHITECTURES
+from mlet_dist.models.builder import ModelInputs, call_builder, import_builder
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.tables import tables_of, tables_prefix
 
 _CPU = torch.device("cpu")
 
-TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
-"""The prefix of ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the model's state dict."""
 
-
-def build_dlrm(
+def build_training_model(
     spec: ModelSpec,
     tables_device: torch.device,
     rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32",
     dense_device: torch.device = _CPU,
     hidden_dims: Mapping[str, int | None] | None = None,
-) -> DLRM:
-    """Build the model for training: DLRM around a MultiLayerEmbeddingBagCollection.
+) -> nn.Module:
+    """Build the model for training, around a MultiLayerEmbeddingBagCollection.
 
     The dense layers are drawn on the CPU from the seed, so their initial values are the same on any number of ranks.
 
@@ -41,22 +40,31 @@ def build_dlrm(
         dense_device: device of the dense layers; ``meta`` if only their sizes are wanted.
         hidden_dims: k of each table; by default that of the spec for all tables.
     """
+    return build_around(build_tables(spec, tables_device, rows_dtype, hidden_dims), spec, dense_device)
+
+
+def build_tables(
+    spec: ModelSpec,
+    device: torch.device,
+    rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32",
+    hidden_dims: Mapping[str, int | None] | None = None,
+) -> MultiLayerEmbeddingBagCollection:
+    """Build the tables for training alone; the arguments are those of ``build_training_model``."""
     tables = _table_configs(spec, rows_dtype)
     for table in tables:
         table.hidden_dim = table.hidden_dim if hidden_dims is None else hidden_dims[table.name]
     adaptive = AdaptiveRows(**spec.adaptive) if spec.adaptive else None
-    embeddings = MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, tables_device, spec.seed, adaptive)
-    return build_around(embeddings, spec, dense_device)
+    return MultiLayerEmbeddingBagCollection(tables, spec.is_weighted, device, spec.seed, adaptive)
 
 
-def build_plain_dlrm(spec: ModelSpec) -> DLRM:
-    """Build the model for serving: DLRM around TorchRec's EmbeddingBagCollection, unsharded on the CPU."""
+def build_serving_model(spec: ModelSpec) -> nn.Module:
+    """Build the model for serving, around TorchRec's EmbeddingBagCollection, unsharded on the CPU."""
     tables = [table.plain_config() for table in _table_configs(spec)]
     return build_around(EmbeddingBagCollection(tables, spec.is_weighted), spec)
 
 
-def build_quantised_dlrm(spec: ModelSpec, data_type: DataType, device: torch.device) -> DLRM:
-    """Build the model for serving quantised tables: DLRM around TorchRec's quantised collection, filled with zeros.
+def build_quantised_model(spec: ModelSpec, data_type: DataType, device: torch.device) -> nn.Module:
+    """Build the model for serving quantised tables, around TorchRec's quantised collection, filled with zeros.
 
     Scales and biases have their own names in the state dict, as in TorchRec's sharded inference modules.
 
@@ -88,47 +96,44 @@ def quantised_collection(
 def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32") -> tuple[int, int]:
     """Return the bytes of all tables in training (W1 in ``rows_dtype``, W2 float32) and in serving (W float32)."""
     meta = torch.device("meta")
-    trained = build_dlrm(spec, meta, rows_dtype, meta).sparse_arch.embedding_bag_collection
-    served = build_dlrm(spec, meta, dense_device=meta).sparse_arch.embedding_bag_collection.collapse()
-    return _parameter_bytes(trained), _parameter_bytes(served)
+    trained = build_tables(spec, meta, rows_dtype)
+    served = sum(4 * table.num_embeddings * spec.model.embedding_dim for table in spec.tables)
+    return sum(each.numel() * each.element_size() for each in trained.parameters()), served
 
 
-def dense_cost(
-    model: DLRM, local_batch_size: int, optimizer: Optimizer, world_size: int, local_world_size: int
-) -> DenseCost:
-    """Return the cost of the layers other than tables for one rank."""
-    tables = model.sparse_arch.embedding_bag_collection.embedding_bag_configs()
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    return DenseCost(
-        parameters=sum(layer.weight.numel() + layer.bias.numel() for layer in layers),
-        widths=tuple(layer.out_features for layer in layers),
-        features=1 + sum(len(table.feature_names) for table in tables),
-        embedding_dim=tables[0].embedding_dim,
-        local_batch_size=local_batch_size,
-        optimizer=optimizer,
-        world_size=world_size,
-        local_world_size=local_world_size,
-    )
+def multi_layer_tables(model: nn.Module) -> MultiLayerEmbeddingBagCollection:
+    """Return the tables of a model of ``build_training_model``, before it is sharded."""
+    tables = tables_of(model)
+    assert isinstance(tables, MultiLayerEmbeddingBagCollection)
+    return tables
 
 
-def build_around(
-    embeddings: torch.nn.Module,
-    spec: ModelSpec,
-    dense_device: torch.device = _CPU,
-) -> DLRM:
-    """Build DLRM around a collection of tables that returns d columns for each feature of the model."""
+def build_around(embeddings: nn.Module, spec: ModelSpec, dense_device: torch.device = _CPU) -> nn.Module:
+    """Build the network of a spec around a collection of tables that returns a vector for each feature of the model.
+
+    Raises:
+        UserError: ``model.builder`` cannot be imported, or does not return a module that holds the tables once; or a
+            setting of the network does not fit the features.
+    """
+    dims = {feature.name: spec.model.embedding_dim for feature in spec.sparse}
+    inputs = ModelInputs(embeddings, spec.dense, tuple(dims), dims, spec.model)
     with torch.random.fork_rng(devices=[]), dense_device:
         torch.manual_seed(spec.seed)
-        return DLRM(
-            embedding_bag_collection=embeddings,
-            dense_in_features=len(spec.dense),
-            dense_arch_layer_sizes=[*spec.model.bottom_mlp, spec.model.embedding_dim],
-            over_arch_layer_sizes=[*spec.model.top_mlp, 1],
-        )
+        if spec.model.builder is None:
+            return ARCHITECTURES[spec.model.name](inputs)
+        return call_builder(spec.model.builder, import_builder(spec.model.builder), inputs)
 
 
-def _parameter_bytes(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+def with_tables_prefix(spec: ModelSpec) -> ModelSpec:
+    """Return the spec with the name that the network gives to its tables, and check the network.
+
+    Raises:
+        UserError: as ``build_around``.
+        ValueError: the name of a table is not a valid name of a module.
+    """
+    meta = torch.device("meta")
+    model = build_training_model(dataclasses.replace(spec, row_ranges={}, adaptive={}), meta, dense_device=meta)
+    return dataclasses.replace(spec, tables_prefix=tables_prefix(model))
 
 
 def _table_configs(

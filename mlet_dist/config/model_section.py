@@ -1,0 +1,137 @@
+"""The section `model` of a config: the network, its tables and their initial values."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlet_dist.config.limits import MAX_COLUMNS, MAX_LAYER, SCALE
+from mlet_dist.config.parser import setting, to_yaml
+
+ModelName = Literal["dlrm", "dlrm_dcn", "deepfm", "two_tower"]
+
+_MAX_CROSS_LAYERS = 1000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: one of TorchRec's, or your own, around multi-layer embedding tables W1·W2."""
+
+    name: ModelName = setting(
+        "dlrm: TorchRec's DLRM. dlrm_dcn: TorchRec's DLRM_DCN, whose interaction is a low-rank cross network (DCN v2). "
+        "deepfm: TorchRec's DeepFM. two_tower: the dot product of a query tower and a candidate tower.",
+        "dlrm",
+    )
+    builder: str | None = setting(
+        "package.module:function of your own, which builds the model around the tables in the place of the one that "
+        "model.name says. Modules in the working directory are found too. null: none.",
+        None,
+    )
+    arguments: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "Settings for model.builder, by name, which it gets as they are. Write {towers: 2}, or "
+            "model.arguments.towers=2 on the command line."
+        },
+    )
+
+    # fbgemm's kernels need rows whose number of columns is a multiple of 4.
+    embedding_dim: int = setting(
+        "d: the number of columns of the tables that are served; a multiple of 4.",
+        16,
+        at_least=1,
+        at_most=MAX_COLUMNS,
+        multiple_of=4,
+    )
+    hidden_dim: int | None = setting(
+        "k: the number of columns of W1 in training; a multiple of 4. The MLET paper finds values above 4 d best. "
+        "null: train single-layer tables, without W2.",
+        64,
+        at_least=1,
+        at_most=MAX_COLUMNS,
+        multiple_of=4,
+    )
+    bottom_mlp: tuple[int, ...] = setting(
+        "Sizes of the hidden layers of the dense arch (bottom MLP), which takes the dense columns. A last layer of "
+        "size embedding_dim is appended. two_tower has none.",
+        (512, 256, 128),
+        at_least=1,
+        at_most=MAX_LAYER,
+    )
+    top_mlp: tuple[int, ...] = setting(
+        "Sizes of the hidden layers of the over arch (top MLP), at least one. A last layer of size 1 is appended. "
+        "two_tower: sizes of all layers of each tower.",
+        (512, 256),
+        at_least=1,
+        at_most=MAX_LAYER,
+        min_length=1,
+    )
+    cross_layers: int = setting(
+        "dlrm_dcn: the number of layers of the cross network.", 3, at_least=1, at_most=_MAX_CROSS_LAYERS
+    )
+    cross_rank: int = setting("dlrm_dcn: the rank of the cross network's weights.", 512, at_least=1, at_most=MAX_LAYER)
+    fm_dim: int = setting(
+        "deepfm: the number of outputs of the deep part of the interaction.", 16, at_least=1, at_most=MAX_LAYER
+    )
+    query_features: tuple[str, ...] | None = setting(
+        "two_tower: list of the categorical columns of the query tower, which also takes the dense columns. The other "
+        "categorical columns are those of the candidate tower.",
+        None,
+        min_length=1,
+    )
+    pooling: Literal["sum", "mean"] = setting(
+        "sum or mean: how the vectors of a multi-valued feature's ids are pooled. A feature whose ids have weights "
+        "needs sum: its vectors are multiplied by the weights and summed.",
+        "sum",
+    )
+    rows_init: Literal["uniform", "normal"] = setting(
+        "Distribution of the initial values of W1. uniform: ±1/sqrt(num_embeddings), as in DLRM; normal: mean 0 and "
+        "standard deviation rows_init_std.",
+        "uniform",
+    )
+    rows_init_std: float = setting(
+        "Standard deviation of the initial values of W1 when rows_init is normal.", 0.25, **SCALE
+    )
+    rows_init_gain: float = setting(
+        "Factor on the initial values of W1, or of single-layer tables, under either rows_init.", 1.0, **SCALE
+    )
+    projection_init_std: float | None = setting(
+        "Standard deviation of the initial values of W2, which are normal. null: 1/sqrt(hidden_dim), so that W1·W2 "
+        "begins at the scale of W1 (unit gain).",
+        None,
+        **SCALE,
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield each setting that contradicts others, and what is wrong with it, as the end of a message."""
+        module, colon, function = (self.builder or "a:b").partition(":")
+        if not (colon and all(part.isidentifier() for part in [*module.split("."), function])):
+            yield "builder", f" is {to_yaml(self.builder)}; it is written package.module:function"
+        try:
+            json.dumps(self.arguments, allow_nan=False)
+        except (TypeError, ValueError):
+            yield "arguments", f" is {to_yaml(self.arguments)}; use text, finite numbers, true, false, null and lists"
+        if self.builder is None and self.name == "two_tower" and self.query_features is None:
+            yield "query_features", " is null; the two_tower model needs the categorical columns of its query tower"
+
+    def without_effect(self) -> dict[str, list[str]]:
+        """Return reason -> settings that are not their defaults and that the model does not read."""
+        defaults = ModelConfig()
+        if self.builder is None:
+            why = f"model.name is {self.name}"
+            unread = [name for of, names in _SETTINGS_OF.items() if of != self.name for name in names]
+            found = {why: unread, "model.builder is null": ["arguments"]}
+        else:
+            found = {"model.builder is set": ["name", *(name for names in _SETTINGS_OF.values() for name in names)]}
+        return {
+            why: [name for name in names if getattr(self, name) != getattr(defaults, name)]
+            for why, names in found.items()
+        }
+
+
+_SETTINGS_OF: dict[str, tuple[str, ...]] = {
+    "dlrm_dcn": ("cross_layers", "cross_rank"),
+    "deepfm": ("fm_dim",),
+    "two_tower": ("query_features",),
+}
+"""The settings that only one of the models has."""

@@ -1,0 +1,110 @@
+"""`mlet predict`: the scores of a run or an export for every row of a split, as a Parquet file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import distributed as dist
+
+from mlet_dist.atomic_file import replaced_file
+from mlet_dist.data.location import DataPath
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
+from mlet_dist.export.evaluated_model import EvaluatedModel
+from mlet_dist.progress import Progress
+from mlet_dist.training.evaluation import evaluation_loader, predict
+from mlet_dist.training.process_group import Worker
+from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice
+
+_COLUMNS = {"row": pa.int64(), "label": pa.float32(), "logit": pa.float32(), "probability": pa.float32()}
+_ROWS_A_GROUP = 1 << 20
+
+
+def predict_path(
+    target: Path,
+    data: DataPath,
+    split: str,
+    out: Path,
+    batch_size: int = 8192,
+    device: str = "auto",
+    choice: CheckpointChoice = LAST,
+) -> dict[str, Any]:
+    """Write the scores of a run or an export for all rows of a split, in the order of the data set.
+
+    The file has the columns ``row`` (int64, from 0), ``label``, ``logit``, ``probability`` and, for a data set whose
+    rows have weights, ``weight`` (float32). Batches are written as they are computed; the file appears under its name
+    when it is complete.
+
+    Returns:
+        ``target``, ``step`` of a run's checkpoint, ``split``, ``out`` and ``rows``.
+
+    Raises:
+        UserError: as ``EvaluatedModel.open``, the file exists, or it cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists; name another file, or remove it")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: {out.absolute().parent} is no directory; create it first")
+    opened = EvaluatedModel.open(target, data, split, choice)
+    with opened.on_ranks(device, batch_size) as (model, worker):
+        loader = evaluation_loader(data, split, opened.spec, batch_size, worker)
+        rows = DatasetSchema.load(data).rows[split]
+        with Progress("predict", rows, "rows", disable=not worker.is_first) as progress:
+            batches = _gathered(predict(model, loader, worker), loader.local_batch_size, worker)
+            if worker.is_first:
+                _write(out, batches, progress)
+            else:
+                for _ in batches:
+                    pass
+    return {"target": str(target), **opened.step, "split": split, "out": str(out), "rows": rows}
+
+
+def _gathered(
+    predicted: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], local_rows: int, worker: Worker
+) -> Iterator[torch.Tensor]:
+    """Yield logits, labels and weights of global batches, ``(2 or 3, rows)`` float32, on rank 0; nothing elsewhere.
+
+    A rank's rows follow those of the rank before it. A collective call of all ranks for each batch.
+    """
+    for parts in predicted:
+        own = torch.stack([part for part in parts if part is not None])
+        padded = own.new_full((len(own), local_rows), torch.nan)
+        padded[:, : own.shape[1]] = own
+        count = torch.tensor([own.shape[1]], device=own.device)
+        found = [torch.empty_like(padded) for _ in range(worker.world_size)] if worker.is_first else None
+        counts = [torch.empty_like(count) for _ in range(worker.world_size)] if worker.is_first else None
+        dist.gather(padded, found)
+        dist.gather(count, counts)
+        if found is not None and counts is not None:
+            yield torch.cat([each[:, : int(rows)] for each, rows in zip(found, counts, strict=True)], dim=1).cpu()
+
+
+def _write(out: Path, batches: Iterator[torch.Tensor], progress: Progress) -> None:
+    """Write batches of ``_gathered`` to a Parquet file."""
+    writer: pq.ParquetWriter | None = None
+    row = 0
+    try:
+        with replaced_file(out) as file:
+            for batch in batches:
+                logits, labels, *weights = batch
+                rows = batch.shape[1]
+                columns = {
+                    "row": torch.arange(row, row + rows),
+                    "label": labels,
+                    "logit": logits,
+                    "probability": torch.sigmoid(logits),
+                    **({"weight": weights[0]} if weights else {}),
+                }
+                schema = pa.schema({name: _COLUMNS.get(name, pa.float32()) for name in columns})
+                writer = writer or pq.ParquetWriter(file, schema)
+                table = pa.table({name: values.numpy() for name, values in columns.items()}, schema)
+                writer.write_table(table, _ROWS_A_GROUP)
+                row += rows
+                progress.update(rows)
+            if writer is not None:
+                writer.close()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,108 @@
+"""Models of the user's own: what ``model.builder`` gets, and the import of it."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model is built for; the argument of ``model.builder``.
+
+    A builder returns a module that takes dense columns ``(B, D)`` float32 and a KeyedJaggedTensor and returns logits
+    ``(B,)`` or ``(B, 1)``. It calls ``embedding_bag_collection`` in forward, with that KeyedJaggedTensor, and puts it
+    into the module once, by any name. What else the module holds is trained as dense layers on every rank. It is built
+    more than once, with tables on several devices and of several kinds: for training, for planning, for evaluation and
+    for serving.
+
+    Attributes:
+        embedding_bag_collection: the tables, with the interface of TorchRec's EmbeddingBagCollection: it returns a
+            KeyedTensor with the pooled vectors ``(B, d)`` float32 of each feature.
+        dense_features: names of the D dense columns, in order.
+        sparse_features: names of the features, in the order of the KeyedJaggedTensor.
+        embedding_dims: d of each feature.
+        settings: the section ``model`` of the config.
+    """
+
+    embedding_bag_collection: nn.Module
+    dense_features: tuple[str, ...]
+    sparse_features: tuple[str, ...]
+    embedding_dims: Mapping[str, int]
+    settings: ModelConfig
+
+    @property
+    def embedding_dim(self) -> int:
+        """d, for models whose features all have the same."""
+        return self.settings.embedding_dim
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The settings for the builder, ``model.arguments``."""
+        return self.settings.arguments
+
+
+Builder = Callable[[ModelInputs], nn.Module]
+
+
+def import_builder(path: str) -> Builder:
+    """Return the function that ``model.builder`` names; modules in the working directory are found too.
+
+    Args:
+        path: ``package.module:function``.
+
+    Raises:
+        UserError: the module cannot be imported, or has no such function.
+    """
+    module_name, _, function = path.partition(":")
+    if "" not in sys.path:  # a script's first entry is its own directory, in the place of the working directory
+        sys.path.append("")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module raises
+        raise UserError(f"model.builder: {module_name} cannot be imported: {_in_one_line(error)}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        what = "has no function" if found is None else f"has a {type(found).__name__}, which is no function, named"
+        raise UserError(f"model.builder: {module_name} {what} {function!r}")
+    builder: Builder = found
+    return builder
+
+
+def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
+    """Return the user's model around the tables.
+
+    Raises:
+        UserError: the builder raises an error, returns something else than a module, or the module does not hold the
+            tables exactly once.
+    """
+    try:
+        model = builder(inputs)
+    except Exception as error:
+        raise UserError(f"model.builder: {path} failed: {_in_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.builder: {path} returned {type(model).__name__}; it must return a torch.nn.Module")
+    tables = inputs.embedding_bag_collection
+    places = [name for name, module in model.named_modules(remove_duplicate=False) if module is tables]
+    if model is tables or not places:
+        problem = "is" if model is tables else "does not hold"
+        raise UserError(
+            f"model.builder: what {path} returned {problem} embedding_bag_collection; return a module that "
+            "has it as an attribute"
+        )
+    if len(places) > 1:
+        raise UserError(
+            f"model.builder: what {path} returned holds embedding_bag_collection twice, as {' and '.join(places[:2])}; "
+            "assign it to one attribute"
+        )
+    return model
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
