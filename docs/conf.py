@@ -36,6 +36,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!mlet_dist\b).*"),
     ("py:class", r"mlet_dist\.embeddings\.(planning|sharded)\..*"),
+    ("py:class", r"mlet_dist\.config\..*"),
 ]
 
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -111,9 +111,11 @@ def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source
         converted = _coerce_to_first(kinds, value)
     except (TypeError, ValueError, OverflowError):
         expected = " or ".join(map(_describe_type, kinds)) + (" or null" if type(None) in allowed else "")
+        choices = [each for kind in kinds if typing.get_origin(kind) is Literal for each in typing.get_args(kind)]
+        near = did_you_mean(value, choices) if isinstance(value, str) else ""
         quoted = kinds == [str] and value is not None and not isinstance(value, dict | list)
         quote = "; put it in quotes" if quoted else ""
-        raise UserError(f"{source}: {key}: expected {expected}, found {to_yaml(value)}{quote}") from None
+        raise UserError(f"{source}: {key}: expected {expected}, found {to_yaml(value)}{near}{quote}") from None
     if isinstance(converted, tuple) and len(converted) < setting.metadata.get("min_length", 0):
         raise UserError(
             f"{source}: {key} is {to_yaml(value)}, it must have at least {setting.metadata['min_length']} entry"

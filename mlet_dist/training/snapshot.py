@@ -35,6 +35,7 @@ from mlet_dist.training.model_plan import ModelPlan
 from mlet_dist.training.non_finite_guard import NonFinite
 from mlet_dist.training.refitted_tables import RefittedTables
 from mlet_dist.training.reporting import Recorder, TrainingReport
+from mlet_dist.training.resume import warn_of_damage
 from mlet_dist.training.state import Training
 from mlet_dist.training.validation_state import VALIDATION, ValidationState
 
@@ -231,5 +232,6 @@ def roll_back(training: Training, store: CheckpointStore, error: NonFinite, limi
     # The checkpoint does not hold steps that were excluded after it was saved.
     excluded_steps = training.excluded_steps | {error.finding.step}
     found = restore_latest(training, store, found)
+    warn_of_damage(found)
     training.excluded_steps = excluded_steps
     return found.manifest.about

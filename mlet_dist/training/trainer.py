@@ -136,6 +136,8 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
         UserError: the checkpoint does not fit the model, or cannot be read.
     """
     warnings = schedule_warnings(job.config.optimizer, job.steps) + compression_warnings(job.spec, job.steps)
+    if job.config.train.precision == "tf32" and job.worker.device.type == "cpu":
+        warnings.append("train.precision is tf32, which only NVIDIA GPUs and a few CPUs have; others compute in fp32")
     job.log(f"warning: {warning}" for warning in warnings)
     every = job.config.train.validate_every
     training = Training(

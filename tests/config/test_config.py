@@ -143,7 +143,7 @@ ERRORS = {
     "train: {max_steps: 1" + 400 * "0" + "}": r"train\.max_steps is 10{199}…, it must be at most 1000000000000000$",
     "train: {epochs: 0x" + 5000 * "f" + "}": r"train\.epochs is a number of more than 4,300 digits, it must be at most",
     "train: {epochs: " + 5000 * "9" + "}": r"not valid YAML: Exceeds the limit",
-    "train: {device: tpu}": r"train\.device: expected one of auto, cpu, cuda, found tpu$",
+    "train: {device: tpu}": r"train\.device: expected one of auto, cpu, cuda, found tpu \(did you mean 'cpu'\?\)$",
     "optimizer:\n  name: |\n    a\n    b": r"optimizer\.name: expected one of sgd, .*, adam, found 'a b '$",
     "run: {dir: elsewhere}": r"not valid YAML in line 3: key 'run' is given twice$",
     "model: {": r"not valid YAML in line \d: ",
