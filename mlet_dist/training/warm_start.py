@@ -105,9 +105,10 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
         if (not refits if name.startswith(prefix) else has_dense)
     }
     grown_rows = {f"{stored_prefix}embedding_bags.{name}.weight": rows for name, rows in grown.items()}
+    # Opened first where rows change, since it can say more of them than the shapes of other layers do.
+    tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest, grown) if refits else None
     check_shapes(wanted, metadata, location, MODEL_KEY, grown_rows)
-    tables = None
-    if refits or by_id or grown:
+    if tables is None and (by_id or grown):
         tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest, grown)
     parts = "tables and dense layers" if has_dense else "tables"
     _log(f"starting with the {parts} of {location}{describe_growth(grown, spec)}")
