@@ -2,12 +2,19 @@
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import torch
+import torchrec
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+import mlet_dist
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.errors import UserError
 
@@ -66,7 +73,7 @@ def import_builder(path: str) -> Builder:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the module raises
-        raise UserError(f"model.builder: {module_name} cannot be imported: {_in_one_line(error)}") from error
+        raise UserError(f"model.builder: {module_name} cannot be imported: {in_one_line(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         what = "has no function" if found is None else f"has a {type(found).__name__}, which is no function, named"
@@ -80,12 +87,12 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
 
     Raises:
         UserError: the builder raises an error, returns something else than a module, or the module does not hold the
-            tables exactly once.
+            tables exactly once, or has parameters whose sizes are not known yet.
     """
     try:
         model = builder(inputs)
     except Exception as error:
-        raise UserError(f"model.builder: {path} failed: {_in_one_line(error)}") from error
+        raise UserError(f"model.builder: {path} failed: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.builder: {path} returned {type(model).__name__}; it must return a torch.nn.Module")
     tables = inputs.embedding_bag_collection
@@ -101,8 +108,24 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
             f"model.builder: what {path} returned holds embedding_bag_collection twice, as {' and '.join(places[:2])}; "
             "assign it to one attribute"
         )
+    lazy = [name for name, each in chain(model.named_parameters(), model.named_buffers()) if is_lazy(each)]
+    if lazy:
+        raise UserError(
+            f"model.builder: {lazy[0]} of what {path} returned has no size before the first forward; give layers their "
+            "sizes instead of nn.Lazy modules: they are len(inputs.dense_features) and inputs.embedding_dims"
+        )
     return model
 
 
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def in_one_line(error: Exception) -> str:
+    """Return the type and the message of an error of the user's code, and the line of that code, if it is known."""
+    own_lines = [each for each in traceback.extract_tb(error.__traceback__) if _is_users(each.filename)]
+    where = f" ({Path(own_lines[-1].filename).name}, line {own_lines[-1].lineno})" if own_lines else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300] + where
+
+
+_LIBRARIES = tuple(Path(module.__file__ or "").parent for module in (torch, torchrec, mlet_dist, importlib))
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith("<") and not any(Path(file).is_relative_to(each) for each in _LIBRARIES)

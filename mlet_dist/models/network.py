@@ -27,6 +27,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
 from mlet_dist.errors import UserError
+from mlet_dist.models.builder import in_one_line
 from mlet_dist.models.tables import tables_of, tables_path
 
 _ROWS = 64
@@ -80,30 +81,42 @@ def dense_cost(
 
 
 def check_network(model: nn.Module, dense_columns: int) -> None:
-    """Check that a model of ``model.builder`` returns logits that depend on all features and call its tables once.
+    """Check a model of ``model.builder``: its logits depend on all features, and that of a row on no other row.
+
+    Batches are split among ranks and padded, so that statistics over their rows, as those of batch normalization, are
+    of other rows on every rank, and of padding.
 
     Args:
         model: the model, with its layers on a CPU, not sharded; it is in training mode and stays as it is.
         dense_columns: D.
 
     Raises:
-        UserError: forward fails, returns something else, calls the tables several times, or leaves a feature out.
+        UserError: forward fails, returns something else, calls the tables several times, leaves a feature out, mixes
+            rows, changes a buffer, or creates a parameter.
     """
     with torch.random.fork_rng(devices=[]), _stand_in_tables(model, _ROWS, torch.device("cpu")) as tables:
         torch.manual_seed(0)
-        dense = torch.randn(_ROWS, dense_columns)
+        dense = torch.randn(_ROWS, dense_columns, requires_grad=True)
+        parameters, buffers = set(_names(model.named_parameters())), _copies(model)
         try:
-            logits = model(dense, tables.batch())
+            logits = model(dense.clone(), tables.batch())  # a copy, since forward may change what it is given
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"model.builder: forward of the module failed: {type(error).__name__}: {reason}") from error
+            raise UserError(f"model.builder: forward of the module failed: {in_one_line(error)}") from error
         _check_logits(logits, _ROWS)
+        created = [name for name in _names(model.named_parameters()) if name not in parameters]
+        if created:
+            raise UserError(
+                f"model.builder: forward creates the parameter {created[0]!r}; create it in the builder, with its size"
+            )
+        _check_buffers(buffers, dict(model.named_buffers()))
         if tables.calls != 1:
             raise UserError(
                 f"model.builder: forward calls embedding_bag_collection {tables.calls} times; a sharded collection "
                 "exchanges the vectors of a batch once"
             )
-        logits.float().sum().backward()
+        if logits.requires_grad:
+            _check_rows(logits.reshape(-1).float(), [dense, *tables.vectors])
+            logits.float().sum().backward()
         gradients = [None if each.grad is None else each.grad.abs().max() for each in tables.vectors]
         unused = [
             name
@@ -179,7 +192,7 @@ def _work_of(model: nn.Module, dense_columns: int, rows: int) -> tuple[float, fl
     meta = torch.device("meta")
     with _stand_in_tables(model, rows, meta) as tables:
         state = {name: tensor.to(meta) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
-        weights = [tensor.requires_grad_() for tensor in state.values() if tensor.is_floating_point()]
+        weights = [state[name].requires_grad_() for name, each in model.named_parameters() if each.is_floating_point()]
         inputs = torch.empty(rows, dense_columns, device=meta), tables.batch()
         with FlopCounterMode(display=False) as counter:
             _check_logits(functional_call(model, state, inputs), rows)
@@ -238,6 +251,39 @@ def _check_logits(logits: object, rows: int) -> None:
     if tuple(logits.shape) not in ((rows,), (rows, 1)) or not logits.is_floating_point():
         raise UserError(
             f"model.builder: the module returned {tuple(logits.shape)} of {logits.dtype}; it must return {expected}"
+        )
+
+
+def _names(named: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+    return [name for name, _ in named]
+
+
+def _copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _check_buffers(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    for name, buffer in after.items():
+        old = before.get(name)
+        if old is None or old.shape != buffer.shape or not bool(_same(old, buffer).all()):
+            raise UserError(
+                f"model.builder: forward changes the buffer {name!r} in training; every rank would have its own, of "
+                "its rows and of padding; use a layer without running statistics, as nn.LayerNorm for nn.BatchNorm1d"
+            )
+
+
+def _same(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    return (some == others) | ((some != some) & (others != others))  # NaN is the same as NaN
+
+
+def _check_rows(logits: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+    """Check that the logits of the first half of the rows have no gradient of inputs of the others."""
+    half = len(logits) // 2
+    gradients = torch.autograd.grad(logits[:half].sum(), inputs, retain_graph=True, allow_unused=True)
+    if any(each is not None and bool((each[half:].abs() > 0).any()) for each in gradients):
+        raise UserError(
+            "model.builder: the logit of a row depends on other rows of the batch; batches are split among ranks and "
+            "padded, so compute each row by itself"
         )
 
 

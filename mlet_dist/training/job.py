@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.load import CompleteCheckpoint
@@ -26,7 +27,8 @@ from mlet_dist.data.loading.order import Shuffle
 from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.models.build import with_tables_prefix
+from mlet_dist.models.build import build_training_model, with_tables_prefix
+from mlet_dist.models.network import check_network
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.attempts import restarts
 from mlet_dist.training.compressed_tables import shared_row_ranges
@@ -145,7 +147,7 @@ class Job:
 def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     """Open the data set, lock and prepare the run directory, and find where to start. A collective call.
 
-    Errors in the data, the directory or the checkpoint are all raised before an earlier run is overwritten.
+    Errors in the network, the data, the directory or the checkpoint are raised before an earlier run is overwritten.
 
     Raises:
         UserError: the data set, the run directory, a checkpoint or the initial weights are invalid.
@@ -158,6 +160,8 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
         spec = with_tables_prefix(ModelSpec.of(config, schema))
     except ValueError as error:
         raise UserError(f"{data}: {error}") from None
+    if config.model.builder is not None:
+        check_network(build_training_model(spec, torch.device("meta")), len(spec.dense))
     spec, compressed = shared_row_ranges(spec, config)
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]

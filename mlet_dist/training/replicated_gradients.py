@@ -5,6 +5,8 @@ in three places, and needs one more collective for parameters that a rank does n
 nothing: their owner rank has received all ranks' gradients.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -19,11 +21,14 @@ class DeferredDataParallel(DataParallelWrapper):
     """Gives the ranks the same dense layers and wraps nothing: ``ReplicatedGradients`` combines all gradients."""
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
-        """Move the model to ``device``, and broadcast its dense layers. A collective call."""
+        """Move the model to ``device``, and broadcast its dense layers and buffers. A collective call."""
         dmp._dmp_wrapped_module = dmp._dmp_wrapped_module.to(device)
         _gradient_factors(dmp)  # so that the embeddings leave their gradients to ReplicatedGradients from now on
-        for parameter in _dense_parameters(dmp):
-            dist.broadcast(parameter.data, group=env.process_group, group_src=0)
+        for tensor in _dense_tensors(dmp):
+            of_first_rank = tensor.clone(memory_format=torch.contiguous_format)
+            dist.broadcast(of_first_rank, group=env.process_group, group_src=0)
+            if env.rank != 0:
+                tensor.copy_(of_first_rank)
 
 
 class ReplicatedGradients:
@@ -83,9 +88,20 @@ def _gradient_factors(model: nn.Module) -> dict[torch.Tensor, float]:
 
 
 def _dense_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters outside of sharded embeddings, in the order of the model."""
-    if isinstance(module, ShardedMultiLayerEmbeddingBagCollection):
-        return []
-    own = [each for each in module._parameters.values() if each is not None and each.requires_grad]
-    of_children = (parameter for child in module.children() for parameter in _dense_parameters(child))
-    return list(dict.fromkeys([*own, *of_children]))
+    """Return the parameters outside of sharded embeddings that are trained, in the order of the model."""
+    found = (each for part in _dense_modules(module) for each in part.parameters(recurse=False) if each.requires_grad)
+    return list(dict.fromkeys(found))
+
+
+def _dense_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Return all parameters and buffers outside of sharded embeddings, in the order of the model."""
+    found = [*(each.data for part in _dense_modules(module) for each in part.parameters(recurse=False))]
+    return [*found, *(each for part in _dense_modules(module) for each in part.buffers(recurse=False))]
+
+
+def _dense_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules outside of sharded embeddings, outer modules before those within them."""
+    if not isinstance(module, ShardedMultiLayerEmbeddingBagCollection):
+        yield module
+        for child in module.children():
+            yield from _dense_modules(child)

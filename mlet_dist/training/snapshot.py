@@ -99,7 +99,7 @@ def restore(
         continues: whether training goes on where it was. Otherwise it begins with these weights and optimizer states.
 
     Random states are restored only on the same number of ranks and the same kind of device. Training depends on them
-    only for half-precision rows on CUDA, which are rounded stochastically.
+    only for half-precision rows on CUDA, which are rounded stochastically, and for layers such as dropout.
 
     Raises:
         UserError: a tensor is missing, has another shape, or cannot be read.
@@ -187,6 +187,14 @@ def rank_info(training: Training) -> dict[str, Any]:
 
 def _device(training: Training) -> str:
     return next(training.model.parameters()).device.type
+
+
+def seed_random_state(seed: int) -> None:
+    """Begin the random states of this rank, from which layers such as dropout draw, with other values than any other's.
+
+    ``restore`` replaces them by those of a checkpoint.
+    """
+    torch.manual_seed(seed * dist.get_world_size() + dist.get_rank())
 
 
 def _random_state() -> dict[str, torch.Tensor]:

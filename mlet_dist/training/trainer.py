@@ -23,7 +23,7 @@ from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.errors import UserError
 from mlet_dist.models.build import build_training_model, multi_layer_tables, table_bytes
-from mlet_dist.models.network import check_network, tracing_problem
+from mlet_dist.models.network import tracing_problem
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
@@ -43,7 +43,7 @@ from mlet_dist.training.row_move_schedule import RowMoveSchedule, kept_shares
 from mlet_dist.training.schedule import LearningRates, schedule_warnings
 from mlet_dist.training.sharding import shard_model
 from mlet_dist.training.signals import StopSignal
-from mlet_dist.training.snapshot import manifest_fields, restore, restore_latest, roll_back
+from mlet_dist.training.snapshot import manifest_fields, restore, restore_latest, roll_back, seed_random_state
 from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
@@ -112,8 +112,6 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
     rows_dtypes = config.sharding.rows_dtypes([table.name for table in job.spec.tables])
     model = build_training_model(job.spec, torch.device("meta"), rows_dtypes)
     dense_columns = len(job.spec.dense)
-    if config.model.builder is not None:
-        check_network(model, dense_columns)
     fuse_row_optimizer(model, config.optimizer)
     if job.restores_rows:
         multi_layer_tables(model).leave_rows_undrawn()
@@ -140,6 +138,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
         warnings.append("train.precision is tf32, which only NVIDIA GPUs and a few CPUs have; others compute in fp32")
     job.log(f"warning: {warning}" for warning in warnings)
     every = job.config.train.validate_every
+    seed_random_state(job.config.train.seed)
     training = Training(
         model,
         build_optimizer(model, job.config.optimizer),

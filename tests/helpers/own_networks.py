@@ -1,5 +1,6 @@
 """Builders for ``model.builder``, as a user would write them, good and bad. None of them imports mlet_dist."""
 
+import os
 from typing import Any
 
 import torch
@@ -42,13 +43,25 @@ class Broken(WideAndDeep):
         self.fault = inputs.arguments["fault"]
         if self.fault == "held twice":
             self.again = self.ebc
+        if self.fault == "lazy":
+            self.deep[0] = nn.LazyLinear(8)
+        if self.fault == "running statistics":
+            self.norm = nn.BatchNorm1d(self.wide.in_features)
 
     def forward(self, dense, features):  # type: ignore[no-untyped-def]
         vectors = self.ebc(features)
         if self.fault == "called twice":
             vectors = self.ebc(features)
         names = self.names[:-1] if self.fault == "loses a feature" else self.names
-        total = torch.cat([dense, *(vectors[name] for name in names)], dim=1).sum(dim=1)
+        x = torch.cat([dense, *(vectors[name] for name in names)], dim=1)
+        if self.fault == "running statistics":
+            x = self.norm(x)
+        if self.fault == "mixes rows":
+            x = x - x.mean(dim=0)
+        if self.fault == "creates parameters":
+            self.scale = nn.Parameter(torch.ones(x.shape[1]))
+            x = x * self.scale
+        total = x.sum(dim=1)
         if self.fault == "two logits":
             return torch.stack([total, total], dim=1)
         if self.fault == "no tensor":
@@ -58,6 +71,30 @@ class Broken(WideAndDeep):
         if self.fault == "depends on values" and float(total[0]) > 0:
             return total + 1
         return total
+
+
+class Frozen(WideAndDeep):
+    """Has a layer and buffers that are not trained, whose values differ between processes, and dropout."""
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__(inputs)
+        drawn = torch.Generator().manual_seed(os.getpid())
+        self.fixed = nn.Linear(self.wide.in_features, 1).requires_grad_(False)
+        self.fixed.weight.copy_(torch.randn(self.fixed.weight.shape, generator=drawn))
+        self.register_buffer("scale", torch.rand(1, generator=drawn))
+        self.register_buffer("mask", torch.rand(1, 8, generator=drawn) > 0.5)
+        self.register_buffer("not_saved", torch.rand(2, 8, generator=drawn).T, persistent=False)
+
+    def forward(self, dense, features):  # type: ignore[no-untyped-def]
+        vectors = self.ebc(features)
+        x = nn.functional.dropout(
+            torch.cat([dense] + [vectors[name] for name in self.names], dim=1), 0.2, self.training
+        )
+        return (self.deep(x) + self.wide(x) + self.fixed(x) * self.scale).squeeze(1)
+
+
+def frozen(inputs: Any) -> nn.Module:
+    return Frozen(inputs)
 
 
 def wide_and_deep(inputs: Any) -> nn.Module:

@@ -1,6 +1,7 @@
 """Models of the user's own: their faults, found before training, in one line each."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_the_tables_may_have_any_name_in_the_module() -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("raises", f"model.builder: {OWN}:broken failed: KeyError: 'hiden'"),
+        ("raises", f"model.builder: {OWN}:broken failed: KeyError: 'hiden' (own_networks.py, line LINE)"),
         (
             "no module",
             f"model.builder: {OWN}:broken returned str; it must return a torch.nn.Module",
@@ -87,10 +88,30 @@ def test_the_tables_may_have_any_name_in_the_module() -> None:
             "model.builder: the module returned dict; it must return logits (64,) or (64, 1) of floating point numbers "
             "for 64 rows",
         ),
+        (
+            "lazy",
+            f"model.builder: deep.0.weight of what {OWN}:broken returned has no size before the first forward; give "
+            "layers their sizes instead of nn.Lazy modules: they are len(inputs.dense_features) and "
+            "inputs.embedding_dims",
+        ),
+        (
+            "creates parameters",
+            "model.builder: forward creates the parameter 'scale'; create it in the builder, with its size",
+        ),
+        (
+            "running statistics",
+            "model.builder: forward changes the buffer 'norm.running_mean' in training; every rank would have its own, "
+            "of its rows and of padding; use a layer without running statistics, as nn.LayerNorm for nn.BatchNorm1d",
+        ),
+        (
+            "mixes rows",
+            "model.builder: the logit of a row depends on other rows of the batch; batches are split among ranks and "
+            "padded, so compute each row by itself",
+        ),
     ],
 )
 def test_a_fault_is_named_in_one_line(fault: str, message: str) -> None:
-    assert message_of(spec_of(f"{OWN}:broken", fault=fault)) == message
+    assert re.sub(r"line \d+", "line LINE", message_of(spec_of(f"{OWN}:broken", fault=fault))) == message
 
 
 def test_an_error_of_forward_is_named() -> None:
@@ -126,6 +147,13 @@ def test_a_network_that_depends_on_values_is_estimated_and_says_so() -> None:
     assert cost.note is not None
     assert cost.note.startswith("the network cannot run on meta tensors (")
     assert cost.row_flops > 0
+
+
+def test_a_network_with_buffers_is_measured() -> None:
+    cost = dense_cost(
+        build_training_model(spec_of(f"{OWN}:frozen"), META, dense_device=META), len(COLUMNS), 8, "sgd", 1, 1
+    )
+    assert cost.note is None
 
 
 def test_checking_leaves_the_model_as_it_is() -> None:

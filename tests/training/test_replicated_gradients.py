@@ -11,8 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed import DistributedModelParallel
 
 from benchmarks.step_counters import count_step_operations
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.sections import OptimizerConfig
+from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
+from mlet_dist.models.build import build_training_model
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.fused_optimizers import fuse_row_optimizer
+from mlet_dist.training.process_group import Worker
 from mlet_dist.training.replicated_gradients import ReplicatedGradients
+from mlet_dist.training.sharding import shard_model
 from tests.helpers.ranks import RankPool
 from tests.helpers.refused_batches import build, make_bags, to_kjt
 
@@ -115,3 +123,22 @@ def _asked_twice() -> bool:
     (module,) = (each for each in model.modules() if hasattr(each, "defer_gradients"))
     assert not isinstance(module, MultiLayerEmbeddingBagCollection)
     return bool(module.defer_gradients() == module.defer_gradients())
+
+
+def _untrained() -> dict[str, torch.Tensor]:
+    """Return the layers and buffers that are not trained of a model whose builder draws other ones on every rank."""
+    own = ModelConfig(builder="tests.helpers.own_networks:frozen", embedding_dim=4, hidden_dim=8)
+    spec = ModelSpec(own, ("I1", "I2"), (SparseFeature("C1", 10),), seed=0)
+    model = build_training_model(spec, torch.device("meta"))
+    fuse_row_optimizer(model, OptimizerConfig())
+    worker = Worker(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
+    network = shard_model(model, worker, 8)[0].module
+    return {name: getattr(network, name).clone() for name in ("scale", "mask", "not_saved")} | {
+        "fixed": network.fixed.weight.clone()
+    }
+
+
+def test_what_is_not_trained_is_the_same_on_all_ranks(ranks: Ranks) -> None:
+    first, second = ranks(2).run(_untrained)
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name

@@ -20,6 +20,7 @@ from mlet_dist.training.fingerprint import weights_sha256
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model
+from mlet_dist.training.snapshot import seed_random_state
 from tests.helpers.ranks import RankFailed, RankPool
 
 pytestmark = pytest.mark.multirank
@@ -99,3 +100,14 @@ def test_an_incomplete_checkpoint_is_ignored(ranks: Ranks, tmp_path: Path) -> No
     assert latest_finished(CheckpointStore(tmp_path))[0].name == "step-00000007"
     with pytest.raises(UserError, match="no complete checkpoint"):
         latest_finished(CheckpointStore(cut_short))
+
+
+def _draws(seed: int) -> list[float]:
+    seed_random_state(seed)
+    return torch.rand(4).tolist()
+
+
+def test_every_rank_and_seed_draws_other_random_numbers(ranks: Ranks) -> None:
+    found = [*ranks(2).run(_draws, 0), *ranks(2).run(_draws, 1)]
+    assert len({tuple(each) for each in found}) == 4
+    assert ranks(2).run(_draws, 1) == found[2:]

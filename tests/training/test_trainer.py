@@ -102,6 +102,8 @@ def test_a_finished_run_is_replaced_only_when_asked_to(trained: TrainedRun, tmp_
     mlet(*arguments)
     before = (run / "summary.json").read_text()
     assert "run.overwrite=true" in error_line(*arguments)
+    faulty = ("model.builder=tests.helpers.own_networks:broken", "model.arguments.fault=mixes rows")
+    assert "depends on other rows" in error_line(*arguments, *faulty, "run.overwrite=true")
     assert (run / "summary.json").read_text() == before
     mlet(*arguments, "run.overwrite=true", "train.max_steps=2")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]

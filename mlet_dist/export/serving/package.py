@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from mlet_dist.export.outputs import read_parts
 from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.serving.mixed_tables import MixedWidthCollection
 from mlet_dist.export.serving.predictor import ExportedPredictor, Predictor, Request, example_request
-from mlet_dist.export.serving.quantised import load_dense, table_tensors
+from mlet_dist.export.serving.quantised import dense_tensors, load_dense, table_tensors
 from mlet_dist.export.serving.served_model import build_of_layout, layout_of, with_ids_mapped
 from mlet_dist.formatting import to_json
 from mlet_dist.machine_limits import memory_bytes
@@ -104,9 +104,9 @@ class Package:
             if program.is_file():
                 shutil.copyfile(program, directory / program.name)
 
-    def dense_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield what ``save`` takes of the layers other than tables, with their initial values."""
-        return self._model.named_parameters()
+    def dense_tensors(self) -> dict[str, torch.Tensor]:
+        """Return what ``save`` takes of the layers other than tables, with their initial values."""
+        return dense_tensors(self._model)
 
     def _mapped(self, model: nn.Module, dense: Mapping[str, torch.Tensor]) -> nn.Module:
         return with_ids_mapped(model, self._spec, self._layout, dense)
@@ -181,7 +181,7 @@ def check_can_be_packaged(spec: ModelSpec, encoding: Encoding) -> None:
     with TemporaryDirectory() as directory:
         try:
             package = Package(replace(spec, sparse=sparse), encoding)
-            package.save(Path(directory), dict(package.dense_parameters()))
+            package.save(Path(directory), package.dense_tensors())
         except UserError:
             raise
         except Exception as error:  # whatever torch raises at code that it cannot trace

@@ -44,10 +44,16 @@ def table_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of the layers other than tables, in place, by state name."""
+    prefix = tables_prefix(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
+
+
 def load_dense(model: nn.Module, dense: Mapping[str, torch.Tensor]) -> None:
-    """Fill all parameters except the tables from tensors by state name; raise KeyError if one is missing."""
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(dense[name])
+    """Fill ``dense_tensors`` from tensors by state name; raise KeyError if one is missing."""
+    for name, tensor in dense_tensors(model).items():
+        tensor.copy_(dense[name])
 
 
 @dataclass(frozen=True)

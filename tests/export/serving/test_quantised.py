@@ -25,7 +25,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import ExportDirectory
 from mlet_dist.export.serving.package import check_fits
-from mlet_dist.export.serving.quantised import Serving, plan_serving
+from mlet_dist.export.serving.quantised import Serving, build_served, dense_tensors, load_dense, plan_serving
 from mlet_dist.export.serving.served_model import layout_of
 from mlet_dist.models.build import build_serving_model
 from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
@@ -44,6 +44,18 @@ def _quantised(exported: Path, name: str) -> torch.nn.Module:
     quantised = quantize_inference_model(model, quantization_dtype=_DTYPES[name])
     assert isinstance(quantised.sparse_arch.embedding_bag_collection, EmbeddingBagCollection)
     return quantised.eval()
+
+
+def test_layers_that_are_not_trained_and_buffers_are_filled() -> None:
+    own = ModelConfig(builder="tests.helpers.own_networks:frozen", embedding_dim=4, hidden_dim=8)
+    model = build_served(ModelSpec(own, ("I1",), (SparseFeature("C1", 10),), seed=0), ENCODINGS["int8"])
+    wanted = {name: torch.ones_like(tensor) for name, tensor in dense_tensors(model).items()}
+    assert {"deep.0.weight", "fixed.weight", "scale", "mask"} < set(wanted)
+    load_dense(model, wanted)
+    assert bool(model.mask.all())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in wanted.items())
+    with pytest.raises(KeyError, match="scale"):
+        load_dense(model, {name: tensor for name, tensor in wanted.items() if name != "scale"})
 
 
 @pytest.mark.parametrize("name", list(_DTYPES))
