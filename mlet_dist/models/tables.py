@@ -14,7 +14,7 @@ def tables_path(model: nn.Module) -> str:
     """Return the name of the model's collection of tables among its modules, as in its state dict.
 
     Args:
-        model: a model with one collection, sharded or not, of trained, plain or quantised tables.
+        model: a model with one collection, sharded or not, of trained, plain, quantised or mixed tables.
 
     Raises:
         ValueError: the model holds no collection.
