@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from mlet_dist.config.limits import MAX_COLUMNS, MAX_LAYER, SCALE
@@ -135,3 +136,6 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "two_tower": ("query_features",),
 }
 """The settings that only one of the models has."""
+
+NETWORK_SETTINGS = ("name", "builder", "arguments", *chain.from_iterable(_SETTINGS_OF.values()))
+"""The settings that decide which network is around the tables, but for the sizes of its MLPs."""
