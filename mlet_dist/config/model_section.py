@@ -121,6 +121,7 @@ class ModelConfig:
         if self.builder is None:
             why = f"model.name is {self.name}"
             unread = [name for of, names in _SETTINGS_OF.items() if of != self.name for name in names]
+            unread += ["bottom_mlp"] * (self.name == "two_tower")
             found = {why: unread, "model.builder is null": ["arguments"]}
         else:
             found = {"model.builder is set": ["name", *(name for names in _SETTINGS_OF.values() for name in names)]}
