@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn import UninitializedParameter
 
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.errors import UserError
+from mlet_dist.models.tables import tables_path
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
 
     Raises:
         UserError: the builder raises an error, returns something else than a module, or the module does not hold the
-            tables exactly once.
+            tables exactly once, or holds others before them, or lazy layers.
     """
     try:
         model = builder(inputs)
@@ -100,6 +102,17 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
         raise UserError(
             f"model.builder: what {path} returned holds embedding_bag_collection twice, as {' and '.join(places[:2])}; "
             "assign it to one attribute"
+        )
+    if (first := tables_path(model)) != places[0]:
+        raise UserError(
+            f"model.builder: what {path} returned holds another collection of tables, {first}, before "
+            f"embedding_bag_collection, {places[0]}; assign embedding_bag_collection first"
+        )
+    lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise UserError(
+            f"model.builder: what {path} returned has a layer without a size, {lazy[0].rpartition('.')[0]}; use layers "
+            "whose sizes are given, since the model is measured before it runs"
         )
     return model
 

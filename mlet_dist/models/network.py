@@ -81,18 +81,20 @@ def dense_cost(
 
 
 def check_network(model: nn.Module, dense_columns: int) -> None:
-    """Check that a model of ``model.builder`` returns logits that depend on all features and call its tables once.
+    """Check that a model of ``model.builder`` calls its tables once and returns logits that depend on all features.
 
     Args:
         model: the model, with its layers on a CPU, not sharded; it is in training mode and stays as it is.
         dense_columns: D.
 
     Raises:
-        UserError: forward fails, returns something else, calls the tables several times, or leaves a feature out.
+        UserError: forward fails, returns something else, calls the tables several times, leaves a feature out, or
+            changes a buffer of floating point numbers, of which each rank would have its own.
     """
     with torch.random.fork_rng(devices=[]), _stand_in_tables(model, _ROWS, torch.device("cpu")) as tables:
         torch.manual_seed(0)
         dense = torch.randn(_ROWS, dense_columns)
+        buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
         try:
             logits = model(dense, tables.batch())
         except Exception as error:
@@ -112,6 +114,14 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
             if each is None or not bool(each)  # no row's vector has any influence
         ]
         model.zero_grad()
+        changed = [name for name, (now, before) in buffers.items() if now.is_floating_point() and not now.equal(before)]
+        for buffer, before in buffers.values():
+            buffer.copy_(before)
+    if changed:
+        raise UserError(
+            f"model.builder: forward changes the buffer {changed[0]!r}, as batch normalization does: each rank would "
+            "have values of its own, which count padding; use a layer that normalizes each row, such as LayerNorm"
+        )
     if unused:
         raise UserError(
             f"model.builder: the logits do not depend on feature {unused[0]!r}; use it, or leave it out of "

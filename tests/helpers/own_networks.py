@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 
 class WideAndDeep(nn.Module):
@@ -42,6 +43,15 @@ class Broken(WideAndDeep):
         self.fault = inputs.arguments["fault"]
         if self.fault == "held twice":
             self.again = self.ebc
+        if self.fault == "lazy":
+            self.out = nn.LazyLinear(1)
+        if self.fault == "normalizes batches":
+            self.norm = nn.BatchNorm1d(1)
+        if self.fault == "other tables":
+            del self.ebc
+            config = EmbeddingBagConfig(name="C9", embedding_dim=4, num_embeddings=3, feature_names=["C9"])
+            self.other = EmbeddingBagCollection([config])
+            self.ebc = inputs.embedding_bag_collection
 
     def forward(self, dense, features):  # type: ignore[no-untyped-def]
         vectors = self.ebc(features)
@@ -49,6 +59,8 @@ class Broken(WideAndDeep):
             vectors = self.ebc(features)
         names = self.names[:-1] if self.fault == "loses a feature" else self.names
         total = torch.cat([dense, *(vectors[name] for name in names)], dim=1).sum(dim=1)
+        if self.fault == "normalizes batches":
+            return self.norm(total.unsqueeze(1))
         if self.fault == "two logits":
             return torch.stack([total, total], dim=1)
         if self.fault == "no tensor":

@@ -77,6 +77,22 @@ def test_the_tables_may_have_any_name_in_the_module() -> None:
             "it to one attribute",
         ),
         (
+            "other tables",
+            f"model.builder: what {OWN}:broken returned holds another collection of tables, other, before "
+            "embedding_bag_collection, ebc; assign embedding_bag_collection first",
+        ),
+        (
+            "lazy",
+            f"model.builder: what {OWN}:broken returned has a layer without a size, out; use layers whose sizes are "
+            "given, since the model is measured before it runs",
+        ),
+        (
+            "normalizes batches",
+            "model.builder: forward changes the buffer 'norm.running_mean', as batch normalization does: each rank "
+            "would have values of its own, which count padding; use a layer that normalizes each row, such as "
+            "LayerNorm",
+        ),
+        (
             "called twice",
             "model.builder: forward calls embedding_bag_collection 2 times; a sharded collection exchanges the vectors "
             "of a batch once",
@@ -142,4 +158,3 @@ def test_checking_leaves_the_model_as_it_is() -> None:
     check_network(model, len(COLUMNS))
     assert all(torch.equal(each, untouched.state_dict()[name]) for name, each in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert replace(spec) == spec
