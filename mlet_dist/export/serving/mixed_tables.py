@@ -90,4 +90,4 @@ class MixedWidthCollection(EmbeddingBagCollectionInterface):
 
     def is_weighted(self) -> bool:
         """Return whether lookups in the parts take weights."""
-        return self.parts.is_weighted()
+        return bool(self.parts.is_weighted())
