@@ -1,8 +1,9 @@
 """The configuration of a training run.
 
 Modules:
-    sections, compression_section, sharding_section: the settings of each section, as dataclasses with defaults, limits
-        and meanings.
+    sections, model_section, compression_section, sharding_section: the settings of each section, as dataclasses with
+        defaults, limits and meanings.
+    validation_settings: checks of the settings of validation while training.
     calibration_file: the file of rates that `mlet doctor --distributed --calibrate` writes and `mlet plan` reads.
     limits: what several sections allow at most.
     byte_sizes: sizes in bytes, such as 12GB.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from mlet_dist.config.limits import MAX_COLUMNS, MAX_LAYER, SCALE
@@ -120,6 +121,7 @@ class ModelConfig:
         if self.builder is None:
             why = f"model.name is {self.name}"
             unread = [name for of, names in _SETTINGS_OF.items() if of != self.name for name in names]
+            unread += ["bottom_mlp"] * (self.name == "two_tower")
             found = {why: unread, "model.builder is null": ["arguments"]}
         else:
             found = {"model.builder is set": ["name", *(name for names in _SETTINGS_OF.values() for name in names)]}
@@ -135,3 +137,6 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "two_tower": ("query_features",),
 }
 """The settings that only one of the models has."""
+
+NETWORK_SETTINGS = ("name", "builder", "arguments", *chain.from_iterable(_SETTINGS_OF.values()))
+"""The settings that decide which network is around the tables, but for the sizes of its MLPs."""

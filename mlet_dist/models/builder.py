@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 import mlet_dist
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.errors import UserError
+from mlet_dist.models.tables import tables_path
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
 
     Raises:
         UserError: the builder raises an error, returns something else than a module, or the module does not hold the
-            tables exactly once, or has parameters whose sizes are not known yet.
+            tables exactly once, or holds others before them, or has parameters whose sizes are not known yet.
     """
     try:
         model = builder(inputs)
@@ -107,6 +108,11 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
         raise UserError(
             f"model.builder: what {path} returned holds embedding_bag_collection twice, as {' and '.join(places[:2])}; "
             "assign it to one attribute"
+        )
+    if (first := tables_path(model)) != places[0]:
+        raise UserError(
+            f"model.builder: what {path} returned holds another collection of tables, {first}, before "
+            f"embedding_bag_collection, {places[0]}; assign embedding_bag_collection first"
         )
     lazy = [name for name, each in chain(model.named_parameters(), model.named_buffers()) if is_lazy(each)]
     if lazy:

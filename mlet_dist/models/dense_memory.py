@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
 
@@ -57,8 +58,8 @@ def check_dense_memory(
     copies = 1 if on_cuda else 2 + _STATES[config.optimizer.name]
     needed = {key: copies * _FLOAT_BYTES * count for key, count in dense_parameters(spec).items()}
     if not on_cuda:
-        widths = sum(spec.model.bottom_mlp) + sum(spec.model.top_mlp)
-        needed["data.batch_size"] = 2 * _FLOAT_BYTES * widths * (config.data.batch_size // max(1, world_size))
+        local_batch_size = config.data.batch_size // max(1, world_size)
+        needed["data.batch_size"] = 2 * _FLOAT_BYTES * _outputs(spec.model) * local_batch_size
     total = ranks * sum(needed.values())
     if total > available:
         key = max(needed, key=lambda each: needed[each])
@@ -68,6 +69,13 @@ def check_dense_memory(
             f"{key}, and {available / _GB:,.2f} GB are available here; use smaller layers or batches, fewer ranks on "
             "this machine, or more memory"
         )
+
+
+def _outputs(model: ModelConfig) -> int:
+    """Return the outputs of all hidden layers for a row; 0 for a network of ``model.builder``, which is not known."""
+    if model.builder is not None:
+        return 0
+    return 2 * sum(model.top_mlp) if model.name == "two_tower" else sum(model.bottom_mlp) + sum(model.top_mlp)
 
 
 def _mlp(sizes: Sequence[int]) -> int:

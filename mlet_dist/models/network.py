@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.fx._symbolic_trace import PHWithMeta
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,7 +29,7 @@ from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
 from mlet_dist.errors import UserError
 from mlet_dist.models.builder import in_one_line
-from mlet_dist.models.tables import tables_of, tables_path
+from mlet_dist.models.tables import layers_beside_tables, tables_of, tables_path
 
 _ROWS = 64
 _FLOAT_BYTES = 4
@@ -132,10 +133,14 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
 
 
 def tracing_problem(model: nn.Module) -> str | None:
-    """Return why TorchRec's pipeline cannot trace a sharded model by torch.fx; None if it can."""
+    """Return why TorchRec's pipeline cannot trace a model by torch.fx; None if it can.
+
+    The pipeline traces what calls the tables. It does not look into modules that do not hold them.
+    """
     network = model.module if isinstance(model, DistributedModelParallel) else model
+    leaves = [tables_path(model), *(name for name, _ in layers_beside_tables(model))]
     try:
-        Tracer(leaf_modules=[tables_path(model)]).trace(network)
+        Tracer(leaf_modules=leaves).trace(network, concrete_args=(PHWithMeta("dense"), PHWithMeta("sparse")))
     except Exception as error:  # whatever the user's forward raises on proxies
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None

@@ -9,13 +9,16 @@ Before the first step:
     process_group, lost_ranks: joins the ranks; which of them are missing when a collective fails.
     rank_files: what a rank records about its process for its launcher.
     job, run_directory: the data, the locked run directory and where the job starts.
+    run_checkpoints: the checkpoint of a run that other commands read.
     attempts, run_seal: a job that is started again; checksums that tie the files of a run to it.
     resume, warm_start: the checkpoint to resume from; weights for a new run.
+    source_inputs, refitted_tables: their inputs, compared with the model's; their rows, where the model has others.
     sharding, model_plan: shards the model; the plan, its costs and reasons.
     fused_optimizers, schedule: fuses the update of W1's rows into backward; the other optimizers; learning rates.
 
 Between two steps:
     non_finite_guard: losses and gradients that are not finite: stop, skip or roll back.
+    validation, validation_state: metrics of the split valid, the best step and the end of a run that finds no better.
     reporting, timing: metrics.jsonl, TensorBoard and the progress line; the times of a step's parts.
     checkpoint_schedule, snapshot, signals: when to save, what to save, and signals that ask the run to stop.
 

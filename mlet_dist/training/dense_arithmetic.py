@@ -13,7 +13,7 @@ from torch import nn
 
 from mlet_dist.config.sections import Precision, TrainConfig
 from mlet_dist.errors import UserError
-from mlet_dist.models.tables import tables_of
+from mlet_dist.models.tables import layers_beside_tables
 
 
 def configure_cublas(config: TrainConfig) -> None:
@@ -89,7 +89,7 @@ def _deterministic_algorithms() -> Iterator[None]:
 def _compiled(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Compile the dense layers in place; each is compiled when it is first called."""
     _check_compiler(device)
-    layers = list(_without_tables(model))
+    layers = [layer for _, layer in layers_beside_tables(model)]
     for layer in layers:
         # Every training batch of a run has the same shape, since an incomplete one is padded.
         layer.compile(dynamic=False)
@@ -98,16 +98,6 @@ def _compiled(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
-
-
-def _without_tables(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules that do not hold the tables."""
-    tables = tables_of(model)
-    for module in model.children():
-        if tables not in module.modules():
-            yield module
-        elif module is not tables:
-            yield from _without_tables(module)
 
 
 def _check_compiler(device: torch.device) -> None:

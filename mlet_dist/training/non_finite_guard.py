@@ -145,7 +145,8 @@ class Guard:
 
     def _check_gradient_norm(self) -> None:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        self._gradient = ~get_total_norm(gradients).isfinite()
+        # Without gradients, before the first step, the norm would be on the CPU, wherever the losses are.
+        self._gradient = ~get_total_norm(gradients).isfinite() if gradients else self._no_failure
 
     def _start_agreement(self, step: int, loss: torch.Tensor) -> None:
         """Start to agree on the loss of ``step`` and on the gradient of the step before it; True is not finite."""

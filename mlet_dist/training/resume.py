@@ -1,10 +1,9 @@
 """Finds the checkpoint that a run resumes from, and checks that it belongs to the same run."""
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from mlet_dist.checkpoint.load import CompleteCheckpoint, latest_complete, lates
 from mlet_dist.checkpoint.manifest import RUN_ID
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.config.config_file import Config
-from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.model_section import NETWORK_SETTINGS, ModelConfig
 from mlet_dist.data.preprocessing import Preprocessing
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
@@ -36,8 +35,6 @@ from mlet_dist.urls import is_url
 _STATIC = ("policy", "budget", "widths", "alpha", "tables")  # settings of compression that others than adaptive read
 _RANGES = "row ranges of table "
 _LAYOUT = tuple(f"compression.{key}" for key in ("policy", "nested", "chunks", "shared_rows"))  # beside the ranges
-_OF_NETWORKS = ("name", "builder", "arguments", "cross_layers", "cross_rank", "fm_dim", "query_features")
-"""Settings of ``model`` that are recorded where they are not the defaults: once DLRM was the only network."""
 _PREPROCESSING, _TRAINING_FILES = "preprocessing", "the training split's files, by fingerprint,"
 _ROWS = "rows of table "
 
@@ -54,11 +51,11 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         content_id: ``DatasetSchema.content_id`` of the training split.
     """
     plain = config.to_dict()
-    defaults = dataclasses.asdict(ModelConfig())
+    defaults = asdict(ModelConfig())
     identity = {
         f"model.{key}": value
         for key, value in plain["model"].items()
-        if key not in _OF_NETWORKS or value != defaults[key]
+        if key not in NETWORK_SETTINGS or value != defaults[key]  # versions that knew DLRM alone recorded none of them
     }
     identity |= {f"optimizer.{key}": value for key, value in plain["optimizer"].items()}
     identity |= {

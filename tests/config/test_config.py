@@ -462,6 +462,23 @@ def test_settings_of_compression_without_effect_are_a_warning(file: Path) -> Non
         assert load_config(file, quiet).warnings() == []
 
 
+def test_settings_of_other_networks_are_a_warning(file: Path) -> None:
+    settings = ["model.cross_rank=8", "model.fm_dim=8", "model.query_features=[C1]", "model.bottom_mlp=[8]"]
+    for network, names in {
+        "dlrm": ["cross_rank", "fm_dim", "query_features"],
+        "dlrm_dcn": ["fm_dim", "query_features"],
+        "deepfm": ["cross_rank", "query_features"],
+        "two_tower": ["cross_rank", "fm_dim", "bottom_mlp"],
+    }.items():
+        expected = [f"model.{name} has no effect, because model.name is {network}" for name in names]
+        assert load_config(file, [*settings, f"model.name={network}"]).warnings() == expected
+    assert load_config(file, ["model.arguments.towers=2"]).warnings() == [
+        "model.arguments has no effect, because model.builder is null"
+    ]
+    own = ["model.builder=own:build", "model.arguments.towers=2", "model.fm_dim=8", "model.bottom_mlp=[8]"]
+    assert load_config(file, own).warnings() == ["model.fm_dim has no effect, because model.builder is set"]
+
+
 @pytest.mark.parametrize(("batch", "ranks", "advice"), [(512, 3, "510 or 513"), (2, 3, "3"), (3, 2, "2 or 4")])
 def test_a_batch_that_ranks_cannot_share_names_both(batch: int, ranks: int, advice: str, file: Path) -> None:
     config = load_config(file, [f"data.batch_size={batch}"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 
 
 class WideAndDeep(nn.Module):
@@ -47,6 +48,11 @@ class Broken(WideAndDeep):
             self.deep[0] = nn.LazyLinear(8)
         if self.fault == "running statistics":
             self.norm = nn.BatchNorm1d(self.wide.in_features)
+        if self.fault == "other tables":
+            del self.ebc
+            config = EmbeddingBagConfig(name="C9", embedding_dim=4, num_embeddings=3, feature_names=["C9"])
+            self.other = EmbeddingBagCollection([config])
+            self.ebc = inputs.embedding_bag_collection
 
     def forward(self, dense, features):  # type: ignore[no-untyped-def]
         vectors = self.ebc(features)

@@ -1,7 +1,7 @@
 """Models of the user's own: their faults, found before training, in one line each."""
 
-import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,14 @@ from torchrec.modules.embedding_configs import DataType
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
+from mlet_dist.export.encoding import ENCODINGS
+from mlet_dist.export.serving.quantised import table_tensors
+from mlet_dist.export.serving.served_model import build_of_layout, layout_of
 from mlet_dist.models.build import build_quantised_model, build_serving_model, build_training_model, with_tables_prefix
 from mlet_dist.models.builder import import_builder
 from mlet_dist.models.network import check_network, dense_cost
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.tables import tables_prefix
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 OWN = "tests.helpers.own_networks"
@@ -42,6 +46,10 @@ def test_the_tables_may_have_any_name_in_the_module() -> None:
     served = [build_serving_model(spec), build_quantised_model(spec, DataType.INT8, CPU)]
     for model in served:
         assert "ebc.embedding_bags.C2.weight" in model.state_dict()
+    layout = replace(layout_of(spec), form="mixed")
+    mixed = build_of_layout(spec, layout, ENCODINGS["int8"])
+    assert tables_prefix(mixed) == "ebc."
+    assert {"ebc.embedding_bags.C1.weight", "ebc.embedding_bags.C2.weight"} <= set(table_tensors(mixed))
     dense = {name: each for name, each in served[0].state_dict().items() if not name.startswith("ebc.")}
     assert all(torch.equal(served[1].state_dict()[name], each) for name, each in dense.items())
 
@@ -68,6 +76,11 @@ def test_the_tables_may_have_any_name_in_the_module() -> None:
             "held twice",
             f"model.builder: what {OWN}:broken returned holds embedding_bag_collection twice, as ebc and again; assign "
             "it to one attribute",
+        ),
+        (
+            "other tables",
+            f"model.builder: what {OWN}:broken returned holds another collection of tables, other, before "
+            "embedding_bag_collection, ebc; assign embedding_bag_collection first",
         ),
         (
             "called twice",
@@ -162,4 +175,3 @@ def test_checking_leaves_the_model_as_it_is() -> None:
     check_network(model, len(COLUMNS))
     assert all(torch.equal(each, untouched.state_dict()[name]) for name, each in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert dataclasses.replace(spec) == spec

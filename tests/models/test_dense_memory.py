@@ -1,5 +1,5 @@
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -50,12 +50,23 @@ def test_layers_beyond_the_memory_name_the_setting_and_both_sizes() -> None:
     )
 
 
-def test_weights_gradients_states_and_activations_are_counted_on_a_cpu() -> None:
-    spec = spec_of(MODEL)
-    needed = 4 * 4 * sum(dense_parameters(spec).values()) + 2 * 4 * (8 + 5 + 7) * 4
+@pytest.mark.parametrize(
+    ("network", "outputs"),
+    [
+        ({}, 8 + 5 + 7),
+        ({"name": "two_tower", "query_features": ("C2",)}, 2 * 7),
+        ({"builder": "own:build"}, 0),
+    ],
+)
+def test_weights_gradients_states_and_activations_are_counted_on_a_cpu(network: dict[str, Any], outputs: int) -> None:
+    spec = spec_of(dataclasses.replace(MODEL, **network))
+    needed = 4 * 4 * sum(dense_parameters(spec).values()) + 2 * 4 * outputs * 4
     check_dense_memory(CONFIG, spec, ranks=1, world_size=1, available=needed, on_cuda=False)
     with pytest.raises(UserError, match="available here"):
         check_dense_memory(CONFIG, spec, ranks=1, world_size=1, available=needed - 1, on_cuda=False)
+
+
+def test_a_batch_beyond_the_memory_is_named() -> None:
     wide = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_size=1 << 30))
     with pytest.raises(UserError, match=r"^data\.batch_size: "):
-        check_dense_memory(wide, spec, ranks=1, world_size=1, available=1 << 30, on_cuda=False)
+        check_dense_memory(wide, spec_of(MODEL), ranks=1, world_size=1, available=1 << 30, on_cuda=False)

@@ -1,4 +1,4 @@
-"""The work and the memory of a network, as the planner measures them on tensors without values."""
+"""A network on stand-in tables: its work and memory, as the planner measures them, and whether it can be traced."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
-from mlet_dist.models.network import dense_cost
+from mlet_dist.models.network import dense_cost, tracing_problem
 
 D, DENSE = 4, 3
 
@@ -71,3 +71,40 @@ def test_tables_do_not_count_and_stay_in_place() -> None:
 def test_without_the_number_of_dense_columns_layers_are_estimated() -> None:
     cost = dense_cost(Mlp(tables(), 16), None, 32, "sgd", 1, 1)
     assert (cost.row_flops, cost.note) == (2 * cost.parameters, None)
+
+
+class DependsOnValues(nn.Module):
+    def forward(self, logits):  # type: ignore[no-untyped-def]
+        return logits if float(logits.sum()) > 0 else -logits
+
+
+class Chooses(Mlp):
+    """Branches on values where it calls the tables."""
+
+    def forward(self, dense, features):  # type: ignore[no-untyped-def]
+        vectors = self.tables(features).values()
+        return self.layers(vectors) if float(dense[0, 0]) > 0 else -self.layers(vectors)
+
+
+class OfThree(Mlp):
+    """Takes one argument more than a batch has, which may be left out."""
+
+    def forward(self, dense, features, scale=1.0):  # type: ignore[no-untyped-def]
+        return super().forward(dense, features) * scale
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modules_without_tables_are_not_traced(compiled: bool) -> None:
+    model = Mlp(tables(), 16)
+    model.layers.append(DependsOnValues())
+    if compiled:
+        model.layers.compile(backend="eager")
+    assert tracing_problem(model) is None
+
+
+@pytest.mark.parametrize(("network", "problem"), [(Chooses, "TypeError: "), (OfThree, "RuntimeError: ")])
+def test_what_the_pipeline_cannot_trace_is_named(network: type[Mlp], problem: str) -> None:
+    found = tracing_problem(network(tables(), 16))
+    assert found is not None
+    assert found.startswith(problem)
+    assert "\n" not in found

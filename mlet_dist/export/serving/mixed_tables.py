@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from mlet_dist.export.served_layout import ServedLayout
@@ -12,7 +12,7 @@ from mlet_dist.models.build import quantised_collection
 from mlet_dist.models.spec import ModelSpec
 
 
-class MixedWidthCollection(nn.Module):
+class MixedWidthCollection(EmbeddingBagCollectionInterface):
     """Looks up and pools the rows of each part, multiplies those of narrow parts by their W2, and adds the parts up.
 
     ``forward`` takes the result of ``SplitIds`` and returns a KeyedTensor with d columns for each feature of the model.
@@ -87,3 +87,7 @@ class MixedWidthCollection(nn.Module):
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """Return the tables that the model sees, with d columns."""
         return self._configs
+
+    def is_weighted(self) -> bool:
+        """Return whether lookups in the parts take weights."""
+        return bool(self.parts.is_weighted())

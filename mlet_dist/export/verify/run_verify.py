@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mlet_dist.checkpoint.store import Checkpoint
+from mlet_dist.config.model_section import NETWORK_SETTINGS
 from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.location import DataPath
@@ -68,8 +69,8 @@ def verify_export(
         trained = source.spec
         if _shapes(served) != _shapes(trained):
             raise UserError(
-                f"{export}: its inputs or the sizes of its tables or layers are not those of {run}; name the run that "
-                "it was exported from"
+                f"{export}: its inputs, its network or the sizes of its tables are not those of {run}; name the run "
+                "that it was exported from"
             )
         _check_same_inputs(export, served, run, trained)
         if manifest["run"]["checkpoint_sha256"] != source.digest:
@@ -150,7 +151,8 @@ def _exported(manifest: Mapping[str, Any], run: Path) -> CheckpointChoice:
 def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     """Return what must be equal for the predictions of two models to be compared."""
     model = spec.model
-    return spec.dense, spec.sparse, model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
+    sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
+    return spec.dense, spec.sparse, spec.tables_prefix, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
 
 
 def _check_same_inputs(export: Path, served: ModelSpec, run: Path, trained: ModelSpec) -> None:

@@ -197,15 +197,18 @@ def test_a_manifest_with_incomplete_outputs_is_rejected(
         verify_export(export, trained.path, trained.data)
 
 
-@pytest.mark.parametrize(("key", "value"), [("embedding_dim", 8), ("top_mlp", [4]), ("pooling", "mean")])
-def test_a_model_of_other_sizes_is_rejected(
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("embedding_dim", 8), ("top_mlp", [4]), ("pooling", "mean"), ("name", "deepfm"), ("arguments", {"towers": 2})],
+)
+def test_another_model_is_rejected(
     trained: TrainedRun, exported: Path, tmp_path: Path, key: str, value: object
 ) -> None:
     export = tmp_path / "export"
     export.mkdir()
     shutil.copy(exported / "manifest.json", export)
     change_manifest(export, lambda manifest: manifest["model"]["model"].update({key: value}))
-    with pytest.raises(UserError, match="its inputs or the sizes of its tables or layers are not those of"):
+    with pytest.raises(UserError, match="its inputs, its network or the sizes of its tables are not those of"):
         verify_export(export, trained.path, trained.data)
 
 
