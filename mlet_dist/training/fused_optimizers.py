@@ -20,8 +20,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
-from mlet_dist.models.build import multi_layer_tables
-from mlet_dist.models.tables import tables_prefix
+from mlet_dist.models.tables import tables_of, tables_prefix
 
 # fbgemm's default eps is 1e-8 and that of torch's Adagrad 1e-10: rows and dense layers get the same.
 _EPS = {"eps": 1e-8}
@@ -56,7 +55,7 @@ _RULES = {
 def fuse_row_optimizer(model: nn.Module, config: OptimizerConfig) -> None:
     """Have fbgemm update every W1 inside backward, where it has a kernel for that; call this before sharding."""
     kind, arguments = _RULES[config.name].fused
-    rows = multi_layer_tables(model).embedding_bags.parameters()
+    rows = tables_of(model).get_submodule("embedding_bags").parameters()
     apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _or_common(config.rows_learning_rate, config)})
 
 

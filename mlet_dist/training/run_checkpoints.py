@@ -79,7 +79,7 @@ def find_checkpoint(path: Path, choice: CheckpointChoice = LAST) -> RunCheckpoin
     else:
         checkpoint, manifest = latest_finished(store)
     run.check_own(checkpoint, manifest.about)
-    is_last = summary is not None and summary["steps"] == checkpoint.step
+    is_last = summary is not None and summary.get("steps", checkpoint.step) == checkpoint.step
     return RunCheckpoint(checkpoint, manifest, config.to_dict(), spec, summary if summary and is_last else {})
 
 

@@ -16,6 +16,7 @@ from torch import distributed as dist
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -160,7 +161,7 @@ def _set(tensor: torch.Tensor, key: Any, value: torch.Tensor) -> None:
 @contextmanager
 def _fake_cuda() -> Iterator[FakeTensorMode]:
     patches = {"pin_memory": lambda tensor: tensor, "__getitem__": _get, "__setitem__": _set}
-    with FakeTensorMode() as mode, mock.patch.multiple(torch.Tensor, **patches):
+    with FakeTensorMode() as mode, mock.patch.multiple(FakeTensor, **patches):
         yield mode
 
 
