@@ -75,6 +75,16 @@ def add_checkpoint_choice(
     )
 
 
+def add_run_or_export(parser: argparse.ArgumentParser) -> None:
+    """Add ``RUN_OR_EXPORT``, and the options that choose a checkpoint of a run."""
+    parser.add_argument(
+        "target",
+        metavar="RUN_OR_EXPORT",
+        help="directory that `mlet train` or `mlet export` made, or of a checkpoint of a run",
+    )
+    add_checkpoint_choice(parser, "a run")
+
+
 def choice_of(args: argparse.Namespace) -> "CheckpointChoice":
     """Return what ``--step`` and ``--best`` choose; imports torch."""
     from mlet_dist.training.run_checkpoints import CheckpointChoice

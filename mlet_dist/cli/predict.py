@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mlet_dist.cli.options import add_checkpoint_choice, add_data, add_nproc, choice_of
+from mlet_dist.cli.options import add_data, add_nproc, add_run_or_export, choice_of
 from mlet_dist.cli.output import Result
 from mlet_dist.cli.process import configure_torch
 from mlet_dist.cli.ranks import run_in_ranks
@@ -17,12 +17,7 @@ if the data set's rows have weights. Any number of ranks writes the same rows.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "target",
-        metavar="RUN_OR_EXPORT",
-        help="directory that `mlet train` or `mlet export` made, or of a checkpoint of a run",
-    )
-    add_checkpoint_choice(parser, "a run")
+    add_run_or_export(parser)
     add_data(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="Parquet file to write; it must be new")
     add_nproc(parser)

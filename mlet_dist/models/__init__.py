@@ -6,8 +6,10 @@ Modules:
 - ``build``: the model of a spec around multi-layer, plain or quantised tables.
 - ``architectures``: the networks of ``model.name``.
 - ``builder``: networks of the user's own, ``model.builder``.
+- ``stand_in_tables``: made vectors in the place of tables, for these two.
 - ``tables``: finds the tables in a model.
-- ``network``: checks what a model does with the vectors of its tables, and measures it for the planner.
+- ``network_check``: checks a network of ``builder`` by running it on made vectors.
+- ``network_cost``: the work and the memory of any network, for the planner.
 - ``dense_memory``: the memory of the layers that every rank holds, computed without torch.
 - ``row_widths``, ``width_shares``: the widths of rows within a budget, and what they keep.
 """

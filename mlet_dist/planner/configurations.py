@@ -14,7 +14,7 @@ from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memor
 from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints
 from mlet_dist.models.build import build_training_model, multi_layer_tables
-from mlet_dist.models.network import dense_cost
+from mlet_dist.models.network_cost import dense_cost
 from mlet_dist.models.row_widths import Counts, Sizes, budget_bytes
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.compressed_tables import with_row_ranges

@@ -28,7 +28,7 @@ from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import SPLITS, DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.build import build_training_model, with_tables_prefix
-from mlet_dist.models.network import check_network
+from mlet_dist.models.network_check import check_network
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.attempts import restarts
 from mlet_dist.training.compressed_tables import shared_row_ranges

@@ -32,7 +32,7 @@ from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
 from mlet_dist.embeddings.sharded.placement import REPLICATED_BYTES
 from mlet_dist.errors import UserError
 from mlet_dist.models.build import multi_layer_tables
-from mlet_dist.models.network import dense_cost
+from mlet_dist.models.network_cost import dense_cost
 from mlet_dist.models.tables import tables_path
 
 _UNLIMITED = 1 << 60

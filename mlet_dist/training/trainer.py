@@ -23,7 +23,7 @@ from mlet_dist.data.id_counts import overall_share
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.errors import UserError
 from mlet_dist.models.build import build_training_model, multi_layer_tables, table_bytes
-from mlet_dist.models.network import tracing_problem
+from mlet_dist.models.network_check import tracing_problem
 from mlet_dist.progress import Progress
 from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule

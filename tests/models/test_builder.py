@@ -16,7 +16,8 @@ from mlet_dist.export.serving.quantised import table_tensors
 from mlet_dist.export.serving.served_model import build_of_layout, layout_of
 from mlet_dist.models.build import build_quantised_model, build_serving_model, build_training_model, with_tables_prefix
 from mlet_dist.models.builder import import_builder
-from mlet_dist.models.network import check_network, dense_cost
+from mlet_dist.models.network_check import check_network
+from mlet_dist.models.network_cost import dense_cost
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.models.tables import tables_prefix
 

@@ -13,10 +13,10 @@ from mlet_dist.data.prepare.splits import whole
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.export.source import Tables
 from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
-from mlet_dist.stored_tables.table_source import TableSource
 from tests.helpers.mlet_command import ROOT, error_line
 from tests.helpers.raw_logs import make_raw_lines, raw_bytes
 from tests.helpers.rows_by_id import row_orders
+from tests.helpers.stored_vectors import expected_vectors, vectors_of
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
 
 pytestmark = pytest.mark.e2e
@@ -140,25 +140,6 @@ def test_old_rows_keep_every_bit_and_new_ones_are_those_of_a_fresh_run(
     assert states > 10 or setting != "train.resume"
 
 
-def _vectors(table: TableSource) -> torch.Tensor:
-    rows = table.read_stored(0, table.num_embeddings).double()
-    return rows if table.projection is None else rows @ table.projection.double()
-
-
-def _expected(before: torch.Tensor, table: TableSource) -> torch.Tensor:
-    """Return the vectors that the first rows of a table, of which there are now more, should have."""
-    expected = torch.zeros_like(before)
-    for part in table.locate(torch.arange(len(before))):
-        vectors = before[part.positions]
-        if part.projection is not None:
-            w2 = part.projection.double()
-            vectors = vectors @ torch.linalg.pinv(w2) @ w2  # the closest vectors that the W2 can express
-        expected[part.positions] = vectors
-    if table.shared_row is not None and table.shared_row < len(before):
-        expected[table.shared_row :] = before[table.shared_row :].mean(dim=0)
-    return expected
-
-
 @pytest.mark.parametrize(
     ("before", "after", "size", "setting"),
     [
@@ -178,12 +159,12 @@ def test_rows_with_compression_keep_their_vectors(
     exact = shared = 0
     with Tables.open(run) as source, Tables.open(new) as target:
         for name, table in target.tables.items():
-            vectors, found = _vectors(source.tables[name]), _vectors(table)
+            vectors, found = vectors_of(source.tables[name]), vectors_of(table)
             assert len(found) >= len(vectors)
             assert bool(found.isfinite().all())
             scale = float(vectors.abs().max())
             known = found[: len(vectors)]
-            torch.testing.assert_close(known, _expected(vectors, table), rtol=1e-5, atol=2e-6 * scale)
+            torch.testing.assert_close(known, expected_vectors(vectors, table), rtol=1e-5, atol=2e-6 * scale)
             exact += int(((known - vectors).abs() <= 1e-5 * scale).all(dim=1).sum())
             shared += table.shared_row is not None and table.shared_row < len(vectors)
     assert exact > 20

@@ -9,8 +9,8 @@ from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.export.source import ModelSource, Tables
 from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.stored_tables.refitted_rows import closest_projection, gram_of
-from mlet_dist.stored_tables.table_source import TableSource
 from tests.helpers.mlet_command import ROOT, error_line, mlet
+from tests.helpers.stored_vectors import expected_vectors, vectors_of
 from tests.helpers.train_in_ranks import Ranks, records, stopped_after, tensors, train_in_ranks
 
 pytestmark = pytest.mark.e2e
@@ -77,25 +77,6 @@ def runs(ranks: Ranks, settings: tuple[str, ...], tmp_path_factory: pytest.TempP
     return Runs(ranks, settings, tmp_path_factory.mktemp("policies"))
 
 
-def _vectors(table: TableSource) -> torch.Tensor:
-    rows = table.read_stored(0, table.num_embeddings).double()
-    return rows if table.projection is None else rows @ table.projection.double()
-
-
-def _expected(before: torch.Tensor, table: TableSource) -> torch.Tensor:
-    """Return the vectors that the rows of a table should have after they had ``before``."""
-    expected = torch.zeros_like(before)
-    for part in table.locate(torch.arange(len(before))):
-        vectors = before[part.positions]
-        if part.projection is not None:
-            w2 = part.projection.double()
-            vectors = vectors @ torch.linalg.pinv(w2) @ w2  # the closest vectors that the W2 can express
-        expected[part.positions] = vectors
-    if table.shared_row is not None:
-        expected[table.shared_row :] = before[table.shared_row :].mean(dim=0)
-    return expected
-
-
 @pytest.mark.parametrize(
     ("before", "after", "size"),
     [
@@ -122,9 +103,9 @@ def test_every_row_keeps_its_vector_and_its_optimizer_state(
     narrow = exact = 0
     with Tables.open(old) as source, Tables.open(new) as target:
         for name, table in target.tables.items():
-            vectors = _vectors(source.tables[name])
-            expected = _expected(vectors, table)
-            found = _vectors(table)
+            vectors = vectors_of(source.tables[name])
+            expected = expected_vectors(vectors, table)
+            found = vectors_of(table)
             scale = float(vectors.abs().max())
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6 * scale)
             if source.tables[name].shared_row is None:
@@ -330,7 +311,7 @@ def test_a_run_is_not_removed_by_the_run_that_begins_with_it(setting: str, runs:
 def test_narrow_rows_lose_as_little_as_any_projection_could(runs: Runs) -> None:
     with Tables.open(runs("none")) as source:
         table = max(source.tables.values(), key=lambda each: each.num_embeddings)
-        vectors, initial = _vectors(table)[20:200], torch.randn(3, D, generator=torch.Generator().manual_seed(0))
+        vectors, initial = vectors_of(table)[20:200], torch.randn(3, D, generator=torch.Generator().manual_seed(0))
         w2 = closest_projection(gram_of(table, 20, 200), initial)
     left = vectors - vectors @ torch.linalg.pinv(w2.double()) @ w2.double()
     assert float(left.square().sum()) == pytest.approx(
@@ -368,10 +349,10 @@ def test_a_new_run_takes_weights_alone(before: str, after: str, runs: Runs, rank
     train_in_ranks(ranks, 2, *settings, f"run.dir={new}", f"train.initial_weights={old}")
     with Tables.open(old) as source, Tables.open(new) as target:
         for name, table in target.tables.items():
-            vectors = _vectors(source.tables[name])
-            expected = _expected(vectors, table)
+            vectors = vectors_of(source.tables[name])
+            expected = expected_vectors(vectors, table)
             scale = float(vectors.abs().max())
-            torch.testing.assert_close(_vectors(table), expected, rtol=1e-5, atol=2e-6 * scale)
+            torch.testing.assert_close(vectors_of(table), expected, rtol=1e-5, atol=2e-6 * scale)
     with ModelSource.open(old) as source, ModelSource.open(new) as target:
         for name in source.dense:
             assert torch.equal(source.load_dense(name), target.load_dense(name))

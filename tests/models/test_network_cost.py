@@ -7,7 +7,8 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
-from mlet_dist.models.network import dense_cost, tracing_problem
+from mlet_dist.models.network_check import tracing_problem
+from mlet_dist.models.network_cost import dense_cost
 
 D, DENSE = 4, 3
 
