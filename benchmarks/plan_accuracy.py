@@ -73,7 +73,7 @@ class Run:
         model, config = build_training_model(spec, torch.device("meta")), OptimizerConfig(learning_rate=0.01)
         fuse_row_optimizer(model, config)
         self.tables = model.sparse_arch.embedding_bag_collection.row_tables()
-        sharded, self.plan = shard_model(model, worker, local_batch_size)
+        sharded, self.plan = shard_model(model, worker, local_batch_size, dense_columns=len(spec.dense))
         sharded.train()
         training = Training(
             sharded, build_optimizer(sharded, config), BinaryMetrics(worker.device), steps=1, batches_per_epoch=1,

@@ -126,10 +126,12 @@ def test_the_only_rank_of_a_job_may_be_stopped(tmp_path: Path, stack: ExitStack)
 def test_a_rank_that_a_debugger_stopped_is_left_alone(tmp_path: Path, stack: ExitStack) -> None:
     ranks = Ranks(tmp_path, stack)
     code = (
-        "import ctypes, sys, time\n"
-        "PTRACE_ATTACH = 16\n"
-        "found = ctypes.CDLL(None).ptrace(PTRACE_ATTACH, int(sys.argv[1]), None, None)\n"
-        "print('refused' if found else 'attached', flush=True)\n"
+        "import ctypes, os, sys, time\n"
+        "PTRACE_ATTACH, WALL = 16, 0x40000000\n"
+        "rank = int(sys.argv[1])\n"
+        "refused = ctypes.CDLL(None).ptrace(PTRACE_ATTACH, rank, None, None)\n"
+        "refused or os.waitpid(rank, WALL)  # the rank stops some time after ptrace returned\n"
+        "print('refused' if refused else 'attached', flush=True)\n"
         "time.sleep(600)"
     )
     debugger = subprocess.Popen([sys.executable, "-c", code, f"{ranks.processes[1].pid}"], stdout=subprocess.PIPE)

@@ -71,6 +71,14 @@ def launched(environment: dict[str, str], log: Path, *arguments: object) -> Iter
                     os.kill(pid, signal.SIGKILL)
 
 
+def exit_code(job: "subprocess.Popen[str]", log: Path, seconds: float) -> int:
+    """Return the exit code of ``job``; one that has not ended after ``seconds`` fails with what it has logged."""
+    try:
+        return job.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"not ended after {seconds:.0f} s:\n{log.read_text()}") from None
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Return the manifests of complete checkpoints."""
     return list((run / "checkpoints").glob("*/manifest.json"))
@@ -92,7 +100,7 @@ def test_a_killed_rank_does_not_change_the_result(
             assert torchx_run.poll() is None, log.read_text()
             time.sleep(0.01)
         os.kill(rank_of(torchx_run.pid, 1), signal.SIGKILL)
-        assert torchx_run.wait(60) == 1
+        assert exit_code(torchx_run, log, 180) == 1
     assert not (run / "summary.json").exists(), "the run finished before the rank was killed"
     output = log.read_text()
     assert "Job finished: FAILED" in output
@@ -101,7 +109,7 @@ def test_a_killed_rank_does_not_change_the_result(
     assert "Traceback" not in output
 
     with launched(torchx_environment, log, *job) as torchx_run:
-        assert torchx_run.wait(180) == 0, log.read_text()
+        assert exit_code(torchx_run, log, 600) == 0, log.read_text()
     output = log.read_text()
     assert "resuming from" in output
     summary = last_json(output, "weights_sha256")

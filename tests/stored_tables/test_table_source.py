@@ -9,13 +9,14 @@ from torch.distributed import checkpoint as dcp
 from mlet_dist.checkpoint.store import Checkpoint
 from mlet_dist.checkpoint.tensor_ranges import DcpFiles
 from mlet_dist.errors import UserError
+from mlet_dist.models.spec import TABLES_PREFIX
 from mlet_dist.stored_tables import table_source
 from mlet_dist.stored_tables.table_source import TableSource, open_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 ROWS, D = 500, 3
-NAME = "sparse_arch.embedding_bag_collection.embedding_bags.t.weight"
+NAME = f"{TABLES_PREFIX}embedding_bags.t.weight"
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def table(tmp_path: Path) -> TableSource:
     dcp.save(state, checkpoint_id=path, no_dist=True)
     found = Checkpoint.at(str(path))
     assert found is not None
-    return open_table("t", (ROWS, D), None, DcpFiles(path, found.open), "")
+    return open_table("t", (ROWS, D), None, DcpFiles(path, found.open), "", TABLES_PREFIX)
 
 
 @pytest.mark.parametrize("most_rows", [1, 7, 1 << 16])
