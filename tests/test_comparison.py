@@ -126,7 +126,7 @@ def test_the_widths_of_a_compressed_single_layer(
     widths: tuple[int, ...] | None, expected: tuple[int, ...] | None
 ) -> None:
     given = CompressionConfig(policy="static", budget=0.3, widths=widths, tables={"C1": TableCompressionConfig(64, 64)})
-    found = single_layer_compression(given, 16)
+    found = single_layer_compression(given, {"C1": 16, "C2": 16})
     assert found == CompressionConfig(
         policy="static", budget=0.3, widths=expected, tables={"C1": TableCompressionConfig(16, 16)}
     )
