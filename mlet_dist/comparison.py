@@ -34,7 +34,9 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     factorisation. With compression they are the single layer without compression, the single layer within the budget,
     and, unless ``model.hidden_dim`` is null, MLET within the budget. There is no control then: rows of d columns have
     no W2, and under Adagrad the effective learning rate of the others depends on their width. All tables of the single
-    layers and of the control are single-layer tables; those of MLET have the sizes that the config gives them.
+    layers and of the control are single-layer tables; those of MLET have the sizes that the config gives them. Where
+    the control has another learning rate, it is one for the rows of all tables, so that with
+    ``model.single_layer_up_to`` auto all tables of MLET have two layers.
 
     Arms that an earlier comparison trained to the end with the same settings are not trained again, unless
     ``run.overwrite`` is set.
@@ -59,7 +61,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     schema = DatasetSchema.load(data)
     split = _compared_split(schema, data)
     base = Path(config.run.dir)
-    configs = _arm_configs(config, ModelSpec.of(config, schema))
+    configs = arm_configs(config, ModelSpec.of(config, schema))
     finished = {arm for arm in configs if _finished(configs[arm])}
     for arm in configs:
         if arm not in finished:
@@ -110,7 +112,7 @@ def _compared_split(schema: DatasetSchema, data: DataPath) -> str:
     return "test" if "test" in schema.parts else "valid"
 
 
-def _arm_configs(config: Config, spec: ModelSpec) -> dict[str, Config]:
+def arm_configs(config: Config, spec: ModelSpec) -> dict[str, Config]:
     """Return the config of each arm by name, in the order of the table; ``spec`` is MLET's."""
 
     def arm(name: str, **changes: Any) -> Config:
@@ -130,11 +132,16 @@ def _arm_configs(config: Config, spec: ModelSpec) -> dict[str, Config]:
         }
         return arms | {MLET: arm(MLET)} if config.model.has_two_layers else arms
     rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
-    control, rate_factor = single_layer_control(config.model, config.optimizer.name, spec.table_settings)
+    _, rate_factor = single_layer_control(config.model, config.optimizer.name)
+    model = config.model
+    if model.single_layer_up_to == "auto" and not math.isclose(rate_factor, 1):
+        model = dataclasses.replace(model, single_layer_up_to=0)
+    own = spec.with_model(dataclasses.replace(config, model=model)).table_settings
+    control, _ = single_layer_control(model, config.optimizer.name, own)
     control_optimizer = dataclasses.replace(config.optimizer, rows_learning_rate=rate * rate_factor)
     return {
         SINGLE: arm(SINGLE, model=single),
-        MLET: arm(MLET),
+        MLET: arm(MLET, model=model),
         CONTROL: arm(CONTROL, model=control, optimizer=control_optimizer),
     }
 

@@ -89,14 +89,14 @@ class ServedLayout:
         """Return plain data for JSON."""
         return {
             "form": self.form,
+            "embedding_dim": max(table.embedding_dim for table in self.tables.values()),
             "tables": {name: asdict(table) for name, table in self.tables.items()},
         }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "ServedLayout":
         """Return the layout that ``to_dict`` was called on; raise KeyError or TypeError if it is none."""
-        # Earlier versions recorded d once for all tables.
-        of_all = {"embedding_dim": plain["embedding_dim"]} if "embedding_dim" in plain else {}
+        of_all = {"embedding_dim": plain["embedding_dim"]}  # all that earlier versions recorded of d
         return cls(
             plain["form"],
             {

@@ -236,13 +236,14 @@ def static_ranges(
         left = {name: tuple(each for each in of_table if each in (0, *widths)) for name, of_table in permitted.items()}
         for name, of_table in left.items():
             if of_table == (0,):
-                limit = compression.limits(name).max_width
-                key, limit = ("max_width", limit) if limit is not None else ("hidden_dim", tables[name].hidden_dim)
-                where = f"compression.tables.{name}.{key} is {limit}"
+                most = compression.limits(name).max_width
+                where, remedy = f"compression.tables.{name}.max_width is {most}", "use a larger max_width"
+                if most is None:
+                    most, remedy = tables[name].row_width, "use a larger hidden_dim for it"
+                    where = f"no row of table {name!r} has more than {most} columns"
                 raise UserError(
                     f"{where}, and with compression.budget {compression.budget} too few rows have so few columns: "
-                    f"policy {compression.policy} needs {fewest_rows} of each width; use a larger {key}, or policy "
-                    "static"
+                    f"policy {compression.policy} needs {fewest_rows} of each width; {remedy}, or policy static"
                 )
         found = _static_ranges(counts, compression, left, widths, sizes)
         chunks = sum(sizes.stored(found).values()) if sizes.chunks else FEWEST_SLOTS

@@ -145,6 +145,8 @@ def _relayered_tables(
             )
         k, stored_k = table.hidden_dim, before.get(table.name)
         if two_layers and None not in (k, stored_k) and k != stored_k:
+            if "identity" not in about:
+                return ()  # the shapes of factors say it
             key = f"model.tables.{table.name}.hidden_dim" if table.name in spec.table_settings else "model.hidden_dim"
             raise UserError(
                 f"{location}: {key} was {stored_k} there and is {k}; without compression it must be the same: "
@@ -156,12 +158,13 @@ def _relayered_tables(
 
 
 def _hidden_dims(about: Mapping[str, Any], spec: ModelSpec, location: str) -> dict[str, int | None]:
-    """Return k of the tables of a run's checkpoint; none of factors, whose shapes are compared."""
-    if "identity" not in about:
-        return {}
-    if about.get("spec") is None:  # of a version that saved none, and knew one k
-        return dict.fromkeys(spec.embedding_dims, about["identity"].get("model.hidden_dim"))
-    return {table.name: table.hidden_dim for table in ModelSpec.from_dict(about["spec"], location).tables}
+    """Return k of the tables of a checkpoint."""
+    if about.get("spec") is not None:
+        return {table.name: table.hidden_dim for table in ModelSpec.from_dict(about["spec"], location).tables}
+    if "factorized" in about:
+        return {each["name"]: each["hidden_dim"] for each in about["factorized"]["tables"]}
+    # A version that saved no spec knew one k.
+    return dict.fromkeys(spec.embedding_dims, about.get("identity", {}).get("model.hidden_dim"))
 
 
 def _log(text: str) -> None:

@@ -18,8 +18,13 @@ CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 NETWORKS = {
     "dlrm_dcn": ("model.name=dlrm_dcn", "model.cross_layers=2", "model.cross_rank=3"),
     "deepfm": ("model.name=deepfm", "model.fm_dim=6"),
-    "two_tower": ("model.name=two_tower", "model.query_features=[C1, C3]", "model.top_mlp=[16, 8]"),
-    "own": ("model.builder=docs.own_network:build", "model.arguments.hidden=16"),
+    "two_tower": (
+        "model.name=two_tower",
+        "model.query_features=[C1, C3]",
+        "model.top_mlp=[16, 8]",
+        "model.tables.C3.embedding_dim=8",
+    ),
+    "own": ("model.builder=docs.own_network:build", "model.arguments.hidden=16", "model.tables.C1?.embedding_dim=8"),
 }
 
 

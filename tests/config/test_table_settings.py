@@ -183,7 +183,7 @@ def test_the_other_sections_take_patterns_too(tmp_path: Path) -> None:
         "C11": (0, 16),
     }
     for section in ("sharding", "compression"):
-        wrong = config(tmp_path, f"{section}.tables={{X?: {{}}}}")
+        wrong = config(tmp_path, f"{section}.tables={{'X?': {{}}}}")
         assert message(wrong.check_tables, list(SIZES)).startswith(
             f"{section}.tables: no table matches 'X?'; it has C1"
         )
