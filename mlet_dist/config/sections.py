@@ -265,7 +265,7 @@ class RunConfig:
     tags: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "meaning": "Tags of the run in mlflow and wandb, by name: texts, numbers, true or false. Write {team: ads}, "
-            "or run.tags.team=ads on the command line."
+            "meaning": "Tags of the run in mlflow and wandb, by name: texts, numbers, true or false. Write "
+            "{team: ads}, or run.tags.team=ads on the command line."
         },
     )

@@ -72,13 +72,8 @@ class Recorder:
         with self._writing():
             if self._lines.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "the disk is full")
-            for name, value in values.items() if self._tensorboard is not None else ():
-                if isinstance(value, float | int):
-                    if math.isnan(value):  # undefined, such as the AUC of rows of one class
-                        continue
-                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
-                elif not isinstance(value, str):
-                    self._tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
+            if self._tensorboard is not None:
+                _show(self._tensorboard, split, step, values)
         if self._endpoint is not None:
             self._endpoint.record(split, step, values)
         if self._trackers is not None:
@@ -140,6 +135,17 @@ class Recorder:
         finally:
             if self._trackers is not None:
                 self._trackers.close(error)
+
+
+def _show(
+    tensorboard: SummaryWriter, split: str, step: int, values: Mapping[str, float | str | Sequence[float]]
+) -> None:
+    for name, value in values.items():
+        if isinstance(value, float | int):
+            if not math.isnan(value):  # undefined, such as the AUC of rows of one class
+                tensorboard.add_scalar(f"{split}/{name}", value, step)
+        elif not isinstance(value, str):
+            tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
 
 
 _SHOWN_DATA_WAIT = 0.1  # share of a step

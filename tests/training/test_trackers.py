@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl holds, once, in the same run after a resume; and a tracker that fails stops nothing."""
+"""Trackers get what metrics.jsonl holds, once, in one run, also after a kill; and one that fails stops nothing."""
 
 import importlib.util
 import json
@@ -195,7 +195,13 @@ def test_mlflow_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def settings(small_model: tuple[str, ...]) -> tuple[str, ...]:
-    return (*small_model, "run.trackers=[mlflow]", "run.tags.team=ads", "train.log_every=2", "train.checkpoint_every=10")
+    return (
+        *small_model,
+        "run.trackers=[mlflow]",
+        "run.tags.team=ads",
+        "train.log_every=2",
+        "train.checkpoint_every=10",
+    )
 
 
 @pytest.mark.e2e
@@ -295,7 +301,8 @@ def mlflow_server(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", f"{folder}/artifacts"]
     log = folder / "server.log"
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, start_new_session=True)
@@ -305,7 +312,8 @@ def mlflow_server(folder: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", server
     finally:
