@@ -31,12 +31,13 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS)
 def test_from_training_to_serving(network: str, small_model: tuple[str, ...], small_data: Path, tmp_path: Path) -> None:
     run, export = tmp_path / "run", tmp_path / "export"
-    settings = (*small_model, *NETWORKS[network], "optimizer.name=adagrad", "train.max_steps=40", f"run.dir={run}")
+    adagrad = ("optimizer.name=adagrad", "optimizer.learning_rate=0.05", "train.max_steps=40")
+    settings = (*small_model, *NETWORKS[network], *adagrad, f"run.dir={run}")
     plan = mlet_json("plan", CONFIG, *settings, "--world-size", 2, "--device", "cpu")
     assert plan["predicted_step_ms"]["compute"] > 0
     trained = mlet_json("train", CONFIG, *settings, "--nproc", 2)
     assert trained["steps"] == 40
-    assert trained["test_auc"] > 0.5
+    assert trained["test_auc"] > 0.55
     spec = ModelSpec.load(run / "model.json")
     assert spec.tables_prefix == ("tables." if network == "own" else TABLES_PREFIX)
     mlet("export", run, "--out", export, "--outputs", "dcp", "int8", "package", "--package-tables", "dcp")
