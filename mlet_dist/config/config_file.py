@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +21,6 @@ from mlet_dist.config.table_settings import TableSettings, check_entries
 from mlet_dist.config.validation_settings import check_validation_settings
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url
-
-_HELP_COLUMNS = 120
 
 
 @dataclass(frozen=True)
@@ -402,26 +398,3 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
             f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights} "
             f"and train.resume is {config.train.resume}: a run can start from one of them only; set train.resume=auto"
         )
-
-
-def describe_settings() -> str:
-    """Return every key with its default and meaning, wrapped to the width of the terminal, for `--help`."""
-    width = min(shutil.get_terminal_size().columns, _HELP_COLUMNS)
-    lines = []
-    for section in dataclasses.fields(Config):
-        for setting in dataclasses.fields(section_type(section)):
-            lines.append(f"  {section.name}.{setting.name} ({_default(setting)})")
-            meaning = setting.metadata["meaning"]
-            lines += textwrap.wrap(
-                meaning, width, initial_indent=8 * " ", subsequent_indent=8 * " ", break_on_hyphens=False
-            )
-    return "\n".join(lines)
-
-
-def _default(setting: dataclasses.Field[Any]) -> str:
-    """Return ``default`` and the default as YAML writes it, or ``required``."""
-    if setting.default is not dataclasses.MISSING:
-        return f"default {to_yaml(setting.default)}"
-    if setting.default_factory is not dataclasses.MISSING:
-        return f"default {to_yaml(setting.default_factory())}"
-    return "required"
