@@ -1,16 +1,15 @@
-"""What an export carries makes of raw rows, in Python and in C++, what `mlet prepare` makes of them: to the bit, row by row."""
+"""What an export carries makes of raw rows, in Python and C++, the bits that `mlet prepare` makes of them."""
 
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,19 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.data.hashing import hash_texts, salt_of
+from mlet_dist.data.prepare import vocabulary_file
 from mlet_dist.data.prepare.like_dataset import LikeDataset
 from mlet_dist.data.prepare.pipeline import prepare
-from mlet_dist.data.prepare.raw_formats import criteo
 from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.prepare.typed_columns import log1p_float32
 from mlet_dist.data.prepare.vocabulary_file import read_vocabulary
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
-from mlet_dist.export.serving.raw_inputs import write_preprocessing
-from tests.helpers.raw_logs import COLUMNS, make_raw_lines, raw_bytes
+from tests.helpers.carried_preprocessing import PROGRAMS, carry
 
 ROOT = Path(__file__).parents[3]
-PROGRAMS = ROOT / "mlet_dist" / "export" / "serving" / "preprocessing_files"
 DRIVER = ROOT / "tests" / "helpers" / "raw_rows_driver.cpp"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -65,22 +62,6 @@ def _tagged(value: Any) -> list[Any]:
     if isinstance(value, str):
         return ["t", value]
     return ["i", str(value)] if isinstance(value, int) else ["d", value.hex() if np.isfinite(value) else str(value)]
-
-
-def carried(data: Path, out: Path, dense: Sequence[str] | None = None, sparse: Sequence[str] | None = None) -> Path:
-    """Write what an export of a model with these columns carries, by default all of the data set's."""
-    like = LikeDataset.open(str(data))
-    names = [feature.name for feature in like.schema.sparse]
-    out.mkdir()
-
-    @contextmanager
-    def new_file(name: str) -> Iterator[IO[bytes]]:
-        with (out / name).open("wb") as file:
-            yield file
-
-    chosen = like.select(like.schema.dense if dense is None else dense, names if sparse is None else sparse)
-    assert sorted(write_preprocessing(chosen, new_file)) == sorted(path.name for path in out.iterdir())
-    return out
 
 
 def encoder_of(preprocessing: Path) -> tuple[ModuleType, Any]:
@@ -189,26 +170,29 @@ sparse:
   - {column: list, separator: "|", weights: of_list, encoding: hash, num_embeddings: 1009, max_len: 2}
 """
 PLAIN = {
-    "raw": "1.5", "log": "7", "int": "4", "std": "2", "std2": "3", "log2": "9", "text": "a", "hashed": "b", "whole": "7",
-    "whole2": "8", "any": "c", "tags": "x|y", "spaced": "p q", "commas": "1, 2", "pairs": "u:1;v:0.5", "bare": ["1", "2"],
-    "list": "k|l", "of_list": "0.25|2",
+    "raw": "1.5", "log": "7", "int": "4", "std": "2", "std2": "3", "log2": "9", "text": "a", "hashed": "b",
+    "whole": "7", "whole2": "8", "any": "c", "tags": "x|y", "spaced": "p q", "commas": "1, 2", "pairs": "u:1;v:0.5",
+    "bare": ["1", "2"], "list": "k|l", "of_list": "0.25|2",
 }  # fmt: skip
 TEXT_COLUMNS = [name for name in PLAIN if name not in ("bare", "of_list")]
 TEXTS = [
-    *("", " ", "\u3000", "a", "b", " a", "a ", "A", "never seen", "ä", "日本語", "𝄞 clef", "e\u0301", "\u00e9", "x" * 300),
-    *("NaN", "nan", "-nan", "NULL", "null", "None", "\\N", "N/A", "?", "-", "--", ".", "missing", "m\u0130ss\u0130ng"),
-    *("un\u212anown", "undefined", "NAT", "true", "True", "FALSE", "false", " true ", "yes", "none", "x", "NA", "\u00a0\\N"),
-    *("0", "-0", "+0", "00", "0.0", "-0.0", "7", "07", "+7", "7.0", "7.", "7.5", " 7 ", "7,5", "-7", "-1", "-1.0", "--1"),
-    *("1e3", "1E+3", "1e-3", "1e", "e3", ".5", "5.", "+.5", "1e400", "-1e400", "1e1234", "0x10", "1_000", "٣", "1 2", "½"),
-    *("3.4028234663852886e38", "3.4028235677973366e38", "3.41e38", "1e-45", "1e-46", "9007199254740993", "12345678901234567890"),
-    *("0.1", "0.30000000000000004", "inf", "-inf", "Infinity", "1.7976931348623157e308", "100000000000000000000000", "16777217"),
-    *("x|y", "x||y", "|x", "x|", "|", "||", "x|y|z|w", " x | y ", "x|\\N|y", "x y", "x  y", "a, b", "a,b", "a,  b", "1|2|3"),
-    *("[]", "[ ]", "[1]", "[1, 2]", "[1,2]", " [1 2] ", "[1  2\n3]", "[1 2 x]", "['a', 'b']", "['a' 'b']", '["a", "b"]'),
-    *("['a' ' ' 'b']", "['a' '' 'b']", "['a, b']", "['a|b']", "[a, 'b']", "['a]", "[']", "[a'b']", "[[1], 2]", "[1, 2", "1, 2]"),
-    *("[None, 1, nan]", "[null]", "['None', <NA>]", "[1 | 2]", "[x|y]", "[ 1,2 ,3 ]", "\u00a0[1, 2]\u3000", "['\n', 'b']", "[1,,2]"),
-    *("a:1", "a:1;b:2", "a:1;b:2;c:3", "a", "a:", ":1", "a:x", "a:nan", "a:b:2", " a : 1 ; b:2", "a:1;;b:2", ";", "a:1e39", ":"),
-    *("0.5|1", "1", "1|2|3", "|1", "nan|2", "NULL|2", "[0.5, 2]", "[0.5 2]", "1|x", "1e39|1", "\t", "a\tb", "\x1c", "\x1f7\x1f", "\x0b"),
-    *("\ufeff7", "\u200b", "7\u2028", "\u2029", "\u0085", "\u1680x", "\u180e", "\x00", "a\x00b"),
+    *("", " ", "\u3000", "a", "b", " a", "a ", "A", "never seen", "ä", "日本語", "𝄞 clef", "e\u0301", "\u00e9"),
+    *("x" * 300, "NaN", "nan", "-nan", "NULL", "null", "None", "\\N", "N/A", "?", "-", "--", ".", "missing"),
+    *("m\u0130ss\u0130ng", "un\u212anown", "undefined", "NAT", "true", "True", "FALSE", "false", " true "),
+    *("yes", "none", "x", "NA", "\u00a0\\N", "0", "-0", "+0", "00", "0.0", "-0.0", "7", "07", "+7", "7.0"),
+    *("7.", "7.5", " 7 ", "7,5", "-7", "-1", "-1.0", "--1", "1e3", "1E+3", "1e-3", "1e", "e3", ".5", "5."),
+    *("+.5", "1e400", "-1e400", "1e1234", "0x10", "1_000", "٣", "1 2", "½", "3.4028234663852886e38"),
+    *("3.4028235677973366e38", "3.41e38", "1e-45", "1e-46", "9007199254740993", "12345678901234567890", "0.1"),
+    *("0.30000000000000004", "inf", "-inf", "Infinity", "1.7976931348623157e308", "100000000000000000000000"),
+    *("16777217", "x|y", "x||y", "|x", "x|", "|", "||", "x|y|z|w", " x | y ", "x|\\N|y", "x y", "x  y", "a, b"),
+    *("a,b", "a,  b", "1|2|3", "[]", "[ ]", "[1]", "[1, 2]", "[1,2]", " [1 2] ", "[1  2\n3]", "[1 2 x]"),
+    *("['a', 'b']", "['a' 'b']", '["a", "b"]', "['a' ' ' 'b']", "['a' '' 'b']", "['a, b']", "['a|b']"),
+    *("[a, 'b']", "['a]", "[']", "[a'b']", "[[1], 2]", "[1, 2", "1, 2]", "[None, 1, nan]", "[null]"),
+    *("['None', <NA>]", "[1 | 2]", "[x|y]", "[ 1,2 ,3 ]", "\u00a0[1, 2]\u3000", "['\n', 'b']", "[1,,2]", "a:1"),
+    *("a:1;b:2", "a:1;b:2;c:3", "a", "a:", ":1", "a:x", "a:nan", "a:b:2", " a : 1 ; b:2", "a:1;;b:2", ";"),
+    *("a:1e39", ":", "0.5|1", "1", "1|2|3", "|1", "nan|2", "NULL|2", "[0.5, 2]", "[0.5 2]", "1|x", "1e39|1"),
+    *("\t", "a\tb", "\x1c", "\x1f7\x1f", "\x0b", "\ufeff7", "\u200b", "7\u2028", "\u2029", "\u0085", "\u1680x"),
+    *("\u180e", "\x00", "a\x00b"),
 ]  # fmt: skip
 
 
@@ -230,11 +214,12 @@ def first_day(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of JSON lines whose vocabularies hold most of ``TEXTS``, some of them below ``min_count``."""
     path = tmp_path_factory.mktemp("first")
     (path / "table.yaml").write_text(DESCRIPTION)
-    rows = [with_each(column, text) for column in TEXT_COLUMNS for text in TEXTS[::2]]
+    rows = 2 * [with_each("text", text) for text in TEXTS[::2]]
+    rows += [with_each(column, text) for column in TEXT_COLUMNS for text in TEXTS[::2]]
     rows += [dict(PLAIN) | {"text": text, "std": f"{number / 7}"} for number, text in enumerate(TEXTS[::3])]
     spec = load_table(path / "table.yaml")
     data = prepare_all(spec, write_lines(path / "rows.jsonl", rows), path / "data")
-    carried(data, path / "carried")
+    carry(LikeDataset.open(str(data)), path / "carried")
     return path
 
 
@@ -248,13 +233,13 @@ def prepare_all(spec: Any, raw: Path, out: Path, like: Path | None = None) -> Pa
     return out
 
 
-def compare(
-    driver: Callable[[Path, Rows], list[str]], preprocessing: Path, rows: Rows, prepared: Path
-) -> int:
+def compare(driver: Callable[[Path, Rows], list[str]], preprocessing: Path, rows: Rows, prepared: Path) -> int:
     """Compare rows, which have their numbers in column n, with what was prepared; return how many are invalid."""
     schema = DatasetSchema.load(prepared)
     numbers = [
-        int(each) for part in schema.parts["test"] for each in pq.read_table(prepared / part.path, columns=["n"])["n"].to_pylist()
+        int(each)
+        for part in schema.parts["test"]
+        for each in pq.read_table(prepared / part.path, columns=["n"])["n"].to_pylist()
     ]
     expected = ["invalid"] * len(rows)
     for number, line in zip(numbers, lines_of(prepared, "test"), strict=True):
@@ -283,8 +268,10 @@ NUMBERS: dict[str, tuple[pa.DataType, list[Any]]] = {
     "integers": (pa.int64(), [7, 0, -1, 3, 2**53 + 1, 2**63 - 1, -(2**63), None]),
     "doubles": (
         pa.float64(),
-        [7.0, 7.5, -0.0, -1.0, 2.0**53, 2.0**54, 1e16, 123456.789, 1e-7, 5e-324, 0.1, 3.5e38, 1e300]
-        + [float("nan"), float("inf"), float("-inf"), 1e22, 9999999999999998.0, None],
+        [
+            *(7.0, 7.5, -0.0, -1.0, 2.0**53, 2.0**54, 1e16, 123456.789, 1e-7, 5e-324, 0.1, 3.5e38, 1e300, 1e22),
+            *(9999999999999998.0, math.nan, math.inf, -math.inf, None),
+        ],
     ),
     "booleans": (pa.bool_(), [True, False, None]),
     "texts": (pa.string(), TEXTS),
@@ -317,3 +304,24 @@ def test_values_of_other_types_than_text(
     spec = replace(like.description, text=None)
     prepared = prepare_all(spec, tmp_path / "rows.parquet", tmp_path / "data", like=first_day / "data")
     compare(driver, first_day / "carried", rows, prepared)
+
+
+def test_a_vocabulary_is_read_back_and_a_broken_one_is_one_error(first_day: Path, tmp_path: Path) -> None:
+    file = first_day / "carried" / "text.vocabulary"
+    values = pq.read_table(first_day / "data" / "vocabulary" / "text.parquet")["value"].to_pylist()
+    assert read_vocabulary(file).to_pylist() == values
+    assert len(values) > 50
+    for content in (file.read_bytes()[:-1], b"", b"x" * 60, file.read_bytes()[:23]):
+        (tmp_path / "text.vocabulary").write_bytes(content)
+        with pytest.raises(UserError, match="is damaged, or is no vocabulary"):
+            read_vocabulary(tmp_path / "text.vocabulary")
+
+
+def test_values_that_share_a_hash_have_their_own_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_file, "hash_texts", lambda texts, salt: np.full(len(texts), 7, np.uint64))
+    with (tmp_path / "t.vocabulary").open("wb") as file:
+        vocabulary_file.write_vocabulary(file, "t", pa.array(["b", "a", "", "c"]))
+    module = _programs()
+    monkeypatch.setattr(module, "hash_text", lambda text, salt: 7)
+    table = module._Table(tmp_path, {"salt": "0", "num_embeddings": 5, "vocabulary": "t.vocabulary"})
+    assert [table.id_of(text) for text in ["b", "a", "", "c", "d"]] == [1, 2, 3, 4, 0]

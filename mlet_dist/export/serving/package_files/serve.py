@@ -3,8 +3,8 @@
     python serve.py                # answers example_request.json and compares the result with the answer in the file
     python serve.py request.json   # prints {"probability": [...]}
 
-README.md describes the format of a request; example_request.json is one. A request {"rows": [{"I1": 3, ...}, ...]} holds raw
-rows, which the export's directory preprocessing/, beside that of the package, turns into the inputs of the model.
+README.md describes the format of a request; example_request.json is one. A request {"rows": [{"I1": 3}, ...]} holds raw
+rows, which the directory preprocessing/, beside that of the package, turns into the inputs of the model.
 """
 
 import json

@@ -5,8 +5,8 @@
     dense, ids, lengths, *weights = encoder.tensors([{"I1": "3", "C1": "68fd1e64", ...}, ...])
 
 A row has a value for each of `encoder.columns`: a text, a number, True or False, None for a missing value, or a list
-of these. The result has the bits that `mlet prepare` gives the same values; raw_rows.h does the same in C++. The formats
-of the files are in mlet_dist's documentation, on the page "Serve raw values".
+of these. The result has the bits that `mlet prepare` gives the same values; raw_rows.h does the same in C++. The page
+"Serve raw values" of mlet_dist's documentation has the formats of the files.
 """
 
 import json
