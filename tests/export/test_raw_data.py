@@ -131,8 +131,8 @@ def test_an_export_without_the_data_set_says_so(criteo: Path, tmp_path: Path) ->
         done = mlet("export", run, "--out", tmp_path / "without")
         [warning] = [line for line in done.stderr.splitlines() if line.startswith("mlet: warning")]
         assert warning == (
-            f"mlet: warning: {run}: the export carries no vocabularies and rules for raw rows: {data}: no such data set; "
-            "run `mlet prepare` to make one; name the data set with --preprocessing, or give --preprocessing none"
+            f"mlet: warning: {run}: the export carries no vocabularies and rules for raw rows: {data}: no such data set"
+            "; run `mlet prepare` to make one; name the data set with --preprocessing, or give --preprocessing none"
         )
         assert f"{data}: no such data set" in error_line("predict", run, *predicting)
         done = mlet("export", run, "--out", tmp_path / "with", "--preprocessing", moved)

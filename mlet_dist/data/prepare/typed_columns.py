@@ -130,9 +130,8 @@ def dense_values(raw: pa.Array, dense: DenseColumn) -> TypedColumn:
         return typed_column(
             raw, pa.array(numbers, mask=absent & (dense.missing == "mean")), valid, distinct, dense.column, expected
         )
-    if dense.transform == "log1p":
-        numbers = log1p_float32(numbers)
-    return typed_column(raw, pa.array(numbers.astype(np.float32)), valid, distinct, dense.column, expected)
+    values = log1p_float32(numbers) if dense.transform == "log1p" else numbers.astype(np.float32)
+    return typed_column(raw, pa.array(values), valid, distinct, dense.column, expected)
 
 
 def log1p_float32(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

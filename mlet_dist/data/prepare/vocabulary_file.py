@@ -13,7 +13,7 @@ All numbers are little-endian and unsigned; n is the number of values, and t tha
 
 import struct
 from pathlib import Path
-from typing import IO
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,15 +28,21 @@ _MAGIC = b"MLETVOC1"
 _HEADER = struct.Struct("<8sQQ")
 
 
-def write_vocabulary(sink: IO[bytes], table: str, values: pa.StringArray) -> None:
+class Sink(Protocol):
+    """What bytes can be written to."""
+
+    def write(self, data: Any, /) -> Any:
+        """Write all of ``data``."""
+
+
+def write_vocabulary(sink: Sink, table: str, values: pa.StringArray) -> None:
     """Write the values of a table, which are in the order of their ids."""
     hashes = hash_texts(values, table)
     order = np.argsort(hashes, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(pc.binary_length(values).to_numpy(), dtype=np.int64)]).astype("<u8")
     sink.write(_HEADER.pack(_MAGIC, len(values), int(offsets[-1])))
-    sink.write(memoryview(hashes[order].astype("<u8")).cast("B"))
-    sink.write(memoryview(offsets).cast("B"))
-    sink.write(memoryview((order + 1).astype("<u4")).cast("B"))
+    for numbers in (hashes[order].astype("<u8"), offsets, (order + 1).astype("<u4")):
+        sink.write(numbers.view(np.uint8).data)
     _, starts, texts = values.buffers()
     if int(offsets[-1]):
         first = int(np.frombuffer(starts, np.int32)[values.offset])

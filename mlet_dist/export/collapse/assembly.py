@@ -149,7 +149,7 @@ class Assembly:
         if self._package is not None:
             outputs[PACKAGE] = self._finish_package(self._package, outputs, dense)
         tables = describe_tables(self.source)
-        manifest = {
+        manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "versions": installed_versions(),
             "run": {

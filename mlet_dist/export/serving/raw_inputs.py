@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.prepare.carried_rules import description_of, rules_of
 from mlet_dist.data.prepare.like_dataset import LikeDataset
-from mlet_dist.data.prepare.vocabulary_file import write_vocabulary
+from mlet_dist.data.prepare.vocabulary_file import Sink, write_vocabulary
 from mlet_dist.data.preprocessing import find_difference
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
@@ -21,7 +21,7 @@ SYNTHETIC = "synthetic"  # source of a data set that was made from no raw rows
 
 _PROGRAMS = Path(__file__).parent / "preprocessing_files"
 
-NewFile = Callable[[str], AbstractContextManager[IO[bytes]]]
+NewFile = Callable[[str], AbstractContextManager[Sink]]
 
 
 def data_set_of(config: Mapping[str, Any], where: object) -> str:
