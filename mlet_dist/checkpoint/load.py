@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from mlet_dist.checkpoint.long_work import Advance, run_long
 from mlet_dist.checkpoint.manifest import Manifest, ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.embeddings.collection import check_layers_fit
+from mlet_dist.embeddings.multi_layer_tables import check_layers_fit
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url
 

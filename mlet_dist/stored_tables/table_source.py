@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
-from mlet_dist.embeddings.collection import check_layers_fit
+from mlet_dist.embeddings.multi_layer_tables import check_layers_fit
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.errors import UserError
 

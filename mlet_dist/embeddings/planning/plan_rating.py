@@ -8,7 +8,7 @@ from torchrec.distributed.planner.proposers import Proposer
 from torchrec.distributed.planner.types import Enumerator, PerfModel, ShardingOption, Topology
 from torchrec.distributed.types import ShardingType
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
 from mlet_dist.embeddings.planning.collective_time import CollectiveTimes
 from mlet_dist.embeddings.planning.step_collectives import Group, latency
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
@@ -49,7 +49,7 @@ class Groups:
 
     def latency(self, options: Sequence[ShardingOption]) -> float:
         """Return the milliseconds that the collectives of a plan take without their bytes."""
-        own = [each for each in options if isinstance(each.module[1], MultiLayerEmbeddingBagCollection)]
+        own = [each for each in options if isinstance(each.module[1], MultiLayerTables)]
         if not own:
             return 0.0
         groups = {self.of(option) for option in own}
