@@ -344,6 +344,16 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
     ):
         if not text.strip():
             raise UserError(f"{sources.get(key, source)}: {key} is empty; it must be a directory")
+    if len(set(config.run.trackers)) < len(config.run.trackers):
+        raise UserError(
+            f"{sources.get('run.trackers', source)}: run.trackers is {to_yaml(config.run.trackers)}; name each once"
+        )
+    for tag, value in config.run.tags.items():
+        if not isinstance(value, str | int | float):
+            key = f"run.tags.{tag}"
+            raise UserError(
+                f"{sources.get(key, source)}: {key} is {to_yaml(value)}; a tag is a text, a number, true or false"
+            )
     for name, problem in config.model.problems():
         raise UserError(f"{sources.get(f'model.{name}', source)}: model.{name}{problem}")
     if is_url(config.run.dir):

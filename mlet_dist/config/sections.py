@@ -7,14 +7,16 @@ sections `model`, `compression` and `sharding` have files of their own. None is 
 the command line checks every setting before torch is imported.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from mlet_dist.config.limits import MAX_STEPS
 from mlet_dist.config.parser import setting
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """In which dense layers and W2 compute while they train."""
+
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 
 _MAX_ROWS = 2**31 - 1
 _MAX_EPOCHS = 10**9
@@ -254,3 +256,16 @@ class RunConfig:
 
     dir: str = setting("Directory for the run's resolved config, metrics, TensorBoard files and checkpoints.")
     overwrite: bool = setting("true: replace a finished run in run.dir; false: refuse to.", False)
+    trackers: tuple[TrackerName, ...] = setting(
+        "List of what shows the records of metrics.jsonl: tensorboard (files in run.dir), mlflow (needs the extra "
+        "`mlflow` and MLFLOW_TRACKING_URI) and wandb (the extra `wandb`). Addresses, experiments and credentials come "
+        "from the environment. A tracker that fails never stops training.",
+        ("tensorboard",),
+    )
+    tags: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "Tags of the run in mlflow and wandb, by name: texts, numbers, true or false. Write "
+            "{team: ads}, or run.tags.team=ads on the command line."
+        },
+    )

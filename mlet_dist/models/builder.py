@@ -73,7 +73,7 @@ def import_builder(path: str) -> Builder:
         sys.path.append("")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module raises
+    except (Exception, SystemExit) as error:  # whatever the module raises
         raise UserError(f"model.builder: {module_name} cannot be imported: {in_one_line(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
@@ -92,7 +92,7 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
     """
     try:
         model = builder(inputs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"model.builder: {path} failed: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.builder: {path} returned {type(model).__name__}; it must return a torch.nn.Module")
@@ -123,7 +123,7 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
     return model
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: BaseException) -> str:
     """Return the type and the message of an error of the user's code, and the line of that code, if it is known."""
     own_lines = [each for each in traceback.extract_tb(error.__traceback__) if _is_users(each.filename)]
     where = f" ({Path(own_lines[-1].filename).name}, line {own_lines[-1].lineno})" if own_lines else ""

@@ -36,7 +36,7 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
         parameters, buffers = set(_names(model.named_parameters())), _copies(model)
         try:
             logits = model(dense.clone(), tables.batch())  # a copy, since forward may change what it is given
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"model.builder: forward of the module failed: {in_one_line(error)}") from error
         check_logits(logits, _ROWS)
         created = [name for name in _names(model.named_parameters()) if name not in parameters]

@@ -20,6 +20,7 @@ Between two steps:
     non_finite_guard: losses and gradients that are not finite: stop, skip or roll back.
     validation, validation_state: metrics of the split valid, the best step and the end of a run that finds no better.
     reporting, timing: metrics.jsonl, TensorBoard and the progress line; the times of a step's parts.
+    trackers, tracked_run, mlflow_tracker, wandb_tracker: MLflow and W&B, which read metrics.jsonl.
     checkpoint_schedule, snapshot, signals: when to save, what to save, and signals that ask the run to stop.
 
 After the last step:

@@ -1,4 +1,4 @@
-"""Reports of a run while it trains: the progress line, metrics.jsonl and TensorBoard."""
+"""Reports of a run while it trains: the progress line, metrics.jsonl, TensorBoard and other trackers."""
 
 import errno
 import math
@@ -22,6 +22,7 @@ from mlet_dist.training.run_directory import RunDirectory
 from mlet_dist.training.schedule import learning_rate_factor
 from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
+from mlet_dist.training.trackers import Trackers
 
 
 class Recorder:
@@ -32,13 +33,27 @@ class Recorder:
         enabled: whether this is rank 0.
         step, size: the position to resume from, as in ``roll_back``.
         endpoint: shows the records to Prometheus, too; closed with the recorder.
+        tensorboard: whether to write TensorBoard's files.
+        trackers: other trackers, which read metrics.jsonl; started and closed with the recorder.
     """
 
     def __init__(
-        self, run: RunDirectory, enabled: bool, step: int = 0, size: int = 0, endpoint: MetricsEndpoint | None = None
+        self,
+        run: RunDirectory,
+        enabled: bool,
+        step: int = 0,
+        size: int = 0,
+        endpoint: MetricsEndpoint | None = None,
+        *,
+        tensorboard: bool = True,
+        trackers: Trackers | None = None,
     ) -> None:
         self._run, self._enabled, self._endpoint = run, enabled, endpoint
+        self._with_tensorboard, self._trackers = tensorboard, trackers
+        self._tensorboard: SummaryWriter | None = None
         self._open(step, size)
+        if trackers is not None:
+            trackers.start()
 
     @property
     def size(self) -> int:
@@ -57,15 +72,12 @@ class Recorder:
         with self._writing():
             if self._lines.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "the disk is full")
-            for name, value in values.items():
-                if isinstance(value, float | int):
-                    if math.isnan(value):  # undefined, such as the AUC of rows of one class
-                        continue
-                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
-                elif not isinstance(value, str):
-                    self._tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
+            if self._tensorboard is not None:
+                _show(self._tensorboard, split, step, values)
         if self._endpoint is not None:
             self._endpoint.record(split, step, values)
+        if self._trackers is not None:
+            self._trackers.notice()
 
     def saved(self, step: int) -> None:
         """Show Prometheus that the checkpoint of a step is complete."""
@@ -76,6 +88,8 @@ class Recorder:
         """Truncate metrics.jsonl to ``size`` bytes and drop TensorBoard's records after ``step``."""
         self._close()
         self._open(step, size)
+        if self._trackers is not None:
+            self._trackers.roll_back(step, size)
 
     def _open(self, step: int, size: int) -> None:
         if not self._enabled:
@@ -87,13 +101,15 @@ class Recorder:
             self._lines.truncate(kept.rfind(b"\n") + 1)  # a machine that crashed may have lost the end
             self._lines.seek(0, 2)
             # TensorBoard ignores these steps in older files.
-            self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
+            if self._with_tensorboard:
+                self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
 
     def _close(self) -> None:
         if self._enabled:
             with self._writing():
                 self._lines.close()
-                self._tensorboard.close()
+                if self._tensorboard is not None:
+                    self._tensorboard.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -116,6 +132,20 @@ class Recorder:
         except UserError:
             if error is None:  # an earlier error explains more
                 raise
+        finally:
+            if self._trackers is not None:
+                self._trackers.close(error)
+
+
+def _show(
+    tensorboard: SummaryWriter, split: str, step: int, values: Mapping[str, float | str | Sequence[float]]
+) -> None:
+    for name, value in values.items():
+        if isinstance(value, float | int):
+            if not math.isnan(value):  # undefined, such as the AUC of rows of one class
+                tensorboard.add_scalar(f"{split}/{name}", value, step)
+        elif not isinstance(value, str):
+            tensorboard.add_histogram(f"{split}/{name}", np.array(value), step)
 
 
 _SHOWN_DATA_WAIT = 0.1  # share of a step

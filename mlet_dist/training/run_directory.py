@@ -39,6 +39,7 @@ class RunDirectory:
         plan.json         sharding type, kernel, exchange, reasons and rows per rank of each table
         metrics.jsonl     one record a line: training and timing every few steps, then one for each split
         tensorboard/      the same records for TensorBoard
+        trackers/         what is known of the run by other trackers: its id, and the last steps that were sent
         checkpoints/      step-00000857/ …, each a torch.distributed.checkpoint; or in `train.checkpoint_dir`
         summary.json      the result, written last: a run without it has not finished
 
@@ -73,6 +74,10 @@ class RunDirectory:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers"
 
     @property
     def checkpoints(self) -> Path:
@@ -174,7 +179,7 @@ class RunDirectory:
     def _empty(self) -> None:
         for left in (self.metrics, self.model, self.plan):
             left.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.tensorboard):
+        for folder in (self.checkpoints, self.tensorboard, self.trackers):
             if folder.exists():
                 shutil.rmtree(folder)
 

@@ -47,6 +47,8 @@ from mlet_dist.training.snapshot import manifest_fields, restore, restore_latest
 from mlet_dist.training.state import AfterStep, Training
 from mlet_dist.training.step import pipeline_is_faster, take_steps
 from mlet_dist.training.timing import StepTimer
+from mlet_dist.training.tracked_run import TrackedRun
+from mlet_dist.training.trackers import Trackers, check_trackers
 from mlet_dist.training.validation import Validation, validated_metrics
 from mlet_dist.training.validation_state import ValidationState, better_step
 
@@ -71,6 +73,8 @@ def train(config: Config) -> dict[str, Any]:
     timeout = timedelta(seconds=config.train.collective_timeout_s)
     configure_cublas(config.train)
     with join_ranks(config.train.device, timeout) as worker, ExitStack() as stack:
+        if worker.is_first:
+            check_trackers(config.run.trackers)
         job = stack.enter_context(open_job(config, worker))
         model, plan = build_model(job)
         job, training = begin_training(job, model)
@@ -79,7 +83,7 @@ def train(config: Config) -> dict[str, Any]:
         if worker.is_first and config.train.metrics_port is not None:
             run = str(job.run.path)
             endpoint = MetricsEndpoint(config.train.metrics_port, run, job.steps, job.first_step, restarts())
-        recorder = stack.enter_context(Recorder(job.run, worker.is_first, job.first_step, job.recorded_bytes, endpoint))
+        recorder = stack.enter_context(_recorder(job, endpoint))
 
         steps_summary = train_steps(job, training, plan, recorder, stop)
         checkpoint = str(job.store.checkpoint(training.step))
@@ -98,6 +102,21 @@ def train(config: Config) -> dict[str, Any]:
             job.run.finish(summary)
         dist.barrier()
     return summary
+
+
+def _recorder(job: Job, endpoint: MetricsEndpoint | None) -> Recorder:
+    """Return the recorder of a job, which on rank 0 reports to the trackers of ``run.trackers``."""
+    names, worker = job.config.run.trackers, job.worker
+    tracked = TrackedRun.of(job.config, job.run, worker.world_size, worker.device.type)
+    return Recorder(
+        job.run,
+        worker.is_first,
+        job.first_step,
+        job.recorded_bytes,
+        endpoint,
+        tensorboard="tensorboard" in names,
+        trackers=Trackers(names, tracked) if worker.is_first else None,
+    )
 
 
 def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:

@@ -1,6 +1,7 @@
 """Builders for ``model.builder``, as a user would write them, good and bad. None of them imports mlet_dist."""
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -115,6 +116,8 @@ def broken(inputs: Any) -> Any:
     fault = inputs.arguments["fault"]
     if fault == "raises":
         raise KeyError("hiden")
+    if fault == "exits":
+        sys.exit("two towers need a query feature")
     if fault == "no module":
         return "a model"
     if fault == "without tables":

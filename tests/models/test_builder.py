@@ -60,6 +60,11 @@ def test_the_tables_may_have_any_name_in_the_module() -> None:
     [
         ("raises", f"model.builder: {OWN}:broken failed: KeyError: 'hiden' (own_networks.py, line LINE)"),
         (
+            "exits",
+            f"model.builder: {OWN}:broken failed: SystemExit: two towers need a query feature (own_networks.py, line "
+            "LINE)",
+        ),
+        (
             "no module",
             f"model.builder: {OWN}:broken returned str; it must return a torch.nn.Module",
         ),
