@@ -62,6 +62,8 @@ class MultiLayerEmbeddingBagCollection(MultiLayerTables, EmbeddingBagCollection)
     """
 
     rows_name = "embedding_bags"
+    embedding_bags: nn.ModuleDict
+    _embedding_bag_configs: list[EmbeddingBagConfig]
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class MultiLayerEmbeddingBagCollection(MultiLayerTables, EmbeddingBagCollection)
         self._rows_configs = self._embedding_bag_configs
         self.seed = seed
         self.adaptive = adaptive if any(table.row_ranges is not None for table in multi_layer) else None
-        self.projections = build_projections(self._tables, seed, self.device, self.adaptive)
+        self.projections = build_projections(self._tables, seed, device, self.adaptive)
         for table in self._row_tables:
             if (order := table.row_order) is not None:
                 bag = self.embedding_bags[table.name]
@@ -105,13 +107,13 @@ class MultiLayerEmbeddingBagCollection(MultiLayerTables, EmbeddingBagCollection)
         self._check_rows_stay("computes nothing")
         features = maybe_td_to_kjt(features, None)
         half = [table.name for table in self._tables if table.data_type == DataType.FP16]
-        if half and self.is_weighted():
+        if half and self._is_weighted:
             raise ValueError(
                 f"table {half[0]!r}: torch cannot pool FP16 rows with per-sample weights in an unsharded module; "
                 "use FP32"
             )
         if not torch.compiler.is_compiling():
-            check_batch(features, self._smallest_tables, self.is_weighted())
+            check_batch(features, self._smallest_tables, self._is_weighted)
         weights = by_key(projection_weights(self.projections), self._projection_of_key)
         if all(table.row_ranges is None for table in self._tables):
             return project(super().forward(features), weights)
@@ -120,7 +122,7 @@ class MultiLayerEmbeddingBagCollection(MultiLayerTables, EmbeddingBagCollection)
 
     def reset_parameters(self) -> None:
         """Draw the initial values of both layers again; does nothing on the meta device."""
-        super().reset_parameters()
+        EmbeddingBagCollection.reset_parameters(self)
         # TorchRec's constructor calls this before the projections exist; each projection then draws its own values.
         for projection in getattr(self, "projections", {}).values():
             projection.reset_parameters()
@@ -141,7 +143,7 @@ class MultiLayerEmbeddingBagCollection(MultiLayerTables, EmbeddingBagCollection)
         tables = [table.plain_config() for table in self._tables]
         device = next(self.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            plain = EmbeddingBagCollection(tables, self.is_weighted(), device)
+            plain = EmbeddingBagCollection(tables, self._is_weighted, device)
         if device.type != "meta":
             self._fill_collapsed({name: bag.weight for name, bag in plain.embedding_bags.items()})
         return plain

@@ -33,6 +33,7 @@ class MultiLayerTables(nn.Module):
     projections: nn.ModuleDict
     seed: int
     adaptive: AdaptiveRows | None
+    _is_weighted: bool
     _tables: list[MultiLayerEmbeddingBagConfig]
     _row_tables: list[MultiLayerEmbeddingBagConfig]
     _rows_configs: list[EmbeddingBagConfig]
@@ -67,7 +68,7 @@ class MultiLayerTables(nn.Module):
         feature, so the sharded module applies the mean itself.
         """
         tables = [dataclasses.replace(table, pooling=PoolingType.SUM) for table in self._rows_configs]
-        rows = EmbeddingBagCollection(tables, self.is_weighted(), torch.device("meta"))
+        rows = EmbeddingBagCollection(tables, self._is_weighted, torch.device("meta"))
         rows.embedding_bags = self.get_submodule(self.rows_name)
         return rows
 

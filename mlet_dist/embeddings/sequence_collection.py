@@ -25,7 +25,7 @@ from mlet_dist.embeddings.multi_layer_tables import (
     check_names,
     projection_weights,
 )
-from mlet_dist.embeddings.projection import project_rows
+from mlet_dist.embeddings.projection import Projection, project_rows
 from mlet_dist.embeddings.row_ranges import tables_of_rows
 from mlet_dist.embeddings.table_config import (
     MultiLayerEmbeddingBagConfig,
@@ -90,7 +90,7 @@ class MultiLayerEmbeddingCollection(MultiLayerTables, EmbeddingCollectionInterfa
                 )
         self._row_tables = tables_of_rows(self._tables, seed)
         self._rows_configs = [table.rows_config(seed) for table in self._row_tables]
-        self.seed, self.adaptive = seed, None
+        self.seed, self.adaptive, self._is_weighted = seed, None, False
         self._need_indices = need_indices
         self._device = device if device is not None else torch.device("cpu")
         self.embeddings = nn.ModuleDict()
@@ -134,6 +134,7 @@ class MultiLayerEmbeddingCollection(MultiLayerTables, EmbeddingCollectionInterfa
         """Draw the initial values of both layers again; does nothing on the meta device."""
         self._draw_rows()
         for projection in self.projections.values():
+            assert isinstance(projection, Projection)
             projection.reset_parameters()
 
     @torch.no_grad()

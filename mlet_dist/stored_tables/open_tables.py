@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
-from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
+from mlet_dist.models.spec import BAG_ROWS, TABLES_PREFIX, ModelSpec
 from mlet_dist.stored_tables.adaptive_source import open_adaptive_tables
 from mlet_dist.stored_tables.ranged_source import open_ranged_table, pools_of
 from mlet_dist.stored_tables.table_source import TableSource, open_table
@@ -28,7 +28,7 @@ def open_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str, *, spread: 
         plain = [each for each in spec.tables if each.name not in adaptive]
         return {
             each.name: open_table(
-                each.name, (each.num_embeddings, d), k, files, prefix, spec.tables_prefix, spread=spread
+                each.name, (each.num_embeddings, d), k, files, prefix, spec.rows_name(each.name), spread=spread
             )
             for each in plain
         } | adaptive
@@ -36,7 +36,7 @@ def open_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str, *, spread: 
     return {
         each.name: open_ranged_table(each.name, spec, pools, files, prefix)
         if each.name in spec.row_ranges
-        else open_table(each.name, (each.num_embeddings, d), k, files, prefix, spec.tables_prefix, spread=spread)
+        else open_table(each.name, (each.num_embeddings, d), k, files, prefix, spec.rows_name(each.name), spread=spread)
         for each in spec.tables
     }
 
@@ -48,6 +48,13 @@ def open_factors(about: Mapping[str, Any], files: ChunkedTensors, prefix: str) -
         UserError: as for ``open_tables``.
     """
     return {
-        each["name"]: open_table(each["name"], each["shape"], each["hidden_dim"], files, prefix, TABLES_PREFIX)
+        each["name"]: open_table(
+            each["name"],
+            each["shape"],
+            each["hidden_dim"],
+            files,
+            prefix,
+            f"{TABLES_PREFIX}{BAG_ROWS}.{each['name']}.weight",
+        )
         for each in about["factorized"]["tables"]
     }

@@ -13,6 +13,7 @@ from torchrec.distributed.comm import intra_and_cross_node_pg
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingType
+from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
@@ -22,7 +23,7 @@ from mlet_dist.embeddings.sharded.collectives import exchange_codecs
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.machine_limits import memory_bytes
-from mlet_dist.models.build import multi_layer_tables
+from mlet_dist.models.build import row_tables
 from mlet_dist.training.model_plan import ModelPlan, plan_model
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.replicated_gradients import DeferredDataParallel
@@ -56,10 +57,15 @@ class Sharding:
         dense_columns: int | None = None,
     ) -> "Sharding":
         """Build from the ``sharding`` section, for the tables of ``model``."""
-        tables = multi_layer_tables(model).row_tables()
+        tables = row_tables(model)
         settings = {table.name: config.of_table(table.name) for table in tables}
-        names = {segment.table for segment in segments_of(tables)}
-        exchanges = {name: config.of_table(name).exchange or config.exchange for name in names}
+        # An exchange of all tables is one of those whose vectors are pooled.
+        common = {
+            segment.table: "auto" if table.pooling == PoolingType.NONE else config.exchange
+            for table in tables
+            for segment in segments_of([table])
+        }
+        exchanges = {name: config.of_table(name).exchange or exchange for name, exchange in common.items()}
         sharder = MultiLayerEmbeddingBagCollectionSharder(
             exchange=exchanges,
             pooling_factors=_pooling_factors(tables, pooling_factors or {}),
@@ -121,7 +127,7 @@ def shard_model(
         model,
         device=worker.device,
         plan=planned.plan,
-        sharders=[sharding.sharder],
+        sharders=[sharding.sharder, sharding.sharder.of_sequences()],
         data_parallel_wrapper=DeferredDataParallel(),
     )
     if any(each["sharding_type"] == ShardingType.TABLE_ROW_WISE.value for each in planned.entries()):

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from mlet_dist.embeddings.row_order import is_spread
 from mlet_dist.errors import UserError
 from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
-from mlet_dist.models.tables import tables_prefix
 from mlet_dist.training.refitted_tables import RefittedTables, has_spread_rows
 from mlet_dist.training.resume import checkpoint_at
 from mlet_dist.training.source_inputs import SourceInputs, describe_growth
@@ -31,13 +30,13 @@ class InitialWeights:
         has_dense: whether it holds the dense layers as well as the tables.
         tables: its tables, if their rows are not those of the model: where either has rows of several widths, where
             they are stored by id, or where vocabularies have grown since.
-        tables_prefix: of the names of the tables in the checkpoint.
+        prefixes: by the prefix of the names of the model's tables, that of the checkpoint's.
     """
 
     found: CompleteCheckpoint
     has_dense: bool
     tables: RefittedTables | None = None
-    tables_prefix: str = TABLES_PREFIX
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, model: nn.Module) -> None:
         """Load the weights into ``model``, in any sharding on any number of ranks. A collective call.
@@ -46,17 +45,17 @@ class InitialWeights:
             UserError: a tensor cannot be read.
         """
         state = model.state_dict()
-        load_state({MODEL_KEY: self._covered(state, tables_prefix(model))}, self.found.checkpoint.location)
+        load_state({MODEL_KEY: self._covered(state)}, self.found.checkpoint.location)
         model.load_state_dict(state)
         if self.tables is not None:
             self.tables.load(model)
 
-    def _covered(self, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    def _covered(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is loaded by name, by its name in the checkpoint."""
         return {
-            _renamed(name, prefix, self.tables_prefix): tensor
+            _renamed(name, self.prefixes): tensor
             for name, tensor in state.items()
-            if (self.tables is None if name.startswith(prefix) else self.has_dense)
+            if (self.tables is None if name.startswith(tuple(self.prefixes)) else self.has_dense)
         }
 
 
@@ -83,11 +82,14 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     grown = inputs.grown_tables(spec)
     stored = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}
     refits, by_id = _changes_rows(about, spec), not is_spread(about) and has_spread_rows(spec)
-    prefix, stored_prefix = spec.tables_prefix, (about.get("spec") or {}).get("tables_prefix", TABLES_PREFIX)
-    has_dense = any(not name.startswith(stored_prefix) for name in stored)
+    there = about.get("spec") or {}
+    prefixes = {spec.tables_prefix: there.get("tables_prefix", TABLES_PREFIX)}
+    if spec.sequences_prefix:
+        prefixes[spec.sequences_prefix] = there.get("sequences_prefix", spec.sequences_prefix)
+    has_dense = any(not name.startswith(tuple(prefixes.values())) for name in stored)
     if spec.model.hidden_dim is None and not refits:
         for table in spec.tables:
-            if f"{stored_prefix}projections.{table.name}.weight" in stored:
+            if f"{prefixes[spec.prefix_of(table.name)]}projections.{table.name}.weight" in stored:
                 raise UserError(
                     f"{location}: table {table.name!r} has two layers there and one in the model; set model.hidden_dim"
                 )
@@ -100,11 +102,11 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     warnings = inputs.check(spec, config.data.path, dense_layers=has_dense)
     state = build_training_model(spec, torch.device("meta")).state_dict()
     wanted = {
-        _renamed(name, prefix, stored_prefix): tensor
+        _renamed(name, prefixes): tensor
         for name, tensor in state.items()
-        if (not refits if name.startswith(prefix) else has_dense)
+        if (not refits if name.startswith(tuple(prefixes)) else has_dense)
     }
-    grown_rows = {f"{stored_prefix}embedding_bags.{name}.weight": rows for name, rows in grown.items()}
+    grown_rows = {_renamed(spec.rows_name(name), prefixes): rows for name, rows in grown.items()}
     # Opened first where rows change, since it can say more of them than the shapes of other layers do.
     tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest, grown) if refits else None
     check_shapes(wanted, metadata, location, MODEL_KEY, grown_rows)
@@ -114,12 +116,15 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     _log(f"starting with the {parts} of {location}{describe_growth(grown, spec)}")
     for line in warnings:
         _log(f"warning: {location}: {line}")
-    return InitialWeights(found, has_dense, tables, stored_prefix)
+    return InitialWeights(found, has_dense, tables, prefixes)
 
 
-def _renamed(name: str, prefix: str, stored_prefix: str) -> str:
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     """Return the name in a checkpoint of a tensor of the model, whose tables may have another prefix there."""
-    return f"{stored_prefix}{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+    for prefix, stored in prefixes.items():
+        if name.startswith(prefix):
+            return f"{stored}{name.removeprefix(prefix)}"
+    return name
 
 
 def _changes_rows(about: Mapping[str, Any], spec: ModelSpec) -> bool:

@@ -36,7 +36,7 @@ def sharding_reasons(
         device: hardware of a rank.
     """
     found = {}
-    groups = [(cost.sharding_type, cost.exchange) for cost, _ in tables.values()]
+    groups = [cost.group for cost, _ in tables.values()]
     waiting = latency(groups, ranks.world_size, ranks.local_world_size, device.collectives)
     for table in module.row_tables():
         chosen = tables[table.name][0]
@@ -51,7 +51,7 @@ def sharding_reasons(
         if others:
             added = {
                 cost.sharding_type: latency(
-                    [*groups, (cost.sharding_type, cost.exchange)],
+                    [*groups, cost.group],
                     ranks.world_size,
                     ranks.local_world_size,
                     device.collectives,

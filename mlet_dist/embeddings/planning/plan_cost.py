@@ -254,7 +254,7 @@ def slowest_step(tables: Tables, dense: DenseCost, device: Device, busiest: floa
         busiest: the work of the busiest owner of unique rows over that of an average one; 1 if owners are even, or if
             it is not known.
     """
-    groups = [(cost.sharding_type, cost.exchange) for cost, _ in tables.values()]
+    groups = [cost.group for cost, _ in tables.values()]
     waiting = latency(groups, dense.world_size, dense.local_world_size, device.collectives)
     host_work = device.host_step + len(tables) * device.host_table
     uneven = total_step(cost.owner_step() for cost, _ in tables.values() if cost.exchange == "unique_rows")

@@ -7,6 +7,7 @@ from typing import Any
 from torchrec.distributed.planner.proposers import Proposer
 from torchrec.distributed.planner.types import Enumerator, PerfModel, ShardingOption, Topology
 from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
 from mlet_dist.embeddings.planning.collective_time import CollectiveTimes
@@ -41,11 +42,12 @@ class Groups:
 
     def of(self, option: ShardingOption) -> Group:
         """Return the group of a table's option."""
-        kind = option.sharding_type
+        kind, table = option.sharding_type, self._tables[option.name]
+        sequences = table.pooling == PoolingType.NONE
         if kind == _DATA_PARALLEL:
-            return kind, None
-        table = self._tables[option.name]
-        return kind, self._sharder.exchange_for(table, kind, self._world_size, on_cpu=self._on_cpu)[0]
+            return kind, None, sequences
+        exchange, _ = self._sharder.exchange_for(table, kind, self._world_size, on_cpu=self._on_cpu)
+        return kind, exchange, sequences
 
     def latency(self, options: Sequence[ShardingOption]) -> float:
         """Return the milliseconds that the collectives of a plan take without their bytes."""

@@ -24,6 +24,7 @@ from mlet_dist.embeddings.planning.cost_model import (
     replicated_bytes,
     row_state_bytes,
 )
+from mlet_dist.embeddings.planning.step_collectives import Group
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange, TableTraffic
 from mlet_dist.embeddings.sharded.row_lookup import PADDED_BYTES
 
@@ -92,6 +93,11 @@ class TableCost:
     def num_owners(self) -> int:
         """H, the number of ranks that own rows of the table."""
         return {TABLE_WISE: 1, TABLE_ROW_WISE: self._local}.get(self.sharding_type, self.world_size)
+
+    @property
+    def group(self) -> Group:
+        """The tables with which it shares its collectives."""
+        return self.sharding_type, self.exchange, self.sequences
 
     def memory(self, rows: int) -> Memory:
         """Return the memory of a rank that owns ``rows`` rows, possibly 0, in both roles."""

@@ -259,6 +259,18 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         fused = [EmbeddingComputeKernel.FUSED.value]
         return fused if compute_device_type == "cpu" else [*fused, *HOST_KERNELS]
 
+    def of_sequences(self) -> "MultiLayerEmbeddingCollectionSharder":
+        """Return the sharder of a model's tables of sequences with the same settings and the same ``chosen``."""
+        found = MultiLayerEmbeddingCollectionSharder(
+            self.fused_params,
+            self.qcomm_codecs_registry,
+            exchange=self._exchange,
+            pooling_factors=self._pooling_factors,
+            local_batch_size=self.local_batch_size,
+        )
+        found.chosen = self.chosen
+        return found
+
     def shardable_parameters(self, module: MultiLayerTables) -> dict[str, nn.Parameter]:
         """Return the W1 of each table that stores rows."""
         return {table.name: module.row_weight(table.name) for table in module.row_tables()}

@@ -152,7 +152,7 @@ def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     """Return what must be equal for the predictions of two models to be compared."""
     model = spec.model
     sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
-    return spec.dense, spec.sparse, spec.tables_prefix, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
+    return spec.dense, spec.sparse, spec.table_prefixes, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
 
 
 def _check_same_inputs(export: Path, served: ModelSpec, run: Path, trained: ModelSpec) -> None:

@@ -263,7 +263,7 @@ def test_pipelined_training_and_deferred_gradients_equal_plain_training(ranks: R
     for name, tensor in plain.items():
         assert torch.equal(pipelined[name], tensor), name
         # DDP divides the gradients of replicated rows, where the caller multiplies by a factor.
-        torch.testing.assert_close(deferred[name], tensor, rtol=1e-6, atol=0)
+        torch.testing.assert_close(deferred[name], tensor, rtol=2e-5, atol=1e-7)
 
 
 def _collapsed_and_indices() -> tuple[list[torch.Tensor], list[torch.Tensor], list[bool]]:
