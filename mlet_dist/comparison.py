@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json, to_json
+from mlet_dist.quality.paired_bootstrap import paired_differences
+from mlet_dist.quality.scores_file import read_scores
 from mlet_dist.training.run_directory import RunDirectory
 
 
@@ -37,8 +39,10 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
 
     Returns:
         ``ok`` (whether every export is within its tolerance), ``run`` (the directory), ``split`` (test, or valid if
-        there is no test), and ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by
-        output.
+        there is no test), ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by
+        output; and ``differences``: the names of an ``arm`` and ``of`` the one that it is compared with, and for
+        ``auc`` and ``logloss`` the ``value`` of the difference on the split and the ends ``low`` and ``high`` of its
+        interval (``paired_bootstrap``).
 
     Raises:
         UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, or the data
@@ -82,7 +86,12 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         smaller = {"none": [], "static": ["dcp-kept", "dcp-mixed"], "adaptive": ["dcp-kept"]}
         outputs = ["dcp", *smaller[configs[arm].compression.policy]]
         exported = _run_command("export", str(run), "--out", str(export), "--outputs", *outputs)
-        verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path, "--split", split)
+        of_data = ["--data", config.data.path, "--split", split]
+        verified = _run_command("verify", str(export), "--run", str(run), *of_data)
+        scores = _scores_of(base, arm)
+        with _writing(scores):
+            scores.unlink(missing_ok=True)
+        _run_command("predict", str(export), *of_data, "--out", str(scores))
         largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
         served = {"served_bytes": exported["served_bytes"]}
         arms[arm] = trained | served | {"ok": verified["ok"], "max_abs_logit_diff": largest}
@@ -91,11 +100,29 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         "run": str(base),
         "split": split,
         "arms": {arm: arms[arm] for arm in configs},
+        "differences": _differences(base, list(configs)),
     }
     with _writing(base):
         (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
     return result
+
+
+def _scores_of(base: Path, arm: str) -> Path:
+    return base / f"{arm}-scores.parquet"
+
+
+def _differences(base: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """Return how MLET, or without it the compressed single layer, differs from each other arm, as ``compare`` does."""
+    arm = MLET if MLET in arms else arms[-1]
+    scores = read_scores(_scores_of(base, arm))
+    found = []
+    for other in arms:
+        if other != arm:
+            differences = paired_differences(scores, read_scores(_scores_of(base, other)))
+            metrics = {name: dataclasses.asdict(each) for name, each in differences.items()}
+            found.append({"arm": arm, "of": other, "rows": len(scores), **metrics})
+    return found
 
 
 def _compared_split(data: str) -> str:
