@@ -20,6 +20,7 @@ from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.cost_model import Device
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
+from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.machine_limits import memory_bytes
@@ -59,13 +60,11 @@ class Sharding:
         """Build from the ``sharding`` section, for the tables of ``model``."""
         tables = row_tables(model)
         settings = {table.name: config.of_table(table.name) for table in tables}
-        # An exchange of all tables is one of those whose vectors are pooled.
-        common = {
-            segment.table: "auto" if table.pooling == PoolingType.NONE else config.exchange
+        exchanges = {
+            segment.table: _exchange_of(config, segment.table, sequences=table.pooling == PoolingType.NONE)
             for table in tables
             for segment in segments_of([table])
         }
-        exchanges = {name: config.of_table(name).exchange or exchange for name, exchange in common.items()}
         sharder = MultiLayerEmbeddingBagCollectionSharder(
             exchange=exchanges,
             pooling_factors=_pooling_factors(tables, pooling_factors or {}),
@@ -135,6 +134,14 @@ def shard_model(
         for group in intra_and_cross_node_pg(worker.device):
             _set_pg_timeout(worker.timeout, group)
     return sharded, planned
+
+
+def _exchange_of(config: ShardingConfig, table: str, *, sequences: bool) -> ExchangeChoice:
+    """Return the exchange that is requested for a table; that of all tables is one of those that are not sequences."""
+    if not sequences:
+        return config.of_table(table).exchange or config.exchange
+    own = config.tables.get(table)
+    return "auto" if own is None or own.exchange is None else own.exchange
 
 
 def _pooling_factors(tables: Sequence[MultiLayerEmbeddingBagConfig], factors: Mapping[str, float]) -> dict[str, float]:

@@ -225,9 +225,12 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int, *, on_cpu: bool
     ) -> tuple[Exchange, str]:
         """Return the exchange of a table under a sharding type, and the reason in a few words."""
+        requested = self.requested_exchange(table)
+        if table.pooling == PoolingType.NONE:
+            return "unique_rows", "vectors that are not pooled travel once for each distinct id"
         sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
         return choose_exchange(
-            self.requested_exchange(table),
+            requested,
             sharding_type,
             self.traffic(table),
             world_size,
