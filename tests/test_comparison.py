@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mlet_dist import comparison as compare_module
-from mlet_dist.comparison import compare, single_layer_compression
+from mlet_dist.comparison import arm_configs, compare, single_layer_compression
 from mlet_dist.comparison_report import comparison_report, comparison_table
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config
@@ -38,7 +38,8 @@ def test_three_arms_are_trained_exported_and_verified(small_model: tuple[str, ..
     assert control["optimizer"]["rows_learning_rate"] == pytest.approx(0.1 * 0.75)
     assert control["model"]["rows_init_gain"] == pytest.approx(0.75**0.5)
     assert control["model"]["hidden_dim"] is None
-    assert yaml.safe_load((base / "mlet.yaml").read_text())["model"]["hidden_dim"] == 12
+    model = yaml.safe_load((base / "mlet.yaml").read_text())["model"]
+    assert (model["hidden_dim"], model["single_layer_up_to"]) == (12, 0)  # small tables have the control's rate
     assert arms["single"]["trained_table_bytes"] == arms["control"]["trained_table_bytes"]
     assert arms["mlet"]["trained_table_bytes"] > 3 * arms["single"]["trained_table_bytes"]
     assert len({arm["served_table_bytes"] for arm in arms.values()}) == 1
@@ -133,6 +134,26 @@ def test_compressed_arms_have_the_budget_and_the_single_layer_has_not(
     assert "There is no control" in "\n".join(lines)
 
 
+def test_the_arms_of_tables_of_their_own_sizes(settings: Callable[..., Config]) -> None:
+    own = 'model.tables={"C?": {embedding_dim: 8, hidden_dim: 32}, C20: {hidden_dim: null}}'
+    found = {}
+    for deviation in ("null", "0.25"):
+        config = settings("model.name=dlrm_dcn", "model.hidden_dim=64", f"model.projection_init_std={deviation}", own)
+        schema = DatasetSchema.load(Path(config.data.path))
+        arms = arm_configs(config, ModelSpec.of(config, schema))
+        for name, arm in arms.items():
+            tables = {table.name: table for table in ModelSpec.of(arm, schema).tables}
+            assert {each.embedding_dim for key, each in tables.items() if len(key) == 2} == {8}
+            small = {each.hidden_dim for key, each in tables.items() if len(key) == 3 and each.num_embeddings <= 64}
+            found[name, deviation] = tables["C3"], tables["C20"], small
+    for deviation, of_small in (("null", {None}), ("0.25", {64, None})):
+        assert {each.hidden_dim for name in ("single", "control") for each in found[name, deviation][:2]} == {None}
+        assert [each.hidden_dim for each in found["mlet", deviation][:2]] == [32, None]
+        assert found["mlet", deviation][2] == of_small
+    gains = [each.settings.rows_init_gain for each in found["control", "0.25"][:2]]
+    assert gains == [pytest.approx(0.25 * 32**0.5), 1.0]
+
+
 @pytest.mark.parametrize(
     ("widths", "expected"),
     [(None, None), ((64, 32, 16, 8), (16, 8)), ((64, 8, 4), (16, 8, 4)), ((64,), (16,)), ((16,), (16,))],
@@ -141,7 +162,7 @@ def test_the_widths_of_a_compressed_single_layer(
     widths: tuple[int, ...] | None, expected: tuple[int, ...] | None
 ) -> None:
     given = CompressionConfig(policy="static", budget=0.3, widths=widths, tables={"C1": TableCompressionConfig(64, 64)})
-    found = single_layer_compression(given, 16)
+    found = single_layer_compression(given, {"C1": 16, "C2": 16})
     assert found == CompressionConfig(
         policy="static", budget=0.3, widths=expected, tables={"C1": TableCompressionConfig(16, 16)}
     )

@@ -151,7 +151,8 @@ def _exported(manifest: Mapping[str, Any], run: Path) -> CheckpointChoice:
 def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     """Return what must be equal for the predictions of two models to be compared."""
     model = spec.model
-    sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
+    tables = tuple((table.name, table.embedding_dim, table.settings.pooling) for table in spec.tables)
+    sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, tables
     return spec.dense, spec.sparse, spec.table_prefixes, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
 
 
