@@ -47,8 +47,8 @@ class ShardedMultiLayerEmbeddingCollection(ShardedMultiLayerEmbeddingBagCollecti
 
     Args:
         module: the unsharded module.
-        *arguments, **named: as those of ShardedMultiLayerEmbeddingBagCollection; ``exchanges`` says unique_rows for all
-            tables.
+        *arguments: positional arguments of ShardedMultiLayerEmbeddingBagCollection.
+        **named: keyword arguments of it; ``exchanges`` says unique_rows for all tables.
     """
 
     shardings: ClassVar[Mapping[tuple[str, Exchange], Callable[..., EmbeddingSharding]]] = {
