@@ -154,7 +154,7 @@ def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     model = spec.model
     tables = tuple((table.name, table.embedding_dim, table.settings.pooling) for table in spec.tables)
     sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, tables
-    return spec.dense, spec.sparse, spec.tables_prefix, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
+    return spec.dense, spec.sparse, spec.table_prefixes, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
 
 
 def _check_same_inputs(export: Path, served: ModelSpec, run: Path, trained: ModelSpec) -> None:
