@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -44,6 +45,14 @@ class ModelConfig:
         },
     )
 
+    sequences: tuple[str, ...] | None = setting(
+        "List of the categorical columns whose vectors are not pooled: the network of model.builder gets a row of "
+        "embedding_dim columns for each id, in the order of the list, as TorchRec's EmbeddingCollection returns them. "
+        "Columns that share a table with one of them are sequences, too. null: none; all vectors are pooled.",
+        None,
+        min_length=1,
+    )
+
     # fbgemm's kernels need rows whose number of columns is a multiple of 4.
     embedding_dim: int = setting(
         "d: the number of columns of the tables that are served; a multiple of 4.",
@@ -62,7 +71,9 @@ class ModelConfig:
     )
     single_layer_up_to: int | Literal["auto"] = setting(
         "Tables of at most this number of rows are single-layer tables, whose W2 would be larger than they are. auto: "
-        "hidden_dim, and 0 with compression, which decides on W2 by itself. 0: all tables have two layers.",
+        "hidden_dim with optimizer sgd and a W2 of unit gain, as projection_init_std null gives it; else 0, since "
+        "tables without W2 would learn at another rate; and 0 with compression, which decides on W2 by itself. 0: all "
+        "tables have two layers.",
         "auto",
         at_least=0,
         at_most=MAX_ROWS,
@@ -136,8 +147,7 @@ class ModelConfig:
     def of_table(self, name: str, num_embeddings: int) -> TableSettings:
         """Return the settings of a table of this number of rows."""
         settings = self.of_all_tables
-        limit = self.single_layer_up_to
-        if num_embeddings <= ((self.hidden_dim or 0) if limit == "auto" else limit):
+        if num_embeddings <= self._largest_single_layer:
             settings = dataclasses.replace(settings, hidden_dim=None)
         for entry in reversed(matching_entries(self.tables, name)):
             own = {each.name: getattr(entry, each.name) for each in dataclasses.fields(entry)}
@@ -147,6 +157,16 @@ class ModelConfig:
                 given["hidden_dim"] = hidden_dim
             settings = dataclasses.replace(settings, **given)
         return settings
+
+    @property
+    def _largest_single_layer(self) -> int:
+        if self.single_layer_up_to != "auto":
+            return self.single_layer_up_to
+        if self.hidden_dim is None:
+            return 0
+        deviation = self.projection_init_std
+        has_unit_gain = deviation is None or math.isclose(deviation * math.sqrt(self.hidden_dim), 1, rel_tol=1e-6)
+        return self.hidden_dim if has_unit_gain else 0
 
     def single_layer(self) -> "ModelConfig":
         """Return the same with single-layer tables alone."""
@@ -179,6 +199,8 @@ class ModelConfig:
             json.dumps(self.arguments, allow_nan=False)
         except (TypeError, ValueError):
             yield "arguments", f" is {to_yaml(self.arguments)}; use text, finite numbers, true, false, null and lists"
+        if self.builder is None and self.sequences is not None:
+            yield "sequences", f" is {to_yaml(list(self.sequences))}; {self.name} pools all vectors: set model.builder"
         if self.builder is None and self.name == "two_tower" and self.query_features is None:
             yield "query_features", " is null; the two_tower model needs the categorical columns of its query tower"
 
@@ -208,5 +230,5 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
 ONE_EMBEDDING_DIM = ("dlrm", "deepfm")
 """The models that take dot products of the vectors of all tables and of the dense columns."""
 
-NETWORK_SETTINGS = ("name", "builder", "arguments", *chain.from_iterable(_SETTINGS_OF.values()))
+NETWORK_SETTINGS = ("name", "builder", "arguments", "sequences", *chain.from_iterable(_SETTINGS_OF.values()))
 """The settings that decide which network is around the tables, but for the sizes of its MLPs."""

@@ -82,6 +82,7 @@ def verify_export(
             print_warning(f"{run}: {warning}")
         schema.check_split(data, split)
         described = _check_outputs(directory, manifest)
+        directory.check_preprocessing(manifest)
         for warning in check_classes(data, schema, [split]):
             if any(entry["encoding"] != "fp32" for entry in described.values()):
                 raise UserError(
@@ -153,7 +154,7 @@ def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     model = spec.model
     tables = tuple((table.name, table.embedding_dim, table.settings.pooling) for table in spec.tables)
     sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, tables
-    return spec.dense, spec.sparse, spec.tables_prefix, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
+    return spec.dense, spec.sparse, spec.table_prefixes, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
 
 
 def _check_same_inputs(export: Path, served: ModelSpec, run: Path, trained: ModelSpec) -> None:
