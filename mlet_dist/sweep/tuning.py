@@ -57,7 +57,7 @@ def tune(
     try:
         import optuna
     except ImportError:
-        raise UserError('tune.settings needs Optuna, which is not installed: pip install "mlet-dist[sweep]"') from None
+        raise UserError("tune.settings needs Optuna, which is not installed: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     compared_at = tuned.compared_at
     sign = -1 if tuned.metric == "auc" else 1
