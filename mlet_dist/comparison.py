@@ -15,7 +15,6 @@ from mlet_dist.comparison_report import CONTROL, MLET, SINGLE, SINGLE_COMPRESSED
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.model_section import ModelConfig
-from mlet_dist.config.sections import RunConfig
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
@@ -110,7 +109,7 @@ def _arm_configs(config: Config) -> dict[str, Config]:
     """Return the config of each arm by name, in the order of the table."""
 
     def arm(name: str, **changes: Any) -> Config:
-        run = RunConfig(str(Path(config.run.dir) / name), config.run.overwrite)
+        run = dataclasses.replace(config.run, dir=str(Path(config.run.dir) / name))
         checkpoints = config.train.checkpoint_dir
         train = config.train
         if checkpoints is not None:

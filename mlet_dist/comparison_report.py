@@ -1,5 +1,6 @@
 """The result of a comparison as a Markdown table, which is readable on a terminal, and what it means."""
 
+import re
 from typing import Any
 
 SINGLE, SINGLE_COMPRESSED, MLET, CONTROL = "single", "single_compressed", "mlet", "control"
@@ -57,7 +58,10 @@ def comparison_table(result: dict[str, Any]) -> str:
     split, arms = result["split"], result["arms"]
     compressed = SINGLE_COMPRESSED in arms
     trained = ["tables in training", "share"] if compressed else ["tables trained"]
-    header = ["", *trained, "tables served", f"{split} AUC", f"{split} LogLoss", "largest logit difference"]
+    # "test_", or of several labels "test_click_", …
+    measured = [key.removesuffix("auc") for key in next(iter(arms.values())) if re.fullmatch(f"{split}_(.+_)?auc", key)]
+    metrics = [f"{each.replace('_', ' ')}{metric}" for each in measured for metric in ("AUC", "LogLoss")]
+    header = ["", *trained, "tables served", *metrics, "largest logit difference"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name, arm in arms.items():
         sizes = [_size(arm["trained_table_bytes"])]
@@ -69,8 +73,7 @@ def comparison_table(result: dict[str, Any]) -> str:
                 "MLET, compressed" if compressed and name == MLET else _TITLES[name],
                 *sizes,
                 _size(min(arm["served_bytes"].values())),
-                _metric(arm[f"{split}_auc"]),
-                _metric(arm[f"{split}_logloss"]),
+                *(_metric(arm[f"{each}{metric}"]) for each in measured for metric in ("auc", "logloss")),
                 _difference(arm["max_abs_logit_diff"]),
             ]
         )

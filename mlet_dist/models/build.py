@@ -116,7 +116,7 @@ def build_around(embeddings: nn.Module, spec: ModelSpec, dense_device: torch.dev
             setting of the network does not fit the features.
     """
     dims = {feature.name: spec.model.embedding_dim for feature in spec.sparse}
-    inputs = ModelInputs(embeddings, spec.dense, tuple(dims), dims, spec.model)
+    inputs = ModelInputs(embeddings, spec.dense, tuple(dims), dims, spec.model, spec.labels)
     with torch.random.fork_rng(devices=[]), dense_device:
         torch.manual_seed(spec.seed)
         if spec.model.builder is None:

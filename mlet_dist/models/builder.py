@@ -25,10 +25,10 @@ class ModelInputs:
     """What a model is built for; the argument of ``model.builder``.
 
     A builder returns a module that takes dense columns ``(B, D)`` float32 and a KeyedJaggedTensor and returns logits
-    ``(B,)`` or ``(B, 1)``. It calls ``embedding_bag_collection`` in forward, with that KeyedJaggedTensor, and puts it
-    into the module once, by any name. What else the module holds is trained as dense layers on every rank. It is built
-    more than once, with tables on several devices and of several kinds: for training, for planning, for evaluation and
-    for serving.
+    ``(B,)`` or ``(B, 1)``, with several labels ``(B, L)``. It calls ``embedding_bag_collection`` in forward, with that
+    KeyedJaggedTensor, and puts it into the module once, by any name. What else the module holds is trained as dense
+    layers on every rank. It is built more than once, with tables on several devices and of several kinds: for training,
+    for planning, for evaluation and for serving.
 
     Attributes:
         embedding_bag_collection: the tables, with the interface of TorchRec's EmbeddingBagCollection: it returns a
@@ -37,6 +37,7 @@ class ModelInputs:
         sparse_features: names of the features, in the order of the KeyedJaggedTensor.
         embedding_dims: d of each feature.
         settings: the section ``model`` of the config.
+        labels: the names of the L labels, in the order of the logits; ``label`` if there is one.
     """
 
     embedding_bag_collection: nn.Module
@@ -44,6 +45,7 @@ class ModelInputs:
     sparse_features: tuple[str, ...]
     embedding_dims: Mapping[str, int]
     settings: ModelConfig
+    labels: tuple[str, ...] = ("label",)
 
     @property
     def embedding_dim(self) -> int:

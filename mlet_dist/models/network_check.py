@@ -16,7 +16,7 @@ from mlet_dist.models.tables import layers_beside_tables, tables_path
 _ROWS = 64
 
 
-def check_network(model: nn.Module, dense_columns: int) -> None:
+def check_network(model: nn.Module, dense_columns: int, labels: int = 1) -> None:
     """Check a model of ``model.builder``: its logits depend on all features, and that of a row on no other row.
 
     Batches are split among ranks and padded, so that statistics over their rows, as those of batch normalization, are
@@ -25,6 +25,7 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
     Args:
         model: the model, with its layers on a CPU, not sharded; it is in training mode and stays as it is.
         dense_columns: D.
+        labels: L.
 
     Raises:
         UserError: forward fails, returns something else, calls the tables several times, leaves a feature out, mixes
@@ -38,7 +39,7 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
             logits = model(dense.clone(), tables.batch())  # a copy, since forward may change what it is given
         except (Exception, SystemExit) as error:
             raise UserError(f"model.builder: forward of the module failed: {in_one_line(error)}") from error
-        check_logits(logits, _ROWS)
+        check_logits(logits, _ROWS, labels)
         created = [name for name in _names(model.named_parameters()) if name not in parameters]
         if created:
             raise UserError(
@@ -51,7 +52,7 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
                 "exchanges the vectors of a batch once"
             )
         if logits.requires_grad:
-            _check_rows(logits.reshape(-1).float(), [dense, *tables.vectors])
+            _check_rows(logits.reshape(_ROWS, -1).float(), [dense, *tables.vectors])
             logits.float().sum().backward()
         gradients = [None if each.grad is None else each.grad.abs().max() for each in tables.vectors]
         unused = [

@@ -15,6 +15,9 @@ from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json
 
+ONE_LABEL = ("label",)
+"""The labels of a model of one, whatever its column is called."""
+
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
 """What TorchRec's models, and all that ``model.name`` offers, call their tables in the state dict."""
 
@@ -54,6 +57,7 @@ class ModelSpec:
             (``embeddings.row_ranges``); the rows of other tables all have hidden_dim columns.
         shared_rows: whether rows of width 0 read a row of their table that they share, instead of zero.
         tables_prefix: of ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the state dict.
+        labels: the names of the labels that it predicts; ``label`` if there is one.
         adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
     """
@@ -69,6 +73,7 @@ class ModelSpec:
     adaptive: Mapping[str, Any] = field(default_factory=dict)
     shared_rows: bool = False
     tables_prefix: str = TABLES_PREFIX
+    labels: tuple[str, ...] = ONE_LABEL
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -92,7 +97,10 @@ class ModelSpec:
         preprocessing = schema.preprocessing.select(dense, wanted)
         tables = {feature.table_name for feature in sparse}
         zero = tuple(name for name in schema.untrained_first_rows if name in tables)
-        return cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing, zero)
+        return cls(
+            *(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing, zero),
+            labels=_labels_of(schema),
+        )
 
     @property
     def is_weighted(self) -> bool:
@@ -128,6 +136,11 @@ class ModelSpec:
         Raises:
             UserError: an input is missing or of another kind, or has another meaning.
         """
+        if self.labels != _labels_of(schema):
+            raise UserError(
+                f"{path}: has {_named(_labels_of(schema))}, and the model predicts {_named(self.labels)}; prepare the "
+                "data set with the labels of the model"
+            )
         for name in self.dense:
             if name not in schema.dense:
                 raise UserError(f"{path}: the model takes the dense column {name!r}, which this data set lacks")
@@ -198,6 +211,8 @@ class ModelSpec:
             del plain["adaptive"]
         if self.tables_prefix == TABLES_PREFIX:
             del plain["tables_prefix"]
+        if self.labels == ONE_LABEL:
+            del plain["labels"]
         return plain
 
     @classmethod
@@ -250,9 +265,18 @@ class ModelSpec:
                 dict(plain.get("adaptive", {})),
                 bool(plain.get("shared_rows", False)),
                 str(plain.get("tables_prefix", TABLES_PREFIX)),
+                tuple(map(str, plain.get("labels", ONE_LABEL))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None
+
+
+def _labels_of(schema: DatasetSchema) -> tuple[str, ...]:
+    return schema.labels if schema.more_labels else ONE_LABEL
+
+
+def _named(labels: tuple[str, ...]) -> str:
+    return "one label" if len(labels) == 1 else f"the labels {', '.join(labels)}"
 
 
 def describe_bag(feature: SparseFeature) -> str:

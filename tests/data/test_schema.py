@@ -106,7 +106,7 @@ def test_content_that_is_not_a_schema(tmp_path: Path, content: bytes, message: s
         DatasetSchema.load(tmp_path)
 
 
-OPTIONAL = {"id_counts", "sample_weight", "extends"}
+OPTIONAL = {"id_counts", "sample_weight", "extends", "more_labels"}
 
 
 def test_a_data_set_that_has_grown_may_lack_the_training_split(tmp_path: Path) -> None:

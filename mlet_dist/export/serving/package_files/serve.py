@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent
 
 
 def predict(model: torch.jit.ScriptModule, request: dict) -> torch.Tensor:
-    """Return the probabilities ``(rows,)`` float32; raise torch.jit.Error if the request is invalid."""
+    """Return the probabilities ``(rows,)``, or ``(rows, labels)``; raise torch.jit.Error if the request is invalid."""
     tensors = [
         torch.tensor(request["dense"], dtype=torch.float32),
         torch.tensor(request["ids"], dtype=torch.int64),
