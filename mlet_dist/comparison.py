@@ -5,9 +5,10 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlet_dist.child_command import run_child_command
@@ -15,10 +16,14 @@ from mlet_dist.comparison_report import CONTROL, MLET, SINGLE, SINGLE_COMPRESSED
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.model_section import ModelConfig
-from mlet_dist.data.location import data_set_path
+from mlet_dist.config.table_settings import TableModelConfig, TableSettings
+from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json, to_json
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.quality.paired_bootstrap import paired_differences
+from mlet_dist.quality.scores_file import read_scores
 from mlet_dist.training.run_directory import RunDirectory
 
 
@@ -29,15 +34,20 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     the single layer's under SGD) and initial scale (σ√k times). What MLET gains over the control is due to the
     factorisation. With compression they are the single layer without compression, the single layer within the budget,
     and, unless ``model.hidden_dim`` is null, MLET within the budget. There is no control then: rows of d columns have
-    no W2, and under Adagrad the effective learning rate of the others depends on their width.
+    no W2, and under Adagrad the effective learning rate of the others depends on their width. All tables of the single
+    layers and of the control are single-layer tables; those of MLET have the sizes that the config gives them. Where
+    the control has another learning rate, it is one for the rows of all tables, so that with
+    ``model.single_layer_up_to`` auto all tables of MLET have two layers.
 
     Arms that an earlier comparison trained to the end with the same settings are not trained again, unless
     ``run.overwrite`` is set.
 
     Returns:
         ``ok`` (whether every export is within its tolerance), ``run`` (the directory), ``split`` (test, or valid if
-        there is no test), and ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by
-        output.
+        there is no test), ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by
+        output; and ``differences``: the names of an ``arm`` and ``of`` the one that it is compared with, and for
+        ``auc`` and ``logloss`` the ``value`` of the difference on the split and the ends ``low`` and ``high`` of its
+        interval (``paired_bootstrap``); with several labels they are those of each ``label``.
 
     Raises:
         UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, or the data
@@ -45,14 +55,16 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         SystemExit: one of the commands failed, and has printed why.
         ChildProcessError: one of the commands was killed.
     """
-    if config.model.hidden_dim is None and config.compression.policy == "none":
+    if not config.model.has_two_layers and config.compression.policy == "none":
         raise UserError(
             "model.hidden_dim is null, so that there is no MLET model to compare; set it, preferably above 4 times "
             "model.embedding_dim"
         )
-    split = _compared_split(config.data.path)
+    data = data_set_path(config.data.path)
+    schema = DatasetSchema.load(data)
+    split = _compared_split(schema, data)
     base = Path(config.run.dir)
-    configs = _arm_configs(config)
+    configs = arm_configs(config, ModelSpec.of(config, schema))
     finished = {arm for arm in configs if _finished(configs[arm])}
     for arm in configs:
         if arm not in finished:
@@ -81,7 +93,12 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         smaller = {"none": [], "static": ["dcp-kept", "dcp-mixed"], "adaptive": ["dcp-kept"]}
         outputs = ["dcp", *smaller[configs[arm].compression.policy]]
         exported = _run_command("export", str(run), "--out", str(export), "--outputs", *outputs)
-        verified = _run_command("verify", str(export), "--run", str(run), "--data", config.data.path, "--split", split)
+        of_data = ["--data", config.data.path, "--split", split]
+        verified = _run_command("verify", str(export), "--run", str(run), *of_data)
+        scores = _scores_of(base, arm)
+        with _writing(scores):
+            scores.unlink(missing_ok=True)
+        _run_command("predict", str(export), *of_data, "--out", str(scores))
         largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
         served = {"served_bytes": exported["served_bytes"]}
         arms[arm] = trained | served | {"ok": verified["ok"], "max_abs_logit_diff": largest}
@@ -90,6 +107,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         "run": str(base),
         "split": split,
         "arms": {arm: arms[arm] for arm in configs},
+        "differences": _differences(base, list(configs), schema.labels),
     }
     with _writing(base):
         (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
@@ -97,16 +115,33 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     return result
 
 
-def _compared_split(data: str) -> str:
-    path = data_set_path(data)
-    schema = DatasetSchema.load(path)
+def _scores_of(base: Path, arm: str) -> Path:
+    return base / f"{arm}-scores.parquet"
+
+
+def _differences(base: Path, arms: Sequence[str], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Return how MLET, or without it the compressed single layer, differs from each other arm, as ``compare`` does."""
+    arm = MLET if MLET in arms else arms[-1]
+    found = []
+    for label in labels:
+        prefix, named = ("", {}) if len(labels) == 1 else (f"{label}_", {"label": label})
+        scores = read_scores(_scores_of(base, arm), prefix)
+        for other in arms:
+            if other != arm:
+                differences = paired_differences(scores, read_scores(_scores_of(base, other), prefix))
+                metrics = {name: dataclasses.asdict(each) for name, each in differences.items()}
+                found.append({"arm": arm, "of": other, **named, "rows": len(scores), **metrics})
+    return found
+
+
+def _compared_split(schema: DatasetSchema, data: DataPath) -> str:
     if "test" not in schema.parts and "valid" not in schema.parts:
-        raise UserError(f"{path}: has neither a test nor a valid split, so that there is nothing to compare models on")
+        raise UserError(f"{data}: has neither a test nor a valid split, so that there is nothing to compare models on")
     return "test" if "test" in schema.parts else "valid"
 
 
-def _arm_configs(config: Config) -> dict[str, Config]:
-    """Return the config of each arm by name, in the order of the table."""
+def arm_configs(config: Config, spec: ModelSpec) -> dict[str, Config]:
+    """Return the config of each arm by name, in the order of the table; ``spec`` is MLET's."""
 
     def arm(name: str, **changes: Any) -> Config:
         run = dataclasses.replace(config.run, dir=str(Path(config.run.dir) / name))
@@ -116,34 +151,47 @@ def _arm_configs(config: Config) -> dict[str, Config]:
             train = dataclasses.replace(train, checkpoint_dir=f"{checkpoints.rstrip('/')}/{name}")
         return dataclasses.replace(config, run=run, train=train, **changes)
 
-    single = dataclasses.replace(config.model, hidden_dim=None)
+    single = config.model.single_layer()
     if config.compression.policy != "none":
-        within = single_layer_compression(config.compression, config.model.embedding_dim)
+        within = single_layer_compression(config.compression, spec.embedding_dims)
         arms = {
             SINGLE: arm(SINGLE, model=single, compression=CompressionConfig()),
             SINGLE_COMPRESSED: arm(SINGLE_COMPRESSED, model=single, compression=within),
         }
-        return arms if config.model.hidden_dim is None else arms | {MLET: arm(MLET)}
+        return arms | {MLET: arm(MLET)} if config.model.has_two_layers else arms
     rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
-    control, rate_factor = single_layer_control(config.model, config.optimizer.name)
+    _, rate_factor = single_layer_control(config.model, config.optimizer.name)
+    model = config.model
+    if model.single_layer_up_to == "auto" and not math.isclose(rate_factor, 1):
+        model = dataclasses.replace(model, single_layer_up_to=0)
+    own = spec.with_model(dataclasses.replace(config, model=model)).table_settings
+    control, _ = single_layer_control(model, config.optimizer.name, own)
     control_optimizer = dataclasses.replace(config.optimizer, rows_learning_rate=rate * rate_factor)
     return {
         SINGLE: arm(SINGLE, model=single),
-        MLET: arm(MLET),
+        MLET: arm(MLET, model=model),
         CONTROL: arm(CONTROL, model=control, optimizer=control_optimizer),
     }
 
 
-def single_layer_compression(compression: CompressionConfig, embedding_dim: int) -> CompressionConfig:
-    """Return the compression of a single layer to the same budget: with no width above ``embedding_dim``."""
-    d, widths = embedding_dim, compression.widths
-    limits = {
-        name: TableCompressionConfig(min(each.min_width, d), None if each.max_width is None else min(each.max_width, d))
-        for name, each in compression.tables.items()
-    }
+def single_layer_compression(compression: CompressionConfig, embedding_dims: Mapping[str, int]) -> CompressionConfig:
+    """Return the compression of a single layer to the same budget: with no width above d of a table.
+
+    Args:
+        compression: of MLET.
+        embedding_dims: d of each table.
+    """
+    dims, widths = set(embedding_dims.values()), compression.widths
+    limits = {}
+    for name, d in embedding_dims.items():
+        own = compression.limits(name)
+        if own != TableCompressionConfig():
+            most = None if own.max_width is None else min(own.max_width, d)
+            limits[name] = TableCompressionConfig(min(own.min_width, d), most)
     if widths is not None:
-        widths = tuple(sorted({d, *(width for width in widths if width < d)}, reverse=True))
+        widths = tuple(sorted({*dims, *(width for width in widths if width < max(dims))}, reverse=True))
     if not compression.nested:
+        d = max(dims)  # that of all tables
         chunks = max((number for number in range(2, compression.chunks + 1) if d % (4 * number) == 0), default=None)
         if chunks is None:  # the kernels need chunks of 4 columns, of which d has only one
             return dataclasses.replace(compression, widths=(d,), nested=True)
@@ -151,7 +199,9 @@ def single_layer_compression(compression: CompressionConfig, embedding_dim: int)
     return dataclasses.replace(compression, widths=widths, tables=limits)
 
 
-def single_layer_control(model: ModelConfig, optimizer: str) -> tuple[ModelConfig, float]:
+def single_layer_control(
+    model: ModelConfig, optimizer: str, own: Mapping[str, TableSettings] = MappingProxyType({})
+) -> tuple[ModelConfig, float]:
     """Return the control's model, and the factor by which its rows' learning rate differs from MLET's.
 
     At initialisation E[W2ᵀW2] = kσ²I, so that rows of W = W1·W2 are σ√k times as large as rows of W1. Under SGD a step
@@ -159,18 +209,39 @@ def single_layer_control(model: ModelConfig, optimizer: str) -> tuple[ModelConfi
     by the learning rate times sign(g·W2ᵀ), and so W by kσ/√d times as far along g as a single layer, on average over
     Gaussian W2 and g.
 
+    The initial scale is that of each table, by its own k and σ. The learning rate is one for the rows of all tables,
+    and the factor that of the tables without settings of their own: with σ = 1/√k and SGD it is 1 for all.
+
     Args:
         model: the MLET model.
         optimizer: ``sgd`` for the factor under SGD; any other name for the factor under Adagrad.
+        own: the settings of the tables whose are not those of all, by name.
     """
-    if model.hidden_dim is None:
-        return model, 1.0
-    std = 1 / math.sqrt(model.hidden_dim) if model.projection_init_std is None else model.projection_init_std
-    gain = std * math.sqrt(model.hidden_dim)
-    control = dataclasses.replace(model, hidden_dim=None, rows_init_gain=model.rows_init_gain * gain)
-    if optimizer == "sgd":
-        return control, gain * gain
-    return control, gain * math.sqrt(model.hidden_dim / model.embedding_dim)
+    of_all = model.of_all_tables
+    control = dataclasses.replace(
+        model.single_layer(),
+        rows_init_gain=model.rows_init_gain * _gain(of_all),
+        tables={
+            name: TableModelConfig(
+                embedding_dim=each.embedding_dim,
+                pooling=each.pooling,
+                rows_init=each.rows_init,
+                rows_init_std=each.rows_init_std,
+                rows_init_gain=each.rows_init_gain * _gain(each),
+            )
+            for name, each in own.items()
+        },
+    )
+    gain = _gain(of_all)
+    return control, gain * gain if optimizer == "sgd" else gain * math.sqrt(of_all.row_width / of_all.embedding_dim)
+
+
+def _gain(table: TableSettings) -> float:
+    """Return σ√k, by which W = W1·W2 is larger than W1 at initialisation; 1 for a single-layer table."""
+    if table.hidden_dim is None:
+        return 1.0
+    std = 1 / math.sqrt(table.hidden_dim) if table.projection_init_std is None else table.projection_init_std
+    return std * math.sqrt(table.hidden_dim)
 
 
 def _finished(config: Config) -> bool:

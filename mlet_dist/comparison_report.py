@@ -1,7 +1,11 @@
 """The result of a comparison as a Markdown table, which is readable on a terminal, and what it means."""
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
+
+from mlet_dist.quality.paired_bootstrap import CONFIDENCE
 
 SINGLE, SINGLE_COMPRESSED, MLET, CONTROL = "single", "single_compressed", "mlet", "control"
 _TITLES = {
@@ -22,8 +26,10 @@ because no single learning rate makes a single layer learn as compressed MLET ta
 W2, and learn at the given rate. A part of what MLET gains may be due to the effective learning rate of the others.
 """
 _NOTES = """\
-Each row is one run with one seed, and learning rates are not tuned for each row. The logit difference is the largest
-one, over all {split} rows, between the trained model and its export to plain TorchRec tables."""
+Each row is one run with one seed, and learning rates are not tuned for each row. Behind a difference stands where it
+would be for {confidence:.0%} of other {split} sets of the same kind and size; another seed moves it as well. The logit
+difference is the largest one, over all {split} rows, between the trained model and its export to plain TorchRec
+tables."""
 _NEXT = """\
 To compare them on other data:
 
@@ -70,7 +76,7 @@ def comparison_table(result: dict[str, Any]) -> str:
             sizes = [_size(arm["training_bytes_peak"]), f"{share:.1%}"]
         rows.append(
             [
-                "MLET, compressed" if compressed and name == MLET else _TITLES[name],
+                _title(name, compressed),
                 *sizes,
                 _size(min(arm["served_bytes"].values())),
                 *(_metric(arm[f"{each}{metric}"]) for each in measured for metric in ("auc", "logloss")),
@@ -83,7 +89,33 @@ def comparison_table(result: dict[str, Any]) -> str:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         lines.append(f"| {' | '.join(cells)} |")
     caption = _COMPRESSED_CAPTION if compressed else _CAPTION
-    return "\n".join([*lines, "", caption, _NOTES.format(split=split)])
+    compared = [_compared(each, compressed) for each in result["differences"]]
+    return "\n".join([*lines, "", *compared, "", caption, _NOTES.format(split=split, confidence=CONFIDENCE)])
+
+
+def _compared(difference: Mapping[str, Any], compressed: bool) -> str:
+    """Return what a model gains over another one, and whether that is more than chance, as an entry of a list."""
+    arm, other = (_title(difference[key], compressed) for key in ("arm", "of"))
+    parts = []
+    for name, title, better in (("logloss", "LogLoss", -1), ("auc", "AUC", 1)):
+        value, low, high = (_number(difference[name][key]) for key in ("value", "low", "high"))
+        if math.isnan(value):
+            parts.append(f"{title} undefined")
+            continue
+        verdict = "no more than chance"
+        if low > 0 or high < 0:
+            verdict = "better" if better * value > 0 else "worse"
+        parts.append(f"{title} {value:+.4f} ({low:+.4f} to {high:+.4f}, {verdict})")
+    label = f", {difference['label']}" if "label" in difference else ""
+    return f"- {arm} against {other}{label}: {'; '.join(parts)}"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value  # JSON has no NaN
+
+
+def _title(name: str, compressed: bool) -> str:
+    return "MLET, compressed" if compressed and name == MLET else _TITLES[name]
 
 
 def _metric(value: float | None) -> str:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from mlet_dist import comparison as compare_module
-from mlet_dist.comparison import compare, single_layer_compression
+from mlet_dist.comparison import arm_configs, compare, single_layer_compression
 from mlet_dist.comparison_report import comparison_report, comparison_table
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config
@@ -36,7 +38,8 @@ def test_three_arms_are_trained_exported_and_verified(small_model: tuple[str, ..
     assert control["optimizer"]["rows_learning_rate"] == pytest.approx(0.1 * 0.75)
     assert control["model"]["rows_init_gain"] == pytest.approx(0.75**0.5)
     assert control["model"]["hidden_dim"] is None
-    assert yaml.safe_load((base / "mlet.yaml").read_text())["model"]["hidden_dim"] == 12
+    model = yaml.safe_load((base / "mlet.yaml").read_text())["model"]
+    assert (model["hidden_dim"], model["single_layer_up_to"]) == (12, 0)  # small tables have the control's rate
     assert arms["single"]["trained_table_bytes"] == arms["control"]["trained_table_bytes"]
     assert arms["mlet"]["trained_table_bytes"] > 3 * arms["single"]["trained_table_bytes"]
     assert len({arm["served_table_bytes"] for arm in arms.values()}) == 1
@@ -47,6 +50,15 @@ def test_three_arms_are_trained_exported_and_verified(small_model: tuple[str, ..
     assert printed.startswith(table.strip())
     assert table.strip() == comparison_table(result)
     assert f"{arms['mlet']['test_auc']:.4f}" in table
+    differences = {each["of"]: each for each in result["differences"]}
+    assert list(differences) == ["single", "control"]
+    for other, each in differences.items():
+        assert each["arm"] == "mlet"
+        assert each["logloss"]["value"] == pytest.approx(
+            arms["mlet"]["test_logloss"] - arms[other]["test_logloss"], abs=1e-6
+        )
+        assert each["auc"]["low"] < each["auc"]["value"] < each["auc"]["high"]
+    assert "- MLET against single layer: LogLoss " in table
     # With other settings it replaces the results only with run.overwrite=true.
     assert "run.overwrite=true" in error_line("compare", CONFIG, *overrides, "train.seed=1")
 
@@ -58,6 +70,7 @@ class Commands:
         self.ran: list[tuple[str, str]] = []
         self.stop: tuple[str, str] | None = None
         self.arm = dict(ARM)
+        self.logits = {name: [-1.0, 1.0, -1.0, 1.0] for name in ("single", "single_compressed", "mlet", "control")}
 
     def __call__(self, command: str, target: str, *rest: str) -> dict[str, Any]:
         done = (command, Path(target).stem)
@@ -75,6 +88,9 @@ class Commands:
             out = Path(rest[rest.index("--out") + 1])
             out.mkdir()
             (out / "manifest.json").write_text('{"format_version": 2, "model": {}}')
+        if command == "predict":
+            scores = {"logit": self.logits[Path(target).stem], "label": [0.0, 1.0, 0.0, 1.0]}
+            pq.write_table(pa.table(scores), rest[rest.index("--out") + 1])
         verified = {"ok": True, "outputs": {"dcp": {"max_abs_logit_diff": 0.0}}}
         return verified if command == "verify" else self.arm
 
@@ -118,6 +134,26 @@ def test_compressed_arms_have_the_budget_and_the_single_layer_has_not(
     assert "There is no control" in "\n".join(lines)
 
 
+def test_the_arms_of_tables_of_their_own_sizes(settings: Callable[..., Config]) -> None:
+    own = 'model.tables={"C?": {embedding_dim: 8, hidden_dim: 32}, C20: {hidden_dim: null}}'
+    found = {}
+    for deviation in ("null", "0.25"):
+        config = settings("model.name=dlrm_dcn", "model.hidden_dim=64", f"model.projection_init_std={deviation}", own)
+        schema = DatasetSchema.load(Path(config.data.path))
+        arms = arm_configs(config, ModelSpec.of(config, schema))
+        for name, arm in arms.items():
+            tables = {table.name: table for table in ModelSpec.of(arm, schema).tables}
+            assert {each.embedding_dim for key, each in tables.items() if len(key) == 2} == {8}
+            small = {each.hidden_dim for key, each in tables.items() if len(key) == 3 and each.num_embeddings <= 64}
+            found[name, deviation] = tables["C3"], tables["C20"], small
+    for deviation, of_small in (("null", {None}), ("0.25", {64, None})):
+        assert {each.hidden_dim for name in ("single", "control") for each in found[name, deviation][:2]} == {None}
+        assert [each.hidden_dim for each in found["mlet", deviation][:2]] == [32, None]
+        assert found["mlet", deviation][2] == of_small
+    gains = [each.settings.rows_init_gain for each in found["control", "0.25"][:2]]
+    assert gains == [pytest.approx(0.25 * 32**0.5), 1.0]
+
+
 @pytest.mark.parametrize(
     ("widths", "expected"),
     [(None, None), ((64, 32, 16, 8), (16, 8)), ((64, 8, 4), (16, 8, 4)), ((64,), (16,)), ((16,), (16,))],
@@ -126,7 +162,7 @@ def test_the_widths_of_a_compressed_single_layer(
     widths: tuple[int, ...] | None, expected: tuple[int, ...] | None
 ) -> None:
     given = CompressionConfig(policy="static", budget=0.3, widths=widths, tables={"C1": TableCompressionConfig(64, 64)})
-    found = single_layer_compression(given, 16)
+    found = single_layer_compression(given, {"C1": 16, "C2": 16})
     assert found == CompressionConfig(
         policy="static", budget=0.3, widths=expected, tables={"C1": TableCompressionConfig(16, 16)}
     )
@@ -139,15 +175,16 @@ def test_a_single_layer_can_be_compared_with_itself_compressed(
     result = compare(settings("model.hidden_dim=null", "compression.policy=static"), 1)
     assert list(result["arms"]) == ["single", "single_compressed"]
     trained_in = ("single_compressed", "single")
-    assert commands.ran == [(command, arm) for arm in trained_in for command in ("train", "export", "verify")]
+    assert commands.ran == [(command, arm) for arm in trained_in for command in COMMANDS]
     assert comparison_report(result).endswith("See also docs/compression.md.")
     assert "mlet compare configs/criteo_kaggle.yaml" not in comparison_report(result)
     assert "| 2.0 MB " in comparison_table(result)
     assert "9.0 MB" not in comparison_table(result)
 
 
+COMMANDS = ("train", "export", "verify", "predict")
 ARM = {"trained_table_bytes": 1, "served_bytes": {"dcp": 1}, "test_auc": 0.5, "test_logloss": 0.25}
-ALL = [(command, arm) for arm in ("single", "mlet", "control") for command in ("train", "export", "verify")]
+ALL = [(command, arm) for arm in ("single", "mlet", "control") for command in COMMANDS]
 
 
 @pytest.fixture
@@ -168,7 +205,7 @@ def test_a_comparison_that_was_stopped_resumes(commands: Commands, settings: Cal
     commands.stop = ("train", "control")
     with pytest.raises(KeyboardInterrupt):
         compare(settings("run.overwrite=true"), 1)
-    assert commands.ran == ALL[:6]
+    assert commands.ran == ALL[:8]
     commands.ran, commands.stop = [], None
     result = compare(settings(), 1)
     assert "compare them on other data" in comparison_report(result)
@@ -177,6 +214,31 @@ def test_a_comparison_that_was_stopped_resumes(commands: Commands, settings: Cal
     commands.ran = []
     assert compare(settings("run.overwrite=true"), 1) == result
     assert commands.ran == ALL
+
+
+@pytest.mark.parametrize(
+    ("mlet_logits", "verdict"),
+    [
+        ([-1.0, 1.0, -1.0, 1.0], "LogLoss +0.0000 (+0.0000 to +0.0000, no more than chance)"),
+        ([-2.0, 2.0, -2.0, 2.0], "LogLoss -0.1863 (-0.1863 to -0.1863, better)"),
+        ([-0.5, 0.5, -0.5, 0.5], "LogLoss +0.1608 (+0.1608 to +0.1608, worse)"),
+    ],
+)
+def test_a_difference_has_a_verdict(
+    mlet_logits: list[float], verdict: str, commands: Commands, settings: Callable[..., Config]
+) -> None:
+    commands.logits["mlet"] = mlet_logits
+    table = comparison_table(compare(settings(), 1))
+    assert f"- MLET against single layer: {verdict}; AUC +0.0000 (+0.0000 to +0.0000, no more than chance)" in table
+    assert "- MLET against control: single layer, MLET's rate: LogLoss" in table
+
+
+def test_without_rows_of_both_labels_there_is_no_auc_to_compare() -> None:
+    undefined = {"value": None, "low": None, "high": None}
+    loss = {"value": -0.25, "low": -0.5, "high": 0.125}
+    difference = {"arm": "mlet", "of": "single", "rows": 3, "auc": undefined, "logloss": loss}
+    table = comparison_table({"split": "test", "arms": {}, "differences": [difference]})
+    assert "LogLoss -0.2500 (-0.5000 to +0.1250, no more than chance); AUC undefined" in table
 
 
 @pytest.mark.parametrize("overwrite", ["false", "true"])
@@ -228,7 +290,7 @@ def test_an_undefined_auc_is_shown_as_such() -> None:
         "test_logloss": 0.25,
         "max_abs_logit_diff": 0.0,
     }
-    row = comparison_table({"split": "test", "arms": {"mlet": arm}}).splitlines()[2]
+    row = comparison_table({"split": "test", "arms": {"mlet": arm}, "differences": []}).splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "MLET",
         "3.2 GB",

@@ -1,5 +1,6 @@
 """Tests that the control of `mlet compare` has MLET's initial scale and its mean first step."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -62,6 +63,21 @@ def test_scale_and_rate_by_hand() -> None:
     assert factor == 4.0
     control, factor = single_layer_control(model_config(hidden_dim=64, projection_init_std=None), "sgd")
     assert (control.rows_init_gain, factor) == (pytest.approx(1), pytest.approx(1))
+
+
+def test_tables_of_their_own_sizes_have_their_own_scale() -> None:
+    model = model_config(hidden_dim=64, projection_init_std=0.25)
+    of_all = model.of_all_tables
+    own = {
+        "small": dataclasses.replace(of_all, hidden_dim=None),
+        "wide": dataclasses.replace(of_all, embedding_dim=32, hidden_dim=256, projection_init_std=0.5, pooling="mean"),
+    }
+    control, factor = single_layer_control(model, "sgd", own)
+    assert factor == 4.0
+    expected = {name: dataclasses.replace(each, hidden_dim=None) for name, each in own.items()}
+    expected["wide"] = dataclasses.replace(expected["wide"], rows_init_gain=8.0, projection_init_std=0.25)
+    assert {name: control.of_table(name, 10**6) for name in own} == expected
+    assert control.of_table("other", 10**6).rows_init_gain == 2.0
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])

@@ -12,8 +12,9 @@ EPILOG = f"""\
 The command trains, exports and verifies three models: single-layer tables; MLET; and the control, which is a single
 layer with the initial scale of MLET's product W1·W2 and with MLET's effective learning rate. What MLET gains over the
 control is due to the factorisation. With compression they are single-layer tables without it, and single-layer tables
-and MLET within the budget. Each model is written to a directory below run.dir. The same command again does not repeat
-the models that were trained to the end.
+and MLET within the budget. How MLET differs from the others is shown with intervals of a paired bootstrap over the
+rows. Each model is written to a directory below run.dir. The same command again does not repeat the models that were
+trained to the end.
 
 settings, as section.key=value or in the YAML file:
 {describe_settings()}"""

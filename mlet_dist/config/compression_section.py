@@ -7,6 +7,7 @@ from typing import Literal
 from mlet_dist.config.byte_sizes import ByteSize
 from mlet_dist.config.limits import MAX_COLUMNS, MAX_STEPS
 from mlet_dist.config.parser import setting
+from mlet_dist.config.table_settings import matching_entries
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,16 @@ class CompressionConfig:
     tables: dict[str, TableCompressionConfig] = field(
         default_factory=dict,
         metadata={
-            "meaning": "Limits on the widths of single tables, by table name: min_width and max_width. Write {C3: "
-            "{min_width: 16}}, or compression.tables.C3.min_width=16 on the command line. Ids of a table whose two "
-            "limits are the same need not be sorted."
+            "meaning": "Limits on the widths of single tables, by name or pattern: min_width and max_width, both of "
+            "the entry with the table's name, or else of the first pattern that matches. Write {C3: {min_width: "
+            "16}}, or compression.tables.C3.min_width=16 on the command line. Ids of a table whose two limits are the "
+            "same need not be sorted."
         },
     )
 
     def limits(self, table: str) -> TableCompressionConfig:
         """Return the limits on the widths of a table's rows."""
-        return self.tables.get(table, TableCompressionConfig())
+        return next(iter(matching_entries(self.tables, table)), TableCompressionConfig())
 
     def without_effect(self) -> dict[str, list[str]]:
         """Return the names of the settings that are not at their defaults and have no effect, by the setting why."""

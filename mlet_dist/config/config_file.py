@@ -13,12 +13,13 @@ import yaml
 
 from mlet_dist.config.compression_section import CompressionConfig
 from mlet_dist.config.limits import MAX_CUDA_COLUMNS
-from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.model_section import ONE_EMBEDDING_DIM, ModelConfig
 from mlet_dist.config.overrides import apply_override
 from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_section, section_type, to_yaml
 from mlet_dist.config.sections import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.config.strict_yaml import load_yaml
+from mlet_dist.config.table_settings import TableSettings, check_entries
 from mlet_dist.config.validation_settings import check_validation_settings, metrics_to_choose_by
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url
@@ -45,14 +46,13 @@ class Config:
 
     def warnings(self) -> list[str]:
         """Return one line for each setting that is allowed but probably not intended."""
-        k, d = self.model.hidden_dim, self.model.embedding_dim
-        found = []
-        if k is not None and k < d:
-            found.append(
-                f"model.hidden_dim {k} is below model.embedding_dim {d}: W1·W2 then has rank at most {k}, and by "
-                f"Theorem 2.2 of the MLET paper (arXiv:2006.05623) not every table of {d} columns can be reached; "
-                f"use {d} or more, preferably above {4 * d}"
-            )
+        found = [
+            f"{key}.hidden_dim {k} is below {key}.embedding_dim {d}: W1·W2 then has rank at most {k}, and by "
+            f"Theorem 2.2 of the MLET paper (arXiv:2006.05623) not every table of {d} columns can be reached; "
+            f"use {d} or more, preferably above {4 * d}"
+            for key, d, k in self.model.sizes()
+            if k is not None and k < d
+        ]
         if self.data.shuffle and self.data.shuffle_buffer < 2 * self.data.batch_size:
             found.append(
                 f"data.shuffle_buffer {self.data.shuffle_buffer} holds fewer than two batches of data.batch_size "
@@ -106,9 +106,8 @@ class Config:
                     )
 
     def _check_cuda_columns(self) -> None:
-        model, compression = self.model, self.compression
-        key = "model.embedding_dim" if model.hidden_dim is None else "model.hidden_dim"
-        columns = model.hidden_dim or model.embedding_dim
+        compression = self.compression
+        key, columns = self.model.widest_rows()
         if compression.policy != "none" and compression.widths is not None:
             key, columns = "compression.widths", max(compression.widths)
         elif compression.policy == "adaptive" and not compression.nested:
@@ -154,15 +153,28 @@ class Config:
 
     def check_tables(self, names: Sequence[str]) -> None:
         """Raise UserError if settings of single tables name a table that the model does not have."""
-        for key, tables in (
-            ("sharding.tables", self.sharding.tables),
-            ("compression.tables", self.compression.tables),
-        ):
-            for name in tables:
-                if name not in names:
-                    raise UserError(
-                        f"{key}: the model has no table {name!r}{did_you_mean(name, names)}; it has {', '.join(names)}"
-                    )
+        for section in ("model", "sharding", "compression"):
+            check_entries(f"{section}.tables", getattr(self, section).tables, names)
+
+    def table_settings(self, num_embeddings: Mapping[str, int]) -> dict[str, TableSettings]:
+        """Return the settings of every table by name, given their numbers of rows.
+
+        Raises:
+            UserError: the vectors of a table have another number of columns than the model can take.
+        """
+        model = self.model
+        if self.compression.policy != "none" and model.single_layer_up_to == "auto":
+            model = dataclasses.replace(model, single_layer_up_to=0)
+        found = {name: model.of_table(name, rows) for name, rows in num_embeddings.items()}
+        dot_products = model.builder is None and model.name in ONE_EMBEDDING_DIM
+        for name, each in found.items():
+            if dot_products and each.embedding_dim != model.embedding_dim:
+                raise UserError(
+                    f"model.tables gives table {name!r} embedding_dim {each.embedding_dim}, and model.name "
+                    f"{model.name} takes dot products of vectors, all of model.embedding_dim {model.embedding_dim} "
+                    "columns; use dlrm_dcn or two_tower, or the same embedding_dim for all tables"
+                )
+        return found
 
 
 def _plain(value: Any) -> Any:
@@ -252,6 +264,9 @@ def config_text(config: Config) -> str:
     return text
 
 
+_ONE = "leave it out, since rows move within pools that all tables share"
+
+
 def _check_compression(config: Config, source: str, sources: Mapping[str, str]) -> None:
     """Raise UserError if other settings ask for what compressed tables do not support."""
     policy, sharding, model, widths = (
@@ -270,14 +285,33 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
                 "table; use the same value for one width for all of its rows"
             )
     adaptive, nested = policy == "adaptive", config.compression.nested
-    largest = model.hidden_dim or model.embedding_dim
+    widest_key, largest = model.widest_rows()
     kinds = sharding.sharding_types
     for key, value, wrong, remedy in (
         ("sharding.exchange", sharding.exchange, sharding.exchange not in ("auto", "unique_rows"), "use auto"),
         ("sharding.sharding_types", kinds, kinds is not None and "row_wise" not in kinds, "add row_wise"),
         ("sharding.rows_dtype", sharding.rows_dtype, sharding.rows_dtype != "fp32", "use fp32"),
         ("sharding.tables", sorted(sharding.tables), bool(sharding.tables), "leave it out"),
-        ("model.hidden_dim", model.hidden_dim, largest < model.embedding_dim, f"use {model.embedding_dim} or more"),
+        *((f"{key}.hidden_dim", k, k is not None and k < d, f"use {d} or more") for key, d, k in model.sizes()),
+        *(
+            (
+                f"model.tables.{name}.embedding_dim",
+                each.embedding_dim,
+                adaptive and each.embedding_dim is not None,
+                _ONE,
+            )
+            for name, each in model.tables.items()
+        ),
+        *(
+            (f"model.tables.{name}.hidden_dim", each.hidden_dim, not nested and each.hidden_dim != "default", _ONE)
+            for name, each in model.tables.items()
+        ),
+        (
+            "model.single_layer_up_to",
+            model.single_layer_up_to,
+            not nested and model.single_layer_up_to not in ("auto", 0),
+            _ONE,
+        ),
         ("compression.widths", widths, len(set(widths)) < len(widths), "name each width once"),
         ("compression.nested", False, not (nested or adaptive), "use true"),
         ("compression.widths", widths, bool(widths) and not nested, "use null and compression.chunks"),
@@ -312,7 +346,7 @@ def _check_compression(config: Config, source: str, sources: Mapping[str, str]) 
             "compression.widths",
             widths,
             any(width > largest for width in widths),
-            f"use widths up to {largest}, which is model.{'hidden_dim' if model.hidden_dim else 'embedding_dim'}",
+            f"use widths up to {largest}, which is {widest_key}",
         ),
     ):
         if wrong:
@@ -330,7 +364,7 @@ def _source_of(key: str, value: Any, source: str, sources: Mapping[str, str]) ->
     section, _, name = key.partition(".")
     setting = section_type(next(each for each in dataclasses.fields(Config) if each.name == section))
     defaults = {each.name: each.default for each in dataclasses.fields(setting)}
-    return given or (None if defaults.get(name) == value else source)
+    return given or (None if name in defaults and defaults[name] == value else source)
 
 
 def _check_combinations(config: Config, source: str, sources: Mapping[str, str]) -> None:

@@ -6,6 +6,9 @@ MAX_COLUMNS = 1 << 16
 MAX_CUDA_COLUMNS = 2048
 """Of a row that is looked up on CUDA: fbgemm's kernels support no more (`max_embedding_dim` of its code generator)."""
 
+MAX_ROWS = 2**31 - 1
+"""Of a batch, and of a table that a setting limits."""
+
 MAX_STEPS = 10**15
 """Of a run: its product with the batches of an epoch, and its float64, are exact."""
 

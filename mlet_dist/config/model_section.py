@@ -1,13 +1,21 @@
 """The section `model` of a config: the network, its tables and their initial values."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
-from mlet_dist.config.limits import MAX_COLUMNS, MAX_LAYER, SCALE
+from mlet_dist.config.limits import MAX_COLUMNS, MAX_LAYER, MAX_ROWS, SCALE
 from mlet_dist.config.parser import setting, to_yaml
+from mlet_dist.config.table_settings import (
+    Pooling,
+    RowsInit,
+    TableModelConfig,
+    TableSettings,
+    matching_entries,
+)
 
 ModelName = Literal["dlrm", "dlrm_dcn", "deepfm", "two_tower"]
 
@@ -52,6 +60,13 @@ class ModelConfig:
         at_most=MAX_COLUMNS,
         multiple_of=4,
     )
+    single_layer_up_to: int | Literal["auto"] = setting(
+        "Tables of at most this number of rows are single-layer tables, whose W2 would be larger than they are. auto: "
+        "hidden_dim, and 0 with compression, which decides on W2 by itself. 0: all tables have two layers.",
+        "auto",
+        at_least=0,
+        at_most=MAX_ROWS,
+    )
     bottom_mlp: tuple[int, ...] = setting(
         "Sizes of the hidden layers of the dense arch (bottom MLP), which takes the dense columns. A last layer of "
         "size embedding_dim is appended. two_tower has none.",
@@ -80,12 +95,12 @@ class ModelConfig:
         None,
         min_length=1,
     )
-    pooling: Literal["sum", "mean"] = setting(
+    pooling: Pooling = setting(
         "sum or mean: how the vectors of a multi-valued feature's ids are pooled. A feature whose ids have weights "
         "needs sum: its vectors are multiplied by the weights and summed.",
         "sum",
     )
-    rows_init: Literal["uniform", "normal"] = setting(
+    rows_init: RowsInit = setting(
         "Distribution of the initial values of W1. uniform: ±1/sqrt(num_embeddings), as in DLRM; normal: mean 0 and "
         "standard deviation rows_init_std.",
         "uniform",
@@ -102,6 +117,58 @@ class ModelConfig:
         None,
         **SCALE,
     )
+    tables: dict[str, TableModelConfig] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "Settings of single tables, by name or pattern, that replace those of this section: "
+            "embedding_dim, hidden_dim, pooling, rows_init, rows_init_std, rows_init_gain and projection_init_std. "
+            'Write {C3: {hidden_dim: 128}, "C1*": {hidden_dim: null}}, or model.tables.C3.hidden_dim=128 on the '
+            "command line. The entry with a table's name comes before patterns, and these in order; each setting is "
+            "that of the first entry that has it."
+        },
+    )
+
+    @property
+    def of_all_tables(self) -> TableSettings:
+        """The settings of tables that have none of their own."""
+        return TableSettings(**{each.name: getattr(self, each.name) for each in dataclasses.fields(TableSettings)})
+
+    def of_table(self, name: str, num_embeddings: int) -> TableSettings:
+        """Return the settings of a table of this number of rows."""
+        settings = self.of_all_tables
+        limit = self.single_layer_up_to
+        if num_embeddings <= ((self.hidden_dim or 0) if limit == "auto" else limit):
+            settings = dataclasses.replace(settings, hidden_dim=None)
+        for entry in reversed(matching_entries(self.tables, name)):
+            own = {each.name: getattr(entry, each.name) for each in dataclasses.fields(entry)}
+            hidden_dim = own.pop("hidden_dim")
+            given = {key: value for key, value in own.items() if value is not None}
+            if hidden_dim != "default":
+                given["hidden_dim"] = hidden_dim
+            settings = dataclasses.replace(settings, **given)
+        return settings
+
+    def single_layer(self) -> "ModelConfig":
+        """Return the same with single-layer tables alone."""
+        tables = {name: dataclasses.replace(each, hidden_dim="default") for name, each in self.tables.items()}
+        return dataclasses.replace(self, hidden_dim=None, single_layer_up_to="auto", tables=tables)
+
+    def sizes(self) -> Iterator[tuple[str, int, int | None]]:
+        """Yield d and k that the section gives to tables, with the key of those: all, and those of an entry."""
+        yield "model", self.embedding_dim, self.hidden_dim
+        for name, entry in self.tables.items():
+            k = self.hidden_dim if entry.hidden_dim == "default" else entry.hidden_dim
+            yield f"model.tables.{name}", entry.embedding_dim or self.embedding_dim, k
+
+    @property
+    def has_two_layers(self) -> bool:
+        """Whether the section gives some tables a W2, however small they are."""
+        return any(k is not None for _, _, k in self.sizes())
+
+    def widest_rows(self) -> tuple[str, int]:
+        """Return the columns of the widest rows of W1, or of single-layer tables, after the key that sets them."""
+        section, d, k = max(self.sizes(), key=lambda each: each[2] or each[1])
+        return f"{section}.{'embedding_dim' if k is None else 'hidden_dim'}", k or d
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield each setting that contradicts others, and what is wrong with it, as the end of a message."""
@@ -137,6 +204,9 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "two_tower": ("query_features",),
 }
 """The settings that only one of the models has."""
+
+ONE_EMBEDDING_DIM = ("dlrm", "deepfm")
+"""The models that take dot products of the vectors of all tables and of the dense columns."""
 
 NETWORK_SETTINGS = ("name", "builder", "arguments", *chain.from_iterable(_SETTINGS_OF.values()))
 """The settings that decide which network is around the tables, but for the sizes of its MLPs."""

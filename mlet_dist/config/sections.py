@@ -10,7 +10,7 @@ the command line checks every setting before torch is imported.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlet_dist.config.limits import MAX_STEPS
+from mlet_dist.config.limits import MAX_ROWS, MAX_STEPS
 from mlet_dist.config.parser import setting
 
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -18,7 +18,6 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 
-_MAX_ROWS = 2**31 - 1
 _MAX_EPOCHS = 10**9
 _MAX_MINUTES, _MAX_SECONDS = 1e7, 1e7  # 19 years and 116 days: gloo counts nanoseconds in 64 bits
 # What float32 holds.
@@ -37,13 +36,13 @@ class DataConfig:
         "Rows of a global training batch, summed over all ranks; a multiple of the number of ranks.",
         128,
         at_least=1,
-        at_most=_MAX_ROWS,
+        at_most=MAX_ROWS,
     )
     eval_batch_size: int = setting(
         "Rows of a global evaluation batch, summed over all ranks. It changes memory and speed, not the metrics.",
         8192,
         at_least=1,
-        at_most=_MAX_ROWS,
+        at_most=MAX_ROWS,
     )
     dense_features: tuple[str, ...] | None = setting("List of the dense (numerical) columns to use; null: all.", None)
     sparse_features: tuple[str, ...] | None = setting(

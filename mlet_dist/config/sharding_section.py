@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mlet_dist.config.parser import setting
+from mlet_dist.config.table_settings import matching_entries
 
 ShardingType = Literal["row_wise", "table_row_wise", "table_wise", "data_parallel"]
 ComputeKernel = Literal["fused", "fused_uvm_caching", "fused_uvm"]
@@ -86,18 +87,18 @@ class ShardingConfig:
     tables: dict[str, TableShardingConfig] = field(
         default_factory=dict,
         metadata={
-            "meaning": "Settings of single tables, by table name, that replace those of this section: "
-            "sharding_types, compute_kernels, cache_load_factor, exchange and rows_dtype. Write {C3: {exchange: "
-            "after}}, or sharding.tables.C3.exchange=after on the command line."
+            "meaning": "Settings of single tables, by name or pattern as in model.tables, that replace those of this "
+            "section: sharding_types, compute_kernels, cache_load_factor, exchange and rows_dtype. Write {C3: "
+            "{exchange: after}}, or sharding.tables.C3.exchange=after on the command line."
         },
     )
 
     def of_table(self, name: str) -> TableShardingConfig:
         """Return the settings of a table: its own, and those of all tables where it has none."""
-        own = self.tables.get(name, TableShardingConfig())
+        sections = *matching_entries(self.tables, name), self
         keys = [each.name for each in dataclasses.fields(TableShardingConfig)]
-        values = {key: getattr(own, key) if getattr(own, key) is not None else getattr(self, key) for key in keys}
-        return TableShardingConfig(**values)
+        given = {key: [getattr(each, key) for each in sections if getattr(each, key) is not None] for key in keys}
+        return TableShardingConfig(**{key: values[0] for key, values in given.items() if values})
 
     def rows_dtypes(self, tables: Sequence[str]) -> dict[str, RowsDtype]:
         """Return the dtype in which the rows of each table are stored."""

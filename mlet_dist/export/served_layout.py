@@ -42,12 +42,14 @@ class ServedTable:
         kept: the number of kept rows.
         kept_ids: the state name of their ids, ascending; None if they are the first rows, so that the number of an id
             is min(id, kept).
+        embedding_dim: d.
         parts: cover the kept rows and the row behind them.
     """
 
     num_embeddings: int
     kept: int
     kept_ids: str | None
+    embedding_dim: int
     parts: tuple[ServedPart, ...]
 
 
@@ -57,12 +59,10 @@ class ServedLayout:
 
     Attributes:
         form: of all tables.
-        embedding_dim: d.
         tables: by name.
     """
 
     form: Form
-    embedding_dim: int
     tables: Mapping[str, ServedTable]
 
     @property
@@ -80,26 +80,27 @@ class ServedLayout:
         """Return the bytes of all encoded tables without overhead; with every W2, which is float32."""
         return sum(
             part.num_embeddings * encoding.row_bytes(part.embedding_dim)
-            + (0 if part.projection is None else projection_bytes(part.embedding_dim, self.embedding_dim))
-            for part in self.parts
+            + (0 if part.projection is None else projection_bytes(part.embedding_dim, table.embedding_dim))
+            for table in self.tables.values()
+            for part in table.parts
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
             "form": self.form,
-            "embedding_dim": self.embedding_dim,
+            "embedding_dim": max(table.embedding_dim for table in self.tables.values()),
             "tables": {name: asdict(table) for name, table in self.tables.items()},
         }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "ServedLayout":
         """Return the layout that ``to_dict`` was called on; raise KeyError or TypeError if it is none."""
+        of_all = {"embedding_dim": plain["embedding_dim"]}  # all that earlier versions recorded of d
         return cls(
             plain["form"],
-            plain["embedding_dim"],
             {
-                name: ServedTable(**{**table, "parts": tuple(ServedPart(**part) for part in table["parts"])})
+                name: ServedTable(**{**of_all, **table, "parts": tuple(ServedPart(**part) for part in table["parts"])})
                 for name, table in plain["tables"].items()
             },
         )

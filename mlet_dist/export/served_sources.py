@@ -41,7 +41,8 @@ def served_sources(tables: Mapping[str, TableSource], form: Form, encoding: Enco
     for name, table in tables.items():
         if form == "all":
             part = ServedPart(name, 0, table.num_embeddings, table.embedding_dim)
-            layout[name], sources[name] = ServedTable(table.num_embeddings, table.num_embeddings, None, (part,)), table
+            n, sources[name] = table.num_embeddings, table
+            layout[name] = ServedTable(n, n, None, table.embedding_dim, (part,))
             continue
         kept = KeptRows.of(table)
         kept_ids = None
@@ -56,9 +57,8 @@ def served_sources(tables: Mapping[str, TableSource], form: Form, encoding: Enco
             sources[part.name] = source
             if part.projection is not None and projection is not None:
                 tensors[part.projection] = projection
-        layout[name] = ServedTable(table.num_embeddings, kept.count, kept_ids, tuple(parts))
-    embedding_dim = max(table.embedding_dim for table in tables.values())
-    return ServedSources(ServedLayout(form, embedding_dim, layout), sources, tensors)
+        layout[name] = ServedTable(table.num_embeddings, kept.count, kept_ids, table.embedding_dim, tuple(parts))
+    return ServedSources(ServedLayout(form, layout), sources, tensors)
 
 
 def _parts(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torchrec.models.dlrm import DLRM, DLRM_DCN, DenseArch, OverArch
+from torchrec.models.dlrm import DLRM, DLRM_DCN, DenseArch, InteractionDCNArch, OverArch
+from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.deepfm import DeepFM, FactorizationMachine
 from torchrec.modules.mlp import MLP
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -94,6 +95,34 @@ class TwoTower(nn.Module):
         return (query * candidate).sum(dim=1, keepdim=True)
 
 
+class CrossNetworkOfAnyVectors(nn.Module):
+    """TorchRec's DLRM_DCN for vectors of different numbers of columns, of which it concatenates one number alone.
+
+    Its parts, and their names in the state dict, are those of DLRM_DCN.
+
+    Args:
+        inputs: what the model is built for; the dense arch makes a vector of ``model.embedding_dim`` columns.
+    """
+
+    def __init__(self, inputs: ModelInputs) -> None:
+        super().__init__()
+        settings = inputs.settings
+        self.features = list(inputs.sparse_features)
+        self.sparse_arch = PooledTables(inputs.embedding_bag_collection)
+        self.dense_arch = DenseArch(len(inputs.dense_features), [*settings.bottom_mlp, settings.embedding_dim])
+        width = settings.embedding_dim + sum(inputs.embedding_dims.values())
+        cross_network = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
+        self.inter_arch = InteractionDCNArch(len(self.features), cross_network)
+        self.over_arch = OverArch(width, [*settings.top_mlp, 1])
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
+        """Return logits ``(B, 1)``."""
+        dense, vectors = self.dense_arch(dense_features), self.sparse_arch(sparse_features)
+        together = torch.cat([dense, *(vectors[name] for name in self.features)], dim=1)
+        logits: torch.Tensor = self.over_arch(self.inter_arch.crossnet(together))
+        return logits
+
+
 def _dlrm(inputs: ModelInputs) -> nn.Module:
     return DLRM(
         embedding_bag_collection=inputs.embedding_bag_collection,
@@ -104,6 +133,8 @@ def _dlrm(inputs: ModelInputs) -> nn.Module:
 
 
 def _dlrm_dcn(inputs: ModelInputs) -> nn.Module:
+    if set(inputs.embedding_dims.values()) != {inputs.settings.embedding_dim}:
+        return CrossNetworkOfAnyVectors(inputs)
     return DLRM_DCN(
         embedding_bag_collection=inputs.embedding_bag_collection,
         dense_in_features=len(inputs.dense_features),

@@ -97,7 +97,7 @@ def table_bytes(spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype]
     """Return the bytes of all tables in training (W1 in ``rows_dtype``, W2 float32) and in serving (W float32)."""
     meta = torch.device("meta")
     trained = build_tables(spec, meta, rows_dtype)
-    served = sum(4 * table.num_embeddings * spec.model.embedding_dim for table in spec.tables)
+    served = sum(4 * table.num_embeddings * table.embedding_dim for table in spec.tables)
     return sum(each.numel() * each.element_size() for each in trained.parameters()), served
 
 
@@ -115,7 +115,8 @@ def build_around(embeddings: nn.Module, spec: ModelSpec, dense_device: torch.dev
         UserError: ``model.builder`` cannot be imported, or does not return a module that holds the tables once; or a
             setting of the network does not fit the features.
     """
-    dims = {feature.name: spec.model.embedding_dim for feature in spec.sparse}
+    of_tables = spec.embedding_dims
+    dims = {feature.name: of_tables[feature.table_name] for feature in spec.sparse}
     inputs = ModelInputs(embeddings, spec.dense, tuple(dims), dims, spec.model, spec.labels)
     with torch.random.fork_rng(devices=[]), dense_device:
         torch.manual_seed(spec.seed)
@@ -139,25 +140,24 @@ def with_tables_prefix(spec: ModelSpec) -> ModelSpec:
 def _table_configs(
     spec: ModelSpec, rows_dtype: RowsDtype | Mapping[str, RowsDtype] = "fp32"
 ) -> list[MultiLayerEmbeddingBagConfig]:
-    model = spec.model
     tables = []
     dtypes = {each.name: rows_dtype if isinstance(rows_dtype, str) else rows_dtype[each.name] for each in spec.tables}
     for table in spec.tables:
-        bound = model.rows_init_gain / math.sqrt(table.num_embeddings)
+        own = table.settings
+        bound = own.rows_init_gain / math.sqrt(table.num_embeddings)
         tables.append(
             MultiLayerEmbeddingBagConfig(
                 name=table.name,
                 num_embeddings=table.num_embeddings,
-                embedding_dim=model.embedding_dim,
-                hidden_dim=model.hidden_dim,
+                embedding_dim=own.embedding_dim,
+                hidden_dim=own.hidden_dim,
                 feature_names=[feature.name for feature in table.features],
-                # For a single id the mean equals the sum, which is cheaper.
-                pooling=PoolingType.MEAN if model.pooling == "mean" and table.multi_valued else PoolingType.SUM,
+                pooling=PoolingType.MEAN if table.takes_mean else PoolingType.SUM,
                 data_type=DataType(dtypes[table.name].upper()),
                 weight_init_min=-bound,
                 weight_init_max=bound,
-                rows_init_std=model.rows_init_gain * model.rows_init_std if model.rows_init == "normal" else None,
-                projection_init_std=model.projection_init_std,
+                rows_init_std=own.rows_init_gain * own.rows_init_std if own.rows_init == "normal" else None,
+                projection_init_std=own.projection_init_std,
                 zero_first_row=table.name in spec.zero_first_rows,
                 row_ranges=_row_ranges(spec, table.name),
                 shared_row=spec.shared_rows and table.name in spec.row_ranges,

@@ -49,8 +49,18 @@ class ModelInputs:
 
     @property
     def embedding_dim(self) -> int:
-        """d, for models whose features all have the same."""
-        return self.settings.embedding_dim
+        """d, for models whose features all have the same.
+
+        Raises:
+            ValueError: features have different d; the message names one.
+        """
+        d = self.settings.embedding_dim
+        for name, own in self.embedding_dims.items():
+            if own != d:
+                raise ValueError(
+                    f"feature {name!r} has vectors of {own} columns, and others of {d}; use embedding_dims"
+                )
+        return d
 
     @property
     def arguments(self) -> Mapping[str, Any]:

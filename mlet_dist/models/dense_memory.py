@@ -19,14 +19,17 @@ def dense_parameters(spec: ModelSpec) -> dict[str, int]:
     Of a model of ``model.builder`` only those of W2 are known.
     """
     model, d, features, dense = spec.model, spec.model.embedding_dim, len(spec.sparse), len(spec.dense)
-    found = {"model.hidden_dim": len(spec.tables) * d * (model.hidden_dim or 0)}
+    found = {"model.hidden_dim": sum(table.embedding_dim * (table.hidden_dim or 0) for table in spec.tables)}
     if model.builder is not None:
         return found
+    of_tables = spec.embedding_dims
+    width = sum(of_tables[each.table_name] for each in spec.sparse)
     if model.name == "two_tower":
-        query = len(set(model.query_features or ()))
-        widths = (dense + query * d, (features - query) * d)
+        query = set(model.query_features or ())
+        query_width = sum(of_tables[each.table_name] for each in spec.sparse if each.name in query)
+        widths = (dense + query_width, width - query_width)
         return found | {"model.top_mlp": sum(_mlp([width, *model.top_mlp]) for width in widths)}
-    vectors = (features + 1) * d
+    vectors = d + width
     found["model.bottom_mlp"] = _mlp([dense, *model.bottom_mlp, d])
     interaction = d + features + features * (features - 1) // 2
     if model.name == "dlrm_dcn":

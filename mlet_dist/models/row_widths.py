@@ -7,8 +7,9 @@ first. Tables may have limits of their own on the widths of their rows.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from mlet_dist.config.byte_sizes import bytes_of
 from mlet_dist.config.compression_section import CompressionConfig
 from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.table_settings import TableSettings
 from mlet_dist.embeddings.planning.cost_model import FLOAT, Optimizer, replicated_bytes, row_state_bytes
 from mlet_dist.embeddings.sharded.slot_map import BYTES_PER_BUCKET, BYTES_PER_ROW, BYTES_PER_STEP
 from mlet_dist.embeddings.slot_layout import FEWEST_SLOTS, fewest_rows_of_width, number_of_buckets
@@ -39,6 +41,7 @@ class Sizes:
         chunks: the number of chunks into which rows are cut; 0 for whole rows. Their W2 is that of all columns, for
             each table that has one.
         hidden_dim: k of these tables; None for single-layer tables.
+        own_dims: d of the tables that have another, by name; none where rows move or are cut into chunks.
     """
 
     embedding_dim: int
@@ -46,14 +49,26 @@ class Sizes:
     bytes_per_row: int = 0
     chunks: int = 0
     hidden_dim: int | None = None
+    own_dims: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: ModelConfig, optimizer: Optimizer, compression: CompressionConfig) -> "Sizes":
+    def of(
+        cls,
+        model: ModelConfig,
+        optimizer: Optimizer,
+        compression: CompressionConfig,
+        own_dims: Mapping[str, int] = MappingProxyType({}),
+    ) -> "Sizes":
         """Return the sizes of a config's tables."""
         if compression.policy != "adaptive":
-            return cls(model.embedding_dim, optimizer)
+            return cls(model.embedding_dim, optimizer, own_dims=own_dims)
         chunks = 0 if compression.nested else compression.chunks
         return cls(model.embedding_dim, optimizer, BYTES_PER_ROW * max(1, chunks), chunks, model.hidden_dim)
+
+    def of_table(self, name: str) -> "Sizes":
+        """Return the sizes of a table by its d."""
+        d = self.own_dims.get(name, self.embedding_dim)
+        return self if d == self.embedding_dim else replace(self, embedding_dim=d, own_dims={})
 
     def row(self, width: int) -> int:
         """Return the bytes of a row of W1, each of whose chunks has a state of its own; 0 for width 0."""
@@ -86,19 +101,19 @@ class Sizes:
             + sum(each.rows * self.row(each.width) + self.projection(each.width) for each in ranges)
         )
 
-    def total(self, tables: Collection[Sequence[RowRange]]) -> int:
+    def total(self, tables: Mapping[str, Sequence[RowRange]]) -> int:
         """Return the bytes of tables with row ranges, or a few more where rows move (see ``trained``).
 
         Slots and utilities are those of whole buckets, so that there are some for rows that do not exist.
         """
-        size = sum(self.table(ranges) for ranges in tables)
+        size = sum(self.of_table(name).table(ranges) for name, ranges in tables.items())
         if not self.bytes_per_row:
             return size
         buckets = self._buckets(tables)
-        rows = sum(each.rows for ranges in tables for each in ranges)
+        rows = sum(each.rows for ranges in tables.values() for each in ranges)
         return size + -rows % buckets * self.bytes_per_row + buckets * BYTES_PER_BUCKET + BYTES_PER_STEP
 
-    def trained(self, tables: Collection[Sequence[RowRange]]) -> int:
+    def trained(self, tables: Mapping[str, Sequence[RowRange]]) -> int:
         """Return the bytes that tables with row ranges take in training.
 
         Where rows move, a width has equally many slots in each bucket, so a few less than rows; ``total`` leaves this
@@ -110,34 +125,38 @@ class Sizes:
         without_slot = {width: number % buckets for width, number in self.stored(tables).items()}
         return self.total(tables) - sum(number * self._row(width) for width, number in without_slot.items())
 
-    def _buckets(self, tables: Collection[Sequence[RowRange]]) -> int:
+    def _buckets(self, tables: Mapping[str, Sequence[RowRange]]) -> int:
         return number_of_buckets(min(self.stored(tables).values(), default=0))
 
-    def stored(self, tables: Collection[Sequence[RowRange]]) -> dict[int, int]:
+    def stored(self, tables: Mapping[str, Sequence[RowRange]]) -> dict[int, int]:
         """Return the number of rows of each width above 0; of chunks, their number under the key of one chunk."""
         chunk = self._chunk_width if self.chunks else 0
         found: dict[int, int] = {}
-        for width, rows in ((each.width, each.rows) for ranges in tables for each in ranges if each.width):
+        for width, rows in ((each.width, each.rows) for of in tables.values() for each in of if each.width):
             key, number = (chunk, rows * width // chunk) if chunk else (width, rows)
             found[key] = found.get(key, 0) + number
         return found
 
-    def single(self, rows: int) -> int:
-        """Return the bytes of this many rows of single-layer tables."""
-        return rows * self._row(self.embedding_dim)
+    def single(self, rows: Mapping[str, int]) -> int:
+        """Return the bytes of single-layer tables of these numbers of rows."""
+        return sum(number * self.of_table(name)._single_row for name, number in rows.items())
+
+    @property
+    def _single_row(self) -> int:
+        return self._row(self.embedding_dim)
 
 
-def default_widths(model: ModelConfig, compression: CompressionConfig) -> tuple[int, ...]:
-    """Return the widths that rows may have if the config names none.
+def default_widths(table: TableSettings, compression: CompressionConfig) -> tuple[int, ...]:
+    """Return the widths that rows of a table may have if the config names none.
 
     They are hidden_dim and its halves above embedding_dim, embedding_dim, and a half and a quarter of it if kernels
     support that. Rows cut into chunks may have any number of chunks.
     """
-    d, found = model.embedding_dim, []
+    d, found = table.embedding_dim, []
     if not compression.nested:
-        chunk = (model.hidden_dim or d) // compression.chunks
+        chunk = table.row_width // compression.chunks
         return tuple(chunk * number for number in range(compression.chunks, 0, -1))
-    width = model.hidden_dim or d
+    width = table.row_width
     while width > d and width % 4 == 0:
         found.append(width)
         width //= 2
@@ -155,28 +174,44 @@ def budget_bytes(compression: CompressionConfig, single: int) -> int:
     return bytes_of(budget) if isinstance(budget, str) else int(budget * single)
 
 
-def permitted_widths(table: str, compression: CompressionConfig, model: ModelConfig) -> tuple[int, ...]:
+def permitted_widths(name: str, compression: CompressionConfig, table: TableSettings) -> tuple[int, ...]:
     """Return the widths that rows of a table may have, ascending; 0 is among them if rows may be left out.
 
     Raises:
-        UserError: a limit of ``compression.tables`` is none of the widths.
+        UserError: a limit of ``compression.tables`` is none of the widths; or as for ``_widths``.
     """
-    widths = sorted({0, *(compression.widths or default_widths(model, compression))})
-    limits = compression.limits(table)
+    widths = [0, *_widths(name, compression, table)]
+    limits = compression.limits(name)
     for key, limit in (("min_width", limits.min_width), ("max_width", limits.max_width)):
         if limit is not None and limit not in widths:
             raise UserError(
-                f"compression.tables.{table}.{key} is {limit}, which is none of the widths "
+                f"compression.tables.{name}.{key} is {limit}, which is none of the widths "
                 f"{', '.join(map(str, widths[1:]))}; use one of them, or name it in compression.widths"
             )
     highest = widths[-1] if limits.max_width is None else limits.max_width
     return tuple(width for width in widths if limits.min_width <= width <= highest)
 
 
+def _widths(name: str, compression: CompressionConfig, table: TableSettings) -> list[int]:
+    """Return the widths of a table, whatever its limits, ascending: of the config's, those up to hidden_dim or d.
+
+    Raises:
+        UserError: the config names none of these.
+    """
+    named = compression.widths or default_widths(table, compression)
+    widths = sorted({width for width in named if width <= table.row_width})
+    if not widths:
+        kind = "embedding_dim" if table.hidden_dim is None else "hidden_dim"
+        raise UserError(
+            f"compression.widths has no width up to {table.row_width}, the {kind} of table {name!r}; add one"
+        )
+    return widths
+
+
 def static_ranges(
     counts: Mapping[str, Counts],
     compression: CompressionConfig,
-    model: ModelConfig,
+    tables: Mapping[str, TableSettings],
     sizes: Sizes,
 ) -> dict[str, tuple[RowRange, ...]]:
     """Return the row ranges of each table; with policy adaptive those that it begins with.
@@ -186,28 +221,32 @@ def static_ranges(
             vocabulary and is treated as the row after it. Those of a table with a single permitted width need not be
             sorted.
         compression: budget, widths, alpha, and limits on the widths of single tables.
-        model: for the default widths.
+        tables: the settings of each table, for its widths.
         sizes: of rows and W2.
 
     Raises:
         UserError: the counts of a table are not sorted, a table's limits are none of the widths, or the budget is too
             small for one row of each table and the limits, or for the rows that a width needs where rows move.
     """
-    permitted = {name: permitted_widths(name, compression, model) for name in counts}
-    widths = sorted(compression.widths or default_widths(model, compression))
+    permitted = {name: permitted_widths(name, compression, tables[name]) for name in counts}
+    widths = sorted({width for name in counts for width in _widths(name, compression, tables[name])})
     adaptive = compression.policy == "adaptive" and compression.nested
     fewest_rows = fewest_rows_of_width(sum(len(each) for each in counts.values())) if adaptive else 1
     while True:
         left = {name: tuple(each for each in of_table if each in (0, *widths)) for name, of_table in permitted.items()}
         for name, of_table in left.items():
             if of_table == (0,):
+                most = compression.limits(name).max_width
+                where, remedy = f"compression.tables.{name}.max_width is {most}", "use a larger max_width"
+                if most is None:
+                    most, remedy = tables[name].row_width, "use a larger hidden_dim for it"
+                    where = f"no row of table {name!r} has more than {most} columns"
                 raise UserError(
-                    f"compression.tables.{name}.max_width is {compression.limits(name).max_width}, and with "
-                    f"compression.budget {compression.budget} too few rows have so few columns: policy "
-                    f"{compression.policy} needs {fewest_rows} of each width; use a larger max_width, or policy static"
+                    f"{where}, and with compression.budget {compression.budget} too few rows have so few columns: "
+                    f"policy {compression.policy} needs {fewest_rows} of each width; {remedy}, or policy static"
                 )
         found = _static_ranges(counts, compression, left, widths, sizes)
-        chunks = sum(sizes.stored(found.values()).values()) if sizes.chunks else FEWEST_SLOTS
+        chunks = sum(sizes.stored(found).values()) if sizes.chunks else FEWEST_SLOTS
         if chunks < FEWEST_SLOTS:
             raise UserError(
                 f"compression.budget {compression.budget} stores {chunks} chunks of rows, and compression.nested false "
@@ -238,17 +277,20 @@ def _static_ranges(
 ) -> dict[str, tuple[RowRange, ...]]:
     """Return the row ranges within the budget, of the ``permitted`` widths of each table; all are ascending."""
     ordered = {name: _descending(name, each, check=len(permitted[name]) > 1) for name, each in counts.items()}
-    single = sizes.single(sum(len(each) for each in counts.values()))
+    single = sizes.single({name: len(each) for name, each in counts.items()})
     budget = budget_bytes(compression, single)
 
     shared = shares_rows(compression)
 
     def at(log_scale: float) -> dict[str, list[RowRange]]:
         least = {width: (width / math.exp(log_scale)) ** (1 / compression.alpha) for width in widths}
-        return {name: _ranges(each, permitted[name], least, sizes, shared=shared) for name, each in ordered.items()}
+        return {
+            name: _ranges(each, permitted[name], least, sizes.of_table(name), shared=shared)
+            for name, each in ordered.items()
+        }
 
     def size(ranges: Mapping[str, Sequence[RowRange]]) -> int:
-        return sizes.total(ranges.values())
+        return sizes.total(ranges)
 
     top = max(float(each[0]) for each in ordered.values())
     # With the lowest scale all rows have the least width of their table, with the highest the largest one.
@@ -270,10 +312,16 @@ def _static_ranges(
     return {name: _with_shares(found[name], each) for name, each in ordered.items()}
 
 
-def largest_bytes(rows: Mapping[str, int], compression: CompressionConfig, model: ModelConfig, sizes: Sizes) -> int:
+def largest_bytes(
+    rows: Mapping[str, int], compression: CompressionConfig, tables: Mapping[str, TableSettings], sizes: Sizes
+) -> int:
     """Return the bytes of tables of these numbers of rows, all of the largest width that their tables permit."""
-    widest = {name: permitted_widths(name, compression, model)[-1] for name in rows}
-    return sizes.total([[RowRange(number, widest[name])] for name, number in rows.items()])
+    return sizes.total(
+        {
+            name: [RowRange(number, permitted_widths(name, compression, tables[name])[-1])]
+            for name, number in rows.items()
+        }
+    )
 
 
 def _rounded_up(share: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.config.parser import parse_section
+from mlet_dist.config.table_settings import TableSettings
 from mlet_dist.data.preprocessing import LIKE_REMEDY, Preprocessing, extends, find_difference
 from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
@@ -24,11 +25,27 @@ TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """A table of a model, and the features that look rows of it up."""
+    """A table of a model, the features that look rows of it up, and its sizes and initial values."""
 
     name: str
     num_embeddings: int
     features: tuple[SparseFeature, ...]
+    settings: TableSettings
+
+    @property
+    def embedding_dim(self) -> int:
+        """d."""
+        return self.settings.embedding_dim
+
+    @property
+    def hidden_dim(self) -> int | None:
+        """k; None for a single-layer table."""
+        return self.settings.hidden_dim
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether bags are pooled by their mean; for single ids it equals the sum, which is cheaper."""
+        return self.settings.pooling == "mean" and self.multi_valued
 
     @property
     def multi_valued(self) -> bool:
@@ -46,7 +63,7 @@ class ModelSpec:
     """Sizes, inputs and seed of a model.
 
     Attributes:
-        model: layer sizes and initial values.
+        model: layer sizes and initial values; those of tables that ``table_settings`` does not have.
         dense: names of the dense inputs, in order.
         sparse: categorical inputs, in order.
         seed: fixes the initial values.
@@ -60,6 +77,8 @@ class ModelSpec:
         labels: the names of the labels that it predicts; ``label`` if there is one.
         adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
+        table_settings: the sizes and initial values of the tables whose are not those of ``model`` for all tables,
+            as its rules and patterns gave them for the numbers of rows of the data set.
     """
 
     model: ModelConfig
@@ -73,6 +92,7 @@ class ModelSpec:
     adaptive: Mapping[str, Any] = field(default_factory=dict)
     shared_rows: bool = False
     tables_prefix: str = TABLES_PREFIX
+    table_settings: Mapping[str, TableSettings] = field(default_factory=dict)
     labels: tuple[str, ...] = ONE_LABEL
 
     @classmethod
@@ -80,8 +100,9 @@ class ModelSpec:
         """Return the spec of the model that ``config`` describes for a data set with ``schema``.
 
         Raises:
-            UserError: a requested feature is not in the data set, or has weights although pooling is mean, or
-                ``sharding.tables`` or ``compression.tables`` names an unknown table.
+            UserError: a requested feature is not in the data set, or has weights although a table takes the mean, or
+                ``model.tables``, ``sharding.tables`` or ``compression.tables`` names an unknown table, or as for
+                ``Config.table_settings``.
         """
         features = {feature.name: feature for feature in schema.sparse}
         config.check_features(schema.dense, list(features))
@@ -89,18 +110,41 @@ class ModelSpec:
         wanted = tuple(features) if config.data.sparse_features is None else config.data.sparse_features
         sparse = tuple(features[name] for name in wanted)
         config.check_tables(list(dict.fromkeys(feature.table_name for feature in sparse)))
-        weighted = [feature.name for feature in sparse if feature.weighted]
-        if weighted and config.model.pooling == "mean":
-            raise UserError(
-                f"model.pooling is mean, but feature {weighted[0]!r} has weights, which need sum pooling; use sum"
-            )
         preprocessing = schema.preprocessing.select(dense, wanted)
         tables = {feature.table_name for feature in sparse}
         zero = tuple(name for name in schema.untrained_first_rows if name in tables)
-        return cls(
+        spec = cls(
             *(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing, zero),
             labels=_labels_of(schema),
         )
+        return spec.with_model(config)
+
+    def with_model(self, config: Config) -> "ModelSpec":
+        """Return the spec with the model of a config, whose settings of single tables are applied to these tables.
+
+        Raises:
+            UserError: a feature has weights, and a table takes the mean; or as for ``Config.table_settings``.
+        """
+        found = config.table_settings({feature.table_name: feature.num_embeddings for feature in self.sparse})
+        own = {name: each for name, each in found.items() if each != config.model.of_all_tables}
+        spec = dataclasses.replace(self, model=config.model, table_settings=own)
+        weighted = [feature.name for feature in self.sparse if feature.weighted]
+        mean = [table.name for table in spec.tables if table.takes_mean]
+        if weighted and mean:
+            key = f"the pooling of table {mean[0]!r}" if config.model.pooling == "sum" else "model.pooling"
+            raise UserError(f"{key} is mean, but feature {weighted[0]!r} has weights, which need sum pooling; use sum")
+        return spec
+
+    def with_hidden_dim(self, hidden_dim: int | None) -> "ModelSpec":
+        """Return the spec with k of all tables; None for single-layer tables."""
+        own = {name: dataclasses.replace(each, hidden_dim=hidden_dim) for name, each in self.table_settings.items()}
+        model = dataclasses.replace(self.model, hidden_dim=hidden_dim)
+        return dataclasses.replace(self, model=model, table_settings=own)
+
+    @property
+    def embedding_dims(self) -> dict[str, int]:
+        """d of each table."""
+        return {table.name: table.embedding_dim for table in self.tables}
 
     @property
     def is_weighted(self) -> bool:
@@ -118,7 +162,11 @@ class ModelSpec:
         found: dict[str, list[SparseFeature]] = {}
         for feature in self.sparse:
             found.setdefault(feature.table_name, []).append(feature)
-        return tuple(EmbeddingTable(name, of[0].num_embeddings, tuple(of)) for name, of in found.items())
+        of_all = self.model.of_all_tables
+        return tuple(
+            EmbeddingTable(name, of[0].num_embeddings, tuple(of), self.table_settings.get(name, of_all))
+            for name, of in found.items()
+        )
 
     def check_data(self, schema: DatasetSchema, path: object) -> str | None:
         """Check that a data set has the inputs of this model, made in the same way, and the same kind of label.
@@ -213,6 +261,8 @@ class ModelSpec:
             del plain["tables_prefix"]
         if self.labels == ONE_LABEL:
             del plain["labels"]
+        if not self.table_settings:
+            del plain["table_settings"]
         return plain
 
     @classmethod
@@ -265,6 +315,7 @@ class ModelSpec:
                 dict(plain.get("adaptive", {})),
                 bool(plain.get("shared_rows", False)),
                 str(plain.get("tables_prefix", TABLES_PREFIX)),
+                {str(name): TableSettings(**each) for name, each in plain.get("table_settings", {}).items()},
                 tuple(map(str, plain.get("labels", ONE_LABEL))),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -26,8 +26,9 @@ def budget_report(case: Case) -> dict[str, Any]:
         ``wide_lookups`` (the share of lookups of rows with d columns or more) and ``widths`` (the shares of rows and
         of lookups by width); all but the first two are null if the budget is too small.
     """
-    sizes = Sizes.of(case.spec.model, case.config.optimizer.name, case.config.compression)
-    single = sizes.single(sum(table.num_embeddings for table in case.spec.tables))
+    spec = case.spec
+    sizes = Sizes.of(spec.model, case.config.optimizer.name, case.config.compression, spec.embedding_dims)
+    single = sizes.single({table.name: table.num_embeddings for table in spec.tables})
     return {
         "single_layer_training_bytes": single,
         **_entry(case, sizes, single, budget_share(case)),
@@ -40,16 +41,25 @@ def _entry(case: Case, sizes: Sizes, single: int, share: float) -> dict[str, Any
     found: dict[str, Any] = {"budget": share, "budget_bytes": budget_bytes(compression, single)}
     keys = ("training_bytes", "kept_rows", "kept_lookups", "wide_lookups", "widths")
     try:
-        ranges = static_ranges(case.counts, compression, case.spec.model, sizes)
+        settings = {table.name: table.settings for table in case.spec.tables}
+        ranges = static_ranges(case.counts, compression, settings, sizes)
     except UserError:
         return found | dict.fromkeys(keys)
-    shares = width_shares(ranges, total_lookups(case.counts))
+    lookups = total_lookups(case.counts)
+    shares = width_shares(ranges, lookups)
     kept = [each for each in shares if each.width]
+    wide = sum(
+        each.share * lookups[name]
+        for name, of_table in ranges.items()
+        for each in of_table
+        if each.width >= sizes.of_table(name).embedding_dim
+    )
+    kept_lookups = sum(each.lookups for each in kept)
     values = (
-        sizes.trained(ranges.values()),
+        sizes.trained(ranges),
         sum(each.rows for each in kept),
-        sum(each.lookups for each in kept),
-        sum(each.lookups for each in kept if each.width >= sizes.embedding_dim),
+        kept_lookups,
+        min(kept_lookups, wide / (sum(lookups.values()) or 1.0)),
         [dataclasses.asdict(each) for each in shares],
     )
     return found | dict(zip(keys, values, strict=True))

@@ -1,7 +1,7 @@
 """One run to plan: its plan by TorchRec's planner, its least memory by formulas, and what it is compared with."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from torchrec.distributed.planner import Topology
 
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memory
 from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints
@@ -55,8 +56,19 @@ class Case:
             UserError: with these settings the budget of compressed tables is too small.
         """
         changed = dataclasses.replace(getattr(self.config, section), **settings)
+        return self._with_section(section, changed)
+
+    def with_model(self, model: ModelConfig) -> "Case":
+        """Return this case with another section `model`.
+
+        Raises:
+            UserError: as for ``with_settings``.
+        """
+        return self._with_section("model", model)
+
+    def _with_section(self, section: str, changed: Any) -> "Case":
         config = dataclasses.replace(self.config, **{section: changed})
-        spec = dataclasses.replace(self.spec, model=config.model)
+        spec = self.spec.with_model(config)
         if spec.row_ranges and section in ("model", "compression", "optimizer"):
             spec, _ = with_row_ranges(spec, config, self.counts)
         return dataclasses.replace(self, config=config, spec=spec)
@@ -137,8 +149,8 @@ def budget_share(case: Case) -> float:
     budget = case.config.compression.budget
     if not isinstance(budget, str):
         return budget
-    sizes = Sizes(case.spec.model.embedding_dim, case.config.optimizer.name)
-    single = sizes.single(sum(table.num_embeddings for table in case.spec.tables))
+    sizes = Sizes(case.spec.model.embedding_dim, case.config.optimizer.name, own_dims=case.spec.embedding_dims)
+    single = sizes.single({table.name: table.num_embeddings for table in case.spec.tables})
     return budget_bytes(case.config.compression, single) / single
 
 
@@ -168,35 +180,48 @@ def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, De
     Configurations with TorchRec's exchange have a plan of their own: with wide vectors, other sharding types send the
     fewest bytes.
     """
-    d, k = case.spec.model.embedding_dim, case.spec.model.hidden_dim
     if case.spec.row_ranges:
         share = f"compressed to {budget_share(case):.0%} of the single layer's bytes"
         case, compressed = case.uncompressed(), planned
         found = configurations(case, case.plan_or_evenest())
         return [*found, (share, compressed.tables, compressed.dense)]
-    exchange, single = case.config.sharding.exchange, _single_layers(planned.tables, d)
+    exchange, dims = case.config.sharding.exchange, case.spec.embedding_dims
     composed = case.with_torchrec_exchange()
-    alone = composed.with_settings("model", hidden_dim=None).plan_or_evenest()
+    alone = composed.with_model(composed.config.model.single_layer()).plan_or_evenest()
+    d = _describe(dims.values())
     found = [
         (f"single layer d = {d}, TorchRec's exchange", alone.tables, alone.dense),
-        (f"single layer d = {d}, {exchange}", single, planned.dense),
+        (f"single layer d = {d}, {exchange}", _single_layers(planned.tables, dims), planned.dense),
     ]
-    if k is not None:
-        naive = composed.plan_or_evenest()
-        wide = case.dense(case.with_settings("model", hidden_dim=None, embedding_dim=k).model())
+    hidden_dims = [table.hidden_dim for table in case.spec.tables if table.hidden_dim is not None]
+    if hidden_dims:
+        naive, k, widest = composed.plan_or_evenest(), _describe(hidden_dims), max(hidden_dims)
+        wide_model = dataclasses.replace(case.config.model, embedding_dim=widest, hidden_dim=None, tables={})
+        wide = dict.fromkeys(dims, widest)
         found += [
-            (f"single layer d = {k}, TorchRec's exchange", _single_layers(naive.tables, k), wide),
+            (
+                f"single layer d = {widest}, TorchRec's exchange",
+                _single_layers(naive.tables, wide),
+                case.dense(case.with_model(wide_model).model()),
+            ),
             (f"MLET k = {k}, after the exchange", naive.tables, naive.dense),
             (f"MLET k = {k}, {exchange}", planned.tables, planned.dense),
         ]
     return found
 
 
-def _single_layers(tables: Tables, embedding_dim: int) -> Tables:
-    """Return single-layer tables of this width with the same placement."""
+def _describe(columns: Collection[int]) -> str:
+    """Return a number of columns, or the least and the largest of several."""
+    least, most = min(columns), max(columns)
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
+def _single_layers(tables: Tables, embedding_dims: Mapping[str, int]) -> Tables:
+    """Return single-layer tables of these widths with the same placement."""
     found = {}
     for name, (cost, rows) in tables.items():
-        traffic = dataclasses.replace(cost.traffic, embedding_dim=embedding_dim)
-        changed = dataclasses.replace(cost, traffic=traffic, row_width=embedding_dim, projected=False)
+        width = embedding_dims[name]
+        traffic = dataclasses.replace(cost.traffic, embedding_dim=width)
+        changed = dataclasses.replace(cost, traffic=traffic, row_width=width, projected=False)
         found[name] = (changed, rows)
     return found

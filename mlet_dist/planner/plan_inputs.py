@@ -146,7 +146,8 @@ def load_tables(config: Config, path: Path | None) -> tuple[ModelSpec, dict[str,
         SparseFeature(name, sizes[name], multi_valued=pooling[name] != 1, pooling_factor=pooling[name])
         for name in wanted
     )
-    return ModelSpec(config.model, dense, features, config.train.seed), {name: pooling[name] for name in wanted}
+    spec = ModelSpec(config.model, dense, features, config.train.seed).with_model(config)
+    return spec, {name: pooling[name] for name in wanted}
 
 
 def load_lookups(config: Config, spec: ModelSpec) -> "dict[str, npt.NDArray[np.int64]]":

@@ -103,7 +103,7 @@ def _smaller_k(case: Case) -> Iterator[tuple[str, Case]]:
     """Use fewer columns of W1, the largest number first."""
     if case.spec.row_ranges:
         return
-    k, d = case.spec.model.hidden_dim, case.spec.model.embedding_dim
+    k, d = case.spec.model.hidden_dim, max(case.spec.embedding_dims.values())
     for smaller in range((k or d) - 4, d - 1, -4):
         yield f"model.hidden_dim={smaller}", case.with_settings("model", hidden_dim=smaller)
 

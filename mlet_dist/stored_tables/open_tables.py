@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
-from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
+from mlet_dist.models.spec import TABLES_PREFIX, EmbeddingTable, ModelSpec
 from mlet_dist.stored_tables.adaptive_source import open_adaptive_tables
 from mlet_dist.stored_tables.ranged_source import open_ranged_table, pools_of
 from mlet_dist.stored_tables.table_source import TableSource, open_table
@@ -22,21 +22,17 @@ def open_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str, *, spread: 
     Raises:
         UserError: a tensor is missing or has another shape.
     """
-    k, d = spec.model.hidden_dim, spec.model.embedding_dim
+
+    def opened(table: EmbeddingTable) -> TableSource:
+        shape = table.num_embeddings, table.embedding_dim
+        return open_table(table.name, shape, table.hidden_dim, files, prefix, spec.tables_prefix, spread=spread)
+
     if spec.adaptive:
         adaptive = open_adaptive_tables(spec, files, prefix)
-        plain = [each for each in spec.tables if each.name not in adaptive]
-        return {
-            each.name: open_table(
-                each.name, (each.num_embeddings, d), k, files, prefix, spec.tables_prefix, spread=spread
-            )
-            for each in plain
-        } | adaptive
+        return {each.name: opened(each) for each in spec.tables if each.name not in adaptive} | adaptive
     pools = pools_of(spec, spread=spread) if spec.row_ranges else {}
     return {
-        each.name: open_ranged_table(each.name, spec, pools, files, prefix)
-        if each.name in spec.row_ranges
-        else open_table(each.name, (each.num_embeddings, d), k, files, prefix, spec.tables_prefix, spread=spread)
+        each.name: open_ranged_table(each, spec, pools, files, prefix) if each.name in spec.row_ranges else opened(each)
         for each in spec.tables
     }
 

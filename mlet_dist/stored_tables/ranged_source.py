@@ -10,7 +10,7 @@ from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
 from mlet_dist.models.build import build_tables
-from mlet_dist.models.spec import ModelSpec
+from mlet_dist.models.spec import EmbeddingTable, ModelSpec
 from mlet_dist.stored_tables.table_source import LocatedRows, TableSource, projection_name
 
 
@@ -159,14 +159,15 @@ def pools_of(spec: ModelSpec, *, spread: bool) -> dict[str, Pool]:
 
 
 def open_ranged_table(
-    name: str,
+    table: EmbeddingTable,
     spec: ModelSpec,
     pools: Mapping[str, Pool],
     files: ChunkedTensors,
     prefix: str,
 ) -> TableSource:
     """Return a table with row ranges after checking the shapes of its pools and of every W2."""
-    ranges, d = tuple(RowRange(*each) for each in spec.row_ranges[name]), spec.model.embedding_dim
+    name, d = table.name, table.embedding_dim
+    ranges = tuple(RowRange(*each) for each in spec.row_ranges[name])
     where: list[tuple[str, int, RowOrder | None] | None] = []
     projections, dtype = [], torch.float32
     for index, each in enumerate(ranges):

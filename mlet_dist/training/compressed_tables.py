@@ -62,11 +62,10 @@ def compression_summary(spec: ModelSpec, optimizer: Optimizer, size: int, kept: 
         size: the ``training_bytes``.
         kept: of adaptive tables, the share of rows with columns.
     """
-    d = spec.model.embedding_dim
-    row = Sizes(d, optimizer).row(d)
+    sizes = Sizes(spec.model.embedding_dim, optimizer, own_dims=spec.embedding_dims)
     summary: dict[str, Any] = {
         "training_bytes_peak": size,
-        "single_layer_training_bytes": sum(table.num_embeddings * row for table in spec.tables),
+        "single_layer_training_bytes": sizes.single({table.name: table.num_embeddings for table in spec.tables}),
     }
     if spec.row_ranges:
         summary["kept_share"] = {
@@ -85,10 +84,11 @@ def lookup_counts(spec: ModelSpec, config: Config) -> dict[str, Counts]:
     """
     if config.compression.policy == "none":
         return {}
+    settings = {table.name: table.settings for table in spec.tables}
     for feature in spec.sparse:
         made = spec.preprocessing.sparse.get(feature.name, {}) if spec.preprocessing else {}
         name = feature.table_name
-        if made.get("encoding") == "hash" and len(permitted_widths(name, config.compression, spec.model)) > 1:
+        if made.get("encoding") == "hash" and len(permitted_widths(name, config.compression, settings[name])) > 1:
             policy = config.compression.policy
             limits = f"one width for the whole table (compression.tables.{name}.min_width and max_width), "
             raise UserError(
@@ -118,14 +118,12 @@ def with_row_ranges(
         return spec, []
     counts = lookup_counts(spec, config) if counts is None else counts
     compression = config.compression
-    sizes = Sizes.of(spec.model, config.optimizer.name, compression)
-    ranges = static_ranges(counts, compression, spec.model, sizes)
+    sizes = Sizes.of(spec.model, config.optimizer.name, compression, spec.embedding_dims)
+    settings = {table.name: table.settings for table in spec.tables}
+    ranges = static_ranges(counts, compression, settings, sizes)
     rows = {table.name: table.num_embeddings for table in spec.tables}
-    size, single = sizes.trained(ranges.values()), sizes.single(sum(rows.values()))
-    budget, largest = (
-        budget_bytes(compression, single),
-        largest_bytes(rows, compression, spec.model, sizes),
-    )
+    size, single = sizes.trained(ranges), sizes.single(rows)
+    budget, largest = budget_bytes(compression, single), largest_bytes(rows, compression, settings, sizes)
     lines = [
         f"compression  {size:,} bytes in training, {size / single:.1%} of those of single-layer tables (budget "
         f"{budget:,} bytes, {budget / single:.1%})",
@@ -133,8 +131,11 @@ def with_row_ranges(
     ]
     if slots := sizes.bytes_per_row * sum(rows.values()):
         lines.append(f"compression  {slots:,} bytes of them are slots and utilities of all rows")
-    d, widest = spec.model.embedding_dim, max(each.width for of_table in ranges.values() for each in of_table)
-    if widest <= d < (spec.model.hidden_dim or d):
+    most = {name: each.embedding_dim for name, each in settings.items()}
+    if any(each.row_width > each.embedding_dim for each in settings.values()) and all(
+        each.width <= most[name] for name, of_table in ranges.items() for each in of_table
+    ):
+        d = " or ".join(map(str, sorted(set(most.values()))))
         lines.append(f"compression  no row has more than {d} columns: with this budget it is a single-layer model")
     if largest <= budget:
         unit = "" if isinstance(compression.budget, str) else "; a budget without a unit is a share"
@@ -169,7 +170,7 @@ def _moves(compression: CompressionConfig, model: ModelConfig) -> dict[str, Any]
         "decay": compression.decay,
         "hysteresis": compression.hysteresis,
         "on_move": compression.on_move,
-        "chunk_width": None if compression.nested else (model.hidden_dim or model.embedding_dim) // compression.chunks,
+        "chunk_width": None if compression.nested else model.of_all_tables.row_width // compression.chunks,
     }
 
 

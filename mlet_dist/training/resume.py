@@ -33,6 +33,8 @@ from mlet_dist.urls import is_url
 
 # Keys of a run's identity, beside those that are names of settings, and those of ``source_inputs``.
 _STATIC = ("policy", "budget", "widths", "alpha", "tables")  # settings of compression that others than adaptive read
+_RULES = ("tables", "single_layer_up_to")  # settings of the model whose results by table are compared
+_OWN, _LAYERS = "own settings of table ", "layers of table "
 _RANGES = "row ranges of table "
 _LAYOUT = tuple(f"compression.{key}" for key in ("policy", "nested", "chunks", "shared_rows"))  # beside the ranges
 _PREPROCESSING, _TRAINING_FILES = "preprocessing", "the training split's files, by fingerprint,"
@@ -58,8 +60,16 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
     identity = {
         f"model.{key}": value
         for key, value in plain["model"].items()
-        if key not in NETWORK_SETTINGS or value != defaults[key]  # versions that knew DLRM alone recorded none of them
+        if key not in _RULES
+        and (key not in NETWORK_SETTINGS or value != defaults[key])  # versions that knew DLRM alone recorded none
     }
+    of_all = asdict(config.model.of_all_tables)
+    for name, own in spec.table_settings.items():
+        differing = {key: value for key, value in asdict(own).items() if value != of_all[key]}
+        if "hidden_dim" in differing:
+            identity[f"{_LAYERS}{name}"] = {"hidden_dim": differing.pop("hidden_dim")}
+        if differing:
+            identity[f"{_OWN}{name}"] = differing
     identity |= {f"optimizer.{key}": value for key, value in plain["optimizer"].items()}
     identity |= {
         "train.seed": config.train.seed,
@@ -117,6 +127,8 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoi
     differing = [f"{key} was {to_json(saved.get(key))}, is {to_json(wanted.get(key))}" for key in keys]
     if differing:
         shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
+        if not any(key.startswith(_LAYERS) for key in saved) and any(key.startswith(_LAYERS) for key in keys):
+            alternative = f"set model.single_layer_up_to=0 if all tables had two layers, or {alternative}"
         raise UserError(f"{checkpoint} was saved with other settings: {shown}; change them back, or {alternative}")
 
 
@@ -132,12 +144,13 @@ def without_learning_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layout(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides where rows are stored, and with which widths."""
-    return {key: value for key, value in identity.items() if key in _LAYOUT or key.startswith(_RANGES)}
+    return {key: value for key, value in identity.items() if key in _LAYOUT or key.startswith((_RANGES, _LAYERS))}
 
 
 def _without_compression(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity without what ``train.resume: PATH`` may change of the tables."""
-    return {key: value for key, value in identity.items() if not key.startswith(("compression.", _RANGES))}
+    changing = ("compression.", _RANGES, _LAYERS)
+    return {key: value for key, value in identity.items() if not key.startswith(changing)}
 
 
 def _without_data(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +166,7 @@ class ResumePoint:
     Attributes:
         found: the complete checkpoint.
         is_own: whether it belongs to this run, rather than to the path in ``train.resume``.
-        refits: whether rows have other widths than there, because compression has changed.
+        refits: whether rows have other widths than there, because compression has changed, or k of some tables.
         continues: whether training goes on where it was in the data. With other training data, only weights and
             optimizer states are taken, and training begins with the first batch.
         tables: those of the checkpoint if it is ``open`` and their rows are not those of the model: it ``refits``, or
@@ -187,7 +200,7 @@ class ResumePoint:
             tables.check_has_states()
         size = found.manifest.about["world_size"]
         ranks = f"{size} rank{'s' if size > 1 else ''}"
-        rows = "; its rows get the widths of this run's compression" if self.refits else ""
+        rows = "; its rows get the widths of this run's tables" if self.refits else ""
         rows += describe_growth(grown, spec)
         other = "" if self.continues else f"; training begins with the first batch of {data}, which is other data"
         resuming = f"resuming from {found.checkpoint}, saved on {ranks} after step {found.manifest.step:,}{rows}{other}"

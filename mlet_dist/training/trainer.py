@@ -221,6 +221,7 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
                     take_all_steps(training, job.loader, worker.device, guard, timer, after_step, pipelined=pipelined)
                 except NonFinite as error:
                     if config.on_non_finite != "rollback":
+                        recorder.record("diverged", training.step, {"batch_of_step": error.finding.step})
                         raise
                     checkpoints.wait()
                     about = roll_back(training, job.store, error, config.non_finite_limit)

@@ -1,7 +1,7 @@
 """Warm start: a new run takes weights from a checkpoint or from `mlet factorize` instead of random ones."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -85,18 +85,8 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     refits, by_id = _changes_rows(about, spec), not is_spread(about) and has_spread_rows(spec)
     prefix, stored_prefix = spec.tables_prefix, (about.get("spec") or {}).get("tables_prefix", TABLES_PREFIX)
     has_dense = any(not name.startswith(stored_prefix) for name in stored)
-    if spec.model.hidden_dim is None and not refits:
-        for table in spec.tables:
-            if f"{stored_prefix}projections.{table.name}.weight" in stored:
-                raise UserError(
-                    f"{location}: table {table.name!r} has two layers there and one in the model; set model.hidden_dim"
-                )
-    k, stored_k = spec.model.hidden_dim, about.get("identity", {}).get("model.hidden_dim")
-    if not refits and k is not None and stored_k not in (None, k):
-        raise UserError(
-            f"{location}: model.hidden_dim was {stored_k} there and is {k}; without compression it must be the same: "
-            f"set model.hidden_dim={stored_k}, or export that run and take `mlet factorize EXPORT --hidden-dim {k}`"
-        )
+    relayered = () if refits else _relayered_tables(spec, about, stored, stored_prefix, str(location))
+    refits = refits or bool(relayered)
     warnings = inputs.check(spec, config.data.path, dense_layers=has_dense)
     state = build_training_model(spec, torch.device("meta")).state_dict()
     wanted = {
@@ -111,7 +101,8 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     if tables is None and (by_id or grown):
         tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest, grown)
     parts = "tables and dense layers" if has_dense else "tables"
-    _log(f"starting with the {parts} of {location}{describe_growth(grown, spec)}")
+    layers = f"; {', '.join(relayered)}: one layer there and two in the model, or the reverse" if relayered else ""
+    _log(f"starting with the {parts} of {location}{describe_growth(grown, spec)}{layers}")
     for line in warnings:
         _log(f"warning: {location}: {line}")
     return InitialWeights(found, has_dense, tables, stored_prefix)
@@ -125,6 +116,55 @@ def _renamed(name: str, prefix: str, stored_prefix: str) -> str:
 def _changes_rows(about: Mapping[str, Any], spec: ModelSpec) -> bool:
     """Return whether the model, or that of a checkpoint, has rows of several widths."""
     return bool(spec.row_ranges or (about.get("spec") or {}).get("row_ranges"))
+
+
+def _relayered_tables(
+    spec: ModelSpec, about: Mapping[str, Any], stored: Collection[str], prefix: str, location: str
+) -> tuple[str, ...]:
+    """Return the tables that have one layer in a checkpoint and two in the model, or the reverse.
+
+    A table that has grown may have got its second layer by that, or the rule may be new (``single_layer_up_to``).
+
+    Args:
+        spec: the model.
+        about: of the checkpoint's manifest.
+        stored: the names of its tensors.
+        prefix: of its tables.
+        location: of it, for messages.
+
+    Raises:
+        UserError: the model has no second layers at all, or a table's k is another.
+    """
+    found: list[str] = []
+    before = _hidden_dims(about, spec, location)
+    for table in spec.tables:
+        two_layers = f"{prefix}projections.{table.name}.weight" in stored
+        if two_layers and not spec.model.has_two_layers:
+            raise UserError(
+                f"{location}: table {table.name!r} has two layers there and one in the model; set model.hidden_dim"
+            )
+        k, stored_k = table.hidden_dim, before.get(table.name)
+        if two_layers and None not in (k, stored_k) and k != stored_k:
+            if "identity" not in about:
+                return ()  # the shapes of factors say it
+            key = f"model.tables.{table.name}.hidden_dim" if table.name in spec.table_settings else "model.hidden_dim"
+            raise UserError(
+                f"{location}: {key} was {stored_k} there and is {k}; without compression it must be the same: "
+                f"set {key}={stored_k}, or export that run and take `mlet factorize EXPORT --hidden-dim {k}`"
+            )
+        if two_layers != (k is not None) and f"{prefix}embedding_bags.{table.name}.weight" in stored:
+            found.append(table.name)
+    return tuple(found)
+
+
+def _hidden_dims(about: Mapping[str, Any], spec: ModelSpec, location: str) -> dict[str, int | None]:
+    """Return k of the tables of a checkpoint."""
+    if about.get("spec") is not None:
+        return {table.name: table.hidden_dim for table in ModelSpec.from_dict(about["spec"], location).tables}
+    if "factorized" in about:
+        return {each["name"]: each["hidden_dim"] for each in about["factorized"]["tables"]}
+    # A version that saved no spec knew one k.
+    return dict.fromkeys(spec.embedding_dims, about.get("identity", {}).get("model.hidden_dim"))
 
 
 def _log(text: str) -> None:

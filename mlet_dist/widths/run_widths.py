@@ -87,12 +87,12 @@ def _records(metrics: Path) -> Iterator[dict[str, Any]]:
 def _bytes(
     config: Config, spec: ModelSpec, ranges: dict[str, list[RowRange]], summary: dict[str, Any] | None
 ) -> dict[str, int]:
-    sizes = Sizes.of(spec.model, config.optimizer.name, config.compression)
-    single = sizes.single(sum(table.num_embeddings for table in spec.tables))
+    sizes = Sizes.of(spec.model, config.optimizer.name, config.compression, spec.embedding_dims)
+    single = sizes.single({table.name: table.num_embeddings for table in spec.tables})
     return {
         "single_layer_training_bytes": single,
         "budget_bytes": budget_bytes(config.compression, single),
-        "training_bytes": sizes.trained(ranges.values()) if summary is None else summary["training_bytes_peak"],
+        "training_bytes": sizes.trained(ranges) if summary is None else summary["training_bytes_peak"],
     }
 
 

@@ -18,20 +18,26 @@ CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
 NETWORKS = {
     "dlrm_dcn": ("model.name=dlrm_dcn", "model.cross_layers=2", "model.cross_rank=3"),
     "deepfm": ("model.name=deepfm", "model.fm_dim=6"),
-    "two_tower": ("model.name=two_tower", "model.query_features=[C1, C3]", "model.top_mlp=[16, 8]"),
-    "own": ("model.builder=docs.own_network:build", "model.arguments.hidden=16"),
+    "two_tower": (
+        "model.name=two_tower",
+        "model.query_features=[C1, C3]",
+        "model.top_mlp=[16, 8]",
+        "model.tables.C3.embedding_dim=8",
+    ),
+    "own": ("model.builder=docs.own_network:build", "model.arguments.hidden=16", "model.tables.C1?.embedding_dim=8"),
 }
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_from_training_to_serving(network: str, small_model: tuple[str, ...], small_data: Path, tmp_path: Path) -> None:
     run, export = tmp_path / "run", tmp_path / "export"
-    settings = (*small_model, *NETWORKS[network], "optimizer.name=adagrad", "train.max_steps=40", f"run.dir={run}")
+    adagrad = ("optimizer.name=adagrad", "optimizer.learning_rate=0.05", "train.max_steps=40")
+    settings = (*small_model, *NETWORKS[network], *adagrad, f"run.dir={run}")
     plan = mlet_json("plan", CONFIG, *settings, "--world-size", 2, "--device", "cpu")
     assert plan["predicted_step_ms"]["compute"] > 0
     trained = mlet_json("train", CONFIG, *settings, "--nproc", 2)
     assert trained["steps"] == 40
-    assert trained["test_auc"] > 0.5
+    assert trained["test_auc"] > 0.55
     spec = ModelSpec.load(run / "model.json")
     assert spec.tables_prefix == ("tables." if network == "own" else TABLES_PREFIX)
     mlet("export", run, "--out", export, "--outputs", "dcp", "int8", "package", "--package-tables", "dcp")

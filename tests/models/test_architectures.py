@@ -100,19 +100,35 @@ REFERENCES: dict[ModelName, Callable[..., torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", get_args(ModelName))
-def test_logits_equal_plain_products_in_float64(name: ModelName) -> None:
-    model = build_training_model(spec_of(name), CPU)
-    logits = model(*inputs())
-    state = {key: value.double() for key, value in model_by_id(model.state_dict(), SPEC).items()}
-    dense, sparse = inputs()
-    vectors = {
-        feature.name: (
-            state[f"{TABLES_PREFIX}embedding_bags.{feature.name}.weight"]
-            @ state[f"{TABLES_PREFIX}projections.{feature.name}.weight"]
-        )[sparse[feature.name].values()]
-        for feature in SPEC.sparse
+OWN_SIZES = {"C1": (12, None), "C2": (8, 16), "C3": (D, None)}
+"""d and k of tables of their own sizes, for the networks that concatenate vectors."""
+
+
+def with_own_sizes(spec: ModelSpec) -> ModelSpec:
+    of_all = spec.model.of_all_tables
+    own = {
+        name: dataclasses.replace(of_all, embedding_dim=d, hidden_dim=k, projection_init_std=0.4)
+        for name, (d, k) in OWN_SIZES.items()
     }
+    return dataclasses.replace(spec, table_settings=own)
+
+
+@pytest.mark.parametrize(
+    ("name", "own_sizes"),
+    [*((name, False) for name in get_args(ModelName)), ("dlrm_dcn", True), ("two_tower", True)],
+)
+def test_logits_equal_plain_products_in_float64(name: ModelName, own_sizes: bool) -> None:
+    spec = with_own_sizes(spec_of(name)) if own_sizes else spec_of(name)
+    model = build_training_model(spec, CPU)
+    logits = model(*inputs())
+    state = {key: value.double() for key, value in model_by_id(model.state_dict(), spec).items()}
+    dense, sparse = inputs()
+    vectors = {}
+    for table in spec.tables:
+        rows = state[f"{TABLES_PREFIX}embedding_bags.{table.name}.weight"]
+        w2 = state.get(f"{TABLES_PREFIX}projections.{table.name}.weight")
+        assert rows.shape[1] == (table.hidden_dim or table.embedding_dim)
+        vectors[table.name] = (rows if w2 is None else rows @ w2)[sparse[table.name].values()]
     expected = REFERENCES[name](state, dense.double(), vectors)
     assert float(expected.std()) > 1e-3
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)

@@ -39,6 +39,20 @@ def test_the_weights_are_those_of_the_model(
     assert sum(dense_parameters(spec).values()) == expected
 
 
+@pytest.mark.parametrize("name", ["dlrm_dcn", "two_tower"])
+def test_tables_of_their_own_sizes_are_counted(name: ModelName) -> None:
+    model = ModelConfig(name, embedding_dim=4, hidden_dim=12, cross_rank=3, query_features=("C2",), top_mlp=(7, 6))
+    own = {"C1": (8, 20), "C2": (12, None)}
+    settings = {
+        table: dataclasses.replace(model.of_all_tables, embedding_dim=d, hidden_dim=k) for table, (d, k) in own.items()
+    }
+    spec = dataclasses.replace(spec_of(model), table_settings=settings)
+    meta = torch.device("meta")
+    state = build_training_model(spec, meta, dense_device=meta).state_dict()
+    expected = sum(value.numel() for key, value in state.items() if f"{TABLES_PREFIX}embedding_bags." not in key)
+    assert sum(dense_parameters(spec).values()) == expected
+
+
 def test_layers_beyond_the_memory_name_the_setting_and_both_sizes() -> None:
     huge = spec_of(dataclasses.replace(MODEL, top_mlp=(10**9,)))
     weights = sum(dense_parameters(huge).values())

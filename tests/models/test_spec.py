@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.config.sections import DataConfig, RunConfig, TrainConfig
+from mlet_dist.config.table_settings import TableModelConfig
 from mlet_dist.data.preprocessing import LIKE_REMEDY, Preprocessing, grown_from
 from mlet_dist.data.schema import DatasetSchema, Part, SparseFeature
 from mlet_dist.errors import UserError
@@ -89,6 +90,61 @@ def test_it_is_read_back_from_its_file(tmp_path: Path) -> None:
     plain = json.loads((tmp_path / "model.json").read_text())
     assert [(each["name"], each["num_embeddings"]) for each in plain["sparse"]] == [("C2", 1234), ("C1", 9)]
     assert plain["model"]["hidden_dim"] == 8
+
+
+OWN = TableModelConfig(embedding_dim=32, hidden_dim=96, pooling="mean", rows_init="normal", projection_init_std=0.5)
+
+
+def test_settings_of_single_tables_are_resolved_once_and_read_back() -> None:
+    """Rules and patterns are applied to the tables of the data set, and not again to the numbers of rows of others."""
+    model = dataclasses.replace(SPEC.model, name="dlrm_dcn", tables={"C2": OWN, "C[13]": TableModelConfig(4)})
+    spec = ModelSpec.of(dataclasses.replace(config(), model=model), schema(C1=8, C2=1_234, C3=9, C4=9))
+    found = {table.name: (table.embedding_dim, table.hidden_dim) for table in spec.tables}
+    assert found == {"C1": (4, None), "C2": (32, 96), "C3": (4, 8), "C4": (16, 8)}
+    assert spec.table_settings.keys() == {"C1", "C2", "C3"}
+    assert spec.embedding_dims == {name: d for name, (d, _) in found.items()}
+    again = ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())), "here")
+    assert again == spec
+    larger = tuple(dataclasses.replace(each, num_embeddings=10**6) for each in again.sparse)
+    tables = dataclasses.replace(again, sparse=larger).tables
+    assert [table.settings for table in tables] == [table.settings for table in spec.tables]
+    assert {table.hidden_dim for table in again.with_hidden_dim(None).tables} == {None}
+    assert again.with_hidden_dim(None).embedding_dims == spec.embedding_dims
+
+
+def test_a_spec_of_an_earlier_version_has_two_layers_in_all_tables() -> None:
+    plain = dataclasses.replace(SPEC, sparse=(SparseFeature("C1", 2), SparseFeature("C2", 3))).to_dict()
+    assert "table_settings" not in plain
+    del plain["model"]["single_layer_up_to"], plain["model"]["tables"]
+    assert [table.hidden_dim for table in ModelSpec.from_dict(plain, "here").tables] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "own", "expected"),
+    [
+        ("mean", {}, "model.pooling is mean, but feature 'weighted' has weights, which need sum pooling; use sum"),
+        (
+            "sum",
+            {"lists": "mean"},
+            "the pooling of table 'lists' is mean, but feature 'weighted' has weights, which ne",
+        ),
+        ("mean", {"*": "sum"}, None),
+        ("mean", {"weighted": "sum", "lists": "sum"}, None),  # of single ids the mean is the sum
+    ],
+)
+def test_weights_need_sums_in_all_tables(pooling: Any, own: dict[str, Any], expected: str | None) -> None:
+    features = (
+        SparseFeature("weighted", 9, multi_valued=True, weighted=True, pooling_factor=2.0),
+        SparseFeature("lists", 9, multi_valued=True, pooling_factor=2.0),
+        SparseFeature("single", 9),
+    )
+    tables = {name: TableModelConfig(pooling=each) for name, each in own.items()}
+    model = dataclasses.replace(SPEC.model, pooling=pooling, tables=tables)
+    spec, wanted = ModelSpec(model, (), features, seed=0), dataclasses.replace(config(), model=model)
+    if expected is None:
+        assert not any(table.takes_mean for table in spec.with_model(wanted).tables)
+    else:
+        assert message_of(spec.with_model, wanted).startswith(expected)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

@@ -30,11 +30,13 @@ MODEL = (
     "model.top_mlp=[16]",
     "model.embedding_dim=8",
     "model.hidden_dim=16",
+    "model.single_layer_up_to=0",
 )
 _WIDTHS = ("model.hidden_dim=16", "compression.widths=[16,8,4]")
 KINDS = {
     "two layers": (),
     "single": ("model.hidden_dim=null",),
+    "small ones single": ("model.single_layer_up_to=auto",),
     "static": ("compression.policy=static", "compression.budget=0.9", *_WIDTHS),
     "shared": ("compression.policy=static", "compression.budget=0.3", *_WIDTHS),
     "adaptive": ("compression.policy=adaptive", "compression.budget=1.2", "compression.interval=4", *_WIDTHS),
@@ -149,6 +151,9 @@ def test_old_rows_keep_every_bit_and_new_ones_are_those_of_a_fresh_run(
         ("two layers", "shared", 2, "train.resume"),
         ("adaptive", "adaptive", 2, "train.resume"),
         ("adaptive", "two layers", 1, "train.initial_weights"),
+        ("small ones single", "small ones single", 2, "train.initial_weights"),
+        ("small ones single", "small ones single", 1, "train.resume"),
+        ("two layers", "small ones single", 1, "train.initial_weights"),
     ],
 )
 def test_rows_with_compression_keep_their_vectors(

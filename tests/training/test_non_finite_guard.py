@@ -240,6 +240,8 @@ def test_a_run_that_stops_reports_the_reason_in_one_line(
     )
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("mlet: error: "))
     assert line.startswith("mlet: error: the training loss of step 11 is not finite on rank 1; ")
+    last = records(tmp_path / "run")[-1]
+    assert (last["split"], last["batch_of_step"]) == ("diverged", 11)
     assert "optimizer.learning_rate" in line
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 

@@ -29,6 +29,7 @@ def identity(
     config = load_config(ROOT / "configs" / "criteo_kaggle.yaml", overrides)
     features = (SparseFeature("C1", rows),)
     spec = ModelSpec(config.model, ("I1",), features, config.train.seed, vocabulary_id, preprocessing)
+    spec = spec.with_model(config)
     plain: dict[str, Any] = json.loads(json.dumps(identity_of(config, spec, content_id)))  # as a checkpoint holds it
     return plain
 
@@ -120,3 +121,19 @@ def test_a_checkpoint_that_does_not_record_it_is_compared_by_the_training_split_
     check_same_run(old, identity(), "here", "go")
     with pytest.raises(UserError, match=r"the training split's files, by fingerprint, was .c., is .d."):
         check_same_run(old, identity(content_id="d"), "here", "go")
+
+
+def test_settings_of_tables_are_compared_by_what_they_mean() -> None:
+    """The table of 9 rows has a single layer by default; an earlier version gave it two."""
+    earlier = identity("model.single_layer_up_to=0")
+    assert identity("model.single_layer_up_to=8") == identity("model.tables.C1.hidden_dim=64") == earlier
+    assert not any("single_layer_up_to" in key or "tables" in key for key in earlier)
+    assert identity("model.single_layer_up_to=9") == identity("model.tables.C?.hidden_dim=null") == identity()
+    with pytest.raises(UserError) as caught:
+        check_same_run(earlier, identity(), "here", "go")
+    assert str(caught.value) == (
+        'here was saved with other settings: layers of table C1 was null, is {"hidden_dim": null}; change them back, '
+        "or set model.single_layer_up_to=0 if all tables had two layers, or go"
+    )
+    with pytest.raises(UserError, match=r'own settings of table C1 was \{"pooling": "mean"\}, is null; change'):
+        check_same_run(identity("model.tables.C1.pooling=mean"), identity(), "here", "go")

@@ -293,7 +293,10 @@ def test_what_does_not_fit_is_one_line(
 def test_a_comparison_has_columns_of_each_label() -> None:
     arm = {"trained_table_bytes": 8, "served_bytes": {"dcp": 4}, "max_abs_logit_diff": 0.0}
     arm |= {"test_click_auc": 0.75, "test_click_logloss": 0.5, "test_buy_auc": None, "test_buy_logloss": 0.25}
-    table = comparison_table({"split": "test", "arms": {"single": arm, "mlet": arm}})
+    difference = {"arm": "mlet", "of": "single", "label": "buy"}
+    difference |= dict.fromkeys(("auc", "logloss"), {"value": 0.0, "low": 0.0, "high": 0.0})
+    table = comparison_table({"split": "test", "arms": {"single": arm, "mlet": arm}, "differences": [difference]})
     header, _, single, *_ = table.splitlines()
+    assert "- MLET against single layer, buy: LogLoss" in table
     assert "| test click AUC | test click LogLoss | test buy AUC | test buy LogLoss |" in header
     assert [cell.strip() for cell in single.split("|")][4:8] == ["0.7500", "0.5000", "undefined", "0.2500"]

@@ -68,10 +68,7 @@ class Assembly:
     @property
     def served(self) -> ModelSpec:
         """The exported model, whose tables have a single layer."""
-        spec = self.source.spec
-        return dataclasses.replace(
-            spec, model=dataclasses.replace(spec.model, hidden_dim=None), row_ranges={}, adaptive={}
-        )
+        return dataclasses.replace(self.source.spec.with_hidden_dim(None), row_ranges={}, adaptive={})
 
     def job(self, device: torch.device) -> dict[str, Any]:
         """Return everything that the bytes of finished units depend on."""
@@ -90,7 +87,8 @@ class Assembly:
     def check(self) -> None:
         """Raise UserError if the outputs cannot be made from this model, before any of them is written."""
         for output in self.outputs:
-            output.encoding.check(self.served.model.embedding_dim)
+            for table in self.served.tables:
+                output.encoding.check(table.embedding_dim)
             if output.encoding.is_quantised and self._serving is not None:
                 self._plan(output, self._serving)
         if self._package is not None:

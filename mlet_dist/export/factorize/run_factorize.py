@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def factorize_tables(
                         file.add(name, [existing.load_dense(name)])
             spec = existing.spec
             if spec is not None:
-                spec = replace(spec, model=replace(spec.model, hidden_dim=hidden_dim))
+                spec = spec.with_hidden_dim(hidden_dim)
             writer.finish(
                 {
                     "factorized": {"source": str(path), "seed": seed, "gain": gain, "tables": entries},

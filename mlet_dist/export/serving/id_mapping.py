@@ -97,7 +97,7 @@ class SplitIds(nn.Module):
                 part_firsts.append(part.first_row)
                 keys_of.append(self.keys.index(f"{feature.name}@{part.name}"))
             base += sum(part.num_embeddings for part in parts)
-        means = {table.name for table in spec.tables if table.multi_valued and spec.model.pooling == "mean"}
+        means = {table.name for table in spec.tables if table.takes_mean}
         self.has_mean = bool(means)
         self.register_buffer("firsts", torch.tensor(firsts))
         self.register_buffer("part_firsts", torch.tensor(part_firsts))

@@ -41,15 +41,15 @@ class MixedWidthCollection(EmbeddingBagCollectionInterface):
             )
             for table, part in parts
         ]
-        self._embedding_dim = spec.model.embedding_dim
-        is_mean = spec.model.pooling == "mean" and any(table.multi_valued for table in spec.tables)
+        is_mean = any(table.takes_mean for table in spec.tables)
         self.parts = quantised_collection(stored, spec.is_weighted or is_mean, torch.device("cpu"))
         self._features = [feature.name for table in spec.tables for feature in table.features]
+        self._dims = [table.embedding_dim for table in spec.tables for _ in table.features]
         self._configs = [
             EmbeddingBagConfig(
                 name=table.name,
                 num_embeddings=table.num_embeddings,
-                embedding_dim=self._embedding_dim,
+                embedding_dim=table.embedding_dim,
                 feature_names=[feature.name for feature in table.features],
             )
             for table in spec.tables
@@ -61,7 +61,7 @@ class MixedWidthCollection(EmbeddingBagCollectionInterface):
             buffer = None
             if part.projection is not None:
                 buffer = self.projections[part.projection] = f"projection_{number}"
-                self.register_buffer(buffer, torch.zeros(part.embedding_dim, self._embedding_dim))
+                self.register_buffer(buffer, torch.zeros(part.embedding_dim, table.embedding_dim))
             for feature in table.features:
                 pieces[feature.name].append((len(self._widths), buffer))
                 self._widths.append(part.embedding_dim)
@@ -76,8 +76,7 @@ class MixedWidthCollection(EmbeddingBagCollectionInterface):
             for product in products[1:]:
                 total = total + product
             vectors.append(total)
-        widths = [self._embedding_dim] * len(self._features)
-        return KeyedTensor(keys=self._features, length_per_key=widths, values=torch.cat(vectors, dim=1))
+        return KeyedTensor(keys=self._features, length_per_key=self._dims, values=torch.cat(vectors, dim=1))
 
     def load_projections(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill every W2 from tensors by state name."""

@@ -18,12 +18,11 @@ from mlet_dist.models.spec import ModelSpec
 
 def layout_of(spec: ModelSpec) -> ServedLayout:
     """Return the layout of an output of all rows."""
-    d = spec.model.embedding_dim
-    tables = {
-        name: ServedTable(rows, rows, None, (ServedPart(name, 0, rows, d),))
-        for name, rows in ((table.name, table.num_embeddings) for table in spec.tables)
-    }
-    return ServedLayout("all", d, tables)
+    tables = {}
+    for table in spec.tables:
+        n, d = table.num_embeddings, table.embedding_dim
+        tables[table.name] = ServedTable(n, n, None, d, (ServedPart(table.name, 0, n, d),))
+    return ServedLayout("all", tables)
 
 
 def spec_of_layout(spec: ModelSpec, layout: ServedLayout) -> ModelSpec:

@@ -120,10 +120,16 @@ def _two_layers(rows_gram: torch.Tensor, projection: torch.Tensor) -> dict[str, 
 
 
 def _recipe_gain(source: Tables) -> float | None:
-    """Return kσ², which multiplies SGD's learning rate of the tables at the start; None if W2 was not random."""
+    """Return kσ², which multiplies SGD's learning rate of the tables at the start.
+
+    None if W2 was not random, or if tables have a k or σ of their own.
+    """
     model = source.config.get("model")
     if model is None or model["hidden_dim"] is None or source.config["train"].get("initial_weights") is not None:
         return None
+    for entry in model.get("tables", {}).values():
+        if isinstance(entry["hidden_dim"], int) or entry["projection_init_std"] is not None:
+            return None
     deviation = model["projection_init_std"]
     return 1.0 if deviation is None else float(model["hidden_dim"] * deviation**2)
 

@@ -82,5 +82,5 @@ def _with_wanted_rows(layout: ServedLayout, found: Mapping[str, FormRows]) -> Se
             )
             for part, encoded in zip(table.parts, found[name].parts, strict=True)
         )
-        tables[name] = ServedTable(max(1, len(numbers)), len(numbers), None, parts)
+        tables[name] = ServedTable(max(1, len(numbers)), len(numbers), None, table.embedding_dim, parts)
     return dataclasses.replace(layout, tables=tables)

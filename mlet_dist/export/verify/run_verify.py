@@ -157,15 +157,10 @@ def _exported(manifest: Mapping[str, Any], run: Path) -> CheckpointChoice:
 def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     """Return what must be equal for the predictions of two models to be compared."""
     model = spec.model
-    sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, model.pooling
-    return (
-        spec.dense,
-        spec.sparse,
-        spec.labels,
-        spec.tables_prefix,
-        *sizes,
-        *(getattr(model, name) for name in NETWORK_SETTINGS),
-    )
+    tables = tuple((table.name, table.embedding_dim, table.settings.pooling) for table in spec.tables)
+    sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, tables
+    network = (getattr(model, name) for name in NETWORK_SETTINGS)
+    return spec.dense, spec.sparse, spec.labels, spec.tables_prefix, *sizes, *network
 
 
 def _check_same_inputs(export: Path, served: ModelSpec, run: Path, trained: ModelSpec) -> None:

@@ -1,0 +1,141 @@
+"""AUC, LogLoss, normalised entropy and calibration of scores that are all in memory, without binning."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of rows, and what is true of them.
+
+    Attributes:
+        logits: ``(N,)`` float64, finite.
+        labels: ``(N,)`` float64, 0 or 1.
+        weights: ``(N,)`` float64, at least 0: a row of weight 2 counts as two rows. All 1 for rows without weights.
+
+    Raises:
+        ValueError: the lengths differ, a logit is not finite, a label is neither 0 nor 1, or a weight is negative or
+            not finite. The message names the row.
+    """
+
+    logits: Floats
+    labels: Floats
+    weights: Floats
+
+    @classmethod
+    def of(cls, logits: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> "Scores":
+        """Return the scores of arrays or lists of any numeric type; without ``weights`` all rows count the same."""
+        wide = np.asarray(logits, dtype=np.float64)
+        given = np.ones_like(wide) if weights is None else np.asarray(weights, dtype=np.float64)
+        return cls(wide, np.asarray(labels, dtype=np.float64), given)
+
+    def __post_init__(self) -> None:
+        shapes = {self.logits.shape, self.labels.shape, self.weights.shape}
+        if len(shapes) > 1 or self.logits.ndim != 1:
+            raise ValueError(
+                f"logits {self.logits.shape}, labels {self.labels.shape} and weights {self.weights.shape}: all need "
+                "one number for each row"
+            )
+        for valid, values, wanted in (
+            (np.isfinite(self.logits), self.logits, "the logit is {}, and must be finite"),
+            ((self.labels == 0) | (self.labels == 1), self.labels, "the label is {}, and must be 0 or 1"),
+            ((self.weights >= 0) & (self.weights < np.inf), self.weights, "the weight is {}, and must be 0 or more"),
+        ):
+            if not valid.all():
+                row = int(np.argmin(valid))
+                raise ValueError(f"row {row}: {wanted.format(values[row])}")
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+
+def auc(scores: Scores) -> float:
+    """Return the area under the ROC curve, in which equal logits count half; NaN unless both labels have weight."""
+    return float(RankedRows.of(scores).auc(scores.weights[None])[0])
+
+
+def row_losses(scores: Scores) -> Floats:
+    """Return the negative log likelihood of each row's label in nats, ``(N,)``."""
+    toward = np.where(scores.labels == 1, -scores.logits, scores.logits)
+    return np.maximum(toward, 0) + np.log1p(np.exp(-np.abs(toward)))
+
+
+def logloss(scores: Scores) -> float:
+    """Return the weighted mean of the rows' losses; NaN if no row has weight."""
+    return _mean(row_losses(scores), scores.weights)
+
+
+def normalised_entropy(scores: Scores) -> float:
+    """Return LogLoss divided by that of the constant positive rate (He et al. 2014, section 3); NaN for one label."""
+    rate = _mean(scores.labels, scores.weights)
+    if not 0 < rate < 1:
+        return math.nan
+    return logloss(scores) / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+
+
+def calibration(scores: Scores) -> float:
+    """Return the mean probability divided by the positive rate, which is 1 for calibrated scores; NaN without one."""
+    rate = _mean(scores.labels, scores.weights)
+    return _mean(probabilities(scores), scores.weights) / rate if rate > 0 else math.nan
+
+
+def probabilities(scores: Scores) -> Floats:
+    """Return the sigmoid of the logits, ``(N,)``."""
+    small = np.exp(-np.abs(scores.logits))
+    return np.where(scores.logits >= 0, 1 / (1 + small), small / (1 + small))
+
+
+def all_metrics(scores: Scores) -> dict[str, float]:
+    """Return ``auc``, ``logloss``, ``normalised_entropy`` and ``calibration``."""
+    return {
+        "auc": auc(scores),
+        "logloss": logloss(scores),
+        "normalised_entropy": normalised_entropy(scores),
+        "calibration": calibration(scores),
+    }
+
+
+@dataclass(frozen=True)
+class RankedRows:
+    """Rows in the order of their logits, of which AUC is computed for many sets of weights.
+
+    Attributes:
+        order: the rows by rising logit.
+        positive: whether the label is 1, in that order.
+        starts: where a new logit begins in that order.
+    """
+
+    order: npt.NDArray[np.int64]
+    positive: npt.NDArray[np.bool_]
+    starts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, scores: Scores) -> "RankedRows":
+        """Sort the rows."""
+        order = np.argsort(scores.logits, kind="stable")
+        ranked = scores.logits[order]
+        starts = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1]))) if len(ranked) else order
+        return cls(order, scores.labels[order] == 1, starts)
+
+    def auc(self, weights: Floats) -> Floats:
+        """Return AUC under each of S sets of weights ``(S, N)``, as ``(S,)``; NaN where a label has no weight."""
+        if not len(self.order):
+            return np.full(len(weights), np.nan)
+        ranked = weights[:, self.order]
+        positives = np.add.reduceat(np.where(self.positive, ranked, 0.0), self.starts, axis=1)
+        negatives = np.add.reduceat(np.where(self.positive, 0.0, ranked), self.starts, axis=1)
+        below = np.cumsum(negatives, axis=1) - negatives / 2
+        pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found: Floats = (positives * below).sum(axis=1) / pairs
+        return found
+
+
+def _mean(values: Floats, weights: Floats) -> float:
+    total = float(weights.sum())
+    return float((values * weights).sum()) / total if total else math.nan
