@@ -294,7 +294,7 @@ def test_a_comparison_has_columns_of_each_label() -> None:
     arm = {"trained_table_bytes": 8, "served_bytes": {"dcp": 4}, "max_abs_logit_diff": 0.0}
     arm |= {"test_click_auc": 0.75, "test_click_logloss": 0.5, "test_buy_auc": None, "test_buy_logloss": 0.25}
     difference = {"arm": "mlet", "of": "single", "label": "buy"}
-    difference |= dict.fromkeys(("auc", "logloss"), {"value": 0.0, "low": 0.0, "high": 0.0})
+    difference |= {name: {"value": 0.0, "low": 0.0, "high": 0.0} for name in ("auc", "logloss")}
     table = comparison_table({"split": "test", "arms": {"single": arm, "mlet": arm}, "differences": [difference]})
     header, _, single, *_ = table.splitlines()
     assert "- MLET against single layer, buy: LogLoss" in table
