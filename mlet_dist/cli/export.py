@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="kind of the serving devices (default: %(default)s)",
     )
     parser.add_argument(
+        "--preprocessing", metavar="DATA",
+        help="data set, or its URL, whose vocabularies, means and deviations the export carries, so that a server can "
+        "take raw rows; none: carry nothing (default: that of the run, if it can still be read)",
+    )  # fmt: skip
+    parser.add_argument(
         "--gather", action="store_true", help="write one file for each table, instead of one for every 64 MB"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is in DIR")
@@ -79,5 +84,6 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         overwrite=args.overwrite,
         memory=args.memory,
         choice=choice_of(args),
+        preprocessing=args.preprocessing,
     )
     return export_run(Path(args.run), args.out, options), True

@@ -13,7 +13,7 @@ from mlet_dist.openmp import thread_environment
 
 _LAUNCHED = "MLET_LAUNCHED"
 _RESULT_LATER = "MLET_RESULT_LATER"
-_COMMANDS_OF_RANKS = ("train", "evaluate", "export")
+_COMMANDS_OF_RANKS = ("train", "evaluate", "predict", "export")
 _PARENT = "MLET_PARENT"  # the process that this one must not outlive
 
 

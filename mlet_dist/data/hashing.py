@@ -6,8 +6,9 @@ The UTF-8 bytes of a text are cut into little-endian 64-bit words w_1 … w_m, t
     mix(x): x += 0x9e3779b97f4a7c15; x = (x xor x >> 30)·0xbf58476d1ce4e5b9; x = (x xor x >> 27)·0x94d049bb133111eb;
             x xor x >> 31
 
-all modulo 2^64. mix is a step of SplitMix64; the salt is the first 8 bytes of the BLAKE2b digest of the salt text, as a
-little-endian number. Since mix is a permutation, texts of the same length of up to 8 bytes never collide.
+all modulo 2^64. mix is a step of SplitMix64; the salt (``salt_of``) is the BLAKE2b digest of 8 bytes of
+the salt text, as a little-endian number. Since mix is a permutation, texts of the same length of up to 8 bytes never
+collide.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ def hash_texts(texts: pa.StringArray, salt: str) -> Hashes:
     offsets = np.frombuffer(raw_offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
     lengths = np.diff(offsets)
     with np.errstate(over="ignore"):
-        state: Hashes = _salt(salt) + lengths.astype(np.uint64)
+        state: Hashes = salt_of(salt) + lengths.astype(np.uint64)
         if len(texts) and lengths.max():
             first, last = int(offsets[0]), int(offsets[-1])
             padded = np.zeros(last - first + WORD_BYTES, np.uint8)
@@ -45,7 +46,7 @@ def hash_texts(texts: pa.StringArray, salt: str) -> Hashes:
 def hash_counters(seed: int, start: int, count: int) -> Hashes:
     """Return random bits of the counters [start, start + count): (count,) uint64, each from seed and counter alone."""
     with np.errstate(over="ignore"):
-        return _mix(_mix(np.arange(start, start + count, dtype=np.uint64)) ^ _salt(f"counter {seed}"))
+        return _mix(_mix(np.arange(start, start + count, dtype=np.uint64)) ^ salt_of(f"counter {seed}"))
 
 
 def _mix_words(
@@ -72,5 +73,6 @@ def _mix(state: Hashes) -> Hashes:
     return state ^ (state >> np.uint64(31))
 
 
-def _salt(text: str) -> np.uint64:
+def salt_of(text: str) -> np.uint64:
+    """Return the number that a salt text stands for."""
     return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))

@@ -3,6 +3,7 @@
 import errno
 import fnmatch
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mlet_dist.urls import no_such_directory
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PACKAGE = "package"
+PREPROCESSING = "preprocessing"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ExportDirectory:
         model-kept/ …     each of these with only the rows that a compressed run stores
         model-mixed/ …    the same, with narrow rows as they are, and their W2
         package/          a scripted model that contains the tables of one output, and programs that run it
+        preprocessing/    what turns raw rows into the inputs of the model, and programs that do it
 
     A file ``TABLE-00000-of-00003`` with the suffix ``.distcp`` or ``.safetensors`` contains a range of rows of a table,
     and a file ``TABLE`` of a gathered export all of them; ``_dense`` contains the other layers, and
@@ -109,11 +112,20 @@ class ExportDirectory:
             share: which of these files, in the order of their names, this rank checks.
         """
         directory, files = self.output(name, manifest)
-        entries = Manifest(step=0, files=files, about={})
-        for file in fnmatch.filter(sorted(files), pattern)[share]:
-            damage = entries.find_damage(file, lambda each: open_regular(directory / each))
-            if damage is not None:
-                raise UserError(f"{directory}: {damage}: the export is damaged; export again")
+        _check(directory, files, fnmatch.filter(sorted(files), pattern)[share])
+
+    def check_preprocessing(self, manifest: Mapping[str, Any]) -> None:
+        """Read the files of the preprocessing, if there are any; raise UserError if one is missing or damaged."""
+        files = manifest.get(PREPROCESSING, {}).get("files", {})
+        _check(self.path / PREPROCESSING, files, sorted(files))
+
+
+def _check(directory: Path, files: Mapping[str, Any], names: Sequence[str]) -> None:
+    entries = Manifest(step=0, files=dict(files), about={})
+    for file in names:
+        damage = entries.find_damage(file, lambda each: open_regular(directory / each))
+        if damage is not None:
+            raise UserError(f"{directory}: {damage}: the export is damaged; export again")
 
 
 def describe_tensor(name: str, tensor: torch.Tensor) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""`mlet predict`: the scores of a run or an export for every row of a split, as a Parquet file."""
+"""`mlet predict`: the scores of a run or an export for every row of a split, or of raw files, as a Parquet file."""
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from mlet_dist.atomic_file import replaced_file
-from mlet_dist.data.location import DataPath
+from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.evaluated_model import EvaluatedModel
+from mlet_dist.export.raw_data import SPLIT, is_raw, prepared_rows
+from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
 from mlet_dist.training.evaluation import evaluation_loader, predict
 from mlet_dist.training.label_metrics import metric_prefixes
@@ -22,46 +26,83 @@ from mlet_dist.training.process_group import Worker
 from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice
 
 _ROWS_A_GROUP = 1 << 20
+_RAW_TIMEOUT = timedelta(hours=6)  # ranks wait until rank 0 has prepared raw files
 
 
 def predict_path(
     target: Path,
-    data: DataPath,
-    split: str,
+    data: str,
+    split: str | None,
     out: Path,
     batch_size: int = 8192,
     device: str = "auto",
     choice: CheckpointChoice = LAST,
 ) -> dict[str, Any]:
-    """Write the scores of a run or an export for all rows of a split, in the order of the data set.
+    """Write the scores of a run or an export for all rows of a split, in the order of the data set, or of raw files.
 
-    The file has the columns ``row`` (int64, from 0), ``label``, ``logit``, ``probability`` and, for a data set whose
-    rows have weights, ``weight`` (float32). With several labels it has the first three for each of them, as
-    ``click_label``, which is null where a row lacks the label. Batches are written as they are computed; the file
-    appears under its name when it is complete.
+    The file has the columns ``row`` (int64, from 0), ``label`` (but for raw files without one), ``logit``,
+    ``probability`` and, for a data set whose rows have weights, ``weight`` (float32). Batches are written as they are
+    computed; the file appears under its name when it is complete. With several labels there are ``label``, ``logit``
+    and ``probability`` of each, as ``click_label``, which is null where a row lacks the label.
+
+    Args:
+        target: directory of a run, of one of its checkpoints, or of an export.
+        data: path or URL of a data set; or of raw files, which may be a directory or a pattern.
+        split: of a data set, by default test; None for raw files.
+        out: the file.
+        batch_size: rows of a global batch.
+        device: auto, cpu or cuda.
+        choice: the checkpoint of a run.
 
     Returns:
-        ``target``, ``step`` of a run's checkpoint, ``split``, ``out`` and ``rows``.
+        ``target``, ``step`` of a run's checkpoint, ``split`` of a data set, ``out`` and ``rows``.
 
     Raises:
-        UserError: as ``EvaluatedModel.open``, the file exists, or it cannot be written.
+        UserError: as ``EvaluatedModel.open`` and ``prepared_rows``, the file exists, or it cannot be written.
     """
     if out.exists():
         raise UserError(f"{out}: exists; name another file, or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: {out.absolute().parent} is no directory; create it first")
-    opened = EvaluatedModel.open(target, data, split, choice)
-    with opened.on_ranks(device, batch_size) as (model, worker):
-        loader = evaluation_loader(data, split, opened.spec, batch_size, worker)
-        rows = DatasetSchema.load(data).rows[split]
-        with Progress("predict", rows, "rows", disable=not worker.is_first) as progress:
-            batches = _gathered(predict(model, loader, worker), loader.local_batch_size, worker)
-            if worker.is_first:
-                _write(out, batches, opened.spec.labels, progress)
-            else:
-                for _ in batches:
-                    pass
-    return {"target": str(target), **opened.step, "split": split, "out": str(out), "rows": rows}
+    if not is_raw(data):
+        place, split = data_set_path(data), split or SPLIT
+        opened = EvaluatedModel.open(target, place, split, choice)
+        with opened.on_ranks(device, batch_size) as (model, worker):
+            rows = _predict_split(model, worker, opened.spec, place, split, out, batch_size)
+        return {"target": str(target), **opened.step, "split": split, "out": str(out), "rows": rows}
+    if split is not None:
+        raise UserError(f"{data}: is no data set, and --split names a split of one; leave out --split for raw files")
+    opened = EvaluatedModel.find(target, choice)
+    like = opened.preprocessing()
+    with (
+        opened.on_ranks(device, batch_size, _RAW_TIMEOUT) as (model, worker),
+        prepared_rows(data, like, out.absolute(), worker) as raw,
+    ):
+        rows = _predict_split(model, worker, opened.spec, raw.path, SPLIT, out, batch_size, raw.is_labelled)
+    return {"target": str(target), **opened.step, "out": str(out), "rows": rows}
+
+
+def _predict_split(
+    model: nn.Module,
+    worker: Worker,
+    spec: ModelSpec,
+    data: DataPath,
+    split: str,
+    out: Path,
+    batch_size: int,
+    is_labelled: bool = True,
+) -> int:
+    """Write the scores of a split, and return its number of rows. A collective call."""
+    loader = evaluation_loader(data, split, spec, batch_size, worker)
+    rows = DatasetSchema.load(data).rows[split]
+    with Progress("predict", rows, "rows", disable=not worker.is_first) as progress:
+        batches = _gathered(predict(model, loader, worker), loader.local_batch_size, worker)
+        if worker.is_first:
+            _write(out, batches, spec.labels, progress, is_labelled)
+        else:
+            for _ in batches:
+                pass
+    return rows
 
 
 def _gathered(
@@ -85,7 +126,9 @@ def _gathered(
             yield torch.cat([each[:, : int(rows)] for each, rows in zip(found, counts, strict=True)], dim=1).cpu()
 
 
-def _write(out: Path, batches: Iterator[torch.Tensor], labels: Sequence[str], progress: Progress) -> None:
+def _write(
+    out: Path, batches: Iterator[torch.Tensor], labels: Sequence[str], progress: Progress, is_labelled: bool
+) -> None:
     """Write batches of ``_gathered`` to a Parquet file."""
     writer: pq.ParquetWriter | None = None
     prefixes = metric_prefixes(labels)
@@ -97,11 +140,10 @@ def _write(out: Path, batches: Iterator[torch.Tensor], labels: Sequence[str], pr
                 columns = {"row": pa.array(range(row, row + rows), pa.int64())}
                 for index, prefix in enumerate(prefixes):
                     logits, found = batch[index], batch[len(prefixes) + index].numpy()
-                    columns |= {
-                        f"{prefix}label": pa.array(found, mask=np.isnan(found)),
-                        f"{prefix}logit": pa.array(logits.numpy()),
-                        f"{prefix}probability": pa.array(torch.sigmoid(logits).numpy()),
-                    }
+                    if is_labelled:
+                        columns[f"{prefix}label"] = pa.array(found, mask=np.isnan(found))
+                    columns[f"{prefix}logit"] = pa.array(logits.numpy())
+                    columns[f"{prefix}probability"] = pa.array(torch.sigmoid(logits).numpy())
                 if len(batch) > 2 * len(prefixes):
                     columns["weight"] = pa.array(batch[-1].numpy())
                 table = pa.table(columns)

@@ -16,7 +16,7 @@ from mlet_dist.errors import ConnectionLost, RanksLost, UserError
 from mlet_dist.training.attempts import name_of_attempt
 from mlet_dist.training.lost_ranks import RankRegistry, connection_lost, timed_out
 
-_TIMEOUT, _START_TIMEOUT = timedelta(minutes=10), timedelta(minutes=30)
+COLLECTIVE_TIMEOUT, _START_TIMEOUT = timedelta(minutes=10), timedelta(minutes=30)
 _POLL_SECONDS = 0.05
 
 
@@ -67,7 +67,7 @@ class Worker:
     world_size: int
     local_world_size: int
     device: torch.device
-    timeout: timedelta = _TIMEOUT
+    timeout: timedelta = COLLECTIVE_TIMEOUT
 
     @property
     def is_first(self) -> bool:
@@ -77,7 +77,7 @@ class Worker:
 
 @contextmanager
 def join_ranks(
-    device: str = "auto", timeout: timedelta = _TIMEOUT, start: timedelta = _START_TIMEOUT
+    device: str = "auto", timeout: timedelta = COLLECTIVE_TIMEOUT, start: timedelta = _START_TIMEOUT
 ) -> Iterator[Worker]:
     """Join the process group that torchrun's environment describes, or a group of one without it.
 

@@ -21,6 +21,7 @@ Modules, in the order in which data runs through them:
     vocabulary: the ids of a feature's values.
     like_dataset, known_values: the data set that this one is prepared like, and the values that have ids there.
     writing: the write pass of one group.
+    carried_rules, vocabulary_file: what an export carries, so that a server can do what these modules do.
     recorded_description: the description of a table in the manifest.
     dataset_manifest: the merge pass: schema, manifest and quarantine of the finished data set.
     dataset_check: verification of a prepared data set (``mlet prepare --check``).

@@ -20,7 +20,7 @@ from mlet_dist.data.prepare.vocabulary import (
     record_vocabulary,
     values_fingerprint,
 )
-from mlet_dist.data.schema import VOCABULARY
+from mlet_dist.data.prepare.vocabulary_file import SUFFIX, read_vocabulary
 from mlet_dist.errors import UserError
 
 _READ_BYTES = 1 << 20
@@ -31,13 +31,13 @@ class KnownValues:
     """The values of one table of another data set, in the order of their ids.
 
     Attributes:
-        data_set: path or URL of that data set.
+        file: path or URL of the vocabulary, of a data set (Parquet) or of an export (``vocabulary_file``).
         table: the table.
         fingerprint: of the values, as the schema there records it.
         grows: whether values that it lacks get the ids behind its own.
     """
 
-    data_set: str
+    file: str
     table: str
     fingerprint: str
     grows: bool
@@ -48,10 +48,13 @@ class KnownValues:
         Raises:
             UserError: the file is missing or damaged, or holds other values.
         """
-        path = data_set_path(self.data_set) / VOCABULARY / f"{self.table}.parquet"
+        path = data_set_path(self.file)
         try:
-            with path.open(_READ_BYTES) if isinstance(path, RemotePath) else nullcontext(path) as source:
-                found = pq.read_table(source, columns=["value"])["value"].cast(pa.string())
+            if isinstance(path, Path) and path.suffix == SUFFIX:
+                found = pa.chunked_array([read_vocabulary(path)])
+            else:
+                with path.open(_READ_BYTES) if isinstance(path, RemotePath) else nullcontext(path) as source:
+                    found = pq.read_table(source, columns=["value"])["value"].cast(pa.string())
         except (OSError, pa.ArrowException, KeyError) as error:
             raise UserError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from None
         if values_fingerprint(self.table, found).hex() != self.fingerprint:

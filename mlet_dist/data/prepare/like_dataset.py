@@ -1,7 +1,7 @@
 """The data set that another one is prepared like (``mlet prepare --like``): its rules, statistics and vocabularies."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +11,7 @@ from mlet_dist.data.prepare.counting import Scale
 from mlet_dist.data.prepare.known_values import KnownValues
 from mlet_dist.data.prepare.raw_formats import DenseColumn, SparseColumn, TableSpec
 from mlet_dist.data.prepare.recorded_description import from_record
+from mlet_dist.data.prepare.vocabulary_file import SUFFIX
 from mlet_dist.data.preprocessing import (
     Preprocessing,
     Rules,
@@ -20,12 +21,13 @@ from mlet_dist.data.preprocessing import (
     label_rules,
     sparse_rules,
 )
-from mlet_dist.data.schema import FILE_NAME, MANIFEST, DatasetSchema, SparseFeature
+from mlet_dist.data.schema import FILE_NAME, MANIFEST, VOCABULARY, DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import CHECKSUM, with_checksum
 from mlet_dist.regular_file import read_regular_file
 
 Column = TypeVar("Column", DenseColumn, SparseColumn)
+Named = TypeVar("Named", DenseColumn, SparseColumn, SparseFeature)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class LikeDataset:
         schema: its schema.
         description: of the raw table that it was made from.
         grows: whether the other data set appends new values to the vocabularies.
+        carried: where an export carries the vocabularies of a model; None for those in a data set.
     """
 
     path: str
     schema: DatasetSchema
     description: TableSpec
     grows: bool
+    carried: Path | None = None
 
     @classmethod
     def open(cls, path: str, *, grows: bool = False) -> "LikeDataset":
@@ -72,7 +76,25 @@ class LikeDataset:
 
     def known_values(self, table: str) -> KnownValues:
         """Return the values of a table with a vocabulary."""
-        return KnownValues(self.path, table, self._rules(table)["vocabulary"], self.grows)
+        if self.carried is not None:
+            file: DataPath = self.carried / f"{table}{SUFFIX}"
+        else:
+            file = data_set_path(self.path) / VOCABULARY / f"{table}.parquet"
+        return KnownValues(str(file), table, self._rules(table)["vocabulary"], self.grows)
+
+    def select(self, dense: Sequence[str], sparse: Sequence[str]) -> "LikeDataset":
+        """Return what makes these columns and features alone, in this order; the data set must have them."""
+        own, made = self.description, self.schema
+        schema = replace(
+            made,
+            dense=tuple(dense),
+            sparse=_named(made.sparse, sparse),
+            preprocessing=made.preprocessing.select(dense, sparse),
+            parts={},
+            id_counts={},
+        )
+        description = replace(own, dense=_named(own.dense, dense), sparse=_named(own.sparse, sparse))
+        return replace(self, schema=schema, description=description)
 
     def extended_by(self, table: str, fingerprint: str) -> list[str]:
         """Return what a vocabulary of ``table`` with this fingerprint has grown from, as ``sparse_rules`` takes it."""
@@ -164,6 +186,11 @@ class LikeDataset:
                     "data set of its own without --like"
                 )
         return tuple(found[name] for name in names)
+
+
+def _named(columns: Iterable[Named], names: Iterable[str]) -> tuple[Named, ...]:
+    found = {each.name: each for each in columns}
+    return tuple(found[name] for name in names)
 
 
 def _rules_of(spec: TableSpec) -> Preprocessing:

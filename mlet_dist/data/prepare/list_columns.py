@@ -183,7 +183,7 @@ def _split_texts(raw: pa.Array, separator: str | None) -> _Elements:
     White space around elements is no part of them.
     """
     texts, _, decoded = as_texts(raw, "text", ())
-    bracketed = matches(texts, r"^\s*\[")
+    bracketed = matches(texts, r"\[")
     if bracketed.any():
         trimmed = pc.utf8_trim_whitespace(texts)
         bracketed = matches(trimmed, _BRACKETS)

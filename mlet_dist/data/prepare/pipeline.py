@@ -77,6 +77,7 @@ def prepare(
     resources: Resources | None = None,
     only: str | None = None,
     shard: Shard | None = None,
+    defaults: Mapping[str, str] | None = None,
 ) -> DatasetSchema | None:
     """Prepare the data set ``out`` from raw files, in the order given; how rows are split is printed to stderr.
 
@@ -96,6 +97,7 @@ def prepare(
         resources: limits on memory and processes.
         only: run only this one of ``PASSES``, to share the work among machines; the passes before it must be finished.
         shard: this machine's shard of the pass ``only``.
+        defaults: the value of columns that a file lacks, such as the label of rows that have none.
 
     Returns:
         The data set's schema, or None after a pass other than merge.
@@ -136,7 +138,8 @@ def prepare(
             )
     check_distinct(paths)
     # Inspect all files first, so that a missing last file is found before an hour of reading.
-    files = [inspect_file(path, spec.text, spec.used_columns) for path in paths]
+    lacking = tuple((defaults or {}).items())
+    files = [inspect_file(path, spec.text, spec.used_columns, lacking) for path in paths]
     _check_keys(spec, files, like)
     processes = resources.workers(sum(file.size for file in files))
     passes = Passes(spec, files, out, max(1 << 16, resources.bytes // processes // RANGE_VALUE_BYTES), like)

@@ -52,8 +52,15 @@ class RawFile:
     constants: tuple[tuple[str, str | None], ...] = ()
 
 
-def inspect_file(path: str, text: TextFormat | JsonLines | None, used: tuple[str, ...]) -> RawFile:
+def inspect_file(
+    path: str,
+    text: TextFormat | JsonLines | None,
+    used: tuple[str, ...],
+    defaults: tuple[tuple[str, str], ...] = (),
+) -> RawFile:
     """Check that a file can be opened and has the ``used`` columns, without reading it.
+
+    Columns of ``defaults`` that it lacks have the value given there in all rows.
 
     Raises:
         UserError: the file cannot be opened, is of another kind, or lacks a column.
@@ -73,7 +80,8 @@ def inspect_file(path: str, text: TextFormat | JsonLines | None, used: tuple[str
             columns = text.columns or ()
             converted_text(path, file, text.encoding, HEAD_BYTES)  # raises if it is not text
     pairs = directory_values(path)
-    constants = tuple((key, value) for key, value in pairs if key in used)
+    constants: tuple[tuple[str, str | None], ...] = tuple((key, value) for key, value in pairs if key in used)
+    constants += tuple((key, value) for key, value in defaults if key not in columns and key not in dict(constants))
     if columns:
         _check_columns(path, text, used, columns, [key for key, _ in constants])
     return RawFile(path, size, stamp, tuple(columns), constants)
@@ -101,6 +109,17 @@ def _check_columns(
         problem = "has no column" if not in_file else "has more than one column"
         where = path if text is None else f"{path}: line 1: the header"
         raise UserError(f"{where} {problem} {column!r}; it has {', '.join(columns):.300}")
+
+
+def first_fields(path: str, text: TextFormat) -> list[str]:
+    """Return the fields of the first line of a file of delimited text, a header or not; none if it is blank.
+
+    Raises:
+        UserError: the file cannot be opened, or is not text.
+    """
+    with raw_errors(path), open_raw(path) as file:
+        line = _first_text(path, file, text, HEADER_BUFFER_BYTES).partition(b"\n")[0].rstrip(b"\r")
+    return _split_header(path, line.decode(errors="replace"), text) if line else []
 
 
 def open_raw(path: str) -> Any:

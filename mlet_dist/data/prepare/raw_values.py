@@ -52,16 +52,10 @@ def as_texts(
     texts = texts.fill_null("") if texts.null_count else texts
     if cast == "integer":
         texts = pc.utf8_trim_whitespace(texts)
-    if missing_values is not None:
-        spellings: tuple[str, ...] = ("", *missing_values)
-        compared = texts
-        if cast == "integer":  # -1 and -1.0 are one number
-            compared = canonical_texts(texts)
-            spellings = ("", *canonical_texts(pa.array(spellings, pa.string())).to_pylist())
-    elif cast == "integer":
-        spellings, compared = MISSING_NUMBERS, pc.utf8_lower(texts)
-    else:
-        spellings, compared = MISSING_TEXTS, texts
+    spellings = missing_categories(cast, missing_values)
+    compared = texts
+    if cast == "integer":  # of given spellings, -1 and -1.0 are one number
+        compared = pc.utf8_lower(texts) if missing_values is None else canonical_texts(texts)
     if is_text(values.type) or missing_values is not None:
         absent = absent | (_is_in(compared, spellings) & valid)
     if pa.types.is_floating(values.type):
@@ -72,6 +66,17 @@ def as_texts(
     if absent.any():
         texts = pc.if_else(pa.array(absent), "", texts)
     return texts, absent, valid | absent
+
+
+def missing_categories(cast: Cast | None, missing_values: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the spellings of missing values that ``as_texts`` compares texts with.
+
+    With ``cast: integer``, these are in lower case where they are the default ones, and ``canonical_texts`` of others.
+    """
+    if missing_values is None:
+        return MISSING_NUMBERS if cast == "integer" else MISSING_TEXTS
+    spellings = ("", *missing_values)
+    return tuple(canonical_texts(pa.array(spellings, pa.string())).to_pylist()) if cast == "integer" else spellings
 
 
 def as_numbers(
@@ -120,10 +125,13 @@ def as_numbers(
 
 def _stands_for_missing(numbers: npt.NDArray[np.float64], missing_values: Sequence[str] | None) -> Flags:
     """Return which numbers are those of a spelling: -1 and -1.0 are one number."""
-    if not missing_values:
-        return np.zeros(len(numbers), dtype=bool)
-    stand_ins = as_numbers(pa.array(list(missing_values), pa.string()), False, ())[0]
-    return np.isin(numbers, stand_ins[np.isfinite(stand_ins)])
+    return np.isin(numbers, missing_numbers(missing_values)) if missing_values else np.zeros(len(numbers), dtype=bool)
+
+
+def missing_numbers(missing_values: Sequence[str] | None) -> list[float]:
+    """Return the finite numbers among the spellings of missing values."""
+    numbers = as_numbers(pa.array(list(missing_values or ()), pa.string()), False, ())[0]
+    return [float(each) for each in numbers if np.isfinite(each)]
 
 
 def canonical_texts(texts: pa.StringArray) -> pa.StringArray:

@@ -6,6 +6,7 @@ each distinct value of a dictionary once, however many rows hold it, and return 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, localcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from mlet_dist.data.prepare.raw_formats import DenseColumn, LabelColumn, SparseC
 from mlet_dist.data.prepare.raw_values import Flags, as_numbers, as_texts, canonical_texts
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+_LIBM_ERROR = 2.0**-50  # the largest relative one of a logarithm in float64
+_DIGITS = 100  # for the smallest numbers, whose logarithm is about the number itself
 
 Rows = npt.NDArray[np.int64]
 
@@ -129,9 +133,25 @@ def dense_values(raw: pa.Array, dense: DenseColumn) -> TypedColumn:
         return typed_column(
             raw, pa.array(numbers, mask=absent & (dense.missing == "mean")), valid, distinct, dense.column, expected
         )
-    if dense.transform == "log1p":
-        numbers = np.log1p(np.maximum(numbers, 0))
-    return typed_column(raw, pa.array(numbers.astype(np.float32)), valid, distinct, dense.column, expected)
+    values = log1p_float32(numbers) if dense.transform == "log1p" else numbers.astype(np.float32)
+    return typed_column(raw, pa.array(values), valid, distinct, dense.column, expected)
+
+
+def log1p_float32(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Return log(1 + max(x, 0)), rounded to the nearest float32, which is the same on every machine.
+
+    The last bits of a float64 logarithm are not. They matter where it is about halfway between two float32 numbers:
+    then more digits decide. Exports carry two more implementations, for servers (``raw_rows.py`` and ``raw_rows.h``).
+    """
+    numbers = np.maximum(numbers, 0) + 0.0  # never -0.0
+    wide = np.log1p(numbers)
+    low, high = ((wide * (1 + error)).astype(np.float32) for error in (-_LIBM_ERROR, _LIBM_ERROR))
+    with localcontext(prec=_DIGITS):
+        for place in np.flatnonzero(low != high):
+            halfway = (float(low[place]) + float(high[place])) / 2
+            if (Decimal(float(numbers[place])) + 1).ln() > Decimal(halfway):
+                low[place] = high[place]
+    return low
 
 
 def sample_weights(raw: pa.Array, column: str) -> TypedColumn:

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 
+from mlet_dist.data.prepare.like_dataset import LikeDataset
 from mlet_dist.errors import UserError
 from mlet_dist.export.collapse.manifest_entries import describe_tables, installed_versions, metrics_of, synced_entry
 from mlet_dist.export.collapse.output_groups import OutputGroup, group_outputs
 from mlet_dist.export.collapse.units import UNIT_BYTES, Unit, record_name
 from mlet_dist.export.collapse.work_directory import WorkDirectory, join_files
-from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE, describe_tensor
+from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE, PREPROCESSING, describe_tensor
 from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.export.outputs import Output, open_output
 from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.serving.package import check_can_be_packaged, check_fits, write_package
 from mlet_dist.export.serving.quantised import Serving, plan_serving
+from mlet_dist.export.serving.raw_inputs import write_preprocessing
 from mlet_dist.export.serving.served_model import spec_of_layout
 from mlet_dist.export.source import ModelSource
 from mlet_dist.formatting import to_json, with_checksum
@@ -131,8 +133,11 @@ class Assembly:
         for file in entries:
             (self.work.root / file).unlink(missing_ok=True)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, preprocessing: LikeDataset | None = None) -> dict[str, Any]:
         """Write the dense layers, the indexes, the package and the manifest. All units must be finished and joined.
+
+        Args:
+            preprocessing: what makes the model's inputs from raw rows, for the export to carry; None for nothing.
 
         Returns:
             The result of ``export_run`` without ``out``.
@@ -142,7 +147,7 @@ class Assembly:
         if self._package is not None:
             outputs[PACKAGE] = self._finish_package(self._package, outputs, dense)
         tables = describe_tables(self.source)
-        manifest = {
+        manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "versions": installed_versions(),
             "run": {
@@ -157,6 +162,8 @@ class Assembly:
             "tables": tables,
             "dense": [describe_tensor(name, tensor) for name, tensor in dense.items()],
         }
+        if preprocessing is not None:
+            manifest[PREPROCESSING] = self._finish_preprocessing(preprocessing)
         with self.work.new_file(f"{self.work.export.name}/{MANIFEST}") as stream:
             stream.write((to_json(with_checksum(manifest), indent=1) + "\n").encode())
         return {
@@ -166,6 +173,7 @@ class Assembly:
             "outputs": {name: output["bytes"] for name, output in outputs.items()},
             "served_bytes": {name: output["table_bytes"] for name, output in outputs.items()},
             **({"kept_ids_bytes": kept_ids} if (kept_ids := _kept_ids_bytes(outputs)) else {}),
+            **({"preprocessing_bytes": manifest[PREPROCESSING]["bytes"]} if PREPROCESSING in manifest else {}),
         }
 
     def missing_space(self, world_size: int) -> str | None:
@@ -265,6 +273,14 @@ class Assembly:
             "files": found,
             **self._describe_form(output),
         }
+
+    def _finish_preprocessing(self, preprocessing: LikeDataset) -> dict[str, Any]:
+        directory = f"{self.work.export.name}/{PREPROCESSING}"
+        with self.work.writing():
+            shutil.rmtree(self.work.root / directory, ignore_errors=True)
+            names = list(write_preprocessing(preprocessing, lambda name: self.work.new_file(f"{directory}/{name}")))
+            files = {name: synced_entry(self.work.root / directory / name) for name in sorted(names)}
+        return {"directory": PREPROCESSING, "bytes": sum(entry["bytes"] for entry in files.values()), "files": files}
 
     def _describe_form(self, output: Output) -> dict[str, Any]:
         """Return what the manifest says of an output that does not hold all rows with d columns."""

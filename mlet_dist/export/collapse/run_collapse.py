@@ -15,6 +15,7 @@ import torch
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.writer import on_first_rank
+from mlet_dist.data.prepare.like_dataset import LikeDataset
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.collapse.assembly import Assembly
 from mlet_dist.export.collapse.units import Unit, UnitWorker, worker_bytes
@@ -22,6 +23,7 @@ from mlet_dist.export.collapse.work_directory import DiskFull, WorkDirectory
 from mlet_dist.export.kept_rows import KeptRows
 from mlet_dist.export.outputs import OUTPUTS, Output
 from mlet_dist.export.serving.quantised import Serving
+from mlet_dist.export.serving.raw_inputs import data_set_of, has_raw_rows, preprocessing_of
 from mlet_dist.export.source import ModelSource
 from mlet_dist.progress import Progress
 from mlet_dist.training.process_group import Worker, join_ranks
@@ -30,6 +32,7 @@ from mlet_dist.training.validation_state import better_step
 
 MEMORY = 512 << 20
 SMALLEST_INT8 = "smallest int8"
+NO_PREPROCESSING = "none"
 _COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier until the slowest has finished its units
 _PROGRESS_SECONDS = 2.0  # between two listings of the finished units of all ranks
 
@@ -47,6 +50,8 @@ class ExportOptions:
         overwrite: replace an existing export.
         memory: bytes that a process may use for rows.
         choice: the checkpoint of the run.
+        preprocessing: path or URL of the data set whose vocabularies the export carries; None for that of the run, if
+            it can be read; ``NO_PREPROCESSING`` for nothing.
     """
 
     outputs: tuple[str, ...] = ("dcp",)
@@ -56,6 +61,7 @@ class ExportOptions:
     overwrite: bool = False
     memory: int = MEMORY
     choice: CheckpointChoice = LAST
+    preprocessing: str | None = None
 
     def package_output(self, source: ModelSource) -> Output | None:
         """Return the output whose tables the package contains."""
@@ -98,11 +104,14 @@ def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Wor
     assembly = Assembly(source, list(outputs), options.gather, work, package, options.serving)
     threads = _num_threads(assembly, options.memory)
     result: dict[str, Any] = {}
+    preprocessing: LikeDataset | None = None
     with source.files, ExitStack() as stack:
 
         def begin() -> None:
+            nonlocal preprocessing
             stack.enter_context(work.locked())
             work.check_free(options.overwrite)
+            preprocessing = _preprocessing(source, options.preprocessing)
             assembly.check()
             work.begin(assembly.job(worker.device))
             missing = assembly.missing_space(worker.world_size)
@@ -111,7 +120,7 @@ def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Wor
 
         def finish() -> None:
             with _explaining_full_disk(assembly, worker):
-                result.update(assembly.finish())
+                result.update(assembly.finish(preprocessing))
             work.publish()
 
         on_first_rank(begin, f"{work}: cannot be written", None)
@@ -123,6 +132,23 @@ def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Wor
                 dist.barrier()
         on_first_rank(finish, f"{work}: cannot be written", None)
     return {"out": str(out), **result}
+
+
+def _preprocessing(source: ModelSource, data_set: str | None) -> LikeDataset | None:
+    """Return what makes the model's inputs from raw rows; None, with a warning, if it cannot be found by itself."""
+    if data_set == NO_PREPROCESSING:
+        return None
+    if data_set is not None:
+        return preprocessing_of(source.spec, data_set)
+    try:
+        data_set = data_set_of(source.config, source.path)
+        return preprocessing_of(source.spec, data_set) if has_raw_rows(data_set) else None
+    except UserError as error:
+        print_warning(
+            f"{source.path}: the export carries no vocabularies and rules for raw rows: {error}; name the data set "
+            f"with --preprocessing, or give --preprocessing {NO_PREPROCESSING}"
+        )
+        return None
 
 
 def _num_threads(assembly: Assembly, memory: int) -> int:

@@ -84,6 +84,7 @@ def verify_export(
             print_warning(f"{run}: {warning}")
         schema.check_split(data, split)
         described = _check_outputs(directory, manifest)
+        directory.check_preprocessing(manifest)
         for warning in check_classes(data, schema, [split]):
             if any(entry["encoding"] != "fp32" for entry in described.values()):
                 raise UserError(

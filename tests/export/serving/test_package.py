@@ -1,6 +1,7 @@
 """A serving package answers like TorchRec, without TorchRec and mlet_dist, and rejects invalid requests."""
 
 import json
+import runpy
 import shutil
 import site
 import subprocess
@@ -16,6 +17,9 @@ from torchrec.inference.modules import quantize_inference_model
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.data.prepare.like_dataset import LikeDataset
+from mlet_dist.data.prepare.pipeline import prepare
+from mlet_dist.data.prepare.table_description import load_table
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import ENCODINGS
@@ -23,6 +27,7 @@ from mlet_dist.export.serving.package import Package
 from mlet_dist.export.serving.predictor import Request
 from mlet_dist.models.build import build_serving_model
 from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
+from tests.helpers.carried_preprocessing import PROGRAMS, carry
 
 
 def _spec(weighted: bool) -> ModelSpec:
@@ -211,17 +216,48 @@ def test_a_package_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
         package.save(tmp_path / "nowhere", dense)
 
 
+def _preprocessing(path: Path) -> tuple[Path, Path]:
+    """Return what makes the inputs of ``_spec(True)`` from raw rows, and a file of such rows."""
+    (path / "table.yaml").write_text(
+        'format: csv\ndelimiter: "\\t"\nlabel: {column: y}\n'
+        "dense: [{column: I1, transform: standardise}, {column: I2}]\n"
+        "sparse:\n  - {column: C0, encoding: hash, num_embeddings: 30}\n"
+        "  - {column: C1, encoding: hash, num_embeddings: 20, separator: ' ', weight_separator: ':'}\n"
+        "  - {column: C2, encoding: hash, num_embeddings: 7}\n"
+    )
+    lines = [
+        f"{n % 2}\t{n / 7}\t{n}\tu{n}\t{' '.join(f'g{m}:0.{m}' for m in range(n % 4))}\tc{n % 5}" for n in range(30)
+    ]
+    (path / "rows.tsv").write_text("\n".join(["y\tI1\tI2\tC0\tC1\tC2", *lines]) + "\n")
+    prepare(load_table(path / "table.yaml"), [path / "rows.tsv"], path / "data")
+    return carry(LikeDataset.open(str(path / "data")), path / "carried"), path / "rows.tsv"
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="requires a C++ compiler")
 def test_the_example_in_cpp_gives_the_same_answer(packages: Callable[[bool], Path], tmp_path: Path) -> None:
     package, libraries = packages(True), Path(site.getsitepackages()[0])
     source = (package / "serve.cpp").read_text()
     compiling = source[source.index("g++") : source.index("//   ./serve")].replace("\\\n//", "")
     command = compiling.replace("$SITE", str(libraries)).replace(" -O1", " -O0").split()
-    subprocess.run([*command, "-o", tmp_path / "serve"], cwd=package, check=True, timeout=300)
+    build = tmp_path / "build" / "package"  # beside what it includes
+    shutil.copytree(package, build)
+    shutil.copytree(PROGRAMS, build.parent / "preprocessing")
+    subprocess.run([*command, "-o", tmp_path / "serve"], cwd=build, check=True, timeout=300)
     running = [tmp_path / "serve", package, libraries / "fbgemm_gpu"]
     done = subprocess.run(running, check=True, capture_output=True, text=True, timeout=120)
     expected = json.loads((package / "example_request.json").read_text())["probability"]
     assert [float(line) for line in done.stdout.split()] == pytest.approx(expected, abs=1e-6)
+
+    preprocessing, rows = _preprocessing(tmp_path)
+    shutil.copytree(package, tmp_path / "export" / "package")
+    shutil.move(preprocessing, tmp_path / "export" / "preprocessing")
+    running[1] = tmp_path / "export" / "package"
+    done = subprocess.run([*running, rows], check=True, capture_output=True, text=True, timeout=120)
+    serve = runpy.run_path(str(running[1] / "serve.py"))
+    names, *lines = (line.split("\t") for line in rows.read_text().splitlines())
+    request = {"rows": [dict(zip(names, line, strict=True)) for line in lines]}
+    found = serve["predict"](torch.jit.load(package / "model.pt"), request)
+    assert [float(line) for line in done.stdout.split()] == pytest.approx(found.tolist(), abs=1e-6)
 
     invalid = shutil.copytree(package, tmp_path / "invalid")
     request = json.loads((invalid / "example_request.json").read_text())

@@ -3,7 +3,8 @@
     python serve.py                # answers example_request.json and compares the result with the answer in the file
     python serve.py request.json   # prints {"probability": [...]}
 
-README.md describes the format of a request; example_request.json is one.
+README.md describes the format of a request; example_request.json is one. A request {"rows": [{"I1": 3}, ...]} holds raw
+rows, which the directory preprocessing/, beside that of the package, turns into the inputs of the model.
 """
 
 import json
@@ -13,11 +14,17 @@ from pathlib import Path
 import fbgemm_gpu  # noqa: F401  # registers the operators that the model calls
 import torch
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).resolve().parent
+PREPROCESSING = PACKAGE.parent / "preprocessing"
 
 
-def predict(model: torch.jit.ScriptModule, request: dict) -> torch.Tensor:
-    """Return the probabilities ``(rows,)``, or ``(rows, labels)``; raise torch.jit.Error if the request is invalid."""
+def tensors_of(request: dict) -> list[torch.Tensor]:
+    """Return the arguments of the model; raise ValueError if a raw row is invalid."""
+    if "rows" in request:
+        sys.path.insert(0, str(PREPROCESSING))
+        from raw_rows import RawRows
+
+        return list(RawRows(PREPROCESSING).tensors(request["rows"]))
     tensors = [
         torch.tensor(request["dense"], dtype=torch.float32),
         torch.tensor(request["ids"], dtype=torch.int64),
@@ -25,6 +32,12 @@ def predict(model: torch.jit.ScriptModule, request: dict) -> torch.Tensor:
     ]
     if "weights" in request:
         tensors.append(torch.tensor(request["weights"], dtype=torch.float32))
+    return tensors
+
+
+def predict(model: torch.jit.ScriptModule, request: dict) -> torch.Tensor:
+    """Return the probabilities, ``(rows,)`` or ``(rows, labels)``; raise torch.jit.Error or ValueError."""
+    tensors = tensors_of(request)
     with torch.inference_mode():
         return model(*tensors)
 
@@ -36,7 +49,7 @@ def main() -> int:
     request = json.loads(path.read_text(encoding="utf-8"))
     try:
         found = predict(model, request)
-    except torch.jit.Error as error:
+    except (torch.jit.Error, ValueError) as error:
         print(str(error).strip().splitlines()[-1], file=sys.stderr)
         return 1
     print(json.dumps({"probability": found.tolist()}))
