@@ -65,7 +65,9 @@ def comparison_table(result: dict[str, Any]) -> str:
     compressed = SINGLE_COMPRESSED in arms
     trained = ["tables in training", "share"] if compressed else ["tables trained"]
     # "test_", or of several labels "test_click_", …
-    measured = [key.removesuffix("auc") for key in next(iter(arms.values())) if re.fullmatch(f"{split}_(.+_)?auc", key)]
+    measured = [
+        key.removesuffix("auc") for key in next(iter(arms.values()), {}) if re.fullmatch(f"{split}_(.+_)?auc", key)
+    ]
     metrics = [f"{each.replace('_', ' ')}{metric}" for each in measured for metric in ("AUC", "LogLoss")]
     header = ["", *trained, "tables served", *metrics, "largest logit difference"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
