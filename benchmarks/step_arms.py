@@ -38,7 +38,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.data.loading.loader import Batch
-from mlet_dist.models.build import build_around, build_serving_model, build_training_model
+from mlet_dist.models.build import Collections, build_around, build_serving_model, build_training_model
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.binary_metrics import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
@@ -131,7 +131,7 @@ def torchrec_steps(
     """Train TorchRec's own collection without end, sharded as TorchRec plans among what ``sharder`` offers."""
     spec = spec_of(case, sizes, single_layer=True)
     configs = build_serving_model(spec).sparse_arch.embedding_bag_collection.embedding_bag_configs()
-    model = build_around(EmbeddingBagCollection(configs, device=torch.device("meta")), spec)
+    model = build_around(Collections(EmbeddingBagCollection(configs, device=torch.device("meta"))), spec)
     fuse_row_optimizer(model, OptimizerConfig(name=case.optimizer, learning_rate=_RATE))
     topology = Topology(
         world_size=worker.world_size, local_world_size=worker.local_world_size, compute_device=worker.device.type

@@ -17,11 +17,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from mlet_dist.checkpoint.long_work import Advance, run_long
 from mlet_dist.checkpoint.manifest import Manifest, ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mlet_dist.embeddings.collection import check_layers_fit
+from mlet_dist.embeddings.multi_layer_tables import check_layers_fit
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url
 
 MODEL_KEY, OPTIMIZER_KEY = "model", "optimizer"
+_ROWS = ("embedding_bags", "embeddings")
 _PROJECTION = re.compile(r"(?P<prefix>.*)projections\.(?P<table>[^.]+)\.weight")
 
 Location = Path | str
@@ -150,19 +151,19 @@ def finished_manifest(checkpoint: Checkpoint, name: str) -> Manifest:
 
 
 def load_model(
-    model: nn.Module, checkpoint: Location, key: str | None = MODEL_KEY, *, without: str | None = None
+    model: nn.Module, checkpoint: Location, key: str | None = MODEL_KEY, *, without: tuple[str, ...] = ()
 ) -> None:
     """Fill ``model``, sharded in any way over any number of ranks, from a checkpoint. A collective call.
 
     Args:
         key: the prefix of the model's names in the checkpoint; None if they have none, as in an export.
-        without: the prefix of the names of tensors that stay as they are; None fills all.
+        without: prefixes of the names of tensors that stay as they are.
 
     Raises:
         UserError: a tensor is missing, has another shape, or cannot be read.
     """
     state = model.state_dict()
-    filled = {name: tensor for name, tensor in state.items() if without is None or not name.startswith(without)}
+    filled = {name: tensor for name, tensor in state.items() if not name.startswith(without)}
     check_shapes(filled, read_metadata(checkpoint), checkpoint, key)
     load_state(filled if key is None else {key: filled}, checkpoint)
     model.load_state_dict(state)
@@ -212,7 +213,8 @@ def check_shapes(
         found[name] = tensor.size
     for name, size in found.items():
         layer = _PROJECTION.fullmatch(name)
-        rows = layer and found.get(f"{layer['prefix']}embedding_bags.{layer['table']}.weight")
+        names = [] if layer is None else [f"{layer['prefix']}{rows}.{layer['table']}.weight" for rows in _ROWS]
+        rows = next((found[each] for each in names if each in found), None)
         if layer is not None and rows is not None:  # the W2 of a range of rows has no W1 of its name
             try:
                 check_layers_fit(layer["table"], rows, size)

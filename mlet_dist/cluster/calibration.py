@@ -63,7 +63,7 @@ def _waiting(groups: list[MeasuredGroup], worker: Worker) -> float:
     if worker.device.type == "cuda":
         return 0.0
     times = CollectiveTimes("gloo", tuple(groups))
-    return latency([("row_wise", "unique_rows")], worker.world_size, worker.local_world_size, times)
+    return latency([("row_wise", "unique_rows", False)], worker.world_size, worker.local_world_size, times)
 
 
 def _rounded(value: float) -> float:

@@ -44,6 +44,14 @@ class ModelConfig:
         },
     )
 
+    sequences: tuple[str, ...] | None = setting(
+        "List of the categorical columns whose vectors are not pooled: the network of model.builder gets a row of "
+        "embedding_dim columns for each id, in the order of the list, as TorchRec's EmbeddingCollection returns them. "
+        "Columns that share a table with one of them are sequences, too. null: none; all vectors are pooled.",
+        None,
+        min_length=1,
+    )
+
     # fbgemm's kernels need rows whose number of columns is a multiple of 4.
     embedding_dim: int = setting(
         "d: the number of columns of the tables that are served; a multiple of 4.",
@@ -179,6 +187,8 @@ class ModelConfig:
             json.dumps(self.arguments, allow_nan=False)
         except (TypeError, ValueError):
             yield "arguments", f" is {to_yaml(self.arguments)}; use text, finite numbers, true, false, null and lists"
+        if self.builder is None and self.sequences is not None:
+            yield "sequences", f" is {to_yaml(list(self.sequences))}; {self.name} pools all vectors: set model.builder"
         if self.builder is None and self.name == "two_tower" and self.query_features is None:
             yield "query_features", " is null; the two_tower model needs the categorical columns of its query tower"
 
@@ -208,5 +218,5 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
 ONE_EMBEDDING_DIM = ("dlrm", "deepfm")
 """The models that take dot products of the vectors of all tables and of the dense columns."""
 
-NETWORK_SETTINGS = ("name", "builder", "arguments", *chain.from_iterable(_SETTINGS_OF.values()))
+NETWORK_SETTINGS = ("name", "builder", "arguments", "sequences", *chain.from_iterable(_SETTINGS_OF.values()))
 """The settings that decide which network is around the tables, but for the sizes of its MLPs."""

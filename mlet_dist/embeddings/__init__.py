@@ -3,6 +3,8 @@
 Modules:
 
 - ``collection``: the unsharded module, a drop-in for TorchRec's EmbeddingBagCollection.
+- ``sequence_collection``: that of rows that are not pooled, a drop-in for TorchRec's EmbeddingCollection.
+- ``multi_layer_tables``: what the two share.
 - ``table_config``: its table config; ``row_ranges``: tables whose rows have different widths.
 - ``slot_layout``, ``slot_initializer``, ``row_moves``: tables whose rows change their width while they train.
 - ``projection``: the second layer W2 and its application to pooled vectors or to rows.
@@ -20,9 +22,14 @@ from mlet_dist.embeddings.adam import LazyAdam, StepCountingOptimizer
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.planning.planner import multi_layer_planner
 from mlet_dist.embeddings.row_moves import AdaptiveRows
+from mlet_dist.embeddings.sequence_collection import MultiLayerEmbeddingCollection
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
-from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
-from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
+from mlet_dist.embeddings.sharded.sequence_module import ShardedMultiLayerEmbeddingCollection
+from mlet_dist.embeddings.sharded.sharder import (
+    MultiLayerEmbeddingBagCollectionSharder,
+    MultiLayerEmbeddingCollectionSharder,
+)
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig, MultiLayerEmbeddingConfig
 
 __all__ = [
     "AdaptiveRows",
@@ -30,7 +37,11 @@ __all__ = [
     "MultiLayerEmbeddingBagCollection",
     "MultiLayerEmbeddingBagCollectionSharder",
     "MultiLayerEmbeddingBagConfig",
+    "MultiLayerEmbeddingCollection",
+    "MultiLayerEmbeddingCollectionSharder",
+    "MultiLayerEmbeddingConfig",
     "ShardedMultiLayerEmbeddingBagCollection",
+    "ShardedMultiLayerEmbeddingCollection",
     "StepCountingOptimizer",
     "multi_layer_planner",
 ]

@@ -154,6 +154,22 @@ def with_values(
     )
 
 
+def without_weights(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """Return the batch without per-sample weights."""
+    if features.weights_or_none() is None:
+        return features
+    varying = features.variable_stride_per_key()
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        lengths=features.lengths(),
+        stride=None if varying else features.stride(),
+        stride_per_key_per_rank=torch.tensor(features.stride_per_key_per_rank()) if varying else None,
+        length_per_key=features.length_per_key_or_none(),
+        inverse_indices=features.inverse_indices_or_none(),
+    )
+
+
 def outside_ids(features: KeyedJaggedTensor, rows: torch.Tensor) -> torch.Tensor:
     """Return a mask of the ids that are outside their tables; ``rows`` has the limit of each feature, ``(F,)``."""
     values, counts = features.values(), features.length_per_key()

@@ -6,7 +6,14 @@ from functools import partial
 from typing import NamedTuple
 
 from torch import nn
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, data_type_to_dtype
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+    data_type_to_dtype,
+)
 
 from mlet_dist.embeddings.initializers import GivenInitializer, RowInitializer, StoredRowInitializer
 from mlet_dist.embeddings.row_order import RowOrder
@@ -176,14 +183,39 @@ def row_initializer(
     )
 
 
-def as_multi_layer(config: EmbeddingBagConfig) -> MultiLayerEmbeddingBagConfig:
-    """Return TorchRec's config as that of a single-layer table, and a multi-layer config as it is."""
+@dataclass
+class MultiLayerEmbeddingConfig(EmbeddingConfig):
+    """TorchRec's EmbeddingConfig, of a table whose rows are not pooled, with the width k of the first layer.
+
+    Args:
+        hidden_dim, rows_init_std, projection_init_std, zero_first_row: as in ``MultiLayerEmbeddingBagConfig``.
+
+    Raises:
+        ValueError: as in ``MultiLayerEmbeddingBagConfig``.
+    """
+
+    hidden_dim: int | None = None
+    rows_init_std: float | None = None
+    projection_init_std: float | None = None
+    zero_first_row: bool = False
+
+    def __post_init__(self) -> None:
+        as_multi_layer(self)  # checks the values
+
+
+def as_multi_layer(config: BaseEmbeddingConfig) -> MultiLayerEmbeddingBagConfig:
+    """Return a config of TorchRec's as that of a single-layer table, and a multi-layer config as it is.
+
+    An EmbeddingConfig, whose rows are not pooled, becomes one with pooling NONE.
+    """
     if isinstance(config, MultiLayerEmbeddingBagConfig):
         table = config
     else:
-        table = MultiLayerEmbeddingBagConfig(
-            **{field.name: getattr(config, field.name) for field in fields(EmbeddingBagConfig) if field.init}
-        )
+        names = {field.name for field in fields(MultiLayerEmbeddingBagConfig)} & {each.name for each in fields(config)}
+        values = {name: getattr(config, name) for name in names}
+        if isinstance(config, EmbeddingConfig):
+            values["pooling"] = PoolingType.NONE
+        table = MultiLayerEmbeddingBagConfig(**values)
         limits = {"a": table.get_weight_init_min(), "b": table.get_weight_init_max()}
         if (
             isinstance(table.init_fn, partial)
@@ -195,3 +227,10 @@ def as_multi_layer(config: EmbeddingBagConfig) -> MultiLayerEmbeddingBagConfig:
     if not table.feature_names:
         table.feature_names = [table.name]
     return table
+
+
+def plain_sequence_config(table: MultiLayerEmbeddingBagConfig) -> EmbeddingConfig:
+    """Return the TorchRec config of the served table of a collection whose rows are not pooled."""
+    return EmbeddingConfig(
+        **{field.name: getattr(table, field.name) for field in fields(EmbeddingConfig) if field.init}
+    )

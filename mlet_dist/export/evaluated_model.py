@@ -147,14 +147,14 @@ class _Export:
         output: Mapping[str, Any] = self.manifest["outputs"]["dcp"]
         files = open_output(served, output["files"], output["format"])
         tables = RefittedTables(spec, open_tables(spec, files, "", spread=False), files)
-        load_model(model, served, key=None, without=spec.tables_prefix)
+        load_model(model, served, key=None, without=spec.table_prefixes)
         tables.load(model)
 
 
 def _load_checkpoint(model: DistributedModelParallel, source: RunCheckpoint) -> None:
     checkpoint = require_complete(source.checkpoint).checkpoint
     tables = RefittedTables.of_rows_by_id(checkpoint, source.manifest)
-    load_model(model, checkpoint.location, without=None if tables is None else source.spec.tables_prefix)
+    load_model(model, checkpoint.location, without=() if tables is None else source.spec.table_prefixes)
     if tables is not None:
         tables.load(model)
 

@@ -1,6 +1,6 @@
 """Raw files to be scored: rank 0 makes a data set of them with a model's own preprocessing, for one command."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,24 +53,28 @@ def is_raw(data: str) -> bool:
 
 
 @contextmanager
-def prepared_rows(raw: str, like: LikeDataset | None, beside: Path, worker: Worker) -> Iterator[PreparedRows]:
+def prepared_rows(
+    raw: str, preprocessing: Callable[[], LikeDataset], beside: Path, worker: Worker
+) -> Iterator[PreparedRows]:
     """Yield raw rows as a data set in a temporary directory beside a file. A collective call.
 
     Args:
         raw: path, URL or pattern of raw files.
-        like: what makes the inputs of the model; rank 0 has it.
+        preprocessing: returns what makes the inputs of the model; rank 0 calls it.
         beside: a file in a directory that all ranks share.
         worker: this rank.
 
     Raises:
-        UserError: as ``prepare``, or lines are malformed, so that scores would not be aligned with lines; on all ranks.
+        UserError: on all ranks: as ``preprocessing`` and ``prepare``, or lines are malformed, so that scores would not
+            be aligned with lines.
     """
     found: list[PreparedRows | None] = [None]
     with ExitStack() as stack:
 
         def make() -> None:
-            assert like is not None
-            directory = Path(stack.enter_context(TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent)))
+            like = preprocessing()
+            made = TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent)
+            directory = Path(stack.enter_context(made))
             paths = expand([raw])
             spec, defaults = _scored(like.description, paths)
             schema = prepare(spec, {SPLIT: paths}, directory / "rows", like=like, defaults=defaults)

@@ -73,10 +73,9 @@ def predict_path(
     if split is not None:
         raise UserError(f"{data}: is no data set, and --split names a split of one; leave out --split for raw files")
     opened = EvaluatedModel.find(target, choice)
-    like = opened.preprocessing()
     with (
         opened.on_ranks(device, batch_size, _RAW_TIMEOUT) as (model, worker),
-        prepared_rows(data, like, out.absolute(), worker) as raw,
+        prepared_rows(data, opened.preprocessing, out.absolute(), worker) as raw,
     ):
         rows = _predict_split(model, worker, opened.spec, raw.path, SPLIT, out, batch_size, raw.is_labelled)
     return {"target": str(target), **opened.step, "out": str(out), "rows": rows}

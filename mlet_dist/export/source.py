@@ -134,7 +134,7 @@ class ModelSource(Tables):
         return cls(
             path=path,
             tables=open_tables(spec, files, _IN_CHECKPOINTS, spread=is_spread(manifest.about)),
-            dense=_dense_of(files, _IN_CHECKPOINTS, spec.tables_prefix),
+            dense=_dense_of(files, _IN_CHECKPOINTS, spec.table_prefixes),
             spec=spec,
             config=config,
             files=files,
@@ -174,7 +174,7 @@ def _open_export(path: Path) -> Tables:
     return Tables(
         path,
         open_tables(spec, files, "", spread=False),
-        _dense_of(files, "", spec.tables_prefix),
+        _dense_of(files, "", spec.table_prefixes),
         spec,
         manifest["config"],
         files,
@@ -197,11 +197,11 @@ def _open_factors(path: Path) -> Tables:
         return found if found.dense else Tables(path, found.tables, {}, model, {}, found.files)
     files = DcpFiles(checkpoint.location, checkpoint.open, manifest.files)
     tables = open_factors(manifest.about, files, _IN_CHECKPOINTS)
-    dense = _dense_of(files, _IN_CHECKPOINTS, TABLES_PREFIX)
+    dense = _dense_of(files, _IN_CHECKPOINTS, (TABLES_PREFIX,))
     return Tables(path, tables, dense, None, {}, files)
 
 
-def _dense_of(files: ChunkedTensors, prefix: str, tables_prefix: str) -> dict[str, str]:
+def _dense_of(files: ChunkedTensors, prefix: str, table_prefixes: tuple[str, ...]) -> dict[str, str]:
     """Return the tensors that belong neither to a table nor to an optimizer: state name -> name in ``files``."""
     names = {name.removeprefix(prefix): name for name in files.tensors if name.startswith(prefix)}
-    return {name: stored for name, stored in names.items() if not name.startswith(tables_prefix)}
+    return {name: stored for name, stored in names.items() if not name.startswith(table_prefixes)}

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 import mlet_dist
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.errors import UserError
-from mlet_dist.models.tables import tables_path
+from mlet_dist.models.tables import collections_of, holds_sequences
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,29 @@ class ModelInputs:
     """What a model is built for; the argument of ``model.builder``.
 
     A builder returns a module that takes dense columns ``(B, D)`` float32 and a KeyedJaggedTensor and returns logits
-    ``(B,)`` or ``(B, 1)``, with several labels ``(B, L)``. It calls ``embedding_bag_collection`` in forward, with that
-    KeyedJaggedTensor, and puts it into the module once, by any name. What else the module holds is trained as dense
-    layers on every rank. It is built more than once, with tables on several devices and of several kinds: for training,
-    for planning, for evaluation and for serving.
+    ``(B,)`` or ``(B, 1)``, with several labels ``(B, L)``. It calls each collection of tables once in forward, with
+    that KeyedJaggedTensor, and puts it into the module once, by any name. What else the module holds is trained as
+    dense layers on every rank. It is built more than once, with tables on several devices and of several kinds: for
+    training, for planning, for evaluation and for serving.
 
     Attributes:
         embedding_bag_collection: the tables, with the interface of TorchRec's EmbeddingBagCollection: it returns a
-            KeyedTensor with the pooled vectors ``(B, d)`` float32 of each feature.
+            KeyedTensor with the pooled vectors ``(B, d)`` float32 of each feature. None if all are sequences.
+        embedding_collection: the tables of ``model.sequences``, with the interface of TorchRec's EmbeddingCollection:
+            it returns a JaggedTensor of each feature, with values ``(N, d)`` float32 for N ids. None if there are none.
         dense_features: names of the D dense columns, in order.
         sparse_features: names of the features, in the order of the KeyedJaggedTensor.
+        sequences: those among them that are sequences: of ``model.sequences``, and those that share a table with one.
         embedding_dims: d of each feature.
         settings: the section ``model`` of the config.
         labels: the names of the L labels, in the order of the logits; ``label`` if there is one.
     """
 
-    embedding_bag_collection: nn.Module
+    embedding_bag_collection: Any  # an nn.Module, or None
+    embedding_collection: Any
     dense_features: tuple[str, ...]
     sparse_features: tuple[str, ...]
+    sequences: tuple[str, ...]
     embedding_dims: Mapping[str, int]
     settings: ModelConfig
     labels: tuple[str, ...] = ("label",)
@@ -108,24 +113,9 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
         raise UserError(f"model.builder: {path} failed: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.builder: {path} returned {type(model).__name__}; it must return a torch.nn.Module")
-    tables = inputs.embedding_bag_collection
-    places = [name for name, module in model.named_modules(remove_duplicate=False) if module is tables]
-    if model is tables or not places:
-        problem = "is" if model is tables else "does not hold"
-        raise UserError(
-            f"model.builder: what {path} returned {problem} embedding_bag_collection; return a module that "
-            "has it as an attribute"
-        )
-    if len(places) > 1:
-        raise UserError(
-            f"model.builder: what {path} returned holds embedding_bag_collection twice, as {' and '.join(places[:2])}; "
-            "assign it to one attribute"
-        )
-    if (first := tables_path(model)) != places[0]:
-        raise UserError(
-            f"model.builder: what {path} returned holds another collection of tables, {first}, before "
-            f"embedding_bag_collection, {places[0]}; assign embedding_bag_collection first"
-        )
+    for name in ("embedding_bag_collection", "embedding_collection"):
+        if (tables := getattr(inputs, name)) is not None:
+            _check_place(path, model, name, tables)
     lazy = [name for name, each in chain(model.named_parameters(), model.named_buffers()) if is_lazy(each)]
     if lazy:
         raise UserError(
@@ -133,6 +123,26 @@ def call_builder(path: str, builder: Builder, inputs: ModelInputs) -> nn.Module:
             "sizes instead of nn.Lazy modules: they are len(inputs.dense_features) and inputs.embedding_dims"
         )
     return model
+
+
+def _check_place(path: str, model: nn.Module, name: str, tables: nn.Module) -> None:
+    places = [place for place, module in model.named_modules(remove_duplicate=False) if module is tables]
+    if model is tables or not places:
+        problem = "is" if model is tables else "does not hold"
+        raise UserError(
+            f"model.builder: what {path} returned {problem} {name}; return a module that has it as an attribute"
+        )
+    if len(places) > 1:
+        raise UserError(
+            f"model.builder: what {path} returned holds {name} twice, as {' and '.join(places[:2])}; assign it to one "
+            "attribute"
+        )
+    found = {holds_sequences(each): place for place, each in collections_of(model).items()}
+    if (first := found[holds_sequences(tables)]) != places[0]:
+        raise UserError(
+            f"model.builder: what {path} returned holds another collection of tables, {first}, before {name}, "
+            f"{places[0]}; assign {name} first"
+        )
 
 
 def in_one_line(error: BaseException) -> str:

@@ -11,9 +11,11 @@ from torchrec.distributed.train_pipeline.tracing import Tracer
 from mlet_dist.errors import UserError
 from mlet_dist.models.builder import in_one_line
 from mlet_dist.models.stand_in_tables import check_logits, stand_in_tables
-from mlet_dist.models.tables import layers_beside_tables, tables_path
+from mlet_dist.models.tables import collections_of, holds_sequences, layers_beside_tables
 
 _ROWS = 64
+_SEQUENCE_LENGTHS = (2, 0, 3, 1)
+"""Those of rows in turn, so that the first half of the vectors is that of the first half of the rows."""
 
 
 def check_network(model: nn.Module, dense_columns: int, labels: int = 1) -> None:
@@ -31,7 +33,9 @@ def check_network(model: nn.Module, dense_columns: int, labels: int = 1) -> None
         UserError: forward fails, returns something else, calls the tables several times, leaves a feature out, mixes
             rows, changes a buffer, or creates a parameter.
     """
-    with torch.random.fork_rng(devices=[]), stand_in_tables(model, _ROWS, torch.device("cpu")) as tables:
+    cpu = torch.device("cpu")
+    sequences = [path for path, each in collections_of(model).items() if holds_sequences(each)]
+    with torch.random.fork_rng(devices=[]), stand_in_tables(model, _ROWS, cpu, _SEQUENCE_LENGTHS) as tables:
         torch.manual_seed(0)
         dense = torch.randn(_ROWS, dense_columns, requires_grad=True)
         parameters, buffers = set(_names(model.named_parameters())), _copies(model)
@@ -46,19 +50,23 @@ def check_network(model: nn.Module, dense_columns: int, labels: int = 1) -> None
                 f"model.builder: forward creates the parameter {created[0]!r}; create it in the builder, with its size"
             )
         _check_buffers(buffers, dict(model.named_buffers()))
-        if tables.calls != 1:
-            raise UserError(
-                f"model.builder: forward calls embedding_bag_collection {tables.calls} times; a sharded collection "
-                "exchanges the vectors of a batch once"
-            )
+        for path, each in tables.tables.items():
+            if each.calls != 1:
+                name = "embedding_collection" if path in sequences else "embedding_bag_collection"
+                raise UserError(
+                    f"model.builder: forward calls {name} {each.calls} times; a sharded collection exchanges the "
+                    "vectors of a batch once"
+                )
         if logits.requires_grad:
-            _check_rows(logits.reshape(_ROWS, -1).float(), [dense, *tables.vectors])
+            _check_rows(logits.reshape(_ROWS, -1).float(), [dense, *tables.vectors.values()])
             logits.float().sum().backward()
-        gradients = [None if each.grad is None else each.grad.abs().max() for each in tables.vectors]
+        gradients = {
+            name: None if each.grad is None else each.grad.abs().max() for name, each in tables.vectors.items()
+        }
         unused = [
             name
-            for name, each in zip(tables.features, gradients, strict=True)
-            if each is None or not bool(each)  # no row's vector has any influence
+            for name, each in gradients.items()
+            if each is None or not bool(each)  # no row has any influence
         ]
         model.zero_grad()
     if unused:
@@ -74,7 +82,7 @@ def tracing_problem(model: nn.Module) -> str | None:
     The pipeline traces what calls the tables. It does not look into modules that do not hold them.
     """
     network = model.module if isinstance(model, DistributedModelParallel) else model
-    leaves = [tables_path(model), *(name for name, _ in layers_beside_tables(model))]
+    leaves = [*collections_of(model), *(name for name, _ in layers_beside_tables(model))]
     try:
         Tracer(leaf_modules=leaves).trace(network, concrete_args=(PHWithMeta("dense"), PHWithMeta("sparse")))
     except Exception as error:  # whatever the user's forward raises on proxies
@@ -105,10 +113,13 @@ def _same(some: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def _check_rows(logits: torch.Tensor, inputs: list[torch.Tensor]) -> None:
-    """Check that the logits of the first half of the rows have no gradient of inputs of the others."""
+    """Check that the logits of the first half of the rows have no gradient of inputs of the others.
+
+    The first half of every input belongs to that half of the rows.
+    """
     half = len(logits) // 2
     gradients = torch.autograd.grad(logits[:half].sum(), inputs, retain_graph=True, allow_unused=True)
-    if any(each is not None and bool((each[half:].abs() > 0).any()) for each in gradients):
+    if any(each is not None and bool((each[len(each) // 2 :].abs() > 0).any()) for each in gradients):
         raise UserError(
             "model.builder: the logit of a row depends on other rows of the batch; batches are split among ranks and "
             "padded, so compute each row by itself"

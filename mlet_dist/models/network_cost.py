@@ -4,6 +4,7 @@ On the meta device tensors have shapes alone, so that nothing is allocated, and 
 """
 
 import weakref
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.embeddings.planning.cost_model import Optimizer
 from mlet_dist.embeddings.planning.plan_cost import DenseCost
+from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.models.stand_in_tables import check_logits, stand_in_tables
-from mlet_dist.models.tables import tables_of
+from mlet_dist.models.tables import collections_of
 
 _ROWS = 64
 _FLOAT_BYTES = 4
@@ -31,6 +34,7 @@ def dense_cost(
     optimizer: Optimizer,
     world_size: int,
     local_world_size: int,
+    sequence_length: float = 1,
 ) -> DenseCost:
     """Return the cost of a model's layers other than tables for one rank.
 
@@ -42,15 +46,15 @@ def dense_cost(
         optimizer: of the layers.
         world_size: R.
         local_world_size: L.
+        sequence_length: the average number of ids of a sequence.
     """
-    tables = tables_of(model)
-    of_tables = {id(parameter) for parameter in tables.parameters()}
+    of_tables = {id(parameter) for tables in collections_of(model).values() for parameter in tables.parameters()}
     parameters = sum(each.numel() for each in model.parameters() if id(each) not in of_tables)
     note = None
     try:
         if dense_columns is None:
             raise ValueError("the number of dense columns is not known")
-        work = _measure(model, dense_columns)
+        work = _measure(model, dense_columns, max(1, round(sequence_length)))
     except Exception as error:  # whatever the user's forward raises on tensors without values
         if dense_columns is not None:
             reason = " ".join(str(error).split())[:200]
@@ -70,18 +74,29 @@ def dense_cost(
     )
 
 
-def _measure(model: nn.Module, dense_columns: int) -> dict[str, float]:
+def sequence_length(tables: Sequence[MultiLayerEmbeddingBagConfig], pooling_factors: Mapping[str, float]) -> float:
+    """Return the average number of ids of the sequences of a model's tables, of which some may be pooled."""
+    lengths = [
+        pooling_factors.get(table.name, 1.0)
+        for table in tables
+        if table.pooling == PoolingType.NONE
+        for _ in table.feature_names
+    ]
+    return sum(lengths) / len(lengths) if lengths else 1.0
+
+
+def _measure(model: nn.Module, dense_columns: int, sequence_length: int) -> dict[str, float]:
     """Return ``row_flops``, ``row_activations`` and ``row_traffic`` of DenseCost."""
     # Two sizes, because weights take part in the work of every batch and do not grow with its rows.
-    few, many = (_work_of(model, dense_columns, rows) for rows in (_ROWS, 2 * _ROWS))
+    few, many = (_work_of(model, dense_columns, sequence_length, rows) for rows in (_ROWS, 2 * _ROWS))
     names = ("row_flops", "row_activations", "row_traffic")
     return {name: (more - less) / _ROWS for name, less, more in zip(names, few, many, strict=True)}
 
 
-def _work_of(model: nn.Module, dense_columns: int, rows: int) -> tuple[float, float, float]:
+def _work_of(model: nn.Module, dense_columns: int, sequence_length: int, rows: int) -> tuple[float, float, float]:
     """Return the operations of forward, and of a step without tables the floats at their peak and those that move."""
     meta = torch.device("meta")
-    with stand_in_tables(model, rows, meta) as tables:
+    with stand_in_tables(model, rows, meta, (sequence_length,)) as tables:
         state = {name: tensor.to(meta) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
         weights = [state[name].requires_grad_() for name, each in model.named_parameters() if each.is_floating_point()]
         inputs = torch.empty(rows, dense_columns, device=meta), tables.batch()
@@ -89,7 +104,8 @@ def _work_of(model: nn.Module, dense_columns: int, rows: int) -> tuple[float, fl
             check_logits(functional_call(model, state, inputs), rows, labels=None)
         memory = []
         # Gradients of weights do not grow with the rows, but are computed from what does.
-        for inputs_of_backward in (tables.vectors, [*tables.vectors, *weights]):
+        vectors = list(tables.vectors.values())
+        for inputs_of_backward in (vectors, [*vectors, *weights]):
             with _Memory() as found:
                 logits = functional_call(model, state, inputs).reshape(-1).float()
                 loss = functional.binary_cross_entropy_with_logits(logits, torch.empty_like(logits))

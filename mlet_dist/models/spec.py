@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,22 @@ ONE_LABEL = ("label",)
 """The labels of a model of one, whatever its column is called."""
 
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
+BAG_ROWS, SEQUENCE_ROWS = "embedding_bags", "embeddings"  # what TorchRec's collections call their tables
 """What TorchRec's models, and all that ``model.name`` offers, call their tables in the state dict."""
 
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """A table of a model, the features that look rows of it up, and its sizes and initial values."""
+    """A table of a model, the features that look rows of it up, and its sizes and initial values.
+
+    The vectors of a ``sequence`` table are not pooled.
+    """
 
     name: str
     num_embeddings: int
     features: tuple[SparseFeature, ...]
     settings: TableSettings
+    sequence: bool = False
 
     @property
     def embedding_dim(self) -> int:
@@ -45,7 +50,7 @@ class EmbeddingTable:
     @property
     def takes_mean(self) -> bool:
         """Whether bags are pooled by their mean; for single ids it equals the sum, which is cheaper."""
-        return self.settings.pooling == "mean" and self.multi_valued
+        return self.settings.pooling == "mean" and self.multi_valued and not self.sequence
 
     @property
     def multi_valued(self) -> bool:
@@ -74,6 +79,7 @@ class ModelSpec:
             (``embeddings.row_ranges``); the rows of other tables all have hidden_dim columns.
         shared_rows: whether rows of width 0 read a row of their table that they share, instead of zero.
         tables_prefix: of ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the state dict.
+        sequences_prefix: of ``embeddings.<table>.weight`` and ``projections.<table>.weight`` of tables of sequences.
         labels: the names of the labels that it predicts; ``label`` if there is one.
         adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
@@ -93,6 +99,7 @@ class ModelSpec:
     shared_rows: bool = False
     tables_prefix: str = TABLES_PREFIX
     table_settings: Mapping[str, TableSettings] = field(default_factory=dict)
+    sequences_prefix: str = ""
     labels: tuple[str, ...] = ONE_LABEL
 
     @classmethod
@@ -100,9 +107,8 @@ class ModelSpec:
         """Return the spec of the model that ``config`` describes for a data set with ``schema``.
 
         Raises:
-            UserError: a requested feature is not in the data set, or has weights although a table takes the mean, or
-                ``model.tables``, ``sharding.tables`` or ``compression.tables`` names an unknown table, or as for
-                ``Config.table_settings``.
+            UserError: a requested feature is not in the data set, or ``model.tables``, ``sharding.tables`` or
+                ``compression.tables`` names an unknown table, or as for ``with_model``.
         """
         features = {feature.name: feature for feature in schema.sparse}
         config.check_features(schema.dense, list(features))
@@ -123,8 +129,15 @@ class ModelSpec:
         """Return the spec with the model of a config, whose settings of single tables are applied to these tables.
 
         Raises:
-            UserError: a feature has weights, and a table takes the mean; or as for ``Config.table_settings``.
+            UserError: a feature has weights, and a table takes the mean; ``model.sequences`` names an unknown feature
+                or one with weights, or comes with compression; or as for ``Config.table_settings``.
         """
+        check_sequences(config.model, self.sparse)
+        if config.model.sequences is not None and config.compression.policy != "none":
+            raise UserError(
+                f"compression.policy is {config.compression.policy}, but tables of model.sequences cannot be "
+                "compressed; use none"
+            )
         found = config.table_settings({feature.table_name: feature.num_embeddings for feature in self.sparse})
         own = {name: each for name, each in found.items() if each != config.model.of_all_tables}
         spec = dataclasses.replace(self, model=config.model, table_settings=own)
@@ -162,11 +175,36 @@ class ModelSpec:
         found: dict[str, list[SparseFeature]] = {}
         for feature in self.sparse:
             found.setdefault(feature.table_name, []).append(feature)
-        of_all = self.model.of_all_tables
+        of_all, sequences = self.model.of_all_tables, set(self.model.sequences or ())
         return tuple(
-            EmbeddingTable(name, of[0].num_embeddings, tuple(of), self.table_settings.get(name, of_all))
+            EmbeddingTable(
+                name,
+                of[0].num_embeddings,
+                tuple(of),
+                self.table_settings.get(name, of_all),
+                any(each.name in sequences for each in of),
+            )
             for name, of in found.items()
         )
+
+    @property
+    def sequence_tables(self) -> frozenset[str]:
+        """The names of the tables whose features are sequences."""
+        return frozenset(table.name for table in self.tables if table.sequence)
+
+    @property
+    def table_prefixes(self) -> tuple[str, ...]:
+        """The prefixes of all names of tables in the state dict, for ``str.startswith``."""
+        return tuple(filter(None, (self.tables_prefix, self.sequences_prefix)))
+
+    def prefix_of(self, table: str) -> str:
+        """Return the prefix of the names of a table or pool in the state dict."""
+        return self.sequences_prefix if table in self.sequence_tables else self.tables_prefix
+
+    def rows_name(self, table: str) -> str:
+        """Return the name in the state dict of W1 of a table or pool, or of W in the served model."""
+        rows = SEQUENCE_ROWS if table in self.sequence_tables else BAG_ROWS
+        return f"{self.prefix_of(table)}{rows}.{table}.weight"
 
     def check_data(self, schema: DatasetSchema, path: object) -> str | None:
         """Check that a data set has the inputs of this model, made in the same way, and the same kind of label.
@@ -259,6 +297,8 @@ class ModelSpec:
             del plain["adaptive"]
         if self.tables_prefix == TABLES_PREFIX:
             del plain["tables_prefix"]
+        if not self.sequences_prefix:
+            del plain["sequences_prefix"]
         if self.labels == ONE_LABEL:
             del plain["labels"]
         if not self.table_settings:
@@ -316,10 +356,25 @@ class ModelSpec:
                 bool(plain.get("shared_rows", False)),
                 str(plain.get("tables_prefix", TABLES_PREFIX)),
                 {str(name): TableSettings(**each) for name, each in plain.get("table_settings", {}).items()},
+                str(plain.get("sequences_prefix", "")),
                 tuple(map(str, plain.get("labels", ONE_LABEL))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None
+
+
+def check_sequences(model: ModelConfig, sparse: Sequence[SparseFeature]) -> None:
+    """Raise UserError if ``model.sequences`` names a feature that the model does not have, or one with weights."""
+    features = {feature.name: feature for feature in sparse}
+    for name in model.sequences or ():
+        if name not in features:
+            raise UserError(f"model.sequences: the model has no feature {name!r}; it has {', '.join(features)}")
+    tables = {features[name].table_name for name in model.sequences or ()}
+    for feature in sparse:
+        if feature.weighted and feature.table_name in tables:
+            raise UserError(
+                f"model.sequences: feature {feature.name!r} has weights, which only pooled vectors have; leave it out"
+            )
 
 
 def _labels_of(schema: DatasetSchema) -> tuple[str, ...]:

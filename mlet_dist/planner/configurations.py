@@ -14,8 +14,8 @@ from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memory
 from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints
-from mlet_dist.models.build import build_training_model, multi_layer_tables
-from mlet_dist.models.network_cost import dense_cost
+from mlet_dist.models.build import build_training_model, multi_layer_tables, row_tables
+from mlet_dist.models.network_cost import dense_cost, sequence_length
 from mlet_dist.models.row_widths import Counts, Sizes, budget_bytes
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.compressed_tables import with_row_ranges
@@ -101,6 +101,7 @@ class Case:
             self.config.optimizer.name,
             ranks.world_size,
             ranks.local_world_size,
+            sequence_length(row_tables(model), self.pooling_factors),
         )
 
     def topology(self) -> Topology:
@@ -158,15 +159,20 @@ def even_memory(case: Case) -> Memory:
     """Return a lower bound of every plan's fullest rank: its memory with rows spread as evenly as the config allows."""
     model = case.model()
     sharding = case.sharding(model)
-    tables = multi_layer_tables(model)
-    configs = tables.row_tables()
+    weights = {
+        table.name: tables.row_weight(table.name)
+        for tables in multi_layer_tables(model).values()
+        for table in tables.row_tables()
+    }
+    configs = row_tables(model)
     limited = table_constraints(configs, case.ranks, sharding.sharder, sharding.constraints, sharding.replicated_bytes)
     parts = []
     for table in configs:
         own = most_even_constraints(limited[table.name])
         (kind,), (kernel,) = own.sharding_types or [""], own.compute_kernels or [""]
-        weight = tables.embedding_bags[table.name].weight
-        cost = table_cost(table, weight, sharding.sharder, case.ranks, kind, kernel, load_factor(own.cache_params))
+        cost = table_cost(
+            table, weights[table.name], sharding.sharder, case.ranks, kind, kernel, load_factor(own.cache_params)
+        )
         blocks = 1 if cost.exchange is None else cost.num_owners
         held = cost.owner_memory(-(-table.num_embeddings // blocks))
         parts.append(cost.requester_memory() + held.times(cost.num_owners / case.ranks.world_size))

@@ -62,7 +62,7 @@ def expected_step(
         counts: how often the data set looks up each row, by table, where it is known.
         device: hardware of a rank.
     """
-    (params,) = planned.plan.plan.values()
+    params = {name: each for of_collection in planned.plan.plan.values() for name, each in of_collection.items()}
     orders = {table.name: table.row_order for table in tables}
     found, ranks = {}, {}
     for name, (cost, rows) in planned.tables.items():

@@ -18,7 +18,7 @@ from mlet_dist.embeddings.planning.plan_cost import (
 )
 from mlet_dist.embeddings.planning.step_collectives import step_collectives
 from mlet_dist.errors import UserError
-from mlet_dist.models.build import multi_layer_tables, with_tables_prefix
+from mlet_dist.models.build import row_tables, with_tables_prefix
 from mlet_dist.models.row_widths import Counts
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.planner.budgets import budget_report
@@ -76,7 +76,7 @@ def make_plan(
         planned = error.planned
         numbered = "; ".join(f"({number}) {text}" for number, text in enumerate(suggestions(case), 1))
         shortage = f"{error}; what fits: {numbered or 'nothing that was tried'}"
-    tables = multi_layer_tables(case.model()).row_tables()
+    tables = row_tables(case.model())
     measured = expected_step(planned, tables, lookups, device)
     found = [_configuration(*each, device, measured) for each in configurations(case, planned)]
     _, time = slowest_step(measured.costs(planned.tables), planned.dense, device, measured.busiest)
@@ -177,7 +177,7 @@ def _plain_device(device: Device) -> dict[str, Any]:
 def _collectives(planned: ModelPlan, device: Device) -> list[dict[str, Any]]:
     """Return the collectives of a step, with their latency."""
     dense = planned.dense
-    groups = [(cost.sharding_type, cost.exchange) for cost, _ in planned.tables.values()]
+    groups = [cost.group for cost, _ in planned.tables.values()]
     return [
         {**dataclasses.asdict(each), "latency_ms": 1e3 * each.latency(device.collectives)}
         for each in step_collectives(groups, dense.world_size, dense.local_world_size)

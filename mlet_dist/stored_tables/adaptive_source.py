@@ -6,10 +6,11 @@ import torch
 from torchrec.distributed.utils import none_throws
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
+from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
-from mlet_dist.models.build import build_tables
+from mlet_dist.models.build import build_collections
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.stored_tables.table_source import LocatedRows, TableSource, projection_name
 
@@ -168,7 +169,8 @@ def open_adaptive_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str) ->
     Raises:
         UserError: a tensor is missing or has another shape.
     """
-    collection, tables_prefix = build_tables(spec, torch.device("meta")), spec.tables_prefix
+    collection, tables_prefix = build_collections(spec, torch.device("meta")).bags, spec.tables_prefix
+    assert isinstance(collection, MultiLayerEmbeddingBagCollection)
     tables = {table.name: table for table in collection.embedding_bag_configs() if table.row_ranges is not None}
     chunk_width = none_throws(collection.adaptive).chunk_width
     layout = SlotLayout.of(list(tables.values()), chunk_width)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
-from mlet_dist.models.spec import TABLES_PREFIX, EmbeddingTable, ModelSpec
+from mlet_dist.models.spec import BAG_ROWS, TABLES_PREFIX, EmbeddingTable, ModelSpec
 from mlet_dist.stored_tables.adaptive_source import open_adaptive_tables
 from mlet_dist.stored_tables.ranged_source import open_ranged_table, pools_of
 from mlet_dist.stored_tables.table_source import TableSource, open_table
@@ -25,7 +25,8 @@ def open_tables(spec: ModelSpec, files: ChunkedTensors, prefix: str, *, spread: 
 
     def opened(table: EmbeddingTable) -> TableSource:
         shape = table.num_embeddings, table.embedding_dim
-        return open_table(table.name, shape, table.hidden_dim, files, prefix, spec.tables_prefix, spread=spread)
+        state_name = spec.rows_name(table.name)
+        return open_table(table.name, shape, table.hidden_dim, files, prefix, state_name, spread=spread)
 
     if spec.adaptive:
         adaptive = open_adaptive_tables(spec, files, prefix)
@@ -44,6 +45,13 @@ def open_factors(about: Mapping[str, Any], files: ChunkedTensors, prefix: str) -
         UserError: as for ``open_tables``.
     """
     return {
-        each["name"]: open_table(each["name"], each["shape"], each["hidden_dim"], files, prefix, TABLES_PREFIX)
+        each["name"]: open_table(
+            each["name"],
+            each["shape"],
+            each["hidden_dim"],
+            files,
+            prefix,
+            f"{TABLES_PREFIX}{BAG_ROWS}.{each['name']}.weight",
+        )
         for each in about["factorized"]["tables"]
     }

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
+from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.errors import UserError
-from mlet_dist.models.build import build_tables
+from mlet_dist.models.build import build_collections
 from mlet_dist.models.spec import EmbeddingTable, ModelSpec
 from mlet_dist.stored_tables.table_source import LocatedRows, TableSource, projection_name
 
@@ -145,7 +146,9 @@ Pool = tuple[str, tuple[int, int], int, RowOrder | None]
 
 def pools_of(spec: ModelSpec, *, spread: bool) -> dict[str, Pool]:
     """Return the pool of each segment by name; ``spread`` as in open_tables."""
-    stored = build_tables(spec, torch.device("meta")).row_tables()
+    collection = build_collections(spec, torch.device("meta")).bags
+    assert isinstance(collection, MultiLayerEmbeddingBagCollection)
+    stored = collection.row_tables()
     return {
         segment.name: (
             f"{spec.tables_prefix}embedding_bags.{table.name}.weight",

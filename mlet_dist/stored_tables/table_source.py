@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from mlet_dist.checkpoint.tensor_ranges import ChunkedTensors
-from mlet_dist.embeddings.collection import check_layers_fit
+from mlet_dist.embeddings.multi_layer_tables import check_layers_fit
 from mlet_dist.embeddings.row_order import RowOrder
 from mlet_dist.errors import UserError
 
@@ -68,9 +68,14 @@ class TableSource:
         return str(self._files.location)
 
     @property
+    def rows_prefix(self) -> str:
+        """The prefix of the names of rows in the state dict, ``<collection>.embedding_bags.`` or ``….embeddings.``."""
+        return self.state_name.removesuffix(f"{self.name}.weight")
+
+    @property
     def tables_prefix(self) -> str:
         """The prefix of the tables' names in the state dict."""
-        return self.state_name.removesuffix(f"embedding_bags.{self.name}.weight")
+        return _tables_prefix(self.state_name, self.name)
 
     @property
     def stored_bytes(self) -> int:
@@ -173,6 +178,10 @@ def projection_name(tables_prefix: str, name: str) -> str:
     return f"{tables_prefix}projections.{name}.weight"
 
 
+def _tables_prefix(state_name: str, name: str) -> str:
+    return state_name.removesuffix(f"{name}.weight").removesuffix("embedding_bags.").removesuffix("embeddings.")
+
+
 def _runs(rows: torch.Tensor) -> Iterator[tuple[int, int, int]]:
     """Yield (first row, begin, end) of runs of ascending rows that are read together."""
     if not len(rows):
@@ -191,12 +200,11 @@ def open_table(
     hidden_dim: int | None,
     files: ChunkedTensors,
     prefix: str,
-    tables_prefix: str,
+    state_name: str,
     *,
     spread: bool = False,
 ) -> TableSource:
     """Return a table of ``files`` after checking that its W has ``shape`` (n, d); ``spread`` as in open_tables."""
-    state_name = f"{tables_prefix}embedding_bags.{name}.weight"
     stored_name = f"{prefix}{state_name}"
     num_embeddings, embedding_dim = shape
     projection = None
@@ -204,7 +212,7 @@ def open_table(
         raise UserError(f"{files.location}: holds no tensor {state_name!r}, which the model has")
     found = files.tensors[stored_name]
     if hidden_dim is not None:
-        projection = files.load(f"{prefix}{projection_name(tables_prefix, name)}").float()
+        projection = files.load(f"{prefix}{projection_name(_tables_prefix(state_name, name), name)}").float()
         try:
             check_layers_fit(name, torch.Size(found.shape), projection.size())
         except ValueError as error:

@@ -26,7 +26,7 @@ from mlet_dist.models.row_widths import (
     static_ranges,
 )
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.models.tables import tables_prefix
+from mlet_dist.models.tables import table_prefixes
 from mlet_dist.models.width_shares import describe_shares, total_lookups, width_shares
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.state import Training
@@ -37,10 +37,10 @@ def training_bytes(training: Training, device: torch.device) -> int:
 
     What is replicated on all ranks is counted once.
     """
-    state, prefix = training.model.state_dict(), tables_prefix(training.model)
-    tensors = [tensor for name, tensor in state.items() if name.startswith(prefix)]
+    state, prefixes = training.model.state_dict(), table_prefixes(training.model)
+    tensors = [tensor for name, tensor in state.items() if name.startswith(prefixes)]
     for name, own in optimizer_state(training.optimizer).items():
-        if name.startswith(prefix):
+        if name.startswith(prefixes):
             tensors += [each for key, each in own.items() if key != "step"]
     total = 0
     for tensor in tensors:

@@ -20,7 +20,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
-from mlet_dist.models.tables import tables_of, tables_prefix
+from mlet_dist.models.build import multi_layer_tables
+from mlet_dist.models.tables import row_prefixes, table_prefixes
 
 # fbgemm's default eps is 1e-8 and that of torch's Adagrad 1e-10: rows and dense layers get the same.
 _EPS = {"eps": 1e-8}
@@ -55,7 +56,9 @@ _RULES = {
 def fuse_row_optimizer(model: nn.Module, config: OptimizerConfig) -> None:
     """Have fbgemm update every W1 inside backward, where it has a kernel for that; call this before sharding."""
     kind, arguments = _RULES[config.name].fused
-    rows = tables_of(model).get_submodule("embedding_bags").parameters()
+    rows = [
+        tables.row_weight(table.name) for tables in multi_layer_tables(model).values() for table in tables.row_tables()
+    ]
     apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _or_common(config.rows_learning_rate, config)})
 
 
@@ -65,14 +68,14 @@ def build_optimizer(model: DistributedModelParallel, config: OptimizerConfig) ->
     Rows without a fused kernel, such as those of tables too small to be sharded, are updated here by the same rule and
     at the same learning rate. Call ``zero_grad`` before the forward pass, where fused kernels read their learning rate.
     """
-    rule, prefix = _RULES[config.name], tables_prefix(model)
+    rule, prefixes = _RULES[config.name], row_prefixes(model)
     rows: dict[str, torch.Tensor] = {}
     projections: dict[str, torch.Tensor] = {}
     dense: dict[str, torch.Tensor] = {}
     for name, parameter in in_backward_optimizer_filter(model.named_parameters()):
-        if name.startswith(f"{prefix}embedding_bags."):
+        if name.startswith(prefixes):
             rows[name] = parameter
-        elif name.startswith(f"{prefix}projections."):
+        elif name.startswith(tuple(f"{prefix}projections." for prefix in table_prefixes(model))):
             projections[name] = parameter
         else:
             dense[name] = parameter

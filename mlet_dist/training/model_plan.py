@@ -31,9 +31,8 @@ from mlet_dist.embeddings.sharded.collectives import codecs_of
 from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
 from mlet_dist.embeddings.sharded.placement import REPLICATED_BYTES
 from mlet_dist.errors import UserError
-from mlet_dist.models.build import multi_layer_tables
-from mlet_dist.models.network_cost import dense_cost
-from mlet_dist.models.tables import tables_path
+from mlet_dist.models.build import multi_layer_tables, row_tables
+from mlet_dist.models.network_cost import dense_cost, sequence_length
 
 _UNLIMITED = 1 << 60
 _DENSE = EmbeddingComputeKernel.DENSE.value
@@ -105,12 +104,18 @@ def plan_model(
         DoesNotFit: no plan fits; the message names the table and the missing bytes.
         UserError: the constraints cannot be met, or only by a plan that cannot run.
     """
-    tables, path = multi_layer_tables(model), tables_path(model)
-    configs, ranks, device = tables.row_tables(), Ranks.of(topology), device or device_of(topology)
+    collections, configs = multi_layer_tables(model), row_tables(model)
+    ranks, device = Ranks.of(topology), device or device_of(topology)
     requested = constraints or {}
-    optimizer = optimizer_of(next(iter(tables.embedding_bags.values())).weight)
+    first = next(iter(collections.values()))
     dense = dense_cost(
-        model, dense_columns, sharder.local_batch_size, optimizer, ranks.world_size, ranks.local_world_size
+        model,
+        dense_columns,
+        sharder.local_batch_size,
+        optimizer_of(first.row_weight(first.row_tables()[0].name)),
+        ranks.world_size,
+        ranks.local_world_size,
+        sequence_length(configs, {table.name: sharder.traffic(table).pooling_factor for table in configs}),
     )
     try:
         limited = table_constraints(configs, ranks, sharder, constraints, replicated_bytes)
@@ -128,19 +133,23 @@ def plan_model(
             replicated_bytes=replicated_bytes,
         )
         with _without_false_warnings():
-            plan = planner.plan(model, [sharder])
-        params = plan.plan[path]
-        try:
-            sharder.finalize_plan(tables, params, ranks.world_size, on_cpu=ranks.on_cpu)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        costs = table_costs(tables, params, sharder, ranks)
-        reasons = sharding_reasons(tables, costs, requested, limited, sharder, ranks, device)
+            plan = planner.plan(model, [sharder, sharder.of_sequences()])
+        costs: dict[str, tuple[TableCost, list[int]]] = {}
+        for path, tables in collections.items():
+            try:
+                sharder.finalize_plan(tables, plan.plan[path], ranks.world_size, on_cpu=ranks.on_cpu)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            costs |= table_costs(tables, plan.plan[path], sharder, ranks)
+        reasons: dict[str, str] = {}
+        for tables in collections.values():
+            reasons |= sharding_reasons(tables, costs, requested, limited, sharder, ranks, device)
         return ModelPlan(plan, sharder, costs, dense, reasons)
 
     try:
         # The buffers of owned rows are not known yet. They only reduce what the activations add, so this suffices.
-        reserved = dense.memory(requester_memory(tables, sharder, ranks).buffers)
+        buffers = sum(requester_memory(tables, sharder, ranks).buffers for tables in collections.values())
+        reserved = dense.memory(buffers)
         return settled(topology, limited, reserved.total)
     except PlannerError:
         unlimited = Topology(

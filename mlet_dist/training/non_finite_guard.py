@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from mlet_dist.errors import UserError
-from mlet_dist.models.tables import tables_prefix
+from mlet_dist.models.tables import row_prefixes
 from mlet_dist.training.state import Training
 from mlet_dist.training.step_agreement import StepAgreement
 
@@ -80,11 +80,11 @@ class Guard:
         self.skip_reason: Finding | None = None
         self.agreement = StepAgreement(device)
         self._training, self._policy, self._limit = training, policy, limit
-        prefix = tables_prefix(training.model)
+        rows = row_prefixes(training.model)
         self._parameters = [
             parameter
             for name, parameter in in_backward_optimizer_filter(training.model.named_parameters())
-            if not name.startswith(f"{prefix}embedding_bags.")
+            if not name.startswith(rows)
         ]
         self._rank_code = dist.get_rank() + 1
         self._no_failure = torch.zeros((), dtype=torch.bool, device=device)

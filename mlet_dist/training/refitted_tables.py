@@ -24,7 +24,7 @@ from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.slot_layout import SlotLayout
 from mlet_dist.embeddings.table_config import Segment
 from mlet_dist.errors import UserError
-from mlet_dist.models.build import build_tables
+from mlet_dist.models.build import build_collections
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.stored_tables.adaptive_source import AdaptiveTableSource
 from mlet_dist.stored_tables.open_tables import open_factors, open_tables
@@ -86,24 +86,23 @@ class RefittedTables:
         files: ChunkedTensors,
         grown: Mapping[str, int] | None = None,
     ) -> None:
-        collection, self._prefix = build_tables(spec, torch.device("meta")), spec.tables_prefix
-        self._sources, self._files = sources, files
-        tables = collection.embedding_bag_configs()
+        collections = [each for each in build_collections(spec, torch.device("meta")) if each is not None]
+        self._spec, self._sources, self._files = spec, sources, files
+        tables = [table for each in collections for table in each.table_configs()]
         for table in tables:
             if table.name not in sources:
                 raise UserError(f"{_location(sources)}: holds no table {table.name!r}, which the model has")
             rows = (grown or {}).get(table.name, table.num_embeddings)
             check_source(sources[table.name], rows, table.embedding_dim)
-        if collection.adaptive is not None and collection.adaptive.chunk_width is not None:
+        adaptive = next((each.adaptive for each in collections if each.adaptive is not None), None)
+        if adaptive is not None and adaptive.chunk_width is not None:
             raise UserError(
                 f"{_location(sources)}: rows that are cut into chunks (compression.nested false) cannot begin with the "
                 "rows of other settings; use compression.nested true, or policy static"
             )
-        self._row_tables = {
-            f"{self._prefix}embedding_bags.{table.name}.weight": table for table in collection.row_tables()
-        }
+        self._row_tables = {spec.rows_name(table.name): table for each in collections for table in each.row_tables()}
         ranged = [table for table in tables if table.row_ranges is not None]
-        self._layout = SlotLayout.of(ranged) if collection.adaptive is not None else None
+        self._layout = SlotLayout.of(ranged) if adaptive is not None else None
 
     @classmethod
     def of_checkpoint(
@@ -220,7 +219,7 @@ class RefittedTables:
                 if table.hidden_dim is None:
                     found[segment.name] = RefittedRows(source, width)
                     continue
-                name = projection_name(self._prefix, segment.name)
+                name = projection_name(self._spec.prefix_of(table.name), segment.name)
                 same_as, on_disk = source.projections.get(width, (None, None))
                 if same_as is not None and on_disk is not None:
                     weights[name].copy_(on_disk)
@@ -250,7 +249,7 @@ class RefittedTables:
         adaptive = {name: each for name, each in self._sources.items() if isinstance(each, AdaptiveTableSource)}
         if not adaptive:
             return
-        start, first_rows = f"{self._prefix}row_slots.", layout.first_rows().tolist()
+        start, first_rows = f"{self._spec.tables_prefix}row_slots.", layout.first_rows().tolist()
         slots, utilities = (weights[f"{start}{name}"].local_shards()[0] for name in ("slots", "utilities"))
         first = slots.metadata.shard_offsets[1]
         stop = first + slots.metadata.shard_sizes[1]
@@ -294,7 +293,7 @@ class RefittedTables:
             yield from self._places_of_slots(self._layout, weights)
 
     def _places_of_slots(self, layout: SlotLayout, weights: Mapping[str, Any]) -> Iterator[_Place]:
-        shard = weights[f"{self._prefix}row_slots.slots"].local_shards()[0]
+        shard = weights[f"{self._spec.tables_prefix}row_slots.slots"].local_shards()[0]
         first_bucket, buckets = shard.metadata.shard_offsets[1], shard.metadata.shard_sizes[1]
         pools = {table.row_width: (name, table) for name, table in self._row_tables.items() if table.num_buckets}
         first_codes, first_rows = layout.first_codes().tolist(), layout.first_rows().tolist()

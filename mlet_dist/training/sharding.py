@@ -13,16 +13,18 @@ from torchrec.distributed.comm import intra_and_cross_node_pg
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import CacheParams, ShardingType
+from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.cost_model import Device
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.collectives import exchange_codecs
+from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.errors import UserError
 from mlet_dist.machine_limits import memory_bytes
-from mlet_dist.models.build import multi_layer_tables
+from mlet_dist.models.build import row_tables
 from mlet_dist.training.model_plan import ModelPlan, plan_model
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.replicated_gradients import DeferredDataParallel
@@ -56,10 +58,13 @@ class Sharding:
         dense_columns: int | None = None,
     ) -> "Sharding":
         """Build from the ``sharding`` section, for the tables of ``model``."""
-        tables = multi_layer_tables(model).row_tables()
+        tables = row_tables(model)
         settings = {table.name: config.of_table(table.name) for table in tables}
-        names = {segment.table for segment in segments_of(tables)}
-        exchanges = {name: config.of_table(name).exchange or config.exchange for name in names}
+        exchanges = {
+            segment.table: _exchange_of(config, segment.table, sequences=table.pooling == PoolingType.NONE)
+            for table in tables
+            for segment in segments_of([table])
+        }
         sharder = MultiLayerEmbeddingBagCollectionSharder(
             exchange=exchanges,
             pooling_factors=_pooling_factors(tables, pooling_factors or {}),
@@ -121,7 +126,7 @@ def shard_model(
         model,
         device=worker.device,
         plan=planned.plan,
-        sharders=[sharding.sharder],
+        sharders=[sharding.sharder, sharding.sharder.of_sequences()],
         data_parallel_wrapper=DeferredDataParallel(),
     )
     if any(each["sharding_type"] == ShardingType.TABLE_ROW_WISE.value for each in planned.entries()):
@@ -129,6 +134,14 @@ def shard_model(
         for group in intra_and_cross_node_pg(worker.device):
             _set_pg_timeout(worker.timeout, group)
     return sharded, planned
+
+
+def _exchange_of(config: ShardingConfig, table: str, *, sequences: bool) -> ExchangeChoice:
+    """Return the exchange that is requested for a table; that of all tables is one of those that are not sequences."""
+    if not sequences:
+        return config.of_table(table).exchange or config.exchange
+    own = config.tables.get(table)
+    return "auto" if own is None or own.exchange is None else own.exchange
 
 
 def _pooling_factors(tables: Sequence[MultiLayerEmbeddingBagConfig], factors: Mapping[str, float]) -> dict[str, float]:

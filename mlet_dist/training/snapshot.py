@@ -28,7 +28,7 @@ from mlet_dist.checkpoint.tensor_ranges import INDEX
 from mlet_dist.checkpoint.verified_load import load_verified
 from mlet_dist.embeddings.row_order import ROW_ORDER, SPREAD, is_spread
 from mlet_dist.errors import UserError
-from mlet_dist.models.tables import tables_prefix
+from mlet_dist.models.tables import table_prefixes
 from mlet_dist.training.fused_optimizers import optimizer_state
 from mlet_dist.training.job import Job
 from mlet_dist.training.model_plan import ModelPlan
@@ -107,14 +107,14 @@ def restore(
     location = found.checkpoint.location
     tables = tables or RefittedTables.of_rows_by_id(found.checkpoint, found.manifest)
     state = state_to_save(training)
-    prefix = tables_prefix(training.model)
+    prefixes = table_prefixes(training.model)
     if tables is not None:
-        load_model(training.model, location, without=prefix)
+        load_model(training.model, location, without=prefixes)
         del state[MODEL_KEY]
         states = state.get(OPTIMIZER_KEY, {})
         tables.load(training.model, states)
         if states:
-            state[OPTIMIZER_KEY] = {name: of for name, of in states.items() if not name.startswith(prefix)}
+            state[OPTIMIZER_KEY] = {name: of for name, of in states.items() if not name.startswith(prefixes)}
     about = found.manifest.about
     if not continues:
         del state[_METRICS_KEY], state[_RANDOM_KEY]

@@ -134,7 +134,8 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
     dense_columns = len(job.spec.dense)
     fuse_row_optimizer(model, config.optimizer)
     if job.restores_rows:
-        multi_layer_tables(model).leave_rows_undrawn()
+        for tables in multi_layer_tables(model).values():
+            tables.leave_rows_undrawn()
     sharded, plan = shard_model(
         model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors, dense_columns
     )

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from mlet_dist.embeddings.row_order import is_spread
 from mlet_dist.errors import UserError
 from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
-from mlet_dist.models.tables import tables_prefix
+from mlet_dist.stored_tables.table_source import projection_name
 from mlet_dist.training.refitted_tables import RefittedTables, has_spread_rows
 from mlet_dist.training.resume import checkpoint_at
 from mlet_dist.training.source_inputs import SourceInputs, describe_growth
@@ -31,13 +31,13 @@ class InitialWeights:
         has_dense: whether it holds the dense layers as well as the tables.
         tables: its tables, if their rows are not those of the model: where either has rows of several widths, where
             they are stored by id, or where vocabularies have grown since.
-        tables_prefix: of the names of the tables in the checkpoint.
+        prefixes: by the prefix of the names of the model's tables, that of the checkpoint's.
     """
 
     found: CompleteCheckpoint
     has_dense: bool
     tables: RefittedTables | None = None
-    tables_prefix: str = TABLES_PREFIX
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, model: nn.Module) -> None:
         """Load the weights into ``model``, in any sharding on any number of ranks. A collective call.
@@ -46,17 +46,17 @@ class InitialWeights:
             UserError: a tensor cannot be read.
         """
         state = model.state_dict()
-        load_state({MODEL_KEY: self._covered(state, tables_prefix(model))}, self.found.checkpoint.location)
+        load_state({MODEL_KEY: self._covered(state)}, self.found.checkpoint.location)
         model.load_state_dict(state)
         if self.tables is not None:
             self.tables.load(model)
 
-    def _covered(self, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    def _covered(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is loaded by name, by its name in the checkpoint."""
         return {
-            _renamed(name, prefix, self.tables_prefix): tensor
+            _renamed(name, self.prefixes): tensor
             for name, tensor in state.items()
-            if (self.tables is None if name.startswith(prefix) else self.has_dense)
+            if (self.tables is None if name.startswith(tuple(self.prefixes)) else self.has_dense)
         }
 
 
@@ -83,18 +83,21 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     grown = inputs.grown_tables(spec)
     stored = {name.removeprefix(f"{MODEL_KEY}.") for name in metadata.state_dict_metadata if name.startswith(MODEL_KEY)}
     refits, by_id = _changes_rows(about, spec), not is_spread(about) and has_spread_rows(spec)
-    prefix, stored_prefix = spec.tables_prefix, (about.get("spec") or {}).get("tables_prefix", TABLES_PREFIX)
-    has_dense = any(not name.startswith(stored_prefix) for name in stored)
-    relayered = () if refits else _relayered_tables(spec, about, stored, stored_prefix, str(location))
+    there = about.get("spec") or {}
+    prefixes = {spec.tables_prefix: there.get("tables_prefix", TABLES_PREFIX)}
+    if spec.sequences_prefix:
+        prefixes[spec.sequences_prefix] = there.get("sequences_prefix", spec.sequences_prefix)
+    has_dense = any(not name.startswith(tuple(prefixes.values())) for name in stored)
+    relayered = () if refits else _relayered_tables(spec, about, stored, prefixes, str(location))
     refits = refits or bool(relayered)
     warnings = inputs.check(spec, config.data.path, dense_layers=has_dense)
     state = build_training_model(spec, torch.device("meta")).state_dict()
     wanted = {
-        _renamed(name, prefix, stored_prefix): tensor
+        _renamed(name, prefixes): tensor
         for name, tensor in state.items()
-        if (not refits if name.startswith(prefix) else has_dense)
+        if (not refits if name.startswith(tuple(prefixes)) else has_dense)
     }
-    grown_rows = {f"{stored_prefix}embedding_bags.{name}.weight": rows for name, rows in grown.items()}
+    grown_rows = {_renamed(spec.rows_name(name), prefixes): rows for name, rows in grown.items()}
     # Opened first where rows change, since it can say more of them than the shapes of other layers do.
     tables = RefittedTables.of_checkpoint(spec, found.checkpoint, found.manifest, grown) if refits else None
     check_shapes(wanted, metadata, location, MODEL_KEY, grown_rows)
@@ -105,12 +108,15 @@ def find_initial_weights(config: Config, spec: ModelSpec) -> InitialWeights | No
     _log(f"starting with the {parts} of {location}{describe_growth(grown, spec)}{layers}")
     for line in warnings:
         _log(f"warning: {location}: {line}")
-    return InitialWeights(found, has_dense, tables, stored_prefix)
+    return InitialWeights(found, has_dense, tables, prefixes)
 
 
-def _renamed(name: str, prefix: str, stored_prefix: str) -> str:
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
     """Return the name in a checkpoint of a tensor of the model, whose tables may have another prefix there."""
-    return f"{stored_prefix}{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+    for prefix, stored in prefixes.items():
+        if name.startswith(prefix):
+            return f"{stored}{name.removeprefix(prefix)}"
+    return name
 
 
 def _changes_rows(about: Mapping[str, Any], spec: ModelSpec) -> bool:
@@ -119,7 +125,7 @@ def _changes_rows(about: Mapping[str, Any], spec: ModelSpec) -> bool:
 
 
 def _relayered_tables(
-    spec: ModelSpec, about: Mapping[str, Any], stored: Collection[str], prefix: str, location: str
+    spec: ModelSpec, about: Mapping[str, Any], stored: Collection[str], prefixes: Mapping[str, str], location: str
 ) -> tuple[str, ...]:
     """Return the tables that have one layer in a checkpoint and two in the model, or the reverse.
 
@@ -129,7 +135,7 @@ def _relayered_tables(
         spec: the model.
         about: of the checkpoint's manifest.
         stored: the names of its tensors.
-        prefix: of its tables.
+        prefixes: by that of the model's tables, the prefix of its tables.
         location: of it, for messages.
 
     Raises:
@@ -138,7 +144,7 @@ def _relayered_tables(
     found: list[str] = []
     before = _hidden_dims(about, spec, location)
     for table in spec.tables:
-        two_layers = f"{prefix}projections.{table.name}.weight" in stored
+        two_layers = _renamed(projection_name(spec.prefix_of(table.name), table.name), prefixes) in stored
         if two_layers and not spec.model.has_two_layers:
             raise UserError(
                 f"{location}: table {table.name!r} has two layers there and one in the model; set model.hidden_dim"
@@ -152,7 +158,7 @@ def _relayered_tables(
                 f"{location}: {key} was {stored_k} there and is {k}; without compression it must be the same: "
                 f"set {key}={stored_k}, or export that run and take `mlet factorize EXPORT --hidden-dim {k}`"
             )
-        if two_layers != (k is not None) and f"{prefix}embedding_bags.{table.name}.weight" in stored:
+        if two_layers != (k is not None) and _renamed(spec.rows_name(table.name), prefixes) in stored:
             found.append(table.name)
     return tuple(found)
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -166,3 +167,80 @@ def test_what_cannot_be_scored_is_one_line(criteo: Path, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     assert "no schema.json in it" in error_line("predict", criteo / "run", "--data", tmp_path / "empty", *out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "empty"]
+
+
+TABLE = """
+format: csv
+label: {column: clicked, positive: ["yes"], negative: ["no"]}
+sample_weight: importance
+dense:
+  - {column: price, transform: standardise, missing: mean}
+  - {column: age, missing_values: ["-1"]}
+sparse:
+  - {column: user, min_count: 2}
+  - {column: city, encoding: hash, num_embeddings: 50}
+  - {column: tags, separator: "|", weight_separator: ":"}
+  - {column: seen, separator: "|", table: user, min_count: 2}
+"""
+TABLE_COLUMNS = ("clicked", "importance", "price", "age", "user", "city", "tags", "seen")
+
+
+def _table(path: Path, rows: int, without: tuple[str, ...] = ()) -> Path:
+    rng = random.Random(rows)
+    lines = []
+    for row in range(rows):
+        values = {
+            "clicked": "yes" if rng.random() < 0.4 else "no",
+            "importance": str(rng.randrange(1, 4)),
+            "price": "" if row % 7 == 0 else str(rng.randrange(1000) / 8),
+            "age": str(rng.randrange(-1, 90)),
+            "user": f"u{rng.randrange(rows // 3)}",
+            "city": rng.choice(["Zürich", "東京", "", " Paris"]),
+            "tags": "|".join(f"t{rng.randrange(9)}:{rng.random():.3f}" for _ in range(row % 4)),
+            "seen": "|".join(f"u{rng.randrange(rows // 3)}" for _ in range(row % 3)),
+        }
+        lines.append(",".join(values[name] for name in TABLE_COLUMNS if name not in without))
+    names = ",".join(name for name in TABLE_COLUMNS if name not in without)
+    path.write_text("\n".join([names, *lines]) + "\n")
+    return path
+
+
+def test_tables_with_labels_and_weights_or_without(tmp_path: Path) -> None:
+    """A model of a part of the columns, in another order, of a data set that has grown."""
+    (tmp_path / "table.yaml").write_text(TABLE)
+    day1, day2 = _table(tmp_path / "day1.csv", 400), _table(tmp_path / "day2.csv", 500)
+    mlet("prepare", "table", day1, "--schema", tmp_path / "table.yaml", "--out", tmp_path / "data1")
+    grown = ("--like", tmp_path / "data1", "--grow", "--out", tmp_path / "data2")
+    mlet("prepare", "table", "--train", day2, *grown)
+    sizes = ("model.embedding_dim=4", "model.hidden_dim=8", "model.bottom_mlp=[8]", "model.top_mlp=[8]")
+    columns = ("data.dense_features=[age,price]", "data.sparse_features=[seen,tags,user]")
+    settings = (
+        *sizes,
+        *columns,
+        f"data.path={tmp_path / 'data2'}",
+        "data.batch_size=50",
+        f"run.dir={tmp_path / 'run'}",
+    )
+    mlet("train", ROOT / "configs" / "criteo_kaggle_adagrad.yaml", *settings)
+    mlet("export", tmp_path / "run", "--out", tmp_path / "export")
+    raw = _table(tmp_path / "day3.csv", 300)
+    mlet("prepare", "table", "--test", raw, "--like", tmp_path / "data2", "--out", tmp_path / "data3")
+    mlet("predict", tmp_path / "run", "--data", tmp_path / "data3", "--out", tmp_path / "expected.parquet")
+    expected = pq.read_table(tmp_path / "expected.parquet")
+    assert expected.column_names == ["row", "label", "logit", "probability", "weight"]
+    assert len(set(expected["logit"].to_pylist())) > 200
+    labelled = scores(tmp_path, tmp_path / "run", raw)
+    assert labelled.equals(expected.drop(["weight"]))
+    bare = _table(tmp_path / "bare.csv", 300, without=("clicked", "importance", "city"))
+    unlabelled = scores(tmp_path, tmp_path / "export", bare)
+    assert unlabelled.column_names == ["row", "logit", "probability"]
+    assert unlabelled["logit"].equals(expected["logit"])
+    rules = json.loads((tmp_path / "export" / "preprocessing" / "preprocessing.json").read_text())
+    assert rules["columns"] == ["age", "price", "seen", "tags", "user"]
+    assert [each["name"] for each in rules["dense"] + rules["sparse"]] == rules["columns"]
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(raw.read_text().replace("price", "cost", 1))
+    command = ("predict", tmp_path / "run", "--data", renamed, "--out", tmp_path / "x.parquet")
+    assert error_line(*command).startswith(
+        f"mlet: error: {renamed}: line 1: the header has no column 'price'; it has cl"
+    )

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -21,24 +21,27 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.embeddings import (
     LazyAdam,
-    MultiLayerEmbeddingBagCollection,
     MultiLayerEmbeddingBagCollectionSharder,
     MultiLayerEmbeddingBagConfig,
+    MultiLayerEmbeddingCollection,
+    MultiLayerEmbeddingCollectionSharder,
     ShardedMultiLayerEmbeddingBagCollection,
 )
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.exchange_choice import ExchangeChoice
 from tests.helpers.dense_reference import Bags, Table, toy_loss
 from tests.helpers.ranks import full_tensor, rank_device
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+_Tables = TypeVar("_Tables", bound=MultiLayerTables)
 _SGD, _ADAGRAD = torch.optim.SGD, torch.optim.Adagrad
 _FUSED = dict(zip(OPTIMIZERS, (_SGD, _ADAGRAD, RowWiseAdagrad, Adam), strict=True))
 _ROWS = dict(zip(OPTIMIZERS, (_SGD, _ADAGRAD, RowWiseAdagrad, LazyAdam), strict=True))
 _DENSE = dict(zip(OPTIMIZERS, (_SGD, _ADAGRAD, _ADAGRAD, torch.optim.Adam), strict=True))
 
 
-def make_positive(module: MultiLayerEmbeddingBagCollection) -> MultiLayerEmbeddingBagCollection:
+def make_positive(module: _Tables) -> _Tables:
     """Make a module's weights positive, so that no gradient of ``toy_loss`` cancels, and return it."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -46,7 +49,7 @@ def make_positive(module: MultiLayerEmbeddingBagCollection) -> MultiLayerEmbeddi
     return module
 
 
-def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
+def dense_tables(module: MultiLayerTables) -> list[Table]:
     """Return the tables of an unsharded module for the dense reference."""
     state = module.state_dict()
     orders = {table.name: none_throws(table.row_order) for table in module.row_tables()}
@@ -56,12 +59,12 @@ def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
         if name not in stored:
             return Table(name, torch.zeros(rows, 0), None, "sum", [])
         where, segment = stored[name]
-        by_id = orders[where].from_stored(state[f"embedding_bags.{where}.weight"])
+        by_id = orders[where].from_stored(state[f"{module.rows_name}.{where}.weight"])
         of_segment = by_id[segment.offset : segment.offset + segment.rows]
         return Table(name, of_segment, state.get(f"projections.{name}.weight"), "sum", [])
 
     found = []
-    for table in module.embedding_bag_configs():
+    for table in module.table_configs():
         if table.row_ranges is None:
             whole = part(table.name, table.num_embeddings)
         else:
@@ -73,7 +76,7 @@ def dense_tables(module: MultiLayerEmbeddingBagCollection) -> list[Table]:
 
 
 def shard(
-    embeddings: MultiLayerEmbeddingBagCollection,
+    embeddings: MultiLayerTables,
     optimizer: str = "sgd",
     rate: float = 0.05,
     exchange: ExchangeChoice = "after",
@@ -87,15 +90,18 @@ def shard(
     ``kernels`` are the compute kernels that the planner may use.
     """
     arguments = {"lr": rate, **_eps(optimizer)}
-    apply_optimizer_in_backward(_FUSED[optimizer], embeddings.embedding_bags.parameters(), arguments)
-    sharders = [MultiLayerEmbeddingBagCollectionSharder(exchange=exchange, qcomm_codecs_registry=codecs)]
+    rows = [embeddings.row_weight(table.name) for table in embeddings.row_tables()]
+    apply_optimizer_in_backward(_FUSED[optimizer], rows, arguments)
+    sequences = isinstance(embeddings, MultiLayerEmbeddingCollection)
+    kind = MultiLayerEmbeddingCollectionSharder if sequences else MultiLayerEmbeddingBagCollectionSharder
+    sharders = [kind(exchange="auto" if sequences else exchange, qcomm_codecs_registry=codecs)]
     model = around(embeddings)
     plan = planner(embeddings, sharding_types, kernels).collective_plan(model, sharders, dist.group.WORLD)
     return DistributedModelParallel(model, device=rank_device(), plan=plan, sharders=sharders)
 
 
 def planner(
-    embeddings: EmbeddingBagCollection,
+    embeddings: EmbeddingBagCollection | MultiLayerTables,
     sharding_types: Mapping[str, str] = MappingProxyType({}),
     kernels: Sequence[str] = (),
 ) -> EmbeddingShardingPlanner:
@@ -109,7 +115,9 @@ def planner(
         table.name: ParameterConstraints(
             sharding_types=[sharding_types.get(table.name, "row_wise")], compute_kernels=list(kernels)
         )
-        for table in getattr(embeddings, "row_tables", embeddings.embedding_bag_configs)()
+        for table in (
+            embeddings.row_tables() if isinstance(embeddings, MultiLayerTables) else embeddings.embedding_bag_configs()
+        )
     }
     return EmbeddingShardingPlanner(topology=topology, constraints=constraints)
 
@@ -157,7 +165,7 @@ def row_tables_of(model: torch.nn.Module) -> list[MultiLayerEmbeddingBagConfig]:
     return [table for each in sharded for table in each._row_tables]
 
 
-def unsharded_weights(module: MultiLayerEmbeddingBagCollection) -> dict[str, torch.Tensor]:
+def unsharded_weights(module: MultiLayerTables) -> dict[str, torch.Tensor]:
     """Return the state dict of an unsharded collection with the rows of W1 by id."""
     return weights_by_id(module.state_dict(), module.row_tables())
 
@@ -169,8 +177,8 @@ def weights_by_id(
     found = dict(state)
     for table in tables:
         if table.row_order is not None:
-            suffix = f"embedding_bags.{table.name}.weight"
-            (name,) = (each for each in state if each == suffix or each.endswith(f".{suffix}"))
+            suffixes = tuple(f"{rows}.{table.name}.weight" for rows in ("embedding_bags", "embeddings"))
+            (name,) = (each for each in state if f".{each}".endswith(tuple(f".{suffix}" for suffix in suffixes)))
             found[name] = table.row_order.from_stored(found[name])
     return found
 

@@ -19,7 +19,7 @@ from mlet_dist.models.builder import import_builder
 from mlet_dist.models.network_check import check_network
 from mlet_dist.models.network_cost import dense_cost
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.models.tables import tables_prefix
+from mlet_dist.models.tables import table_prefixes
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 OWN = "tests.helpers.own_networks"
@@ -49,7 +49,7 @@ def test_the_tables_may_have_any_name_in_the_module() -> None:
         assert "ebc.embedding_bags.C2.weight" in model.state_dict()
     layout = replace(layout_of(spec), form="mixed")
     mixed = build_of_layout(spec, layout, ENCODINGS["int8"])
-    assert tables_prefix(mixed) == "ebc."
+    assert table_prefixes(mixed) == ("ebc.",)
     assert {"ebc.embedding_bags.C1.weight", "ebc.embedding_bags.C2.weight"} <= set(table_tensors(mixed))
     dense = {name: each for name, each in served[0].state_dict().items() if not name.startswith("ebc.")}
     assert all(torch.equal(served[1].state_dict()[name], each) for name, each in dense.items())

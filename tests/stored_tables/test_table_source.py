@@ -26,7 +26,7 @@ def table(tmp_path: Path) -> TableSource:
     dcp.save(state, checkpoint_id=path, no_dist=True)
     found = Checkpoint.at(str(path))
     assert found is not None
-    return open_table("t", (ROWS, D), None, DcpFiles(path, found.open), "", TABLES_PREFIX)
+    return open_table("t", (ROWS, D), None, DcpFiles(path, found.open), "", f"{TABLES_PREFIX}embedding_bags.t.weight")
 
 
 @pytest.mark.parametrize("most_rows", [1, 7, 1 << 16])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torchrec.distributed.planner.types import ParameterConstraints
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
 from mlet_dist.embeddings.planning.cost_model import Device, step_time
 from mlet_dist.embeddings.planning.plan_cost import Ranks, table_cost
 from mlet_dist.embeddings.planning.step_collectives import latency
@@ -16,7 +16,7 @@ from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectio
 
 
 def sharding_reasons(
-    module: MultiLayerEmbeddingBagCollection,
+    module: MultiLayerTables,
     tables: Mapping[str, tuple[TableCost, Sequence[int]]],
     requested: Mapping[str, ParameterConstraints],
     constraints: Mapping[str, ParameterConstraints],
@@ -36,12 +36,12 @@ def sharding_reasons(
         device: hardware of a rank.
     """
     found = {}
-    groups = [(cost.sharding_type, cost.exchange) for cost, _ in tables.values()]
+    groups = [cost.group for cost, _ in tables.values()]
     waiting = latency(groups, ranks.world_size, ranks.local_world_size, device.collectives)
     for table in module.row_tables():
         chosen = tables[table.name][0]
         types = constraints[table.name].sharding_types or []
-        rows = module.embedding_bags[table.name].weight
+        rows = module.row_weight(table.name)
         others = [
             table_cost(table, rows, sharder, ranks, kind, chosen.kernel)
             for kind in types
@@ -51,7 +51,7 @@ def sharding_reasons(
         if others:
             added = {
                 cost.sharding_type: latency(
-                    [*groups, (cost.sharding_type, cost.exchange)],
+                    [*groups, cost.group],
                     ranks.world_size,
                     ranks.local_world_size,
                     device.collectives,

@@ -9,9 +9,9 @@ import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.types import CacheParams, ParameterSharding
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
 from mlet_dist.embeddings.planning.cost_model import (
     FLOAT,
     RESERVED_SHARE,
@@ -132,11 +132,12 @@ def table_cost(
         num_projections=max(1, len(table.segments)),
         pooled=bool(table.segments),
         slot_map_bytes=BYTES_PER_ROW * table.moving_rows,
+        sequences=table.pooling == PoolingType.NONE,
     )
 
 
 def table_costs(
-    module: MultiLayerEmbeddingBagCollection,
+    module: MultiLayerTables,
     params: dict[str, ParameterSharding],
     sharder: MultiLayerEmbeddingBagCollectionSharder,
     ranks: Ranks,
@@ -151,7 +152,7 @@ def table_costs(
             rows[shard.placement.rank()] += shard.shard_sizes[0]
         cost = table_cost(
             table,
-            module.embedding_bags[table.name].weight,
+            module.row_weight(table.name),
             sharder,
             ranks,
             sharding.sharding_type,
@@ -253,7 +254,7 @@ def slowest_step(tables: Tables, dense: DenseCost, device: Device, busiest: floa
         busiest: the work of the busiest owner of unique rows over that of an average one; 1 if owners are even, or if
             it is not known.
     """
-    groups = [(cost.sharding_type, cost.exchange) for cost, _ in tables.values()]
+    groups = [cost.group for cost, _ in tables.values()]
     waiting = latency(groups, dense.world_size, dense.local_world_size, device.collectives)
     host_work = device.host_step + len(tables) * device.host_table
     uneven = total_step(cost.owner_step() for cost, _ in tables.values() if cost.exchange == "unique_rows")

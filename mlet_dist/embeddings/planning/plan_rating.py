@@ -7,8 +7,9 @@ from typing import Any
 from torchrec.distributed.planner.proposers import Proposer
 from torchrec.distributed.planner.types import Enumerator, PerfModel, ShardingOption, Topology
 from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import PoolingType
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
 from mlet_dist.embeddings.planning.collective_time import CollectiveTimes
 from mlet_dist.embeddings.planning.step_collectives import Group, latency
 from mlet_dist.embeddings.sharded.sharder import MultiLayerEmbeddingBagCollectionSharder
@@ -41,15 +42,16 @@ class Groups:
 
     def of(self, option: ShardingOption) -> Group:
         """Return the group of a table's option."""
-        kind = option.sharding_type
+        kind, table = option.sharding_type, self._tables[option.name]
+        sequences = table.pooling == PoolingType.NONE
         if kind == _DATA_PARALLEL:
-            return kind, None
-        table = self._tables[option.name]
-        return kind, self._sharder.exchange_for(table, kind, self._world_size, on_cpu=self._on_cpu)[0]
+            return kind, None, sequences
+        exchange, _ = self._sharder.exchange_for(table, kind, self._world_size, on_cpu=self._on_cpu)
+        return kind, exchange, sequences
 
     def latency(self, options: Sequence[ShardingOption]) -> float:
         """Return the milliseconds that the collectives of a plan take without their bytes."""
-        own = [each for each in options if isinstance(each.module[1], MultiLayerEmbeddingBagCollection)]
+        own = [each for each in options if isinstance(each.module[1], MultiLayerTables)]
         if not own:
             return 0.0
         groups = {self.of(option) for option in own}

@@ -16,7 +16,7 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.planner.types import Perf, ShardEstimator, ShardingOption, Storage, StorageReservation
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
 from mlet_dist.embeddings.planning.cost_model import (
     RESERVED_SHARE,
     Device,
@@ -106,7 +106,7 @@ class _Estimator(ShardEstimator):
         tables: dict[int, dict[str, MultiLayerEmbeddingBagConfig]] = {}
         for option in sharding_options:
             module = option.module[1]
-            if not isinstance(module, MultiLayerEmbeddingBagCollection):
+            if not isinstance(module, MultiLayerTables):
                 others.append(option)
                 continue
             if id(module) not in tables:
@@ -214,7 +214,7 @@ class ReplicatedStorageReservation(StorageReservation):
         """Return a topology with the memory that remains for tables."""
         taken = self._dense_bytes
         for each in module.modules():
-            if isinstance(each, MultiLayerEmbeddingBagCollection):
+            if isinstance(each, MultiLayerTables):
                 taken += requester_memory(each, self._sharder, Ranks.of(topology)).total
         self._reserved = copy.deepcopy(topology)
         for device in self._reserved.devices:
@@ -232,11 +232,11 @@ class ReplicatedStorageReservation(StorageReservation):
 
 
 def requester_memory(
-    module: MultiLayerEmbeddingBagCollection, sharder: MultiLayerEmbeddingBagCollectionSharder, ranks: Ranks
+    module: MultiLayerTables, sharder: MultiLayerEmbeddingBagCollectionSharder, ranks: Ranks
 ) -> Memory:
     """Return the memory of W2 and of a batch's vectors, which every rank needs wherever the rows are."""
     return total_memory(
-        table_cost(table, module.embedding_bags[table.name].weight, sharder, ranks).requester_memory()
+        table_cost(table, module.row_weight(table.name), sharder, ranks).requester_memory()
         for table in module.row_tables()
     )
 

@@ -13,7 +13,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, PartitionByType, ShardingOption
 from torchrec.distributed.types import ModuleSharder
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
 from mlet_dist.embeddings.planning.cost_model import FLOAT
 from mlet_dist.embeddings.planning.plan_cost import Ranks, has_enough_rows
 from mlet_dist.embeddings.planning.plan_rating import Groups, added_latency
@@ -169,7 +169,7 @@ class PruningEnumerator(EmbeddingEnumerator):
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
         """Return the remaining options, with their estimates."""
         found = super().enumerate(module, sharders)
-        own = [each for each in found if isinstance(each.module[1], MultiLayerEmbeddingBagCollection)]
+        own = [each for each in found if isinstance(each.module[1], MultiLayerTables)]
         added = added_latency(own, self._groups)
         dropped = {id(each) for each in own} - {id(each) for each in prune_options(own, self._launch, added)}
         return [each for each in found if id(each) not in dropped]

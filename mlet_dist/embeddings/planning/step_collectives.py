@@ -17,8 +17,8 @@ from mlet_dist.embeddings.sharded.exchange_choice import Exchange
 Scope = Literal["all", "node", "cross"]
 """The ranks of a process group: all, those of a node, or one of each node."""
 
-Group = tuple[str, Exchange | None]
-"""Tables that share their collectives: a sharding type and an exchange."""
+Group = tuple[str, Exchange | None, bool]
+"""Tables that share their collectives: a sharding type, an exchange, and whether they are tables of sequences."""
 
 _TABLE_WISE, _TABLE_ROW_WISE = ShardingType.TABLE_WISE.value, ShardingType.TABLE_ROW_WISE.value
 _DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
@@ -64,11 +64,12 @@ def step_collectives(groups: Iterable[Group], world_size: int, local_world_size:
     # The all-reduce of gradients, and a small one by which ranks agree on what happens next.
     counts: Counter[tuple[Collective, Scope]] = Counter({("all_reduce", "all"): 2})
     for group in distinct:
-        counts.update(own_collectives(*group))
-    if any(kind != _DATA_PARALLEL and exchange != "unique_rows" for kind, exchange in distinct):
+        counts.update(own_collectives(*group[:2]))
+    if any(kind != _DATA_PARALLEL and exchange != "unique_rows" for kind, exchange, _ in distinct):
         counts["all_to_all", "all"] += 1  # the sizes of TorchRec's inputs
-    if not any(exchange == "unique_rows" for _, exchange in distinct):
-        counts["all_reduce", "all"] += 1  # the check of the batch, which otherwise travels with the counts
+    for collection in {sequences for *_, sequences in distinct}:
+        if ("unique_rows", collection) not in {(exchange, sequences) for _, exchange, sequences in distinct}:
+            counts["all_reduce", "all"] += 1  # the check of the batch, which otherwise travels with the counts
     nodes = -(-world_size // local_world_size)
     sizes = {"all": (world_size, nodes), "node": (min(local_world_size, world_size), 1), "cross": (nodes, nodes)}
     return [StepCollectives(kind, scope, *sizes[scope], count) for (kind, scope), count in sorted(counts.items())]

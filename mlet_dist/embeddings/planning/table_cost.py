@@ -24,6 +24,7 @@ from mlet_dist.embeddings.planning.cost_model import (
     replicated_bytes,
     row_state_bytes,
 )
+from mlet_dist.embeddings.planning.step_collectives import Group
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange, TableTraffic
 from mlet_dist.embeddings.sharded.row_lookup import PADDED_BYTES
 
@@ -63,6 +64,7 @@ class TableCost:
         distinct_of_all: the distinct ids of all ranks' batches together, if they were measured.
         num_projections: how many W2 a projected table has; a pool has one for each of its row ranges.
         pooled: whether it is a pool of row ranges.
+        sequences: whether the vectors of its ids are not pooled.
         slot_map_bytes: for one of the pools of adaptive tables, the bytes of slots and utilities on all ranks together.
     """
 
@@ -85,11 +87,17 @@ class TableCost:
     num_projections: int = 1
     pooled: bool = False
     slot_map_bytes: int = 0
+    sequences: bool = False
 
     @property
     def num_owners(self) -> int:
         """H, the number of ranks that own rows of the table."""
         return {TABLE_WISE: 1, TABLE_ROW_WISE: self._local}.get(self.sharding_type, self.world_size)
+
+    @property
+    def group(self) -> Group:
+        """The tables with which it shares its collectives."""
+        return self.sharding_type, self.exchange, self.sequences
 
     def memory(self, rows: int) -> Memory:
         """Return the memory of a rank that owns ``rows`` rows, possibly 0, in both roles."""
@@ -119,7 +127,9 @@ class TableCost:
         """Return the memory that every rank needs wherever the rows are: W2 and the vectors of its batch."""
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
         bags = traffic.local_batch_size * traffic.num_features
-        buffers = FLOAT * bags * (2 * d if self.projected else d) + INDEX * bags * traffic.pooling_factor
+        ids = bags * traffic.pooling_factor
+        vectors = 2 * ids * d if self.sequences else bags * (2 * d if self.projected else d)
+        buffers = FLOAT * vectors + INDEX * ids
         if self.exchange == "after" and self.world_size > 1:
             buffers += FLOAT * 2 * bags * k
         weights = replicated_bytes(k * d * self.num_projections, self.optimizer) if self.projected else 0

@@ -4,10 +4,12 @@ Modules:
 
 - ``sharder``: chooses exchanges, adapts TorchRec's plan and builds the sharded module.
 - ``module``: the sharded module, which looks up W1, exchanges vectors and applies W2.
+- ``sequence_module``: that of sequences, whose rows are not pooled.
 - ``exchange_choice``: the exchanges of each sharding type, and the choice between them.
 - ``placement``: checks of a table's plan and changes to it.
 - ``pooled``: exchanges of pooled vectors (reduce-scatter, all-to-all), and mean pooling.
 - ``unique_rows``: the exchange of distinct rows (unique_rows).
+- ``row_shardings``: the shardings that use it, of bags and of sequences.
 - ``row_index``: from ids to their owner ranks, and on an owner rank to rows of its tables.
 - ``row_lookup``: unpooled lookup of distinct rows for unique_rows; ``table_pool``: of several tables as one, on a CPU.
 - ``flat_rows``: rows of several widths in one buffer.

@@ -12,7 +12,7 @@ from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.types import ShardingEnv
 from torchrec.distributed.utils import none_throws
 
-from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection, projection_weights
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables, projection_weights
 from mlet_dist.embeddings.sharded.row_index import SlotIndex
 from mlet_dist.embeddings.sharded.slot_map import PoolTensors, SlotMap
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsInputDist
@@ -23,11 +23,9 @@ _SLOTS = "row_slots"
 """The prefix of the slots and utilities of adaptive rows in the state dict."""
 
 
-def build_slot_map(
-    module: MultiLayerEmbeddingBagCollection, env: ShardingEnv, device: torch.device | None
-) -> SlotMap | None:
+def build_slot_map(module: MultiLayerTables, env: ShardingEnv, device: torch.device | None) -> SlotMap | None:
     """Return the slots of this rank's rows of adaptive tables, if the collection has any."""
-    ranged = [table for table in module.embedding_bag_configs() if table.row_ranges is not None]
+    ranged = [table for table in module.table_configs() if table.row_ranges is not None]
     if module.adaptive is None or not ranged:
         return None
     return SlotMap(

@@ -8,7 +8,7 @@ part of ``output_dist``. The output is a KeyedTensor with values ``(b, sum of d)
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed as dist
@@ -32,15 +32,15 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embed
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from mlet_dist.embeddings.collection import (
-    MultiLayerEmbeddingBagCollection,
+from mlet_dist.embeddings.collection import by_key
+from mlet_dist.embeddings.initializers import LeftUndrawn, StoredRowInitializer
+from mlet_dist.embeddings.input_check import smallest_tables
+from mlet_dist.embeddings.multi_layer_tables import (
+    MultiLayerTables,
     build_projections,
-    by_key,
     check_loaded_shapes,
     projection_weights,
 )
-from mlet_dist.embeddings.initializers import LeftUndrawn, StoredRowInitializer
-from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.projection import project
 from mlet_dist.embeddings.row_ranges import segments_of
 from mlet_dist.embeddings.sharded.adaptive_tables import AdaptiveTables, build_slot_map, locate_rows
@@ -61,8 +61,9 @@ from mlet_dist.embeddings.sharded.pooled import (
     mean_keys,
     normalize_by_bag_size,
 )
+from mlet_dist.embeddings.sharded.row_shardings import DistinctRowsSharding, UniqueRowsSharding
 from mlet_dist.embeddings.sharded.stored_ids import look_up_stored
-from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist, UniqueRowsSharding
+from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsContext, UniqueRowsInputDist
 from mlet_dist.embeddings.slot_initializer import SlotInitializer
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
@@ -90,7 +91,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         table_name_to_parameter_sharding: TorchRec's plan of the module.
         env: TorchRec's sharding environment.
         device: device of the shards.
-        exchanges: exchange by table, for tables that are not data_parallel; ``after`` if missing.
+        exchanges: exchange by table; ``after`` if missing. Of data_parallel tables only those that are not pooled have
+            one, unique_rows, in which a rank requests its own rows.
         expected_rows: by unique_rows table, the expected number of distinct rows that a global batch requests from one
             rank.
         **torchrec_arguments: arguments of TorchRec's sharded collection.
@@ -99,9 +101,19 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         ValueError: the row width of a table is not a multiple of 4.
     """
 
+    # By sharding type and exchange; combinations that are missing here use TorchRec's own shardings.
+    shardings: ClassVar[Mapping[tuple[str, Exchange], Callable[..., EmbeddingSharding]]] = {
+        (ShardingType.ROW_WISE.value, "after"): PaddedRowWiseSharding,
+        (ShardingType.ROW_WISE.value, "reduce_scatter"): ReduceScatterSharding,
+        (ShardingType.ROW_WISE.value, "unique_rows"): UniqueRowsSharding,
+        (ShardingType.TABLE_ROW_WISE.value, "after"): PaddedTableRowWiseSharding,
+        (ShardingType.TABLE_ROW_WISE.value, "reduce_scatter"): NodeReduceSharding,
+        (ShardingType.TABLE_WISE.value, "all_to_all"): AllToAllSharding,
+    }
+
     def __init__(
         self,
-        module: MultiLayerEmbeddingBagCollection,
+        module: MultiLayerTables,
         table_name_to_parameter_sharding: dict[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device | None = None,
@@ -109,7 +121,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         expected_rows: Mapping[str, float] | None = None,
         **torchrec_arguments: Any,
     ) -> None:
-        tables, row_tables = module.embedding_bag_configs(), module.row_tables()
+        tables, row_tables = module.table_configs(), module.row_tables()
         rows = module.rows()
         rows.exchanges = dict(exchanges or {})
         rows.expected_rows = dict(expected_rows or {})
@@ -149,15 +161,18 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for output_dist in self._output_dists:
             if isinstance(output_dist, ProjectingDist):
                 output_dist.projections_of = self._projections_of
-        unique_rows = [each for each in self._embedding_shardings if isinstance(each, UniqueRowsSharding)]
-        self._checker = self._build_checker(tables, codes_exchanged=bool(unique_rows))
-        for sharding in unique_rows:
-            sharding.checker = self._checker
+        shardings = self._embedding_shardings
+        self._checker = self._build_checker(
+            tables, codes_exchanged=any(isinstance(each, UniqueRowsSharding) for each in shardings)
+        )
+        for sharding in shardings:
+            if isinstance(sharding, DistinctRowsSharding):
+                sharding.checker = self._checker
         self._mean_keys = mean_keys(tables)
         self._projected_before = {
             segment.name
             for table, exchange in self._exchanges.items()
-            if exchange != "after"
+            if exchange != "after" and not self._is_replicated(table)
             for segment in rows.segments[table]
         }
         self._combined_weights: dict[str, torch.Tensor] = {}
@@ -181,7 +196,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 config.init_fn.fill(weight, first_row(sharding, self._env.rank))
                 continue
             config.init_fn(weight)
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+            if self._is_replicated(config.name):
                 dist.broadcast(weight.data, group=self._env.process_group, group_src=0)
 
     def create_context(self) -> CheckedContext:
@@ -305,8 +320,8 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             if exchange != "after"
         ] + [
             (table, "a data_parallel table does not support on a CPU")
-            for table, sharding in self.module_sharding_plan.items()
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value and device.type == "cpu"
+            for table in self.module_sharding_plan
+            if self._is_replicated(table) and device.type == "cpu"
         ]
         return BatchChecker(
             limits,
@@ -330,11 +345,10 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         return pooled
 
     def _replicated_rows(self) -> list[torch.Tensor]:
-        return [
-            self.embedding_bags[name].weight
-            for name, sharding in self.module_sharding_plan.items()
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
-        ]
+        return [self.embedding_bags[name].weight for name in self.module_sharding_plan if self._is_replicated(name)]
+
+    def _is_replicated(self, table: str) -> bool:
+        return self.module_sharding_plan[table].sharding_type == ShardingType.DATA_PARALLEL.value
 
     def _combine_weights(self) -> None:
         # Called once per forward pass, for all exchanges together, so that backward has a single all-reduce.
@@ -389,7 +403,7 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         """Build the sharding of one group from its sharding type and exchange."""
         first = sharding_infos[0]
         exchange = first.exchange if isinstance(first, ExchangedShardingInfo) else "after"
-        kind = _SHARDINGS.get((first.param_sharding.sharding_type, exchange))
+        kind = cls.shardings.get((first.param_sharding.sharding_type, exchange))
         if kind is None:
             return super().create_embedding_bag_sharding(
                 sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
@@ -414,17 +428,6 @@ def _served_features(
             for feature, key in zip(table.feature_names, keys, strict=True)
         )
     return found
-
-
-# Combinations that are missing here use TorchRec's own shardings.
-_SHARDINGS: dict[tuple[str, Exchange], Callable[..., EmbeddingSharding]] = {
-    (ShardingType.ROW_WISE.value, "after"): PaddedRowWiseSharding,
-    (ShardingType.ROW_WISE.value, "reduce_scatter"): ReduceScatterSharding,
-    (ShardingType.ROW_WISE.value, "unique_rows"): UniqueRowsSharding,
-    (ShardingType.TABLE_ROW_WISE.value, "after"): PaddedTableRowWiseSharding,
-    (ShardingType.TABLE_ROW_WISE.value, "reduce_scatter"): NodeReduceSharding,
-    (ShardingType.TABLE_WISE.value, "all_to_all"): AllToAllSharding,
-}
 
 
 def _raise_input_error(ctx: CheckedContext) -> None:

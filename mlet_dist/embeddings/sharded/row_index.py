@@ -109,7 +109,6 @@ class RangeIndex(RowIndex):
     """The index of rows that stay where they are.
 
     Args:
-        process_group: the ranks.
         tables: names of the T tables that store rows, in the order of the lookup.
         segments: the segments of each of them, in the order of its parts.
         num_embeddings: rows of each.
@@ -120,7 +119,6 @@ class RangeIndex(RowIndex):
 
     def __init__(
         self,
-        process_group: dist.ProcessGroup,
         tables: list[str],
         segments: list[tuple[Segment, ...]],
         num_embeddings: list[int],
@@ -129,7 +127,7 @@ class RangeIndex(RowIndex):
         device: torch.device,
     ) -> None:
         constant = partial(torch.tensor, dtype=torch.int64, device=device)
-        self._world_size = dist.get_world_size(process_group)
+        self._world_size = len(ranks[0])
         self._tables = tables
         self.device, self.num_features = device, len(served)
         blocks = [-(-rows // self._world_size) for rows in num_embeddings]
@@ -265,6 +263,11 @@ class SlotIndex(RowIndex):
         located = self.slots.locate(routing.local_rows)
         routing.rows_per_segment, routing.rows_with_slot = located.rows_per_segment, located.rows
         return one_bag_per_table(self._pools, torch.cat(located.pools), [len(each) for each in located.pools])
+
+
+def num_owners(process_group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks that share the rows of tables: those of a process group, or one, if each has all."""
+    return 1 if process_group is None else dist.get_world_size(process_group)
 
 
 def one_bag_per_table(tables: list[str], rows: torch.Tensor, counts: list[int]) -> KeyedJaggedTensor:

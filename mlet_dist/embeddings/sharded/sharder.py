@@ -5,13 +5,18 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import nn
 from torchrec.distributed.comm import get_topology_group_world_size
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingEnv2D, ShardingType
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim import Adam
 
 from mlet_dist.embeddings.collection import MultiLayerEmbeddingBagCollection
+from mlet_dist.embeddings.multi_layer_tables import MultiLayerTables
+from mlet_dist.embeddings.row_ranges import segments_of
+from mlet_dist.embeddings.sequence_collection import MultiLayerEmbeddingCollection
 from mlet_dist.embeddings.sharded.collectives import codecs_of, value_bytes
 from mlet_dist.embeddings.sharded.exchange_choice import (
     COMM_OPS,
@@ -36,6 +41,7 @@ from mlet_dist.embeddings.sharded.placement import (
     stagger_blocks,
     use_dense_kernels,
 )
+from mlet_dist.embeddings.sharded.sequence_module import ShardedMultiLayerEmbeddingCollection
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 
 
@@ -93,7 +99,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
     def shard(
         self,
-        module: MultiLayerEmbeddingBagCollection,
+        module: MultiLayerTables,
         params: dict[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device | None = None,
@@ -121,14 +127,19 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             on_cpu=device is not None and device.type == "cpu",
             stagger=not env.output_dtensor,  # a DTensor assumes that rank r has the r-th block
         )
+        exchanges = {name: self.chosen[name][0] for name in traffic}
+        expected = {name: each.distinct_ids(env.world_size) / env.world_size for name, each in traffic.items()}
+        for table in module.row_tables():
+            if table.pooling == PoolingType.NONE and table.name not in traffic:  # replicated
+                exchanges[table.name], expected[table.name] = "unique_rows", self.traffic(table).distinct_ids()
         order = getattr(self, "_sharded_module_order_overwrite", None)  # TorchRec 1.8 has it, 1.6 does not
-        return ShardedMultiLayerEmbeddingBagCollection(
+        return self.sharded_module_type(
             module=module,
             table_name_to_parameter_sharding=params,
             env=env,
             device=device,
-            exchanges={name: self.chosen[name][0] for name in traffic},
-            expected_rows={name: each.distinct_ids(env.world_size) / env.world_size for name, each in traffic.items()},
+            exchanges=exchanges,
+            expected_rows=expected,
             fused_params=self.fused_params,
             qcomm_codecs_registry=self.qcomm_codecs_registry,
             module_fqn=module_fqn,
@@ -137,7 +148,7 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
     def finalize_plan(
         self,
-        module: MultiLayerEmbeddingBagCollection,
+        module: MultiLayerTables,
         params: dict[str, ParameterSharding],
         world_size: int,
         *,
@@ -177,47 +188,49 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
             staggered = [name for name, (exchange, _) in chosen.items() if exchange == "unique_rows"]
             stagger_blocks([params[name] for name in staggered if not tables[name].num_buckets])
         if on_cpu:
-            use_dense_kernels([params[name] for name in chosen if _is_adam(module.embedding_bags[name].weight)])
+            use_dense_kernels([params[name] for name in chosen if _is_adam(module.row_weight(name))])
         for name, table in tables.items():
             if table.num_buckets:
                 place_buckets(table, params[name])
-                check_moving_rows(table, params[name], _optimizers(module.embedding_bags[name].weight))
+                check_moving_rows(table, params[name], _optimizers(module.row_weight(name)))
             check_rows_dtype(table, params[name])
             if params[name].compute_kernel != EmbeddingComputeKernel.FUSED_UVM_CACHING.value:
                 params[name].cache_params = None
         return {name: self.traffic(tables[name]) for name in chosen}
 
     def requested_exchange(self, table: MultiLayerEmbeddingBagConfig) -> ExchangeChoice:
-        """Return the exchange that the user requested for a table; a pool of row ranges needs unique_rows.
+        """Return the exchange that the user requested for a table.
+
+        A pool of row ranges needs unique_rows, and so does a table whose rows are not pooled.
 
         Raises:
-            ValueError: another exchange was requested for a table with row ranges.
+            ValueError: another exchange was requested for such a table.
         """
 
         def requested(name: str) -> ExchangeChoice:
             return self._exchange if isinstance(self._exchange, str) else self._exchange.get(name, "auto")
 
-        if not table.segments:
+        if not table.segments and table.pooling != PoolingType.NONE:
             return requested(table.name)
-        for name in dict.fromkeys(segment.table for segment in table.segments):
-            self._check_pooled(name, requested(name))
+        what = "has row ranges, whose vectors" if table.segments else "is not pooled, and its rows"
+        for name in dict.fromkeys(segment.table for segment in segments_of([table])):
+            if (found := requested(name)) not in ("auto", "unique_rows"):
+                raise ValueError(
+                    f"table {name!r} {what} only exchange unique_rows brings together; {found!r} is requested: use "
+                    "'auto' or 'unique_rows'"
+                )
         return "unique_rows"
-
-    @staticmethod
-    def _check_pooled(name: str, found: ExchangeChoice) -> None:
-        if found not in ("auto", "unique_rows"):
-            raise ValueError(
-                f"table {name!r} has row ranges, whose vectors only exchange unique_rows brings together; {found!r} is "
-                "requested: use 'auto' or 'unique_rows'"
-            )
 
     def exchange_for(
         self, table: MultiLayerEmbeddingBagConfig, sharding_type: str, world_size: int, *, on_cpu: bool
     ) -> tuple[Exchange, str]:
         """Return the exchange of a table under a sharding type, and the reason in a few words."""
+        requested = self.requested_exchange(table)
+        if table.pooling == PoolingType.NONE:
+            return "unique_rows", "vectors that are not pooled travel once for each distinct id"
         sizes = {each: value_bytes(codecs_of(self.qcomm_codecs_registry, COMM_OPS[each])) for each in EXCHANGES}
         return choose_exchange(
-            self.requested_exchange(table),
+            requested,
             sharding_type,
             self.traffic(table),
             world_size,
@@ -249,13 +262,49 @@ class MultiLayerEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         fused = [EmbeddingComputeKernel.FUSED.value]
         return fused if compute_device_type == "cpu" else [*fused, *HOST_KERNELS]
 
+    def of_sequences(self) -> "MultiLayerEmbeddingCollectionSharder":
+        """Return the sharder of a model's tables of sequences with the same settings and the same ``chosen``."""
+        found = MultiLayerEmbeddingCollectionSharder(
+            self.fused_params,
+            self.qcomm_codecs_registry,
+            exchange=self._exchange,
+            pooling_factors=self._pooling_factors,
+            local_batch_size=self.local_batch_size,
+        )
+        found.chosen = self.chosen
+        return found
+
+    def shardable_parameters(self, module: MultiLayerTables) -> dict[str, nn.Parameter]:
+        """Return the W1 of each table that stores rows."""
+        return {table.name: module.row_weight(table.name) for table in module.row_tables()}
+
     @property
-    def module_type(self) -> type[MultiLayerEmbeddingBagCollection]:
+    def module_type(self) -> type[MultiLayerTables]:
         return MultiLayerEmbeddingBagCollection
 
     @property
     def sharded_module_type(self) -> type[ShardedMultiLayerEmbeddingBagCollection]:
         return ShardedMultiLayerEmbeddingBagCollection
+
+
+class MultiLayerEmbeddingCollectionSharder(MultiLayerEmbeddingBagCollectionSharder):
+    """Shards a MultiLayerEmbeddingCollection, whose rows are not pooled, as the other sharder shards the other one.
+
+    Tables are row_wise, with exchange ``unique_rows``, or data_parallel. ``pooling_factors`` are the average numbers of
+    ids of a sequence.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """Return row_wise and data_parallel."""
+        return [ShardingType.ROW_WISE.value, ShardingType.DATA_PARALLEL.value]
+
+    @property
+    def module_type(self) -> type[MultiLayerTables]:
+        return MultiLayerEmbeddingCollection
+
+    @property
+    def sharded_module_type(self) -> type[ShardedMultiLayerEmbeddingBagCollection]:
+        return ShardedMultiLayerEmbeddingCollection
 
 
 def _is_adam(rows: torch.Tensor) -> bool:

@@ -5,7 +5,8 @@ For a rank's batch of b rows and F features:
 1. The rank finds its distinct ids and sends them to their owner ranks (two all-to-alls: counts, then ids).
 2. Each owner rank merges the requests of all ranks to U distinct rows, looks them up ``(U, k)`` and projects them
    ``(U, d)``, so every requested row is read and projected once. k may differ by table, and by range of rows.
-3. The owner ranks send the vectors back (one all-to-all), and the requesting rank pools them: ``(b, sum of d)``.
+3. The owner ranks send the vectors back (one all-to-all), and the requesting rank pools them: ``(b, sum of d)``. For
+   sequences it puts them in the order of its N ids instead: ``(N, d)``.
 
 Backward sends the gradients of the vectors the opposite way. All tables share these four collectives, whatever their k
 and d. A single rank has nobody to exchange with and leaves them out.
@@ -27,29 +28,16 @@ from torchrec.distributed.embedding_sharding import (
     BaseSparseFeaturesDist,
     EmbeddingShardingContext,
 )
-from torchrec.distributed.embedding_types import (
-    BaseGroupedFeatureProcessor,
-    GroupedEmbeddingConfig,
-    ShardedEmbeddingTable,
-)
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
-from torchrec.distributed.types import Awaitable, NoWait, QuantizedCommCodecs, ShardingType
+from torchrec.distributed.types import Awaitable, NoWait, QuantizedCommCodecs
 from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
 from mlet_dist.embeddings.projection import project_tables
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
-from mlet_dist.embeddings.sharded.collectives import AllToAllRows, codecs_of
-from mlet_dist.embeddings.sharded.exchange_choice import COMM_OPS
+from mlet_dist.embeddings.sharded.collectives import AllToAllRows
 from mlet_dist.embeddings.sharded.flat_rows import FlatRows, sorted_distinct
-from mlet_dist.embeddings.sharded.placement import ranks_of_blocks
-from mlet_dist.embeddings.sharded.pooled import (
-    ExchangedDims,
-    ExchangedShardingInfo,
-    ProjectingDist,
-)
-from mlet_dist.embeddings.sharded.row_index import RangeIndex, Routing, RowIndex, SlotIndex
-from mlet_dist.embeddings.sharded.row_lookup import RowLookup, group_for_rows
+from mlet_dist.embeddings.sharded.pooled import ProjectingDist
+from mlet_dist.embeddings.sharded.row_index import Routing, RowIndex, num_owners
 from mlet_dist.embeddings.sharded.slot_map import SlotMap
 
 
@@ -67,125 +55,23 @@ class UniqueRowsContext(EmbeddingShardingContext):
                 tensor.record_stream(stream)
 
 
-class UniqueRowsSharding(ExchangedDims, RwPooledEmbeddingSharding):
-    """Row-wise sharding with the unique_rows exchange.
-
-    Attributes:
-        checker: checks the batches; the module sets it.
-    """
-
-    checker: BatchChecker
-
-    def __init__(self, sharding_infos: list[ExchangedShardingInfo], *args: Any, **kwargs: Any) -> None:
-        # Features with vectors of the same width are then next to each other, and are pooled together.
-        sharding_infos = sorted(sharding_infos, key=lambda info: info.exchanged_dim)
-        super().__init__(sharding_infos, *args, **kwargs)
-        expected = {info.embedding_config.name: info.expected_rows for info in sharding_infos}
-        self._segments = {info.embedding_config.name: info.segments for info in sharding_infos}
-        self._served = {info.embedding_config.name: info.served for info in sharding_infos}
-        self._slots = sharding_infos[0].slots
-        on_cuda = self._device.type == "cuda"
-        self._kernels = group_for_rows(
-            self._grouped_embedding_configs, expected, self._exchanged_dims, unpooled=on_cuda
-        )
-        self._flat_rows = FlatRows(sorted(set(self._exchanged_dims.values())), self._device)
-
-    def create_input_dist(self, device: torch.device | None = None) -> "UniqueRowsInputDist":
-        tables = self._tables()
-        served = [
-            each
-            for group in self._grouped_embedding_configs
-            for table in group.embedding_tables
-            for each in self._served[table.name]
-        ]
-        device = device or self._device
-        names = [table.name for table in tables]
-        index: RowIndex
-        if self._slots is not None:
-            widths = [pool.width for pool in self._slots.layout.pools]
-            pools = {table.name: widths.index(table.local_cols) for table in tables}
-            index = SlotIndex(self._pg, pools, self._slots, served, device)
-        else:
-            index = RangeIndex(
-                self._pg,
-                tables=names,
-                segments=[self._segments[name] for name in names],
-                num_embeddings=[table.num_embeddings for table in tables],
-                served=served,
-                ranks=[
-                    ranks_of_blocks(table.global_metadata.shards_metadata, table.num_embeddings) for table in tables
-                ],
-                device=device,
-            )
-        return UniqueRowsInputDist(self._pg, index, [self._exchanged_dims[name] for name in names], self.checker)
-
-    def create_lookup(
-        self,
-        device: torch.device | None = None,
-        fused_params: dict[str, Any] | None = None,
-        feature_processor: BaseGroupedFeatureProcessor | None = None,
-    ) -> RowLookup:
-        return RowLookup(
-            self._kernels,
-            device=device or self._device,
-            pg=self._pg,
-            sharding_type=ShardingType.ROW_WISE,
-            env=self._env,
-        )
-
-    def create_output_dist(self, device: torch.device | None = None) -> "UniqueRowsOutputDist":
-        segments = [(self._exchanged_dims[table.name], table) for table in self._tables()]
-        return UniqueRowsOutputDist(
-            self._pg,
-            self._flat_rows,
-            {
-                segment.name: (dim, table.local_cols)
-                for dim, table in segments
-                for segment in self._segments[table.name]
-            },
-            self.embedding_dims(),
-            codecs_of(self.qcomm_codecs_registry, COMM_OPS["unique_rows"]),
-            self._slots,
-            self._chunk_selections(),
-        )
-
-    def _chunk_selections(self) -> dict[str, torch.Tensor]:
-        """Return the columns of the identity that each chunk of a single-layer row has, by segment."""
-        if self._slots is None or self._slots.layout.num_chunks == 1:
-            return {}
-        found = {}
-        for table in self._tables():
-            identity = torch.eye(self._exchanged_dims[table.name], device=self._device)
-            for segment in self._segments[table.name]:
-                first = none_throws(segment.index) * table.local_cols
-                found[segment.name] = identity[first : first + table.local_cols]
-        return found
-
-    def _owners(self) -> list[list[GroupedEmbeddingConfig]]:
-        return [self._grouped_embedding_configs]
-
-    def _tables(self) -> list[ShardedEmbeddingTable]:
-        """Return the tables in the order of the lookup's rows, which is that of the widths of their vectors."""
-        return [table for kernel in self._kernels for table in kernel.embedding_tables]
-
-
 class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
     """Maps the ids of a rank's batch to the distinct rows requested from this rank, the input of the lookup.
 
     Args:
-        process_group: the ranks.
+        process_group: the ranks; None if every rank has all rows, so that nothing is exchanged.
         index: finds the owner ranks of ids, and the rows of the tables.
         dims: d of each table, ascending.
         checker: has checked the batch; the ranks' results are exchanged with the counts.
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup, index: RowIndex, dims: list[int], checker: BatchChecker
+        self, process_group: dist.ProcessGroup | None, index: RowIndex, dims: list[int], checker: BatchChecker
     ) -> None:
         super().__init__()
         self.process_group = process_group
         self.index = index
-        self.world_size = dist.get_world_size(process_group)
+        self.world_size = num_owners(process_group)
         self.num_widths = len(set(dims))
         self._checker = checker
         constant = partial(torch.tensor, dtype=torch.int64, device=index.device)
@@ -269,7 +155,8 @@ class _CountsAwaitable(Awaitable[Awaitable[KeyedJaggedTensor]]):
         routing = self._routing
         routing.requests_sent, routing.requests_received = sent[:, :-1], received[:, :-1]
         routing.one_id_per_bag = self._one_id_per_bag is not None and bool(found[-1])
-        self._check_result.agree(int(received[:, -1].max()))
+        if self._dist.process_group is not None:
+            self._check_result.agree(int(received[:, -1].max()))
         ids = self._keys[: int(routing.requests_sent.sum())] % self._dist.index.keys_per_rank
         if self._dist.num_widths > 1:
             routing.width_of_id = self._dist.widths_of(ids)
@@ -303,7 +190,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
     """Maps the distinct rows of the owner ranks, flat, to the pooled vectors ``(b, sum of d)`` of this rank's batch.
 
     Args:
-        process_group: the ranks.
+        process_group: the ranks; None if every rank has all rows.
         flat_rows: the W widths of vectors.
         segments: d and the row width of each segment, by the name of its W2, in the order of the lookup.
         dims: d of each of the F features.
@@ -314,7 +201,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
 
     def __init__(
         self,
-        process_group: dist.ProcessGroup,
+        process_group: dist.ProcessGroup | None,
         flat_rows: FlatRows,
         segments: dict[str, tuple[int, int]],
         dims: list[int],
@@ -324,7 +211,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
     ) -> None:
         super().__init__()
         self._slots, self._selections = slots, selections or {}
-        self._process_group, self._world_size = process_group, dist.get_world_size(process_group)
+        self._process_group, self._world_size = process_group, num_owners(process_group)
         self._flat_rows, self._segments = flat_rows, segments
         self._codecs = codecs
         self._widths = np.array(flat_rows.widths, dtype=np.int64)
@@ -344,7 +231,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
                 (requests @ self._widths).tolist() for requests in (routing.requests_received, routing.requests_sent)
             )
             vectors = AllToAllRows.apply(vectors, send, receive, self._process_group, self._codecs)
-        return NoWait(self._pool(vectors, routing))
+        return NoWait(self._assemble(vectors, routing))
 
     def _project(self, rows: torch.Tensor, routing: Routing) -> list[torch.Tensor]:
         """Return the vectors of the distinct rows, ``(number, d)`` for each d."""
@@ -396,7 +283,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         size = int((routing.requests_received @ self._widths).sum())
         return self._flat_rows.gather(flat, width_of_row, position, none_throws(routing.width_of_request), size)
 
-    def _pool(self, flat: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _assemble(self, flat: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Pool the vectors received, flat, to ``(b, sum of d)``."""
         batch_size = routing.lengths.numel() // self._num_features
         rows, position, firsts = self._by_width(flat, routing)
@@ -434,6 +321,20 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
             moved_to = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
             position = functional.pad(moved_to, (0, 1), value=len(order))[position]
         return self._flat_rows.split(flat, counts), position, firsts
+
+
+class SequenceOutputDist(UniqueRowsOutputDist):
+    """Maps the distinct rows of the owner ranks, flat, to the vectors ``(N, d)`` of this rank's N ids.
+
+    All features have vectors of the same width.
+    """
+
+    def _assemble(self, flat: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Return the vector of each id."""
+        (rows,), position, _ = self._by_width(flat, routing)
+        if not rows.shape[0]:  # padding an empty table keeps the exchange in this rank's backward
+            rows = functional.pad(rows, (0, 0, 0, 1))
+        return functional.embedding(position, rows)
 
 
 def _within(position: torch.Tensor, first: int, rows: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,12 @@ def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Wor
         print_warning(f"{better}; --best exports it")
     package = options.package_output(source)
     outputs = dict.fromkeys([*(OUTPUTS[name] for name in options.outputs), *([] if package is None else [package])])
+    refused = next((each for each in outputs if each.encoding.is_quantised or each is package), None)
+    if source.spec.sequence_tables and refused is not None:
+        raise UserError(
+            f"{run}: model.sequences names features whose vectors are not pooled, which outputs dcp and safetensors "
+            f"alone can hold, but {refused.name} is asked for; leave it out"
+        )
     assembly = Assembly(source, list(outputs), options.gather, work, package, options.serving)
     threads = _num_threads(assembly, options.memory)
     result: dict[str, Any] = {}

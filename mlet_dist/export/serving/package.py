@@ -30,7 +30,7 @@ from mlet_dist.export.serving.served_model import build_of_layout, layout_of, wi
 from mlet_dist.formatting import to_json
 from mlet_dist.machine_limits import memory_bytes
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.models.tables import tables_of
+from mlet_dist.models.tables import collections_of
 
 SCRIPTED, EXPORTED = "model.pt", "model.pt2"
 _BLOCK_ROWS = 1 << 16
@@ -79,7 +79,7 @@ class Package:
             UserError: a file cannot be written.
         """
         load_dense(self._model, dense)
-        collection = tables_of(self._model)
+        (collection,) = collections_of(self._model).values()
         if isinstance(collection, MixedWidthCollection):
             collection.load_projections(dense)
             collection = collection.parts

@@ -22,7 +22,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.encoding import Encoding
 from mlet_dist.models.build import build_quantised_model
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.models.tables import tables_prefix
+from mlet_dist.models.tables import table_prefixes
 
 _CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def build_served(spec: ModelSpec, encoding: Encoding, device: torch.device = _CP
 
 def table_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return views of the tables' memory by state name: values uint8 (also for fp32), scales and biases float16."""
-    state, prefix = model.state_dict(), tables_prefix(model)
+    state, (prefix,) = model.state_dict(), table_prefixes(model)
     named = {name.replace(f"{prefix}parts.", prefix, 1): tensor for name, tensor in state.items()}
     return {
         # TorchRec presents int4 values with a column each.
@@ -46,8 +46,8 @@ def table_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def dense_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers of the layers other than tables, in place, by state name."""
-    prefix = tables_prefix(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
+    prefixes = table_prefixes(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
 
 
 def load_dense(model: nn.Module, dense: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from mlet_dist.export.served_layout import ServedLayout, ServedPart, ServedTable
 from mlet_dist.export.serving.id_mapping import KeptIds, MappedIds, SplitIds
 from mlet_dist.export.serving.mixed_tables import MixedWidthCollection
 from mlet_dist.export.serving.quantised import build_served
-from mlet_dist.models.build import build_around
+from mlet_dist.models.build import Collections, build_around
 from mlet_dist.models.spec import ModelSpec
 
 
@@ -40,7 +40,7 @@ def build_of_layout(spec: ModelSpec, layout: ServedLayout, encoding: Encoding) -
     if layout.form != "mixed":
         return build_served(spec_of_layout(spec, layout), encoding)
     tables = MixedWidthCollection(spec, layout, DataType(encoding.name.upper()))
-    return build_around(tables, spec).requires_grad_(False).eval()
+    return build_around(Collections(tables), spec).requires_grad_(False).eval()
 
 
 def with_ids_mapped(

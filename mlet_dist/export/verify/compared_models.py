@@ -58,7 +58,7 @@ def trained_model(source: ModelSource, tables: Mapping[str, CheckedTable]) -> Pr
         rows = padded(tables[name].stored)
         state[table.state_name] = RowOrder((len(rows),)).to_stored(rows)
         if table.projection is not None:
-            state[f"{spec.tables_prefix}projections.{name}.weight"] = table.projection
+            state[f"{table.tables_prefix}projections.{name}.weight"] = table.projection
     model.load_state_dict(state)
     return predict_logits(model)
 

@@ -45,7 +45,7 @@ def check_form(
     used = numbers.unique()
     parts = []
     for part in layout.parts:
-        state_name = f"{table.tables_prefix}embedding_bags.{part.name}.weight"
+        state_name = f"{table.rows_prefix}{part.name}.weight"
         projection = None if part.projection is None else output.files.load(part.projection)
         first, last = torch.searchsorted(used, torch.tensor([part.first_row, part.first_row + part.num_embeddings]))
         rows = used[int(first) : int(last)] - part.first_row

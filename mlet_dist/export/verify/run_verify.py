@@ -161,7 +161,7 @@ def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     tables = tuple((table.name, table.embedding_dim, table.settings.pooling) for table in spec.tables)
     sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, tables
     network = (getattr(model, name) for name in NETWORK_SETTINGS)
-    return spec.dense, spec.sparse, spec.labels, spec.tables_prefix, *sizes, *network
+    return spec.dense, spec.sparse, spec.labels, spec.table_prefixes, *sizes, *network
 
 
 def _check_same_inputs(export: Path, served: ModelSpec, run: Path, trained: ModelSpec) -> None:

@@ -41,6 +41,7 @@ NAMES = {
 }
 BATCH, ROWS, STEPS = 8, 64, 3
 UNIQUE = ("row_wise", "unique_rows")
+GROUP: Group = (*UNIQUE, False)
 PLANS = {  # sharding type and exchange of each table
     "unique rows": [UNIQUE] * 3,
     "more unique rows": [UNIQUE] * 7,
@@ -73,7 +74,7 @@ def _steps(plan: list[tuple[str, str | None]], worker: Worker) -> tuple[Iterator
     batch = Batch(torch.rand(BATCH, 1), sparse, torch.zeros(BATCH), BATCH, BATCH * worker.world_size)
     guard, timer = Guard(training, worker.device, "stop", 0), StepTimer(sharded, worker.device, BATCH)
     steps = take_steps(training, repeat(batch), worker.device, guard, timer, pipelined=True)
-    return steps, [(cost.sharding_type, cost.exchange) for cost, _ in planned.tables.values()]
+    return steps, [cost.group for cost, _ in planned.tables.values()]
 
 
 class _Operations(TorchDispatchMode):
@@ -127,14 +128,16 @@ def test_the_planner_counts_the_operations_of_a_step(ranks: Ranks) -> None:
 
 def test_one_more_table_of_a_group_costs_nothing() -> None:
     times = CollectiveTimes("nccl")
-    alone = latency([UNIQUE], 64, 8, times)
-    assert sum(each.count for each in step_collectives([UNIQUE], 64, 8)) == 6
-    assert latency([UNIQUE] * 26 + [("data_parallel", None)], 64, 8, times) == alone
-    assert latency([UNIQUE, ("table_wise", "all_to_all")], 64, 8, times) > alone
-    assert step_collectives([UNIQUE], 1, 1) == []
+    alone = latency([GROUP], 64, 8, times)
+    assert sum(each.count for each in step_collectives([GROUP], 64, 8)) == 6
+    assert latency([GROUP] * 26 + [("data_parallel", None, False)], 64, 8, times) == alone
+    assert latency([GROUP, ("table_wise", "all_to_all", False)], 64, 8, times) > alone
+    assert step_collectives([GROUP], 1, 1) == []
+    sequences = latency([GROUP, (*UNIQUE, True)], 64, 8, times)
+    assert sequences - alone == pytest.approx(4 * times.latency("all_to_all", 64, 8))
 
 
 def test_groups_within_nodes_are_smaller() -> None:
-    found = {each.scope: each for each in step_collectives([("table_row_wise", "reduce_scatter")], 64, 8)}
+    found = {each.scope: each for each in step_collectives([("table_row_wise", "reduce_scatter", False)], 64, 8)}
     assert (found["node"].ranks, found["node"].nodes) == (8, 1)
     assert (found["cross"].ranks, found["cross"].nodes) == (8, 8)

@@ -182,9 +182,7 @@ def _ids_on_fake_cuda(longest: int, ranged: bool) -> StepOperations:
     checker = BatchChecker(
         smallest_tables(tables), False, group, torch.device("cpu"), ("t0", "x"), codes_exchanged=True
     )
-    index = RangeIndex(
-        group, names, segments, [ROWS] * len(tables), served, [[0, 1]] * len(tables), torch.device("cpu")
-    )
+    index = RangeIndex(names, segments, [ROWS] * len(tables), served, [[0, 1]] * len(tables), torch.device("cpu"))
     ids = UniqueRowsInputDist(group, index, list(DIMS), checker)
     with _fake_cuda() as mode:
         for part in (checker, index, ids):
