@@ -35,9 +35,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     factorisation. With compression they are the single layer without compression, the single layer within the budget,
     and, unless ``model.hidden_dim`` is null, MLET within the budget. There is no control then: rows of d columns have
     no W2, and under Adagrad the effective learning rate of the others depends on their width. All tables of the single
-    layers and of the control are single-layer tables; those of MLET have the sizes that the config gives them. Where
-    the control has another learning rate, it is one for the rows of all tables, so that with
-    ``model.single_layer_up_to`` auto all tables of MLET have two layers.
+    layers and of the control are single-layer tables; those of MLET have the sizes that the config gives them.
 
     Arms that an earlier comparison trained to the end with the same settings are not trained again, unless
     ``run.overwrite`` is set.
@@ -160,16 +158,11 @@ def arm_configs(config: Config, spec: ModelSpec) -> dict[str, Config]:
         }
         return arms | {MLET: arm(MLET)} if config.model.has_two_layers else arms
     rate = config.optimizer.rows_learning_rate or config.optimizer.learning_rate
-    _, rate_factor = single_layer_control(config.model, config.optimizer.name)
-    model = config.model
-    if model.single_layer_up_to == "auto" and not math.isclose(rate_factor, 1):
-        model = dataclasses.replace(model, single_layer_up_to=0)
-    own = spec.with_model(dataclasses.replace(config, model=model)).table_settings
-    control, _ = single_layer_control(model, config.optimizer.name, own)
+    control, rate_factor = single_layer_control(config.model, config.optimizer.name, spec.table_settings)
     control_optimizer = dataclasses.replace(config.optimizer, rows_learning_rate=rate * rate_factor)
     return {
         SINGLE: arm(SINGLE, model=single),
-        MLET: arm(MLET, model=model),
+        MLET: arm(MLET),
         CONTROL: arm(CONTROL, model=control, optimizer=control_optimizer),
     }
 

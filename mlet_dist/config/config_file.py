@@ -163,7 +163,7 @@ class Config:
             UserError: the vectors of a table have another number of columns than the model can take.
         """
         model = self.model
-        if self.compression.policy != "none" and model.single_layer_up_to == "auto":
+        if model.single_layer_up_to == "auto" and (self.compression.policy != "none" or self.optimizer.name != "sgd"):
             model = dataclasses.replace(model, single_layer_up_to=0)
         found = {name: model.of_table(name, rows) for name, rows in num_embeddings.items()}
         dot_products = model.builder is None and model.name in ONE_EMBEDDING_DIM

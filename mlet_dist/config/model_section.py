@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -70,7 +71,9 @@ class ModelConfig:
     )
     single_layer_up_to: int | Literal["auto"] = setting(
         "Tables of at most this number of rows are single-layer tables, whose W2 would be larger than they are. auto: "
-        "hidden_dim, and 0 with compression, which decides on W2 by itself. 0: all tables have two layers.",
+        "hidden_dim with optimizer sgd and a W2 of unit gain, as projection_init_std null gives it; else 0, since "
+        "tables without W2 would learn at another rate; and 0 with compression, which decides on W2 by itself. 0: all "
+        "tables have two layers.",
         "auto",
         at_least=0,
         at_most=MAX_ROWS,
@@ -144,8 +147,7 @@ class ModelConfig:
     def of_table(self, name: str, num_embeddings: int) -> TableSettings:
         """Return the settings of a table of this number of rows."""
         settings = self.of_all_tables
-        limit = self.single_layer_up_to
-        if num_embeddings <= ((self.hidden_dim or 0) if limit == "auto" else limit):
+        if num_embeddings <= self._largest_single_layer:
             settings = dataclasses.replace(settings, hidden_dim=None)
         for entry in reversed(matching_entries(self.tables, name)):
             own = {each.name: getattr(entry, each.name) for each in dataclasses.fields(entry)}
@@ -155,6 +157,16 @@ class ModelConfig:
                 given["hidden_dim"] = hidden_dim
             settings = dataclasses.replace(settings, **given)
         return settings
+
+    @property
+    def _largest_single_layer(self) -> int:
+        if self.single_layer_up_to != "auto":
+            return self.single_layer_up_to
+        if self.hidden_dim is None:
+            return 0
+        deviation = self.projection_init_std
+        has_unit_gain = deviation is None or math.isclose(deviation * math.sqrt(self.hidden_dim), 1, rel_tol=1e-6)
+        return self.hidden_dim if has_unit_gain else 0
 
     def single_layer(self) -> "ModelConfig":
         """Return the same with single-layer tables alone."""

@@ -25,6 +25,7 @@ SIZES = (
     "model.cross_layers=1",
     "model.cross_rank=3",
     'model.tables={C3: {embedding_dim: 8, hidden_dim: 24}, "C1[26]": {hidden_dim: null, embedding_dim: 12}}',
+    "model.single_layer_up_to=12",
     "optimizer.name=adagrad",
     "train.max_steps=40",
     "train.checkpoint_every=20",
@@ -108,7 +109,7 @@ def test_factors_begin_a_run_of_these_sizes(runs: Any, ranks: Ranks, small_data:
     factorize_tables(tmp_path / "export", 24, tmp_path / "factors")
     with Tables.open(tmp_path / "factors") as factors:
         assert {table.hidden_dim for table in factors.tables.values()} == {24}
-    start = (f"train.initial_weights={tmp_path / 'factors'}", "model.hidden_dim=24", "model.single_layer_up_to=12")
+    start = (f"train.initial_weights={tmp_path / 'factors'}", "model.hidden_dim=24")
     still = ("optimizer.learning_rate=1e-30", "train.max_steps=1", f"run.dir={tmp_path / 'run'}")
     begun = train_in_ranks(ranks, 2, *settings, *start, *still)
     assert begun["test_auc"] == pytest.approx(summary["test_auc"], abs=1e-6)

@@ -55,6 +55,11 @@ def hidden_dims(found: dict[str, TableSettings]) -> dict[str, int | None]:
         (("model.tables.C*.hidden_dim=null", "model.tables.C11.hidden_dim=32"), (None, None, None, 32)),
         (("model.tables.*.hidden_dim=32", "model.tables.C11.hidden_dim=default"), (32, 32, 32, 32)),
         (("compression.policy=static",), (64, 64, 64, 64)),
+        (("model.projection_init_std=0.25",), (64, 64, 64, 64)),  # σ√k = 2: two layers learn at another rate
+        (("model.projection_init_std=0.125",), (None, 64, None, 64)),
+        (("optimizer.name=adagrad",), (64, 64, 64, 64)),  # the rate depends on k
+        (("optimizer.name=adagrad", "model.single_layer_up_to=64"), (None, 64, None, 64)),
+        (("model.projection_init_std=0.25", "model.single_layer_up_to=64"), (None, 64, None, 64)),
         (("compression.policy=static", "model.single_layer_up_to=64"), (None, 64, None, 64)),
     ],
 )

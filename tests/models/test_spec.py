@@ -97,7 +97,8 @@ OWN = TableModelConfig(embedding_dim=32, hidden_dim=96, pooling="mean", rows_ini
 
 def test_settings_of_single_tables_are_resolved_once_and_read_back() -> None:
     """Rules and patterns are applied to the tables of the data set, and not again to the numbers of rows of others."""
-    model = dataclasses.replace(SPEC.model, name="dlrm_dcn", tables={"C2": OWN, "C[13]": TableModelConfig(4)})
+    tables = {"C2": OWN, "C[13]": TableModelConfig(4)}
+    model = dataclasses.replace(SPEC.model, name="dlrm_dcn", projection_init_std=None, tables=tables)
     spec = ModelSpec.of(dataclasses.replace(config(), model=model), schema(C1=8, C2=1_234, C3=9, C4=9))
     found = {table.name: (table.embedding_dim, table.hidden_dim) for table in spec.tables}
     assert found == {"C1": (4, None), "C2": (32, 96), "C3": (4, 8), "C4": (16, 8)}

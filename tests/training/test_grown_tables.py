@@ -30,13 +30,12 @@ MODEL = (
     "model.top_mlp=[16]",
     "model.embedding_dim=8",
     "model.hidden_dim=16",
-    "model.single_layer_up_to=0",
 )
 _WIDTHS = ("model.hidden_dim=16", "compression.widths=[16,8,4]")
 KINDS = {
     "two layers": (),
     "single": ("model.hidden_dim=null",),
-    "small ones single": ("model.single_layer_up_to=auto",),
+    "small ones single": ("model.single_layer_up_to=16",),
     "static": ("compression.policy=static", "compression.budget=0.9", *_WIDTHS),
     "shared": ("compression.policy=static", "compression.budget=0.3", *_WIDTHS),
     "adaptive": ("compression.policy=adaptive", "compression.budget=1.2", "compression.interval=4", *_WIDTHS),

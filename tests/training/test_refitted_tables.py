@@ -184,10 +184,10 @@ def test_means_of_gradients_follow_the_width(runs: Runs, ranks: Ranks, tmp_path:
     narrow = 0
     with Tables.open(old) as source, Tables.open(new) as target:
         for (name, width), (ids, rows) in second.items():
-            projections = target.tables[name].projections
-            if width == 16 or not len(rows) or source.tables[name].projection is None:
-                continue
             w2 = source.tables[name].projections[16][1].double()
+            projections = target.tables[name].projections
+            if width == 16 or not len(rows):
+                continue
             gradients = first[name, 16][1].double()[ids] @ torch.linalg.pinv(w2).T
             expected = gradients @ projections[width][1].double().T if width in projections else gradients
             torch.testing.assert_close(rows.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))

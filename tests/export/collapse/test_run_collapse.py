@@ -40,9 +40,7 @@ def test_tables_equal_the_float64_product_and_dense_layers_are_bitwise_identical
     for name, tensor in served.items():
         if name.startswith(TABLES_PREFIX):
             table = name.split(".")[-2]
-            projection = run.get(f"{TABLES_PREFIX}projections.{table}.weight")
-            assert (projection is None) == (len(tensor) <= 12)  # k
-            expected = run[name].double() if projection is None else run[name].double() @ projection.double()
+            expected = run[name].double() @ run[f"{TABLES_PREFIX}projections.{table}.weight"].double()
             torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
             tables += 1
         else:

@@ -97,7 +97,7 @@ def test_factors_with_their_model_are_exported_to_the_same_tables(
 
 
 def _overrides(trained: TrainedRun, run: Path, *more: str) -> tuple[str, ...]:
-    return (*trained.overrides, "model.hidden_dim=16", "model.single_layer_up_to=0", f"run.dir={run}", *more)
+    return (*trained.overrides, "model.hidden_dim=16", f"run.dir={run}", *more)
 
 
 @pytest.mark.multirank

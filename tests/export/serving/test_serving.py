@@ -112,8 +112,7 @@ def _dlrm_in_float64(run: Path, part: Path, scratch: Path, *, spread: bool) -> t
     vectors = [dense]
     for name in (name for name in rows.column_names if name.startswith("C")):
         found = weights[f"{TABLES_PREFIX}embedding_bags.{name}.weight"][rows[name].to_pylist()]
-        projection = weights.get(f"{TABLES_PREFIX}projections.{name}.weight")
-        vectors.append(found if projection is None else found @ projection)
+        vectors.append(found @ weights[f"{TABLES_PREFIX}projections.{name}.weight"])
     stacked = torch.stack(vectors, dim=1)
     products = stacked @ stacked.transpose(1, 2)
     above = torch.triu_indices(len(vectors), len(vectors), offset=1)

@@ -128,7 +128,7 @@ def test_a_run_is_weighted_by_its_training_split(trained: TrainedRun, monkeypatc
     assert result["recipe_gain"] == pytest.approx(12 * 0.25**2)
     assert [table["name"] for table in result["tables"]] == [f"C{index}" for index in range(1, 27)]
     with Tables.open(trained.path) as run:
-        for name in ("C3", "C7"):
+        for name in ("C3", "C9"):
             table, found = run.tables[name], next(each for each in result["tables"] if each["name"] == name)
             assert table.projection is not None
             rows = torch.cat([block for _, block in read_blocks(table)])
@@ -161,9 +161,7 @@ def test_an_export_and_factors_have_the_spectrum_of_their_run(
             for kind in ("plain", "weighted"):
                 values = other[kind]["singular_values"]
                 np.testing.assert_allclose(values, one[kind]["singular_values"], rtol=1e-5, atol=1e-6 * values[0])
-        assert one["hidden_dim"] == (12 if one["num_embeddings"] > 12 else None)
-        if one["hidden_dim"] is not None:
-            assert one["balance"]["relative"] > 0.1  # since k > d and W2 has unit gain
+        assert one["balance"]["relative"] > 0.1  # since k > d and W2 has unit gain
         assert others[0]["balance"] is None
         if others[1]["plain"]["below_floor"] == 0:
             assert others[1]["balance"]["relative"] < 1e-6
