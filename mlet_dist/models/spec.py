@@ -291,6 +291,7 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain data for JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        plain["preprocessing"] = self.preprocessing and self.preprocessing.to_dict()
         if not self.row_ranges:
             del plain["row_ranges"]
         if not self.shared_rows:

@@ -20,7 +20,6 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mlet_dist.config.sections import OptimizerConfig
 from mlet_dist.embeddings import LazyAdam, StepCountingOptimizer
-from mlet_dist.models.build import multi_layer_tables
 from mlet_dist.models.tables import row_prefixes, table_prefixes
 
 # fbgemm's default eps is 1e-8 and that of torch's Adagrad 1e-10: rows and dense layers get the same.
@@ -56,9 +55,8 @@ _RULES = {
 def fuse_row_optimizer(model: nn.Module, config: OptimizerConfig) -> None:
     """Have fbgemm update every W1 inside backward, where it has a kernel for that; call this before sharding."""
     kind, arguments = _RULES[config.name].fused
-    rows = [
-        tables.row_weight(table.name) for tables in multi_layer_tables(model).values() for table in tables.row_tables()
-    ]
+    prefixes = row_prefixes(model)
+    rows = [parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)]
     apply_optimizer_in_backward(kind, rows, {**arguments, "lr": _or_common(config.rows_learning_rate, config)})
 
 

@@ -68,9 +68,9 @@ def test_a_port_that_is_taken_is_named(port: int) -> None:
             MetricsEndpoint(port, "runs/a", 1, 0, 0)
 
 
-def test_without_the_library_the_extra_is_named(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_its_name_is_in_the_error(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(UserError, match=r'pip install "mlet-dist\[metrics\]"'):
+    with pytest.raises(UserError, match=r"which needs prometheus-client: pip install prometheus-client$"):
         MetricsEndpoint(port, "runs/a", 1, 0, 0)
 
 
