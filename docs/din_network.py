@@ -59,4 +59,6 @@ class DeepInterestNetwork(nn.Module):
 def build(inputs):
     """Return the network around the collections of ``inputs``."""
     settings = {"hidden": 32, "max_length": 50} | dict(inputs.arguments)
+    if not inputs.sequences:
+        raise ValueError("it needs a history; name its column in model.sequences")
     return DeepInterestNetwork(inputs, **settings)

@@ -36,5 +36,5 @@ class MMoE(nn.Module):
 def build(inputs):
     """Return the network around the tables of ``inputs``."""
     columns = len(inputs.dense_features) + sum(inputs.embedding_dims.values())
-    sizes = inputs.arguments["experts"], inputs.arguments["width"]
-    return MMoE(inputs.embedding_bag_collection, list(inputs.sparse_features), columns, len(inputs.labels), *sizes)
+    sizes = {"experts": 4, "width": 64} | dict(inputs.arguments)
+    return MMoE(inputs.embedding_bag_collection, list(inputs.sparse_features), columns, len(inputs.labels), **sizes)

@@ -119,9 +119,9 @@ def _text(value: Any) -> str:
 
 
 def _load(file: Path, settings: Mapping[str, Any], arm: str) -> Config:
-    overrides = [f"{name}={_text(value)}" for name, value in settings.items() if not name.startswith("run.")]
+    overrides = [f"{name}={_text(value)}" for name, value in settings.items()]
     try:
-        return load_config(file, [*overrides, _PLACE])
+        return load_config(file, [*overrides, _PLACE], "settings of the sweep")
     except UserError as error:
         raise UserError(f"arm {arm!r}: {error}") from None
 

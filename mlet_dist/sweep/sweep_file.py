@@ -11,6 +11,7 @@ from mlet_dist.config.parser import parse_section, setting, to_yaml
 from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.errors import UserError
 
+_SET_BY_THE_SWEEP = {"run.dir": "--out or runs", "train.seed": "seeds"}
 _MAX_TRIALS, _MAX_WORKERS, _MAX_RANKS = 10_000, 1024, 1024
 
 
@@ -29,8 +30,9 @@ class TuneConfig:
     settings: dict[str, Interval] = field(
         default_factory=dict,
         metadata={
-            "meaning": "The settings that are tuned, by name, as optimizer.learning_rate: {low: 0.001, high: 0.3}. "
-            "None: all arms are trained with the settings that they have."
+            "meaning": "The settings that are tuned, by name, as optimizer.learning_rate: {low: 0.001, high: 0.3}: "
+            "numbers with a fraction, searched on a logarithmic scale. None: all arms are trained with "
+            "the settings that they have."
         },
     )
     trials: int = setting("Number of combinations that are tried for each arm.", 16, at_least=1, at_most=_MAX_TRIALS)
@@ -118,13 +120,18 @@ def load_sweep(path: Path) -> SweepConfig:
             raise UserError(f"{path}: tune.settings.{name}: low {interval.low:g} is not below high {interval.high:g}")
     if sweep.tune.first_steps is not None and sweep.tune.first_steps > sweep.tune.steps:
         raise UserError(f"{path}: tune.first_steps {sweep.tune.first_steps} is above tune.steps {sweep.tune.steps}")
-    for key, named, kind, expected in (
+    for key, entries, kind, expected in (
         ("arms", sweep.arms, Mapping, "settings by name"),
         ("grid", sweep.grid, list, "a list of values"),
     ):
-        for name, value in named.items():
+        for name, value in entries.items():
             if not isinstance(value, kind) or not value:
                 raise UserError(f"{path}: {key}.{name}: expected {expected}, found {to_yaml(value)}")
+    arms = {f"arms.{name}": settings for name, settings in sweep.arms.items()}
+    named = {"settings": sweep.settings, "grid": sweep.grid, "tune.settings": sweep.tune.settings, **arms}
+    for key, settings in named.items():
+        for name in _SET_BY_THE_SWEEP.keys() & settings.keys():
+            raise UserError(f"{path}: {key}.{name}: each run of a sweep has its own; use {_SET_BY_THE_SWEEP[name]}")
     if len(set(sweep.seeds)) < len(sweep.seeds):
         raise UserError(f"{path}: seeds is {to_yaml(list(sweep.seeds))}; name each seed once")
     if not (sweep.arms or sweep.grid or sweep.preset):

@@ -112,8 +112,8 @@ def test_names_do_not_matter_for_the_runs(small_model: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
-        ({"a": {"model.hidden_dim": 7}}, "arm 'a': command line: model.hidden_dim is 7, it must be a multiple of 4"),
-        ({"a": {"model.hiden_dim": 8}}, "arm 'a': command line: model.hiden_dim: unknown key"),
+        ({"a": {"model.hidden_dim": 7}}, "arm 'a': settings of the sweep: model.hidden_dim is 7, it must be a mult"),
+        ({"a": {"model.hiden_dim": 8}}, "arm 'a': settings of the sweep: model.hiden_dim: unknown key"),
         (
             {"a": {"model.hidden_dim": 8}, "b": {"model.hidden_dim": 8}},
             "arm 'b' has the settings of arm 'a'; leave one of them out",

@@ -22,7 +22,15 @@ def test_the_sweeps_of_the_repository_can_be_read(path: Path) -> None:
     [
         ("config: c.yaml", "names no arms; set arms, grid or preset"),
         ("config: c.yaml\nsedes: [1]", "sedes: unknown key (did you mean 'seeds'?)"),
-        ("arms: {a: {model.hidden_dim: 8}}", "config is missing"),
+        ("arms: {a: {model.hidden_dim: 8}}", "begins at the sweep's file); set it there"),
+        (
+            "config: c.yaml\narms: {a: {run.dir: x}}",
+            "arms.a.run.dir: each run of a sweep has its own; use --out or runs",
+        ),
+        (
+            "config: c.yaml\npreset: paper\nsettings: {train.seed: 1}",
+            "settings.train.seed: each run of a sweep has its",
+        ),
         ("config: c.yaml\narms: {a: 3}", "arms.a: expected settings by name, found 3"),
         ("config: c.yaml\ngrid: {model.hidden_dim: 64}", "grid.model.hidden_dim: expected a list of values, found 64"),
         ("config: c.yaml\ngrid: {model.hidden_dim: []}", "grid.model.hidden_dim: expected a list of values, found []"),
@@ -46,6 +54,7 @@ def test_what_is_wrong_is_named(content: str, message: str, tmp_path: Path) -> N
         load_sweep(path)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
+    assert "or as" not in str(error.value)  # nothing of a sweep is given on the command line
 
 
 def test_paths_begin_at_the_file(tmp_path: Path) -> None:

@@ -66,18 +66,22 @@ def guess_roles(columns: Sequence[ColumnFacts]) -> list[Role]:
 
 
 def without_label(role: Role, label: LabelGuess) -> Role:
-    """Return the role; a column of two values, one for each label, is left out, since it tells the label."""
+    """Return the role; a column of few values, each of which goes with one label only, is left out.
+
+    Such a column tells the label. A missing value is one of its values: a conversion that is known after clicks alone
+    has three of them.
+    """
     facts = role.facts
     if role.kind is None or facts.is_list or facts.in_path or facts.rows < _LEAST_ROWS:
         return role
-    if len(facts.counts) + (facts.missing_share > 0) != 2:
+    if len(facts.counts) + (facts.missing_share > 0) not in (2, 3):
         return role
     labels, valid = label.labels()
     texts = as_texts(facts.values, "text", facts.spellings)[0].to_numpy(zero_copy_only=False)[valid]
     pairs = set(zip(texts.tolist(), labels[valid].tolist(), strict=True))
     if len(pairs) != len(set(texts.tolist())) or len({label for _, label in pairs}) < 2:
         return role
-    return Role(facts, None, notes=("it tells the label: each of its two values goes with one label only",))
+    return Role(facts, None, notes=("it tells the label: each of its values goes with one label only",))
 
 
 def with_sparse_feature(roles: Sequence[Role]) -> list[Role]:
