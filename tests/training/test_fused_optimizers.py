@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
@@ -380,3 +380,12 @@ def test_the_first_step_of_a_run_uses_the_rate_of_its_schedule(small_model: tupl
         )
     }
     assert len(prints) == 1
+
+
+def test_the_rows_of_a_plain_collection_are_updated_in_backward_too() -> None:
+    """So that TorchRec's own tables are trained by the same rules, as the arms of benchmarks/step.py are."""
+    config = EmbeddingBagConfig(name="t", num_embeddings=4, embedding_dim=4, feature_names=["f"])
+    plain = torch.nn.Sequential(EmbeddingBagCollection([config]), torch.nn.Linear(4, 1))
+    fuse_row_optimizer(plain, OptimizerConfig(name="adagrad", learning_rate=0.5))
+    fused = [name for name, each in plain.named_parameters() if hasattr(each, "_in_backward_optimizers")]
+    assert fused == ["0.embedding_bags.t.weight"]

@@ -190,7 +190,8 @@ def test_a_rollback_validates_again_as_if_the_batch_had_never_come(
 def slow(settings: tuple[str, ...]) -> tuple[str, ...]:
     """Return settings of a run whose time goes into its validations, of 75 batches each."""
     every = ("data.eval_batch_size=8", "train.validate_every=10", "train.keep_best=logloss", "train.patience=1")
-    return (*settings, *every, "train.max_steps=30", "train.log_every=50", "train.checkpoint_every=7")
+    saves = ("train.checkpoint_every=7", "train.checkpoint_async=false")
+    return (*settings, *every, *saves, "train.max_steps=30", "train.log_every=50")
 
 
 @pytest.fixture(scope="module")
