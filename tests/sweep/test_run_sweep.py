@@ -198,10 +198,12 @@ def test_a_metric_that_the_data_does_not_have_is_refused_before_training(
     of_two_labels: dict[str, object], small_model: tuple[str, ...], tmp_path: Path
 ) -> None:
     def refused(metric: str, **arms: dict[str, object]) -> str:
-        tune = TuneConfig({"optimizer.learning_rate": Interval(0.01, 0.02)}, metric=metric)
+        tune = TuneConfig({"optimizer.learning_rate": Interval(0.01, 0.02)}, trials=1, steps=1, metric=metric)
         arms = {name: {"model.hidden_dim": 8, **settings} for name, settings in arms.items()}
         with pytest.raises(UserError) as error:
-            run_sweep(SweepConfig(CONFIG, of_two_labels, arms, baselines=False, tune=tune), tmp_path / "out")
+            run_sweep(
+                SweepConfig(CONFIG, of_two_labels, arms, baselines=False, tune=tune, seeds=(0,)), tmp_path / "out"
+            )
         assert not (tmp_path / "out" / "runs").exists()
         return str(error.value)
 
@@ -212,6 +214,6 @@ def test_a_metric_that_the_data_does_not_have_is_refused_before_training(
     assert message.startswith(f"{other}: has the labels label, and ")
     (tmp_path / "raw").mkdir()
     few = {"by": "rows", "shares": {"train": 0.9, "valid": 0.002, "test": 0.098}}
-    one_row = two_labels(tmp_path / "raw", 600, split=few)
-    message = refused("click_auc", mlet={"data.path": str(one_row)})
-    assert message.startswith(f"tune.metric is click_auc, which the split valid of {one_row} leaves undefined: ")
+    two_rows = two_labels(tmp_path / "raw", 600, split=few)
+    message = refused("conversion_auc", mlet={"data.path": str(two_rows)})
+    assert message.startswith(f"tune.metric is conversion_auc, which the split valid of {two_rows} leaves undefined: ")
