@@ -23,6 +23,11 @@ def metrics_to_choose_by(labels: Sequence[str]) -> dict[str, str]:
     return {metric: f"{labels[0]}_{metric}" for metric in _METRICS} | named
 
 
+def names_metric(text: str) -> bool:
+    """Return whether a text may be the name of a metric: auc, logloss, or one of these of a label, as click_auc."""
+    return any(text == metric or text.endswith(f"_{metric}") for metric in _METRICS)
+
+
 def check_validation_settings(train: TrainConfig, source: str, sources: Mapping[str, str]) -> None:
     """Check that no setting of validation lacks one that it needs.
 
@@ -43,7 +48,7 @@ def check_validation_settings(train: TrainConfig, source: str, sources: Mapping[
                 f"for example to {example}"
             )
     best = train.keep_best
-    if best is not None and not any(best == metric or best.endswith(f"_{metric}") for metric in _METRICS):
+    if best is not None and not names_metric(best):
         raise UserError(
             f"{sources.get('train.keep_best', source)}: train.keep_best: expected auc, logloss, one of these of a "
             f"label, as click_auc, or null, found {best}{did_you_mean(best, _METRICS)}"

@@ -2,19 +2,20 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlet_dist.config.config_file import Config
+from mlet_dist.config.validation_settings import metrics_to_choose_by
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.progress import Progress
 from mlet_dist.sweep.arms import Arm, arms_of, control_config, with_settings
-from mlet_dist.sweep.sweep_file import SweepConfig
+from mlet_dist.sweep.sweep_file import SweepConfig, TuneConfig
 from mlet_dist.sweep.sweep_results import Result, results_table, write_results
 from mlet_dist.sweep.trained_points import TrainedPoints
 from mlet_dist.sweep.tuning import Trial, tune
@@ -37,7 +38,7 @@ def run_sweep(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     """
     arms = arms_of(sweep)
     for arm in arms:
-        _check_splits(arm.config, tuned=bool(sweep.tune.settings))
+        _check_data(arm, arms[0], sweep.tune)
     with lock_file(out / ".mlet-sweep", f"--out {out}"):
         return _Sweep(sweep, out, arms).run()
 
@@ -55,7 +56,11 @@ class _Sweep:
         self._progress = Progress("sweep", trials * tuned + len(sweep.seeds) * len(arms), "runs")
         self._best: dict[str, float] = {}
         schema = DatasetSchema.load(data_set_path(arms[0].config.data.path))
+        self._labels = schema.labels
+        self._tune = dataclasses.replace(sweep.tune, metric=_metric(sweep.tune, schema.labels))
         self._split = "test" if "test" in schema.parts else "valid"  # of the results that are shown
+        # With several labels it is of that by which trials are compared.
+        self._shown = self._tune.metric.removesuffix("auc").removesuffix("logloss") + "logloss"
 
     def run(self) -> dict[str, Any]:
         # Controls come last: each waits for the arm that it belongs to, which must have begun.
@@ -72,7 +77,7 @@ class _Sweep:
                 self._points.stop()
                 raise
         self._write()
-        table = results_table(self._results, self._split)
+        table = results_table(self._results, self._split, self._labels)
         with _writing(self._out):
             (self._out / "results.txt").write_text(table + "\n", encoding="utf-8")
         return {
@@ -122,14 +127,14 @@ class _Sweep:
         def shown(trial: Trial) -> None:
             self._add(Result(arm, "tune", configured(trial.settings, trial.steps), trial.settings, trial.outcome))
 
-        best = tune(self._sweep.tune, configured, self._points, shown)[0]
+        best = tune(self._tune, configured, self._points, shown)[0]
         return with_settings(arm, best.settings, file), best.settings
 
     def _add(self, result: Result) -> None:
         with self._lock:
             self._results.append(result)
             self._write()
-            value = result.outcome.summary.get(f"{self._split}_logloss")
+            value = result.outcome.summary.get(f"{self._split}_{self._shown}")
             if result.stage == "seed" and value is not None and result.fault is None:
                 self._best[result.arm.name] = min(value, self._best.get(result.arm.name, value))
             best = min(self._best.items(), key=lambda each: each[1], default=None)
@@ -142,16 +147,39 @@ class _Sweep:
     def _write(self) -> None:
         with _writing(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
-            write_results(self._results, self._out / "results.parquet")
+            write_results(self._results, self._out / "results.parquet", self._labels)
 
 
-def _check_splits(config: Config, *, tuned: bool) -> None:
-    path = data_set_path(config.data.path)
-    parts = DatasetSchema.load(path).parts
-    if tuned and "valid" not in parts:
+def _check_data(arm: Arm, first: Arm, tune: TuneConfig) -> None:
+    path, of_first = (data_set_path(each.config.data.path) for each in (arm, first))
+    schema, others = DatasetSchema.load(path), DatasetSchema.load(of_first)
+    parts = schema.parts
+    if (schema.labels if schema.more_labels else ()) != (others.labels if others.more_labels else ()):
+        raise UserError(
+            f"{path}: has the labels {', '.join(schema.labels)}, and {of_first} {', '.join(others.labels)}; all arms "
+            "of a sweep predict the same labels"
+        )
+    metric = _metric(tune, schema.labels)
+    if tune.settings and "valid" not in parts:
         raise UserError(f"{path}: has no valid split, by which settings are tuned; leave tune out, or prepare one")
+    if tune.settings:
+        counts = schema.label_counts["valid"]
+        label = next(iter(counts)) if len(counts) == 1 else metric.removesuffix("_auc").removesuffix("_logloss")
+        ones, known = counts[label]
+        if not known or (metric.endswith("auc") and ones in (0, known)):
+            raise UserError(
+                f"tune.metric is {tune.metric}, which the split valid of {path} leaves undefined: {ones:,} of the "
+                f"{known:,} rows with {label} have 1; choose another metric, or prepare another split"
+            )
     if not {"valid", "test"} & set(parts):
         raise UserError(f"{path}: has neither a test nor a valid split, so that there is nothing to compare models on")
+
+
+def _metric(tune: TuneConfig, labels: Sequence[str]) -> str:
+    known = metrics_to_choose_by(labels)
+    if tune.metric not in known:
+        raise UserError(f"tune.metric is {tune.metric}; the data set's labels have {', '.join(known)}")
+    return known[tune.metric]
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlet_dist.config.limits import MAX_STEPS
-from mlet_dist.config.parser import parse_section, setting, to_yaml
+from mlet_dist.config.parser import did_you_mean, parse_section, setting, to_yaml
 from mlet_dist.config.strict_yaml import load_yaml
+from mlet_dist.config.validation_settings import names_metric
 from mlet_dist.errors import UserError
 
 _SET_BY_THE_SWEEP = {"run.dir": "--out or runs", "train.seed": "seeds"}
@@ -45,8 +46,10 @@ class TuneConfig:
         at_most=MAX_STEPS,
     )
     keep: int = setting("One of so many trials goes on after each comparison.", 3, at_least=2, at_most=_MAX_TRIALS)
-    metric: Literal["logloss", "auc"] = setting(
-        "logloss or auc, of the split valid, by which trials are compared.", "logloss"
+    metric: str = setting(
+        "logloss or auc, of the split valid, by which trials are compared. With several labels those are of the first "
+        "one, and click_auc and click_logloss are of the label click.",
+        "logloss",
     )
 
     @property
@@ -120,6 +123,11 @@ def load_sweep(path: Path) -> SweepConfig:
             raise UserError(f"{path}: tune.settings.{name}: low {interval.low:g} is not below high {interval.high:g}")
     if sweep.tune.first_steps is not None and sweep.tune.first_steps > sweep.tune.steps:
         raise UserError(f"{path}: tune.first_steps {sweep.tune.first_steps} is above tune.steps {sweep.tune.steps}")
+    if not names_metric(metric := sweep.tune.metric):
+        raise UserError(
+            f"{path}: tune.metric: expected logloss, auc, or one of these of a label, as click_auc, found {metric}"
+            f"{did_you_mean(metric, ('logloss', 'auc'))}"
+        )
     for key, entries, kind, expected in (
         ("arms", sweep.arms, Mapping, "settings by name"),
         ("grid", sweep.grid, list, "a list of values"),

@@ -15,16 +15,25 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.formatting import text_table, to_json
 from mlet_dist.sweep.arms import Arm
 from mlet_dist.sweep.trained_points import Outcome
+from mlet_dist.training.label_metrics import metric_prefixes
 
-_METRICS = [f"{split}_{name}" for split in ("valid", "test") for name in ("auc", "logloss")]
-_SCHEMA = pa.schema(
-    {
-        "arm": pa.string(), "kind": pa.string(), "stage": pa.string(), "embedding_dim": pa.int64(),
-        "hidden_dim": pa.int64(), "seed": pa.int64(), "steps": pa.int64(), "settings": pa.string(),
-        "fault": pa.string(), **dict.fromkeys(_METRICS, pa.float64()), "served_table_bytes": pa.int64(),
-        "training_bytes_peak": pa.int64(), "seconds": pa.float64(), "run": pa.string(),
-    }
-)  # fmt: skip
+
+def _metrics(labels: Sequence[str]) -> list[str]:
+    prefixes = metric_prefixes(labels)
+    return [
+        f"{split}_{prefix}{name}" for split in ("valid", "test") for prefix in prefixes for name in ("auc", "logloss")
+    ]
+
+
+def _schema(labels: Sequence[str]) -> pa.Schema:
+    return pa.schema(
+        {
+            "arm": pa.string(), "kind": pa.string(), "stage": pa.string(), "embedding_dim": pa.int64(),
+            "hidden_dim": pa.int64(), "seed": pa.int64(), "steps": pa.int64(), "settings": pa.string(),
+            "fault": pa.string(), **dict.fromkeys(_metrics(labels), pa.float64()), "served_table_bytes": pa.int64(),
+            "training_bytes_peak": pa.int64(), "seconds": pa.float64(), "run": pa.string(),
+        }
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class Result:
             return "the dense arch returns the same for all rows"
         return None
 
-    def row(self) -> dict[str, Any]:
-        """Return the row of the Parquet file."""
+    def row(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Return the row of the Parquet file, with the metrics of each label."""
         summary = self.outcome.summary
         model = self.config.model
         return {
@@ -68,27 +77,34 @@ class Result:
             "steps": summary.get("steps"),
             "settings": to_json(dict(self.tuned)),
             "fault": self.fault,
-            **{name: summary.get(name) for name in (*_METRICS, "served_table_bytes", "training_bytes_peak")},
+            **{name: summary.get(name) for name in (*_metrics(labels), "served_table_bytes", "training_bytes_peak")},
             "seconds": self.outcome.seconds,
             "run": str(self.outcome.run),
         }
 
 
-def write_results(results: Iterable[Result], path: Path) -> None:
-    """Write the Parquet file."""
+def write_results(results: Iterable[Result], path: Path, labels: Sequence[str]) -> None:
+    """Write the Parquet file; ``labels`` are the names of those of the data set."""
     with replaced_file(path) as file:
-        pq.write_table(pa.Table.from_pylist([each.row() for each in results], _SCHEMA), file)
+        pq.write_table(pa.Table.from_pylist([each.row(labels) for each in results], _schema(labels)), file)
 
 
-def results_table(results: Sequence[Result], split: str) -> str:
+def results_table(results: Sequence[Result], split: str, labels: Sequence[str]) -> str:
     """Return a table of the arms: bytes, and the mean and spread of the metrics of good runs over the seeds."""
-    names = ["arm", "served", "in training", "good runs", f"{split} LogLoss", "sd", f"{split} AUC", "sd"]
+    prefixes = metric_prefixes(labels)
+    titles = [f"{split} {prefix.replace('_', ' ')}{name}" for prefix in prefixes for name in ("LogLoss", "AUC")]
+    names = ["arm", "served", "in training", "good runs", *(each for title in titles for each in (title, "sd"))]
     rows = []
     for arm in dict.fromkeys(each.arm.name for each in results):
         runs = [each for each in results if each.arm.name == arm and each.stage == "seed"]
         good = [each.outcome.summary for each in runs if each.fault is None]
         sizes = [_size(good, "served_table_bytes"), _size(good, "training_bytes_peak")]
-        metrics = [cell for name in ("logloss", "auc") for cell in _mean_and_sd(good, f"{split}_{name}")]
+        metrics = [
+            cell
+            for prefix in prefixes
+            for name in ("logloss", "auc")
+            for cell in _mean_and_sd(good, f"{split}_{prefix}{name}")
+        ]
         rows.append([arm, *sizes, f"{len(good)} of {len(runs)}", *metrics])
     faults = [f"{each.arm.name}, seed {each.config.train.seed}: {each.fault}" for each in results
               if each.stage == "seed" and each.fault is not None]  # fmt: skip

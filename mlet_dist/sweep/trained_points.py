@@ -112,11 +112,21 @@ class TrainedPoints:
 
     def _train(self, config: Config, start: Config | None) -> Outcome:
         run = self.directory(config)
-        resume = "auto"
+        resume, initial_weights = "auto", config.train.initial_weights
         if start is not None and RunDirectory(self.directory(start)).checkpoints.is_dir():
             resume = str(self.directory(start))
-        train = dataclasses.replace(config.train, resume=resume, checkpoint_dir=None, keep_last=1, on_non_finite="stop")
-        placed = dataclasses.replace(config, train=train, run=dataclasses.replace(config.run, dir=str(run)))
+            initial_weights = None  # the run that it goes on from had them
+        train = dataclasses.replace(
+            config.train,
+            resume=resume,
+            initial_weights=initial_weights,
+            checkpoint_dir=None,
+            keep_last=1,
+            on_non_finite="stop",
+        )
+        # A run that is there is one of the same settings, which goes on.
+        placed_run = dataclasses.replace(config.run, dir=str(run), overwrite=False)
+        placed = dataclasses.replace(config, train=train, run=placed_run)
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             file = run.with_suffix(".yaml")

@@ -45,7 +45,7 @@ def tune(
     """Return the trials of an arm, the best first.
 
     Args:
-        tuned: what is tuned, and how.
+        tuned: what is tuned, and how; its ``metric`` is a name in the summaries of runs, after ``valid_``.
         configured: returns the arm's config with values of the settings, and with a number of steps.
         points: trains configs.
         shown: called with each trial when it has ended.
@@ -60,7 +60,7 @@ def tune(
         raise UserError("tune.settings needs Optuna, which is not installed: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     compared_at = tuned.compared_at
-    sign = -1 if tuned.metric == "auc" else 1
+    sign = -1 if tuned.metric.endswith("auc") else 1
     study = optuna.create_study(
         sampler=optuna.samplers.TPESampler(seed=_SEED, n_startup_trials=min(_SPREAD_FIRST, tuned.trials)),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=compared_at[0], reduction_factor=tuned.keep),
@@ -92,6 +92,8 @@ def tune(
         shown(trial)
     finished = [each for each in trials if each.steps == tuned.steps and not math.isnan(each.value)]
     if not finished:
+        if any(each.outcome.diverged is None for each in trials):
+            raise UserError(f"tune.metric: {tuned.metric} of the split valid is undefined; choose another metric")
         raise UserError(
             f"none of {tuned.trials} trials came to step {tuned.steps:,}: all diverged; lower the values of "
             "tune.settings"

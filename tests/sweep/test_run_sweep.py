@@ -1,5 +1,6 @@
 """A sweep trains its arms by `mlet train`, and does nothing again that is done."""
 
+import math
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,8 +9,11 @@ import yaml
 
 from mlet_dist.errors import UserError
 from mlet_dist.sweep.arms import arms_of
-from mlet_dist.sweep.sweep_file import SweepConfig
+from mlet_dist.sweep.run_sweep import run_sweep
+from mlet_dist.sweep.sweep_file import Interval, SweepConfig, TuneConfig
 from tests.helpers.mlet_command import ROOT, mlet, mlet_json
+from tests.helpers.train_in_ranks import Ranks, train_in_ranks
+from tests.helpers.two_labels import two_labels
 
 CONFIG = str(ROOT / "configs" / "criteo_kaggle.yaml")
 
@@ -144,3 +148,72 @@ def test_a_run_that_fails_is_named_with_its_log(small_model: tuple[str, ...], tm
     (log,) = (out / "runs").glob("*.log")
     assert f"training failed with exit code 2; the end of {log}: " in line
     assert "train.initial_weights" in line
+
+
+@pytest.fixture(scope="module")
+def of_two_labels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """Settings of a model of clicks and conversions."""
+    return {
+        "data.path": str(two_labels(tmp_path_factory.mktemp("labels"), rows=600)),
+        "data.batch_size": 48,
+        "model.builder": "docs.multi_task_network:build",
+        "model.arguments": {"experts": 2, "width": 4},
+        "model.embedding_dim": 4,
+        "train.max_steps": 4,
+    }
+
+
+@pytest.mark.e2e
+def test_several_labels_have_columns_of_their_own_and_trials_go_on_from_initial_weights(
+    ranks: Ranks, of_two_labels: dict[str, object], tmp_path: Path
+) -> None:
+    start = {**of_two_labels, "model.hidden_dim": 8, "run.dir": str(tmp_path / "start")}
+    train_in_ranks(ranks, 1, *(f"{name}={value}" for name, value in start.items()))
+    sweep = SweepConfig(
+        config=CONFIG,
+        settings=of_two_labels | {"train.initial_weights": str(tmp_path / "start")},
+        arms={"mlet": {"model.hidden_dim": 8}},
+        baselines=False,
+        tune=TuneConfig(
+            {"optimizer.learning_rate": Interval(0.01, 0.02)},
+            trials=1, steps=4, first_steps=2, keep=2, metric="conversion_logloss",
+        ),
+        seeds=(0,),
+    )  # fmt: skip
+    result = run_sweep(sweep, tmp_path / "out")
+    assert result["arms"]["mlet"]["faults"] == {}
+    rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert [(row["stage"], row["steps"]) for row in rows] == [("tune", 4), ("seed", 4)]
+    for split in ("valid", "test"):
+        for label in ("click", "conversion"):
+            assert all(math.isfinite(row[f"{split}_{label}_{name}"]) for row in rows for name in ("auc", "logloss"))
+        assert f"{split}_auc" not in rows[0]
+    shown = (tmp_path / "out" / "results.txt").read_text()
+    for title in ("test click LogLoss", "test click AUC", "test conversion LogLoss", "test conversion AUC"):
+        assert title in shown
+    assert f"{rows[1]['test_conversion_logloss']:.4f}" in shown
+
+
+def test_a_metric_that_the_data_does_not_have_is_refused_before_training(
+    of_two_labels: dict[str, object], small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    def refused(metric: str, **arms: dict[str, object]) -> str:
+        tune = TuneConfig({"optimizer.learning_rate": Interval(0.01, 0.02)}, trials=1, steps=1, metric=metric)
+        arms = {name: {"model.hidden_dim": 8, **settings} for name, settings in arms.items()}
+        with pytest.raises(UserError) as error:
+            run_sweep(
+                SweepConfig(CONFIG, of_two_labels, arms, baselines=False, tune=tune, seeds=(0,)), tmp_path / "out"
+            )
+        assert not (tmp_path / "out" / "runs").exists()
+        return str(error.value)
+
+    expected = "tune.metric is sale_auc; the data set's labels have auc, logloss, click_auc, click_logloss, "
+    assert refused("sale_auc", mlet={}).startswith(expected)
+    other = settings_of(small_model)["data.path"]
+    message = refused("logloss", mlet={}, other={"data.path": other, "model.hidden_dim": 12})
+    assert message.startswith(f"{other}: has the labels label, and ")
+    (tmp_path / "raw").mkdir()
+    few = {"by": "rows", "shares": {"train": 0.9, "valid": 0.002, "test": 0.098}}
+    two_rows = two_labels(tmp_path / "raw", 600, split=few)
+    message = refused("conversion_auc", mlet={"data.path": str(two_rows)})
+    assert message.startswith(f"tune.metric is conversion_auc, which the split valid of {two_rows} leaves undefined: ")

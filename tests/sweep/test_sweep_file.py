@@ -40,6 +40,11 @@ def test_the_sweeps_of_the_repository_can_be_read(path: Path) -> None:
             "config: c.yaml\npreset: paper\ntune: {settings: {a.b: {low: 2, high: 1}}}",
             "tune.settings.a.b: low 2 is not below high 1",
         ),
+        (
+            "config: c.yaml\npreset: paper\ntune: {metric: logless}",
+            "tune.metric: expected logloss, auc, or one of these of a label, as click_auc, found logless (did you mean "
+            "'logloss'?)",
+        ),
         ("config: c.yaml\npreset: paper\ntune: {steps: 5, first_steps: 6}", "tune.first_steps 6 is above tune.steps 5"),
         (
             "config: c.yaml\npreset: paper\ntune: {settings: {a.b: {low: 0, high: 1}}}",
