@@ -67,6 +67,8 @@ def restricted() -> Iterator[str]:
         done("label", "namespace", name, *levels)
         yield name
     finally:
+        # A namespace deletes pods before Jobs, and a Job keeps failed pods until it has created others.
+        kubectl("delete", "jobs", "--all", "--namespace", name, "--wait=false")
         kubectl("delete", "namespace", name, "--wait=false")
 
 
