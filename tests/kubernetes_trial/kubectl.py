@@ -72,7 +72,7 @@ class Kubectl:
         """Delete the Jobs, then the namespace, of which it does not wait for the end.
 
         Since Kubernetes 1.33 a namespace deletes its pods before its Jobs. A Job with ``backoffLimitPerIndex`` keeps a
-        failed pod until it has created another one, which that namespace refuses, so that neither would ever be deleted.
+        failed pod until it has created another one, which that namespace refuses, so that neither would be deleted.
         """
         self.run("delete", "jobs", "--all", "--wait=false")
         self.run("delete", "namespace", self.namespace, "--wait=false")
