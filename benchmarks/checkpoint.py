@@ -42,7 +42,7 @@ from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer, optimizer_state
 from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.process_group import Worker, join_ranks

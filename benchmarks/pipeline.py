@@ -37,7 +37,7 @@ from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES
 from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.process_group import Worker, join_ranks

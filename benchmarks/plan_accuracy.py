@@ -43,7 +43,7 @@ from mlet_dist.planner.expected_step import expected_step
 from mlet_dist.planner.hardware_rates import build_device
 from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.planner.run_plan import predicted_step
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.process_group import Worker, join_ranks

@@ -40,7 +40,7 @@ from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.models.build import Collections, build_around, build_serving_model, build_training_model
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.process_group import Worker

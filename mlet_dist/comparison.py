@@ -16,7 +16,6 @@ from mlet_dist.comparison_report import CONTROL, MLET, SINGLE, SINGLE_COMPRESSED
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
 from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.model_section import ModelConfig
-from mlet_dist.config.sections import RunConfig
 from mlet_dist.config.table_settings import TableModelConfig, TableSettings
 from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import DatasetSchema
@@ -46,7 +45,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         there is no test), ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by
         output; and ``differences``: the names of an ``arm`` and ``of`` the one that it is compared with, and for
         ``auc`` and ``logloss`` the ``value`` of the difference on the split and the ends ``low`` and ``high`` of its
-        interval (``paired_bootstrap``).
+        interval (``paired_bootstrap``); with several labels they are those of each ``label``.
 
     Raises:
         UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, or the data
@@ -106,7 +105,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         "run": str(base),
         "split": split,
         "arms": {arm: arms[arm] for arm in configs},
-        "differences": _differences(base, list(configs)),
+        "differences": _differences(base, list(configs), schema.labels),
     }
     with _writing(base):
         (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
@@ -118,16 +117,18 @@ def _scores_of(base: Path, arm: str) -> Path:
     return base / f"{arm}-scores.parquet"
 
 
-def _differences(base: Path, arms: Sequence[str]) -> list[dict[str, Any]]:
+def _differences(base: Path, arms: Sequence[str], labels: Sequence[str]) -> list[dict[str, Any]]:
     """Return how MLET, or without it the compressed single layer, differs from each other arm, as ``compare`` does."""
     arm = MLET if MLET in arms else arms[-1]
-    scores = read_scores(_scores_of(base, arm))
     found = []
-    for other in arms:
-        if other != arm:
-            differences = paired_differences(scores, read_scores(_scores_of(base, other)))
-            metrics = {name: dataclasses.asdict(each) for name, each in differences.items()}
-            found.append({"arm": arm, "of": other, "rows": len(scores), **metrics})
+    for label in labels:
+        prefix, named = ("", {}) if len(labels) == 1 else (f"{label}_", {"label": label})
+        scores = read_scores(_scores_of(base, arm), prefix)
+        for other in arms:
+            if other != arm:
+                differences = paired_differences(scores, read_scores(_scores_of(base, other), prefix))
+                metrics = {name: dataclasses.asdict(each) for name, each in differences.items()}
+                found.append({"arm": arm, "of": other, **named, "rows": len(scores), **metrics})
     return found
 
 
@@ -141,7 +142,7 @@ def arm_configs(config: Config, spec: ModelSpec) -> dict[str, Config]:
     """Return the config of each arm by name, in the order of the table; ``spec`` is MLET's."""
 
     def arm(name: str, **changes: Any) -> Config:
-        run = RunConfig(str(Path(config.run.dir) / name), config.run.overwrite)
+        run = dataclasses.replace(config.run, dir=str(Path(config.run.dir) / name))
         checkpoints = config.train.checkpoint_dir
         train = config.train
         if checkpoints is not None:

@@ -1,6 +1,7 @@
 """The result of a comparison as a Markdown table, which is readable on a terminal, and what it means."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,12 @@ def comparison_table(result: dict[str, Any]) -> str:
     split, arms = result["split"], result["arms"]
     compressed = SINGLE_COMPRESSED in arms
     trained = ["tables in training", "share"] if compressed else ["tables trained"]
-    header = ["", *trained, "tables served", f"{split} AUC", f"{split} LogLoss", "largest logit difference"]
+    # "test_", or of several labels "test_click_", …
+    measured = [
+        key.removesuffix("auc") for key in next(iter(arms.values()), {}) if re.fullmatch(f"{split}_(.+_)?auc", key)
+    ]
+    metrics = [f"{each.replace('_', ' ')}{metric}" for each in measured for metric in ("AUC", "LogLoss")]
+    header = ["", *trained, "tables served", *metrics, "largest logit difference"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name, arm in arms.items():
         sizes = [_size(arm["trained_table_bytes"])]
@@ -75,8 +81,7 @@ def comparison_table(result: dict[str, Any]) -> str:
                 _title(name, compressed),
                 *sizes,
                 _size(min(arm["served_bytes"].values())),
-                _metric(arm[f"{split}_auc"]),
-                _metric(arm[f"{split}_logloss"]),
+                *(_metric(arm[f"{each}{metric}"]) for each in measured for metric in ("auc", "logloss")),
                 _difference(arm["max_abs_logit_diff"]),
             ]
         )
@@ -103,7 +108,8 @@ def _compared(difference: Mapping[str, Any], compressed: bool) -> str:
         if low > 0 or high < 0:
             verdict = "better" if better * value > 0 else "worse"
         parts.append(f"{title} {value:+.4f} ({low:+.4f} to {high:+.4f}, {verdict})")
-    return f"- {arm} against {other}: {'; '.join(parts)}"
+    label = f", {difference['label']}" if "label" in difference else ""
+    return f"- {arm} against {other}{label}: {'; '.join(parts)}"
 
 
 def _number(value: float | None) -> float:

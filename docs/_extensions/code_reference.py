@@ -32,8 +32,9 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     for section in dataclasses.fields(Config):
         for setting in dataclasses.fields(typing.cast(Any, section.type)):
             yield f"{section.name}.{setting.name}", setting
-            if typing.get_origin(setting.type) is dict and typing.get_args(setting.type)[1] is not Any:
-                for each in dataclasses.fields(typing.get_args(setting.type)[1]):
+            by_name = typing.get_args(setting.type)[1] if typing.get_origin(setting.type) is dict else None
+            if dataclasses.is_dataclass(by_name):
+                for each in dataclasses.fields(by_name):
                     yield f"{section.name}.{setting.name}.{_BY_NAME}.{each.name}", each
 
 

@@ -5,7 +5,8 @@ import argparse
 from mlet_dist.cli.options import add_config, load_checked_config
 from mlet_dist.cli.output import Result, print_text
 from mlet_dist.cli.process import make_children_die_with_parent
-from mlet_dist.config.config_file import describe_settings
+from mlet_dist.config.config_file import Config
+from mlet_dist.config.setting_help import describe_keys
 
 TEXT = "Compare MLET with single-layer tables: train, export and verify both, and a control."
 EPILOG = f"""\
@@ -17,7 +18,7 @@ rows. Each model is written to a directory below run.dir. The same command again
 trained to the end.
 
 settings, as section.key=value or in the YAML file:
-{describe_settings()}"""
+{describe_keys(Config)}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from mlet_dist.cli import (
     predict,
     prepare,
     spectrum,
+    sweep,
     synth,
     train,
     verify,
@@ -56,8 +57,8 @@ class _Command(Protocol):
 
 
 _COMMANDS: tuple[_Command, ...] = (
-    describe, prepare, synth, train, compare, plan, evaluate, predict, export, verify, factorize, spectrum, widths,
-    doctor,
+    describe, prepare, synth, train, compare, sweep, plan, evaluate, predict, export, verify, factorize, spectrum,
+    widths, doctor,
 )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ _SETTING = re.compile(r"\w+\.[^/=]+=")
 _AFTER_A_STOP = {
     "train": "run the same command again to resume from the last checkpoint, or to start",
     "compare": "run the same command again; it keeps the models that are trained",
+    "sweep": "run the same command again; it keeps the runs that are finished, and resumes the others",
     "prepare": "run the same command again; it keeps the finished work",
     "export": "run the same command again; it keeps the finished work",
 }

@@ -201,7 +201,8 @@ def load_checked_config(args: argparse.Namespace) -> Config:
     config = load_config(Path(args.config), args.overrides)
     schema = DatasetSchema.load(data_set_path(config.data.path))
     config.check_features(schema.dense, list(schema.num_embeddings))
-    check_validation_split(config.train, config.data.path, schema.rows, schema.positives)
+    config.check_labels(schema.labels)
+    check_validation_split(config.train, config.data.path, schema.rows, schema.label_counts)
     ranks = args.nproc or 1
     config.check_world_size(ranks * node_count(args))
     if not is_launched_rank():

@@ -20,7 +20,8 @@ from mlet_dist.cli.process import (
 )
 from mlet_dist.cli.ranks import run_in_ranks
 from mlet_dist.cli.verify import verification_table
-from mlet_dist.config.config_file import Config, describe_settings, load_config
+from mlet_dist.config.config_file import Config, load_config
+from mlet_dist.config.setting_help import describe_keys
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import Interrupted, UserError
@@ -29,7 +30,7 @@ from mlet_dist.urls import is_url
 
 TEXT = "Train a model and evaluate it, on one machine or as one node of several."
 _STOP_SECONDS = 5.0  # of the 30 s that schedulers give by default; finished work of an export is kept
-EPILOG = f"settings, as section.key=value or in the YAML file:\n{describe_settings()}"
+EPILOG = f"settings, as section.key=value or in the YAML file:\n{describe_keys(Config)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -78,21 +78,33 @@ def _metric(value: float | None, digits: str) -> str:
     return "undefined" if value is None or math.isnan(value) else f"{value:{digits}}"
 
 
+def _of_label(name: str, prefix: str) -> str:
+    return f"{name} ({prefix.removesuffix('_')})" if prefix else name
+
+
 def verification_table(result: dict[str, Any]) -> str:
     """Return the result of a verification as a table, one row for each output of the export."""
     names = ("", "tables", "AUC", "change", "LogLoss", "change", "largest difference", "largest table error", "")
-    lines = [("factorised", "", _metric(result["auc_run"], ".6f"), "", f"{result['logloss_run']:.6f}", "", "", "", "")]
-    for name, found in result["outputs"].items():
+    labels = [key.removesuffix("auc_run") for key in result if key.endswith("auc_run")]  # "", or "click_", …
+    lines = [
+        (
+            _of_label("factorised", label),
+            *("", _metric(result[f"{label}auc_run"], ".6f"), "", _metric(result[f"{label}logloss_run"], ".6f")),
+            *("", "", "", ""),
+        )
+        for label in labels
+    ]
+    for name, found, label in ((*output, label) for output in result["outputs"].items() for label in labels):
         unit = "logit" if "max_abs_logit_diff" in found else "probability"
         table, error = max(found["tables"].items(), key=lambda each: each[1]["relative_error"])
         lines.append(
             (
-                name,
+                _of_label(name, label),
                 found["encoding"],
-                _metric(found["auc"], ".6f"),
-                _metric(found["auc_change"], "+.1e"),
-                f"{found['logloss']:.6f}",
-                f"{found['logloss_change']:+.1e}",
+                _metric(found[f"{label}auc"], ".6f"),
+                _metric(found[f"{label}auc_change"], "+.1e"),
+                _metric(found[f"{label}logloss"], ".6f"),
+                _metric(found[f"{label}logloss_change"], "+.1e"),
                 f"{found[f'max_abs_{unit}_diff']:.1e} ({unit}, row {found['worst_row']:,})",
                 f"{error['relative_error']:.1e} of {table}",
                 "ok" if found["ok"] else "FAILED",

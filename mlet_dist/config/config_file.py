@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +18,9 @@ from mlet_dist.config.sections import DataConfig, OptimizerConfig, RunConfig, Tr
 from mlet_dist.config.sharding_section import ShardingConfig
 from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.config.table_settings import TableSettings, check_entries
-from mlet_dist.config.validation_settings import check_validation_settings
+from mlet_dist.config.validation_settings import check_validation_settings, metrics_to_choose_by
 from mlet_dist.errors import UserError
 from mlet_dist.urls import is_url
-
-_HELP_COLUMNS = 120
 
 
 @dataclass(frozen=True)
@@ -130,6 +126,26 @@ class Config:
                     f"{key}: {self.data.path} has no column {missing[0]!r}{did_you_mean(missing[0], known)}; "
                     f"it has {', '.join(known)}"
                 )
+
+    def check_labels(self, names: Sequence[str]) -> None:
+        """Raise UserError if ``train.label_weights`` or ``train.keep_best`` do not fit the labels of the data set."""
+        weights = self.train.label_weights
+        if weights and len(names) == 1:
+            raise UserError(f"train.label_weights: {self.data.path} has one label; leave it out")
+        for name in weights:
+            if name not in names:
+                raise UserError(
+                    f"train.label_weights: {self.data.path} has no label {name!r}{did_you_mean(name, names)}; it has "
+                    f"{', '.join(names)}"
+                )
+        if weights and not any(weights.get(name, 1.0) for name in names):
+            raise UserError("train.label_weights is 0 for all labels, so that nothing would be trained")
+        metrics = metrics_to_choose_by(names)
+        if self.train.keep_best is not None and self.train.keep_best not in metrics:
+            near = did_you_mean(self.train.keep_best, list(metrics))
+            raise UserError(
+                f"train.keep_best: expected one of {', '.join(metrics)} or null, found {self.train.keep_best}{near}"
+            )
 
     def check_tables(self, names: Sequence[str]) -> None:
         """Raise UserError if settings of single tables name a table that the model does not have."""
@@ -402,26 +418,3 @@ def _check_combinations(config: Config, source: str, sources: Mapping[str, str])
             f"{sources.get('train.initial_weights', source)}: train.initial_weights is {config.train.initial_weights} "
             f"and train.resume is {config.train.resume}: a run can start from one of them only; set train.resume=auto"
         )
-
-
-def describe_settings() -> str:
-    """Return every key with its default and meaning, wrapped to the width of the terminal, for `--help`."""
-    width = min(shutil.get_terminal_size().columns, _HELP_COLUMNS)
-    lines = []
-    for section in dataclasses.fields(Config):
-        for setting in dataclasses.fields(section_type(section)):
-            lines.append(f"  {section.name}.{setting.name} ({_default(setting)})")
-            meaning = setting.metadata["meaning"]
-            lines += textwrap.wrap(
-                meaning, width, initial_indent=8 * " ", subsequent_indent=8 * " ", break_on_hyphens=False
-            )
-    return "\n".join(lines)
-
-
-def _default(setting: dataclasses.Field[Any]) -> str:
-    """Return ``default`` and the default as YAML writes it, or ``required``."""
-    if setting.default is not dataclasses.MISSING:
-        return f"default {to_yaml(setting.default)}"
-    if setting.default_factory is not dataclasses.MISSING:
-        return f"default {to_yaml(setting.default_factory())}"
-    return "required"

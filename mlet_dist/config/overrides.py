@@ -65,7 +65,7 @@ def _keys(config: type, section: str, name: str) -> list[str]:
     setting = _setting(config, [section, outer])
     if not dot or setting is None or typing.get_origin(setting.type) is not dict:
         return [section, name]
-    if typing.get_args(setting.type)[1] is Any:  # values, not sections
+    if not dataclasses.is_dataclass(typing.get_args(setting.type)[1]):  # values, not sections
         return [section, outer, inner]
     table, dot, last = inner.rpartition(".")
     return [section, outer, table, last] if dot else [section, outer, inner]
@@ -80,7 +80,7 @@ def _setting(config: type, keys: list[str]) -> dataclasses.Field[Any] | None:
             return None
         if typing.get_origin(kind) is dict:  # key is a table's name
             kind = typing.get_args(kind)[1]
-            kind = None if kind is Any else kind
+            kind = kind if dataclasses.is_dataclass(kind) else None
             setting = None
             continue
         setting = {each.name: each for each in dataclasses.fields(kind)}.get(key)

@@ -65,7 +65,7 @@ def parse_section(
         elif typing.get_origin(setting.type) is dict:
             values[name] = _parse_sections(setting, settings.get(name), key, source, sources)
         elif name in settings:
-            values[name] = _checked_value(settings[name], setting, key, sources.get(key, source))
+            values[name] = _checked_value(settings[name], setting.type, setting.metadata, key, sources.get(key, source))
         elif setting.default is dataclasses.MISSING:
             meaning = setting.metadata["meaning"].removesuffix(".")
             raise UserError(f"{source}: {key} is missing ({meaning}); set it there or as {key}=…")
@@ -75,12 +75,12 @@ def parse_section(
 def _parse_sections(
     setting: dataclasses.Field[Any], named: Any, key: str, source: str, sources: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return sections by name, each of the dataclass in the field's type; values of any kind if that is Any."""
+    """Return sections by name, each of the dataclass in the field's type, or values of that type; Any is any kind."""
     kind = typing.get_args(setting.type)[1]
     if named is None:
         return {}
     if not isinstance(named, Mapping):
-        expected = "values" if kind is Any else "sections"
+        expected = "sections" if dataclasses.is_dataclass(kind) else "values"
         raise UserError(f"{sources.get(key, source)}: {key}: expected {expected} by name, found {to_yaml(named)}")
     found = {}
     for name, section in named.items():
@@ -88,10 +88,13 @@ def _parse_sections(
             raise UserError(
                 f"{sources.get(key, source)}: {key}: expected a name, found {to_yaml(name)}; put it in quotes"
             )
+        inner = f"{key}.{name}"
         if kind is Any:
             found[name] = section
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            found[name] = parse_section(kind, {} if section is None else section, f"{inner}.", source, sources)
         else:
-            found[name] = parse_section(kind, {} if section is None else section, f"{key}.{name}.", source, sources)
+            found[name] = _checked_value(section, kind, setting.metadata, inner, sources.get(inner, source))
     return found
 
 
@@ -100,10 +103,10 @@ def section_type(setting: dataclasses.Field[Any]) -> Any:
     return setting.type if dataclasses.is_dataclass(setting.type) else None
 
 
-def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source: str) -> Any:
-    """Return the value as the field's type; raise UserError if it has another type or is out of the field's limits."""
-    is_union = typing.get_origin(setting.type) in (types.UnionType, typing.Union)  # Union of Literals
-    allowed = typing.get_args(setting.type) if is_union else (setting.type,)
+def _checked_value(value: Any, of_type: Any, limits: Mapping[str, Any], key: str, source: str) -> Any:
+    """Return the value as the type; raise UserError if it has another type or is out of the limits of a setting."""
+    is_union = typing.get_origin(of_type) in (types.UnionType, typing.Union)  # Union of Literals
+    allowed = typing.get_args(of_type) if is_union else (of_type,)
     if value is None and type(None) in allowed:
         return None
     kinds = [option for option in allowed if option is not type(None)]
@@ -116,27 +119,25 @@ def _checked_value(value: Any, setting: dataclasses.Field[Any], key: str, source
         quoted = kinds == [str] and value is not None and not isinstance(value, dict | list)
         quote = "; put it in quotes" if quoted else ""
         raise UserError(f"{source}: {key}: expected {expected}, found {to_yaml(value)}{near}{quote}") from None
-    if isinstance(converted, tuple) and len(converted) < setting.metadata.get("min_length", 0):
-        raise UserError(
-            f"{source}: {key} is {to_yaml(value)}, it must have at least {setting.metadata['min_length']} entry"
-        )
+    if isinstance(converted, tuple) and len(converted) < limits.get("min_length", 0):
+        raise UserError(f"{source}: {key} is {to_yaml(value)}, it must have at least {limits['min_length']} entry")
     if ByteSize in kinds and isinstance(converted, str):
         return converted
     for each in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(each, str):
             _check_text(each, key, source)
             continue
-        at_least, at_most, above = (setting.metadata.get(limit) for limit in ("at_least", "at_most", "above"))
-        below = setting.metadata.get("below", math.inf)
+        at_least, at_most, above = (limits.get(limit) for limit in ("at_least", "at_most", "above"))
+        below = limits.get("below", math.inf)
         if above is not None and not above < each < below:
-            limits = "a finite number above {}" if below == math.inf else "above {} and below {}"
-            raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be {limits.format(above, below)}")
+            expected = "a finite number above {}" if below == math.inf else "above {} and below {}"
+            raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be {expected.format(above, below)}")
         if at_least is not None and not each >= at_least:  # nor NaN
             raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at least {at_least}")
         if at_most is not None and each > at_most:
             unit = "; a size in bytes needs a unit, such as 12GB" if ByteSize in kinds else ""
             raise UserError(f"{source}: {key} is {to_yaml(value)}, it must be at most {at_most}{unit}")
-        factor = setting.metadata.get("multiple_of")
+        factor = limits.get("multiple_of")
         if factor is not None and each % factor:
             raise UserError(
                 f"{source}: {key} is {to_yaml(value)}, it must be a multiple of {factor}; "

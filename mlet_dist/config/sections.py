@@ -127,6 +127,16 @@ class TrainConfig:
         at_least=1,
         at_most=65_535,
     )
+    label_weights: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "With several labels, the factors of their losses in the sum that is trained, by label; 1 for "
+            "those that are not named. Write {conversion: 0.5}, or train.label_weights.conversion=0.5 on the command "
+            "line.",
+            "at_least": 0,
+            "at_most": 1e6,
+        },
+    )
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto, cpu or cuda: the device to train on. auto: cuda where there is one, else cpu.", "auto"
     )
@@ -228,9 +238,10 @@ class TrainConfig:
         above=0,
         at_most=1,
     )
-    keep_best: Literal["auc", "logloss"] | None = setting(
+    keep_best: str | None = setting(
         "auc or logloss: the checkpoint with the highest AUC or the lowest LogLoss of all validations is kept besides "
-        "those of keep_last and keep_every, for `--best` of other commands; needs validate_every. null: none is kept.",
+        "those of keep_last and keep_every, for `--best` of other commands; needs validate_every. With several labels "
+        "it is that of the first, or of the one that is named, as in click_auc. null: none is kept.",
         None,
     )
     patience: int | None = setting(

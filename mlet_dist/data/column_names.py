@@ -19,6 +19,7 @@ MODULE_ATTRIBUTES = frozenset({
 # A feature's name is part of file names and of the names of a model's tensors.
 MAX_NAME_BYTES = 200  # file systems allow 255, which must also hold suffixes such as .parquet and .<uuid>.tmp
 NAME_RULE = f"printable text of 1 to {MAX_NAME_BYTES} bytes without dots and slashes"
+LABEL_NAME_RULE = "a name of letters, digits and _, which begins with a letter"
 TABLE_NAME_RULE = f"{NAME_RULE} that does not begin with _ and is no attribute of a torch module (type, items, …)"
 
 
@@ -27,6 +28,11 @@ def is_name(value: Any) -> bool:
     if not (isinstance(value, str) and value.isprintable()) or set(value) & set("./"):
         return False
     return 0 < len(value.encode()) <= MAX_NAME_BYTES
+
+
+def is_label_name(value: Any) -> bool:
+    """Return whether one of several labels may have this name, which is part of the names of metrics."""
+    return is_name(value) and value.isascii() and value.isidentifier() and not value.startswith("_")
 
 
 def is_table_name(value: Any) -> bool:

@@ -23,12 +23,15 @@ def check_classes(path: object, schema: DatasetSchema, splits: Iterable[str]) ->
         UserError: all rows of ``train`` have the same label, from which nothing can be learned.
     """
     warnings = []
+    counts = schema.label_counts
     for split in splits:
-        rows, positives = schema.rows.get(split, 0), schema.positives.get(split, 0)
-        if not rows or 0 < positives < rows:
-            continue
-        found = f"{path}: all {rows:,} rows of {split} have label {int(positives > 0)}"
-        if split == "train":
-            raise UserError(f"{found}, so a model can learn nothing from them; {_ADVICE}")
-        warnings.append(f"{found}, so its AUC is undefined; {_ADVICE}")
+        for label, (positives, known) in counts.get(split, {}).items():
+            if not schema.rows[split] or 0 < positives < known:
+                continue
+            found = f"{path}: all {known:,} rows of {split} have label {int(positives > 0)}"
+            if schema.more_labels:
+                found = f"{path}: all {known:,} rows of {split} that have the label {label} have {int(positives > 0)}"
+            if split == "train":
+                raise UserError(f"{found}, so a model can learn nothing from them; {_ADVICE}")
+            warnings.append(f"{found}, so its AUC is undefined; {_ADVICE}")
     return warnings

@@ -4,7 +4,7 @@ Data sets record it; models, checkpoints, exports and factors take it over; wher
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -37,33 +37,42 @@ class Preprocessing:
         sparse: encoding, …, and ``vocabulary``, the fingerprint of the values in the order of their ids, or for a
             hashed feature ``num_embeddings``. Of a vocabulary that has grown also ``extends``, the first digits of the
             fingerprints of those whose ids it kept, the oldest first.
+        more_labels: of the labels after the first, if there are several.
     """
 
     label: Rules
     dense: Mapping[str, Rules]
     sparse: Mapping[str, Rules]
+    more_labels: Mapping[str, Rules] = field(default_factory=dict)
 
     def select(self, dense: Iterable[str], sparse: Iterable[str]) -> "Preprocessing":
         """Return the part for these columns, which must exist."""
         return Preprocessing(
-            self.label, {name: self.dense[name] for name in dense}, {name: self.sparse[name] for name in sparse}
+            self.label,
+            {name: self.dense[name] for name in dense},
+            {name: self.sparse[name] for name in sparse},
+            self.more_labels,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self)
+        plain = asdict(self)
+        if not self.more_labels:
+            del plain["more_labels"]
+        return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Preprocessing":
         """Return what ``to_dict`` was called on; KeyError, TypeError or ValueError if it is something else."""
         label, dense, sparse = (dict(plain[key]) for key in ("label", "dense", "sparse"))
-        columns = ({name: dict(rules) for name, rules in each.items()} for each in (dense, sparse))
-        return cls(label, *columns)
+        by_name = dense, sparse, dict(plain.get("more_labels", {}))
+        return cls(label, *({name: dict(rules) for name, rules in each.items()} for each in by_name))
 
     def by_column(self) -> dict[str, Rules]:
         """Return the rules of all columns by a name for messages, such as ``dense column price``."""
         return {
             "the label": self.label,
+            **{f"label {name}": rules for name, rules in self.more_labels.items()},
             **{f"dense column {name}": rules for name, rules in self.dense.items()},
             **{f"sparse feature {name}": rules for name, rules in self.sparse.items()},
         }
@@ -85,7 +94,7 @@ class Difference(NamedTuple):
 
 def label_rules(label: Any) -> dict[str, Any]:
     """Return the rules of a label column, a dataclass; its raw column is part of what a label means."""
-    return _rules(label, set())
+    return _rules(label, {"name"})
 
 
 def dense_rules(column: Any, **statistics: float) -> dict[str, Any]:
@@ -132,14 +141,14 @@ def find_difference(
 
     Args:
         found: of the data at hand.
-        wanted: of the model.
+        wanted: of the model; its columns are in ``found``, too, and its labels if they are the same.
         here, there: where the two are, for the message, such as ``here`` and ``in the model's data set``.
         vocabularies: which of ``found`` fit those of ``wanted``.
     """
     differing = {}
     others = found.by_column()
     for column, rules in wanted.by_column().items():
-        keys = _differing_keys(others[column], rules, vocabularies)
+        keys = _differing_keys(others.get(column, {}), rules, vocabularies)
         if keys:
             differing[column] = keys
     if not differing:
@@ -150,7 +159,7 @@ def find_difference(
         text = f"the ids of {column} belong to another vocabulary {here} than {there}{more}"
         return Difference(text, LIKE_REMEDY)
     keys = [key for key in keys if key != _VOCABULARY]
-    one, other = _show(others[column], wanted.by_column()[column], keys)
+    one, other = _show(others.get(column, {}), wanted.by_column()[column], keys)
     text = f"{column} has {one} {here} and {other} {there}{more}"
     if set(keys) <= _STATISTICS:  # which nobody can set, since they come from each data set's own training split
         return Difference(text, LIKE_REMEDY)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.data import json_values as values
+from mlet_dist.data.column_names import LABEL_NAME_RULE, is_label_name
 from mlet_dist.data.id_counts import SplitCounts, counts_from_plain, counts_to_plain
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.preprocessing import Preprocessing
@@ -29,6 +30,10 @@ MAX_NUM_EMBEDDINGS = 2**31 - 1  # ids are int32
 _TABLE_SIZE = (
     lambda value: values.is_integer(value, 1, MAX_NUM_EMBEDDINGS),
     f"a whole number from 1 to {MAX_NUM_EMBEDDINGS}",
+)
+_LABELS = (
+    lambda value: len(value) > 1 and len(set(map(str, value))) == len(value) and all(map(is_label_name, value)),
+    f"a list of two labels or more, each once: {LABEL_NAME_RULE}",
 )
 _ROW_GROUP = (lambda value: values.is_integer(value, 1, 2**31 - 1), "a whole number of at least 1")
 _BY_SPLIT = (
@@ -76,6 +81,7 @@ class Part:
         sha256: SHA-256 of the file's content, in hexadecimal.
         pages_sha256: SHA-256 of its bytes before the Parquet footer; the footer repeats it.
         row_group_rows: rows of each of its row groups but the last, which has the rest.
+        label_counts: with several labels, for each of them the rows with label 1, and the rows that have the label.
     """
 
     path: str
@@ -85,6 +91,7 @@ class Part:
     sha256: str
     pages_sha256: str
     row_group_rows: int = ROW_GROUP_ROWS
+    label_counts: tuple[tuple[int, int], ...] = ()
 
     @property
     def group_rows(self) -> list[int]:
@@ -99,7 +106,7 @@ class DatasetSchema:
 
     Attributes:
         source: the raw format, such as ``criteo``, ``avazu`` or ``table``; or ``synthetic``.
-        label: name of the label column (int8, 0 or 1).
+        label: name of the label column (int8, 0 or 1), the first if there are several.
         dense: names of the dense columns (float32), already transformed; there may be none.
         sparse: the sparse features (int32 ids).
         malformed: number of raw lines that were skipped.
@@ -111,6 +118,7 @@ class DatasetSchema:
         id_counts: how many ids of each split and feature are out of vocabulary; empty where that is not known.
         sample_weight: whether the column ``sample_weight`` (float32, 0 or more) holds each row's weight in the loss and
             in metrics.
+        more_labels: names of the other label columns. With several labels, a row may lack some of them (null).
     """
 
     source: str
@@ -124,6 +132,24 @@ class DatasetSchema:
     id_counts: SplitCounts = field(default_factory=dict)
     sample_weight: bool = False
     extends: tuple[str, ...] = ()
+    more_labels: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of all label columns, in order."""
+        return self.label, *self.more_labels
+
+    @property
+    def label_counts(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Of each split and label, the number of rows with label 1, and of rows that have the label."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for split, parts in self.parts.items():
+            of_parts = [part.label_counts or ((part.positives, part.rows),) for part in parts]
+            found[split] = {
+                name: (sum(each[index][0] for each in of_parts), sum(each[index][1] for each in of_parts))
+                for index, name in enumerate(self.labels)
+            }
+        return found
 
     @property
     def rows(self) -> dict[str, int]:
@@ -148,7 +174,7 @@ class DatasetSchema:
 
     @property
     def positives(self) -> dict[str, int]:
-        """Number of rows with label 1 of each split."""
+        """Number of rows with label 1, the first label, of each split."""
         return {split: sum(part.positives for part in parts) for split, parts in self.parts.items()}
 
     @property
@@ -178,7 +204,7 @@ class DatasetSchema:
         content = {
             "format_version": FORMAT_VERSION,
             "source": self.source,
-            "label": self.label,
+            "label": list(self.labels) if self.more_labels else self.label,
             "dense": list(self.dense),
             "sparse": [_plain_feature(feature) for feature in self.sparse],
             "malformed": self.malformed,
@@ -235,9 +261,11 @@ class DatasetSchema:
             )
         take = partial(values.take, path)
         parts, rows = (take(content, key, *_BY_SPLIT) for key in ("parts", "rows"))
+        label, *more_labels = _names_of_labels(path, content)
         schema = cls(
             source=take(content, "source", *values.TEXT),
-            label=take(content, "label", *values.NAME),
+            label=label,
+            more_labels=tuple(more_labels),
             dense=tuple(take(content, "dense", *values.NAMES)),
             sparse=tuple(
                 SparseFeature(
@@ -261,6 +289,7 @@ class DatasetSchema:
                         take(p, "sha256", *values.SHA256, within),
                         take(p, "pages_sha256", *values.SHA256, within),
                         take({"row_group_rows": ROW_GROUP_ROWS} | p, "row_group_rows", *_ROW_GROUP, within),
+                        _label_counts(path, p, within, len(more_labels) + 1 if more_labels else 0),
                     )
                     for within, p in values.enumerated(f"parts.{split}", take(parts, split, *values.OBJECTS, "parts."))
                 )
@@ -289,7 +318,7 @@ class DatasetSchema:
                     f"{path}: features {other.name!r} and {feature.name!r} share the table {feature.table_name!r}, so "
                     "num_embeddings must be the same"
                 )
-        columns = {schema.label: "label"}
+        columns = dict.fromkeys(schema.labels, "label")
         if schema.sample_weight:
             columns[SAMPLE_WEIGHT] = "sample_weight"
         for key, name in (*(("dense", n) for n in schema.dense), *(("sparse", f.name) for f in schema.sparse)):
@@ -321,7 +350,37 @@ def _plain_feature(feature: SparseFeature) -> dict[str, Any]:
 
 def _plain_part(part: Part) -> dict[str, Any]:
     """Return the part as plain data for JSON; ``row_group_rows`` only where it is another number than usual."""
-    return {key: value for key, value in asdict(part).items() if key != "row_group_rows" or value != ROW_GROUP_ROWS}
+    usual = {"row_group_rows": ROW_GROUP_ROWS, "label_counts": ()}
+    return {key: value for key, value in asdict(part).items() if key not in usual or value != usual[key]}
+
+
+def _names_of_labels(path: DataPath, content: dict[str, Any]) -> list[str]:
+    """Return the names of the labels: one name, or a list of several."""
+    if not isinstance(content.get("label"), list):
+        return [values.take(path, content, "label", *values.NAME)]
+    names: list[str] = values.take(path, content, "label", *_LABELS)
+    return names
+
+
+def _label_counts(path: DataPath, part: dict[str, Any], within: str, labels: int) -> tuple[tuple[int, int], ...]:
+    """Return the counts of a part by label; none with one label."""
+    if not labels:
+        return ()
+    valid = (
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == labels
+            and all(
+                isinstance(each, list)
+                and len(each) == 2
+                and all(values.is_integer(n, 0, part["rows"]) for n in each)
+                and each[0] <= each[1]
+                for each in value
+            )
+        ),
+        "for each label the number of rows with label 1, and of rows that have it",
+    )
+    return tuple((ones, known) for ones, known in values.take(path, part, "label_counts", *valid, within))
 
 
 def _preprocessing(path: DataPath, plain: dict[str, Any]) -> Preprocessing:

@@ -100,13 +100,13 @@ def prepared_rows(
 
 
 def _scored(spec: TableSpec, paths: list[str]) -> tuple[TableSpec, dict[str, str]]:
-    """Return the description for files that may lack the label, and the label that they then have in all rows."""
+    """Return the description for files that may lack labels, and the value of each that they then have in all rows."""
     spec = replace(spec, sample_weight=None)
-    label, text = spec.label.column, spec.text
+    labels, text = {label.column: _any_label(label) for label in spec.labels}, spec.text
     for path in paths:
         if isinstance(text, TextFormat) and text.columns is not None:
             columns, fields = text.columns, first_fields(path, text)
-            without = tuple(name for name in columns if name != label)
+            without = tuple(name for name in columns if name not in labels)
             if len(fields) == len(without) < len(columns):
                 columns, spec = without, replace(spec, text=replace(text, columns=without))
             is_empty = not fields
@@ -114,8 +114,8 @@ def _scored(spec: TableSpec, paths: list[str]) -> tuple[TableSpec, dict[str, str
             columns = inspect_file(path, text, ()).columns
             is_empty = not columns
         if not is_empty:
-            is_labelled = label in columns or label in dict(directory_values(path))
-            return spec, {} if is_labelled else {label: _any_label(spec.label)}
+            known = {*columns, *dict(directory_values(path))}
+            return spec, {name: value for name, value in labels.items() if name not in known}
     return spec, {}
 
 

@@ -17,7 +17,8 @@ from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import print_warning
 from mlet_dist.export.evaluated_model import EvaluatedModel
-from mlet_dist.training.evaluation import count_first_ids, evaluate, evaluation_loader, undefined_auc
+from mlet_dist.training.evaluation import count_first_ids, evaluate, evaluation_loader
+from mlet_dist.training.label_metrics import undefined_aucs
 from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice
 
 
@@ -31,6 +32,8 @@ def evaluate_path(
 ) -> dict[str, Any]:
     """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export on a split of a data set.
 
+    With several labels each of them has these and ``normalized_entropy``, as ``click_auc``; ``rows`` is that of all
+    rows.
     ``out_of_vocabulary`` is each feature's share of the split's ids that are, for features that have any. ``step`` is
     that of the checkpoint of a run.
 
@@ -51,9 +54,9 @@ def evaluate_path(
             for each in warnings:
                 print_warning(each)
         found = evaluate(model, loader, worker, split)
-        undefined = undefined_auc(found, f"{data}: {split}")
-        if undefined is not None and worker.is_first:
-            print_warning(undefined)
+        if worker.is_first:
+            for each in undefined_aucs(found, spec.labels, f"{data}: {split}"):
+                print_warning(each)
     shares = out_of_vocabulary_shares(counts, split)
     return {"target": str(target), **opened.step, "split": split, **found, "out_of_vocabulary": shares}
 

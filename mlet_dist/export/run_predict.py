@@ -1,10 +1,11 @@
 """`mlet predict`: the scores of a run or an export for every row of a split, or of raw files, as a Parquet file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -20,10 +21,10 @@ from mlet_dist.export.raw_data import SPLIT, is_raw, prepared_rows
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
 from mlet_dist.training.evaluation import evaluation_loader, predict
+from mlet_dist.training.label_metrics import metric_prefixes
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice
 
-_COLUMNS = {"row": pa.int64(), "label": pa.float32(), "logit": pa.float32(), "probability": pa.float32()}
 _ROWS_A_GROUP = 1 << 20
 _RAW_TIMEOUT = timedelta(hours=6)  # ranks wait until rank 0 has prepared raw files
 
@@ -41,7 +42,8 @@ def predict_path(
 
     The file has the columns ``row`` (int64, from 0), ``label`` (but for raw files without one), ``logit``,
     ``probability`` and, for a data set whose rows have weights, ``weight`` (float32). Batches are written as they are
-    computed; the file appears under its name when it is complete.
+    computed; the file appears under its name when it is complete. With several labels there are ``label``, ``logit``
+    and ``probability`` of each, as ``click_label``, which is null where a row lacks the label.
 
     Args:
         target: directory of a run, of one of its checkpoints, or of an export.
@@ -95,7 +97,7 @@ def _predict_split(
     with Progress("predict", rows, "rows", disable=not worker.is_first) as progress:
         batches = _gathered(predict(model, loader, worker), loader.local_batch_size, worker)
         if worker.is_first:
-            _write(out, batches, progress, is_labelled)
+            _write(out, batches, spec.labels, progress, is_labelled)
         else:
             for _ in batches:
                 pass
@@ -105,12 +107,13 @@ def _predict_split(
 def _gathered(
     predicted: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], local_rows: int, worker: Worker
 ) -> Iterator[torch.Tensor]:
-    """Yield logits, labels and weights of global batches, ``(2 or 3, rows)`` float32, on rank 0; nothing elsewhere.
+    """Yield logits, labels and weights of global batches on rank 0, and nothing elsewhere.
 
-    A rank's rows follow those of the rank before it. A collective call of all ranks for each batch.
+    They are ``(2 L, rows)`` float32, or ``(2 L + 1, rows)`` with weights. A rank's rows follow those of the rank before
+    it. A collective call of all ranks for each batch.
     """
     for parts in predicted:
-        own = torch.stack([part for part in parts if part is not None])
+        own = torch.cat([part.reshape(len(part), -1).t() for part in parts if part is not None])
         padded = own.new_full((len(own), local_rows), torch.nan)
         padded[:, : own.shape[1]] = own
         count = torch.tensor([own.shape[1]], device=own.device)
@@ -122,25 +125,28 @@ def _gathered(
             yield torch.cat([each[:, : int(rows)] for each, rows in zip(found, counts, strict=True)], dim=1).cpu()
 
 
-def _write(out: Path, batches: Iterator[torch.Tensor], progress: Progress, is_labelled: bool) -> None:
+def _write(
+    out: Path, batches: Iterator[torch.Tensor], labels: Sequence[str], progress: Progress, is_labelled: bool
+) -> None:
     """Write batches of ``_gathered`` to a Parquet file."""
     writer: pq.ParquetWriter | None = None
+    prefixes = metric_prefixes(labels)
     row = 0
     try:
         with replaced_file(out) as file:
             for batch in batches:
-                logits, labels, *weights = batch
                 rows = batch.shape[1]
-                columns = {
-                    "row": torch.arange(row, row + rows),
-                    **({"label": labels} if is_labelled else {}),
-                    "logit": logits,
-                    "probability": torch.sigmoid(logits),
-                    **({"weight": weights[0]} if weights else {}),
-                }
-                schema = pa.schema({name: _COLUMNS.get(name, pa.float32()) for name in columns})
-                writer = writer or pq.ParquetWriter(file, schema)
-                table = pa.table({name: values.numpy() for name, values in columns.items()}, schema)
+                columns = {"row": pa.array(range(row, row + rows), pa.int64())}
+                for index, prefix in enumerate(prefixes):
+                    logits, found = batch[index], batch[len(prefixes) + index].numpy()
+                    if is_labelled:
+                        columns[f"{prefix}label"] = pa.array(found, mask=np.isnan(found))
+                    columns[f"{prefix}logit"] = pa.array(logits.numpy())
+                    columns[f"{prefix}probability"] = pa.array(torch.sigmoid(logits).numpy())
+                if len(batch) > 2 * len(prefixes):
+                    columns["weight"] = pa.array(batch[-1].numpy())
+                table = pa.table(columns)
+                writer = writer or pq.ParquetWriter(file, table.schema)
                 writer.write_table(table, _ROWS_A_GROUP)
                 row += rows
                 progress.update(rows)

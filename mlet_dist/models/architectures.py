@@ -1,7 +1,7 @@
 """The networks that ``model.name`` offers, each built around the tables of a model.
 
-All take dense columns ``(B, D)`` float32 and a KeyedJaggedTensor, and return logits ``(B, 1)``. They call the tables
-``sparse_arch.embedding_bag_collection``, as TorchRec's models do.
+All take dense columns ``(B, D)`` float32 and a KeyedJaggedTensor, and return logits ``(B, L)`` for L labels. They call
+the tables ``sparse_arch.embedding_bag_collection``, as TorchRec's models do.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,10 +49,10 @@ class DeepFMModel(nn.Module):
         self.dense_arch = DenseArch(len(inputs.dense_features), [*settings.bottom_mlp, d])
         self.deep_fm = DeepFM(MLP(d * (len(self.features) + 1), [settings.fm_dim]))
         self.fm = FactorizationMachine()
-        self.over_arch = OverArch(d + settings.fm_dim + 1, [*settings.top_mlp, 1])
+        self.over_arch = OverArch(d + settings.fm_dim + 1, [*settings.top_mlp, len(inputs.labels)])
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
-        """Return logits ``(B, 1)``."""
+        """Return logits ``(B, L)``."""
         dense, vectors = self.dense_arch(dense_features), self.sparse_arch(sparse_features)
         together = [dense, *(vectors[name] for name in self.features)]
         interaction = torch.cat([dense, self.deep_fm(together), self.fm(together)], dim=1)
@@ -70,11 +70,17 @@ class TwoTower(nn.Module):
         inputs: what the model is built for; vectors may have any numbers of columns.
 
     Raises:
-        UserError: ``query_features`` names a feature that the model does not have, or leaves none for the candidates.
+        UserError: ``query_features`` names a feature that the model does not have, or leaves none for the candidates;
+            or there are several labels.
     """
 
     def __init__(self, inputs: ModelInputs) -> None:
         super().__init__()
+        if len(inputs.labels) > 1:
+            raise UserError(
+                f"model.name two_tower predicts one label, and the data set has {', '.join(inputs.labels)}; use dlrm, "
+                "dlrm_dcn, deepfm or model.builder"
+            )
         self.query, self.candidate = _features_of_towers(inputs)
         self.sparse_arch = PooledTables(inputs.embedding_bag_collection)
         sizes, dims = list(inputs.settings.top_mlp), inputs.embedding_dims
@@ -122,7 +128,7 @@ def _dlrm(inputs: ModelInputs) -> nn.Module:
         embedding_bag_collection=inputs.embedding_bag_collection,
         dense_in_features=len(inputs.dense_features),
         dense_arch_layer_sizes=[*inputs.settings.bottom_mlp, inputs.embedding_dim],
-        over_arch_layer_sizes=[*inputs.settings.top_mlp, 1],
+        over_arch_layer_sizes=[*inputs.settings.top_mlp, len(inputs.labels)],
     )
 
 
@@ -133,7 +139,7 @@ def _dlrm_dcn(inputs: ModelInputs) -> nn.Module:
         embedding_bag_collection=inputs.embedding_bag_collection,
         dense_in_features=len(inputs.dense_features),
         dense_arch_layer_sizes=[*inputs.settings.bottom_mlp, inputs.embedding_dim],
-        over_arch_layer_sizes=[*inputs.settings.top_mlp, 1],
+        over_arch_layer_sizes=[*inputs.settings.top_mlp, len(inputs.labels)],
         dcn_num_layers=inputs.settings.cross_layers,
         dcn_low_rank_dim=inputs.settings.cross_rank,
     )

@@ -152,7 +152,16 @@ def build_around(collections: Collections, spec: ModelSpec, dense_device: torch.
     of_tables = spec.embedding_dims
     dims = {feature.name: of_tables[feature.table_name] for feature in spec.sparse}
     sequences = tuple(feature.name for feature in spec.sparse if feature.table_name in spec.sequence_tables)
-    inputs = ModelInputs(collections.bags, collections.sequences, spec.dense, tuple(dims), sequences, dims, spec.model)
+    inputs = ModelInputs(
+        collections.bags,
+        collections.sequences,
+        spec.dense,
+        tuple(dims),
+        sequences,
+        dims,
+        spec.model,
+        spec.labels,
+    )
     with torch.random.fork_rng(devices=[]), dense_device:
         torch.manual_seed(spec.seed)
         if spec.model.builder is None:

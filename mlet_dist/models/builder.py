@@ -25,10 +25,10 @@ class ModelInputs:
     """What a model is built for; the argument of ``model.builder``.
 
     A builder returns a module that takes dense columns ``(B, D)`` float32 and a KeyedJaggedTensor and returns logits
-    ``(B,)`` or ``(B, 1)``. It calls each collection of tables once in forward, with that KeyedJaggedTensor, and puts it
-    into the module once, by any name. What else the module holds is trained as dense layers on every rank. It is built
-    more than once, with tables on several devices and of several kinds: for training, for planning, for evaluation and
-    for serving.
+    ``(B,)`` or ``(B, 1)``, with several labels ``(B, L)``. It calls each collection of tables once in forward, with
+    that KeyedJaggedTensor, and puts it into the module once, by any name. What else the module holds is trained as
+    dense layers on every rank. It is built more than once, with tables on several devices and of several kinds: for
+    training, for planning, for evaluation and for serving.
 
     Attributes:
         embedding_bag_collection: the tables, with the interface of TorchRec's EmbeddingBagCollection: it returns a
@@ -40,6 +40,7 @@ class ModelInputs:
         sequences: those among them that are sequences: of ``model.sequences``, and those that share a table with one.
         embedding_dims: d of each feature.
         settings: the section ``model`` of the config.
+        labels: the names of the L labels, in the order of the logits; ``label`` if there is one.
     """
 
     embedding_bag_collection: Any  # an nn.Module, or None
@@ -49,6 +50,7 @@ class ModelInputs:
     sequences: tuple[str, ...]
     embedding_dims: Mapping[str, int]
     settings: ModelConfig
+    labels: tuple[str, ...] = ("label",)
 
     @property
     def embedding_dim(self) -> int:

@@ -38,7 +38,7 @@ def dense_parameters(spec: ModelSpec) -> dict[str, int]:
     elif model.name == "deepfm":
         found["model.fm_dim"] = _mlp([vectors, model.fm_dim])
         interaction = d + model.fm_dim + 1
-    return found | {"model.top_mlp": _mlp([interaction, *model.top_mlp, 1])}
+    return found | {"model.top_mlp": _mlp([interaction, *model.top_mlp, len(spec.labels)])}
 
 
 def check_dense_memory(

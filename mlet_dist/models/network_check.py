@@ -18,7 +18,7 @@ _SEQUENCE_LENGTHS = (2, 0, 3, 1)
 """Those of rows in turn, so that the first half of the vectors is that of the first half of the rows."""
 
 
-def check_network(model: nn.Module, dense_columns: int) -> None:
+def check_network(model: nn.Module, dense_columns: int, labels: int = 1) -> None:
     """Check a model of ``model.builder``: its logits depend on all features, and that of a row on no other row.
 
     Batches are split among ranks and padded, so that statistics over their rows, as those of batch normalization, are
@@ -27,6 +27,7 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
     Args:
         model: the model, with its layers on a CPU, not sharded; it is in training mode and stays as it is.
         dense_columns: D.
+        labels: L.
 
     Raises:
         UserError: forward fails, returns something else, calls the tables several times, leaves a feature out, mixes
@@ -42,7 +43,7 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
             logits = model(dense.clone(), tables.batch())  # a copy, since forward may change what it is given
         except (Exception, SystemExit) as error:
             raise UserError(f"model.builder: forward of the module failed: {in_one_line(error)}") from error
-        check_logits(logits, _ROWS)
+        check_logits(logits, _ROWS, labels)
         created = [name for name in _names(model.named_parameters()) if name not in parameters]
         if created:
             raise UserError(
@@ -57,7 +58,7 @@ def check_network(model: nn.Module, dense_columns: int) -> None:
                     "vectors of a batch once"
                 )
         if logits.requires_grad:
-            _check_rows(logits.reshape(-1).float(), [dense, *tables.vectors.values()])
+            _check_rows(logits.reshape(_ROWS, -1).float(), [dense, *tables.vectors.values()])
             logits.float().sum().backward()
         gradients = {
             name: None if each.grad is None else each.grad.abs().max() for name, each in tables.vectors.items()

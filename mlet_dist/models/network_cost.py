@@ -101,14 +101,14 @@ def _work_of(model: nn.Module, dense_columns: int, sequence_length: int, rows: i
         weights = [state[name].requires_grad_() for name, each in model.named_parameters() if each.is_floating_point()]
         inputs = torch.empty(rows, dense_columns, device=meta), tables.batch()
         with FlopCounterMode(display=False) as counter:
-            check_logits(functional_call(model, state, inputs), rows)
+            check_logits(functional_call(model, state, inputs), rows, labels=None)
         memory = []
         # Gradients of weights do not grow with the rows, but are computed from what does.
         vectors = list(tables.vectors.values())
         for inputs_of_backward in (vectors, [*vectors, *weights]):
             with _Memory() as found:
                 logits = functional_call(model, state, inputs).reshape(-1).float()
-                loss = functional.binary_cross_entropy_with_logits(logits, torch.empty(rows, device=meta))
+                loss = functional.binary_cross_entropy_with_logits(logits, torch.empty_like(logits))
                 torch.autograd.grad(loss, inputs_of_backward, allow_unused=True)
             memory.append(found)
             del logits, loss

@@ -16,6 +16,9 @@ from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.formatting import load_json
 
+ONE_LABEL = ("label",)
+"""The labels of a model of one, whatever its column is called."""
+
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
 BAG_ROWS, SEQUENCE_ROWS = "embedding_bags", "embeddings"  # what TorchRec's collections call their tables
 """What TorchRec's models, and all that ``model.name`` offers, call their tables in the state dict."""
@@ -77,6 +80,7 @@ class ModelSpec:
         shared_rows: whether rows of width 0 read a row of their table that they share, instead of zero.
         tables_prefix: of ``embedding_bags.<table>.weight`` and ``projections.<table>.weight`` in the state dict.
         sequences_prefix: of ``embeddings.<table>.weight`` and ``projections.<table>.weight`` of tables of sequences.
+        labels: the names of the labels that it predicts; ``label`` if there is one.
         adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
         table_settings: the sizes and initial values of the tables whose are not those of ``model`` for all tables,
@@ -96,6 +100,7 @@ class ModelSpec:
     tables_prefix: str = TABLES_PREFIX
     table_settings: Mapping[str, TableSettings] = field(default_factory=dict)
     sequences_prefix: str = ""
+    labels: tuple[str, ...] = ONE_LABEL
 
     @classmethod
     def of(cls, config: Config, schema: DatasetSchema) -> "ModelSpec":
@@ -114,7 +119,10 @@ class ModelSpec:
         preprocessing = schema.preprocessing.select(dense, wanted)
         tables = {feature.table_name for feature in sparse}
         zero = tuple(name for name in schema.untrained_first_rows if name in tables)
-        spec = cls(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing, zero)
+        spec = cls(
+            *(config.model, dense, sparse, config.train.seed, schema.vocabulary_id, preprocessing, zero),
+            labels=_labels_of(schema),
+        )
         return spec.with_model(config)
 
     def with_model(self, config: Config) -> "ModelSpec":
@@ -214,6 +222,11 @@ class ModelSpec:
         Raises:
             UserError: an input is missing or of another kind, or has another meaning.
         """
+        if self.labels != _labels_of(schema):
+            raise UserError(
+                f"{path}: has {_named(_labels_of(schema))}, and the model predicts {_named(self.labels)}; prepare the "
+                "data set with the labels of the model"
+            )
         for name in self.dense:
             if name not in schema.dense:
                 raise UserError(f"{path}: the model takes the dense column {name!r}, which this data set lacks")
@@ -286,6 +299,8 @@ class ModelSpec:
             del plain["tables_prefix"]
         if not self.sequences_prefix:
             del plain["sequences_prefix"]
+        if self.labels == ONE_LABEL:
+            del plain["labels"]
         if not self.table_settings:
             del plain["table_settings"]
         return plain
@@ -342,6 +357,7 @@ class ModelSpec:
                 str(plain.get("tables_prefix", TABLES_PREFIX)),
                 {str(name): TableSettings(**each) for name, each in plain.get("table_settings", {}).items()},
                 str(plain.get("sequences_prefix", "")),
+                tuple(map(str, plain.get("labels", ONE_LABEL))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: not a model description: {error!r}") from None
@@ -359,6 +375,14 @@ def check_sequences(model: ModelConfig, sparse: Sequence[SparseFeature]) -> None
             raise UserError(
                 f"model.sequences: feature {feature.name!r} has weights, which only pooled vectors have; leave it out"
             )
+
+
+def _labels_of(schema: DatasetSchema) -> tuple[str, ...]:
+    return schema.labels if schema.more_labels else ONE_LABEL
+
+
+def _named(labels: tuple[str, ...]) -> str:
+    return "one label" if len(labels) == 1 else f"the labels {', '.join(labels)}"
 
 
 def describe_bag(feature: SparseFeature) -> str:

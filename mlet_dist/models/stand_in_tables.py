@@ -91,12 +91,16 @@ def stand_in_tables(
             model.set_submodule(path, collection)
 
 
-def check_logits(logits: object, rows: int) -> None:
-    """Raise UserError unless a network returned a logit for each row."""
-    expected = f"logits ({rows},) or ({rows}, 1) of floating point numbers for {rows} rows"
+def check_logits(logits: object, rows: int, labels: int | None = 1) -> None:
+    """Raise UserError unless a network returned a logit for each row and label; None is any number of labels."""
+    shapes = [(rows,), (rows, 1)] if labels == 1 else [(rows, labels)]
+    expected = f"logits {' or '.join(map(str, shapes))} of floating point numbers for {rows} rows"
+    if labels is not None and labels > 1:
+        expected += f" and {labels} labels"
     if not isinstance(logits, torch.Tensor):
         raise UserError(f"model.builder: the module returned {type(logits).__name__}; it must return {expected}")
-    if tuple(logits.shape) not in ((rows,), (rows, 1)) or not logits.is_floating_point():
+    fits = tuple(logits.shape) in shapes if labels is not None else logits.dim() in (1, 2) and len(logits) == rows
+    if not fits or not logits.is_floating_point():
         raise UserError(
             f"model.builder: the module returned {tuple(logits.shape)} of {logits.dtype}; it must return {expected}"
         )

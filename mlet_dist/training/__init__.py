@@ -24,5 +24,6 @@ Between two steps:
     checkpoint_schedule, snapshot, signals: when to save, what to save, and signals that ask the run to stop.
 
 After the last step:
-    evaluation: AUC and LogLoss over a split.
+    evaluation: predictions and metrics of a split.
+    binary_metrics, label_metrics: AUC and LogLoss of a label; of each label of a model.
 """

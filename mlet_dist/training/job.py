@@ -93,6 +93,11 @@ class Job:
         return steps if self.config.train.max_steps is None else min(steps, self.config.train.max_steps)
 
     @property
+    def label_weights(self) -> tuple[float, ...]:
+        """The factor of each label's loss."""
+        return tuple(self.config.train.label_weights.get(label, 1.0) for label in self.spec.labels)
+
+    @property
     def first_step(self) -> int:
         """Steps taken by the jobs before this one."""
         return 0 if self.resume_point is None else self.resume_point.first_step
@@ -161,11 +166,12 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     except ValueError as error:
         raise UserError(f"{data}: {error}") from None
     if config.model.builder is not None:
-        check_network(build_training_model(spec, torch.device("meta")), len(spec.dense))
+        check_network(build_training_model(spec, torch.device("meta")), len(spec.dense), len(spec.labels))
     spec, compressed = shared_row_ranges(spec, config)
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]
-    check_validation_split(config.train, data, schema.rows, schema.positives)
+    config.check_labels(schema.labels)
+    check_validation_split(config.train, data, schema.rows, schema.label_counts)
     warnings = check_classes(data, schema, SPLITS) + out_of_vocabulary_warnings(data, id_counts, evaluated)
 
     def open_loaders(advance: Advance) -> tuple[DataLoader, dict[str, DataLoader], DataLoader | None]:

@@ -38,7 +38,7 @@ class MetricsEndpoint:
             from prometheus_client import CollectorRegistry, Gauge, Info, start_http_server
         except ImportError:
             raise UserError(
-                f'train.metrics_port is {port}, which needs prometheus-client: pip install "mlet-dist[metrics]"'
+                f"train.metrics_port is {port}, which needs prometheus-client: pip install prometheus-client"
             ) from None
         self.registry, self._gauge = CollectorRegistry(), Gauge
         self._gauges: dict[str, Gauge] = {}

@@ -47,7 +47,7 @@ class MlflowTracker:
     def check(cls) -> None:
         """Check that the package is installed, and that the environment names a server."""
         if find_spec("mlflow") is None:
-            raise UserError('run.trackers names mlflow, which is not installed: pip install "mlet-dist[mlflow]"')
+            raise UserError("run.trackers names mlflow, which is not installed: pip install mlflow-skinny")
         if not os.environ.get(_SERVER):
             raise UserError(
                 f"run.trackers names mlflow, and the environment has no {_SERVER}; set it to the address of the server"

@@ -16,6 +16,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
 from mlet_dist.training.dense_arch_check import DenseArchCheck
+from mlet_dist.training.label_metrics import metric_prefixes
 from mlet_dist.training.metrics_endpoint import MetricsEndpoint
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.run_directory import RunDirectory
@@ -163,6 +164,7 @@ class TrainingReport:
         recorder: metrics.jsonl and TensorBoard.
         guard: flushed before anything is reported.
         timer: the times of the steps since the last report.
+        labels: the names of the labels.
     """
 
     def __init__(
@@ -173,23 +175,25 @@ class TrainingReport:
         recorder: Recorder,
         guard: Guard,
         timer: StepTimer,
+        labels: Sequence[str] = ("label",),
     ) -> None:
         self._config, self._progress, self._recorder = config, progress, recorder
         self._guard, self._timer = guard, timer
         self._factor = learning_rate_factor(config.optimizer, training.steps)
         self._first_step = self._shown_step = training.step
         self._started = time.monotonic()
-        self._rows, self._loss_sum = 0.0, 0.0
+        self._prefixes = metric_prefixes(labels)
+        self._reported = {f"{prefix}{name}": 0.0 for prefix in self._prefixes for name in ("rows", "loss_sum")}
         self._waits_for_data = False
         self._dense_arch = DenseArchCheck(training)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the totals that the loss since the last report is computed from."""
-        return {"rows": self._rows, "loss_sum": self._loss_sum}
+        """Return the totals, of each label, that the loss since the last report is computed from."""
+        return dict(self._reported)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from another job's totals."""
-        self._rows, self._loss_sum = state["rows"], state["loss_sum"]
+        self._reported = {name: state[name] for name in self._reported}
 
     def __call__(self, training: Training) -> None:
         """Report a step; called after each step.
@@ -207,7 +211,8 @@ class TrainingReport:
             if warning is not None:
                 self._progress.log(f"warning: {warning}")
             values, timing = self._values(training), self._timer.report()
-            if training.is_done and math.isnan(values["auc"]) and training.updates:
+            undefined = any(math.isnan(values[f"{prefix}auc"]) for prefix in self._prefixes)
+            if training.is_done and undefined and training.updates:
                 self._progress.log(
                     "warning: the rows that were trained on all have the same label, or a sample_weight of 0, so the "
                     "model learned nothing from them; look at the label column and at sample_weight"
@@ -216,7 +221,7 @@ class TrainingReport:
             self._recorder.record("timing", step, timing)
             fields = {
                 "loss": shown_metric(values["loss"]),
-                "AUC": shown_metric(values["auc"]),
+                **{f"{prefix.replace('_', ' ')}AUC": shown_metric(values[f"{prefix}auc"]) for prefix in self._prefixes},
                 "samples/s": f"{values['samples_per_s']:,.0f}",
             }
             share = timing["data_wait_ms"] / timing["step_ms"]
@@ -263,14 +268,20 @@ class TrainingReport:
         self._progress.log(f"warning: {finding}; the batch was skipped, {training.skipped} so far")
 
     def _values(self, training: Training) -> dict[str, float]:
-        totals = training.metrics.compute()
-        rows = totals.get("weight", totals["rows"])  # a row of weight 2 counts as two
-        loss_sum = totals["logloss"] * rows if rows else 0.0
-        loss = (loss_sum - self._loss_sum) / (rows - self._rows) if rows > self._rows else math.nan
-        self._rows, self._loss_sum = rows, loss_sum
+        totals, values = training.metrics.compute(), {}
+        for prefix in self._prefixes:
+            before, before_sum = self._reported[f"{prefix}rows"], self._reported[f"{prefix}loss_sum"]
+            rows = totals.get(f"{prefix}weight", totals[f"{prefix}rows"])  # a row of weight 2 counts as two
+            loss_sum = totals[f"{prefix}logloss"] * rows if rows else 0.0
+            values[f"{prefix}loss"] = (loss_sum - before_sum) / (rows - before) if rows > before else math.nan
+            values[f"{prefix}auc"] = totals[f"{prefix}auc"]
+            self._reported |= {f"{prefix}rows": rows, f"{prefix}loss_sum": loss_sum}
+        if len(self._prefixes) > 1:  # the sum that is trained, of the labels that the rows have
+            losses = [values[f"{prefix}loss"] for prefix in self._prefixes]
+            parts = [weight * loss for weight, loss in zip(training.label_weights, losses, strict=True) if weight]
+            values["loss"] = sum(part for part in parts if not math.isnan(part)) if any(parts) else math.nan
         return {
-            "loss": loss,
-            "auc": totals["auc"],
+            **values,
             "samples_per_s": self._samples_per_s(training),
             "learning_rate": self._config.optimizer.learning_rate * self._factor(training.updates - 1),
         }

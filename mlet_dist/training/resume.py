@@ -41,6 +41,9 @@ _PREPROCESSING, _TRAINING_FILES = "preprocessing", "the training split's files, 
 _ROWS = "rows of table "
 
 
+_LABEL_WEIGHTS = "train.label_weights"
+
+
 def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, Any]:
     """Return setting -> plain value for all settings that determine the weights a run ends with.
 
@@ -79,6 +82,9 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
         _TRAINING_FILES: content_id,
         _PREPROCESSING: spec.preprocessing and spec.preprocessing.to_dict(),
     }
+    if len(spec.labels) > 1:
+        weights = config.train.label_weights
+        identity |= {"labels": list(spec.labels), _LABEL_WEIGHTS: [weights.get(label, 1.0) for label in spec.labels]}
     if config.data.shuffle:
         identity["data.shuffle_buffer"] = config.data.shuffle_buffer
     if config.optimizer.decay != "constant":
@@ -128,7 +134,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoi
 
 def without_learning_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity without learning rates, schedule and initial weights, for ``train.resume: PATH``."""
-    free = ("train.epochs", "train.max_steps", "train.initial_weights")
+    free = ("train.epochs", "train.max_steps", "train.initial_weights", _LABEL_WEIGHTS)
     return {
         key: value
         for key, value in identity.items()

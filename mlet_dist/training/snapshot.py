@@ -123,7 +123,11 @@ def restore(
     same_ranks = about["world_size"] == dist.get_world_size() and about["device"] == _device(training)
     if not same_ranks:
         del state[_RANDOM_KEY]
-    state[_METRICS_KEY]["loss"] = state[_METRICS_KEY]["loss"].new_zeros(about["world_size"])
+    # Losses are summed by rank.
+    state[_METRICS_KEY] = {
+        name: tensor.new_zeros(about["world_size"]) if name.endswith("loss") else tensor
+        for name, tensor in state[_METRICS_KEY].items()
+    }
     _load_rest(training, state, found, tables)
     training.metrics.load_state_dict(state[_METRICS_KEY])
     if same_ranks:

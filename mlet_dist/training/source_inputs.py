@@ -86,7 +86,7 @@ class SourceInputs:
             return warnings + self._check_vocabulary(spec, data, dense_layers=dense_layers)
         here, there = f"in {data}", "where the weights were trained"
         names = [feature.name for feature in spec.sparse if feature.name in before.sparse]
-        inputs = replace(before.select(spec.dense if dense_layers else (), names), label=now.label)
+        inputs = replace(before.select(spec.dense if dense_layers else (), names), label=now.label, more_labels={})
         self._check_not_shrunk(spec, data)
         difference = find_difference(now, inputs, here, there, "extends")
         if difference is not None:

@@ -8,7 +8,8 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mlet_dist.config.sections import Precision
 from mlet_dist.data.loading.loader import Batch
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
+from mlet_dist.training.label_metrics import LabelMetrics
 from mlet_dist.training.validation_state import ValidationState
 
 
@@ -31,12 +32,13 @@ class Training:
         patience: how many validations that are not the best so far, one after the other, stop the run; None for any.
         validation: what the validations have found.
         precision: in which the dense layers and W2 compute (``dense_arithmetic``).
+        label_weights: the factor of each label's loss.
         batch: this rank's batch of the last step that this job took, on the model's device; not part of checkpoints.
     """
 
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
-    metrics: BinaryMetrics
+    metrics: BinaryMetrics | LabelMetrics
     steps: int
     batches_per_epoch: int
     batch_size: int
@@ -48,6 +50,7 @@ class Training:
     patience: int | None = None
     validation: ValidationState = field(default_factory=ValidationState)
     precision: Precision = "fp32"
+    label_weights: tuple[float, ...] = (1.0,)
     batch: Batch | None = None
 
     @property

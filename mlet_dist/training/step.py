@@ -5,7 +5,7 @@ bitwise identical weights: zero_grad, forward, backward, optimizer step, in this
 inside backward (``fused_optimizers.fuse_row_optimizer``); the optimizer step updates W2 and the dense layers.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.dense_arithmetic import forward_precision
+from mlet_dist.training.label_metrics import by_row
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.replicated_gradients import ReplicatedGradients
@@ -22,7 +23,10 @@ from mlet_dist.training.state import Training
 from mlet_dist.training.timing import StepTimer
 
 Predicted = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Logits, labels and weights of a batch, each ``(rows,)`` float32, without padding; no weights if all are the same."""
+"""Logits, labels and weights of a batch, each ``(rows,)`` float32, without padding; no weights if all are the same.
+
+With several labels, logits and labels are ``(rows, L)``, and a label that a row lacks is NaN.
+"""
 
 
 def pipeline_is_faster(worker: Worker) -> bool:
@@ -61,7 +65,9 @@ def take_steps(
     return (_pipelined_steps if pipelined else _plain_steps)(step, timer.fetch(batches), device)
 
 
-def mean_loss(logits: torch.Tensor, batch: Batch, complete_rows: int) -> torch.Tensor:
+def mean_loss(
+    logits: torch.Tensor, batch: Batch, complete_rows: int, label_weights: Sequence[float] = (1.0,)
+) -> torch.Tensor:
     """Return this rank's part of the mean loss over the global batch: the mean of all ranks' parts is that mean.
 
     Gradients are averaged over ranks. Padding rows have no loss, so a rank without rows returns 0. An incomplete batch
@@ -71,11 +77,17 @@ def mean_loss(logits: torch.Tensor, batch: Batch, complete_rows: int) -> torch.T
     Where rows have weights, the mean is the sum of weight times loss divided by the sum of weights, over all ranks; 0
     if all weights of the global batch are 0. The ranks then add up their weights, a collective call.
 
+    With several labels it is the sum of the means of each label, times its factor. The mean of a label is that over the
+    rows that have the label, over all ranks.
+
     Args:
-        logits: ``(b,)`` float32.
+        logits: ``(b,)`` float32; with several labels ``(b, L)``.
         batch: the rank's rows, b with padding.
         complete_rows: the rows of a complete global batch.
+        label_weights: the factor of each label's loss.
     """
+    if batch.labels.dim() > 1:
+        return _sum_of_means(logits, batch, complete_rows, label_weights)
     rows, slots = batch.num_rows, len(logits) * dist.get_world_size()
     if batch.weights is not None:
         losses = functional.binary_cross_entropy_with_logits(logits[:rows], batch.labels[:rows], reduction="none")
@@ -89,6 +101,23 @@ def mean_loss(logits: torch.Tensor, batch: Batch, complete_rows: int) -> torch.T
         return functional.binary_cross_entropy_with_logits(logits, batch.labels)
     total = functional.binary_cross_entropy_with_logits(logits[:rows], batch.labels[:rows], reduction="sum")
     return total * (dist.get_world_size() / complete_rows)
+
+
+def _sum_of_means(
+    logits: torch.Tensor, batch: Batch, complete_rows: int, label_weights: Sequence[float]
+) -> torch.Tensor:
+    labels = batch.labels[: batch.num_rows]
+    losses = functional.binary_cross_entropy_with_logits(
+        logits[: batch.num_rows], labels.nan_to_num(), reduction="none"
+    )
+    weights = (~labels.isnan()).double()
+    if batch.weights is not None:
+        weights = weights * batch.weights[: batch.num_rows, None].double()
+    totals = weights.sum(dim=0)
+    dist.all_reduce(totals)
+    factors = torch.tensor(label_weights, dtype=torch.float64, device=logits.device)
+    shares = (weights / torch.where(totals > 0, totals, 1.0) * factors).float()
+    return (losses * shares).sum() * (dist.get_world_size() * batch.global_rows / complete_rows)
 
 
 class TrainStep:
@@ -107,8 +136,8 @@ class TrainStep:
         with self.timer.phase("forward"):
             with forward_precision(self.training.precision, batch.dense.device):
                 logits = self.training.model(batch.dense, batch.sparse)
-            logits = logits.reshape(-1).float()
-            loss = mean_loss(logits, batch, self.training.complete_rows)
+            logits = by_row(logits, len(self.training.label_weights)).float()
+            loss = mean_loss(logits, batch, self.training.complete_rows, self.training.label_weights)
             with self.timer.phase("exchange"):
                 loss = self._guard.check_loss(loss)
         return loss, self._guard.skip_reason or batch.predicted(logits.detach())

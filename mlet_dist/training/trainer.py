@@ -29,11 +29,12 @@ from mlet_dist.training.attempts import config_of_attempt, restarts
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.compressed_tables import compression_summary, compression_warnings, training_bytes
 from mlet_dist.training.dense_arithmetic import configure_cublas, dense_arithmetic
-from mlet_dist.training.evaluation import BinaryMetrics, evaluate, undefined_auc
+from mlet_dist.training.evaluation import evaluate
 from mlet_dist.training.fingerprint import weights_sha256
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.garbage_collection import GarbageCollection
 from mlet_dist.training.job import Job, open_job
+from mlet_dist.training.label_metrics import LabelMetrics, metric_prefixes, undefined_aucs
 from mlet_dist.training.metrics_endpoint import MetricsEndpoint
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
 from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
@@ -162,7 +163,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
     training = Training(
         model,
         build_optimizer(model, job.config.optimizer),
-        BinaryMetrics(job.worker.device, _PROGRESS_BINS, weighted=job.loader.weighted),
+        LabelMetrics(job.spec.labels, job.worker.device, _PROGRESS_BINS, weighted=job.loader.weighted),
         steps=job.steps,
         batches_per_epoch=len(job.loader),
         batch_size=job.config.data.batch_size,
@@ -170,6 +171,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
         validate_every=len(job.loader) if every == "epoch" else every,
         patience=job.config.train.patience,
         precision=job.config.train.precision,
+        label_weights=job.label_weights,
     )
     point = job.resume_point
     if point is not None and point.is_own:
@@ -201,7 +203,7 @@ def train_steps(job: Job, training: Training, plan: ModelPlan, recorder: Recorde
             dense_arithmetic(config, training.model, worker.device),
             GarbageCollection() as collect_garbage,
         ):
-            report = TrainingReport(job.config, training, progress, recorder, guard, timer)
+            report = TrainingReport(job.config, training, progress, recorder, guard, timer, job.spec.labels)
             if job.resume_point is not None and job.resume_point.continues:
                 report.load_state_dict(job.resume_point.found.manifest.about["report"])
             learning_rates = LearningRates(job.config.optimizer, training)
@@ -301,9 +303,10 @@ def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any
         if metrics is None:
             metrics = evaluate(training.model, loader, job.worker, split)
             recorder.record(split, training.step, metrics)
-        undefined = undefined_auc(metrics, f"{job.config.data.path}: {split}")
-        job.log([] if undefined is None else [f"warning: {undefined}"])
-        summary |= {f"{split}_{name}": metrics[name] for name in ("auc", "logloss", "rows")}
+        undefined = undefined_aucs(metrics, job.spec.labels, f"{job.config.data.path}: {split}")
+        job.log(f"warning: {each}" for each in undefined)
+        names = [f"{prefix}{name}" for prefix in metric_prefixes(job.spec.labels) for name in ("auc", "logloss")]
+        summary |= {f"{split}_{name}": metrics[name] for name in (*names, "rows")}
         summary[f"{split}_out_of_vocabulary"] = overall_share(job.id_counts, split)
     return summary
 

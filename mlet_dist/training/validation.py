@@ -14,13 +14,14 @@ from torch import distributed as dist
 from torch import nn
 
 from mlet_dist.checkpoint.long_work import collective_device
-from mlet_dist.config.validation_settings import VALIDATED
+from mlet_dist.config.validation_settings import VALIDATED, metrics_to_choose_by
 from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
 from mlet_dist.progress import Progress
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.dense_arithmetic import evaluation_arithmetic
-from mlet_dist.training.evaluation import BinaryMetrics, predict
+from mlet_dist.training.evaluation import predict
 from mlet_dist.training.job import Job
+from mlet_dist.training.label_metrics import LabelMetrics, metric_prefixes
 from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.reporting import Recorder, TrainingReport, shown_metric
 from mlet_dist.training.signals import StopSignal
@@ -56,7 +57,8 @@ class Validation:
     ) -> None:
         self._job, self._guard, self._recorder, self._report = job, guard, recorder, report
         self._checkpoints, self._stop = checkpoints, stop
-        self._metric, self._share = job.config.train.keep_best, job.config.train.validation_share
+        self._share, best = job.config.train.validation_share, job.config.train.keep_best
+        self._metric = None if best is None else metrics_to_choose_by(job.spec.labels)[best]
         self.seconds = 0.0
 
     def resume(self, training: Training) -> None:
@@ -125,7 +127,7 @@ class Validation:
         """Return the metrics and 0; or as soon as a signal has come to some rank, nothing and its number."""
         loader, worker = self._job.validation_loader, self._job.worker
         assert loader is not None
-        metrics = BinaryMetrics(worker.device, weighted=loader.weighted)
+        metrics = LabelMetrics(loader.labels, worker.device, weighted=loader.weighted)
         asked: AsyncAllReduceMax | None = None
         with (
             evaluation_arithmetic(model),
@@ -144,8 +146,13 @@ class Validation:
 
     def _record(self, training: Training, metrics: Mapping[str, float]) -> None:
         state, best = training.validation, {}
-        auc, logloss = shown_metric(metrics["auc"]), shown_metric(metrics["logloss"])
-        shown = f"step {training.step:,}: {self._split} AUC {auc}, LogLoss {logloss}"
+        prefixes = metric_prefixes(self._job.spec.labels)
+        found = [
+            f"{prefix.replace('_', ' ') if prefix else ''}AUC {shown_metric(metrics[f'{prefix}auc'])}, "
+            f"LogLoss {shown_metric(metrics[f'{prefix}logloss'])}"
+            for prefix in prefixes
+        ]
+        shown = f"step {training.step:,}: {self._split} {'; '.join(found)}"
         if state.metric is not None:
             best = {"worse_in_a_row": state.worse}
             if state.best_step is not None:
@@ -173,4 +180,4 @@ def _of_first_rank(metrics: dict[str, float]) -> dict[str, float]:
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=collective_device())
     dist.broadcast(values, src=0)
     found: dict[str, float] = dict(zip(metrics, values.tolist(), strict=True))
-    return found | {"rows": int(found["rows"])}
+    return {name: int(value) if name.endswith("rows") else value for name, value in found.items()}

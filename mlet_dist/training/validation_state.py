@@ -9,8 +9,6 @@ from typing import Any
 VALIDATION = "validation"
 """The key under which the manifest of a checkpoint holds ``ValidationState.to_dict``."""
 
-_HIGHER_IS_BETTER = {"auc": True, "logloss": False}
-
 
 @dataclass
 class ValidationState:
@@ -19,7 +17,7 @@ class ValidationState:
     Attributes:
         step: of the last validation; 0 before the first.
         metrics: what it measured.
-        metric: the metric by which the best step is chosen, ``auc`` or ``logloss``; None if none is chosen.
+        metric: the metric by which the best step is chosen, as ``auc`` or ``click_logloss``; None if none is chosen.
         share: of the rows of the split that were measured.
         best_step: of the best validation; None before the first, and where the metric was undefined in all of them.
         best_value: its metric.
@@ -75,7 +73,7 @@ class ValidationState:
             return False
         if self.best_value is None:
             return True
-        return value > self.best_value if _HIGHER_IS_BETTER[self.metric] else value < self.best_value
+        return value > self.best_value if self.metric.endswith("auc") else value < self.best_value
 
 
 def better_step(run: object, summary: Mapping[str, Any]) -> str | None:

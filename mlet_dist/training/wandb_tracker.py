@@ -31,7 +31,7 @@ class WandbTracker:
     def check(cls) -> None:
         """Check that the package is installed."""
         if find_spec("wandb") is None:
-            raise UserError('run.trackers names wandb, which is not installed: pip install "mlet-dist[wandb]"')
+            raise UserError("run.trackers names wandb, which is not installed: pip install wandb")
 
     def begin(self, run: TrackedRun, known: str | None) -> str:
         """Begin or continue the run; its id is that of the run directory, so that a killed job leaves no second one."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlet_dist.config.config_file import Config, load_config
-from mlet_dist.config.validation_settings import check_validation_split
+from mlet_dist.config.validation_settings import check_validation_split, metrics_to_choose_by
 from mlet_dist.errors import UserError
 
 
@@ -28,7 +28,10 @@ def test_validations_come_every_so_many_steps_or_each_epoch(tmp_path: Path, valu
         (["train.validate_every=1.5"], "expected a whole number or epoch or null, found 1.5"),
         (["train.validation_share=0"], "train.validation_share is 0, it must be a finite number above 0"),
         (["train.validation_share=1.01"], "train.validation_share is 1.01, it must be at most 1"),
-        (["train.validate_every=9", "train.keep_best=test_auc"], "expected one of auc, logloss or null"),
+        (
+            ["train.validate_every=9", "train.keep_best=loss"],
+            "expected auc, logloss, one of these of a label, as click_auc, or null, found loss (did you mean",
+        ),
         (
             ["train.keep_best=auc"],
             "train.keep_best is auc, which needs train.validate_every, and that is null; set it, for example to 1000",
@@ -57,13 +60,40 @@ def test_the_data_set_has_what_is_validated(tmp_path: Path) -> None:
     by_loss = config_of(tmp_path, "train.validate_every=epoch", "train.keep_best=logloss").train
     off = config_of(tmp_path).train
     for rows in ({"train": 5}, {"train": 5, "valid": 0}):
-        check_validation_split(off, "logs", rows, rows)
+        check_validation_split(off, "logs", rows, {})
         with pytest.raises(UserError, match=r"train\.validate_every is epoch, and logs has no rows of a split valid"):
-            check_validation_split(by_loss, "logs", rows, rows)
+            check_validation_split(by_loss, "logs", rows, {})
     for positives in (0, 4):
-        check_validation_split(by_loss, "logs", {"valid": 4}, {"valid": positives})
+        counts = {"valid": {"label": (positives, 4)}}
+        check_validation_split(by_loss, "logs", {"valid": 4}, counts)
         with pytest.raises(
             UserError, match=r"train\.keep_best is auc, and all rows of valid in logs have the same label"
         ):
-            check_validation_split(by_auc, "logs", {"valid": 4}, {"valid": positives})
-    check_validation_split(by_auc, "logs", {"valid": 4}, {"valid": 1})
+            check_validation_split(by_auc, "logs", {"valid": 4}, counts)
+    check_validation_split(by_auc, "logs", {"valid": 4}, {"valid": {"label": (1, 4)}})
+
+
+def test_of_several_labels_one_is_chosen_by(tmp_path: Path) -> None:
+    assert metrics_to_choose_by(("label",)) == {"auc": "auc", "logloss": "logloss"}
+    found = metrics_to_choose_by(("click", "buy"))
+    assert (found["auc"], found["buy_logloss"], len(found)) == ("click_auc", "buy_logloss", 6)
+    counts = {"valid": {"click": (2, 4), "buy": (0, 2)}}
+    for best in ("auc", "click_auc", "buy_logloss"):
+        config = config_of(tmp_path, "train.validate_every=epoch", f"train.keep_best={best}")
+        config.check_labels(["click", "buy"])
+        check_validation_split(config.train, "logs", {"valid": 4}, counts)
+    by_buy = config_of(tmp_path, "train.validate_every=epoch", "train.keep_best=buy_auc")
+    with pytest.raises(UserError, match=r"keep_best is buy_auc, and all rows.*set train\.keep_best=buy_logloss"):
+        check_validation_split(by_buy.train, "logs", {"valid": 4}, counts)
+    with pytest.raises(UserError, match=r"expected one of auc, logloss or null, found buy_auc"):
+        by_buy.check_labels(["label"])
+    for weights, message in {
+        "{sale: 2}": "has no label 'sale'; it has click, buy",
+        "{click: 0, buy: 0.0}": "is 0 for all labels",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            config_of(tmp_path, f"train.label_weights={weights}").check_labels(["click", "buy"])
+    with pytest.raises(UserError, match="has one label; leave it out"):
+        config_of(tmp_path, "train.label_weights.click=2").check_labels(["label"])
+    with pytest.raises(UserError, match=r"train\.label_weights\.click is -1, it must be at least 0"):
+        config_of(tmp_path, "train.label_weights.click=-1")

@@ -57,7 +57,7 @@ def test_rules_are_all_that_decides_the_meaning_of_a_value() -> None:
 def test_all_fields_are_compared_but_those_that_do_not_change_the_meaning() -> None:
     for kind, made_by, omitted in (
         (DenseColumn, dense_rules, "name column integer"),
-        (LabelColumn, label_rules, ""),
+        (LabelColumn, label_rules, "name"),
         (
             SparseColumn,
             lambda column: sparse_rules(column, None),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlet_dist.cli.main import main
-from mlet_dist.config.config_file import describe_settings
+from mlet_dist.config.config_file import Config
+from mlet_dist.config.setting_help import describe_keys
 from tests.helpers.mlet_command import ROOT
 
 pytest.importorskip("sphinx")
@@ -20,7 +21,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 def test_the_settings_page_has_what_the_help_text_has() -> None:
     page = code_reference.settings_as_markdown()
-    described = re.findall(r"^ +(\w+\.\w+) \((?:default )?(.*?)\)(?::|$)", describe_settings(), re.MULTILINE)
+    described = re.findall(r"^ +(\w+\.\w+) \((?:default )?(.*?)\)(?::|$)", describe_keys(Config), re.MULTILINE)
     assert len(described) > 40
     for key, default in described:
         entry = re.search(rf":::{{setting}} {re.escape(key)}\n(.*?):::", page, re.DOTALL)

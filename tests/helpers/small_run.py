@@ -13,7 +13,7 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.embeddings.sharded.module import ShardedMultiLayerEmbeddingBagCollection
 from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.sharding import shard_model

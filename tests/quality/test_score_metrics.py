@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlet_dist.quality.score_metrics import Scores, all_metrics, auc, calibration, logloss, normalised_entropy
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
 
 
 def drawn(rows: int, seed: int, *, weighted: bool = False, ties: bool = False) -> Scores:

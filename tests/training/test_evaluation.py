@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import distributed as dist
 from torch.nn import functional
 
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
 from tests.helpers.ranks import RankPool
 
 CPU = torch.device("cpu")

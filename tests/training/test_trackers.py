@@ -171,7 +171,7 @@ def test_a_missing_package_is_one_line(name: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(
             f"mlet_dist.training.{module}.find_spec", lambda wanted: None if wanted == name else find_spec(wanted)
         )
-    with pytest.raises(UserError, match=rf'names {name}, which is not installed: pip install "mlet-dist\[{name}\]"$'):
+    with pytest.raises(UserError, match=rf"names {name}, which is not installed: pip install {name}(-skinny)?$"):
         check_trackers([name])
 
 
@@ -282,7 +282,7 @@ def test_a_run_of_wandb_offline(small_model: tuple[str, ...], tmp_path: Path, mo
 @pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="mlflow is installed")
 def test_a_run_without_the_package_ends_before_it_begins(small_model: tuple[str, ...], tmp_path: Path) -> None:
     line = error_line("train", CONFIG, *small_model, f"run.dir={tmp_path / 'run'}", "run.trackers=[mlflow]")
-    assert line.endswith('which is not installed: pip install "mlet-dist[mlflow]"')
+    assert line.endswith("which is not installed: pip install mlflow-skinny")
     assert not (tmp_path / "run").exists()
 
 

@@ -34,7 +34,7 @@ class Batch(Pipelineable):
     Attributes:
         dense: (b, num_dense) float32.
         sparse: int64 values, stride b; float32 weights if a feature is weighted; the bags of padding rows are empty.
-        labels: (b,) float32.
+        labels: (b,) float32; with several labels (b, L), NaN where a row lacks one.
         num_rows: rows ``[num_rows:]`` are padding, which only the last batch of an epoch has.
         global_rows: rows of the global batch, over all ranks and without padding.
         weights: (b,) float32, the weights of the rows, 0 for padding; None if all rows have the same.
@@ -58,7 +58,11 @@ class Batch(Pipelineable):
         )
 
     def predicted(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the logits ``(b,)`` that a model predicted, the labels, and the weights if any, without padding."""
+        """Return the logits that a model predicted, the labels, and the weights if any, without padding.
+
+        Args:
+            logits: ``(b,)``; with several labels ``(b, L)``.
+        """
         rows = self.num_rows
         return logits[:rows], self.labels[:rows], None if self.weights is None else self.weights[:rows]
 
@@ -104,6 +108,9 @@ class DataLoader:
         threads: number of decoding threads; one more thread assembles batches.
         pin_memory: put batches into pinned memory, for asynchronous copies to CUDA devices.
         first_rows: read only so many rows from the beginning of the split, as if it had no others; None reads all.
+
+    Attributes:
+        labels: the names of the labels, in the order of the columns of ``Batch.labels``.
 
     Raises:
         UserError: the data set does not exist, a part of this rank's share is damaged, the data set lacks the split or
@@ -161,7 +168,7 @@ class DataLoader:
                 *(path, split, self._order.rows),
             )
         self._name, self._batch_size, self._shuffle = f"{path}: {split}", batch_size, shuffle
-        self._vocabulary_id, self._weighted = schema.vocabulary_id, schema.sample_weight
+        self._vocabulary_id, self._weighted, self.labels = schema.vocabulary_id, schema.sample_weight, schema.labels
         self._local_size = batch_size // world_size
         self._jagged = JaggedBuilder(sparse, self._local_size, weighted=self._parts.weighted)
         self._threads, self._pin_memory = threads, pin_memory

@@ -65,10 +65,10 @@ class SplitRows:
         features = {feature.name: feature for feature in schema.sparse}
         self._known_ids = known_ids or {}
         self._schema = schema
-        self._path, self._label, self._dense, self._by_row = path, schema.label, dense, by_row
+        self._path, self._labels, self._dense, self._by_row = path, schema.labels, dense, by_row
         self._sparse = [features[name] for name in sparse]
         self.weighted = any(feature.weighted for feature in self._sparse)
-        self._types = {self._label: pa.int8()} | dict.fromkeys(dense, pa.float32())
+        self._types = dict.fromkeys(self._labels, pa.int8()) | dict.fromkeys(dense, pa.float32())
         if schema.sample_weight:
             self._types[SAMPLE_WEIGHT] = pa.float32()
         for feature in self._sparse:
@@ -161,10 +161,7 @@ class SplitRows:
         return footer
 
     def _converted(self, file: DataPath, table: pa.Table) -> Rows:
-        labels = _values(file, table, self._label)
-        wrong_labels = labels[(labels < 0) | (labels > 1)]
-        if wrong_labels.size:
-            raise UserError(f"{file}: column {self._label} holds {wrong_labels[0]}; a label must be 0 or 1")
+        labels = [_label(file, table, name, several=len(self._labels) > 1) for name in self._labels]
         dense = np.empty((table.num_rows, len(self._dense)), dtype=np.float32)
         for i, name in enumerate(self._dense):
             dense[:, i] = _values(file, table, name)
@@ -181,7 +178,7 @@ class SplitRows:
             else:
                 sparse.append(_single_valued(file, table, list(features), self._known_ids, self._by_row))
         weights = _sample_weights(file, table) if SAMPLE_WEIGHT in self._types else None
-        return Rows(labels.astype(np.float32), dense, tuple(sparse), weights)
+        return Rows(labels[0] if len(labels) == 1 else np.stack(labels, axis=1), dense, tuple(sparse), weights)
 
 
 def read_windows(
@@ -259,6 +256,18 @@ def _multi_valued(file: DataPath, table: pa.Table, feature: SparseFeature, known
         wrong = weights[~finite][0]
         raise UserError(f"{file}: column {_weight(feature)} holds {wrong}; it must be a finite number")
     return MultiValued(offsets, ids, weights)
+
+
+def _label(file: DataPath, table: pa.Table, name: str, *, several: bool) -> npt.NDArray[np.float32]:
+    """Return a label, (rows,) float32; NaN where a row lacks this one of several."""
+    known = table[name].drop_null().to_numpy() if several else _values(file, table, name)
+    wrong = known[(known < 0) | (known > 1)]
+    if wrong.size:
+        raise UserError(f"{file}: column {name} holds {wrong[0]}; a label must be 0 or 1")
+    if len(known) == table.num_rows:
+        return np.asarray(known, np.float32)
+    labels: npt.NDArray[np.float32] = table[name].cast(pa.float32()).to_numpy(zero_copy_only=False)
+    return labels
 
 
 def _sample_weights(file: DataPath, table: pa.Table) -> npt.NDArray[np.float32]:

@@ -71,7 +71,7 @@ class Rows:
     """Rows of a split.
 
     Attributes:
-        labels: (rows,) float32.
+        labels: (rows,) float32; with several labels (rows, labels), NaN where a row lacks one.
         dense: (rows, num_dense) float32.
         sparse: the sparse features, in the order of the KeyedJaggedTensor's keys.
         weights: (rows,) float32, the weights of the rows; None if all have the same.

@@ -15,7 +15,7 @@ from mlet_dist.data.prepare.sealed_files import new_sealed, read_sealed
 from mlet_dist.data.prepare.splits import FRACTIONS, MAX_FRACTION, MILLIONTHS, Codes, Splitter
 from mlet_dist.errors import UserError
 
-LABEL, TIME = "label", "time"  # names of columns
+TIME = "time"  # name of a column
 CHUNK_VERSION = 4  # changes when the chunk files change, so that those of other versions are not used
 GROUP_ROWS = 1 << 18  # a group ends once it has this many rows
 
@@ -45,7 +45,7 @@ class ChunkInfo:
         malformed: number of malformed lines, which were skipped.
         examples: the first malformed lines.
         times: the kinds of times among the valid rows, each with the number of its first line.
-        other_labels: how many rows hold a number other than 0 and 1 as their label, by its text.
+        other_labels: by label, how many rows hold a number other than 0 and 1, by its text.
         counts: for each multi-valued feature, what was left out or noticed (keys of ``list_columns``), as a number of
             values or rows.
     """
@@ -56,8 +56,13 @@ class ChunkInfo:
     malformed: int
     examples: tuple[Rejected, ...]
     times: dict[str, int]
-    other_labels: dict[str, int] = field(default_factory=dict)
+    other_labels: dict[str, dict[str, int]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def label_column(name: str) -> str:
+    """Return the name of a label's column in a chunk, and of its entry in ``ChunkInfo.counts``."""
+    return f"label.{name}"
 
 
 def dense_column(name: str) -> str:

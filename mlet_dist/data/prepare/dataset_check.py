@@ -129,23 +129,30 @@ def _counts_of(directory: Path, schema: DatasetSchema) -> dict[str, _Counts]:
 
 
 def _check_part(path: Path, schema: DatasetSchema, part: Part, counted: dict[str, _Counts]) -> None:
-    rows = positives = 0
+    rows = 0
+    labels = np.zeros((len(schema.labels), 2), np.int64)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _check_columns(path, schema, file.schema_arrow)
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, use_threads=False)
                 rows += table.num_rows
-                positives += _check_rows(path, schema, table, counted)
+                labels += _check_rows(path, schema, table, counted)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a complete Parquet file: {str(error).partition(chr(10))[0]}") from error
-    for name, found, expected in (("rows", rows, part.rows), ("positives", positives, part.positives)):
+    expected_labels = part.label_counts or ((part.positives, part.rows),)
+    of_labels = [
+        (f"{kind}{'' if len(labels) == 1 else f' of label {label}'}", int(found), expected)
+        for label, counts, known in zip(schema.labels, labels, expected_labels, strict=True)
+        for kind, found, expected in zip(("positives", "known values"), counts, known, strict=True)
+    ]
+    for name, found, expected in (("rows", rows, part.rows), *of_labels):
         if found != expected:
             raise UserError(f"{path}: has {found} {name}, but {FILE_NAME} has {expected}")
 
 
 def _check_columns(path: Path, schema: DatasetSchema, found: pa.Schema) -> None:
-    expected: dict[str, pa.DataType] = {schema.label: pa.int8()}
+    expected: dict[str, pa.DataType] = dict.fromkeys(schema.labels, pa.int8())
     if schema.sample_weight:
         expected[SAMPLE_WEIGHT] = pa.float32()
     expected |= dict.fromkeys(schema.dense, pa.float32())
@@ -162,17 +169,24 @@ def _check_columns(path: Path, schema: DatasetSchema, found: pa.Schema) -> None:
             raise UserError(f"{path}: column {name} is {actual} instead of {kind}")
 
 
-def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dict[str, _Counts]) -> int:
-    """Check the values of a row group, and add its ids to ``counted``; return the number of positives."""
+def _check_rows(
+    path: Path, schema: DatasetSchema, table: pa.Table, counted: dict[str, _Counts]
+) -> npt.NDArray[np.int64]:
+    """Check the values of a row group, and add its ids to ``counted``; return what parts count of each label."""
     for name in table.column_names:
+        if name in schema.more_labels or (name == schema.label and schema.more_labels):
+            continue
         column = table[name]
         inner = pc.list_flatten(column).null_count if pa.types.is_list(column.type) else 0
         if column.null_count + inner:
             raise UserError(f"{path}: column {name} has {column.null_count + inner} missing values; none are allowed")
-    labels = table[schema.label].to_numpy()
-    if ((labels != 0) & (labels != 1)).any():
-        wrong_label = labels[(labels != 0) & (labels != 1)][0]
-        raise UserError(f"{path}: column {schema.label} holds {wrong_label} instead of 0 or 1")
+    label_counts = []
+    for name in schema.labels:
+        labels = table[name].drop_null().to_numpy()
+        if ((labels != 0) & (labels != 1)).any():
+            wrong_label = labels[(labels != 0) & (labels != 1)][0]
+            raise UserError(f"{path}: column {name} holds {wrong_label} instead of 0 or 1")
+        label_counts.append((int(labels.sum()), len(labels)))
     weights = [f"{feature.name}.weight" for feature in schema.sparse if feature.weighted]
     for name in (*schema.dense, *weights):
         column = pc.list_flatten(table[name]) if name in weights else table[name]
@@ -196,7 +210,7 @@ def _check_rows(path: Path, schema: DatasetSchema, table: pa.Table, counted: dic
                 )
         if feature.name in counted:
             counted[feature.name].add(ids)
-    return int(labels.sum())
+    return np.array(label_counts, np.int64)
 
 
 def _check_counts(directory: Path, schema: DatasetSchema, feature: SparseFeature, counts: _Counts) -> None:

@@ -91,7 +91,8 @@ def _schema(passes: PassResults) -> DatasetSchema:
     vocabulary_id = digest.hexdigest()
     return DatasetSchema(
         source=spec.source,
-        label="label",
+        label=spec.label.column_name,
+        more_labels=tuple(label.column_name for label in spec.more_labels),
         dense=tuple(dense.name for dense in spec.dense),
         sparse=tuple(features),
         malformed=sum(read.malformed for read in passes.reads),
@@ -109,6 +110,7 @@ def _preprocessing(passes: PassResults) -> Preprocessing:
     statistics = {name: {"mean": each.mean, "deviation": each.deviation} for name, each in passes.scales.items()}
     return Preprocessing(
         label=label_rules(spec.label),
+        more_labels={label.column_name: label_rules(label) for label in spec.more_labels},
         dense={dense.name: dense_rules(dense, **statistics.get(dense.name, {})) for dense in spec.dense},
         sparse={
             sparse.name: sparse_rules(sparse, passes.mapping_fingerprint(sparse.name), passes.extends(sparse.name))

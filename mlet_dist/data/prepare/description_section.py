@@ -30,6 +30,10 @@ class Section:
         """Return whether the key is given and was not taken yet."""
         return key in self._content
 
+    def is_list(self, key: str) -> bool:
+        """Return whether the value of the key is a list."""
+        return isinstance(self._content.get(key), list)
+
     def with_column(self, name: str) -> "Section":
         """Return a section with the same keys and this ``column``."""
         return Section(self._path, self._key, self._content | {"column": name})

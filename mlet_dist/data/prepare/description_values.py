@@ -5,7 +5,14 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from mlet_dist.data.column_names import NAME_RULE, TABLE_NAME_RULE, is_name, is_table_name
+from mlet_dist.data.column_names import (
+    LABEL_NAME_RULE,
+    NAME_RULE,
+    TABLE_NAME_RULE,
+    is_label_name,
+    is_name,
+    is_table_name,
+)
 from mlet_dist.data.prepare.description_section import check, is_integer, is_number, is_text
 from mlet_dist.data.prepare.raw_formats import MAX_MIN_COUNT
 from mlet_dist.data.prepare.splits import DATES
@@ -121,4 +128,5 @@ separator = check(
     lambda value: value is None or (_is_characters(value, 8) and not _ESCAPE.search(value)),
 )
 name = check(f"{NAME_RULE}; choose another `name`", is_name)
+label_name = check(f"{LABEL_NAME_RULE}; choose another `name`", is_label_name)
 table_name = check(f"{TABLE_NAME_RULE}; choose another `name`", is_table_name)

@@ -138,11 +138,17 @@ class LikeDataset:
                         "in the description; both must be the same"
                     )
         made, here, there = _rules_of(replace(spec, dense=dense, sparse=sparse)), "in the description", "there"
-        difference = find_difference(made, replace(_rules_of(own), label=made.label), here, there)
+        difference = find_difference(made, replace(_rules_of(own), label=made.label, more_labels={}), here, there)
         if difference is not None:
             raise UserError(
                 f"{self.path}: {difference.text}; make it in the same way, or leave out --schema, for the description "
                 "of that data set"
+            )
+        names = [[each.column_name for each in of.labels] for of in (own, spec)]
+        if names[0] != names[1]:
+            raise UserError(
+                f"{self.path}: has the labels {', '.join(names[0])}, and the description {', '.join(names[1])}; both "
+                "must have the same, in the same order"
             )
         label = find_difference(made, _rules_of(own).select((), ()), here, there)
         return (
@@ -193,6 +199,7 @@ def _rules_of(spec: TableSpec) -> Preprocessing:
         label_rules(spec.label),
         {each.name: dense_rules(each) for each in spec.dense},
         {each.name: sparse_rules(each, None) for each in spec.sparse},
+        {each.column_name: label_rules(each) for each in spec.more_labels},
     )
 
 

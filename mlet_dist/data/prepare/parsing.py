@@ -10,11 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from mlet_dist.data.prepare.chunks import (
-    LABEL,
     TIME,
     ChunkInfo,
     Rejected,
     dense_column,
+    label_column,
     sparse_column,
     weight_column,
 )
@@ -183,13 +183,13 @@ class _TypedRows:
     table: pa.Table
     invalid: InvalidRows
     times: dict[str, int]
-    other_labels: dict[str, int]
+    other_labels: dict[str, dict[str, int]]
     counts: dict[str, dict[str, int]]
 
 
 def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> _TypedRows:
-    labels = label_values(raw[spec.label.column], spec.label)
-    typed: dict[str, TypedColumn] = {LABEL: labels}
+    labels = {label.column_name: label_values(raw[label.column], label) for label in spec.labels}
+    typed: dict[str, TypedColumn] = {label_column(name): each for name, each in labels.items()}
     if spec.sample_weight is not None:
         typed[SAMPLE_WEIGHT] = sample_weights(raw[spec.sample_weight], spec.sample_weight)
     if spec.split.column is not None:
@@ -215,8 +215,9 @@ def _typed(spec: TableSpec, raw: dict[str, pa.Array]) -> _TypedRows:
     if invalid:
         table = table.filter(pa.array(kept)).combine_chunks()
     counts = {sparse.name: typed[sparse_column(sparse.name)].counts for sparse in spec.sparse if sparse.multi_valued}
-    counts[LABEL] = labels.counts
-    return _TypedRows(table, invalid, kinds, labels.others, counts)
+    counts |= {label_column(name): each.counts for name, each in labels.items()}
+    others = {name: each.others for name, each in labels.items() if each.others}
+    return _TypedRows(table, invalid, kinds, others, counts)
 
 
 def _first_rows(kinds: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_]) -> dict[str, int]:

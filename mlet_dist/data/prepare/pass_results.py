@@ -135,7 +135,7 @@ class PassResults:
         """The parts of each split in row order, once all are written."""
         written = [self._finished(self._parts, group, "write")["parts"] for group in self.groups]
         splits = self.spec.split.splits
-        return {split: tuple(Part(**each[split]) for each in written if split in each) for split in splits}
+        return {split: tuple(_part(each[split]) for each in written if split in each) for split in splits}
 
     @property
     def id_counts(self) -> dict[str, dict[str, IdCounts]]:
@@ -213,3 +213,8 @@ class PassResults:
                     "rows or another split rule"
                 )
         return names
+
+
+def _part(record: dict[str, Any]) -> Part:
+    """Return a part from the record of the write pass."""
+    return Part(**record | {"label_counts": tuple(map(tuple, record["label_counts"]))})

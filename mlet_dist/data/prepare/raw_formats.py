@@ -57,7 +57,9 @@ class LabelColumn:
         positive_from: labels are numbers, of which those from this one on become 1 and the others 0.
         positive: the values that become 1; others become 0. White space, leading zeros and ``.0`` do not matter.
         negative: the values that become 0, so that rows with values in neither list are malformed.
-        missing_values: as in ``DenseColumn``; a row without a label is malformed.
+        missing_values: as in ``DenseColumn``; a row without the label is malformed, unless ``missing`` says otherwise.
+        name: name of the label; None where it is the only one, which is called ``label``.
+        missing: ``unknown``: a row may lack this one of several labels, and has no part in its loss and metrics.
     """
 
     column: str
@@ -65,6 +67,13 @@ class LabelColumn:
     positive: tuple[str, ...] | None = None
     negative: tuple[str, ...] | None = None
     missing_values: tuple[str, ...] | None = None
+    name: str | None = None
+    missing: Literal["unknown"] | None = None
+
+    @property
+    def column_name(self) -> str:
+        """The name of the column in the data set."""
+        return self.name or LABEL
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ class TableSpec:
         source: name of the format: a key of ``RAW_FORMATS``, or ``table``.
         text: how lines are read; None for Parquet files.
         label, dense, sparse: the columns to keep, and the features to make from them.
+        more_labels: the labels after the first.
         split: the rule by which rows are assigned to splits.
         max_malformed: largest share of malformed lines in a file. A larger share is an error at the end of the file, or
             before it once the malformed lines exceed this share of the lines read and of 10 million lines. Ten
@@ -173,12 +183,18 @@ class TableSpec:
     split: SplitRule
     max_malformed: float = 0.1
     sample_weight: str | None = None
+    more_labels: tuple[LabelColumn, ...] = ()
+
+    @property
+    def labels(self) -> tuple[LabelColumn, ...]:
+        """All labels, in order."""
+        return self.label, *self.more_labels
 
     @property
     def used_columns(self) -> tuple[str, ...]:
         """The names of the raw columns to read, each once."""
         weight = [] if self.sample_weight is None else [self.sample_weight]
-        wanted = [self.label.column, *weight, *(d.column for d in self.dense)]
+        wanted = [*(each.column for each in self.labels), *weight, *(d.column for d in self.dense)]
         for feature in self.sparse:
             wanted += [feature.column] if feature.weights is None else [feature.column, feature.weights]
         return tuple(dict.fromkeys([*wanted, *([] if self.split.column is None else [self.split.column])]))

@@ -11,13 +11,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from mlet_dist.data.prepare.chunks import LABEL, ChunkInfo, Rejected, load_info, save_chunk
+from mlet_dist.data.prepare.chunks import ChunkInfo, Rejected, label_column, load_info, save_chunk
 from mlet_dist.data.prepare.fingerprints import read_spec
 from mlet_dist.data.prepare.list_columns import BEYOND, EMPTY, SPLIT
 from mlet_dist.data.prepare.parsing import parse_block
 from mlet_dist.data.prepare.raw_blocks import Block, parquet_blocks, text_blocks
 from mlet_dist.data.prepare.raw_files import RawFile
-from mlet_dist.data.prepare.raw_formats import RAW_FORMATS, JsonLines, TableSpec
+from mlet_dist.data.prepare.raw_formats import RAW_FORMATS, JsonLines, LabelColumn, TableSpec
 from mlet_dist.data.prepare.raw_values import MISSING_NUMBERS
 from mlet_dist.data.prepare.sealed_files import DamagedPieceError, load_record, save_record
 from mlet_dist.data.prepare.splits import DATES, FRACTIONS, WHOLE_NUMBERS
@@ -59,7 +59,7 @@ class FileRead:
     malformed: int
     examples: tuple[Rejected, ...]
     times: dict[str, int]
-    other_labels: dict[str, int]
+    other_labels: dict[str, dict[str, int]]
     counts: dict[str, dict[str, int]]
 
 
@@ -153,8 +153,9 @@ class Reading:
         infos: list[ChunkInfo] = []
         examples: list[Rejected] = []
         times: dict[str, int] = {}
-        labels: Counter[str] = Counter()
-        counts = {name: Counter[str]() for name in (LABEL, *(s.name for s in self._spec.sparse if s.multi_valued))}
+        labels = {label.column_name: Counter[str]() for label in self._spec.labels}
+        counted = (*map(label_column, labels), *(s.name for s in self._spec.sparse if s.multi_valued))
+        counts = {name: Counter[str]() for name in counted}
         lines = malformed = passed = 0
         calls = self._calls(number, progress.update, workers.processes > 1)
         for info in workers.map(_read_block, calls, at_once=-(-workers.processes // files_at_once)):
@@ -166,7 +167,8 @@ class Reading:
             times = {kind: passed + line for kind, line in info.times.items()} | times
             self._check_one_kind([(raw.path, times)])
             lines, malformed, passed = lines + info.count, malformed + info.malformed, passed + info.passed
-            labels.update(info.other_labels)
+            for name, found in info.other_labels.items():
+                labels[name].update(found)
             for name, found in info.counts.items():
                 counts[name].update(found)
             self._check_labels(raw.path, labels, max(lines, EXPECTED_LINES))
@@ -182,7 +184,7 @@ class Reading:
             malformed,
             tuple(examples),
             times,
-            dict(labels),
+            {name: dict(found) for name, found in labels.items()},
             {name: dict(found) for name, found in counts.items()},
         )
         # Save before the check, so that a run with a higher limit need not read the file again.
@@ -191,12 +193,12 @@ class Reading:
 
     def _report_labels(self, reads: Sequence[FileRead]) -> None:
         """Warn of labels of the description that occur nowhere, such as yes where the column holds Yes."""
-        label = self._spec.label
-        found = set[str]().union(*(read.counts.get(LABEL, {}) for read in reads))
-        for key, listed in (("positive", label.positive), ("negative", label.negative)):
-            if absent := [each for each in listed or () if each not in found]:
-                text = "label.%s: %s occurs in no row of column %s; are these the labels as the files write them?"
-                _logger.warning(text, key, one_line(", ".join(map(repr, absent))), label.column)
+        for label in self._spec.labels:
+            found = set[str]().union(*(read.counts.get(label_column(label.column_name), {}) for read in reads))
+            for key, listed in (("positive", label.positive), ("negative", label.negative)):
+                if absent := [each for each in listed or () if each not in found]:
+                    text = "label.%s: %s occurs in no row of column %s; are these the labels as the files write them?"
+                    _logger.warning(text, key, one_line(", ".join(map(repr, absent))), label.column)
 
     def _report_lists(self, reads: Sequence[FileRead]) -> None:
         """Warn of elements of lists that were left out, and of separators that occur nowhere."""
@@ -242,12 +244,15 @@ class Reading:
         if found.malformed > self._tolerated(found.lines):
             raise self._too_malformed(self._files[number].path, found.malformed, found.lines, found.examples)
 
-    def _check_labels(self, path: str, others: Mapping[str, int], lines: int) -> None:
+    def _check_labels(self, path: str, others: Mapping[str, Mapping[str, int]], lines: int) -> None:
         """Raise UserError if more than a stray row has a number other than 0 and 1 as its label."""
+        for label in self._spec.labels:
+            self._check_label(path, label, others[label.column_name], lines)
+
+    def _check_label(self, path: str, label: LabelColumn, others: Mapping[str, int], lines: int) -> None:
         # A description can say what other numbers mean; a fixed format cannot.
         if sum(others.values()) <= max(MAX_OTHER_LABELS * lines, TOLERATED_LINES if self._is_fixed else 0):
             return
-        label = self._spec.label
         held = ", ".join(f"{value} ({count:,} times)" for value, count in sorted(others.items()))
         example = _positive_label(others)
         advice = (
@@ -285,6 +290,8 @@ class Reading:
         advice = "check the format of the file"
         if self._is_text_label(first):
             advice = 'list the labels that mean 1 in `label`, such as `positive: ["yes"]`'
+        elif self._lacks_label(first):
+            advice = "set `missing: unknown` for a label that rows may lack"
         elif "holds a list instead of a text" in first.reason:
             advice = "set `multi_valued: true` for lists"
         elif self._lacks_encoding(first):
@@ -301,8 +308,14 @@ class Reading:
     def _is_text_label(self, example: Rejected) -> bool:
         """Return whether a line is malformed since its label is a text that a description could map."""
         found = re.fullmatch(r"(.*) is (['\"])(.+)\2 instead of 0 or 1", example.reason)
-        is_label = found is not None and found[1] == self._spec.label.column and not self._is_fixed
+        columns = [label.column for label in self._spec.labels]
+        is_label = found is not None and found[1] in columns and not self._is_fixed
         return is_label and found is not None and found[3].lower() not in MISSING_NUMBERS
+
+    def _lacks_label(self, example: Rejected) -> bool:
+        """Return whether a line is malformed since it lacks one of several labels."""
+        columns = [label.column for label in self._spec.more_labels and self._spec.labels]
+        return any(re.match(rf"{re.escape(name)} is (''|None) instead of ", example.reason) for name in columns)
 
     def _lacks_encoding(self, example: Rejected) -> bool:
         """Return whether a description could name the encoding of a malformed line."""

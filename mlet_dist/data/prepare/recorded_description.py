@@ -20,6 +20,8 @@ from mlet_dist.data.prepare.splits import SplitRule
 def to_record(spec: TableSpec) -> dict[str, Any]:
     """Return a description as plain data for JSON."""
     plain: dict[str, Any] = _plain(asdict(spec))
+    if not spec.more_labels:  # as versions that knew one label recorded it
+        del plain["more_labels"], plain["label"]["name"], plain["label"]["missing"]
     return plain
 
 
@@ -40,6 +42,7 @@ def from_record(plain: Mapping[str, Any]) -> TableSpec:
         split=SplitRule(**split),
         max_malformed=float(plain["max_malformed"]),
         sample_weight=plain.get("sample_weight"),
+        more_labels=tuple(_build(LabelColumn, each) for each in plain.get("more_labels", ())),
     )
 
 

@@ -9,7 +9,6 @@ from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.data.prepare import description_values as values
 from mlet_dist.data.prepare.description_section import Section, one_of
 from mlet_dist.data.prepare.raw_formats import (
-    LABEL,
     DenseColumn,
     JsonLines,
     LabelColumn,
@@ -46,6 +45,7 @@ def load_table(
     elif form == "jsonl":
         text = JsonLines(top.take("encoding", values.encoding, None))
     missing = top.take("missing_values", values.spellings, None)
+    label, *more_labels = _labels(top, missing)
 
     def find() -> Sequence[str]:
         if isinstance(text, TextFormat) and text.columns is not None:
@@ -55,7 +55,8 @@ def load_table(
     spec = TableSpec(
         source="table",
         text=text,
-        label=_label(top.section("label"), missing),
+        label=label,
+        more_labels=tuple(more_labels),
         sample_weight=top.take("sample_weight", values.text, None),
         dense=tuple(_dense(each, missing) for each in _each_column(top.sections("dense", []), find)),
         sparse=tuple(_sparse(each, missing) for each in _each_column(top.sections("sparse"), find)),
@@ -63,11 +64,13 @@ def load_table(
         max_malformed=top.take("max_malformed", values.share, 0.1),
     )
     top.end()
-    names: set[str] = {LABEL} if spec.sample_weight is None else {LABEL, SAMPLE_WEIGHT}
+    labels = [each.column_name for each in spec.labels]
+    names = {*labels} if spec.sample_weight is None else {*labels, SAMPLE_WEIGHT}
     for name in (*(d.name for d in spec.dense), *(s.name for s in spec.sparse)):
         if name in names:
             raise UserError(
-                f"{path}: two features are named {name!r} (label and sample_weight are taken); change one `name`"
+                f"{path}: two features are named {name!r} ({', '.join(labels)} and sample_weight are taken); change "
+                "one `name`"
             )
         names.add(name)
     _check_shared_tables(path, spec.sparse)
@@ -102,13 +105,30 @@ def _delimited(top: Section) -> TextFormat:
     return TextFormat(delimiter, quote, header, columns, top.take("encoding", values.encoding, None))
 
 
-def _label(section: Section, missing: tuple[str, ...] | None) -> LabelColumn:
+def _labels(top: Section, missing: tuple[str, ...] | None) -> list[LabelColumn]:
+    """Return the labels: one section, or a list of several with names."""
+    if not top.is_list("label"):
+        return [_label(top.section("label"), missing)]
+    sections = top.sections("label")
+    if len(sections) < 2:
+        top.fail("label", f"a list of {len(sections)}", "a section, or a list of two labels or more")
+    found = [_label(each, missing, named=True) for each in sections]
+    names = [each.column_name for each in found]
+    if len(set(names)) < len(names):
+        top.fail("label", names, "labels of different names")
+    return found
+
+
+def _label(section: Section, missing: tuple[str, ...] | None, *, named: bool = False) -> LabelColumn:
+    column = section.take("column", values.text)
     label = LabelColumn(
-        section.take("column", values.text),
+        column,
         section.take("positive_from", values.number, None),
         section.take("positive", values.labels, None),
         section.take("negative", values.labels, None),
         section.take("missing_values", values.spellings, missing),
+        section.take("name", values.label_name, column) if named else None,
+        section.take("missing", one_of("unknown"), None) if named else None,
     )
     if label.positive is not None and label.positive_from is not None:
         section.fail("positive_from", label.positive_from, "left out where label.positive lists the labels")
@@ -116,7 +136,7 @@ def _label(section: Section, missing: tuple[str, ...] | None) -> LabelColumn:
         section.fail("negative", list(label.negative), "given together with label.positive")
     if both := set(label.positive or ()) & set(label.negative or ()):
         section.fail("negative", sorted(both), "other values than those of label.positive")
-    section.end()
+    section.end(hints=_LABEL_HINTS)
     return label
 
 
@@ -216,6 +236,8 @@ def _sparse(section: Section, missing_values: tuple[str, ...] | None) -> SparseC
     section.end(hints=_SPARSE_HINTS)
     return sparse
 
+
+_LABEL_HINTS = dict.fromkeys(("name", "missing"), "it goes with a list of several labels")
 
 # Keys of sparse features that go with others only.
 _SPARSE_HINTS = {

@@ -75,7 +75,7 @@ class TypedColumn:
 
 @dataclass(frozen=True)
 class TypedLabels(TypedColumn):
-    """A column of labels (int8, 0 or 1).
+    """A column of labels (int8, 0 or 1; null where a row may lack the label, and does).
 
     Attributes:
         others: how many rows hold a number other than 0 and 1, by its text; empty if the description maps the labels.
@@ -111,7 +111,10 @@ def label_values(raw: pa.Array, label: LabelColumn) -> TypedLabels:
             valid, expected = is_label & ~absent, "0 or 1"
             values = np.where(valid, numbers, 0).astype(np.int8)
             others = _counted(raw, distinct, np.isfinite(numbers) & ~is_label & ~absent)
-    typed = typed_column(raw, pa.array(values), valid, distinct, label.column, expected)
+    unknown = absent if label.missing == "unknown" else None
+    if unknown is not None:
+        valid = valid | unknown
+    typed = typed_column(raw, pa.array(values, mask=unknown), valid, distinct, label.column, expected)
     return TypedLabels(typed.values, typed.invalid, listed, others)
 
 

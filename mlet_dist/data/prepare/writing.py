@@ -1,6 +1,6 @@
 """The write pass of one group: texts become ids, dense columns are standardised, and each split gets a part."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -13,9 +13,9 @@ from mlet_dist.data.hashing import hash_texts
 from mlet_dist.data.id_counts import IdCounts, SplitCounts
 from mlet_dist.data.parquet_parts import ParquetOutput
 from mlet_dist.data.prepare.chunks import (
-    LABEL,
     ChunkGroup,
     dense_column,
+    label_column,
     sparse_column,
     values_and_indices,
     weight_column,
@@ -63,7 +63,7 @@ class Encoder:
         # A unique name, since a shard that is started twice must not write to the same file.
         temporary = scratch / f"{group.number:06}.{uuid4().hex}"
         writers = {
-            split: _PartWriter(directory / name, temporary.with_suffix(f".{split}"), self.spec.sparse)
+            split: _PartWriter(directory / name, temporary.with_suffix(f".{split}"), self.spec)
             for split, name in names.items()
         }
         for chunk, codes in group.read(splitter):
@@ -76,7 +76,7 @@ class Encoder:
         return parts, {split: writers[split].counts for split in parts}
 
     def _encode(self, chunk: pa.Table, lookups: Mapping[str, Lookup]) -> pa.Table:
-        columns = {LABEL: chunk[LABEL]}
+        columns = {label.column_name: chunk[label_column(label.column_name)] for label in self.spec.labels}
         if self.spec.sample_weight is not None:
             columns[SAMPLE_WEIGHT] = chunk[SAMPLE_WEIGHT]
         for dense in self.spec.dense:
@@ -109,18 +109,22 @@ class Encoder:
 class _PartWriter:
     """Writes rows in full row groups to a temporary Parquet file, and renames it to ``path`` if it has any rows."""
 
-    def __init__(self, path: Path, temporary: Path, sparse: Sequence[SparseColumn]) -> None:
+    def __init__(self, path: Path, temporary: Path, spec: TableSpec) -> None:
         self._path, self._temporary = path, temporary
+        self._labels = [label.column_name for label in spec.labels]
+        self._optional = [label.column_name for label in spec.labels if label.missing == "unknown"]
+        self._label_counts = np.zeros((len(self._labels), 2), np.int64)  # rows with label 1, rows that have the label
         # The ids of a single-valued feature without a vocabulary are all known.
-        self._counted = [each for each in sparse if each.encoding == "vocabulary" or each.multi_valued]
+        self._counted = [each for each in spec.sparse if each.encoding == "vocabulary" or each.multi_valued]
         self.counts: dict[str, IdCounts] = {}
         self._file: ParquetOutput | None = None
         self._pending: list[pa.Table] = []
-        self._pending_rows = self._rows = self._positives = 0
+        self._pending_rows = self._rows = 0
 
     def write(self, table: pa.Table) -> None:
         self._rows += table.num_rows
-        self._positives += pc.sum(table[LABEL]).as_py() or 0
+        for index, name in enumerate(self._labels):
+            self._label_counts[index] += pc.sum(table[name]).as_py() or 0, table.num_rows - table[name].null_count
         for sparse in self._counted:
             counts = _count_ids(table[sparse.name], has_vocabulary=sparse.encoding == "vocabulary")
             self.counts[sparse.name] = self.counts[sparse.name] + counts if sparse.name in self.counts else counts
@@ -139,12 +143,14 @@ class _PartWriter:
         sums = self._file.close()
         put_in_place(self._temporary, self._path)
         hashes = sums.sha256, sums.pages_sha256
-        return Part(name, self._rows, self._positives, sums.bytes, *hashes, ROW_GROUP_ROWS)
+        counts = tuple((int(ones), int(known)) for ones, known in self._label_counts)
+        of_labels = counts if len(counts) > 1 else ()
+        return Part(name, self._rows, counts[0][0], sums.bytes, *hashes, ROW_GROUP_ROWS, of_labels)
 
     def _flush(self, rows: int) -> None:
         table = pa.concat_tables(self._pending)
         if self._file is None:
-            self._file = ParquetOutput(self._temporary, table.schema)
+            self._file = ParquetOutput(self._temporary, table.schema, self._optional)
         self._file.write(table.slice(0, rows))
         rest = table.slice(rows)
         self._pending, self._pending_rows = ([rest] if rest.num_rows else []), rest.num_rows

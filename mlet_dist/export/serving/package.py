@@ -118,6 +118,7 @@ class Package:
             "features": [
                 {key.removesuffix("_name"): getattr(feature, key) for key in keys} for feature in self._spec.sparse
             ],
+            **({"labels": list(self._spec.labels)} if len(self._spec.labels) > 1 else {}),
             "vocabulary_id": self._spec.vocabulary_id,
             "preprocessing": self._spec.preprocessing and self._spec.preprocessing.to_dict(),
             "tables": self._encoding.name,

@@ -55,7 +55,8 @@ def example_request(spec: ModelSpec) -> Request:
 class Predictor(nn.Module):
     """A model that validates its input and returns probabilities; compatible with TorchScript.
 
-    ``forward(dense, ids, lengths, weights)`` for B rows, D dense columns and F features returns (B,) float32:
+    ``forward(dense, ids, lengths, weights)`` for B rows, D dense columns and F features returns (B,) float32, or (B, L)
+    for L labels:
 
     - ``dense`` (B, D) float32, transformed like the training data;
     - ``lengths`` (F, B) int64: the number of ids of each feature in each row;
@@ -67,7 +68,7 @@ class Predictor(nn.Module):
             with one id per row, not 1; an id is not in its table.
 
     Args:
-        logits: the model or its trace, ``(dense, KeyedJaggedTensor) -> (B,)`` or ``(B, 1)``.
+        logits: the model or its trace, ``(dense, KeyedJaggedTensor) -> (B,)``, ``(B, 1)`` or ``(B, L)``.
         spec: names and sizes of its inputs.
     """
 
@@ -80,6 +81,7 @@ class Predictor(nn.Module):
         self.features = [feature.name for feature in spec.sparse]
         self.dense_columns = len(spec.dense)
         self.weighted = spec.is_weighted
+        self.shape = [-1] if len(spec.labels) == 1 else [-1, len(spec.labels)]
         self.register_buffer("rows", torch.tensor([feature.num_embeddings for feature in spec.sparse]))
         self.register_buffer("one_id_a_row", torch.tensor([[not feature.multi_valued] for feature in spec.sparse]))
 
@@ -91,7 +93,7 @@ class Predictor(nn.Module):
         self.check_lengths(ids, lengths)
         self.check_ids(ids, lengths)
         bags = KeyedJaggedTensor(self.features, ids, weights, lengths.flatten())
-        return torch.sigmoid(self.logits(dense, bags).reshape(-1))
+        return torch.sigmoid(self.logits(dense, bags).reshape(self.shape))
 
     def check_shapes(self, dense: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor) -> None:
         """Raise ValueError unless shapes and dtypes are those of ``forward`` and ``dense`` is finite."""
@@ -160,4 +162,4 @@ class ExportedPredictor(Predictor):
         limits = torch.repeat_interleave(self.rows, lengths.sum(1), output_size=ids.size(0))
         torch._assert_async(torch.logical_and(ids >= 0, ids < limits).all(), "an id is not in its table")
         bags = KeyedJaggedTensor(self.features, ids, weights, lengths.flatten())
-        return torch.sigmoid(self.logits(dense, bags).reshape(-1))
+        return torch.sigmoid(self.logits(dense, bags).reshape(self.shape))

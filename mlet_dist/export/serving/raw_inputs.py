@@ -94,7 +94,8 @@ def carried_preprocessing(export: ExportDirectory, manifest: Mapping[str, Any], 
     assert spec.preprocessing is not None
     schema = DatasetSchema(
         source=description.source,
-        label="label",
+        label=spec.labels[0],
+        more_labels=spec.labels[1:],
         dense=spec.dense,
         sparse=spec.sparse,
         malformed=0,

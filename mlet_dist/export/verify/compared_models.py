@@ -19,12 +19,16 @@ from mlet_dist.export.source import ModelSource
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput
 from mlet_dist.models.build import build_serving_model, build_training_model
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.training.label_metrics import by_row
 
 _BUFFERED = 1 << 22  # ids per table that are collected before duplicates are removed
 
 
 Predict = Callable[[Batch, KeyedJaggedTensor], torch.Tensor]
-"""(batch, its bags with ids renumbered to the kept rows) -> (rows,) float32, without padding rows."""
+"""(batch, its bags with ids renumbered to the kept rows) -> (rows,) float32, without padding rows.
+
+With several labels (rows, L).
+"""
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,12 @@ def package_models(
 
 
 def predict_logits(model: torch.nn.Module) -> Predict:
-    """Return the predictions of a model of logits ``(B, 1)``."""
+    """Return the predictions of a model of logits ``(B, 1)``, or ``(B, L)`` for several labels."""
     model.eval()
 
     def predict(batch: Batch, bags: KeyedJaggedTensor) -> torch.Tensor:
-        logits: torch.Tensor = model(batch.dense, bags).reshape(-1)
-        return logits[: batch.num_rows]
+        labels = 1 if batch.labels.dim() == 1 else batch.labels.shape[1]
+        return by_row(model(batch.dense, bags), labels)[: batch.num_rows]
 
     return predict
 

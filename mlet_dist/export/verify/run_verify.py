@@ -27,7 +27,8 @@ from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, chec
 from mlet_dist.export.verify.tolerances import DEFAULT_TOLERANCES, Comparison, Tolerances
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
-from mlet_dist.training.evaluation import BinaryMetrics, evaluation_loader
+from mlet_dist.training.evaluation import evaluation_loader
+from mlet_dist.training.label_metrics import LabelMetrics, metric_prefixes
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice, finished_steps
 
@@ -55,7 +56,8 @@ def verify_export(
         ``max_abs_logit_diff`` (of a package ``max_abs_probability_diff``), ``worst_row`` (its number in the split),
         ``auc``, ``auc_change``, ``logloss``, ``logloss_change``, ``tolerance``, and ``tables``: by name
         ``max_abs_error`` of a value against W1·W2, ``worst_row`` (of the table) and ``relative_error``. A package's
-        tables are those of the output that it was made from.
+        tables are those of the output that it was made from. With several labels, AUC and LogLoss are by label, as
+        ``click_auc`` and ``click_auc_run``.
 
     Raises:
         UserError: ``export`` is not an export, ``run`` is not a run, they do not fit each other or the data, or a file
@@ -114,16 +116,17 @@ def verify_export(
             of_package = described[PACKAGE]
             models |= package_models(export / PACKAGE, of_package["encoding"], _layout_of(of_package), outputs)
 
-        of_run = BinaryMetrics(_SINGLE_PROCESS.device, weighted=schema.sample_weight)
-        comparisons = {name: Comparison(each, weighted=schema.sample_weight) for name, each in models.items()}
+        labels, weighted = trained.labels, schema.sample_weight
+        of_run = LabelMetrics(labels, _SINGLE_PROCESS.device, weighted=weighted)
+        comparisons = {name: Comparison(each, labels, weighted=weighted) for name, each in models.items()}
         with Progress("verify", schema.rows[split], "rows") as progress, torch.inference_mode():
             for batch in batches():
                 bags = renumber(batch.sparse, {feature: rows[table] for feature, table in table_of.items()})
-                logits, labels, weights = batch.predicted(predict_logits(batch, bags))
-                of_run.update(logits, labels, weights)
+                logits, of_rows, weights = batch.predicted(predict_logits(batch, bags))
+                of_run.update(logits, of_rows, weights)
                 for comparison in comparisons.values():
-                    comparison.add(logits, comparison.model.predict(batch, bags), labels, weights)
-                progress.update(len(labels))
+                    comparison.add(logits, comparison.model.predict(batch, bags), of_rows, weights)
+                progress.update(len(of_rows))
     found = of_run.compute()
     results = {
         name: each.result(
@@ -137,8 +140,11 @@ def verify_export(
         "ok": all(result["ok"] for result in results.values()),
         "split": split,
         "rows": int(found["rows"]),
-        "auc_run": found["auc"],
-        "logloss_run": found["logloss"],
+        **{
+            f"{prefix}{name}_run": found[f"{prefix}{name}"]
+            for prefix in metric_prefixes(trained.labels)
+            for name in ("auc", "logloss")
+        },
         "outputs": results,
     }
 
@@ -154,7 +160,8 @@ def _shapes(spec: ModelSpec) -> tuple[object, ...]:
     model = spec.model
     tables = tuple((table.name, table.embedding_dim, table.settings.pooling) for table in spec.tables)
     sizes = model.embedding_dim, model.bottom_mlp, model.top_mlp, tables
-    return spec.dense, spec.sparse, spec.table_prefixes, *sizes, *(getattr(model, name) for name in NETWORK_SETTINGS)
+    network = (getattr(model, name) for name in NETWORK_SETTINGS)
+    return spec.dense, spec.sparse, spec.labels, spec.table_prefixes, *sizes, *network
 
 
 def _check_same_inputs(export: Path, served: ModelSpec, run: Path, trained: ModelSpec) -> None:

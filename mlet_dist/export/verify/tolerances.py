@@ -1,7 +1,7 @@
 """Compare the predictions of an exported model with those of the trained model, within tolerances."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from mlet_dist.export.verify.compared_models import ExportedModel
 from mlet_dist.export.verify.table_check import TableError
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.label_metrics import LabelMetrics, metric_prefixes
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ DEFAULT_TOLERANCES = Tolerances()
 class Comparison:
     """Accumulates the differences between an exported model and the trained model batch by batch."""
 
-    def __init__(self, model: ExportedModel, *, weighted: bool = False) -> None:
-        self.model = model
-        self._metrics = BinaryMetrics(torch.device("cpu"), weighted=weighted)
+    def __init__(self, model: ExportedModel, labels: Sequence[str] = ("label",), *, weighted: bool = False) -> None:
+        self.model, self._labels = model, labels
+        self._metrics = LabelMetrics(labels, torch.device("cpu"), weighted=weighted)
         self._worst, self._worst_row, self._rows = -1.0, -1, 0
 
     def add(
@@ -48,7 +48,7 @@ class Comparison:
         is_logit = self.model.unit == "logit"
         expected = logits.double() if is_logit else logits.double().sigmoid()
         # NaN counts as an infinite difference, so that a damaged table cannot pass.
-        difference = (expected - found.double()).abs().nan_to_num(nan=math.inf)
+        difference = (expected - found.double()).abs().nan_to_num(nan=math.inf).reshape(len(labels), -1).amax(dim=1)
         largest, index = difference.max(dim=0)
         if float(largest) > self._worst:
             self._worst, self._worst_row = float(largest), self._rows + int(index)
@@ -60,7 +60,8 @@ class Comparison:
     ) -> dict[str, Any]:
         """Return the entry of an output in the result of ``verify_export``."""
         found, key = self._metrics.compute(), f"max_abs_{self.model.unit}_diff"
-        change = found["auc"] - of_run["auc"]
+        prefixes = metric_prefixes(self._labels)
+        changes = [found[f"{prefix}auc"] - of_run[f"{prefix}auc"] for prefix in prefixes]
         finite = all(math.isfinite(error.max_abs_error) for error in errors.values()) and math.isfinite(self._worst)
         if self.model.encoding == "fp32":
             tolerance = {key: tolerances.difference}
@@ -68,16 +69,22 @@ class Comparison:
             ok = exact and self._worst <= tolerances.difference
         else:
             tolerance = {"auc_change": tolerances.auc[self.model.encoding]}
-            ok = finite and abs(change) <= tolerance["auc_change"]
+            ok = finite and all(abs(change) <= tolerance["auc_change"] for change in changes)
         return {
             "ok": ok,
             "encoding": self.model.encoding,
             key: self._worst,
             "worst_row": self._worst_row,
-            "auc": found["auc"],
-            "auc_change": change,
-            "logloss": found["logloss"],
-            "logloss_change": found["logloss"] - of_run["logloss"],
+            **{
+                f"{prefix}{name}": value
+                for prefix, change in zip(prefixes, changes, strict=True)
+                for name, value in (
+                    ("auc", found[f"{prefix}auc"]),
+                    ("auc_change", change),
+                    ("logloss", found[f"{prefix}logloss"]),
+                    ("logloss_change", found[f"{prefix}logloss"] - of_run[f"{prefix}logloss"]),
+                )
+            },
             "tolerance": tolerance,
             "tables": {name: error.to_dict() for name, error in errors.items()},
         }

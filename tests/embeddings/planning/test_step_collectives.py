@@ -22,7 +22,7 @@ from mlet_dist.embeddings.planning.cost_model import HOST_OPERATIONS, TABLE_OPER
 from mlet_dist.embeddings.planning.step_collectives import Group, latency, step_collectives
 from mlet_dist.models.build import build_training_model
 from mlet_dist.models.spec import ModelSpec
-from mlet_dist.training.evaluation import BinaryMetrics
+from mlet_dist.training.binary_metrics import BinaryMetrics
 from mlet_dist.training.fused_optimizers import build_optimizer, fuse_row_optimizer
 from mlet_dist.training.non_finite_guard import Finding, Guard
 from mlet_dist.training.process_group import Worker

@@ -36,7 +36,7 @@ def tensors_of(request: dict) -> list[torch.Tensor]:
 
 
 def predict(model: torch.jit.ScriptModule, request: dict) -> torch.Tensor:
-    """Return the probabilities ``(rows,)`` float32; raise torch.jit.Error or ValueError if the request is invalid."""
+    """Return the probabilities, ``(rows,)`` or ``(rows, labels)``; raise torch.jit.Error or ValueError."""
     tensors = tensors_of(request)
     with torch.inference_mode():
         return model(*tensors)

@@ -1,0 +1,141 @@
+"""The arms of a sweep: which settings each model has, and the baselines that belong to it."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.comparison import arm_configs
+from mlet_dist.comparison_report import CONTROL, MLET
+from mlet_dist.config.config_file import Config, load_config, save_config
+from mlet_dist.config.parser import to_yaml
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError
+from mlet_dist.models.spec import ModelSpec
+from mlet_dist.sweep.sweep_file import SweepConfig
+
+_PRESETS: dict[str, dict[str, list[Any]]] = {
+    "paper": {"model.embedding_dim": [4, 8, 16, 32], "model.hidden_dim": [64, 128]},
+}
+_PLACE = "run.dir=runs"  # of the check; each run has a directory of its own
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model, before its settings are tuned.
+
+    Attributes:
+        name: unique in the sweep.
+        config: its settings; ``run.dir`` and ``train.seed`` are replaced.
+        kind: ``mlet``, ``single`` (no W2), ``single_compressed`` (the same within the budget of an MLET arm) or
+            ``control`` (no W2, and the initial scale and effective learning rate of an MLET arm).
+        control_of: of a control, the name of the MLET arm whose tuned settings it follows; it is not tuned itself.
+    """
+
+    name: str
+    config: Config
+    kind: str
+    control_of: str | None = None
+
+
+def arms_of(sweep: SweepConfig) -> list[Arm]:
+    """Return the arms of a sweep, each checked as a config of `mlet train`.
+
+    Raises:
+        UserError: the settings of an arm are wrong; the message names the arm. Or two arms have the same settings.
+    """
+    found: dict[str, Arm] = {}
+    for name, settings in _described(sweep).items():
+        config = _load(Path(sweep.config), {**sweep.settings, **settings}, name)
+        _add(found, Arm(name, config, MLET if config.model.has_two_layers else "single"), refuse=True)
+    for arm in [each for each in found.values() if each.kind == MLET and sweep.baselines]:
+        configs = arm_configs(arm.config, spec_of(arm.config))
+        found[arm.name] = dataclasses.replace(arm, config=configs.pop(MLET))  # as its control needs it
+        for kind, config in configs.items():
+            own = Arm(f"{kind} of {arm.name}", config, kind, arm.name if kind == CONTROL else None)
+            _add(found, own)
+    return list(found.values())
+
+
+def with_settings(arm: Arm, settings: Mapping[str, Any], file: Path) -> Config:
+    """Write the arm's config with ``settings`` into a file, and return it.
+
+    Raises:
+        UserError: a setting is wrong; the message names the arm. Or the file cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_config(arm.config, file)
+        config = _load(file, settings, arm.name)
+        save_config(config, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from None
+    return config
+
+
+def control_config(mlet: Config) -> Config:
+    """Return the config of the control of an MLET config, for example of a tuned one."""
+    return arm_configs(mlet, spec_of(mlet))[CONTROL]
+
+
+def spec_of(config: Config) -> ModelSpec:
+    """Return the model that a config describes for its data set.
+
+    Raises:
+        UserError: the data set cannot be read, or does not have what the config names.
+    """
+    return ModelSpec.of(config, DatasetSchema.load(data_set_path(config.data.path)))
+
+
+def _described(sweep: SweepConfig) -> dict[str, Mapping[str, Any]]:
+    """Return the settings of each arm that the file describes, by name."""
+    found: dict[str, Mapping[str, Any]] = dict(sweep.arms)
+    if sweep.grid:
+        found = {
+            _name(name, values): {**settings, **values}
+            for name, settings in (found or {"": {}}).items()
+            for values in _combinations(sweep.grid)
+        }
+    if sweep.preset is not None:
+        found |= {_name("", values): values for values in _combinations(_PRESETS[sweep.preset])}
+    return found
+
+
+def _combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def _name(arm: str, values: Mapping[str, Any]) -> str:
+    parts = [f"{name.rpartition('.')[2]}={_text(value)}" for name, value in values.items()]
+    return " ".join([arm, *parts] if arm else parts)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else to_yaml(value)
+
+
+def _load(file: Path, settings: Mapping[str, Any], arm: str) -> Config:
+    overrides = [f"{name}={_text(value)}" for name, value in settings.items() if not name.startswith("run.")]
+    try:
+        return load_config(file, [*overrides, _PLACE])
+    except UserError as error:
+        raise UserError(f"arm {arm!r}: {error}") from None
+
+
+def _add(arms: dict[str, Arm], arm: Arm, *, refuse: bool = False) -> None:
+    """Add an arm unless one has its settings, which is an error if ``refuse``."""
+    plain = _without_place(arm.config)
+    same = [name for name, each in arms.items() if _without_place(each.config) == plain and each.kind != CONTROL]
+    if same and arm.kind != CONTROL:
+        if refuse:
+            raise UserError(f"arm {arm.name!r} has the settings of arm {same[0]!r}; leave one of them out")
+        return
+    arms[arm.name] = arm
+
+
+def _without_place(config: Config) -> Config:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=""))

@@ -1,0 +1,136 @@
+"""The YAML file of `mlet sweep`: which settings are tried, how they are tuned, and with which seeds."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mlet_dist.config.limits import MAX_STEPS
+from mlet_dist.config.parser import parse_section, setting, to_yaml
+from mlet_dist.config.strict_yaml import load_yaml
+from mlet_dist.errors import UserError
+
+_MAX_TRIALS, _MAX_WORKERS, _MAX_RANKS = 10_000, 1024, 1024
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The values of a setting among which the best one is searched, on a logarithmic scale."""
+
+    low: float = setting("The smallest value.", above=0, at_most=1e30)
+    high: float = setting("The largest value.", above=0, at_most=1e30)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How the settings of each arm are chosen: from the same number of trials, steps and values for every arm."""
+
+    settings: dict[str, Interval] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "The settings that are tuned, by name, as optimizer.learning_rate: {low: 0.001, high: 0.3}. "
+            "None: all arms are trained with the settings that they have."
+        },
+    )
+    trials: int = setting("Number of combinations that are tried for each arm.", 16, at_least=1, at_most=_MAX_TRIALS)
+    steps: int = setting("Steps of a whole trial.", 1000, at_least=1, at_most=MAX_STEPS)
+    first_steps: int | None = setting(
+        "Steps after which the trials of an arm are compared for the first time, and again after keep times as many, "
+        "and so on: one of keep trials goes on each time. null: all trials take all steps.",
+        None,
+        at_least=1,
+        at_most=MAX_STEPS,
+    )
+    keep: int = setting("One of so many trials goes on after each comparison.", 3, at_least=2, at_most=_MAX_TRIALS)
+    metric: Literal["logloss", "auc"] = setting(
+        "logloss or auc, of the split valid, by which trials are compared.", "logloss"
+    )
+
+    @property
+    def compared_at(self) -> list[int]:
+        """The numbers of steps after which a trial is measured, of which the last is that of a whole trial."""
+        found = []
+        at = self.first_steps or self.steps
+        while at < self.steps:
+            found.append(at)
+            at *= self.keep
+        return [*found, self.steps]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The content of the file."""
+
+    config: str = setting("YAML file of settings, as of `mlet train`; a relative path begins at the sweep's file.")
+    settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"meaning": "Settings of all arms, by name, which replace those of config."}
+    )
+    arms: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"meaning": "Settings of each arm, by its name: {single: {model.hidden_dim: null}}."},
+    )
+    grid: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "Lists of values of settings, by name: each combination is one more arm, or if there are arms, "
+            "one of each arm."
+        },
+    )
+    preset: Literal["paper"] | None = setting(
+        "paper: the grid of the MLET paper (arXiv:2006.05623), which is d of 4, 8, 16 and 32 with k of 64 and 128 and "
+        "its single layers. null: none.",
+        None,
+    )
+    baselines: bool = setting(
+        "true: add the single layer of every MLET arm, and its control, a single layer with the arm's initial scale "
+        "and effective learning rate; false: do not. Where the control needs another learning rate, "
+        "model.single_layer_up_to auto becomes 0 in the MLET arm, as in `mlet compare`.",
+        True,
+    )
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    seeds: tuple[int, ...] = setting(
+        "Values of train.seed with which each arm is trained to the end, with the best settings that were found.",
+        (0, 1, 2, 3, 4),
+        at_least=0,
+        at_most=2**63 - 1,
+        min_length=1,
+    )
+    runs: str | None = setting(
+        "Directory of the runs, in which other sweeps with it find what they share; a relative path begins at the "
+        "sweep's file. null: runs in the directory of the results.",
+        None,
+    )
+    workers: int = setting("Number of arms that are trained at the same time.", 1, at_least=1, at_most=_MAX_WORKERS)
+    nproc: int = setting("Number of ranks of each run.", 1, at_least=1, at_most=_MAX_RANKS)
+
+
+def load_sweep(path: Path) -> SweepConfig:
+    """Read the file of a sweep; paths in it become relative to the working directory.
+
+    Raises:
+        UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
+    """
+    content = load_yaml(path, "sweep")
+    sweep: SweepConfig = parse_section(SweepConfig, {} if content is None else content, "", str(path))
+    for name, interval in sweep.tune.settings.items():
+        if not interval.low < interval.high:
+            raise UserError(f"{path}: tune.settings.{name}: low {interval.low:g} is not below high {interval.high:g}")
+    if sweep.tune.first_steps is not None and sweep.tune.first_steps > sweep.tune.steps:
+        raise UserError(f"{path}: tune.first_steps {sweep.tune.first_steps} is above tune.steps {sweep.tune.steps}")
+    for key, named, kind, expected in (
+        ("arms", sweep.arms, Mapping, "settings by name"),
+        ("grid", sweep.grid, list, "a list of values"),
+    ):
+        for name, value in named.items():
+            if not isinstance(value, kind) or not value:
+                raise UserError(f"{path}: {key}.{name}: expected {expected}, found {to_yaml(value)}")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise UserError(f"{path}: seeds is {to_yaml(list(sweep.seeds))}; name each seed once")
+    if not (sweep.arms or sweep.grid or sweep.preset):
+        raise UserError(f"{path}: names no arms; set arms, grid or preset")
+    return dataclasses.replace(
+        sweep,
+        config=str(path.parent / Path(sweep.config).expanduser()),
+        runs=None if sweep.runs is None else str(path.parent / Path(sweep.runs).expanduser()),
+    )

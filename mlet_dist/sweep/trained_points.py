@@ -1,0 +1,198 @@
+"""Trains each config once: a run's directory follows from its settings, so that a finished one is found again."""
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.atomic_file import replaced_file
+from mlet_dist.config.config_file import Config, save_config
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import Interrupted, UserError
+from mlet_dist.formatting import load_json, to_json
+from mlet_dist.training.run_directory import RunDirectory
+
+_STOP_SECONDS = 30.0
+_WITHOUT_EFFECT = (
+    "log_every", "metrics_port", "device", "pipelined", "resume", "checkpoint_every", "checkpoint_minutes",
+    "checkpoint_dir", "checkpoint_async", "checkpoint_failure", "keep_last", "keep_every", "collective_timeout_s",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        run: its directory.
+        summary: the run's summary; empty if it diverged.
+        seconds: how long it took.
+        diverged: the reason, if a loss or gradient was not finite.
+    """
+
+    run: Path
+    summary: Mapping[str, Any]
+    seconds: float
+    diverged: str | None = None
+
+
+class TrainedPoints:
+    """Trains configs by `mlet train`, in directories below one, unless they are trained already. Thread-safe.
+
+    Args:
+        path: the directory of all runs.
+        nproc: ranks of each run.
+    """
+
+    def __init__(self, path: Path, nproc: int) -> None:
+        self._path, self._nproc = path, nproc
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._stopped = threading.Lock(), False
+        self._of_digest: dict[str, threading.Lock] = {}
+
+    def directory(self, config: Config) -> Path:
+        """Return the directory of the run of a config, which is the same for all sweeps and data sets' places."""
+        return self._path / digest_of(config)
+
+    def find(self, config: Config) -> Outcome | None:
+        """Return the outcome of a run that has ended; None if it has not."""
+        run = self.directory(config)
+        file = _outcome_file(run)
+        try:
+            found = load_json(file)
+            return Outcome(run, found["summary"], found["seconds"], found["diverged"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{file}: not the result of a run; remove it, and the run is trained again") from None
+
+    def train(self, config: Config, start: Config | None = None) -> Outcome:
+        """Train a config, or return the outcome of an earlier time.
+
+        Args:
+            config: the settings; ``run.dir`` and the intervals of checkpoints are replaced.
+            start: that of a finished run with fewer steps, which this one continues if its checkpoint is there.
+
+        Raises:
+            UserError: the run failed for another reason than that it diverged; its log says why.
+            Interrupted: ``stop`` was called.
+        """
+        with self._lock:
+            own = self._of_digest.setdefault(digest_of(config), threading.Lock())
+        with own:  # two arms may want the same run
+            return self.find(config) or self._train(config, start)
+
+    def forget_checkpoints(self, config: Config) -> None:
+        """Remove the checkpoints of a finished run, of which the results stay."""
+        shutil.rmtree(RunDirectory(self.directory(config)).checkpoints, ignore_errors=True)
+
+    def stop(self) -> None:
+        """End all runs, which save themselves, and refuse to start others."""
+        with self._lock:
+            self._stopped = True
+            children = list(self._children)
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+            child.kill()
+
+    def _train(self, config: Config, start: Config | None) -> Outcome:
+        run = self.directory(config)
+        resume = "auto"
+        if start is not None and RunDirectory(self.directory(start)).checkpoints.is_dir():
+            resume = str(self.directory(start))
+        train = dataclasses.replace(config.train, resume=resume, checkpoint_dir=None, keep_last=1, on_non_finite="stop")
+        placed = dataclasses.replace(config, train=train, run=dataclasses.replace(config.run, dir=str(run)))
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            file = run.with_suffix(".yaml")
+            save_config(placed, file)
+            started = time.monotonic()
+            code = self._run("train", str(file), "--once", "--nproc", str(self._nproc), log=run.with_suffix(".log"))
+            seconds = time.monotonic() - started
+            outcome = self._outcome(run, code, seconds)
+            content = {"summary": outcome.summary, "seconds": seconds, "diverged": outcome.diverged}
+            with replaced_file(_outcome_file(run)) as handle:
+                handle.write(to_json(content, indent=1).encode())
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from None
+        return outcome
+
+    def _run(self, *arguments: str, log: Path) -> int:
+        """Run an `mlet` command; its output goes to a file. Return its exit code."""
+        with log.open("ab") as output:
+            output.write(f"$ {shlex.join(['mlet', *arguments])}\n".encode())
+            output.flush()
+            with self._lock:
+                if self._stopped:
+                    raise Interrupted("the sweep was stopped")
+                # In a session of its own the run does not receive Ctrl-C; `stop` ends it.
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "mlet_dist", *arguments],
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+                self._children.add(child)
+            try:
+                code = child.wait()
+            finally:
+                with self._lock:
+                    self._children.discard(child)
+        if self._stopped:
+            raise Interrupted("the sweep was stopped")
+        return code
+
+    def _outcome(self, run: Path, code: int, seconds: float) -> Outcome:
+        if code == 0:
+            _, _, summary = RunDirectory(run).load()
+            return Outcome(run, summary, seconds)
+        if (reason := _divergence(run)) is not None:
+            return Outcome(run, {}, seconds, reason)
+        log = run.with_suffix(".log")
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise UserError(f"{run}: training failed with exit code {code}; the end of {log}: {lines[-1] if lines else ''}")
+
+
+def digest_of(config: Config) -> str:
+    """Return a name for the run of a config, by all that its results depend on.
+
+    Raises:
+        UserError: the data set cannot be read.
+    """
+    plain = config.to_dict()
+    del plain["run"]
+    for name in _WITHOUT_EFFECT:
+        del plain["train"][name]
+    schema = DatasetSchema.load(data_set_path(plain["data"].pop("path")))
+    content = {split: schema.content_id(split) for split in schema.parts}
+    text = json.dumps({"settings": plain, "data": content, "vocabulary": schema.vocabulary_id}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _outcome_file(run: Path) -> Path:
+    return run.with_suffix(".json")
+
+
+def _divergence(run: Path) -> str | None:
+    """Return the reason if the last record of a run says that a loss or gradient was not finite."""
+    with suppress(OSError, ValueError, KeyError):
+        *_, last = RunDirectory(run).metrics.read_text(encoding="utf-8").splitlines()
+        record = json.loads(last)
+        if record["split"] == "diverged":
+            return f"not finite at step {record['batch_of_step']:,}"
+    return None
