@@ -5,8 +5,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +18,7 @@ from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.config.table_settings import TableModelConfig, TableSettings
 from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, writing
 from mlet_dist.formatting import load_json, to_json
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.quality.paired_bootstrap import paired_differences
@@ -68,7 +67,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         if arm not in finished:
             RunDirectory(base / arm).check_available(configs[arm])
         _check_export(base / f"{arm}-export", config.run.overwrite or arm in finished)
-    with _writing(base):
+    with writing(base):
         base.mkdir(parents=True, exist_ok=True)
         for arm, arm_config in configs.items():
             save_config(arm_config, base / f"{arm}.yaml")
@@ -85,7 +84,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
             _, _, trained = RunDirectory(run).load()
         else:
             trained = _run_command("train", str(base / f"{arm}.yaml"), "--nproc", str(nproc))
-        with _writing(export):
+        with writing(export):
             if export.exists():
                 shutil.rmtree(export)
         smaller = {"none": [], "static": ["dcp-kept", "dcp-mixed"], "adaptive": ["dcp-kept"]}
@@ -94,7 +93,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         of_data = ["--data", config.data.path, "--split", split]
         verified = _run_command("verify", str(export), "--run", str(run), *of_data)
         scores = _scores_of(base, arm)
-        with _writing(scores):
+        with writing(scores):
             scores.unlink(missing_ok=True)
         _run_command("predict", str(export), *of_data, "--out", str(scores))
         largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
@@ -107,7 +106,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         "arms": {arm: arms[arm] for arm in configs},
         "differences": _differences(base, list(configs), schema.labels),
     }
-    with _writing(base):
+    with writing(base):
         (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
     return result
@@ -208,7 +207,7 @@ def single_layer_control(
     Args:
         model: the MLET model.
         optimizer: ``sgd`` for the factor under SGD; any other name for the factor under Adagrad.
-        own: the settings of the tables whose are not those of all, by name.
+        own: the settings of the tables that have some of their own, by name.
     """
     of_all = model.of_all_tables
     control = dataclasses.replace(
@@ -261,15 +260,6 @@ def _check_export(export: Path, replace: bool) -> None:
         raise UserError(
             f"{export} is an export of another run; choose another run.dir, or replace it with run.overwrite=true"
         )
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _run_command(*arguments: str) -> dict[str, Any]:

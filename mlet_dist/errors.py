@@ -3,7 +3,8 @@
 import errno
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 # What the machine refuses, whichever line of code asks for it: disk, quota, inodes, memory, files, permissions, links.
 _REFUSALS = {
@@ -26,6 +27,15 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Turn an OSError within the block into a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 class Interrupted(Exception):

@@ -25,7 +25,7 @@ keys of the file:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("sweep", metavar="SWEEP", help="YAML file of the sweep, for example configs/sweep.yaml")
+    parser.add_argument("sweep", metavar="SWEEP", help="YAML file of the sweep, for example configs/sweeps/criteo.yaml")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of the results")
 
 

@@ -12,7 +12,7 @@ import yaml
 from mlet_dist.config.compression_section import CompressionConfig
 from mlet_dist.config.limits import MAX_CUDA_COLUMNS
 from mlet_dist.config.model_section import ONE_EMBEDDING_DIM, ModelConfig
-from mlet_dist.config.overrides import apply_override
+from mlet_dist.config.overrides import COMMAND_LINE, apply_override
 from mlet_dist.config.parser import did_you_mean, nearest_multiples, parse_section, section_type, to_yaml
 from mlet_dist.config.sections import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from mlet_dist.config.sharding_section import ShardingConfig
@@ -179,10 +179,10 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), overrides_from: str = COMMAND_LINE) -> Config:
     """Read a YAML file, apply overrides such as ``data.batch_size=256``, and check every value.
 
-    A leading ``~`` in a path is replaced by the home directory.
+    A leading ``~`` in a path is replaced by the home directory. Messages about an override name ``overrides_from``.
 
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
@@ -195,7 +195,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: expected sections such as `model:`, found {to_yaml(settings)}")
     sources: dict[str, str] = {}
     for override in overrides:
-        apply_override(Config, settings, override, sources)
+        apply_override(Config, settings, override, sources, overrides_from)
     _apply_preset(settings, source, sources)
     config: Config = parse_section(Config, settings, "", source, sources)
     _check_combinations(config, source, sources)

@@ -17,14 +17,17 @@ COMMAND_LINE = "command line"
 _NULL = "null"
 
 
-def apply_override(config: type, settings: dict[str, Any], override: str, sources: dict[str, str]) -> None:
-    """Write one override into ``settings``, and the command line as its source into ``sources``.
+def apply_override(
+    config: type, settings: dict[str, Any], override: str, sources: dict[str, str], source: str = COMMAND_LINE
+) -> None:
+    """Write one override into ``settings``, and its source into ``sources``.
 
     Args:
         config: the dataclass of all sections.
         settings: the plain data of the config file.
         override: as typed.
         sources: key -> where it was given.
+        source: where the override was given.
 
     Raises:
         UserError: it is not written ``section.key=value``, or the value is not valid YAML.
@@ -33,16 +36,16 @@ def apply_override(config: type, settings: dict[str, Any], override: str, source
     section, dot, name = key.partition(".")
     if not (equals and dot and section and name):
         raise UserError(
-            f"{COMMAND_LINE}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
+            f"{source}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
         )
     *sections, last = keys = _keys(config, section, name)
-    value = _parse(text, _setting(config, keys), override)
-    _note(key, value, sources)
+    value = _parse(text, _setting(config, keys), override, source)
+    _note(key, value, sources, source)
     path = ""
     for each in sections:
         path = f"{path}.{each}" if path else each
         if each not in settings:
-            sources[path] = COMMAND_LINE
+            sources[path] = source
         if settings.get(each) is None:
             settings[each] = {}
         if not isinstance(settings[each], dict):
@@ -51,12 +54,12 @@ def apply_override(config: type, settings: dict[str, Any], override: str, source
     settings[last] = value
 
 
-def _note(key: str, value: Any, sources: dict[str, str]) -> None:
-    """Note the command line as the source of a key, and of those in its value."""
-    sources[key] = COMMAND_LINE
+def _note(key: str, value: Any, sources: dict[str, str], source: str) -> None:
+    """Note the source of a key, and of those in its value."""
+    sources[key] = source
     if isinstance(value, dict):
         for name, each in value.items():
-            _note(f"{key}.{name}", each, sources)
+            _note(f"{key}.{name}", each, sources, source)
 
 
 def _keys(config: type, section: str, name: str) -> list[str]:
@@ -91,7 +94,7 @@ def _setting(config: type, keys: list[str]) -> dataclasses.Field[Any] | None:
     return setting
 
 
-def _parse(text: str, setting: dataclasses.Field[Any] | None, override: str) -> Any:
+def _parse(text: str, setting: dataclasses.Field[Any] | None, override: str, source: str) -> Any:
     is_union = setting is not None and typing.get_origin(setting.type) is types.UnionType
     allowed = () if setting is None else typing.get_args(setting.type) if is_union else (setting.type,)
     is_null = type(None) in allowed and text.strip() == _NULL
@@ -106,11 +109,11 @@ def _parse(text: str, setting: dataclasses.Field[Any] | None, override: str) -> 
         value = parse_yaml(text, TextLoader if is_list_of_text else StrictLoader)
     except ValueError as error:
         advice = "; a name with , : # [ ] { } or quotes in it must be in quotes" if is_list_of_text else ""
-        raise UserError(f"{COMMAND_LINE}: {override!r}: the value is not valid YAML{error}{advice}") from None
+        raise UserError(f"{source}: {override!r}: the value is not valid YAML{error}{advice}") from None
     comment = comment_in(text)
     if comment is not None:
         raise UserError(
-            f"{COMMAND_LINE}: {override!r}: {comment!r} is a comment in YAML, which is not read; leave it out, or "
+            f"{source}: {override!r}: {comment!r} is a comment in YAML, which is not read; leave it out, or "
             "put the value in quotes within the argument"
         )
     return value

@@ -16,6 +16,7 @@ from mlet_dist.config.byte_sizes import ByteSize, bytes_of, share_of
 from mlet_dist.errors import UserError
 
 _SHOWN_CHARACTERS = 200
+_FILE_ALONE: Mapping[str, str] = types.MappingProxyType({})
 
 
 def setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -> Any:
@@ -29,9 +30,7 @@ def setting(meaning: str, default: Any = dataclasses.MISSING, **limits: float) -
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 
-def parse_section(
-    kind: type, settings: Any, prefix: str, source: str, sources: Mapping[str, str] = types.MappingProxyType({})
-) -> Any:
+def parse_section(kind: type, settings: Any, prefix: str, source: str, sources: Mapping[str, str] = _FILE_ALONE) -> Any:
     """Build one config dataclass from plain data, checking every key, type and limit.
 
     Args:
@@ -39,7 +38,7 @@ def parse_section(
         settings: a mapping of its keys.
         prefix: the text before each key in messages, e.g. ``model.``.
         source: the file that messages name.
-        sources: for keys that were given elsewhere, what messages name instead of ``source``.
+        sources: for keys that were given elsewhere, what messages name instead of ``source``; by default none can be.
 
     Raises:
         UserError: a key is unknown, missing, of the wrong type or out of range.
@@ -51,9 +50,9 @@ def parse_section(
     for name in settings:
         if name not in known:
             key = f"{prefix}{name}"
+            near = did_you_mean(str(name).partition(".")[0], list(known))  # the command line's run.tag.team
             raise UserError(
-                f"{sources.get(key, source)}: {shorten(key)}: unknown key{did_you_mean(str(name), list(known))}; "
-                f"known keys here are {', '.join(known)}"
+                f"{sources.get(key, source)}: {shorten(key)}: unknown key{near}; known keys here are {', '.join(known)}"
             )
     values = {}
     for name, setting in known.items():
@@ -68,7 +67,8 @@ def parse_section(
             values[name] = _checked_value(settings[name], setting.type, setting.metadata, key, sources.get(key, source))
         elif setting.default is dataclasses.MISSING:
             meaning = setting.metadata["meaning"].removesuffix(".")
-            raise UserError(f"{source}: {key} is missing ({meaning}); set it there or as {key}=…")
+            override = "" if sources is _FILE_ALONE else f" or as {key}=…"
+            raise UserError(f"{source}: {key} is missing ({meaning}); set it there{override}")
     return kind(**values)
 
 
@@ -114,8 +114,14 @@ def _checked_value(value: Any, of_type: Any, limits: Mapping[str, Any], key: str
         converted = _coerce_to_first(kinds, value)
     except (TypeError, ValueError, OverflowError):
         expected = " or ".join(map(_describe_type, kinds)) + (" or null" if type(None) in allowed else "")
-        choices = [each for kind in kinds if typing.get_origin(kind) is Literal for each in typing.get_args(kind)]
-        near = did_you_mean(value, choices) if isinstance(value, str) else ""
+        lists = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+        choices = [
+            each for kind in (*kinds, *lists) if typing.get_origin(kind) is Literal for each in typing.get_args(kind)
+        ]
+        wrong = [each for each in (value if lists and isinstance(value, list) else [value]) if each not in choices]
+        near = did_you_mean(wrong[0], choices) if wrong and isinstance(wrong[0], str) else ""
+        if lists and not near and value not in (None, "") and not isinstance(value, list | dict):
+            near = f"; write [{to_yaml(value)}]"
         quoted = kinds == [str] and value is not None and not isinstance(value, dict | list)
         quote = "; put it in quotes" if quoted else ""
         raise UserError(f"{source}: {key}: expected {expected}, found {to_yaml(value)}{near}{quote}") from None

@@ -6,8 +6,8 @@ The UTF-8 bytes of a text are cut into little-endian 64-bit words w_1 … w_m, t
     mix(x): x += 0x9e3779b97f4a7c15; x = (x xor x >> 30)·0xbf58476d1ce4e5b9; x = (x xor x >> 27)·0x94d049bb133111eb;
             x xor x >> 31
 
-all modulo 2^64. mix is a step of SplitMix64; the salt (``salt_of``) is the BLAKE2b digest of 8 bytes of
-the salt text, as a little-endian number. Since mix is a permutation, texts of the same length of up to 8 bytes never
+all modulo 2^64. mix is a step of SplitMix64; the salt (``salt_of``) is the 8-byte BLAKE2b digest of the
+salt text, as a little-endian number. Since mix is a permutation, texts of the same length of up to 8 bytes never
 collide.
 """
 

@@ -5,7 +5,7 @@ Modules:
 - ``collection``: the unsharded module, a drop-in for TorchRec's EmbeddingBagCollection.
 - ``sequence_collection``: that of rows that are not pooled, a drop-in for TorchRec's EmbeddingCollection.
 - ``multi_layer_tables``: what the two share.
-- ``table_config``: its table config; ``row_ranges``: tables whose rows have different widths.
+- ``table_config``: the configs of tables; ``row_ranges``: tables whose rows have different widths.
 - ``slot_layout``, ``slot_initializer``, ``row_moves``: tables whose rows change their width while they train.
 - ``projection``: the second layer W2 and its application to pooled vectors or to rows.
 - ``initializers``: initial values that depend on seed, table and row only.

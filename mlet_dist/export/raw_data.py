@@ -92,11 +92,10 @@ def prepared_rows(
         assert rows is not None
         if not (rows.path / FILE_NAME).exists():
             raise UserError(f"{rows.path}: rank {worker.rank} cannot see it; --out must be in a directory of all ranks")
-        try:
-            yield rows
-        finally:
-            if worker.world_size > 1 and dist.is_initialized():
-                dist.barrier()  # rank 0 removes the files, which others may still read
+        yield rows
+        # Rank 0 removes the files, which others may still read. A rank that failed must not wait for them: they are in
+        # collectives that need it.
+        dist.barrier()
 
 
 def _scored(spec: TableSpec, paths: list[str]) -> tuple[TableSpec, dict[str, str]]:

@@ -15,7 +15,7 @@ from torch import nn
 from mlet_dist.atomic_file import replaced_file
 from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, writing
 from mlet_dist.export.evaluated_model import EvaluatedModel
 from mlet_dist.export.raw_data import SPLIT, is_raw, prepared_rows
 from mlet_dist.models.spec import ModelSpec
@@ -132,25 +132,22 @@ def _write(
     writer: pq.ParquetWriter | None = None
     prefixes = metric_prefixes(labels)
     row = 0
-    try:
-        with replaced_file(out) as file:
-            for batch in batches:
-                rows = batch.shape[1]
-                columns = {"row": pa.array(range(row, row + rows), pa.int64())}
-                for index, prefix in enumerate(prefixes):
-                    logits, found = batch[index], batch[len(prefixes) + index].numpy()
-                    if is_labelled:
-                        columns[f"{prefix}label"] = pa.array(found, mask=np.isnan(found))
-                    columns[f"{prefix}logit"] = pa.array(logits.numpy())
-                    columns[f"{prefix}probability"] = pa.array(torch.sigmoid(logits).numpy())
-                if len(batch) > 2 * len(prefixes):
-                    columns["weight"] = pa.array(batch[-1].numpy())
-                table = pa.table(columns)
-                writer = writer or pq.ParquetWriter(file, table.schema)
-                writer.write_table(table, _ROWS_A_GROUP)
-                row += rows
-                progress.update(rows)
-            if writer is not None:
-                writer.close()
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    with writing(out), replaced_file(out) as file:
+        for batch in batches:
+            rows = batch.shape[1]
+            columns = {"row": pa.array(range(row, row + rows), pa.int64())}
+            for index, prefix in enumerate(prefixes):
+                logits, found = batch[index], batch[len(prefixes) + index].numpy()
+                if is_labelled:
+                    columns[f"{prefix}label"] = pa.array(found, mask=np.isnan(found))
+                columns[f"{prefix}logit"] = pa.array(logits.numpy())
+                columns[f"{prefix}probability"] = pa.array(torch.sigmoid(logits).numpy())
+            if len(batch) > 2 * len(prefixes):
+                columns["weight"] = pa.array(batch[-1].numpy())
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(file, table.schema)
+            writer.write_table(table, _ROWS_A_GROUP)
+            row += rows
+            progress.update(rows)
+        if writer is not None:
+            writer.close()

@@ -113,10 +113,10 @@ class CrossNetworkOfAnyVectors(nn.Module):
         width = settings.embedding_dim + sum(inputs.embedding_dims.values())
         cross_network = LowRankCrossNet(width, settings.cross_layers, settings.cross_rank)
         self.inter_arch = InteractionDCNArch(len(self.features), cross_network)
-        self.over_arch = OverArch(width, [*settings.top_mlp, 1])
+        self.over_arch = OverArch(width, [*settings.top_mlp, len(inputs.labels)])
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
-        """Return logits ``(B, 1)``."""
+        """Return logits ``(B, L)``."""
         dense, vectors = self.dense_arch(dense_features), self.sparse_arch(sparse_features)
         together = torch.cat([dense, *(vectors[name] for name in self.features)], dim=1)
         logits: torch.Tensor = self.over_arch(self.inter_arch.crossnet(together))

@@ -35,7 +35,7 @@ def build_training_model(
     dense_device: torch.device = _CPU,
     hidden_dims: Mapping[str, int | None] | None = None,
 ) -> nn.Module:
-    """Build the model for training, around a MultiLayerEmbeddingBagCollection.
+    """Build the model for training, around collections of multi-layer tables.
 
     The dense layers are drawn on the CPU from the seed, so their initial values are the same on any number of ranks.
 

@@ -20,8 +20,10 @@ ONE_LABEL = ("label",)
 """The labels of a model of one, whatever its column is called."""
 
 TABLES_PREFIX = "sparse_arch.embedding_bag_collection."
-BAG_ROWS, SEQUENCE_ROWS = "embedding_bags", "embeddings"  # what TorchRec's collections call their tables
 """What TorchRec's models, and all that ``model.name`` offers, call their tables in the state dict."""
+
+BAG_ROWS, SEQUENCE_ROWS = "embedding_bags", "embeddings"
+"""What TorchRec's collections of pooled vectors and of sequences call their tables."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class ModelSpec:
         labels: the names of the labels that it predicts; ``label`` if there is one.
         adaptive: the fields of ``embeddings.row_moves.AdaptiveRows`` if rows of the tables with row ranges move
             between widths while they train; else empty.
-        table_settings: the sizes and initial values of the tables whose are not those of ``model`` for all tables,
+        table_settings: the sizes and initial values of the tables that differ from those of ``model`` for all tables,
             as its rules and patterns gave them for the numbers of rows of the data set.
     """
 

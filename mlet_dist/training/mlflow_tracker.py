@@ -17,6 +17,7 @@ _T = TypeVar("_T")
 
 _SERVER = "MLFLOW_TRACKING_URI"
 _EXPERIMENT = "mlet"
+_RUN_ID = "mlet.run_id"  # the tag by which a run is found again
 # What its server takes at once, and what it takes as a value.
 _METRICS_A_CALL, _SETTINGS_A_CALL, _LONGEST_VALUE = 1000, 100, 5000
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -100,15 +101,16 @@ class MlflowTracker:
         experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or self._experiment(client)
         for found in self._begun(client, experiment, run):
             return found
-        created: str = client.create_run(experiment, tags=dict(run.tags), run_name=run.name).info.run_id
+        tags = {name: value for name, value in run.tags.items() if name == _RUN_ID}  # `begin` adds the others
+        created: str = client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
         return created
 
     @staticmethod
     def _begun(client: "MlflowClient", experiment: str, run: TrackedRun) -> Iterator[str]:
         """Yield the id of the run if a job began it before."""
-        run_id = run.tags.get("mlet.run_id")
+        run_id = run.tags.get(_RUN_ID)
         if run_id is not None:
-            for found in client.search_runs([experiment], f"tags.`mlet.run_id` = '{run_id}'", max_results=1):
+            for found in client.search_runs([experiment], f"tags.`{_RUN_ID}` = '{run_id}'", max_results=1):
                 yield found.info.run_id
 
     @staticmethod

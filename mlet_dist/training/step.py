@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.sparse.jagged_tensor import _pin_and_move
 
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.dense_arithmetic import forward_precision
@@ -115,7 +116,7 @@ def _sum_of_means(
         weights = weights * batch.weights[: batch.num_rows, None].double()
     totals = weights.sum(dim=0)
     dist.all_reduce(totals)
-    factors = torch.tensor(label_weights, dtype=torch.float64, device=logits.device)
+    factors = _pin_and_move(torch.tensor(label_weights, dtype=torch.float64), logits.device)
     shares = (weights / torch.where(totals > 0, totals, 1.0) * factors).float()
     return (losses * shares).sum() * (dist.get_world_size() * batch.global_rows / complete_rows)
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,8 +36,8 @@ class InitialWeights:
 
     found: CompleteCheckpoint
     has_dense: bool
-    tables: RefittedTables | None = None
-    prefixes: Mapping[str, str] = field(default_factory=dict)
+    tables: RefittedTables | None
+    prefixes: Mapping[str, str]
 
     def load(self, model: nn.Module) -> None:
         """Load the weights into ``model``, in any sharding on any number of ranks. A collective call.

@@ -179,6 +179,7 @@ WRONG_OVERRIDES = {
     "run.dir=": r"run\.dir is empty; it must be a directory$",
     "model.hiden_dim=": r"model\.hiden_dim: unknown key",
     "path=x": r"'path=x': an override is written section\.key=value",
+    "run.tag.team=ads": r"run\.tag\.team: unknown key \(did you mean 'tags'\?\); known keys here are dir, ",
     "data.a\nb=1": r"data\.a b: unknown key",
 }
 

@@ -82,8 +82,10 @@ def test_lists_of_text_hold_text(typed: str, expected: tuple[str, ...] | None, f
 REFUSED = {
     "data.sparse_features=[a #1, b]": r"not valid YAML in line 1: .*; a name with , : # \[ \] \{ \} or quotes in it",
     "data.sparse_features=[a, b] #c": r"'#c' is a comment in YAML, which is not read",
-    "data.sparse_features=a": r"data\.sparse_features: expected a list, each text or null, found a$",
-    "data.sparse_features=~": r"data\.sparse_features: expected a list, each text or null, found '?~'?$",
+    "data.sparse_features=a": r"data\.sparse_features: expected a list, each text or null, found a; write \[a\]$",
+    "run.trackers=mlflow": r"run\.trackers: expected a list, each one of .*, found mlflow; write \[mlflow\]$",
+    "run.trackers=[mlflow, tensorbord]": r"run\.trackers: .* \[mlflow, tensorbord\] \(did you mean 'tensorboard'\?\)$",
+    "data.sparse_features=~": r"data\.sparse_features: expected a list, each text or null, found '?~'?; write ",
     "data.dense_features={a: b}": r"data\.dense_features: expected a list, each text or null, found \{a: b\}$",
     "data.dense_features=[a, [b]]": r"data\.dense_features: expected a list, each text or null",
     "train.epochs=3 # all": r"'# all' is a comment in YAML, which is not read; leave it out, or put",

@@ -6,14 +6,20 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import distributed as dist
 
+from mlet_dist.data.prepare.like_dataset import LikeDataset
+from mlet_dist.export.raw_data import prepared_rows
+from mlet_dist.training.process_group import Worker
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
+from tests.helpers.ranks import RankPool
 from tests.helpers.raw_logs import COLUMNS, make_raw_lines, raw_bytes
 
 pytestmark = pytest.mark.e2e
@@ -66,6 +72,31 @@ def test_raw_files_get_the_scores_of_the_rows_that_were_prepared(criteo: Path, t
         *(torch.from_numpy(each["logit"].to_numpy().copy()) for each in (two_ranks, of_export)), rtol=1e-5, atol=1e-6
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "packed", "prepared.parquet", "raw.parquet"]
+
+
+def _fail_on_rank_0(path: Path, out: Path) -> str:
+    """Return the error of this rank: rank 0 fails alone, while rank 1 waits for it as in a collective."""
+    rank, received = dist.get_rank(), torch.zeros(1)
+    worker = Worker(rank, dist.get_world_size(), dist.get_world_size(), torch.device("cpu"))
+    try:
+        with prepared_rows(str(path / "day2"), lambda: LikeDataset.open(str(path / "data")), out, worker):
+            if rank == 0:
+                raise OSError("the disk is full")
+            dist.recv(received, src=0)
+            raise OSError("rank 0 failed")
+    except OSError as error:
+        if rank == 0:
+            dist.send(torch.ones(1), dst=1)
+        return str(error)
+
+
+@pytest.mark.multirank
+def test_a_rank_that_fails_does_not_wait_for_the_others(
+    criteo: Path, tmp_path: Path, ranks: Callable[[int], RankPool]
+) -> None:
+    found = ranks(2).run(_fail_on_rank_0, criteo, tmp_path / "scores.parquet")
+    assert found == ["the disk is full", "rank 0 failed"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_raw_rows_get_the_same_from_the_package(criteo: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mlet_dist.config.model_section import ModelConfig, ModelName
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.errors import UserError
 from mlet_dist.models.build import build_serving_model, build_training_model, with_tables_prefix
-from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
+from mlet_dist.models.spec import ONE_LABEL, TABLES_PREFIX, ModelSpec
 from tests.helpers.rows_by_id import model_by_id
 
 CPU = torch.device("cpu")
@@ -114,11 +114,17 @@ def with_own_sizes(spec: ModelSpec) -> ModelSpec:
 
 
 @pytest.mark.parametrize(
-    ("name", "own_sizes"),
-    [*((name, False) for name in get_args(ModelName)), ("dlrm_dcn", True), ("two_tower", True)],
+    ("name", "own_sizes", "labels"),
+    [
+        *((name, False, ONE_LABEL) for name in get_args(ModelName)),
+        ("dlrm_dcn", True, ONE_LABEL),
+        ("two_tower", True, ONE_LABEL),
+        *((name, False, ("click", "buy")) for name in get_args(ModelName) if name != "two_tower"),
+        ("dlrm_dcn", True, ("click", "buy")),
+    ],
 )
-def test_logits_equal_plain_products_in_float64(name: ModelName, own_sizes: bool) -> None:
-    spec = with_own_sizes(spec_of(name)) if own_sizes else spec_of(name)
+def test_logits_equal_plain_products_in_float64(name: ModelName, own_sizes: bool, labels: tuple[str, ...]) -> None:
+    spec = dataclasses.replace(with_own_sizes(spec_of(name)) if own_sizes else spec_of(name), labels=labels)
     model = build_training_model(spec, CPU)
     logits = model(*inputs())
     state = {key: value.double() for key, value in model_by_id(model.state_dict(), spec).items()}
@@ -131,6 +137,7 @@ def test_logits_equal_plain_products_in_float64(name: ModelName, own_sizes: bool
         vectors[table.name] = (rows if w2 is None else rows @ w2)[sparse[table.name].values()]
     expected = REFERENCES[name](state, dense.double(), vectors)
     assert float(expected.std()) > 1e-3
+    assert expected.shape == (ROWS, len(labels))
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -27,7 +27,7 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
@@ -314,8 +314,9 @@ class ShardedMultiLayerEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if len(set(served)) == len(served):
             limits = {feature: limits[feature] for feature in served}
         device = self._device or torch.device("cpu")
+        remedy = "" if tables[0].pooling == PoolingType.NONE else "; use 'after'"
         refused = [
-            (table, f"exchange {exchange!r} does not support; use 'after'")
+            (table, f"exchange {exchange!r} does not support{remedy}")
             for table, exchange in self._exchanges.items()
             if exchange != "after"
         ] + [

@@ -323,7 +323,7 @@ def _refused(what: str) -> None:
     [
         ("an id", "refused: table 'products': feature 'item': id 101 is outside"),
         ("missing", "refused: table 'brands': feature 'brand' is missing"),
-        ("varying", "refused: table 'products': the batch size varies by feature, which exchange 'unique_rows'"),
+        ("varying", "the batch size varies by feature, which exchange 'unique_rows' does not support\n"),
     ],
 )
 def test_an_invalid_batch_is_refused_on_all_ranks(ranks: Ranks, what: str, message: str) -> None:

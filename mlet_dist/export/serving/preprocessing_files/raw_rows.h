@@ -8,6 +8,8 @@
 // A row has a value for each of encoder.columns(): a text (UTF-8), a number, true or false, nullptr for a missing value, or
 // a list of these (mlet::Value::list({...})). A row that has none for the model is a std::invalid_argument, and damaged files
 // are a std::runtime_error. encode() may be called by several threads. Little-endian machines with mmap (POSIX) only.
+//
+// Numbers are read by strtod, so that LC_NUMERIC must be "C", as in every program that does not call setlocale.
 
 #pragma once
 
@@ -17,6 +19,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
