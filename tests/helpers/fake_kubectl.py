@@ -33,9 +33,17 @@ def answer(state: State, words: list[str]) -> str:
                     "The connection to the server localhost:8080 was refused - did you specify the right host or port?"
                 )
             return json.dumps({"clientVersion": {}, "serverVersion": {"gitVersion": "v1.36.0"}})
-        case "create" | "delete", ["namespace", name]:
-            state["namespaces"] = [*state["namespaces"], name] if command == "create" else []
-            return f"namespace/{name} {command}d"
+        case "create", ["namespace", name]:
+            state["namespaces"].append(name)
+            return f"namespace/{name} created"
+        case "delete", ["jobs"]:
+            assert "--all" in words
+            state["deleted_jobs"], state["jobs"], state["pods"] = state["jobs"], {}, {}
+            return ""
+        case "delete", ["namespace", name]:
+            if not state["jobs"]:  # a Job whose pods the namespace deletes keeps both for ever
+                state["namespaces"].remove(name)
+            return f"namespace/{name} deleted"
         case "apply", [folder]:
             return _apply(state, folder)
         case "patch", ["job", name, patch]:

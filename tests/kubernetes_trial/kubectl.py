@@ -68,6 +68,15 @@ class Kubectl:
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/eviction"
         self.run("create", f"--raw={path}", "--filename=-", stdin=eviction)
 
+    def delete_namespace(self) -> None:
+        """Delete the Jobs, then the namespace, of which it does not wait for the end.
+
+        Since Kubernetes 1.33 a namespace deletes its pods before its Jobs. A Job with ``backoffLimitPerIndex`` keeps a
+        failed pod until it has created another one, which that namespace refuses, so that neither would be deleted.
+        """
+        self.run("delete", "jobs", "--all", "--wait=false")
+        self.run("delete", "namespace", self.namespace, "--wait=false")
+
     def suspend(self, job: str, *, suspended: bool) -> None:
         self.run("patch", "job", job, "--patch", json.dumps({"spec": {"suspend": suspended}}))
 

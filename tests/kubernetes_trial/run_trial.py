@@ -216,11 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
                 Trial(kubectl, TrialJobs(kubectl, args.image, Path(folder)), report).run()
         finally:
             if args.keep:
-                print(f"kept: kubectl delete namespace {kubectl.namespace}")
+                print(f"kept: kubectl delete jobs --all --namespace {kubectl.namespace}, then")
+                print(f"      kubectl delete namespace {kubectl.namespace}")
             else:
-                report.step(
-                    "namespace: deleted", lambda: kubectl.run("delete", "namespace", kubectl.namespace, "--wait=false")
-                )
+                report.step("namespace: deleted", kubectl.delete_namespace)
     print(f"\n{len(report.lines) - len(report.failed)} of {len(report.lines)} steps succeeded")
     for name in report.failed:
         print(f"failed: {name}")

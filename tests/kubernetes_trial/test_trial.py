@@ -55,7 +55,7 @@ def test_a_cluster_that_does_everything_right(
         f"delete pod {KILLED}-1 --wait=false --grace-period=0 --force",
     ]
     assert cluster.state["namespaces"] == [], "the namespace is deleted"
-    containers = [job["spec"]["template"]["spec"]["containers"][0] for job in cluster.state["jobs"].values()]
+    containers = [job["spec"]["template"]["spec"]["containers"][0] for job in cluster.state["deleted_jobs"].values()]
     assert {each["image"] for each in containers} == {"registry:5000/mine:7"}
     runs = {word for each in containers for word in each["args"] if word.startswith("run.dir=")}
     assert runs == {f"run.dir=/storage/runs/{name}" for name in ("quiet", "killed", "wrong")}

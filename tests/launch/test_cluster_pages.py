@@ -55,6 +55,23 @@ def test_the_fields_that_pages_explain_have_these_values() -> None:
             assert field in manifests, f"{page.name}: {field}"
 
 
+def test_drains_may_delete_the_volumes_of_pods() -> None:
+    """`kubectl drain` refuses to evict pods that have emptyDir volumes, as these have, without that option."""
+    commands = [each for page in PAGES for each in re.findall(r"`(kubectl drain [^`]+)`", page.read_text())]
+    assert commands
+    assert [each for each in commands if "--delete-emptydir-data" not in each] == []
+
+
+@needs_kubectl
+def test_pages_do_not_advise_to_delete_pods_of_lost_machines_by_force() -> None:
+    """A pod is replaced when it has ended, which nobody reports of a machine that has vanished, whatever is deleted."""
+    assert {job["spec"]["podReplacementPolicy"] for job in of_kind("job", "Job")} == {"Failed"}
+    for page in PAGES:
+        text = " ".join(page.read_text().split())
+        for found in re.finditer(r"kubectl delete pod\b[^`]*--force[^`]*`", text):
+            assert text[found.end() :].startswith(" does not help"), page.name
+
+
 @needs_kubectl
 def test_the_quota_that_a_job_set_needs_in_kueue_is_documented() -> None:
     """Kueue takes the pods of all replicated Jobs together, also of those that wait for another one."""

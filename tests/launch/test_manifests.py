@@ -121,6 +121,16 @@ def test_quantities_are_text_as_servers_return_them(name: str, tmp_path: Path) -
                 assert {type(each) for each in value.values()} <= {str}
 
 
+@pytest.mark.parametrize("name", ["jobset", "kueue/jobset", "spot"])
+def test_a_job_set_has_what_its_webhook_would_set_in_lists(name: str) -> None:
+    """`kubectl apply` of the same manifest would take it out of the lists again, which JobSet refuses as a change."""
+    (job_set,) = of_kind(name, "JobSet")
+    for each in job_set["spec"]["replicatedJobs"]:
+        assert each["template"]["spec"]["completionMode"] == "Indexed"
+        assert "restartPolicy" in each["template"]["spec"]["template"]["spec"]
+    assert all("name" in rule for rule in job_set["spec"]["failurePolicy"]["rules"])
+
+
 def test_training_pods_of_all_kinds_are_equal() -> None:
     def comparable(name: str) -> Object:
         job, pod = training_pod(name)
