@@ -16,7 +16,7 @@ from mlet_dist.data.prepare.pipeline import prepare
 from mlet_dist.data.prepare.raw_files import first_fields, inspect_file
 from mlet_dist.data.prepare.raw_formats import LabelColumn, TableSpec, TextFormat
 from mlet_dist.data.schema import FILE_NAME
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.storage import as_user_error, open_filesystem
 from mlet_dist.training.process_group import Worker
 
@@ -84,6 +84,8 @@ def prepared_rows(
                     f"{raw}: {schema.malformed:,} lines are malformed, so that scores would not be those of the file's "
                     "rows; correct the lines, or score what `mlet prepare --like` makes, which leaves them out"
                 )
+            if 0 < len(defaults) < len(like.description.labels):
+                print_warning(f"{raw}: has no column {next(iter(defaults))!r}; the scores have none of the labels")
             found[0] = PreparedRows(directory / "rows", is_labelled=not defaults)
 
         on_first_rank(make, f"{raw}: cannot be prepared", None)

@@ -50,6 +50,9 @@ def arms_of(sweep: SweepConfig) -> list[Arm]:
     found: dict[str, Arm] = {}
     for name, settings in _described(sweep).items():
         config = _load(Path(sweep.config), {**sweep.settings, **settings}, name)
+        for end in ("low", "high"):
+            tuned = {each: getattr(interval, end) for each, interval in sweep.tune.settings.items()}
+            _load(Path(sweep.config), {**sweep.settings, **settings, **tuned}, name)
         _add(found, Arm(name, config, MLET if config.model.has_two_layers else "single"), refuse=True)
     for arm in [each for each in found.values() if each.kind == MLET and sweep.baselines]:
         configs = arm_configs(arm.config, spec_of(arm.config))

@@ -113,6 +113,9 @@ class TrainedPoints:
     def _train(self, config: Config, start: Config | None) -> Outcome:
         run = self.directory(config)
         resume, initial_weights = "auto", config.train.initial_weights
+        # Learning rates that decay towards the end of a run are others in a longer one, which cannot go on from it.
+        if config.optimizer.decay != "constant":
+            start = None
         if start is not None and RunDirectory(self.directory(start)).checkpoints.is_dir():
             resume = str(self.directory(start))
             initial_weights = None  # the run that it goes on from had them

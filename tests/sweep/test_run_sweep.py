@@ -217,3 +217,9 @@ def test_a_metric_that_the_data_does_not_have_is_refused_before_training(
     two_rows = two_labels(tmp_path / "raw", 600, split=few)
     message = refused("conversion_auc", mlet={"data.path": str(two_rows)})
     assert message.startswith(f"tune.metric is conversion_auc, which the split valid of {two_rows} leaves undefined: ")
+
+
+def test_a_tuned_setting_that_does_not_exist_is_named_before_anything_is_trained(small_model: tuple[str, ...]) -> None:
+    tune = TuneConfig(settings={"optimizer.lerning_rate": Interval(0.1, 1.0)})
+    with pytest.raises(UserError, match=r"arm 'a': .*optimizer\.lerning_rate: unknown key \(did you mean"):
+        arms_of(sweep_of(small_model, arms={"a": {"model.hidden_dim": 8}}, tune=tune))

@@ -268,6 +268,25 @@ def test_from_training_to_serving(trained: dict[str, Any], data: Path, tmp_path:
     logloss = -(ones * np.log(probability) + (1 - ones) * np.log1p(-probability)).mean()
     assert logloss == pytest.approx(trained["test_conversion_logloss"], abs=1e-5)
 
+    # Raw files have the same scores, with a label less as well.
+    lines = (data.parent / "raw.csv").read_text().splitlines()
+    rows_of_test = lines[1 : 1 + len(expected)]  # the shares of the splits are written in the order of their names
+    found = {}
+    for name, columns in (("whole", slice(None)), ("without conv", [0, 2, 3, 4, 5])):
+        raw = tmp_path / f"{name}.csv"
+        kept = [np.array(line.split(","))[columns] for line in [lines[0], *rows_of_test]]
+        raw.write_text("".join(",".join(fields) + "\n" for fields in kept))
+        done = mlet("predict", run, "--data", raw, "--out", tmp_path / f"{name}.parquet")
+        found[name] = pq.read_table(tmp_path / f"{name}.parquet")
+        assert ("has no column 'conv'; the scores have none of the labels" in done.stderr) == (name != "whole")
+    assert found["whole"].column_names == scores.column_names
+    assert found["whole"]["conversion_label"].to_pylist() == expected
+    assert found["without conv"].column_names == [each for each in scores.column_names if not each.endswith("_label")]
+    for each in found.values():
+        np.testing.assert_allclose(
+            each["conversion_logit"].to_numpy(), scores["conversion_logit"].to_numpy(), atol=1e-5
+        )
+
 
 @pytest.mark.e2e
 def test_what_does_not_fit_is_one_line(
