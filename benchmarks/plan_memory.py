@@ -87,12 +87,22 @@ def _resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def show(result: dict[str, Any]) -> None:
+    """Print one case as a line."""
+    predicted, measured = (result[f"{name}_bytes"] / 1e6 for name in ("predicted", "measured"))
+    print(
+        f"{result['network']:10} {result['ranks']} ranks: predicted {predicted:,.0f} MB, measured {measured:,.0f} MB, "
+        f"ratio {result['predicted_over_measured']:.2f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Train each network in processes of its own."""
     if sys.argv[1:2] == ["--train"]:
         return train(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", help="data set of `mlet prepare` (default: one of 2,000 made rows)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8192, help="rows on each rank")
@@ -100,14 +110,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     found = []
-    for network in args.networks:
-        result = measure(network, args)
-        found.append(result)
-        print(
-            f"{network:10} {result['ranks']} ranks: predicted {result['predicted_bytes'] / 1e6:,.0f} MB, measured "
-            f"{result['measured_bytes'] / 1e6:,.0f} MB, ratio {result['predicted_over_measured']:.2f}",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as directory:
+        if args.data is None:
+            args.data = f"{directory}/data"
+            _output([sys.executable, "-m", "mlet_dist", "synth", "--out", args.data, "--rows", "2000"], {})
+        for network in args.networks:
+            found.append(measure(network, args))
+            show(found[-1])
     print(json.dumps({"cases": found}))
 
 

@@ -26,6 +26,7 @@ SMALLEST = {
     "exchange": f"--ranks 2 {_MODEL} --steps 2",
     "owners": "--largest 100000 --batch-size 4096 --ranks 2 8",
     "pipeline": f"--ranks 2 {_MODEL} --mlp 8 --rounds 2 --steps 1",
+    "plan_memory": "--networks dlrm --batch 64 --hidden-dim 8 --steps 2",
     "plan_accuracy": "--ranks 2 --batch 8 --rounds 1 --seconds 0.1",
     "checkpoint": "--ranks 2 --num-embeddings 50 --local-batch-size 8 --every 2 --rounds 1 --out {folder}",
     "export": "--rows 1000 --shards 1 --rounds 1 --out {folder}",

@@ -45,6 +45,10 @@ PRINTED = {
         rf"2 ranks, +8 rows each: predicted {NUMBER} ms, measured {NUMBER} ms, ratio {NUMBER} +\(latency .*\)",
         r'\{"cases": \[\{"ranks": 2, .*\}\], "lowest_ratio": .*, "within_1.5": (true|false)\}',
     ],
+    "plan_memory": [
+        rf"dlrm +1 ranks: predicted {NUMBER} MB, measured {NUMBER} MB, ratio {NUMBER}",
+        r'\{"cases": \[\{"network": "dlrm", .*\}\]\}',
+    ],
     "checkpoint": [
         r"ranks +2",
         *(rf"{name}_gb_per_s +{NUMBER}" for name in ("save", "write", "load", "verify", "read", "stage")),
