@@ -97,7 +97,9 @@ def comparison_table(result: dict[str, Any]) -> str:
 
 def _compared(difference: Mapping[str, Any], compressed: bool) -> str:
     """Return what a model gains over another one, and whether that is more than chance, as an entry of a list."""
-    arm, other = (_title(difference[key], compressed) for key in ("arm", "of"))
+    arm, other = (
+        "the control" if difference[key] == CONTROL else _title(difference[key], compressed) for key in ("arm", "of")
+    )
     parts = []
     for name, title, better in (("logloss", "LogLoss", -1), ("auc", "AUC", 1)):
         value, low, high = (_number(difference[name][key]) for key in ("value", "low", "high"))
