@@ -19,10 +19,10 @@ from mlet_dist.checkpoint.manifest import Manifest, ManifestError
 from mlet_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mlet_dist.embeddings.multi_layer_tables import check_layers_fit
 from mlet_dist.errors import UserError
+from mlet_dist.models.spec import BAG_ROWS, SEQUENCE_ROWS
 from mlet_dist.urls import is_url
 
 MODEL_KEY, OPTIMIZER_KEY = "model", "optimizer"
-_ROWS = ("embedding_bags", "embeddings")
 _PROJECTION = re.compile(r"(?P<prefix>.*)projections\.(?P<table>[^.]+)\.weight")
 
 Location = Path | str
@@ -213,7 +213,11 @@ def check_shapes(
         found[name] = tensor.size
     for name, size in found.items():
         layer = _PROJECTION.fullmatch(name)
-        names = [] if layer is None else [f"{layer['prefix']}{rows}.{layer['table']}.weight" for rows in _ROWS]
+        names = (
+            []
+            if layer is None
+            else [f"{layer['prefix']}{rows}.{layer['table']}.weight" for rows in (BAG_ROWS, SEQUENCE_ROWS)]
+        )
         rows = next((found[each] for each in names if each in found), None)
         if layer is not None and rows is not None:  # the W2 of a range of rows has no W1 of its name
             try:

@@ -1,7 +1,7 @@
 """How good scores are, and whether two sets of scores differ by more than chance.
 
 Modules:
-    score_metrics: AUC, LogLoss, normalised entropy and calibration of the scores of all rows, without binning.
+    score_metrics: AUC and LogLoss of the scores of all rows, without binning.
     scores_file: reads what `mlet predict` writes.
     paired_bootstrap: intervals of the differences of two models on the same rows.
 """

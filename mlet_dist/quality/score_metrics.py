@@ -1,4 +1,4 @@
-"""AUC, LogLoss, normalised entropy and calibration of scores that are all in memory, without binning."""
+"""AUC and LogLoss of scores that are all in memory, without binning."""
 
 import math
 from dataclasses import dataclass
@@ -68,36 +68,6 @@ def row_losses(scores: Scores) -> Floats:
 def logloss(scores: Scores) -> float:
     """Return the weighted mean of the rows' losses; NaN if no row has weight."""
     return _mean(row_losses(scores), scores.weights)
-
-
-def normalised_entropy(scores: Scores) -> float:
-    """Return LogLoss divided by that of the constant positive rate (He et al. 2014, section 3); NaN for one label."""
-    rate = _mean(scores.labels, scores.weights)
-    if not 0 < rate < 1:
-        return math.nan
-    return logloss(scores) / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
-
-
-def calibration(scores: Scores) -> float:
-    """Return the mean probability divided by the positive rate, which is 1 for calibrated scores; NaN without one."""
-    rate = _mean(scores.labels, scores.weights)
-    return _mean(probabilities(scores), scores.weights) / rate if rate > 0 else math.nan
-
-
-def probabilities(scores: Scores) -> Floats:
-    """Return the sigmoid of the logits, ``(N,)``."""
-    small = np.exp(-np.abs(scores.logits))
-    return np.where(scores.logits >= 0, 1 / (1 + small), small / (1 + small))
-
-
-def all_metrics(scores: Scores) -> dict[str, float]:
-    """Return ``auc``, ``logloss``, ``normalised_entropy`` and ``calibration``."""
-    return {
-        "auc": auc(scores),
-        "logloss": logloss(scores),
-        "normalised_entropy": normalised_entropy(scores),
-        "calibration": calibration(scores),
-    }
 
 
 @dataclass(frozen=True)

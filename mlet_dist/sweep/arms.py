@@ -13,7 +13,7 @@ from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.parser import to_yaml
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, writing
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.sweep.sweep_file import SweepConfig
 
@@ -55,11 +55,9 @@ def arms_of(sweep: SweepConfig) -> list[Arm]:
             _load(Path(sweep.config), {**sweep.settings, **settings, **tuned}, name)
         _add(found, Arm(name, config, MLET if config.model.has_two_layers else "single"), refuse=True)
     for arm in [each for each in found.values() if each.kind == MLET and sweep.baselines]:
-        configs = arm_configs(arm.config, spec_of(arm.config))
-        found[arm.name] = dataclasses.replace(arm, config=configs.pop(MLET))  # as its control needs it
-        for kind, config in configs.items():
-            own = Arm(f"{kind} of {arm.name}", config, kind, arm.name if kind == CONTROL else None)
-            _add(found, own)
+        for kind, config in arm_configs(arm.config, spec_of(arm.config)).items():
+            if kind != MLET:
+                _add(found, Arm(f"{kind} of {arm.name}", config, kind, arm.name if kind == CONTROL else None))
     return list(found.values())
 
 
@@ -69,13 +67,11 @@ def with_settings(arm: Arm, settings: Mapping[str, Any], file: Path) -> Config:
     Raises:
         UserError: a setting is wrong; the message names the arm. Or the file cannot be written.
     """
-    try:
+    with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_config(arm.config, file)
         config = _load(file, settings, arm.name)
         save_config(config, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror or error}") from None
     return config
 
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.config.validation_settings import metrics_to_choose_by
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, writing
 from mlet_dist.progress import Progress
 from mlet_dist.sweep.arms import Arm, arms_of, control_config, with_settings
 from mlet_dist.sweep.sweep_file import SweepConfig, TuneConfig
@@ -78,7 +77,7 @@ class _Sweep:
                 raise
         self._write()
         table = results_table(self._results, self._split, self._labels)
-        with _writing(self._out):
+        with writing(self._out):
             (self._out / "results.txt").write_text(table + "\n", encoding="utf-8")
         return {
             "out": str(self._out),
@@ -145,7 +144,7 @@ class _Sweep:
             self._progress.log(f"{result.arm.name}, {what}: {ended}")
 
     def _write(self) -> None:
-        with _writing(self._out):
+        with writing(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
             write_results(self._results, self._out / "results.parquet", self._labels)
 
@@ -180,12 +179,3 @@ def _metric(tune: TuneConfig, labels: Sequence[str]) -> str:
     if tune.metric not in known:
         raise UserError(f"tune.metric is {tune.metric}; the data set's labels have {', '.join(known)}")
     return known[tune.metric]
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -89,8 +89,7 @@ class SweepConfig:
     )
     baselines: bool = setting(
         "true: add the single layer of every MLET arm, and its control, a single layer with the arm's initial scale "
-        "and effective learning rate; false: do not. Where the control needs another learning rate, "
-        "model.single_layer_up_to auto becomes 0 in the MLET arm, as in `mlet compare`.",
+        "and effective learning rate; false: do not.",
         True,
     )
     tune: TuneConfig = field(default_factory=TuneConfig)

@@ -19,7 +19,7 @@ from mlet_dist.atomic_file import replaced_file
 from mlet_dist.config.config_file import Config, save_config
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import Interrupted, UserError
+from mlet_dist.errors import Interrupted, UserError, writing
 from mlet_dist.formatting import load_json, to_json
 from mlet_dist.training.run_directory import RunDirectory
 
@@ -130,7 +130,7 @@ class TrainedPoints:
         # A run that is there is one of the same settings, which goes on.
         placed_run = dataclasses.replace(config.run, dir=str(run), overwrite=False)
         placed = dataclasses.replace(config, train=train, run=placed_run)
-        try:
+        with writing(self._path):
             self._path.mkdir(parents=True, exist_ok=True)
             file = run.with_suffix(".yaml")
             save_config(placed, file)
@@ -141,8 +141,6 @@ class TrainedPoints:
             content = {"summary": outcome.summary, "seconds": seconds, "diverged": outcome.diverged}
             with replaced_file(_outcome_file(run)) as handle:
                 handle.write(to_json(content, indent=1).encode())
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written: {error.strerror or error}") from None
         return outcome
 
     def _run(self, *arguments: str, log: Path) -> int:

@@ -76,7 +76,7 @@ def tune(
         configs = [configured(settings, steps) for steps in compared_at]
         for steps, config, start in zip(compared_at, configs, [None, *configs], strict=False):
             outcome = points.train(config, start)
-            trial = Trial(settings, steps, metric_of(outcome, tuned.metric), outcome)
+            trial = Trial(settings, steps, _metric_of(outcome, tuned.metric), outcome)
             if math.isnan(trial.value):
                 study.tell(asked, state=optuna.trial.TrialState.FAIL)
                 break
@@ -114,7 +114,7 @@ def _spread(tuned: TuneConfig) -> list[dict[str, float]]:
     ]
 
 
-def metric_of(outcome: Outcome, metric: str) -> float:
+def _metric_of(outcome: Outcome, metric: str) -> float:
     """Return a metric of the split valid; NaN if the run diverged."""
     if outcome.diverged is not None:
         return math.nan
