@@ -197,6 +197,11 @@ class ModelConfig:
             yield f"model.tables.{name}", entry.embedding_dim or self.embedding_dim, k
 
     @property
+    def copies_of_rows(self) -> int:
+        """How many times the network gets each row of a batch: once for every width that it is trained at."""
+        return 1 + len(self.nested_dims) if self.nested_dims and self.nested_loss == "all" else 1
+
+    @property
     def has_two_layers(self) -> bool:
         """Whether the section gives some tables a W2, however small they are."""
         return any(k is not None for _, _, k in self.sizes())

@@ -139,7 +139,13 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
         for tables in multi_layer_tables(model).values():
             tables.leave_rows_undrawn()
     sharded, plan = shard_model(
-        model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors, dense_columns
+        model,
+        job.worker,
+        job.local_batch_size,
+        config.sharding,
+        job.spec.pooling_factors,
+        dense_columns,
+        config.model.copies_of_rows,
     )
     if job.worker.is_first:
         job.run.save_plan(plan.entries(), job.worker.world_size)
