@@ -91,7 +91,7 @@ def test_tables_and_layers_of_a_size_are_first_columns(
     for name, tensor in narrow.items():
         if "embedding_bags" in name:
             # The last bit of a product depends on the number of its columns.
-            torch.testing.assert_close(tensor, whole[name][:, :4], rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(tensor, whole[name][:, :4], rtol=1e-6, atol=2e-7)
     manifest = json.loads((tmp_path / "sizes" / "dim4" / "manifest.json").read_text())
     assert manifest["model"]["model"]["embedding_dim"] == 4
     assert manifest["model"]["model"]["nested_dims"] is None
