@@ -20,6 +20,7 @@ from mlet_dist.export.export_directory import PACKAGE, ExportDirectory
 from mlet_dist.export.outputs import open_output
 from mlet_dist.export.scores_writer import written_scores
 from mlet_dist.export.served_layout import ServedLayout
+from mlet_dist.export.sized_model import Size, at_size
 from mlet_dist.export.source import ModelSource
 from mlet_dist.export.verify.compared_models import SeenRows, output_model, package_models, renumber, trained_model
 from mlet_dist.export.verify.form_check import check_form
@@ -73,8 +74,12 @@ def verify_export(
     directory = ExportDirectory(export)
     with ExitStack() as stack:
         served, manifest = directory.load()
-        source = ModelSource.of_run(run, choice or _exported(manifest, run))
+        source: ModelSource = ModelSource.of_run(run, choice or _exported(manifest, run))
         stack.enter_context(source.files)
+        size = Size.from_manifest(export, manifest)
+        if size is not None:
+            _check_size(export, size, run, source)
+            source = at_size(source, size)
         trained = source.spec
         if _shapes(served) != _shapes(trained):
             raise UserError(
@@ -168,6 +173,18 @@ def _make_empty(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise UserError(f"{directory}: is not empty; name another directory for the scores, or remove it")
+
+
+def _check_size(export: Path, size: Size, run: Path, source: ModelSource) -> None:
+    """Raise UserError unless an export of a size can be one of a run."""
+    spec = source.spec
+    rows = {name: sum(each.rows for each in table.ranges) for name, table in size.tables.items()}
+    nested = size.how != "columns" or size.embedding_dim in (spec.model.nested_dims or ())
+    if not nested or (rows and rows != {table.name: table.num_embeddings for table in spec.tables}):
+        raise UserError(
+            f"{export}: its size, {size.embedding_dim} columns, is none of {run}; name the run that it was exported "
+            "from"
+        )
 
 
 def _exported(manifest: Mapping[str, Any], run: Path) -> CheckpointChoice:
