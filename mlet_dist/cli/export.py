@@ -7,6 +7,7 @@ from mlet_dist.cli.options import add_checkpoint_choice, add_nproc, byte_size, c
 from mlet_dist.cli.output import Result
 from mlet_dist.cli.process import configure_torch
 from mlet_dist.cli.ranks import run_in_ranks
+from mlet_dist.errors import UserError
 
 TEXT = "Collapse the tables W1·W2 of a run into plain TorchRec tables for serving."
 EPILOG = """\
@@ -35,6 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tables; fp16, int8, int4: TorchRec's quantised tables; package: a scripted model for Python and C++. Of a run "
         "with compression, each has two smaller variants: int8-kept and so on hold only the rows that are stored, and "
         "int8-mixed and so on hold narrow rows as they are, with the W2 to multiply them by (default: dcp)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dims", nargs="+", type=positive, metavar="R",
+        help="export tables of R columns, for one or more R of at most embedding_dim, each to DIR/dimR. A run that was "
+        "trained with model.nested_dims has these sizes; the tables of any other are cut to their R longest "
+        "directions, which costs quality, and have the -mixed variants of the outputs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="DATA",
+        help="with --dims: data set, or its URL, whose counts say which rows of tables that are cut weigh most "
+        "(default: that of the run)",
     )  # fmt: skip
     parser.add_argument(
         "--package-tables", choices=[name for name in _TABLES if "safetensors" not in name], metavar="FORM",
@@ -70,10 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Run the command; return the result to print, or None, and whether it succeeded."""
+    if args.data is not None and args.dims is None:
+        raise UserError("--data needs --dims, the sizes to which tables are cut by the counts of the data set")
     if args.nproc is not None:
         return run_in_ranks(args, arguments, lambda: None)
     configure_torch()
     from mlet_dist.export.collapse.run_collapse import SMALLEST_INT8, ExportOptions, export_run
+    from mlet_dist.export.collapse.run_sizes import export_sizes
     from mlet_dist.export.serving.quantised import Serving
 
     options = ExportOptions(
@@ -86,4 +101,6 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         choice=choice_of(args),
         preprocessing=args.preprocessing,
     )
+    if args.dims is not None:
+        return export_sizes(Path(args.run), args.out, args.dims, options, args.data), True
     return export_run(Path(args.run), args.out, options), True

@@ -20,6 +20,8 @@ from mlet_dist.config.table_settings import (
 
 ModelName = Literal["dlrm", "dlrm_dcn", "deepfm", "two_tower"]
 
+NestedLoss = Literal["all", "sampled"]
+
 _MAX_CROSS_LAYERS = 1000
 
 
@@ -60,6 +62,20 @@ class ModelConfig:
         at_least=1,
         at_most=MAX_COLUMNS,
         multiple_of=4,
+    )
+    nested_dims: tuple[int, ...] | None = setting(
+        "List of smaller widths, ascending and multiples of 4, at which the model is trained besides embedding_dim: "
+        "its first columns then make models of their own, which `mlet export --dims` writes. null: none.",
+        None,
+        at_least=4,
+        at_most=MAX_COLUMNS,
+        multiple_of=4,
+        min_length=1,
+    )
+    nested_loss: NestedLoss = setting(
+        "With nested_dims: all trains every row at all widths, by the mean of their losses; sampled trains every row "
+        "at one of them, drawn from train.seed and the step, which costs no more than one width.",
+        "all",
     )
     hidden_dim: int | None = setting(
         "k: the number of columns of W1 in training; a multiple of 4. The MLET paper finds values above 4 d best. "
@@ -181,6 +197,11 @@ class ModelConfig:
             yield f"model.tables.{name}", entry.embedding_dim or self.embedding_dim, k
 
     @property
+    def copies_of_rows(self) -> int:
+        """How many times the network gets each row of a batch: once for every width that it is trained at."""
+        return 1 + len(self.nested_dims) if self.nested_dims and self.nested_loss == "all" else 1
+
+    @property
     def has_two_layers(self) -> bool:
         """Whether the section gives some tables a W2, however small they are."""
         return any(k is not None for _, _, k in self.sizes())
@@ -199,10 +220,26 @@ class ModelConfig:
             json.dumps(self.arguments, allow_nan=False)
         except (TypeError, ValueError):
             yield "arguments", f" is {to_yaml(self.arguments)}; use text, finite numbers, true, false, null and lists"
+        yield from self._nested_problems()
         if self.builder is None and self.sequences is not None:
             yield "sequences", f" is {to_yaml(list(self.sequences))}; {self.name} pools all vectors: set model.builder"
         if self.builder is None and self.name == "two_tower" and self.query_features is None:
             yield "query_features", " is null; the two_tower model needs the categorical columns of its query tower"
+
+    def _nested_problems(self) -> Iterator[tuple[str, str]]:
+        dims, d = self.nested_dims or (), self.embedding_dim
+        shown = f" is {to_yaml(list(dims))}"
+        if list(dims) != sorted(set(dims)):
+            yield "nested_dims", f"{shown}; name each width once, in ascending order"
+        if dims and dims[-1] >= d:
+            yield "nested_dims", f"{shown}, which must be below model.embedding_dim {d}, a width of the model anyway"
+        for name, entry in self.tables.items():
+            if dims and entry.embedding_dim not in (None, d):
+                yield (
+                    "nested_dims",
+                    f"{shown}, and model.tables.{name}.embedding_dim is {entry.embedding_dim}: widths are those of "
+                    f"all tables, so all have model.embedding_dim {d} columns; leave one of the two out",
+                )
 
     def without_effect(self) -> dict[str, list[str]]:
         """Return reason -> settings that are not their defaults and that the model does not read."""
@@ -214,6 +251,8 @@ class ModelConfig:
             found = {why: unread, "model.builder is null": ["arguments"]}
         else:
             found = {"model.builder is set": ["name", *(name for names in _SETTINGS_OF.values() for name in names)]}
+        if self.nested_dims is None:
+            found["model.nested_dims is null"] = ["nested_loss"]
         return {
             why: [name for name in names if getattr(self, name) != getattr(defaults, name)]
             for why, names in found.items()

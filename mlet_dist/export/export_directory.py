@@ -21,6 +21,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PACKAGE = "package"
 PREPROCESSING = "preprocessing"
+SIZE = "size"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ExportDirectory:
         model-mixed/ …    the same, with narrow rows as they are, and their W2
         package/          a scripted model that contains the tables of one output, and programs that run it
         preprocessing/    what turns raw rows into the inputs of the model, and programs that do it
+        size/             of a size that the run was not trained at: how its rows were made, for `mlet verify`
 
     A file ``TABLE-00000-of-00003`` with the suffix ``.distcp`` or ``.safetensors`` contains a range of rows of a table,
     and a file ``TABLE`` of a gathered export all of them; ``_dense`` contains the other layers, and

@@ -17,6 +17,7 @@ from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import print_warning
 from mlet_dist.export.evaluated_model import EvaluatedModel
+from mlet_dist.models.nested_widths import NestedWidths
 from mlet_dist.training.evaluation import count_first_ids, evaluate, evaluation_loader
 from mlet_dist.training.label_metrics import undefined_aucs
 from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice
@@ -32,6 +33,7 @@ def evaluate_path(
 ) -> dict[str, Any]:
     """Return ``auc``, ``logloss``, ``rows`` and ``positive_rate`` of a run or an export on a split of a data set.
 
+    A model that was trained at several widths has AUC and LogLoss of each smaller one, as ``logloss_dim4``.
     With several labels each of them has these and ``normalized_entropy``, as ``click_auc``; ``rows`` is that of all
     rows.
     ``out_of_vocabulary`` is each feature's share of the split's ids that are, for features that have any. ``step`` is
@@ -53,7 +55,7 @@ def evaluate_path(
         if worker.is_first:
             for each in warnings:
                 print_warning(each)
-        found = evaluate(model, loader, worker, split)
+        found = evaluate(model, loader, worker, split, NestedWidths.of(spec, model))
         if worker.is_first:
             for each in undefined_aucs(found, spec.labels, f"{data}: {split}"):
                 print_warning(each)

@@ -62,7 +62,9 @@ def check_dense_memory(
     needed = {key: copies * _FLOAT_BYTES * count for key, count in dense_parameters(spec).items()}
     if not on_cuda:
         local_batch_size = config.data.batch_size // max(1, world_size)
-        needed["data.batch_size"] = 2 * _FLOAT_BYTES * _outputs(spec.model) * local_batch_size
+        needed["data.batch_size"] = (
+            2 * _FLOAT_BYTES * _outputs(spec.model) * spec.model.copies_of_rows * local_batch_size
+        )
     total = ranks * sum(needed.values())
     if total > available:
         key = max(needed, key=lambda each: needed[each])

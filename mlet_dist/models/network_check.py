@@ -1,6 +1,6 @@
 """Checks the network of ``model.builder``: it runs once on made vectors, and is traced as by TorchRec's pipeline."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -10,7 +10,8 @@ from torchrec.distributed.train_pipeline.tracing import Tracer
 
 from mlet_dist.errors import UserError
 from mlet_dist.models.builder import in_one_line
-from mlet_dist.models.stand_in_tables import check_logits, stand_in_tables
+from mlet_dist.models.nested_widths import NestedWidths
+from mlet_dist.models.stand_in_tables import StandIns, check_logits, stand_in_tables
 from mlet_dist.models.tables import collections_of, holds_sequences, layers_beside_tables
 
 _ROWS = 64
@@ -18,7 +19,7 @@ _SEQUENCE_LENGTHS = (2, 0, 3, 1)
 """Those of rows in turn, so that the first half of the vectors is that of the first half of the rows."""
 
 
-def check_network(model: nn.Module, dense_columns: int, labels: int = 1) -> None:
+def check_network(model: nn.Module, dense_columns: int, labels: int = 1, nested_dims: Sequence[int] = ()) -> None:
     """Check a model of ``model.builder``: its logits depend on all features, and that of a row on no other row.
 
     Batches are split among ranks and padded, so that statistics over their rows, as those of batch normalization, are
@@ -28,6 +29,7 @@ def check_network(model: nn.Module, dense_columns: int, labels: int = 1) -> None
         model: the model, with its layers on a CPU, not sharded; it is in training mode and stays as it is.
         dense_columns: D.
         labels: L.
+        nested_dims: the widths below d at which the model is trained, too.
 
     Raises:
         UserError: forward fails, returns something else, calls the tables several times, leaves a feature out, mixes
@@ -57,6 +59,8 @@ def check_network(model: nn.Module, dense_columns: int, labels: int = 1) -> None
                     f"model.builder: forward calls {name} {each.calls} times; a sharded collection exchanges the "
                     "vectors of a batch once"
                 )
+        if nested_dims:
+            _check_widths(model, dense.detach(), tables, labels, nested_dims)
         if logits.requires_grad:
             _check_rows(logits.reshape(_ROWS, -1).float(), [dense, *tables.vectors.values()])
             logits.float().sum().backward()
@@ -88,6 +92,23 @@ def tracing_problem(model: nn.Module) -> str | None:
     except Exception as error:  # whatever the user's forward raises on proxies
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
+
+
+def _check_widths(
+    model: nn.Module, dense: torch.Tensor, tables: StandIns, labels: int, nested_dims: Sequence[int]
+) -> None:
+    """Check that a network takes the vectors of each row several times, with zeros in their trailing columns."""
+    embedding_dim = next(iter(tables.vectors.values())).shape[1]
+    widths = NestedWidths(tables.tables.values(), None, embedding_dim, nested_dims)
+    try:
+        found = widths.at_all(model, dense, tables.batch())
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            "model.nested_dims: forward of the module failed with each row repeated for every width, of which the "
+            f"KeyedJaggedTensor has one; take rows from the dense columns and the vectors alone: {in_one_line(error)}"
+        ) from error
+    for logits in found:
+        check_logits(logits, len(dense), labels)
 
 
 def _names(named: Iterator[tuple[str, torch.Tensor]]) -> list[str]:

@@ -156,6 +156,14 @@ class ModelSpec:
         model = dataclasses.replace(self.model, hidden_dim=hidden_dim)
         return dataclasses.replace(self, model=model, table_settings=own)
 
+    def with_embedding_dim(self, embedding_dim: int) -> "ModelSpec":
+        """Return the spec of the same network with another d of all tables, trained at one width."""
+        own = {
+            name: dataclasses.replace(each, embedding_dim=embedding_dim) for name, each in self.table_settings.items()
+        }
+        model = dataclasses.replace(self.model, embedding_dim=embedding_dim, nested_dims=None, nested_loss="all")
+        return dataclasses.replace(self, model=model, table_settings=own)
+
     @property
     def embedding_dims(self) -> dict[str, int]:
         """d of each table."""

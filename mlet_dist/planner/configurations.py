@@ -88,7 +88,12 @@ class Case:
     def sharding(self, model: nn.Module) -> Sharding:
         """Return the constraints of the config on the plan."""
         return Sharding.of(
-            self.config.sharding, model, self.local_batch_size, self.pooling_factors, len(self.spec.dense)
+            self.config.sharding,
+            model,
+            self.local_batch_size,
+            self.pooling_factors,
+            len(self.spec.dense),
+            self.config.model.copies_of_rows,
         )
 
     def dense(self, model: nn.Module) -> DenseCost:
@@ -97,7 +102,7 @@ class Case:
         return dense_cost(
             model,
             len(self.spec.dense),
-            self.local_batch_size,
+            self.config.model.copies_of_rows * self.local_batch_size,
             self.config.optimizer.name,
             ranks.world_size,
             ranks.local_world_size,

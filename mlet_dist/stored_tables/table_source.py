@@ -172,6 +172,16 @@ class TableSource:
         """Return a copy that reads from other open files."""
         return replace(self, _files=files)
 
+    def first_columns(self, embedding_dim: int) -> Self:
+        """Return the table of the first columns of W; that of a single layer is W1 = W with an identity as W2."""
+        w2 = torch.eye(self.embedding_dim) if self.projection is None else self.projection
+        return replace(
+            self,
+            hidden_dim=len(w2),
+            embedding_dim=embedding_dim,
+            projection=w2[:, :embedding_dim].contiguous(),
+        )
+
 
 def projection_name(tables_prefix: str, name: str) -> str:
     """Return the name in the state dict of a W2: of a table, or of a part of one, ``<table>:<part>``."""

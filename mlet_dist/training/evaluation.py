@@ -10,10 +10,12 @@ from torch import nn
 from mlet_dist.data.loading.loader import DataLoader
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.models.nested_widths import NestedWidths
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
-from mlet_dist.training.label_metrics import LabelMetrics, by_row
+from mlet_dist.training.label_metrics import by_row
 from mlet_dist.training.process_group import Worker
+from mlet_dist.training.width_metrics import Predicted, WidthMetrics
 
 
 def evaluation_loader(
@@ -66,17 +68,32 @@ def predict(
 
     Every rank must take all batches, since the model's exchange is collective.
     """
+    for (predicted,) in predict_at_widths(model, loader, worker, None):
+        yield predicted
+
+
+@torch.no_grad()
+def predict_at_widths(
+    model: nn.Module, loader: DataLoader, worker: Worker, widths: NestedWidths | None
+) -> Generator[list[Predicted], None, None]:
+    """Yield for each batch what ``predict`` does, at each of a model's widths; without ``widths`` once."""
     model.eval()
     for batch in loader:
         batch = batch.to(worker.device)
-        yield batch.predicted(by_row(model(batch.dense, batch.sparse), len(loader.labels)))
+        if widths is None:
+            found = [model(batch.dense, batch.sparse)]
+        else:
+            found = widths.at_all(model, batch.dense, batch.sparse)
+        yield [batch.predicted(by_row(logits, len(loader.labels))) for logits in found]
 
 
-def evaluate(model: nn.Module, loader: DataLoader, worker: Worker, description: str) -> dict[str, float]:
-    """Return the metrics of ``LabelMetrics`` over a loader's rows. A collective call."""
-    metrics = LabelMetrics(loader.labels, worker.device, weighted=loader.weighted)
+def evaluate(
+    model: nn.Module, loader: DataLoader, worker: Worker, description: str, widths: NestedWidths | None = None
+) -> dict[str, float]:
+    """Return the metrics of ``WidthMetrics`` over a loader's rows. A collective call."""
+    metrics = WidthMetrics(loader.labels, worker.device, widths, weighted=loader.weighted)
     with Progress(f"evaluate {description}", len(loader), "batches", disable=not worker.is_first) as progress:
-        for predicted in predict(model, loader, worker):
-            metrics.update(*predicted)
+        for predicted in predict_at_widths(model, loader, worker, widths):
+            metrics.update(predicted)
             progress.update(1)
     return metrics.compute()

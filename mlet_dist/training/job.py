@@ -166,7 +166,8 @@ def open_job(config: Config, worker: Worker) -> Iterator[Job]:
     except ValueError as error:
         raise UserError(f"{data}: {error}") from None
     if config.model.builder is not None:
-        check_network(build_training_model(spec, torch.device("meta")), len(spec.dense), len(spec.labels))
+        network = build_training_model(spec, torch.device("meta"))
+        check_network(network, len(spec.dense), len(spec.labels), config.model.nested_dims or ())
     spec, compressed = shared_row_ranges(spec, config)
     id_counts = of_features(schema.id_counts, [feature.name for feature in spec.sparse])
     evaluated = [split for split in schema.parts if split != "train"]

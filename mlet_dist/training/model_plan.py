@@ -88,6 +88,7 @@ def plan_model(
     constraints: Constraints | None = None,
     replicated_bytes: float = REPLICATED_BYTES,
     dense_columns: int | None = None,
+    copies: int = 1,
 ) -> ModelPlan:
     """Plan with TorchRec's planner and the estimates of ``embeddings.planning``, without a process group.
 
@@ -99,6 +100,7 @@ def plan_model(
         constraints: TorchRec's constraints by table, which override ``table_constraints``.
         replicated_bytes: the largest W1, in bytes, that may be data_parallel.
         dense_columns: as in ``dense_cost``.
+        copies: how many times the network gets each row.
 
     Raises:
         DoesNotFit: no plan fits; the message names the table and the missing bytes.
@@ -111,7 +113,7 @@ def plan_model(
     dense = dense_cost(
         model,
         dense_columns,
-        sharder.local_batch_size,
+        copies * sharder.local_batch_size,
         optimizer_of(first.row_weight(first.row_tables()[0].name)),
         ranks.world_size,
         ranks.local_world_size,

@@ -42,6 +42,7 @@ _ROWS = "rows of table "
 
 
 _LABEL_WEIGHTS = "train.label_weights"
+_NESTED = ("model.nested_dims", "model.nested_loss")
 
 
 def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], checkpoi
 
 
 def without_learning_rates(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity without learning rates, schedule and initial weights, for ``train.resume: PATH``."""
-    free = ("train.epochs", "train.max_steps", "train.initial_weights", _LABEL_WEIGHTS)
+    """Return an identity without learning rates, schedule, initial weights and loss, for ``train.resume: PATH``."""
+    free = ("train.epochs", "train.max_steps", "train.initial_weights", _LABEL_WEIGHTS, *_NESTED)
     return {
         key: value
         for key, value in identity.items()

@@ -41,12 +41,14 @@ class Sharding:
         constraints: the planner's constraints, by table.
         replicated_bytes: the largest W1, in bytes, that may be data_parallel.
         dense_columns: of the model, for the costs of its dense layers; None if it is not known.
+        copies: how many times its network gets each row.
     """
 
     sharder: MultiLayerEmbeddingBagCollectionSharder
     constraints: dict[str, ParameterConstraints]
     replicated_bytes: float
     dense_columns: int | None = None
+    copies: int = 1
 
     @classmethod
     def of(
@@ -56,6 +58,7 @@ class Sharding:
         local_batch_size: int,
         pooling_factors: Mapping[str, float] | None = None,
         dense_columns: int | None = None,
+        copies: int = 1,
     ) -> "Sharding":
         """Build from the ``sharding`` section, for the tables of ``model``."""
         tables = row_tables(model)
@@ -79,12 +82,19 @@ class Sharding:
             )
             for name, own in settings.items()
         }
-        return cls(sharder, constraints, config.data_parallel_up_to_mb * 1e6, dense_columns)
+        return cls(sharder, constraints, config.data_parallel_up_to_mb * 1e6, dense_columns, copies)
 
     def plan(self, model: nn.Module, topology: Topology, device: Device | None = None) -> ModelPlan:
         """Plan the model; see ``plan_model``."""
         return plan_model(
-            model, self.sharder, topology, device, self.constraints, self.replicated_bytes, self.dense_columns
+            model,
+            self.sharder,
+            topology,
+            device,
+            self.constraints,
+            self.replicated_bytes,
+            self.dense_columns,
+            self.copies,
         )
 
 
@@ -95,6 +105,7 @@ def shard_model(
     config: ShardingConfig = _AS_BY_DEFAULT,
     pooling_factors: Mapping[str, float] | None = None,
     dense_columns: int | None = None,
+    copies: int = 1,
 ) -> tuple[DistributedModelParallel, ModelPlan]:
     """Plan the model and shard every W1; ``ReplicatedGradients`` combines the other gradients. A collective call.
 
@@ -105,13 +116,14 @@ def shard_model(
         config: the ``sharding`` section.
         pooling_factors: average ids per bag of each table; 1 for a table without an entry.
         dense_columns: of the model, for the plan's estimate of its dense layers; None estimates them by their sizes.
+        copies: how many times the network gets each row (``ModelConfig.copies_of_rows``).
 
     Raises:
         UserError: no plan fits the device's memory, none meets the constraints, or nodes have different numbers of
             ranks; raised on every rank.
     """
     _check_nodes(worker)
-    sharding = Sharding.of(config, model, local_batch_size, pooling_factors, dense_columns)
+    sharding = Sharding.of(config, model, local_batch_size, pooling_factors, dense_columns, copies)
     on_cuda = worker.device.type == "cuda"
     topology = Topology(
         world_size=worker.world_size,

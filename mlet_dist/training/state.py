@@ -10,6 +10,7 @@ from mlet_dist.config.sections import Precision
 from mlet_dist.data.loading.loader import Batch
 from mlet_dist.training.binary_metrics import BinaryMetrics
 from mlet_dist.training.label_metrics import LabelMetrics
+from mlet_dist.training.nested_loss import NestedLoss
 from mlet_dist.training.validation_state import ValidationState
 
 
@@ -33,6 +34,7 @@ class Training:
         validation: what the validations have found.
         precision: in which the dense layers and W2 compute (``dense_arithmetic``).
         label_weights: the factor of each label's loss.
+        nested: of a model that is trained at several widths; None for one that is not.
         batch: this rank's batch of the last step that this job took, on the model's device; not part of checkpoints.
     """
 
@@ -52,6 +54,7 @@ class Training:
     precision: Precision = "fp32"
     label_weights: tuple[float, ...] = (1.0,)
     batch: Batch | None = None
+    nested: NestedLoss | None = None
 
     @property
     def complete_rows(self) -> int:

@@ -136,12 +136,21 @@ class TrainStep:
         self.training.batch = batch
         with self.timer.phase("forward"):
             with forward_precision(self.training.precision, batch.dense.device):
-                logits = self.training.model(batch.dense, batch.sparse)
-            logits = by_row(logits, len(self.training.label_weights)).float()
-            loss = mean_loss(logits, batch, self.training.complete_rows, self.training.label_weights)
+                found = self._logits(batch)
+            of_labels = self.training.label_weights
+            logits = [by_row(each, len(of_labels)).float() for each in found]
+            losses = [mean_loss(each, batch, self.training.complete_rows, of_labels) for each in logits]
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
             with self.timer.phase("exchange"):
                 loss = self._guard.check_loss(loss)
-        return loss, self._guard.skip_reason or batch.predicted(logits.detach())
+        return loss, self._guard.skip_reason or batch.predicted(logits[0].detach())
+
+    def _logits(self, batch: Batch) -> list[torch.Tensor]:
+        """Return the logits of the model; of one that is trained at several widths, those of each, d first."""
+        training = self.training
+        if training.nested is None:
+            return [training.model(batch.dense, batch.sparse)]
+        return training.nested.logits(training.model, batch.dense, batch.sparse, training.step)
 
     def step(self) -> None:
         """Update W2, the dense layers and rows without a fused kernel, unless the batch is skipped."""

@@ -37,6 +37,7 @@ from mlet_dist.training.job import Job, open_job
 from mlet_dist.training.label_metrics import LabelMetrics, metric_prefixes, undefined_aucs
 from mlet_dist.training.metrics_endpoint import MetricsEndpoint
 from mlet_dist.training.model_plan import ModelPlan, describe_plan
+from mlet_dist.training.nested_loss import NestedLoss
 from mlet_dist.training.non_finite_guard import Finding, Guard, NonFinite
 from mlet_dist.training.process_group import join_ranks
 from mlet_dist.training.reporting import Recorder, TrainingReport
@@ -52,6 +53,7 @@ from mlet_dist.training.tracked_run import TrackedRun
 from mlet_dist.training.trackers import Trackers, check_trackers
 from mlet_dist.training.validation import Validation, validated_metrics
 from mlet_dist.training.validation_state import ValidationState, better_step
+from mlet_dist.training.width_metrics import is_of_width
 
 _PROGRESS_BINS = 1 << 16
 
@@ -137,7 +139,13 @@ def build_model(job: Job) -> tuple[DistributedModelParallel, ModelPlan]:
         for tables in multi_layer_tables(model).values():
             tables.leave_rows_undrawn()
     sharded, plan = shard_model(
-        model, job.worker, job.local_batch_size, config.sharding, job.spec.pooling_factors, dense_columns
+        model,
+        job.worker,
+        job.local_batch_size,
+        config.sharding,
+        job.spec.pooling_factors,
+        dense_columns,
+        config.model.copies_of_rows,
     )
     if job.worker.is_first:
         job.run.save_plan(plan.entries(), job.worker.world_size)
@@ -172,6 +180,7 @@ def begin_training(job: Job, model: DistributedModelParallel) -> tuple[Job, Trai
         patience=job.config.train.patience,
         precision=job.config.train.precision,
         label_weights=job.label_weights,
+        nested=NestedLoss.of(job.spec, model),
     )
     point = job.resume_point
     if point is not None and point.is_own:
@@ -301,11 +310,13 @@ def _evaluate(job: Job, training: Training, recorder: Recorder) -> dict[str, Any
     for split, loader in job.split_loaders.items():
         metrics = validated_metrics(training) if split == VALIDATED else None
         if metrics is None:
-            metrics = evaluate(training.model, loader, job.worker, split)
+            widths = None if training.nested is None else training.nested.widths
+            metrics = evaluate(training.model, loader, job.worker, split, widths)
             recorder.record(split, training.step, metrics)
         undefined = undefined_aucs(metrics, job.spec.labels, f"{job.config.data.path}: {split}")
         job.log(f"warning: {each}" for each in undefined)
         names = [f"{prefix}{name}" for prefix in metric_prefixes(job.spec.labels) for name in ("auc", "logloss")]
+        names += [name for name in metrics if is_of_width(name)]
         summary |= {f"{split}_{name}": metrics[name] for name in (*names, "rows")}
         summary[f"{split}_out_of_vocabulary"] = overall_share(job.id_counts, split)
     return summary

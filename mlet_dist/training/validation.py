@@ -16,16 +16,18 @@ from torch import nn
 from mlet_dist.checkpoint.long_work import collective_device
 from mlet_dist.config.validation_settings import VALIDATED, metrics_to_choose_by
 from mlet_dist.embeddings.sharded.collectives import AsyncAllReduceMax
+from mlet_dist.models.nested_widths import NestedWidths
 from mlet_dist.progress import Progress
 from mlet_dist.training.checkpoint_schedule import CheckpointSchedule
 from mlet_dist.training.dense_arithmetic import evaluation_arithmetic
-from mlet_dist.training.evaluation import predict
+from mlet_dist.training.evaluation import predict_at_widths
 from mlet_dist.training.job import Job
-from mlet_dist.training.label_metrics import LabelMetrics, metric_prefixes
+from mlet_dist.training.label_metrics import metric_prefixes
 from mlet_dist.training.non_finite_guard import Guard
 from mlet_dist.training.reporting import Recorder, TrainingReport, shown_metric
 from mlet_dist.training.signals import StopSignal
 from mlet_dist.training.state import Training
+from mlet_dist.training.width_metrics import WidthMetrics
 
 VALIDATED_PART = "valid_part"
 """The split in the records of validations that measure a share of the rows."""
@@ -90,7 +92,8 @@ class Validation:
             return
         self._guard.flush()
         started = time.monotonic()
-        metrics, signal = self._measure(training.model)
+        widths = None if training.nested is None else training.nested.widths
+        metrics, signal = self._measure(training.model, widths)
         if signal:
             self._checkpoints.stop(training, signal)
         is_best = training.validation.note(training.step, metrics)
@@ -123,22 +126,22 @@ class Validation:
     def _split(self) -> str:
         return VALIDATED if self._share == 1 else VALIDATED_PART
 
-    def _measure(self, model: nn.Module) -> tuple[dict[str, float], int]:
+    def _measure(self, model: nn.Module, widths: NestedWidths | None) -> tuple[dict[str, float], int]:
         """Return the metrics and 0; or as soon as a signal has come to some rank, nothing and its number."""
         loader, worker = self._job.validation_loader, self._job.worker
         assert loader is not None
-        metrics = LabelMetrics(loader.labels, worker.device, weighted=loader.weighted)
+        metrics = WidthMetrics(loader.labels, worker.device, widths, weighted=loader.weighted)
         asked: AsyncAllReduceMax | None = None
         with (
             evaluation_arithmetic(model),
             Progress("validate", len(loader), "batches", disable=not worker.is_first) as progress,
-            closing(predict(model, loader, worker)) as batches,
+            closing(predict_at_widths(model, loader, worker, widths)) as batches,
         ):
             for predicted in batches:
                 if asked is not None and (signal := asked.read()[0]):
                     return {}, signal
                 asked = AsyncAllReduceMax(torch.tensor([self._stop.number], device=worker.device), None)
-                metrics.update(*predicted)
+                metrics.update(predicted)
                 progress.update(1)
         if asked is not None:
             asked.read()  # a signal of the last batch is found after the next step

@@ -14,7 +14,7 @@ from mlet_dist.export.collapse.manifest_entries import describe_tables, installe
 from mlet_dist.export.collapse.output_groups import OutputGroup, group_outputs
 from mlet_dist.export.collapse.units import UNIT_BYTES, Unit, record_name
 from mlet_dist.export.collapse.work_directory import WorkDirectory, join_files
-from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE, PREPROCESSING, describe_tensor
+from mlet_dist.export.export_directory import FORMAT_VERSION, MANIFEST, PACKAGE, PREPROCESSING, SIZE, describe_tensor
 from mlet_dist.export.formats.tensor_shards import TensorShard
 from mlet_dist.export.outputs import Output, open_output
 from mlet_dist.export.served_layout import ServedLayout
@@ -22,6 +22,7 @@ from mlet_dist.export.serving.package import check_can_be_packaged, check_fits, 
 from mlet_dist.export.serving.quantised import Serving, plan_serving
 from mlet_dist.export.serving.raw_inputs import write_preprocessing
 from mlet_dist.export.serving.served_model import spec_of_layout
+from mlet_dist.export.sized_model import FORMAT, Size, SizedSource
 from mlet_dist.export.source import ModelSource
 from mlet_dist.formatting import to_json, with_checksum
 from mlet_dist.models.build import build_training_model
@@ -68,6 +69,10 @@ class Assembly:
         self.directories = {output.name: f"{parent}/{output.directory}" for output in outputs}
 
     @property
+    def _size(self) -> Size | None:
+        return self.source.size if isinstance(self.source, SizedSource) else None
+
+    @property
     def served(self) -> ModelSpec:
         """The exported model, whose tables have a single layer."""
         return dataclasses.replace(self.source.spec.with_hidden_dim(None), row_ranges={}, adaptive={})
@@ -78,6 +83,7 @@ class Assembly:
             "format_version": FORMAT_VERSION,
             "versions": installed_versions(),
             "checkpoint": self.source.digest,
+            **({"size": self._size.to_dict(), "size_sha256": self._size.digest} if self._size else {}),
             "outputs": [output.name for output in self.outputs],
             "package": self._package and self._package.name,
             "serving": self._serving and dataclasses.asdict(self._serving),
@@ -162,6 +168,8 @@ class Assembly:
             "tables": tables,
             "dense": [describe_tensor(name, tensor) for name, tensor in dense.items()],
         }
+        if self._size is not None:
+            manifest[SIZE] = self._finish_size(self._size)
         if preprocessing is not None:
             manifest[PREPROCESSING] = self._finish_preprocessing(preprocessing)
         with self.work.new_file(f"{self.work.export.name}/{MANIFEST}") as stream:
@@ -273,6 +281,15 @@ class Assembly:
             "files": found,
             **self._describe_form(output),
         }
+
+    def _finish_size(self, size: Size) -> dict[str, Any]:
+        """Write what a later `mlet verify` makes the model of this size from."""
+        if not size.tensors:
+            return size.to_dict()
+        name = f"tables{FORMAT.suffix}"
+        with self.work.new_file(f"{self.work.export.name}/{SIZE}/{name}") as stream:
+            FORMAT.write(stream, name, 0, size.tensors)
+        return {**size.to_dict(), "directory": SIZE, "files": {name: stream.checksum.entry()}}
 
     def _finish_preprocessing(self, preprocessing: LikeDataset) -> dict[str, Any]:
         directory = f"{self.work.export.name}/{PREPROCESSING}"

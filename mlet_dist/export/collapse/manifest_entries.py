@@ -10,21 +10,23 @@ import torch
 
 from mlet_dist import __version__
 from mlet_dist.checkpoint.manifest import Checksum
+from mlet_dist.export.sized_model import SizedSource
 from mlet_dist.export.source import ModelSource
 
 
 def describe_tables(source: ModelSource) -> list[dict[str, Any]]:
-    """Return the manifest's entries of the tables of a model."""
+    """Return the manifest's entries of the tables of a model; one at another size was trained as the whole one."""
+    trained = source.whole.tables if isinstance(source, SizedSource) else source.tables
     return [
         {
             "name": table.name,
             "state_name": table.state_name,
             "num_embeddings": table.num_embeddings,
-            "hidden_dim": table.hidden_dim,
+            "hidden_dim": trained[table.name].hidden_dim,
             "embedding_dim": table.embedding_dim,
             "shape": [table.num_embeddings, table.embedding_dim],
             "dtype": "float32",
-            "trained_bytes": table.stored_bytes,
+            "trained_bytes": trained[table.name].stored_bytes,
             "bytes": 4 * table.num_embeddings * table.embedding_dim,
         }
         for table in source.tables.values()

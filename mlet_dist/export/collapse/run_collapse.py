@@ -33,7 +33,7 @@ from mlet_dist.training.validation_state import better_step
 MEMORY = 512 << 20
 SMALLEST_INT8 = "smallest int8"
 NO_PREPROCESSING = "none"
-_COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier until the slowest has finished its units
+COLLECTIVE_TIMEOUT = timedelta(hours=6)  # ranks wait in a barrier until the slowest has finished its units
 _PROGRESS_SECONDS = 2.0  # between two listings of the finished units of all ranks
 
 
@@ -88,17 +88,35 @@ def export_run(run: Path, out: Path | str, options: ExportOptions = ExportOption
             missing, damaged or not finite, or ``out`` exists or cannot be written. Finished units are kept beside
             ``out``, and the next call resumes from them.
     """
-    with join_ranks("auto", _COLLECTIVE_TIMEOUT) as worker:
+    with join_ranks("auto", COLLECTIVE_TIMEOUT) as worker:
         return collapse_run(run, out, options, worker)
 
 
 def collapse_run(run: Path, out: Path | str, options: ExportOptions, worker: Worker) -> dict[str, Any]:
     """Run ``export_run`` on ranks whose process group exists. A collective call."""
-    work = WorkDirectory.of(out, run)
+    source = open_run(run, options, worker)
+    return collapse_source(source, out, options, worker)
+
+
+def open_run(run: Path, options: ExportOptions, worker: Worker) -> ModelSource:
+    """Open the checkpoint of a run that an export is made from; warn if a better one is kept."""
     source = ModelSource.open(run, options.choice)
     better = None if options.choice else better_step(run, source.summary)
     if better is not None and worker.is_first:
         print_warning(f"{better}; --best exports it")
+    return source
+
+
+def collapse_source(source: ModelSource, out: Path | str, options: ExportOptions, worker: Worker) -> dict[str, Any]:
+    """Collapse an open model into the export ``out``, and close its files. A collective call.
+
+    Returns:
+        As ``export_run``.
+
+    Raises:
+        UserError: as ``export_run``.
+    """
+    run, work = source.path, WorkDirectory.of(out, source.path)
     package = options.package_output(source)
     outputs = dict.fromkeys([*(OUTPUTS[name] for name in options.outputs), *([] if package is None else [package])])
     refused = next((each for each in outputs if each.encoding.is_quantised or each is package), None)

@@ -15,9 +15,11 @@ from mlet_dist.export.export_directory import PACKAGE
 from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.serving.package import EXPORTED, SCRIPTED
 from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
+from mlet_dist.export.sized_model import SizedSource
 from mlet_dist.export.source import ModelSource
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput
 from mlet_dist.models.build import build_serving_model, build_training_model
+from mlet_dist.models.nested_widths import NestedWidths
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.training.label_metrics import by_row
 
@@ -48,19 +50,34 @@ class ExportedModel:
 
 
 def trained_model(source: ModelSource, tables: Mapping[str, CheckedTable]) -> Predict:
-    """Build the trained, factorised model, which predicts logits."""
-    spec = with_rows(source.spec, {name: len(table.stored) for name, table in tables.items()})
+    """Build the trained, factorised model, which predicts logits; at a nested width that of d columns, masked."""
+    width = source.size.embedding_dim if isinstance(source, SizedSource) and source.size.how == "columns" else None
     # A table with row ranges is read as one of W1 and W2 with as many columns as the ranges have together.
     widths = {name: table.hidden_dim for name, table in source.tables.items()}
+    whole = source.whole if isinstance(source, SizedSource) and width is not None else source
+    spec = with_rows(whole.spec, {name: len(table.stored) for name, table in tables.items()})
     model = build_training_model(spec, tables_device=torch.device("cpu"), hidden_dims=widths)
-    state = {name: source.load_dense(name) for name in source.dense}
-    for name, table in source.tables.items():
+    state = {name: whole.load_dense(name) for name in whole.dense}
+    for name, table in whole.tables.items():
         rows = padded(tables[name].stored)
         state[table.state_name] = RowOrder((len(rows),)).to_stored(rows)
-        if table.projection is not None:
-            state[f"{table.tables_prefix}projections.{name}.weight"] = table.projection
+        if widths[name] is not None:
+            projection = torch.eye(table.embedding_dim) if table.projection is None else table.projection
+            state[f"{table.tables_prefix}projections.{name}.weight"] = projection
     model.load_state_dict(state)
-    return predict_logits(model)
+    return predict_logits(model if width is None else _AtWidth(spec, model, width))
+
+
+class _AtWidth(torch.nn.Module):
+    """A trained model that sees the first columns of all vectors alone."""
+
+    def __init__(self, spec: ModelSpec, model: torch.nn.Module, width: int) -> None:
+        super().__init__()
+        self.model, self._width, self._nested = model, torch.tensor([width]), NestedWidths.of(spec, model)
+
+    def forward(self, dense: torch.Tensor, bags: KeyedJaggedTensor) -> torch.Tensor:
+        assert self._nested is not None
+        return self._nested.at_width(self.model, dense, bags, self._width)
 
 
 def output_model(
