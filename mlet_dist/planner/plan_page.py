@@ -9,11 +9,11 @@ from mlet_dist.pages.page_shell import INK, SERIES, chart_section, key, page, pa
 from mlet_dist.planner.budgets import budget_lines
 from mlet_dist.planner.plan_report import (
     COST_CAPTION,
-    KINDS,
     MEMORY_CAPTION,
     configurations_table,
     facts,
     headline,
+    kinds_of,
     ranks_table,
     short_ranks,
 )
@@ -33,7 +33,7 @@ def html_page(plan: dict[str, Any]) -> str:
         budgets = f"<h2>Budgets</h2>\n<pre>{html.escape(chr(10).join(budget_lines(compression)))}</pre>"
     title = f"Memory by rank: {plan['world_size']:,} x {plan['device']['name']}"
     body = f"""<div class="callout">{paragraphs(*summary)}</div>
-{key([(kind, colour, False) for kind, colour in zip(KINDS, SERIES, strict=False)])}
+{key([(kind, colour, False) for kind, colour in zip(kinds_of(plan), SERIES, strict=False)])}
 {chart_section("Memory of each rank", _bars(plan), "Upright lines: the memory for the model, and that of the device.")}
 <h2>Memory</h2>
 {paragraphs(MEMORY_CAPTION)}
@@ -53,7 +53,7 @@ def _bars(plan: dict[str, Any]) -> str:
     with chart(_FRAME + _BAR * len(ranks)) as (figure, axes):
         for place, each in enumerate(ranks):
             left = 0.0
-            for kind, colour in zip(KINDS, SERIES, strict=False):
+            for kind, colour in zip(kinds_of(plan), SERIES, strict=False):
                 (bar,) = axes.barh([place], [each[kind] / 1e9], left=[left], height=0.7, color=colour)
                 with_title(bar, f"{kind}: {gigabytes(each[kind])}")
                 left += each[kind] / 1e9

@@ -6,9 +6,7 @@ from mlet_dist.embeddings.planning.cost_model import gigabytes
 from mlet_dist.formatting import text_table
 from mlet_dist.planner.budgets import budget_lines
 
-KINDS = ("weights", "optimizer", "buffers", "dense")
-"""The kinds of memory of a rank that a plan tells apart."""
-
+_KINDS = ("weights", "optimizer", "buffers", "dense", "process")
 MEMORY_CAPTION = (
     "memory per rank in GB (10^9 bytes); one line for ranks with the same tables and nearly the same memory"
 )
@@ -57,10 +55,15 @@ def headline(plan: dict[str, Any]) -> str:
     )
 
 
+def kinds_of(plan: dict[str, Any]) -> list[str]:
+    """Return the kinds of memory of a rank to show: that of the process counts on CPUs alone."""
+    return [kind for kind in _KINDS if kind != "process" or any(each[kind] for each in plan["ranks"])]
+
+
 def ranks_table(plan: dict[str, Any]) -> Table:
     """Return the memory of the ranks."""
     # Columns for host memory are shown only if it holds rows, which is the exception.
-    kinds = [*KINDS, "total", *(["host"] if _hosted(plan) else [])]
+    kinds = [*kinds_of(plan), "total", *(["host"] if _hosted(plan) else [])]
     rows = [
         [
             short_ranks(each["ranks"]),
