@@ -1,7 +1,6 @@
 """`mlet export --budget`: which widths are chosen, that they fit, and that what is measured is what is served."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -11,15 +10,15 @@ import torch
 from mlet_dist.config.byte_sizes import bytes_within
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.export.budget.allocation import Block, PricedTable, allocate, costs_of, widths_of
-from mlet_dist.export.budget.measured_split import MeasuredSplit
+from mlet_dist.export.measured_split import MeasuredSplit
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.source import ModelSource
 from mlet_dist.models.build import build_serving_model
 from tests.helpers.mlet_command import error_line, mlet, mlet_json
 from tests.helpers.train_in_ranks import Ranks, train_in_ranks
+from tests.training.test_absent_splits import make_data, settings_of
 
 FP32 = ENCODINGS["fp32"]
-e2e = [pytest.mark.e2e, pytest.mark.multirank]
 
 
 def blocks(draw: torch.Generator, sizes: tuple[int, ...], d: int) -> tuple[list[Block], list[torch.Tensor]]:
@@ -55,16 +54,9 @@ def test_the_widths_of_a_table_cost_least() -> None:
         of_table, _ = blocks(draw, sizes, 8)
         costs = torch.rand(5, 3, generator=draw, dtype=torch.float64).cumsum(1)
         table = PricedTable(of_table, (8, 4), costs)
-        row_bytes = torch.tensor([32, 16, 0])
-
-        def cost(columns: tuple[int, ...], sizes: tuple[int, ...] = sizes, costs: torch.Tensor = costs) -> float:
-            return sum(
-                float(costs[row, column]) + 1e-3 * sizes[row] * int(row_bytes[column])
-                for row, column in enumerate(columns)
-            )
-
+        priced = costs + 1e-3 * torch.tensor(sizes)[:, None] * torch.tensor([32, 16, 0])
         every = [each for each in itertools.product(range(3), repeat=5) if list(each) == sorted(each)]
-        best = min(every, key=cost)
+        best = every[int(torch.stack([priced[range(5), each].sum() for each in every]).argmin())]
         rows = [sum(size for size, column in zip(sizes, best, strict=True) if column == wanted) for wanted in range(3)]
         if rows[2]:  # one more row is stored for all others to read
             rows = [rows[0], rows[1] + 1, rows[2] - 1] if rows[1] else [rows[0] + 1, 0, rows[2] - 1]
@@ -190,7 +182,7 @@ def test_curvatures_are_those_of_single_rows(run: Path, small_data: Path) -> Non
         served = build_serving_model(spec)
         dense = {name: source.load_dense(name) for name in source.dense}
         tables = {}
-        for name, table in source.tables.items():
+        for table in source.tables.values():
             assert table.projection is not None
             tables[table.state_name] = table.read_stored(0, table.num_embeddings) @ table.projection
         served.load_state_dict(dense | tables)
@@ -224,7 +216,15 @@ def test_budgets_that_cannot_be_met_are_one_line(run: Path, small_data: Path, tm
     assert line.endswith("--budget chooses the columns itself; leave --dims out")
     line = error_line(*out, "--budget", "12x", "--outputs", "package", "--package-tables", "int8")
     assert line.endswith("--package-tables names tables, and --budget chooses them; leave it out")
-    mlet("synth", "--out", tmp_path / "data", "--rows", 900, "--num-embeddings", 300)
-    schema = json.loads((tmp_path / "data" / "schema.json").read_text())
-    assert "valid" in schema["parts"] or "splits" in schema
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.e2e
+def test_a_budget_needs_a_validation_split(tmp_path: Path) -> None:
+    data = make_data(tmp_path, {"train": 0.75, "test": 0.25})
+    mlet("train", *settings_of(data, tmp_path / "run"))
+    line = error_line("export", tmp_path / "run", "--out", tmp_path / "out", "--budget", "2x")
+    assert line.endswith(
+        f"--budget 2x: {data} has no rows of a split valid, on which sizes are compared; name a data set that has them "
+        "with --data"
+    )

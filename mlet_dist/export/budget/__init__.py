@@ -1,7 +1,6 @@
 """`mlet export --budget`: the size and encoding with which tables of a number of bytes predict best.
 
 Modules:
-    measured_split: the LogLoss of candidates on a split, with only the rows that it looks up.
     allocation: widths of ranges of rows within a number of bytes, by how much the loss depends on them.
     candidates: sizes and encodings that fit.
     run_budget: measures the candidates, and exports the best.
