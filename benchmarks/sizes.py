@@ -27,9 +27,9 @@ import torch
 
 from mlet_dist.cli.process import configure_torch
 from mlet_dist.data.location import data_set_path
-from mlet_dist.export.measured_split import MeasuredSplit, served_vectors
 from mlet_dist.export.budget.run_budget import choose
 from mlet_dist.export.encoding import ENCODINGS
+from mlet_dist.export.measured_split import MeasuredSplit, served_vectors
 from mlet_dist.export.size_choice import counts_of, size_of
 from mlet_dist.export.sized_model import at_size
 from mlet_dist.export.source import ModelSource

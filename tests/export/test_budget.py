@@ -10,8 +10,8 @@ import torch
 from mlet_dist.config.byte_sizes import bytes_within
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.export.budget.allocation import Block, PricedTable, allocate, costs_of, widths_of
-from mlet_dist.export.measured_split import MeasuredSplit
 from mlet_dist.export.encoding import ENCODINGS
+from mlet_dist.export.measured_split import MeasuredSplit
 from mlet_dist.export.source import ModelSource
 from mlet_dist.models.build import build_serving_model
 from tests.helpers.mlet_command import error_line, mlet, mlet_json

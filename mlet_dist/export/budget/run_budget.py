@@ -14,8 +14,8 @@ from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.budget.candidates import Candidate, CandidateMaker
-from mlet_dist.export.measured_split import MeasuredSplit, served_vectors
 from mlet_dist.export.collapse.run_collapse import COLLECTIVE_TIMEOUT, ExportOptions, collapse_source, open_run
+from mlet_dist.export.measured_split import MeasuredSplit, served_vectors
 from mlet_dist.export.size_choice import check_can_refit, counts_of
 from mlet_dist.export.sized_model import Size, at_size
 from mlet_dist.export.source import ModelSource
