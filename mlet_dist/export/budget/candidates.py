@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -133,8 +132,7 @@ class CandidateMaker:
                 return self._bytes(ranges, form, encoding)
 
             yield from self._graded("sensitivity", "mixed", allocate(self._priced, encoding, budget, size_of), encoding)
-            if self._is_sorted:
-                yield from self._graded("counts", "mixed", self._by_counts(budget, size_of), encoding)
+            yield from self._graded("counts", "mixed", self._by_counts(budget, size_of), encoding)
             own = {name: (d,) for name, d in self._dims.items()}
             kept = allocate(self._priced, encoding, budget, lambda ranges: size_of(ranges, "kept"), own)
             yield from self._graded("kept", "kept", kept, encoding)
@@ -180,13 +178,8 @@ class CandidateMaker:
         sized = at_size(self._source, Size(self.embedding_dim, "graded", tables))
         return served_sources(sized.tables, form, encoding).layout.table_bytes(encoding)
 
-    @cached_property
-    def _is_sorted(self) -> bool:
-        """Whether the counts of all tables fall with the id, but for row 0, as those of vocabularies do."""
-        return all(bool((counts[1:].diff() <= 0).all()) for counts in self._counts.values())
-
     def _by_counts(self, budget: int, size_of: Callable[[Ranges], int]) -> Ranges | None:
-        """Return the largest ranges of ``compression.policy`` static that fit."""
+        """Return the largest ranges of ``compression.policy`` static that fit; None of ids that are not sorted."""
         counts = {name: each.long().numpy() for name, each in self._counts.items()}
         settings = {table.name: table.settings for table in self._source.spec.with_hidden_dim(None).tables}
         sizes = Sizes(self.embedding_dim, "sgd", own_dims=self._dims)
@@ -195,7 +188,7 @@ class CandidateMaker:
             share = (low * high) ** 0.5
             try:
                 found = static_ranges(counts, CompressionConfig(policy="static", budget=share), settings, sizes)
-            except UserError:  # not even a row of each table
+            except UserError:  # not even a row of each table, or ids that are not sorted by frequency
                 low = share
                 continue
             ranges = {name: tuple(RowRange(each.rows, each.width) for each in of) for name, of in found.items()}

@@ -95,7 +95,8 @@ def choose(source: ModelSource, budget: str, data: str | None) -> tuple[tuple[st
         maker = CandidateMaker(each, columns, counts, model.curvatures(vectors), schema.rows["train"])
         fewest = min(fewest, maker.fewest_bytes())
         candidates = list(maker.within(allowed))
-        with Progress(f"budget, {maker.embedding_dim} columns", len(candidates), "candidates") as progress:
+        name = f"budget, {maker.embedding_dim} columns"
+        with Progress(name, len(candidates), "candidates", disable=not candidates) as progress:
             for candidate in candidates:
                 served = {
                     name: served_vectors(split.ids[name], of_table, candidate.refitted.get(name), candidate.encoding)
