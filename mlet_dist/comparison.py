@@ -90,12 +90,12 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         smaller = {"none": [], "static": ["dcp-kept", "dcp-mixed"], "adaptive": ["dcp-kept"]}
         outputs = ["dcp", *smaller[configs[arm].compression.policy]]
         exported = _run_command("export", str(run), "--out", str(export), "--outputs", *outputs)
-        of_data = ["--data", config.data.path, "--split", split]
-        verified = _run_command("verify", str(export), "--run", str(run), *of_data)
-        scores = _scores_of(base, arm)
+        scores = base / f"{arm}-scores"
         with writing(scores):
-            scores.unlink(missing_ok=True)
-        _run_command("predict", str(export), *of_data, "--out", str(scores))
+            if scores.exists():
+                shutil.rmtree(scores)
+        of_data = ["--data", config.data.path, "--split", split, "--scores", str(scores / split)]
+        verified = _run_command("verify", str(export), "--run", str(run), *of_data)
         largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
         served = {"served_bytes": exported["served_bytes"]}
         arms[arm] = trained | served | {"ok": verified["ok"], "max_abs_logit_diff": largest}
@@ -104,7 +104,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         "run": str(base),
         "split": split,
         "arms": {arm: arms[arm] for arm in configs},
-        "differences": _differences(base, list(configs), schema.labels),
+        "differences": _differences(base, list(configs), split, schema.labels),
     }
     with writing(base):
         (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
@@ -112,20 +112,17 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     return result
 
 
-def _scores_of(base: Path, arm: str) -> Path:
-    return base / f"{arm}-scores.parquet"
-
-
-def _differences(base: Path, arms: Sequence[str], labels: Sequence[str]) -> list[dict[str, Any]]:
+def _differences(base: Path, arms: Sequence[str], split: str, labels: Sequence[str]) -> list[dict[str, Any]]:
     """Return how MLET, or without it the compressed single layer, differs from each other arm, as ``compare`` does."""
     arm = MLET if MLET in arms else arms[-1]
+    files = {each: base / f"{each}-scores" / split / "dcp.parquet" for each in arms}
     found = []
     for label in labels:
         prefix, named = ("", {}) if len(labels) == 1 else (f"{label}_", {"label": label})
-        scores = read_scores(_scores_of(base, arm), prefix)
+        scores = read_scores(files[arm], prefix)
         for other in arms:
             if other != arm:
-                differences = paired_differences(scores, read_scores(_scores_of(base, other), prefix))
+                differences = paired_differences(scores, read_scores(files[other], prefix))
                 metrics = {name: dataclasses.asdict(each) for name, each in differences.items()}
                 found.append({"arm": arm, "of": other, **named, "rows": len(scores), **metrics})
     return found

@@ -58,6 +58,18 @@ def test_three_arms_are_trained_exported_and_verified(small_model: tuple[str, ..
         )
         assert each["auc"]["low"] < each["auc"]["value"] < each["auc"]["high"]
     assert "- MLET against single layer: LogLoss " in table
+    report = mlet_json("report", base, "--out", tmp_path / "report")
+    assert list(report["arms"]) == list(arms)
+    for output in report["outputs"]:
+        assert output["output"] == "dcp"
+        assert output["test"]["logloss"]["mean"] == pytest.approx(arms[output["arm"]]["test_logloss"], abs=1e-6)
+    (of_mlet,) = (each for each in report["outputs"] if each["arm"] == "mlet")
+    found, shown = of_mlet["test"]["logloss"]["difference"], differences["single"]["logloss"]
+    assert (found["low"], found["high"]) == pytest.approx((shown["low"], shown["high"]), rel=0.2)
+    # Single runs have the metrics of training alone.
+    runs = mlet_json("report", base / "single", base / "mlet", "--out", tmp_path / "runs")
+    assert runs["recommended"] is None
+    assert runs["advice"][0].startswith("There is no recommendation, because there are no predictions of single rows")
     # With other settings it replaces the results only with run.overwrite=true.
     assert "run.overwrite=true" in error_line("compare", CONFIG, *overrides, "train.seed=1")
 
@@ -87,9 +99,11 @@ class Commands:
             out = Path(rest[rest.index("--out") + 1])
             out.mkdir()
             (out / "manifest.json").write_text('{"format_version": 2, "model": {}}')
-        if command == "predict":
-            scores = {"logit": self.logits[Path(target).stem], "label": [0.0, 1.0, 0.0, 1.0]}
-            pq.write_table(pa.table(scores), rest[rest.index("--out") + 1])
+        if command == "verify":
+            scores = Path(rest[rest.index("--scores") + 1])
+            scores.mkdir(parents=True)
+            columns = {"logit": self.logits[Path(target).stem], "label": [0.0, 1.0, 0.0, 1.0]}
+            pq.write_table(pa.table(columns), scores / "dcp.parquet")
         verified = {"ok": True, "outputs": {"dcp": {"max_abs_logit_diff": 0.0}}}
         return verified if command == "verify" else self.arm
 
@@ -181,7 +195,7 @@ def test_a_single_layer_can_be_compared_with_itself_compressed(
     assert "9.0 MB" not in comparison_table(result)
 
 
-COMMANDS = ("train", "export", "verify", "predict")
+COMMANDS = ("train", "export", "verify")
 ARM = {"trained_table_bytes": 1, "served_bytes": {"dcp": 1}, "test_auc": 0.5, "test_logloss": 0.25}
 ALL = [(command, arm) for arm in ("single", "mlet", "control") for command in COMMANDS]
 
@@ -204,7 +218,7 @@ def test_a_comparison_that_was_stopped_resumes(commands: Commands, settings: Cal
     commands.stop = ("train", "control")
     with pytest.raises(KeyboardInterrupt):
         compare(settings("run.overwrite=true"), 1)
-    assert commands.ran == ALL[:8]
+    assert commands.ran == ALL[:6]
     commands.ran, commands.stop = [], None
     result = compare(settings(), 1)
     assert "compare them on other data" in comparison_report(result)

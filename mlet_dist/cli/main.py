@@ -21,6 +21,7 @@ from mlet_dist.cli import (
     plan,
     predict,
     prepare,
+    report,
     spectrum,
     sweep,
     synth,
@@ -57,8 +58,8 @@ class _Command(Protocol):
 
 
 _COMMANDS: tuple[_Command, ...] = (
-    describe, prepare, synth, train, compare, sweep, plan, evaluate, predict, export, verify, factorize, spectrum,
-    widths, doctor,
+    describe, prepare, synth, train, compare, sweep, report, plan, evaluate, predict, export, verify, factorize,
+    spectrum, widths, doctor,
 )  # fmt: skip
 
 

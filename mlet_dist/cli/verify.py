@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for quantised tables: the largest allowed change of the AUC, by encoding "
         "(default: fp16=0.0005 int8=0.0005 int4=0.002)",
     )  # fmt: skip
+    parser.add_argument(
+        "--scores", type=Path, metavar="DIR",
+        help="also write the predictions of each output for all rows of the split to this directory, as int8.parquet",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
 
     tolerances = Tolerances(args.tolerance, {**DEFAULT_TOLERANCES.auc, **dict(args.auc_tolerance)})
     data, choice = data_set_path(args.data), choice_of(args)
-    result = verify_export(Path(args.export), Path(args.run), data, args.split, tolerances, choice)
+    result = verify_export(Path(args.export), Path(args.run), data, args.split, tolerances, choice, args.scores)
     if args.json:
         return result, result["ok"]
     print_text(verification_table(result))

@@ -4,6 +4,7 @@
 - ``restarts``: run attempts one after the other, and decide after a failure who ends and who meets again.
 - ``attempt``: run the ranks of this node once with torch elastic.
 - ``heartbeats``: find nodes that are lost, and tell all nodes why an attempt has failed.
+- ``elastic_beats``: let the ranks of an elastic job restart when a node has vanished.
 - ``failure``: why an attempt has failed.
 - ``verdict``: what a failure means for this node: the reason, whether it counts, the exit code.
 - ``rank_watch``: watch the rank processes of this node: report, find those that are stopped, pass signals on, kill.
@@ -19,5 +20,6 @@
 - ``calibration``: measure the rates of a job's ranks for `mlet plan`.
 - ``collective_rates``, ``device_rates``, ``host_rates``: of collectives, of a device, of the host's work in a step.
 - ``machine_checks``: run `mlet doctor`, which checks one machine or container.
+- ``lost_pods``: let the Job controller of Kubernetes replace lost pods of `k8s/job` promptly, in an init container.
 - ``software_checks``: check that Python, torch, fbgemm and TorchRec are installed and compatible.
 """

@@ -12,18 +12,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mlet_dist.cluster.elastic_beats import ElasticBeats
 from mlet_dist.cluster.gloo_interface import gloo_interface
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.rank_errors import error_in_logs, error_of_failure
 from mlet_dist.cluster.rank_watch import RankWatch
 from mlet_dist.cluster.stop_request import FORWARDED, StopRequest
 from mlet_dist.cluster.torch_rendezvous import FixedRendezvous
-from mlet_dist.errors import NodesMissing
+from mlet_dist.errors import ConnectionLost, NodesMissing
 from mlet_dist.node_log import log_of_node
 from mlet_dist.openmp import thread_environment
 from mlet_dist.training.rank_files import folders_by_process
@@ -89,7 +91,8 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
         on_cuda: whether the ranks use NCCL.
 
     Raises:
-        NodesMissing: too few nodes joined.
+        NodesMissing: too few nodes joined, at the start or after others were lost.
+        ConnectionLost: node 0 is lost, or another node while the nodes met; or the job ended before this node joined.
         Exception: as ``run_ranks`` raises.
     """
     # A node that joins after the last call is admitted, too: the ranks of all nodes are then restarted.
@@ -110,20 +113,28 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
         "signals_to_handle": ",".join(number.name for number in FORWARDED),
     }
     _choose_interface(nodes)
+    # torch elastic 2.13 publishes a shared store once: a node that joins later would wait for its address in vain.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     watch = RankWatch((), shutdown_seconds(), lambda kind, text: None, on_cuda=on_cuda)
+    beats = ElasticBeats(nodes, job, options["last_call_timeout"])
     with _log_directory() as logs:
         try:
-            with _raised_signals(), watch.watch(logs):
+            with _raised_signals(), watch.watch(logs), beats:
                 _launch(config, nproc, logs, arguments)
         except SignalException as stopped:
             raise error_in_logs(logs) or KeyboardInterrupt(stopped.sigval) from None
         except ChildFailedError as failed:
             raise _error_of(failed, arguments, watch, logs) from None
-        except RendezvousError as error:
+        except RendezvousTimeoutError:
             raise NodesMissing(
-                f"fewer than {nodes.min_count} nodes joined at {nodes.endpoint} in time (--wait {nodes.wait:g}; "
-                f"{type(error).__name__}); check that all nodes run the same command and can reach node 0"
+                f"fewer than {nodes.min_count} nodes joined at {nodes.endpoint} in time (--wait {nodes.wait:g}); "
+                "check that all nodes run the same command and can reach node 0"
             ) from None
+        except RendezvousClosedError:
+            raise ConnectionLost(f"the job at {nodes.endpoint} ended before this node joined it") from None
+        except (RendezvousError, DistError):
+            lost = f"node 0 at {nodes.endpoint} does not answer any more, or a node was lost while all of them met"
+            raise ConnectionLost(lost) from None
 
 
 def _error_of(failed: ChildFailedError, arguments: Sequence[str], watch: RankWatch, logs: Path) -> Exception:

@@ -1,31 +1,26 @@
 """`mlet predict`: the scores of a run or an export for every row of a split, or of raw files, as a Parquet file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from mlet_dist.atomic_file import replaced_file
 from mlet_dist.data.location import DataPath, data_set_path
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError, writing
+from mlet_dist.errors import UserError
 from mlet_dist.export.evaluated_model import EvaluatedModel
 from mlet_dist.export.raw_data import SPLIT, is_raw, prepared_rows
+from mlet_dist.export.scores_writer import written_scores
 from mlet_dist.models.spec import ModelSpec
 from mlet_dist.progress import Progress
 from mlet_dist.training.evaluation import evaluation_loader, predict
-from mlet_dist.training.label_metrics import metric_prefixes
 from mlet_dist.training.process_group import Worker
 from mlet_dist.training.run_checkpoints import LAST, CheckpointChoice
 
-_ROWS_A_GROUP = 1 << 20
 _RAW_TIMEOUT = timedelta(hours=6)  # ranks wait until rank 0 has prepared raw files
 
 
@@ -97,7 +92,12 @@ def _predict_split(
     with Progress("predict", rows, "rows", disable=not worker.is_first) as progress:
         batches = _gathered(predict(model, loader, worker), loader.local_batch_size, worker)
         if worker.is_first:
-            _write(out, batches, spec.labels, progress, is_labelled)
+            number = len(spec.labels)
+            with written_scores(out, spec.labels) as writer:
+                for batch in batches:
+                    labels = batch[number : 2 * number].t() if is_labelled else None
+                    writer.add(batch[:number].t(), labels, batch[-1] if len(batch) > 2 * number else None)
+                    progress.update(batch.shape[1])
         else:
             for _ in batches:
                 pass
@@ -123,31 +123,3 @@ def _gathered(
         dist.gather(count, counts)
         if found is not None and counts is not None:
             yield torch.cat([each[:, : int(rows)] for each, rows in zip(found, counts, strict=True)], dim=1).cpu()
-
-
-def _write(
-    out: Path, batches: Iterator[torch.Tensor], labels: Sequence[str], progress: Progress, is_labelled: bool
-) -> None:
-    """Write batches of ``_gathered`` to a Parquet file."""
-    writer: pq.ParquetWriter | None = None
-    prefixes = metric_prefixes(labels)
-    row = 0
-    with writing(out), replaced_file(out) as file:
-        for batch in batches:
-            rows = batch.shape[1]
-            columns = {"row": pa.array(range(row, row + rows), pa.int64())}
-            for index, prefix in enumerate(prefixes):
-                logits, found = batch[index], batch[len(prefixes) + index].numpy()
-                if is_labelled:
-                    columns[f"{prefix}label"] = pa.array(found, mask=np.isnan(found))
-                columns[f"{prefix}logit"] = pa.array(logits.numpy())
-                columns[f"{prefix}probability"] = pa.array(torch.sigmoid(logits).numpy())
-            if len(batch) > 2 * len(prefixes):
-                columns["weight"] = pa.array(batch[-1].numpy())
-            table = pa.table(columns)
-            writer = writer or pq.ParquetWriter(file, table.schema)
-            writer.write_table(table, _ROWS_A_GROUP)
-            row += rows
-            progress.update(rows)
-        if writer is not None:
-            writer.close()

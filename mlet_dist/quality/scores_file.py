@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,3 +36,9 @@ def read_scores(path: Path, prefix: str = "") -> Scores:
         return Scores.of(*(table[name].to_numpy() for name in columns))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def rows_with_label(path: Path, prefix: str) -> npt.NDArray[np.int64]:
+    """Return the numbers of the rows that ``read_scores`` returns the scores of."""
+    table = pq.read_table(path, columns=["row", f"{prefix}label"])
+    return np.asarray(table.filter(table[f"{prefix}label"].is_valid())["row"].to_numpy(), np.int64)

@@ -14,6 +14,8 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, writing
 from mlet_dist.progress import Progress
 from mlet_dist.sweep.arms import Arm, arms_of, control_config, with_settings
+from mlet_dist.sweep.logged_commands import LoggedCommands
+from mlet_dist.sweep.scored_points import ScoredPoints, outputs_of
 from mlet_dist.sweep.sweep_file import SweepConfig, TuneConfig
 from mlet_dist.sweep.sweep_results import Result, results_table, write_results
 from mlet_dist.sweep.trained_points import TrainedPoints
@@ -46,7 +48,9 @@ class _Sweep:
     def __init__(self, sweep: SweepConfig, out: Path, arms: list[Arm]) -> None:
         self._sweep, self._out = sweep, out
         self._arms = {arm.name: arm for arm in arms}
-        self._points = TrainedPoints(Path(sweep.runs) if sweep.runs is not None else out / "runs", sweep.nproc)
+        self._commands = LoggedCommands()
+        runs = Path(sweep.runs) if sweep.runs is not None else out / "runs"
+        self._points = TrainedPoints(runs, sweep.nproc, self._commands)
         self._results: list[Result] = []
         self._lock = threading.Lock()
         self._chosen: dict[str, Future[dict[str, float]]] = {arm.name: Future() for arm in arms}
@@ -56,6 +60,7 @@ class _Sweep:
         self._best: dict[str, float] = {}
         schema = DatasetSchema.load(data_set_path(arms[0].config.data.path))
         self._labels = schema.labels
+        self._scored = ScoredPoints(self._commands, [split for split in ("valid", "test") if split in schema.parts])
         self._tune = dataclasses.replace(sweep.tune, metric=_metric(sweep.tune, schema.labels))
         self._split = "test" if "test" in schema.parts else "valid"  # of the results that are shown
         # With several labels it is of that by which trials are compared.
@@ -73,7 +78,7 @@ class _Sweep:
             except BaseException:
                 for each in waiting:
                     each.cancel()
-                self._points.stop()
+                self._commands.stop()
                 raise
         self._write()
         table = results_table(self._results, self._split, self._labels)
@@ -105,8 +110,12 @@ class _Sweep:
         self._chosen[arm.name].set_result(settings)
         for seed in self._sweep.seeds:
             seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-            outcome = self._points.train(seeded)
-            self._add(Result(arm, "seed", seeded, settings, outcome))
+            outcome = self._points.train(seeded, keep=True)
+            result = Result(arm, "seed", seeded, settings, outcome)
+            if result.fault is None and self._sweep.outputs:
+                outputs = outputs_of(seeded, self._sweep.outputs)
+                result = dataclasses.replace(result, scored=self._scored.score(outcome, seeded, outputs))
+            self._add(result)
 
     def _choose(self, arm: Arm) -> tuple[Config, dict[str, float]]:
         file = self._out / "arms" / f"{list(self._arms).index(arm.name):03}.yaml"

@@ -100,6 +100,11 @@ class SweepConfig:
         at_most=2**63 - 1,
         min_length=1,
     )
+    outputs: tuple[Literal["dcp", "fp16", "int8", "int4"], ...] = setting(
+        "Outputs of `mlet export` in which each run with a seed is measured, of a compressed run their mixed or kept "
+        "variants: `mlet report` needs the predictions. []: none.",
+        ("dcp", "fp16", "int8", "int4"),
+    )
     runs: str | None = setting(
         "Directory of the runs, in which other sweeps with it find what they share; a relative path begins at the "
         "sweep's file. null: runs in the directory of the results.",

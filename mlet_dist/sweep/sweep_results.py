@@ -14,6 +14,7 @@ from mlet_dist.atomic_file import replaced_file
 from mlet_dist.config.config_file import Config
 from mlet_dist.formatting import text_table, to_json
 from mlet_dist.sweep.arms import Arm
+from mlet_dist.sweep.scored_points import Scored
 from mlet_dist.sweep.trained_points import Outcome
 from mlet_dist.training.label_metrics import metric_prefixes
 
@@ -32,6 +33,7 @@ def _schema(labels: Sequence[str]) -> pa.Schema:
             "hidden_dim": pa.int64(), "seed": pa.int64(), "steps": pa.int64(), "settings": pa.string(),
             "fault": pa.string(), **dict.fromkeys(_metrics(labels), pa.float64()), "served_table_bytes": pa.int64(),
             "training_bytes_peak": pa.int64(), "seconds": pa.float64(), "run": pa.string(),
+            "scores": pa.string(), "outputs": pa.string(),
         }
     )  # fmt: skip
 
@@ -46,6 +48,7 @@ class Result:
         config: its settings.
         tuned: the settings that were tuned, by name.
         outcome: what became of it.
+        scored: its outputs and their scores; None for a trial, a faulty run, or a sweep without outputs.
     """
 
     arm: Arm
@@ -53,6 +56,7 @@ class Result:
     config: Config
     tuned: Mapping[str, float]
     outcome: Outcome
+    scored: Scored | None = None
 
     @property
     def fault(self) -> str | None:
@@ -80,6 +84,8 @@ class Result:
             **{name: summary.get(name) for name in (*_metrics(labels), "served_table_bytes", "training_bytes_peak")},
             "seconds": self.outcome.seconds,
             "run": str(self.outcome.run),
+            "scores": None if self.scored is None else str(self.scored.path),
+            "outputs": None if self.scored is None else to_json(dict(self.scored.outputs)),
         }
 
 

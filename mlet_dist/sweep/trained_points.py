@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import shlex
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -19,11 +16,11 @@ from mlet_dist.atomic_file import replaced_file
 from mlet_dist.config.config_file import Config, save_config
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import Interrupted, UserError, writing
+from mlet_dist.errors import UserError, writing
 from mlet_dist.formatting import load_json, to_json
+from mlet_dist.sweep.logged_commands import LoggedCommands, end_of
 from mlet_dist.training.run_directory import RunDirectory
 
-_STOP_SECONDS = 30.0
 _WITHOUT_EFFECT = (
     "log_every", "metrics_port", "device", "pipelined", "resume", "checkpoint_every", "checkpoint_minutes",
     "checkpoint_dir", "checkpoint_async", "checkpoint_failure", "keep_last", "keep_every", "collective_timeout_s",
@@ -53,12 +50,12 @@ class TrainedPoints:
     Args:
         path: the directory of all runs.
         nproc: ranks of each run.
+        commands: runs `mlet train`.
     """
 
-    def __init__(self, path: Path, nproc: int) -> None:
-        self._path, self._nproc = path, nproc
-        self._children: set[subprocess.Popen[bytes]] = set()
-        self._lock, self._stopped = threading.Lock(), False
+    def __init__(self, path: Path, nproc: int, commands: LoggedCommands) -> None:
+        self._path, self._nproc, self._commands = path, nproc, commands
+        self._lock = threading.Lock()
         self._of_digest: dict[str, threading.Lock] = {}
 
     def directory(self, config: Config) -> Path:
@@ -77,38 +74,38 @@ class TrainedPoints:
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{file}: not the result of a run; remove it, and the run is trained again") from None
 
-    def train(self, config: Config, start: Config | None = None) -> Outcome:
+    def train(self, config: Config, start: Config | None = None, *, keep: bool = False) -> Outcome:
         """Train a config, or return the outcome of an earlier time.
 
         Args:
             config: the settings; ``run.dir`` and the intervals of checkpoints are replaced.
             start: that of a finished run with fewer steps, which this one continues if its checkpoint is there.
+            keep: its last checkpoint is wanted: a run whose checkpoint was removed is trained again, and
+                ``forget_checkpoints`` does not remove it.
 
         Raises:
             UserError: the run failed for another reason than that it diverged; its log says why.
-            Interrupted: ``stop`` was called.
+            Interrupted: the sweep was stopped.
         """
         with self._lock:
             own = self._of_digest.setdefault(digest_of(config), threading.Lock())
         with own:  # two arms may want the same run
-            return self.find(config) or self._train(config, start)
+            run, found = self.directory(config), self.find(config)
+            if not keep:
+                return found or self._train(config, start)
+            with writing(self._path):
+                self._path.mkdir(parents=True, exist_ok=True)
+                _kept_file(run).touch()
+                if found is not None and found.diverged is None and not RunDirectory(run).checkpoints.is_dir():
+                    found = None  # a trial with the same settings
+                    shutil.rmtree(run)
+            return found or self._train(config, start)
 
     def forget_checkpoints(self, config: Config) -> None:
-        """Remove the checkpoints of a finished run, of which the results stay."""
-        shutil.rmtree(RunDirectory(self.directory(config)).checkpoints, ignore_errors=True)
-
-    def stop(self) -> None:
-        """End all runs, which save themselves, and refuse to start others."""
-        with self._lock:
-            self._stopped = True
-            children = list(self._children)
-        for child in children:
-            child.terminate()
-        deadline = time.monotonic() + _STOP_SECONDS
-        for child in children:
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(max(0.0, deadline - time.monotonic()))
-            child.kill()
+        """Remove the checkpoints of a finished run, of which the results stay, unless they are to be kept."""
+        run = self.directory(config)
+        if not _kept_file(run).exists():
+            shutil.rmtree(RunDirectory(run).checkpoints, ignore_errors=True)
 
     def _train(self, config: Config, start: Config | None) -> Outcome:
         run = self.directory(config)
@@ -135,7 +132,9 @@ class TrainedPoints:
             file = run.with_suffix(".yaml")
             save_config(placed, file)
             started = time.monotonic()
-            code = self._run("train", str(file), "--once", "--nproc", str(self._nproc), log=run.with_suffix(".log"))
+            # One rank needs no launcher, which takes seconds to start.
+            ranks = () if self._nproc == 1 else ("--nproc", str(self._nproc))
+            code = self._commands.run("train", str(file), "--once", *ranks, log=run.with_suffix(".log"))
             seconds = time.monotonic() - started
             outcome = self._outcome(run, code, seconds)
             content = {"summary": outcome.summary, "seconds": seconds, "diverged": outcome.diverged}
@@ -143,40 +142,13 @@ class TrainedPoints:
                 handle.write(to_json(content, indent=1).encode())
         return outcome
 
-    def _run(self, *arguments: str, log: Path) -> int:
-        """Run an `mlet` command; its output goes to a file. Return its exit code."""
-        with log.open("ab") as output:
-            output.write(f"$ {shlex.join(['mlet', *arguments])}\n".encode())
-            output.flush()
-            with self._lock:
-                if self._stopped:
-                    raise Interrupted("the sweep was stopped")
-                # In a session of its own the run does not receive Ctrl-C; `stop` ends it.
-                child = subprocess.Popen(
-                    [sys.executable, "-m", "mlet_dist", *arguments],
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
-                self._children.add(child)
-            try:
-                code = child.wait()
-            finally:
-                with self._lock:
-                    self._children.discard(child)
-        if self._stopped:
-            raise Interrupted("the sweep was stopped")
-        return code
-
     def _outcome(self, run: Path, code: int, seconds: float) -> Outcome:
         if code == 0:
             _, _, summary = RunDirectory(run).load()
             return Outcome(run, summary, seconds)
         if (reason := _divergence(run)) is not None:
             return Outcome(run, {}, seconds, reason)
-        log = run.with_suffix(".log")
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        raise UserError(f"{run}: training failed with exit code {code}; the end of {log}: {lines[-1] if lines else ''}")
+        raise UserError(f"{run}: training failed with exit code {code}; {end_of(run.with_suffix('.log'))}")
 
 
 def digest_of(config: Config) -> str:
@@ -197,6 +169,11 @@ def digest_of(config: Config) -> str:
 
 def _outcome_file(run: Path) -> Path:
     return run.with_suffix(".json")
+
+
+def _kept_file(run: Path) -> Path:
+    """Return the file that marks a run whose checkpoints stay, whichever sweep trains it."""
+    return run.with_suffix(".keep")
 
 
 def _divergence(run: Path) -> str | None:

@@ -36,13 +36,14 @@ JOB_FAILURE_REASONS = {
     "MaxFailedIndexesExceeded",
     "PodFailurePolicy",
 }
+_CORE = ("v1", "batch", "policy", "apps", "networking.k8s.io", "rbac.authorization.k8s.io")
 VOLCANO_ACTIONS = {"AbortJob", "RestartJob", "RestartTask", "TerminateJob", "CompleteJob", "ResumeJob"}
 RULE_ACTIONS = {"FailJob", "FailIndex", "Ignore", "Count"}
 
 
 def check(thing: Object) -> None:
     """Raise an error if a server would reject the object, as far as that can be found without a server."""
-    if thing["apiVersion"].partition("/")[0] in ("v1", "batch", "policy", "apps", "networking.k8s.io"):
+    if thing["apiVersion"].partition("/")[0] in _CORE:
         kubernetes_validate.validate(thing, VERSION, strict=True)
     elif thing["apiVersion"].startswith("admissionregistration.k8s.io/"):
         kubernetes_validate.validate(thing, NEWEST_VERSION, strict=True)

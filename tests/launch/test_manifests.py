@@ -101,7 +101,7 @@ def test_no_privileges(name: str) -> None:
             assert spec["securityContext"]["runAsUser"] > 0
             assert spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
             assert spec["automountServiceAccountToken"] is False
-            for container in spec["containers"]:
+            for container in (*spec.get("initContainers", []), *spec["containers"]):
                 own = container["securityContext"]
                 assert own["readOnlyRootFilesystem"]
                 assert own["allowPrivilegeEscalation"] is False
@@ -109,6 +109,21 @@ def test_no_privileges(name: str) -> None:
                 if thing["kind"] != "TrainingRuntime":  # the TrainJob has the resources
                     assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
                     assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_only_an_init_container_has_a_token_and_it_may_patch_pods_alone(name: str) -> None:
+    """Whoever connects to a port of a node can run code in its training container."""
+    for thing in render(name):
+        for _, template in templates(thing):
+            spec = template["spec"]
+            tokens = {each["name"] for each in spec["volumes"] if "serviceAccountToken" in str(each)}
+            for container in spec["containers"]:
+                assert not tokens & {mount["name"] for mount in container["volumeMounts"]}
+            assert len(tokens) == ("serviceAccountName" in spec) == len(spec.get("initContainers", []))
+    for role in of_kind(name, "Role"):
+        assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}]
+    assert not of_kind(name, "ClusterRole")
 
 
 @pytest.mark.parametrize("name", [*RENDERED, "volcano/job with efa", "trainjob with infiniband"])
@@ -137,9 +152,10 @@ def test_training_pods_of_all_kinds_are_equal() -> None:
         (container,) = pod["containers"]
         own = {"name", "args", "command", "ports", "resources", "env"}
         environment = [each for each in container["env"] if not each["name"].startswith(("JOB", "NODES"))]
-        volumes = [volume for volume in pod["volumes"] if volume["name"] != "config"]  # each has its own
+        volumes = [volume for volume in pod["volumes"] if volume["name"] not in ("config", "token")]  # its own
+        own_fields = ("containers", "initContainers", "serviceAccountName", "subdomain", "volumes")
         return {
-            "pod": {key: value for key, value in pod.items() if key not in ("containers", "subdomain", "volumes")},
+            "pod": {key: value for key, value in pod.items() if key not in own_fields},
             "volumes": volumes,
             "container": {key: value for key, value in container.items() if key not in own} | {"env": environment},
             "metadata": job["template"]["metadata"],

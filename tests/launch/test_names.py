@@ -41,10 +41,14 @@ def unresolved(things: list[Object], given: set[tuple[str, str]]) -> list[tuple[
                 claim = volume.get("persistentVolumeClaim", {}).get("claimName")
                 wanted += [("PersistentVolumeClaim", claim)] if claim else []
             wanted += [("Service", pod["subdomain"])] if "subdomain" in pod else []
+            wanted += [("ServiceAccount", pod["serviceAccountName"])] if "serviceAccountName" in pod else []
             group = template["metadata"].get("annotations", {}).get("scheduling.k8s.io/group-name")
             wanted += [("PodGroup", group)] if group else []
         if thing["kind"] == "TrainJob":
             wanted.append((thing["spec"]["runtimeRef"]["kind"], thing["spec"]["runtimeRef"]["name"]))
+        if thing["kind"] == "RoleBinding":
+            wanted.append((thing["roleRef"]["kind"], thing["roleRef"]["name"]))
+            wanted += [(each["kind"], each["name"]) for each in thing["subjects"]]
         if thing["kind"] == "MutatingAdmissionPolicyBinding":
             wanted.append(("MutatingAdmissionPolicy", thing["spec"]["policyName"]))
     return [each for each in wanted if each not in names(things) | given]

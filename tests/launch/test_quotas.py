@@ -32,7 +32,9 @@ def resources(name: str) -> list[Object]:
     found = [thing["spec"]["trainer"]["resourcesPerNode"] for thing in of_kind(name, "TrainJob")]
     for thing in render(name):
         if thing["kind"] != "TrainingRuntime":  # the TrainJob has the resources
-            found += [each["resources"] for _, pod in templates(thing) for each in pod["spec"]["containers"]]
+            for _, pod in templates(thing):
+                containers = (*pod["spec"].get("initContainers", []), *pod["spec"]["containers"])
+                found += [each["resources"] for each in containers]
     return found
 
 

@@ -1,10 +1,12 @@
 """What Kubernetes does with pods that end: the rules of Jobs and JobSets for mlet's exit codes, and for lost pods."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks.job_backoff import MOST_S
+from mlet_dist.cluster import lost_pods
 from tests.helpers.kubernetes_schemas import Object
 from tests.helpers.rendered_manifests import TRAINING, needs_kubectl, of_kind, training_command, training_pod
 
@@ -78,6 +80,26 @@ def test_a_job_counts_crashes_alone_and_fails_on_input_errors(name: str) -> None
     found = {code: action(job, container["name"], code, disrupted=False)[0] for code in (1, 2, 69, 75, 137)}
     assert found == {1: "Count", 2: "FailJob", 69: "Ignore", 75: "Ignore", 137: "Count"}
     assert {action(job, container["name"], code, disrupted=True)[0] for code in (1, 75, 137, 143)} == {"Ignore"}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_lost_pod_of_a_job_is_replaced_as_soon_as_the_first(name: str) -> None:
+    """The init container removes what the controller computes a longer wait from; tests/cluster/test_lost_pods.py."""
+    _, pod = training_pod(name)
+    (container,) = pod["initContainers"]
+    assert container["command"] == ["python", "-m", lost_pods.__name__]
+    given = {each["name"]: each["valueFrom"]["fieldRef"]["fieldPath"] for each in container["env"]}
+    assert given == {
+        "LOST_PODS": f"metadata.annotations['{lost_pods.ANNOTATION}']",
+        "POD_NAME": "metadata.name",
+        "POD_NAMESPACE": "metadata.namespace",
+    }
+    (mount,) = container["volumeMounts"]
+    (volume,) = [each for each in pod["volumes"] if each["name"] == mount["name"]]
+    assert Path(mount["mountPath"]) == lost_pods.SECRETS
+    token, certificate = volume["projected"]["sources"]
+    assert token["serviceAccountToken"]["path"] == "token"
+    assert certificate["configMap"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}]
 
 
 @pytest.mark.parametrize("name", JOB_SETS)

@@ -1,6 +1,8 @@
 """A sweep trains its arms by `mlet train`, and does nothing again that is done."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,6 +10,8 @@ import pytest
 import yaml
 
 from mlet_dist.errors import UserError
+from mlet_dist.quality.score_metrics import logloss
+from mlet_dist.quality.scores_file import read_scores
 from mlet_dist.sweep.arms import arms_of
 from mlet_dist.sweep.run_sweep import run_sweep
 from mlet_dist.sweep.sweep_file import Interval, SweepConfig, TuneConfig
@@ -37,6 +41,7 @@ def test_arms_are_tuned_trained_with_each_seed_and_not_trained_again(
             "trials": 2, "steps": 4, "first_steps": 2, "keep": 2,
         },
         "seeds": [3, 4],
+        "outputs": ["dcp", "int8"],
         "workers": 2,
     }  # fmt: skip
     file.write_text(yaml.safe_dump(content))
@@ -49,6 +54,38 @@ def test_arms_are_tuned_trained_with_each_seed_and_not_trained_again(
     )
     assert sum(row["stage"] == "tune" for row in rows) == 4
     assert all(row["steps"] == 6 and 0 < row["test_auc"] < 1 for row in seeds)
+    for row in rows:
+        assert (row["outputs"] is not None) == (row["stage"] == "seed")
+    for row in seeds:
+        outputs = json.loads(row["outputs"])
+        assert list(outputs) == ["dcp", "int8"]
+        assert outputs["int8"]["served_bytes"] < outputs["dcp"]["served_bytes"] == row["served_table_bytes"]
+        for split in ("valid", "test"):
+            for name, each in outputs.items():
+                found = read_scores(Path(row["scores"]) / split / f"{name}.parquet")
+                assert logloss(found) == pytest.approx(each[split]["logloss"], abs=1e-6)
+            assert outputs["dcp"][split]["logloss"] == pytest.approx(row[f"{split}_logloss"], abs=1e-5)
+    assert not list((out / "runs").glob("*-export"))
+
+    # A report is about these runs, also where the sweep was moved.
+    moved = shutil.copytree(out, tmp_path / "moved")
+    for path in (out, moved):
+        report = mlet_json("report", path, "--out", tmp_path / f"report of {path.name}", "--margin", "0.5")
+        assert report["reference"] == "single of mlet"
+        assert report["recommended"]["output"] == "int8"
+        assert {arm: each["seeds"] for arm, each in report["arms"].items()} == {arm: [3, 4] for arm in result["arms"]}
+        for output in report["outputs"]:
+            own = [row for row in seeds if row["arm"] == output["arm"]]
+            measured = {
+                str(row["seed"]): json.loads(row["outputs"])[output["output"]]["test"]["logloss"] for row in own
+            }
+            assert output["test"]["logloss"]["by_seed"] == pytest.approx(measured, abs=1e-6)
+            assert output["training_bytes"] == own[0]["training_bytes_peak"]
+        for arm in report["arms"].values():
+            assert set(arm["by_class"]) == {"frequent", "medium", "rare"}
+            assert arm["energy"][-1] == pytest.approx(1)
+            assert arm["cost"]["step_ms"] > 0
+    shutil.rmtree(moved)
     mlet_rate, control_rate = (
         yaml.safe_load((out / "arms" / f"{index:03}.yaml").read_text())["optimizer"] for index in (0, 2)
     )
@@ -75,6 +112,7 @@ def test_a_run_that_diverges_is_a_result_and_not_an_error(small_model: tuple[str
         "settings": settings_of(small_model) | {"train.max_steps": 6, "optimizer.learning_rate": 1e20},
         "arms": {"mlet": {"model.hidden_dim": 12}},
         "baselines": False,
+        "outputs": [],
         "seeds": [0],
     }
     file.write_text(yaml.safe_dump(content))
@@ -140,6 +178,7 @@ def test_a_run_that_fails_is_named_with_its_log(small_model: tuple[str, ...], tm
         "settings": settings_of(small_model) | {"train.max_steps": 6, "train.initial_weights": str(tmp_path / "none")},
         "arms": {"mlet": {"model.hidden_dim": 12}},
         "baselines": False,
+        "outputs": [],
         "seeds": [0],
     }
     file.write_text(yaml.safe_dump(content))
@@ -182,7 +221,10 @@ def test_several_labels_have_columns_of_their_own_and_trials_go_on_from_initial_
     )  # fmt: skip
     result = run_sweep(sweep, tmp_path / "out")
     assert result["arms"]["mlet"]["faults"] == {}
+    # The trial and the run with the seed have the same settings; the checkpoint of the run is kept.
     rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert rows[0]["run"] == rows[1]["run"]
+    assert list((Path(rows[1]["run"]) / "checkpoints").iterdir())
     assert [(row["stage"], row["steps"]) for row in rows] == [("tune", 4), ("seed", 4)]
     for split in ("valid", "test"):
         for label in ("click", "conversion"):

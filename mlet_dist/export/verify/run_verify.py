@@ -14,10 +14,11 @@ from mlet_dist.data.loading.loader import Batch
 from mlet_dist.data.location import DataPath
 from mlet_dist.data.preprocessing import find_difference
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError, print_warning
+from mlet_dist.errors import UserError, print_warning, writing
 from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import PACKAGE, ExportDirectory
 from mlet_dist.export.outputs import open_output
+from mlet_dist.export.scores_writer import written_scores
 from mlet_dist.export.seen_rows import SeenRows, renumber
 from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.sized_model import Size, at_size
@@ -45,6 +46,7 @@ def verify_export(
     split: str = "test",
     tolerances: Tolerances = DEFAULT_TOLERANCES,
     choice: CheckpointChoice = LAST,
+    scores: Path | None = None,
 ) -> dict[str, Any]:
     """Compare the factorised model of a run with every model of its export on every row of a split.
 
@@ -52,6 +54,9 @@ def verify_export(
 
     This runs in one process on the CPU. It reads all files of the export and of the run's checkpoint, and keeps the
     rows that the split looks up in memory. A package is loaded with all its tables.
+
+    With ``scores``, a directory that must be empty or not exist, the predictions of each output are written there, as
+    ``int8.parquet``; those of a package's models as ``package-model.pt.parquet``. See ``ScoresWriter``.
 
     Returns:
         ``ok``, ``split``, ``rows``, ``auc_run``, ``logloss_run``, and ``outputs``: by name ``ok``, ``encoding``,
@@ -63,8 +68,10 @@ def verify_export(
 
     Raises:
         UserError: ``export`` is not an export, ``run`` is not a run, they do not fit each other or the data, or a file
-            is damaged.
+            is damaged. Or ``scores`` has files, or cannot be written.
     """
+    if scores is not None:
+        _make_empty(scores)
     directory = ExportDirectory(export)
     with ExitStack() as stack:
         served, manifest = directory.load()
@@ -125,18 +132,24 @@ def verify_export(
         labels, weighted = trained.labels, schema.sample_weight
         of_run = LabelMetrics(labels, _SINGLE_PROCESS.device, weighted=weighted)
         comparisons = {name: Comparison(each, labels, weighted=weighted) for name, each in models.items()}
+        writers = {} if scores is None else {
+            name: stack.enter_context(written_scores(scores / f"{name.replace('/', '-')}.parquet", labels))
+            for name in models
+        }  # fmt: skip
         with Progress("verify", schema.rows[split], "rows") as progress, torch.inference_mode():
             for batch in batches():
                 bags = renumber(batch.sparse, {feature: rows[table] for feature, table in table_of.items()})
                 logits, of_rows, weights = batch.predicted(predict_logits(batch, bags))
                 of_run.update(logits, of_rows, weights)
-                for comparison in comparisons.values():
-                    comparison.add(logits, comparison.model.predict(batch, bags), of_rows, weights)
+                for name, comparison in comparisons.items():
+                    found = comparison.add(logits, comparison.model.predict(batch, bags), of_rows, weights)
+                    if name in writers:
+                        writers[name].add(found, of_rows, weights)
                 progress.update(len(of_rows))
-    found = of_run.compute()
+    metrics = of_run.compute()
     results = {
         name: each.result(
-            found,
+            metrics,
             {table: checked.errors[each.model.of_tables] for table, checked in tables.items()},
             tolerances,
         )
@@ -145,14 +158,22 @@ def verify_export(
     return {
         "ok": all(result["ok"] for result in results.values()),
         "split": split,
-        "rows": int(found["rows"]),
+        "rows": int(metrics["rows"]),
         **{
-            f"{prefix}{name}_run": found[f"{prefix}{name}"]
+            f"{prefix}{name}_run": metrics[f"{prefix}{name}"]
             for prefix in metric_prefixes(trained.labels)
             for name in ("auc", "logloss")
         },
         "outputs": results,
     }
+
+
+def _make_empty(directory: Path) -> None:
+    """Create a directory; raise UserError if it has files."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise UserError(f"{directory}: is not empty; name another directory for the scores, or remove it")
 
 
 def _check_size(export: Path, size: Size, run: Path, source: ModelSource) -> None:

@@ -39,11 +39,14 @@ class Comparison:
 
     def add(
         self, logits: torch.Tensor, found: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> None:
+    ) -> torch.Tensor:
         """Add rows with the ``logits`` of the trained model and the predictions ``found`` of the exported model.
 
         Args:
             weights: the rows' weights in AUC and LogLoss, if they have any.
+
+        Returns:
+            The logits of the exported model.
         """
         is_logit = self.model.unit == "logit"
         expected = logits.double() if is_logit else logits.double().sigmoid()
@@ -53,7 +56,9 @@ class Comparison:
         if float(largest) > self._worst:
             self._worst, self._worst_row = float(largest), self._rows + int(index)
         self._rows += len(labels)
-        self._metrics.update(found if is_logit else _to_logits(found), labels, weights)
+        of_model = found if is_logit else _to_logits(found)
+        self._metrics.update(of_model, labels, weights)
+        return of_model
 
     def result(
         self, of_run: Mapping[str, float], errors: Mapping[str, TableError], tolerances: Tolerances

@@ -12,6 +12,8 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.run_evaluate import evaluate_path
 from mlet_dist.export.verify.run_verify import verify_export
 from mlet_dist.models.spec import TABLES_PREFIX
+from mlet_dist.quality.score_metrics import auc, logloss
+from mlet_dist.quality.scores_file import read_scores
 from tests.conftest import TrainedRun
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 from tests.helpers.tampered_export import change_manifest, change_tensor
@@ -43,6 +45,22 @@ def test_verify_passes_for_all_models_of_an_export(trained: TrainedRun, exported
 
 
 @pytest.mark.e2e
+def test_the_scores_of_each_output_are_those_that_were_compared(
+    trained: TrainedRun, exported: Path, tmp_path: Path
+) -> None:
+    command = ("verify", exported, "--run", trained.path, "--data", trained.data, "--auc-tolerance", "int4=0.01")
+    command = (*command, "--scores", tmp_path / "scores")
+    result = mlet_json(*command)
+    files = {path.stem: path for path in (tmp_path / "scores").iterdir()}
+    assert files.keys() == {name.replace("/", "-") for name in result["outputs"]}
+    for name, output in result["outputs"].items():
+        scores = read_scores(files[name.replace("/", "-")])
+        assert len(scores) == result["rows"]
+        assert logloss(scores) == pytest.approx(output["logloss"], abs=1e-6)
+        assert auc(scores) == pytest.approx(output["auc"], abs=1e-3)  # of bins
+    assert error_line(*command).endswith("scores: is not empty; name another directory for the scores, or remove it")
+
+
 def test_evaluate_returns_the_metrics_of_training(trained: TrainedRun, exported: Path) -> None:
     for target, ranks in ((trained.path, ["--nproc", "2"]), (exported, [])):
         found = mlet_json("evaluate", target, "--data", trained.data, "--split", "test", *ranks)

@@ -1,0 +1,6 @@
+"""What the HTML pages of all commands share.
+
+Modules:
+    page_shell: the document and its style, for any screen, in the dark and on paper.
+    charts: charts by matplotlib in the colours of the page, as inline SVG and as PNG.
+"""

@@ -1,0 +1,102 @@
+"""A self-contained HTML page: its style, and the parts that several pages have."""
+
+import html
+from collections.abc import Iterable, Sequence
+
+SERIES = ("#1a5fb4", "#c64600", "#26855c", "#8f4fb0", "#a8760a", "#007a8c", "#b0305c", "#5c6670")
+"""Colours of the series of a chart on a light page, which differ in lightness too."""
+INK, SOFT, RULE, PAGE, FILL = "#1f2328", "#59636e", "#d0d7de", "#fefefe", "#e3e7eb"
+"""Text, minor text, lines of a grid, the page, and surfaces on a light page."""
+
+_NAMES = ("ink", "soft", "rule", "page", "fill", *(f"s{index}" for index in range(len(SERIES))))
+_DARK = (
+    *("#e6edf3", "#9da7b3", "#3d444d", "#0d1117", "#262c34"),
+    *("#78aeff", "#ff9a5c", "#5fd3a0", "#cf9bf0", "#e3b341", "#4fc7d9", "#ff8fb3", "#aab4be"),
+)  # fmt: skip
+VARIABLES = dict(zip((INK, SOFT, RULE, PAGE, FILL, *SERIES), (f"var(--{name})" for name in _NAMES), strict=True))
+"""The CSS variable of each colour of a light page, so that it follows the reader's colour scheme."""
+
+
+def _declared(colours: Iterable[str]) -> str:
+    return "; ".join(f"--{name}: {colour}" for name, colour in zip(_NAMES, colours, strict=True))
+
+
+_LIGHT = (INK, SOFT, RULE, PAGE, FILL, *SERIES)
+_STYLE = f"""\
+:root {{ color-scheme: light dark; {_declared(_LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_declared(_DARK)} }} }}
+@media print {{ :root {{ color-scheme: light; {_declared(_LIGHT)} }} }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 20px auto; padding: 0 16px; max-width: 1120px; color: var(--ink);
+  background: var(--page); print-color-adjust: exact; -webkit-print-color-adjust: exact }}
+h1 {{ font-size: 22px; line-height: 1.25; overflow-wrap: anywhere }} h2 {{ font-size: 17px; margin: 30px 0 8px }}
+h3 {{ font-size: 14px; margin: 0 0 6px; overflow-wrap: anywhere }} p, li {{ max-width: 68em }} p {{ margin: 7px 0 }}
+h2, h3, .note, .key {{ break-after: avoid }} small, .note {{ color: var(--soft); font-weight: normal }}
+a {{ color: var(--s0) }} code, pre {{ font: 13px/1.45 ui-monospace, monospace }} pre {{ overflow-x: auto }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; margin: 0 }} dt {{ color: var(--soft) }}
+dd {{ margin: 0; font-variant-numeric: tabular-nums }}
+@media (max-width: 560px) {{ dl {{ grid-template-columns: 1fr }} dd {{ margin-bottom: 6px }} }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 14px }}
+.charts section {{ border: 1px solid var(--rule); border-radius: 6px; padding: 10px; min-width: 0;
+  break-inside: avoid }}
+.callout {{ border-left: 4px solid var(--s0); background: var(--fill); border-radius: 0 6px 6px 0; padding: 8px 14px }}
+.callout p:first-child {{ font-weight: 600 }}
+svg {{ width: 100%; height: auto; display: block }}
+.table {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px }}
+th, td {{ text-align: right; padding: 3px 9px; border-bottom: 1px solid var(--rule); white-space: nowrap }}
+th {{ color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal }}
+th:first-child, td:first-child {{ text-align: left }}
+td.text {{ white-space: normal; min-width: 16em; text-align: left }}
+tr.marked td {{ background: var(--fill) }} tr {{ break-inside: avoid }}
+.key span {{ display: inline-block; margin-right: 16px }} .key i {{ display: inline-block; width: 9px; height: 9px;
+  border-radius: 2px; margin-right: 6px; vertical-align: -1px }}
+@media print {{ body {{ margin: 0; max-width: none; font-size: 11px }} .table {{ overflow: visible }}
+  table {{ font-size: 10px }} th, td {{ padding: 2px 5px }} }}"""
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """Return the document.
+
+    Args:
+        title: of the window and of the page, as text.
+        body: HTML below the title.
+        style: CSS that this page alone needs.
+    """
+    text = html.escape(title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text}</title>\n<style>\n{_STYLE}\n{style}</style></head>\n<body><h1>{text}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[str]], marked: Iterable[int] = ()) -> str:
+    """Return a table of texts, which scrolls sideways on a narrow screen; some rows may be marked by number."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    of_marked = set(marked)
+    lines = []
+    for number, row in enumerate(rows):
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        lines.append(f'<tr class="marked">{cells}</tr>' if number in of_marked else f"<tr>{cells}</tr>")
+    body = "\n".join(lines)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def paragraphs(*texts: str) -> str:
+    """Return paragraphs of plain text."""
+    return "\n".join(f"<p>{html.escape(text)}</p>" for text in texts)
+
+
+def key(entries: Sequence[tuple[str, str, bool]]) -> str:
+    """Return the key of a chart: names, each with a colour, which is one of ``VARIABLES``' keys, and whether hollow."""
+    parts = []
+    for name, colour, hollow in entries:
+        fill = "" if hollow else f"; background: {VARIABLES[colour]}"
+        parts.append(f'<span><i style="border: 2px solid {VARIABLES[colour]}{fill}"></i>{html.escape(name)}</span>')
+    return f'<p class="key">{"".join(parts)}</p>'
+
+
+def chart_section(title: str, chart: str, caption: str = "") -> str:
+    """Return a chart with its title and a sentence on what it shows; ``chart`` is SVG."""
+    note = f'<p class="note">{html.escape(caption)}</p>' if caption else ""
+    return f"<section><h3>{html.escape(title)}</h3>{chart}{note}</section>"

@@ -1,0 +1,137 @@
+"""What a report shows of each arm besides its quality: calibration, kinds of ids, learning, time, memory, spectra."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.schema import DatasetSchema
+from mlet_dist.errors import UserError, print_warning
+from mlet_dist.progress import Progress
+from mlet_dist.quality.calibration import ReliabilityBin, calibration, normalised_entropy, reliability
+from mlet_dist.quality.paired_bootstrap import Difference, difference_of, seed_noise
+from mlet_dist.quality.replicates import REPLICATES, replicates_of
+from mlet_dist.quality.score_metrics import Floats, Scores
+from mlet_dist.quality.scores_file import read_scores, rows_with_label
+from mlet_dist.report.frequency import class_weights, shares_of
+from mlet_dist.report.learning import Cost, Curve, cost_of, curve_of, energy_of
+from mlet_dist.report.measured_arms import Measurement
+
+
+@dataclass(frozen=True)
+class ArmDetails:
+    """What is known of an arm with float32 tables, on the split of the results.
+
+    Attributes:
+        normalised_entropy: mean over the seeds; None without scores, as the next two.
+        calibration: the sum of predictions divided by that of labels, mean over the seeds.
+        reliability: of the scores of all seeds together.
+        by_class: for each class of ids, LogLoss and AUC and their differences from the reference, mean over the seeds.
+        curve: the loss in training.
+        cost: time and memory.
+        energy: of the first seed, the share of the squares of W in its leading directions.
+    """
+
+    normalised_entropy: float | None
+    calibration: float | None
+    reliability: list[ReliabilityBin]
+    by_class: Mapping[str, Mapping[str, tuple[float, Difference]]]
+    curve: Curve | None
+    cost: Cost | None
+    energy: Floats | None
+
+
+@dataclass(frozen=True)
+class Details:
+    """Of all arms.
+
+    Attributes:
+        arms: by name.
+        class_shares: of the split's lookups, by class of ids; empty if the data set could not be read.
+    """
+
+    arms: Mapping[str, ArmDetails]
+    class_shares: Mapping[str, float]
+
+
+def details_of(found: Measurement) -> Details:
+    """Read what is known of all arms."""
+    prefix = "" if found.label is None else f"{found.label}_"
+    scores = {arm: _scores(found, arm, prefix) for arm in found.runs}
+    weights = _class_weights(found, scores, prefix)
+    by_class = {name: _of_class(found, scores, of_rows) for name, of_rows in weights.items() if of_rows.any()}
+    arms = {}
+    with Progress("report", len(found.runs), "arms") as progress:
+        for arm, runs in found.runs.items():
+            of_seeds = list(scores[arm].values())
+            pooled = None
+            if of_seeds:
+                pooled = Scores(*(np.concatenate([getattr(each, part) for each in of_seeds])
+                                  for part in ("logits", "labels", "weights")))  # fmt: skip
+            arms[arm] = ArmDetails(
+                float(np.mean([normalised_entropy(each) for each in of_seeds])) if of_seeds else None,
+                float(np.mean([calibration(each) for each in of_seeds])) if of_seeds else None,
+                [] if pooled is None else reliability(pooled),
+                {name: each[arm] for name, each in by_class.items() if arm in each},
+                curve_of(runs, "train"),
+                cost_of(runs),
+                energy_of(min(runs, key=lambda run: run.seed)),
+            )
+            progress.update(1)
+    return Details(arms, shares_of(weights))
+
+
+def _scores(found: Measurement, arm: str, prefix: str) -> dict[int, Scores]:
+    """Return the scores of an arm's float32 output by seed; empty if a seed has none."""
+    output = found.float_output(arm).output
+    paths = {run.seed: run.scores_of(found.result_split, output) for run in found.runs[arm]}
+    if any(path is None for path in paths.values()):
+        return {}
+    return {seed: read_scores(path, prefix) for seed, path in paths.items() if path is not None}
+
+
+def _class_weights(found: Measurement, scores: Mapping[str, Mapping[int, Scores]], prefix: str) -> dict[str, Floats]:
+    """Return the weights of the scored rows for each class of ids; empty without scores or the data set."""
+    if not scores[found.reference]:
+        return {}
+    run = found.runs[found.reference][0]
+    path = data_set_path(run.config.data.path)
+    try:
+        weights = class_weights(path, DatasetSchema.load(path), found.result_split)
+    except UserError as error:
+        print_warning(f"no metrics of rare and frequent ids: {error}")
+        return {}
+    file = run.scores_of(found.result_split, found.float_output(found.reference).output)
+    assert file is not None
+    rows = rows_with_label(file, prefix)
+    if len(rows) and rows[-1] >= len(next(iter(weights.values()))):
+        print_warning(f"no metrics of rare and frequent ids: {path} has fewer rows than were scored")
+        return {}
+    return {name: each[rows] for name, each in weights.items()}
+
+
+def _of_class(
+    found: Measurement, scores: Mapping[str, Mapping[int, Scores]], of_rows: Floats
+) -> dict[str, dict[str, tuple[float, Difference]]]:
+    """Return the metrics of each arm with rows weighted by their ids of a class."""
+    keys = [(arm, seed) for arm, of_seeds in scores.items() for seed in of_seeds]
+    rows = np.flatnonzero(of_rows)
+    models = [
+        Scores(each.logits[rows], each.labels[rows], each.weights[rows] * of_rows[rows])
+        for each in (scores[arm][seed] for arm, seed in keys)
+    ]
+    replicates = replicates_of(models)
+    result: dict[str, dict[str, tuple[float, Difference]]] = {}
+    for arm in dict.fromkeys(arm for arm, _ in keys):
+        seeds = [seed for seed in scores[arm] if seed in scores[found.reference]]
+        if not seeds:
+            continue
+        ours, theirs = ([keys.index((name, seed)) for seed in seeds] for name in (arm, found.reference))
+        result[arm] = {}
+        for metric, each in replicates.items():
+            differences = each.values[ours] - each.values[theirs]
+            noise = seed_noise(list(differences), REPLICATES, np.random.default_rng(0))
+            draws = (each.draws[:, ours] - each.draws[:, theirs]).mean(axis=1) + noise
+            result[arm][metric] = float(each.values[ours].mean()), difference_of(draws, float(differences.mean()))
+    return result

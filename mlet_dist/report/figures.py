@@ -1,0 +1,248 @@
+"""The charts of a report: quality against bytes, learning curves, kinds of ids, calibration, spectra."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from mlet_dist.pages.charts import chart, with_title
+from mlet_dist.pages.page_shell import INK, PAGE, SERIES, SOFT
+from mlet_dist.report.arm_details import Details
+from mlet_dist.report.measured_arms import MeasuredOutput, Measurement
+from mlet_dist.report.report_text import difference_text, size_text
+
+_BESIDE = 1.02  # of sizes of neighbouring arms
+_MARKERS = {"fp32": "o", "fp16": "s", "int8": "^", "int4": "D"}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A chart of the report.
+
+    Attributes:
+        name: of its PNG file.
+        title: above it.
+        caption: what it shows.
+        figure: the chart.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the charts show an arm: its colour, and whether its marks are hollow, for arms that share a colour."""
+
+    colour: str
+    hollow: bool
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """Arguments of matplotlib for marks."""
+        return {"color": self.colour, "markerfacecolor": PAGE if self.hollow else self.colour}
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Arguments of matplotlib for lines."""
+        return {"color": self.colour, "linestyle": (0, (3, 2)) if self.hollow else "solid"}
+
+
+def looks(arms: Sequence[str]) -> dict[str, Look]:
+    """Return how each arm is shown."""
+    return {arm: Look(SERIES[index % len(SERIES)], index >= len(SERIES)) for index, arm in enumerate(arms)}
+
+
+def key_entries(arms: Sequence[str]) -> list[tuple[str, str, bool]]:
+    """Return the entries of the key of all charts."""
+    return [(arm, look.colour, look.hollow) for arm, look in looks(arms).items()]
+
+
+def front(outputs: Sequence[MeasuredOutput], split: str, size: Callable[[MeasuredOutput], int]) -> list[MeasuredOutput]:
+    """Return the outputs that no other one beats in both size and LogLoss, by rising size."""
+    found: list[MeasuredOutput] = []
+    best = np.inf
+    for each in sorted(outputs, key=lambda each: (size(each), _loss(each, split))):
+        if _loss(each, split) < best:
+            best = _loss(each, split)
+            found.append(each)
+    return found
+
+
+def figures_of(found: Measurement, details: Details, margin: float) -> Iterator[Drawn]:
+    """Yield the charts for which there are measurements."""
+    of_arm = looks(list(found.runs))
+    split = found.result_split
+    known = [each for each in found.outputs if each.loss(split) is not None]
+    yield Drawn(
+        "served_bytes",
+        f"Quality on {split} and served bytes",
+        "Mean LogLoss over the seeds, with its standard deviation; lower is better. The line is the Pareto front; the "
+        f"band is up to {margin:g} above the reference.",
+        _against_bytes(found, known, of_arm, margin, lambda each: each.served_bytes, "bytes of the served tables"),
+    )
+    plain = [each for each in known if each.is_float]
+    yield Drawn(
+        "training_bytes",
+        f"Quality on {split} and training bytes",
+        "Rows, W2 and optimizer state, over all ranks; tables in float32.",
+        _against_bytes(found, plain, of_arm, margin, lambda each: each.training_bytes, "bytes in training"),
+    )
+    if any(each.curve for each in details.arms.values()):
+        yield Drawn(
+            "learning_curves",
+            "Learning curves",
+            "Loss of the training split, mean over the seeds, by step.",
+            _curves(details, of_arm),
+        )
+    if any(each.by_class for each in details.arms.values()):
+        yield Drawn(
+            "frequency",
+            "Rare and frequent ids",
+            f"Difference in LogLoss on {split} from the reference, for rows weighted by the number of their ids of a "
+            "class; with 95% intervals for other rows and seeds.",
+            _by_class(found, details, of_arm),
+        )
+    if any(each.reliability for each in details.arms.values()):
+        yield Drawn(
+            "calibration",
+            "Calibration",
+            f"Predicted probabilities less observed rates on {split}, in ten bins of equally many rows. 0 is best.",
+            _calibration(details, of_arm),
+        )
+    if any(each.energy is not None for each in details.arms.values()):
+        yield Drawn(
+            "spectra",
+            "Spectra",
+            "Share of sum(s²) in the leading directions of W, rows weighted by their frequency, mean over the tables "
+            "by their rows; of the first seed.",
+            _spectra(details, of_arm),
+        )
+
+
+def _loss(output: MeasuredOutput, split: str) -> float:
+    quality = output.loss(split)
+    return np.inf if quality is None else quality.mean
+
+
+def _against_bytes(
+    found: Measurement,
+    outputs: Sequence[MeasuredOutput],
+    of_arm: Mapping[str, Look],
+    margin: float,
+    size: Callable[[MeasuredOutput], int],
+    label: str,
+) -> Figure:
+    split = found.result_split
+    with chart(3.4) as (figure, axes):
+        base = _loss(found.reference_output, split)
+        axes.axhspan(base, base + margin, color=SOFT, alpha=0.12, linewidth=0)
+        axes.axhline(base, color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
+        edge = front(outputs, split, size)
+        axes.plot([size(each) for each in edge], [_loss(each, split) for each in edge], color=INK, linewidth=0.9)
+        for index, (arm, look) in enumerate(of_arm.items()):
+            # Arms of the same size stand beside one another.
+            beside = _BESIDE ** (index - (len(of_arm) - 1) / 2)
+            own = sorted((each for each in outputs if each.arm == arm), key=size)
+            sizes = [beside * size(each) for each in own]
+            axes.plot(sizes, [_loss(each, split) for each in own], **look.line, alpha=0.45, linewidth=1)
+            for each in own:
+                quality = each.loss(split)
+                assert quality is not None
+                place = [beside * size(each)], [quality.mean]
+                axes.errorbar(*place, yerr=quality.spread or 0.0, color=look.colour, linewidth=0.9, capsize=2)
+                marker = _MARKERS[each.encoding.partition("-")[0]]
+                (point,) = axes.plot(*place, marker=marker, **look.marks, markersize=4.5, linestyle="none")
+                difference = difference_text(quality.difference)
+                with_title(point, f"{each.name}: {size_text(size(each))}, LogLoss {quality.mean:.4f} {difference}")
+        _byte_axis(axes)
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"LogLoss, {split}")
+        _marker_legend(axes, {each.encoding.partition("-")[0] for each in outputs})
+        return figure
+
+
+def _marker_legend(axes: Axes, encodings: Collection[str]) -> None:
+    """Add a legend of the markers: the key of the colours is that of all charts."""
+    markers = {name: mark for name, mark in _MARKERS.items() if name in encodings}
+    if len(markers) > 1:
+        marks = [
+            axes.plot([], [], marker=mark, color=SOFT, linestyle="none", markersize=4.5, label=name)[0]
+            for name, mark in markers.items()
+        ]
+        axes.legend(handles=marks, ncols=len(marks), loc="upper center", bbox_to_anchor=(0.5, 1.1), handletextpad=0.1)
+
+
+def _byte_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_text(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    if high / low < 300:  # few powers of ten to label
+        bases = (1, 2, 5) if high / low < 60 else (1, 3)
+        ticks = [base * 10.0**power for power in range(16) for base in bases]
+        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+
+
+def _curves(details: Details, of_arm: Mapping[str, Look]) -> Figure:
+    with chart() as (figure, axes):
+        for arm, each in details.arms.items():
+            if each.curve is not None:
+                (line,) = axes.plot(each.curve.steps, each.curve.losses, **of_arm[arm].line, linewidth=1.2)
+                with_title(line, arm)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss, train")
+        return figure
+
+
+def _by_class(found: Measurement, details: Details, of_arm: Mapping[str, Look]) -> Figure:
+    arms = [arm for arm, each in details.arms.items() if each.by_class and arm != found.reference]
+    names = list(details.arms[found.reference].by_class)
+    with chart() as (figure, axes):
+        width = 0.8 / max(1, len(arms))
+        for index, arm in enumerate(arms):
+            for place, name in enumerate(names):
+                _, difference = details.arms[arm].by_class[name]["logloss"]
+                x = place + (index - (len(arms) - 1) / 2) * width
+                around = [[difference.value - difference.low], [difference.high - difference.value]]
+                axes.errorbar([x], [difference.value], yerr=around, color=of_arm[arm].colour, linewidth=1, capsize=2)
+                (point,) = axes.plot([x], [difference.value], marker="o", **of_arm[arm].marks, markersize=4)
+                with_title(point, f"{arm}, {name} ids: {difference_text(difference)}")
+        axes.axhline(0, color=SOFT, linewidth=0.8)
+        shares = [f"{name}\n{details.class_shares[name]:.0%}" for name in names]
+        axes.set_xticks(range(len(names)), shares)
+        axes.grid(axis="x", visible=False)
+        axes.set_ylabel("difference in LogLoss")
+        return figure
+
+
+def _calibration(details: Details, of_arm: Mapping[str, Look]) -> Figure:
+    with chart() as (figure, axes):
+        axes.axhline(0, color=SOFT, linewidth=0.8)
+        for arm, each in details.arms.items():
+            predicted = [part.predicted for part in each.reliability]
+            excess = [part.predicted - part.observed for part in each.reliability]
+            (line,) = axes.plot(predicted, excess, marker="o", markersize=3, **of_arm[arm].line, linewidth=1)
+            with_title(line, arm)
+        axes.set_xlabel("predicted probability")
+        axes.set_ylabel("predicted - observed")
+        return figure
+
+
+def _spectra(details: Details, of_arm: Mapping[str, Look]) -> Figure:
+    with chart() as (figure, axes):
+        for arm, each in details.arms.items():
+            if each.energy is not None:
+                at = np.arange(1, len(each.energy) + 1)
+                (line,) = axes.plot(at, each.energy, marker="o", markersize=3, **of_arm[arm].line, linewidth=1)
+                with_title(line, arm)
+        axes.set_xlabel("directions")
+        axes.set_ylabel("share of sum(s²)")
+        axes.set_ylim(0, 1.03)
+        return figure

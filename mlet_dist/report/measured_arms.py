@@ -1,0 +1,267 @@
+"""How good each arm is in each of its outputs, and how it differs from the tuned single layer."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlet_dist.errors import UserError
+from mlet_dist.quality.paired_bootstrap import Difference, difference_of, seed_noise
+from mlet_dist.quality.replicates import METRICS, REPLICATES, Replicates, replicates_of
+from mlet_dist.quality.score_metrics import Floats, Scores
+from mlet_dist.quality.scores_file import read_scores
+from mlet_dist.report.measured_runs import PLAIN, MeasuredRun
+
+SPLITS = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A metric of an output on a split, over the seeds of its arm.
+
+    Attributes:
+        by_seed: the value of each seed.
+        difference: the mean less that of the reference, over the seeds that both have if there are any, with an
+            interval for other rows and other seeds; None without scores of both.
+        draws: of the difference, ``(R,)``, for the same draws of rows for all outputs.
+    """
+
+    by_seed: Mapping[int, float]
+    difference: Difference | None = None
+    draws: Floats | None = None
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.by_seed.values())
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over the seeds; None for one seed."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
+
+
+@dataclass(frozen=True)
+class MeasuredOutput:
+    """An output of an arm.
+
+    Attributes:
+        arm, output: their names.
+        served_bytes: of its tables.
+        training_bytes: the most that rows, W2 and optimizer state took in training.
+        quality: by split and metric, as ``quality["test"]["logloss"]``.
+    """
+
+    arm: str
+    output: str
+    served_bytes: int
+    training_bytes: int
+    quality: Mapping[str, Mapping[str, Quality]]
+
+    @property
+    def is_float(self) -> bool:
+        return self.output.partition("-")[0] == PLAIN
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, {self.encoding}"
+
+    @property
+    def encoding(self) -> str:
+        """The number format, and the variant of a compressed arm: fp32, int8-mixed, …"""
+        return self.output.replace(PLAIN, "fp32", 1)
+
+    def loss(self, split: str) -> Quality | None:
+        return self.quality.get(split, {}).get("logloss")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All arms of a report.
+
+    Attributes:
+        reference: the arm that all are compared with, in float32.
+        splits: of the data set that there are metrics of; the last one is that of the results.
+        label: which of several labels the metrics are of; None for a data set of one.
+        runs: of each arm, those that say something of its settings.
+        faults: of each arm, why a run of a seed does not, by seed.
+        outputs: of all arms, the largest first within an arm.
+    """
+
+    reference: str
+    splits: tuple[str, ...]
+    label: str | None
+    runs: Mapping[str, Sequence[MeasuredRun]]
+    faults: Mapping[str, Mapping[int, str]]
+    outputs: Sequence[MeasuredOutput]
+
+    @property
+    def result_split(self) -> str:
+        return self.splits[-1]
+
+    @property
+    def choice_split(self) -> str:
+        """The split by which the recommendation chooses, as tuning does: valid, if there are metrics of it."""
+        return self.splits[0]
+
+    @property
+    def reference_output(self) -> MeasuredOutput:
+        return self.float_output(self.reference)
+
+    def float_output(self, arm: str) -> MeasuredOutput:
+        """Return the float32 output of an arm."""
+        return next(each for each in self.outputs if each.arm == arm and each.is_float)
+
+
+def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: str | None = None) -> Measurement:
+    """Return the arms with their quality, from the scores of their runs where there are some.
+
+    Args:
+        runs: of all arms.
+        reference: the arm to compare with; by default the single layer with the least LogLoss on the split valid.
+        label: of several labels, the one whose metrics count; by default the first.
+
+    Raises:
+        UserError: no run says anything, there is no such arm or label or no single layer, or arms have scores of
+            different rows.
+    """
+    good: dict[str, list[MeasuredRun]] = {}
+    faults: dict[str, dict[int, str]] = {}
+    for run in runs:
+        if run.fault is None:
+            good.setdefault(run.arm, []).append(run)
+        else:
+            faults.setdefault(run.arm, {})[run.seed] = run.fault
+    if not good:
+        raise UserError("no run says anything of its settings: all diverged, or their dense arch died")
+    prefix, label = _prefix_of(next(iter(good.values()))[0], label)
+    all_runs = [run for of_arm in good.values() for run in of_arm]
+    splits = tuple(split for split in SPLITS if all(_float(run, split) for run in all_runs))
+    if not splits:
+        raise UserError("the runs have no metrics of valid or test in common, so that there is nothing to compare")
+    plain = {
+        arm: statistics.mean(_float(run, splits[0])[f"{prefix}logloss"] for run in of_arm)
+        for arm, of_arm in good.items()
+    }
+    reference = _reference(reference, good, plain)
+    outputs = [output for arm, of_arm in good.items() for output in _outputs(arm, of_arm, splits, prefix)]
+    for split in splits:
+        outputs = _with_differences(outputs, good, reference, split, prefix)
+    return Measurement(reference, splits, label, good, faults, outputs)
+
+
+def _prefix_of(run: MeasuredRun, label: str | None) -> tuple[str, str | None]:
+    """Return what the names of a label's metrics begin with, and its name if there are several."""
+    known = sorted(
+        {metric.removesuffix("logloss").removesuffix("_") for split in SPLITS for metric in _float(run, split)
+         if metric.endswith("logloss")}
+    )  # fmt: skip
+    labels = [each for each in known if each]
+    if not labels:
+        if label is not None:
+            raise UserError(f"--label {label}: the data set has one label alone; leave it out")
+        return "", None
+    if label is not None and label not in labels:
+        raise UserError(f"--label {label}: the labels are {', '.join(labels)}")
+    chosen = label or labels[0]
+    return f"{chosen}_", chosen
+
+
+def _float(run: MeasuredRun, split: str) -> Mapping[str, float]:
+    """Return the metrics of a run's float32 output."""
+    output = next((each for name, each in run.outputs.items() if name.partition("-")[0] == PLAIN), {})
+    found: Mapping[str, float] = output.get(split, {})
+    return found
+
+
+def _reference(wanted: str | None, good: Mapping[str, Sequence[MeasuredRun]], losses: Mapping[str, float]) -> str:
+    if wanted is not None:
+        if wanted not in good:
+            raise UserError(f"--reference {wanted}: the arms are {', '.join(good)}")
+        return wanted
+    singles = [arm for arm, runs in good.items() if runs[0].kind == "single"]
+    if not singles:
+        raise UserError(
+            f"no arm is a single layer, with which others are compared; name one of {', '.join(good)} by --reference"
+        )
+    return min(singles, key=lambda arm: losses[arm])
+
+
+def _outputs(arm: str, runs: Sequence[MeasuredRun], splits: Sequence[str], prefix: str) -> list[MeasuredOutput]:
+    """Return the outputs of an arm that all of its runs have."""
+    names = [name for name in runs[0].outputs if all(name in run.outputs for run in runs)]
+    found = []
+    for name in names:
+        quality = {
+            split: {
+                metric: Quality({run.seed: run.outputs[name][split][f"{prefix}{metric}"] for run in runs})
+                for metric in METRICS
+            }
+            for split in splits
+            if all(f"{prefix}{metric}" in run.outputs[name].get(split, {}) for run in runs for metric in METRICS)
+        }
+        bytes_of = [run.outputs[name]["served_bytes"] for run in runs]
+        trained = max(run.summary["training_bytes_peak"] for run in runs)
+        found.append(MeasuredOutput(arm, name, max(bytes_of), trained, quality))
+    return sorted(found, key=lambda each: -each.served_bytes)
+
+
+def _with_differences(
+    outputs: Sequence[MeasuredOutput],
+    good: Mapping[str, Sequence[MeasuredRun]],
+    reference: str,
+    split: str,
+    prefix: str,
+) -> list[MeasuredOutput]:
+    """Return the outputs with their differences from the reference on a split, where there are scores of both."""
+    places: dict[tuple[str, str], dict[int, int]] = {}
+    models: list[Scores] = []
+    for output in outputs:
+        paths = {run.seed: run.scores_of(split, output.output) for run in good[output.arm]}
+        if all(path is not None for path in paths.values()) and split in output.quality:
+            places[output.arm, output.output] = {seed: len(models) + index for index, seed in enumerate(paths)}
+            models += [read_scores(path, prefix) for path in paths.values() if path is not None]
+    base = next((key for key in places if key[0] == reference and key[1].partition("-")[0] == PLAIN), None)
+    if base is None:
+        return list(outputs)
+    try:
+        replicates = replicates_of(models)
+    except ValueError as error:
+        raise UserError(f"the arms have scores of different rows of {split}: {error}; report them apart") from None
+    found = []
+    for output in outputs:
+        own = places.get((output.arm, output.output))
+        if own is None:
+            found.append(output)
+            continue
+        first = next(iter(places[output.arm, name.output] for name in outputs if name.arm == output.arm
+                          and (name.arm, name.output) in places))  # fmt: skip
+        metrics = {}
+        for metric, each in replicates.items():
+            values, draws = _difference(each, own, places[base], each.values[list(first.values())])
+            exact = {seed: float(each.values[index]) for seed, index in own.items()}
+            metrics[metric] = Quality(exact, difference_of(draws, values), draws)
+        found.append(dataclasses.replace(output, quality={**output.quality, split: metrics}))
+    return found
+
+
+def _difference(
+    metric: Replicates, own: Mapping[int, int], base: Mapping[int, int], of_arm: Floats
+) -> tuple[float, Floats]:
+    """Return the difference of the means over seeds, and its draws: of rows, and of seeds by Student's t.
+
+    The draws of seeds follow from the values of the arm's first output alone, so that they are the same for all outputs
+    of an arm, and depend neither on names nor on the order of arms.
+    """
+    common = [seed for seed in own if seed in base]
+    generator = np.random.default_rng(np.frombuffer(np.sort(of_arm).tobytes(), np.uint32))
+    if common:
+        ours, theirs = [own[seed] for seed in common], [base[seed] for seed in common]
+        differences = metric.values[ours] - metric.values[theirs]
+        rows = (metric.draws[:, ours] - metric.draws[:, theirs]).mean(axis=1)
+        return float(differences.mean()), rows + seed_noise(list(differences), REPLICATES, generator)
+    ours, theirs = list(own.values()), list(base.values())
+    rows = metric.draws[:, ours].mean(axis=1) - metric.draws[:, theirs].mean(axis=1)
+    noise = sum(seed_noise(list(metric.values[each]), REPLICATES, generator) for each in (ours, theirs))
+    return float(metric.values[ours].mean() - metric.values[theirs].mean()), rows + noise

@@ -1,0 +1,162 @@
+"""The runs that a report is about: those of sweeps and comparisons, and single ones."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlet_dist.config.config_file import Config
+from mlet_dist.errors import UserError
+from mlet_dist.formatting import load_json, to_json
+from mlet_dist.training.run_directory import RunDirectory
+
+PLAIN = "dcp"
+"""The output with float32 tables, before the variants of compressed runs, as dcp-mixed."""
+
+_SPLITS = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A finished run of an arm with one seed, or one whose results say nothing.
+
+    Attributes:
+        arm: the name of its model.
+        kind: ``single`` (no W2), ``mlet``, ``single_compressed``, or ``control``.
+        config: its settings.
+        tuned: those that a sweep chose, by name.
+        summary: the run's summary; empty if it diverged.
+        run: its directory.
+        fault: why it says nothing of its settings, if so.
+        outputs: by output, ``served_bytes``, and by split its ``auc`` and ``logloss`` or those of each label.
+        scores: the directory with a Parquet file of scores for each split and output; None if there are no scores.
+    """
+
+    arm: str
+    kind: str
+    config: Config
+    tuned: Mapping[str, float]
+    summary: Mapping[str, Any]
+    run: Path
+    fault: str | None
+    outputs: Mapping[str, Mapping[str, Any]]
+    scores: Path | None
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
+
+    def scores_of(self, split: str, output: str) -> Path | None:
+        """Return the file with the scores of an output, or None if there is none."""
+        path = None if self.scores is None else self.scores / split / f"{output}.parquet"
+        return path if path is not None and path.exists() else None
+
+
+def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
+    """Return the runs of directories that `mlet sweep`, `mlet compare` and `mlet train` made.
+
+    Single runs whose settings differ in the seed alone are one arm. Arms of the same name in several directories are
+    told apart by their directory.
+
+    Raises:
+        UserError: a directory is none of these, has no finished run, or a file is damaged.
+    """
+    found: list[MeasuredRun] = []
+    singles: dict[str, str] = {}
+    for path in directories:
+        if (path / "results.parquet").exists():
+            runs = _of_sweep(path)
+        elif (path / "comparison.json").exists():
+            runs = _of_comparison(path)
+        elif RunDirectory(path).config.exists():
+            run = _single(path)
+            runs = [dataclasses.replace(run, arm=singles.setdefault(_without_seed(run.config), run.arm))]
+        else:
+            raise UserError(
+                f"{path}: neither of results.parquet of `mlet sweep`, comparison.json of `mlet compare` and a run of "
+                "`mlet train` is there"
+            )
+        if not runs:
+            raise UserError(f"{path}: no run has ended yet")
+        known = {each.arm: each.config for each in found}
+        for each in runs:
+            same = each.arm not in known or _without_seed(known[each.arm]) == _without_seed(each.config)
+            found.append(each if same else dataclasses.replace(each, arm=f"{each.arm} ({path.name})"))
+    return found
+
+
+def _of_sweep(path: Path) -> list[MeasuredRun]:
+    file = path / "results.parquet"
+    try:
+        rows = [row for row in pq.read_table(file).to_pylist() if row["stage"] == "seed"]
+        return [_of_row(row, path) for row in rows]
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}; run the sweep again") from None
+
+
+def _of_row(row: Mapping[str, Any], path: Path) -> MeasuredRun:
+    run = RunDirectory(_moved(Path(row["run"]), path))
+    config = run.load_config()
+    summary: dict[str, Any] = {}
+    if run.summary.exists():
+        config, _, summary = run.load()
+    scores = None if row["scores"] is None else _moved(Path(row["scores"]), path)
+    outputs = json.loads(row["outputs"]) if row["outputs"] else _outputs_of_summary(summary)
+    tuned = json.loads(row["settings"])
+    return MeasuredRun(row["arm"], row["kind"], config, tuned, summary, run.path, row["fault"], outputs, scores)
+
+
+def _moved(recorded: Path, sweep: Path) -> Path:
+    """Return a path that a sweep recorded, or where it is if the sweep's directory was moved or copied."""
+    beside = sweep / "runs" / recorded.name
+    return beside if not recorded.exists() and beside.exists() else recorded
+
+
+def _of_comparison(path: Path) -> list[MeasuredRun]:
+    file = path / "comparison.json"
+    try:
+        content = load_json(file)
+        found = []
+        for name in content["arms"]:
+            run = dataclasses.replace(_single(path / name), arm=name, kind=name)
+            scores = path / f"{name}-scores"
+            served = content["arms"][name]["served_bytes"]
+            plain = _outputs_of_summary(run.summary)[PLAIN]
+            outputs = {output: plain | {"served_bytes": size} for output, size in served.items()}
+            found.append(dataclasses.replace(run, outputs=outputs, scores=scores if scores.is_dir() else None))
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read: {error!r}; compare again") from None
+
+
+def _single(path: Path) -> MeasuredRun:
+    config, _, summary = RunDirectory(path).load()
+    kind = "mlet" if config.model.has_two_layers else "single"
+    if kind == "single" and config.compression.policy != "none":
+        kind = "single_compressed"
+    fault = "the dense arch returns the same for all rows" if summary.get("dense_arch_varies") is False else None
+    return MeasuredRun(path.name, kind, config, {}, summary, path, fault, _outputs_of_summary(summary), None)
+
+
+def _outputs_of_summary(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the float32 output, as far as training measured it."""
+    if not summary:
+        return {}
+    of_splits: dict[str, dict[str, float]] = {}
+    for key, value in summary.items():
+        split, _, metric = key.partition("_")
+        if split in _SPLITS and metric.endswith(("auc", "logloss")) and value is not None:
+            of_splits.setdefault(split, {})[metric] = value
+    return {PLAIN: {"served_bytes": summary["served_table_bytes"], **of_splits}}
+
+
+def _without_seed(config: Config) -> str:
+    """Return the settings that arms differ in, as text."""
+    plain = config.to_dict()
+    del plain["run"], plain["train"]["seed"]
+    return to_json(plain)

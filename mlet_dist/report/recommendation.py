@@ -1,0 +1,153 @@
+"""What to choose, by a rule that is stated on the page: how many times smaller at equal quality, and what is better."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference, difference_of
+from mlet_dist.report.measured_arms import MeasuredOutput, Measurement
+
+MARGIN = 0.001
+"""The LogLoss by which an output may be above the reference and still count as equal."""
+
+Verdict = Literal["holds", "unclear", "fails"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times smaller than the reference the smallest output of equal quality is, on a split.
+
+    Attributes:
+        value: by the differences that were measured, without regard to their intervals.
+        low: of the interval: the same under each draw of rows and seeds.
+        high: its upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What the rule says.
+
+    Attributes:
+        smallest: the smallest output of equal quality; None if none is smaller than the reference.
+        verdict: whether it holds on the split of the results; None without such a split, or without ``smallest``.
+        times_smaller: of all outputs; None without scores.
+        better: arms that are better than the reference at no more bytes, the best first.
+        of_controls: arms of MLET that are better than the reference, but not than their control.
+    """
+
+    smallest: MeasuredOutput | None
+    verdict: Verdict | None
+    times_smaller: Ratio | None
+    better: Sequence[MeasuredOutput]
+    of_controls: Sequence[MeasuredOutput]
+
+
+def recommend(found: Measurement, margin: float = MARGIN) -> Recommendation:
+    """Apply the rule.
+
+    Args:
+        found: all arms.
+        margin: in LogLoss, above 0.
+    """
+    reference = found.reference_output
+    smaller = [
+        each
+        for each in found.outputs
+        if each.served_bytes < reference.served_bytes and _upper(each, found.choice_split) < margin
+    ]
+    smallest = min(
+        smaller,
+        key=lambda each: (each.served_bytes, _upper(each, found.choice_split), each.training_bytes),
+        default=None,
+    )
+    better: list[MeasuredOutput] = []
+    of_controls: list[MeasuredOutput] = []
+    for each in found.outputs:
+        is_rival = each.is_float and each.arm != found.reference and each.served_bytes <= reference.served_bytes
+        if is_rival and _upper(each, found.choice_split) < 0:
+            (better if _beats_control(each, found) else of_controls).append(each)
+    return Recommendation(
+        smallest,
+        _verdict(smallest, found, margin),
+        times_smaller(found, margin),
+        sorted(better, key=lambda each: _upper(each, found.choice_split)),
+        of_controls,
+    )
+
+
+def times_smaller(found: Measurement, margin: float, outputs: Sequence[MeasuredOutput] | None = None) -> Ratio | None:
+    """Return how many times smaller the smallest of outputs within the margin is, on the split of the results.
+
+    It is 1 where none is smaller. None without scores.
+
+    Args:
+        found: all arms.
+        margin: in LogLoss.
+        outputs: those that are looked at; by default all.
+    """
+    reference, split = found.reference_output, found.result_split
+    known = [
+        (each.served_bytes, quality.difference.value, quality.draws)
+        for each in (found.outputs if outputs is None else outputs)
+        if (quality := each.loss(split)) is not None and quality.difference is not None and quality.draws is not None
+    ]
+    if not known:
+        return None
+    sizes = np.array([size for size, _, _ in known], dtype=np.float64)
+
+    def ratio(differences: np.typing.NDArray[np.float64]) -> np.typing.NDArray[np.float64]:
+        fitting = np.where(differences < margin, sizes, np.inf).min(axis=-1)
+        return np.maximum(1.0, reference.served_bytes / fitting)
+
+    value = ratio(np.array([difference for _, difference, _ in known]))
+    drawn = ratio(np.stack([draws for _, _, draws in known], axis=1))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Ratio(float(value), float(low), float(high))
+
+
+def difference_of_outputs(first: MeasuredOutput, second: MeasuredOutput, split: str) -> Difference | None:
+    """Return the difference in LogLoss of two outputs, by their differences from the reference; None without scores."""
+    ours, theirs = first.loss(split), second.loss(split)
+    if ours is None or theirs is None or ours.draws is None or theirs.draws is None:
+        return None
+    assert ours.difference is not None
+    assert theirs.difference is not None
+    return difference_of(ours.draws - theirs.draws, ours.difference.value - theirs.difference.value)
+
+
+def _upper(output: MeasuredOutput, split: str) -> float:
+    """Return the upper end of the interval of a difference; infinity if it is not known."""
+    quality = output.loss(split)
+    if quality is None or quality.difference is None or np.isnan(quality.difference.high):
+        return float("inf")
+    return quality.difference.high
+
+
+def _beats_control(output: MeasuredOutput, found: Measurement) -> bool:
+    """Return whether an arm of MLET is better than its control, if it has one."""
+    # As `mlet sweep` and `mlet compare` name them.
+    names = {f"control of {output.arm}", f"control{output.arm.removeprefix('mlet')}"}
+    for control in (arm for arm, runs in found.runs.items() if arm in names and runs[0].kind == "control"):
+        difference = difference_of_outputs(output, found.float_output(control), found.choice_split)
+        if difference is None or not difference.high < 0:
+            return False
+    return True
+
+
+def _verdict(smallest: MeasuredOutput | None, found: Measurement, margin: float) -> Verdict | None:
+    if smallest is None or found.result_split == found.choice_split:
+        return None
+    quality = smallest.loss(found.result_split)
+    if quality is None or quality.difference is None:
+        return None
+    if quality.difference.high < margin:
+        return "holds"
+    return "fails" if quality.difference.low > margin else "unclear"

@@ -1,0 +1,91 @@
+"""Runs `mlet` commands whose output goes to log files, several at a time, and ends them when a sweep is stopped."""
+
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlet_dist.errors import Interrupted, UserError
+
+_STOP_SECONDS = 30.0
+
+
+class LoggedCommands:
+    """The commands that a sweep runs. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def run(self, *arguments: str, log: Path) -> int:
+        """Run a command, append what it prints to a file, and return its exit code.
+
+        Raises:
+            Interrupted: ``stop`` was called.
+            OSError: the file cannot be written.
+        """
+        return self._run(arguments, log)[0]
+
+    def result(self, *arguments: str, log: Path) -> dict[str, Any]:
+        """Run a command with ``--json`` and return its result; what it prints on stderr is appended to a file.
+
+        Raises:
+            UserError: the command failed without a result.
+            Interrupted: ``stop`` was called.
+            OSError: the file cannot be written.
+        """
+        code, output = self._run((*arguments, "--json"), log, keep=True)
+        lines = output.splitlines()
+        if not lines:
+            raise UserError(f"`mlet {shlex.join(arguments)}` failed with exit code {code}; {end_of(log)}")
+        result: dict[str, Any] = json.loads(lines[-1])
+        return result
+
+    def stop(self) -> None:
+        """End all commands, which save themselves, and refuse to start others."""
+        with self._lock:
+            self._stopped = True
+            children = list(self._children)
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+            child.kill()
+
+    def _run(self, arguments: tuple[str, ...], log: Path, *, keep: bool = False) -> tuple[int, bytes]:
+        """Return the exit code, and what was printed on stdout if it is not to go to the log."""
+        with log.open("ab") as output:
+            output.write(f"$ {shlex.join(['mlet', *arguments])}\n".encode())
+            output.flush()
+            with self._lock:
+                if self._stopped:
+                    raise Interrupted("the sweep was stopped")
+                # In a session of its own the command does not receive Ctrl-C; `stop` ends it.
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "mlet_dist", *arguments],
+                    stdout=subprocess.PIPE if keep else output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+                self._children.add(child)
+            try:
+                printed, _ = child.communicate()
+            finally:
+                with self._lock:
+                    self._children.discard(child)
+        if self._stopped:
+            raise Interrupted("the sweep was stopped")
+        return child.returncode, printed or b""
+
+
+def end_of(log: Path) -> str:
+    """Return a phrase for messages with the last line of a log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return f"the end of {log}: {lines[-1] if lines else ''}"

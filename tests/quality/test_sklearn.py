@@ -1,0 +1,46 @@
+"""AUC, LogLoss and calibration are those of scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import log_loss, roc_auc_score
+
+from mlet_dist.quality.calibration import calibration, normalised_entropy, probabilities, reliability
+from mlet_dist.quality.score_metrics import Scores, auc, logloss
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_metrics_are_those_of_scikit_learn(ties: bool, weighted: bool) -> None:
+    generator = np.random.default_rng(1)
+    logits = generator.normal(-1, 1.5, 3000)
+    logits = np.round(logits, 1) if ties else logits
+    labels = (generator.random(3000) < 1 / (1 + np.exp(-logits))).astype(int)
+    weights = generator.exponential(size=3000) if weighted else None
+    scores = Scores.of(logits, labels, weights)
+    assert auc(scores) == pytest.approx(roc_auc_score(labels, logits, sample_weight=weights), abs=1e-12)
+    expected = log_loss(labels, probabilities(scores), sample_weight=weights)
+    assert logloss(scores) == pytest.approx(expected, abs=1e-12)
+    rate = np.average(labels, weights=weights)
+    constant = log_loss(labels, np.full(3000, rate), sample_weight=weights)
+    assert normalised_entropy(scores) == pytest.approx(expected / constant, abs=1e-12)
+    assert calibration(scores) == pytest.approx(np.average(probabilities(scores), weights=weights) / rate, abs=1e-12)
+
+
+def test_bins_are_those_of_scikit_learn() -> None:
+    generator = np.random.default_rng(2)
+    logits = generator.normal(size=1000)
+    labels = (generator.random(1000) < 0.3).astype(int)
+    scores = Scores.of(logits, labels)
+    observed, predicted = calibration_curve(labels, probabilities(scores), n_bins=10, strategy="quantile")
+    found = reliability(scores)
+    np.testing.assert_allclose([each.predicted for each in found], predicted, atol=2e-3)  # quantiles split a bin's edge
+    np.testing.assert_allclose([each.observed for each in found], observed, atol=2e-2)
+    assert sum(each.weight for each in found) == 1000
+
+
+def test_metrics_without_one_of_the_labels_are_undefined() -> None:
+    scores = Scores.of([0.5, -0.5], [0, 0])
+    assert np.isnan(normalised_entropy(scores))
+    assert not np.isfinite(calibration(scores))
+    assert reliability(Scores.of([], [])) == []
