@@ -60,7 +60,7 @@ def train(args: argparse.Namespace, layers: str, way: str, seed: int, *more: str
         settings = [*LAYERS[layers], *WAYS[way], *args.settings, *more, f"train.seed={seed}"]
         command = [sys.executable, "-m", "mlet_dist", "train", ROOT / "configs" / "criteo_kaggle_adagrad.yaml"]
         settings += [f"data.path={args.data}", f"run.dir={run}", "run.overwrite=true"]
-        subprocess.run([*command, *settings], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        subprocess.run([*map(str, command), *settings], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     return summary
 
@@ -167,7 +167,7 @@ def main() -> None:
         args.out = (args.out or Path(folder) / "runs").absolute()
         if args.data is None:
             args.data = Path(folder) / "data"
-            synth = ["synth", "--out", args.data, "--rows", "1500", "--num-embeddings", "60"]
+            synth = ["synth", "--out", str(args.data), "--rows", "1500", "--num-embeddings", "60"]
             subprocess.run([sys.executable, "-m", "mlet_dist", *synth], check=True, stdout=subprocess.DEVNULL)
         args.data = args.data.absolute()
         args.out.mkdir(parents=True, exist_ok=True)
