@@ -5,7 +5,7 @@
 
 DATA is a data set of `mlet prepare`. What training takes is the peak of a rank's resident memory over some steps, less
 what it was before the model was built, which is that of Python and the libraries. It contains what a plan does not
-count on CPUs: the batches that are read ahead, and what the allocator does not give back.
+count on CPUs: the batches that are read ahead, and holes between blocks of the allocator.
 """
 
 import argparse

@@ -145,18 +145,29 @@ def project_tables(
         widths: k of each table.
         weights: W2 ``(k, d)`` of each table; None for a single-layer table, whose rows have d columns already.
     """
-    vectors, start = [], 0
-    tables = range(len(counts))
-    for (width, projected), group in groupby(tables, key=lambda table: (widths[table], weights[table] is not None)):
-        run = list(group)
-        stop = start + width * sum(counts[table] for table in run)
-        block = rows[start:stop].view(-1, width)
+    runs = [
+        (width, projected, list(group))
+        for (width, projected), group in groupby(
+            range(len(counts)), key=lambda table: (widths[table], weights[table] is not None)
+        )
+    ]
+    vectors = []
+    parts = split_flat(rows, [width * sum(counts[table] for table in run) for width, _, run in runs])
+    for part, (width, projected, run) in zip(parts, runs, strict=True):
+        block = part.view(-1, width)
         if projected:
             stacked = torch.stack([weights[table] for table in run])  # type: ignore[misc]
             block = project_rows(block, [counts[table] for table in run], stacked)
         vectors.append(block)
-        start = stop
     return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def split_flat(values: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Split ``(n,)`` into parts of these sizes, whose sum is n, without a copy of the gradient if there is one part.
+
+    The backward of a slice would make a tensor of all n values for each part, and that of ``split`` one for all.
+    """
+    return [values] if len(sizes) == 1 else values.split(list(sizes))
 
 
 class _ProjectedRows(torch.autograd.Function):

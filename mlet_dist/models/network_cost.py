@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.embeddings.planning.cost_model import Optimizer
-from mlet_dist.embeddings.planning.plan_cost import DenseCost
+from mlet_dist.embeddings.planning.dense_cost import DenseCost
 from mlet_dist.embeddings.table_config import MultiLayerEmbeddingBagConfig
 from mlet_dist.models.stand_in_tables import check_logits, stand_in_tables
 from mlet_dist.models.tables import collections_of
@@ -35,6 +35,8 @@ def dense_cost(
     world_size: int,
     local_world_size: int,
     sequence_length: float = 1,
+    *,
+    on_cpu: bool = False,
 ) -> DenseCost:
     """Return the cost of a model's layers other than tables for one rank.
 
@@ -47,6 +49,7 @@ def dense_cost(
         world_size: R.
         local_world_size: L.
         sequence_length: the average number of ids of a sequence.
+        on_cpu: whether the layers will compute on a CPU.
     """
     of_tables = {id(parameter) for tables in collections_of(model).values() for parameter in tables.parameters()}
     parameters = sum(each.numel() for each in model.parameters() if id(each) not in of_tables)
@@ -70,6 +73,7 @@ def dense_cost(
         optimizer=optimizer,
         world_size=world_size,
         local_world_size=local_world_size,
+        on_cpu=on_cpu,
         note=note,
     )
 

@@ -12,7 +12,8 @@ from torchrec.distributed.planner import Topology
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.embeddings.planning.cost_model import Device, Memory, total_memory
-from mlet_dist.embeddings.planning.plan_cost import DenseCost, Ranks, Tables, load_factor, table_cost
+from mlet_dist.embeddings.planning.dense_cost import DenseCost
+from mlet_dist.embeddings.planning.plan_cost import Ranks, Tables, load_factor, table_cost
 from mlet_dist.embeddings.planning.search_space import most_even_constraints, table_constraints
 from mlet_dist.models.build import build_training_model, multi_layer_tables, row_tables
 from mlet_dist.models.network_cost import dense_cost, sequence_length
@@ -107,6 +108,7 @@ class Case:
             ranks.world_size,
             ranks.local_world_size,
             sequence_length(row_tables(model), self.pooling_factors),
+            on_cpu=ranks.on_cpu,
         )
 
     def topology(self) -> Topology:

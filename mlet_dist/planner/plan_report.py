@@ -7,7 +7,7 @@ from mlet_dist.embeddings.planning.cost_model import gigabytes
 from mlet_dist.formatting import text_table
 from mlet_dist.planner.budgets import budget_lines
 
-_KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3"}
+_KINDS = {"weights": "#4c72b0", "optimizer": "#dd8452", "buffers": "#55a868", "dense": "#8172b3", "process": "#937860"}
 _PARTS = ("latency", "network", "memory", "compute", "host", "skew")
 _LEFT, _WIDTH, _BAR, _TOP = 190, 980, 26, 60
 _TEXT_CHARACTERS, _PAGE_CHARACTERS = 40, 18  # of a list of ranks, in the text and on the page
@@ -19,7 +19,7 @@ def text_report(plan: dict[str, Any]) -> str:
     # Columns for host memory are shown only if it holds rows, which is the exception.
     hosted = any(each["host"] for each in plan["ranks"])
     kinds, parts = (
-        [*_KINDS, "total"],
+        [*_kinds_of(plan), "total"],
         ["step_s", "latency_s", "network_s", "memory_s", "compute_s", "host_floor_s", "skew_s"],
     )
     if hosted:
@@ -70,6 +70,11 @@ def text_report(plan: dict[str, Any]) -> str:
             *([] if compression is None else ["", *budget_lines(compression)]),
         ]
     )
+
+
+def _kinds_of(plan: dict[str, Any]) -> list[str]:
+    """Return the kinds of memory to show: that of the process counts on CPUs alone."""
+    return [kind for kind in _KINDS if kind != "process" or any(each[kind] for each in plan["ranks"])]
 
 
 def _copy_line(plan: dict[str, Any]) -> str:
@@ -137,8 +142,8 @@ def html_page(plan: dict[str, Any]) -> str:
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 8}" y2="{height - 34}" stroke="#c44e52"/>')
         parts.append(f'<text x="{x:.1f}" y="{height - 18 if share == "memory" else height - 4}" text-anchor="middle">')
         parts.append(f"{text}: {gigabytes(device[share])}</text>")
-    for index, (kind, colour) in enumerate(_KINDS.items()):
-        x = _LEFT + 130 * index
+    for index, kind in enumerate(_kinds_of(plan)):
+        x, colour = _LEFT + 130 * index, _KINDS[kind]
         parts.append(f'<rect x="{x}" y="16" width="14" height="14" fill="{colour}"/>')
         parts.append(f'<text x="{x + 20}" y="28">{kind}</text>')
     title = html.escape(f"Memory by rank: {plan['world_size']:,} x {device['name']}")

@@ -7,8 +7,8 @@ from typing import Any
 
 from mlet_dist.config.config_file import Config
 from mlet_dist.embeddings.planning.cost_model import Device, Memory, StepTime
+from mlet_dist.embeddings.planning.dense_cost import DenseCost
 from mlet_dist.embeddings.planning.plan_cost import (
-    DenseCost,
     Ranks,
     Tables,
     fullest_memory,
@@ -78,7 +78,9 @@ def make_plan(
         shortage = f"{error}; what fits: {numbered or 'nothing that was tried'}"
     tables = row_tables(case.model())
     measured = expected_step(planned, tables, lookups, device)
-    found = [_configuration(*each, device, measured) for each in configurations(case, planned)]
+    # Whether tables fit is decided without counts, and memory that does not is that of the decision.
+    in_memory = measured if shortage is None else ExpectedStep()
+    found = [_configuration(*each, device, measured, in_memory) for each in configurations(case, planned)]
     _, time = slowest_step(measured.costs(planned.tables), planned.dense, device, measured.busiest)
     return {
         "world_size": world_size,
@@ -87,7 +89,7 @@ def make_plan(
         "device": _plain_device(device),
         "shortage": shortage,
         "summary": describe_plan(planned),
-        "ranks": _grouped_ranks(planned),
+        "ranks": _grouped_ranks(in_memory.costs(planned.tables), planned.dense),
         "configurations": found,
         "checkpoint_copy": _checkpoint_copy(planned, device, local_world_size),
         "predicted_step_ms": predicted_step(time, device),
@@ -98,15 +100,12 @@ def make_plan(
     }
 
 
-def _grouped_ranks(planned: ModelPlan) -> list[dict[str, Any]]:
+def _grouped_ranks(planned: Tables, dense: DenseCost) -> list[dict[str, Any]]:
     """Return one entry for ranks with the same tables and, within 1 %, the same memory: that of the fullest of them."""
     found: list[tuple[frozenset[str], Memory, int, list[int]]] = []
-    groups = [
-        (memory_of_rank(planned.tables, planned.dense, group[0]), group)
-        for group in group_identical_ranks(planned.tables)
-    ]
+    groups = [(memory_of_rank(planned, dense, group[0]), group) for group in group_identical_ranks(planned)]
     for memory, group in sorted(groups, key=lambda each: -each[0].total):
-        held = {name: rows[group[0]] for name, (_, rows) in planned.tables.items() if rows[group[0]]}
+        held = {name: rows[group[0]] for name, (_, rows) in planned.items() if rows[group[0]]}
         for tables, fullest, _, ranks in found:
             if tables == held.keys() and fullest.total - memory.total <= _SAME_MEMORY * fullest.total:
                 ranks.extend(group)
@@ -185,10 +184,10 @@ def _collectives(planned: ModelPlan, device: Device) -> list[dict[str, Any]]:
 
 
 def _configuration(
-    name: str, tables: Tables, dense: DenseCost, device: Device, measured: ExpectedStep
+    name: str, tables: Tables, dense: DenseCost, device: Device, measured: ExpectedStep, in_memory: ExpectedStep
 ) -> dict[str, Any]:
     """Return the memory and the cost of a step of one configuration."""
-    memory = fullest_memory(tables, dense)
+    memory = fullest_memory(in_memory.costs(tables), dense)
     step, time = slowest_step(measured.costs(tables), dense, device, measured.busiest)
     return {
         "name": name,

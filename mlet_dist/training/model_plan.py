@@ -14,9 +14,9 @@ from torchrec.distributed.types import QuantizedCommCodecs, ShardingPlan
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollectionSharder
 from mlet_dist.embeddings.planning.cost_model import Device
+from mlet_dist.embeddings.planning.dense_cost import DenseCost
 from mlet_dist.embeddings.planning.explanation import sharding_reasons
 from mlet_dist.embeddings.planning.plan_cost import (
-    DenseCost,
     Ranks,
     group_identical_ranks,
     memory_of_rank,
@@ -118,6 +118,7 @@ def plan_model(
         ranks.world_size,
         ranks.local_world_size,
         sequence_length(configs, {table.name: sharder.traffic(table).pooling_factor for table in configs}),
+        on_cpu=ranks.on_cpu,
     )
     try:
         limited = table_constraints(configs, ranks, sharder, constraints, replicated_bytes)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from mlet_dist.embeddings import projection as projection_module
-from mlet_dist.embeddings.projection import Projection, project, project_rows
+from mlet_dist.embeddings.projection import Projection, project, project_rows, split_flat
 
 # One key of the KeyedTensor: (k, d), or (d, None) for a single-layer table.
 widths = st.sampled_from([(8, 4), (8, 4), (8, 2), (2, 4), (1, 1), (3, 5), (4, None), (1, None)])
@@ -154,3 +154,13 @@ def test_rows_of_several_tables_against_float64(method: RowsProjected, counts: l
         assert gradient is not None
         assert expected is not None
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_part_is_not_copied_and_several_have_the_gradient_of_slices() -> None:
+    values = torch.arange(6.0, requires_grad=True)
+    (whole,) = split_flat(values, [6])
+    assert whole is values  # a slice of all values would copy their gradient
+    one, none, three = split_flat(values * 1, [2, 0, 4])
+    (2 * one.sum() + none.sum() + (three * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum()).backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [2, 2, 1, 2, 3, 4]

@@ -137,12 +137,17 @@ def test_counts_of_a_vocabulary_give_the_skew(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = shutil.copytree(small_data, tmp_path / "data")
+    limits = ("--world-size", 4, "--device", "cpu", "sharding.data_parallel_up_to_mb=0", "data.batch_size=1024")
+    even = _plan(capsys, f"data.path={data}", *limits)["ranks"][0]
     (data / VOCABULARY).mkdir()
     for name, rows in DatasetSchema.load(data).num_embeddings.items():
         counts = [3000 // (2 * row * row) for row in range(1, rows)]
         pq.write_table(pa.table({"count": pa.array(counts, pa.int64())}), data / VOCABULARY / f"{name}.parquet")
-    limits = ("--world-size", 4, "--device", "cpu", "sharding.data_parallel_up_to_mb=0", "data.batch_size=1024")
     plan = _plan(capsys, f"data.path={data}", *limits)
+    skewed = plan["ranks"][0]
+    assert skewed["weights"] == even["weights"]
+    assert skewed["buffers"] < even["buffers"]  # a batch has fewer distinct rows
+    assert plan["configurations"][-1]["memory"] == skewed["total"]
     assert plan["busiest_owner"] > 1
     assert plan["predicted_step_ms"]["skew"] > 0
     assert main(["plan", str(CONFIG), f"data.path={data}", *map(str, limits)]) == 0

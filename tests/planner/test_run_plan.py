@@ -10,6 +10,7 @@ import pytest
 
 from mlet_dist.cli import main
 from mlet_dist.embeddings.planning.cost_model import Step, StepTime
+from mlet_dist.embeddings.planning.dense_cost import PROCESS_BYTES
 from mlet_dist.planner import run_plan
 from mlet_dist.planner.plan_inputs import presets
 from mlet_dist.planner.run_plan import _ranges
@@ -56,7 +57,7 @@ def test_keys_of_the_json_result(
         "usable_memory",
     ]  # fmt: skip
     assert list(plan["ranks"][0]) == [
-        "ranks", "count", "tables", "rows", "weights", "optimizer", "buffers", "dense", "host", "total",
+        "ranks", "count", "tables", "rows", "weights", "optimizer", "buffers", "dense", "process", "host", "total",
     ]  # fmt: skip
     step = {
         "vector_bytes": 1, "index_bytes": 2, "weight_bytes": 3, "node_held": 4, "node_home": 5, "network_held": 6,
@@ -136,6 +137,11 @@ def test_sizes_of_the_data_set(small_data: Path, capsys: pytest.CaptureFixture[s
     assert main([*arguments, "--device", "cpu", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["tables"]) == 26
+    fullest = plan["ranks"][0]
+    kinds = ("weights", "optimizer", "buffers", "dense", "process")
+    assert fullest["total"] == pytest.approx(sum(fullest[kind] for kind in kinds))
+    assert fullest["process"] >= PROCESS_BYTES
+    assert plan["configurations"][-1]["memory"] == fullest["total"]
 
 
 def test_a_longer_bag_sends_more(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,8 @@ class Memory(_Summable):
         optimizer: the optimizer state of these rows, and their dense gradient if there is one.
         buffers: temporary memory at the peak of a step, including the activations of the dense layers.
         dense: replicated weights: W2 and the dense layers, with gradients and optimizer state.
+        process: on a CPU, what the process takes beside the tensors that live at the peak: libraries, readers, and
+            memory of freed tensors that the C library keeps.
         host: rows and optimizer state of UVM kernels in host memory.
     """
 
@@ -54,12 +56,13 @@ class Memory(_Summable):
     optimizer: float = 0
     buffers: float = 0
     dense: float = 0
+    process: float = 0
     host: float = 0
 
     @property
     def total(self) -> float:
         """Bytes on the device."""
-        return self.weights + self.optimizer + self.buffers + self.dense
+        return self.weights + self.optimizer + self.buffers + self.dense + self.process
 
     @property
     def checkpoint_copy(self) -> float:

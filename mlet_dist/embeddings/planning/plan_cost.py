@@ -1,4 +1,4 @@
-"""The cost of a complete plan: of each table as it is sharded, of the dense layers, and of a rank with all of them."""
+"""The cost of a complete plan: of each table as it is sharded, and of a rank with all tables and the dense layers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +20,12 @@ from mlet_dist.embeddings.planning.cost_model import (
     Optimizer,
     Step,
     StepTime,
-    all_reduce_step,
     gigabytes,
-    replicated_bytes,
     step_time,
     total_memory,
     total_step,
 )
+from mlet_dist.embeddings.planning.dense_cost import DenseCost
 from mlet_dist.embeddings.planning.step_collectives import latency
 from mlet_dist.embeddings.planning.table_cost import (
     CACHE_LOAD_FACTOR,
@@ -183,53 +182,6 @@ def optimizer_of(rows: torch.Tensor) -> Optimizer:
             f"optimizer {name} of the rows: the size of its state is unknown; use one of {', '.join(_OPTIMIZERS)}"
         )
     return _OPTIMIZERS[name]
-
-
-@dataclass(frozen=True)
-class DenseCost:
-    """The cost of the replicated layers of a model: all but its tables.
-
-    Args:
-        parameters: the number of elements of their weights.
-        row_flops: floating-point operations of forward for one row; a step has three times as many.
-        row_activations: float32 values of one row that a step holds at their peak, with their gradients.
-        row_traffic: float32 values of one row that the operations of a step read and write.
-        local_batch_size: b.
-        optimizer: the optimizer of the layers.
-        world_size: R.
-        local_world_size: L.
-        note: why the operations and values are only estimated; None if they are measured.
-    """
-
-    parameters: int
-    row_flops: float
-    row_activations: float
-    row_traffic: float
-    local_batch_size: int
-    optimizer: Optimizer
-    world_size: int
-    local_world_size: int
-    note: str | None = None
-
-    def memory(self, table_buffers: float = 0) -> Memory:
-        """Return the memory of weights, gradients, optimizer state, and activations beyond the tables' buffers.
-
-        Args:
-            table_buffers: bytes of all tables' buffers. Half of them, for gradients, are free when the activations are
-                at their peak.
-        """
-        buffers = max(0, self.activation_bytes() - table_buffers / 2)
-        return Memory(dense=replicated_bytes(self.parameters, self.optimizer), buffers=buffers)
-
-    def activation_bytes(self) -> float:
-        """Return the bytes of the layers' outputs and their gradients at their peak."""
-        return FLOAT * self.local_batch_size * self.row_activations
-
-    def step(self) -> Step:
-        """Return the work of the layers; every weight is read three times and updated."""
-        moved = FLOAT * self.local_batch_size * self.row_traffic + 8 * FLOAT * self.parameters
-        reduced = all_reduce_step(FLOAT * self.parameters, self.world_size, self.local_world_size)
-        return reduced + Step(memory_bytes=moved, flops=3 * self.local_batch_size * self.row_flops)
 
 
 def memory_of_rank(tables: Tables, dense: DenseCost, rank: int) -> Memory:

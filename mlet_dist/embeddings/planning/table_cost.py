@@ -203,9 +203,9 @@ class TableCost:
             padded = self._shares_padded_kernel(rows) if self.on_cpu else self.projected
             backward = (3 if padded and self.on_cpu else 4 if padded else 2) * rows + requested * d
             exchanging = (2 if padded else 1) * rows + 2 * distinct * d
-            # Pools share an exchange: their ranges are looked up by id, and their projected rows are concatenated.
-            pooled = INDEX * ids + FLOAT * requested * d if self.pooled else 0
-            return FLOAT * max(backward, exchanging) + 3 * INDEX * ids + pooled
+            if self.pooled:  # Pools share an exchange: ids are looked up by range, and projected rows concatenated.
+                exchanging += INDEX // FLOAT * ids + requested * d
+            return FLOAT * max(backward, exchanging) + 3 * INDEX * ids
         sums = bags * self.world_size
         wide: float = 2 * sums * k
         if self.exchange == "after" and self.sharding_type == TABLE_WISE and self.world_size > 1:

@@ -9,6 +9,8 @@ from math import gcd
 
 import torch
 
+from mlet_dist.embeddings.projection import split_flat
+
 
 def sorted_distinct(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the distinct keys in order, and the position of each key among them.
@@ -70,5 +72,5 @@ class FlatRows:
 
     def split(self, flat: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
         """Return the rows of each width, ``(n, width)``, of a buffer with ``counts`` of them, the narrowest first."""
-        parts = flat.split([count * width for count, width in zip(counts, self.widths, strict=True)])
+        parts = split_flat(flat, [count * width for count, width in zip(counts, self.widths, strict=True)])
         return [part.view(-1, width) for part, width in zip(parts, self.widths, strict=True)]

@@ -35,7 +35,8 @@ from mlet_dist.embeddings.planning.cost_model import (
     total_memory,
     total_step,
 )
-from mlet_dist.embeddings.planning.plan_cost import DenseCost, fullest_memory, memory_of_rank, optimizer_of
+from mlet_dist.embeddings.planning.dense_cost import PROCESS_BYTES, DenseCost
+from mlet_dist.embeddings.planning.plan_cost import fullest_memory, memory_of_rank, optimizer_of
 from mlet_dist.embeddings.planning.planner import multi_layer_planner
 from mlet_dist.embeddings.planning.table_cost import TableCost
 from mlet_dist.embeddings.row_ranges import segments_of
@@ -183,6 +184,8 @@ def _memory(
 ) -> tuple[int, int, Memory]:
     sharded, stepper, planned, step = _sharded(optimizer, kind, exchange, ids_a_bag, precision)
     estimate = memory_of_rank(planned.tables, planned.dense, dist.get_rank())
+    assert estimate.process >= PROCESS_BYTES
+    estimate = dataclasses.replace(estimate, process=0)  # what torch's allocator does not count
     return _resident_bytes(sharded, stepper), _peak_bytes(step), estimate
 
 
@@ -223,9 +226,12 @@ def test_adam_without_a_fused_kernel_needs_a_dense_gradient(ranks: Ranks, world_
 @pytest.mark.multirank
 @pytest.mark.parametrize(("world_size", "optimizer", "ids_a_bag"), [(1, "adagrad", 1), (2, "rowwise_adagrad", 10)])
 def test_estimated_memory_of_row_ranges(ranks: Ranks, world_size: int, optimizer: str, ids_a_bag: int) -> None:
+    # The buffers of pools are added, each at its own peak. With long bags that of wide rows is in backward, and that of
+    # narrow rows and of bags' vectors in forward.
+    most = 1.25 if ids_a_bag == 1 else 1.4
     for resident, peak, estimate in ranks(world_size).run(_memory, optimizer, "ranges", "unique_rows", ids_a_bag):
         assert estimate.weights + estimate.optimizer + estimate.dense == resident
-        assert resident + peak <= estimate.total <= 1.25 * (resident + peak)
+        assert resident + peak <= estimate.total <= most * (resident + peak)
 
 
 @pytest.mark.multirank
@@ -387,6 +393,15 @@ def test_the_fullest_host_may_be_that_of_another_rank_than_the_fullest_device() 
     hosted = dataclasses.replace(owned, kernel="fused_uvm")
     memory = fullest_memory({"device": (owned, [1000, 0]), "host": (hosted, [0, 1000])}, dense)
     assert (memory.weights, memory.host) == (1000 * 16 * 4, 1000 * 16 * 4)
+
+
+def test_on_a_cpu_activations_share_no_memory_with_the_buffers_of_tables() -> None:
+    on_cuda = DenseCost(0, 0, 5, 9, 8, "sgd", 2, 2)  # 8 rows of 5 floats
+    on_cpu = dataclasses.replace(on_cuda, on_cpu=True)
+    for table_buffers, beyond in ((0, 160), (100, 110), (1000, 0)):
+        assert on_cuda.memory(table_buffers) == Memory(buffers=beyond)
+        assert on_cpu.memory(table_buffers) == Memory(buffers=beyond, process=PROCESS_BYTES + 160 - beyond)
+    assert on_cpu.memory().checkpoint_copy == 0
 
 
 def test_step_time_by_hand() -> None:
