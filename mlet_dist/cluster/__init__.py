@@ -14,7 +14,7 @@
 - ``nodes``: describe the nodes of a job, from the options that every node is given.
 - ``rendezvous``: let the nodes of a job meet at node 0.
 - ``registration``: how a node reaches node 0 and is admitted.
-- ``torch_rendezvous``: give torch elastic the nodes that have met.
+- ``torch_rendezvous``: give torch elastic the nodes that have met, or those that come and go.
 - ``preflight``: compare what the nodes or ranks report about themselves before a job starts.
 - ``rank_checks``: run `mlet doctor --distributed`, in which all ranks of a job check one another.
 - ``calibration``: measure the rates of a job's ranks for `mlet plan`.

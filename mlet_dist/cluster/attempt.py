@@ -24,7 +24,7 @@ from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.rank_errors import error_in_logs, error_of_failure
 from mlet_dist.cluster.rank_watch import RankWatch
 from mlet_dist.cluster.stop_request import FORWARDED, StopRequest
-from mlet_dist.cluster.torch_rendezvous import FixedRendezvous
+from mlet_dist.cluster.torch_rendezvous import FixedRendezvous, OpenRendezvous
 from mlet_dist.errors import ConnectionLost, NodesMissing
 from mlet_dist.node_log import log_of_node
 from mlet_dist.openmp import thread_environment
@@ -107,7 +107,7 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
         "max_nodes": nodes.count,
         "run_id": job,
         "rdzv_endpoint": nodes.endpoint,
-        "rdzv_backend": "c10d",
+        "rdzv_backend": OpenRendezvous().backend,
         "rdzv_configs": options,
         "max_restarts": _ELASTIC_RESTARTS,
         "signals_to_handle": ",".join(number.name for number in FORWARDED),

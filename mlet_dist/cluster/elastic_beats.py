@@ -95,7 +95,7 @@ class ElasticBeats:
                 self._started = {
                     pid: self._started.get(pid, now) for pid in map(int, self._children.read_text().split())
                 }
-            if silence.is_too_long(self._answers) and self._answers:
+            if silence.is_too_long(self._answers) and self._answers and self._nodes.rank:
                 self._lose(0, silence.seconds)
 
     def _lose(self, node: int, seconds: float) -> None:

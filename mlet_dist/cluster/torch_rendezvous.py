@@ -1,11 +1,19 @@
-"""Gives torch elastic the nodes that have met already (``rendezvous.py``), instead of a rendezvous of its own."""
+"""Gives torch elastic its nodes: a fixed set that has met already (``rendezvous.py``), or those that c10d finds."""
 
+import sys
 import uuid
 from typing import Any
 
 from torch import distributed as dist
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous import (
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    rendezvous_handler_registry,
+)
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from mlet_dist.cluster.nodes import Nodes
 
@@ -69,3 +77,59 @@ class FixedRendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         """Do nothing: the store ends with the process that keeps it."""
         return True
+
+
+class OpenRendezvous(RendezvousHandler):
+    """c10d's rendezvous, which stays open when a node leaves it because others were lost.
+
+    torch elastic closes it for all nodes when one of them ends with an error. A node that was cut off for a while would
+    keep all others from joining.
+
+    Attributes:
+        backend: the name under which it is registered.
+    """
+
+    def __init__(self) -> None:
+        self.backend = f"mlet-{uuid.uuid4().hex}"  # torch elastic registers a name once
+        self._handler: RendezvousHandler
+        rendezvous_handler_registry.register(self.backend, self._create)
+
+    def _create(self, given: RendezvousParameters) -> RendezvousHandler:
+        places = (given.endpoint, given.run_id, given.min_nodes, given.max_nodes, given.local_addr)
+        self._handler = get_rendezvous_handler(RendezvousParameters("c10d", *places, **given.config))
+        return self
+
+    def get_backend(self) -> str:
+        """Return the name of the backend."""
+        return self.backend
+
+    @property
+    def use_agent_store(self) -> bool:
+        """As c10d's."""
+        return self._handler.use_agent_store
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """As c10d's."""
+        return self._handler.next_rendezvous()
+
+    def is_closed(self) -> bool:
+        """As c10d's."""
+        return self._handler.is_closed()
+
+    def set_closed(self) -> None:
+        """As c10d's."""
+        self._handler.set_closed()
+
+    def num_nodes_waiting(self) -> int:
+        """As c10d's."""
+        return self._handler.num_nodes_waiting()
+
+    def get_run_id(self) -> str:
+        """Return the id of the job."""
+        return self._handler.get_run_id()
+
+    def shutdown(self) -> bool:
+        """Close the rendezvous, unless the error that is being raised says that other nodes are lost."""
+        if isinstance(sys.exc_info()[1], RendezvousError | dist.DistError):
+            return True
+        return self._handler.shutdown()

@@ -11,13 +11,18 @@ from torch.distributed import DistStoreError
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousParameters,
     RendezvousTimeoutError,
 )
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from mlet_dist.cluster import attempt
 from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.torch_rendezvous import OpenRendezvous
 from mlet_dist.errors import ConnectionLost, NodesMissing
 from tests.cluster.test_restarts import Job, job
+from tests.cluster.test_wrong_launch import free_port
 from tests.conftest import TrainedRun
 
 pytestmark = pytest.mark.e2e
@@ -67,6 +72,29 @@ def test_nodes_join_are_lost_and_come_back(trained: TrainedRun, tmp_path: Path) 
     lost = "node 1 is lost: it has given no sign of life for 15 s; the ranks start again"
     assert [log.count(lost) for log in logs] == [1, 0, 1]
     assert logs[2].splitlines()[-1].startswith("mlet: error: node 0 at localhost:")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_closed"),
+    [(RendezvousConnectionError(), False), (DistStoreError(), False), (ValueError(), True), (None, True)],
+)
+def test_a_node_that_was_cut_off_closes_the_rendezvous_for_no_other(error: Exception | None, is_closed: bool) -> None:
+    """torch elastic shuts it down in a `finally`, whatever is raised."""
+
+    def handler(is_host: bool) -> RendezvousHandler:
+        places = (OpenRendezvous().backend, f"localhost:{port}", "job", 1, 2, "localhost")
+        return get_rendezvous_handler(RendezvousParameters(*places, is_host=is_host))
+
+    port = free_port()
+    staying, leaving = handler(True), handler(False)
+    with suppress(*([type(error)] if error else [])):
+        try:
+            if error is not None:
+                raise error
+        finally:
+            assert leaving.shutdown()
+    assert staying.is_closed() is is_closed
+    assert staying.get_run_id() == "job"
 
 
 TOO_FEW = r"fewer than 2 nodes joined at head:29500 in time \(--wait 20\); check that all nodes run the same command"
