@@ -16,23 +16,23 @@ _PLAIN, _WEIGHTED = SERIES[0], SERIES[1]
 
 
 def html_page(result: dict[str, Any]) -> str:
-    """Return the result of ``spectrum_of`` as an HTML page: notes, a chart for each table, and a table of all numbers."""
+    """Return the result of ``spectrum_of`` as an HTML page: a chart for each table, and all numbers in a table."""
     gain = result["recipe_gain"]
     entries = [("unweighted", _PLAIN, False)]
     if result["data"] is not None:
         entries.append(("weighted by row frequency", _WEIGHTED, False))
     charts = "\n".join(_section(each) for each in result["tables"])
     about = (
-        "Each chart shows the singular values of W relative to the largest, on a logarithmic scale. A hollow point marks "
-        f"a value below the scale; values below {result['floor']:.0e} cannot be distinguished from zero. "
+        "Each chart shows the singular values of W relative to the largest, on a logarithmic scale. A hollow point "
+        f"marks a value below the scale; values below {result['floor']:.0e} cannot be distinguished from zero. "
         f"{weighting(result)} The dashed line is behind the fewest d with a loss of at most 0.1."
     )
     recipe = [] if gain is None else [f"kσ² of the recipe: {gain:.4g}."]
     explained = (
         "Effective rank: exp of the entropy of s / sum(s). Stable rank: squared Frobenius norm divided by squared "
         "spectral norm. 90% and 99%: number of dimensions that contain this share of sum(s²). Loss: relative Frobenius "
-        "error of the best projection to d dimensions, with a projection for each weighting. Balance: ||W1ᵀW1 - W2W2ᵀ|| "
-        "relative to the larger of the two."
+        "error of the best projection to d dimensions, with a projection for each weighting. Balance: "
+        "||W1ᵀW1 - W2W2ᵀ|| relative to the larger of the two."
     )
     body = f"""<div class="callout">{paragraphs(NOTE)}</div>
 {paragraphs(about, *recipe)}

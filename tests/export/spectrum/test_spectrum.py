@@ -279,7 +279,7 @@ _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.mark.skipif(_BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize(("count", "height"), [(26, 2800), (200, 15_000)])
+@pytest.mark.parametrize(("count", "height"), [(26, 4200), (200, 27_000)])
 def test_a_browser_draws_every_plot(tmp_path: Path, count: int, height: int) -> None:
     (tmp_path / "page.html").write_text(html_page(_result(count)), encoding="utf-8")
     command = [str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
