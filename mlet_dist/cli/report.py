@@ -11,7 +11,7 @@ TEXT = "Show what each way of making tables smaller costs in quality, and what t
 EPILOG = """\
 The report is about the arms of sweeps and comparisons, and about single runs, each with one mean over its seeds. They
 must have been trained on the same data. It compares every arm, in every output that was measured, with the tuned single
-layer in float32. DIR gets report.html, which is one file, figures/*.png, report.json and report.txt.
+layer in float32. DIR gets report.html, which is one file, figures/*.png, report.json and report.md.
 
   mlet sweep configs/sweeps/criteo.yaml --out sweeps/criteo
   mlet report sweeps/criteo --out reports/criteo"""

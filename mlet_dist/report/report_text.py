@@ -259,6 +259,26 @@ def text_report(found: Measurement, details: Details, chosen: Recommendation, ma
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def markdown_report(found: Measurement, details: Details, chosen: Recommendation, margin: float) -> str:
+    """Return the same as Markdown, with all tables of the page."""
+    parts = ["\n".join(f"- {line}" for line in advice(found, chosen, margin)), rule(found, margin)]
+    for names, rows in (
+        arms_table(found, details),
+        costs_table(found, details),
+        outputs_table(found),
+        classes_table(found, details),
+        settings_table(found),
+    ):
+        if rows:
+            lines = [names, ["---", *["--:"] * (len(names) - 1)], *rows]
+            parts.append(
+                "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+            )
+    if left_out := faults(found):
+        parts.append("Left out of all means:\n\n" + "\n".join(f"- {line}" for line in left_out))
+    return "\n\n".join(parts)
+
+
 def _difference(output: MeasuredOutput, split: str) -> Difference | None:
     quality = output.loss(split)
     return None if quality is None else quality.difference

@@ -16,7 +16,7 @@ from mlet_dist.report.measured_arms import MeasuredOutput, Measurement, Quality,
 from mlet_dist.report.measured_runs import measured_runs
 from mlet_dist.report.recommendation import MARGIN, Recommendation, recommend
 from mlet_dist.report.report_page import html_page
-from mlet_dist.report.report_text import advice, rule, text_report
+from mlet_dist.report.report_text import advice, markdown_report, rule, text_report
 
 
 def report(
@@ -26,7 +26,7 @@ def report(
     reference: str | None = None,
     label: str | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """Write report.html, report.json, report.txt and figures/*.png into a directory that must not exist or be empty.
+    """Write report.html, report.json, report.md and figures/*.png into a directory that must not exist or be empty.
 
     Args:
         directories: of `mlet sweep`, `mlet compare` and `mlet train`.
@@ -55,7 +55,7 @@ def report(
             save_png(each.figure, staged / "figures" / f"{each.name}.png", each.title, key_entries(list(found.runs)))
         (staged / "report.html").write_text(page, encoding="utf-8")
         (staged / "report.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
-        (staged / "report.txt").write_text(text + "\n", encoding="utf-8")
+        (staged / "report.md").write_text(markdown_report(found, details, chosen, margin) + "\n", encoding="utf-8")
     return result | {"out": str(out)}, text
 
 

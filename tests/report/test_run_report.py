@@ -83,7 +83,9 @@ def test_the_page_has_all_figures_and_is_one_file(reported: tuple[Path, dict]) -
     assert "<title>mlet, int8: 70 B, LogLoss" in body
     pictures = {path.name for path in (out / "figures").iterdir()}
     assert pictures == {"served_bytes.png", "training_bytes.png", "calibration.png"}
-    assert (out / "report.txt").read_text().startswith(result["advice"][0])
+    tables = (out / "report.md").read_text()
+    assert tables.startswith(f"- {result['advice'][0]}")
+    assert "\n| mlet | int8 | 70 B | 14.3 |" in tables
 
 
 def test_a_report_is_not_written_over_another(runs: list[MeasuredRun], tmp_path: Path) -> None:
