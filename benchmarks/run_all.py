@@ -34,6 +34,7 @@ SMALLEST = {
     "loader": "--rows 5000 --batch-size 64 --shuffle-buffer 1000 --rounds 1",
     "openmp_waiting": "--batch 8 --busy 0 --seconds 0.01 --repeats 1 --spins 0",
     "step": (f"--case 64-2-uniform-sgd {_TABLES} --bottom-mlp 8 --top-mlp 8 --seconds 0 --steps 1 --json"),
+    "sizes": "--seeds 1 --layers single --budgets 6x --settings train.max_steps=5 model.top_mlp=[8]",
     "prepare": "--rows 2000 --times 1 --repeats 1",
 }
 """By name, the arguments of each benchmark; ``{folder}`` is an empty directory."""

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from mlet_dist.cli.options import add_checkpoint_choice, add_nproc, byte_size, choice_of, positive
-from mlet_dist.cli.output import Result
-from mlet_dist.cli.process import configure_torch
+from mlet_dist.cli.output import Result, print_text
+from mlet_dist.cli.process import configure_torch, rank_of
 from mlet_dist.cli.ranks import run_in_ranks
 from mlet_dist.errors import UserError
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="DIR", help="directory or URL for the export; it must be new or empty"
     )
     parser.add_argument(
-        "--outputs", nargs="+", choices=_OUTPUTS, default=["dcp"], metavar="FORM",
+        "--outputs", nargs="+", choices=_OUTPUTS, metavar="FORM",
         help="one or more forms to write. dcp: float32 tables for torch.distributed.checkpoint; safetensors: float32 "
         "tables; fp16, int8, int4: TorchRec's quantised tables; package: a scripted model for Python and C++. Of a run "
         "with compression, each has two smaller variants: int8-kept and so on hold only the rows that are stored, and "
@@ -44,9 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directions, which costs quality, and have the -mixed variants of the outputs",
     )  # fmt: skip
     parser.add_argument(
+        "--budget", metavar="SIZE",
+        help="find the columns, the encoding and the widths of rows with which tables of at most SIZE bytes predict "
+        "best on the validation split, print what was tried, and export the best: 20MB, 5%% of the float32 tables, or "
+        "12x, a twelfth of them. --outputs may only be package, which is then written, too",
+    )  # fmt: skip
+    parser.add_argument(
         "--data", metavar="DATA",
-        help="with --dims: data set, or its URL, whose counts say which rows of tables that are cut weigh most "
-        "(default: that of the run)",
+        help="with --dims or --budget: data set, or its URL, whose counts say which rows weigh most, and whose "
+        "validation split --budget measures (default: that of the run)",
     )  # fmt: skip
     parser.add_argument(
         "--package-tables", choices=[name for name in _TABLES if "safetensors" not in name], metavar="FORM",
@@ -82,18 +88,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, bool]:
     """Run the command; return the result to print, or None, and whether it succeeded."""
-    if args.data is not None and args.dims is None:
-        raise UserError("--data needs --dims, the sizes to which tables are cut by the counts of the data set")
+    _check_options(args)
     if args.nproc is not None:
         return run_in_ranks(args, arguments, lambda: None)
     configure_torch()
+    from mlet_dist.export.budget.budget_report import budget_table
+    from mlet_dist.export.budget.run_budget import export_within
     from mlet_dist.export.collapse.run_collapse import SMALLEST_INT8, ExportOptions, export_run
     from mlet_dist.export.collapse.run_sizes import export_sizes
     from mlet_dist.export.serving.quantised import Serving
 
+    outputs = ["dcp"] if args.outputs is None else args.outputs
     options = ExportOptions(
-        outputs=tuple(name for name in args.outputs if name != "package"),
-        package=(args.package_tables or SMALLEST_INT8) if "package" in args.outputs else None,
+        outputs=tuple(name for name in outputs if name != "package"),
+        package=(args.package_tables or SMALLEST_INT8) if "package" in outputs else None,
         serving=None if args.serving_ranks is None else Serving(args.serving_ranks, args.serving_device),
         gather=args.gather,
         overwrite=args.overwrite,
@@ -101,6 +109,24 @@ def run(args: argparse.Namespace, arguments: list[str]) -> tuple[Result | None, 
         choice=choice_of(args),
         preprocessing=args.preprocessing,
     )
+    if args.budget is not None:
+        result = export_within(Path(args.run), args.out, args.budget, options, args.data)
+        if not args.json and not rank_of(args):
+            print_text(budget_table(result))
+        return (result if args.json else None), True
     if args.dims is not None:
         return export_sizes(Path(args.run), args.out, args.dims, options, args.data), True
     return export_run(Path(args.run), args.out, options), True
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise UserError if options are given that do not go together."""
+    if args.budget is not None and args.dims is not None:
+        raise UserError("--budget chooses the columns itself; leave --dims out")
+    if args.data is not None and args.dims is None and args.budget is None:
+        raise UserError("--data needs --dims or --budget, which read the counts of the data set")
+    if args.budget is not None and args.outputs not in (None, ["package"]):
+        raise UserError(f"--budget chooses the output itself; leave out --outputs {' '.join(args.outputs)}")
+    for name in ("package_tables", "serving_ranks"):
+        if args.budget is not None and getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} names tables, and --budget chooses them; leave it out")

@@ -31,6 +31,25 @@ def bytes_of(text: str) -> int:
     return size
 
 
+_FACTOR = re.compile(r"(\d+(?:\.\d+)?) ?x", re.IGNORECASE)
+
+
+def bytes_within(text: str, whole: int) -> int:
+    """Return the bytes of a size, a percentage of ``whole`` bytes, or ``12x``: a twelfth of them.
+
+    Raises:
+        ValueError: it is none of these, or less than a byte.
+    """
+    share, factor = share_of(text), _FACTOR.fullmatch(text.strip())
+    if factor is not None and float(factor[1]):
+        share = 1 / float(factor[1])
+    if share is None:
+        return bytes_of(text)
+    if int(share * whole) < 1:
+        raise ValueError(f"{text!r} of {whole:,} bytes is less than a byte")
+    return int(share * whole)
+
+
 def share_of(text: str) -> float | None:
     """Return the share that a percentage such as ``50%`` or ``12.5 %`` is; None for any other text."""
     found = _PERCENTAGE.fullmatch(text.strip())

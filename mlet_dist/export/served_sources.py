@@ -74,7 +74,7 @@ def _parts(
     for number, (group, first_row) in enumerate(zip(groups, starts, strict=False)):
         zero_row = number == len(groups) - 1 and kept.rows > kept.count and table.shared_row is None
         name = table.name if len(groups) == 1 else f"{table.name}:{group[0]}"
-        narrow = _is_narrow(table.ranges[group[0]], table.embedding_dim, encoding)
+        narrow = is_narrow(table.ranges[group[0]], table.embedding_dim, encoding)
         source = table.select(name, group, zero_row=zero_row, collapsed=not narrow)
         projection = table.projection_of(group[0]) if narrow else None
         state_name = f"{table.tables_prefix}projections.{name}.weight" if narrow else None
@@ -88,7 +88,7 @@ def _groups(table: RangedTableSource, encoding: Encoding) -> list[list[int]]:
     for index, each in enumerate(table.ranges):
         if not each.width:
             continue
-        narrow = _is_narrow(each, table.embedding_dim, encoding)
+        narrow = is_narrow(each, table.embedding_dim, encoding)
         if groups and wide and not narrow:
             groups[-1].append(index)
         else:
@@ -97,7 +97,7 @@ def _groups(table: RangedTableSource, encoding: Encoding) -> list[list[int]]:
     return groups
 
 
-def _is_narrow(rows: RowRange, embedding_dim: int, encoding: Encoding) -> bool:
+def is_narrow(rows: RowRange, embedding_dim: int, encoding: Encoding) -> bool:
     """Return whether a range takes fewer bytes as rows of its own width with W2 than as rows of d columns."""
     if rows.width >= embedding_dim or not encoding.fits(rows.width):
         return False

@@ -44,11 +44,12 @@ def way_to(source: ModelSource, embedding_dim: int) -> How | None:
         return None
     how: How = "truncated" if nested is None else "padded" if spec.model.builder is not None else "columns"
     if how != "columns":
-        _check_can_refit(source, wanted)
+        check_can_refit(source, wanted)
     return how
 
 
-def _check_can_refit(source: ModelSource, wanted: str) -> None:
+def check_can_refit(source: ModelSource, wanted: str) -> None:
+    """Raise UserError if the rows of a run cannot be refitted, as an option of `mlet export` asks."""
     if source.spec.sequence_tables:
         raise UserError(
             f"{wanted}: the vectors of {', '.join(sorted(source.spec.sequence_tables))} are not pooled "

@@ -60,16 +60,19 @@ class Size:
         embedding_dim: r, the columns of the widest rows.
         how: see above.
         tables: of all tables by name, where ``how`` is not ``columns``.
+        columns: the nested width whose first columns are ``graded``; None for all columns.
     """
 
     embedding_dim: int
     how: How
     tables: Mapping[str, RefittedTable] = field(default_factory=dict)
+    columns: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without the ``tensors``."""
         ranges = {name: [[each.rows, each.width] for each in table.ranges] for name, table in self.tables.items()}
-        return {"embedding_dim": self.embedding_dim, "how": self.how, "row_ranges": ranges}
+        of_columns = {} if self.columns is None else {"columns": self.columns}
+        return {"embedding_dim": self.embedding_dim, "how": self.how, **of_columns, "row_ranges": ranges}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -130,7 +133,8 @@ class Size:
             )
             for name, ranges in plain["row_ranges"].items()
         }
-        return cls(int(plain["embedding_dim"]), plain["how"], tables)
+        columns = plain.get("columns")
+        return cls(int(plain["embedding_dim"]), plain["how"], tables, None if columns is None else int(columns))
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,14 @@ class SizedSource(ModelSource):
     whole: ModelSource
     size: Size
 
+    @property
+    def trained(self) -> ModelSource:
+        """The model of the run."""
+        return self.whole.trained if isinstance(self.whole, SizedSource) else self.whole
+
     def load_dense(self, name: str) -> torch.Tensor:
         """Load what is left of one tensor of ``dense`` by its state name."""
-        tensor = super().load_dense(name)
+        tensor = self.whole.load_dense(name)
         return sliced(tensor, self._slices[name]) if name in self._slices else tensor
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -167,6 +176,8 @@ class SizedSource(ModelSource):
 
 def at_size(source: ModelSource, size: Size) -> SizedSource:
     """Return a trained model at a size; it shares the open files of ``source``."""
+    if size.columns is not None:
+        source = at_size(source, Size(size.columns, "columns"))
     spec, r = source.spec, size.embedding_dim
     if size.how == "columns":
         spec = spec.with_embedding_dim(r)

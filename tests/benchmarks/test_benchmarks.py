@@ -93,6 +93,13 @@ PRINTED = {
         rf"composed_over_mlet +{NUMBER} +\({NUMBER} - {NUMBER}; cpu {NUMBER}\)",
         rf"floor: products {NUMBER} ms, .*",
     ],
+    "sizes": [
+        *(
+            rf"\| {way} \| {NUMBER} ± – \| {NUMBER} ± – \| {NUMBER} ± – \|"
+            for way in ("runs of their own", "nested, all", "nested, sampled", "cut after training")
+        ),
+        rf"\| 6x \| \S+ \| [+-]{NUMBER} ± – \| [+-]{NUMBER} ± – \|",
+    ],
     "prepare": [
         rf"ours {NUMBER} rows/s, line_by_line {NUMBER} rows/s, polars {NUMBER} rows/s",
         rf"rows 2000 .*rows_per_s {NUMBER} +over_line_by_line {NUMBER}",

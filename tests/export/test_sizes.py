@@ -124,6 +124,12 @@ def test_a_run_that_was_not_trained_at_a_size_is_cut_to_its_longest_directions(
         assert checked["ok"] is True
         assert checked["outputs"]["dcp-mixed"]["max_abs_logit_diff"] < 1e-5
         assert result["served_bytes"]["dcp-mixed"] < 4 * 12 * _rows(plain) * (0.55 if size == "4" else 0.85)
+        (warning,) = (line for line in done.stderr.splitlines() if f"not trained at {size} columns" in line)
+        assert f"changes the LogLoss of valid by {result['valid_change']:+.5f}; train with" in warning
+        valid = ("--data", small_data, "--split", "valid")
+        cut = mlet_json("verify", result["out"], "--run", plain, *valid)["outputs"]["dcp-mixed"]["logloss"]
+        whole = mlet_json("evaluate", plain, *valid)["logloss"]
+        assert result["valid_change"] == pytest.approx(cut - whole, abs=2e-6)
     loss = {size: max(each["lost"].values()) for size, each in found["sizes"].items()}
     assert loss["4"] > loss["8"] > 0
     schema = DatasetSchema.load(small_data)

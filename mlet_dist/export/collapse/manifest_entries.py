@@ -15,8 +15,8 @@ from mlet_dist.export.source import ModelSource
 
 
 def describe_tables(source: ModelSource) -> list[dict[str, Any]]:
-    """Return the manifest's entries of the tables of a model; one at another size was trained as the whole one."""
-    trained = source.whole.tables if isinstance(source, SizedSource) else source.tables
+    """Return the manifest's entries of the tables of a model; one at another size was trained as that of the run."""
+    trained = source.trained.tables if isinstance(source, SizedSource) else source.tables
     return [
         {
             "name": table.name,

@@ -8,6 +8,9 @@ from typing import Any
 from torch import distributed as dist
 
 from mlet_dist.checkpoint.writer import on_first_rank
+from mlet_dist.config.validation_settings import VALIDATED
+from mlet_dist.data.location import data_set_path
+from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.collapse.run_collapse import (
     COLLECTIVE_TIMEOUT,
@@ -16,6 +19,8 @@ from mlet_dist.export.collapse.run_collapse import (
     collapse_source,
     open_run,
 )
+from mlet_dist.export.encoding import ENCODINGS
+from mlet_dist.export.measured_split import MeasuredSplit, served_vectors
 from mlet_dist.export.outputs import OUTPUTS
 from mlet_dist.export.size_choice import Counts, counts_of, size_of, way_to
 from mlet_dist.export.sized_model import How, Size, at_size
@@ -38,7 +43,8 @@ def export_sizes(
 
     Returns:
         ``out``, and ``sizes``: by size the result of ``export_run``, with ``how`` it was made, and of a truncated one
-        ``lost``, by table the share of the squares of the vectors that training looked up.
+        ``lost``, by table the share of the squares of the vectors that training looked up, and ``valid_change``, that
+        of the LogLoss of the split ``valid``, None without such a split.
 
     Raises:
         UserError: the run cannot be exported at a size, or as ``export_run``.
@@ -48,47 +54,63 @@ def export_sizes(
     with join_ranks("auto", COLLECTIVE_TIMEOUT) as worker:
         source = open_run(run, options, worker)
         ways = {each: way_to(source, each) for each in dims}
-        sizes: dict[int, Size | None] = {}
+        sizes: dict[int, tuple[Size | None, float | None]] = {}
         for each, how in ways.items():
-            sizes[each] = None if how is None else _on_all_ranks(source, each, how, data)
+            sizes[each] = (None, None) if how is None else _on_all_ranks(source, each, how, data)
         source.files.close()
         found = {}
-        for each, size in sizes.items():
+        for each, (size, change) in sizes.items():
             opened = ModelSource.open(run, options.choice)
             sized = opened if size is None else at_size(opened, size)
             if size is not None and worker.is_first:
-                _warn(source, size)
+                _warn(source, size, change)
             found[str(each)] = {
                 **collapse_source(sized, f"{out.rstrip('/')}/dim{each}", _options(options, size), worker),
                 **({} if size is None else {"how": size.how}),
-                **({} if size is None or size.how != "truncated" else {"lost": size.lost}),
+                **({} if size is None or size.how != "truncated" else {"lost": size.lost, "valid_change": change}),
             }
     return {"out": out, "sizes": found}
 
 
-def _on_all_ranks(source: ModelSource, embedding_dim: int, how: How, data: str | None) -> Size:
-    """Return the size that rank 0 computes, which alone reads all tables for it. A collective call."""
+def _on_all_ranks(source: ModelSource, embedding_dim: int, how: How, data: str | None) -> tuple[Size, float | None]:
+    """Return the size that rank 0 computes, which alone reads all tables for it, and its cost. A collective call."""
     found: list[Any] = [None]
 
     def compute() -> None:
         counts: Counts = counts_of(source, data) if how == "truncated" else lambda _: None
-        found[0] = size_of(source, embedding_dim, how, counts)
+        size = size_of(source, embedding_dim, how, counts)
+        found[0] = size, _change(source, size, data) if how == "truncated" else None
 
     on_first_rank(compute, f"{source.path}: its tables cannot be read", None)
     dist.broadcast_object_list(found, src=0)
-    size: Size = found[0]
-    return size
+    size, change = found[0]
+    return size, change
 
 
-def _warn(source: ModelSource, size: Size) -> None:
+def _change(source: ModelSource, size: Size, data: str | None) -> float | None:
+    """Return the change of the LogLoss of the split ``valid`` with the tables of a size, if the data set has one."""
+    location = data_set_path(data or str(source.config["data"]["path"]))
+    if not DatasetSchema.load(location).rows.get(VALIDATED):
+        return None
+    split = MeasuredSplit(source, location, VALIDATED)
+    model, vectors = split.model(source), split.read(source)
+    served = {
+        name: served_vectors(split.ids[name], each, size.tables[name], ENCODINGS["fp32"])
+        for name, each in vectors.items()
+    }
+    return model.logloss(served) - model.logloss(vectors)
+
+
+def _warn(source: ModelSource, size: Size, change: float | None) -> None:
     """Say what a size costs that the run was not trained at."""
     if size.how == "truncated":
+        cost = "" if change is None else f" and changes the LogLoss of {VALIDATED} by {change:+.5f}"
         worst = max(size.lost, key=lambda name: size.lost[name])
         print_warning(
             f"{source.path}: was not trained at {size.embedding_dim} columns; its tables are cut to the "
             f"{size.embedding_dim} directions in which looked-up vectors are longest, which loses up to "
-            f"{size.lost[worst]:.1%} of their squares (table {worst}); measure it with `mlet verify`, or train with "
-            f"model.nested_dims=[{size.embedding_dim}]"
+            f"{size.lost[worst]:.1%} of their squares (table {worst}){cost}; train with "
+            f"model.nested_dims=[{size.embedding_dim}] for plain tables of this size"
         )
     if size.how == "padded":
         print_warning(

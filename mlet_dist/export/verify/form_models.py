@@ -7,13 +7,14 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mlet_dist.data.loading.loader import Batch
+from mlet_dist.export.seen_rows import by_feature, padded, with_rows
 from mlet_dist.export.served_layout import ServedLayout, ServedTable
 from mlet_dist.export.serving.id_mapping import MappedIds, SplitIds
 from mlet_dist.export.serving.mixed_tables import MixedWidthCollection
 from mlet_dist.export.serving.quantised import build_served, load_dense, table_tensors
 from mlet_dist.export.serving.served_model import build_of_layout
 from mlet_dist.export.source import ModelSource
-from mlet_dist.export.verify.compared_models import ExportedModel, by_feature, padded, predict_logits, with_rows
+from mlet_dist.export.verify.compared_models import ExportedModel, predict_logits
 from mlet_dist.export.verify.table_check import CheckedTable, FormRows, StoredOutput
 from mlet_dist.models.build import build_serving_model
 from mlet_dist.models.spec import ModelSpec

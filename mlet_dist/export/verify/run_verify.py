@@ -19,10 +19,11 @@ from mlet_dist.export.encoding import ENCODINGS
 from mlet_dist.export.export_directory import PACKAGE, ExportDirectory
 from mlet_dist.export.outputs import open_output
 from mlet_dist.export.scores_writer import written_scores
+from mlet_dist.export.seen_rows import SeenRows, renumber
 from mlet_dist.export.served_layout import ServedLayout
 from mlet_dist.export.sized_model import Size, at_size
 from mlet_dist.export.source import ModelSource
-from mlet_dist.export.verify.compared_models import SeenRows, output_model, package_models, renumber, trained_model
+from mlet_dist.export.verify.compared_models import output_model, package_models, trained_model
 from mlet_dist.export.verify.form_check import check_form
 from mlet_dist.export.verify.form_models import form_model
 from mlet_dist.export.verify.table_check import CheckedTable, StoredOutput, check_table
@@ -179,7 +180,8 @@ def _check_size(export: Path, size: Size, run: Path, source: ModelSource) -> Non
     """Raise UserError unless an export of a size can be one of a run."""
     spec = source.spec
     rows = {name: sum(each.rows for each in table.ranges) for name, table in size.tables.items()}
-    nested = size.how != "columns" or size.embedding_dim in (spec.model.nested_dims or ())
+    columns = size.embedding_dim if size.how == "columns" else size.columns
+    nested = columns is None or columns in (spec.model.nested_dims or ())
     if not nested or (rows and rows != {table.name: table.num_embeddings for table in spec.tables}):
         raise UserError(
             f"{export}: its size, {size.embedding_dim} columns, is none of {run}; name the run that it was exported "

@@ -3,8 +3,8 @@
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mlet_dist.export.verify import compared_models
-from mlet_dist.export.verify.compared_models import SeenRows, renumber
+from mlet_dist.export import seen_rows
+from mlet_dist.export.seen_rows import SeenRows, renumber
 
 
 def _bags(ids: list[list[int]], lengths: list[list[int]]) -> KeyedJaggedTensor:
@@ -13,7 +13,7 @@ def _bags(ids: list[list[int]], lengths: list[list[int]]) -> KeyedJaggedTensor:
 
 
 def test_each_id_is_renumbered_to_its_position_among_the_seen_rows(monkeypatch) -> None:
-    monkeypatch.setattr(compared_models, "_BUFFERED", 2)  # so that duplicates are removed between batches, too
+    monkeypatch.setattr(seen_rows, "_BUFFERED", 2)  # so that duplicates are removed between batches, too
     batches = [
         _bags([[9, 2], [5, 5, 7], []], [[1, 1], [0, 3], [0, 0]]),
         _bags([[2, 2, 4], [], []], [[2, 1], [0, 0], [0, 0]]),
