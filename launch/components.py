@@ -110,12 +110,9 @@ def export(
 
 
 def sweep(
-    *settings: str,
-    config: str,
-    data: str,
-    run: str,
-    vary: List[str],  # noqa: UP006
-    ranks: int = 1,
+    sweep: str,
+    out: str,
+    nodes: int = 1,
     h: str = "cpu",
     image: str = "",
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
@@ -123,38 +120,25 @@ def sweep(
     max_retries: int = 3,
     name: str = "mlet-sweep",
 ) -> specs.AppDef:
-    """Train one run for each combination of values, each on its own node, in RUN/setting=value.
+    """Tune and train the arms of a sweep on several nodes, which share the work.
 
-    All values of all settings are combined: `--vary "model.hidden_dim=32|64,train.seed=0|1"` makes four runs.
+    The same command goes on with a sweep that was stopped, and leaves a finished one unchanged.
 
     Args:
-        settings: settings of `mlet train` for all runs, after a --
-        config: YAML file, at the path that the nodes see
-        data: data.path
-        run: directory of the runs
-        vary: settings with their values, setting=value|value
-        ranks: ranks of each run
-        h: named resource of a run, see launch/resources.py
+        sweep: YAML file of the sweep, at the path that the nodes see
+        out: directory of the results: storage that all nodes share, as the runs
+        nodes: number of nodes; each works on `workers` arms at a time
+        h: named resource of a node, see launch/resources.py
         image: container image with mlet_dist
         mounts: mounts as for dist.ddp, e.g. type=volume,src=CLAIM,dst=/data
         env: environment variables
-        max_retries: how often the scheduler restarts a run
+        max_retries: how often the scheduler restarts the nodes
         name: name of the job
     """
-    combinations: List[List[str]] = [[]]  # noqa: UP006
-    for each in vary:
-        setting, _, values = each.partition("=")
-        if not setting or not values:
-            raise ComponentValidationException(
-                f"--vary {each}: must be setting=value|value, for example model.hidden_dim=32|64"
-            )
-        combinations = [[*before, f"{setting}={value}"] for before in combinations for value in values.split("|")]
-    roles = []
-    for number, varied in enumerate(combinations):
-        overrides = [f"data.path={data}", f"run.dir={run.rstrip('/')}/{','.join(varied)}", *settings, *varied]
-        script = "exec " + _shell("train", config, *overrides, "--json", "--once", "--nproc", f"{ranks}")
-        roles.append(_role(f"run-{number}", script, image, h, mounts, env, max_retries))
-    return specs.AppDef(name=name, roles=roles)
+    script = "exec " + _shell("sweep", sweep, "--out", out, "--json")
+    role = _role("sweep", script, image, h, mounts, env, max_retries)
+    role.num_replicas = nodes
+    return specs.AppDef(name=name, roles=[role])
 
 
 def prepare(

@@ -97,7 +97,8 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     print_warnings(config)
     configure_torch()
     from mlet_dist.planner.hardware_rates import build_device, precision_of, rate_sources
-    from mlet_dist.planner.plan_report import html_page, text_report
+    from mlet_dist.planner.plan_page import html_page
+    from mlet_dist.planner.plan_report import text_report
     from mlet_dist.planner.run_plan import make_plan
 
     lookups = load_lookups(config, spec) if args.tables is None and config.compression.policy == "none" else {}

@@ -71,6 +71,8 @@ def inline_svg(figure: Figure, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Nothing of these charts lies outside of their axes, and two charts of a page may clip by the same name.
+    text = re.sub(r' clip-path="url\(#[^)]*\)"|<clipPath.*?</clipPath>', "", text, flags=re.DOTALL)
     text = re.sub(
         r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
         lambda found: f'<svg viewBox="{found[1]}" role="img" aria-label="{html.escape(label)}">',

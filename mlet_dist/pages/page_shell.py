@@ -38,6 +38,7 @@ dd {{ margin: 0; font-variant-numeric: tabular-nums }}
 .charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 14px }}
 .charts section {{ border: 1px solid var(--rule); border-radius: 6px; padding: 10px; min-width: 0;
   break-inside: avoid }}
+body > section {{ max-width: 640px }}
 .callout {{ border-left: 4px solid var(--s0); background: var(--fill); border-radius: 0 6px 6px 0; padding: 8px 14px }}
 .callout p:first-child {{ font-weight: 600 }}
 svg {{ width: 100%; height: auto; display: block }}

@@ -5,6 +5,7 @@ Modules:
     arms: the models that it describes, with the single layers and controls that belong to them.
     trained_points: trains a config once, in a directory that follows from its settings, and remembers the result.
     scored_points: exports a run and keeps the predictions of each output.
+    shared_directory: several processes that work into one directory.
     logged_commands: the `mlet` commands that both run.
     tuning: the search for an arm's settings by successive halving.
     run_sweep: all arms, several at once.

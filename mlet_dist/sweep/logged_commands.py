@@ -1,11 +1,13 @@
 """Runs `mlet` commands whose output goes to log files, several at a time, and ends them when a sweep is stopped."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,21 @@ class LoggedCommands:
 
     def __init__(self) -> None:
         self._children: set[subprocess.Popen[bytes]] = set()
-        self._lock, self._stopped = threading.Lock(), False
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._of_thread = threading.local()
+
+    def set_environment(self, variables: Mapping[str, str]) -> None:
+        """Set environment variables of all commands that this thread will run."""
+        self._of_thread.environment = {**os.environ, **variables}
+
+    def wait(self, seconds: float) -> None:
+        """Sleep.
+
+        Raises:
+            Interrupted: ``stop`` was called.
+        """
+        if self._stopped.wait(seconds):
+            raise Interrupted("the sweep was stopped")
 
     def run(self, *arguments: str, log: Path) -> int:
         """Run a command, append what it prints to a file, and return its exit code.
@@ -49,7 +65,7 @@ class LoggedCommands:
     def stop(self) -> None:
         """End all commands, which save themselves, and refuse to start others."""
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
             children = list(self._children)
         for child in children:
             child.terminate()
@@ -65,7 +81,7 @@ class LoggedCommands:
             output.write(f"$ {shlex.join(['mlet', *arguments])}\n".encode())
             output.flush()
             with self._lock:
-                if self._stopped:
+                if self._stopped.is_set():
                     raise Interrupted("the sweep was stopped")
                 # In a session of its own the command does not receive Ctrl-C; `stop` ends it.
                 child = subprocess.Popen(
@@ -73,6 +89,7 @@ class LoggedCommands:
                     stdout=subprocess.PIPE if keep else output,
                     stderr=output,
                     start_new_session=True,
+                    env=getattr(self._of_thread, "environment", None),
                 )
                 self._children.add(child)
             try:
@@ -80,7 +97,7 @@ class LoggedCommands:
             finally:
                 with self._lock:
                     self._children.discard(child)
-        if self._stopped:
+        if self._stopped.is_set():
             raise Interrupted("the sweep was stopped")
         return child.returncode, printed or b""
 

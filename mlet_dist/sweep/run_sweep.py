@@ -1,11 +1,16 @@
 """`mlet sweep`: tunes all arms and trains them with each seed, several at once; what is finished is not done again."""
 
 import dataclasses
+import hashlib
+import json
+import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.validation_settings import metrics_to_choose_by
@@ -16,15 +21,20 @@ from mlet_dist.progress import Progress
 from mlet_dist.sweep.arms import Arm, arms_of, control_config, with_settings
 from mlet_dist.sweep.logged_commands import LoggedCommands
 from mlet_dist.sweep.scored_points import ScoredPoints, outputs_of
+from mlet_dist.sweep.shared_directory import Claims, joined
 from mlet_dist.sweep.sweep_file import SweepConfig, TuneConfig
 from mlet_dist.sweep.sweep_results import Result, results_table, write_results
 from mlet_dist.sweep.trained_points import TrainedPoints
 from mlet_dist.sweep.tuning import Trial, tune
-from mlet_dist.training.run_directory import lock_file
+
+_LOOK_AGAIN_SECONDS = 2.0
 
 
 def run_sweep(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     """Tune each arm on the split valid, train it with each seed, and write the results into a directory.
+
+    Several processes may do so at the same time, also on several nodes that share ``out`` and the place of the runs:
+    each arm is the work of one of them, and each ends with the results of all.
 
     Files in ``out``: results.parquet, a row for each run (also while the sweep runs); results.txt, a table of the arms;
     arms, the YAML files of the arms as they were chosen; and runs, unless the sweep has another place for them.
@@ -34,26 +44,33 @@ def run_sweep(sweep: SweepConfig, out: Path) -> dict[str, Any]:
         ``faults`` of the runs with these by seed.
 
     Raises:
-        UserError: an arm or the data set does not fit, a run failed, or a file cannot be written.
+        UserError: an arm or the data set does not fit, a run failed, a file cannot be written, another sweep works into
+            ``out``, or there are fewer GPUs than the ranks of all workers need.
         Interrupted: a signal came; the same command goes on.
     """
     arms = arms_of(sweep)
     for arm in arms:
         _check_data(arm, arms[0], sweep.tune)
-    with lock_file(out / ".mlet-sweep", f"--out {out}"):
-        return _Sweep(sweep, out, arms).run()
+    content = dataclasses.asdict(dataclasses.replace(sweep, workers=1))
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    environments = [_environment(worker, sweep) for worker in range(sweep.workers)]
+    with joined(out, digest):
+        return _Sweep(sweep, out, arms, environments).run()
 
 
 class _Sweep:
-    def __init__(self, sweep: SweepConfig, out: Path, arms: list[Arm]) -> None:
-        self._sweep, self._out = sweep, out
+    def __init__(
+        self, sweep: SweepConfig, out: Path, arms: list[Arm], environments: Sequence[Mapping[str, str]]
+    ) -> None:
+        self._sweep, self._out, self._environments = sweep, out, environments
         self._arms = {arm.name: arm for arm in arms}
+        self._claims, self._pending = Claims(out / "arms"), list(arms)
         self._commands = LoggedCommands()
         runs = Path(sweep.runs) if sweep.runs is not None else out / "runs"
         self._points = TrainedPoints(runs, sweep.nproc, self._commands)
         self._results: list[Result] = []
         self._lock = threading.Lock()
-        self._chosen: dict[str, Future[dict[str, float]]] = {arm.name: Future() for arm in arms}
+        self._chosen: dict[str, dict[str, float]] = {}
         trials = sweep.tune.trials if sweep.tune.settings else 0
         tuned = sum(arm.control_of is None for arm in arms)
         self._progress = Progress("sweep", trials * tuned + len(sweep.seeds) * len(arms), "runs")
@@ -67,17 +84,13 @@ class _Sweep:
         self._shown = self._tune.metric.removesuffix("auc").removesuffix("logloss") + "logloss"
 
     def run(self) -> dict[str, Any]:
-        # Controls come last: each waits for the arm that it belongs to, which must have begun.
-        ordered = sorted(self._arms.values(), key=lambda arm: arm.control_of is not None)
         with self._progress, ThreadPoolExecutor(self._sweep.workers) as pool:
-            waiting = [pool.submit(self._complete, arm) for arm in ordered]
+            waiting = [pool.submit(self._work, environment) for environment in self._environments]
             try:
                 done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
                 for each in done:
                     each.result()
             except BaseException:
-                for each in waiting:
-                    each.cancel()
                 self._commands.stop()
                 raise
         self._write()
@@ -89,7 +102,7 @@ class _Sweep:
             "runs": len(self._results),
             "arms": {
                 name: {
-                    "settings": self._chosen[name].result(),
+                    "settings": self._chosen[name],
                     "faults": {
                         str(each.config.train.seed): each.fault
                         for each in self._results
@@ -100,14 +113,38 @@ class _Sweep:
             },
         }
 
+    def _work(self, environment: Mapping[str, str]) -> None:
+        """Complete arms until all are."""
+        self._commands.set_environment(environment)
+        while (arm := self._next()) is not None:
+            try:
+                self._complete(arm)
+            finally:
+                self._claims.release(self._file(arm).name)
+
+    def _next(self) -> Arm | None:
+        """Return an arm on which nothing works, or None if none is left; wait while others work on all that are left.
+
+        An arm that another process has completed takes no time. A control comes after the arm that it follows.
+        """
+        while True:
+            with self._lock:
+                for arm in self._pending:
+                    is_next = arm.control_of is None or arm.control_of in self._chosen
+                    if is_next and self._claims.claim(self._file(arm).name):
+                        self._pending.remove(arm)
+                        return arm
+                if not self._pending:
+                    return None
+            self._commands.wait(_LOOK_AGAIN_SECONDS)
+
+    def _file(self, arm: Arm) -> Path:
+        return self._out / "arms" / f"{list(self._arms).index(arm.name):03}.yaml"
+
     def _complete(self, arm: Arm) -> None:
         """Tune an arm and train it with each seed."""
-        try:
-            config, settings = self._choose(arm)
-        except BaseException as error:
-            self._chosen[arm.name].set_exception(error)
-            raise
-        self._chosen[arm.name].set_result(settings)
+        config, settings = self._choose(arm)
+        self._chosen[arm.name] = settings
         for seed in self._sweep.seeds:
             seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
             outcome = self._points.train(seeded, keep=True)
@@ -118,9 +155,9 @@ class _Sweep:
             self._add(result)
 
     def _choose(self, arm: Arm) -> tuple[Config, dict[str, float]]:
-        file = self._out / "arms" / f"{list(self._arms).index(arm.name):03}.yaml"
+        file = self._file(arm)
         if arm.control_of is not None:
-            settings = self._chosen[arm.control_of].result()
+            settings = self._chosen[arm.control_of]
             mlet = with_settings(self._arms[arm.control_of], settings, file)
             control = dataclasses.replace(arm, config=control_config(mlet))
             return with_settings(control, {}, file), settings
@@ -156,6 +193,21 @@ class _Sweep:
         with writing(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
             write_results(self._results, self._out / "results.parquet", self._labels)
+
+
+def _environment(worker: int, sweep: SweepConfig) -> dict[str, str]:
+    """Return the environment variables of the runs of a worker: with GPUs, those of its ranks."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = torch.cuda.device_count()
+    if not found:
+        return {}
+    devices = visible.split(",") if visible else [str(index) for index in range(found)]
+    if sweep.workers * sweep.nproc > found:
+        raise UserError(
+            f"workers is {sweep.workers} and nproc {sweep.nproc}, which takes {sweep.workers * sweep.nproc} GPUs, and "
+            f"this machine has {found}; lower workers to {found // sweep.nproc or 1}"
+        )
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[worker * sweep.nproc : (worker + 1) * sweep.nproc])}
 
 
 def _check_data(arm: Arm, first: Arm, tune: TuneConfig) -> None:

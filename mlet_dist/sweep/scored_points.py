@@ -11,12 +11,11 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError, writing
 from mlet_dist.formatting import load_json, to_json
 from mlet_dist.sweep.logged_commands import LoggedCommands
+from mlet_dist.sweep.shared_directory import exclusive
 from mlet_dist.sweep.trained_points import Outcome
-from mlet_dist.training.run_directory import lock_file
 
 OUTPUTS_FILE = "outputs.json"
 _FORMS = {"none": "", "static": "-mixed", "adaptive": "-kept"}
-_WAIT_SECONDS = 24 * 3600.0  # for another sweep that scores the same run
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class ScoredPoints:
         """
         run = outcome.run
         path = run.with_name(f"{run.name}-scores")
-        with lock_file(run.with_name(f".{run.name}-scores.lock"), str(path), _WAIT_SECONDS):
+        with exclusive(run.with_name(f".{run.name}-scores.lock"), self._commands.wait):
             found = _load(path)
             if found is None or not set(outputs) <= set(found):
                 found = self._score(run, config, outputs, path)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, writing
 from mlet_dist.formatting import load_json, to_json
 from mlet_dist.sweep.logged_commands import LoggedCommands, end_of
+from mlet_dist.sweep.shared_directory import exclusive
 from mlet_dist.training.run_directory import RunDirectory
 
 _WITHOUT_EFFECT = (
@@ -55,8 +55,6 @@ class TrainedPoints:
 
     def __init__(self, path: Path, nproc: int, commands: LoggedCommands) -> None:
         self._path, self._nproc, self._commands = path, nproc, commands
-        self._lock = threading.Lock()
-        self._of_digest: dict[str, threading.Lock] = {}
 
     def directory(self, config: Config) -> Path:
         """Return the directory of the run of a config, which is the same for all sweeps and data sets' places."""
@@ -87,18 +85,18 @@ class TrainedPoints:
             UserError: the run failed for another reason than that it diverged; its log says why.
             Interrupted: the sweep was stopped.
         """
-        with self._lock:
-            own = self._of_digest.setdefault(digest_of(config), threading.Lock())
-        with own:  # two arms may want the same run
-            run, found = self.directory(config), self.find(config)
-            if not keep:
-                return found or self._train(config, start)
-            with writing(self._path):
-                self._path.mkdir(parents=True, exist_ok=True)
-                _kept_file(run).touch()
-                if found is not None and found.diverged is None and not RunDirectory(run).checkpoints.is_dir():
-                    found = None  # a trial with the same settings
-                    shutil.rmtree(run)
+        run = self.directory(config)
+        with writing(self._path):
+            self._path.mkdir(parents=True, exist_ok=True)
+        # Two arms, and other sweeps, may want the same run.
+        with exclusive(self._path / f".{run.name}.lock", self._commands.wait):
+            found = self.find(config)
+            if keep:
+                with writing(self._path):
+                    _kept_file(run).touch()
+                    if found is not None and found.diverged is None and not RunDirectory(run).checkpoints.is_dir():
+                        found = None  # a trial with the same settings
+                        shutil.rmtree(run)
             return found or self._train(config, start)
 
     def forget_checkpoints(self, config: Config) -> None:

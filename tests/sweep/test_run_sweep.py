@@ -1,8 +1,12 @@
 """A sweep trains its arms by `mlet train`, and does nothing again that is done."""
 
+import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,9 +17,9 @@ from mlet_dist.errors import UserError
 from mlet_dist.quality.score_metrics import logloss
 from mlet_dist.quality.scores_file import read_scores
 from mlet_dist.sweep.arms import arms_of
-from mlet_dist.sweep.run_sweep import run_sweep
+from mlet_dist.sweep.run_sweep import _environment, run_sweep
 from mlet_dist.sweep.sweep_file import Interval, SweepConfig, TuneConfig
-from tests.helpers.mlet_command import ROOT, mlet, mlet_json
+from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 from tests.helpers.train_in_ranks import Ranks, train_in_ranks
 from tests.helpers.two_labels import two_labels
 
@@ -121,6 +125,58 @@ def test_a_run_that_diverges_is_a_result_and_not_an_error(small_model: tuple[str
     assert fault.startswith("not finite at step ")
     assert f"mlet, seed 0: {fault}" in (out / "results.txt").read_text()
     assert "0 of 1" in (out / "results.txt").read_text()
+
+
+@pytest.mark.e2e
+def test_two_processes_share_the_work_and_each_ends_with_all_results(
+    small_model: tuple[str, ...], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    content = {
+        "config": CONFIG,
+        "settings": settings_of(small_model) | {"train.max_steps": 3},
+        "arms": {"one": {"model.hidden_dim": 8}, "two": {"model.hidden_dim": 12}},
+        "baselines": False,
+        "seeds": [0],
+        "outputs": ["dcp"],
+    }
+    file.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "mlet_dist", "sweep", str(file), "--out", str(out), "--json"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    # While they work, another sweep may not.
+    deadline = time.monotonic() + 120
+    while not (out / ".mlet-sweep").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(content | {"seeds": [1]}))
+    assert "another sweep works into it (process " in error_line("sweep", other, "--out", out)
+    printed = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    first, second = (json.loads(output.splitlines()[-1]) for output, _ in printed)
+    assert first == second
+    assert first["runs"] == 2
+    logs = list((out / "runs").glob("*.log"))
+    assert len(logs) == 2
+    for log in logs:
+        for command_ in ("train", "export"):
+            assert log.read_text().count(f"$ mlet {command_} ") == 1
+    assert {row["arm"] for row in pq.read_table(out / "results.parquet").to_pylist()} == {"one", "two"}
+
+
+def test_workers_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    sweep = SweepConfig(config=CONFIG, workers=2, nproc=2)
+    assert [_environment(worker, sweep)["CUDA_VISIBLE_DEVICES"] for worker in range(2)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    assert _environment(1, sweep)["CUDA_VISIBLE_DEVICES"] == "3,1"
+    with pytest.raises(
+        UserError, match="workers is 3 and nproc 2, which takes 6 GPUs, and this machine has 4; lower wo"
+    ):
+        _environment(0, dataclasses.replace(sweep, workers=3))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert _environment(5, sweep) == {}
 
 
 def sweep_of(small_model: tuple[str, ...], **keys: object) -> SweepConfig:

@@ -18,7 +18,8 @@ from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.run_spectrum import spectrum_of
 from mlet_dist.export.spectrum.singular_values import balance
-from mlet_dist.export.spectrum.spectrum_report import html_page, report
+from mlet_dist.export.spectrum.spectrum_page import html_page
+from mlet_dist.export.spectrum.spectrum_report import report
 from mlet_dist.models.spec import TABLES_PREFIX, ModelSpec
 from mlet_dist.training.compressed_tables import shared_row_ranges, with_row_ranges
 from tests.helpers.mlet_command import ROOT, error_line, mlet_json

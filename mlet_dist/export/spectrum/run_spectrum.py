@@ -15,7 +15,8 @@ from mlet_dist.errors import UserError
 from mlet_dist.export.row_blocks import sum_grams
 from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_smaller
-from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
+from mlet_dist.export.spectrum.spectrum_page import html_page
+from mlet_dist.export.spectrum.spectrum_report import NOTE
 from mlet_dist.formatting import to_json
 from mlet_dist.progress import Progress
 from mlet_dist.stored_tables.ranged_source import RangedTableSource

@@ -24,7 +24,9 @@ from mlet_dist.export.row_blocks import read_blocks
 from mlet_dist.export.source import Tables
 from mlet_dist.export.spectrum.run_spectrum import spectrum_of
 from mlet_dist.export.spectrum.singular_values import Spectrum, balance, suggest_dim, suggest_smaller
-from mlet_dist.export.spectrum.spectrum_report import NOTE, html_page
+from mlet_dist.export.spectrum.spectrum_page import html_page
+from mlet_dist.export.spectrum.spectrum_report import NOTE
+from mlet_dist.pages.page_shell import SERIES
 from tests.conftest import TrainedRun
 from tests.helpers.data_set_parts import write_schema
 from tests.helpers.mlet_command import mlet
@@ -265,17 +267,19 @@ def test_the_page_is_self_contained_and_has_a_plot_per_table(count: int) -> None
     assert not [value for value in parsed.values if re.match(r"(src|href)=(?!#)", value)]
     assert "http" not in text
     assert "@import" not in text
-    for points in re.findall(r'points="([^"]*)"', text):
-        for x, y in (map(float, point.split(",")) for point in points.split()):
-            assert 40 <= x <= 292
-            assert 8 <= y <= 164
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        _, _, width, height = map(float, re.search(r'viewBox="([^"]*)"', svg)[1].split())
+        for path in re.findall(r'<path d="(M [^"]*)"[^>]*style="fill: none', svg):
+            numbers = [float(number) for number in re.findall(r"-?\d+\.?\d*", path)]
+            assert all(0 <= x <= width for x in numbers[::2])
+            assert all(0 <= y <= height for y in numbers[1::2])
 
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
 @pytest.mark.skipif(_BROWSER is None, reason="no Chromium is installed")
-@pytest.mark.parametrize(("count", "height"), [(26, 2800), (200, 15_000)])
+@pytest.mark.parametrize(("count", "height"), [(26, 4200), (200, 27_000)])
 def test_a_browser_draws_every_plot(tmp_path: Path, count: int, height: int) -> None:
     (tmp_path / "page.html").write_text(html_page(_result(count)), encoding="utf-8")
     command = [str(_BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
@@ -289,10 +293,10 @@ def test_a_browser_draws_every_plot(tmp_path: Path, count: int, height: int) -> 
         wanted = [int(colour[index : index + 2], 16) for index in (1, 3, 5)]
         return (abs(pixels - wanted) < 12).all(axis=2)
 
-    # Plots are in four columns, and captions separate the curves of a plot from those above and below.
-    points, plots = where("#4c72b0") | where("#dd8452"), 0
-    for column in range(4):
-        rows = np.flatnonzero(points[180:, column * 317 + 70 : column * 317 + 317].any(axis=1))
+    # Charts are in three columns, and captions separate the curves of a plot from those above and below.
+    points, plots = where(SERIES[0]) | where(SERIES[1]), 0
+    for column in range(3):
+        rows = np.flatnonzero(points[360:, 90 + column * 378 + 40 : 90 + column * 378 + 350].any(axis=1))
         plots += 1 + int((np.diff(rows) > 60).sum())
     assert abs(plots - count) <= count // 5  # plots of tables of one row or of zeros have few pixels
     assert (pixels[-300:] < 100).any()  # the table of numbers is at the bottom
