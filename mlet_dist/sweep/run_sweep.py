@@ -21,7 +21,7 @@ from mlet_dist.progress import Progress
 from mlet_dist.sweep.arms import Arm, arms_of, control_config, with_settings
 from mlet_dist.sweep.logged_commands import LoggedCommands
 from mlet_dist.sweep.scored_points import ScoredPoints, outputs_of
-from mlet_dist.sweep.shared_directory import Claims, joined
+from mlet_dist.sweep.shared_directory import Claims, exclusive, joined
 from mlet_dist.sweep.sweep_file import SweepConfig, TuneConfig
 from mlet_dist.sweep.sweep_results import Result, results_table, write_results
 from mlet_dist.sweep.trained_points import TrainedPoints
@@ -192,6 +192,8 @@ class _Sweep:
     def _write(self) -> None:
         with writing(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
+        # Processes that share the work write the same file.
+        with exclusive(self._out / ".results.lock", self._commands.wait), writing(self._out):
             write_results(self._results, self._out / "results.parquet", self._labels)
 
 
@@ -202,10 +204,12 @@ def _environment(worker: int, sweep: SweepConfig) -> dict[str, str]:
     if not found:
         return {}
     devices = visible.split(",") if visible else [str(index) for index in range(found)]
+    if sweep.nproc > found:
+        raise UserError(f"nproc is {sweep.nproc}, and this machine has {found} GPUs; lower nproc to {found}")
     if sweep.workers * sweep.nproc > found:
         raise UserError(
             f"workers is {sweep.workers} and nproc {sweep.nproc}, which takes {sweep.workers * sweep.nproc} GPUs, and "
-            f"this machine has {found}; lower workers to {found // sweep.nproc or 1}"
+            f"this machine has {found}; lower workers to {found // sweep.nproc}"
         )
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[worker * sweep.nproc : (worker + 1) * sweep.nproc])}
 

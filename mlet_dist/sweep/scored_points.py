@@ -64,7 +64,9 @@ class ScoredPoints:
         with exclusive(run.with_name(f".{run.name}-scores.lock"), self._commands.wait):
             found = _load(path)
             if found is None or not set(outputs) <= set(found):
-                found = self._score(run, config, outputs, path)
+                # Those that another sweep with the same runs wants stay.
+                others = [name for name in found or {} if name not in outputs]
+                found = self._score(run, config, [*outputs, *others], path)
         return Scored(path, {name: found[name] for name in outputs})
 
     def _score(self, run: Path, config: Config, outputs: Sequence[str], path: Path) -> dict[str, Any]:

@@ -90,8 +90,13 @@ class Claims:
 
 
 def _locked(handle: IO[str], kind: int) -> bool:
+    """Lock a file, and return whether no other holder was in the way; UserError where files cannot be locked."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise UserError(
+            f"{handle.name}: cannot be locked: {error.strerror or error}; a sweep needs storage with locks (flock)"
+        ) from None
     return True

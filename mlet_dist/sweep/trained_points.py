@@ -94,16 +94,33 @@ class TrainedPoints:
             if keep:
                 with writing(self._path):
                     _kept_file(run).touch()
-                    if found is not None and found.diverged is None and not RunDirectory(run).checkpoints.is_dir():
-                        found = None  # a trial with the same settings
-                        shutil.rmtree(run)
+                    found = self._with_checkpoint(run, found)
             return found or self._train(config, start)
+
+    def _with_checkpoint(self, run: Path, found: Outcome | None) -> Outcome | None:
+        """Return the outcome of a run that has its last checkpoint or diverged; prepare any other to be trained."""
+        finished, saved = RunDirectory(run).summary.exists(), RunDirectory(run).checkpoints.is_dir()
+        if (found is not None and found.diverged is not None) or (finished and saved):
+            return found
+        # The outcome goes first, so that a run whose training is interrupted again is not taken for finished.
+        _outcome_file(run).unlink(missing_ok=True)
+        if finished:  # a trial with the same settings, whose checkpoint was removed
+            shutil.rmtree(run)
+        return None
 
     def forget_checkpoints(self, config: Config) -> None:
         """Remove the checkpoints of a finished run, of which the results stay, unless they are to be kept."""
         run = self.directory(config)
-        if not _kept_file(run).exists():
-            shutil.rmtree(RunDirectory(run).checkpoints, ignore_errors=True)
+        checkpoints, removed = RunDirectory(run).checkpoints, run / ".removed-checkpoints"
+        if _kept_file(run).exists():
+            return
+        with exclusive(self._path / f".{run.name}.lock", self._commands.wait):
+            # Another sweep may have begun to keep them.
+            if not _kept_file(run).exists() and checkpoints.is_dir():
+                shutil.rmtree(removed, ignore_errors=True)
+                with writing(run):
+                    checkpoints.replace(removed)  # at once, so that none is left of which a part is missing
+                shutil.rmtree(removed, ignore_errors=True)
 
     def _train(self, config: Config, start: Config | None) -> Outcome:
         run = self.directory(config)

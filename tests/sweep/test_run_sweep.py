@@ -175,6 +175,8 @@ def test_workers_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
         UserError, match="workers is 3 and nproc 2, which takes 6 GPUs, and this machine has 4; lower wo"
     ):
         _environment(0, dataclasses.replace(sweep, workers=3))
+    with pytest.raises(UserError, match="nproc is 8, and this machine has 4 GPUs; lower nproc to 4"):
+        _environment(0, dataclasses.replace(sweep, workers=1, nproc=8))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert _environment(5, sweep) == {}
 
