@@ -87,6 +87,11 @@ def inline_svg(figure: Figure, label: str) -> str:
     return text.strip()
 
 
+def _plain(name: str) -> str:
+    """Return a name as text for matplotlib, which takes what is between dollar signs for a formula."""
+    return name.replace("$", r"\$")
+
+
 def save_png(figure: Figure, path: Path, title: str, entries: Sequence[tuple[str, str, bool]]) -> None:
     """Write a figure as PNG in the colours of a light page, with its title and key.
 
@@ -101,7 +106,7 @@ def save_png(figure: Figure, path: Path, title: str, entries: Sequence[tuple[str
     """
     with matplotlib.rc_context(_SETTINGS):
         marks = [
-            Line2D([], [], color=colour, marker="s", markersize=5, linestyle="none", label=name,
+            Line2D([], [], color=colour, marker="s", markersize=5, linestyle="none", label=_plain(name),
                    markerfacecolor="none" if hollow else colour)
             for name, colour, hollow in entries
         ]  # fmt: skip

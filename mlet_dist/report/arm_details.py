@@ -74,7 +74,7 @@ def details_of(found: Measurement) -> Details:
                 float(np.mean([calibration(each) for each in of_seeds])) if of_seeds else None,
                 [] if pooled is None else reliability(pooled),
                 {name: each[arm] for name, each in by_class.items() if arm in each},
-                curve_of(runs, "train"),
+                curve_of(runs),
                 cost_of(runs),
                 energy_of(min(runs, key=lambda run: run.seed)),
             )

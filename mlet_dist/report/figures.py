@@ -210,7 +210,9 @@ def _by_class(found: Measurement, details: Details, of_arm: Mapping[str, Look]) 
             for place, name in enumerate(names):
                 _, difference = details.arms[arm].by_class[name]["logloss"]
                 x = place + (index - (len(arms) - 1) / 2) * width
-                around = [[difference.value - difference.low], [difference.high - difference.value]]
+                # Of two arms that predict the same, rounding may put the value beside its interval.
+                below, above = difference.value - difference.low, difference.high - difference.value
+                around = [[max(0.0, below)], [max(0.0, above)]]
                 axes.errorbar([x], [difference.value], yerr=around, color=of_arm[arm].colour, linewidth=1, capsize=2)
                 (point,) = axes.plot([x], [difference.value], marker="o", **of_arm[arm].marks, markersize=4)
                 with_title(point, f"{arm}, {name} ids: {difference_text(difference)}")

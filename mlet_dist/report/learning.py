@@ -47,15 +47,16 @@ class Cost:
     ranks: int
 
 
-def curve_of(runs: Sequence[MeasuredRun], split: str) -> Curve | None:
-    """Return the loss of a split, ``train`` or ``valid``, by the steps that all runs recorded; None without two."""
-    key = "loss" if split == "train" else "logloss"
-    found: list[dict[int, float]] = []
-    for run in runs:
-        key = "loss" if split == "train" else "logloss"
-        found.append(
-            {record["step"]: record[key] for record in _records(run) if record["split"] == split and key in record}
-        )
+def curve_of(runs: Sequence[MeasuredRun]) -> Curve | None:
+    """Return the loss in training by the steps that all runs recorded; None without two."""
+    found: list[dict[int, float]] = [
+        {
+            record["step"]: record["loss"]
+            for record in _records(run)
+            if record["split"] == "train" and record.get("loss") is not None
+        }
+        for run in runs
+    ]
     steps = sorted(set.intersection(*map(set, found)))
     if len(steps) < 2:
         return None

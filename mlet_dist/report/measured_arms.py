@@ -1,13 +1,14 @@
 """How good each arm is in each of its outputs, and how it differs from the tuned single layer."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.quality.paired_bootstrap import Difference, difference_of, seed_noise
 from mlet_dist.quality.replicates import METRICS, REPLICATES, Replicates, replicates_of
 from mlet_dist.quality.score_metrics import Floats, Scores
@@ -110,8 +111,9 @@ class Measurement:
         return self.float_output(self.reference)
 
     def float_output(self, arm: str) -> MeasuredOutput:
-        """Return the float32 output of an arm."""
-        return next(each for each in self.outputs if each.arm == arm and each.is_float)
+        """Return the float32 output of an arm; of a compressed arm with several variants, the smallest."""
+        found = [each for each in self.outputs if each.arm == arm and each.is_float]
+        return min(found, key=lambda each: each.served_bytes)
 
 
 def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: str | None = None) -> Measurement:
@@ -119,7 +121,8 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
 
     Args:
         runs: of all arms.
-        reference: the arm to compare with; by default the single layer with the least LogLoss on the split valid.
+        reference: the arm to compare with; by default the single layer with the least LogLoss on the split valid, of
+            those with scores if there are any.
         label: of several labels, the one whose metrics count; by default the first.
 
     Raises:
@@ -137,9 +140,15 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
         raise UserError("no run says anything of its settings: all diverged, or their dense arch died")
     prefix, label = _prefix_of(next(iter(good.values()))[0], label)
     all_runs = [run for of_arm in good.values() for run in of_arm]
-    splits = tuple(split for split in SPLITS if all(_float(run, split) for run in all_runs))
+    splits = tuple(split for split in SPLITS if all(f"{prefix}logloss" in _float(run, split) for run in all_runs))
     if not splits:
         raise UserError("the runs have no metrics of valid or test in common, so that there is nothing to compare")
+    places = sorted({run.config.data.path for run in all_runs})
+    if len(places) > 1 and any(run.scores is None for run in all_runs):
+        print_warning(
+            f"the runs are of the data sets {', '.join(places)}, and without predictions of single rows nothing shows "
+            "whether these have the same rows; compare runs of the same data alone"
+        )
     plain = {
         arm: statistics.mean(_float(run, splits[0])[f"{prefix}logloss"] for run in of_arm)
         for arm, of_arm in good.items()
@@ -153,10 +162,12 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
 
 def _prefix_of(run: MeasuredRun, label: str | None) -> tuple[str, str | None]:
     """Return what the names of a label's metrics begin with, and its name if there are several."""
-    known = sorted(
-        {metric.removesuffix("logloss").removesuffix("_") for split in SPLITS for metric in _float(run, split)
-         if metric.endswith("logloss")}
-    )  # fmt: skip
+    known = dict.fromkeys(
+        metric.removesuffix("logloss").removesuffix("_")
+        for split in SPLITS
+        for metric in _float(run, split)
+        if metric.endswith("logloss")
+    )
     labels = [each for each in known if each]
     if not labels:
         if label is not None:
@@ -169,10 +180,9 @@ def _prefix_of(run: MeasuredRun, label: str | None) -> tuple[str, str | None]:
 
 
 def _float(run: MeasuredRun, split: str) -> Mapping[str, float]:
-    """Return the metrics of a run's float32 output."""
+    """Return the metrics of a run's float32 output that are defined."""
     output = next((each for name, each in run.outputs.items() if name.partition("-")[0] == PLAIN), {})
-    found: Mapping[str, float] = output.get(split, {})
-    return found
+    return {name: value for name, value in output.get(split, {}).items() if value is not None}
 
 
 def _reference(wanted: str | None, good: Mapping[str, Sequence[MeasuredRun]], losses: Mapping[str, float]) -> str:
@@ -185,7 +195,8 @@ def _reference(wanted: str | None, good: Mapping[str, Sequence[MeasuredRun]], lo
         raise UserError(
             f"no arm is a single layer, with which others are compared; name one of {', '.join(good)} by --reference"
         )
-    return min(singles, key=lambda arm: losses[arm])
+    with_scores = [arm for arm in singles if all(run.scores is not None for run in good[arm])]
+    return min(with_scores or singles, key=lambda arm: losses[arm])
 
 
 def _outputs(arm: str, runs: Sequence[MeasuredRun], splits: Sequence[str], prefix: str) -> list[MeasuredOutput]:
@@ -195,16 +206,22 @@ def _outputs(arm: str, runs: Sequence[MeasuredRun], splits: Sequence[str], prefi
     for name in names:
         quality = {
             split: {
-                metric: Quality({run.seed: run.outputs[name][split][f"{prefix}{metric}"] for run in runs})
+                metric: Quality({run.seed: _value(run.outputs[name][split], f"{prefix}{metric}") for run in runs})
                 for metric in METRICS
             }
             for split in splits
-            if all(f"{prefix}{metric}" in run.outputs[name].get(split, {}) for run in runs for metric in METRICS)
+            if all(f"{prefix}logloss" in run.outputs[name].get(split, {}) for run in runs)
         }
         bytes_of = [run.outputs[name]["served_bytes"] for run in runs]
         trained = max(run.summary["training_bytes_peak"] for run in runs)
         found.append(MeasuredOutput(arm, name, max(bytes_of), trained, quality))
     return sorted(found, key=lambda each: -each.served_bytes)
+
+
+def _value(metrics: Mapping[str, float | None], name: str) -> float:
+    """Return a metric; NaN if it is undefined, as AUC is for rows of one label."""
+    value = metrics.get(name)
+    return math.nan if value is None else value
 
 
 def _with_differences(
@@ -222,7 +239,7 @@ def _with_differences(
         if all(path is not None for path in paths.values()) and split in output.quality:
             places[output.arm, output.output] = {seed: len(models) + index for index, seed in enumerate(paths)}
             models += [read_scores(path, prefix) for path in paths.values() if path is not None]
-    base = next((key for key in places if key[0] == reference and key[1].partition("-")[0] == PLAIN), None)
+    base = next((key for key in reversed(places) if key[0] == reference and key[1].partition("-")[0] == PLAIN), None)
     if base is None:
         return list(outputs)
     try:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlet_dist.config.config_file import Config
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.formatting import load_json, to_json
 from mlet_dist.training.run_directory import RunDirectory
 
@@ -67,6 +67,7 @@ def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
         UserError: a directory is none of these, has no finished run, or a file is damaged.
     """
     found: list[MeasuredRun] = []
+    settings: dict[str, str] = {}
     singles: dict[str, str] = {}
     for path in directories:
         if (path / "results.parquet").exists():
@@ -75,7 +76,7 @@ def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
             runs = _of_comparison(path)
         elif RunDirectory(path).config.exists():
             run = _single(path)
-            runs = [dataclasses.replace(run, arm=singles.setdefault(_without_seed(run.config), run.arm))]
+            runs = [dataclasses.replace(run, arm=singles.get(_without_seed(run.config), run.arm))]
         else:
             raise UserError(
                 f"{path}: neither of results.parquet of `mlet sweep`, comparison.json of `mlet compare` and a run of "
@@ -83,11 +84,30 @@ def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
             )
         if not runs:
             raise UserError(f"{path}: no run has ended yet")
-        known = {each.arm: each.config for each in found}
+        others = dict(settings)
         for each in runs:
-            same = each.arm not in known or _without_seed(known[each.arm]) == _without_seed(each.config)
-            found.append(each if same else dataclasses.replace(each, arm=f"{each.arm} ({path.name})"))
-    return found
+            own = _without_seed(each.config)
+            names = (each.arm, f"{each.arm} ({path.name})", f"{each.arm} ({path})")
+            arm = next((name for name in names if others.get(name, own) == own), names[-1])
+            settings[arm] = own
+            if each.run == path:
+                singles[own] = arm
+            found.append(dataclasses.replace(each, arm=arm))
+    return _each_seed_once(found)
+
+
+def _each_seed_once(runs: Iterable[MeasuredRun]) -> list[MeasuredRun]:
+    """Return the runs without those of an arm and a seed that another run has: one that has scores, or the first."""
+    found: dict[tuple[str, int], MeasuredRun] = {}
+    for run in runs:
+        first = found.setdefault((run.arm, run.seed), run)
+        if first.run.resolve() != run.run.resolve():
+            print_warning(
+                f"{first.run} and {run.run} have the same settings and the same train.seed; the report has one of them"
+            )
+        if first.scores is None and run.scores is not None:
+            found[run.arm, run.seed] = run
+    return list(found.values())
 
 
 def _of_sweep(path: Path) -> list[MeasuredRun]:
@@ -101,12 +121,16 @@ def _of_sweep(path: Path) -> list[MeasuredRun]:
 
 def _of_row(row: Mapping[str, Any], path: Path) -> MeasuredRun:
     run = RunDirectory(_moved(Path(row["run"]), path))
-    config = run.load_config()
     summary: dict[str, Any] = {}
-    if run.summary.exists():
+    if row["fault"] is None or run.summary.exists():
         config, _, summary = run.load()
-    scores = None if row["scores"] is None else _moved(Path(row["scores"]), path)
-    outputs = json.loads(row["outputs"]) if row["outputs"] else _outputs_of_summary(summary)
+    else:  # a run that diverged has no summary
+        config = run.load_config()
+    # Results of earlier versions do not have these columns.
+    scores = None if row.get("scores") is None else _moved(Path(row["scores"]), path)
+    outputs = json.loads(row["outputs"]) if row.get("outputs") else {}
+    if not any(name.partition("-")[0] == PLAIN for name in outputs):
+        outputs |= _outputs_of_summary(summary)
     tuned = json.loads(row["settings"])
     return MeasuredRun(row["arm"], row["kind"], config, tuned, summary, run.path, row["fault"], outputs, scores)
 

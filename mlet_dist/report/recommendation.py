@@ -70,8 +70,8 @@ def recommend(found: Measurement, margin: float = MARGIN) -> Recommendation:
     better: list[MeasuredOutput] = []
     of_controls: list[MeasuredOutput] = []
     for each in found.outputs:
-        is_rival = each.is_float and each.arm != found.reference and each.served_bytes <= reference.served_bytes
-        if is_rival and _upper(each, found.choice_split) < 0:
+        is_rival = each == found.float_output(each.arm) and each.arm != found.reference
+        if is_rival and each.served_bytes <= reference.served_bytes and _upper(each, found.choice_split) < 0:
             (better if _beats_control(each, found) else of_controls).append(each)
     return Recommendation(
         smallest,

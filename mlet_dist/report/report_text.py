@@ -46,7 +46,8 @@ def rule(found: Measurement, margin: float) -> str:
         f"its difference in LogLoss on {found.choice_split} ends below {margin:g}. Recommended is the smallest of the "
         "equal outputs, if it is smaller than the reference. An arm is better if its float32 tables are no larger than "
         "the reference's and the interval "
-        f"lies below 0, and if an arm of MLET is also better than its control.{checked} Intervals are for other rows, "
+        f"lies below 0, and if an arm of MLET is also better than its control, where it has one."
+        f"{checked} Intervals are for other rows, "
         "by a paired bootstrap, and for other seeds where there are two or more, by Student's t."
     )
 
@@ -54,21 +55,24 @@ def rule(found: Measurement, margin: float) -> str:
 def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list[str]:
     reference = found.reference_output
     smallest = chosen.smallest
-    if reference.loss(found.choice_split) is None or _difference(reference, found.choice_split) is None:
-        return [
-            "There is no recommendation, because there are no predictions of single rows: `mlet sweep` keeps them for "
-            "its outputs. The metrics below are those that training measured."
+    if not _can_choose(found):
+        lines = [
+            f"There is no recommendation, because there are no predictions of single rows of {found.choice_split} by "
+            f"{found.reference} in float32: `mlet sweep` keeps them if dcp is one of its outputs."
         ]
+        if _difference(reference, found.result_split) is None:
+            lines.append("The metrics below are those that training measured.")
+        return lines
     if smallest is None:
         return [
-            f"Do not bother: no output that is smaller than the single layer's float32 tables "
+            f"Do not bother: no output that is smaller than the float32 tables of {_reference(found)} "
             f"({size_text(reference.served_bytes)}) is certain to be within {margin:g} of its LogLoss on "
             f"{found.choice_split}."
         ]
     less = f"{reference.served_bytes / smallest.served_bytes:.1f} times less than {size_text(reference.served_bytes)}"
+    name = f"{_reference(found)} in float32" + (f" ({found.reference})" if _is_single(found) else "")
     lines = [
-        f"Serve {smallest.name}: its tables take {size_text(smallest.served_bytes)}, {less} of the tuned single layer "
-        f"in float32 ({found.reference}).",
+        f"Serve {smallest.name}: its tables take {size_text(smallest.served_bytes)}, {less} of {name}.",
         f"Its difference in LogLoss from that is {difference_text(_difference(smallest, found.choice_split))} on "
         f"{found.choice_split}, by which it was chosen"
         + {
@@ -83,8 +87,34 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
         _how_to_train(found, smallest),
     ]
     if smallest.arm == found.reference:
-        lines.append("It is the single layer itself, quantised: do not bother with other models for their size.")
+        lines.append(f"It is {_layer(found)} itself, quantised: do not bother with other models for their size.")
+    seeds = {run.seed for run in found.runs[smallest.arm]} & {run.seed for run in found.runs[found.reference]}
+    if len(seeds) == 1:
+        lines.append(
+            "These intervals are for other rows alone, because both have one seed in common: another seed may change "
+            "the recommendation. Take five."
+        )
     return lines
+
+
+def _can_choose(found: Measurement) -> bool:
+    """Return whether there are intervals on the split by which the recommendation chooses."""
+    return _difference(found.reference_output, found.choice_split) is not None
+
+
+def _is_single(found: Measurement) -> bool:
+    return found.runs[found.reference][0].kind == "single"
+
+
+def _layer(found: Measurement) -> str:
+    """Return what the reference is: the single layer, unless another arm was named."""
+    return "the single layer" if _is_single(found) else found.reference
+
+
+def _reference(found: Measurement) -> str:
+    """Return the same, with whether a sweep tuned it."""
+    is_tuned = _is_single(found) and found.runs[found.reference][0].tuned
+    return "the tuned single layer" if is_tuned else _layer(found)
 
 
 def _how_to_train(found: Measurement, output: MeasuredOutput) -> str:
@@ -94,7 +124,10 @@ def _how_to_train(found: Measurement, output: MeasuredOutput) -> str:
     if compression.policy != "none":
         parts += [f"compression.policy={compression.policy}", f"compression.budget={_budget(compression.budget)}"]
     parts += [f"{name}={value:.3g}" for name, value in run.tuned.items()]
-    return f"Train it with {' '.join(parts)}, and export it with --outputs {output.output}."
+    return (
+        f"Its settings are those of {run.run / 'config.yaml'} ({' '.join(parts)}); export it with `mlet export "
+        f"{run.run} --outputs {output.output} --out DIR`."
+    )
 
 
 def _budget(budget: float | str | None) -> str:
@@ -109,7 +142,8 @@ def _ratios(found: Measurement, chosen: Recommendation, margin: float) -> list[s
     assert alone is not None
     return [
         f"By the mean differences on {found.result_split}, tables can be {_ratio(chosen.times_smaller)} times smaller "
-        f"within {margin:g} of that LogLoss; by quantising the single layer alone, {_ratio(alone)} times."
+        f"within {margin:g} of the LogLoss of {_reference(found)}; by quantising {_layer(found)} alone, "
+        f"{_ratio(alone)} times."
     ]
 
 
@@ -123,19 +157,19 @@ def _better(found: Measurement, chosen: Recommendation) -> list[str]:
     for each in chosen.better:
         also = "" if result == split else f" and {difference_text(_difference(each, result))} on {result}"
         lines.append(
-            f"{each.arm} is better than the single layer at no more served bytes: "
+            f"{each.arm} is better than {_layer(found)} at no more served bytes: "
             f"{difference_text(_difference(each, split))} in LogLoss on {split}{also}."
         )
     for each in chosen.of_controls:
         lines.append(
-            f"{each.arm} is better than the single layer on {split} "
+            f"{each.arm} is better than {_layer(found)} on {split} "
             f"({difference_text(_difference(each, split))}), but not than its control, a single layer with MLET's "
             "effective learning rate: it gains by the learning rate, not by the factorisation."
         )
     rivals = any(arm != found.reference and runs[0].kind == "mlet" for arm, runs in found.runs.items())
-    if rivals and not lines and chosen.times_smaller is not None:
+    if rivals and not lines and _can_choose(found):
         lines.append(
-            f"No arm is better than the tuned single layer by more than chance on {split}: do not bother with MLET for "
+            f"No arm is better than {_reference(found)} by more than chance on {split}: do not bother with MLET for "
             "its quality at the same served bytes."
         )
     return lines
@@ -276,7 +310,7 @@ def markdown_report(found: Measurement, details: Details, chosen: Recommendation
             )
     if left_out := faults(found):
         parts.append("Left out of all means:\n\n" + "\n".join(f"- {line}" for line in left_out))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts).replace("<", "&lt;")  # a name in angle brackets is no HTML
 
 
 def _difference(output: MeasuredOutput, split: str) -> Difference | None:
@@ -289,6 +323,8 @@ def _quality(found: Measurement, output: MeasuredOutput, metric: str) -> list[st
     quality = output.quality.get(found.result_split, {}).get(metric)
     if quality is None:
         return ["", ""]
+    if math.isnan(quality.mean):
+        return ["undefined", ""]
     spread = "" if quality.spread is None else f" ± {quality.spread:.4f}"
     difference = "reference" if output == found.reference_output else difference_text(quality.difference)
     return [f"{quality.mean:.4f}{spread}", difference]

@@ -67,6 +67,7 @@ class MadeUpArms:
                     }
                     pq.write_table(pa.table(columns), scores / split / f"{output}.parquet")
             summary = {"training_bytes_peak": training_bytes}
-            run = MeasuredRun(name, kind, config, {}, summary, scores, None, outputs, scores)
+            tuned = {"optimizer.learning_rate": 0.02}
+            run = MeasuredRun(name, kind, config, tuned, summary, scores, None, outputs, scores)
             runs.append(run)
         return runs

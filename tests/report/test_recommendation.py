@@ -1,16 +1,20 @@
 """The recommendation in each direction, and that neither names nor order have a part in it."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlet_dist.errors import UserError
+from mlet_dist.quality.paired_bootstrap import Difference
+from mlet_dist.report.arm_details import Details, details_of
+from mlet_dist.report.figures import figures_of
 from mlet_dist.report.measured_arms import Measurement, measure
 from mlet_dist.report.measured_runs import MeasuredRun
 from mlet_dist.report.recommendation import Recommendation, recommend
-from mlet_dist.report.report_text import advice
+from mlet_dist.report.report_text import advice, arms_table
 from tests.report.arms_on_disk import MadeUpArms
 
 SIZES = {"dcp": 1000, "int8": 300, "int4": 200}
@@ -139,3 +143,92 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         measure(single, reference="nobody")
     with pytest.raises(UserError, match="--label click: the data set has one label alone"):
         measure(single, label="click")
+
+
+def test_nothing_is_claimed_of_a_split_without_predictions(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    runs = made.arm("single", "single", 0.8, SIZES) + made.arm("mlet", "mlet", 0.1, SIZES)
+    for run in runs:  # as a comparison has them
+        shutil.rmtree(run.run / "valid")
+    found, chosen, text = decided(runs)
+    assert chosen.smallest is None
+    assert chosen.better == []
+    assert "no predictions of single rows of valid by single in float32" in text
+    assert "do not bother" not in text.lower()
+    assert "that training measured" not in text  # those of test are from predictions
+    difference = found.float_output("mlet").loss("test")
+    assert difference is not None
+    assert difference.difference is not None
+    assert difference.difference.high < 0
+
+
+def test_a_reference_that_is_named_is_not_called_a_single_layer(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    runs = made.arm("mine", "mlet", 0.1, SIZES) + made.arm("other", "mlet", 0.8, SIZES)
+    found = measure(runs, reference="mine")
+    text = "\n".join(advice(found, recommend(found, MARGIN), MARGIN))
+    assert "of mine in float32." in text
+    assert "It is mine itself, quantised" in text
+    assert "No arm is better than mine by more than chance on valid" in text
+    assert "single layer" not in text
+
+
+def test_one_seed_in_common_is_said(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    single = made.arm("single", "single", 0.1, SIZES, seeds=(0, 1))
+    assert "another seed may change the recommendation" not in decided(single)[2]
+    assert "another seed may change the recommendation" in decided(single[:1])[2]
+
+
+def test_a_single_layer_without_predictions_is_no_reference_beside_one_with_them(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    tuned = made.arm("tuned", "single", 0.8, SIZES)
+    alone = [dataclasses.replace(run, scores=None) for run in made.arm("alone", "single", 0.1, SIZES)]
+    found, chosen, _ = decided(tuned + alone)
+    assert found.reference == "tuned"
+    assert chosen.smallest is not None
+    assert decided(alone)[0].reference == "alone"
+
+
+def of_metrics(run: MeasuredRun, **metrics: float | None) -> MeasuredRun:
+    """Return a run of which only the metrics of the split test are known."""
+    return dataclasses.replace(run, outputs={"dcp": {"served_bytes": 10, "test": metrics}}, scores=None)
+
+
+def test_an_undefined_auc_is_called_so(tmp_path: Path) -> None:
+    runs = [of_metrics(run, auc=None, logloss=0.5) for run in MadeUpArms(tmp_path).arm("a", "single", 0.1, SIZES)]
+    found, _, text = decided(runs)
+    assert found.splits == ("test",)
+    assert "that training measured" in text
+    quality = found.reference_output.quality["test"]
+    assert quality["logloss"].mean == 0.5
+    assert np.isnan(quality["auc"].mean)
+    details = details_of(found)
+    (row,) = arms_table(found, details)[1]
+    assert row[3:7] == ["0.5000 ± 0.0000", "reference", "undefined", ""]
+
+
+def test_the_first_label_is_that_of_the_data_set(tmp_path: Path) -> None:
+    run = MadeUpArms(tmp_path).arm("a", "single", 0.1, SIZES)[0]
+    run = of_metrics(run, view_auc=0.7, view_logloss=0.5, click_auc=0.8, click_logloss=0.2)
+    assert measure([run]).label == "view"
+    assert measure([run], label="click").reference_output.quality["test"]["logloss"].mean == 0.2
+
+
+def test_arms_of_other_data_sets_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (of_metrics(run, auc=0.7, logloss=0.5) for run in
+                     MadeUpArms(tmp_path).arm("a", "single", 0.1, SIZES)[:2])  # fmt: skip
+    data = dataclasses.replace(second.config.data, path="another")
+    measure([first, dataclasses.replace(second, arm="b", config=dataclasses.replace(second.config, data=data))])
+    assert "the runs are of the data sets another, none, and without predictions" in capsys.readouterr().err
+
+
+def test_arms_that_predict_the_same_are_drawn(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    single = made.arm("single", "single", 0.1, {"dcp": 10})
+    found = measure(single + [dataclasses.replace(run, arm="same") for run in single])
+    details = details_of(found)
+    by_class = {"rare": {"logloss": (0.5, Difference(0.0, 1e-17, 2e-17))}}
+    arms = {arm: dataclasses.replace(each, by_class=by_class) for arm, each in details.arms.items()}
+    drawn = list(figures_of(found, Details(arms, {"rare": 1.0}), MARGIN))
+    assert "frequency" in [each.name for each in drawn]

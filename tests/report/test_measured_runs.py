@@ -1,0 +1,50 @@
+"""Runs of several directories are told apart, and none counts twice."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mlet_dist.config.config_file import load_config
+from mlet_dist.report import measured_runs as module
+from mlet_dist.report.measured_runs import MeasuredRun, measured_runs
+from tests.helpers.mlet_command import ROOT
+
+
+@pytest.fixture
+def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that makes a directory, which is read as a single run with these settings."""
+    made: dict[Path, MeasuredRun] = {}
+
+    def run_of(name: str, dim: int, seed: int = 0) -> Path:
+        path = tmp_path / name
+        path.mkdir(parents=True)
+        (path / "config.yaml").touch()
+        settings = [f"model.embedding_dim={dim}", f"train.seed={seed}", "run.dir=x", "data.path=none"]
+        config = load_config(ROOT / "configs" / "criteo_kaggle.yaml", settings)
+        made[path] = MeasuredRun(path.name, "mlet", config, {}, {}, path, None, {}, None)
+        return path
+
+    monkeypatch.setattr(module, "_single", made.__getitem__)
+    return run_of
+
+
+def test_arms_of_one_name_and_other_settings_stay_apart(run_of, tmp_path: Path) -> None:
+    paths = [run_of(f"{day}/run", dim) for day, dim in (("monday", 4), ("tuesday", 8), ("wednesday", 16))]
+    again = run_of("thursday/run", 16, seed=1)
+    found = measured_runs([*paths, again])
+    assert [run.arm for run in found] == ["run", "run (run)", *[f"run ({paths[2]})"] * 2]
+
+
+def test_a_run_counts_once(run_of, capsys: pytest.CaptureFixture[str]) -> None:
+    first, other_seed, repeated = run_of("a", 4), run_of("b", 4, seed=1), run_of("c", 4)
+    assert [run.run for run in measured_runs([first, other_seed, first])] == [first, other_seed]
+    assert capsys.readouterr().err == ""
+    assert [(run.arm, run.seed) for run in measured_runs([first, other_seed, repeated])] == [("a", 0), ("a", 1)]
+    assert f"{first} and {repeated} have the same settings and the same train.seed" in capsys.readouterr().err
+
+
+def test_a_run_with_predictions_counts_rather_than_one_without(run_of, tmp_path: Path) -> None:
+    (run,) = measured_runs([run_of("a", 4)])
+    scored = dataclasses.replace(run, scores=tmp_path)
+    assert module._each_seed_once([run, scored]) == [scored]
