@@ -1,7 +1,8 @@
 """AUC and LogLoss of many models under the same drawn rows: one bootstrap from which all their differences follow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Replicates:
 
 
 def replicates_of(
-    models: Sequence[Scores], *, replicates: int = REPLICATES, seed: int = 0, max_rows: int = MAX_ROWS
+    models: Iterable[Scores], *, replicates: int = REPLICATES, seed: int = 0, max_rows: int = MAX_ROWS
 ) -> dict[str, Replicates]:
     """Return ``auc`` and ``logloss`` of models on the same rows, with bootstrap replicates.
 
@@ -35,7 +36,8 @@ def replicates_of(
     hard cancels in differences. AUC is linear in the counts here, by the influence of each row (DeLong et al., 1988).
 
     Args:
-        models: the scores of each model, for the same rows in the same order.
+        models: the scores of each model, for the same rows in the same order; they are read one by one, and are not
+            held in memory together.
         replicates: R.
         seed: of the replicates.
         max_rows: of more rows, that many are drawn for the replicates, which then move ``sqrt(max_rows / N)`` times as
@@ -44,20 +46,22 @@ def replicates_of(
     Raises:
         ValueError: two models have other rows: their labels or weights differ.
     """
-    first = models[0]
-    for each in models[1:]:
-        _check_same_rows(first, each)
-    values = {
-        "auc": np.array([auc(each) for each in models]),
-        "logloss": np.array([logloss(each) for each in models]),
-    }
+    others = iter(models)
+    first = next(others)
     generator = np.random.default_rng(seed)
     shrinks, rows = 1.0, np.arange(len(first))
     if len(first) > max_rows:
         shrinks = float(np.sqrt(max_rows / len(first)))
         rows = generator.choice(len(first), max_rows, replace=False)
-    influences = [_influences(_rows_of(each, rows)) for each in models]
-    moves = {name: np.zeros((replicates, len(models))) for name in METRICS}
+    of_models: dict[str, list[float]] = {name: [] for name in METRICS}
+    influences = []
+    for each in chain([first], others):
+        _check_same_rows(first, each)
+        of_models["auc"].append(auc(each))
+        of_models["logloss"].append(logloss(each))
+        influences.append(_influences(_rows_of(each, rows)))
+    values = {name: np.array(found) for name, found in of_models.items()}
+    moves = {name: np.zeros((replicates, len(influences))) for name in METRICS}
     at_once = max(1, _FLOATS_AT_ONCE // max(1, replicates))
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)

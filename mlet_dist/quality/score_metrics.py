@@ -56,7 +56,7 @@ class Scores:
 
 def auc(scores: Scores) -> float:
     """Return the area under the ROC curve, in which equal logits count half; NaN unless both labels have weight."""
-    return float(RankedRows.of(scores).auc(scores.weights[None])[0])
+    return RankedRows.of(scores).auc(scores.weights)
 
 
 def row_losses(scores: Scores) -> Floats:
@@ -72,7 +72,7 @@ def logloss(scores: Scores) -> float:
 
 @dataclass(frozen=True)
 class RankedRows:
-    """Rows in the order of their logits, of which AUC is computed for many sets of weights.
+    """Rows in the order of their logits, of which AUC is computed with weights.
 
     Attributes:
         order: the rows by rising logit.
@@ -92,18 +92,16 @@ class RankedRows:
         starts = np.flatnonzero(np.concatenate(([True], ranked[1:] != ranked[:-1]))) if len(ranked) else order
         return cls(order, scores.labels[order] == 1, starts)
 
-    def auc(self, weights: Floats) -> Floats:
-        """Return AUC under each of S sets of weights ``(S, N)``, as ``(S,)``; NaN where a label has no weight."""
+    def auc(self, weights: Floats) -> float:
+        """Return AUC with rows of these weights ``(N,)``; NaN where a label has no weight."""
         if not len(self.order):
-            return np.full(len(weights), np.nan)
-        ranked = weights[:, self.order]
-        positives = np.add.reduceat(np.where(self.positive, ranked, 0.0), self.starts, axis=1)
-        negatives = np.add.reduceat(np.where(self.positive, 0.0, ranked), self.starts, axis=1)
-        below = np.cumsum(negatives, axis=1) - negatives / 2
-        pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+            return math.nan
+        ranked = weights[self.order]
+        positives = np.add.reduceat(np.where(self.positive, ranked, 0.0), self.starts)
+        negatives = np.add.reduceat(np.where(self.positive, 0.0, ranked), self.starts)
+        below = np.cumsum(negatives) - negatives / 2
         with np.errstate(invalid="ignore", divide="ignore"):
-            found: Floats = (positives * below).sum(axis=1) / pairs
-        return found
+            return float((positives * below).sum() / (positives.sum() * negatives.sum()))
 
     def auc_influences(self, weights: Floats) -> Floats:
         """Return the derivative of AUC by the logarithm of each row's weight, ``(N,)``, in the order of the rows.

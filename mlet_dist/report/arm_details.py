@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -58,13 +59,13 @@ class Details:
 def details_of(found: Measurement) -> Details:
     """Read what is known of all arms."""
     prefix = "" if found.label is None else f"{found.label}_"
-    scores = {arm: _scores(found, arm, prefix) for arm in found.runs}
-    weights = _class_weights(found, scores, prefix)
-    by_class = {name: _of_class(found, scores, of_rows) for name, of_rows in weights.items() if of_rows.any()}
+    files = {arm: _scores(found, arm) for arm in found.runs}
+    weights = _class_weights(found, files[found.reference], prefix)
+    by_class = {name: _of_class(found, files, prefix, of_rows) for name, of_rows in weights.items() if of_rows.any()}
     arms = {}
     with Progress("report", len(found.runs), "arms") as progress:
         for arm, runs in found.runs.items():
-            of_seeds = list(scores[arm].values())
+            of_seeds = [read_scores(file, prefix) for file in files[arm].values()]
             pooled = None
             if of_seeds:
                 pooled = Scores(*(np.concatenate([getattr(each, part) for each in of_seeds])
@@ -82,18 +83,18 @@ def details_of(found: Measurement) -> Details:
     return Details(arms, shares_of(weights))
 
 
-def _scores(found: Measurement, arm: str, prefix: str) -> dict[int, Scores]:
-    """Return the scores of an arm's float32 output by seed; empty if a seed has none."""
+def _scores(found: Measurement, arm: str) -> dict[int, Path]:
+    """Return the files with the scores of an arm's float32 output by seed; empty if a seed has none."""
     output = found.float_output(arm).output
     paths = {run.seed: run.scores_of(found.result_split, output) for run in found.runs[arm]}
     if any(path is None for path in paths.values()):
         return {}
-    return {seed: read_scores(path, prefix) for seed, path in paths.items() if path is not None}
+    return {seed: path for seed, path in paths.items() if path is not None}
 
 
-def _class_weights(found: Measurement, scores: Mapping[str, Mapping[int, Scores]], prefix: str) -> dict[str, Floats]:
+def _class_weights(found: Measurement, files: Mapping[int, Path], prefix: str) -> dict[str, Floats]:
     """Return the weights of the scored rows for each class of ids; empty without scores or the data set."""
-    if not scores[found.reference]:
+    if not files:
         return {}
     run = found.runs[found.reference][0]
     path = data_set_path(run.config.data.path)
@@ -102,9 +103,7 @@ def _class_weights(found: Measurement, scores: Mapping[str, Mapping[int, Scores]
     except UserError as error:
         print_warning(f"no metrics of rare and frequent ids: {error}")
         return {}
-    file = run.scores_of(found.result_split, found.float_output(found.reference).output)
-    assert file is not None
-    rows = rows_with_label(file, prefix)
+    rows = rows_with_label(files[run.seed], prefix)
     if len(rows) and rows[-1] >= len(next(iter(weights.values()))):
         print_warning(f"no metrics of rare and frequent ids: {path} has fewer rows than were scored")
         return {}
@@ -112,19 +111,19 @@ def _class_weights(found: Measurement, scores: Mapping[str, Mapping[int, Scores]
 
 
 def _of_class(
-    found: Measurement, scores: Mapping[str, Mapping[int, Scores]], of_rows: Floats
+    found: Measurement, files: Mapping[str, Mapping[int, Path]], prefix: str, of_rows: Floats
 ) -> dict[str, dict[str, tuple[float, Difference]]]:
     """Return the metrics of each arm with rows weighted by their ids of a class."""
-    keys = [(arm, seed) for arm, of_seeds in scores.items() for seed in of_seeds]
+    keys = [(arm, seed) for arm, of_seeds in files.items() for seed in of_seeds]
     rows = np.flatnonzero(of_rows)
-    models = [
+    models = (
         Scores(each.logits[rows], each.labels[rows], each.weights[rows] * of_rows[rows])
-        for each in (scores[arm][seed] for arm, seed in keys)
-    ]
+        for each in (read_scores(files[arm][seed], prefix) for arm, seed in keys)
+    )
     replicates = replicates_of(models)
     result: dict[str, dict[str, tuple[float, Difference]]] = {}
     for arm in dict.fromkeys(arm for arm, _ in keys):
-        seeds = [seed for seed in scores[arm] if seed in scores[found.reference]]
+        seeds = [seed for seed in files[arm] if seed in files[found.reference]]
         if not seeds:
             continue
         ours, theirs = ([keys.index((name, seed)) for seed in seeds] for name in (arm, found.reference))

@@ -5,13 +5,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.quality.paired_bootstrap import Difference, difference_of, seed_noise
 from mlet_dist.quality.replicates import METRICS, REPLICATES, Replicates, replicates_of
-from mlet_dist.quality.score_metrics import Floats, Scores
+from mlet_dist.quality.score_metrics import Floats
 from mlet_dist.quality.scores_file import read_scores
 from mlet_dist.report.measured_runs import PLAIN, MeasuredRun
 
@@ -233,17 +234,17 @@ def _with_differences(
 ) -> list[MeasuredOutput]:
     """Return the outputs with their differences from the reference on a split, where there are scores of both."""
     places: dict[tuple[str, str], dict[int, int]] = {}
-    models: list[Scores] = []
+    files: list[Path] = []
     for output in outputs:
         paths = {run.seed: run.scores_of(split, output.output) for run in good[output.arm]}
         if all(path is not None for path in paths.values()) and split in output.quality:
-            places[output.arm, output.output] = {seed: len(models) + index for index, seed in enumerate(paths)}
-            models += [read_scores(path, prefix) for path in paths.values() if path is not None]
+            places[output.arm, output.output] = {seed: len(files) + index for index, seed in enumerate(paths)}
+            files += [path for path in paths.values() if path is not None]
     base = next((key for key in reversed(places) if key[0] == reference and key[1].partition("-")[0] == PLAIN), None)
     if base is None:
         return list(outputs)
     try:
-        replicates = replicates_of(models)
+        replicates = replicates_of(read_scores(file, prefix) for file in files)
     except ValueError as error:
         raise UserError(f"the arms have scores of different rows of {split}: {error}; report them apart") from None
     found = []
