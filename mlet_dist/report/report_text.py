@@ -92,7 +92,7 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
     if len(seeds) == 1:
         lines.append(
             "These intervals are for other rows alone, because both have one seed in common: another seed may change "
-            "the recommendation. Take five."
+            "the recommendation. Take five seeds."
         )
     return lines
 
