@@ -33,7 +33,7 @@ def test_a_smaller_table_of_equal_quality_is_recommended(tmp_path: Path) -> None
     assert chosen.times_smaller.value == 20
     assert chosen.times_smaller.low <= 20 <= chosen.times_smaller.high == 20
     assert text.startswith(
-        "Serve small, int4: its tables take 50 B, 20.0 times less than 1 kB of the tuned single layer"
+        "Serve small, int4: its tables take 50 B, 20.0 times less than 1 kB of the single layer in float32"
     )
     assert "by quantising the single layer alone, 5.0 (" in text
     assert "do not bother with MLET for its quality" in text
