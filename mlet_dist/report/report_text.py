@@ -41,8 +41,8 @@ def rule(found: Measurement, margin: float) -> str:
     if found.result_split != found.choice_split:
         checked = f" {found.result_split} has no part in the choice, and shows whether it holds."
     return (
-        f"The reference is {found.reference} in float32, the single layer with the least LogLoss on "
-        f"{found.choice_split} unless another was named. An output is equal to it if the {CONFIDENCE:.0%} interval of "
+        f"The reference is {found.reference} in float32, by default the single layer with the least LogLoss on "
+        f"{found.choice_split}. An output is equal to it if the {CONFIDENCE:.0%} interval of "
         f"its difference in LogLoss on {found.choice_split} ends below {margin:g}. Recommended is the smallest of the "
         "equal outputs, if it is smaller than the reference. An arm is better if its float32 tables are no larger than "
         "the reference's and the interval "
@@ -65,14 +65,14 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
         return lines
     if smallest is None:
         return [
-            f"Do not bother: no output that is smaller than the float32 tables of {_reference(found)} "
+            f"Do not bother: no output that is smaller than the float32 tables of {_called(found)} "
             f"({size_text(reference.served_bytes)}) is certain to be within {margin:g} of its LogLoss on "
             f"{found.choice_split}."
         ]
     less = f"{reference.served_bytes / smallest.served_bytes:.1f} times less than {size_text(reference.served_bytes)}"
-    name = f"{_reference(found)} in float32" + (f" ({found.reference})" if _is_single(found) else "")
     lines = [
-        f"Serve {smallest.name}: its tables take {size_text(smallest.served_bytes)}, {less} of {name}.",
+        f"Serve {smallest.name}: its tables take {size_text(smallest.served_bytes)}, {less} of {_called(found)} in "
+        f"float32 ({found.reference}).",
         f"Its difference in LogLoss from that is {difference_text(_difference(smallest, found.choice_split))} on "
         f"{found.choice_split}, by which it was chosen"
         + {
@@ -87,7 +87,7 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
         _how_to_train(found, smallest),
     ]
     if smallest.arm == found.reference:
-        lines.append(f"It is {_layer(found)} itself, quantised: do not bother with other models for their size.")
+        lines.append(f"It is {_called(found)} itself, quantised: do not bother with other models for their size.")
     seeds = {run.seed for run in found.runs[smallest.arm]} & {run.seed for run in found.runs[found.reference]}
     if len(seeds) == 1:
         lines.append(
@@ -100,21 +100,6 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
 def _can_choose(found: Measurement) -> bool:
     """Return whether there are intervals on the split by which the recommendation chooses."""
     return _difference(found.reference_output, found.choice_split) is not None
-
-
-def _is_single(found: Measurement) -> bool:
-    return found.runs[found.reference][0].kind == "single"
-
-
-def _layer(found: Measurement) -> str:
-    """Return what the reference is: the single layer, unless another arm was named."""
-    return "the single layer" if _is_single(found) else found.reference
-
-
-def _reference(found: Measurement) -> str:
-    """Return the same, with whether a sweep tuned it."""
-    is_tuned = _is_single(found) and found.runs[found.reference][0].tuned
-    return "the tuned single layer" if is_tuned else _layer(found)
 
 
 def _how_to_train(found: Measurement, output: MeasuredOutput) -> str:
@@ -142,9 +127,15 @@ def _ratios(found: Measurement, chosen: Recommendation, margin: float) -> list[s
     assert alone is not None
     return [
         f"By the mean differences on {found.result_split}, tables can be {_ratio(chosen.times_smaller)} times smaller "
-        f"within {margin:g} of the LogLoss of {_reference(found)}; by quantising {_layer(found)} alone, "
+        f"within {margin:g} of the LogLoss of {_called(found)}; by quantising {_called(found)} alone, "
         f"{_ratio(alone)} times."
     ]
+
+
+def _called(found: Measurement) -> str:
+    """Return what sentences call the reference."""
+    is_single = found.runs[found.reference][0].kind == "single"
+    return "the single layer" if is_single else "the reference"
 
 
 def _ratio(ratio: Ratio) -> str:
@@ -157,19 +148,19 @@ def _better(found: Measurement, chosen: Recommendation) -> list[str]:
     for each in chosen.better:
         also = "" if result == split else f" and {difference_text(_difference(each, result))} on {result}"
         lines.append(
-            f"{each.arm} is better than {_layer(found)} at no more served bytes: "
+            f"{each.arm} is better than {_called(found)} at no more served bytes: "
             f"{difference_text(_difference(each, split))} in LogLoss on {split}{also}."
         )
     for each in chosen.of_controls:
         lines.append(
-            f"{each.arm} is better than {_layer(found)} on {split} "
+            f"{each.arm} is better than {_called(found)} on {split} "
             f"({difference_text(_difference(each, split))}), but not than its control, a single layer with MLET's "
             "effective learning rate: it gains by the learning rate, not by the factorisation."
         )
     rivals = any(arm != found.reference and runs[0].kind == "mlet" for arm, runs in found.runs.items())
     if rivals and not lines and _can_choose(found):
         lines.append(
-            f"No arm is better than {_reference(found)} by more than chance on {split}: do not bother with MLET for "
+            f"No arm is better than {_called(found)} by more than chance on {split}: do not bother with MLET for "
             "its quality at the same served bytes."
         )
     return lines

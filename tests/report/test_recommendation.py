@@ -37,7 +37,7 @@ def test_a_smaller_table_of_equal_quality_is_recommended(tmp_path: Path) -> None
     assert chosen.times_smaller.value == 20
     assert chosen.times_smaller.low <= 20 <= chosen.times_smaller.high == 20
     assert text.startswith(
-        "Serve small, int4: its tables take 50 B, 20.0 times less than 1 kB of the tuned single layer"
+        "Serve small, int4: its tables take 50 B, 20.0 times less than 1 kB of the single layer in float32"
     )
     assert "by quantising the single layer alone, 5.0 (" in text
     assert "do not bother with MLET for its quality" in text
@@ -167,9 +167,9 @@ def test_a_reference_that_is_named_is_not_called_a_single_layer(tmp_path: Path) 
     runs = made.arm("mine", "mlet", 0.1, SIZES) + made.arm("other", "mlet", 0.8, SIZES)
     found = measure(runs, reference="mine")
     text = "\n".join(advice(found, recommend(found, MARGIN), MARGIN))
-    assert "of mine in float32." in text
-    assert "It is mine itself, quantised" in text
-    assert "No arm is better than mine by more than chance on valid" in text
+    assert "of the reference in float32 (mine)." in text
+    assert "It is the reference itself, quantised" in text
+    assert "No arm is better than the reference by more than chance on valid" in text
     assert "single layer" not in text
 
 
