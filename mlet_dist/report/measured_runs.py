@@ -114,6 +114,8 @@ def _of_sweep(path: Path) -> list[MeasuredRun]:
     file = path / "results.parquet"
     try:
         rows = [row for row in pq.read_table(file).to_pylist() if row["stage"] == "seed"]
+        if not (path / "results.txt").exists():
+            print_warning(f"{path}: the sweep has not ended yet; the report is about the runs that have")
         return [_of_row(row, path) for row in rows]
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}; run the sweep again") from None
@@ -132,7 +134,9 @@ def _of_row(row: Mapping[str, Any], path: Path) -> MeasuredRun:
     if not any(name.partition("-")[0] == PLAIN for name in outputs):
         outputs |= _outputs_of_summary(summary)
     tuned = json.loads(row["settings"])
-    return MeasuredRun(row["arm"], row["kind"], config, tuned, summary, run.path, row["fault"], outputs, scores)
+    # An arm of a sweep's file without W2 is a single layer there, whether it is compressed or not.
+    kind = _kind(config) if row["kind"] == "single" else row["kind"]
+    return MeasuredRun(row["arm"], kind, config, tuned, summary, run.path, row["fault"], outputs, scores)
 
 
 def _moved(recorded: Path, sweep: Path) -> Path:
@@ -160,11 +164,14 @@ def _of_comparison(path: Path) -> list[MeasuredRun]:
 
 def _single(path: Path) -> MeasuredRun:
     config, _, summary = RunDirectory(path).load()
-    kind = "mlet" if config.model.has_two_layers else "single"
-    if kind == "single" and config.compression.policy != "none":
-        kind = "single_compressed"
     fault = "the dense arch returns the same for all rows" if summary.get("dense_arch_varies") is False else None
-    return MeasuredRun(path.name, kind, config, {}, summary, path, fault, _outputs_of_summary(summary), None)
+    return MeasuredRun(path.name, _kind(config), config, {}, summary, path, fault, _outputs_of_summary(summary), None)
+
+
+def _kind(config: Config) -> str:
+    if config.model.has_two_layers:
+        return "mlet"
+    return "single" if config.compression.policy == "none" else "single_compressed"
 
 
 def _outputs_of_summary(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

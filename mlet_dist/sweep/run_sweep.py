@@ -77,9 +77,9 @@ class _Sweep:
         self._best: dict[str, float] = {}
         schema = DatasetSchema.load(data_set_path(arms[0].config.data.path))
         self._labels = schema.labels
-        self._scored = ScoredPoints(self._commands, [split for split in ("valid", "test") if split in schema.parts])
+        self._scored = ScoredPoints(self._commands, [split for split in ("valid", "test") if schema.rows.get(split)])
         self._tune = dataclasses.replace(sweep.tune, metric=_metric(sweep.tune, schema.labels))
-        self._split = "test" if "test" in schema.parts else "valid"  # of the results that are shown
+        self._split = "test" if schema.rows.get("test") else "valid"  # of the results that are shown
         # With several labels it is of that by which trials are compared.
         self._shown = self._tune.metric.removesuffix("auc").removesuffix("logloss") + "logloss"
 

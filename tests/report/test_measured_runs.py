@@ -3,11 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mlet_dist.config.config_file import load_config
 from mlet_dist.report import measured_runs as module
 from mlet_dist.report.measured_runs import MeasuredRun, measured_runs
+from mlet_dist.training.run_directory import RunDirectory
 from tests.helpers.mlet_command import ROOT
 
 
@@ -48,3 +51,32 @@ def test_a_run_with_predictions_counts_rather_than_one_without(run_of, tmp_path:
     (run,) = measured_runs([run_of("a", 4)])
     scored = dataclasses.replace(run, scores=tmp_path)
     assert module._each_seed_once([run, scored]) == [scored]
+
+
+def test_runs_of_a_sweep_without_scores_and_compressed_single_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an earlier version wrote them, and before the sweep has ended."""
+    settings = ["train.seed=3", "run.dir=x", "data.path=none", "model.hidden_dim=null"]
+    plain = load_config(ROOT / "configs" / "criteo_kaggle.yaml", settings)
+    compressed = dataclasses.replace(
+        plain, compression=dataclasses.replace(plain.compression, policy="static", budget=0.1)
+    )
+    configs = {"plain": plain, "small": compressed}
+    summary = {"served_table_bytes": 10, "test_logloss": 0.5, "test_auc": None}
+    monkeypatch.setattr(RunDirectory, "load", lambda run: (configs[run.path.name], None, summary))
+    rows = [
+        {"arm": name, "kind": "single", "stage": "seed", "settings": "{}", "fault": None, "run": str(tmp_path / name)}
+        for name in configs
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "results.parquet")
+    found = measured_runs([tmp_path])
+    assert [(run.arm, run.kind, run.scores) for run in found] == [
+        ("plain", "single", None),
+        ("small", "single_compressed", None),
+    ]
+    assert found[0].outputs == {"dcp": {"served_bytes": 10, "test": {"logloss": 0.5}}}
+    assert "the sweep has not ended yet" in capsys.readouterr().err
+    (tmp_path / "results.txt").touch()
+    measured_runs([tmp_path])
+    assert capsys.readouterr().err == ""
