@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
 from mlet_dist.quality.calibration import calibration, normalised_entropy, probabilities, reliability
+from mlet_dist.quality.paired_bootstrap import seed_noise
 from mlet_dist.quality.score_metrics import Scores, auc, logloss
 
 
@@ -44,3 +46,13 @@ def test_metrics_without_one_of_the_labels_are_undefined() -> None:
     assert np.isnan(normalised_entropy(scores))
     assert not np.isfinite(calibration(scores))
     assert reliability(Scores.of([], [])) == []
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_of_other_seeds_is_that_of_scipy(seeds: int) -> None:
+    values = np.random.default_rng(seeds).normal(0.01, 0.002, seeds)
+    expected = stats.t.interval(0.95, seeds - 1, loc=values.mean(), scale=stats.sem(values))
+    for seed in range(3):  # of the order of the draws alone
+        noise = seed_noise(list(values), 1000, np.random.default_rng(seed))
+        found = np.quantile(values.mean() + noise, [0.025, 0.975])
+        assert found - values.mean() == pytest.approx(np.array(expected) - values.mean(), rel=0.02)
