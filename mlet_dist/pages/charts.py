@@ -20,7 +20,8 @@ from mlet_dist.pages.page_shell import INK, PAGE, RULE, SERIES, SOFT, VARIABLES
 
 _WIDTH, _HEIGHT = 4.6, 3.1  # inches; text keeps its size on a phone, where a chart is as wide as the screen
 _DPI = 200  # of PNG files
-_TITLE_HEIGHT, _KEY_HEIGHT, _COLUMNS = 0.3, 0.2, 2  # of the key below a PNG
+_TITLE_HEIGHT, _KEY_HEIGHT = 0.3, 0.2
+_HALF_LINE, _LINE = 26, 58  # characters of a name in the key below a PNG, of two columns and of one
 _TITLE = "title "
 _SETTINGS: Any = {  # matplotlib's type is a literal of all its names
     "svg.fonttype": "none",
@@ -88,8 +89,9 @@ def inline_svg(figure: Figure, label: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return a name as text for matplotlib, which takes what is between dollar signs for a formula."""
-    return name.replace("$", r"\$")
+    """Return a name, shortened to a line, as text for matplotlib, to which dollar signs are those of formulas."""
+    short = name if len(name) <= _LINE else f"{name[: _LINE - 1]}…"
+    return short.replace("$", r"\$")
 
 
 def save_png(figure: Figure, path: Path, title: str, entries: Sequence[tuple[str, str, bool]]) -> None:
@@ -111,8 +113,9 @@ def save_png(figure: Figure, path: Path, title: str, entries: Sequence[tuple[str
             for name, colour, hollow in entries
         ]  # fmt: skip
         figure.suptitle(title, fontsize=10, fontweight="bold", x=0.02, horizontalalignment="left")
-        lines = -(-len(marks) // _COLUMNS)
+        columns = 2 if all(len(name) <= _HALF_LINE for name, _, _ in entries) else 1
+        lines = -(-len(marks) // columns)
         figure.set_figheight(figure.get_figheight() + _TITLE_HEIGHT + _KEY_HEIGHT * lines)
-        figure.legend(handles=marks, ncols=_COLUMNS, loc="outside lower left", handletextpad=0.1, columnspacing=1)
+        figure.legend(handles=marks, ncols=columns, loc="outside lower left", handletextpad=0.1, columnspacing=1)
         with replaced_file(path) as file:
             figure.savefig(file, format="png", dpi=_DPI)

@@ -15,7 +15,7 @@ from mlet_dist.report.arm_details import Details
 from mlet_dist.report.measured_arms import MeasuredOutput, Measurement
 from mlet_dist.report.report_text import difference_text, size_text
 
-_BESIDE = 1.02  # of sizes of neighbouring arms
+_BESIDE = 1.06  # of sizes of the last arm and the first
 _MARKERS = {"fp32": "o", "fp16": "s", "int8": "^", "int4": "D"}
 
 
@@ -84,7 +84,8 @@ def figures_of(found: Measurement, details: Details, margin: float) -> Iterator[
         "served_bytes",
         f"Quality on {split} and served bytes",
         "Mean LogLoss over the seeds, with its standard deviation; lower is better. The line is the Pareto front; the "
-        f"band is up to {margin:g} above the reference.",
+        f"band is up to {margin:g} above the reference. Points are up to 3% beside their sizes, so that "
+        "arms of one size can be told apart.",
         _against_bytes(found, known, of_arm, margin, lambda each: each.served_bytes, "bytes of the served tables"),
     )
     plain = [each for each in known if each.is_float]
@@ -144,18 +145,20 @@ def _against_bytes(
         base = _loss(found.reference_output, split)
         axes.axhspan(base, base + margin, color=SOFT, alpha=0.12, linewidth=0)
         axes.axhline(base, color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
+        # Arms of the same size stand beside one another.
+        last = max(1, len(of_arm) - 1)
+        beside = {arm: _BESIDE ** (index / last - 0.5) for index, arm in enumerate(of_arm)}
         edge = front(outputs, split, size)
-        axes.plot([size(each) for each in edge], [_loss(each, split) for each in edge], color=INK, linewidth=0.9)
-        for index, (arm, look) in enumerate(of_arm.items()):
-            # Arms of the same size stand beside one another.
-            beside = _BESIDE ** (index - (len(of_arm) - 1) / 2)
+        edge_sizes = [beside[each.arm] * size(each) for each in edge]
+        axes.plot(edge_sizes, [_loss(each, split) for each in edge], color=INK, linewidth=0.9)
+        for arm, look in of_arm.items():
             own = sorted((each for each in outputs if each.arm == arm), key=size)
-            sizes = [beside * size(each) for each in own]
+            sizes = [beside[arm] * size(each) for each in own]
             axes.plot(sizes, [_loss(each, split) for each in own], **look.line, alpha=0.45, linewidth=1)
             for each in own:
                 quality = each.loss(split)
                 assert quality is not None
-                place = [beside * size(each)], [quality.mean]
+                place = [beside[arm] * size(each)], [quality.mean]
                 axes.errorbar(*place, yerr=quality.spread or 0.0, color=look.colour, linewidth=0.9, capsize=2)
                 marker = _MARKERS[each.encoding.partition("-")[0]]
                 (point,) = axes.plot(*place, marker=marker, **look.marks, markersize=4.5, linestyle="none")
