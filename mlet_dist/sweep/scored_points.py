@@ -67,10 +67,11 @@ class ScoredPoints:
                 # Those that another sweep with the same runs wants stay.
                 others = [name for name in found or {} if name not in outputs]
                 found = self._score(run, config, [*outputs, *others], path)
+            shutil.rmtree(_export_of(run), ignore_errors=True)  # also that of a sweep that was killed here
         return Scored(path, {name: found[name] for name in outputs})
 
     def _score(self, run: Path, config: Config, outputs: Sequence[str], path: Path) -> dict[str, Any]:
-        log, export = run.with_suffix(".log"), run.with_name(f"{run.name}-export")
+        log, export = run.with_suffix(".log"), _export_of(run)
         with writing(path):
             for old in (path, export):
                 shutil.rmtree(old, ignore_errors=True)
@@ -91,8 +92,11 @@ class ScoredPoints:
                     kept = {key: value for key, value in each.items() if key not in ("tables", "tolerance")}
                     found[name][split] = kept
             (staged / OUTPUTS_FILE).write_text(to_json(found, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(export, ignore_errors=True)
         return found
+
+
+def _export_of(run: Path) -> Path:
+    return run.with_name(f"{run.name}-export")
 
 
 def _load(path: Path) -> dict[str, Any] | None:

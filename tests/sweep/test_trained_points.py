@@ -82,9 +82,11 @@ def test_outputs_that_another_sweep_scored_are_scored_again_beside_new_ones(
     (scores / OUTPUTS_FILE).write_text(to_json({"dcp": {}, "int8": {}}))
     commands = StoppedCommands()
     points = ScoredPoints(commands, ["test"])
+    (tmp_path / "abc-export").mkdir()  # of a sweep that was killed before it removed it
     outcome = Outcome(finished, {}, 1.0)
     assert points.score(outcome, config, ["int8"]).outputs == {"int8": {}}
     assert commands.started == []
+    assert not (tmp_path / "abc-export").exists()
     with pytest.raises(Interrupted):
         points.score(outcome, config, ["dcp", "int4"])
     ((*_, flag, first, second, third),) = commands.started
