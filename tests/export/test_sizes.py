@@ -232,7 +232,7 @@ def test_widths_of_a_nested_run_are_named(nested: tuple[Path, dict[str, Any]], t
         f"--dims 20: {nested[0]} was trained at 4, 8 and 12 columns (model.nested_dims); use some of these"
     )
     line = error_line("export", nested[0], "--out", tmp_path / "out", "--data", "data")
-    assert line.endswith("--data needs --dims, the sizes to which tables are cut by the counts of the data set")
+    assert line.endswith("--data needs --dims or --budget, which read the counts of the data set")
 
 
 def test_rows_that_move_are_refused_by_name(ranks: Ranks, small_model: tuple[str, ...], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mlet_dist.cli import main
+from mlet_dist.embeddings.planning.dense_cost import PROCESS_BYTES
 from tests.helpers.mlet_command import ROOT
 
 CONFIG = ROOT / "configs" / "criteo_kaggle.yaml"
@@ -68,13 +69,16 @@ def test_a_smaller_budget_is_suggested_and_its_widths_are_chosen_anew(
     command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     device = tmp_path / "device.yaml"
+    # 0.85 MB for the model, besides what a process takes of the usable 85%.
+    memory = 0.001 + PROCESS_BYTES / 0.85e9
     device.write_text(
-        "small: {kind: cpu, memory_gb: 0.001, memory_bandwidth_gbs: 100, fp32_tflops: 1, node_gbs: 10, network_gbs: 10}"
+        f"small: {{kind: cpu, memory_gb: {memory}, memory_bandwidth_gbs: 100, fp32_tflops: 1, node_gbs: 10, "
+        "network_gbs: 10}"
     )
     large = [*command[:-1], str(device), "model.hidden_dim=256", "compression.budget=60", "data.batch_size=4"]
     assert main(large) == 2
     message = capsys.readouterr().err
-    found = re.search(r"\(\d\) compression\.budget=([\d.]+): ([\d.]+) GB of 0\.00085 GB per rank", message)
+    found = re.search(r"\(\d\) compression\.budget=([\d.]+): ([\d.]+) GB of 0\.0858 GB per rank", message)
     assert found is not None, message
     assert not re.search(r"hidden_dim=|rows_dtype=", message)
     plan = _json(capsys, [*large, f"compression.budget={found[1]}"])
