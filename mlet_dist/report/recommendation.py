@@ -64,7 +64,13 @@ def recommend(found: Measurement, margin: float = MARGIN) -> Recommendation:
     ]
     smallest = min(
         smaller,
-        key=lambda each: (each.served_bytes, _upper(each, found.choice_split), each.training_bytes),
+        # Of outputs of one size, the reference's own asks for nothing new, and then the one that is cheapest to train.
+        key=lambda each: (
+            each.served_bytes,
+            each.arm != found.reference,
+            each.training_bytes,
+            _upper(each, found.choice_split),
+        ),
         default=None,
     )
     better: list[MeasuredOutput] = []
@@ -132,9 +138,11 @@ def _upper(output: MeasuredOutput, split: str) -> float:
 
 
 def _beats_control(output: MeasuredOutput, found: Measurement) -> bool:
-    """Return whether an arm of MLET is better than its control, if it has one."""
+    """Return whether an arm of MLET is better than its control, if it has one; False if that has no good run."""
     # As `mlet sweep` and `mlet compare` name them.
     names = {f"control of {output.arm}", f"control{output.arm.removeprefix('mlet')}"}
+    if names & (set(found.faults) - set(found.runs)):
+        return False
     for control in (arm for arm, runs in found.runs.items() if arm in names and runs[0].kind == "control"):
         difference = difference_of_outputs(output, found.float_output(control), found.choice_split)
         if difference is None or not difference.high < 0:

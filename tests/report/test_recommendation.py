@@ -63,6 +63,16 @@ def test_the_single_layer_itself_may_be_all_that_it_takes(tmp_path: Path) -> Non
     assert "It is the single layer itself, quantised: do not bother with other models for their size." in text
 
 
+def test_of_outputs_of_one_size_the_reference_is_preferred_and_then_the_cheapest(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    runs = made.arm("better", "mlet", 0.05, {"dcp": 1000, "int4": 200}, training_bytes=100)
+    runs += made.arm("single", "single", 0.1, SIZES)
+    assert decided(runs)[1].smallest.arm == "single"
+    runs += made.arm("cheap", "mlet", 0.1, {"int4": 100, "dcp": 400}, training_bytes=10)
+    runs += made.arm("dear", "mlet", 0.05, {"int4": 100, "dcp": 400}, training_bytes=11)
+    assert decided(runs)[1].smallest.arm == "cheap"
+
+
 def test_what_does_not_hold_on_the_test_split_is_said(tmp_path: Path) -> None:
     made = MadeUpArms(tmp_path)
     runs = made.arm("single", "single", 0.1, {"dcp": 1000})
@@ -83,6 +93,9 @@ def test_a_better_arm_is_named_and_one_that_its_control_matches_is_not(tmp_path:
     assert [each.arm for each in chosen.of_controls] == ["mlet"]
     assert "mlet" not in [each.arm for each in chosen.better]
     assert "it gains by the learning rate, not by the factorisation" in text
+    died = [dataclasses.replace(run, fault="dead") for run in made.arm("control of mlet", "control", 0.8, {"dcp": 1})]
+    _, chosen, _ = decided(single + better + died)
+    assert [each.arm for each in chosen.of_controls] == ["mlet"]
     larger = made.arm("mlet", "mlet", 0.1, {"dcp": 1001})
     assert recommend(measure(single + larger), MARGIN).better == []
 
