@@ -84,10 +84,11 @@ def test_gradients_equal_those_of_the_product() -> None:
     assert history.weights_or_none() is None
     found = module.row_weight("products").grad
     assert found is not None
-    torch.testing.assert_close(order.from_stored(found).double(), state["embeddings.products.weight"].grad)
+    # Gradients are float32, and sums differ in the last places by the machine's kernels.
+    torch.testing.assert_close(order.from_stored(found), state["embeddings.products.weight"].grad.float())
     found = module.get_parameter("projections.products.weight").grad
     assert found is not None
-    torch.testing.assert_close(found.double(), state["projections.products.weight"].grad)
+    torch.testing.assert_close(found, state["projections.products.weight"].grad.float())
 
 
 def test_initial_values_are_those_of_a_collection_of_bags_and_are_drawn_again() -> None:
