@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlet_dist.quality.replicates import MAX_ROWS, METRICS, REPLICATES, replicates_of
+from mlet_dist.quality.replicates import MAX_ROWS, METRICS, REPLICATES, Replicates, replicates_of
 from mlet_dist.quality.score_metrics import Floats, Scores
 
 CONFIDENCE = 0.95
@@ -71,6 +71,22 @@ def difference_of(draws: Floats, value: float, confidence: float = CONFIDENCE) -
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Difference(value, float(low), float(high))
+
+
+def difference_over_seeds(
+    metric: Replicates, first: Sequence[int], second: Sequence[int], generator: np.random.Generator
+) -> tuple[float, Floats]:
+    """Return the mean difference of pairs of models with the same seeds, and its draws ``(R,)``, of rows and of seeds.
+
+    Args:
+        metric: of all models.
+        first: positions in it of one arm's models.
+        second: those of the other arm's, in the order of the same seeds.
+        generator: as in ``seed_noise``.
+    """
+    differences = metric.values[list(first)] - metric.values[list(second)]
+    rows: Floats = (metric.draws[:, list(first)] - metric.draws[:, list(second)]).mean(axis=1)
+    return float(differences.mean()), rows + seed_noise(list(differences), len(rows), generator)
 
 
 def seed_noise(values: Sequence[float], replicates: int, generator: np.random.Generator) -> Floats:

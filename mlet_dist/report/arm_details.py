@@ -11,8 +11,8 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.progress import Progress
 from mlet_dist.quality.calibration import ReliabilityBin, calibration, normalised_entropy, reliability
-from mlet_dist.quality.paired_bootstrap import Difference, difference_of, seed_noise
-from mlet_dist.quality.replicates import REPLICATES, replicates_of
+from mlet_dist.quality.paired_bootstrap import Difference, difference_of, difference_over_seeds
+from mlet_dist.quality.replicates import replicates_of
 from mlet_dist.quality.score_metrics import Floats, Scores
 from mlet_dist.quality.scores_file import read_scores, rows_with_label
 from mlet_dist.report.frequency import class_weights, shares_of
@@ -129,8 +129,6 @@ def _of_class(
         ours, theirs = ([keys.index((name, seed)) for seed in seeds] for name in (arm, found.reference))
         result[arm] = {}
         for metric, each in replicates.items():
-            differences = each.values[ours] - each.values[theirs]
-            noise = seed_noise(list(differences), REPLICATES, np.random.default_rng(0))
-            draws = (each.draws[:, ours] - each.draws[:, theirs]).mean(axis=1) + noise
-            result[arm][metric] = float(each.values[ours].mean()), difference_of(draws, float(differences.mean()))
+            value, draws = difference_over_seeds(each, ours, theirs, np.random.default_rng(0))
+            result[arm][metric] = float(each.values[ours].mean()), difference_of(draws, value)
     return result

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mlet_dist.errors import UserError, print_warning
-from mlet_dist.quality.paired_bootstrap import Difference, difference_of, seed_noise
+from mlet_dist.quality.paired_bootstrap import Difference, difference_of, difference_over_seeds, seed_noise
 from mlet_dist.quality.replicates import METRICS, REPLICATES, Replicates, replicates_of
 from mlet_dist.quality.score_metrics import Floats
 from mlet_dist.quality.scores_file import read_scores
@@ -275,10 +275,7 @@ def _difference(
     common = [seed for seed in own if seed in base]
     generator = np.random.default_rng(np.frombuffer(np.sort(of_arm).tobytes(), np.uint32))
     if common:
-        ours, theirs = [own[seed] for seed in common], [base[seed] for seed in common]
-        differences = metric.values[ours] - metric.values[theirs]
-        rows = (metric.draws[:, ours] - metric.draws[:, theirs]).mean(axis=1)
-        return float(differences.mean()), rows + seed_noise(list(differences), REPLICATES, generator)
+        return difference_over_seeds(metric, [own[seed] for seed in common], [base[seed] for seed in common], generator)
     ours, theirs = list(own.values()), list(base.values())
     rows = metric.draws[:, ours].mean(axis=1) - metric.draws[:, theirs].mean(axis=1)
     noise = sum(seed_noise(list(metric.values[each]), REPLICATES, generator) for each in (ours, theirs))

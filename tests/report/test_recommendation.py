@@ -122,6 +122,7 @@ def test_names_and_order_do_not_matter(tmp_path: Path) -> None:
 
 def test_the_interval_of_two_equal_arms_covers_zero_as_often_as_it_says(tmp_path: Path) -> None:
     covered, trials = 0, 120
+    values, half_widths = [], []
     for trial in range(trials):
         made = MadeUpArms(tmp_path / str(trial), seed=trial, rows=400)
         runs = made.arm("a", "single", 0.5, {"dcp": 2}, seeds=(0, 1, 2)) + made.arm("b", "mlet", 0.5, {"dcp": 1})
@@ -129,8 +130,13 @@ def test_the_interval_of_two_equal_arms_covers_zero_as_often_as_it_says(tmp_path
         assert quality is not None
         assert quality.difference is not None
         covered += quality.difference.is_noise
+        values.append(quality.difference.value)
+        half_widths.append((quality.difference.high - quality.difference.low) / 2)
     # 95% of 120 are 114; rows and seeds share a part of the noise, so that intervals may be a little too wide.
     assert covered >= 114 - 3 * np.sqrt(trials * 0.05 * 0.95)
+    # Nor may they be wide for nothing: 1.96 deviations of rows and 4.30 of seeds (two degrees of freedom) are together at
+    # most 4.73 of the whole, and what both share counts at most twice.
+    assert np.median(half_widths) < 4.73 * np.sqrt(2) * np.std(values)
 
 
 def test_runs_that_say_nothing_have_no_part(tmp_path: Path) -> None:
