@@ -1,4 +1,4 @@
-"""Formats results: as text tables, as JSON without NaN, and as objects that contain their own checksum; reads JSON."""
+"""Formats results: sizes, text tables, JSON without NaN, and objects that contain their own checksum; reads JSON."""
 
 import hashlib
 import json
@@ -11,6 +11,17 @@ from mlet_dist.regular_file import read_regular_file
 
 CHECKSUM = "sha256"
 """The key under which an object contains its own checksum."""
+
+
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes with three digits."""
+    for unit, name in _UNITS:
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B"
 
 
 def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -> list[str]:

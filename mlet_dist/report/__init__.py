@@ -7,7 +7,8 @@ Modules:
     frequency: rows by how frequent their ids are.
     learning: learning curves, time and memory of a step, spectra.
     figures: the charts.
-    report_text: the tables, in words.
+    advice: the recommendation in sentences.
+    report_text: text and Markdown, with all tables.
     report_page: the HTML page.
     run_report: all of it.
 """

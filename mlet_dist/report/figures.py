@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from mlet_dist.formatting import size_text
 from mlet_dist.pages.charts import chart, with_title
 from mlet_dist.pages.page_shell import INK, PAGE, SERIES, SOFT
 from mlet_dist.report.arm_details import Details
-from mlet_dist.report.measured_arms import MeasuredOutput, Measurement
-from mlet_dist.report.report_text import difference_text, size_text
+from mlet_dist.report.measured_arms import MeasuredOutput, Measurement, difference_text
 
 _BESIDE = 1.06  # of sizes of the last arm and the first
 _MARKERS = {"fp32": "o", "fp16": "s", "int8": "^", "int4": "D"}

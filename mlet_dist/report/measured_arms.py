@@ -280,3 +280,15 @@ def _difference(
     rows = metric.draws[:, ours].mean(axis=1) - metric.draws[:, theirs].mean(axis=1)
     noise = sum(seed_noise(list(metric.values[each]), REPLICATES, generator) for each in (ours, theirs))
     return float(metric.values[ours].mean() - metric.values[theirs].mean()), rows + noise
+
+
+def difference_text(difference: Difference | None) -> str:
+    """Return a difference with its interval; empty if it is not known."""
+    if difference is None or math.isnan(difference.value):
+        return ""
+    return f"{difference.value:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
+
+
+def budget_text(budget: float | str | None) -> str:
+    """Return compression.budget: a share with three digits, or a number of bytes."""
+    return f"{budget:.3g}" if isinstance(budget, float) else str(budget)

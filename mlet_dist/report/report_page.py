@@ -5,18 +5,17 @@ from collections.abc import Sequence
 
 from mlet_dist.pages.charts import inline_svg
 from mlet_dist.pages.page_shell import chart_section, key, page, paragraphs, table
+from mlet_dist.report.advice import advice, rule
 from mlet_dist.report.arm_details import Details
 from mlet_dist.report.figures import Drawn, front, key_entries
 from mlet_dist.report.measured_arms import Measurement
 from mlet_dist.report.recommendation import Recommendation
 from mlet_dist.report.report_text import (
-    advice,
     arms_table,
     classes_table,
     costs_table,
     faults,
     outputs_table,
-    rule,
     settings_table,
     sorted_outputs,
 )

@@ -10,13 +10,14 @@ from mlet_dist.atomic_directory import check_free, staged_directory
 from mlet_dist.formatting import to_json
 from mlet_dist.pages.charts import save_png
 from mlet_dist.quality.paired_bootstrap import Difference
+from mlet_dist.report.advice import advice, rule
 from mlet_dist.report.arm_details import Details, details_of
 from mlet_dist.report.figures import figures_of, front, key_entries
 from mlet_dist.report.measured_arms import MeasuredOutput, Measurement, Quality, measure
 from mlet_dist.report.measured_runs import measured_runs
 from mlet_dist.report.recommendation import MARGIN, Recommendation, recommend
 from mlet_dist.report.report_page import html_page
-from mlet_dist.report.report_text import advice, markdown_report, rule, text_report
+from mlet_dist.report.report_text import markdown_report, text_report
 
 
 def report(

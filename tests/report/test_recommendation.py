@@ -9,12 +9,13 @@ import pytest
 
 from mlet_dist.errors import UserError
 from mlet_dist.quality.paired_bootstrap import Difference
+from mlet_dist.report.advice import advice
 from mlet_dist.report.arm_details import Details, details_of
 from mlet_dist.report.figures import figures_of
 from mlet_dist.report.measured_arms import Measurement, measure
 from mlet_dist.report.measured_runs import MeasuredRun
 from mlet_dist.report.recommendation import Recommendation, recommend
-from mlet_dist.report.report_text import advice, arms_table
+from mlet_dist.report.report_text import arms_table
 from tests.report.arms_on_disk import MadeUpArms
 
 SIZES = {"dcp": 1000, "int8": 300, "int4": 200}
@@ -134,8 +135,8 @@ def test_the_interval_of_two_equal_arms_covers_zero_as_often_as_it_says(tmp_path
         half_widths.append((quality.difference.high - quality.difference.low) / 2)
     # 95% of 120 are 114; rows and seeds share a part of the noise, so that intervals may be a little too wide.
     assert covered >= 114 - 3 * np.sqrt(trials * 0.05 * 0.95)
-    # Nor may they be wide for nothing: 1.96 deviations of rows and 4.30 of seeds (two degrees of freedom) are together at
-    # most 4.73 of the whole, and what both share counts at most twice.
+    # Nor may they be wide for nothing: 1.96 deviations of rows and 4.30 of seeds (two degrees of freedom) are together
+    # at most 4.73 of the whole, and what both share counts at most twice.
     assert np.median(half_widths) < 4.73 * np.sqrt(2) * np.std(values)
 
 
