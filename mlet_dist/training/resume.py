@@ -62,8 +62,7 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
     identity = {
         f"model.{key}": value
         for key, value in plain["model"].items()
-        if key not in _RULES
-        and (key not in _ADDED or value != defaults[key])
+        if key not in _RULES and (key not in _ADDED or value != defaults[key])
     }
     of_all = asdict(config.model.of_all_tables)
     for name, own in spec.table_settings.items():
