@@ -3,8 +3,8 @@
     mlet train config.yaml model.builder=benchmarks.regularised_dlrm:build model.arguments.decay=0.01
 
 `model.arguments.decay` adds decay/2 · ‖v‖² to the loss for each vector v that a row of a batch looks up: for columns
-with one id, weight decay of the rows that are looked up. It acts on the product W = W1·W2, so that it means the same for
-MLET and for single layers. `model.arguments.max_norm` scales longer vectors down to this length.
+with one id, weight decay of the rows that are looked up. It acts on the product W = W1·W2, so that it means the same
+for MLET and for single layers. `model.arguments.max_norm` scales longer vectors down to this length.
 """
 
 from typing import Any
