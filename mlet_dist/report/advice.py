@@ -35,7 +35,7 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
     if not _can_choose(found):
         lines = [
             f"There is no recommendation, because there are no predictions of single rows of {found.choice_split} by "
-            f"{found.reference} in float32: `mlet sweep` keeps them if dcp is one of its outputs."
+            f"{found.reference} in float32: `mlet compare` keeps them, and `mlet sweep` if dcp is one of its outputs."
         ]
         if _difference(reference, found.result_split) is None:
             lines.append("The metrics below are those that training measured.")
