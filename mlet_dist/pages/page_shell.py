@@ -49,8 +49,9 @@ th {{ color: var(--soft); font-weight: 600; vertical-align: bottom; white-space:
 th:first-child, td:first-child {{ text-align: left }}
 td.text {{ white-space: normal; min-width: 16em; text-align: left }}
 tr.marked td {{ background: var(--fill) }} tr {{ break-inside: avoid }}
-.key span {{ display: inline-block; margin-right: 16px }} .key i {{ display: inline-block; width: 9px; height: 9px;
-  border-radius: 2px; margin-right: 6px; vertical-align: -1px }}
+.key span {{ display: inline-block; margin-right: 16px; overflow-wrap: anywhere }}
+.key i, .key svg {{ display: inline-block; width: 13px; height: 13px; border-radius: 2px; margin-right: 6px;
+  vertical-align: -2px }} .key svg {{ width: 44px; height: 12px }}
 @media print {{ body {{ margin: 0; max-width: none; font-size: 11px }} .table {{ overflow: visible }}
   table {{ font-size: 10px }} th, td {{ padding: 2px 5px }} }}"""
 
@@ -88,13 +89,15 @@ def paragraphs(*texts: str) -> str:
     return "\n".join(f"<p>{html.escape(text)}</p>" for text in texts)
 
 
-def key(entries: Sequence[tuple[str, str, bool]]) -> str:
-    """Return the key of a chart: names, each with a colour, which is one of ``VARIABLES``' keys, and whether hollow."""
-    parts = []
-    for name, colour, hollow in entries:
-        fill = "" if hollow else f"; background: {VARIABLES[colour]}"
-        parts.append(f'<span><i style="border: 2px solid {VARIABLES[colour]}{fill}"></i>{html.escape(name)}</span>')
-    return f'<p class="key">{"".join(parts)}</p>'
+def key(entries: Iterable[tuple[str, str]]) -> str:
+    """Return the key of a chart: names, each with what marks it, which is HTML: a ``swatch``, or SVG."""
+    parts = "".join(f"<span>{mark}{html.escape(name)}</span>" for name, mark in entries)
+    return f'<p class="key">{parts}</p>'
+
+
+def swatch(colour: str) -> str:
+    """Return a square of a colour, which is one of ``VARIABLES``' keys, for a key."""
+    return f'<i style="background: {VARIABLES[colour]}"></i>'
 
 
 def chart_section(title: str, chart: str, caption: str = "") -> str:
