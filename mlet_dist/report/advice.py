@@ -15,7 +15,7 @@ def rule(found: Measurement, margin: float) -> str:
     """Return the rule of the recommendation."""
     checked = ""
     if found.result_split != found.choice_split:
-        checked = f" {found.result_split} has no part in the choice, and shows whether it holds."
+        checked = f" The split {found.result_split} has no part in the choice, and shows whether it holds."
     return (
         f"The reference is {found.reference} in float32, by default the single layer with the least LogLoss on "
         f"{found.choice_split}. An output is equal to it if the {CONFIDENCE:.0%} interval of "

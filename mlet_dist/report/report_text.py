@@ -143,12 +143,12 @@ def sorted_outputs(found: Measurement) -> list[MeasuredOutput]:
 
 def classes_table(found: Measurement, details: Details) -> Table:
     """Return the quality of each arm by class of ids; no rows without the data set or scores."""
-    names = ["ids", "of the lookups", "arm", "LogLoss", "from the reference", "AUC", "from the reference"]
+    names = ["arm", "ids", "of the lookups", "LogLoss", "from the reference", "AUC", "from the reference"]
     rows = []
     for name in details.arms[found.reference].by_class:
         for arm, each in details.arms.items():
             if name in each.by_class:
-                cells = [name, f"{details.class_shares[name]:.0%}", arm]
+                cells = [arm, name, f"{details.class_shares[name]:.0%}"]
                 for metric in ("logloss", "auc"):
                     value, difference = each.by_class[name][metric]
                     cells += [f"{value:.4f}", "" if arm == found.reference else difference_text(difference)]
