@@ -42,11 +42,11 @@ body > section {{ max-width: 640px }}
 .callout {{ border-left: 4px solid var(--s0); background: var(--fill); border-radius: 0 6px 6px 0; padding: 8px 14px }}
 .callout p:first-child {{ font-weight: 600 }}
 svg {{ width: 100%; height: auto; display: block }}
-.table {{ overflow-x: auto; background: linear-gradient(to left, var(--page) 50%, transparent) 100% 0 / 28px 100% no-repeat
-  local, linear-gradient(to left, var(--rule), transparent) 100% 0 / 14px 100% no-repeat scroll }}
+.table {{ overflow-x: auto; background: linear-gradient(to left, var(--page) 50%, transparent) 100% 0 / 28px 100%
+  no-repeat local, linear-gradient(to left, var(--rule), transparent) 100% 0 / 14px 100% no-repeat scroll }}
 table {{ border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: 13.5px;
   line-height: 20px }}
-th, td {{ text-align: right; padding: 3px 9px; border-bottom: 1px solid var(--rule); white-space: nowrap }}
+th, td {{ text-align: right; padding: 3px 7px; border-bottom: 1px solid var(--rule); white-space: nowrap }}
 th {{ color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal }}
 th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 11em;
   position: sticky; left: 0; background: var(--page) }}
@@ -58,7 +58,8 @@ tr.marked td {{ background: var(--fill) }} tr {{ break-inside: avoid }}
 @media print {{ body {{ margin: 0; max-width: none; font-size: 11px }} .table {{ overflow: visible;
   background: none }} th:first-child, td:first-child {{ position: static }}
   .charts {{ display: block }} .charts section {{ display: inline-block; box-sizing: border-box; width: 49%;
-  margin: 0 0.5% 8px 0; vertical-align: top }} table {{ font-size: 10px }} th, td {{ padding: 2px 5px }} }}"""
+  margin: 0 0.5% 8px 0; vertical-align: top }} table {{ font-size: 10px;
+  line-height: 15px }} th, td {{ padding: 2px 5px }} }}"""
 
 
 def page(title: str, body: str, style: str = "") -> str:

@@ -138,7 +138,7 @@ def _against_bytes(
                 difference = difference_text(quality.difference)
                 _add_number(axes, look, place[0], place[1])
                 with_title(point, f"{each.name}: {size_text(size(each))}, LogLoss {quality.mean:.4f} {difference}")
-        _byte_axis(axes)
+        _byte_axis(axes, [size(each) for each in outputs])
         axes.set_xlabel(label)
         axes.set_ylabel(f"LogLoss, {split}")
         _marker_legend(axes, {each.encoding.partition("-")[0] for each in outputs})
@@ -163,15 +163,19 @@ def _marker_legend(axes: Axes, encodings: Collection[str]) -> None:
         axes.legend(handles=marks, ncols=len(marks), loc="upper center", bbox_to_anchor=(0.5, 1.1), handletextpad=0.1)
 
 
-def _byte_axis(axes: Axes) -> None:
+def _byte_axis(axes: Axes, sizes: Collection[int]) -> None:
+    """Make the horizontal axis one of bytes, with at least one label; ``sizes`` are those of the points."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_text(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
     if high / low < 300:  # few powers of ten to label
-        bases = (1, 2, 5) if high / low < 60 else (1, 3)
+        bases = (1, 3) if high / low >= 60 else (1, 2, 5) if high / low >= 6 else (1, 1.5, 2, 3, 4, 5, 6, 8)
         ticks = [base * 10.0**power for power in range(16) for base in bases]
-        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+        shown = [tick for tick in ticks if low <= tick <= high]
+        if len(shown) < 2:  # points of nearly one size
+            shown = [min(sizes), max(sizes)] if max(sizes) > 1.1 * min(sizes) else [min(sizes)]
+        axes.set_xticks(shown)
 
 
 def _curves(details: Details, of_arm: Mapping[str, Look]) -> Figure:
