@@ -65,7 +65,7 @@ class _Sweep:
         self._sweep, self._out, self._environments = sweep, out, environments
         self._arms = {arm.name: arm for arm in arms}
         self._claims, self._pending = Claims(out / "arms"), list(arms)
-        self._commands = LoggedCommands()
+        self._commands = LoggedCommands(sweep.workers)
         runs = Path(sweep.runs) if sweep.runs is not None else out / "runs"
         self._points = TrainedPoints(runs, sweep.nproc, self._commands)
         self._results: list[Result] = []
