@@ -12,6 +12,7 @@ from mlet_dist.config.limits import MAX_COLUMNS, MAX_LAYER, MAX_ROWS, SCALE
 from mlet_dist.config.parser import setting, to_yaml
 from mlet_dist.config.table_settings import (
     Pooling,
+    ProjectionInit,
     RowsInit,
     TableModelConfig,
     TableSettings,
@@ -138,9 +139,14 @@ class ModelConfig:
     rows_init_gain: float = setting(
         "Factor on the initial values of W1, or of single-layer tables, under either rows_init.", 1.0, **SCALE
     )
+    projection_init: ProjectionInit = setting(
+        "Distribution of the initial values of W2. normal: independent, as in the MLET paper; orthogonal: W2ᵀW2 is a "
+        "multiple of the identity, so that W2 turns the gradients of vectors and scales all their directions alike.",
+        "normal",
+    )
     projection_init_std: float | None = setting(
-        "Standard deviation of the initial values of W2, which are normal. null: 1/sqrt(hidden_dim), so that W1·W2 "
-        "begins at the scale of W1 (unit gain).",
+        "Standard deviation of the initial values of W2. null: 1/sqrt(hidden_dim), so that W1·W2 begins at the scale "
+        "of W1 (unit gain).",
         None,
         **SCALE,
     )
@@ -148,7 +154,8 @@ class ModelConfig:
         default_factory=dict,
         metadata={
             "meaning": "Settings of single tables, by name or pattern, that replace those of this section: "
-            "embedding_dim, hidden_dim, pooling, rows_init, rows_init_std, rows_init_gain and projection_init_std. "
+            "embedding_dim, hidden_dim, pooling, rows_init, rows_init_std, rows_init_gain, projection_init and "
+            "projection_init_std. "
             'Write {C3: {hidden_dim: 128}, "C1*": {hidden_dim: null}}, or model.tables.C3.hidden_dim=128 on the '
             "command line. The entry with a table's name comes before patterns, and these in order; each setting is "
             "that of the first entry that has it."

@@ -82,7 +82,10 @@ class OptimizerConfig:
         "Learning rate of W1, or of single-layer tables; null: optimizer.learning_rate.", None, **_FINITE
     )
     projections_learning_rate: float | None = setting(
-        "Learning rate of W2; null: optimizer.learning_rate.", None, **_FINITE
+        "Learning rate of W2; null: optimizer.learning_rate; 0: W2 keeps its initial values.",
+        None,
+        at_least=0,
+        at_most=_FINITE["at_most"],
     )
     warmup_steps: int = setting(
         "Number of steps at the start of the run over which all learning rates rise linearly to their values.",

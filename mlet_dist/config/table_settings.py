@@ -11,6 +11,7 @@ from mlet_dist.errors import UserError
 
 Pooling = Literal["sum", "mean"]
 RowsInit = Literal["uniform", "normal"]
+ProjectionInit = Literal["normal", "orthogonal"]
 
 _Entry = TypeVar("_Entry")
 _WILDCARDS = "*?["
@@ -39,6 +40,7 @@ class TableModelConfig:
     rows_init: RowsInit | None = setting("model.rows_init for these tables.", None)
     rows_init_std: float | None = setting("model.rows_init_std for these tables.", None, **SCALE)
     rows_init_gain: float | None = setting("model.rows_init_gain for these tables.", None, **SCALE)
+    projection_init: ProjectionInit | None = setting("model.projection_init for these tables.", None)
     projection_init_std: float | None = setting("model.projection_init_std for these tables.", None, **SCALE)
 
 
@@ -50,6 +52,7 @@ class TableSettings:
         embedding_dim: d.
         hidden_dim: k; None for a single-layer table.
         pooling, rows_init, rows_init_std, rows_init_gain, projection_init_std: as in the section `model`.
+        projection_init: as there; models of earlier versions record none.
     """
 
     embedding_dim: int
@@ -59,6 +62,7 @@ class TableSettings:
     rows_init_std: float
     rows_init_gain: float
     projection_init_std: float | None
+    projection_init: ProjectionInit = "normal"
 
     @property
     def row_width(self) -> int:

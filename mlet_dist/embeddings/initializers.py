@@ -1,6 +1,7 @@
 """Initial values that depend on seed, table and row only, so any number of ranks starts from the same model."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +9,9 @@ from typing import Literal
 import torch
 
 from mlet_dist.embeddings.row_order import RowOrder
+
+ProjectionInit = Literal["normal", "orthogonal"]
+"""The distributions of the initial values of W2."""
 
 _BLOCK_ROWS = 8192
 _MAPPED_ROWS = 64 * _BLOCK_ROWS  # whose positions are computed together
@@ -77,6 +81,29 @@ class RowInitializer:
         if self.distribution == "uniform":
             return block.uniform_(self.center - self.scale, self.center + self.scale, generator=generator)
         return block.normal_(self.center, self.scale, generator=generator)
+
+
+@dataclass(frozen=True)
+class OrthogonalInitializer:
+    """Fills a weight ``(k, d)`` with a random semi-orthogonal matrix, uniformly distributed, times a scale.
+
+    Args:
+        normal: the initializer of a normal weight, which is made orthogonal. The scale is its standard deviation times
+            the root of the larger dimension, so that the squares of all values have the sum that they have on average
+            in the normal weight.
+    """
+
+    normal: RowInitializer
+
+    @torch.no_grad()
+    def __call__(self, weight: torch.Tensor) -> None:
+        """Fill the complete weight ``(k, d)``."""
+        values = torch.empty(weight.shape)
+        self.normal(values)
+        tall = values.double() if values.shape[0] >= values.shape[1] else values.double().t()
+        columns, triangle = torch.linalg.qr(tall)
+        columns = columns * triangle.diagonal().sign() * self.normal.scale * math.sqrt(tall.shape[0])
+        weight.copy_(columns if tall.shape == values.shape else columns.t())
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ def build_projections(
                 _projection_std(table, width if chunk_width is None else table.row_width),
                 seed,
                 device,
+                table.projection_init,
             )
             for table in tables
             for name, width in _projection_widths(table, chunk_width).items()

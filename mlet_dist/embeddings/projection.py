@@ -12,14 +12,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedTensor, _pin_and_move
 
-from mlet_dist.embeddings.initializers import RowInitializer
+from mlet_dist.embeddings.initializers import OrthogonalInitializer, ProjectionInit, RowInitializer
 
 # On CUDA rows are padded to one batched product if that makes at most this many times as many rows.
 _MAX_PADDING_FACTOR = 4
 
 
 class Projection(nn.Module):
-    """W2 of one table: ``weight`` ``(k, d)`` float32, initialized from N(0, init_std^2).
+    """W2 of one table: ``weight`` ``(k, d)`` float32, initialized from N(0, init_std^2), or orthogonal at that scale.
 
     Args:
         table: the table's name; with ``seed`` it determines the initial values.
@@ -28,6 +28,8 @@ class Projection(nn.Module):
         init_std: standard deviation of the initial values. The MLET paper uses 0.25; 1/sqrt(k) has unit gain.
         seed: the run's seed.
         device: device of the weight; ``meta`` allocates nothing.
+        init: ``normal``, or ``orthogonal``: columns (rows, if k < d) that are orthogonal and equally long, and whose
+            squares have the same sum as normal ones have on average. W2ᵀW2 is then k·init_std²·I exactly for k >= d.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Projection(nn.Module):
         init_std: float,
         seed: int,
         device: torch.device | None = None,
+        init: ProjectionInit = "normal",
     ) -> None:
         super().__init__()
-        self._initializer = RowInitializer(f"projections.{table}", hidden_dim, "normal", init_std, seed)
+        normal = RowInitializer(f"projections.{table}", hidden_dim, "normal", init_std, seed)
+        self._initializer = OrthogonalInitializer(normal) if init == "orthogonal" else normal
         self.weight = nn.Parameter(torch.empty(hidden_dim, embedding_dim, device=device))
         self.reset_parameters()
 

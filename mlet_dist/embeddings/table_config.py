@@ -15,7 +15,7 @@ from torchrec.modules.embedding_configs import (
     data_type_to_dtype,
 )
 
-from mlet_dist.embeddings.initializers import GivenInitializer, RowInitializer, StoredRowInitializer
+from mlet_dist.embeddings.initializers import GivenInitializer, ProjectionInit, RowInitializer, StoredRowInitializer
 from mlet_dist.embeddings.row_order import RowOrder
 
 
@@ -91,6 +91,7 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
         rows_init_std: if given, W1 is drawn from N(0, rows_init_std^2) instead.
         projection_init_std: standard deviation of W2's initial values; None means 1/sqrt(k), which has unit gain. That
             of a range of w columns is sqrt(k/w) times as large, for the same gain.
+        projection_init: ``normal``, or ``orthogonal``, of the same scale (see ``Projection``).
         zero_first_row: whether row 0 of W1 begins at zero, for tables whose id 0 stands for values that training never
             sees: the row W[0] that is served for them is then zero, and not random.
         row_ranges: ranges of rows of different widths (see ``row_ranges``). None stores all rows with ``hidden_dim``
@@ -109,6 +110,7 @@ class MultiLayerEmbeddingBagConfig(EmbeddingBagConfig):
     hidden_dim: int | None = None
     rows_init_std: float | None = None
     projection_init_std: float | None = None
+    projection_init: ProjectionInit = "normal"
     zero_first_row: bool = False
     row_ranges: Sequence[RowRange] | None = None
     shared_row: bool = False
@@ -188,7 +190,8 @@ class MultiLayerEmbeddingConfig(EmbeddingConfig):
     """TorchRec's EmbeddingConfig, of a table whose rows are not pooled, with the width k of the first layer.
 
     Args:
-        hidden_dim, rows_init_std, projection_init_std, zero_first_row: as in ``MultiLayerEmbeddingBagConfig``.
+        hidden_dim, rows_init_std, projection_init_std, projection_init, zero_first_row: as in
+            ``MultiLayerEmbeddingBagConfig``.
 
     Raises:
         ValueError: as in ``MultiLayerEmbeddingBagConfig``.
@@ -197,6 +200,7 @@ class MultiLayerEmbeddingConfig(EmbeddingConfig):
     hidden_dim: int | None = None
     rows_init_std: float | None = None
     projection_init_std: float | None = None
+    projection_init: ProjectionInit = "normal"
     zero_first_row: bool = False
 
     def __post_init__(self) -> None:

@@ -207,6 +207,7 @@ def _table_configs(
                 weight_init_max=bound,
                 rows_init_std=own.rows_init_gain * own.rows_init_std if own.rows_init == "normal" else None,
                 projection_init_std=own.projection_init_std,
+                projection_init=own.projection_init,
                 zero_first_row=table.name in spec.zero_first_rows,
                 row_ranges=_row_ranges(spec, table.name),
                 shared_row=spec.shared_rows and table.name in spec.row_ranges,

@@ -33,12 +33,20 @@ class Arm:
         kind: ``mlet``, ``single`` (no W2), ``single_compressed`` (the same within the budget of an MLET arm) or
             ``control`` (no W2, and the initial scale and effective learning rate of an MLET arm).
         control_of: of a control, the name of the MLET arm whose tuned settings it follows; it is not tuned itself.
+        fixed: the names of settings that the sweep tunes, and the arm sets itself: they are not tuned for it.
     """
 
     name: str
     config: Config
     kind: str
     control_of: str | None = None
+    fixed: frozenset[str] = frozenset()
+
+    def tuned_settings(self, sweep: SweepConfig) -> list[str]:
+        """Return the names of the settings that are tuned for this arm."""
+        if self.control_of is not None:
+            return []
+        return [name for name in sweep.tune.settings if name not in self.fixed]
 
 
 def arms_of(sweep: SweepConfig) -> list[Arm]:
@@ -50,10 +58,16 @@ def arms_of(sweep: SweepConfig) -> list[Arm]:
     found: dict[str, Arm] = {}
     for name, settings in _described(sweep).items():
         config = _load(Path(sweep.config), {**sweep.settings, **settings}, name)
+        arm = Arm(
+            name,
+            config,
+            MLET if config.model.has_two_layers else "single",
+            fixed=frozenset(sweep.tune.settings) & settings.keys(),
+        )
         for end in ("low", "high"):
-            tuned = {each: getattr(interval, end) for each, interval in sweep.tune.settings.items()}
+            tuned = {each: getattr(sweep.tune.settings[each], end) for each in arm.tuned_settings(sweep)}
             _load(Path(sweep.config), {**sweep.settings, **settings, **tuned}, name)
-        _add(found, Arm(name, config, MLET if config.model.has_two_layers else "single"), refuse=True)
+        _add(found, arm, refuse=True)
     for arm in [each for each in found.values() if each.kind == MLET and sweep.baselines]:
         for kind, config in arm_configs(arm.config, spec_of(arm.config)).items():
             if kind != MLET:
@@ -127,8 +141,8 @@ def _load(file: Path, settings: Mapping[str, Any], arm: str) -> Config:
 
 def _add(arms: dict[str, Arm], arm: Arm, *, refuse: bool = False) -> None:
     """Add an arm unless one has its settings, which is an error if ``refuse``."""
-    plain = _without_place(arm.config)
-    same = [name for name, each in arms.items() if _without_place(each.config) == plain and each.kind != CONTROL]
+    plain = _comparable(arm.config)
+    same = [name for name, each in arms.items() if _comparable(each.config) == plain and each.kind != CONTROL]
     if same and arm.kind != CONTROL:
         if refuse:
             raise UserError(f"arm {arm.name!r} has the settings of arm {same[0]!r}; leave one of them out")
@@ -136,5 +150,13 @@ def _add(arms: dict[str, Arm], arm: Arm, *, refuse: bool = False) -> None:
     arms[arm.name] = arm
 
 
-def _without_place(config: Config) -> Config:
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=""))
+def _comparable(config: Config) -> Config:
+    """Return the config without the place of its run, and without the settings of W2 where no table has one."""
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=""))
+    if config.model.has_two_layers:
+        return config
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, projection_init="normal", projection_init_std=None),
+        optimizer=dataclasses.replace(config.optimizer, projections_learning_rate=None),
+    )

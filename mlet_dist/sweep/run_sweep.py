@@ -71,9 +71,8 @@ class _Sweep:
         self._results: list[Result] = []
         self._lock = threading.Lock()
         self._chosen: dict[str, dict[str, float]] = {}
-        trials = sweep.tune.trials if sweep.tune.settings else 0
-        tuned = sum(arm.control_of is None for arm in arms)
-        self._progress = Progress("sweep", trials * tuned + len(sweep.seeds) * len(arms), "runs")
+        trials = sweep.tune.trials * sum(bool(arm.tuned_settings(sweep)) for arm in arms)
+        self._progress = Progress("sweep", trials + len(sweep.seeds) * len(arms), "runs")
         self._best: dict[str, float] = {}
         schema = DatasetSchema.load(data_set_path(arms[0].config.data.path))
         self._labels = schema.labels
@@ -161,7 +160,8 @@ class _Sweep:
             mlet = with_settings(self._arms[arm.control_of], settings, file)
             control = dataclasses.replace(arm, config=control_config(mlet))
             return with_settings(control, {}, file), settings
-        if not self._sweep.tune.settings:
+        names = arm.tuned_settings(self._sweep)
+        if not names:
             return with_settings(arm, {}, file), {}
 
         def configured(settings: dict[str, float], steps: int) -> Config:
@@ -172,7 +172,7 @@ class _Sweep:
         def shown(trial: Trial) -> None:
             self._add(Result(arm, "tune", configured(trial.settings, trial.steps), trial.settings, trial.outcome))
 
-        best = tune(self._tune, configured, self._points, shown)[0]
+        best = tune(self._tune, names, configured, self._points, shown)[0]
         return with_settings(arm, best.settings, file), best.settings
 
     def _add(self, result: Result) -> None:

@@ -5,7 +5,7 @@ starts again asks the same questions, and gets the answers at once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch.quasirandom import SobolEngine
@@ -38,6 +38,7 @@ class Trial:
 
 def tune(
     tuned: TuneConfig,
+    names: Sequence[str],
     configured: Callable[[dict[str, float], int], Config],
     points: TrainedPoints,
     shown: Callable[[Trial], None],
@@ -46,6 +47,8 @@ def tune(
 
     Args:
         tuned: what is tuned, and how; its ``metric`` is a name in the summaries of runs, after ``valid_``.
+        names: which of the settings of ``tuned`` are searched for this arm, which sets the others itself. The first
+            trials have the same values as those of other arms nevertheless.
         configured: returns the arm's config with values of the settings, and with a number of steps.
         points: trains configs.
         shown: called with each trial when it has ended.
@@ -66,13 +69,12 @@ def tune(
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=compared_at[0], reduction_factor=tuned.keep),
     )
     for values in _spread(tuned):
-        study.enqueue_trial(values)
+        study.enqueue_trial({name: values[name] for name in names})
     trials = []
     for _ in range(tuned.trials):
         asked = study.ask()
-        settings = {
-            name: asked.suggest_float(name, each.low, each.high, log=True) for name, each in tuned.settings.items()
-        }
+        intervals = {name: tuned.settings[name] for name in names}
+        settings = {name: asked.suggest_float(name, each.low, each.high, log=True) for name, each in intervals.items()}
         configs = [configured(settings, steps) for steps in compared_at]
         for steps, config, start in zip(compared_at, configs, [None, *configs], strict=False):
             outcome = points.train(config, start)

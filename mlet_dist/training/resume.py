@@ -34,6 +34,7 @@ from mlet_dist.urls import is_url
 # Keys of a run's identity, beside those that are names of settings, and those of ``source_inputs``.
 _STATIC = ("policy", "budget", "widths", "alpha", "tables")  # settings of compression that others than adaptive read
 _RULES = ("tables", "single_layer_up_to")  # settings of the model whose results by table are compared
+_ADDED = (*NETWORK_SETTINGS, "projection_init")  # settings of the model that earlier versions recorded none of
 _OWN, _LAYERS = "own settings of table ", "layers of table "
 _RANGES = "row ranges of table "
 _LAYOUT = tuple(f"compression.{key}" for key in ("policy", "nested", "chunks", "shared_rows"))  # beside the ranges
@@ -61,8 +62,7 @@ def identity_of(config: Config, spec: ModelSpec, content_id: str) -> dict[str, A
     identity = {
         f"model.{key}": value
         for key, value in plain["model"].items()
-        if key not in _RULES
-        and (key not in NETWORK_SETTINGS or value != defaults[key])  # versions that knew DLRM alone recorded none
+        if key not in _RULES and (key not in _ADDED or value != defaults[key])
     }
     of_all = asdict(config.model.of_all_tables)
     for name, own in spec.table_settings.items():

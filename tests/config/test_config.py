@@ -60,6 +60,7 @@ configs = st.builds(
         hidden_dim=st.none() | st.integers(1, 2**14).map(lambda quarter: 4 * quarter),
         top_mlp=st.lists(st.integers(1, 4096), min_size=1).map(tuple),
         rows_init=st.sampled_from(["uniform", "normal"]),
+        projection_init=st.sampled_from(["normal", "orthogonal"]),
         projection_init_std=st.none() | scales,
     ),
     compression=st.builds(

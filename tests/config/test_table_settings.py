@@ -71,13 +71,14 @@ def test_k_of_each_table(settings: Any, overrides: tuple[str, ...], expected: tu
 def test_each_setting_is_that_of_the_first_entry_that_has_it(settings: Any) -> None:
     found = settings(
         'model.tables={"C1*": {embedding_dim: 8, pooling: mean, rows_init_gain: 3}, '
-        "C11: {embedding_dim: 32, hidden_dim: 128, rows_init: normal, rows_init_std: 0.5, projection_init_std: 0.125}}"
+        "C11: {embedding_dim: 32, hidden_dim: 128, rows_init: normal, rows_init_std: 0.5, "
+        "projection_init: orthogonal, projection_init_std: 0.125}}"
     )
     assert found == {
         "C1": dataclasses.replace(ALL, embedding_dim=8, hidden_dim=None, pooling="mean", rows_init_gain=3.0),
         "C2": ALL,
         "C10": dataclasses.replace(ALL, embedding_dim=8, hidden_dim=None, pooling="mean", rows_init_gain=3.0),
-        "C11": TableSettings(32, 128, "mean", "normal", 0.5, 3.0, 0.125),
+        "C11": TableSettings(32, 128, "mean", "normal", 0.5, 3.0, 0.125, "orthogonal"),
     }
 
 

@@ -123,6 +123,29 @@ def test_a_projection_is_drawn_from_seed_and_table() -> None:
         assert float(weight(std=std).std()) == pytest.approx(std, rel=0.03)
 
 
+@pytest.mark.parametrize(("k", "d"), [(64, 16), (16, 16), (8, 16), (1, 4), (4, 1)])
+def test_an_orthogonal_projection_has_the_scale_of_a_normal_one(k: int, d: int) -> None:
+    def weight(table: str = "t", std: float = 0.25, seed: int = 0) -> torch.Tensor:
+        return Projection(table, k, d, std, seed, init="orthogonal").weight.detach().double()
+
+    found = weight()
+    gram = found.T @ found if k >= d else found @ found.T
+    expected = max(k, d) * 0.25**2 * torch.eye(min(k, d), dtype=torch.float64)
+    torch.testing.assert_close(gram, expected, rtol=0, atol=1e-6)
+    assert float(found.square().sum()) == pytest.approx(k * d * 0.25**2, rel=1e-6)
+    torch.testing.assert_close(weight(std=1.0), 4 * found, rtol=1e-6, atol=0)
+    assert torch.equal(weight(), found)
+    if k * d > 16:
+        assert not torch.allclose(weight(table="u"), found)
+        assert not torch.allclose(weight(seed=1), found)
+
+
+def test_orthogonal_projections_favour_no_direction() -> None:
+    """The mean of many is zero, as that of a uniform distribution; QR alone would give positive diagonals."""
+    drawn = torch.stack([Projection(f"t{i}", 4, 4, 0.5, 0, init="orthogonal").weight.detach() for i in range(2000)])
+    assert float(drawn.mean(dim=0).abs().max()) < 5 * 0.5 / math.sqrt(2000)
+
+
 def test_a_projection_can_be_reset_and_put_on_meta() -> None:
     projection = Projection("t", 4, 2, 0.5, seed=3)
     initial = projection.weight.detach().clone()

@@ -6,6 +6,7 @@ from torchrec import EmbeddingBagCollection, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM
 
 from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.config.table_settings import TableModelConfig
 from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection
 from mlet_dist.models.build import build_serving_model, build_training_model, table_bytes
@@ -124,7 +125,9 @@ def test_table_bytes_by_hand() -> None:
 
 
 def rows_and_projection(**changes: object) -> tuple[torch.Tensor, torch.Tensor]:
-    spec = ModelSpec(dataclasses.replace(MODEL, **changes), ("I1",), (SparseFeature("C1", 10_000),), seed=0)
+    model = dataclasses.replace(MODEL, **changes)
+    table = {"C1": model.of_table("C1", 10_000)}
+    spec = ModelSpec(model, ("I1",), (SparseFeature("C1", 10_000),), seed=0, table_settings=table)
     tables = tables_of(build_training_model(spec, CPU))
     assert isinstance(tables, MultiLayerEmbeddingBagCollection)
     return tables.embedding_bags["C1"].weight.detach(), tables.projections["C1"].weight.detach()
@@ -141,6 +144,14 @@ def test_initial_values_follow_the_config() -> None:
     assert float(projection.std()) == pytest.approx(1 / 50, rel=0.03)
     _, projection = rows_and_projection(hidden_dim=2500, projection_init_std=0.25)
     assert float(projection.std()) == pytest.approx(0.25, rel=0.03)
+
+
+def test_w2_is_orthogonal_where_the_config_says_so() -> None:
+    _, projection = rows_and_projection(hidden_dim=64, projection_init="orthogonal", projection_init_std=0.25)
+    torch.testing.assert_close(projection.T @ projection, 4 * torch.eye(4))
+    own = {"C1": TableModelConfig(projection_init="orthogonal")}
+    _, projection = rows_and_projection(hidden_dim=64, projection_init_std=None, tables=own)
+    torch.testing.assert_close(projection.T @ projection, torch.eye(4))
 
 
 LISTS = (SparseFeature("C1", 10), SparseFeature("tags", 7, multi_valued=True))

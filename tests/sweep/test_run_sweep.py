@@ -217,6 +217,37 @@ def test_a_grid_has_an_arm_for_each_combination_and_each_single_layer_once(small
     assert [arm.control_of for arm in controls] == [arm.name for arm in arms if arm.kind == "mlet"]
 
 
+def test_a_setting_that_an_arm_has_itself_is_not_tuned_for_it_but_for_its_single_layer(
+    small_model: tuple[str, ...],
+) -> None:
+    frozen = {"model.hidden_dim": 8, "optimizer.projections_learning_rate": 0}
+    sweep = sweep_of(
+        small_model,
+        arms={
+            "mlet": {"model.hidden_dim": 8},
+            "frozen": frozen,
+            "orthogonal": {**frozen, "model.projection_init": "orthogonal", "optimizer.rows_learning_rate": 0.1},
+        },
+        tune=TuneConfig(
+            settings={
+                "optimizer.rows_learning_rate": Interval(0.01, 1.0),
+                "optimizer.projections_learning_rate": Interval(0.01, 0.1),
+            }
+        ),
+    )
+    arms = {arm.name: arm for arm in arms_of(sweep)}
+    rows, projections = "optimizer.rows_learning_rate", "optimizer.projections_learning_rate"
+    assert {name: arm.tuned_settings(sweep) for name, arm in arms.items() if arm.control_of is None} == {
+        "mlet": [rows, projections],
+        "frozen": [rows],
+        "orthogonal": [],
+        "single of mlet": [rows, projections],  # that of the other arms, but for W2, which it does not have
+        "single of orthogonal": [rows, projections],
+    }
+    assert arms["frozen"].config.optimizer.projections_learning_rate == 0
+    assert not any(arm.tuned_settings(sweep) for arm in arms.values() if arm.kind == "control")
+
+
 def test_names_do_not_matter_for_the_runs(small_model: tuple[str, ...]) -> None:
     first, second = (
         arms_of(sweep_of(small_model, arms={name: {"model.hidden_dim": 12}}, baselines=False))[0]

@@ -49,7 +49,8 @@ def configured(settings: dict[str, float], steps: int) -> Config:
 
 def trials_of(runs: Runs, **changes: Any) -> list[Trial]:
     shown: list[Trial] = []
-    found = tune(dataclasses.replace(TUNED, **changes), configured, cast(TrainedPoints, runs), shown.append)
+    tuned = dataclasses.replace(TUNED, **changes)
+    found = tune(tuned, ["optimizer.learning_rate"], configured, cast(TrainedPoints, runs), shown.append)
     assert len(shown) == len(found) == TUNED.trials
     return found
 
@@ -82,6 +83,18 @@ def test_every_arm_is_asked_the_same_and_so_is_a_sweep_that_starts_again() -> No
     trials_of(other)
     rates = [list(dict.fromkeys(rate for rate, _ in each.trained)) for each in (first, other)]
     assert rates[0][:8] == rates[1][:8]
+
+
+def test_an_arm_that_sets_one_of_two_settings_gets_the_same_first_values_of_the_other() -> None:
+    settings = {**TUNED.settings, "optimizer.projections_learning_rate": Interval(1e-3, 1e-1)}
+    both, one = Runs(parabola), Runs(parabola)
+    tuned = dataclasses.replace(TUNED, settings=settings)
+    trials = tune(tuned, list(settings), configured, cast(TrainedPoints, both), lambda trial: None)
+    assert all(list(each.settings) == list(settings) for each in trials)
+    trials = tune(tuned, ["optimizer.learning_rate"], configured, cast(TrainedPoints, one), lambda trial: None)
+    assert all(list(each.settings) == ["optimizer.learning_rate"] for each in trials)
+    rates = [list(dict.fromkeys(rate for rate, _ in each.trained))[:8] for each in (both, one)]
+    assert rates[0] == rates[1]
 
 
 def test_trials_that_diverge_are_not_chosen() -> None:

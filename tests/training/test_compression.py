@@ -101,7 +101,7 @@ def test_the_spectrum_describes_each_range(run: tuple[Path, dict[str, Any]]) -> 
                 each[:2] for each in of_table
             ]
             assert found["hidden_dim"] == max(width for _, width, _ in of_table)
-            assert found["mean_gain"] is found["balance"] is None
+            assert found["gains"] is found["balance"] is None
             assert table.projection is not None
             rows = torch.cat([block for _, block in read_blocks(table)])
             expected = torch.linalg.svdvals(rows @ table.projection.double())
@@ -111,11 +111,11 @@ def test_the_spectrum_describes_each_range(run: tuple[Path, dict[str, Any]]) -> 
             for each, (number, width, _) in zip(found["row_ranges"], of_table, strict=True):
                 if width == 12:
                     w1, w2 = rows[first : first + number, column : column + 12], table.projection[column : column + 12]
-                    assert each["mean_gain"] == pytest.approx(float(w2.double().square().sum()) / 4)
+                    assert each["gains"]["mean"] == pytest.approx(float(w2.double().square().sum()) / 4)
                     assert each["balance"] == pytest.approx(balance(w1.T @ w1, w2), rel=1e-9)
                     several += len(of_table) > 1
                 else:
-                    assert each["mean_gain"] is each["balance"] is None
+                    assert each["gains"] is each["balance"] is None
                 first, column = first + number, column + width
     assert several
     shown = {name: "/".join(str(width) for _, width, _ in of_table) for name, of_table in ranges.items()}

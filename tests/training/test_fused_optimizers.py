@@ -284,6 +284,22 @@ def test_rows_projections_and_dense_layers_have_separate_learning_rates(ranks: R
             assert fused == (set() if name == "adam" else {0.5 * factor})
 
 
+def _w2_and_rows(name: str, rate: float) -> dict[str, torch.Tensor]:
+    config = OptimizerConfig(name, 0.125, projections_learning_rate=rate)  # type: ignore[arg-type]
+    model, optimizer = _build(config)
+    before = {name: tensor.clone() for name, tensor in _whole_weights(model).items()}
+    _take_steps(model, optimizer, range(3))
+    return {name: tensor - before[name] for name, tensor in _whole_weights(model).items()}
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_w2_keeps_its_initial_values_at_rate_0(ranks: Ranks, name: str) -> None:
+    for rate, changes in ((0.0, False), (0.25, True)):
+        for parameter, change in ranks(2).run(_w2_and_rows, name, rate)[0].items():
+            assert bool(change.any()) is (changes or ".projections." not in parameter), parameter
+
+
 def _steps_of(gradients: list[torch.Tensor], optimizer: Callable[[Any], torch.optim.Optimizer]) -> torch.Tensor:
     weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4))
     stepped = optimizer([weight])

@@ -62,6 +62,7 @@ def test_what_does_not_change_the_weights_may_change(override: str) -> None:
     [
         ("model.embedding_dim=8", "model.embedding_dim was 16, is 8"),
         ("model.hidden_dim=null", "model.hidden_dim was 64, is null"),
+        ("model.projection_init=orthogonal", 'model.projection_init was null, is "orthogonal"'),
         ("model.top_mlp=[8]", r"model.top_mlp was \[512, 256\], is \[8\]"),
         ("optimizer.name=adam", 'optimizer.name was "sgd", is "adam"'),
         ("optimizer.learning_rate=0.3", "optimizer.learning_rate was 0.2, is 0.3"),

@@ -39,9 +39,10 @@ def spectrum_of(
     Returns:
         Plain data: ``tables``, and how they were read. ``plain`` and ``weighted`` are ``Spectrum``s: of W, and of
         D^½·W, where the diagonal of D counts how often each row occurs, so that sum(s²) is that of all looked up rows.
-        A table whose rows have different widths has ``row_ranges``, with the rows, ``hidden_dim``, ``mean_gain`` and
-        ``balance`` of each; its own ``hidden_dim`` is the largest of them, and its ``mean_gain`` and ``balance`` are
-        null, since it has several W2.
+        ``gains`` are the smallest, the mean and the largest eigenvalue of W2ᵀW2, by which W2 multiplies the gradients
+        of a row's vector under SGD, in different directions. A table whose rows have different widths has
+        ``row_ranges``, with the rows, ``hidden_dim``, ``gains`` and ``balance`` of each; its own ``hidden_dim`` is the
+        largest of them, and its ``gains`` and ``balance`` are null, since it has several W2.
 
     Raises:
         UserError: ``path`` cannot be read, or ``data`` does not fit the tables.
@@ -98,7 +99,7 @@ def _layers(table: TableSource, rows_gram: torch.Tensor | None) -> dict[str, Any
         rows_gram: W1ᵀW1 (k, k) float64; None for a single layer.
     """
     if table.projection is None or rows_gram is None:
-        return {"hidden_dim": None, "mean_gain": None, "balance": None}
+        return {"hidden_dim": None, "gains": None, "balance": None}
     if not isinstance(table, RangedTableSource):
         return {"hidden_dim": table.hidden_dim, **_two_layers(rows_gram, table.projection)}
     ranges: list[dict[str, Any]] = []
@@ -106,18 +107,21 @@ def _layers(table: TableSource, rows_gram: torch.Tensor | None) -> dict[str, Any
     for each in table.ranges:
         columns = slice(start, start := start + each.width)
         # Rows of d columns have no W2.
-        found: dict[str, Any] = {"mean_gain": None, "balance": None}
+        found: dict[str, Any] = {"gains": None, "balance": None}
         if each.width not in (0, table.embedding_dim):
             found = _two_layers(rows_gram[columns, columns], table.projection[columns])
         ranges.append({"rows": each.rows, "hidden_dim": each.width, **found})
     widest = max(each["hidden_dim"] for each in ranges)
-    return {"hidden_dim": widest, "mean_gain": None, "balance": None, "row_ranges": ranges}
+    return {"hidden_dim": widest, "gains": None, "balance": None, "row_ranges": ranges}
 
 
 def _two_layers(rows_gram: torch.Tensor, projection: torch.Tensor) -> dict[str, Any]:
-    """Return the mean factor of W2 on a gradient, and the distance between the Gram matrices of W1 and W2."""
-    gain = float(projection.double().square().sum()) / projection.shape[1]
-    return {"mean_gain": gain, "balance": balance(rows_gram, projection)}
+    """Return the factors of W2 on a gradient, and the distance between the Gram matrices of W1 and W2."""
+    factors = torch.linalg.eigvalsh(projection.double().t() @ projection.double())
+    # Rounding makes eigenvalues of 0, those of a W2 with fewer rows than columns, a little smaller.
+    lowest, highest = max(0.0, float(factors[0])), float(factors[-1])
+    gains = {"min": lowest, "mean": float(factors.mean()), "max": highest}
+    return {"gains": gains, "balance": balance(rows_gram, projection)}
 
 
 def _recipe_gain(source: Tables) -> float | None:

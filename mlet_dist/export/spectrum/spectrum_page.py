@@ -30,8 +30,9 @@ def html_page(result: dict[str, Any]) -> str:
     explained = (
         "Effective rank: exp of the entropy of s / sum(s). Stable rank: squared Frobenius norm divided by squared "
         "spectral norm. 90% and 99%: number of dimensions that contain this share of sum(s²). Loss: relative Frobenius "
-        "error of the best projection to d dimensions, with a projection for each weighting. Balance: "
-        "||W1ᵀW1 - W2W2ᵀ|| relative to the larger of the two."
+        "error of the best projection to d dimensions, with a projection for each weighting. Gains: the smallest and "
+        "the largest eigenvalue of W2ᵀW2, by which W2 multiplies gradients under SGD. Balance: ||W1ᵀW1 - W2W2ᵀ|| "
+        "relative to the larger of the two."
     )
     body = f"""<div class="callout">{paragraphs(NOTE)}</div>
 {paragraphs(about, *recipe)}

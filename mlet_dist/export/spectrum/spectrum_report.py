@@ -28,7 +28,7 @@ def report(result: dict[str, Any]) -> str:
 def summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the names of the columns, and a row of cells per table."""
     names = ["table", "n", "k", "d", ">0.1", ">0.01", ">0.001", "eff. rank", "stable rank", "90%", "99%"]
-    names += ["weighted eff. rank", "90%", "99%", "d for loss 0.1", "loss", "weighted loss", "balance"]
+    names += ["weighted eff. rank", "90%", "99%", "d for loss 0.1", "loss", "weighted loss", "gains", "balance"]
     rows = []
     for each in result["tables"]:
         plain, weighted, suggested = each["plain"], each["weighted"], each["suggested"]
@@ -49,6 +49,7 @@ def summary(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 suggested["embedding_dim"],
                 short(suggested["loss"]),
                 "-" if suggested["weighted_loss"] is None else short(suggested["weighted_loss"]),
+                "-" if each["gains"] is None else f"{short(each['gains']['min'])}..{short(each['gains']['max'])}",
                 "-" if each["balance"] is None else short(each["balance"]["relative"]),
             ]
         )
