@@ -168,7 +168,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if rest:
         raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
     check_options(args)
-    config = args.config if "overrides" in args else None  # `mlet doctor` needs none
+    config = getattr(args, "config", None) if "overrides" in args else None  # `mlet doctor` needs none
     if config is not None and not os.path.lexists(config) and _SETTING.match(config):
         raise UserError(
             f"no CONFIG is given: {config!r} is a setting; name a YAML file before the settings, for example "
