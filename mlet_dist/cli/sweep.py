@@ -31,7 +31,9 @@ keys of the file, or as key=value:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("sweep", metavar="SWEEP", help="YAML file of the sweep, for example configs/sweeps/criteo.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys that replace those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="keys that replace those of the file"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of the results")
 
 

@@ -81,9 +81,7 @@ class LoggedCommands:
                 child.wait(max(0.0, deadline - time.monotonic()))
             child.kill()
 
-    def _run(
-        self, arguments: tuple[str, ...], log: Path, *, ranks: int = 1, keep: bool = False
-    ) -> tuple[int, bytes]:
+    def _run(self, arguments: tuple[str, ...], log: Path, *, ranks: int = 1, keep: bool = False) -> tuple[int, bytes]:
         """Return the exit code, and what was printed on stdout if it is not to go to the log."""
         with log.open("ab") as output:
             output.write(f"$ {shlex.join(['mlet', *arguments])}\n".encode())
