@@ -21,7 +21,7 @@ class StoppedCommands(LoggedCommands):
         super().__init__()
         self.started: list[tuple[str, ...]] = []
 
-    def run(self, *arguments: str, log: Path) -> int:
+    def run(self, *arguments: str, log: Path, ranks: int = 1) -> int:
         self.started.append(arguments)
         (log.with_suffix("") / "checkpoints" / "step-1").mkdir(parents=True)
         raise Interrupted("the sweep was stopped")
