@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from mlet_dist.config.compression_section import CompressionConfig, TableCompres
 from mlet_dist.config.config_file import Config, load_config, save_config
 from mlet_dist.config.model_section import ModelConfig
 from mlet_dist.config.table_settings import TableModelConfig, TableSettings
-from mlet_dist.data.location import DataPath, data_set_path
+from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, writing
 from mlet_dist.formatting import load_json, to_json
@@ -37,14 +37,14 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     layers and of the control are single-layer tables; those of MLET have the sizes that the config gives them.
 
     Arms that an earlier comparison trained to the end with the same settings are not trained again, unless
-    ``run.overwrite`` is set.
+    ``run.overwrite`` is set. The predictions of valid and test are kept beside them, for `mlet report`.
 
     Returns:
-        ``ok`` (whether every export is within its tolerance), ``run`` (the directory), ``split`` (test, or valid if
-        there is no test), ``arms``: by name, the results of train and verify, and ``served_bytes`` of export, by
-        output; and ``differences``: the names of an ``arm`` and ``of`` the one that it is compared with, and for
-        ``auc`` and ``logloss`` the ``value`` of the difference on the split and the ends ``low`` and ``high`` of its
-        interval (``paired_bootstrap``); with several labels they are those of each ``label``.
+        ``ok`` (whether every export is within its tolerance on these splits), ``run`` (the directory), ``split``
+        (test, or valid if there is no test), ``arms``: by name, the results of train and verify, and ``served_bytes``
+        of export, by output; and ``differences``: the names of an ``arm`` and ``of`` the one that it is compared with,
+        and for ``auc`` and ``logloss`` the ``value`` of the difference on the split and the ends ``low`` and ``high``
+        of its interval (``paired_bootstrap``); with several labels they are those of each ``label``.
 
     Raises:
         UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, or the data
@@ -59,7 +59,10 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         )
     data = data_set_path(config.data.path)
     schema = DatasetSchema.load(data)
-    split = _compared_split(schema, data)
+    splits = [split for split in ("valid", "test") if split in schema.parts]
+    if not splits:
+        raise UserError(f"{data}: has neither a test nor a valid split, so that there is nothing to compare models on")
+    split = splits[-1]
     base = Path(config.run.dir)
     configs = arm_configs(config, ModelSpec.of(config, schema))
     finished = {arm for arm in configs if _finished(configs[arm])}
@@ -94,11 +97,15 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         with writing(scores):
             if scores.exists():
                 shutil.rmtree(scores)
-        of_data = ["--data", config.data.path, "--split", split, "--scores", str(scores / split)]
-        verified = _run_command("verify", str(export), "--run", str(run), *of_data)
-        largest = verified["outputs"]["dcp"]["max_abs_logit_diff"]
-        served = {"served_bytes": exported["served_bytes"]}
-        arms[arm] = trained | served | {"ok": verified["ok"], "max_abs_logit_diff": largest}
+        verified = []
+        for scored in splits:
+            of_data = ["--data", config.data.path, "--split", scored, "--scores", str(scores / scored)]
+            verified.append(_run_command("verify", str(export), "--run", str(run), *of_data))
+        arms[arm] = trained | {
+            "served_bytes": exported["served_bytes"],
+            "ok": all(each["ok"] for each in verified),
+            "max_abs_logit_diff": _largest(each["outputs"]["dcp"]["max_abs_logit_diff"] for each in verified),
+        }
     result = {
         "ok": all(arm["ok"] for arm in arms.values()),
         "run": str(base),
@@ -128,10 +135,10 @@ def _differences(base: Path, arms: Sequence[str], split: str, labels: Sequence[s
     return found
 
 
-def _compared_split(schema: DatasetSchema, data: DataPath) -> str:
-    if "test" not in schema.parts and "valid" not in schema.parts:
-        raise UserError(f"{data}: has neither a test nor a valid split, so that there is nothing to compare models on")
-    return "test" if "test" in schema.parts else "valid"
+def _largest(differences: Iterable[float | None]) -> float | None:
+    """Return the largest difference; None, as JSON has it, if one is infinite."""
+    found = list(differences)
+    return None if None in found else max(each for each in found if each is not None)
 
 
 def arm_configs(config: Config, spec: ModelSpec) -> dict[str, Config]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlet_dist.quality.paired_bootstrap import CONFIDENCE
+from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference
 
 SINGLE, SINGLE_COMPRESSED, MLET, CONTROL = "single", "single_compressed", "mlet", "control"
 _TITLES = {
@@ -28,8 +28,8 @@ W2, and learn at the given rate. A part of what MLET gains may be due to the eff
 _NOTES = """\
 Each row is one run with one seed, and learning rates are not tuned for each row. Behind a difference stands where it
 would be for {confidence:.0%} of other {split} sets of the same kind and size; another seed moves it as well. The logit
-difference is the largest one, over all {split} rows, between the trained model and its export to plain TorchRec
-tables."""
+difference is the largest one, over all rows of valid and test, between the trained model and its export to plain
+TorchRec tables."""
 _NEXT = """\
 To compare them on other data:
 
@@ -51,7 +51,10 @@ def comparison_report(result: dict[str, Any]) -> str:
         ending = f"The export of {' and '.join(failed)} is outside its tolerance; `mlet verify` shows the differences."
     else:
         ending = _NEXT_COMPRESSED if SINGLE_COMPRESSED in result["arms"] else _NEXT
-    files = f"Results: {result['run']}/comparison.md and comparison.json; each model's run and export are beside them."
+    files = (
+        f"Results: {result['run']}/comparison.md and comparison.json; each model's run and export are beside them.\n"
+        f"Charts, and what to choose: mlet report {result['run']} --out REPORT"
+    )
     return "\n\n".join([comparison_table(result), files, ending])
 
 
@@ -102,14 +105,14 @@ def _compared(difference: Mapping[str, Any], compressed: bool) -> str:
     )
     parts = []
     for name, title, better in (("logloss", "LogLoss", -1), ("auc", "AUC", 1)):
-        value, low, high = (_number(difference[name][key]) for key in ("value", "low", "high"))
-        if math.isnan(value):
+        found = Difference(*(_number(difference[name][key]) for key in ("value", "low", "high")))
+        if math.isnan(found.value):
             parts.append(f"{title} undefined")
             continue
         verdict = "no more than chance"
-        if low > 0 or high < 0:
-            verdict = "better" if better * value > 0 else "worse"
-        parts.append(f"{title} {value:+.4f} ({low:+.4f} to {high:+.4f}, {verdict})")
+        if not found.is_noise:
+            verdict = "better" if better * found.value > 0 else "worse"
+        parts.append(f"{title} {found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}, {verdict})")
     label = f", {difference['label']}" if "label" in difference else ""
     return f"- {arm} against {other}{label}: {'; '.join(parts)}"
 

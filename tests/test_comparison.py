@@ -17,6 +17,7 @@ from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.models.spec import ModelSpec
+from mlet_dist.report.run_report import report
 from mlet_dist.training.run_directory import RunDirectory
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 
@@ -58,20 +59,23 @@ def test_three_arms_are_trained_exported_and_verified(small_model: tuple[str, ..
         )
         assert each["auc"]["low"] < each["auc"]["value"] < each["auc"]["high"]
     assert "- MLET against single layer: LogLoss " in table
-    report = mlet_json("report", base, "--out", tmp_path / "report")
-    assert list(report["arms"]) == list(arms)
-    for output in report["outputs"]:
+    result, _ = report([base], tmp_path / "report")
+    assert list(result["arms"]) == list(arms)
+    for output in result["outputs"]:
         assert output["output"] == "dcp"
-        assert output["test"]["logloss"]["mean"] == pytest.approx(arms[output["arm"]]["test_logloss"], abs=1e-6)
-    (of_mlet,) = (each for each in report["outputs"] if each["arm"] == "mlet")
+        for split in ("valid", "test"):
+            mean = output[split]["logloss"]["mean"]
+            assert mean == pytest.approx(arms[output["arm"]][f"{split}_logloss"], abs=1e-6)
+    assert result["advice"][0].startswith(
+        "Do not bother: no output that is smaller than the float32 tables of the single"
+    )
+    (of_mlet,) = (each for each in result["outputs"] if each["arm"] == "mlet")
     found, shown = of_mlet["test"]["logloss"]["difference"], differences["single"]["logloss"]
     assert (found["low"], found["high"]) == pytest.approx((shown["low"], shown["high"]), abs=1e-9)
     # Single runs have the metrics of training alone.
-    runs = mlet_json("report", base / "single", base / "mlet", "--out", tmp_path / "runs")
+    runs, _ = report([base / "single", base / "mlet"], tmp_path / "runs")
     assert runs["recommended"] is None
     assert runs["advice"][0].startswith("There is no recommendation, because there are no predictions of single rows")
-    # With other settings it replaces the results only with run.overwrite=true.
-    assert "run.overwrite=true" in error_line("compare", CONFIG, *overrides, "train.seed=1")
 
 
 class Commands:
@@ -145,6 +149,10 @@ def test_compressed_arms_have_the_budget_and_the_single_layer_has_not(
     assert cells[2][2] == "100.0%"
     assert cells[4][2] == f"{arms['mlet']['training_bytes_peak'] / single:.1%}"
     assert "There is no control" in "\n".join(lines)
+    # A report recommends by the predictions of valid.
+    found, _ = report([base], tmp_path / "report", margin=0.5)
+    assert found["recommended"]["arm"] in ("single_compressed", "mlet")
+    assert found["verdict"] == "holds"
 
 
 def test_the_arms_of_tables_of_their_own_sizes(settings: Callable[..., Config]) -> None:
@@ -195,7 +203,7 @@ def test_a_single_layer_can_be_compared_with_itself_compressed(
     assert "9.0 MB" not in comparison_table(result)
 
 
-COMMANDS = ("train", "export", "verify")
+COMMANDS = ("train", "export", "verify", "verify")  # valid and test
 ARM = {"trained_table_bytes": 1, "served_bytes": {"dcp": 1}, "test_auc": 0.5, "test_logloss": 0.25}
 ALL = [(command, arm) for arm in ("single", "mlet", "control") for command in COMMANDS]
 
@@ -218,7 +226,7 @@ def test_a_comparison_that_was_stopped_resumes(commands: Commands, settings: Cal
     commands.stop = ("train", "control")
     with pytest.raises(KeyboardInterrupt):
         compare(settings("run.overwrite=true"), 1)
-    assert commands.ran == ALL[:6]
+    assert commands.ran == ALL[: 2 * len(COMMANDS)]
     commands.ran, commands.stop = [], None
     result = compare(settings(), 1)
     assert "compare them on other data" in comparison_report(result)

@@ -30,7 +30,7 @@ from mlet_dist.cli import (
     widths,
 )
 from mlet_dist.cli.options import Parser, check_options
-from mlet_dist.cli.output import Result, print_error, print_result
+from mlet_dist.cli.output import Result, print_result
 from mlet_dist.cli.process import (
     die_with_parent,
     is_launched_rank,
@@ -38,7 +38,7 @@ from mlet_dist.cli.process import (
     rank_of,
     tell_launcher_of_success,
 )
-from mlet_dist.errors import Interrupted, RanksLost, UserError, refusal
+from mlet_dist.errors import Interrupted, RanksLost, UserError, print_error, refusal
 from mlet_dist.json_log import log_as_asked
 from mlet_dist.training.rank_files import record_process
 

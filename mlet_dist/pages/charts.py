@@ -17,11 +17,12 @@ from matplotlib.lines import Line2D
 
 from mlet_dist.atomic_file import replaced_file
 from mlet_dist.pages.page_shell import INK, PAGE, RULE, SERIES, SOFT, VARIABLES
+from mlet_dist.pages.series_looks import Look
 
 _WIDTH, _HEIGHT = 4.6, 3.1  # inches; text keeps its size on a phone, where a chart is as wide as the screen
 _DPI = 200  # of PNG files
 _TITLE_HEIGHT, _KEY_HEIGHT = 0.3, 0.2
-_HALF_LINE, _LINE = 26, 58  # characters of a name in the key below a PNG, of two columns and of one
+_HALF_LINE, _LINE = 24, 56  # characters of a name in the key below a PNG, of two columns and of one
 _TITLE = "title "
 _SETTINGS: Any = {  # matplotlib's type is a literal of all its names
     "svg.fonttype": "none",
@@ -94,28 +95,28 @@ def _plain(name: str) -> str:
     return short.replace("$", r"\$")
 
 
-def save_png(figure: Figure, path: Path, title: str, entries: Sequence[tuple[str, str, bool]]) -> None:
+def save_png(figure: Figure, path: Path, title: str, entries: Sequence[tuple[str, Look]]) -> None:
     """Write a figure as PNG in the colours of a light page, with its title and key.
 
     Args:
         figure: the chart, to which both are added.
         path: of the file.
         title: above the chart.
-        entries: as of ``page_shell.key``.
+        entries: of the key, as of ``series_looks.named``.
 
     Raises:
         OSError: the file cannot be written.
     """
     with matplotlib.rc_context(_SETTINGS):
         marks = [
-            Line2D([], [], color=colour, marker="s", markersize=5, linestyle="none", label=_plain(name),
-                   markerfacecolor="none" if hollow else colour)
-            for name, colour, hollow in entries
-        ]  # fmt: skip
+            Line2D([], [], **(look.line | look.marks), marker="o", markersize=5, linewidth=1, label=_plain(name))
+            for name, look in entries
+        ]
         figure.suptitle(title, fontsize=10, fontweight="bold", x=0.02, horizontalalignment="left")
-        columns = 2 if all(len(name) <= _HALF_LINE for name, _, _ in entries) else 1
+        columns = 2 if all(len(name) <= _HALF_LINE for name, _ in entries) else 1
         lines = -(-len(marks) // columns)
         figure.set_figheight(figure.get_figheight() + _TITLE_HEIGHT + _KEY_HEIGHT * lines)
-        figure.legend(handles=marks, ncols=columns, loc="outside lower left", handletextpad=0.1, columnspacing=1)
+        figure.legend(handles=marks, ncols=columns, loc="outside lower left", handlelength=3, handletextpad=0.4,
+                      columnspacing=1)  # fmt: skip
         with replaced_file(path) as file:
             figure.savefig(file, format="png", dpi=_DPI)

@@ -26,7 +26,7 @@ _STYLE = f"""\
 :root {{ color-scheme: light dark; {_declared(_LIGHT)} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {_declared(_DARK)} }} }}
 @media print {{ :root {{ color-scheme: light; {_declared(_LIGHT)} }} }}
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 20px auto; padding: 0 16px; max-width: 1120px; color: var(--ink);
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 20px auto; padding: 0 16px; max-width: 1200px; color: var(--ink);
   background: var(--page); print-color-adjust: exact; -webkit-print-color-adjust: exact }}
 h1 {{ font-size: 22px; line-height: 1.25; overflow-wrap: anywhere }} h2 {{ font-size: 17px; margin: 30px 0 8px }}
 h3 {{ font-size: 14px; margin: 0 0 6px; overflow-wrap: anywhere }} p, li {{ max-width: 68em }} p {{ margin: 7px 0 }}
@@ -42,17 +42,24 @@ body > section {{ max-width: 640px }}
 .callout {{ border-left: 4px solid var(--s0); background: var(--fill); border-radius: 0 6px 6px 0; padding: 8px 14px }}
 .callout p:first-child {{ font-weight: 600 }}
 svg {{ width: 100%; height: auto; display: block }}
-.table {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px }}
-th, td {{ text-align: right; padding: 3px 9px; border-bottom: 1px solid var(--rule); white-space: nowrap }}
+.table {{ overflow-x: auto; background: linear-gradient(to left, var(--page) 50%, transparent) 100% 0 / 28px 100%
+  no-repeat local, linear-gradient(to left, var(--rule), transparent) 100% 0 / 14px 100% no-repeat scroll }}
+table {{ border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: 13.5px;
+  line-height: 20px }}
+th, td {{ text-align: right; padding: 3px 7px; border-bottom: 1px solid var(--rule); white-space: nowrap }}
 th {{ color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal }}
-th:first-child, td:first-child {{ text-align: left }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 11em;
+  position: sticky; left: 0; background: var(--page) }}
 td.text {{ white-space: normal; min-width: 16em; text-align: left }}
 tr.marked td {{ background: var(--fill) }} tr {{ break-inside: avoid }}
-.key span {{ display: inline-block; margin-right: 16px }} .key i {{ display: inline-block; width: 9px; height: 9px;
-  border-radius: 2px; margin-right: 6px; vertical-align: -1px }}
-@media print {{ body {{ margin: 0; max-width: none; font-size: 11px }} .table {{ overflow: visible }}
-  table {{ font-size: 10px }} th, td {{ padding: 2px 5px }} }}"""
+.key {{ break-inside: avoid; display: flex; flex-wrap: wrap; gap: 2px 16px; max-width: none }}
+.key span {{ display: flex; align-items: center; gap: 6px; overflow-wrap: anywhere }}
+.key i, .key svg {{ flex: none; width: 13px; height: 13px; border-radius: 2px }} .key svg {{ width: 44px }}
+@media print {{ body {{ margin: 0; max-width: none; font-size: 11px }} .table {{ overflow: visible;
+  background: none }} th:first-child, td:first-child {{ position: static }}
+  .charts {{ display: block }} .charts section {{ display: inline-block; box-sizing: border-box; width: 49%;
+  margin: 0 0.5% 8px 0; vertical-align: top }} table {{ font-size: 10px;
+  line-height: 15px }} th, td {{ padding: 2px 5px }} }}"""
 
 
 def page(title: str, body: str, style: str = "") -> str:
@@ -88,13 +95,15 @@ def paragraphs(*texts: str) -> str:
     return "\n".join(f"<p>{html.escape(text)}</p>" for text in texts)
 
 
-def key(entries: Sequence[tuple[str, str, bool]]) -> str:
-    """Return the key of a chart: names, each with a colour, which is one of ``VARIABLES``' keys, and whether hollow."""
-    parts = []
-    for name, colour, hollow in entries:
-        fill = "" if hollow else f"; background: {VARIABLES[colour]}"
-        parts.append(f'<span><i style="border: 2px solid {VARIABLES[colour]}{fill}"></i>{html.escape(name)}</span>')
-    return f'<p class="key">{"".join(parts)}</p>'
+def key(entries: Iterable[tuple[str, str]]) -> str:
+    """Return the key of a chart: names, each with what marks it, which is HTML: a ``swatch``, or SVG."""
+    parts = "".join(f"<span>{mark}{html.escape(name)}</span>" for name, mark in entries)
+    return f'<p class="key">{parts}</p>'
+
+
+def swatch(colour: str) -> str:
+    """Return a square of a colour, which is one of ``VARIABLES``' keys, for a key."""
+    return f'<i style="background: {VARIABLES[colour]}"></i>'
 
 
 def chart_section(title: str, chart: str, caption: str = "") -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlet_dist.embeddings.planning.cost_model import gigabytes
 from mlet_dist.pages.charts import chart, inline_svg, with_title
-from mlet_dist.pages.page_shell import INK, SERIES, chart_section, key, page, paragraphs, table
+from mlet_dist.pages.page_shell import INK, SERIES, chart_section, key, page, paragraphs, swatch, table
 from mlet_dist.planner.budgets import budget_lines
 from mlet_dist.planner.plan_report import (
     COST_CAPTION,
@@ -33,7 +33,7 @@ def html_page(plan: dict[str, Any]) -> str:
         budgets = f"<h2>Budgets</h2>\n<pre>{html.escape(chr(10).join(budget_lines(compression)))}</pre>"
     title = f"Memory by rank: {plan['world_size']:,} x {plan['device']['name']}"
     body = f"""<div class="callout">{paragraphs(*summary)}</div>
-{key([(kind, colour, False) for kind, colour in zip(kinds_of(plan), SERIES, strict=False)])}
+{key([(kind, swatch(colour)) for kind, colour in zip(kinds_of(plan), SERIES, strict=False)])}
 {chart_section("Memory of each rank", _bars(plan), "Upright lines: the memory for the model, and that of the device.")}
 <h2>Memory</h2>
 {paragraphs(MEMORY_CAPTION)}

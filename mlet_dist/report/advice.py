@@ -15,7 +15,7 @@ def rule(found: Measurement, margin: float) -> str:
     """Return the rule of the recommendation."""
     checked = ""
     if found.result_split != found.choice_split:
-        checked = f" {found.result_split} has no part in the choice, and shows whether it holds."
+        checked = f" The split {found.result_split} has no part in the choice, and shows whether it holds."
     return (
         f"The reference is {found.reference} in float32, by default the single layer with the least LogLoss on "
         f"{found.choice_split}. An output is equal to it if the {CONFIDENCE:.0%} interval of "
@@ -35,7 +35,7 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
     if not _can_choose(found):
         lines = [
             f"There is no recommendation, because there are no predictions of single rows of {found.choice_split} by "
-            f"{found.reference} in float32: `mlet sweep` keeps them if dcp is one of its outputs."
+            f"{found.reference} in float32: `mlet compare` keeps them, and `mlet sweep` if dcp is one of its outputs."
         ]
         if _difference(reference, found.result_split) is None:
             lines.append("The metrics below are those that training measured.")

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from numpy.typing import ArrayLike
 
 from mlet_dist.formatting import size_text
 from mlet_dist.pages.charts import chart, with_title
-from mlet_dist.pages.page_shell import INK, PAGE, SERIES, SOFT
+from mlet_dist.pages.page_shell import INK, SOFT
+from mlet_dist.pages.series_looks import Look, looks
 from mlet_dist.report.arm_details import Details
 from mlet_dist.report.measured_arms import MeasuredOutput, Measurement, difference_text
 
@@ -34,34 +35,6 @@ class Drawn:
     title: str
     caption: str
     figure: Figure
-
-
-@dataclass(frozen=True)
-class Look:
-    """How the charts show an arm: its colour, and whether its marks are hollow, for arms that share a colour."""
-
-    colour: str
-    hollow: bool
-
-    @property
-    def marks(self) -> dict[str, Any]:
-        """Arguments of matplotlib for marks."""
-        return {"color": self.colour, "markerfacecolor": PAGE if self.hollow else self.colour}
-
-    @property
-    def line(self) -> dict[str, Any]:
-        """Arguments of matplotlib for lines."""
-        return {"color": self.colour, "linestyle": (0, (3, 2)) if self.hollow else "solid"}
-
-
-def looks(arms: Sequence[str]) -> dict[str, Look]:
-    """Return how each arm is shown."""
-    return {arm: Look(SERIES[index % len(SERIES)], index >= len(SERIES)) for index, arm in enumerate(arms)}
-
-
-def key_entries(arms: Sequence[str]) -> list[tuple[str, str, bool]]:
-    """Return the entries of the key of all charts."""
-    return [(arm, look.colour, look.hollow) for arm, look in looks(arms).items()]
 
 
 def front(outputs: Sequence[MeasuredOutput], split: str, size: Callable[[MeasuredOutput], int]) -> list[MeasuredOutput]:
@@ -161,14 +134,22 @@ def _against_bytes(
                 place = [beside[arm] * size(each)], [quality.mean]
                 axes.errorbar(*place, yerr=quality.spread or 0.0, color=look.colour, linewidth=0.9, capsize=2)
                 marker = _MARKERS[each.encoding.partition("-")[0]]
-                (point,) = axes.plot(*place, marker=marker, **look.marks, markersize=4.5, linestyle="none")
+                (point,) = axes.plot(*place, **look.marks, marker=marker, markersize=4.5, linestyle="none")
                 difference = difference_text(quality.difference)
+                _add_number(axes, look, place[0], place[1])
                 with_title(point, f"{each.name}: {size_text(size(each))}, LogLoss {quality.mean:.4f} {difference}")
-        _byte_axis(axes)
+        _byte_axis(axes, [size(each) for each in outputs])
         axes.set_xlabel(label)
         axes.set_ylabel(f"LogLoss, {split}")
         _marker_legend(axes, {each.encoding.partition("-")[0] for each in outputs})
         return figure
+
+
+def _add_number(axes: Axes, look: Look, x: ArrayLike, y: ArrayLike) -> None:
+    """Put the number of an arm, if it has one, beside the last of its marks."""
+    if look.number is not None and np.size(x):
+        last = float(np.ravel(x)[-1]), float(np.ravel(y)[-1])
+        axes.annotate(str(look.number), last, (3, 2), textcoords="offset points", fontsize=5, color=look.colour)
 
 
 def _marker_legend(axes: Axes, encodings: Collection[str]) -> None:
@@ -182,15 +163,19 @@ def _marker_legend(axes: Axes, encodings: Collection[str]) -> None:
         axes.legend(handles=marks, ncols=len(marks), loc="upper center", bbox_to_anchor=(0.5, 1.1), handletextpad=0.1)
 
 
-def _byte_axis(axes: Axes) -> None:
+def _byte_axis(axes: Axes, sizes: Collection[int]) -> None:
+    """Make the horizontal axis one of bytes, with at least one label; ``sizes`` are those of the points."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_text(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
     if high / low < 300:  # few powers of ten to label
-        bases = (1, 2, 5) if high / low < 60 else (1, 3)
+        bases = (1, 3) if high / low >= 60 else (1, 2, 5) if high / low >= 6 else (1, 1.5, 2, 3, 4, 5, 6, 8)
         ticks = [base * 10.0**power for power in range(16) for base in bases]
-        axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+        shown = [tick for tick in ticks if low <= tick <= high]
+        if len(shown) < 2:  # points of nearly one size
+            shown = [min(sizes), max(sizes)] if max(sizes) > 1.1 * min(sizes) else [min(sizes)]
+        axes.set_xticks(shown)
 
 
 def _curves(details: Details, of_arm: Mapping[str, Look]) -> Figure:
@@ -198,6 +183,7 @@ def _curves(details: Details, of_arm: Mapping[str, Look]) -> Figure:
         for arm, each in details.arms.items():
             if each.curve is not None:
                 (line,) = axes.plot(each.curve.steps, each.curve.losses, **of_arm[arm].line, linewidth=1.2)
+                _add_number(axes, of_arm[arm], each.curve.steps, each.curve.losses)
                 with_title(line, arm)
         axes.set_xlabel("step")
         axes.set_ylabel("loss, train")
@@ -218,6 +204,7 @@ def _by_class(found: Measurement, details: Details, of_arm: Mapping[str, Look]) 
                 around = [[max(0.0, below)], [max(0.0, above)]]
                 axes.errorbar([x], [difference.value], yerr=around, color=of_arm[arm].colour, linewidth=1, capsize=2)
                 (point,) = axes.plot([x], [difference.value], marker="o", **of_arm[arm].marks, markersize=4)
+                _add_number(axes, of_arm[arm], [x], [difference.value])
                 with_title(point, f"{arm}, {name} ids: {difference_text(difference)}")
         axes.axhline(0, color=SOFT, linewidth=0.8)
         shares = [f"{name}\n{details.class_shares[name]:.0%}" for name in names]
@@ -234,6 +221,7 @@ def _calibration(details: Details, of_arm: Mapping[str, Look]) -> Figure:
             predicted = [part.predicted for part in each.reliability]
             excess = [part.predicted - part.observed for part in each.reliability]
             (line,) = axes.plot(predicted, excess, marker="o", markersize=3, **of_arm[arm].line, linewidth=1)
+            _add_number(axes, of_arm[arm], predicted, excess)
             with_title(line, arm)
         axes.set_xlabel("predicted probability")
         axes.set_ylabel("predicted - observed")
@@ -246,6 +234,7 @@ def _spectra(details: Details, of_arm: Mapping[str, Look]) -> Figure:
             if each.energy is not None:
                 at = np.arange(1, len(each.energy) + 1)
                 (line,) = axes.plot(at, each.energy, marker="o", markersize=3, **of_arm[arm].line, linewidth=1)
+                _add_number(axes, of_arm[arm], at, each.energy)
                 with_title(line, arm)
         axes.set_xlabel("directions")
         axes.set_ylabel("share of sum(s²)")

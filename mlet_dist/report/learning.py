@@ -38,6 +38,7 @@ class Cost:
         peak_memory: of the rank that took most, in bytes; of the device, or the resident memory on a CPU.
         device: cpu or cuda.
         ranks: their number.
+        runs_at_once: how many runs shared the machine, at most; None if that is not known.
     """
 
     step_ms: float
@@ -45,6 +46,7 @@ class Cost:
     peak_memory: int
     device: str
     ranks: int
+    runs_at_once: int | None
 
 
 def curve_of(runs: Sequence[MeasuredRun]) -> Curve | None:
@@ -76,15 +78,17 @@ def _records(run: MeasuredRun) -> list[dict[str, Any]]:
 
 def cost_of(runs: Sequence[MeasuredRun]) -> Cost | None:
     """Return what training took; None if no run recorded it."""
-    timed = [run.summary for run in runs if run.summary.get("timing")]
-    if not timed:
+    timed_runs = [run for run in runs if run.summary.get("timing")]
+    if not timed_runs:
         return None
+    timed = [run.summary for run in timed_runs]
     return Cost(
         statistics.median(each["timing"]["step_ms"] for each in timed),
         statistics.median(each["samples_per_s"] for each in timed),
         int(statistics.median(each["timing"]["peak_memory_bytes"] for each in timed)),
         timed[0]["device"],
         timed[0]["world_size"],
+        max((run.runs_at_once for run in timed_runs if run.runs_at_once is not None), default=None),
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,7 @@ class Measurement:
         label: which of several labels the metrics are of; None for a data set of one.
         runs: of each arm, those that say something of its settings.
         faults: of each arm, why a run of a seed does not, by seed.
+        controls: of each arm that has controls, their names, also of those whose runs all say nothing.
         outputs: of all arms, the largest first within an arm.
     """
 
@@ -96,6 +97,7 @@ class Measurement:
     label: str | None
     runs: Mapping[str, Sequence[MeasuredRun]]
     faults: Mapping[str, Mapping[int, str]]
+    controls: Mapping[str, Collection[str]]
     outputs: Sequence[MeasuredOutput]
 
     @property
@@ -158,7 +160,11 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
     outputs = [output for arm, of_arm in good.items() for output in _outputs(arm, of_arm, splits, prefix)]
     for split in splits:
         outputs = _with_differences(outputs, good, reference, split, prefix)
-    return Measurement(reference, splits, label, good, faults, outputs)
+    controls: dict[str, set[str]] = {}
+    for run in runs:
+        if run.control_of is not None:
+            controls.setdefault(run.control_of, set()).add(run.arm)
+    return Measurement(reference, splits, label, good, faults, controls, outputs)
 
 
 def _prefix_of(run: MeasuredRun, label: str | None) -> tuple[str, str | None]:

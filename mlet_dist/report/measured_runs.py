@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlet_dist.comparison_report import CONTROL, MLET
 from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.formatting import load_json, to_json
@@ -35,6 +36,8 @@ class MeasuredRun:
         fault: why it says nothing of its settings, if so.
         outputs: by output, ``served_bytes``, and by split its ``auc`` and ``logloss`` or those of each label.
         scores: the directory with a Parquet file of scores for each split and output; None if there are no scores.
+        control_of: of a control, the arm that it belongs to.
+        runs_at_once: how many runs were trained on the machine at the same time, at most; None if that is not known.
     """
 
     arm: str
@@ -46,6 +49,8 @@ class MeasuredRun:
     fault: str | None
     outputs: Mapping[str, Mapping[str, Any]]
     scores: Path | None
+    control_of: str | None = None
+    runs_at_once: int | None = None
 
     @property
     def seed(self) -> int:
@@ -85,6 +90,7 @@ def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
         if not runs:
             raise UserError(f"{path}: no run has ended yet")
         others = dict(settings)
+        arms: list[str] = []
         for each in runs:
             own = _without_seed(each.config)
             names = (each.arm, f"{each.arm} ({path.name})", f"{each.arm} ({path})")
@@ -92,7 +98,12 @@ def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
             settings[arm] = own
             if each.run == path:
                 singles[own] = arm
-            found.append(dataclasses.replace(each, arm=arm))
+            arms.append(arm)
+        arm_of = {each.arm: arm for each, arm in zip(runs, arms, strict=True)}
+        found += [
+            dataclasses.replace(each, arm=arm, control_of=arm_of.get(each.control_of or "", each.control_of))
+            for each, arm in zip(runs, arms, strict=True)
+        ]
     return _each_seed_once(found)
 
 
@@ -136,7 +147,22 @@ def _of_row(row: Mapping[str, Any], path: Path) -> MeasuredRun:
     tuned = json.loads(row["settings"])
     # An arm of a sweep's file without W2 is a single layer there, whether it is compressed or not.
     kind = _kind(config) if row["kind"] == "single" else row["kind"]
-    return MeasuredRun(row["arm"], kind, config, tuned, summary, run.path, row["fault"], outputs, scores)
+    control_of = row.get("control_of")
+    if control_of is None and kind == CONTROL:
+        control_of = row["arm"].removeprefix("control of ")  # as results of earlier versions have it
+    return MeasuredRun(
+        row["arm"],
+        kind,
+        config,
+        tuned,
+        summary,
+        run.path,
+        row["fault"],
+        outputs,
+        scores,
+        control_of,
+        row.get("runs_at_once"),
+    )
 
 
 def _moved(recorded: Path, sweep: Path) -> Path:
@@ -156,7 +182,15 @@ def _of_comparison(path: Path) -> list[MeasuredRun]:
             served = content["arms"][name]["served_bytes"]
             plain = _outputs_of_summary(run.summary)[PLAIN]
             outputs = {output: plain | {"served_bytes": size} for output, size in served.items()}
-            found.append(dataclasses.replace(run, outputs=outputs, scores=scores if scores.is_dir() else None))
+            found.append(
+                dataclasses.replace(
+                    run,
+                    outputs=outputs,
+                    scores=scores if scores.is_dir() else None,
+                    control_of=MLET if name == CONTROL else None,
+                    runs_at_once=1,
+                )
+            )
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: cannot be read: {error!r}; compare again") from None

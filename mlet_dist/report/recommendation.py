@@ -139,11 +139,9 @@ def _upper(output: MeasuredOutput, split: str) -> float:
 
 def _beats_control(output: MeasuredOutput, found: Measurement) -> bool:
     """Return whether an arm of MLET is better than its control, if it has one; False if that has no good run."""
-    # As `mlet sweep` and `mlet compare` name them.
-    names = {f"control of {output.arm}", f"control{output.arm.removeprefix('mlet')}"}
-    if names & (set(found.faults) - set(found.runs)):
-        return False
-    for control in (arm for arm, runs in found.runs.items() if arm in names and runs[0].kind == "control"):
+    for control in found.controls.get(output.arm, ()):
+        if control not in found.runs:
+            return False
         difference = difference_of_outputs(output, found.float_output(control), found.choice_split)
         if difference is None or not difference.high < 0:
             return False

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from mlet_dist.pages.charts import inline_svg
 from mlet_dist.pages.page_shell import chart_section, key, page, paragraphs, table
+from mlet_dist.pages.series_looks import named
 from mlet_dist.report.advice import advice, rule
 from mlet_dist.report.arm_details import Details
-from mlet_dist.report.figures import Drawn, front, key_entries
+from mlet_dist.report.figures import Drawn, front
 from mlet_dist.report.measured_arms import Measurement
 from mlet_dist.report.recommendation import Recommendation
 from mlet_dist.report.report_text import (
@@ -15,10 +16,13 @@ from mlet_dist.report.report_text import (
     classes_table,
     costs_table,
     faults,
+    load_note,
     outputs_table,
     settings_table,
     sorted_outputs,
 )
+
+_COSTS = "Medians over the runs, beside the reference. Peak memory is that of a rank: of its GPU, or its process."
 
 
 def html_page(
@@ -46,7 +50,7 @@ def html_page(
     without = f"<h2>Left out of all means</h2>\n<ul>{left_out}</ul>" if left_out else ""
     of_label = "" if found.label is None else f" All metrics are of the label {found.label}."
     body = f"""<div class="callout">{paragraphs(*advice(found, chosen, margin))}</div>
-{key(key_entries(list(found.runs)))}
+{key((name, look.svg) for name, look in named(list(found.runs)))}
 <div class="charts">
 {charts}
 </div>
@@ -56,7 +60,7 @@ def html_page(
 {paragraphs("Means over the seeds, with standard deviations, and differences with intervals. The reference is marked.")}
 {table(*arms_table(found, details), marked=[list(found.runs).index(found.reference)])}
 <h2>Time and memory in training</h2>
-{paragraphs("Medians over the runs, beside the reference. Peak memory is that of a rank: of its GPU, or its process.")}
+{paragraphs(_COSTS, *load_note(details))}
 {table(*costs_table(found, details), marked=[list(found.runs).index(found.reference)])}
 <h2>Outputs</h2>
 {paragraphs("The smallest first; those of the Pareto front are marked.")}

@@ -18,7 +18,7 @@ def text_report(found: Measurement, details: Details, chosen: Recommendation, ma
     parts: list[Sequence[str]] = [
         advice(found, chosen, margin),
         text_table(*arms_table(found, details), left=1),
-        text_table(*costs_table(found, details), left=1),
+        [*text_table(*costs_table(found, details), left=1), *load_note(details)],
         text_table(*outputs_table(found), left=2),
     ]
     if left_out := faults(found):
@@ -29,18 +29,19 @@ def text_report(found: Measurement, details: Details, chosen: Recommendation, ma
 def markdown_report(found: Measurement, details: Details, chosen: Recommendation, margin: float) -> str:
     """Return the same as Markdown, with all tables of the page."""
     parts = ["\n".join(f"- {line}" for line in advice(found, chosen, margin)), rule(found, margin)]
-    for names, rows in (
-        arms_table(found, details),
-        costs_table(found, details),
-        outputs_table(found),
-        classes_table(found, details),
-        settings_table(found),
+    for (names, rows), notes in (
+        (arms_table(found, details), []),
+        (costs_table(found, details), load_note(details)),
+        (outputs_table(found), []),
+        (classes_table(found, details), []),
+        (settings_table(found), []),
     ):
         if rows:
             lines = [names, ["---", *["--:"] * (len(names) - 1)], *rows]
             parts.append(
                 "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
             )
+            parts += notes
     if left_out := faults(found):
         parts.append("Left out of all means:\n\n" + "\n".join(f"- {line}" for line in left_out))
     return "\n\n".join(parts).replace("<", "&lt;")  # a name in angle brackets is no HTML
@@ -95,6 +96,27 @@ def costs_table(found: Measurement, details: Details) -> Table:
     return names, rows
 
 
+def load_note(details: Details) -> list[str]:
+    """Return a sentence if arms were timed while several runs shared the machine."""
+    arms: dict[int | None, list[str]] = {}
+    for arm, each in details.arms.items():
+        if each.cost is not None:
+            arms.setdefault(each.cost.runs_at_once, []).append(arm)
+    if not any(number is not None and number > 1 for number in arms):
+        return []
+    if len(arms) == 1:
+        (number,) = arms
+        return [
+            f"Step times were measured with up to {number} runs at a time on one machine; a run that has it to itself "
+            "may be faster."
+        ]
+    numbers = [f"{'not known' if number is None else number} ({', '.join(names)})" for number, names in arms.items()]
+    return [
+        "Step times were measured with different numbers of runs at a time on one machine, so that they do not compare "
+        f"across these: at most {'; '.join(numbers)}."
+    ]
+
+
 def outputs_table(found: Measurement) -> Table:
     """Return a row for each output of each arm, the smallest first."""
     split = found.result_split
@@ -121,12 +143,12 @@ def sorted_outputs(found: Measurement) -> list[MeasuredOutput]:
 
 def classes_table(found: Measurement, details: Details) -> Table:
     """Return the quality of each arm by class of ids; no rows without the data set or scores."""
-    names = ["ids", "of the lookups", "arm", "LogLoss", "from the reference", "AUC", "from the reference"]
+    names = ["arm", "ids", "of the lookups", "LogLoss", "from the reference", "AUC", "from the reference"]
     rows = []
     for name in details.arms[found.reference].by_class:
         for arm, each in details.arms.items():
             if name in each.by_class:
-                cells = [name, f"{details.class_shares[name]:.0%}", arm]
+                cells = [arm, name, f"{details.class_shares[name]:.0%}"]
                 for metric in ("logloss", "auc"):
                     value, difference = each.by_class[name][metric]
                     cells += [f"{value:.4f}", "" if arm == found.reference else difference_text(difference)]

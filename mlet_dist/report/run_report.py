@@ -9,10 +9,11 @@ from typing import Any
 from mlet_dist.atomic_directory import check_free, staged_directory
 from mlet_dist.formatting import to_json
 from mlet_dist.pages.charts import save_png
+from mlet_dist.pages.series_looks import named
 from mlet_dist.quality.paired_bootstrap import Difference
 from mlet_dist.report.advice import advice, rule
 from mlet_dist.report.arm_details import Details, details_of
-from mlet_dist.report.figures import figures_of, front, key_entries
+from mlet_dist.report.figures import figures_of, front
 from mlet_dist.report.measured_arms import MeasuredOutput, Measurement, Quality, measure
 from mlet_dist.report.measured_runs import measured_runs
 from mlet_dist.report.recommendation import MARGIN, Recommendation, recommend
@@ -53,7 +54,7 @@ def report(
     with staged_directory(out) as staged:
         (staged / "figures").mkdir()
         for each in drawn:
-            save_png(each.figure, staged / "figures" / f"{each.name}.png", each.title, key_entries(list(found.runs)))
+            save_png(each.figure, staged / "figures" / f"{each.name}.png", each.title, named(list(found.runs)))
         (staged / "report.html").write_text(page, encoding="utf-8")
         (staged / "report.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         (staged / "report.md").write_text(markdown_report(found, details, chosen, margin) + "\n", encoding="utf-8")

@@ -53,7 +53,8 @@ def arms_of(sweep: SweepConfig) -> list[Arm]:
     """Return the arms of a sweep, each checked as a config of `mlet train`.
 
     Raises:
-        UserError: the settings of an arm are wrong; the message names the arm. Or two arms have the same settings.
+        UserError: the settings of an arm are wrong; the message names the arm. Or two arms have the same settings, or
+            an arm of the file has the name of a baseline.
     """
     found: dict[str, Arm] = {}
     for name, settings in _described(sweep).items():
@@ -147,6 +148,11 @@ def _add(arms: dict[str, Arm], arm: Arm, *, refuse: bool = False) -> None:
         if refuse:
             raise UserError(f"arm {arm.name!r} has the settings of arm {same[0]!r}; leave one of them out")
         return
+    if arm.name in arms:
+        raise UserError(
+            f"arm {arm.name!r} of the file has the name of a baseline that the sweep adds; give it another name, or "
+            "set baselines to false"
+        )
     arms[arm.name] = arm
 
 

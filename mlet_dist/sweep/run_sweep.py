@@ -14,17 +14,18 @@ import torch
 
 from mlet_dist.config.config_file import Config
 from mlet_dist.config.validation_settings import metrics_to_choose_by
+from mlet_dist.data.label_classes import check_classes
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, writing
 from mlet_dist.progress import Progress
 from mlet_dist.sweep.arms import Arm, arms_of, control_config, with_settings
 from mlet_dist.sweep.logged_commands import LoggedCommands
-from mlet_dist.sweep.scored_points import ScoredPoints, outputs_of
+from mlet_dist.sweep.scored_points import ScoredPoints, outputs_of, quantised_of
 from mlet_dist.sweep.shared_directory import Claims, exclusive, joined
 from mlet_dist.sweep.sweep_file import SweepConfig, TuneConfig
 from mlet_dist.sweep.sweep_results import Result, results_table, write_results
-from mlet_dist.sweep.trained_points import TrainedPoints
+from mlet_dist.sweep.trained_points import TrainedPoints, digest_of
 from mlet_dist.sweep.tuning import Trial, tune
 
 _LOOK_AGAIN_SECONDS = 2.0
@@ -36,8 +37,9 @@ def run_sweep(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     Several processes may do so at the same time, also on several nodes that share ``out`` and the place of the runs:
     each arm is the work of one of them, and each ends with the results of all.
 
-    Files in ``out``: results.parquet, a row for each run (also while the sweep runs); results.txt, a table of the arms;
-    arms, the YAML files of the arms as they were chosen; and runs, unless the sweep has another place for them.
+    Files in ``out``: results.parquet, a row for each run (also while the sweep runs, of all processes); results.txt, a
+    table of the arms; arms, the YAML files of the arms as they were chosen; and runs, unless the sweep has another
+    place for them.
 
     Returns:
         ``out``, ``runs`` (the number of runs) and ``arms``: by name, the ``settings`` that were chosen, and the
@@ -50,24 +52,31 @@ def run_sweep(sweep: SweepConfig, out: Path) -> dict[str, Any]:
     """
     arms = arms_of(sweep)
     for arm in arms:
-        _check_data(arm, arms[0], sweep.tune)
+        _check_data(arm, arms[0], sweep)
     content = dataclasses.asdict(dataclasses.replace(sweep, workers=1))
+    # The file that the sweep's file names, and the data, may have changed.
+    content["runs_of_arms"] = [digest_of(arm.config) for arm in arms]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     environments = [_environment(worker, sweep) for worker in range(sweep.workers)]
     with joined(out, digest):
-        return _Sweep(sweep, out, arms, environments).run()
+        return _Sweep(sweep, out, arms, environments, digest).run()
 
 
 class _Sweep:
     def __init__(
-        self, sweep: SweepConfig, out: Path, arms: list[Arm], environments: Sequence[Mapping[str, str]]
+        self,
+        sweep: SweepConfig,
+        out: Path,
+        arms: list[Arm],
+        environments: Sequence[Mapping[str, str]],
+        digest: str,
     ) -> None:
-        self._sweep, self._out, self._environments = sweep, out, environments
+        self._sweep, self._out, self._environments, self._digest = sweep, out, environments, digest
         self._arms = {arm.name: arm for arm in arms}
         self._claims, self._pending = Claims(out / "arms"), list(arms)
         self._commands = LoggedCommands(sweep.workers)
         runs = Path(sweep.runs) if sweep.runs is not None else out / "runs"
-        self._points = TrainedPoints(runs, sweep.nproc, self._commands)
+        self._points = TrainedPoints(runs, sweep.nproc, self._commands, sweep.workers)
         self._results: list[Result] = []
         self._lock = threading.Lock()
         self._chosen: dict[str, dict[str, float]] = {}
@@ -92,7 +101,7 @@ class _Sweep:
             except BaseException:
                 self._commands.stop()
                 raise
-        self._write()
+        self._write(complete=True)
         table = results_table(self._results, self._split, self._labels)
         with writing(self._out):
             (self._out / "results.txt").write_text(table + "\n", encoding="utf-8")
@@ -178,7 +187,7 @@ class _Sweep:
     def _add(self, result: Result) -> None:
         with self._lock:
             self._results.append(result)
-            self._write()
+            self._write(complete=False)
             value = result.outcome.summary.get(f"{self._split}_{self._shown}")
             if result.stage == "seed" and value is not None and result.fault is None:
                 self._best[result.arm.name] = min(value, self._best.get(result.arm.name, value))
@@ -189,12 +198,12 @@ class _Sweep:
             ended = result.fault or f"LogLoss {value:.4f}" if value is not None or result.fault else "no metrics"
             self._progress.log(f"{result.arm.name}, {what}: {ended}")
 
-    def _write(self) -> None:
+    def _write(self, *, complete: bool) -> None:
         with writing(self._out):
             self._out.mkdir(parents=True, exist_ok=True)
         # Processes that share the work write the same file.
         with exclusive(self._out / ".results.lock", self._commands.wait), writing(self._out):
-            write_results(self._results, self._out / "results.parquet", self._labels)
+            write_results(self._results, self._out / "results.parquet", self._labels, self._digest, complete=complete)
 
 
 def _environment(worker: int, sweep: SweepConfig) -> dict[str, str]:
@@ -214,7 +223,8 @@ def _environment(worker: int, sweep: SweepConfig) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[worker * sweep.nproc : (worker + 1) * sweep.nproc])}
 
 
-def _check_data(arm: Arm, first: Arm, tune: TuneConfig) -> None:
+def _check_data(arm: Arm, first: Arm, sweep: SweepConfig) -> None:
+    tune = sweep.tune
     path, of_first = (data_set_path(each.config.data.path) for each in (arm, first))
     schema, others = DatasetSchema.load(path), DatasetSchema.load(of_first)
     parts = schema.parts
@@ -237,6 +247,12 @@ def _check_data(arm: Arm, first: Arm, tune: TuneConfig) -> None:
             )
     if not {"valid", "test"} & set(parts):
         raise UserError(f"{path}: has neither a test nor a valid split, so that there is nothing to compare models on")
+    quantised = quantised_of(outputs_of(arm.config, sweep.outputs))
+    for problem in check_classes(path, schema, ("valid", "test") if quantised else ()):
+        raise UserError(
+            f"{problem}. The outputs {', '.join(quantised)} are verified by their AUC: set outputs to [dcp], or "
+            "prepare another split"
+        )
 
 
 def _metric(tune: TuneConfig, labels: Sequence[str]) -> str:

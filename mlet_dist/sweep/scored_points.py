@@ -41,6 +41,11 @@ def outputs_of(config: Config, encodings: Sequence[str]) -> list[str]:
     return [name + _FORMS[config.compression.policy] for name in encodings]
 
 
+def quantised_of(outputs: Sequence[str]) -> list[str]:
+    """Return the outputs with quantised tables, which `mlet verify` compares by their AUC."""
+    return [name for name in outputs if name.partition("-")[0] != "dcp"]
+
+
 class ScoredPoints:
     """Scores finished runs, in directories beside them, unless they are scored already.
 

@@ -18,6 +18,8 @@ from mlet_dist.sweep.scored_points import Scored
 from mlet_dist.sweep.trained_points import Outcome
 from mlet_dist.training.label_metrics import metric_prefixes
 
+_DIGEST = b"mlet-sweep"  # of the file's metadata
+
 
 def _metrics(labels: Sequence[str]) -> list[str]:
     prefixes = metric_prefixes(labels)
@@ -29,11 +31,11 @@ def _metrics(labels: Sequence[str]) -> list[str]:
 def _schema(labels: Sequence[str]) -> pa.Schema:
     return pa.schema(
         {
-            "arm": pa.string(), "kind": pa.string(), "stage": pa.string(), "embedding_dim": pa.int64(),
-            "hidden_dim": pa.int64(), "seed": pa.int64(), "steps": pa.int64(), "settings": pa.string(),
-            "fault": pa.string(), **dict.fromkeys(_metrics(labels), pa.float64()), "served_table_bytes": pa.int64(),
-            "training_bytes_peak": pa.int64(), "seconds": pa.float64(), "run": pa.string(),
-            "scores": pa.string(), "outputs": pa.string(),
+            "arm": pa.string(), "kind": pa.string(), "control_of": pa.string(), "stage": pa.string(),
+            "embedding_dim": pa.int64(), "hidden_dim": pa.int64(), "seed": pa.int64(), "steps": pa.int64(),
+            "settings": pa.string(), "fault": pa.string(), **dict.fromkeys(_metrics(labels), pa.float64()),
+            "served_table_bytes": pa.int64(), "training_bytes_peak": pa.int64(), "seconds": pa.float64(),
+            "runs_at_once": pa.int64(), "run": pa.string(), "scores": pa.string(), "outputs": pa.string(),
         }
     )  # fmt: skip
 
@@ -74,6 +76,7 @@ class Result:
         return {
             "arm": self.arm.name,
             "kind": self.arm.kind,
+            "control_of": self.arm.control_of,
             "stage": self.stage,
             "embedding_dim": model.embedding_dim,
             "hidden_dim": model.hidden_dim,
@@ -83,16 +86,45 @@ class Result:
             "fault": self.fault,
             **{name: summary.get(name) for name in (*_metrics(labels), "served_table_bytes", "training_bytes_peak")},
             "seconds": self.outcome.seconds,
+            "runs_at_once": self.outcome.runs_at_once,
             "run": str(self.outcome.run),
             "scores": None if self.scored is None else str(self.scored.path),
             "outputs": None if self.scored is None else to_json(dict(self.scored.outputs)),
         }
 
 
-def write_results(results: Iterable[Result], path: Path, labels: Sequence[str]) -> None:
-    """Write the Parquet file; ``labels`` are the names of those of the data set."""
+def write_results(
+    results: Iterable[Result], path: Path, labels: Sequence[str], digest: str, *, complete: bool = True
+) -> None:
+    """Write the Parquet file.
+
+    Args:
+        results: of this process.
+        path: of the file.
+        labels: the names of those of the data set.
+        digest: of what the sweep does.
+        complete: whether these are all results. Otherwise those that other processes, or an earlier time, have written
+            for a sweep with the same digest stay in the file.
+    """
+    own = [each.row(labels) for each in results]
+    known = {_run_of(row) for row in own}
+    others = [] if complete else [row for row in _written(path, digest) if _run_of(row) not in known]
+    schema = _schema(labels).with_metadata({_DIGEST: digest.encode()})
     with replaced_file(path) as file:
-        pq.write_table(pa.Table.from_pylist([each.row(labels) for each in results], _schema(labels)), file)
+        pq.write_table(pa.Table.from_pylist([*others, *own], schema), file)
+
+
+def _run_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["arm"], row["stage"], row["run"]
+
+
+def _written(path: Path, digest: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of the same sweep; none if there is no such file."""
+    try:
+        table = pq.read_table(path)
+        return table.to_pylist() if (table.schema.metadata or {}).get(_DIGEST) == digest.encode() else []
+    except (OSError, pa.ArrowException):
+        return []
 
 
 def results_table(results: Sequence[Result], split: str, labels: Sequence[str]) -> str:

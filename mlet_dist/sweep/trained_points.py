@@ -36,12 +36,14 @@ class Outcome:
         summary: the run's summary; empty if it diverged.
         seconds: how long it took.
         diverged: the reason, if a loss or gradient was not finite.
+        runs_at_once: how many runs its sweep trained at the same time, at most; None if that was not recorded.
     """
 
     run: Path
     summary: Mapping[str, Any]
     seconds: float
     diverged: str | None = None
+    runs_at_once: int | None = None
 
 
 class TrainedPoints:
@@ -51,10 +53,11 @@ class TrainedPoints:
         path: the directory of all runs.
         nproc: ranks of each run.
         commands: runs `mlet train`.
+        runs_at_once: how many runs are trained at the same time, at most, which is kept with their results.
     """
 
-    def __init__(self, path: Path, nproc: int, commands: LoggedCommands) -> None:
-        self._path, self._nproc, self._commands = path, nproc, commands
+    def __init__(self, path: Path, nproc: int, commands: LoggedCommands, runs_at_once: int = 1) -> None:
+        self._path, self._nproc, self._commands, self._runs_at_once = path, nproc, commands, runs_at_once
 
     def directory(self, config: Config) -> Path:
         """Return the directory of the run of a config, which is the same for all sweeps and data sets' places."""
@@ -66,7 +69,7 @@ class TrainedPoints:
         file = _outcome_file(run)
         try:
             found = load_json(file)
-            return Outcome(run, found["summary"], found["seconds"], found["diverged"])
+            return Outcome(run, found["summary"], found["seconds"], found["diverged"], found.get("runs_at_once"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -153,7 +156,12 @@ class TrainedPoints:
             code = self._commands.run("train", str(file), "--once", *ranks, log=log, ranks=self._nproc)
             seconds = time.monotonic() - started
             outcome = self._outcome(run, code, seconds)
-            content = {"summary": outcome.summary, "seconds": seconds, "diverged": outcome.diverged}
+            content = {
+                "summary": outcome.summary,
+                "seconds": seconds,
+                "diverged": outcome.diverged,
+                "runs_at_once": self._runs_at_once,
+            }
             with replaced_file(_outcome_file(run)) as handle:
                 handle.write(to_json(content, indent=1).encode())
         return outcome
@@ -161,9 +169,9 @@ class TrainedPoints:
     def _outcome(self, run: Path, code: int, seconds: float) -> Outcome:
         if code == 0:
             _, _, summary = RunDirectory(run).load()
-            return Outcome(run, summary, seconds)
+            return Outcome(run, summary, seconds, None, self._runs_at_once)
         if (reason := _divergence(run)) is not None:
-            return Outcome(run, {}, seconds, reason)
+            return Outcome(run, {}, seconds, reason, self._runs_at_once)
         raise UserError(f"{run}: training failed with exit code {code}; {end_of(run.with_suffix('.log'))}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlet_dist.pages.charts import chart, inline_svg, save_png, with_title
-from mlet_dist.pages.page_shell import SERIES
+from mlet_dist.pages.series_looks import named
 
 NAMES = {
     "short": ["single", "mlet", "control of mlet"],
@@ -24,8 +24,7 @@ NAMES = {
 def test_the_key_of_a_picture_has_all_names_within_its_width(kind: str, tmp_path: Path) -> None:
     with chart() as (figure, axes):
         axes.plot([1, 2], [1, 2])
-    entries = [(name, SERIES[index], False) for index, name in enumerate(NAMES[kind])]
-    save_png(figure, tmp_path / "chart.png", "title", entries)
+    save_png(figure, tmp_path / "chart.png", "title", named(NAMES[kind]))
     (legend,) = figure.legends
     assert len(legend.get_texts()) == len(NAMES[kind])
     extent = legend.get_window_extent()

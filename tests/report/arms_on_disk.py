@@ -41,6 +41,7 @@ class MadeUpArms:
         sizes: dict[str, int],
         seeds: Sequence[int] = (0, 1, 2),
         training_bytes: int = 2000,
+        control_of: str | None = None,
     ) -> list[MeasuredRun]:
         """Return the runs of an arm; ``noise`` may differ by split, and ``sizes`` are those of its outputs."""
         settings = {"mlet": "8", "single": "null", "control": "null", "single_compressed": "null"}
@@ -68,6 +69,6 @@ class MadeUpArms:
                     pq.write_table(pa.table(columns), scores / split / f"{output}.parquet")
             summary = {"training_bytes_peak": training_bytes}
             tuned = {"optimizer.learning_rate": 0.02}
-            run = MeasuredRun(name, kind, config, tuned, summary, scores, None, outputs, scores)
+            run = MeasuredRun(name, kind, config, tuned, summary, scores, None, outputs, scores, control_of)
             runs.append(run)
         return runs

@@ -80,3 +80,37 @@ def test_runs_of_a_sweep_without_scores_and_compressed_single_layers(
     (tmp_path / "results.txt").touch()
     measured_runs([tmp_path])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_control_belongs_to_the_arm_of_its_sweep(
+    recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions did not record to which one; names say so there."""
+    dims = {"monday": 4, "tuesday": 8}
+    names = {"mlet": None, "own": None, "control of mlet": "mlet"}
+
+    def load(run: RunDirectory) -> tuple[object, None, dict[str, int]]:
+        settings = [f"model.embedding_dim={dims[run.path.parent.name]}", "run.dir=x", "data.path=none"]
+        hidden_dim = {"mlet": 16, "own": 32}.get(run.path.name, "null")
+        config = load_config(ROOT / "configs" / "criteo_kaggle.yaml", [*settings, f"model.hidden_dim={hidden_dim}"])
+        return config, None, {"served_table_bytes": 10}
+
+    monkeypatch.setattr(RunDirectory, "load", load)
+    for day in dims:
+        (tmp_path / day).mkdir()
+        rows = [
+            {"arm": name, "kind": "mlet" if of is None else "control", "stage": "seed", "settings": "{}", "fault": None,
+             "run": str(tmp_path / day / name), **({"control_of": of} if recorded else {})}
+            for name, of in names.items()
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / day / "results.parquet")
+    found = measured_runs([tmp_path / day for day in dims])
+    assert {run.arm: run.control_of for run in found} == {
+        "mlet": None,
+        "own": None,
+        "control of mlet": "mlet",
+        "mlet (tuesday)": None,
+        "own (tuesday)": None,
+        "control of mlet (tuesday)": "mlet (tuesday)",
+    }

@@ -87,16 +87,28 @@ def test_a_better_arm_is_named_and_one_that_its_control_matches_is_not(tmp_path:
     made = MadeUpArms(tmp_path)
     single = made.arm("single", "single", 0.8, {"dcp": 1000})
     better = made.arm("mlet", "mlet", 0.1, {"dcp": 1000})
-    _, chosen, text = decided(single + better + made.arm("control of mlet", "control", 0.8, {"dcp": 1000}))
+
+    def control(noise: float, name: str = "control of mlet") -> list[MeasuredRun]:
+        return made.arm(name, "control", noise, {"dcp": 1000}, control_of="mlet")
+
+    _, chosen, text = decided(single + better + control(0.8))
     assert [each.arm for each in chosen.better] == ["mlet"]
     assert "mlet is better than the single layer at no more served bytes: -0." in text
-    _, chosen, text = decided(single + better + made.arm("control of mlet", "control", 0.1, {"dcp": 1000}))
+    _, chosen, text = decided(single + better + control(0.1))
     assert [each.arm for each in chosen.of_controls] == ["mlet"]
     assert "mlet" not in [each.arm for each in chosen.better]
     assert "it gains by the learning rate, not by the factorisation" in text
-    died = [dataclasses.replace(run, fault="dead") for run in made.arm("control of mlet", "control", 0.8, {"dcp": 1})]
+    died = [dataclasses.replace(run, fault="dead") for run in control(0.8)]
     _, chosen, _ = decided(single + better + died)
     assert [each.arm for each in chosen.of_controls] == ["mlet"]
+    # It is a control by what is recorded, whatever its name is; and another arm of that name is none.
+    _, chosen, _ = decided(single + better + control(0.1, "control of mlet (tuesday)"))
+    assert [each.arm for each in chosen.of_controls] == ["mlet"]
+    _, chosen, _ = decided(single + better + made.arm("control of mlet", "mlet", 0.1, {"dcp": 1000}))
+    assert "mlet" in [each.arm for each in chosen.better]
+    own = made.arm("control of mlet", "mlet", 0.8, {"dcp": 1000})
+    _, chosen, _ = decided(single + better + [dataclasses.replace(run, fault="dead") for run in own])
+    assert [each.arm for each in chosen.better] == ["mlet"]
     larger = made.arm("mlet", "mlet", 0.1, {"dcp": 1001})
     assert recommend(measure(single + larger), MARGIN).better == []
 

@@ -18,7 +18,7 @@ from mlet_dist.quality.score_metrics import logloss
 from mlet_dist.quality.scores_file import read_scores
 from mlet_dist.sweep.arms import arms_of
 from mlet_dist.sweep.logged_commands import LoggedCommands
-from mlet_dist.sweep.run_sweep import _environment, run_sweep
+from mlet_dist.sweep.run_sweep import _check_data, _environment, run_sweep
 from mlet_dist.sweep.sweep_file import Interval, SweepConfig, TuneConfig
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 from tests.helpers.train_in_ranks import Ranks, train_in_ranks
@@ -59,6 +59,9 @@ def test_arms_are_tuned_trained_with_each_seed_and_not_trained_again(
     )
     assert sum(row["stage"] == "tune" for row in rows) == 4
     assert all(row["steps"] == 6 and 0 < row["test_auc"] < 1 for row in seeds)
+    assert {(row["control_of"], row["runs_at_once"]) for row in seeds if row["arm"] == "control of mlet"} == {
+        ("mlet", 2)
+    }
     for row in rows:
         assert (row["outputs"] is not None) == (row["stage"] == "seed")
     for row in seeds:
@@ -90,6 +93,9 @@ def test_arms_are_tuned_trained_with_each_seed_and_not_trained_again(
             assert set(arm["by_class"]) == {"frequent", "medium", "rare"}
             assert arm["energy"][-1] == pytest.approx(1)
             assert arm["cost"]["step_ms"] > 0
+            assert arm["cost"]["runs_at_once"] == 2
+        page = (tmp_path / f"report of {path.name}" / "report.html").read_text()
+        assert "Step times were measured with up to 2 runs at a time on one machine" in page
     shutil.rmtree(moved)
     mlet_rate, control_rate = (
         yaml.safe_load((out / "arms" / f"{index:03}.yaml").read_text())["optimizer"] for index in (0, 2)
@@ -152,6 +158,13 @@ def test_two_processes_share_the_work_and_each_ends_with_all_results(
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(content | {"seeds": [1]}))
     assert "another sweep works into it (process " in error_line("sweep", other, "--out", out)
+    seen: set[str] = set()
+    while any(process.poll() is None for process in both):
+        if (out / "results.parquet").exists():
+            found = {row["arm"] for row in pq.read_table(out / "results.parquet").to_pylist()}
+            assert seen <= found  # what one process has found, the other one leaves there
+            seen = found
+        time.sleep(0.02)
     printed = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     first, second = (json.loads(output.splitlines()[-1]) for output, _ in printed)
@@ -265,6 +278,10 @@ def test_names_do_not_matter_for_the_runs(small_model: tuple[str, ...]) -> None:
             {"a": {"model.hidden_dim": 8}, "b": {"model.hidden_dim": 8}},
             "arm 'b' has the settings of arm 'a'; leave one of them out",
         ),
+        (
+            {"a": {"model.hidden_dim": 8}, "control of a": {"model.hidden_dim": 12}},
+            "arm 'control of a' of the file has the name of a baseline that the sweep adds; give it another name",
+        ),
     ],
 )
 def test_an_arm_with_wrong_settings_is_named(
@@ -364,6 +381,24 @@ def test_a_metric_that_the_data_does_not_have_is_refused_before_training(
     two_rows = two_labels(tmp_path / "raw", 600, split=few)
     message = refused("conversion_auc", mlet={"data.path": str(two_rows)})
     assert message.startswith(f"tune.metric is conversion_auc, which the split valid of {two_rows} leaves undefined: ")
+
+
+def test_a_split_of_one_class_that_is_to_be_scored_is_refused_before_training(
+    of_two_labels: dict[str, object], tmp_path: Path
+) -> None:
+    one_row = two_labels(tmp_path, 600, split={"by": "rows", "shares": {"train": 0.9, "valid": 0.002, "test": 0.098}})
+    settings = of_two_labels | {"data.path": str(one_row)}
+    sweep = SweepConfig(CONFIG, settings, {"mlet": {"model.hidden_dim": 8}}, baselines=False, seeds=(0,))
+    with pytest.raises(UserError) as error:
+        run_sweep(sweep, tmp_path / "out")
+    problem, _, remedy = str(error.value).partition(". ")
+    assert problem.startswith(f"{one_row}: all 1 rows of valid that have the label conversion have 1, so its AUC is un")
+    assert remedy.startswith("The outputs fp16, int8, int4 are verified by their AUC: set outputs to [dcp], or")
+    assert not (tmp_path / "out").exists()
+    # Outputs in float32 are verified by their logits.
+    (arm,) = arms_of(sweep)
+    for outputs in (("dcp",), ()):
+        _check_data(arm, arm, dataclasses.replace(sweep, outputs=outputs))
 
 
 def test_a_tuned_setting_that_does_not_exist_is_named_before_anything_is_trained(small_model: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from mlet_dist.export.spectrum.spectrum_report import NOTE, short, summary, weighting, width_of
 from mlet_dist.pages.charts import chart, inline_svg, with_title
-from mlet_dist.pages.page_shell import PAGE, SERIES, SOFT, chart_section, key, page, paragraphs, table
+from mlet_dist.pages.page_shell import PAGE, SERIES, SOFT, chart_section, key, page, paragraphs, swatch, table
 
 _DECADES = 4  # of all charts; values below have less than 1e-8 of the energy of the largest
 _MAX_DOTS = 64  # tables with more columns are drawn as lines only
@@ -17,9 +17,9 @@ _PLAIN, _WEIGHTED = SERIES[0], SERIES[1]
 def html_page(result: dict[str, Any]) -> str:
     """Return the result of ``spectrum_of`` as an HTML page: a chart for each table, and all numbers in a table."""
     gain = result["recipe_gain"]
-    entries = [("unweighted", _PLAIN, False)]
+    entries = [("unweighted", swatch(_PLAIN))]
     if result["data"] is not None:
-        entries.append(("weighted by row frequency", _WEIGHTED, False))
+        entries.append(("weighted by row frequency", swatch(_WEIGHTED)))
     charts = "\n".join(_section(each) for each in result["tables"])
     about = (
         "Each chart shows the singular values of W relative to the largest, on a logarithmic scale. A hollow point "
