@@ -110,6 +110,7 @@ def export(
 
 
 def sweep(
+    *keys: str,
     sweep: str,
     out: str,
     nodes: int = 1,
@@ -125,6 +126,7 @@ def sweep(
     The same command goes on with a sweep that was stopped, and leaves a finished one unchanged.
 
     Args:
+        keys: keys that replace those of the file, such as workers=8 or settings.data.path=/data, after a --
         sweep: YAML file of the sweep, at the path that the nodes see
         out: directory of the results: storage that all nodes share, as the runs
         nodes: number of nodes; each works on `workers` arms at a time
@@ -135,7 +137,7 @@ def sweep(
         max_retries: how often the scheduler restarts the nodes
         name: name of the job
     """
-    script = "exec " + _shell("sweep", sweep, "--out", out, "--json")
+    script = "exec " + _shell("sweep", sweep, *keys, "--out", out, "--json")
     role = _role("sweep", script, image, h, mounts, env, max_retries)
     role.num_replicas = nodes
     return specs.AppDef(name=name, roles=[role])

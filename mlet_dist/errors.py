@@ -80,6 +80,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
+def print_error(error: Exception | str) -> None:
+    """Print an error in one line on stderr."""
+    print("mlet: error:", one_line(str(error)), file=sys.stderr, flush=True)
+
+
 def print_warning(text: str) -> None:
     """Print a warning in one line on stderr; a stderr that cannot be written is no reason to stop."""
     with suppress(OSError):

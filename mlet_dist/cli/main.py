@@ -30,7 +30,7 @@ from mlet_dist.cli import (
     widths,
 )
 from mlet_dist.cli.options import Parser, check_options
-from mlet_dist.cli.output import Result, print_error, print_result
+from mlet_dist.cli.output import Result, print_result
 from mlet_dist.cli.process import (
     die_with_parent,
     is_launched_rank,
@@ -38,7 +38,7 @@ from mlet_dist.cli.process import (
     rank_of,
     tell_launcher_of_success,
 )
-from mlet_dist.errors import Interrupted, RanksLost, UserError, refusal
+from mlet_dist.errors import Interrupted, RanksLost, UserError, print_error, refusal
 from mlet_dist.json_log import log_as_asked
 from mlet_dist.training.rank_files import record_process
 
@@ -168,7 +168,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if rest:
         raise UserError(f"unknown argument {rest[0]!r} (see `mlet {args.name} --help`)")
     check_options(args)
-    config = args.config if "overrides" in args else None  # `mlet doctor` needs none
+    config = getattr(args, "config", None) if "overrides" in args else None  # `mlet doctor` needs none
     if config is not None and not os.path.lexists(config) and _SETTING.match(config):
         raise UserError(
             f"no CONFIG is given: {config!r} is a setting; name a YAML file before the settings, for example "

@@ -1,11 +1,11 @@
-"""Prints the result of a command, as text or as one JSON object, and errors."""
+"""Prints the result of a command, as text or as one JSON object."""
 
 import math
 import os
 import sys
 from typing import Any
 
-from mlet_dist.errors import UserError, one_line
+from mlet_dist.errors import UserError
 from mlet_dist.formatting import to_json
 
 Result = dict[str, Any]
@@ -42,11 +42,6 @@ def print_text(text: str) -> None:
 def _discard_stdout() -> None:
     """Let the flush at exit succeed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def print_error(error: Exception | str) -> None:
-    """Print an error in one line on stderr."""
-    print("mlet: error:", one_line(str(error)), file=sys.stderr)
 
 
 def _readable(value: Any) -> str:

@@ -19,13 +19,21 @@ The same command again goes on where it was interrupted. A run is found again by
 or another sweep with the same `runs`, repeats nothing. Runs that diverged, and those whose dense arch returns the same
 for all rows, are named and left out of all means.
 
-keys of the file:
+Keys on the command line replace those of the file, so that one file serves several data sets:
+
+  mlet sweep configs/sweeps/smaller_tables.yaml config=configs/avazu.yaml settings.data.path=data/avazu workers=8 \\
+      tune.steps=84225 tune.settings.optimizer.rows_learning_rate.low=0.001 --out sweeps/avazu
+
+keys of the file, or as key=value:
 {describe_keys(SweepConfig)}"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("sweep", metavar="SWEEP", help="YAML file of the sweep, for example configs/sweeps/criteo.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="keys that replace those of the file"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="directory of the results")
 
 
@@ -33,7 +41,7 @@ def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run the command; return the result to print, or None, and whether it succeeded."""
     from mlet_dist.sweep.run_sweep import run_sweep
 
-    sweep, out = load_sweep(Path(args.sweep)), Path(args.out)
+    sweep, out = load_sweep(Path(args.sweep), args.overrides), Path(args.out)
     make_children_die_with_parent()
     result = run_sweep(sweep, out)
     if not args.json:

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,12 +22,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mlet_dist.cluster.elastic_beats import ElasticBeats
 from mlet_dist.cluster.gloo_interface import gloo_interface
+from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.rank_errors import error_in_logs, error_of_failure
 from mlet_dist.cluster.rank_watch import RankWatch
 from mlet_dist.cluster.stop_request import FORWARDED, StopRequest
 from mlet_dist.cluster.torch_rendezvous import FixedRendezvous, OpenRendezvous
-from mlet_dist.errors import ConnectionLost, NodesMissing
+from mlet_dist.errors import ConnectionLost, NodesMissing, print_error
 from mlet_dist.node_log import log_of_node
 from mlet_dist.openmp import thread_environment
 from mlet_dist.training.rank_files import folders_by_process
@@ -102,12 +105,13 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
         "join_timeout": max(int(nodes.wait), 50),  # a dead node is noticed after 15 s, before the last call
         "last_call_timeout": min(int(nodes.wait), 15),
     }
+    meetings = Meetings()
     config = {
         "min_nodes": nodes.min_count,
         "max_nodes": nodes.count,
         "run_id": job,
         "rdzv_endpoint": nodes.endpoint,
-        "rdzv_backend": OpenRendezvous().backend,
+        "rdzv_backend": OpenRendezvous(meetings).backend,
         "rdzv_configs": options,
         "max_restarts": _ELASTIC_RESTARTS,
         "signals_to_handle": ",".join(number.name for number in FORWARDED),
@@ -116,10 +120,14 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
     # torch elastic 2.13 publishes a shared store once: a node that joins later would wait for its address in vain.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     watch = RankWatch((), shutdown_seconds(), lambda kind, text: None, on_cuda=on_cuda)
-    beats = ElasticBeats(nodes, job, options["last_call_timeout"])
     with _log_directory() as logs:
+        end = partial(_end_without_node_0, nodes, logs)
         try:
-            with _raised_signals(), watch.watch(logs), beats:
+            with (
+                _raised_signals(),
+                watch.watch(logs),
+                ElasticBeats(nodes, job, meetings, options["last_call_timeout"], end),
+            ):
                 _launch(config, nproc, logs, arguments)
         except SignalException as stopped:
             raise error_in_logs(logs) or KeyboardInterrupt(stopped.sigval) from None
@@ -133,8 +141,21 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
         except RendezvousClosedError:
             raise ConnectionLost(f"the job at {nodes.endpoint} ended before this node joined it") from None
         except (RendezvousError, DistError):
-            lost = f"node 0 at {nodes.endpoint} does not answer any more, or a node was lost while all of them met"
-            raise ConnectionLost(lost) from None
+            raise _node_0_lost(nodes) from None
+
+
+def _node_0_lost(nodes: Nodes) -> ConnectionLost:
+    return ConnectionLost(
+        f"node 0 at {nodes.endpoint} does not answer any more, or a node was lost while all of them met"
+    )
+
+
+def _end_without_node_0(nodes: Nodes, logs: Path) -> NoReturn:
+    """End this process from another thread, while the main thread waits in C++ for node 0, maybe for ever."""
+    with suppress(OSError):  # stderr may be closed
+        print_error(_node_0_lost(nodes))
+    shutil.rmtree(logs, ignore_errors=True)
+    os._exit(ConnectionLost.EXIT_CODE)  # its ranks die with it
 
 
 def _error_of(failed: ChildFailedError, arguments: Sequence[str], watch: RankWatch, logs: Path) -> Exception:

@@ -1,16 +1,22 @@
-"""Ends the ranks of an elastic job's node when another node has vanished, so that torch elastic restarts them.
+"""Ends the ranks of an elastic job's node that wait for a node in vain, so that torch elastic restarts them.
 
 A machine that vanishes closes no connection, and the ranks of the others would wait for it until their collective
 times out. torch elastic looks whether nodes are there only while they meet. The launchers therefore count up a number
 each in the store of node 0, as in ``heartbeats.py``, and each of them looks at the numbers of all others, since nodes
 come and go.
+
+A machine that comes back is not told by torch elastic that the others have met again without it, and its ranks may wait
+for theirs as well: gloo forgets a message that it was about to send when it finds a connection closed. So whoever gives
+a meeting up writes that into the store, under the name of the meeting, and each launcher looks there for its own.
 """
 
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -18,36 +24,71 @@ from typing import Self
 
 from torch import distributed as dist
 
+from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.silence import Silence
 from mlet_dist.node_log import log_of_node
 
 _POLL_SECONDS = 0.5
 _LOST_SECONDS, _LOST_LOOKS = 15.0, 10  # as in heartbeats.py
+_GONE_SECONDS = 60.0
+"""How long node 0 may not answer until this node ends: a call of its store waits without a limit."""
+
+_LEFT_SECONDS = 30.0
+"""How long ranks may go on after another node has left their meeting; torch elastic allows as much after a signal."""
+
 _CONNECT = timedelta(seconds=10)
 _LEFT, _LEAVE_SECONDS = b"left", 2.0  # what a launcher writes when it ends, and how long it tries
 
 
-class ElasticBeats:
-    """Shows the other nodes that this one is alive, and kills its ranks if another is silent, within the block.
+@dataclass(frozen=True)
+class _Rank:
+    """A rank process: when it was first seen, and the meeting after which it was started."""
 
-    Ranks are killed that may have been started together with the silent node, and no others. Node 0 is silent if its
-    store does not answer.
+    since: float
+    meeting: str
+
+
+@dataclass(frozen=True)
+class _Over:
+    """A meeting that is over: its name, the node that was lost (None if one left), and when this node learned of it."""
+
+    meeting: str = ""
+    lost: int | None = None
+    since: float = 0.0
+
+
+class ElasticBeats:
+    """Shows the other nodes that this one is alive, and kills its ranks if they wait in vain, within the block.
+
+    - Another node is silent: ranks are killed that may have been started together with it, and no others. Node 0 is
+      silent if its store does not answer.
+    - Another node has killed its ranks because a node was lost, maybe this one: those of the same meeting are killed.
+    - Another node has left the meeting in which ranks of this one go on: they are killed after some time.
 
     Args:
         nodes: the nodes of the job.
         job: the id of the job.
+        meetings: of this node.
         last_call: for how many seconds torch elastic waits for further nodes before it starts ranks: so long after it
             was heard of for the last time, a node may take part.
+        give_up: called once, in another thread, when node 0 has not answered for a minute. Then this process can only
+            end.
     """
 
-    def __init__(self, nodes: Nodes, job: str, last_call: float) -> None:
+    def __init__(
+        self, nodes: Nodes, job: str, meetings: Meetings, last_call: float, give_up: Callable[[], None]
+    ) -> None:
         self._nodes, self._prefix, self._last_call = nodes, f"mlet/{job}", last_call
+        self._meetings, self._give_up = meetings, give_up
         self._store: dist.Store | None = None
         self._answers = 0
         self._silences: dict[int, Silence] = {}
         self._children = Path(f"/proc/self/task/{os.getpid()}/children")
-        self._started: dict[int, float] = {}
+        self._ranks: dict[int, _Rank] = {}
+        self._given_up: dict[str, int] = {}  # meetings, with the node for which they were given up
+        self._over = _Over()
+        self._lock, self._logged = threading.Lock(), ""  # the meeting that was said to be over
         self._end = threading.Event()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._beat, self._watch)]
 
@@ -69,6 +110,8 @@ class ElasticBeats:
             try:
                 self._store = self._store or self._connect()
                 self._store.set(f"{self._nodes.rank}", f"{os.getpid()} {self._answers}")
+                self._tell(self._store)
+                self._listen(self._store)
                 beats = {node: self._store.get(f"{node}") for node in others if self._store.check([f"{node}"])}
             except (OSError, RuntimeError):  # node 0 has not made its store yet, or is lost
                 self._store = None
@@ -86,26 +129,74 @@ class ElasticBeats:
         host = "localhost" if self._nodes.rank == 0 else self._nodes.master
         return dist.PrefixStore(self._prefix, dist.TCPStore(host, self._nodes.port, None, False, _CONNECT))
 
+    def _tell(self, store: dist.Store) -> None:
+        """Write which meetings are over; that a node was lost counts more than that one has left."""
+        for meeting, node in [*self._given_up.items()]:
+            store.set(_over(meeting), f"{node}")
+            del self._given_up[meeting]
+        while self._meetings.left:
+            store.compare_set(_over(self._meetings.left[0]), "", "left")
+            del self._meetings.left[0]
+
+    def _listen(self, store: dist.Store) -> None:
+        meeting = self._meetings.current
+        if not meeting or not store.check([_over(meeting)]):
+            return
+        why = store.get(_over(meeting)).decode()
+        lost = None if why == "left" else int(why)
+        if (meeting, lost) != (self._over.meeting, self._over.lost):
+            self._over = _Over(meeting, lost, time.monotonic())
+
     def _watch(self) -> None:
-        """Note when ranks are started, and whether node 0 answers, which the other thread waits for."""
-        silence = Silence(_LOST_SECONDS, _LOST_LOOKS)
+        """Look at the ranks, and whether node 0 answers, which the other thread waits for."""
+        lost, gone = Silence(_LOST_SECONDS, _LOST_LOOKS), Silence(_GONE_SECONDS, _LOST_LOOKS)
         while not self._end.wait(_POLL_SECONDS):
-            now = time.monotonic()
             with suppress(OSError, ValueError):  # this is not Linux
-                self._started = {
-                    pid: self._started.get(pid, now) for pid in map(int, self._children.read_text().split())
-                }
-            if silence.is_too_long(self._answers) and self._answers and self._nodes.rank:
-                self._lose(0, silence.seconds)
+                self._note_ranks()
+            over = self._over
+            if over.lost is not None or time.monotonic() > over.since + _LEFT_SECONDS:
+                # Also those that are started only now, by a launcher that was suspended in between.
+                ended = {pid for pid, rank in self._ranks.items() if rank.meeting == over.meeting}
+                self._kill(ended, over.meeting, self._reason(over.lost))
+            if self._nodes.rank and lost.is_too_long(self._answers) and self._answers:
+                self._lose(0, lost.seconds)
+            if self._nodes.rank and gone.is_too_long(self._answers):
+                self._give_up()
+                return
+
+    def _note_ranks(self) -> None:
+        now, meeting = time.monotonic(), self._meetings.current
+        pids = [*map(int, self._children.read_text().split())]
+        if meeting != self._meetings.current:  # it is not known to which meeting a new rank belongs: look again
+            meeting = ""
+        new = {pid: _Rank(now, meeting) for pid in pids} if meeting else {}
+        self._ranks = {pid: self._ranks.get(pid) or new[pid] for pid in pids if pid in self._ranks or pid in new}
 
     def _lose(self, node: int, seconds: float) -> None:
         """Kill the ranks that may have been started with a node that has been silent for so many seconds."""
         latest = time.monotonic() - seconds + self._last_call
-        lost = [pid for pid, started in self._started.items() if started < latest]
-        if lost:
-            text = f"node {node} is lost: it has given no sign of life for {_LOST_SECONDS:g} s; the ranks start again"
-            log_of_node(self._nodes.rank, self._nodes.count, text)
-        for pid in lost:
-            self._started.pop(pid, None)
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        lost = {pid: rank.meeting for pid, rank in self._ranks.items() if rank.since < latest}
+        for meeting in {*lost.values()}:
+            if meeting != self._logged:
+                self._given_up[meeting] = node
+            self._kill([pid for pid, of_rank in lost.items() if of_rank == meeting], meeting, self._reason(node))
+
+    def _reason(self, lost: int | None) -> str:
+        if lost is None:
+            return f"ranks that go on {_LEFT_SECONDS:g} s after another node has left them start again"
+        if lost == self._nodes.rank:
+            return "the other nodes have taken this one for lost, and started again without it; it joins them"
+        return f"node {lost} is lost: it has given no sign of life for {_LOST_SECONDS:g} s; the ranks start again"
+
+    def _kill(self, pids: Iterable[int], meeting: str, reason: str) -> None:
+        with self._lock:
+            for pid in pids:
+                if meeting != self._logged:
+                    self._logged = meeting
+                    log_of_node(self._nodes.rank, self._nodes.count, reason)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _over(meeting: str) -> str:
+    return f"over/{meeting}"

@@ -15,6 +15,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
 
 
@@ -85,11 +86,15 @@ class OpenRendezvous(RendezvousHandler):
     torch elastic closes it for all nodes when one of them ends with an error. A node that was cut off for a while would
     keep all others from joining.
 
+    Args:
+        meetings: of this node; the rendezvous enters and leaves them.
+
     Attributes:
         backend: the name under which it is registered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meetings: Meetings) -> None:
+        self._meetings = meetings
         self.backend = f"mlet-{uuid.uuid4().hex}"  # torch elastic registers a name once
         self._handler: RendezvousHandler
         rendezvous_handler_registry.register(self.backend, self._create)
@@ -109,8 +114,11 @@ class OpenRendezvous(RendezvousHandler):
         return self._handler.use_agent_store
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """As c10d's."""
-        return self._handler.next_rendezvous()
+        """As c10d's: wait until enough nodes have met; torch elastic has ended this node's ranks before."""
+        self._meetings.leave()
+        found = self._handler.next_rendezvous()
+        self._meetings.enter(found.store)
+        return found
 
     def is_closed(self) -> bool:
         """As c10d's."""

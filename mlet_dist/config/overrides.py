@@ -1,4 +1,4 @@
-"""Settings of the command line, ``section.key=value``, each value read as its setting's type asks.
+"""Settings of the command line, ``section.key=value`` or ``key=value``, each value read as its setting's type asks.
 
 Text is what was typed after ``=``, as it is; ``null`` alone leaves an optional text unset. Lists of text are YAML lists
 whose entries are all text. Everything else is YAML.
@@ -23,22 +23,25 @@ def apply_override(
     """Write one override into ``settings``, and its source into ``sources``.
 
     Args:
-        config: the dataclass of all sections.
+        config: the dataclass of all sections, and of settings in none.
         settings: the plain data of the config file.
         override: as typed.
         sources: key -> where it was given.
         source: where the override was given.
 
     Raises:
-        UserError: it is not written ``section.key=value``, or the value is not valid YAML.
+        UserError: it is not written ``section.key=value``, or ``key=value`` for a setting in no section, or the value
+            is not valid YAML.
     """
     key, equals, text = override.partition("=")
     section, dot, name = key.partition(".")
-    if not (equals and dot and section and name):
+    alone = {each.name for each in dataclasses.fields(config) if section_type(each) is None}
+    if not (equals and section and (name if dot else section in alone)):
+        known = f"; keys without a section are {', '.join(sorted(alone))}" if alone else ""
         raise UserError(
-            f"{source}: {override!r}: an override is written section.key=value, for example data.batch_size=256"
+            f"{source}: {override!r}: an override is written section.key=value, for example data.batch_size=256{known}"
         )
-    *sections, last = keys = _keys(config, section, name)
+    *sections, last = keys = _keys(config, section, name) if dot else [section]
     value = _parse(text, _setting(config, keys), override, source)
     _note(key, value, sources, source)
     path = ""

@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from mlet_dist.errors import Interrupted, UserError
+from mlet_dist.openmp import thread_environment
 
 _STOP_SECONDS = 30.0
 
 
 class LoggedCommands:
-    """The commands that a sweep runs. Thread-safe."""
+    """The commands that a sweep runs. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        workers: how many commands run at the same time; each has its share of the cores.
+    """
+
+    def __init__(self, workers: int = 1) -> None:
+        self._workers = workers
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._of_thread = threading.local()
@@ -38,14 +44,14 @@ class LoggedCommands:
         if self._stopped.wait(seconds):
             raise Interrupted("the sweep was stopped")
 
-    def run(self, *arguments: str, log: Path) -> int:
-        """Run a command, append what it prints to a file, and return its exit code.
+    def run(self, *arguments: str, log: Path, ranks: int = 1) -> int:
+        """Run a command of so many processes, append what it prints to a file, and return its exit code.
 
         Raises:
             Interrupted: ``stop`` was called.
             OSError: the file cannot be written.
         """
-        return self._run(arguments, log)[0]
+        return self._run(arguments, log, ranks=ranks)[0]
 
     def result(self, *arguments: str, log: Path) -> dict[str, Any]:
         """Run a command with ``--json`` and return its result; what it prints on stderr is appended to a file.
@@ -75,7 +81,7 @@ class LoggedCommands:
                 child.wait(max(0.0, deadline - time.monotonic()))
             child.kill()
 
-    def _run(self, arguments: tuple[str, ...], log: Path, *, keep: bool = False) -> tuple[int, bytes]:
+    def _run(self, arguments: tuple[str, ...], log: Path, *, ranks: int = 1, keep: bool = False) -> tuple[int, bytes]:
         """Return the exit code, and what was printed on stdout if it is not to go to the log."""
         with log.open("ab") as output:
             output.write(f"$ {shlex.join(['mlet', *arguments])}\n".encode())
@@ -89,7 +95,7 @@ class LoggedCommands:
                     stdout=subprocess.PIPE if keep else output,
                     stderr=output,
                     start_new_session=True,
-                    env=getattr(self._of_thread, "environment", None),
+                    env=self._environment(ranks),
                 )
                 self._children.add(child)
             try:
@@ -100,6 +106,12 @@ class LoggedCommands:
         if self._stopped.is_set():
             raise Interrupted("the sweep was stopped")
         return child.returncode, printed or b""
+
+    def _environment(self, ranks: int) -> dict[str, str]:
+        """Return the environment of a command, whose ranks have as many threads as cores are left by other workers."""
+        environment: dict[str, str] = getattr(self._of_thread, "environment", dict(os.environ))
+        # A command that runs alone divides the cores among its ranks by itself.
+        return environment | (thread_environment(self._workers * ranks, environment) if self._workers > 1 else {})
 
 
 def end_of(log: Path) -> str:

@@ -74,7 +74,7 @@ class _Sweep:
         self._sweep, self._out, self._environments, self._digest = sweep, out, environments, digest
         self._arms = {arm.name: arm for arm in arms}
         self._claims, self._pending = Claims(out / "arms"), list(arms)
-        self._commands = LoggedCommands()
+        self._commands = LoggedCommands(sweep.workers)
         runs = Path(sweep.runs) if sweep.runs is not None else out / "runs"
         self._points = TrainedPoints(runs, sweep.nproc, self._commands, sweep.workers)
         self._results: list[Result] = []

@@ -1,12 +1,13 @@
 """The YAML file of `mlet sweep`: which settings are tried, how they are tuned, and with which seeds."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mlet_dist.config.limits import MAX_STEPS
+from mlet_dist.config.overrides import COMMAND_LINE, apply_override
 from mlet_dist.config.parser import did_you_mean, parse_section, setting, to_yaml
 from mlet_dist.config.strict_yaml import load_yaml
 from mlet_dist.config.validation_settings import names_metric
@@ -67,7 +68,10 @@ class TuneConfig:
 class SweepConfig:
     """The content of the file."""
 
-    config: str = setting("YAML file of settings, as of `mlet train`; a relative path begins at the sweep's file.")
+    config: str = setting(
+        "YAML file of settings, as of `mlet train`; a relative path begins at the sweep's file, on the command line at "
+        "the working directory."
+    )
     settings: dict[str, Any] = field(
         default_factory=dict, metadata={"meaning": "Settings of all arms, by name, which replace those of config."}
     )
@@ -106,22 +110,32 @@ class SweepConfig:
         ("dcp", "fp16", "int8", "int4"),
     )
     runs: str | None = setting(
-        "Directory of the runs, in which other sweeps with it find what they share; a relative path begins at the "
-        "sweep's file. null: runs in the directory of the results.",
+        "Directory of the runs, in which other sweeps with it find what they share; a relative path begins as that "
+        "of config. null: runs in the directory of the results.",
         None,
     )
     workers: int = setting("Number of arms that are trained at the same time.", 1, at_least=1, at_most=_MAX_WORKERS)
     nproc: int = setting("Number of ranks of each run.", 1, at_least=1, at_most=_MAX_RANKS)
 
 
-def load_sweep(path: Path) -> SweepConfig:
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """Read the file of a sweep; paths in it become relative to the working directory.
+
+    Args:
+        path: the file.
+        overrides: keys that replace those of the file, as ``workers=8``, ``tune.steps=500``,
+            ``tune.settings.optimizer.learning_rate.low=0.01`` or ``settings.data.path=logs``.
 
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
     """
     content = load_yaml(path, "sweep")
-    sweep: SweepConfig = parse_section(SweepConfig, {} if content is None else content, "", str(path))
+    content = {} if content is None else content
+    sources: dict[str, str] = {}
+    if isinstance(content, dict):  # parse_section reports all else
+        for override in overrides:
+            _apply(content, override, sources)
+    sweep: SweepConfig = parse_section(SweepConfig, content, "", str(path), sources)
     for name, interval in sweep.tune.settings.items():
         if not interval.low < interval.high:
             raise UserError(f"{path}: tune.settings.{name}: low {interval.low:g} is not below high {interval.high:g}")
@@ -148,8 +162,21 @@ def load_sweep(path: Path) -> SweepConfig:
         raise UserError(f"{path}: seeds is {to_yaml(list(sweep.seeds))}; name each seed once")
     if not (sweep.arms or sweep.grid or sweep.preset):
         raise UserError(f"{path}: names no arms; set arms, grid or preset")
+    begin = {key: Path() if key in sources else path.parent for key in ("config", "runs")}
     return dataclasses.replace(
         sweep,
-        config=str(path.parent / Path(sweep.config).expanduser()),
-        runs=None if sweep.runs is None else str(path.parent / Path(sweep.runs).expanduser()),
+        config=str(begin["config"] / Path(sweep.config).expanduser()),
+        runs=None if sweep.runs is None else str(begin["runs"] / Path(sweep.runs).expanduser()),
     )
+
+
+def _apply(content: dict[str, Any], override: str, sources: dict[str, str]) -> None:
+    """Write one override into the content of the file, and its source into ``sources``."""
+    key, equals, text = override.partition("=")
+    section, _, name = key.partition(".")
+    settings = content.get(section)
+    if section == "settings" and name and equals and isinstance(settings, dict | None):
+        content[section] = {**(settings or {}), name: text}  # as it was typed: its type is that of the setting
+        sources[key] = COMMAND_LINE
+    else:
+        apply_override(SweepConfig, content, override, sources)

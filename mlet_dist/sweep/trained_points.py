@@ -152,7 +152,8 @@ class TrainedPoints:
             started = time.monotonic()
             # One rank needs no launcher, which takes seconds to start.
             ranks = () if self._nproc == 1 else ("--nproc", str(self._nproc))
-            code = self._commands.run("train", str(file), "--once", *ranks, log=run.with_suffix(".log"))
+            log = run.with_suffix(".log")
+            code = self._commands.run("train", str(file), "--once", *ranks, log=log, ranks=self._nproc)
             seconds = time.monotonic() - started
             outcome = self._outcome(run, code, seconds)
             content = {

@@ -18,12 +18,14 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from mlet_dist.cluster import attempt
+from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.torch_rendezvous import OpenRendezvous
 from mlet_dist.errors import ConnectionLost, NodesMissing
 from tests.cluster.test_restarts import Job, job
 from tests.cluster.test_wrong_launch import free_port
 from tests.conftest import TrainedRun
+from tests.helpers.held_ranks import HOLD, hold
 
 pytestmark = pytest.mark.e2e
 
@@ -47,7 +49,15 @@ def wait_for(nodes: Job, ranks: int) -> None:
     nodes.wait_until(saved, seconds=240)
 
 
-def test_nodes_join_are_lost_and_come_back(trained: TrainedRun, tmp_path: Path) -> None:
+def rank_of(nodes: Job, node: int) -> int:
+    """Return the number of a node's rank: torch elastic sorts the nodes of one host by their process ids."""
+    return sorted(each.pid for each in nodes.nodes.values()).index(nodes.nodes[node].pid)
+
+
+def test_nodes_join_are_lost_and_come_back(
+    trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HOLD, str(tmp_path))
     with job(trained, tmp_path, 2, *OPTIONS) as nodes:
         wait_for(nodes, 2)
         nodes.start(2)
@@ -56,6 +66,7 @@ def test_nodes_join_are_lost_and_come_back(trained: TrainedRun, tmp_path: Path) 
         wait_for(nodes, 2)
         nodes.start(2)
         wait_for(nodes, 3)
+        hold(tmp_path, [rank_of(nodes, 1)], once=True)  # it does not notice that the others are gone
         nodes.send(1, signal.SIGSTOP)  # as a machine that vanishes: its connections stay open
         wait_for(nodes, 2)
         nodes.send(1, signal.SIGCONT)  # it comes back, and joins
@@ -71,6 +82,8 @@ def test_nodes_join_are_lost_and_come_back(trained: TrainedRun, tmp_path: Path) 
     assert all("Traceback" not in log for log in logs)
     lost = "node 1 is lost: it has given no sign of life for 15 s; the ranks start again"
     assert [log.count(lost) for log in logs] == [1, 0, 1]
+    taken_for_lost = "the other nodes have taken this one for lost, and started again without it; it joins them"
+    assert [log.count(taken_for_lost) for log in logs] == [0, 1, 0]
     assert logs[2].splitlines()[-1].startswith("mlet: error: node 0 at localhost:")
 
 
@@ -82,7 +95,7 @@ def test_a_node_that_was_cut_off_closes_the_rendezvous_for_no_other(error: Excep
     """torch elastic shuts it down in a `finally`, whatever is raised."""
 
     def handler(is_host: bool) -> RendezvousHandler:
-        places = (OpenRendezvous().backend, f"localhost:{port}", "job", 1, 2, "localhost")
+        places = (OpenRendezvous(Meetings()).backend, f"localhost:{port}", "job", 1, 2, "localhost")
         return get_rendezvous_handler(RendezvousParameters(*places, is_host=is_host))
 
     port = free_port()

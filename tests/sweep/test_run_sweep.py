@@ -17,6 +17,7 @@ from mlet_dist.errors import UserError
 from mlet_dist.quality.score_metrics import logloss
 from mlet_dist.quality.scores_file import read_scores
 from mlet_dist.sweep.arms import arms_of
+from mlet_dist.sweep.logged_commands import LoggedCommands
 from mlet_dist.sweep.run_sweep import _check_data, _environment, run_sweep
 from mlet_dist.sweep.sweep_file import Interval, SweepConfig, TuneConfig
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
@@ -192,6 +193,21 @@ def test_workers_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
         _environment(0, dataclasses.replace(sweep, workers=1, nproc=8))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert _environment(5, sweep) == {}
+
+
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlet_dist.openmp.os.sched_getaffinity", lambda _: range(88), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def threads(workers: int, ranks: int) -> str | None:
+        return LoggedCommands(workers)._environment(ranks).get("OMP_NUM_THREADS")
+
+    assert threads(workers=8, ranks=1) == "11"
+    assert threads(workers=2, ranks=4) == "11"
+    assert threads(workers=100, ranks=1) == "1"
+    assert threads(workers=1, ranks=8) is None  # `mlet train --nproc 8` divides the cores itself
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads(workers=8, ranks=1) == "3"
 
 
 def sweep_of(small_model: tuple[str, ...], **keys: object) -> SweepConfig:
