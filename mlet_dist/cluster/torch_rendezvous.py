@@ -142,12 +142,13 @@ class OpenRendezvous(RendezvousHandler):
     def num_nodes_waiting(self) -> int:
         """Return how many nodes wait for this one to meet them; called while its ranks run."""
         waiting = self._handler.num_nodes_waiting()
-        state = self._handler._state_holder.state
-        if waiting or state.complete:
-            return waiting
-        # They meet without this node. Where its clock is so far ahead, one takes all others for dead, always.
-        latest = datetime.now(UTC) + _DEAD
-        return sum(state.last_heartbeats[node] < latest for node in state.participants)
+        with self._handler._heartbeat_lock:  # another thread exchanges the state
+            state = self._handler._state_holder.state
+            if waiting or state.complete:
+                return waiting
+            # They meet without this node. Where its clock is so far ahead, one takes all others for dead, always.
+            latest = datetime.now(UTC) + _DEAD
+            return sum(state.last_heartbeats[node] < latest for node in state.participants)
 
     def get_run_id(self) -> str:
         """Return the id of the job."""
