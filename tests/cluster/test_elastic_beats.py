@@ -189,7 +189,8 @@ def test_nodes_that_meet_give_each_meeting_a_name_of_its_own() -> None:
         each.shutdown()
 
 
-def test_a_node_that_was_suspended_notices_one_that_meets_without_it() -> None:
+def test_a_node_that_was_suspended_notices_one_that_meets_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as for ranks
     port, meetings = free_port(), [Meetings(), Meetings()]
     staying = handler(port, meetings[0], 1, is_host=True)
     staying.next_rendezvous()
