@@ -13,6 +13,7 @@ from tests.helpers.ranks import RankPool
 from tests.helpers.s3_server import S3Bucket, S3Server, s3_server
 
 _LONGEST = (
+    "tests/sweep/test_run_sweep.py",
     "tests/cluster/test_restarts.py",
     "tests/training/test_refitted_tables.py",
     "tests/cluster/test_rank_faults.py",
@@ -27,6 +28,12 @@ _LONGEST = (
     "tests/training/test_compression.py",
     "tests/cluster/test_launcher.py",
     "tests/training/test_run_on_s3.py",
+    "tests/training/test_validation.py",
+    "tests/training/test_trainer.py",
+    "tests/launch/test_local.py",
+    "tests/export/spectrum/test_spectrum.py",
+    "tests/export/test_budget.py",
+    "tests/cluster/test_elastic.py",
 )
 """The files that take more than a minute. They come first, since all workers would wait for one that began last."""
 

@@ -2,6 +2,7 @@
 
 import sys
 import uuid
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from torch import distributed as dist
@@ -13,10 +14,14 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
+
+_DEAD = timedelta(seconds=15)
+"""How long a node may show c10d no sign of life, by the clocks of the nodes."""
 
 
 class _LocalStore(dist.HashStore):
@@ -86,6 +91,10 @@ class OpenRendezvous(RendezvousHandler):
     torch elastic closes it for all nodes when one of them ends with an error. A node that was cut off for a while would
     keep all others from joining.
 
+    A node that has shown no sign of life for 15 s is dead for c10d as long as its ranks run. If that is true of all of
+    them, because they were suspended together, a node that joins begins a meeting without them, of which c10d does not
+    tell them.
+
     Args:
         meetings: of this node; the rendezvous enters and leaves them.
 
@@ -96,12 +105,14 @@ class OpenRendezvous(RendezvousHandler):
     def __init__(self, meetings: Meetings) -> None:
         self._meetings = meetings
         self.backend = f"mlet-{uuid.uuid4().hex}"  # torch elastic registers a name once
-        self._handler: RendezvousHandler
+        self._handler: DynamicRendezvousHandler
         rendezvous_handler_registry.register(self.backend, self._create)
 
     def _create(self, given: RendezvousParameters) -> RendezvousHandler:
         places = (given.endpoint, given.run_id, given.min_nodes, given.max_nodes, given.local_addr)
-        self._handler = get_rendezvous_handler(RendezvousParameters("c10d", *places, **given.config))
+        found = get_rendezvous_handler(RendezvousParameters("c10d", *places, **given.config))
+        assert isinstance(found, DynamicRendezvousHandler)
+        self._handler = found
         return self
 
     def get_backend(self) -> str:
@@ -129,8 +140,15 @@ class OpenRendezvous(RendezvousHandler):
         self._handler.set_closed()
 
     def num_nodes_waiting(self) -> int:
-        """As c10d's."""
-        return self._handler.num_nodes_waiting()
+        """Return how many nodes wait for this one to meet them; called while its ranks run."""
+        waiting = self._handler.num_nodes_waiting()
+        with self._handler._heartbeat_lock:  # another thread exchanges the state
+            state = self._handler._state_holder.state
+            if waiting or state.complete:
+                return waiting
+            # They meet without this node. Where its clock is so far ahead, one takes all others for dead, always.
+            latest = datetime.now(UTC) + _DEAD
+            return sum(state.last_heartbeats[node] < latest for node in state.participants)
 
     def get_run_id(self) -> str:
         """Return the id of the job."""

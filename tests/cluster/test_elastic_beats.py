@@ -7,14 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta, tzinfo
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import distributed as dist
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from mlet_dist.cluster import attempt, elastic_beats
@@ -160,22 +160,26 @@ def test_ranks_that_go_on_where_another_node_has_left_are_killed_after_a_while(l
     assert not launchers.is_killed(0)
 
 
+def handler(port: int, meetings: Meetings, least: int, *, is_host: bool) -> Any:
+    """Return a node's rendezvous of two nodes, for which a node is dead after 2 s."""
+    places = (OpenRendezvous(meetings).backend, f"localhost:{port}", "job", least, 2, "localhost")
+    times = {"last_call_timeout": 1, "join_timeout": 50, "keep_alive_interval": 1, "keep_alive_max_attempt": 2}
+    return get_rendezvous_handler(RendezvousParameters(*places, is_host=is_host, **times))
+
+
+def meet(*handlers: Any) -> None:
+    threads = [threading.Thread(target=each.next_rendezvous, daemon=True) for each in handlers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
 def test_nodes_that_meet_give_each_meeting_a_name_of_its_own() -> None:
-    port = free_port()
-
-    def handler(meetings: Meetings, is_host: bool) -> Any:
-        places = (OpenRendezvous(meetings).backend, f"localhost:{port}", "job", 2, 2, "localhost")
-        return get_rendezvous_handler(RendezvousParameters(*places, is_host=is_host))
-
-    both = [Meetings(), Meetings()]
-    handlers = [handler(meetings, rank == 0) for rank, meetings in enumerate(both)]
-    names = []
+    port, both, names = free_port(), [Meetings(), Meetings()], []
+    handlers = [handler(port, meetings, 2, is_host=rank == 0) for rank, meetings in enumerate(both)]
     for _ in range(2):
-        threads = [threading.Thread(target=each.next_rendezvous) for each in handlers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        meet(*handlers)
         assert both[0].current == both[1].current
         names.append(both[0].current)
     assert "" not in names
@@ -183,6 +187,56 @@ def test_nodes_that_meet_give_each_meeting_a_name_of_its_own() -> None:
     assert [each.left for each in both] == [[names[0]]] * 2
     for each in handlers:
         each.shutdown()
+
+
+def test_a_node_that_was_suspended_notices_one_that_meets_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as for ranks
+    port, meetings = free_port(), [Meetings(), Meetings()]
+    staying = handler(port, meetings[0], 1, is_host=True)
+    staying.next_rendezvous()
+    staying._handler._stop_heartbeats()
+    time.sleep(2.5)
+    assert staying.num_nodes_waiting() == 0
+    joining = handler(port, meetings[1], 2, is_host=False)
+    thread = threading.Thread(target=joining.next_rendezvous, daemon=True)
+    thread.start()
+    Launchers.wait_until(lambda: staying.num_nodes_waiting() == 1)
+    staying.next_rendezvous()
+    thread.join(60)
+    assert meetings[0].current == meetings[1].current != ""
+    for each in (staying, joining):
+        each.shutdown()
+
+
+def meet_ahead_of_time(port: int) -> None:
+    """Join a rendezvous with a clock that is 20 s ahead."""
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, zone: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(zone) + timedelta(seconds=20)
+
+    dynamic_rendezvous.datetime = Ahead  # type: ignore[misc]
+    handler(port, Meetings(), 2, is_host=False).next_rendezvous()
+
+
+def test_a_node_whose_clock_is_far_ahead_does_not_disturb_the_others() -> None:
+    port = free_port()
+    staying = handler(port, Meetings(), 1, is_host=True)
+    staying.next_rendezvous()
+    joining = fork_server().Process(target=meet_ahead_of_time, args=(port,))
+    joining.start()
+    try:
+
+        def has_joined() -> bool:
+            assert staying.num_nodes_waiting() == 0
+            state = staying._handler._state_holder.state
+            return not state.complete and len(state.participants) == 1
+
+        Launchers.wait_until(has_joined)
+    finally:
+        joining.kill()
+    staying.shutdown()
 
 
 def serve(folder: Path) -> None:
