@@ -146,9 +146,9 @@ def test_other_components(torchx_environment: dict[str, str]) -> None:
     script = request(torchx_environment, "slurm", *export)
     assert "python -m mlet_dist export /runs/x --out /exports/x; } && python -m mlet_dist verify /exports/x" in script
     sweep = [f"{COMPONENTS}:sweep", "--sweep", "s.yaml", "--out", "/sweeps/x", "--nodes", "3"]
-    script = request(torchx_environment, "slurm", *sweep, "--", "workers=8", "settings.data.path=/x")
-    command = "exec python -m mlet_dist sweep s.yaml workers=8 settings.data.path=/x --out /sweeps/x --json"
-    assert script.count(command) == 3
+    script = request(torchx_environment, "slurm", *sweep, "--", "workers=8", "settings.data.path=/storage/$x")
+    command = "exec python -m mlet_dist sweep s.yaml workers=8 'settings.data.path=/storage/$x' --out /sweeps/x --json"
+    assert script.count(f"bash -c {shlex.quote(command)}") == 3
 
 
 @pytest.mark.parametrize(
