@@ -189,6 +189,25 @@ def test_nodes_that_meet_give_each_meeting_a_name_of_its_own() -> None:
         each.shutdown()
 
 
+def test_a_node_that_was_suspended_notices_one_that_meets_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as for ranks
+    port, meetings = free_port(), [Meetings(), Meetings()]
+    staying = handler(port, meetings[0], 1, is_host=True)
+    staying.next_rendezvous()
+    staying._handler._stop_heartbeats()
+    time.sleep(2.5)
+    assert staying.num_nodes_waiting() == 0
+    joining = handler(port, meetings[1], 2, is_host=False)
+    thread = threading.Thread(target=joining.next_rendezvous, daemon=True)
+    thread.start()
+    Launchers.wait_until(lambda: staying.num_nodes_waiting() == 1)
+    staying.next_rendezvous()
+    thread.join(60)
+    assert meetings[0].current == meetings[1].current != ""
+    for each in (staying, joining):
+        each.shutdown()
+
+
 def meet_ahead_of_time(port: int) -> None:
     """Join a rendezvous with a clock that is 20 s ahead."""
 
