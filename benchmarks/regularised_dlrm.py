@@ -2,9 +2,10 @@
 
     mlet train config.yaml model.builder=benchmarks.regularised_dlrm:build model.arguments.decay=0.01
 
-`model.arguments.decay` adds decay/2 · ‖v‖² to the loss for each vector v that a row of a batch looks up: for columns
-with one id, weight decay of the rows that are looked up. It acts on the product W = W1·W2, so that it means the same
-for MLET and for single layers. `model.arguments.max_norm` scales longer vectors down to this length.
+`model.arguments.decay` is the factor of an L2 penalty: decay/2 · ‖v‖² is added to the loss of each row, summed over its
+pooled vectors v, before the mean over the batch. It acts on the product W = W1·W2, so that it means the same for MLET
+and for single layers. An adaptive optimizer scales its gradients like all others: it is no decoupled weight decay.
+`model.arguments.max_norm` scales longer vectors down to this length, also when the network is evaluated and served.
 """
 
 from typing import Any
@@ -35,15 +36,22 @@ class Decay(torch.autograd.Function):
 
 
 class RegularisedSparseArch(SparseArch):
-    """TorchRec's SparseArch, with weight decay and a limit on the norm of its vectors.
+    """TorchRec's SparseArch, with an L2 penalty and a limit on the norm of its vectors.
 
     Args:
         embedding_bag_collection: the tables.
         decay: the factor of the penalty; 0: none.
         max_norm: the largest norm of a vector; None: any.
+
+    Raises:
+        ValueError: ``decay`` is below 0, or ``max_norm`` is not above 0.
     """
 
     def __init__(self, embedding_bag_collection: Any, decay: float, max_norm: float | None) -> None:
+        if decay < 0:
+            raise ValueError(f"model.arguments.decay: expected at least 0, found {decay}")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"model.arguments.max_norm: expected a number above 0 or null, found {max_norm}")
         super().__init__(embedding_bag_collection)
         self.decay, self.max_norm = decay, max_norm
 
@@ -60,7 +68,7 @@ def build(inputs: ModelInputs) -> nn.Module:
     """Return the network around the tables of ``inputs``.
 
     Raises:
-        ValueError: an argument is neither ``decay`` nor ``max_norm``.
+        ValueError: an argument is neither ``decay`` nor ``max_norm``, or out of range.
     """
     if unknown := set(inputs.arguments) - {"decay", "max_norm"}:
         raise ValueError(f"model.arguments: {', '.join(sorted(unknown))}: expected decay or max_norm")

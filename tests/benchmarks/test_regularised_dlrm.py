@@ -50,3 +50,12 @@ def test_other_arguments_are_refused() -> None:
     inputs = ModelInputs(tables(), None, ("I1",), ("a", "b"), (), {"a": 4, "b": 4}, settings)
     with pytest.raises(ValueError, match="decya: expected decay or max_norm"):
         build(inputs)
+
+
+@pytest.mark.parametrize(
+    ("decay", "max_norm", "message"),
+    [(-0.1, None, "decay: expected at least 0, found -0.1"), (0.0, 0.0, "max_norm: expected a number above 0")],
+)
+def test_values_out_of_range_are_refused(decay: float, max_norm: float | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RegularisedSparseArch(tables(), decay, max_norm)
