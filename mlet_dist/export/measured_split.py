@@ -17,6 +17,7 @@ from mlet_dist.export.served_sources import is_narrow
 from mlet_dist.export.sized_model import RefittedTable
 from mlet_dist.export.source import ModelSource
 from mlet_dist.models.build import build_serving_model
+from mlet_dist.models.spec import ModelSpec
 from mlet_dist.models.tables import collections_of
 from mlet_dist.stored_tables.refitted_source import vectors_of_ids
 from mlet_dist.training.evaluation import evaluation_loader
@@ -129,7 +130,8 @@ class SplitModel:
     def curvatures(self, vectors: Vectors) -> dict[str, torch.Tensor]:
         """Return by table the mean ``(d, d)`` float64 over rows of p·(1 − p)·J·Jᵀ, J = ∂logit / ∂vector.
 
-        An error δ of the vectors of a feature costs about δᵀ·M·δ / 2 of LogLoss, with M this matrix.
+        An error δ of one looked-up row of the table costs about δᵀ·M·δ / 2 of LogLoss, with M this matrix. Of a table
+        that several features look up, it is their sum, each times its ``lookup_factors``.
         """
         self._load(vectors)
         (collection,) = collections_of(self._model).values()
@@ -146,6 +148,7 @@ class SplitModel:
             for table in self._spec.tables
         }
         table_of = {feature.name: feature.table_name for feature in self._spec.sparse}
+        factors = lookup_factors(self._spec)
         try:
             for batch in self._split.renumbered():
                 captured.clear()
@@ -158,7 +161,7 @@ class SplitModel:
                     weights = odds * (1 - odds) * of_rows[:, 0] * self._label_weights[label]
                     parts = KeyedTensor(captured[0].keys(), captured[0].length_per_key(), slopes[: len(odds)].double())
                     for name, slope in parts.to_dict().items():
-                        found[table_of[name]].addmm_(slope.T, slope * weights[:, None])
+                        found[table_of[name]].addmm_(slope.T, slope * (factors[name] * weights[:, None]))
         finally:
             hook.remove()
         return {name: total / self._split.rows for name, total in found.items()}
@@ -174,6 +177,21 @@ class SplitModel:
             of_labels.reshape(-1, labels).double(),
             of_rows.double().reshape(-1, 1),
         )
+
+
+def lookup_factors(spec: ModelSpec) -> dict[str, float]:
+    """Return by feature what turns a cost of errors of its pooled vectors into one of errors of its table's rows.
+
+    It is the feature's share of the lookups of its table, and with mean pooling of bags of L ids also 1/L², since the
+    error of a row reaches the pooled vector as an Lth of itself.
+    """
+    found = {}
+    for table in spec.tables:
+        lookups = sum(feature.pooling_factor for feature in table.features)
+        for feature in table.features:
+            share = feature.pooling_factor / lookups if lookups else 0.0
+            found[feature.name] = share / max(1.0, feature.pooling_factor) ** 2 if table.takes_mean else share
+    return found
 
 
 def served_vectors(

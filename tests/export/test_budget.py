@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from mlet_dist.config.byte_sizes import bytes_within
+from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.data.schema import SparseFeature
 from mlet_dist.embeddings.table_config import RowRange
 from mlet_dist.export.budget.allocation import Block, PricedTable, allocate, costs_of, widths_of
 from mlet_dist.export.encoding import ENCODINGS
-from mlet_dist.export.measured_split import MeasuredSplit
+from mlet_dist.export.measured_split import MeasuredSplit, lookup_factors
 from mlet_dist.export.source import ModelSource
 from mlet_dist.models.build import build_serving_model
+from mlet_dist.models.spec import ModelSpec
 from tests.helpers.mlet_command import error_line, mlet, mlet_json
 from tests.helpers.train_in_ranks import Ranks, train_in_ranks
 from tests.training.test_absent_splits import make_data, settings_of
@@ -45,6 +48,33 @@ def test_costs_are_those_of_what_rows_lose() -> None:
         expected = ((lost @ slopes.T) ** 2).sum() / 20 / 2
         assert float(costs[row, 0]) == pytest.approx(0, abs=1e-9)
         assert float(costs[row, 1]) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_costs_of_a_shared_table_are_those_of_errors_of_its_rows(pooling: str) -> None:
+    ids_of = {"item": 1, "seen": 4}  # the length of every bag of the two features, which share a table
+    sparse = tuple(
+        SparseFeature(name, 50, multi_valued=ids > 1, pooling_factor=ids, table="item") for name, ids in ids_of.items()
+    )
+    factors = lookup_factors(
+        ModelSpec(ModelConfig(embedding_dim=4, hidden_dim=None, pooling=pooling), (), sparse, seed=0)
+    )
+    draw = torch.Generator().manual_seed(4)
+    rows, d = 2000, 4
+    slopes = {name: torch.randn(rows, d, generator=draw, dtype=torch.float64) for name in ids_of}
+    bags = {name: torch.randint(50, (rows, ids), generator=draw) for name, ids in ids_of.items()}
+    lengths = {name: ids if pooling == "mean" else 1 for name, ids in ids_of.items()}
+    # The mean over many draws of errors of rows that do not depend on one another.
+    errors = torch.randn(400, 50, d, generator=draw, dtype=torch.float64)
+    moved = [
+        sum((each[bags[name]].sum(1) / lengths[name] * slopes[name]).sum(1).square() for name in ids_of)
+        for each in errors
+    ]
+    expected = torch.stack(moved).mean() / 2
+    curvature = sum(factors[name] * slopes[name].T @ slopes[name] / rows for name in ids_of)
+    lookups = sum(ids_of.values())  # of a row of the data; the covariance of errors is the identity
+    # Ids that occur twice in a bag have the same error, which adds at most (4 - 1) / 50 to that of a bag.
+    assert float(curvature.trace() * lookups / 2) == pytest.approx(float(expected), rel=0.08)
 
 
 def test_the_widths_of_a_table_cost_least() -> None:
