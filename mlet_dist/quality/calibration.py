@@ -1,5 +1,7 @@
 """Whether predicted probabilities are those of the labels, and how much better they are than the rate of the label."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,3 +62,15 @@ def reliability(scores: Scores, bins: int = BINS) -> list[ReliabilityBin]:
             mean = float((weights * predicted[rows]).sum()) / total
             found.append(ReliabilityBin(mean, float((weights * scores.labels[rows]).sum()) / total, total))
     return found
+
+
+def mean_bins(models: Sequence[Sequence[ReliabilityBin]]) -> list[ReliabilityBin]:
+    """Return the mean of each bin over models that scored the same rows; none without models."""
+    return [
+        ReliabilityBin(
+            statistics.mean(each.predicted for each in bins),
+            statistics.mean(each.observed for each in bins),
+            statistics.mean(each.weight for each in bins),
+        )
+        for bins in zip(*models, strict=False)
+    ]

@@ -10,7 +10,13 @@ from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.progress import Progress
-from mlet_dist.quality.calibration import ReliabilityBin, calibration, normalised_entropy, reliability
+from mlet_dist.quality.calibration import (
+    ReliabilityBin,
+    calibration,
+    mean_bins,
+    normalised_entropy,
+    reliability,
+)
 from mlet_dist.quality.paired_bootstrap import Difference, difference_of, difference_over_seeds
 from mlet_dist.quality.replicates import replicates_of
 from mlet_dist.quality.score_metrics import Floats, Scores
@@ -27,7 +33,7 @@ class ArmDetails:
     Attributes:
         normalised_entropy: mean over the seeds; None without scores, as the next two.
         calibration: the sum of predictions divided by that of labels, mean over the seeds.
-        reliability: of the scores of all seeds together.
+        reliability: of each bin, the mean over the seeds.
         by_class: for each class of ids, LogLoss and AUC and their differences from the reference, mean over the seeds.
         curve: the loss in training.
         cost: time and memory.
@@ -65,15 +71,16 @@ def details_of(found: Measurement) -> Details:
     arms = {}
     with Progress("report", len(found.runs), "arms") as progress:
         for arm, runs in found.runs.items():
-            of_seeds = [read_scores(file, prefix) for file in files[arm].values()]
-            pooled = None
-            if of_seeds:
-                pooled = Scores(*(np.concatenate([getattr(each, part) for each in of_seeds])
-                                  for part in ("logits", "labels", "weights")))  # fmt: skip
+            entropies, calibrations, bins = [], [], []
+            for file in files[arm].values():
+                scores = read_scores(file, prefix)  # of one run at a time: they may be of many rows
+                entropies.append(normalised_entropy(scores))
+                calibrations.append(calibration(scores))
+                bins.append(reliability(scores))
             arms[arm] = ArmDetails(
-                float(np.mean([normalised_entropy(each) for each in of_seeds])) if of_seeds else None,
-                float(np.mean([calibration(each) for each in of_seeds])) if of_seeds else None,
-                [] if pooled is None else reliability(pooled),
+                float(np.mean(entropies)) if entropies else None,
+                float(np.mean(calibrations)) if calibrations else None,
+                mean_bins(bins),
                 {name: each[arm] for name, each in by_class.items() if arm in each},
                 curve_of(runs),
                 cost_of(runs),

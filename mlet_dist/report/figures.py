@@ -87,7 +87,8 @@ def figures_of(found: Measurement, details: Details, margin: float) -> Iterator[
         yield Drawn(
             "calibration",
             "Calibration",
-            f"Predicted probabilities less observed rates on {split}, in ten bins of equally many rows. 0 is best.",
+            f"Predicted probabilities less observed rates on {split}, in ten bins of equally many rows, "
+            "mean over the seeds. 0 is best.",
             _calibration(details, of_arm),
         )
     if any(each.energy is not None for each in details.arms.values()):

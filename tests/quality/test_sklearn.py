@@ -6,7 +6,14 @@ from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
-from mlet_dist.quality.calibration import calibration, normalised_entropy, probabilities, reliability
+from mlet_dist.quality.calibration import (
+    ReliabilityBin,
+    calibration,
+    mean_bins,
+    normalised_entropy,
+    probabilities,
+    reliability,
+)
 from mlet_dist.quality.paired_bootstrap import seed_noise
 from mlet_dist.quality.score_metrics import Scores, auc, logloss
 
@@ -39,6 +46,13 @@ def test_bins_are_those_of_scikit_learn() -> None:
     np.testing.assert_allclose([each.predicted for each in found], predicted, atol=2e-3)  # quantiles split a bin's edge
     np.testing.assert_allclose([each.observed for each in found], observed, atol=2e-2)
     assert sum(each.weight for each in found) == 1000
+
+
+def test_bins_of_several_models_are_averaged() -> None:
+    models = [[ReliabilityBin(0.1, 0.2, 5), ReliabilityBin(0.5, 0.4, 5)], [ReliabilityBin(0.3, 0.4, 5)] * 2]
+    found = [(each.predicted, each.observed, each.weight) for each in mean_bins(models)]
+    assert found == [pytest.approx((0.2, 0.3, 5)), pytest.approx((0.4, 0.4, 5))]
+    assert mean_bins([]) == []
 
 
 def test_metrics_without_one_of_the_labels_are_undefined() -> None:
