@@ -8,7 +8,12 @@ from mlet_dist.report.recommendation import Ratio, Recommendation, times_smaller
 
 def advice(found: Measurement, chosen: Recommendation, margin: float) -> list[str]:
     """Return what the rule recommends, in sentences; the first is the headline."""
-    return [*_smallest(found, chosen, margin), *_ratios(found, chosen, margin), *_better(found, chosen)]
+    return [
+        *_smallest(found, chosen, margin),
+        *_ratios(found, chosen, margin),
+        *_better(found, chosen),
+        *_failed(found, chosen),
+    ]
 
 
 def rule(found: Measurement, margin: float) -> str:
@@ -23,7 +28,7 @@ def rule(found: Measurement, margin: float) -> str:
         "equal outputs, if it is smaller than the reference; of outputs of one size, one of the reference's own arm, "
         "and then the one that is cheapest to train. An arm is better if its float32 tables are no larger than "
         "the reference's and the interval "
-        f"lies below 0, and if an arm of MLET is also better than its control, where it has one."
+        f"lies below 0; for an arm of MLET that has a control, the interval of its difference from that, too."
         f"{checked} Intervals are for other rows, "
         "by a paired bootstrap, and for other seeds where there are two or more, by Student's t."
     )
@@ -127,8 +132,9 @@ def _better(found: Measurement, chosen: Recommendation) -> list[str]:
     for each in chosen.of_controls:
         lines.append(
             f"{each.arm} is better than {_called(found)} on {split} "
-            f"({difference_text(_difference(each, split))}), but not than its control, a single layer with MLET's "
-            "effective learning rate: it gains by the learning rate, not by the factorisation."
+            f"({difference_text(_difference(each, split))}). That it is also better than its control, a single layer "
+            "with MLET's effective learning rate, is not certain: the gain may be due to the learning rate, and not to "
+            "the factorisation."
         )
     rivals = any(arm != found.reference and runs[0].kind == "mlet" for arm, runs in found.runs.items())
     if rivals and not lines and _can_choose(found):
@@ -137,6 +143,17 @@ def _better(found: Measurement, chosen: Recommendation) -> list[str]:
             "its quality at the same served bytes."
         )
     return lines
+
+
+def _failed(found: Measurement, chosen: Recommendation) -> list[str]:
+    """Return a sentence on each arm of the advice some of whose runs failed, which its means leave out."""
+    named = [*([] if chosen.smallest is None else [chosen.smallest]), *chosen.better, *chosen.of_controls]
+    return [
+        f"{len(faults)} of {len(faults) + len(found.runs[arm])} runs of {arm} failed, and its means leave them out: "
+        "how often it fails is a part of its quality."
+        for arm in dict.fromkeys(each.arm for each in named)
+        if (faults := found.faults.get(arm))
+    ]
 
 
 def _difference(output: MeasuredOutput, split: str) -> Difference | None:

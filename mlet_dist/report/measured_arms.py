@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,7 @@ from mlet_dist.quality.paired_bootstrap import Difference, difference_of, differ
 from mlet_dist.quality.replicates import METRICS, REPLICATES, Replicates, replicates_of
 from mlet_dist.quality.score_metrics import Floats
 from mlet_dist.quality.scores_file import read_scores
-from mlet_dist.report.measured_runs import PLAIN, MeasuredRun
-
-SPLITS = ("valid", "test")
+from mlet_dist.report.measured_runs import PLAIN, SPLITS, MeasuredRun
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,13 @@ class Quality:
         difference: the mean less that of the reference, over the seeds that both have if there are any, with an
             interval for other rows and other seeds; None without scores of both.
         draws: of the difference, ``(R,)``, for the same draws of rows for all outputs.
+        replicates: the metric of each seed under these draws of rows, ``(R,)``; empty without scores.
     """
 
     by_seed: Mapping[int, float]
     difference: Difference | None = None
     draws: Floats | None = None
+    replicates: Mapping[int, Floats] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -86,9 +86,9 @@ class Measurement:
         reference: the arm that all are compared with, in float32.
         splits: of the data set that there are metrics of; the last one is that of the results.
         label: which of several labels the metrics are of; None for a data set of one.
-        runs: of each arm, those that say something of its settings.
-        faults: of each arm, why a run of a seed does not, by seed.
-        controls: of each arm that has controls, their names, also of those whose runs all say nothing.
+        runs: of each arm, those that did not fail.
+        faults: of each arm, why a run of a seed failed, by seed.
+        controls: of each arm that has controls, their names, also of those whose runs all failed.
         outputs: of all arms, the largest first within an arm.
     """
 
@@ -129,7 +129,7 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
         label: of several labels, the one whose metrics count; by default the first.
 
     Raises:
-        UserError: no run says anything, there is no such arm or label or no single layer, or arms have scores of
+        UserError: all runs failed, there is no such arm or label or no single layer, or arms have scores of
             different rows.
     """
     good: dict[str, list[MeasuredRun]] = {}
@@ -140,7 +140,7 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
         else:
             faults.setdefault(run.arm, {})[run.seed] = run.fault
     if not good:
-        raise UserError("no run says anything of its settings: all diverged, or their dense arch died")
+        raise UserError("all runs failed: they diverged, or their dense arch returns the same for all rows")
     prefix, label = _prefix_of(next(iter(good.values()))[0], label)
     all_runs = [run for of_arm in good.values() for run in of_arm]
     splits = tuple(split for split in SPLITS if all(f"{prefix}logloss" in _float(run, split) for run in all_runs))
@@ -265,7 +265,8 @@ def _with_differences(
         for metric, each in replicates.items():
             values, draws = _difference(each, own, places[base], each.values[list(first.values())])
             exact = {seed: float(each.values[index]) for seed, index in own.items()}
-            metrics[metric] = Quality(exact, difference_of(draws, values), draws)
+            replicates_of_seeds = {seed: each.draws[:, index] for seed, index in own.items()}
+            metrics[metric] = Quality(exact, difference_of(draws, values), draws, replicates_of_seeds)
         found.append(dataclasses.replace(output, quality={**output.quality, split: metrics}))
     return found
 
@@ -286,6 +287,21 @@ def _difference(
     rows = metric.draws[:, ours].mean(axis=1) - metric.draws[:, theirs].mean(axis=1)
     noise = sum(seed_noise(list(metric.values[each]), REPLICATES, generator) for each in (ours, theirs))
     return float(metric.values[ours].mean() - metric.values[theirs].mean()), rows + noise
+
+
+def difference_of_outputs(first: MeasuredOutput, second: MeasuredOutput, split: str) -> Difference | None:
+    """Return the difference in LogLoss of two outputs, paired by their own seeds; None without scores of both."""
+    ours, theirs = first.loss(split), second.loss(split)
+    if ours is None or theirs is None or not ours.replicates or not theirs.replicates:
+        return None
+    of_both = Replicates(
+        np.array([each.by_seed[seed] for each in (ours, theirs) for seed in each.replicates]),
+        np.stack([*ours.replicates.values(), *theirs.replicates.values()], axis=1),
+    )
+    own = {seed: index for index, seed in enumerate(ours.replicates)}
+    others = {seed: len(own) + index for index, seed in enumerate(theirs.replicates)}
+    value, draws = _difference(of_both, own, others, of_both.values[: len(own)])
+    return difference_of(draws, value)
 
 
 def difference_text(difference: Difference | None) -> str:

@@ -14,17 +14,18 @@ from mlet_dist.comparison_report import CONTROL, MLET
 from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.formatting import load_json, to_json
+from mlet_dist.training.dense_arch_check import dense_arch_fault
 from mlet_dist.training.run_directory import RunDirectory
 
 PLAIN = "dcp"
 """The output with float32 tables, before the variants of compressed runs, as dcp-mixed."""
 
-_SPLITS = ("valid", "test")
+SPLITS = ("valid", "test")
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A finished run of an arm with one seed, or one whose results say nothing.
+    """A finished run of an arm with one seed, or one that failed.
 
     Attributes:
         arm: the name of its model.
@@ -33,7 +34,7 @@ class MeasuredRun:
         tuned: those that a sweep chose, by name.
         summary: the run's summary; empty if it diverged.
         run: its directory.
-        fault: why it says nothing of its settings, if so.
+        fault: why it failed; None if it did not.
         outputs: by output, ``served_bytes``, and by split its ``auc`` and ``logloss`` or those of each label.
         scores: the directory with a Parquet file of scores for each split and output; None if there are no scores.
         control_of: of a control, the arm that it belongs to.
@@ -198,8 +199,8 @@ def _of_comparison(path: Path) -> list[MeasuredRun]:
 
 def _single(path: Path) -> MeasuredRun:
     config, _, summary = RunDirectory(path).load()
-    fault = "the dense arch returns the same for all rows" if summary.get("dense_arch_varies") is False else None
-    return MeasuredRun(path.name, _kind(config), config, {}, summary, path, fault, _outputs_of_summary(summary), None)
+    fault, outputs = dense_arch_fault(summary), _outputs_of_summary(summary)
+    return MeasuredRun(path.name, _kind(config), config, {}, summary, path, fault, outputs, None)
 
 
 def _kind(config: Config) -> str:
@@ -215,7 +216,7 @@ def _outputs_of_summary(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     of_splits: dict[str, dict[str, float]] = {}
     for key, value in summary.items():
         split, _, metric = key.partition("_")
-        if split in _SPLITS and metric.endswith(("auc", "logloss")) and value is not None:
+        if split in SPLITS and metric.endswith(("auc", "logloss")) and value is not None:
             of_splits.setdefault(split, {})[metric] = value
     return {PLAIN: {"served_bytes": summary["served_table_bytes"], **of_splits}}
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference, difference_of
-from mlet_dist.report.measured_arms import MeasuredOutput, Measurement
+from mlet_dist.quality.paired_bootstrap import CONFIDENCE
+from mlet_dist.report.measured_arms import MeasuredOutput, Measurement, difference_of_outputs
 
 MARGIN = 0.001
 """The LogLoss by which an output may be above the reference and still count as equal."""
@@ -39,7 +39,7 @@ class Recommendation:
         verdict: whether it holds on the split of the results; None without such a split, or without ``smallest``.
         times_smaller: of all outputs; None without scores.
         better: arms that are better than the reference at no more bytes, the best first.
-        of_controls: arms of MLET that are better than the reference, but not than their control.
+        of_controls: arms of MLET that are better than the reference, and not certain to be better than their control.
     """
 
     smallest: MeasuredOutput | None
@@ -119,16 +119,6 @@ def times_smaller(found: Measurement, margin: float, outputs: Sequence[MeasuredO
     return Ratio(float(value), float(low), float(high))
 
 
-def difference_of_outputs(first: MeasuredOutput, second: MeasuredOutput, split: str) -> Difference | None:
-    """Return the difference in LogLoss of two outputs, by their differences from the reference; None without scores."""
-    ours, theirs = first.loss(split), second.loss(split)
-    if ours is None or theirs is None or ours.draws is None or theirs.draws is None:
-        return None
-    assert ours.difference is not None
-    assert theirs.difference is not None
-    return difference_of(ours.draws - theirs.draws, ours.difference.value - theirs.difference.value)
-
-
 def _upper(output: MeasuredOutput, split: str) -> float:
     """Return the upper end of the interval of a difference; infinity if it is not known."""
     quality = output.loss(split)
@@ -138,7 +128,7 @@ def _upper(output: MeasuredOutput, split: str) -> float:
 
 
 def _beats_control(output: MeasuredOutput, found: Measurement) -> bool:
-    """Return whether an arm of MLET is better than its control, if it has one; False if that has no good run."""
+    """Return whether an arm of MLET is certain to be better than its controls; False if one has no good run."""
     for control in found.controls.get(output.arm, ()):
         if control not in found.runs:
             return False

@@ -169,7 +169,7 @@ def settings_table(found: Measurement) -> Table:
 
 
 def faults(found: Measurement) -> list[str]:
-    """Return a line for each run that says nothing of its settings."""
+    """Return a line for each run that failed."""
     return [f"{arm}, seed {seed}: {reason}" for arm, each in found.faults.items() for seed, reason in each.items()]
 
 

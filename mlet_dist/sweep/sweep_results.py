@@ -16,6 +16,7 @@ from mlet_dist.formatting import text_table, to_json
 from mlet_dist.sweep.arms import Arm
 from mlet_dist.sweep.scored_points import Scored
 from mlet_dist.sweep.trained_points import Outcome
+from mlet_dist.training.dense_arch_check import dense_arch_fault
 from mlet_dist.training.label_metrics import metric_prefixes
 
 _DIGEST = b"mlet-sweep"  # of the file's metadata
@@ -62,12 +63,10 @@ class Result:
 
     @property
     def fault(self) -> str | None:
-        """Why the run tells nothing of its settings: it diverged, or its dense arch died; None for a good run."""
+        """Why the run failed: it diverged, or its dense arch returns the same for all rows; None for a good run."""
         if self.outcome.diverged is not None:
             return self.outcome.diverged
-        if self.outcome.summary.get("dense_arch_varies") is False:
-            return "the dense arch returns the same for all rows"
-        return None
+        return dense_arch_fault(self.outcome.summary)
 
     def row(self, labels: Sequence[str]) -> dict[str, Any]:
         """Return the row of the Parquet file, with the metrics of each label."""

@@ -1,6 +1,8 @@
 """Notices a dense arch whose output is the same for every row, so that the model ignores its dense columns."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -14,6 +16,11 @@ _ADVICE = (
     "the ReLU of one of its layers is 0 for all rows, and no gradient can change that; start again with "
     "optimizer.warmup_steps, a lower optimizer.learning_rate or another train.seed"
 )
+
+
+def dense_arch_fault(summary: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the dense arch of a finished run, by its summary; None if nothing is known to be."""
+    return "the dense arch returns the same for all rows" if summary.get("dense_arch_varies") is False else None
 
 
 class DenseArchCheck:

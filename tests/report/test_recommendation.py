@@ -12,7 +12,7 @@ from mlet_dist.quality.paired_bootstrap import Difference
 from mlet_dist.report.advice import advice
 from mlet_dist.report.arm_details import Details, details_of
 from mlet_dist.report.figures import figures_of
-from mlet_dist.report.measured_arms import Measurement, measure
+from mlet_dist.report.measured_arms import Measurement, difference_of_outputs, measure
 from mlet_dist.report.measured_runs import MeasuredRun
 from mlet_dist.report.recommendation import Recommendation, recommend
 from mlet_dist.report.report_text import arms_table
@@ -97,7 +97,7 @@ def test_a_better_arm_is_named_and_one_that_its_control_matches_is_not(tmp_path:
     _, chosen, text = decided(single + better + control(0.1))
     assert [each.arm for each in chosen.of_controls] == ["mlet"]
     assert "mlet" not in [each.arm for each in chosen.better]
-    assert "it gains by the learning rate, not by the factorisation" in text
+    assert "the gain may be due to the learning rate, and not to the factorisation" in text
     died = [dataclasses.replace(run, fault="dead") for run in control(0.8)]
     _, chosen, _ = decided(single + better + died)
     assert [each.arm for each in chosen.of_controls] == ["mlet"]
@@ -159,8 +159,37 @@ def test_runs_that_say_nothing_have_no_part(tmp_path: Path) -> None:
     found, _, _ = decided(runs)
     assert [run.seed for run in found.runs["single"]] == [0, 2]
     assert found.faults == {"single": {1: "not finite at step 7"}}
-    with pytest.raises(UserError, match="no run says anything of its settings"):
+    with pytest.raises(UserError, match="all runs failed: they diverged"):
         measure([dataclasses.replace(run, fault="dead") for run in runs])
+
+
+def test_failed_runs_of_what_is_recommended_are_named(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    runs = made.arm("single", "single", 0.1, {"dcp": 10}) + made.arm("mlet", "mlet", 0.1, {"dcp": 5})
+    assert "runs of mlet failed" not in decided(runs)[2]
+    runs[4] = dataclasses.replace(runs[4], fault="not finite at step 7", summary={}, outputs={}, scores=None)
+    assert "1 of 3 runs of mlet failed, and its means leave them out" in decided(runs)[2]
+
+
+def test_an_arm_and_its_control_are_compared_by_their_own_seeds(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    runs = made.arm("single", "single", 0.8, {"dcp": 10}, seeds=(0, 1))
+    runs += made.arm("mlet", "mlet", 0.1, {"dcp": 10}, seeds=(0, 1, 2, 3))
+    runs += made.arm("control", "control", 0.3, {"dcp": 10}, seeds=(1, 2, 3), control_of="mlet")
+    found = measure(runs)
+    ours, theirs = found.float_output("mlet"), found.float_output("control")
+    difference = difference_of_outputs(ours, theirs, "valid")
+    assert difference is not None
+    by_seed = [ours.loss("valid").by_seed[seed] - theirs.loss("valid").by_seed[seed] for seed in (1, 2, 3)]
+    assert difference.value == pytest.approx(np.mean(by_seed), abs=1e-12)
+    back = difference_of_outputs(theirs, ours, "valid")
+    assert back is not None
+    assert back.value == pytest.approx(-difference.value, abs=1e-12)
+    own = ours.loss("valid").difference
+    assert own is not None
+    of_reference = difference_of_outputs(ours, found.reference_output, "valid")
+    assert of_reference is not None
+    assert dataclasses.astuple(of_reference) == pytest.approx(dataclasses.astuple(own), abs=1e-12)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
