@@ -20,7 +20,10 @@ from mlet_dist.models.builder import ModelInputs
 
 
 class Decay(torch.autograd.Function):
-    """Returns vectors ``(B, F, d)`` as they are, and adds decay/B times them to their gradients in backward."""
+    """Returns vectors ``(B, F, d)`` as they are, and adds decay/B times them to their gradients in backward.
+
+    B counts the rows that the loss depends on: padding of a short batch gets no gradient, and none of the penalty.
+    """
 
     @staticmethod
     def forward(ctx: Any, vectors: torch.Tensor, decay: float) -> torch.Tensor:
@@ -32,7 +35,8 @@ class Decay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (vectors,) = ctx.saved_tensors
-        return gradient + ctx.decay / len(vectors) * vectors, None
+        in_loss = (gradient != 0).any(dim=2, keepdim=True).any(dim=1, keepdim=True)
+        return gradient + ctx.decay / in_loss.sum().clamp(min=1) * in_loss * vectors, None
 
 
 class RegularisedSparseArch(SparseArch):

@@ -61,7 +61,8 @@ def synthesize(
             ``tsv`` writes the same rows to ``part-00000.tsv.gz`` in Criteo's raw format.
 
     Returns:
-        ``rows``, ``positive_rate`` and ``auc_ceiling``, the AUC of the true probabilities on all rows.
+        ``rows`` and ``positive_rate``, and the AUC and LogLoss of the true probabilities on all rows, which no model
+        passes but by luck: ``auc_ceiling`` and ``logloss_floor``.
 
     Raises:
         UserError: an argument is out of range, or ``out`` is not empty.
@@ -82,14 +83,19 @@ def synthesize(
     lists = _lists(multi_valued or {}, weighted)
     if lists and format == "tsv":
         raise UserError("format is tsv, which holds one id a row; write multi-valued features as parquet")
-    auc = _StreamingAuc()
+    best = _StreamingQuality()
     with staged_directory(out) as directory, Progress("synthesize", rows, "rows") as progress:
         model = SyntheticModel(seed, len(DENSE), _table_sizes(num_embeddings), alpha, lists)
         if format == "parquet":
-            _write_data_set(directory, model, lists, rows, auc, progress)
+            _write_data_set(directory, model, lists, rows, best, progress)
         else:
-            _write_tsv(directory, model, rows, auc, progress)
-    return {"rows": rows, "positive_rate": auc.positive_rate(), "auc_ceiling": auc.auc()}
+            _write_tsv(directory, model, rows, best, progress)
+    return {
+        "rows": rows,
+        "positive_rate": best.positive_rate(),
+        "auc_ceiling": best.auc(),
+        "logloss_floor": best.logloss(),
+    }
 
 
 def _table_sizes(largest: int) -> tuple[int, ...]:
@@ -112,13 +118,13 @@ def _lists(multi_valued: Mapping[str, float], weighted: Collection[str]) -> dict
     return {SPARSE.index(name): ListDistribution(mean, name in weighted) for name, mean in multi_valued.items()}
 
 
-def _chunks(model: SyntheticModel, rows: int, auc: "_StreamingAuc", progress: Progress) -> Iterator[SyntheticRows]:
-    """Yield ``rows`` rows chunk by chunk, drawn ahead by threads, and add them to ``auc`` and ``progress``."""
+def _chunks(model: SyntheticModel, rows: int, best: "_StreamingQuality", progress: Progress) -> Iterator[SyntheticRows]:
+    """Yield ``rows`` rows chunk by chunk, drawn ahead by threads, and add them to ``best`` and ``progress``."""
     starts = range(0, rows, CHUNK_ROWS)
     with closing(map_ahead(model.chunk, range(len(starts)), threads=_THREADS, ahead=_THREADS + 1)) as chunks:
         for start, (chunk, probability) in zip(starts, chunks, strict=True):
             size = min(CHUNK_ROWS, rows - start)
-            auc.add(probability[:size], chunk.labels[:size])
+            best.add(probability[:size], chunk.labels[:size])
             yield chunk.first(size)
             progress.update(size)
 
@@ -128,13 +134,13 @@ def _write_data_set(
     model: SyntheticModel,
     lists: Mapping[int, ListDistribution],
     rows: int,
-    auc: "_StreamingAuc",
+    best: "_StreamingQuality",
     progress: Progress,
 ) -> None:
     writer = PartWriter(directory, rows, LABEL)
     trained = 0  # rows of the training split so far
     train_rows, lengths = split_bounds(rows)["train"][1], dict.fromkeys(lists, 0)
-    for chunk in _chunks(model, rows, auc, progress):
+    for chunk in _chunks(model, rows, best, progress):
         columns = {LABEL: pa.array(chunk.labels)}
         columns |= dict(zip(DENSE, map(pa.array, np.ascontiguousarray(chunk.transformed.T)), strict=True))
         for name, ids in zip(SPARSE, chunk.ids, strict=True):
@@ -181,7 +187,9 @@ def _columns(name: str, ids: Ids) -> dict[str, pa.Array]:
     return columns
 
 
-def _write_tsv(directory: Path, model: SyntheticModel, rows: int, auc: "_StreamingAuc", progress: Progress) -> None:
+def _write_tsv(
+    directory: Path, model: SyntheticModel, rows: int, best: "_StreamingQuality", progress: Progress
+) -> None:
     options = pyarrow.csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
     # Multiplying by an odd number permutes the 32-bit integers, so a table's values stay distinct.
     values = [
@@ -193,7 +201,7 @@ def _write_tsv(directory: Path, model: SyntheticModel, rows: int, auc: "_Streami
         # The gzip header holds neither name nor time, so that the same seed gives the same bytes.
         gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=1, mtime=0) as text,
     ):
-        for chunk in _chunks(model, rows, auc, progress):
+        for chunk in _chunks(model, rows, best, progress):
             columns = {LABEL: pa.array(chunk.labels)}
             columns |= {name: pa.array(x, mask=x < 0) for name, x in zip(DENSE, chunk.dense.T, strict=True)}
             for name, of_table, ids in zip(SPARSE, values, chunk.ids, strict=True):
@@ -202,19 +210,24 @@ def _write_tsv(directory: Path, model: SyntheticModel, rows: int, auc: "_Streami
             pyarrow.csv.write_csv(pa.table(columns), text, write_options=options)
 
 
-class _StreamingAuc:
-    """The AUC of any number of rows, from histograms of the positives' and the negatives' probabilities."""
+class _StreamingQuality:
+    """The LogLoss of any number of rows, and their AUC, from histograms of probabilities by label."""
 
     def __init__(self) -> None:
         self._counts = np.zeros((2, AUC_BINS), dtype=np.int64)
+        self._log_likelihood = 0.0
 
     def add(self, probability: FloatArray, labels: npt.NDArray[np.int8]) -> None:
         bins = np.minimum((probability * AUC_BINS).astype(np.int64), AUC_BINS - 1)
         for label in (0, 1):
             self._counts[label] += np.bincount(bins[labels == label], minlength=AUC_BINS)
+        self._log_likelihood += float(np.log(np.where(labels == 1, probability, 1 - probability)).sum())
 
     def positive_rate(self) -> float:
         return float(self._counts[1].sum() / self._counts.sum())
+
+    def logloss(self) -> float:
+        return float(-self._log_likelihood / self._counts.sum())
 
     def auc(self) -> float:
         """Return the probability that a positive ranks above a negative (a tie counts half), NaN if one is absent."""

@@ -194,7 +194,7 @@ class _Sweep:
             best = min(self._best.items(), key=lambda each: each[1], default=None)
             shown = {} if best is None else {"best": f"{best[0]} {self._split} LogLoss {best[1]:.4f}"}
             self._progress.update(1, **shown)
-            what = f"seed {result.config.train.seed}" if result.stage == "seed" else f"trial {dict(result.tuned)}"
+            what = f"seed {result.config.train.seed}" if result.stage == "seed" else _trial_in_words(result)
             ended = result.fault or f"LogLoss {value:.4f}" if value is not None or result.fault else "no metrics"
             self._progress.log(f"{result.arm.name}, {what}: {ended}")
 
@@ -204,6 +204,11 @@ class _Sweep:
         # Processes that share the work write the same file.
         with exclusive(self._out / ".results.lock", self._commands.wait), writing(self._out):
             write_results(self._results, self._out / "results.parquet", self._labels, self._digest, complete=complete)
+
+
+def _trial_in_words(result: Result) -> str:
+    settings = ", ".join(f"{name} {value:.4g}" for name, value in result.tuned.items())
+    return f"trial of {result.config.train.max_steps:,} steps, {settings}"
 
 
 def _environment(worker: int, sweep: SweepConfig) -> dict[str, str]:

@@ -1,16 +1,22 @@
-"""Plots of the page of `mlet widths`, as SVG whose colours are the page's CSS variables."""
+"""Charts of the page of `mlet widths`: widths by share of rows and of lookups, bytes, and shares over steps."""
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WIDTH = 340  # of all plots, in CSS pixels on a phone
-_BAR_LEFT, _BAR_HEIGHT, _BAR_STEP = 56, 20, 26
-_SIZE_LEFT, _SIZE_RIGHT = 130, 56
-_LABELLED = 24  # the narrowest part of a bar that has room for a number
-_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 130, 46, 40, 16, 22
-_LINE_HEIGHT = 12
+import matplotlib.ticker
+from matplotlib.axes import Axes
+
+from mlet_dist.formatting import size_text
+from mlet_dist.pages.charts import chart, inline_svg, with_title
+from mlet_dist.pages.page_shell import FILL, INK, PAGE, SERIES
+
+COLOUR = SERIES[0]
+_BAR, _FRAME = 0.26, 0.45  # inches of height
+_LINES_HEIGHT = 1.7
+_LABELLED = 0.08  # the narrowest part of a bar that has room for a number
+_DARK = 0.6  # the opacity from which text on it has the colour of the page
 _MAX_DOTS = 40
+_BESIDE = 1.25  # room for a number behind a bar
 
 Line = tuple[str, Sequence[tuple[int, float]], float]
 """A label, points of step and value, and opacity."""
@@ -24,97 +30,74 @@ def opacities(widths: Sequence[int]) -> dict[int, float]:
 
 def bars(shares: Sequence[Mapping[str, Any]], opacity: Mapping[int, float], label: str) -> str:
     """Return two bars: the shares of rows and of lookups by width."""
-    parts = []
-    scale = WIDTH - _BAR_LEFT - 2
-    for number, what in enumerate(("rows", "lookups")):
-        x, y = float(_BAR_LEFT), 2 + number * _BAR_STEP
-        parts.append(_text(_BAR_LEFT - 6, y + 15, what, "end"))
-        for each in shares:
-            size, shown = each[what] * scale, opacity[each["width"]]
-            box = f'x="{x:.1f}" y="{y}" width="{size:.2f}" height="{_BAR_HEIGHT}"'
-            title = f"<title>{_columns(each['width'])}: {each[what]:.1%} of {what}</title>"
-            parts.append(f'<rect class="none" {box}>{title}</rect>')
-            if shown:
-                parts.append(f'<rect class="stored" fill-opacity="{shown:.2f}" {box}>{title}</rect>')
-            if size >= _LABELLED:
-                name = "on" if shown > 0.6 else "off"
-                parts.append(_text(x + size / 2, y + 14, str(each["width"]), "middle", name))
-            x += size
-    return _svg(parts, 2 * _BAR_STEP, f"{label}: shares of rows and of lookups by width")
+    names = ("rows", "lookups")
+    with chart(_FRAME + _BAR * len(names)) as (figure, axes):
+        for place, what in enumerate(names):
+            left = 0.0
+            for each in shares:
+                size, shown = each[what], opacity[each["width"]]
+                axes.barh([place], [size], left=[left], height=0.8, color=FILL)
+                (bar,) = axes.barh([place], [size], left=[left], height=0.8, color=COLOUR, alpha=shown)
+                with_title(bar, f"{_columns(each['width'])}: {size:.1%} of {what}")
+                if size >= _LABELLED:
+                    axes.text(left + size / 2, place, str(each["width"]), color=PAGE if shown > _DARK else INK,
+                              fontsize=8, horizontalalignment="center", verticalalignment="center")  # fmt: skip
+                left += size
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        _upright(axes, names)
+        return inline_svg(figure, f"{label}: shares of rows and of lookups by width")
 
 
 def sizes(found: Sequence[tuple[str, int]], label: str) -> str:
     """Return a bar for each name and number of bytes, with the number."""
-    parts = []
-    scale = (WIDTH - _SIZE_LEFT - _SIZE_RIGHT) / max(1, *(size for _, size in found))
-    for number, (name, size) in enumerate(found):
-        y = 2 + number * _BAR_STEP
-        parts.append(_text(_SIZE_LEFT - 6, y + 15, name, "end"))
-        box = f'x="{_SIZE_LEFT}" y="{y}" width="{max(1.0, size * scale):.2f}" height="{_BAR_HEIGHT}"'
-        parts.append(f'<rect class="size" {box}/>')
-        parts.append(_text(_SIZE_LEFT + size * scale + 4, y + 15, f"{_short(size)}B", "start"))
-    return _svg(parts, len(found) * _BAR_STEP, label)
+    largest = max(1, *(size for _, size in found))
+    with chart(_FRAME + _BAR * len(found)) as (figure, axes):
+        for place, (_, size) in enumerate(found):
+            axes.barh([place], [size], height=0.7, color=COLOUR)
+            axes.text(size, place, f" {size_text(size)}", fontsize=8, verticalalignment="center")
+        axes.set_xlim(0, _BESIDE * largest)
+        axes.xaxis.set_visible(False)
+        _upright(axes, [name for name, _ in found])
+        return inline_svg(figure, label)
 
 
 def lines(found: Sequence[Line], label: str, *, percent: bool) -> str:
-    """Return a plot of lines over steps, each with its label at its end; shares go from 0 to 100%."""
-    steps = [step for _, points, _ in found for step, _ in points]
-    first, last = (0, max(steps)) if percent else (min(steps), max(steps))
-    largest = 1.0 if percent else _round_up(max(value for _, points, _ in found for _, value in points))
-    right, bottom = WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = _LEFT + (step - first) / max(1, last - first) * (right - _LEFT)
-        return x, bottom - value / largest * (bottom - _TOP)
-
-    parts = []
-    for share in (0.0, 0.5, 1.0):
-        _, y = place(first, share * largest)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        value = f"{share:.0%}" if percent else _short(share * largest).strip()
-        parts.append(_text(_LEFT - 6, y + 4, value, "end"))
-    for step, anchor in ((first, "start"), (last, "end")):
-        parts.append(_text(place(step, 0)[0], bottom + 15, f"step {step:,}", anchor))
-    ends = []
-    for name, points, opacity in found:
-        where = [place(*point) for point in points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in where)
-        parts.append(f'<polyline class="line" stroke-opacity="{opacity:.2f}" points="{path}"/>')
-        if len(where) <= _MAX_DOTS:
-            parts += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in where]
-        ends.append((round(where[-1][1]), name))
-    below = float("-inf")
-    for y, name in sorted(ends, key=lambda end: end[0]):
-        below = max(y + 4, below + _LINE_HEIGHT)
-        parts.append(_text(right + 4, below, name, "start"))
-    return _svg(parts, max(_HEIGHT, int(below) + 6), label)
+    """Return a chart of lines over steps, each with its label at its end; shares go from 0 to 100%."""
+    with chart(_LINES_HEIGHT) as (figure, axes):
+        ends = []
+        for name, points, opacity in found:
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(points) <= _MAX_DOTS else ""
+            (line,) = axes.plot(steps, values, color=COLOUR, alpha=opacity, marker=marker, markersize=3)
+            if name:
+                with_title(line, name)
+            ends.append((values[-1], name))
+        if percent:
+            axes.set_xlim(left=0)
+            axes.set_ylim(-0.02, 1.02)
+            axes.set_yticks([0, 0.5, 1], ["0%", "50%", "100%"])
+        else:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlabel("step")
+        # Several lines may end at one value: their names are beside it, from the widest rows on.
+        by_value: dict[float, list[str]] = {}
+        for value, name in ends:
+            by_value.setdefault(value, []).append(name)
+        for value, names in by_value.items():
+            axes.annotate(", ".join(names), (1, value), (4, 0), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", fontsize=8, verticalalignment="center")  # fmt: skip
+        return inline_svg(figure, label)
 
 
-def _round_up(value: float) -> float:
-    """Return the next number of one digit and zeros, at least 1."""
-    unit = 10.0 ** (len(str(int(value))) - 1)
-    return max(1.0, -(-value // unit) * unit)
-
-
-def _short(value: float) -> str:
-    """Return a number in a few characters."""
-    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.3g} "
+def _upright(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
 
 
 def _columns(width: int) -> str:
     return f"{width} columns" if width else "no columns"
-
-
-def _text(x: float, y: float, text: str, anchor: str, name: str = "") -> str:
-    kind = f' class="{name}"' if name else ""
-    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
-
-
-def _svg(parts: Sequence[str], height: int, label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(label)}" font-size="12">'
-        f"{''.join(parts)}</svg>"
-    )

@@ -8,7 +8,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.regularised_dlrm import RegularisedSparseArch, build
 from mlet_dist.config.model_section import ModelConfig
+from mlet_dist.data.schema import SparseFeature
+from mlet_dist.models.build import build_training_model
 from mlet_dist.models.builder import ModelInputs
+from mlet_dist.models.network_check import check_network, tracing_problem
+from mlet_dist.models.spec import ModelSpec
 
 IDS = KeyedJaggedTensor(["a", "b"], torch.tensor([0, 1, 1, 2, 2, 0]), lengths=torch.ones(6, dtype=torch.int64))
 
@@ -34,6 +38,28 @@ def test_decay_is_the_gradient_of_its_penalty() -> None:
         gradients_of((vectors * weights).sum(), collection), gradients_of(loss, collection), strict=True
     ):
         torch.testing.assert_close(found, expected)
+
+
+def test_rows_that_the_loss_does_not_depend_on_have_no_penalty() -> None:
+    collection = tables()
+    vectors = RegularisedSparseArch(collection, 0.5, None)(IDS)
+    plain = RegularisedSparseArch(collection, 0.0, None)(IDS)
+    loss = plain[:2].sum() + 0.5 / 2 * plain[:2].square().sum() / 2  # the third row is padding
+    for found, expected in zip(
+        gradients_of(vectors[:2].sum(), collection), gradients_of(loss, collection), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("arguments", [{"decay": 0.01}, {"max_norm": 0.5}])
+def test_a_run_may_have_this_network(arguments: dict[str, float]) -> None:
+    settings = ModelConfig(
+        builder="benchmarks.regularised_dlrm:build", arguments=arguments, embedding_dim=4, hidden_dim=8
+    )
+    spec = ModelSpec(settings, ("I1", "I2"), (SparseFeature("C1", 10), SparseFeature("C2", 20)), seed=0)
+    model = build_training_model(spec, torch.device("meta"))
+    check_network(model, 2)
+    assert tracing_problem(model) is None
 
 
 def test_vectors_are_cut_to_the_largest_norm() -> None:

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import log_loss
 
 from mlet_dist.data import parquet_parts
 from mlet_dist.data.prepare.pipeline import prepare_criteo
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.data.synthetic import CRITEO_VALUES, _StreamingAuc, synthesize
+from mlet_dist.data.synthetic import CRITEO_VALUES, _StreamingQuality, synthesize
 from mlet_dist.data.synthetic_model import CHUNK_ROWS
 from mlet_dist.errors import UserError
 
@@ -85,6 +86,7 @@ def test_reported_rates_are_those_of_the_rows(tmp_path: Path) -> None:
     assert report["positive_rate"] == pytest.approx(table["label"].to_numpy().mean())
     assert report["positive_rate"] == pytest.approx(0.25, abs=0.02)
     assert 0.78 < report["auc_ceiling"] < 0.86
+    assert 0.4 < report["logloss_floor"] < 0.45  # that of the positive rate alone is 0.56
     schema = DatasetSchema.load(tmp_path / "out")
     for split in ("train", "valid", "test"):
         assert schema.positive_rate[split] == pytest.approx(read(tmp_path / "out", split)["label"].to_numpy().mean())
@@ -207,16 +209,17 @@ def test_data_sets_with_lists_are_reproducible(with_lists: tuple[Path, dict[str,
     assert content(tmp_path / "again") == content(with_lists[0])
 
 
-def test_streaming_auc_is_the_exact_one() -> None:
+def test_streaming_quality_is_the_exact_one() -> None:
     rng = np.random.default_rng(0)
     probability = rng.random(3000)
     probability[:500] = 0.25  # ties
     labels = (rng.random(3000) < probability).astype(np.int8)
-    auc = _StreamingAuc()
+    best = _StreamingQuality()
     for part in np.array_split(np.arange(3000), 7):
-        auc.add(probability[part], labels[part])
-    assert auc.auc() == pytest.approx(exact_auc(probability, labels), abs=1e-4)
-    assert auc.positive_rate() == pytest.approx(labels.mean())
+        best.add(probability[part], labels[part])
+    assert best.auc() == pytest.approx(exact_auc(probability, labels), abs=1e-4)
+    assert best.logloss() == pytest.approx(log_loss(labels, probability), rel=1e-12)
+    assert best.positive_rate() == pytest.approx(labels.mean())
 
 
 @pytest.mark.parametrize(
