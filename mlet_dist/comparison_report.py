@@ -99,7 +99,7 @@ def comparison_table(result: dict[str, Any]) -> str:
 
 
 def _compared(difference: Mapping[str, Any], compressed: bool) -> str:
-    """Return what a model gains over another one, and whether that is more than chance, as an entry of a list."""
+    """Return what a model gains over another one, and whether that may be chance, as an entry of a list."""
     arm, other = (
         "the control" if difference[key] == CONTROL else _title(difference[key], compressed) for key in ("arm", "of")
     )
@@ -109,7 +109,7 @@ def _compared(difference: Mapping[str, Any], compressed: bool) -> str:
         if math.isnan(found.value):
             parts.append(f"{title} undefined")
             continue
-        verdict = "no more than chance"
+        verdict = "may be chance"
         if not found.is_noise:
             verdict = "better" if better * found.value > 0 else "worse"
         parts.append(f"{title} {found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}, {verdict})")
