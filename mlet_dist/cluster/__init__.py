@@ -5,7 +5,7 @@
 - ``attempt``: run the ranks of this node once with torch elastic.
 - ``heartbeats``: find nodes that are lost, and tell all nodes why an attempt has failed.
 - ``elastic_beats``: let the ranks of an elastic job restart when a node has vanished, or has come back.
-- ``meetings``: the meetings of an elastic job's nodes, which have names.
+- ``rendezvous_rounds``: the rendezvous rounds of an elastic job's nodes, which have names.
 - ``failure``: why an attempt has failed.
 - ``verdict``: what a failure means for this node: the reason, whether it counts, the exit code.
 - ``rank_watch``: watch the rank processes of this node: report, find those that are stopped, pass signals on, kill.

@@ -22,10 +22,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mlet_dist.cluster.elastic_beats import ElasticBeats
 from mlet_dist.cluster.gloo_interface import gloo_interface
-from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.rank_errors import error_in_logs, error_of_failure
 from mlet_dist.cluster.rank_watch import RankWatch
+from mlet_dist.cluster.rendezvous_rounds import RendezvousRounds
 from mlet_dist.cluster.stop_request import FORWARDED, StopRequest
 from mlet_dist.cluster.torch_rendezvous import FixedRendezvous, OpenRendezvous
 from mlet_dist.errors import ConnectionLost, NodesMissing, print_error
@@ -105,13 +105,13 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
         "join_timeout": max(int(nodes.wait), 50),  # a dead node is noticed after 15 s, before the last call
         "last_call_timeout": min(int(nodes.wait), 15),
     }
-    meetings = Meetings()
+    rounds = RendezvousRounds()
     config = {
         "min_nodes": nodes.min_count,
         "max_nodes": nodes.count,
         "run_id": job,
         "rdzv_endpoint": nodes.endpoint,
-        "rdzv_backend": OpenRendezvous(meetings).backend,
+        "rdzv_backend": OpenRendezvous(rounds).backend,
         "rdzv_configs": options,
         "max_restarts": _ELASTIC_RESTARTS,
         "signals_to_handle": ",".join(number.name for number in FORWARDED),
@@ -126,7 +126,7 @@ def run_elastic(nproc: int, arguments: Sequence[str], nodes: Nodes, job: str, *,
             with (
                 _raised_signals(),
                 watch.watch(logs),
-                ElasticBeats(nodes, job, meetings, options["last_call_timeout"], end),
+                ElasticBeats(nodes, job, rounds, options["last_call_timeout"], end),
             ):
                 _launch(config, nproc, logs, arguments)
         except SignalException as stopped:

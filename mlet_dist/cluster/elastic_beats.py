@@ -7,7 +7,8 @@ come and go.
 
 A machine that comes back is not told by torch elastic that the others have met again without it, and its ranks may wait
 for theirs as well: gloo forgets a message that it was about to send when it finds a connection closed. So whoever gives
-a meeting up writes that into the store, under the name of the meeting, and each launcher looks there for its own.
+a round of the rendezvous up writes that into the store, under the name of the round, and each launcher looks there for
+its own.
 """
 
 import os
@@ -24,8 +25,8 @@ from typing import Self
 
 from torch import distributed as dist
 
-from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.rendezvous_rounds import RendezvousRounds
 from mlet_dist.cluster.silence import Silence
 from mlet_dist.node_log import log_of_node
 
@@ -35,7 +36,7 @@ _GONE_SECONDS = 60.0
 """How long node 0 may not answer until this node ends: a call of its store waits without a limit."""
 
 _LEFT_SECONDS = 30.0
-"""How long ranks may go on after another node has left their meeting; torch elastic allows as much after a signal."""
+"""How long ranks may go on after another node has left their round; torch elastic allows as much after a signal."""
 
 _CONNECT = timedelta(seconds=10)
 _LEFT, _LEAVE_SECONDS = b"left", 2.0  # what a launcher writes when it ends, and how long it tries
@@ -43,17 +44,17 @@ _LEFT, _LEAVE_SECONDS = b"left", 2.0  # what a launcher writes when it ends, and
 
 @dataclass(frozen=True)
 class _Rank:
-    """A rank process: when it was first seen, and the meeting after which it was started."""
+    """A rank process: when it was first seen, and the round after which it was started."""
 
     since: float
-    meeting: str
+    round_name: str
 
 
 @dataclass(frozen=True)
 class _Over:
-    """A meeting that is over: its name, the node that was lost (None if one left), and when this node learned of it."""
+    """A round that is over: its name, the node that was lost (None if one left), and when this node learned of it."""
 
-    meeting: str = ""
+    round_name: str = ""
     lost: int | None = None
     since: float = 0.0
 
@@ -63,13 +64,13 @@ class ElasticBeats:
 
     - Another node is silent: ranks are killed that may have been started together with it, and no others. Node 0 is
       silent if its store does not answer.
-    - Another node has killed its ranks because a node was lost, maybe this one: those of the same meeting are killed.
-    - Another node has left the meeting in which ranks of this one go on: they are killed after some time.
+    - Another node has killed its ranks because a node was lost, maybe this one: those of the same round are killed.
+    - Another node has left the round in which ranks of this one go on: they are killed after some time.
 
     Args:
         nodes: the nodes of the job.
         job: the id of the job.
-        meetings: of this node.
+        rounds: of this node.
         last_call: for how many seconds torch elastic waits for further nodes before it starts ranks: so long after it
             was heard of for the last time, a node may take part.
         give_up: called once, in another thread, when node 0 has not answered for a minute. Then this process can only
@@ -77,18 +78,18 @@ class ElasticBeats:
     """
 
     def __init__(
-        self, nodes: Nodes, job: str, meetings: Meetings, last_call: float, give_up: Callable[[], None]
+        self, nodes: Nodes, job: str, rounds: RendezvousRounds, last_call: float, give_up: Callable[[], None]
     ) -> None:
         self._nodes, self._prefix, self._last_call = nodes, f"mlet/{job}", last_call
-        self._meetings, self._give_up = meetings, give_up
+        self._rounds, self._give_up = rounds, give_up
         self._store: dist.Store | None = None
         self._answers = 0
         self._silences: dict[int, Silence] = {}
         self._children = Path(f"/proc/self/task/{os.getpid()}/children")
         self._ranks: dict[int, _Rank] = {}
-        self._given_up: dict[str, int] = {}  # meetings, with the node for which they were given up
+        self._given_up: dict[str, int] = {}  # names of rounds, with the node for which they were given up
         self._over = _Over()
-        self._lock, self._logged = threading.Lock(), ""  # the meeting that was said to be over
+        self._lock, self._logged = threading.Lock(), ""  # the round that was said to be over
         self._end = threading.Event()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._beat, self._watch)]
 
@@ -130,22 +131,22 @@ class ElasticBeats:
         return dist.PrefixStore(self._prefix, dist.TCPStore(host, self._nodes.port, None, False, _CONNECT))
 
     def _tell(self, store: dist.Store) -> None:
-        """Write which meetings are over; that a node was lost counts more than that one has left."""
-        for meeting, node in [*self._given_up.items()]:
-            store.set(_over(meeting), f"{node}")
-            del self._given_up[meeting]
-        while self._meetings.left:
-            store.compare_set(_over(self._meetings.left[0]), "", "left")
-            del self._meetings.left[0]
+        """Write which rounds are over; that a node was lost counts more than that one has left."""
+        for round_name, node in [*self._given_up.items()]:
+            store.set(_over(round_name), f"{node}")
+            del self._given_up[round_name]
+        while self._rounds.left:
+            store.compare_set(_over(self._rounds.left[0]), "", "left")
+            del self._rounds.left[0]
 
     def _listen(self, store: dist.Store) -> None:
-        meeting = self._meetings.current
-        if not meeting or not store.check([_over(meeting)]):
+        round_name = self._rounds.current
+        if not round_name or not store.check([_over(round_name)]):
             return
-        why = store.get(_over(meeting)).decode()
+        why = store.get(_over(round_name)).decode()
         lost = None if why == "left" else int(why)
-        if (meeting, lost) != (self._over.meeting, self._over.lost):
-            self._over = _Over(meeting, lost, time.monotonic())
+        if (round_name, lost) != (self._over.round_name, self._over.lost):
+            self._over = _Over(round_name, lost, time.monotonic())
 
     def _watch(self) -> None:
         """Look at the ranks, and whether node 0 answers, which the other thread waits for."""
@@ -156,8 +157,8 @@ class ElasticBeats:
             over = self._over
             if over.lost is not None or time.monotonic() > over.since + _LEFT_SECONDS:
                 # Also those that are started only now, by a launcher that was suspended in between.
-                ended = {pid for pid, rank in self._ranks.items() if rank.meeting == over.meeting}
-                self._kill(ended, over.meeting, self._reason(over.lost))
+                ended = {pid for pid, rank in self._ranks.items() if rank.round_name == over.round_name}
+                self._kill(ended, over.round_name, self._reason(over.lost))
             if self._nodes.rank and lost.is_too_long(self._answers) and self._answers:
                 self._lose(0, lost.seconds)
             if self._nodes.rank and gone.is_too_long(self._answers):
@@ -165,21 +166,21 @@ class ElasticBeats:
                 return
 
     def _note_ranks(self) -> None:
-        now, meeting = time.monotonic(), self._meetings.current
+        now, round_name = time.monotonic(), self._rounds.current
         pids = [*map(int, self._children.read_text().split())]
-        if meeting != self._meetings.current:  # it is not known to which meeting a new rank belongs: look again
-            meeting = ""
-        new = {pid: _Rank(now, meeting) for pid in pids} if meeting else {}
+        if round_name != self._rounds.current:  # it is not known to which round a new rank belongs: look again
+            round_name = ""
+        new = {pid: _Rank(now, round_name) for pid in pids} if round_name else {}
         self._ranks = {pid: self._ranks.get(pid) or new[pid] for pid in pids if pid in self._ranks or pid in new}
 
     def _lose(self, node: int, seconds: float) -> None:
         """Kill the ranks that may have been started with a node that has been silent for so many seconds."""
         latest = time.monotonic() - seconds + self._last_call
-        lost = {pid: rank.meeting for pid, rank in self._ranks.items() if rank.since < latest}
-        for meeting in {*lost.values()}:
-            if meeting != self._logged:
-                self._given_up[meeting] = node
-            self._kill([pid for pid, of_rank in lost.items() if of_rank == meeting], meeting, self._reason(node))
+        lost = {pid: rank.round_name for pid, rank in self._ranks.items() if rank.since < latest}
+        for round_name in {*lost.values()}:
+            if round_name != self._logged:
+                self._given_up[round_name] = node
+            self._kill([pid for pid, of_rank in lost.items() if of_rank == round_name], round_name, self._reason(node))
 
     def _reason(self, lost: int | None) -> str:
         if lost is None:
@@ -188,15 +189,15 @@ class ElasticBeats:
             return "the other nodes have taken this one for lost, and started again without it; it joins them"
         return f"node {lost} is lost: it has given no sign of life for {_LOST_SECONDS:g} s; the ranks start again"
 
-    def _kill(self, pids: Iterable[int], meeting: str, reason: str) -> None:
+    def _kill(self, pids: Iterable[int], round_name: str, reason: str) -> None:
         with self._lock:
             for pid in pids:
-                if meeting != self._logged:
-                    self._logged = meeting
+                if round_name != self._logged:
+                    self._logged = round_name
                     log_of_node(self._nodes.rank, self._nodes.count, reason)
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
 
-def _over(meeting: str) -> str:
-    return f"over/{meeting}"
+def _over(round_name: str) -> str:
+    return f"over/{round_name}"

@@ -10,7 +10,7 @@ from mlet_dist.checkpoint.manifest import ManifestError
 from mlet_dist.cluster.attempt import run_elastic
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.preflight import collect_report, find_problems
-from mlet_dist.cluster.registration import Meeting, wait_for_node_0
+from mlet_dist.cluster.registration import RendezvousRound, wait_for_node_0
 from mlet_dist.cluster.rendezvous import Rendezvous
 from mlet_dist.cluster.restarts import RestartLimit, Supervisor
 from mlet_dist.cluster.stop_request import StopRequest
@@ -66,7 +66,7 @@ def launch(
 
 
 class _Node:
-    """This node: its checks, and its meetings with the others.
+    """This node: its checks, and its rendezvous with the others.
 
     Args:
         nproc, nodes, job, check: as for ``launch``.
@@ -104,8 +104,8 @@ class _Node:
         """Return whether the ranks use NCCL."""
         return _uses_cuda(self._config)
 
-    def meet(self, number: int, cause: str) -> Meeting | None:
-        """Check this node, exchange reports with the other nodes, and return the meeting of all nodes.
+    def meet(self, number: int, cause: str) -> RendezvousRound | None:
+        """Check this node, exchange reports with the other nodes, and return the rendezvous round of all nodes.
 
         Returns None if a rank has failed when the run had finished: then its ranks need no other node, and nodes whose
         ranks have all succeeded have ended.
@@ -119,7 +119,7 @@ class _Node:
                 return None
             raise
 
-    def _meet(self, number: int, cause: str) -> Meeting:
+    def _meet(self, number: int, cause: str) -> RendezvousRound:
         assert self._nodes is not None
         assert self._rendezvous is not None
         problem = ""
@@ -129,17 +129,17 @@ class _Node:
             problem = str(error)
         if self._nodes.count > 1 and number == 0:
             log_of_node(self._nodes.rank, self._nodes.count, f"started; joins at {self._nodes.endpoint}")
-        own = {"meetings": number, "cause": cause, "run_before": self._run_before, "run_now": self._run_now()}
+        own = {"rounds": number, "cause": cause, "run_before": self._run_before, "run_now": self._run_now()}
         with collect_report(f"node {self._nodes.rank}", self._config, problem, self.uses_cuda()) as report:
             try:
-                meeting = self._rendezvous.meet(report | own, lambda reports: "; ".join(find_problems(reports)))
+                this_round = self._rendezvous.meet(report | own, lambda reports: "; ".join(find_problems(reports)))
             except RanksLost as lost:
                 # The other nodes may never receive this node's problems, so that they must be in this node's log.
                 for found in report["problems"]:
                     raise UserError(found) from lost
                 raise
-        self._run_before = meeting.run_before
-        return meeting
+        self._run_before = this_round.run_before
+        return this_round
 
     def _has_finished(self) -> bool:
         with suppress(UserError):

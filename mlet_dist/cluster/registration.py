@@ -1,4 +1,4 @@
-"""How a node reaches node 0 and is admitted to a meeting of the nodes (``rendezvous.py``)."""
+"""How a node reaches node 0 and is admitted to a rendezvous round of the nodes (``rendezvous.py``)."""
 
 import json
 import socket
@@ -32,15 +32,15 @@ class NotAdmitted(Exception):
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """All nodes of a job, which start their ranks together.
+class RendezvousRound:
+    """A round of the rendezvous: all nodes of a job, which start their ranks together.
 
     Attributes:
-        store: the store that node 0 keeps, with a prefix that no other meeting uses.
+        store: the store that node 0 keeps, with a prefix that no other round uses.
         prefix: this prefix.
         number: how often the nodes have met before.
         names: the name of each node.
-        is_unexplained: whether no node knows why the attempt before this meeting failed.
+        is_unexplained: whether no node knows why the attempt before this round failed.
         run_before: ``run_to_replace`` before the first attempt of the job.
         has_replaced: whether the ranks have replaced that run since.
         silent: the nodes that joined, but have ended since.
@@ -68,8 +68,8 @@ class Registration:
         self._nodes, self._job, self._last, self._report, self._deadline = nodes, job, last, report, deadline
         self.answered, self.is_cancelled = time.monotonic(), False
 
-    def register(self) -> Meeting:
-        """Send the report to node 0, and return the meeting if node 0 admits this node.
+    def register(self) -> RendezvousRound:
+        """Send the report to node 0, and return the round if node 0 admits this node.
 
         Raises:
             NotAdmitted: node 0 did not admit it.
@@ -79,9 +79,9 @@ class Registration:
         timeout = timedelta(seconds=max(1.0, min(ANSWER_SECONDS, self._deadline - time.monotonic())))
         server = dist.TCPStore(nodes.master, nodes.port, None, False, timeout)
         common = dist.PrefixStore(self._job, server)
-        if not self._has(common, "meeting", self._deadline):
+        if not self._has(common, "round", self._deadline):
             raise NotAdmitted(OTHER_JOB)
-        prefix = f"{self._job}/{common.get('meeting').decode()}"
+        prefix = f"{self._job}/{common.get('round').decode()}"
         if prefix == self._last:
             raise NotAdmitted("node 0 has not noticed yet that the last attempt has failed")
         store = dist.PrefixStore(prefix, server)
@@ -102,7 +102,7 @@ class Registration:
             raise NodesMissing(roster["ranks_lost"])
         if "user_error" in roster:
             raise UserError(roster["user_error"])
-        return Meeting(store, prefix, **{key: value for key, value in roster.items() if key != "tokens"})
+        return RendezvousRound(store, prefix, **{key: value for key, value in roster.items() if key != "tokens"})
 
     def _has(self, store: dist.Store, key: str, deadline: float) -> bool:
         while not self.is_cancelled and time.monotonic() <= deadline:

@@ -1,7 +1,7 @@
 """Rendezvous: the nodes of a job join at node 0 and start together, or all end with the same reason.
 
-Node 0 keeps a TCPStore, in which it announces each meeting by a random name, which is the prefix of all keys of the
-meeting. Every node writes a report with a random token there and waits for the roster, in which node 0 lists the tokens
+Node 0 keeps a TCPStore, in which it announces each round by a random name, which is the prefix of all keys of the
+round. Every node writes a report with a random token there and waits for the roster, in which node 0 lists the tokens
 of all nodes. A node whose token is not in the roster has reached another attempt of the job.
 """
 
@@ -22,9 +22,9 @@ from mlet_dist.cluster.registration import (
     ANSWER_SECONDS,
     OTHER_JOB,
     POLL_SECONDS,
-    Meeting,
     NotAdmitted,
     Registration,
+    RendezvousRound,
     Report,
     gave_up,
     why_unreachable,
@@ -50,12 +50,12 @@ class Rendezvous:
         self._server: dist.TCPStore | None = None
         self._last = ""
 
-    def meet(self, report: Report, find_problems: Callable[[Sequence[Report]], str]) -> Meeting:
+    def meet(self, report: Report, find_problems: Callable[[Sequence[Report]], str]) -> RendezvousRound:
         """Wait for all nodes.
 
         Args:
-            report: the report of this node, which must be serializable as JSON. ``name`` is its name, ``meetings`` the
-                number of its meetings before this one, and ``cause`` why its last attempt failed, or ``unknown``;
+            report: the report of this node, which must be serializable as JSON. ``name`` is its name, ``rounds`` the
+                number of its rounds before this one, and ``cause`` why its last attempt failed, or ``unknown``;
                 ``run_before`` and ``run_now`` are ``run_to_replace`` before the job and now.
             find_problems: called on node 0 with the reports of all nodes, by rank; returns what is wrong, or "".
 
@@ -63,12 +63,12 @@ class Rendezvous:
             UserError: the port is in use, or ``find_problems`` found something; every node raises the latter.
             NodesMissing: node 0 cannot be reached, or a node did not join in time.
         """
-        report = {"meetings": 0, "cause": "", "name": f"node {self._nodes.rank}"} | report
+        report = {"rounds": 0, "cause": "", "name": f"node {self._nodes.rank}"} | report
         report = {"run_before": None, "run_now": None} | report
         report |= {"token": uuid.uuid4().hex}
         return self._host(report, find_problems) if self._nodes.rank == 0 else self._join(report)
 
-    def _host(self, report: Report, find_problems: Callable[[Sequence[Report]], str]) -> Meeting:
+    def _host(self, report: Report, find_problems: Callable[[Sequence[Report]], str]) -> RendezvousRound:
         """Collect the reports of all nodes and send each of them the result."""
         nodes, everyone = self._nodes, range(self._nodes.count)
         deadline = time.monotonic() + nodes.wait
@@ -78,7 +78,7 @@ class Rendezvous:
         prefix = f"{self._job}/{name}"
         store = dist.PrefixStore(prefix, self._server)
         store.set("report/0", json.dumps(report))
-        dist.PrefixStore(self._job, self._server).set("meeting", name)
+        dist.PrefixStore(self._job, self._server).set("round", name)
         missing = self._wait_for_keys(store, [f"report/{each}" for each in everyone], deadline)
         if missing:
             lost = (
@@ -90,9 +90,9 @@ class Rendezvous:
             raise NodesMissing(lost)
         reports = _read_reports(store, everyone)
         problem = find_problems(list(reports.values()))
-        first = max(reports.values(), key=lambda each: each["meetings"])  # it knows how the job began
+        first = max(reports.values(), key=lambda each: each["rounds"])  # it knows how the job began
         roster = {
-            "number": first["meetings"],
+            "number": first["rounds"],
             "names": [each["name"] for each in reports.values()],
             "is_unexplained": all(each["cause"] == "unknown" for each in reports.values()),
             "run_before": first["run_before"],
@@ -102,7 +102,7 @@ class Rendezvous:
         silent = self._publish_roster(store, reports, roster | ({"user_error": problem} if problem else {}))
         if problem:
             raise UserError(problem)
-        return Meeting(store, prefix, **roster, silent=tuple(silent))
+        return RendezvousRound(store, prefix, **roster, silent=tuple(silent))
 
     def _publish_roster(self, store: dist.Store, reports: dict[int, Report], outcome: dict[str, Any]) -> list[int]:
         """Publish the roster with the outcome; return the nodes that have not acknowledged it in time."""
@@ -114,7 +114,7 @@ class Rendezvous:
         missing = self._wait_for_keys(store, keys, time.monotonic() + ANSWER_SECONDS)
         return [ranks[each] for each in missing]
 
-    def _join(self, report: Report) -> Meeting:
+    def _join(self, report: Report) -> RendezvousRound:
         """Try to register at node 0 until this attempt's node 0 has admitted this node."""
         nodes = self._nodes
         deadline = time.monotonic() + nodes.wait
@@ -133,9 +133,9 @@ class Rendezvous:
             time.sleep(0.5)
         raise gave_up(nodes, reason)
 
-    def _register_in_thread(self, report: Report, deadline: float) -> Meeting:
+    def _register_in_thread(self, report: Report, deadline: float) -> RendezvousRound:
         """Register in a thread, because calls of the store wait without a limit for a host that does not answer."""
-        result: queue.SimpleQueue[Meeting | BaseException] = queue.SimpleQueue()
+        result: queue.SimpleQueue[RendezvousRound | BaseException] = queue.SimpleQueue()
         attempt = Registration(self._nodes, self._job, self._last, report, deadline)
 
         def run() -> None:

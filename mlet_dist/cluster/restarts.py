@@ -17,7 +17,7 @@ from mlet_dist.cluster.heartbeats import Heartbeats
 from mlet_dist.cluster.nodes import Nodes
 from mlet_dist.cluster.rank_errors import RankAborted
 from mlet_dist.cluster.rank_watch import RankWatch
-from mlet_dist.cluster.registration import Meeting
+from mlet_dist.cluster.registration import RendezvousRound
 from mlet_dist.cluster.stop_request import StopRequest
 from mlet_dist.cluster.verdict import judge, kind_of
 from mlet_dist.errors import NodesMissing, RanksLost
@@ -40,7 +40,7 @@ Without its peers a rank cannot save, and soon ends itself. After a collective h
 10 s to find out which of them hang. After an input error, a checkpoint that is being written may be completed (30 s).
 """
 
-Meet = Callable[[int, str], Meeting | None]
+Meet = Callable[[int, str], RendezvousRound | None]
 """Lets the nodes meet, given the number of earlier attempts and why the last failed; None if the run has finished."""
 
 
@@ -108,24 +108,28 @@ class Supervisor:
         while True:
             has_replaced, name = self._has_replaced(), uuid.uuid4().hex
             mark_attempt(number, has_replaced=has_replaced)
-            meeting = None if meet is None else meet(number, cause)
-            if meeting is not None:
-                number, has_replaced, name = meeting.number, meeting.has_replaced, meeting.prefix.rpartition("/")[2]
+            this_round = None if meet is None else meet(number, cause)
+            if this_round is not None:
+                number, has_replaced, name = (
+                    this_round.number,
+                    this_round.has_replaced,
+                    this_round.prefix.rpartition("/")[2],
+                )
             mark_attempt(number, name, has_replaced=has_replaced)
-            if meeting is not None and meeting.is_unexplained and not self._limit.allows_another():
+            if this_round is not None and this_round.is_unexplained and not self._limit.allows_another():
                 raise self._exhausted(RanksLost("the ranks have failed again, and no node knows why"))
             joined = f"all {self._nodes.count} nodes have joined"
-            if meet is not None and meeting is None:
+            if meet is not None and this_round is None:
                 joined = "the run has finished; the other nodes are not needed"
             self._log(joined + f"; restart {number}" * (number > 0))
-            found = self._attempt(meeting)
+            found = self._attempt(this_round)
             if found is None:
                 self._log("ended: its ranks have succeeded")
                 return
             cause = found
             number += 1
 
-    def _attempt(self, meeting: Meeting | None) -> str | None:
+    def _attempt(self, this_round: RendezvousRound | None) -> str | None:
         """Run the ranks once; return None if they succeeded, and otherwise why they failed, as the next report says."""
         heartbeats: Heartbeats | None = None
 
@@ -137,16 +141,19 @@ class Supervisor:
         has_peers = self._nproc * self._nodes.count > 1
         watch = RankWatch(self._stop.received, shutdown_seconds(), report, has_peers=has_peers, on_cuda=self._on_cuda())
         name = f"node {self._nodes.rank}"
-        if meeting is not None and self._nodes.count > 1:
-            name = meeting.names[self._nodes.rank]
+        if this_round is not None and self._nodes.count > 1:
+            name = this_round.names[self._nodes.rank]
             heartbeats = Heartbeats(
-                self._nodes, meeting.prefix, meeting.names, lambda failure: watch.kill_all(_GRACE_SECONDS[failure.kind])
+                self._nodes,
+                this_round.prefix,
+                this_round.names,
+                lambda failure: watch.kill_all(_GRACE_SECONDS[failure.kind]),
             )
         with heartbeats or nullcontext():
             try:
                 self._stop.check()
-                if meeting is not None and meeting.silent:
-                    gone = meeting.names[meeting.silent[0]]
+                if this_round is not None and this_round.silent:
+                    gone = this_round.names[this_round.silent[0]]
                     raise NodesMissing(f"{gone} joined, but ended before the job started; see its log")
                 run_ranks(self._nproc, self._arguments, self._nodes, self._job, watch, self._stop)
             except (Exception, KeyboardInterrupt) as error:

@@ -17,8 +17,8 @@ from torch.distributed.elastic.rendezvous.api import RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.rendezvous_rounds import RendezvousRounds
 
 _DEAD = timedelta(seconds=15)
 """How long a node may show c10d no sign of life, by the clocks of the nodes."""
@@ -92,18 +92,18 @@ class OpenRendezvous(RendezvousHandler):
     keep all others from joining.
 
     A node that has shown no sign of life for 15 s is dead for c10d as long as its ranks run. If that is true of all of
-    them, because they were suspended together, a node that joins begins a meeting without them, of which c10d does not
+    them, because they were suspended together, a node that joins begins a round without them, of which c10d does not
     tell them.
 
     Args:
-        meetings: of this node; the rendezvous enters and leaves them.
+        rounds: of this node; the rendezvous enters and leaves them.
 
     Attributes:
         backend: the name under which it is registered.
     """
 
-    def __init__(self, meetings: Meetings) -> None:
-        self._meetings = meetings
+    def __init__(self, rounds: RendezvousRounds) -> None:
+        self._rounds = rounds
         self.backend = f"mlet-{uuid.uuid4().hex}"  # torch elastic registers a name once
         self._handler: DynamicRendezvousHandler
         rendezvous_handler_registry.register(self.backend, self._create)
@@ -126,9 +126,9 @@ class OpenRendezvous(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         """As c10d's: wait until enough nodes have met; torch elastic has ended this node's ranks before."""
-        self._meetings.leave()
+        self._rounds.leave()
         found = self._handler.next_rendezvous()
-        self._meetings.enter(found.store)
+        self._rounds.enter(found.store)
         return found
 
     def is_closed(self) -> bool:

@@ -18,8 +18,8 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from mlet_dist.cluster import attempt
-from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.rendezvous_rounds import RendezvousRounds
 from mlet_dist.cluster.torch_rendezvous import OpenRendezvous
 from mlet_dist.errors import ConnectionLost, NodesMissing
 from tests.cluster.test_restarts import Job, job
@@ -95,7 +95,7 @@ def test_a_node_that_was_cut_off_closes_the_rendezvous_for_no_other(error: Excep
     """torch elastic shuts it down in a `finally`, whatever is raised."""
 
     def handler(is_host: bool) -> RendezvousHandler:
-        places = (OpenRendezvous(Meetings()).backend, f"localhost:{port}", "job", 1, 2, "localhost")
+        places = (OpenRendezvous(RendezvousRounds()).backend, f"localhost:{port}", "job", 1, 2, "localhost")
         return get_rendezvous_handler(RendezvousParameters(*places, is_host=is_host))
 
     port = free_port()

@@ -19,8 +19,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from mlet_dist.cluster import attempt, elastic_beats
 from mlet_dist.cluster.elastic_beats import ElasticBeats
-from mlet_dist.cluster.meetings import Meetings
 from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.rendezvous_rounds import RendezvousRounds
 from mlet_dist.cluster.torch_rendezvous import OpenRendezvous
 from tests.cluster.test_wrong_launch import free_port
 from tests.helpers.fork_server import fork_server
@@ -35,13 +35,13 @@ def node(rank: int, port: int, folder: Path) -> None:
     elastic_beats._POLL_SECONDS, elastic_beats._LOST_SECONDS, elastic_beats._LEFT_SECONDS = 0.05, 2.0, 3.0
     with (folder / f"log-{rank}").open("w") as log:
         os.dup2(log.fileno(), 2)
-    meetings, ranks = Meetings(), dict[str, "subprocess.Popen[bytes]"]()
+    rounds, ranks = RendezvousRounds(), dict[str, "subprocess.Popen[bytes]"]()
     nodes = Nodes(min_count=2, count=3, rank=rank, master="localhost", port=port, wait=1)
-    with ElasticBeats(nodes, "job", meetings, 0, lambda: None):
+    with ElasticBeats(nodes, "job", rounds, 0, lambda: None):
         while not (folder / "end").exists():
             for file in sorted(folder.glob(f"enter-{rank}-*")):
-                meetings.leave()
-                meetings.current = file.name.rpartition("-")[2]
+                rounds.leave()
+                rounds.current = file.name.rpartition("-")[2]
                 file.unlink()
             for file in sorted(folder.glob(f"start-{rank}-*")):
                 ranks[file.name] = subprocess.Popen(["sleep", "600"])
@@ -69,7 +69,7 @@ class Launchers:
             self._processes[rank].start()
 
     def ask(self, *names: str) -> None:
-        """Let a launcher enter a meeting (``enter-1-a``) or start a rank (``start-1-a``), and wait until it has."""
+        """Let a launcher enter a round (``enter-1-a``) or start a rank (``start-1-a``), and wait until it has."""
         for name in names:
             (self.folder / name).touch()
             self.wait_until(lambda name=name: not (self.folder / name).exists())  # type: ignore[misc]
@@ -106,7 +106,7 @@ class Launchers:
 
 @pytest.fixture
 def launchers(tmp_path: Path) -> Iterator[Launchers]:
-    """Two launchers in a meeting, with a rank each; a node is lost after 2 s."""
+    """Two launchers in a round, with a rank each; a node is lost after 2 s."""
     with ExitStack() as stack:
         found = Launchers(tmp_path, stack)
         found.ask("enter-0-a", "enter-1-a", "start-0-a", "start-1-a")
@@ -122,7 +122,7 @@ def test_a_launcher_that_was_suspended_kills_ranks_that_the_others_have_given_up
     launchers.ask("enter-1-c", "start-1-c")
     time.sleep(4)
     assert not launchers.is_killed(0, "b"), "the others go on"
-    assert not launchers.is_killed(1, "c"), "its ranks of another meeting do, too"
+    assert not launchers.is_killed(1, "c"), "its ranks of another round do, too"
     assert [launchers.log(rank) for rank in (0, 1)] == [[LOST], [TAKEN_FOR_LOST]]
 
 
@@ -160,9 +160,9 @@ def test_ranks_that_go_on_where_another_node_has_left_are_killed_after_a_while(l
     assert not launchers.is_killed(0)
 
 
-def handler(port: int, meetings: Meetings, least: int, *, is_host: bool) -> Any:
+def handler(port: int, rounds: RendezvousRounds, least: int, *, is_host: bool) -> Any:
     """Return a node's rendezvous of two nodes, for which a node is dead after 2 s."""
-    places = (OpenRendezvous(meetings).backend, f"localhost:{port}", "job", least, 2, "localhost")
+    places = (OpenRendezvous(rounds).backend, f"localhost:{port}", "job", least, 2, "localhost")
     times = {"last_call_timeout": 1, "join_timeout": 50, "keep_alive_interval": 1, "keep_alive_max_attempt": 2}
     return get_rendezvous_handler(RendezvousParameters(*places, is_host=is_host, **times))
 
@@ -175,9 +175,9 @@ def meet(*handlers: Any) -> None:
         thread.join(60)
 
 
-def test_nodes_that_meet_give_each_meeting_a_name_of_its_own() -> None:
-    port, both, names = free_port(), [Meetings(), Meetings()], []
-    handlers = [handler(port, meetings, 2, is_host=rank == 0) for rank, meetings in enumerate(both)]
+def test_nodes_that_meet_give_each_round_a_name_of_its_own() -> None:
+    port, both, names = free_port(), [RendezvousRounds(), RendezvousRounds()], []
+    handlers = [handler(port, rounds, 2, is_host=rank == 0) for rank, rounds in enumerate(both)]
     for _ in range(2):
         meet(*handlers)
         assert both[0].current == both[1].current
@@ -191,19 +191,19 @@ def test_nodes_that_meet_give_each_meeting_a_name_of_its_own() -> None:
 
 def test_a_node_that_was_suspended_notices_one_that_meets_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as for ranks
-    port, meetings = free_port(), [Meetings(), Meetings()]
-    staying = handler(port, meetings[0], 1, is_host=True)
+    port, rounds = free_port(), [RendezvousRounds(), RendezvousRounds()]
+    staying = handler(port, rounds[0], 1, is_host=True)
     staying.next_rendezvous()
     staying._handler._stop_heartbeats()
     time.sleep(2.5)
     assert staying.num_nodes_waiting() == 0
-    joining = handler(port, meetings[1], 2, is_host=False)
+    joining = handler(port, rounds[1], 2, is_host=False)
     thread = threading.Thread(target=joining.next_rendezvous, daemon=True)
     thread.start()
     Launchers.wait_until(lambda: staying.num_nodes_waiting() == 1)
     staying.next_rendezvous()
     thread.join(60)
-    assert meetings[0].current == meetings[1].current != ""
+    assert rounds[0].current == rounds[1].current != ""
     for each in (staying, joining):
         each.shutdown()
 
@@ -217,12 +217,12 @@ def meet_ahead_of_time(port: int) -> None:
             return datetime.now(zone) + timedelta(seconds=20)
 
     dynamic_rendezvous.datetime = Ahead  # type: ignore[misc]
-    handler(port, Meetings(), 2, is_host=False).next_rendezvous()
+    handler(port, RendezvousRounds(), 2, is_host=False).next_rendezvous()
 
 
 def test_a_node_whose_clock_is_far_ahead_does_not_disturb_the_others() -> None:
     port = free_port()
-    staying = handler(port, Meetings(), 1, is_host=True)
+    staying = handler(port, RendezvousRounds(), 1, is_host=True)
     staying.next_rendezvous()
     joining = fork_server().Process(target=meet_ahead_of_time, args=(port,))
     joining.start()

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from mlet_dist import __version__
 from mlet_dist.cluster.nodes import Nodes, default_port, job_id, parse_node_count
 from mlet_dist.cluster.preflight import collect_report, digest_of_code, find_problems
-from mlet_dist.cluster.registration import Meeting
+from mlet_dist.cluster.registration import RendezvousRound
 from mlet_dist.cluster.rendezvous import Rendezvous
 from mlet_dist.errors import RanksLost, UserError
 from tests.cluster.test_wrong_launch import connect
@@ -85,7 +85,7 @@ def test_nodes_that_joined_report_who_is_missing(port: int) -> None:
 
 def test_the_store_of_an_earlier_attempt_is_not_joined(port: int) -> None:
     old = dist.TCPStore("localhost", port, None, True, timedelta(seconds=30), wait_for_workers=False)
-    dist.PrefixStore("job", old).set("meeting", "old")
+    dist.PrefixStore("job", old).set("round", "old")
     left = dist.PrefixStore("job/old", old)
     left.set("report/0", json.dumps({"token": "old"}))
     left.set("roster", json.dumps({"tokens": {"0": "old", "1": "older", "2": "oldest"}}))
@@ -138,17 +138,17 @@ def test_other_connections_to_the_port_are_ignored(port: int) -> None:
 def test_nodes_meet_again_at_the_same_node_0_and_a_new_process_joins_them(port: int) -> None:
     everyone = [Rendezvous(nodes(rank, port), "job") for rank in range(3)]
 
-    def meet(rank: int, number: int, cause: str) -> Meeting:
-        return everyone[rank].meet({"name": f"n{rank}", "meetings": number, "cause": cause}, no_problem)
+    def meet(rank: int, number: int, cause: str) -> RendezvousRound:
+        return everyone[rank].meet({"name": f"n{rank}", "rounds": number, "cause": cause}, no_problem)
 
     with ThreadPoolExecutor(3) as pool:
         first = list(pool.map(meet, range(3), (0, 0, 0), ("new", "new", "new")))
-        first[0].store.set("key", "of the first meeting")
+        first[0].store.set("key", "of the first round")
         everyone[1] = Rendezvous(nodes(1, port), "job")  # a pod that was replaced
         second = list(pool.map(meet, range(3), (1, 0, 1), ("unknown", "new", "unknown")))
         third = list(pool.map(meet, range(3), (2, 2, 2), ("unknown", "unknown", "unknown")))
     assert len({each.prefix for each in (*first, *second, *third)}) == 3
-    assert [[each.number for each in meetings] for meetings in (first, second, third)] == [[0] * 3, [1] * 3, [2] * 3]
+    assert [[each.number for each in of_round] for of_round in (first, second, third)] == [[0] * 3, [1] * 3, [2] * 3]
     assert {each.is_unexplained for each in (*first, *second)} == {False}
     assert {each.is_unexplained for each in third} == {True}
     assert third[2].names == ["n0", "n1", "n2"]
@@ -158,8 +158,8 @@ def test_nodes_meet_again_at_the_same_node_0_and_a_new_process_joins_them(port: 
 def test_a_new_node_0_learns_what_the_job_was_to_replace(port: int) -> None:
     everyone = [Rendezvous(nodes(rank, port), "job") for rank in range(3)]
 
-    def meet(rank: int, number: int, before: str, now: str) -> Meeting:
-        report = {"meetings": number, "cause": "lost", "run_before": before, "run_now": now}
+    def meet(rank: int, number: int, before: str, now: str) -> RendezvousRound:
+        report = {"rounds": number, "cause": "lost", "run_before": before, "run_now": now}
         return everyone[rank].meet(report, no_problem)
 
     with ThreadPoolExecutor(3) as pool:
