@@ -71,7 +71,7 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     finished = {arm for arm in configs if _finished(configs[arm])}
     content = {each: schema.content_id(each) for each in schema.parts} | {"vocabulary": schema.vocabulary_id}
     contents = _contents(base / _CONTENTS)
-    _check_contents(base, content, {arm: contents.get(arm, content) for arm in finished})
+    _check_contents(base, content, {arm: contents.get(arm, content) for arm in configs if arm in finished})
     for arm in configs:
         if arm not in finished:
             RunDirectory(base / arm).check_available(configs[arm])
