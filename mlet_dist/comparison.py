@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mlet_dist.atomic_file import replaced_file
 from mlet_dist.child_command import run_child_command
 from mlet_dist.comparison_report import CONTROL, MLET, SINGLE, SINGLE_COMPRESSED, comparison_table
 from mlet_dist.config.compression_section import CompressionConfig, TableCompressionConfig
@@ -24,6 +25,8 @@ from mlet_dist.models.spec import ModelSpec
 from mlet_dist.quality.paired_bootstrap import paired_differences
 from mlet_dist.quality.scores_file import read_scores
 from mlet_dist.training.run_directory import RunDirectory
+
+_CONTENTS = "data.json"  # fingerprints of the data set that each arm was trained on
 
 
 def compare(config: Config, nproc: int) -> dict[str, Any]:
@@ -47,8 +50,8 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         of its interval (``paired_bootstrap``); with several labels they are those of each ``label``.
 
     Raises:
-        UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, or the data
-            set has neither of the splits.
+        UserError: ``model.hidden_dim`` is null without compression, a file below ``run.dir`` is in the way, the data
+            set has neither of the splits, or arms that are not trained again had another one.
         SystemExit: one of the commands failed, and has printed why.
         ChildProcessError: one of the commands was killed.
     """
@@ -66,6 +69,9 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
     base = Path(config.run.dir)
     configs = arm_configs(config, ModelSpec.of(config, schema))
     finished = {arm for arm in configs if _finished(configs[arm])}
+    content = {each: schema.content_id(each) for each in schema.parts} | {"vocabulary": schema.vocabulary_id}
+    contents = _contents(base / _CONTENTS)
+    _check_contents(base, content, {arm: contents.get(arm, content) for arm in configs if arm in finished})
     for arm in configs:
         if arm not in finished:
             RunDirectory(base / arm).check_available(configs[arm])
@@ -74,6 +80,9 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         base.mkdir(parents=True, exist_ok=True)
         for arm, arm_config in configs.items():
             save_config(arm_config, base / f"{arm}.yaml")
+        # The results of an earlier comparison are not those of arms that are trained and scored now.
+        for old in ("comparison.json", "comparison.md"):
+            (base / old).unlink(missing_ok=True)
     for arm in configs:
         load_config(base / f"{arm}.yaml")  # every arm's settings are checked before the first is trained
     arms: dict[str, dict[str, Any]] = {}
@@ -87,6 +96,9 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
             _, _, trained = RunDirectory(run).load()
         else:
             trained = _run_command("train", str(base / f"{arm}.yaml"), "--nproc", str(nproc))
+            contents[arm] = content
+            with writing(base), replaced_file(base / _CONTENTS) as file:
+                file.write(to_json(contents, indent=1).encode())
         with writing(export):
             if export.exists():
                 shutil.rmtree(export)
@@ -114,8 +126,9 @@ def compare(config: Config, nproc: int) -> dict[str, Any]:
         "differences": _differences(base, list(configs), split, schema.labels),
     }
     with writing(base):
-        (base / "comparison.json").write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         (base / "comparison.md").write_text(comparison_table(result) + "\n", encoding="utf-8")
+        with replaced_file(base / "comparison.json") as file:
+            file.write((to_json(result, indent=1) + "\n").encode())
     return result
 
 
@@ -246,6 +259,34 @@ def _finished(config: Config) -> bool:
     if config.run.overwrite or not run.summary.exists():
         return False
     return dataclasses.replace(run.load_config(), run=config.run) == config
+
+
+def _contents(file: Path) -> dict[str, Any]:
+    """Return the fingerprints of the data sets that arms were trained on; earlier versions did not record them."""
+    try:
+        found = load_json(file)
+        return dict(found)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}; remove it, if the data set is still the same") from None
+
+
+def _check_contents(base: Path, content: Mapping[str, str], of_arms: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise UserError if an arm was trained with other data, whose results do not compare with those of this data.
+
+    Args:
+        base: the directory of the comparison.
+        content: fingerprints of the splits and the vocabulary as they are now.
+        of_arms: those of the arms that are not trained again.
+    """
+    for arm, before in of_arms.items():
+        parts = [name for name in sorted(before.keys() | content.keys()) if before.get(name) != content.get(name)]
+        if parts:
+            raise UserError(
+                f"{base / arm}: was trained on another data set, of which {', '.join(parts)} differ; choose another "
+                "run.dir, or train all models again with run.overwrite=true"
+            )
 
 
 def _check_export(export: Path, replace: bool) -> None:

@@ -95,7 +95,13 @@ def comparison_table(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     caption = _COMPRESSED_CAPTION if compressed else _CAPTION
     compared = [_compared(each, compressed) for each in result["differences"]]
-    return "\n".join([*lines, "", *compared, "", caption, _NOTES.format(split=split, confidence=CONFIDENCE)])
+    died = [
+        f"- The dense arch of {_title(name, compressed)} returns the same for all rows, as an unlucky seed can cause: "
+        "the run says nothing of its settings, and nor do its differences; compare again with another train.seed"
+        for name, arm in arms.items()
+        if arm.get("dense_arch_varies") is False
+    ]
+    return "\n".join([*lines, "", *compared, *died, "", caption, _NOTES.format(split=split, confidence=CONFIDENCE)])
 
 
 def _compared(difference: Mapping[str, Any], compressed: bool) -> str:

@@ -1,5 +1,7 @@
+import dataclasses
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,56 @@ def test_a_comparison_that_was_stopped_resumes(commands: Commands, settings: Cal
     commands.ran = []
     assert compare(settings("run.overwrite=true"), 1) == result
     assert commands.ran == ALL
+
+
+def test_models_of_other_data_are_not_compared(
+    commands: Commands, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    data, base = tmp_path / "data", tmp_path / "base"
+    shutil.copytree(settings().data.path, data)
+    of_data = f"data.path={data}"
+    commands.stop = ("train", "control")
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings(of_data), 1)
+    commands.ran, commands.stop = [], None
+    other = DatasetSchema.load(data)
+    changed = dataclasses.replace(other, parts={**other.parts, "test": other.parts["valid"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DatasetSchema, "load", lambda *_: changed)
+        with pytest.raises(UserError, match=r"single: was trained on another data set, of which test differ; choose"):
+            compare(settings(of_data), 1)
+        assert commands.ran == []
+        # Of an overwritten comparison that is stopped, some arms have the old data and some the new.
+        commands.stop = ("train", "mlet")
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings(of_data, "run.overwrite=true"), 1)
+        commands.stop = None
+        with pytest.raises(UserError, match=r"mlet: was trained on another data set"):
+            compare(settings(of_data), 1)
+    with pytest.raises(UserError, match=r"single: was trained on another data set"):
+        compare(settings(of_data), 1)
+    compare(settings(of_data, "run.overwrite=true"), 1)
+    (base / "data.json").write_text("no")
+    with pytest.raises(UserError, match=r"data\.json: cannot be read"):
+        compare(settings(of_data), 1)
+
+
+def test_results_of_models_that_are_being_replaced_are_removed(
+    commands: Commands, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    compare(settings(), 1)
+    assert (tmp_path / "base" / "comparison.json").exists()
+    commands.stop = ("train", "mlet")
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings("train.seed=1", "run.overwrite=true"), 1)
+    assert not list((tmp_path / "base").glob("comparison.*"))
+
+
+def test_a_model_whose_dense_arch_died_is_named(commands: Commands, settings: Callable[..., Config]) -> None:
+    assert "returns the same for all rows" not in comparison_table(compare(settings(), 1))
+    commands.arm["dense_arch_varies"] = False
+    table = comparison_table(compare(settings("run.overwrite=true"), 1))
+    assert "- The dense arch of MLET returns the same for all rows" in table
 
 
 @pytest.mark.parametrize(

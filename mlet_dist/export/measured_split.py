@@ -1,6 +1,7 @@
 """The LogLoss of a model on a split with other tables, of which only the rows that the split looks up are in memory."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -116,7 +117,10 @@ class SplitModel:
 
     @torch.no_grad()
     def logloss(self, vectors: Vectors) -> float:
-        """Return the LogLoss of the split; with several labels their sum, each times its ``train.label_weights``."""
+        """Return the LogLoss of the split; with several labels their sum, each times its ``train.label_weights``.
+
+        Labels that no row of weight above 0 has are not in it; NaN if there is no other.
+        """
         self._load(vectors)
         losses, weights = torch.zeros(2, len(self._label_weights), dtype=torch.float64)
         for batch in self._split.renumbered():
@@ -125,6 +129,8 @@ class SplitModel:
             each = functional.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
             losses += (each * known).sum(dim=0)
             weights += known.sum(dim=0)
+        if not bool(weights.any()):
+            return math.nan
         return float((losses / weights.clamp(min=torch.finfo(torch.float64).tiny) * self._label_weights).sum())
 
     def curvatures(self, vectors: Vectors) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference
 from mlet_dist.report.measured_arms import MeasuredOutput, Measurement, budget_text, difference_text
 from mlet_dist.report.recommendation import Ratio, Recommendation, times_smaller
 
+_FEW_ROWS = 100
+
 
 def advice(found: Measurement, chosen: Recommendation, margin: float) -> list[str]:
     """Return what the rule recommends, in sentences; the first is the headline."""
@@ -13,6 +15,7 @@ def advice(found: Measurement, chosen: Recommendation, margin: float) -> list[st
         *_ratios(found, chosen, margin),
         *_better(found, chosen),
         *_failed(found, chosen),
+        *_few_rows(found),
     ]
 
 
@@ -70,13 +73,20 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
     ]
     if smallest.arm == found.reference:
         lines.append(f"It is {_called(found)} itself, quantised: do not bother with other models for their size.")
-    seeds = {run.seed for run in found.runs[smallest.arm]} & {run.seed for run in found.runs[found.reference]}
-    if len(seeds) == 1:
+    if why := _of_rows_alone(found, smallest.arm):
         lines.append(
-            "These intervals are for other rows alone, because both have one seed in common: another seed may change "
-            "the recommendation. Take five seeds."
+            f"These intervals are for other rows alone, because {why}: another seed may change the recommendation. "
+            "Take five seeds."
         )
     return lines
+
+
+def _of_rows_alone(found: Measurement, arm: str) -> str:
+    """Return why the intervals of an arm's difference from the reference are not for other seeds; empty if they are."""
+    own, others = ({run.seed for run in found.runs[each]} for each in (arm, found.reference))
+    if common := own & others:
+        return "both have one seed in common" if len(common) == 1 else ""
+    return "they have no seed in common, and one of them has a single seed" if 1 in (len(own), len(others)) else ""
 
 
 def _can_choose(found: Measurement) -> bool:
@@ -103,10 +113,28 @@ def _ratios(found: Measurement, chosen: Recommendation, margin: float) -> list[s
     own = [each for each in found.outputs if each.arm == found.reference]
     alone = times_smaller(found, margin, own)
     assert alone is not None
-    return [
+    lines = [
         f"By the mean differences on {found.result_split}, tables can be {_ratio(chosen.times_smaller)} times smaller "
         f"within {margin:g} of the LogLoss of {_called(found)}; by quantising {_called(found)} alone, "
         f"{_ratio(alone)} times."
+    ]
+    if (output := chosen.by_mean) is not None:
+        times = max(1.0, found.reference_output.served_bytes / output.served_bytes)
+        lines.append(
+            f"Chosen in this way on {found.choice_split}, they are {times:.1f} times smaller ({output.name}), with "
+            f"{difference_text(_difference(output, found.result_split))} on {found.result_split}, which has no part in "
+            "that choice."
+        )
+    return lines
+
+
+def _few_rows(found: Measurement) -> list[str]:
+    # The bootstrap of one row has intervals of no width.
+    return [
+        f"The split {split} has {rows:,} row{'s' * (rows > 1)} alone. Intervals of so few rows are too narrow: do not "
+        "rely on them."
+        for split, rows in found.rows.items()
+        if rows < _FEW_ROWS
     ]
 
 
@@ -130,11 +158,26 @@ def _better(found: Measurement, chosen: Recommendation) -> list[str]:
             f"{difference_text(_difference(each, split))} in LogLoss on {split}{also}."
         )
     for each in chosen.of_controls:
+        if all(control in found.runs for control in found.controls[each.arm]):
+            why = (
+                "but that it is also better than its control, a single layer with MLET's effective learning rate, is "
+                "not certain: the gain may be due to the learning rate, and not to the factorisation."
+            )
+        else:
+            why = (
+                "but all runs of its control, a single layer with MLET's effective learning rate, failed: whether "
+                "it gains by the learning rate or by the factorisation is not known."
+            )
         lines.append(
             f"{each.arm} is better than {_called(found)} on {split} "
-            f"({difference_text(_difference(each, split))}). That it is also better than its control, a single layer "
-            "with MLET's effective learning rate, is not certain: the gain may be due to the learning rate, and not to "
-            "the factorisation."
+            f"({difference_text(_difference(each, split))}), {why}"
+        )
+    named = [each.arm for each in (*chosen.better, *chosen.of_controls)]
+    of_named = [control for arm in named for control in found.controls.get(arm, ()) if control in found.runs]
+    if few := [arm for arm in dict.fromkeys((*named, *of_named)) if _of_rows_alone(found, arm)]:
+        lines.append(
+            f"Intervals of {', '.join(few)} are for other rows alone, because they have no two seeds in common with "
+            f"{found.reference}: another seed may change what is better. Take five seeds."
         )
     rivals = any(arm != found.reference and runs[0].kind == "mlet" for arm, runs in found.runs.items())
     if rivals and not lines and _can_choose(found):

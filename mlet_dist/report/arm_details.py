@@ -21,7 +21,7 @@ from mlet_dist.quality.paired_bootstrap import Difference, difference_of, differ
 from mlet_dist.quality.replicates import replicates_of
 from mlet_dist.quality.score_metrics import Floats, Scores
 from mlet_dist.quality.scores_file import read_scores, rows_with_label
-from mlet_dist.report.frequency import class_weights, shares_of
+from mlet_dist.report.frequency import class_weights, labels_of, shares_of
 from mlet_dist.report.learning import Cost, Curve, cost_of, curve_of, energy_of
 from mlet_dist.report.measured_arms import Measurement
 
@@ -105,14 +105,20 @@ def _class_weights(found: Measurement, files: Mapping[int, Path], prefix: str) -
         return {}
     run = found.runs[found.reference][0]
     path = data_set_path(run.config.data.path)
+    rows, scored = rows_with_label(files[run.seed], prefix), read_scores(files[run.seed], prefix).labels
     try:
-        weights = class_weights(path, DatasetSchema.load(path), found.result_split)
+        schema = DatasetSchema.load(path)
+        if found.result_split not in schema.parts or (found.label is not None and found.label not in schema.labels):
+            labels = np.zeros(0)
+        else:
+            labels = labels_of(path, schema, found.result_split, found.label)
+        # A data set may have been prepared again since, with as many rows.
+        if (len(rows) and rows[-1] >= len(labels)) or not np.array_equal(labels[rows], scored):
+            print_warning(f"no metrics of rare and frequent ids: {path} has other rows than were scored")
+            return {}
+        weights = class_weights(path, schema, found.result_split)
     except UserError as error:
         print_warning(f"no metrics of rare and frequent ids: {error}")
-        return {}
-    rows = rows_with_label(files[run.seed], prefix)
-    if len(rows) and rows[-1] >= len(next(iter(weights.values()))):
-        print_warning(f"no metrics of rare and frequent ids: {path} has fewer rows than were scored")
         return {}
     return {name: each[rows] for name, each in weights.items()}
 

@@ -42,6 +42,26 @@ def class_weights(path: DataPath, schema: DatasetSchema, split: str) -> dict[str
     return {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in found.items()}
 
 
+def labels_of(path: DataPath, schema: DatasetSchema, split: str, label: str | None = None) -> Floats:
+    """Return the labels of the rows of a split, ``(N,)``; NaN where a row lacks one.
+
+    Args:
+        path: the data set.
+        schema: its schema.
+        split: of the rows.
+        label: which of several; None for the only one.
+
+    Raises:
+        UserError: a file of the data set is missing or damaged.
+    """
+    split_rows = SplitRows(path, schema, schema.parts[split], [], [], by_row=False)
+    column = 0 if label is None else schema.labels.index(label)
+    found = [split_rows.decode(group).labels for group in range(len(split_rows.group_rows))]
+    return np.concatenate(
+        [each.reshape(len(each), -1)[:, column] for each in found] or [np.zeros(0, dtype=np.float32)]
+    ).astype(np.float64)
+
+
 def _ids(rows: Rows) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
     """Yield the ids of each feature, and the row of each id."""
     for column in rows.sparse:

@@ -90,6 +90,7 @@ class Measurement:
         faults: of each arm, why a run of a seed failed, by seed.
         controls: of each arm that has controls, their names, also of those whose runs all failed.
         outputs: of all arms, the largest first within an arm.
+        rows: by split, the number of rows that its intervals are of; a split without intervals is not in it.
     """
 
     reference: str
@@ -99,6 +100,7 @@ class Measurement:
     faults: Mapping[str, Mapping[int, str]]
     controls: Mapping[str, Collection[str]]
     outputs: Sequence[MeasuredOutput]
+    rows: Mapping[str, int]
 
     @property
     def result_split(self) -> str:
@@ -129,8 +131,8 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
         label: of several labels, the one whose metrics count; by default the first.
 
     Raises:
-        UserError: all runs failed, there is no such arm or label or no single layer, or arms have scores of
-            different rows.
+        UserError: all runs failed, there is no such arm or label or no single layer, arms have scores of different
+            rows, or the runs of an arm have no float32 output in common.
     """
     good: dict[str, list[MeasuredRun]] = {}
     faults: dict[str, dict[int, str]] = {}
@@ -146,6 +148,7 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
     splits = tuple(split for split in SPLITS if all(f"{prefix}logloss" in _float(run, split) for run in all_runs))
     if not splits:
         raise UserError("the runs have no metrics of valid or test in common, so that there is nothing to compare")
+    _warn_of_splits(good, splits, prefix)
     places = sorted({run.config.data.path for run in all_runs})
     if len(places) > 1 and any(run.scores is None for run in all_runs):
         print_warning(
@@ -158,13 +161,29 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
     }
     reference = _reference(reference, good, plain)
     outputs = [output for arm, of_arm in good.items() for output in _outputs(arm, of_arm, splits, prefix)]
+    rows: dict[str, int] = {}
     for split in splits:
-        outputs = _with_differences(outputs, good, reference, split, prefix)
+        outputs, of_split = _with_differences(outputs, good, reference, split, prefix)
+        rows |= {split: of_split} if of_split else {}
     controls: dict[str, set[str]] = {}
     for run in runs:
         if run.control_of is not None:
             controls.setdefault(run.control_of, set()).add(run.arm)
-    return Measurement(reference, splits, label, good, faults, controls, outputs)
+    return Measurement(reference, splits, label, good, faults, controls, outputs, rows)
+
+
+def _warn_of_splits(good: Mapping[str, Sequence[MeasuredRun]], splits: Sequence[str], prefix: str) -> None:
+    """Warn of a split that some arms have no metrics of, and that the report is without for this."""
+    for split in SPLITS:
+        without = [
+            arm for arm, runs in good.items() if any(f"{prefix}logloss" not in _float(run, split) for run in runs)
+        ]
+        if split not in splits and len(without) < len(good):
+            chosen = f"; {splits[0]} chooses what is recommended" if split == SPLITS[0] else ""
+            print_warning(
+                f"the report is without the split {split}, of which there are no metrics of {', '.join(without)}"
+                f"{chosen}"
+            )
 
 
 def _prefix_of(run: MeasuredRun, label: str | None) -> tuple[str, str | None]:
@@ -208,7 +227,15 @@ def _reference(wanted: str | None, good: Mapping[str, Sequence[MeasuredRun]], lo
 
 def _outputs(arm: str, runs: Sequence[MeasuredRun], splits: Sequence[str], prefix: str) -> list[MeasuredOutput]:
     """Return the outputs of an arm that all of its runs have."""
-    names = [name for name in runs[0].outputs if all(name in run.outputs for run in runs)]
+    known = dict.fromkeys(name for run in runs for name in run.outputs)
+    names = [name for name in known if all(name in run.outputs for run in runs)]
+    if partly := [name for name in known if name not in names]:
+        print_warning(f"the report is without {', '.join(partly)} of {arm}, which not all of its runs were measured in")
+    if not any(name.partition("-")[0] == PLAIN for name in names):
+        raise UserError(
+            f"the runs of {arm} were not measured in the same float32 output, of {', '.join(known)}; report the "
+            "directories apart"
+        )
     found = []
     for name in names:
         quality = {
@@ -237,8 +264,11 @@ def _with_differences(
     reference: str,
     split: str,
     prefix: str,
-) -> list[MeasuredOutput]:
-    """Return the outputs with their differences from the reference on a split, where there are scores of both."""
+) -> tuple[list[MeasuredOutput], int]:
+    """Return the outputs with their differences from the reference on a split, and of how many rows these are.
+
+    There are differences where there are scores of both; without any the number is 0.
+    """
     places: dict[tuple[str, str], dict[int, int]] = {}
     files: list[Path] = []
     for output in outputs:
@@ -248,7 +278,7 @@ def _with_differences(
             files += [path for path in paths.values() if path is not None]
     base = next((key for key in reversed(places) if key[0] == reference and key[1].partition("-")[0] == PLAIN), None)
     if base is None:
-        return list(outputs)
+        return list(outputs), 0
     try:
         replicates = replicates_of(read_scores(file, prefix) for file in files)
     except ValueError as error:
@@ -268,7 +298,7 @@ def _with_differences(
             replicates_of_seeds = {seed: each.draws[:, index] for seed, index in own.items()}
             metrics[metric] = Quality(exact, difference_of(draws, values), draws, replicates_of_seeds)
         found.append(dataclasses.replace(output, quality={**output.quality, split: metrics}))
-    return found
+    return found, len(read_scores(files[0], prefix))
 
 
 def _difference(

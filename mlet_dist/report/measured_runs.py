@@ -14,6 +14,7 @@ from mlet_dist.comparison_report import CONTROL, MLET
 from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.formatting import load_json, to_json
+from mlet_dist.sweep.arms import settings_of_control
 from mlet_dist.training.dense_arch_check import dense_arch_fault
 from mlet_dist.training.run_directory import RunDirectory
 
@@ -67,12 +68,13 @@ def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
     """Return the runs of directories that `mlet sweep`, `mlet compare` and `mlet train` made.
 
     Single runs whose settings differ in the seed alone are one arm. Arms of the same name in several directories are
-    told apart by their directory.
+    told apart by their directory. A single run that is one of a sweep or a comparison is left to that.
 
     Raises:
         UserError: a directory is none of these, has no finished run, or a file is damaged.
     """
     found: list[MeasuredRun] = []
+    alone: list[bool] = []  # whether each was named by itself
     settings: dict[str, str] = {}
     singles: dict[str, str] = {}
     for path in directories:
@@ -105,11 +107,18 @@ def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
             dataclasses.replace(each, arm=arm, control_of=arm_of.get(each.control_of or "", each.control_of))
             for each, arm in zip(runs, arms, strict=True)
         ]
-    return _each_seed_once(found)
+        alone += [len(runs) == 1 and runs[0].run == path] * len(runs)
+    of_others = {run.run.resolve() for run, is_alone in zip(found, alone, strict=True) if not is_alone}
+    return _each_seed_once(
+        run for run, is_alone in zip(found, alone, strict=True) if not (is_alone and run.run.resolve() in of_others)
+    )
 
 
 def _each_seed_once(runs: Iterable[MeasuredRun]) -> list[MeasuredRun]:
-    """Return the runs without those of an arm and a seed that another run has: one that has scores, or the first."""
+    """Return one run for each arm and seed: of several that with scores, or with more outputs, or the first.
+
+    A run that several sweeps measured in other outputs has all of these.
+    """
     found: dict[tuple[str, int], MeasuredRun] = {}
     for run in runs:
         first = found.setdefault((run.arm, run.seed), run)
@@ -117,9 +126,17 @@ def _each_seed_once(runs: Iterable[MeasuredRun]) -> list[MeasuredRun]:
             print_warning(
                 f"{first.run} and {run.run} have the same settings and the same train.seed; the report has one of them"
             )
-        if first.scores is None and run.scores is not None:
+        elif first.scores is not None and run.scores is not None and first.scores.resolve() == run.scores.resolve():
+            found[run.arm, run.seed] = dataclasses.replace(first, outputs={**first.outputs, **run.outputs})
+            continue
+        if _measured(run) > _measured(first):
             found[run.arm, run.seed] = run
     return list(found.values())
+
+
+def _measured(run: MeasuredRun) -> tuple[bool, int]:
+    """Return how much is known of a run, for comparisons: whether it has scores, and the number of its outputs."""
+    return run.scores is not None, len(run.outputs)
 
 
 def _of_sweep(path: Path) -> list[MeasuredRun]:
@@ -151,6 +168,8 @@ def _of_row(row: Mapping[str, Any], path: Path) -> MeasuredRun:
     control_of = row.get("control_of")
     if control_of is None and kind == CONTROL:
         control_of = row["arm"].removeprefix("control of ")  # as results of earlier versions have it
+    if kind == CONTROL:  # results of earlier versions have the settings of its MLET arm
+        tuned = settings_of_control(config, tuned)
     return MeasuredRun(
         row["arm"],
         kind,

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from mlet_dist.quality.paired_bootstrap import CONFIDENCE
+from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference
 from mlet_dist.report.measured_arms import MeasuredOutput, Measurement, difference_of_outputs
 
 MARGIN = 0.001
@@ -38,13 +38,18 @@ class Recommendation:
         smallest: the smallest output of equal quality; None if none is smaller than the reference.
         verdict: whether it holds on the split of the results; None without such a split, or without ``smallest``.
         times_smaller: of all outputs; None without scores.
+        by_mean: the smallest output whose mean difference on the split by which the recommendation chooses is within
+            the margin, without regard to its interval; None without such a split beside that of the results, or
+            without scores. Its difference on the split of the results is not better for having been chosen.
         better: arms that are better than the reference at no more bytes, the best first.
-        of_controls: arms of MLET that are better than the reference, and not certain to be better than their control.
+        of_controls: arms of MLET that are better than the reference, and not certain to be better than their control:
+            of which all runs may have failed.
     """
 
     smallest: MeasuredOutput | None
     verdict: Verdict | None
     times_smaller: Ratio | None
+    by_mean: MeasuredOutput | None
     better: Sequence[MeasuredOutput]
     of_controls: Sequence[MeasuredOutput]
 
@@ -83,6 +88,7 @@ def recommend(found: Measurement, margin: float = MARGIN) -> Recommendation:
         smallest,
         _verdict(smallest, found, margin),
         times_smaller(found, margin),
+        _by_mean(found, margin),
         sorted(better, key=lambda each: _upper(each, found.choice_split)),
         of_controls,
     )
@@ -117,6 +123,25 @@ def times_smaller(found: Measurement, margin: float, outputs: Sequence[MeasuredO
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Ratio(float(value), float(low), float(high))
+
+
+def _by_mean(found: Measurement, margin: float) -> MeasuredOutput | None:
+    """Return the smallest output within the margin by its mean difference on valid, of those with scores of both."""
+    if found.result_split == found.choice_split:
+        return None
+
+    def known(output: MeasuredOutput, split: str) -> Difference | None:
+        quality = output.loss(split)
+        return None if quality is None else quality.difference
+
+    within = [
+        each
+        for each in found.outputs
+        if (difference := known(each, found.choice_split)) is not None
+        and difference.value < margin
+        and known(each, found.result_split) is not None
+    ]
+    return min(within, key=lambda each: (each.served_bytes, each.arm != found.reference), default=None)
 
 
 def _upper(output: MeasuredOutput, split: str) -> float:

@@ -38,9 +38,10 @@ def report(
         label: of several labels, the one whose metrics count; by default the first.
 
     Returns:
-        What report.json holds, and the text. ``advice``, ``rule``, ``reference``, ``times_smaller``, ``recommended``,
-        ``arms`` and ``outputs``: each with its ``served_bytes``, ``training_bytes``, ``on_front``, and by split and
-        metric ``mean``, ``spread``, ``by_seed`` and ``difference`` (``value``, ``low``, ``high``).
+        What report.json holds, and the text. ``advice``, ``rule``, ``reference``, ``times_smaller``,
+        ``by_mean_on_valid``, ``recommended``, ``arms`` and ``outputs``: each with its ``served_bytes``,
+        ``training_bytes``, ``on_front``, and by split and metric ``mean``, ``spread``, ``by_seed`` and ``difference``
+        (``value``, ``low``, ``high``).
 
     Raises:
         UserError: as ``measured_runs`` and ``measure``, or ``out`` is not free or cannot be written.
@@ -71,6 +72,7 @@ def _plain(found: Measurement, details: Details, chosen: Recommendation, margin:
         "reference": found.reference,
         "label": found.label,
         "times_smaller": None if ratio is None else dataclasses.asdict(ratio),
+        "by_mean_on_valid": None if chosen.by_mean is None else _name(chosen.by_mean),
         "recommended": None if chosen.smallest is None else _name(chosen.smallest),
         "verdict": chosen.verdict,
         "better": [each.arm for each in chosen.better],

@@ -2,14 +2,16 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlet_dist.atomic_file import temporary_of
 from mlet_dist.comparison import arm_configs
 from mlet_dist.comparison_report import CONTROL, MLET
-from mlet_dist.config.config_file import Config, load_config, save_config
+from mlet_dist.config.config_file import Config, config_text, load_config, save_config
 from mlet_dist.config.parser import to_yaml
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
@@ -19,6 +21,12 @@ from mlet_dist.sweep.sweep_file import SweepConfig
 
 _PRESETS: dict[str, dict[str, list[Any]]] = {
     "paper": {"model.embedding_dim": [4, 8, 16, 32], "model.hidden_dim": [64, 128]},
+}
+_OF_W2 = {
+    "optimizer.projections_learning_rate",
+    "model.projection_init",
+    "model.projection_init_std",
+    "model.single_layer_up_to",
 }
 _PLACE = "run.dir=runs"  # of the check; each run has a directory of its own
 
@@ -77,22 +85,36 @@ def arms_of(sweep: SweepConfig) -> list[Arm]:
 
 
 def with_settings(arm: Arm, settings: Mapping[str, Any], file: Path) -> Config:
-    """Write the arm's config with ``settings`` into a file, and return it.
+    """Write the arm's config with ``settings`` into a file at once, below the arm's name, and return it.
 
     Raises:
         UserError: a setting is wrong; the message names the arm. Or the file cannot be written.
     """
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_config(arm.config, file)
-        config = _load(file, settings, arm.name)
-        save_config(config, file)
+        temporary = temporary_of(file)
+        save_config(arm.config, temporary)
+        config = _load(temporary, settings, arm.name)
+        temporary.write_text(f"# arm {json.dumps(arm.name)}\n{config_text(config)}", encoding="utf-8")
+        temporary.replace(file)
     return config
 
 
 def control_config(mlet: Config) -> Config:
     """Return the config of the control of an MLET config, for example of a tuned one."""
     return arm_configs(mlet, spec_of(mlet))[CONTROL]
+
+
+def settings_of_control(config: Config, names: Iterable[str]) -> dict[str, float]:
+    """Return the values that a control has, and not its MLET arm: of tuned settings by name, and of the rows' rate."""
+    found = {}
+    for name in dict.fromkeys((*names, "optimizer.rows_learning_rate")):
+        value: Any = config.to_dict()
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float):
+            found[name] = float(value)
+    return found
 
 
 def spec_of(config: Config) -> ModelSpec:
@@ -135,15 +157,21 @@ def _text(value: Any) -> str:
 def _load(file: Path, settings: Mapping[str, Any], arm: str) -> Config:
     overrides = [f"{name}={_text(value)}" for name, value in settings.items()]
     try:
-        return load_config(file, [*overrides, _PLACE], "settings of the sweep")
+        config = load_config(file, [*overrides, _PLACE], "settings of the sweep")
     except UserError as error:
         raise UserError(f"arm {arm!r}: {error}") from None
+    if config.train.resume not in ("auto", "never"):
+        raise UserError(
+            f"arm {arm!r}: train.resume is {config.train.resume}; each run of a sweep begins by itself, so leave it "
+            "out, or name the weights to begin with by train.initial_weights"
+        )
+    return config
 
 
 def _add(arms: dict[str, Arm], arm: Arm, *, refuse: bool = False) -> None:
-    """Add an arm unless one has its settings, which is an error if ``refuse``."""
-    plain = _comparable(arm.config)
-    same = [name for name, each in arms.items() if _comparable(each.config) == plain and each.kind != CONTROL]
+    """Add an arm unless one has its settings and is tuned as it is, which is an error if ``refuse``."""
+    plain = _comparable(arm)
+    same = [name for name, each in arms.items() if _comparable(each) == plain and each.kind != CONTROL]
     if same and arm.kind != CONTROL:
         if refuse:
             raise UserError(f"arm {arm.name!r} has the settings of arm {same[0]!r}; leave one of them out")
@@ -156,13 +184,16 @@ def _add(arms: dict[str, Arm], arm: Arm, *, refuse: bool = False) -> None:
     arms[arm.name] = arm
 
 
-def _comparable(config: Config) -> Config:
-    """Return the config without the place of its run, and without the settings of W2 where no table has one."""
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=""))
+def _comparable(arm: Arm) -> tuple[Config, frozenset[str]]:
+    """Return the config without the place of its run, and the settings that are not tuned for the arm.
+
+    Where no table has a W2, both are without the settings of W2.
+    """
+    config = dataclasses.replace(arm.config, run=dataclasses.replace(arm.config.run, dir=""))
     if config.model.has_two_layers:
-        return config
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, projection_init="normal", projection_init_std=None),
-        optimizer=dataclasses.replace(config.optimizer, projections_learning_rate=None),
+        return config, arm.fixed
+    model = dataclasses.replace(
+        config.model, projection_init="normal", projection_init_std=None, single_layer_up_to="auto"
     )
+    optimizer = dataclasses.replace(config.optimizer, projections_learning_rate=None)
+    return dataclasses.replace(config, model=model, optimizer=optimizer), arm.fixed - _OF_W2

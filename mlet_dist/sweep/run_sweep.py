@@ -19,12 +19,12 @@ from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, writing
 from mlet_dist.progress import Progress
-from mlet_dist.sweep.arms import Arm, arms_of, control_config, with_settings
+from mlet_dist.sweep.arms import Arm, arms_of, control_config, settings_of_control, with_settings
 from mlet_dist.sweep.logged_commands import LoggedCommands
 from mlet_dist.sweep.scored_points import ScoredPoints, outputs_of, quantised_of
 from mlet_dist.sweep.shared_directory import Claims, exclusive, joined
 from mlet_dist.sweep.sweep_file import SweepConfig, TuneConfig
-from mlet_dist.sweep.sweep_results import Result, results_table, write_results
+from mlet_dist.sweep.sweep_results import Result, digest_of_results, results_table, write_results
 from mlet_dist.sweep.trained_points import TrainedPoints, digest_of
 from mlet_dist.sweep.tuning import Trial, tune
 
@@ -92,6 +92,7 @@ class _Sweep:
         self._shown = self._tune.metric.removesuffix("auc").removesuffix("logloss") + "logloss"
 
     def run(self) -> dict[str, Any]:
+        self._begin()
         with self._progress, ThreadPoolExecutor(self._sweep.workers) as pool:
             waiting = [pool.submit(self._work, environment) for environment in self._environments]
             try:
@@ -121,6 +122,17 @@ class _Sweep:
             },
         }
 
+    def _begin(self) -> None:
+        """Remove what another sweep, whose results these will replace, has left in the directory as its final results.
+
+        Its results.parquet stays until the first run of this one has ended.
+        """
+        with exclusive(self._out / ".results.lock", self._commands.wait), writing(self._out):
+            if digest_of_results(self._out / "results.parquet") != self._digest:
+                (self._out / "results.txt").unlink(missing_ok=True)
+                for file in (self._out / "arms").glob("[0-9]*.yaml"):
+                    file.unlink(missing_ok=True)
+
     def _work(self, environment: Mapping[str, str]) -> None:
         """Complete arms until all are."""
         self._commands.set_environment(environment)
@@ -149,9 +161,16 @@ class _Sweep:
     def _file(self, arm: Arm) -> Path:
         return self._out / "arms" / f"{list(self._arms).index(arm.name):03}.yaml"
 
+    def _other_file(self, arm: Arm) -> Path:
+        """Return a file for settings that are not those that are chosen, which may be left when a sweep is killed."""
+        file = self._file(arm)
+        return file.with_name(f".{file.stem}.trial.yaml")
+
     def _complete(self, arm: Arm) -> None:
         """Tune an arm and train it with each seed."""
         config, settings = self._choose(arm)
+        with writing(self._out):
+            self._other_file(arm).unlink(missing_ok=True)
         self._chosen[arm.name] = settings
         for seed in self._sweep.seeds:
             seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
@@ -164,11 +183,12 @@ class _Sweep:
 
     def _choose(self, arm: Arm) -> tuple[Config, dict[str, float]]:
         file = self._file(arm)
+        other = self._other_file(arm)
         if arm.control_of is not None:
             settings = self._chosen[arm.control_of]
-            mlet = with_settings(self._arms[arm.control_of], settings, file)
-            control = dataclasses.replace(arm, config=control_config(mlet))
-            return with_settings(control, {}, file), settings
+            mlet = with_settings(self._arms[arm.control_of], settings, other)
+            config = with_settings(dataclasses.replace(arm, config=control_config(mlet)), {}, file)
+            return config, settings_of_control(config, settings)
         names = arm.tuned_settings(self._sweep)
         if not names:
             return with_settings(arm, {}, file), {}
@@ -176,7 +196,7 @@ class _Sweep:
         def configured(settings: dict[str, float], steps: int) -> Config:
             # Trials have the first seed: what is chosen must not depend on luck that other arms do not have.
             own = {**settings, "train.max_steps": steps, "train.seed": self._sweep.seeds[0]}
-            return with_settings(arm, own, file)
+            return with_settings(arm, own, other)
 
         def shown(trial: Trial) -> None:
             self._add(Result(arm, "tune", configured(trial.settings, trial.steps), trial.settings, trial.outcome))

@@ -1,6 +1,8 @@
 """The YAML file of `mlet sweep`: which settings are tried, how they are tuned, and with which seeds."""
 
 import dataclasses
+import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,13 +155,19 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         for name, value in entries.items():
             if not isinstance(value, kind) or not value:
                 raise UserError(f"{path}: {key}.{name}: expected {expected}, found {to_yaml(value)}")
+    for name in sweep.arms:
+        if not name.strip() or any(unicodedata.category(each) in ("Cc", "Zl", "Zp") for each in name):
+            raise UserError(
+                f"{path}: arms: {json.dumps(name)} is no name of an arm; use visible characters in one line"
+            )
     arms = {f"arms.{name}": settings for name, settings in sweep.arms.items()}
     named = {"settings": sweep.settings, "grid": sweep.grid, "tune.settings": sweep.tune.settings, **arms}
     for key, settings in named.items():
         for name in _SET_BY_THE_SWEEP.keys() & settings.keys():
             raise UserError(f"{path}: {key}.{name}: each run of a sweep has its own; use {_SET_BY_THE_SWEEP[name]}")
-    if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise UserError(f"{path}: seeds is {to_yaml(list(sweep.seeds))}; name each seed once")
+    for key, values in (("seeds", sweep.seeds), ("outputs", sweep.outputs)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{path}: {key} is {to_yaml(list(values))}; name each {key.removesuffix('s')} once")
     if not (sweep.arms or sweep.grid or sweep.preset):
         raise UserError(f"{path}: names no arms; set arms, grid or preset")
     begin = {key: Path() if key in sources else path.parent for key in ("config", "runs")}

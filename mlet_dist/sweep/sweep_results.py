@@ -113,6 +113,14 @@ def write_results(
         pq.write_table(pa.Table.from_pylist([*others, *own], schema), file)
 
 
+def digest_of_results(path: Path) -> str | None:
+    """Return the digest of the sweep that wrote a Parquet file; None if it cannot be read."""
+    try:
+        return (pq.read_schema(path).metadata or {}).get(_DIGEST, b"").decode() or None
+    except (OSError, pa.ArrowException):
+        return None
+
+
 def _run_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return row["arm"], row["stage"], row["run"]
 

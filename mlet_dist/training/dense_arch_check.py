@@ -1,6 +1,7 @@
 """Notices a dense arch whose output is the same for every row, so that the model ignores its dense columns."""
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torchrec.models.dlrm import DenseArch
 
 from mlet_dist.training.state import Training
 
+_ROWS = 1024  # of a model that is well, few rows can all have an output of 0
 _SAME = 1e-6  # a range of an output below this share of its values is rounding
 _ADVICE = (
     "the ReLU of one of its layers is 0 for all rows, and no gradient can change that; start again with "
@@ -24,11 +26,12 @@ def dense_arch_fault(summary: Mapping[str, Any]) -> str | None:
 
 
 class DenseArchCheck:
-    """Checks, when it is called, the output of the dense arch (bottom MLP) for the last complete global batch.
+    """Checks, when it is called, the output of the dense arch (bottom MLP) for the rows of the last steps.
 
     Adagrad's first steps move every weight by the learning rate, whatever its gradient. In some runs this leaves the
-    last layer's ReLU at 0 for all rows, from which it never recovers. For the few rows of an incomplete batch it can be
-    0 in a model that is well, so such a batch tells nothing.
+    last layer's ReLU at 0 for all rows, from which it never recovers. For the few rows of a small batch it can be 0 in
+    a model that is well, so the rows are those of as many global batches as have 1,024 together, and an incomplete
+    batch tells nothing.
 
     Attributes:
         varies: whether the output varied over the rows of the batch that was checked last; None before a check, or
@@ -40,20 +43,20 @@ class DenseArchCheck:
         self._dense_arch = _dense_arch(training.model)
         self._warned = False
         self._complete = training.complete_rows
-        self._rows: torch.Tensor | None = None
-        self._step = 0
+        self._batches: deque[tuple[int, torch.Tensor]] = deque(maxlen=-(-_ROWS // self._complete))
 
     def note(self, training: Training) -> None:
-        """Keep the dense columns of the last step's batch if it is complete; called after each step."""
+        """Keep the dense columns of a step's batch if it is complete; called after each step."""
         batch = training.batch
         if batch is not None and batch.global_rows >= self._complete:
-            self._rows, self._step = batch.dense[: batch.num_rows], training.step
+            self._batches.append((training.step, batch.dense[: batch.num_rows]))
 
     def __call__(self) -> str | None:
         """Check, and return a warning the first time that the output does not vary. A collective call."""
-        rows = self._rows
-        if self._dense_arch is None or rows is None:
+        if self._dense_arch is None or not self._batches:
             return None
+        steps, batches = zip(*self._batches, strict=True)
+        rows = torch.cat(batches)
         with torch.no_grad():
             # By forward, because the module itself may be compiled for training batches.
             found = [_extremes(rows), _extremes(self._dense_arch.forward(rows))]
@@ -68,9 +71,10 @@ class DenseArchCheck:
         if self.varies or self._warned:
             return None
         self._warned = True
+        of_steps = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
         return (
-            f"the output of the dense arch is the same for all {self._complete:,} rows of step "
-            f"{self._step:,}, so the model ignores its dense columns: {_ADVICE}"
+            f"the output of the dense arch is the same for all {len(steps) * self._complete:,} rows of "
+            f"{of_steps}, so the model ignores its dense columns: {_ADVICE}"
         )
 
 

@@ -9,11 +9,13 @@ import torch
 
 from mlet_dist.config.byte_sizes import bytes_within
 from mlet_dist.config.model_section import ModelConfig
-from mlet_dist.data.schema import SparseFeature
+from mlet_dist.data.schema import DatasetSchema, SparseFeature
 from mlet_dist.embeddings.table_config import RowRange
+from mlet_dist.errors import UserError
+from mlet_dist.export.budget import run_budget
 from mlet_dist.export.budget.allocation import Block, PricedTable, allocate, costs_of, widths_of
-from mlet_dist.export.encoding import ENCODINGS
-from mlet_dist.export.measured_split import MeasuredSplit, lookup_factors
+from mlet_dist.export.encoding import ENCODINGS, Encoding, RowOverflow
+from mlet_dist.export.measured_split import MeasuredSplit, SplitModel, lookup_factors, served_vectors
 from mlet_dist.export.source import ModelSource
 from mlet_dist.models.build import build_serving_model
 from mlet_dist.models.spec import ModelSpec
@@ -258,3 +260,32 @@ def test_a_budget_needs_a_validation_split(tmp_path: Path) -> None:
         f"--budget 2x: {data} has no rows of a split valid, on which sizes are compared; name a data set that has them "
         "with --data"
     )
+
+
+@pytest.mark.multirank
+def test_what_cannot_be_measured_is_not_chosen(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that float16 cannot hold are no error, and a split that defines no LogLoss is one."""
+
+    def served(ids: torch.Tensor, vectors: torch.Tensor, table: object, encoding: Encoding) -> torch.Tensor:
+        if encoding.name == "fp16":
+            raise RowOverflow(0, 1e6, "fp16")
+        return served_vectors(ids, vectors, table, encoding)
+
+    with ModelSource.open(run) as source:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_budget, "served_vectors", served)
+            _, found = run_budget.choose(source, "3x", None)
+            assert {each["output"].partition("-")[0] for each in found["candidates"]} == {"dcp", "int8", "int4"}
+            assert "--budget 3x: fp16-mixed is no candidate: the value 1e+06 is too large" in capsys.readouterr().err
+        predicted = SplitModel._predicted
+        with monkeypatch.context() as patch:
+            patch.setattr(SplitModel, "_predicted", lambda *of: (*predicted(*of)[:2], torch.zeros(1, 1).double()))
+            with pytest.raises(
+                UserError, match=r"the LogLoss of .* on the split valid of .* is nan; sizes are compared"
+            ):
+                run_budget.choose(source, "3x", None)
+        monkeypatch.setattr(DatasetSchema, "rows", {"valid": 10})
+        with pytest.raises(UserError, match="has no rows of a split train, by whose counts rows get their widths"):
+            run_budget.choose(source, "3x", None)

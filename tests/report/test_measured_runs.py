@@ -47,10 +47,51 @@ def test_a_run_counts_once(run_of, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{first} and {repeated} have the same settings and the same train.seed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_of_a_sweep_that_is_named_by_itself_counts_once(
+    first: bool, run_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_of("runs/abc", 4)
+    (run,) = measured_runs([path])
+    monkeypatch.setattr(RunDirectory, "load", lambda _: (run.config, None, {"served_table_bytes": 10}))
+    row = {"arm": "a", "kind": "mlet", "stage": "seed", "settings": "{}", "fault": None, "run": str(path)}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "results.parquet")
+    found = measured_runs([path, tmp_path] if first else [tmp_path, path])
+    assert [each.arm for each in found] == ["a"]
+
+
 def test_a_run_with_predictions_counts_rather_than_one_without(run_of, tmp_path: Path) -> None:
     (run,) = measured_runs([run_of("a", 4)])
     scored = dataclasses.replace(run, scores=tmp_path)
     assert module._each_seed_once([run, scored]) == [scored]
+
+
+def test_a_run_that_two_sweeps_measured_has_the_outputs_of_both(run_of, tmp_path: Path) -> None:
+    (run,) = measured_runs([run_of("a", 4)])
+    first, second = (
+        dataclasses.replace(run, scores=tmp_path, outputs={name: {"served_bytes": 1} for name in names})
+        for names in (("dcp", "int8"), ("dcp", "int4"))
+    )
+    (found,) = module._each_seed_once([first, second])
+    assert list(found.outputs) == ["dcp", "int8", "int4"]
+    # Of two runs with the same settings, the one that is known in more outputs.
+    other = dataclasses.replace(second, run=tmp_path / "other", scores=tmp_path / "other")
+    more = dataclasses.replace(other, outputs={**first.outputs, **second.outputs})
+    assert module._each_seed_once([first, other]) == [first]
+    assert module._each_seed_once([first, more]) == [more]
+
+
+def test_a_control_is_shown_with_its_own_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier versions recorded what was chosen for its MLET arm, of which the control has a multiple."""
+    settings = ["run.dir=x", "data.path=none", "model.hidden_dim=null", "optimizer.rows_learning_rate=0.2"]
+    config = load_config(ROOT / "configs" / "criteo_kaggle.yaml", settings)
+    monkeypatch.setattr(RunDirectory, "load", lambda run: (config, None, {"served_table_bytes": 10}))
+    tuned = '{"optimizer.rows_learning_rate": 0.05, "model.nothing": 3}'
+    row = {"arm": "c", "kind": "control", "stage": "seed", "settings": tuned, "fault": None, "run": str(tmp_path / "r"),
+           "control_of": "mlet"}  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "results.parquet")
+    (found,) = measured_runs([tmp_path])
+    assert found.tuned == {"optimizer.rows_learning_rate": 0.2}
 
 
 def test_runs_of_a_sweep_without_scores_and_compressed_single_layers(

@@ -241,6 +241,89 @@ def test_one_seed_in_common_is_said(tmp_path: Path) -> None:
     assert "another seed may change the recommendation" in decided(single[:1])[2]
 
 
+@pytest.mark.parametrize("seeds", [(0,), (7,)])
+def test_one_seed_of_a_better_arm_or_of_its_control_is_said(seeds: tuple[int, ...], tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    single, mlet = made.arm("single", "single", 0.8, {"dcp": 10}), made.arm("mlet", "mlet", 0.1, {"dcp": 10})
+    control = made.arm("control", "control", 0.8, {"dcp": 10}, control_of="mlet")
+    assert "another seed may change what is better" not in decided(single + mlet + control)[2]
+    few = made.arm("mlet", "mlet", 0.1, {"dcp": 10}, seeds=seeds)
+    assert "Intervals of mlet are for other rows alone, because they have no two seeds" in decided(single + few)[2]
+    few = made.arm("control", "control", 0.8, {"dcp": 10}, seeds=seeds, control_of="mlet")
+    _, chosen, text = decided(single + mlet + few)
+    assert [each.arm for each in chosen.better] == ["mlet"]
+    assert "Intervals of control are for other rows alone" in text
+    smaller = made.arm("small", "mlet", 0.1, {"dcp": 5}, seeds=seeds)
+    assert "another seed may change the recommendation" in decided(single + smaller)[2]
+
+
+def test_few_rows_are_said(tmp_path: Path) -> None:
+    """Of one row, the bootstrap gives intervals of no width."""
+    for rows, said in ((1, "The split valid has 1 row alone. Intervals of so few"), (99, "valid has 99 rows alone")):
+        made = MadeUpArms(tmp_path / str(rows), rows=rows)
+        found, _, text = decided(made.arm("single", "single", 0.8, SIZES))
+        assert found.rows == {"valid": rows, "test": rows}
+        assert said in text
+    assert (
+        "rows alone. Intervals"
+        not in decided(MadeUpArms(tmp_path / "more", rows=100).arm("a", "single", 0.8, SIZES))[2]
+    )
+
+
+def test_what_valid_chooses_by_its_means_is_shown_with_its_difference_on_test(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    runs = made.arm("single", "single", 0.1, {"dcp": 1000, "int8": 300})
+    runs += made.arm("lucky", "mlet", {"valid": 0.05, "test": 1.0}, {"dcp": 100})
+    runs += made.arm("unlucky", "mlet", {"valid": 1.0, "test": 0.05}, {"dcp": 50})
+    found, chosen, text = decided(runs)
+    assert chosen.times_smaller is not None
+    assert chosen.times_smaller.value == 20  # test chooses among what is shown on test
+    assert chosen.by_mean is not None
+    assert chosen.by_mean.arm == "lucky"
+    quality = found.float_output("lucky").loss("test")
+    assert quality is not None
+    assert quality.difference is not None
+    assert quality.difference.low > MARGIN
+    assert f"they are 10.0 times smaller (lucky, fp32), with {quality.difference.value:+.4f} (" in text
+
+
+def test_nothing_is_said_of_what_a_dead_control_would_show(tmp_path: Path) -> None:
+    made = MadeUpArms(tmp_path)
+    runs = made.arm("single", "single", 0.8, {"dcp": 10}) + made.arm("mlet", "mlet", 0.1, {"dcp": 10})
+    control = made.arm("control", "control", 0.8, {"dcp": 10}, control_of="mlet")
+    _, chosen, text = decided(runs + [dataclasses.replace(run, fault="dead") for run in control])
+    assert [each.arm for each in chosen.of_controls] == ["mlet"]
+    assert "it gains by the learning rate" not in text.replace("whether it gains by the learning rate", "")
+    assert "all runs of its control, a single layer with MLET's effective learning rate, failed" in text
+
+
+def test_outputs_that_not_all_runs_of_an_arm_have_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = MadeUpArms(tmp_path).arm("single", "single", 0.1, SIZES)
+    first = {name: each for name, each in runs[0].outputs.items() if name != "int4"}
+    for some in ([dataclasses.replace(runs[0], outputs=first), *runs[1:]],
+                 [*runs[1:], dataclasses.replace(runs[0], outputs=first)]):  # fmt: skip
+        assert [each.output for each in measure(some).outputs] == ["dcp", "int8"]
+        assert "the report is without int4 of single, which not all of its runs were" in capsys.readouterr().err
+    mixed = {"dcp-mixed": runs[0].outputs["dcp"]}
+    with pytest.raises(UserError, match=r"the runs of single were not measured in the same float32 output, of dcp-m"):
+        measure([dataclasses.replace(runs[0], outputs=mixed), *runs[1:]])
+
+
+def test_a_split_that_an_arm_lacks_is_not_left_out_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = MadeUpArms(tmp_path)
+    runs = made.arm("single", "single", 0.1, SIZES)
+    assert measure(runs).splits == ("valid", "test")
+    assert capsys.readouterr().err == ""
+    other = of_metrics(made.arm("other", "mlet", 0.1, SIZES)[0], auc=0.7, logloss=0.5)
+    assert measure([*runs, other]).choice_split == "test"
+    assert (
+        "without the split valid, of which there are no metrics of other; test chooses what is recommended"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_single_layer_without_predictions_is_no_reference_beside_one_with_them(tmp_path: Path) -> None:
     made = MadeUpArms(tmp_path)
     tuned = made.arm("tuned", "single", 0.8, SIZES)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.errors import UserError
 from mlet_dist.quality.score_metrics import logloss
 from mlet_dist.quality.scores_file import read_scores
@@ -20,6 +21,7 @@ from mlet_dist.sweep.arms import arms_of
 from mlet_dist.sweep.logged_commands import LoggedCommands
 from mlet_dist.sweep.run_sweep import _check_data, _environment, run_sweep
 from mlet_dist.sweep.sweep_file import Interval, SweepConfig, TuneConfig
+from mlet_dist.sweep.trained_points import Outcome
 from tests.helpers.mlet_command import ROOT, error_line, mlet, mlet_json
 from tests.helpers.train_in_ranks import Ranks, train_in_ranks
 from tests.helpers.two_labels import two_labels
@@ -101,6 +103,9 @@ def test_arms_are_tuned_trained_with_each_seed_and_not_trained_again(
         yaml.safe_load((out / "arms" / f"{index:03}.yaml").read_text())["optimizer"] for index in (0, 2)
     )
     assert mlet_rate["learning_rate"] == result["arms"]["mlet"]["settings"]["optimizer.learning_rate"]
+    assert result["arms"]["control of mlet"]["settings"] == {
+        f"optimizer.{name}": control_rate[name] for name in ("learning_rate", "rows_learning_rate")
+    }
     # k = 12 and σ = 0.25: kσ² = 0.75.
     assert control_rate["rows_learning_rate"] == pytest.approx(mlet_rate["learning_rate"] * 0.75)
 
@@ -259,6 +264,76 @@ def test_a_setting_that_an_arm_has_itself_is_not_tuned_for_it_but_for_its_single
     }
     assert arms["frozen"].config.optimizer.projections_learning_rate == 0
     assert not any(arm.tuned_settings(sweep) for arm in arms.values() if arm.kind == "control")
+
+
+def test_a_single_layer_that_is_not_tuned_does_not_take_the_place_of_one_that_is(
+    small_model: tuple[str, ...],
+) -> None:
+    rate = "optimizer.rows_learning_rate"
+    sweep = sweep_of(
+        small_model,
+        arms={
+            "single": {"model.hidden_dim": None, rate: 0.05},
+            "of W2 alone": {"model.hidden_dim": 8, "optimizer.projections_learning_rate": 0},
+        },
+        tune=TuneConfig(settings={rate: Interval(0.01, 1.0)}),
+    )
+    sweep = dataclasses.replace(sweep, settings=sweep.settings | {rate: 0.05})
+    tuned = {arm.name: arm.tuned_settings(sweep) for arm in arms_of(sweep) if arm.kind == "single"}
+    assert tuned == {"single": [], "single of of W2 alone": [rate]}
+    # Without anything to tune, or of tables without a W2 anyway, they are the same.
+    for same in (
+        dataclasses.replace(sweep, tune=TuneConfig()),
+        dataclasses.replace(sweep, arms=sweep.arms | {"single": {"model.hidden_dim": None}}),
+        dataclasses.replace(
+            sweep,
+            settings=sweep.settings | {"model.single_layer_up_to": 0},
+            arms=sweep.arms | {"single": {"model.hidden_dim": None}},
+        ),
+    ):
+        assert [arm.name for arm in arms_of(same) if arm.kind == "single"] == ["single"]
+
+
+def test_a_run_to_go_on_from_is_refused(small_model: tuple[str, ...]) -> None:
+    for settings, own in (({"train.resume": "runs/x"}, {}), ({}, {"train.resume": "runs/x"})):
+        sweep = sweep_of(small_model, arms={"a": {"model.hidden_dim": 8, **own}})
+        with pytest.raises(UserError, match=r"arm 'a': train\.resume is runs/x; each run of a sweep begins by itself"):
+            arms_of(dataclasses.replace(sweep, settings=sweep.settings | settings))
+
+
+def test_a_sweep_that_is_stopped_leaves_nothing_that_looks_chosen(
+    small_model: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values of a trial are not those of the arm, and what another sweep chose and found is not this one's."""
+    tried = []
+
+    def interrupted(points: object, config: Config, start: Config | None = None, *, keep: bool = False) -> Outcome:
+        tried.append(config.optimizer.learning_rate)
+        if not keep and len(tried) > 1:
+            raise UserError("stopped")
+        sizes = {"served_table_bytes": 10, "training_bytes_peak": 20}
+        return Outcome(tmp_path / f"run-{len(tried)}", {"valid_logloss": 0.5, "test_logloss": 0.5, **sizes}, 1.0)
+
+    monkeypatch.setattr("mlet_dist.sweep.run_sweep.TrainedPoints.train", interrupted)
+    plain = sweep_of(small_model, arms={"a <ü>": {"model.hidden_dim": 8}}, baselines=False, seeds=(0,), outputs=())
+    arms, text = tmp_path / "out" / "arms", tmp_path / "out" / "results.txt"
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    run_sweep(plain, tmp_path / "out")
+    chosen = (arms / "000.yaml").read_text()
+    assert chosen.startswith('# arm "a <\\u00fc>"\n')
+    assert load_config(arms / "000.yaml").model.hidden_dim == 8
+    assert text.exists()
+    # The same sweep again finds what it has.
+    run_sweep(plain, tmp_path / "out")
+    assert (arms / "000.yaml").read_text() == chosen
+
+    tried.clear()
+    tuned = TuneConfig(settings={"optimizer.learning_rate": Interval(0.01, 1.0)}, trials=2, steps=1)
+    with pytest.raises(UserError, match="stopped"):
+        run_sweep(dataclasses.replace(plain, tune=tuned), tmp_path / "out")
+    assert len(tried) == 2
+    assert not text.exists()
+    assert [path.name for path in arms.iterdir() if not path.name.startswith(".")] == []
 
 
 def test_names_do_not_matter_for_the_runs(small_model: tuple[str, ...]) -> None:

@@ -31,10 +31,13 @@ def test_the_sweeps_of_the_repository_can_be_read(path: Path) -> None:
             "config: c.yaml\npreset: paper\nsettings: {train.seed: 1}",
             "settings.train.seed: each run of a sweep has its",
         ),
+        ('config: c.yaml\narms: {"a\\nb": {model.hidden_dim: 8}}', r'arms: "a\nb" is no name of an arm; use visible'),
+        ('config: c.yaml\narms: {" ": {model.hidden_dim: 8}}', 'arms: " " is no name of an arm; use visible'),
         ("config: c.yaml\narms: {a: 3}", "arms.a: expected settings by name, found 3"),
         ("config: c.yaml\ngrid: {model.hidden_dim: 64}", "grid.model.hidden_dim: expected a list of values, found 64"),
         ("config: c.yaml\ngrid: {model.hidden_dim: []}", "grid.model.hidden_dim: expected a list of values, found []"),
         ("config: c.yaml\npreset: paper\nseeds: [1, 1]", "seeds is [1, 1]; name each seed once"),
+        ("config: c.yaml\npreset: paper\noutputs: [dcp, dcp]", "outputs is [dcp, dcp]; name each output once"),
         ("config: c.yaml\npreset: papers", "preset: expected paper or null, found papers (did you mean 'paper'?)"),
         (
             "config: c.yaml\npreset: paper\ntune: {settings: {a.b: {low: 2, high: 1}}}",

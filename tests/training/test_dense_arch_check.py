@@ -95,3 +95,32 @@ def _check_after_an_incomplete_batch(config: Config) -> tuple[str | None, bool |
 def test_the_rows_of_an_incomplete_batch_tell_nothing(ranks: Ranks, small_model: tuple[str, ...]) -> None:
     config = load_config(CONFIG, [*small_model, "data.batch_size=62", "run.dir=unused"])
     assert ranks(2).run(_check_after_an_incomplete_batch, config) == [(None, True)] * 2
+
+
+def _check_of_rows_of_which_few_are_active(config: Config) -> list[tuple[str | None, bool | None]]:
+    """Return the results of checks of a model that is well, whose last batch has no row with an output above 0."""
+    training, _ = training_of(config, steps=2)
+    (dense_arch,) = (module for module in training.model.modules() if isinstance(module, DenseArch))
+    with torch.no_grad():
+        for name, parameter in dense_arch.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.abs_()  # so that the output is 0 for rows of negative numbers
+    check, found = DenseArchCheck(training), []
+    for training.step, training.batch in zip((1, 2, 3), loader(config), strict=False):
+        training.batch.dense.abs_().mul_(-1)
+        if training.step == 2:
+            training.batch.dense[0].abs_()
+        check.note(training)
+        found.append((check(), check.varies))
+    return found
+
+
+@pytest.mark.multirank
+def test_a_model_is_not_called_dead_by_the_few_rows_of_one_batch(ranks: Ranks, small_model: tuple[str, ...]) -> None:
+    config = load_config(CONFIG, [*small_model, "data.batch_size=4", "run.dir=unused"])
+    ((first, *others),) = ranks(1).run(_check_of_rows_of_which_few_are_active, config)
+    assert first[1] is False
+    assert "the same for all 4 rows of step 1, so" in str(first[0])
+    assert others == [(None, True)] * 2

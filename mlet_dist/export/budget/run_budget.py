@@ -1,6 +1,7 @@
 """`mlet export --budget`: measure candidates within a number of bytes on the validation split, and export the best."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from mlet_dist.config.byte_sizes import bytes_within
 from mlet_dist.config.validation_settings import VALIDATED
 from mlet_dist.data.location import data_set_path
 from mlet_dist.data.schema import DatasetSchema
-from mlet_dist.errors import UserError
+from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.budget.candidates import Candidate, CandidateMaker
 from mlet_dist.export.collapse.run_collapse import COLLECTIVE_TIMEOUT, ExportOptions, collapse_source, open_run
+from mlet_dist.export.encoding import RowOverflow
 from mlet_dist.export.measured_split import MeasuredSplit, served_vectors
 from mlet_dist.export.size_choice import check_can_refit, counts_of
 from mlet_dist.export.sized_model import Size, at_size
@@ -87,8 +89,18 @@ def choose(source: ModelSource, budget: str, data: str | None) -> tuple[tuple[st
             f"--budget {budget}: {location} has no rows of a split {VALIDATED}, on which sizes are compared; name "
             "a data set that has them with --data"
         )
+    if not schema.rows.get("train"):
+        raise UserError(
+            f"--budget {budget}: {location} has no rows of a split train, by whose counts rows get their widths; name "
+            "a data set that has them with --data"
+        )
     split, counts = MeasuredSplit(source, location, VALIDATED), counts_of(source, data)
     base, fewest = split.model(source).logloss(split.read(source)), whole
+    if not math.isfinite(base):
+        raise UserError(
+            f"--budget {budget}: the LogLoss of {source.path} on the split {VALIDATED} of {location} is {base}; sizes "
+            "are compared by it, so it needs rows of weight above 0 with labels, and a model without infinite values"
+        )
     measured: list[tuple[float, Candidate]] = []
     for columns, each in _widths(source):
         vectors, model = split.read(each), split.model(each)
@@ -98,18 +110,23 @@ def choose(source: ModelSource, budget: str, data: str | None) -> tuple[tuple[st
         name = f"budget, {maker.embedding_dim} columns"
         with Progress(name, len(candidates), "candidates", disable=not candidates) as progress:
             for candidate in candidates:
-                served = {
-                    name: served_vectors(split.ids[name], of_table, candidate.refitted.get(name), candidate.encoding)
-                    for name, of_table in vectors.items()
-                }
-                measured.append((model.logloss(served), candidate))
+                try:
+                    served = {
+                        name: served_vectors(
+                            split.ids[name], of_table, candidate.refitted.get(name), candidate.encoding
+                        )
+                        for name, of_table in vectors.items()
+                    }
+                    measured.append((model.logloss(served), candidate))
+                except RowOverflow as error:
+                    print_warning(f"--budget {budget}: {candidate.output} is no candidate: {error.reason}")
                 progress.update(1)
     if not measured:
         raise UserError(
             f"--budget {budget}: the tables of {source.path} take at least {fewest:,} bytes, one row of each, and the "
             f"budget is {allowed:,} bytes; use a larger one"
         )
-    measured.sort(key=lambda found: (found[0], found[1].bytes))
+    measured.sort(key=lambda found: (math.isnan(found[0]), found[0], found[1].bytes))
     described = [
         {**candidate.describe(), "logloss": logloss, "change": logloss - base} for logloss, candidate in measured
     ]
