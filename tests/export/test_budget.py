@@ -1,5 +1,6 @@
 """`mlet export --budget`: which widths are chosen, that they fit, and that what is measured is what is served."""
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -235,7 +236,7 @@ def test_a_budget_needs_a_validation_split(tmp_path: Path) -> None:
 
 @pytest.mark.multirank
 def test_what_cannot_be_measured_is_not_chosen(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows that float16 cannot hold are no error, and a split that defines no LogLoss is one."""
 
@@ -257,6 +258,8 @@ def test_what_cannot_be_measured_is_not_chosen(
                 UserError, match=r"the LogLoss of .* on the split valid of .* is nan; sizes are compared"
             ):
                 run_budget.choose(source, "3x", None)
-        monkeypatch.setattr(DatasetSchema, "rows", {"valid": 10})
+        schema = DatasetSchema.load(small_data)
+        without = dataclasses.replace(schema, parts={"valid": schema.parts["valid"]})
+        monkeypatch.setattr(DatasetSchema, "load", lambda *_: without)
         with pytest.raises(UserError, match="has no rows of a split train, by whose counts rows get their widths"):
             run_budget.choose(source, "3x", None)

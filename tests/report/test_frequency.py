@@ -75,11 +75,11 @@ def test_rows_of_another_data_set_are_not_taken_for_those_that_were_scored(
         )
         for run in runs
     ]
-    assert _class_weights(measure(runs), {"single": {0: runs[0].scores / "test" / "dcp.parquet"}}, "") == {}
+    assert _class_weights(measure(runs), {0: runs[0].scores / "test" / "dcp.parquet"}, "") == {}
     assert f"no metrics of rare and frequent ids: {data} has other rows than were scored" in capsys.readouterr().err
     file = runs[0].scores / "test" / "dcp.parquet"
     table = pq.read_table(file)
     pq.write_table(table.set_column(1, "label", pa.array(labels, pa.float32())), file)
-    assert set(_class_weights(measure(runs[:1], "single"), {"single": {0: file}}, "")) == {
+    assert set(_class_weights(measure(runs[:1], "single"), {0: file}, "")) == {
         "frequent", "medium", "rare", UNKNOWN
     }  # fmt: skip
