@@ -15,6 +15,7 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError
 from mlet_dist.export.budget.candidates import Candidate, CandidateMaker
 from mlet_dist.export.collapse.run_collapse import COLLECTIVE_TIMEOUT, ExportOptions, collapse_source, open_run
+from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.measured_split import MeasuredSplit, served_vectors
 from mlet_dist.export.size_choice import check_can_refit, counts_of
 from mlet_dist.export.sized_model import Size, at_size
@@ -49,6 +50,9 @@ def export_within(run: Path, out: str, budget: str, options: ExportOptions, data
         found: list[Any] = [None]
 
         def measure() -> None:
+            work = WorkDirectory.of(out, source.path)
+            with work.locked():  # now, and not only after the candidates have been measured
+                work.check_free(options.overwrite)
             found[0] = choose(source, budget, data)
 
         on_first_rank(measure, f"{run}: its tables cannot be read", None)
