@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mlet_dist.formatting import megabytes_text
 from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference
 
 SINGLE, SINGLE_COMPRESSED, MLET, CONTROL = "single", "single_compressed", "mlet", "control"
@@ -75,15 +76,15 @@ def comparison_table(result: dict[str, Any]) -> str:
     header = ["", *trained, "tables served", *metrics, "largest logit difference"]
     rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for name, arm in arms.items():
-        sizes = [_size(arm["trained_table_bytes"])]
+        sizes = [megabytes_text(arm["trained_table_bytes"])]
         if compressed:
             share = arm["training_bytes_peak"] / arms[SINGLE]["training_bytes_peak"]
-            sizes = [_size(arm["training_bytes_peak"]), f"{share:.1%}"]
+            sizes = [megabytes_text(arm["training_bytes_peak"]), f"{share:.1%}"]
         rows.append(
             [
                 _title(name, compressed),
                 *sizes,
-                _size(min(arm["served_bytes"].values())),
+                megabytes_text(min(arm["served_bytes"].values())),
                 *(_metric(arm[f"{each}{metric}"]) for each in measured for metric in ("auc", "logloss")),
                 _difference(arm["max_abs_logit_diff"]),
             ]
@@ -139,7 +140,3 @@ def _difference(value: float | None) -> str:
     if value is None:
         return "infinite"
     return f"{value:.1e}" if value else "none, bitwise identical"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"

@@ -24,6 +24,13 @@ def size_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def megabytes_text(size: float) -> str:
+    """Return a number of bytes with one decimal of MB or GB; below 0.1 MB as ``size_text``."""
+    if size < 1e5:
+        return size_text(size)
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
+
+
 def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -> list[str]:
     """Return the lines of a table; its first ``left`` columns are left-aligned, the others right-aligned."""
     table = [list(map(str, row)) for row in [names, *rows]]

@@ -43,11 +43,17 @@ class Progress:
         if not disable and self._stream is not None and self._stream.isatty():
             self._bar = tqdm(total=total, initial=done, desc=description, unit=unit, unit_scale=True, file=self._stream)
 
-    def update(self, amount: int, **fields: str) -> None:
-        """Add ``amount`` units of finished work; show ``fields`` beside the count until they are replaced."""
+    def update(self, amount: int, *, found: bool = False, **fields: str) -> None:
+        """Add ``amount`` units of finished work; show ``fields`` beside the count until they are replaced.
+
+        Work that was ``found``, because it had been finished before, has no part in the rate and the ETA.
+        """
         self._done += amount
+        self._done_before += amount if found else 0
         self._fields.update(fields)
         if self._bar is not None:
+            if found:
+                self._bar.initial += amount
             if fields:
                 self._bar.set_postfix(self._fields, refresh=False)
             self._bar.update(amount)
@@ -82,8 +88,11 @@ class Progress:
         self._last_line = now = time.monotonic()
         rate = (self._done - self._done_before) / max(now - self._started, 1e-9)
         of = f"/{self._total:,}" if self._total is not None else ""
-        shown_rate = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        parts = [f"{self._description} {self._done:,}{of} {self._unit}", f"{shown_rate} {self._unit}/s"]
+        if 0 < rate < 1:
+            pace = f"{1 / rate:.2g} s each" if rate > 1 / 60 else f"{_duration(1 / rate)} each"
+        else:
+            pace = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"
+        parts = [f"{self._description} {self._done:,}{of} {self._unit}", pace]
         if self._total is not None and self._done < self._total and rate:
             parts.append(f"ETA {_duration((self._total - self._done) / rate)}")
         parts += [f"{name} {value}" for name, value in self._fields.items()]

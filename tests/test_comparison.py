@@ -358,7 +358,7 @@ def test_nothing_to_compare_without_a_hidden_dim(small_model: tuple[str, ...], t
 def test_an_undefined_auc_is_shown_as_such() -> None:
     arm = {
         "trained_table_bytes": 3_200_000_000,
-        "served_bytes": {"dcp": 100_000},
+        "served_bytes": {"dcp": 100_000, "int8": 44_736},
         "test_auc": None,
         "test_logloss": 0.25,
         "max_abs_logit_diff": 0.0,
@@ -367,7 +367,7 @@ def test_an_undefined_auc_is_shown_as_such() -> None:
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "MLET",
         "3.2 GB",
-        "0.1 MB",
+        "44.7 kB",
         "undefined",
         "0.2500",
         "none, bitwise identical",

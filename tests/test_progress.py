@@ -52,9 +52,9 @@ def test_a_log_gets_a_line_every_interval_and_one_at_the_end(clock: Clock) -> No
 @pytest.mark.parametrize(
     ("done", "seconds", "shown"),
     [
-        (1, 8, "0.12 rows/s  ETA 13:12"),
+        (1, 8, "8 s each  ETA 13:12"),
         (30, 8, "3.8 rows/s  ETA 0:19"),
-        (1, 7200, "0.00014 rows/s  ETA 198:00:00"),
+        (1, 7200, "2:00:00 each  ETA 198:00:00"),
         (99, 9, "11 rows/s  ETA 0:00"),
     ],
 )
@@ -64,6 +64,15 @@ def test_slow_work_has_a_rate_and_an_eta(done: int, seconds: int, shown: str, cl
     clock.now += seconds
     progress.update(done)
     assert stream.getvalue() == f"export {done}/100 rows  {shown}\n"
+
+
+def test_work_that_was_found_has_no_part_in_the_rate(clock: Clock) -> None:
+    stream = io.StringIO()
+    progress = Progress("sweep", 10, "runs", log_interval=0, stream=stream)
+    progress.update(6, found=True)
+    clock.now += 50
+    progress.update(1)
+    assert stream.getvalue().splitlines()[-1] == "sweep 7/10 runs  50 s each  ETA 2:30"
 
 
 def test_work_of_unknown_size_has_no_eta(clock: Clock) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlet_dist.config.parser import did_you_mean
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.quality.paired_bootstrap import Difference, difference_of, difference_over_seeds, seed_noise
 from mlet_dist.quality.replicates import METRICS, REPLICATES, Replicates, replicates_of
@@ -214,7 +215,10 @@ def _float(run: MeasuredRun, split: str) -> Mapping[str, float]:
 def _reference(wanted: str | None, good: Mapping[str, Sequence[MeasuredRun]], losses: Mapping[str, float]) -> str:
     if wanted is not None:
         if wanted not in good:
-            raise UserError(f"--reference {wanted}: the arms are {', '.join(good)}")
+            raise UserError(
+                f"--reference {wanted}: no arm with good runs has this name{did_you_mean(wanted, list(good))}; the "
+                f"arms are {', '.join(good)}"
+            )
         return wanted
     singles = [arm for arm, runs in good.items() if runs[0].kind == "single"]
     if not singles:

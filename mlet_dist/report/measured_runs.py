@@ -78,6 +78,8 @@ def measured_runs(directories: Iterable[Path]) -> list[MeasuredRun]:
     settings: dict[str, str] = {}
     singles: dict[str, str] = {}
     for path in directories:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such directory; expected one that `mlet sweep`, `compare` or `train` made")
         if (path / "results.parquet").exists():
             runs = _of_sweep(path)
         elif (path / "comparison.json").exists():

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import statistics
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -24,7 +25,7 @@ from mlet_dist.sweep.logged_commands import LoggedCommands
 from mlet_dist.sweep.scored_points import ScoredPoints, outputs_of, quantised_of
 from mlet_dist.sweep.shared_directory import Claims, exclusive, joined
 from mlet_dist.sweep.sweep_file import SweepConfig, TuneConfig
-from mlet_dist.sweep.sweep_results import Result, digest_of_results, results_table, write_results
+from mlet_dist.sweep.sweep_results import Result, digest_of_results, metric_in_words, results_table, write_results
 from mlet_dist.sweep.trained_points import TrainedPoints, digest_of
 from mlet_dist.sweep.tuning import Trial, tune
 
@@ -82,12 +83,13 @@ class _Sweep:
         self._chosen: dict[str, dict[str, float]] = {}
         trials = sweep.tune.trials * sum(bool(arm.tuned_settings(sweep)) for arm in arms)
         self._progress = Progress("sweep", trials + len(sweep.seeds) * len(arms), "runs")
-        self._best: dict[str, float] = {}
+        self._good: dict[str, list[float]] = {}  # by arm, the LogLoss of its good runs with a seed, by which arms rank
         schema = DatasetSchema.load(data_set_path(arms[0].config.data.path))
         self._labels = schema.labels
-        self._scored = ScoredPoints(self._commands, [split for split in ("valid", "test") if schema.rows.get(split)])
+        self._splits = [split for split in ("valid", "test") if schema.rows.get(split)]
+        self._scored = ScoredPoints(self._commands, self._splits)
         self._tune = dataclasses.replace(sweep.tune, metric=_metric(sweep.tune, schema.labels))
-        self._split = "test" if schema.rows.get("test") else "valid"  # of the results that are shown
+        self._split = self._splits[-1]  # of the table
         # With several labels it is of that by which trials are compared.
         self._shown = self._tune.metric.removesuffix("auc").removesuffix("logloss") + "logloss"
 
@@ -208,14 +210,22 @@ class _Sweep:
         with self._lock:
             self._results.append(result)
             self._write(complete=False)
-            value = result.outcome.summary.get(f"{self._split}_{self._shown}")
-            if result.stage == "seed" and value is not None and result.fault is None:
-                self._best[result.arm.name] = min(value, self._best.get(result.arm.name, value))
-            best = min(self._best.items(), key=lambda each: each[1], default=None)
-            shown = {} if best is None else {"best": f"{best[0]} {self._split} LogLoss {best[1]:.4f}"}
-            self._progress.update(1, **shown)
-            what = f"seed {result.config.train.seed}" if result.stage == "seed" else _trial_in_words(result)
-            ended = result.fault or f"LogLoss {value:.4f}" if value is not None or result.fault else "no metrics"
+            summary, is_seed = result.outcome.summary, result.stage == "seed"
+            # Arms rank as a report ranks them: by the split on which they are chosen, and by the mean over the seeds.
+            ranked_by = f"{self._splits[0]}_{self._shown}"
+            if is_seed and result.fault is None and summary.get(ranked_by) is not None:
+                self._good.setdefault(result.arm.name, []).append(summary[ranked_by])
+            means = {name: statistics.mean(values) for name, values in self._good.items()}
+            best = min(means, key=means.__getitem__, default=None)
+            shown = {} if best is None else {"best": f"{best} {metric_in_words(ranked_by)} {means[best]:.4f}"}
+            self._progress.update(1, found=result.outcome.found, **shown)
+            what = f"seed {result.config.train.seed}" if is_seed else _trial_in_words(result)
+            # A trial is chosen by the split valid alone, whatever it has on the split test.
+            names = [f"{split}_{self._shown}" for split in self._splits] if is_seed else [f"valid_{self._tune.metric}"]
+            metrics = [
+                f"{metric_in_words(name)} {summary[name]:.4f}" for name in names if summary.get(name) is not None
+            ]
+            ended = result.fault or ", ".join(metrics) or "no metrics"
             self._progress.log(f"{result.arm.name}, {what}: {ended}")
 
     def _write(self, *, complete: bool) -> None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import typing
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mlet_dist.config.config_file import Config
 from mlet_dist.config.limits import MAX_STEPS
 from mlet_dist.config.overrides import COMMAND_LINE, apply_override
 from mlet_dist.config.parser import did_you_mean, parse_section, setting, to_yaml
@@ -139,6 +141,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
             _apply(content, override, sources)
     sweep: SweepConfig = parse_section(SweepConfig, content, "", str(path), sources)
     for name, interval in sweep.tune.settings.items():
+        if not _has_fractions(name):
+            raise UserError(
+                f"{path}: tune.settings.{name}: only numbers with a fraction are tuned; try its values as arms, by "
+                f"grid: {{{name}: [VALUE, VALUE]}}"
+            )
         if not interval.low < interval.high:
             raise UserError(f"{path}: tune.settings.{name}: low {interval.low:g} is not below high {interval.high:g}")
     if sweep.tune.first_steps is not None and sweep.tune.first_steps > sweep.tune.steps:
@@ -176,6 +183,16 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
         config=str(begin["config"] / Path(sweep.config).expanduser()),
         runs=None if sweep.runs is None else str(begin["runs"] / Path(sweep.runs).expanduser()),
     )
+
+
+def _has_fractions(name: str) -> bool:
+    """Return whether a setting takes numbers with a fraction; true of an unknown one, which the arms report."""
+    kind: Any = Config
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return True  # inside of values by name, as model.arguments
+        kind = next((each.type for each in dataclasses.fields(kind) if each.name == part), Any)
+    return kind is Any or float in (kind, *typing.get_args(kind))
 
 
 def _apply(content: dict[str, Any], override: str, sources: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from mlet_dist.atomic_file import replaced_file
 from mlet_dist.config.config_file import Config
-from mlet_dist.formatting import text_table, to_json
+from mlet_dist.formatting import megabytes_text, text_table, to_json
 from mlet_dist.sweep.arms import Arm
 from mlet_dist.sweep.scored_points import Scored
 from mlet_dist.sweep.trained_points import Outcome
@@ -134,10 +134,16 @@ def _written(path: Path, digest: str) -> list[dict[str, Any]]:
         return []
 
 
+def metric_in_words(name: str) -> str:
+    """Return the name of a metric of a summary for people, as ``valid click LogLoss`` for ``valid_click_logloss``."""
+    *words, metric = name.split("_")
+    return " ".join([*words, {"logloss": "LogLoss", "auc": "AUC"}[metric]])
+
+
 def results_table(results: Sequence[Result], split: str, labels: Sequence[str]) -> str:
     """Return a table of the arms: bytes, and the mean and spread of the metrics of good runs over the seeds."""
     prefixes = metric_prefixes(labels)
-    titles = [f"{split} {prefix.replace('_', ' ')}{name}" for prefix in prefixes for name in ("LogLoss", "AUC")]
+    titles = [metric_in_words(f"{split}_{prefix}{name}") for prefix in prefixes for name in ("logloss", "auc")]
     names = ["arm", "served", "in training", "good runs", *(each for title in titles for each in (title, "sd"))]
     rows = []
     for arm in dict.fromkeys(each.arm.name for each in results):
@@ -158,7 +164,7 @@ def results_table(results: Sequence[Result], split: str, labels: Sequence[str]) 
 
 
 def _size(good: Sequence[Mapping[str, Any]], name: str) -> str:
-    return f"{good[0][name] / 1e6:,.1f} MB" if good else ""
+    return megabytes_text(good[0][name]) if good else ""
 
 
 def _mean_and_sd(good: Sequence[Mapping[str, Any]], name: str) -> list[str]:

@@ -37,6 +37,7 @@ class Outcome:
         seconds: how long it took.
         diverged: the reason, if a loss or gradient was not finite.
         runs_at_once: how many runs its sweep trained at the same time, at most; None if that was not recorded.
+        found: whether it had ended before, so that nothing was trained now.
     """
 
     run: Path
@@ -44,6 +45,7 @@ class Outcome:
     seconds: float
     diverged: str | None = None
     runs_at_once: int | None = None
+    found: bool = dataclasses.field(default=False, compare=False)
 
 
 class TrainedPoints:
@@ -69,7 +71,9 @@ class TrainedPoints:
         file = _outcome_file(run)
         try:
             found = load_json(file)
-            return Outcome(run, found["summary"], found["seconds"], found["diverged"], found.get("runs_at_once"))
+            return Outcome(
+                run, found["summary"], found["seconds"], found["diverged"], found.get("runs_at_once"), found=True
+            )
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):

@@ -228,7 +228,7 @@ class TrainingReport:
             self._waits_for_data |= share > _SHOWN_DATA_WAIT
             if self._waits_for_data:
                 fields["data wait"] = f"{share:.0%}"
-        self._progress.update(step - self._shown_step, **fields)
+        self._progress.update(step - self._shown_step, found=False, **fields)
         self._shown_step = step
 
     def log(self, line: str) -> None:

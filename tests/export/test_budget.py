@@ -243,6 +243,11 @@ def test_budgets_that_cannot_be_met_are_one_line(run: Path, small_data: Path, tm
     line = error_line(*out, "--budget", "12")
     assert line.startswith("mlet: error: --budget: '12' is not a size; write a number above 0 and one of B, ")
     assert line.endswith("or write 12x, a twelfth of the float32 tables, or 5% of them")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    # One line: no progress of candidates, which are not measured before.
+    line = error_line("export", run, "--out", tmp_path / "taken", "--budget", "12x")
+    assert line.endswith("taken: exists and is not empty; use --overwrite to replace it")
     line = error_line(*out, "--budget", "12x", "--outputs", "int8")
     assert line.endswith("--budget chooses the output itself; leave out --outputs int8")
     line = error_line(*out, "--budget", "12x", "--dims", "8")

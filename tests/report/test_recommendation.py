@@ -200,7 +200,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         measure(single + other)
     with pytest.raises(UserError, match="no arm is a single layer, with which others are compared; name one of"):
         measure(other)
-    with pytest.raises(UserError, match="--reference nobody: the arms are single"):
+    with pytest.raises(UserError, match="--reference nobody: no arm with good runs has this name; the arms are single"):
         measure(single, reference="nobody")
     with pytest.raises(UserError, match="--label click: the data set has one label alone"):
         measure(single, label="click")

@@ -98,6 +98,8 @@ def test_a_report_is_not_written_over_another(runs: list[MeasuredRun], tmp_path:
 def test_a_directory_of_something_else_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither of results\.parquet of `mlet sweep`, comparison\.json of"):
         measured_runs([tmp_path])
+    with pytest.raises(UserError, match="nothing: no such directory; expected one that `mlet sweep`, `compare` or"):
+        measured_runs([tmp_path / "nothing"])
     (tmp_path / "results.parquet").write_text("no")
     with pytest.raises(UserError, match=r"results\.parquet: cannot be read"):
         measured_runs([tmp_path])

@@ -401,7 +401,7 @@ def of_two_labels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]
 
 @pytest.mark.e2e
 def test_several_labels_have_columns_of_their_own_and_trials_go_on_from_initial_weights(
-    ranks: Ranks, of_two_labels: dict[str, object], tmp_path: Path
+    ranks: Ranks, of_two_labels: dict[str, object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     start = {**of_two_labels, "model.hidden_dim": 8, "run.dir": str(tmp_path / "start")}
     train_in_ranks(ranks, 1, *(f"{name}={value}" for name, value in start.items()))
@@ -416,10 +416,22 @@ def test_several_labels_have_columns_of_their_own_and_trials_go_on_from_initial_
         ),
         seeds=(0,),
     )  # fmt: skip
+    capfd.readouterr()
     result = run_sweep(sweep, tmp_path / "out")
     assert result["arms"]["mlet"]["faults"] == {}
-    # The trial and the run with the seed have the same settings; the checkpoint of the run is kept.
+    # Lines name the metric and the split: of a trial those by which it is chosen.
     rows = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    (trial,) = [row for row in rows if row["stage"] == "tune"]
+    valid, test = (
+        f"{split} conversion LogLoss {trial[f'{split}_conversion_logloss']:.4f}" for split in ("valid", "test")
+    )
+    shown = capfd.readouterr().err.splitlines()
+    (line,) = [line for line in shown if line.startswith("mlet, trial of 4 steps, ")]
+    assert line.endswith(f": {valid}")
+    assert f"mlet, seed 0: {valid}, {test}" in shown
+    assert shown[-1].startswith("sweep 2/2 runs")
+    assert shown[-1].endswith(f"best mlet {valid}")
+    # The trial and the run with the seed have the same settings; the checkpoint of the run is kept.
     assert rows[0]["run"] == rows[1]["run"]
     assert list((Path(rows[1]["run"]) / "checkpoints").iterdir())
     assert [(row["stage"], row["steps"]) for row in rows] == [("tune", 4), ("seed", 4)]

@@ -44,6 +44,15 @@ def test_the_sweeps_of_the_repository_can_be_read(path: Path) -> None:
             "tune.settings.a.b: low 2 is not below high 1",
         ),
         (
+            "config: c.yaml\npreset: paper\ntune: {settings: {model.embedding_dim: {low: 4, high: 16}}}",
+            "tune.settings.model.embedding_dim: only numbers with a fraction are tuned; try its values as arms, by "
+            "grid: {model.embedding_dim: [VALUE, VALUE]}",
+        ),
+        (
+            "config: c.yaml\npreset: paper\ntune: {settings: {optimizer.name: {low: 1, high: 2}}}",
+            "tune.settings.optimizer.name: only numbers with a fraction are tuned",
+        ),
+        (
             "config: c.yaml\npreset: paper\ntune: {metric: logless}",
             "tune.metric: expected logloss, auc, or one of these of a label, as click_auc, found logless (did you mean "
             "'logloss'?)",
@@ -62,6 +71,16 @@ def test_what_is_wrong_is_named(content: str, message: str, tmp_path: Path) -> N
         load_sweep(path)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.learning_rate", "optimizer.rows_learning_rate", "compression.budget", "model.arguments.dropout", "a.b"],
+)
+def test_settings_that_may_have_a_fraction_can_be_tuned(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"config: c.yaml\npreset: paper\ntune: {{settings: {{{name}: {{low: 0.1, high: 1}}}}}}")
+    assert list(load_sweep(path).tune.settings) == [name]
 
 
 def test_keys_of_the_command_line_replace_those_of_the_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mlet_dist.data.schema import DatasetSchema
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.export.budget.candidates import Candidate, CandidateMaker
 from mlet_dist.export.collapse.run_collapse import COLLECTIVE_TIMEOUT, ExportOptions, collapse_source, open_run
+from mlet_dist.export.collapse.work_directory import WorkDirectory
 from mlet_dist.export.encoding import RowOverflow
 from mlet_dist.export.measured_split import MeasuredSplit, served_vectors
 from mlet_dist.export.size_choice import check_can_refit, counts_of
@@ -51,6 +52,9 @@ def export_within(run: Path, out: str, budget: str, options: ExportOptions, data
         found: list[Any] = [None]
 
         def measure() -> None:
+            work = WorkDirectory.of(out, source.path)
+            with work.locked():  # now, and not only after the candidates have been measured
+                work.check_free(options.overwrite)
             found[0] = choose(source, budget, data)
 
         on_first_rank(measure, f"{run}: its tables cannot be read", None)
