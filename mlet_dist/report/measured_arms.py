@@ -172,7 +172,7 @@ def measure(runs: Sequence[MeasuredRun], reference: str | None = None, label: st
     return Measurement(reference, splits, label, good, faults, controls, outputs, rows)
 
 
-def _warn_of_splits(good: Mapping[str, Sequence[MeasuredRun]], splits: Collection[str], prefix: str) -> None:
+def _warn_of_splits(good: Mapping[str, Sequence[MeasuredRun]], splits: Sequence[str], prefix: str) -> None:
     """Warn of a split that some arms have no metrics of, and that the report is without for this."""
     for split in SPLITS:
         without = [
