@@ -56,10 +56,11 @@ def labels_of(path: DataPath, schema: DatasetSchema, split: str, label: str | No
     """
     split_rows = SplitRows(path, schema, schema.parts[split], [], [], by_row=False)
     column = 0 if label is None else schema.labels.index(label)
-    found = [split_rows.decode(group).labels for group in range(len(split_rows.group_rows))]
-    return np.concatenate(
-        [each.reshape(len(each), -1)[:, column] for each in found] or [np.zeros(0, dtype=np.float32)]
-    ).astype(np.float64)
+    found = [np.zeros(0)]
+    for group in range(len(split_rows.group_rows)):
+        labels = split_rows.decode(group).labels
+        found.append(labels.reshape(len(labels), -1)[:, column].astype(np.float64))
+    return np.concatenate(found)
 
 
 def _ids(rows: Rows) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
