@@ -247,7 +247,7 @@ def test_budgets_that_cannot_be_met_are_one_line(run: Path, small_data: Path, tm
     (tmp_path / "taken" / "file").touch()
     # One line: no progress of candidates, which are not measured before.
     line = error_line("export", run, "--out", tmp_path / "taken", "--budget", "12x")
-    assert line.endswith("taken: exists and is not empty; use --overwrite to replace it")
+    assert line.endswith("taken: exists and is not empty; name another directory or remove this one")
     line = error_line(*out, "--budget", "12x", "--outputs", "int8")
     assert line.endswith("--budget chooses the output itself; leave out --outputs int8")
     line = error_line(*out, "--budget", "12x", "--dims", "8")
