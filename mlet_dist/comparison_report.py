@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlet_dist.formatting import megabytes_text
+from mlet_dist.formatting import megabytes_text, signed
 from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference
 
 SINGLE, SINGLE_COMPRESSED, MLET, CONTROL = "single", "single_compressed", "mlet", "control"
@@ -119,7 +119,7 @@ def _compared(difference: Mapping[str, Any], compressed: bool) -> str:
         verdict = "may be chance"
         if not found.is_noise:
             verdict = "better" if better * found.value > 0 else "worse"
-        parts.append(f"{title} {found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}, {verdict})")
+        parts.append(f"{title} {signed(found.value)} ({signed(found.low)} to {signed(found.high)}, {verdict})")
     label = f", {difference['label']}" if "label" in difference else ""
     return f"- {arm} against {other}{label}: {'; '.join(parts)}"
 

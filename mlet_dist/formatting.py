@@ -31,6 +31,12 @@ def megabytes_text(size: float) -> str:
     return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"
 
 
+def signed(value: float) -> str:
+    """Return a difference with its sign and four decimals; one that rounds to zero has no sign."""
+    text = f"{value:+.4f}"
+    return text if float(text) else text[1:]
+
+
 def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]], left: int) -> list[str]:
     """Return the lines of a table; its first ``left`` columns are left-aligned, the others right-aligned."""
     table = [list(map(str, row)) for row in [names, *rows]]

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from mlet_dist.formatting import to_json
+from mlet_dist.formatting import signed, to_json
 
 
 def test_values_that_json_does_not_have_become_null() -> None:
@@ -16,3 +16,10 @@ def test_values_that_json_does_not_have_become_null() -> None:
         "ok": True,
         "none": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.00123, "+0.0012"), (-0.00005001, "-0.0001"), (-0.00004, "0.0000"), (0.0, "0.0000")]
+)
+def test_a_difference_that_rounds_to_zero_has_no_sign(value: float, text: str) -> None:
+    assert signed(value) == text

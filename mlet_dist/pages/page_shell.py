@@ -1,6 +1,7 @@
 """A self-contained HTML page: its style, and the parts that several pages have."""
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 SERIES = ("#1a5fb4", "#c64600", "#26855c", "#8f4fb0", "#a8760a", "#007a8c", "#b0305c", "#5c6670")
@@ -91,8 +92,9 @@ def table(names: Sequence[str], rows: Iterable[Sequence[str]], marked: Iterable[
 
 
 def paragraphs(*texts: str) -> str:
-    """Return paragraphs of plain text."""
-    return "\n".join(f"<p>{html.escape(text)}</p>" for text in texts)
+    """Return paragraphs of plain text, in which what stands between backticks is code."""
+    escaped = (re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text)) for text in texts)
+    return "\n".join(f"<p>{text}</p>" for text in escaped)
 
 
 def key(entries: Iterable[tuple[str, str]]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlet_dist.config.parser import did_you_mean
 from mlet_dist.errors import UserError, print_warning
+from mlet_dist.formatting import signed
 from mlet_dist.quality.paired_bootstrap import Difference, difference_of, difference_over_seeds, seed_noise
 from mlet_dist.quality.replicates import METRICS, REPLICATES, Replicates, replicates_of
 from mlet_dist.quality.score_metrics import Floats
@@ -342,7 +343,7 @@ def difference_text(difference: Difference | None) -> str:
     """Return a difference with its interval; empty if it is not known."""
     if difference is None or math.isnan(difference.value):
         return ""
-    return f"{difference.value:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
+    return f"{signed(difference.value)} ({signed(difference.low)} to {signed(difference.high)})"
 
 
 def budget_text(budget: float | str | None) -> str:

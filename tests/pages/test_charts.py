@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlet_dist.pages.charts import chart, inline_svg, save_png, with_title
+from mlet_dist.pages.page_shell import paragraphs
 from mlet_dist.pages.series_looks import named
 
 NAMES = {
@@ -39,3 +40,9 @@ def test_titles_and_labels_are_escaped_once() -> None:
     text = inline_svg(figure, "a & b")
     assert "<title>a &amp; b</title>" in text
     assert f'aria-label="{html.escape("a & b")}"' in text
+
+
+def test_code_in_paragraphs_is_marked_and_escaped() -> None:
+    assert paragraphs("export it with `mlet export <RUN>`.", "a < b") == (
+        "<p>export it with <code>mlet export &lt;RUN&gt;</code>.</p>\n<p>a &lt; b</p>"
+    )
