@@ -292,7 +292,7 @@ def test_a_model_whose_dense_arch_died_is_named(commands: Commands, settings: Ca
 @pytest.mark.parametrize(
     ("mlet_logits", "verdict"),
     [
-        ([-1.0, 1.0, -1.0, 1.0], "LogLoss +0.0000 (+0.0000 to +0.0000, may be chance)"),
+        ([-1.0, 1.0, -1.0, 1.0], "LogLoss 0.0000 (0.0000 to 0.0000, may be chance)"),
         ([-2.0, 2.0, -2.0, 2.0], "LogLoss -0.1863 (-0.1863 to -0.1863, better)"),
         ([-0.5, 0.5, -0.5, 0.5], "LogLoss +0.1608 (+0.1608 to +0.1608, worse)"),
     ],
@@ -302,7 +302,7 @@ def test_a_difference_has_a_verdict(
 ) -> None:
     commands.logits["mlet"] = mlet_logits
     table = comparison_table(compare(settings(), 1))
-    assert f"- MLET against single layer: {verdict}; AUC +0.0000 (+0.0000 to +0.0000, may be chance)" in table
+    assert f"- MLET against single layer: {verdict}; AUC 0.0000 (0.0000 to 0.0000, may be chance)" in table
     assert "- MLET against the control: LogLoss" in table
 
 
