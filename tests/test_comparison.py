@@ -69,7 +69,7 @@ def test_three_arms_are_trained_exported_and_verified(small_model: tuple[str, ..
             mean = output[split]["logloss"]["mean"]
             assert mean == pytest.approx(arms[output["arm"]][f"{split}_logloss"], abs=1e-6)
     assert result["advice"][0].startswith(
-        "Do not bother: no output that is smaller than the float32 tables of the single"
+        "Do not bother: no output that was measured is smaller than the float32 tables of the single"
     )
     (of_mlet,) = (each for each in result["outputs"] if each["arm"] == "mlet")
     found, shown = of_mlet["test"]["logloss"]["difference"], differences["single"]["logloss"]

@@ -10,13 +10,11 @@ _FEW_ROWS = 100
 
 def advice(found: Measurement, chosen: Recommendation, margin: float) -> list[str]:
     """Return what the rule recommends, in sentences; the first is the headline."""
-    return [
-        *_smallest(found, chosen, margin),
-        *_ratios(found, chosen, margin),
-        *_better(found, chosen),
-        *_failed(found, chosen),
-        *_few_rows(found),
-    ]
+    smaller = [*_smallest(found, chosen, margin), *_ratios(found, chosen, margin)]
+    better = _better(found, chosen)
+    of_size_first = chosen.smallest is not None or not chosen.better
+    lines = [*smaller, *better] if of_size_first else [*better, *smaller]
+    return [*lines, *_failed(found, chosen), *_few_rows(found)]
 
 
 def rule(found: Measurement, margin: float) -> str:
@@ -49,11 +47,12 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
             lines.append("The metrics below are those that training measured.")
         return lines
     if smallest is None:
-        return [
-            f"Do not bother: no output that is smaller than the float32 tables of {_called(found)} "
-            f"({size_text(reference.served_bytes)}) is certain to be within {margin:g} of its LogLoss on "
-            f"{found.choice_split}."
-        ]
+        tables = f"than the float32 tables of {_called(found)} ({size_text(reference.served_bytes)})"
+        none = f"no output that is smaller {tables} is certain to be within {margin:g} of its LogLoss on "
+        none = f"{none}{found.choice_split}."
+        if all(output.served_bytes >= reference.served_bytes for output in found.outputs):
+            none = f"no output that was measured is smaller {tables}."
+        return [f"N{none[1:]}" if chosen.better else f"Do not bother: {none}"]
     less = f"{reference.served_bytes / smallest.served_bytes:.1f} times less than {size_text(reference.served_bytes)}"
     lines = [
         f"Serve {smallest.name}: its tables take {size_text(smallest.served_bytes)}, {less} of {_called(found)} in "
@@ -119,12 +118,15 @@ def _ratios(found: Measurement, chosen: Recommendation, margin: float) -> list[s
         f"{_ratio(alone)} times."
     ]
     if (output := chosen.by_mean) is not None:
-        times = max(1.0, found.reference_output.served_bytes / output.served_bytes)
-        lines.append(
-            f"Chosen in this way on {found.choice_split}, they are {times:.1f} times smaller ({output.name}), with "
-            f"{difference_text(_difference(output, found.result_split))} on {found.result_split}, which has no part in "
-            "that choice."
-        )
+        times = found.reference_output.served_bytes / output.served_bytes
+        if times > 1:
+            lines.append(
+                f"Chosen in this way on {found.choice_split}, they are {times:.1f} times smaller ({output.name}), with "
+                f"{difference_text(_difference(output, found.result_split))} on {found.result_split}, which has no "
+                "part in that choice."
+            )
+        elif chosen.times_smaller.value > 1:
+            lines.append(f"By those on {found.choice_split}, no smaller tables are within {margin:g}.")
     return lines
 
 

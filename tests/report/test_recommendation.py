@@ -42,6 +42,7 @@ def test_a_smaller_table_of_equal_quality_is_recommended(tmp_path: Path) -> None
     )
     assert "by quantising the single layer alone, 5.0 (" in text
     assert "do not bother with MLET for its quality" in text
+    assert "Chosen in this way on valid, they are 20.0 times smaller (small, int4), with " in text
 
 
 def test_a_smaller_table_of_lower_quality_is_not_recommended(tmp_path: Path) -> None:
@@ -53,6 +54,11 @@ def test_a_smaller_table_of_lower_quality_is_not_recommended(tmp_path: Path) -> 
     assert chosen.times_smaller is not None
     assert chosen.times_smaller.value == 1
     assert text.startswith("Do not bother: no output that is smaller")
+    assert "Chosen in this way" not in text
+    _, _, text = decided(
+        made.arm("single", "single", 0.1, {"dcp": 1000}) + made.arm("mlet", "mlet", 0.8, {"dcp": 1000})
+    )
+    assert text.startswith("Do not bother: no output that was measured is smaller than the float32 tables")
 
 
 def test_the_single_layer_itself_may_be_all_that_it_takes(tmp_path: Path) -> None:
@@ -93,7 +99,9 @@ def test_a_better_arm_is_named_and_one_that_its_control_matches_is_not(tmp_path:
 
     _, chosen, text = decided(single + better + control(0.8))
     assert [each.arm for each in chosen.better] == ["mlet"]
-    assert "mlet is better than the single layer at no more served bytes: -0." in text
+    assert text.startswith("mlet is better than the single layer at no more served bytes: -0.")
+    assert "No output that was measured is smaller than the float32 tables of the single layer (1 kB)." in text
+    assert "Do not bother" not in text
     _, chosen, text = decided(single + better + control(0.1))
     assert [each.arm for each in chosen.of_controls] == ["mlet"]
     assert "mlet" not in [each.arm for each in chosen.better]
