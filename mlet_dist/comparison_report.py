@@ -7,6 +7,7 @@ from typing import Any
 
 from mlet_dist.formatting import megabytes_text, signed
 from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference
+from mlet_dist.training.dense_arch_check import dense_arch_fault
 
 SINGLE, SINGLE_COMPRESSED, MLET, CONTROL = "single", "single_compressed", "mlet", "control"
 _TITLES = {
@@ -96,13 +97,13 @@ def comparison_table(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     caption = _COMPRESSED_CAPTION if compressed else _CAPTION
     compared = [_compared(each, compressed) for each in result["differences"]]
-    died = [
-        f"- The dense arch of {_title(name, compressed)} returns the same for all rows, as an unlucky seed can cause: "
-        "the run says nothing of its settings, and nor do its differences; compare again with another train.seed"
+    failed = [
+        f"- The run of {_title(name, compressed)} failed: {fault}, as an unlucky seed can cause. Its differences are "
+        "not those of its settings; compare again with another train.seed"
         for name, arm in arms.items()
-        if arm.get("dense_arch_varies") is False
+        if (fault := dense_arch_fault(arm)) is not None
     ]
-    return "\n".join([*lines, "", *compared, *died, "", caption, _NOTES.format(split=split, confidence=CONFIDENCE)])
+    return "\n".join([*lines, "", *compared, *failed, "", caption, _NOTES.format(split=split, confidence=CONFIDENCE)])
 
 
 def _compared(difference: Mapping[str, Any], compressed: bool) -> str:

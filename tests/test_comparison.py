@@ -286,7 +286,7 @@ def test_a_model_whose_dense_arch_died_is_named(commands: Commands, settings: Ca
     assert "returns the same for all rows" not in comparison_table(compare(settings(), 1))
     commands.arm["dense_arch_varies"] = False
     table = comparison_table(compare(settings("run.overwrite=true"), 1))
-    assert "- The dense arch of MLET returns the same for all rows" in table
+    assert "- The run of MLET failed: the dense arch returns the same for all rows" in table
 
 
 @pytest.mark.parametrize(

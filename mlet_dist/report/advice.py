@@ -12,8 +12,8 @@ def advice(found: Measurement, chosen: Recommendation, margin: float) -> list[st
     """Return what the rule recommends, in sentences; the first is the headline."""
     smaller = [*_smallest(found, chosen, margin), *_ratios(found, chosen, margin)]
     better = _better(found, chosen)
-    of_size_first = chosen.smallest is not None or not chosen.better
-    lines = [*smaller, *better] if of_size_first else [*better, *smaller]
+    better_first = chosen.smallest is None and bool(chosen.better)
+    lines = [*better, *smaller] if better_first else [*smaller, *better]
     return [*lines, *_failed(found, chosen), *_few_rows(found)]
 
 
@@ -47,12 +47,14 @@ def _smallest(found: Measurement, chosen: Recommendation, margin: float) -> list
             lines.append("The metrics below are those that training measured.")
         return lines
     if smallest is None:
-        tables = f"than the float32 tables of {_called(found)} ({size_text(reference.served_bytes)})"
-        none = f"no output that is smaller {tables} is certain to be within {margin:g} of its LogLoss on "
-        none = f"{none}{found.choice_split}."
-        if all(output.served_bytes >= reference.served_bytes for output in found.outputs):
-            none = f"no output that was measured is smaller {tables}."
-        return [f"N{none[1:]}" if chosen.better else f"Do not bother: {none}"]
+        tables = f"the float32 tables of {_called(found)} ({size_text(reference.served_bytes)})"
+        none = f"output that was measured is smaller than {tables}."
+        if any(output.served_bytes < reference.served_bytes for output in found.outputs):
+            none = (
+                f"output that is smaller than {tables} is certain to be within {margin:g} of its LogLoss on "
+                f"{found.choice_split}."
+            )
+        return [f"No {none}" if chosen.better else f"Do not bother: no {none}"]
     less = f"{reference.served_bytes / smallest.served_bytes:.1f} times less than {size_text(reference.served_bytes)}"
     lines = [
         f"Serve {smallest.name}: its tables take {size_text(smallest.served_bytes)}, {less} of {_called(found)} in "

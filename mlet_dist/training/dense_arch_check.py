@@ -34,7 +34,7 @@ class DenseArchCheck:
     batch tells nothing.
 
     Attributes:
-        varies: whether the output varied over the rows of the batch that was checked last; None before a check, or
+        varies: whether the output varied over the rows that were checked last; None before a check, or
             where the dense columns do not vary either.
     """
 

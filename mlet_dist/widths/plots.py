@@ -16,6 +16,7 @@ _LINES_HEIGHT = 1.7
 _LABELLED = 0.08  # the narrowest part of a bar that has room for a number
 _DARK = 0.6  # the opacity from which text on it has the colour of the page
 _MAX_DOTS = 40
+_LABEL_HEIGHT = 0.12  # of the axes of lines
 _BESIDE = 1.25  # room for a number behind a bar
 
 Line = tuple[str, Sequence[tuple[int, float]], float]
@@ -83,14 +84,26 @@ def lines(found: Sequence[Line], label: str, *, percent: bool) -> str:
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
         axes.set_xlabel("step")
-        # Several lines may end at one value: their names are beside it, from the widest rows on.
-        by_value: dict[float, list[str]] = {}
-        for value, name in ends:
-            by_value.setdefault(value, []).append(name)
-        for value, names in by_value.items():
-            axes.annotate(", ".join(names), (1, value), (4, 0), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", fontsize=8, verticalalignment="center")  # fmt: skip
+        for name, place in _apart(ends, _LABEL_HEIGHT * (axes.get_ylim()[1] - axes.get_ylim()[0])):
+            axes.annotate(name, (1, place), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                          fontsize=8, verticalalignment="center")  # fmt: skip
         return inline_svg(figure, label)
+
+
+def _apart(ends: Sequence[tuple[float, str]], gap: float) -> list[tuple[str, float]]:
+    """Return the names of lines, the lowest first, each with a place near its value and ``gap`` from the others.
+
+    Values are at least 0, and so are places. None is above the largest value, unless there is no room below it.
+    """
+    ends = sorted(ends, key=lambda end: end[0])
+    places: list[float] = []
+    for value, _ in ends:
+        places.append(max(value, places[-1] + gap) if places else value)
+    top = max(ends[-1][0], gap * (len(ends) - 1))
+    for index in reversed(range(len(ends))):
+        places[index] = min(places[index], top)
+        top = places[index] - gap
+    return [(name, place) for (_, name), place in zip(ends, places, strict=True)]
 
 
 def _upright(axes: Axes, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from torchrec.models.dlrm import DenseArch
 
 from mlet_dist.config.config_file import Config, load_config
 from mlet_dist.training.dense_arch_check import DenseArchCheck
+from mlet_dist.training.state import Training
 from tests.helpers.mlet_command import ROOT
 from tests.helpers.ranks import RankPool
 from tests.helpers.small_run import loader, training_of
@@ -72,16 +73,21 @@ def test_nothing_is_known_before_the_first_step(ranks: Ranks, config: Config) ->
     assert ranks(1).run(_check_without_batch, config) == [(None, None)]
 
 
-def _check_after_an_incomplete_batch(config: Config) -> tuple[str | None, bool | None]:
-    """Return the result of a check where the output is constant over the rows of the incomplete last batch alone."""
-    training, _ = training_of(config, steps=2)
+def _make_negative_rows_inactive(training: Training) -> None:
+    """Give the dense arch weights with which its output is 0 for rows of negative numbers alone."""
     (dense_arch,) = (module for module in training.model.modules() if isinstance(module, DenseArch))
     with torch.no_grad():
         for name, parameter in dense_arch.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             else:
-                parameter.abs_()  # so that the output is 0 for rows of negative numbers
+                parameter.abs_()
+
+
+def _check_after_an_incomplete_batch(config: Config) -> tuple[str | None, bool | None]:
+    """Return the result of a check where the output is constant over the rows of the incomplete last batch alone."""
+    training, _ = training_of(config, steps=2)
+    _make_negative_rows_inactive(training)
     check = DenseArchCheck(training)
     for training.step, training.batch in enumerate(loader(config), start=1):
         incomplete = training.batch.global_rows < config.data.batch_size
@@ -100,13 +106,7 @@ def test_the_rows_of_an_incomplete_batch_tell_nothing(ranks: Ranks, small_model:
 def _check_of_rows_of_which_few_are_active(config: Config) -> list[tuple[str | None, bool | None]]:
     """Return the results of checks of a model that is well, whose last batch has no row with an output above 0."""
     training, _ = training_of(config, steps=2)
-    (dense_arch,) = (module for module in training.model.modules() if isinstance(module, DenseArch))
-    with torch.no_grad():
-        for name, parameter in dense_arch.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.abs_()  # so that the output is 0 for rows of negative numbers
+    _make_negative_rows_inactive(training)
     check, found = DenseArchCheck(training), []
     for training.step, training.batch in zip((1, 2, 3), loader(config), strict=False):
         training.batch.dense.abs_().mul_(-1)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from mlet_dist.models.spec import ModelSpec
@@ -172,6 +173,22 @@ def test_shares_are_drawn_where_the_scale_says() -> None:
     }
     widths = [max(each) - min(each) for each in corners.values()]
     assert widths == [pytest.approx(each, rel=1e-4) for each in (widths[2] / 5, widths[2] / 5, widths[2])]
+
+
+@pytest.mark.parametrize(
+    "shares", [(1.0, 1.0, 0.98, 0.5, 0.49), (0.02, 0.01, 0.0, 0.0, 0.0), (0.6, 0.0, 0.0, 0.3, 0.0)]
+)
+def test_names_at_the_ends_of_lines_do_not_overlap(shares: tuple[float, ...]) -> None:
+    result = _result(1, 3)
+    for each in result["history"]:
+        each["kept_by_width"] = dict(zip((64, 16, 8, 4, 0), shares, strict=True))
+    plot = _plots(html_page(result))[2]
+    height = float(plot.attrib["viewBox"].split()[3])
+    names = [each for each in plot.iter(f"{SVG}text") if "font-size: 8px" in each.attrib["style"]]
+    places = sorted(float(each.attrib["y"]) for each in names)
+    assert {each.text for each in names} == {"64", "16", "8", "4", "0"}
+    assert min(np.diff(places)) >= 8  # the size of their font
+    assert 0 <= places[0] <= places[-1] <= height
 
 
 SVG = "{http://www.w3.org/2000/svg}"
