@@ -7,7 +7,7 @@ from typing import Any
 
 from mlet_dist.formatting import megabytes_text, signed
 from mlet_dist.quality.paired_bootstrap import CONFIDENCE, Difference
-from mlet_dist.training.dense_arch_check import dense_arch_fault
+from mlet_dist.training.summary_faults import dense_arch_fault
 
 SINGLE, SINGLE_COMPRESSED, MLET, CONTROL = "single", "single_compressed", "mlet", "control"
 _TITLES = {

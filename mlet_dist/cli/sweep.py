@@ -39,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, _: list[str]) -> tuple[Result | None, bool]:
     """Run the command; return the result to print, or None, and whether it succeeded."""
+    sweep, out = load_sweep(Path(args.sweep), args.overrides), Path(args.out)
+    # Only now, because this imports torch: errors in the file are found at once.
     from mlet_dist.sweep.run_sweep import run_sweep
 
-    sweep, out = load_sweep(Path(args.sweep), args.overrides), Path(args.out)
     make_children_die_with_parent()
     result = run_sweep(sweep, out)
     if not args.json:

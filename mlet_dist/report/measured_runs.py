@@ -15,8 +15,8 @@ from mlet_dist.config.config_file import Config
 from mlet_dist.errors import UserError, print_warning
 from mlet_dist.formatting import load_json, to_json
 from mlet_dist.sweep.arms import settings_of_control
-from mlet_dist.training.dense_arch_check import dense_arch_fault
 from mlet_dist.training.run_directory import RunDirectory
+from mlet_dist.training.summary_faults import dense_arch_fault
 
 PLAIN = "dcp"
 """The output with float32 tables, before the variants of compressed runs, as dcp-mixed."""

@@ -16,8 +16,8 @@ from mlet_dist.formatting import megabytes_text, text_table, to_json
 from mlet_dist.sweep.arms import Arm
 from mlet_dist.sweep.scored_points import Scored
 from mlet_dist.sweep.trained_points import Outcome
-from mlet_dist.training.dense_arch_check import dense_arch_fault
 from mlet_dist.training.label_metrics import metric_prefixes
+from mlet_dist.training.summary_faults import dense_arch_fault
 
 _DIGEST = b"mlet-sweep"  # of the file's metadata
 

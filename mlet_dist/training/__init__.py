@@ -25,5 +25,6 @@ Between two steps:
 
 After the last step:
     evaluation: predictions and metrics of a split.
+    summary_faults: what the summary of a finished run says went wrong.
     binary_metrics, label_metrics: AUC and LogLoss of a label; of each label of a model.
 """

@@ -2,8 +2,6 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -20,11 +18,6 @@ _ADVICE = (
 )
 
 
-def dense_arch_fault(summary: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the dense arch of a finished run, by its summary; None if nothing is known to be."""
-    return "the dense arch returns the same for all rows" if summary.get("dense_arch_varies") is False else None
-
-
 class DenseArchCheck:
     """Checks, when it is called, the output of the dense arch (bottom MLP) for the rows of the last steps.
 
@@ -34,8 +27,8 @@ class DenseArchCheck:
     batch tells nothing.
 
     Attributes:
-        varies: whether the output varied over the rows that were checked last; None before a check, or
-            where the dense columns do not vary either.
+        varies: whether the output varied over the rows that were checked last; None before a check, or where the dense
+            columns do not vary either.
     """
 
     def __init__(self, training: Training) -> None:

@@ -100,6 +100,12 @@ def test_a_typo_in_the_file_is_found_before_torch_is_imported(config: Path) -> N
     assert line.startswith(f"mlet: error: {config}: model.hiden_dim: unknown key (did you mean 'hidden_dim'?)")
 
 
+def test_an_error_in_a_sweep_is_found_before_torch_is_imported(tmp_path: Path) -> None:
+    out, (line,) = watch_imports("sweep", "configs/sweeps/criteo.yaml", "arms=3", "--out", tmp_path / "out")
+    assert out == ["2 False"]
+    assert line.startswith("mlet: error: command line: arms: ")
+
+
 def test_a_run_that_would_be_destroyed_is_found_before_torch_is_imported(config: Path) -> None:
     run = config.parent / "run"
     run.mkdir()
