@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -168,7 +168,7 @@ def _projection_widths(table: MultiLayerEmbeddingBagConfig, chunk_width: int | N
 
 def projection_weights(projections: nn.ModuleDict) -> dict[str, torch.Tensor]:
     """Return W2 ``(k, d)`` by table name."""
-    return {table: projection.get_parameter("weight") for table, projection in projections.items()}
+    return {table: cast(torch.Tensor, projection.weight) for table, projection in projections.items()}
 
 
 def check_loaded_shapes(

@@ -1,6 +1,10 @@
 """The second layer of a multi-layer table: W2 ``(k, d)``, and its application to pooled vectors or to rows.
 
 The products of several tables are batched where their k and d are equal.
+
+Pooled vectors and rows come from a lookup, and nobody else needs them. So backward may write their gradients in their
+place, which saves memory and is faster: that of a table is in the cache then. It does not do so with leaf tensors, nor
+while it may run again (``retain_graph``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +18,8 @@ from torchrec.sparse.jagged_tensor import KeyedTensor, _pin_and_move
 
 from mlet_dist.embeddings.initializers import OrthogonalInitializer, ProjectionInit, RowInitializer
 
+FEW_ROWS = 512
+"""Products of fewer rows are faster on a CPU if they are computed table by table and then put side by side."""
 # On CUDA rows are padded to one batched product if that makes at most this many times as many rows.
 _MAX_PADDING_FACTOR = 4
 
@@ -179,8 +185,8 @@ class _ProjectedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows, weights)
-        ctx.counts = list(counts)
+        ctx.save_for_backward(weights)
+        ctx.rows, ctx.is_leaf, ctx.counts = rows.detach(), _is_leaf(rows), list(counts)
         projected = rows.new_empty(rows.shape[0], weights.shape[2])
         for into, part, weight in zip(projected.split(ctx.counts), rows.split(ctx.counts), weights, strict=True):
             torch.mm(part, weight, out=into)
@@ -189,13 +195,26 @@ class _ProjectedRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weights = ctx.saved_tensors
-        of_rows, of_weights = torch.empty_like(rows), torch.empty_like(weights)
+        (weights,), rows = ctx.saved_tensors, ctx.rows
+        of_rows, of_weights = _for_gradient(rows, ctx.is_leaf), torch.empty_like(weights)
         parts = (tensor.split(ctx.counts) for tensor in (of_rows, rows, gradient))
         for into, part, above, weight, of_weight in zip(*parts, weights, of_weights, strict=True):
-            torch.mm(above, weight.t(), out=into)
             torch.mm(part.t(), above, out=of_weight)
+            torch.mm(above, weight.t(), out=into)  # last, because it may overwrite the part
         return of_rows, None, of_weights
+
+
+def _is_leaf(vectors: torch.Tensor) -> bool:
+    """Return whether the memory is that of a leaf tensor, such as a parameter."""
+    base = vectors._base
+    return (vectors if base is None else base).is_leaf
+
+
+def _for_gradient(vectors: torch.Tensor, is_leaf: bool) -> torch.Tensor:
+    """Return where backward writes the gradient of the vectors."""
+    # As torch's AOTAutograd, which frees saved tensors early if the graph is not kept.
+    is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch.empty_like(vectors) if is_leaf or is_kept else vectors
 
 
 def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
@@ -212,7 +231,37 @@ def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Te
 def _project_run(block: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """``(B, G·k)`` and G weights ``(k, d)`` -> ``(B, G·d)``."""
     stacked = torch.stack(list(weights))
-    groups, hidden_dim, embedding_dim = stacked.shape
-    by_group = block.reshape(-1, groups, hidden_dim).transpose(0, 1)
+    if block.shape[0] < FEW_ROWS:
+        products = torch.bmm(_by_table(block, len(weights)), stacked).transpose(0, 1)
+        return products.reshape(block.shape[0], len(weights) * stacked.shape[2]).to(block.dtype)
+    dtype = _product_dtype(block)
     # Autocast lowers the precision; ranks without a projection would then exchange a different dtype.
-    return torch.bmm(by_group, stacked).transpose(0, 1).reshape(-1, groups * embedding_dim).to(block.dtype)
+    return _ProjectedBlock.apply(block.to(dtype), stacked.to(dtype)).to(block.dtype)
+
+
+class _ProjectedBlock(torch.autograd.Function):
+    """One batched product of G tables that lie side by side; its results are written side by side, too."""
+
+    @staticmethod
+    def forward(ctx: Any, block: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weights)
+        ctx.block, ctx.is_leaf = block.detach(), _is_leaf(block)
+        groups, _, embedding_dim = weights.shape
+        projected = block.new_empty(block.shape[0], groups * embedding_dim)
+        torch.bmm(_by_table(block, groups), weights, out=_by_table(projected, groups))
+        return projected
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (weights,), block = ctx.saved_tensors, ctx.block
+        groups = weights.shape[0]
+        of_block, above = _for_gradient(block, ctx.is_leaf), _by_table(gradient, groups)
+        of_weights = torch.bmm(_by_table(block, groups).transpose(1, 2), above)
+        torch.bmm(above, weights.transpose(1, 2), out=_by_table(of_block, groups))  # last: it may overwrite the block
+        return of_block, of_weights
+
+
+def _by_table(block: torch.Tensor, groups: int) -> torch.Tensor:
+    """``(B, G·width)`` -> ``(G, B, width)``, without a copy."""
+    return block.view(block.shape[0], groups, block.shape[1] // groups).transpose(0, 1)

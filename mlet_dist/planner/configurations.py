@@ -184,7 +184,7 @@ def even_memory(case: Case) -> Memory:
         held = cost.owner_memory(-(-table.num_embeddings // blocks))
         parts.append(cost.requester_memory() + held.times(cost.num_owners / case.ranks.world_size))
     found = total_memory(parts)
-    return found + case.dense(model).memory(found.buffers)
+    return found + case.dense(model).memory(found.gradients)
 
 
 def configurations(case: Case, planned: ModelPlan) -> list[tuple[str, Tables, DenseCost]]:

@@ -118,7 +118,7 @@ def _grouped_ranks(planned: Tables, dense: DenseCost) -> list[dict[str, Any]]:
             "count": len(ranks),
             "tables": len(tables),
             "rows": rows,
-            **dataclasses.asdict(memory),
+            **{kind: size for kind, size in vars(memory).items() if kind != "gradients"},
             "total": memory.total,
         }
         for tables, memory, rows, ranks in found

@@ -151,8 +151,8 @@ def plan_model(
 
     try:
         # The buffers of owned rows are not known yet. They only reduce what the activations add, so this suffices.
-        buffers = sum(requester_memory(tables, sharder, ranks).buffers for tables in collections.values())
-        reserved = dense.memory(buffers)
+        gradients = sum(requester_memory(tables, sharder, ranks).gradients for tables in collections.values())
+        reserved = dense.memory(gradients)
         return settled(topology, limited, reserved.total)
     except PlannerError:
         unlimited = Topology(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from mlet_dist.embeddings import projection as projection_module
-from mlet_dist.embeddings.projection import Projection, project, project_rows, split_flat
+from mlet_dist.embeddings.projection import FEW_ROWS, Projection, project, project_rows, split_flat
 
 # One key of the KeyedTensor: (k, d), or (d, None) for a single-layer table.
 widths = st.sampled_from([(8, 4), (8, 4), (8, 2), (2, 4), (1, 1), (3, 5), (4, None), (1, None)])
@@ -52,7 +52,7 @@ def assert_within_rounding(found: torch.Tensor | None, expected: torch.Tensor) -
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * scale + 1e-6)
 
 
-@given(layout=layouts, rows=st.integers(1, 5), seed=st.integers(0, 2**32))
+@given(layout=layouts, rows=st.one_of(st.integers(1, 5), st.just(FEW_ROWS)), seed=st.integers(0, 2**32))
 @settings(max_examples=80, deadline=None)
 def test_outputs_and_gradients_equal_one_product_per_key(layout: Layout, rows: int, seed: int) -> None:
     values, weights = make_inputs(layout, rows, seed)
@@ -177,6 +177,67 @@ def test_rows_of_several_tables_against_float64(method: RowsProjected, counts: l
         assert gradient is not None
         assert expected is not None
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def of_block(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    found = project(KeyedTensor(["a", "b"], [8, 8], values), {"a": weights[0], "b": weights[1]})
+    return found.values()
+
+
+def of_rows(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    number = values.numel() // 8
+    return project_rows(values.view(number, 8), [3, number - 3], weights)
+
+
+@pytest.fixture(params=[of_block, of_rows])
+def method(request: pytest.FixtureRequest) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    found: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = request.param
+    return found
+
+
+def drawn(rows: int = FEW_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(9)
+    return torch.randn(rows, 16, generator=draw).requires_grad_(), torch.randn(2, 8, 4, generator=draw).requires_grad_()
+
+
+def test_gradients_of_looked_up_vectors_take_their_place(method: Callable[..., torch.Tensor]) -> None:
+    leaf, weights = drawn()
+    looked_up = leaf * 1
+    seen: list[torch.Tensor] = []
+    looked_up.register_hook(seen.append)
+    method(looked_up, weights).square().sum().backward()
+    (gradient,) = seen
+    assert gradient.untyped_storage().data_ptr() == looked_up.untyped_storage().data_ptr()
+
+
+def test_leaf_tensors_and_their_views_keep_their_values(method: Callable[..., torch.Tensor]) -> None:
+    for view in (lambda leaf: leaf, lambda leaf: leaf[1:]):
+        leaf, weights = drawn(FEW_ROWS + 1)
+        before = leaf.detach().clone()
+        method(view(leaf), weights).square().sum().backward()
+        assert torch.equal(leaf.detach(), before)
+
+
+def test_backward_may_run_twice_where_the_graph_is_retained(method: Callable[..., torch.Tensor]) -> None:
+    once, twice = {}, {}
+    for times, gradients in ((1, once), (2, twice)):
+        leaf, weights = drawn()
+        loss = method(leaf * 1, weights).square().sum()
+        for count in reversed(range(times)):
+            loss.backward(retain_graph=count > 0)
+        gradients |= {"rows": leaf.grad, "weights": weights.grad}
+    for name, gradient in once.items():
+        assert torch.equal(2 * gradient, twice[name])
+
+
+def test_whoever_else_needs_overwritten_vectors_is_told(method: Callable[..., torch.Tensor]) -> None:
+    leaf, weights = drawn()
+    looked_up = leaf * 1
+    other = looked_up.square().sum() * 0
+    projected = method(looked_up, weights).square().sum()
+    projected.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
 
 
 def test_a_single_part_is_not_copied_and_several_have_the_gradient_of_slices() -> None:

@@ -50,6 +50,7 @@ class Memory(_Summable):
         process: on a CPU, what the process takes beside the tensors that live at the peak: libraries, readers, and
             memory of freed tensors that the C library keeps.
         host: rows and optimizer state of UVM kernels in host memory.
+        gradients: the part of ``buffers`` that only backward of the tables needs, so that the dense layers can use it.
     """
 
     weights: float = 0
@@ -58,6 +59,7 @@ class Memory(_Summable):
     dense: float = 0
     process: float = 0
     host: float = 0
+    gradients: float = 0
 
     @property
     def total(self) -> float:

@@ -44,18 +44,18 @@ class DenseCost:
     on_cpu: bool = False
     note: str | None = None
 
-    def memory(self, table_buffers: float = 0) -> Memory:
+    def memory(self, table_gradients: float = 0) -> Memory:
         """Return the memory of weights, gradients, optimizer state, and activations beyond the tables' buffers.
 
         On a CPU it includes that of the process: ``PROCESS_BYTES``, and the activations that share no memory with the
         tables' buffers.
 
         Args:
-            table_buffers: bytes of all tables' buffers. Half of them, for gradients, are free when the activations are
-                at their peak.
+            table_gradients: bytes of all tables' buffers that are free when the activations are at their peak
+                (``Memory.gradients``).
         """
         activations = self.activation_bytes()
-        buffers = max(0, activations - table_buffers / 2)
+        buffers = max(0, activations - table_gradients)
         # The C library keeps the memory of freed activations, most of which have less than the 32 MiB from which it
         # maps blocks of their own, and the next large tensor gets other memory.
         process = PROCESS_BYTES + activations - buffers if self.on_cpu else 0

@@ -187,7 +187,7 @@ def optimizer_of(rows: torch.Tensor) -> Optimizer:
 def memory_of_rank(tables: Tables, dense: DenseCost, rank: int) -> Memory:
     """Return the memory of one rank for all tables and dense layers."""
     of_tables = total_memory(cost.memory(rows[rank]) for cost, rows in tables.values())
-    return of_tables + dense.memory(of_tables.buffers)
+    return of_tables + dense.memory(of_tables.gradients)
 
 
 def step_of_rank(tables: Tables, dense: DenseCost, rank: int) -> Step:

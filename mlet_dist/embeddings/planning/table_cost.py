@@ -25,6 +25,7 @@ from mlet_dist.embeddings.planning.cost_model import (
     row_state_bytes,
 )
 from mlet_dist.embeddings.planning.step_collectives import Group
+from mlet_dist.embeddings.projection import FEW_ROWS
 from mlet_dist.embeddings.sharded.exchange_choice import Exchange, TableTraffic
 from mlet_dist.embeddings.sharded.row_lookup import PADDED_BYTES
 
@@ -111,7 +112,7 @@ class TableCost:
         if self.kernel not in (UVM, UVM_CACHING):
             if self.sharding_type == DATA_PARALLEL or (self.on_cpu and self.optimizer == "adam"):
                 state += rows * self.row_width * FLOAT  # the dense gradient
-            return Memory(weights, state, self._owner_buffers())
+            return Memory(weights, state) + self._owner_buffers()
         cached = 0.0
         if self.kernel == UVM_CACHING:
             slots = -(-int(rows * self.cache_load_factor) // _CACHE_WAYS) * _CACHE_WAYS
@@ -119,9 +120,8 @@ class TableCost:
             cached = slots * (self.row_width * self.row_bytes + 2 * INDEX) + rows * FLOAT
         # fbgemm keeps rowwise_adagrad's state, one number per row, on the device, and other states with the rows.
         on_device = self.optimizer == "rowwise_adagrad"
-        return Memory(
-            cached, state if on_device else 0, self._owner_buffers(), host=weights + (0 if on_device else state)
-        )
+        stored = Memory(cached, state if on_device else 0, host=weights + (0 if on_device else state))
+        return stored + self._owner_buffers()
 
     def requester_memory(self) -> Memory:
         """Return the memory that every rank needs wherever the rows are: W2 and the vectors of its batch."""
@@ -129,11 +129,13 @@ class TableCost:
         bags = traffic.local_batch_size * traffic.num_features
         ids = bags * traffic.pooling_factor
         vectors = 2 * ids * d if self.sequences else bags * (2 * d if self.projected else d)
-        buffers = FLOAT * vectors + INDEX * ids
+        buffers, reused = FLOAT * vectors + INDEX * ids, True
         if self.exchange == "after" and self.world_size > 1:
-            buffers += FLOAT * 2 * bags * k
+            reused = not self._writes_in_place(1)
+            received = d if self.sharding_type == TABLE_WISE else 2 * d
+            buffers += FLOAT * bags * (2 * k if reused else k + received)
         weights = replicated_bytes(k * d * self.num_projections, self.optimizer) if self.projected else 0
-        return Memory(buffers=buffers, dense=weights + self.slot_map_bytes / self.world_size)
+        return Memory(dense=weights + self.slot_map_bytes / self.world_size) + _buffers(buffers, reused=reused)
 
     def step(self, *, owns_rows: bool = True) -> Step:
         """Return the work of a rank: the average over owners of the table, or over the other ranks."""
@@ -181,8 +183,8 @@ class TableCost:
         work = Step(memory_bytes=moved, flops=self._flops(bags) if projects else 0, sorted_ids=ids)
         return reduced + work + (Step() if owns_rows else self._requester_traffic())
 
-    def _owner_buffers(self) -> float:
-        """Return the bytes of temporary tensors at the peak of a step.
+    def _owner_buffers(self) -> Memory:
+        """Return the temporary tensors at the peak of a step.
 
         The formulas were fitted to allocations on a CPU (``tests/embeddings/planning/test_planner.py``):
 
@@ -191,28 +193,40 @@ class TableCost:
         - data_parallel: a second dense gradient, before it is added to the first.
         - unique_rows: distinct rows ``(U, k)`` and their gradients, or rows and both sides of the exchange. Tables that
           share a padded kernel also have a padded copy; so do projected tables on CUDA, which was not measured.
+
+        What W2 is applied to and its gradient share their memory (``projection.py``), except padded rows on CUDA. Then,
+        and under ``after`` with table_wise, nothing of it is free while the dense layers compute.
         """
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
         bags = traffic.local_batch_size * traffic.num_features
         ids = bags * traffic.pooling_factor
         if self.sharding_type == DATA_PARALLEL:
-            return FLOAT * (bags * (2 * k + d) + traffic.num_embeddings * k) + INDEX * ids
+            buffers = FLOAT * (bags * (2 * k + d) + traffic.num_embeddings * k) + INDEX * ids
+            return _buffers(buffers, reused=not self._writes_in_place(1))
         if self.exchange == "unique_rows":
             distinct, requested = self._distinct_ids(), self._requested_rows()
             rows = requested * k
             padded = self._shares_padded_kernel(rows) if self.on_cpu else self.projected
-            backward = (3 if padded and self.on_cpu else 4 if padded else 2) * rows + requested * d
+            in_place = self.projected and self.on_cpu
+            backward = (4 if padded and not self.on_cpu else 2 + padded - in_place) * rows + requested * d
             exchanging = (2 if padded else 1) * rows + 2 * distinct * d
             if self.pooled:  # Pools share an exchange: ids are looked up by range, and projected rows concatenated.
                 exchanging += INDEX // FLOAT * ids + requested * d
-            return FLOAT * max(backward, exchanging) + 3 * INDEX * ids
+            return _buffers(FLOAT * max(backward, exchanging) + 5 * INDEX * ids, reused=not in_place)
         sums = bags * self.world_size
-        wide: float = 2 * sums * k
+        in_place = self.exchange != "after" and self._writes_in_place(self.world_size)
+        wide: float = (1 if in_place else 2) * sums * k
+        copies = 2 if in_place and self.sharding_type != TABLE_WISE else int(in_place or self.world_size > 1)
+        reused = not in_place
         if self.exchange == "after" and self.sharding_type == TABLE_WISE and self.world_size > 1:
-            wide = max(sums, 2 * sums - 2 * bags) * k
-        exchanged = 0 if self.exchange == "after" or self.world_size == 1 else sums * d
+            wide, reused = max(sums, 2 * sums - 2 * bags) * k, False
+        exchanged = 0 if self.exchange == "after" else copies * sums * d
         received = ids * self.world_size / self.num_owners
-        return FLOAT * (wide + exchanged) + INDEX * received + 2 * INDEX * sums
+        return _buffers(FLOAT * (wide + exchanged) + INDEX * received + 2 * INDEX * sums, reused=reused)
+
+    def _writes_in_place(self, ranks: int) -> bool:
+        """Return whether gradients take the place of the pooled vectors of some ranks' batches, which W2 projects."""
+        return self.projected and ranks * self.traffic.local_batch_size >= FEW_ROWS
 
     def _shares_padded_kernel(self, elements: float) -> bool:
         """Return whether ``row_lookup`` pads the table's rows on a CPU: those with Adam, which has no fused kernel."""
@@ -311,3 +325,8 @@ class TableCost:
         if self.distinct_of_all is not None:
             together = min(together, self.distinct_of_all)
         return together / self.num_owners
+
+
+def _buffers(size: float, *, reused: bool = True) -> Memory:
+    """Return temporary memory, of which the dense layers can use the half that is for gradients, if ``reused``."""
+    return Memory(buffers=size, gradients=size / 2 if reused else 0)

@@ -12,26 +12,6 @@ import torch
 from mlet_dist.embeddings.projection import split_flat
 
 
-def sorted_distinct(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the distinct keys in order, and the position of each key among them.
-
-    ``torch.unique`` does the same, but its result has a size that the host must know.
-
-    Args:
-        keys: ``(n,)`` int64, at most ``limit``.
-        limit: what fills the first result up to n.
-
-    Returns:
-        Both ``(n,)`` int64.
-    """
-    ordered, order = keys.sort()
-    is_new = torch.ones_like(ordered, dtype=torch.bool)
-    is_new[1:] = ordered[1:] != ordered[:-1]
-    number = is_new.cumsum(0) - 1
-    distinct = torch.full_like(ordered, limit).scatter_(0, number, ordered)
-    return distinct, torch.empty_like(order).scatter_(0, order, number)
-
-
 class FlatRows:
     """Gathers rows of W widths from flat buffers.
 

@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
 from mlet_dist.embeddings.row_order import RowOrder, stored_rows
+from mlet_dist.embeddings.sharded.occurrences import Occurrences
 from mlet_dist.embeddings.sharded.pooled import ServedFeature
 from mlet_dist.embeddings.sharded.slot_map import SlotMap
 from mlet_dist.embeddings.table_config import Segment
@@ -35,15 +36,15 @@ class Routing:
         lengths: bag sizes of the own batch, ``(F·b,)``.
         weights: per-sample weights of the ids, or None.
         ids_per_feature: the number of ids of each feature of the own batch.
-        position_of_id: position of each id of the batch among this rank's distinct ids. Ids of rows that are not stored
-            have the position after the last.
+        ids: where this rank's distinct ids occur in the batch. Ids of rows that are not stored have the position after
+            the last.
         one_id_per_bag: whether every bag has exactly one id and no weight.
         some_not_stored: whether there may be such ids.
         requests_sent: number of rows of each width that this rank requests from each rank, ``(R, W)``.
         requests_received: number of rows of each width that each rank requests from this rank, ``(R, W)``.
         width_of_id: the position of each distinct id's width among the W; None if W is 1.
         rows_per_segment: number of distinct rows that this rank looks up in each segment of a table; the sum is U.
-        position_of_request: position of each received request among the U rows; None if requests and rows are the same.
+        requests: where the U rows occur among the received requests; None if requests and rows are the same.
         width_of_request: like ``width_of_id``, of each received request.
         local_rows: with a SlotIndex, the distinct rows among the received requests, ``(U,)``; some may have no slot.
         rows_with_slot: with a SlotIndex, which of them are looked up, in the order of the lookup (``Located.rows``).
@@ -52,21 +53,22 @@ class Routing:
     lengths: torch.Tensor
     weights: torch.Tensor | None
     ids_per_feature: list[int]
-    position_of_id: torch.Tensor
+    ids: Occurrences
     one_id_per_bag: bool = False
     some_not_stored: bool = False
     requests_sent: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     requests_received: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int64))
     width_of_id: torch.Tensor | None = None
     rows_per_segment: list[int] = field(default_factory=list)
-    position_of_request: torch.Tensor | None = None
+    requests: Occurrences | None = None
     width_of_request: torch.Tensor | None = None
     local_rows: torch.Tensor | None = None
     rows_with_slot: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors."""
-        return [each for each in vars(self).values() if isinstance(each, torch.Tensor)]
+        own = [each for each in vars(self).values() if isinstance(each, torch.Tensor)]
+        return own + self.ids.tensors() + ([] if self.requests is None else self.requests.tensors())
 
 
 class RowIndex(ABC):

@@ -35,7 +35,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 from mlet_dist.embeddings.projection import project_tables, split_flat
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
 from mlet_dist.embeddings.sharded.collectives import AllToAllRows
-from mlet_dist.embeddings.sharded.flat_rows import FlatRows, sorted_distinct
+from mlet_dist.embeddings.sharded.flat_rows import FlatRows
+from mlet_dist.embeddings.sharded.occurrences import sorted_distinct
 from mlet_dist.embeddings.sharded.pooled import ProjectingDist
 from mlet_dist.embeddings.sharded.row_index import Routing, RowIndex, num_owners
 from mlet_dist.embeddings.sharded.slot_map import SlotMap
@@ -87,12 +88,12 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         values = sparse_features.values()
         lengths, weights = sparse_features.lengths(), sparse_features.weights_or_none()
         counts = lengths.view(self.index.num_features, -1).sum(dim=1)
-        distinct, position = sorted_distinct(self.index.keys(values, counts), self._end)
+        distinct, occurrences = sorted_distinct(self.index.keys(values, counts), self._end)
         self.routing = Routing(
             lengths=lengths,
             weights=weights,
             ids_per_feature=sparse_features.length_per_key(),
-            position_of_id=position,
+            ids=occurrences,
             some_not_stored=self.index.some_not_stored,
         )
         single = weights is None and lengths.numel() == values.numel()
@@ -109,7 +110,7 @@ class UniqueRowsInputDist(BaseSparseFeaturesDist[KeyedJaggedTensor]):
         if self.num_widths > 1:
             routing.width_of_request = self.widths_of(requested)
         if self.world_size > 1:
-            requested, routing.position_of_request = sorted_distinct(requested, self.index.keys_per_rank)
+            requested, routing.requests = sorted_distinct(requested, self.index.keys_per_rank)
         return self.index.lookup_features(requested, routing)
 
     def widths_of(self, keys: torch.Tensor) -> torch.Tensor:
@@ -275,23 +276,28 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
 
     def _requested(self, vectors: list[torch.Tensor], routing: Routing) -> torch.Tensor:
         """Return the vector of each received request, flat: the requests of one rank after those of another."""
-        position = routing.position_of_request
+        requests = routing.requests
         if len(vectors) == 1:
             (only,) = vectors
-            return (only if position is None else only.index_select(0, position)).view(-1)
+            return (only if requests is None else requests.rows(only)).view(-1)
         flat = torch.cat([each.reshape(-1) for each in vectors])
-        if position is None:  # the requests of a single rank are in the order of the rows
+        if requests is None:  # the requests of a single rank are in the order of the rows
             return flat
         counts = [len(each) for each in vectors]
         numbers = _pin_and_move(torch.tensor(counts), flat.device)
         width_of_row = torch.repeat_interleave(numbers, output_size=sum(counts))
         size = int((routing.requests_received @ self._widths).sum())
-        return self._flat_rows.gather(flat, width_of_row, position, none_throws(routing.width_of_request), size)
+        return self._flat_rows.gather(
+            flat, width_of_row, requests.position, none_throws(routing.width_of_request), size
+        )
 
     def _assemble(self, flat: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Pool the vectors received, flat, to ``(b, sum of d)``."""
         batch_size = routing.lengths.numel() // self._num_features
         rows, position, firsts = self._by_width(flat, routing)
+        if len(rows) == 1 and routing.one_id_per_bag:
+            vectors = routing.ids.transposed(self._num_features).rows(_padded(rows[0], routing))
+            return vectors.view(batch_size, self._num_features * vectors.shape[1])
         pooled: list[torch.Tensor] = []
         feature, start = 0, 0
         for width, number in self._runs:
@@ -319,7 +325,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
         """
         counts = routing.requests_sent.sum(axis=0).tolist()
         firsts = list(accumulate(counts, initial=0))
-        position = routing.position_of_id
+        position = routing.ids.position
         if routing.width_of_id is not None and self._world_size > 1:
             ordered, order = routing.width_of_id.sort(stable=True)
             flat = self._flat_rows.gather(flat, routing.width_of_id, order, ordered, flat.numel())
@@ -336,10 +342,15 @@ class SequenceOutputDist(UniqueRowsOutputDist):
 
     def _assemble(self, flat: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Return the vector of each id."""
-        (rows,), position, _ = self._by_width(flat, routing)
-        if not rows.shape[0]:  # padding an empty table keeps the exchange in this rank's backward
-            rows = functional.pad(rows, (0, 0, 0, 1))
-        return functional.embedding(position, rows)
+        (rows,), _, _ = self._by_width(flat, routing)
+        return routing.ids.rows(_padded(rows, routing))
+
+
+def _padded(rows: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Return the rows with a row of zeros after the last one if a batch may ask for it, or if there is no other row."""
+    # It is the row of ids that are not stored. embedding_bag rejects an empty table, and an empty table that is padded
+    # keeps the exchange in this rank's backward.
+    return functional.pad(rows, (0, 0, 0, 1)) if routing.some_not_stored or not rows.shape[0] else rows
 
 
 def _within(position: torch.Tensor, first: int, rows: torch.Tensor) -> torch.Tensor:
@@ -367,10 +378,7 @@ def _pool_bags(
     """
     batch_size, width = lengths.numel() // num_features, rows.shape[1]
     shape = (batch_size, num_features * width)
-    if routing.some_not_stored or not rows.shape[0]:
-        # The zero row after the last one is that of ids that are not stored. embedding_bag rejects an empty table;
-        # padding it keeps the exchange in this rank's backward.
-        rows = functional.pad(rows, (0, 0, 0, 1))
+    rows = _padded(rows, routing)
     if routing.one_id_per_bag:
         by_row = position.view(num_features, batch_size).t().reshape(-1)
         return rows.index_select(0, by_row).view(shape)

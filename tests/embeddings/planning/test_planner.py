@@ -330,14 +330,20 @@ def test_costs_of_row_wise_by_hand() -> None:
 
 def test_only_rows_without_a_fused_optimizer_have_a_padded_copy_on_a_cpu() -> None:
     unique = _cost(exchange="unique_rows", distinct_ids=6, on_cpu=True)  # 6 rows are requested of each of 4 owners
-    others = 4 * 6 * 4 + 3 * 8 * 8  # projected rows and ids
+    others = 4 * 6 * 4 + 5 * 8 * 8  # projected rows and ids
     optimizers: tuple[Optimizer, ...] = ("sgd", "adagrad", "rowwise_adagrad")
-    for optimizer in optimizers:
-        assert dataclasses.replace(unique, optimizer=optimizer).owner_memory(250).buffers == 4 * 2 * 6 * 16 + others
-    padded = dataclasses.replace(unique, optimizer="adam")
-    assert padded.owner_memory(250).buffers == 4 * 3 * 6 * 16 + others
-    wide = dataclasses.replace(padded, row_width=PADDED_BYTES // 4 // 6 + 1)  # has a kernel of its own
-    assert wide.owner_memory(250).buffers == 4 * 2 * 6 * wide.row_width + others
+    for projected in (True, False):
+        single = dataclasses.replace(unique, projected=projected)
+        copies = 1 if projected else 2  # the gradient takes the place of rows that W2 projects
+        for optimizer in optimizers:
+            buffers = dataclasses.replace(single, optimizer=optimizer).owner_memory(250).buffers
+            assert buffers == 4 * copies * 6 * 16 + others + (4 * 6 * 4 if projected else 0)
+        padded = dataclasses.replace(single, optimizer="adam")
+        assert padded.owner_memory(250).buffers == 4 * (copies + 1) * 6 * 16 + others + (4 * 6 * 4 if projected else 0)
+        wide = dataclasses.replace(padded, row_width=PADDED_BYTES // 4 // 6 + 1)  # has a kernel of its own
+        assert wide.owner_memory(250).buffers == 4 * copies * 6 * wide.row_width + others + (
+            4 * 6 * 4 if projected else 0
+        )
 
 
 def test_costs_of_table_wise_by_hand() -> None:
@@ -398,9 +404,9 @@ def test_the_fullest_host_may_be_that_of_another_rank_than_the_fullest_device() 
 def test_on_a_cpu_activations_share_no_memory_with_the_buffers_of_tables() -> None:
     on_cuda = DenseCost(0, 0, 5, 9, 8, "sgd", 2, 2)  # 8 rows of 5 floats
     on_cpu = dataclasses.replace(on_cuda, on_cpu=True)
-    for table_buffers, beyond in ((0, 160), (100, 110), (1000, 0)):
-        assert on_cuda.memory(table_buffers) == Memory(buffers=beyond)
-        assert on_cpu.memory(table_buffers) == Memory(buffers=beyond, process=PROCESS_BYTES + 160 - beyond)
+    for table_gradients, beyond in ((0, 160), (50, 110), (500, 0)):
+        assert on_cuda.memory(table_gradients) == Memory(buffers=beyond)
+        assert on_cpu.memory(table_gradients) == Memory(buffers=beyond, process=PROCESS_BYTES + 160 - beyond)
     assert on_cpu.memory().checkpoint_copy == 0
 
 

@@ -28,7 +28,7 @@ from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmb
 from mlet_dist.embeddings.input_check import smallest_tables
 from mlet_dist.embeddings.sharded import unique_rows
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker
-from mlet_dist.embeddings.sharded.flat_rows import sorted_distinct
+from mlet_dist.embeddings.sharded.occurrences import Occurrences, sorted_distinct
 from mlet_dist.embeddings.sharded.pooled import ServedFeature
 from mlet_dist.embeddings.sharded.row_index import RangeIndex
 from mlet_dist.embeddings.sharded.unique_rows import UniqueRowsInputDist
@@ -220,11 +220,12 @@ def test_nothing_is_read_from_a_cuda_device_ahead_of_a_forward_pass(
     assert [(call.name, call.device) for call in counts.collective_calls] == [("alltoall_base_", "cuda")]
 
 
-def _unique(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.unique(keys, return_inverse=True)
+def _unique(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, Occurrences]:
+    distinct, position = torch.unique(keys, return_inverse=True)
+    return distinct, Occurrences(position, position.argsort(), None)
 
 
-def _all_ones(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _all_ones(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, Occurrences]:
     assert bool((keys == keys).all())
     return sorted_distinct(keys, limit)
 

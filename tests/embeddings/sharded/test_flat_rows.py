@@ -1,21 +1,12 @@
-"""Distinct keys as torch.unique finds them, and rows of several widths in flat buffers, compared with loops."""
+"""Rows of several widths in flat buffers, compared with loops."""
 
 import pytest
 import torch
 
 from benchmarks.step_counters import count_step_operations
-from mlet_dist.embeddings.sharded.flat_rows import FlatRows, sorted_distinct
+from mlet_dist.embeddings.sharded.flat_rows import FlatRows
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize("keys", [[], [7], [5, 5, 5], [3, 1, 2], [9, 0, 9, 4, 0, 4, 4, 8], [20, 3, 20]])
-def test_distinct_keys_are_those_of_unique(keys: list[int]) -> None:
-    given = torch.tensor(keys, dtype=torch.int64)
-    distinct, position = sorted_distinct(given, limit=20)
-    expected, inverse = torch.unique(given, return_inverse=True)
-    assert distinct.tolist() == expected.tolist() + [20] * (len(keys) - len(expected))
-    assert torch.equal(position, inverse)
 
 
 @pytest.mark.parametrize("widths", [[4], [4, 8], [2, 6, 10]])

@@ -1,0 +1,98 @@
+"""Distinct keys and where they occur, and rows that are copied to all places where their keys occur.
+
+Nothing here waits for a device.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+_INT32_END = 1 << 31
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Where U distinct keys occur among n keys.
+
+    Attributes:
+        position: the position of each key among the distinct ones, ``(n,)`` int64.
+        order: the positions of the n keys, those of equal keys side by side and ascending, ``(n,)`` int64.
+        starts: where in ``order`` the keys that are equal to each distinct one begin; n from U on, ``(n + 2,)`` int64.
+            None on CUDA.
+    """
+
+    position: torch.Tensor
+    order: torch.Tensor
+    starts: torch.Tensor | None
+
+    def transposed(self, size: int) -> "Occurrences":
+        """Return the occurrences among the transpose of the n keys, if they are a matrix ``(size, n / size)``."""
+        number = self.order.numel()
+        position = self.position.view(size, number // size)
+        moved_to = torch.arange(number, device=self.order.device).view(number // size, size)
+        return replace(self, position=position.t().reshape(-1), order=moved_to.t().reshape(-1)[self.order])
+
+    def rows(self, distinct: torch.Tensor) -> torch.Tensor:
+        """Return the row of each key, ``(n, width)``.
+
+        Args:
+            distinct: the rows of the U distinct keys, and of at most one that does not occur, ``(U, width)``.
+        """
+        if self.starts is None:
+            return distinct.index_select(0, self.position)
+        return _RowsOfKeys.apply(distinct, self)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors."""
+        return [each for each in vars(self).values() if each is not None]
+
+
+class _RowsOfKeys(torch.autograd.Function):
+    """``index_select`` whose backward sums up the gradients of equal keys where they are, in their order.
+
+    On a CPU this takes a fifth of the time of the backward of ``index_select``, with the same bits. On CUDA a key that
+    occurs thousands of times would be summed up by a single block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, distinct: torch.Tensor, occurrences: Occurrences) -> torch.Tensor:
+        ctx.occurrences, ctx.number = occurrences, distinct.shape[0]
+        return distinct.index_select(0, occurrences.position)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        starts, order = ctx.occurrences.starts[: ctx.number + 1], ctx.occurrences.order
+        gradient = gradient.contiguous()  # embedding_bag is slow otherwise
+        return functional.embedding_bag(order, gradient, starts, mode="sum", include_last_offset=True), None
+
+
+def sorted_distinct(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, Occurrences]:
+    """Return the distinct keys in order, and where they occur.
+
+    ``torch.unique`` does the same, but its result has a size that the host must know.
+
+    Args:
+        keys: ``(n,)`` int64, at least 0 and at most ``limit``.
+        limit: what fills the first result up to n.
+
+    Returns:
+        The distinct keys, ``(n,)`` int64, and their occurrences.
+    """
+    number = keys.numel()
+    # int32 is sorted in half the time.
+    ordered, order = (keys.int() if limit < _INT32_END else keys).sort(stable=True)
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    group = is_new.cumsum(0) - 1
+    distinct = torch.full_like(keys, limit).scatter_(0, group, ordered.to(keys.dtype))
+    position = torch.empty_like(order).scatter_(0, order, group)
+    starts = None
+    if not keys.is_cuda:
+        # Each key but the first of its group is written into a last place that is cut off.
+        place = torch.where(is_new, group, number + 2)
+        starts = keys.new_full((number + 3,), number).scatter_(0, place, torch.arange(number))[:-1]
+    return distinct, Occurrences(position, order, starts)
