@@ -3,8 +3,8 @@
 The products of several tables are batched where their k and d are equal.
 
 Pooled vectors and rows come from a lookup, and nobody else needs them. So backward may write their gradients in their
-place, which saves memory and is faster: that of a table is in the cache then. It does not do so with leaf tensors, nor
-while it may run again (``retain_graph``).
+place (``_SavedVectors``), which saves memory and is faster: a table's vectors are in the cache then. Backward of these
+products cannot be differentiated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedTensor, _pin_and_move
 
 from mlet_dist.embeddings.initializers import OrthogonalInitializer, ProjectionInit, RowInitializer
@@ -186,7 +187,7 @@ class _ProjectedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weights)
-        ctx.rows, ctx.is_leaf, ctx.counts = rows.detach(), _is_leaf(rows), list(counts)
+        ctx.saved_rows, ctx.counts = _SavedVectors(rows), list(counts)
         projected = rows.new_empty(rows.shape[0], weights.shape[2])
         for into, part, weight in zip(projected.split(ctx.counts), rows.split(ctx.counts), weights, strict=True):
             torch.mm(part, weight, out=into)
@@ -195,26 +196,55 @@ class _ProjectedRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (weights,), rows = ctx.saved_tensors, ctx.rows
-        of_rows, of_weights = _for_gradient(rows, ctx.is_leaf), torch.empty_like(weights)
-        parts = (tensor.split(ctx.counts) for tensor in (of_rows, rows, gradient))
-        for into, part, above, weight, of_weight in zip(*parts, weights, of_weights, strict=True):
-            torch.mm(part.t(), above, out=of_weight)
-            torch.mm(above, weight.t(), out=into)  # last, because it may overwrite the part
+        (weights,) = ctx.saved_tensors
+        rows, of_rows = ctx.saved_rows.take(needs_gradient=ctx.needs_input_grad[0])
+        of_weights = torch.empty_like(weights) if ctx.needs_input_grad[2] else None
+        above = gradient.split(ctx.counts)
+        if of_weights is not None:
+            for part, of_part, of_weight in zip(rows.split(ctx.counts), above, of_weights, strict=True):
+                torch.mm(part.t(), of_part, out=of_weight)
+        if of_rows is not None:
+            for into, of_part, weight in zip(of_rows.split(ctx.counts), above, weights, strict=True):
+                torch.mm(of_part, weight.t(), out=into)
         return of_rows, None, of_weights
 
 
-def _is_leaf(vectors: torch.Tensor) -> bool:
-    """Return whether the memory is that of a leaf tensor, such as a parameter."""
-    base = vectors._base
-    return (vectors if base is None else base).is_leaf
+class _SavedVectors:
+    """Vectors that are saved for backward, which may write their gradient in their place.
 
+    It does not if they share their memory with a leaf tensor, or if backward may run again (``retain_graph``). Unlike
+    ``save_for_backward``, this also works if backward has overwritten another part of the tensor of which they are one.
 
-def _for_gradient(vectors: torch.Tensor, is_leaf: bool) -> torch.Tensor:
-    """Return where backward writes the gradient of the vectors."""
-    # As torch's AOTAutograd, which frees saved tensors early if the graph is not kept.
-    is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    return torch.empty_like(vectors) if is_leaf or is_kept else vectors
+    Args:
+        vectors: an input of a ``torch.autograd.Function``.
+    """
+
+    def __init__(self, vectors: torch.Tensor) -> None:
+        base = vectors if vectors._base is None else vectors._base
+        self._vectors: torch.Tensor | None = vectors.detach()
+        # Writing nothing would still count as a modification of the other parts.
+        self._is_writable = not base.is_leaf and vectors.numel() > 0
+        self._version = vectors._version if vectors.numel() == base.numel() > 0 else None
+
+    def take(self, *, needs_gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the vectors, and where to write their gradient, if it is needed.
+
+        Raises:
+            RuntimeError: the vectors were modified after forward.
+        """
+        vectors = none_throws(self._vectors)
+        if self._version not in (None, vectors._version):
+            raise RuntimeError(
+                "vectors to which a W2 was applied have been modified by an inplace operation, or by the backward of "
+                "another W2 that was applied to them; apply it to a clone"
+            )
+        # As torch's AOTAutograd, which frees saved tensors early if the graph is not kept.
+        is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not is_kept:
+            self._vectors = None
+        if not needs_gradient:
+            return vectors, None
+        return vectors, vectors if self._is_writable and not is_kept else torch.empty_like(vectors)
 
 
 def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Tensor) -> torch.Tensor:
@@ -231,7 +261,7 @@ def _project_padded(rows: torch.Tensor, counts: Sequence[int], weights: torch.Te
 def _project_run(block: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """``(B, G·k)`` and G weights ``(k, d)`` -> ``(B, G·d)``."""
     stacked = torch.stack(list(weights))
-    if block.shape[0] < FEW_ROWS:
+    if torch.compiler.is_compiling() or block.shape[0] < FEW_ROWS:
         products = torch.bmm(_by_table(block, len(weights)), stacked).transpose(0, 1)
         return products.reshape(block.shape[0], len(weights) * stacked.shape[2]).to(block.dtype)
     dtype = _product_dtype(block)
@@ -245,7 +275,7 @@ class _ProjectedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weights)
-        ctx.block, ctx.is_leaf = block.detach(), _is_leaf(block)
+        ctx.saved_block = _SavedVectors(block)
         groups, _, embedding_dim = weights.shape
         projected = block.new_empty(block.shape[0], groups * embedding_dim)
         torch.bmm(_by_table(block, groups), weights, out=_by_table(projected, groups))
@@ -253,12 +283,15 @@ class _ProjectedBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        (weights,), block = ctx.saved_tensors, ctx.block
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
         groups = weights.shape[0]
-        of_block, above = _for_gradient(block, ctx.is_leaf), _by_table(gradient, groups)
-        of_weights = torch.bmm(_by_table(block, groups).transpose(1, 2), above)
-        torch.bmm(above, weights.transpose(1, 2), out=_by_table(of_block, groups))  # last: it may overwrite the block
+        block, of_block = ctx.saved_block.take(needs_gradient=ctx.needs_input_grad[0])
+        above, of_weights = _by_table(gradient, groups), None
+        if ctx.needs_input_grad[1]:
+            of_weights = torch.bmm(_by_table(block, groups).transpose(1, 2), above)
+        if of_block is not None:
+            torch.bmm(above, weights.transpose(1, 2), out=_by_table(of_block, groups))
         return of_block, of_weights
 
 

@@ -176,6 +176,7 @@ def _plain_steps(
         step.zero_grad()
         loss, outcome = step.forward(batch.to(device))
         loss.backward()
+        del loss  # or the graph lives until the next loss is there, with what it has saved
         step.step()
         step.finish()
         yield outcome

@@ -1,5 +1,7 @@
 import math
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from mlet_dist.embeddings import projection as projection_module
-from mlet_dist.embeddings.projection import FEW_ROWS, Projection, project, project_rows, split_flat
+from mlet_dist.embeddings.projection import FEW_ROWS, Projection, _SavedVectors, project, project_rows, split_flat
 
 # One key of the KeyedTensor: (k, d), or (d, None) for a single-layer table.
 widths = st.sampled_from([(8, 4), (8, 4), (8, 2), (2, 4), (1, 1), (3, 5), (4, None), (1, None)])
@@ -271,6 +273,61 @@ def test_whoever_else_needs_overwritten_vectors_is_told(method: Callable[..., to
     projected.backward()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         other.backward()
+
+
+def test_two_w2_cannot_be_applied_to_the_same_vectors_unnoticed(method: Callable[..., torch.Tensor]) -> None:
+    leaf, weights = drawn()
+    looked_up = leaf * 1
+    both = method(looked_up, weights) + method(looked_up, 2 * weights)
+    with pytest.raises(RuntimeError, match="vectors to which a W2 was applied have been modified"):
+        both.sum().backward()
+    method(leaf.detach(), weights).sum().backward()  # nothing overwrites vectors that need no gradient
+    (method(leaf, weights) + method(leaf, 2 * weights)).sum().backward()  # nor a leaf
+
+
+def test_vectors_are_freed_by_backward_though_somebody_holds_the_loss(method: Callable[..., torch.Tensor]) -> None:
+    leaf, weights = drawn()
+    looked_up = leaf * 1
+    projected = method(looked_up, weights)
+    (saved,) = [each for each in vars(_function_of(projected)).values() if isinstance(each, _SavedVectors)]
+    loss = projected.square().sum()
+    del looked_up, projected
+    loss.backward()
+    assert saved._vectors is None
+
+
+def _function_of(found: torch.Tensor) -> Any:
+    """Return the autograd function with the vectors."""
+    pending = [found.grad_fn]
+    while pending:
+        node = pending.pop()
+        if "Projected" in type(node).__name__:
+            return node
+        pending += [each for each, _ in node.next_functions if each is not None]
+    raise AssertionError("no product with W2")
+
+
+@pytest.mark.parametrize("frozen", ["rows", "weights"])
+def test_no_gradient_is_computed_for_what_is_frozen(method: Callable[..., torch.Tensor], frozen: str) -> None:
+    expected: dict[str, torch.Tensor | None] = {}
+    for freeze in (False, True):
+        leaf, weights = drawn()
+        if freeze:
+            (leaf if frozen == "rows" else weights).requires_grad_(False)
+        method(leaf, weights).square().sum().backward()
+        found = {"rows": leaf.grad, "weights": weights.grad}
+        if freeze:
+            assert found.pop(frozen) is None
+            assert all(torch.equal(found[name], expected[name]) for name in found)
+        expected = found
+
+
+def test_a_compiler_sees_plain_products() -> None:
+    leaf, weights = drawn()
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        found = of_block(leaf, weights)
+    assert "Projected" not in type(found.grad_fn).__name__
+    torch.testing.assert_close(found, of_block(leaf, weights))
 
 
 def test_a_single_part_is_not_copied_and_several_have_the_gradient_of_slices() -> None:

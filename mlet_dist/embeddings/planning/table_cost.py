@@ -195,24 +195,27 @@ class TableCost:
           share a padded kernel also have a padded copy; so do projected tables on CUDA, which was not measured.
 
         What W2 is applied to and its gradient share their memory (``projection.py``), except padded rows on CUDA. Then,
-        and under ``after`` with table_wise, nothing of it is free while the dense layers compute.
+        and under ``after`` with table_wise, nothing of it is free while the dense layers compute. Indices of where
+        ids occur are kept for backward on a CPU alone.
         """
         traffic, k, d = self.traffic, self.row_width, self.traffic.embedding_dim
         bags = traffic.local_batch_size * traffic.num_features
         ids = bags * traffic.pooling_factor
         if self.sharding_type == DATA_PARALLEL:
-            buffers = FLOAT * (bags * (2 * k + d) + traffic.num_embeddings * k) + INDEX * ids
-            return _buffers(buffers, reused=not self._writes_in_place(1))
+            of_bags = _buffers(FLOAT * bags * (2 * k + d) + INDEX * ids, reused=not self._writes_in_place(1))
+            of_rows = FLOAT * traffic.num_embeddings * k
+            return of_bags + Memory(buffers=of_rows, gradients=of_rows)
         if self.exchange == "unique_rows":
             distinct, requested = self._distinct_ids(), self._requested_rows()
             rows = requested * k
             padded = self._shares_padded_kernel(rows) if self.on_cpu else self.projected
-            in_place = self.projected and self.on_cpu
+            in_place, indices = self.projected and self.on_cpu, 5 if self.on_cpu else 3
             backward = (4 if padded and not self.on_cpu else 2 + padded - in_place) * rows + requested * d
             exchanging = (2 if padded else 1) * rows + 2 * distinct * d
             if self.pooled:  # Pools share an exchange: ids are looked up by range, and projected rows concatenated.
                 exchanging += INDEX // FLOAT * ids + requested * d
-            return _buffers(FLOAT * max(backward, exchanging) + 5 * INDEX * ids, reused=not in_place)
+            size, kept = FLOAT * max(backward, exchanging), FLOAT * rows if in_place else 0
+            return Memory(buffers=size + indices * INDEX * ids, gradients=(size - kept) / 2)
         sums = bags * self.world_size
         in_place = self.exchange != "after" and self._writes_in_place(self.world_size)
         wide: float = (1 if in_place else 2) * sums * k

@@ -342,8 +342,10 @@ class SequenceOutputDist(UniqueRowsOutputDist):
 
     def _assemble(self, flat: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Return the vector of each id."""
-        (rows,), _, _ = self._by_width(flat, routing)
-        return routing.ids.rows(_padded(rows, routing))
+        (rows,), position, _ = self._by_width(flat, routing)
+        rows = _padded(rows, routing)
+        # On CUDA the backward of an embedding adds without atomics, unlike that of index_select.
+        return functional.embedding(position, rows) if rows.is_cuda else routing.ids.rows(rows)
 
 
 def _padded(rows: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -222,7 +222,7 @@ def test_nothing_is_read_from_a_cuda_device_ahead_of_a_forward_pass(
 
 def _unique(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, Occurrences]:
     distinct, position = torch.unique(keys, return_inverse=True)
-    return distinct, Occurrences(position, position.argsort(), None)
+    return distinct, Occurrences(position, None, None)
 
 
 def _all_ones(keys: torch.Tensor, limit: int) -> tuple[torch.Tensor, Occurrences]:

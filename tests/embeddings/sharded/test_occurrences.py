@@ -85,5 +85,5 @@ def test_the_transpose_has_the_keys_in_the_other_order(size: int) -> None:
 def test_on_cuda_the_gradient_is_that_of_index_select() -> None:
     occurrences, different = drawn(30, 7, seed=0)
     rows = torch.randn(different, 2, requires_grad=True)
-    found = dataclasses.replace(occurrences, starts=None).rows(rows)
+    found = dataclasses.replace(occurrences, order=None, starts=None).transposed(3).rows(rows)
     assert type(found.grad_fn).__name__ == "IndexSelectBackward0"
