@@ -36,7 +36,7 @@ from mlet_dist.embeddings.projection import project_tables, split_flat
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
 from mlet_dist.embeddings.sharded.collectives import AllToAllRows
 from mlet_dist.embeddings.sharded.flat_rows import FlatRows
-from mlet_dist.embeddings.sharded.occurrences import sorted_distinct
+from mlet_dist.embeddings.sharded.occurrences import pool, sorted_distinct
 from mlet_dist.embeddings.sharded.pooled import ProjectingDist
 from mlet_dist.embeddings.sharded.row_index import Routing, RowIndex, num_owners
 from mlet_dist.embeddings.sharded.slot_map import SlotMap
@@ -293,11 +293,14 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
 
     def _assemble(self, flat: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Pool the vectors received, flat, to ``(b, sum of d)``."""
-        batch_size = routing.lengths.numel() // self._num_features
         rows, position, firsts = self._by_width(flat, routing)
-        if len(rows) == 1 and routing.one_id_per_bag:
-            vectors = routing.ids.transposed(self._num_features).rows(_padded(rows[0], routing))
-            return vectors.view(batch_size, self._num_features * vectors.shape[1])
+        if len(rows) == 1:
+            only = _padded(rows[0], routing)
+            if not routing.one_id_per_bag:
+                return routing.ids.pooled(only, routing.lengths, routing.weights, self._num_features)
+            vectors = routing.ids.transposed(self._num_features).rows(only)
+            return vectors.view(vectors.shape[0] // self._num_features, self._num_features * vectors.shape[1])
+        batch_size = routing.lengths.numel() // self._num_features
         pooled: list[torch.Tensor] = []
         feature, start = 0, 0
         for width, number in self._runs:
@@ -306,9 +309,7 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
             pooled.append(
                 _pool_bags(
                     rows[width],
-                    position[start:stop]
-                    if len(rows) == 1
-                    else _within(position[start:stop], firsts[width], rows[width]),
+                    _within(position[start:stop], firsts[width], rows[width]),
                     routing.lengths[bags],
                     None if routing.weights is None else routing.weights[start:stop],
                     number,
@@ -378,20 +379,9 @@ def _pool_bags(
         num_features: F.
         routing: of the batch.
     """
-    batch_size, width = lengths.numel() // num_features, rows.shape[1]
-    shape = (batch_size, num_features * width)
     rows = _padded(rows, routing)
-    if routing.one_id_per_bag:
-        by_row = position.view(num_features, batch_size).t().reshape(-1)
-        return rows.index_select(0, by_row).view(shape)
-    offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(lengths, dim=0, out=offsets[1:])
-    pooled = functional.embedding_bag(
-        position,
-        rows,
-        offsets,
-        mode="sum",
-        per_sample_weights=None if weights is None else weights.to(rows.dtype),
-        include_last_offset=True,
-    )
-    return pooled.view(num_features, batch_size, width).transpose(0, 1).reshape(shape)
+    if not routing.one_id_per_bag:
+        return pool(rows, position, lengths, weights, num_features)
+    batch_size = lengths.numel() // num_features
+    by_row = position.view(num_features, batch_size).t().reshape(-1)
+    return rows.index_select(0, by_row).view(batch_size, num_features * rows.shape[1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.step_counters import count_step_operations
-from mlet_dist.embeddings.sharded.occurrences import Occurrences, sorted_distinct
+from mlet_dist.embeddings.sharded.occurrences import Occurrences, pool, sorted_distinct
 
 LIMITS = [20, (1 << 31) - 1, 1 << 31, 1 << 40]
 
@@ -80,6 +80,47 @@ def test_the_transpose_has_the_keys_in_the_other_order(size: int) -> None:
     (gradient,) = torch.autograd.grad(found, rows, above)
     (of_expected,) = torch.autograd.grad(expected, rows, above)
     torch.testing.assert_close(gradient, of_expected)
+
+
+@pytest.mark.parametrize("beside", [0, 1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("features", "batch_size", "most"), [(1, 1, 3), (1, 40, 5), (4, 1, 9), (5, 33, 12), (3, 7, 0)])
+@pytest.mark.parametrize("lengths_dtype", [torch.int32, torch.int64])
+def test_pooled_rows_and_their_gradients_against_float64(
+    features: int, batch_size: int, most: int, weighted: bool, beside: int, lengths_dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(features * batch_size)
+    lengths = torch.randint(0, most + 1, (features * batch_size,), generator=draw).to(lengths_dtype)
+    number = int(lengths.sum())
+    occurrences, different = drawn(number, 12, seed=4)
+    beside = max(beside, int(not different))  # an empty table is padded
+    rows = torch.randn(different + beside, 8, generator=draw).requires_grad_()
+    weights = torch.rand(number, generator=draw) if weighted else None
+    above = torch.randn(batch_size, features * 8, generator=draw)
+    exact = rows.detach().double().requires_grad_()
+    expected = torch.zeros(batch_size, features, 8, dtype=torch.float64)
+    at = 0
+    for bag, length in enumerate(lengths.tolist()):
+        for key in range(at, at + length):
+            share = 1.0 if weights is None else float(weights[key])
+            expected[bag % batch_size, bag // batch_size] += share * exact[occurrences.position[key]].detach()
+        at += length
+    found = occurrences.pooled(rows, lengths, weights, features)
+    torch.testing.assert_close(found.double(), expected.view(batch_size, -1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, pool(rows, occurrences.position, lengths, weights, features))
+    (gradient,) = torch.autograd.grad(found, rows, above)
+    pooled = pool(exact, occurrences.position, lengths, None if weights is None else weights.double(), features)
+    (of_float64,) = torch.autograd.grad(pooled, exact, above.double())
+    torch.testing.assert_close(gradient.double(), of_float64, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_learned_have_gradients() -> None:
+    occurrences, different = drawn(20, 7, seed=1)
+    rows, weights = torch.randn(different, 8, requires_grad=True), torch.rand(20, requires_grad=True)
+    found = occurrences.pooled(rows, torch.full((10,), 2), weights, 2)
+    gradient, of_weights = torch.autograd.grad(found.square().sum(), (rows, weights))
+    assert gradient.abs().sum() > 0
+    assert of_weights.abs().sum() > 0
 
 
 def test_on_cuda_the_gradient_is_that_of_index_select() -> None:
