@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from mlet_dist.embeddings import projection as projection_module
-from mlet_dist.embeddings.projection import FEW_ROWS, Projection, _SavedVectors, project, project_rows, split_flat
+from mlet_dist.embeddings.products import _SavedVectors
+from mlet_dist.embeddings.projection import FEW_ROWS, Projection, project, project_rows, project_tables, split_flat
 
 # One key of the KeyedTensor: (k, d), or (d, None) for a single-layer table.
 widths = st.sampled_from([(8, 4), (8, 4), (8, 2), (2, 4), (1, 1), (3, 5), (4, None), (1, None)])
@@ -188,7 +189,8 @@ def of_block(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def of_rows(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     number = values.numel() // 8
-    return project_rows(values.view(number, 8), [3, number - 3], weights)
+    (found,) = project_tables(values.view(-1), [3, number - 3], [8, 8], [4, 4], list(weights))
+    return found
 
 
 @pytest.fixture(params=[of_block, of_rows])
@@ -320,6 +322,65 @@ def test_no_gradient_is_computed_for_what_is_frozen(method: Callable[..., torch.
             assert found.pop(frozen) is None
             assert all(torch.equal(found[name], expected[name]) for name in found)
         expected = found
+
+
+def test_nothing_is_saved_where_nothing_is_differentiated(method: Callable[..., torch.Tensor]) -> None:
+    leaf, weights = drawn()
+    expected = method(leaf, weights)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(method(leaf * 1, weights), expected)
+    with torch.inference_mode():
+        made = leaf * 1
+    found = method(made, weights)  # W2 is differentiated, with vectors that have no version
+    (gradient,) = torch.autograd.grad(found.sum(), weights)
+    (of_leaf,) = torch.autograd.grad(expected.sum(), weights)
+    assert torch.equal(gradient, of_leaf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    tables=st.lists(
+        st.tuples(st.integers(0, 9), st.sampled_from(["4x8", "4x2", "4", "6x3", "6"])), min_size=1, max_size=6
+    ),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=40)
+def test_rows_of_tables_of_several_widths_against_float64(
+    dtype: torch.dtype, tables: list[tuple[int, str]], seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    tables = sorted(tables, key=lambda each: each[1][0])
+    counts = [count for count, _ in tables]
+    dims = [int(shape[0]) for _, shape in tables]
+    widths = [int(shape.split("x")[-1]) for _, shape in tables]
+    weights = [
+        torch.randn(width, dim, generator=draw).requires_grad_() if "x" in shape else None
+        for (_, shape), width, dim in zip(tables, widths, dims, strict=True)
+    ]
+    sizes = [count * width for count, width in zip(counts, widths, strict=True)]
+    leaf = torch.randn(sum(sizes), generator=draw).requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    exact_weights = [None if each is None else each.detach().double().requires_grad_() for each in weights]
+    expected: dict[int, list[torch.Tensor]] = {}
+    for part, weight, width, dim in zip(exact.split(sizes), exact_weights, widths, dims, strict=True):
+        block = part.view(-1, width)
+        expected.setdefault(dim, []).append(block if weight is None else block @ weight)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = project_tables(leaf * 1, counts, widths, dims, weights)
+    allowed = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    assert all(each.dtype == torch.float32 for each in found)
+    for each, of_dim in zip(found, expected.values(), strict=True):
+        torch.testing.assert_close(each.double(), torch.cat(of_dim), **allowed)
+    upstream = [torch.randn(each.shape, generator=draw) for each in found]
+    torch.autograd.backward(found, upstream)
+    torch.autograd.backward([torch.cat(each) for each in expected.values()], [each.double() for each in upstream])
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, **allowed)
+    for weight, exact_weight in zip(weights, exact_weights, strict=True):
+        if weight is not None and exact_weight is not None:
+            assert weight.grad is not None
+            torch.testing.assert_close(weight.grad.double(), exact_weight.grad, **allowed)
 
 
 def test_a_compiler_sees_plain_products() -> None:

@@ -16,7 +16,7 @@ of the batch before. The host waits twice: for the counts, and on the owner rank
 """
 
 from functools import partial
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from torchrec.distributed.types import Awaitable, NoWait, QuantizedCommCodecs
 from torchrec.distributed.utils import none_throws
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, _pin_and_move
 
-from mlet_dist.embeddings.projection import project_tables, split_flat
+from mlet_dist.embeddings.projection import project_tables
 from mlet_dist.embeddings.sharded.batch_agreement import BatchChecker, CheckResult
 from mlet_dist.embeddings.sharded.collectives import AllToAllRows
 from mlet_dist.embeddings.sharded.flat_rows import FlatRows
@@ -237,24 +237,12 @@ class UniqueRowsOutputDist(BaseEmbeddingDist[UniqueRowsContext, torch.Tensor, to
     def _project(self, rows: torch.Tensor, routing: Routing) -> list[torch.Tensor]:
         """Return the vectors of the distinct rows, ``(number, d)`` for each d."""
         weights = self.projections_of(list(self._segments))
-        segments = [
-            [name for name, (each, _) in self._segments.items() if each == dim] for dim in self._flat_rows.widths
-        ]
-        widths = [[self._segments[name][1] for name in names] for names in segments]
-        left = iter(routing.rows_per_segment)
-        counts = [list(islice(left, len(names))) for names in segments]
-        sizes = [
-            sum(count * width for count, width in zip(*each, strict=True)) for each in zip(counts, widths, strict=True)
-        ]
-        vectors = []
-        parts = split_flat(rows, sizes)
-        for part, names, of_part, row_widths in zip(parts, segments, counts, widths, strict=True):
-            of_segments = [weights.get(name, self._selections.get(name)) for name in names]
-            projected = project_tables(part, of_part, row_widths, of_segments)
-            if routing.rows_with_slot is not None:
-                projected = self._with_absent_rows(projected, routing, of_segments)
-            vectors.append(projected)
-        return vectors
+        of_segments = [weights.get(name, self._selections.get(name)) for name in self._segments]
+        dims, widths = zip(*self._segments.values(), strict=True)
+        vectors = project_tables(rows, routing.rows_per_segment, widths, dims, of_segments)
+        if routing.rows_with_slot is None:
+            return vectors
+        return [self._with_absent_rows(each, routing, of_segments) for each in vectors]
 
     def _with_absent_rows(
         self, rows: torch.Tensor, routing: Routing, of_segments: list[torch.Tensor | None]

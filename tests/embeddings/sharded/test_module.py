@@ -15,7 +15,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 
 from mlet_dist.embeddings import MultiLayerEmbeddingBagCollection, MultiLayerEmbeddingBagConfig, projection
-from mlet_dist.embeddings.sharded import collectives, row_lookup, row_shardings
+from mlet_dist.embeddings.sharded import collectives, row_lookup, row_shardings, unique_rows
 from mlet_dist.embeddings.sharded.exchange_choice import EXCHANGES, Exchange
 from mlet_dist.embeddings.sharded.row_lookup import group_for_rows
 from tests.helpers.dense_reference import Bags, DenseReference, toy_loss
@@ -164,6 +164,7 @@ def _train_as_on_cuda(optimizer: str) -> dict[str, Any]:
 
     with (
         mock.patch.object(row_shardings, "group_for_rows", group),
+        mock.patch.object(unique_rows, "project_tables", projection._project_in_batches),
         mock.patch.object(projection, "project_rows", projection._project_padded),
     ):
         return _train_sharded(optimizer, False, "unique_rows")
