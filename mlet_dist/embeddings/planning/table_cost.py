@@ -212,8 +212,8 @@ class TableCost:
             in_place, indices = self.projected and self.on_cpu, 5 if self.on_cpu else 3
             backward = (4 if padded and not self.on_cpu else 2 + padded - in_place) * rows + requested * d
             exchanging = (2 if padded else 1) * rows + 2 * distinct * d
-            if self.pooled:  # Pools share an exchange: ids are looked up by range, and projected rows concatenated.
-                exchanging += INDEX // FLOAT * ids + requested * d
+            if self.pooled:  # Ids are looked up by range. On CUDA, projected rows are concatenated.
+                exchanging += INDEX // FLOAT * ids + (0 if in_place else requested * d)
             size, kept = FLOAT * max(backward, exchanging), FLOAT * rows if in_place else 0
             return Memory(buffers=size + indices * INDEX * ids, gradients=(size - kept) / 2)
         sums = bags * self.world_size
