@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Kind = Literal["crash", "connection", "aborted", "timeout", "input", "stopped", "lost"]
+Kind = Literal["crash", "connection", "aborted", "timeout", "input", "stopped", "rank_stopped", "lost"]
 
 CONSEQUENCES: tuple[Kind, ...] = ("connection", "aborted")
 """The kinds that follow from a failure elsewhere, as a rule: that one is the reason if it becomes known in time."""
@@ -18,7 +18,8 @@ class Failure:
         kind: ``crash`` if a rank crashed, was killed or was stopped for too long; ``connection`` if one lost its
             connection to another; ``aborted`` if SIGABRT ended one, by which NCCL's watchdog ends a rank that waits for
             another in vain; ``timeout`` if a rank took no part in a collective; ``input`` for an input error;
-            ``stopped`` if a signal asked the node to stop; ``lost`` if the node gives no sign of life.
+            ``stopped`` if a signal asked the node to stop; ``rank_stopped`` if it asked a rank alone, for which all
+            nodes end; ``lost`` if the node gives no sign of life.
         node: the number of the node that failed.
         text: the reason in one line, which names the node.
     """

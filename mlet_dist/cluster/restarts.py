@@ -32,7 +32,7 @@ A connection is lost when a process ends. NCCL's watchdog also aborts a rank who
 
 _GRACE_SECONDS: dict[Kind, float] = {
     **{"crash": 5, "connection": 5, "aborted": 5, "lost": 5},
-    **{"timeout": 15, "stopped": 15, "input": 40},
+    **{"timeout": 15, "stopped": 15, "rank_stopped": 15, "input": 40},
 }
 """How long ranks may take to end by themselves after an attempt has failed.
 
@@ -170,8 +170,12 @@ class Supervisor:
             self._leave(heartbeats, kind, "another node was asked to stop by a signal", for_good=False)
             self._log("the ranks were stopped with those of another node; they start again when all nodes have met")
             return kind
-        if kind in ("stopped", "input"):
-            self._leave(heartbeats, kind, str(error) if kind == "input" else f"{name} was asked to stop by a signal")
+        if kind == "stopped":
+            asked = kind if self._stop.received else "rank_stopped"
+            self._leave(heartbeats, asked, f"{name if self._stop.received else 'a rank'} was asked to stop by a signal")
+            raise error
+        if kind == "input":
+            self._leave(heartbeats, kind, str(error))
             raise error
         prefix = f"{name}: " * (self._nodes.count > 1 and kind != "lost")
         text = "a rank has lost its connection to another rank" if kind == "connection" else str(error)
@@ -184,7 +188,7 @@ class Supervisor:
             told = heartbeats.wait_for_failure(seconds)
         verdict = judge(error, own, told, hung=watch.hung, is_alone=self._nodes.count == 1)
         failure, error = verdict.failure, verdict.error
-        if self._limit.most and failure.kind != "input":
+        if self._limit.most and failure.kind not in ("input", "rank_stopped"):
             if verdict.is_own and not self._limit.allows_another():
                 error = self._exhausted(error)
             else:
@@ -200,7 +204,8 @@ class Supervisor:
     def _was_stopped_elsewhere(self, heartbeats: Heartbeats | None) -> bool:
         """Return whether restarts are allowed, and another node told that it received the signal that ended the ranks.
 
-        Nobody tells so where a signal was sent to a rank alone; then all nodes end.
+        Nobody tells so where a signal was sent to a rank alone; then all nodes end. Once a node has found that, it
+        tells the others, which may be later.
         """
         if not self._limit.most or heartbeats is None or self._stop.received:
             return False

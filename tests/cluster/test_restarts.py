@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from mlet_dist.cluster.failure import Failure
 from mlet_dist.cluster.launcher import _Node
 from mlet_dist.cluster.nodes import Nodes
+from mlet_dist.cluster.restarts import RestartLimit, Supervisor
 from mlet_dist.cluster.stop_request import StopRequest
 from mlet_dist.config.config_file import load_config
-from mlet_dist.errors import NodesMissing
+from mlet_dist.errors import Interrupted, NodesMissing
 from mlet_dist.training.attempts import mark_attempt
 from tests.cluster.test_wrong_launch import free_port
 from tests.conftest import TrainedRun
@@ -174,6 +177,42 @@ def test_a_signal_to_a_rank_alone_ends_all_nodes(trained: TrainedRun, tmp_path: 
         nodes.wait_for_a_checkpoint()
         os.kill(nodes.rank_of(1), signal.SIGTERM)
         assert nodes.codes(90) == [75, 75]
+
+
+class ToldBefore:
+    """Heartbeats of a node that is told of a failure of node 1, and keeps what it tells itself."""
+
+    def __init__(self, told: Failure | None) -> None:
+        self._told = told
+        self.left: list[Failure] = []
+
+    def wait_for_failure(self, seconds: float) -> Failure | None:
+        return self._told
+
+    def leave_with(self, failure: Failure, *, for_good: bool) -> None:
+        self.left.append(failure)
+
+
+def test_a_node_that_is_late_knows_a_signal_to_a_rank_from_one_to_a_node() -> None:
+    def after(told: Failure | None, *received: int) -> tuple[str | None, Failure]:
+        stop, heartbeats = StopRequest(), ToldBefore(told)
+        stop.received.extend(received)
+        limit = RestartLimit(1, lambda: 0)
+        supervisor = Supervisor(1, [], Nodes(2, 2, 0, "localhost", 1, 1), "job", stop, limit, bool, bool)
+        try:
+            found = supervisor._after(Interrupted("saved"), mock.Mock(), heartbeats, "node 0")  # type: ignore[arg-type]
+        except Interrupted:
+            found = None
+        (left,) = heartbeats.left
+        return found, left
+
+    again, left = after(Failure("stopped", 1, "node 1 was asked to stop by a signal"))
+    assert (again, left.kind) == ("stopped", "stopped")
+    ended, left = after(None)
+    assert (ended, left.kind) == (None, "rank_stopped")
+    assert after(left := Failure("rank_stopped", 1, left.text)) == (None, Failure("rank_stopped", 0, left.text))
+    ended, left = after(None, signal.SIGTERM)
+    assert (ended, left) == (None, Failure("stopped", 0, "node 0 was asked to stop by a signal"))
 
 
 def test_nodes_that_are_all_asked_to_stop_end(trained: TrainedRun, tmp_path: Path) -> None:
