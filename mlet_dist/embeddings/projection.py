@@ -79,9 +79,8 @@ def project(pooled: KeyedTensor, weights: Mapping[str, torch.Tensor]) -> KeyedTe
     for shape, group in groupby(positions, key=lambda i: weights[keys[i]].shape if keys[i] in weights else None):
         run = list(group)
         output_widths += [widths[i] if shape is None else shape[1] for i in run]
-        columns = slice(offsets[run[0]], offsets[run[-1] + 1])
-        runs.append(ColumnRun(columns, slice(width, sum(output_widths)), len(run)))
-        width = sum(output_widths)
+        first, width = width, sum(output_widths)
+        runs.append(ColumnRun(slice(offsets[run[0]], offsets[run[-1] + 1]), slice(first, width), len(run)))
         stacked.append(None if shape is None else torch.stack([weights[keys[i]] for i in run]))
     if torch.compiler.is_compiling() or values.shape[0] < FEW_ROWS:
         blocks = [_project_block(values[:, run.columns], weight) for run, weight in zip(runs, stacked, strict=True)]

@@ -194,7 +194,7 @@ class TableCost:
         - unique_rows: distinct rows ``(U, k)`` and their gradients, or rows and both sides of the exchange. Tables that
           share a padded kernel also have a padded copy; so do projected tables on CUDA, which was not measured.
 
-        What W2 is applied to and its gradient share their memory (``projection.py``), except padded rows on CUDA. Then,
+        What W2 is applied to and its gradient share their memory (``products.py``), except padded rows on CUDA. Then,
         and under ``after`` with table_wise, nothing of it is free while the dense layers compute. Indices of where
         ids occur are kept for backward on a CPU alone.
         """
